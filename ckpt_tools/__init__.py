@@ -1,0 +1,32 @@
+"""ckpt-tools: average, convert and recalibrate saved PyTorch checkpoints.
+
+The names below are the public API. They are imported when first used, so that
+``import ckpt_tools`` costs nothing and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .averaging import AverageReport, average
+    from .checkpoint import Checkpoint, open_checkpoint
+    from .errors import CkptError
+
+__version__ = "0.1.0"
+__all__ = ["AverageReport", "Checkpoint", "CkptError", "__version__", "average", "open_checkpoint"]
+
+_HOMES = {
+    "AverageReport": "averaging",
+    "average": "averaging",
+    "Checkpoint": "checkpoint",
+    "open_checkpoint": "checkpoint",
+    "CkptError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ckpt_tools' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,223 @@
+"""Assembly: from the tensors of the average to the files that hold them.
+
+A .pth keeps the container that the last checkpoint had, without what only a running training needs;
+a .safetensors is flat; a folder is sharded. All of it is planned from headers; nothing is written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .formats import SUFFIXES, safetensors, sharded, torch_zip
+from .formats.header import PROVENANCE, Header
+from .formats.output import FilePlan, OutTensor
+from .formats.staged import COMPANIONS
+from .layouts import LAYOUTS, StateDict, looks_like_training_state
+from .tensors import TensorSpec, UnsupportedTensor
+
+TORCH_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assembly:
+    """An output, laid out.
+
+    Attributes:
+        target: the file or folder.
+        files: plans, in the order of writing; the index of a sharded output comes last.
+        companions: small files to copy into a folder: configuration and tokenizer.
+        dropped: what of the last checkpoint is not carried over, by dotted path.
+    """
+
+    target: Path
+    files: tuple[FilePlan, ...]
+    folder: bool
+    companions: tuple[Path, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the output in bytes."""
+        return sum(plan.size for plan in self.files) + sum(path.stat().st_size for path in self.companions)
+
+
+def default_target(headers: list[Header]) -> Path:
+    """Name the output as its inputs suggest."""
+    if all(header.format == "sharded" for header in headers):
+        return Path("averaged")
+    if all(_is_safetensors(header) for header in headers):
+        return Path("averaged.safetensors")
+    return Path("averaged.pth")
+
+
+def _is_safetensors(header: Header) -> bool:
+    return header.format == "safetensors" or any(name.endswith(".safetensors") for name in header.shards.values())
+
+
+def check_suffix(target: Path) -> None:
+    """Refuse a suffix that says nothing about the format.
+
+    Raises:
+        UsageError: neither a known suffix nor none at all.
+    """
+    if target.suffix and not target.is_dir() and not target.name.endswith(SUFFIXES):
+        raise UsageError(f"{target}: the suffix should be one of {' '.join(SUFFIXES)}, or none for a folder of shards.")
+
+
+def assemble(
+    tensors: Mapping[str, OutTensor],
+    *,
+    target: Path,
+    base: Header,
+    state: StateDict,
+    renamed: Mapping[str, str],
+    provenance: Mapping[str, Any],
+    max_shard_size: int | None = None,
+    untie: bool = False,
+) -> Assembly:
+    """Lay the output out in the format that the target's suffix asks for.
+
+    Args:
+        tensors: what to write; one OutTensor under two names is tied.
+        base: header of the last checkpoint, whose container a .pth keeps.
+        state: the set of weights in it that the tensors stand for.
+        renamed: its names to the output's names.
+        provenance: written beside the weights.
+        max_shard_size: bytes a shard.
+        untie: write tied tensors under each name where the format cannot tie.
+    """
+    check_suffix(target)
+    if target.name.endswith(".safetensors"):
+        if max_shard_size is not None:
+            raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
+        metadata = {PROVENANCE: json.dumps(provenance)}
+        return Assembly(target, (safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie),), folder=False)
+    if target.name.endswith(TORCH_SUFFIXES):
+        if max_shard_size is not None:
+            raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
+        dropped: list[str] = []
+        tree = _container(tensors, base, state, renamed, dropped)
+        plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
+        return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
+    return _sharded(tensors, target, base, provenance, max_shard_size, untie)
+
+
+def _sharded(
+    tensors: Mapping[str, OutTensor],
+    target: Path,
+    base: Header,
+    provenance: Mapping[str, Any],
+    max_shard_size: int | None,
+    untie: bool,
+) -> Assembly:
+    as_torch = any(name.endswith(TORCH_SUFFIXES) for name in base.shards.values())
+    stem, suffix = ("pytorch_model", ".bin") if as_torch else ("model", ".safetensors")
+    shards = sharded.plan_shards(tensors, max_bytes=max_shard_size, stem=stem, suffix=suffix, like=base.shards or None)
+    plans = []
+    for name, keys in shards.items():
+        part = {key: tensors[key] for key in keys}
+        if as_torch:
+            plans.append(torch_zip.plan(OrderedDict(part), name=name, provenance=provenance))
+        else:
+            metadata = {PROVENANCE: json.dumps(provenance)}
+            plans.append(safetensors.plan(part, metadata=metadata, name=name, untie=untie))
+    if len(shards) > 1:
+        index = sharded.index_json(shards, tensors)
+        plans.append(FilePlan(f"{stem}{suffix}.index.json", len(index), (), lambda crcs: [(0, index)], needs_crc=False))
+    return Assembly(target, tuple(plans), folder=True, companions=tuple(_companions(base)))
+
+
+def _companions(base: Header) -> list[Path]:
+    """Find what `from_pretrained` wants beside the weights, and training does not own."""
+    if not base.path.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(base.path.iterdir())
+        if path.is_file()
+        and path.name.endswith(COMPANIONS)
+        and not path.name.endswith(sharded.INDEX_SUFFIXES)
+        and path.name != "trainer_state.json"
+    ]
+
+
+def _container(
+    tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
+) -> Any:
+    weights: Any = OrderedDict(tensors)
+    if not base.format.startswith("torch"):
+        return weights
+    node = base.tree
+    for key in state.path:
+        node = node[key]
+    metadata = getattr(node, "_metadata", None)
+    if isinstance(metadata, dict):
+        metadata = _renamed_modules(metadata, renamed)
+        if metadata is not None:
+            weights._metadata = metadata
+    weights.update(state.extras)
+    copies: dict[TensorSpec, OutTensor] = {}
+    # The average stands where the raw weights stood; the other set, which it may come from, goes.
+    layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
+    if not state.path:
+        tree = weights
+    elif layout is not None:
+        kept = {k: v for k, v in base.tree.items() if k not in _TWINS or not isinstance(v, dict) or k in state.path}
+        dropped += [k for k in base.tree if k not in kept and k != layout.raw]
+        tree = {layout.raw if key == state.path[0] else key: value for key, value in kept.items()}
+        tree[layout.raw] = weights
+    else:
+        tree = _replaced(base.tree, state.path, weights)
+    return torch_zip.plain(_without_training(tree, copies, dropped, top=bool(state.path)), dropped)
+
+
+_TWINS = frozenset(key for layout in LAYOUTS for key in (layout.raw, layout.ema))
+
+
+def _renamed_modules(metadata: Mapping[Any, Any], renamed: Mapping[str, str]) -> Any:
+    """Follow a common prefix in `_metadata`, the module versions that torch keeps beside a state dict."""
+    leads = {name.removesuffix(bare) for name, bare in renamed.items()}
+    if len(leads) != 1:
+        return None
+    lead = leads.pop()
+    if not lead:
+        return OrderedDict(metadata)
+    module = lead.rstrip(".")
+    return OrderedDict(
+        ("" if key == module else key.removeprefix(lead), value)
+        for key, value in metadata.items()
+        if isinstance(key, str) and (key == module or key.startswith(lead))
+    )
+
+
+def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+    if not path:
+        return value
+    return {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
+
+
+def _without_training(node: Any, copies: dict[TensorSpec, OutTensor], dropped: list[str], *, top: bool) -> Any:
+    """Drop optimizers and their like from the top level; turn the tensors that stay into copies."""
+    if top and isinstance(node, dict):
+        gone = [key for key, value in node.items() if looks_like_training_state(key, value)]
+        dropped += map(str, gone)
+        node = {key: value for key, value in node.items() if key not in gone}
+    if isinstance(node, TensorSpec):
+        name = "an entry beside the weights"
+        return copies.setdefault(node, OutTensor(node.dtype, node.shape, ((node, 1.0),), name))
+    if isinstance(node, UnsupportedTensor) or not isinstance(node, (dict, list, tuple)):
+        return node
+    if isinstance(node, OrderedDict):
+        copy: Any = OrderedDict((k, _without_training(v, copies, dropped, top=False)) for k, v in node.items())
+        if hasattr(node, "_metadata"):
+            copy._metadata = node._metadata
+        return copy
+    if isinstance(node, dict):
+        return {k: _without_training(v, copies, dropped, top=False) for k, v in node.items()}
+    return type(node)(_without_training(v, copies, dropped, top=False) for v in node) if type(node) in (list, tuple) else node

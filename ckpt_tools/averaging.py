@@ -1,0 +1,478 @@
+"""Averaging: ties series, layouts, keys, schedules, formats and engine together."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import __version__, schedules
+from .assembly import Assembly, assemble, check_suffix, default_target
+from .errors import LayoutError, UsageError
+from .formats import SUFFIXES
+from .formats.header import Header
+from .formats.output import OutTensor
+from .formats.sharded import parse_size
+from .formats.staged import check_target, staged_files
+from .keys import align, prefixes, unwrap
+from .layouts import StateDict, select
+from .series import Member, find_series
+from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
+
+MODES = ("uniform", "ema", "weights")
+BUFFERS = ("average", "last")
+DEFAULT_DECAY = 0.99
+_DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+# Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
+_RUNNING = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One checkpoint of the average.
+
+    Attributes:
+        path: the file or folder.
+        name: a short name, distinct within the series.
+        step: where in training it stands, None if unknown.
+        coefficient: its weight in the sum.
+        state: which weights are taken, such as ``ema (state_dict_ema)``.
+        nbytes: size on disk.
+        prefixes: wrapper prefixes that were removed from its names.
+        sha256: of each of its files, if asked for.
+    """
+
+    path: str
+    name: str
+    step: int | None
+    coefficient: float
+    state: str
+    nbytes: int
+    prefixes: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AverageReport:
+    """What an average is made of; the same before the work (the plan) and after it.
+
+    Attributes:
+        inputs: oldest first.
+        mode: the schedule.
+        ordered_by: what put the inputs in order.
+        averaged, copied: names of output tensors that are summed, or taken from the last checkpoint as they are.
+        left_out: names that only some checkpoints have, with ``keys="intersection"``.
+        tied: names that share their tensor with an earlier one.
+        notes: decisions worth knowing; warnings among them.
+        dropped: what of the last checkpoint's container is not carried over.
+        out: the target.
+        bytes_read, bytes_written: of the whole job.
+        memory: private bytes of buffers it needs.
+        written: False for a plan.
+    """
+
+    inputs: tuple[Input, ...]
+    mode: str
+    ordered_by: str
+    averaged: tuple[str, ...]
+    copied: tuple[str, ...]
+    left_out: tuple[str, ...]
+    tied: tuple[str, ...]
+    notes: tuple[str, ...]
+    dropped: tuple[str, ...]
+    out: str
+    bytes_read: int
+    bytes_written: int
+    memory: int
+    written: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self)
+
+
+def average(
+    paths: str | Path | Iterable[str | Path],
+    *,
+    mode: str = "uniform",
+    decay: float | None = None,
+    per_step: bool = False,
+    warmup: str | None = None,
+    bias_correction: bool = False,
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    order: str = "auto",
+    last: int | None = None,
+    best: int | None = None,
+    metric: str = "metric",
+    lower_is_better: bool = False,
+    every: int | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+    include_outputs: bool = False,
+    state: str = "auto",
+    match: str = "name",
+    keys: str = "strict",
+    buffers: str = "average",
+    dtype: str | None = None,
+    out: str | Path | None = None,
+    max_shard_size: str | int | None = None,
+    untie: bool = False,
+    hash: bool = False,  # noqa: A002 - the option's name
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[AverageReport], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AverageReport:
+    """Average a series of checkpoints into one file, in float64, in bounded memory.
+
+    Args:
+        paths: files, globs, folders (of checkpoints, or sharded ones).
+        mode: ``uniform``, ``ema`` or ``weights``; see `ckpt_tools.schedules` for formulas.
+        decay: ema: for a checkpoint, or with `per_step` for a training step. 0.99 if not given.
+        warmup: ema: ``litema`` or ``timm``.
+        bias_correction: ema: start from zero and divide by 1 - decay^N.
+        weights: one number a checkpoint, in the order of the series; divided by their sum if `normalize`.
+        order, last, best, metric, lower_is_better, every, from_step, to_step, include_outputs:
+            which checkpoints, in which order; see `ckpt_tools.series.find_series`.
+        state: ``auto`` (the EMA where all have one), ``raw``, ``ema``, or a dotted path.
+        match: ``name`` or ``order``.
+        keys: ``strict``, ``intersection``, or ``union`` (a tensor that some lack is averaged over the others,
+            their weights scaled to the same sum).
+        buffers: ``average``, or ``last`` to take BatchNorm's running statistics from the last checkpoint.
+            Integer and bool tensors always come from the last.
+        dtype: of the averaged floating-point tensors, as the inputs if not given.
+        out: target; the suffix picks the format, none means a folder of shards. ``averaged.pth``,
+            or ``averaged.safetensors``, or the folder ``averaged``, as the inputs are, if not given.
+        max_shard_size: bytes, or text such as ``5GB``.
+        untie: in safetensors, write tied tensors under each of their names.
+        hash: put the SHA-256 of the inputs into the output's provenance.
+        threads: workers; one a core if not given. Changes no byte of the output.
+        allow_nonfinite: let NaN and infinity pass.
+        force: replace the target if it exists.
+        dry_run: plan and check, read no payload, write nothing.
+        on_plan: called with the plan before the work.
+        on_progress: called in this thread with (bytes done, bytes in all), read and written.
+
+    Returns:
+        What was averaged, and how.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
+    """
+    _check_usage(mode, decay, per_step, warmup, bias_correction, weights, normalize, buffers)
+    out_dtype = _parse_dtype(dtype)
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: must be 1 or more.")
+    if out is not None:
+        check_suffix(Path(out))
+    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    arguments = {
+        "decay": (DEFAULT_DECAY if decay is None else decay) if mode == "ema" else None,
+        "per_step": per_step, "warmup": warmup, "bias_correction": bias_correction,
+        "normalize": normalize if mode == "weights" else None,
+        "match": match, "keys": keys, "buffers": buffers, "dtype": dtype,
+    }  # fmt: skip
+
+    series = find_series(
+        [paths] if isinstance(paths, (str, Path)) else paths,
+        order=order, last=last, best=best, metric=metric, lower_is_better=lower_is_better,
+        every=every, from_step=from_step, to_step=to_step, include_outputs=include_outputs,
+    )  # fmt: skip
+    members = series.members
+    notes = list(series.notes)
+    names = _short_names([member.path for member in members])
+    coefficients = _coefficients(
+        members, mode, decay=DEFAULT_DECAY if decay is None else decay, per_step=per_step, warmup=warmup,
+        bias_correction=bias_correction, weights=weights, normalize=normalize, notes=notes,
+    )  # fmt: skip
+    states = _select_all(members, names, state)
+    renamed = [unwrap(s.tensors) for s in states]
+    plan = align(
+        [{names_of[name]: tensor for name, tensor in s.tensors.items()} for s, names_of in zip(states, renamed, strict=True)],
+        names,
+        keys=keys,
+        match=match,
+        mixed_dtypes=out_dtype is not None,
+    )
+    tensors = _out_tensors(plan.rows, coefficients, out_dtype, keep_running=buffers == "last")
+    target = Path(out) if out is not None else default_target([member.header for member in members])
+    unique = dict.fromkeys(tensors.values())
+    check_target(
+        target,
+        [path for member in members for path in (member.path, *(file for file, _ in member.header.files))],
+        nbytes=sum(tensor.nbytes for tensor in unique),
+        force=force,
+        folder=not target.name.endswith(SUFFIXES),
+    )
+    inputs = tuple(
+        Input(
+            path=str(member.path),
+            name=name,
+            step=member.step,
+            coefficient=coefficient,
+            state=chosen.label,
+            nbytes=member.header.nbytes,
+            prefixes=tuple(prefixes(chosen.tensors)) if any(a != b for a, b in names_of.items()) else (),
+            sha256=_sha256(member.header) if hash and not dry_run else {},
+        )
+        for member, name, coefficient, chosen, names_of in zip(members, names, coefficients, states, renamed, strict=True)
+    )
+    assembly = assemble(
+        tensors,
+        target=target,
+        base=members[-1].header,
+        state=states[-1],
+        renamed=renamed[-1],
+        provenance=_provenance(mode, arguments, inputs),
+        max_shard_size=shard_bytes,
+        untie=untie,
+    )
+    from . import engine  # imports torch, which a refused job has no need of
+
+    needs = engine.needs(assembly.files)
+    threads = engine.default_threads() if threads is None else threads
+    report = AverageReport(
+        inputs=inputs,
+        mode=mode,
+        ordered_by=series.ordered_by,
+        averaged=tuple(tensor.name for tensor in unique if not tensor.copied),
+        copied=tuple(tensor.name for tensor in unique if tensor.copied),
+        left_out=plan.left_out,
+        tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
+        notes=tuple(notes),
+        dropped=assembly.dropped,
+        out=str(assembly.target),
+        bytes_read=needs["read"],
+        bytes_written=assembly.nbytes,
+        memory=engine.memory_needed(threads),
+    )
+    if on_plan is not None:
+        on_plan(report)
+    if not dry_run:
+        _write(assembly, threads, allow_nonfinite, report, on_progress)
+        report = replace(report, written=True)
+    return report
+
+
+def _write(
+    assembly: Assembly,
+    threads: int,
+    allow_nonfinite: bool,
+    report: AverageReport,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    from . import engine
+
+    total = report.bytes_read + report.bytes_written
+    files = assembly.files
+    with staged_files(assembly.target, [f.name for f in files] if assembly.folder else None, [f.size for f in files]) as (
+        stage,
+        fds,
+    ):
+        engine.run(
+            [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
+            threads=threads,
+            allow_nonfinite=allow_nonfinite,
+            on_progress=None if on_progress is None else lambda moved: on_progress(moved.read + moved.written, total),
+        )
+        for companion in assembly.companions:
+            shutil.copyfile(companion, stage / companion.name)
+
+
+def _check_usage(
+    mode: str,
+    decay: float | None,
+    per_step: bool,
+    warmup: str | None,
+    bias_correction: bool,
+    weights: Sequence[float] | None,
+    normalize: bool,
+    buffers: str,
+) -> None:
+    if mode not in MODES:
+        raise UsageError(f"--mode is one of {', '.join(MODES)}, not {mode!r}.")
+    if buffers not in BUFFERS:
+        raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
+    for option, given, belongs in (
+        ("--decay", decay is not None, "ema"),
+        ("--per-step", per_step, "ema"),
+        ("--warmup", warmup is not None, "ema"),
+        ("--bias-correction", bias_correction, "ema"),
+        ("--weights", weights is not None, "weights"),
+        ("--no-normalize", not normalize, "weights"),
+    ):
+        if given and mode != belongs:
+            raise UsageError(f"{option} goes with --mode {belongs}.")
+    if mode == "weights" and weights is None:
+        raise UsageError("--mode weights needs --weights, one number a checkpoint.")
+    chosen = [
+        option
+        for option, given in (("--per-step", per_step), ("--warmup", warmup), ("--bias-correction", bias_correction))
+        if given
+    ]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} cannot go together.")
+    if mode == "ema":
+        # Two checkpoints suffice to find an impossible decay or warm-up before any file is read.
+        _ema(DEFAULT_DECAY if decay is None else decay, 2, warmup, bias_correction)
+    if weights is not None:
+        schedules.weights(weights, normalize=normalize)
+
+
+def _ema(decay: float, n: int, warmup: str | None, bias_correction: bool) -> tuple[float, ...]:
+    if warmup is not None:
+        return schedules.ema_warmup(n, decay=decay, warmup=warmup)
+    return schedules.ema(n, decay=decay, bias_correction=bias_correction)
+
+
+def _coefficients(
+    members: Sequence[Member],
+    mode: str,
+    *,
+    decay: float,
+    per_step: bool,
+    warmup: str | None,
+    bias_correction: bool,
+    weights: Sequence[float] | None,
+    normalize: bool,
+    notes: list[str],
+) -> tuple[float, ...]:
+    n = len(members)
+    if mode == "uniform":
+        coefficients = schedules.uniform(n)
+    elif mode == "weights":
+        given = weights or ()
+        if len(given) != n:
+            raise UsageError(f"--weights has {len(given)} numbers for {n} checkpoints. See their order with --dry-run.")
+        coefficients = schedules.weights(given, normalize=normalize)
+    elif per_step:
+        steps = [member.step for member in members if member.step is not None]
+        if len(steps) < n:
+            unknown = next(member for member in members if member.step is None)
+            raise UsageError(f"--per-step: {unknown.path} tells no step, neither inside nor in its name.")
+        if members[0].counter in ("epoch", "name"):
+            what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
+            notes.append(f"--per-step counts gaps in {what}, for the files store no step.")
+        coefficients = schedules.ema_per_step(steps, decay=decay)
+    else:
+        coefficients = _ema(decay, n, warmup, bias_correction)
+    end = schedules.dominant(coefficients) if mode == "ema" else None
+    if end is not None:
+        index, share = end
+        age = "oldest" if index == 0 else "newest"
+        advice = "A smaller --decay, --per-step or --bias-correction spreads it." if index == 0 else "A larger --decay spreads it."
+        notes.append(f"The {age} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}")
+    return coefficients
+
+
+def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> list[StateDict]:
+    states = [select(member.header, state) for member in members]
+    kinds = {s.which for s in states}
+    if len(kinds) > 1:
+        having = [name for name, s in zip(names, states, strict=True) if s.which == "ema"]
+        lacking = [name for name, s in zip(names, states, strict=True) if s.which != "ema"]
+        raise LayoutError(
+            f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
+            "Raw and averaged weights do not mix: say --state raw, or leave the others out."
+        )
+    return states
+
+
+def _out_tensors(
+    rows: dict[str, tuple[TensorSpec | None, ...]],
+    coefficients: Sequence[float],
+    dtype: DType | None,
+    *,
+    keep_running: bool,
+) -> dict[str, OutTensor]:
+    tensors: dict[str, OutTensor] = {}
+    # Names that are the same bytes in every file are tied, and stay so.
+    tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
+    for name, row in rows.items():
+        if row in tied:
+            tensors[name] = tied[row]
+            continue
+        present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
+        last = present[-1][0]
+        if not last.dtype.averaged:
+            if last.dtype.kind is Kind.PACKED:
+                _refuse_packed(name, last)
+            terms, out_dtype = ((last, 1.0),), last.dtype
+        else:
+            out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
+            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
+            terms = ((last, 1.0),) if from_last else _scaled(present, coefficients)
+        tensor = OutTensor(out_dtype, last.shape, tuple(terms), name)
+        tensors[name] = tensor
+        if tensor.numel:
+            tied[row] = tensor
+    return tensors
+
+
+def _refuse_packed(name: str, spec: TensorSpec) -> None:
+    raise LayoutError(
+        f"{spec.storage.path}: '{name}' is {spec.dtype.name}, whose codes mean nothing apart from their scales. "
+        "Average the checkpoints before they are quantized."
+    )
+
+
+def _scaled(present: Sequence[tuple[TensorSpec, float]], coefficients: Sequence[float]) -> tuple[tuple[TensorSpec, float], ...]:
+    """Give a tensor that some checkpoints lack the same total weight as the others have."""
+    if len(present) == len(coefficients):
+        return tuple(present)
+    have, want = sum(c for _, c in present), sum(coefficients)
+    if have == 0:
+        raise UsageError(f"the checkpoints that have '{present[0][0]}' weigh 0 together. Use --keys intersection.")
+    return tuple((spec, c * want / have) for spec, c in present)
+
+
+def _parse_dtype(text: str | None) -> DType | None:
+    if text is None or text == "same":
+        return None
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in FLOAT_DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
+    return DTYPES[name]
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Name files as shortly as keeps them apart; folders above them are nobody's business."""
+    depth = 1
+    while True:
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names) or depth > max(len(path.parts) for path in paths):
+            return names
+        depth += 1
+
+
+def _provenance(mode: str, arguments: dict[str, Any], inputs: Sequence[Input]) -> dict[str, Any]:
+    return {
+        "tool": "ckpt-tools",
+        "version": __version__,
+        "command": "avg",
+        "mode": mode,
+        "arguments": {key: value for key, value in arguments.items() if value not in (None, False)},
+        "state": inputs[-1].state,
+        "inputs": [
+            {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}
+            | ({"sha256": i.sha256} if i.sha256 else {})
+            for i in inputs
+        ],
+    }
+
+
+def _sha256(header: Header) -> dict[str, str]:
+    digests = {}
+    for path, _ in header.files:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        digests[path.name] = digest.hexdigest()
+    return digests

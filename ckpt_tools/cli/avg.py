@@ -1,0 +1,149 @@
+"""`ckpt avg`: parse, average, show."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from . import console
+
+if TYPE_CHECKING:
+    from ..averaging import AverageReport
+
+_SCHEDULE, _SELECTION, _WEIGHTS, _OUTPUT, _RUN = "How much each counts", "Which checkpoints", "Which weights", "Output", "Running"
+
+
+def avg(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")],
+    mode: Annotated[str, typer.Option(help="uniform, ema or weights.", rich_help_panel=_SCHEDULE)] = "uniform",
+    decay: Annotated[
+        float | None, typer.Option(help="ema: for a checkpoint; with --per-step, for a training step.", show_default="0.99", rich_help_panel=_SCHEDULE)
+    ] = None,
+    per_step: Annotated[bool, typer.Option("--per-step", help="ema: decay^(step gap).", rich_help_panel=_SCHEDULE)] = False,
+    warmup: Annotated[str | None, typer.Option(help="ema: litema or timm; the decay grows.", rich_help_panel=_SCHEDULE)] = None,
+    bias_correction: Annotated[
+        bool, typer.Option("--bias-correction", help="ema: start from zero, divide by 1-d^N.", rich_help_panel=_SCHEDULE)
+    ] = False,
+    weights: Annotated[str | None, typer.Option(help="With --mode weights: 1,2,3, oldest first.", rich_help_panel=_SCHEDULE)] = None,
+    normalize: Annotated[bool, typer.Option(help="Divide --weights by their sum.", rich_help_panel=_SCHEDULE)] = True,
+    last: Annotated[int | None, typer.Option(help="The last N.", metavar="N", rich_help_panel=_SELECTION)] = None,
+    best: Annotated[int | None, typer.Option(help="The best N by --metric.", metavar="N", rich_help_panel=_SELECTION)] = None,
+    metric: Annotated[str, typer.Option(help="Key in the files, dotted if nested.", metavar="KEY", rich_help_panel=_SELECTION)] = "metric",
+    lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="For a loss.", rich_help_panel=_SELECTION)] = False,
+    every: Annotated[int | None, typer.Option(help="Every K-th, counted from the last.", metavar="K", rich_help_panel=_SELECTION)] = None,
+    from_step: Annotated[int | None, typer.Option(help="From this step (or epoch) on.", rich_help_panel=_SELECTION)] = None,
+    to_step: Annotated[int | None, typer.Option(help="Up to this step (or epoch).", rich_help_panel=_SELECTION)] = None,
+    order: Annotated[
+        str, typer.Option(help="auto (stored step or epoch, else numbers in names), given, natural, mtime.", rich_help_panel=_SELECTION)
+    ] = "auto",
+    include_outputs: Annotated[
+        bool, typer.Option("--include-outputs", help="Take files that ckpt wrote itself, too.", rich_help_panel=_SELECTION)
+    ] = False,
+    state: Annotated[
+        str, typer.Option(help="auto (EMA where all have one), raw, ema, or a dotted path.", rich_help_panel=_WEIGHTS)
+    ] = "auto",
+    match: Annotated[str, typer.Option(help="name or order.", rich_help_panel=_WEIGHTS)] = "name",
+    keys: Annotated[str, typer.Option(help="strict, intersection or union.", rich_help_panel=_WEIGHTS)] = "strict",
+    buffers: Annotated[
+        str, typer.Option(help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=_WEIGHTS)
+    ] = "average",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The suffix picks the format; none: a folder of shards.", show_default="averaged.pth, or as the inputs are", rich_help_panel=_OUTPUT),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the output: same, float32, bfloat16, ...", rich_help_panel=_OUTPUT)] = "same",
+    max_shard_size: Annotated[str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=_OUTPUT)] = None,
+    untie: Annotated[bool, typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=_OUTPUT)] = False,
+    hash_: Annotated[bool, typer.Option("--hash", help="Record the SHA-256 of the inputs.", rich_help_panel=_OUTPUT)] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)] = False,
+    threads: Annotated[int | None, typer.Option(help="Workers.", show_default="the cores", rich_help_panel=_RUN)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, read no weights, write nothing.", rich_help_panel=_RUN)] = False,
+    json: Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=_RUN)] = False,
+    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.", rich_help_panel=_RUN)] = False,
+) -> None:
+    """Average a series of checkpoints into one set of weights.
+
+    Example: ckpt avg runs/*.pth --mode ema --decay 0.99
+    """
+    from ..averaging import average
+
+    started = time.perf_counter()
+    with console.progress("averaging") as on_progress:
+        report = average(
+            paths, mode=mode, decay=decay, per_step=per_step, warmup=warmup, bias_correction=bias_correction,
+            weights=_numbers(weights), normalize=normalize, last=last, best=best, metric=metric,
+            lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
+            include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers, out=out,
+            dtype=dtype, max_shard_size=max_shard_size, untie=untie, hash=hash_, force=force, threads=threads,
+            dry_run=dry_run, allow_nonfinite=allow_nonfinite, on_plan=_show_table if dry_run else _show_summary,
+            on_progress=on_progress,
+        )  # fmt: skip
+    if report.written:
+        seconds = time.perf_counter() - started
+        moved = report.bytes_read + report.bytes_written
+        console.say(
+            f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s ({console.size(moved / seconds)}/s read and written)."
+        )
+    if json:
+        console.print_json(report.to_dict())
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--weights {text!r}: write numbers with commas, such as 1,2,3.") from error
+
+
+def _show_summary(report: AverageReport) -> None:
+    first, last = report.inputs[0], report.inputs[-1]
+    n = len(report.inputs)
+    span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
+    console.say(f"{n} checkpoint{'s' if n > 1 else ''}: {span}. Weights: {last.state}. Mode: {report.mode}.")
+    console.say(*report.notes)
+
+
+def _show_table(report: AverageReport) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    screen = console.stderr()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("checkpoint", overflow="fold")
+    table.add_column("step", justify="right", no_wrap=True)
+    table.add_column("coefficient", justify="right", no_wrap=True)
+    width = max(4, min(20, screen.width - 50))
+    table.add_column("", no_wrap=True, width=width)
+    table.add_column("weights", overflow="fold")
+    largest = max(abs(i.coefficient) for i in report.inputs)
+    for i in report.inputs:
+        step = "" if i.step is None else str(i.step)
+        drawn = Text(console.bar(i.coefficient, largest, width), style="red" if i.coefficient < 0 else "green")
+        prefix = f", without {' '.join(i.prefixes)}" if i.prefixes else ""
+        table.add_row(Text(i.name), step, f"{i.coefficient:.6f}", drawn, Text(i.state + prefix))
+    screen.print(table)
+    console.say(
+        "",
+        f"Ordered by {report.ordered_by}; mode {report.mode}.",
+        f"{len(report.averaged)} tensors averaged, {len(report.copied)} copied from the last checkpoint"
+        + (f", {len(report.tied)} tied" if report.tied else "")
+        + (f", {len(report.left_out)} left out" if report.left_out else "")
+        + ".",
+        f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
+        f"at most {console.size(report.memory)} of buffers.",
+    )
+    if report.left_out:
+        console.say(f"Left out: {_some(report.left_out)}.")
+    if report.dropped:
+        console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
+    console.say(*report.notes)
+
+
+def _some(names: tuple[str, ...], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,91 @@
+"""`ckpt inspect`: what a checkpoint holds, in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..inspection import Description, WeightSet
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The description on stdout.")] = False,
+) -> None:
+    """Show what a checkpoint holds, without loading or running any of it.
+
+    Example: ckpt inspect averaged.pth
+    """
+    from ..formats import read_header
+    from ..inspection import describe
+
+    description = describe(read_header(path))
+    if json:
+        data = description.to_dict()
+        if not tensors:
+            for weights in data["sets"]:
+                del weights["tensors"]
+        console.print_json(data)
+        return
+    _show(description)
+    if tensors:
+        for weights in description.sets:
+            _list(weights)
+
+
+def _show(d: Description) -> None:
+    files = f" in {d.files} files" if d.files > 1 else ""
+    console.say(f"{d.path}: {d.format}, {console.size(d.nbytes)}{files}")
+    if not d.sets:
+        console.say("  no weights in a known layout; choose a place with --state where a command takes it")
+    for weights in d.sets:
+        console.say(
+            f"  {weights.label}: {len(weights.tensors)} tensors, {console.count(weights.elements)} values, "
+            f"{console.size(weights.nbytes)} (layout {weights.layout})"
+        )
+        largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
+        for name, (number, nbytes) in weights.dtypes.items():
+            console.say(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {console.bar(nbytes, largest)}")
+        for prefix, number in weights.prefixes.items():
+            console.say(f"    {number} of {len(weights.tensors)} names carry '{prefix}'")
+    facts = [f"{key} {value}" for key, value in d.counters.items()]
+    if d.metric is not None:
+        facts.append(f"metric {d.metric:g}")
+    if facts:
+        console.say("  " + ", ".join(facts))
+    for optimizer in d.optimizers:
+        multiple = "" if optimizer.multiple is None else f", {optimizer.multiple:.2g} times the weights"
+        console.say(f"  {optimizer.place}: {optimizer.kind}, {console.size(optimizer.nbytes)}{multiple}")
+    for place, number in d.other.items():
+        if place not in {o.place.split(".")[0] for o in d.optimizers}:
+            console.say(f"  {place}: {number} tensors beside the weights")
+    if d.foreign:
+        names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in d.foreign.items())
+        console.say(f"  not understood, so neither imported nor run: {names}")
+    if d.provenance is not None:
+        _show_provenance(d.provenance)
+
+
+def _show_provenance(provenance: dict[str, object]) -> None:
+    arguments = provenance.get("arguments")
+    options = ", ".join(f"{k}={v}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
+    console.say(f"  made by ckpt-tools {provenance.get('version')}: {provenance.get('mode')} average of {provenance.get('state')}; {options}")
+    inputs = provenance.get("inputs")
+    rows = [i for i in inputs if isinstance(i, dict) and isinstance(i.get("coefficient"), (int, float))] if isinstance(inputs, list) else []
+    largest = max((abs(i["coefficient"]) for i in rows), default=0)
+    for i in rows:
+        console.say(f"    {i['coefficient']:>10.6f} {console.bar(i['coefficient'], largest):<20} {i.get('name')}")
+
+
+def _list(weights: WeightSet) -> None:
+    console.say("", weights.label)
+    width = max((len(row.name) for row in weights.tensors), default=0)
+    for row in weights.tensors:
+        shape = "" if row.shape is None else str(list(row.shape))
+        console.say(f"  {row.name:<{width}}  {row.dtype:<10} {shape}")

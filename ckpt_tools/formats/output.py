@@ -1,0 +1,66 @@
+"""What is to be written: tensors by their recipe, and files by their plan.
+
+A writer is a pure function from recipes to a `FilePlan`: how long the file is, where each
+payload goes, and which bytes stand around the payloads. The engine fills the payloads in, in
+any order; the rest is patched in at the end, when checksums are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..tensors import DType, TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutTensor:
+    """A tensor of an output file: a weighted sum of tensors of the inputs.
+
+    Compared by identity: two names that hold the same OutTensor are tied.
+
+    Attributes:
+        dtype: of the output.
+        shape: of the output and of every term.
+        terms: (input tensor, float64 coefficient), in the order of summation. One term of
+            coefficient 1 and of the output's dtype is copied, byte for byte.
+        name: for messages.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    terms: tuple[tuple[TensorSpec, float], ...]
+    name: str
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def copied(self) -> bool:
+        """True if the bytes of the one input are the bytes of the output."""
+        return len(self.terms) == 1 and self.terms[0][1] == 1.0 and self.terms[0][0].dtype is self.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FilePlan:
+    """One output file.
+
+    Attributes:
+        name: file name.
+        size: bytes in all.
+        slots: (tensor, offset of its first byte), each tensor once.
+        patches: from CRC-32 by tensor to (offset, bytes) of all that is not payload.
+        needs_crc: True if `patches` looks at the checksums.
+    """
+
+    name: str
+    size: int
+    slots: tuple[tuple[OutTensor, int], ...]
+    patches: Callable[[Mapping[OutTensor, int]], list[tuple[int, bytes]]]
+    needs_crc: bool

@@ -1,0 +1,153 @@
+"""The safetensors format: an 8-byte header length, a JSON header, then the data without holes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, UnsupportedError
+from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
+from .header import PROVENANCE, Header
+from .output import FilePlan, OutTensor
+
+MAX_HEADER = 100_000_000  # the library's own limit
+
+
+def read(path: Path) -> Header:
+    """Read the header of a safetensors file, trusting none of its numbers.
+
+    A name in ``__metadata__`` that no tensor has, with the name of a tensor as its value, is an alias:
+    so ``safetensors.torch.save_model`` records tied tensors.
+
+    Raises:
+        CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if size < 8 or length > MAX_HEADER or 8 + length > size:
+            raise CorruptError(f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy.")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
+    if not isinstance(entries, dict):
+        raise CorruptError(f"{path}: its header is no JSON object. The file is damaged.")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
+    tensors: dict[str, TensorSpec | UnsupportedTensor] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        tensors[name], begin, end = _parse(path, name, entry, base=8 + length)
+        spans.append((begin, end, name))
+    _check_spans(path, spans, size - 8 - length)
+    tensors.update({alias: tensors[kept] for alias, kept in metadata.items() if alias not in tensors and kept in tensors})
+    provenance = _provenance(metadata.get(PROVENANCE))
+    return Header(path, "safetensors", tensors, ((path, size),), metadata=metadata, provenance=provenance)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return entries
+
+
+def _parse(path: Path, name: str, entry: Any, *, base: int) -> tuple[TensorSpec | UnsupportedTensor, int, int]:
+    try:
+        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise CorruptError(f"{path}: the entry of '{name}' is incomplete. The file is damaged.") from error
+    if any(type(n) is not int for n in (begin, end)) or not isinstance(shape, list) or not 0 <= begin <= end:
+        raise CorruptError(f"{path}: the entry of '{name}' holds impossible numbers. The file is damaged.")
+    dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
+    if dtype is None or dtype.name == "float4_e2m1fn_x2":
+        return UnsupportedTensor(f"of dtype {code}"), begin, end
+    spec = make_spec(dtype, tuple(shape), Storage(path, base + begin, end - begin))
+    if spec.nbytes != end - begin:
+        raise CorruptError(
+            f"{path}: '{name}' of shape {shape} and dtype {code} needs {spec.nbytes} bytes, its header gives "
+            f"{end - begin}. The file is damaged; get a fresh copy."
+        )
+    return spec, begin, end
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], payload: int) -> None:
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
+        position = end
+    if position != payload:
+        what = "truncated" if position > payload else "longer than its header says"
+        raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
+
+
+def _provenance(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        provenance = json.loads(text)
+    except ValueError:
+        return None
+    return provenance if isinstance(provenance, dict) else None
+
+
+def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name: str, untie: bool = False) -> FilePlan:
+    """Lay out a safetensors file. Tied names (one OutTensor under several names) are written once.
+
+    Args:
+        tensors: what to write, by name.
+        metadata: goes into ``__metadata__``, as it is.
+        name: file name, for messages and sharded outputs.
+        untie: write a tied tensor under each of its names instead of once with aliases in the metadata.
+
+    Raises:
+        UnsupportedError: a dtype that the format does not have.
+    """
+    kept: dict[OutTensor, str] = {}
+    aliases: dict[str, str] = {}
+    unique: dict[str, OutTensor] = {}
+    for key, tensor in tensors.items():
+        if not untie and tensor in kept and key not in metadata and key != "format":
+            aliases[key] = kept[tensor]
+        else:
+            kept.setdefault(tensor, key)
+            unique[key] = tensor
+        if tensor.dtype.safetensors is None:
+            raise UnsupportedError(
+                f"'{key}' is {tensor.dtype.name}, which safetensors does not have. Write a .pth file instead (-o NAME.pth)."
+            )
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **aliases}}
+    # Large elements first, as the library itself does, so that every tensor is aligned to its own size.
+    ordered = sorted(unique.items(), key=lambda item: -item[1].dtype.itemsize)
+    position = 0
+    slots: list[tuple[OutTensor, int]] = []
+    for key, tensor in ordered:
+        end = position + tensor.nbytes
+        entries[key] = {
+            "dtype": tensor.dtype.safetensors,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        slots.append((tensor, position))
+        position = end
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > MAX_HEADER:
+        raise UnsupportedError(f"{name}: a header of {len(header)} bytes is over the limit of {MAX_HEADER}. Write a .pth file instead.")
+    base = 8 + len(header)
+    head = struct.pack("<Q", len(header)) + header
+    return FilePlan(
+        name=name,
+        size=base + position,
+        slots=tuple((tensor, base + offset) for tensor, offset in slots),
+        patches=lambda crcs: [(0, head)],
+        needs_crc=False,
+    )

@@ -1,0 +1,144 @@
+"""Staged writing: the target is the old file or the whole new one, at any instant.
+
+The output is made beside its target under a hidden name, synced to the disk, and renamed. On
+failure or interruption the hidden file goes; inputs are never opened for writing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import WriteError
+from . import SUFFIXES
+
+
+def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, folder: bool) -> None:
+    """Refuse a target before any work is done.
+
+    Args:
+        inputs: files and folders that must stay as they are.
+        nbytes: size of the output.
+        force: replace what is there.
+        folder: the target is a folder of shards.
+
+    Raises:
+        WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk.
+    """
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
+    resolved = target.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if resolved == source or _same_file(resolved, source):
+            raise WriteError(f"{target}: is one of the inputs, which are never changed. Choose another name with -o.")
+        if source.is_dir() and source in resolved.parents:
+            raise WriteError(f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o.")
+        if folder and resolved in source.parents:
+            raise WriteError(f"{target}: holds the input {path}, which is never changed. Choose another folder with -o.")
+    if target.is_dir() != folder and target.exists():
+        kind = "a folder" if target.is_dir() else "a file"
+        raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
+    if target.exists() and (not folder or any(target.iterdir())):
+        if not force:
+            raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
+        if folder:
+            _check_replaceable(target)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise WriteError(
+            f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. Free some space or choose another place with -o."
+        )
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+def _check_replaceable(folder: Path) -> None:
+    for child in sorted(folder.iterdir()):
+        ours = child.name.endswith((*SUFFIXES, *COMPANIONS)) and child.is_file()
+        if not ours:
+            raise WriteError(f"{folder}: holds {child.name}, which is no part of a checkpoint; not replaced. Choose a new folder with -o.")
+
+
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
+"""What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
+
+
+@contextmanager
+def staged_files(target: Path, names: Sequence[str] | None, sizes: Sequence[int]) -> Iterator[tuple[Path, list[int]]]:
+    """Make files beside the target and put them in its place when the block ends well.
+
+    Args:
+        target: the file, or the folder, to appear.
+        names: files in the folder; None if the target is one file.
+        sizes: bytes of each file.
+
+    Yields:
+        (where the files are being made, a writable descriptor of each).
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    stage = target.absolute().parent / f".{target.name}.{os.getpid()}.partial"
+    fds: list[int] = []
+    try:
+        try:
+            if names is not None:
+                stage.mkdir()
+            for path, size in zip([stage] if names is None else [stage / n for n in names], sizes, strict=True):
+                # 0o666 less the umask: the mode that any program of the user gives its files.
+                fds.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666))
+                os.truncate(fds[-1], size)
+        except OSError as error:
+            raise WriteError(f"{target}: cannot be written ({error.strerror}). Choose another place with -o.") from error
+        yield stage, fds
+        try:
+            for fd in fds:
+                os.fsync(fd)
+            if names is not None:
+                _sync_folder(stage)
+            _put(stage, target)
+            _sync_folder(stage.parent)
+        except OSError as error:
+            raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+        if names is None:
+            stage.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put(stage: Path, target: Path) -> None:
+    if not (target.is_dir() and stage.is_dir() and any(target.iterdir())):
+        stage.replace(target)
+        return
+    # A folder with content cannot be renamed over: the old one steps aside, and comes back if the new one fails.
+    aside = target.absolute().parent / f".{target.name}.{os.getpid()}.old"
+    target.rename(aside)
+    try:
+        stage.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

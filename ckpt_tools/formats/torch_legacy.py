@@ -1,0 +1,92 @@
+"""The torch format before 1.6: pickles one behind the other, then the storages. Read only.
+
+Magic number, protocol and system facts; the saved object; the list of storage keys; then,
+for each key, the element count (int64) and the elements, always least significant byte first.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import CorruptError
+from ..tensors import DType, Storage
+from . import unpickle
+from .header import Header
+
+MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def read(path: Path) -> Header:
+    """Read the header of a legacy torch file.
+
+    Raises:
+        CorruptError: truncated or damaged.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        declared = _declared_storages(path, file)
+        offsets = _storage_offsets(path, file, size, declared)
+        file.seek(0)
+        for _ in range(3):  # magic number, protocol, system facts
+            unpickle.load(file, _refuse, where=str(path))
+
+        # The storages stand behind the pickle that refers to them, so it is read a second time
+        # now that their places are known.
+        def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+            item = dtype.itemsize if dtype else 1
+            whole = Storage(path, offsets[key], declared[key])
+            if view is None:
+                return whole
+            _, first, count = view
+            if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= numel:
+                raise CorruptError(f"{path}: a storage view reaches beyond its storage. The file is damaged.")
+            return Storage(path, whole.offset + first * item, count * item)
+
+        tree, foreign = unpickle.load(file, locate, where=str(path))
+    return Header(path, "torch-legacy", tree, ((path, size),), foreign)
+
+
+def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+    raise CorruptError("a storage where none belongs")
+
+
+def _declared_storages(path: Path, file: IO[bytes]) -> dict[str, int]:
+    """Read up to the saved object; return the bytes that it says each storage has."""
+    declared: dict[str, int] = {}
+
+    def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+        nbytes = numel * (dtype.itemsize if dtype else 1)
+        if numel < 0 or declared.setdefault(key, nbytes) != nbytes:
+            raise CorruptError(f"{path}: storage {key} has two sizes. The file is damaged; get a fresh copy.")
+        return Storage(path, 0, nbytes)
+
+    for _ in range(3):
+        unpickle.load(file, _refuse, where=str(path))
+    unpickle.load(file, locate, where=str(path))
+    return declared
+
+
+def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str, int]) -> dict[str, int]:
+    keys, _ = unpickle.load(file, _refuse, where=str(path))
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(declared):
+        raise CorruptError(f"{path}: its list of storages does not fit its contents. The file is damaged.")
+    offsets = {}
+    position = file.tell()
+    for key in map(str, keys):
+        file.seek(position)
+        count = file.read(8)
+        end = position + 8 + declared[key]
+        if len(count) < 8 or end > size:
+            raise CorruptError(f"{path}: truncated: storage {key} ends at byte {end}, the file at {size}. Get a fresh copy.")
+        if struct.unpack("<q", count)[0] not in _possible_counts(declared[key]):
+            raise CorruptError(f"{path}: storage {key} has another size than its tensors say. The file is damaged.")
+        offsets[key] = position + 8
+        position = end
+    return offsets
+
+
+def _possible_counts(nbytes: int) -> set[int]:
+    """Element counts that a storage of so many bytes can have."""
+    return {nbytes // item for item in (1, 2, 4, 8, 16) if nbytes % item == 0}

@@ -1,0 +1,306 @@
+"""The torch format since 1.6: an uncompressed zip of one pickle and one record a storage.
+
+``<root>/data.pkl`` is the saved object, ``<root>/data/<key>`` a storage, ``<root>/byteorder`` its
+byte order. Records that torch does not know are passed over by `torch.load`; ours is
+``<root>/ckpt_tools.json``, which says where the weights came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import CorruptError, NotACheckpointError, UnsupportedError, WriteError
+from ..tensors import DType, Storage, c_strides
+from . import unpickle
+from .header import PROVENANCE, Header
+from .output import FilePlan, OutTensor
+
+ALIGNMENT = 64  # torch's own, so that payloads can be mapped
+_PROVENANCE_RECORD = f"{PROVENANCE}.json"
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_UTF8 = 0x800
+_DATE_1980 = 0x21  # the first day of the format's calendar: the same bytes whenever it is written
+_PADDING_ID = 0x4246  # the extra field that torch pads with
+_MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
+
+
+def read(path: Path) -> Header:
+    """Read the header of a torch zip file.
+
+    Raises:
+        NotACheckpointError: a zip without a torch pickle, or a TorchScript archive.
+        CorruptError: truncated or damaged.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+        except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
+            raise CorruptError(f"{path}: truncated or damaged: its zip directory cannot be read ({error}). Get a fresh copy.") from error
+        records = {info.filename: info for info in archive.infolist()}
+        if len(records) != len(archive.infolist()):
+            raise CorruptError(f"{path}: two records have one name. The file is damaged.")
+        root = _root(path, records)
+        offset_of = _offsets(path, file, limit=archive.start_dir)
+
+        def record(name: str) -> bytes | None:
+            info = records.get(f"{root}/{name}")
+            if info is None:
+                return None
+            file.seek(offset_of(info))
+            return file.read(info.file_size)
+
+        big_endian = (record("byteorder") or b"").strip() == b"big"
+
+        def locate(key: str, dtype: DType | None, numel: int, _view: Any) -> Storage:
+            info = records.get(f"{root}/data/{key}")
+            nbytes = numel * (dtype.itemsize if dtype else 1)
+            if info is None or info.file_size != nbytes:
+                has = "no such record" if info is None else f"{info.file_size} bytes"
+                raise CorruptError(f"{path}: storage {key} should have {nbytes} bytes; there is {has}. The file is damaged.")
+            return Storage(path, offset_of(info), nbytes, big_endian)
+
+        tree, foreign = unpickle.load(io.BytesIO(record("data.pkl") or b""), locate, where=str(path))
+        provenance = record(_PROVENANCE_RECORD)
+    # torch may be told to leave checksums out; then equal directories say nothing.
+    checksums = tuple(sorted((name.removeprefix(root), info.CRC, info.file_size) for name, info in records.items()))
+    telling = any(crc for name, crc, _ in checksums if "/data/" in name)
+    return Header(
+        path,
+        "torch-zip",
+        tree,
+        ((path, size),),
+        foreign,
+        provenance=_parse_provenance(provenance),
+        fingerprint=tuple(c for c in checksums if not c[0].startswith("/.data/")) if telling else None,
+    )
+
+
+def _root(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> str:
+    roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        raise NotACheckpointError(f"{path}: a zip file, but not one that torch.save wrote (no data.pkl inside).")
+    if f"{roots[0]}/constants.pkl" in records:
+        raise UnsupportedError(
+            f"{path}: a TorchScript archive, which holds a program. "
+            "Save its weights first: torch.save(torch.jit.load(FILE).state_dict(), NEW)."
+        )
+    return roots[0]
+
+
+def _offsets(path: Path, file: IO[bytes], *, limit: int) -> Callable[[zipfile.ZipInfo], int]:
+    """Make a function that finds where the bytes of a record start."""
+
+    def offset_of(info: zipfile.ZipInfo) -> int:
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise UnsupportedError(
+                f"{path}: its records are compressed or encrypted, so it was repacked by another program. "
+                "Load and save it with torch once."
+            )
+        file.seek(info.header_offset)
+        head = file.read(_LOCAL.size)
+        if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
+            raise CorruptError(f"{path}: its directory points at no record for {info.filename}. The file is damaged.")
+        fields = _LOCAL.unpack(head)
+        offset = info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
+        if info.compress_size != info.file_size or offset + info.file_size > limit:
+            raise CorruptError(f"{path}: the record {info.filename} reaches beyond the file. Get a fresh copy.")
+        return offset
+
+    return offset_of
+
+
+def _parse_provenance(raw: bytes | None) -> dict[str, Any] | None:
+    try:
+        provenance = json.loads(raw) if raw is not None else None
+    except ValueError:
+        return None
+    return provenance if isinstance(provenance, dict) else None
+
+
+class _StorageOut:
+    """A storage to come; the pickler turns it into a persistent id."""
+
+    def __init__(self, tensor: OutTensor, key: str) -> None:
+        self.tensor = tensor
+        self.key = key
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a tree of plain data with OutTensors in it, as torch.save would."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, protocol=2)  # the one that torch's restricted loader knows
+        self.storages: list[_StorageOut] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        import torch
+
+        if not isinstance(obj, _StorageOut):
+            return None
+        dtype = obj.tensor.dtype
+        if dtype.storage is None:
+            return ("storage", torch.storage.UntypedStorage, obj.key, "cpu", obj.tensor.nbytes)
+        return ("storage", getattr(torch, dtype.storage), obj.key, "cpu", obj.tensor.numel)
+
+    def reducer_override(self, obj: Any) -> Any:
+        import torch
+
+        if not isinstance(obj, OutTensor):
+            return NotImplemented
+        storage = _StorageOut(obj, str(len(self.storages)))
+        self.storages.append(storage)
+        rebuild: Any = torch._utils._rebuild_tensor_v2  # type: ignore[attr-defined]
+        hooks: OrderedDict[Any, Any] = OrderedDict()
+        args = (storage, 0, obj.shape, c_strides(obj.shape), False, hooks)
+        if obj.dtype.storage is None:
+            rebuild = torch._utils._rebuild_tensor_v3  # type: ignore[attr-defined]
+            return rebuild, (*args, getattr(torch, obj.dtype.name))
+        return rebuild, args
+
+
+def plain(tree: Any, dropped: list[str], where: str = "") -> Any:
+    """Copy a tree so that torch.load(weights_only=True) accepts it.
+
+    Namespaces become dicts, frozensets sets; what is no plain data is left out. OutTensors stay.
+
+    Args:
+        dropped: receives the dotted path of everything that was left out.
+    """
+    import torch
+
+    if tree is None or isinstance(tree, (bool, int, float, complex, str, bytes, bytearray, OutTensor)):
+        return tree
+    if isinstance(tree, (torch.Size, torch.dtype, torch.device)):
+        return tree
+    if isinstance(tree, argparse.Namespace):
+        tree = vars(tree)
+    if isinstance(tree, dict):
+        items = [
+            (key, plain(value, dropped, f"{where}.{key}".lstrip(".")))
+            for key, value in tree.items()
+            if isinstance(key, (str, int, float, bool, tuple, type(None)))
+        ]
+        copy: Any = OrderedDict() if isinstance(tree, OrderedDict) else {}
+        copy.update((key, value) for key, value in items if value is not _LEFT_OUT)
+        metadata = getattr(tree, "_metadata", None)
+        if isinstance(tree, OrderedDict) and metadata is not None:
+            copy._metadata = plain(metadata, dropped, where)
+        return copy
+    if isinstance(tree, (list, tuple, set, frozenset)):
+        values = [plain(value, dropped, f"{where}[]") for value in tree]
+        kept = [value for value in values if value is not _LEFT_OUT]
+        return tuple(kept) if isinstance(tree, tuple) else set(kept) if isinstance(tree, (set, frozenset)) else kept
+    dropped.append(where or "the object itself")
+    return _LEFT_OUT
+
+
+_LEFT_OUT = object()
+
+
+def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -> FilePlan:
+    """Lay out a torch zip file.
+
+    Args:
+        tree: plain data (see `plain`) with OutTensors; one OutTensor in several places stays tied.
+        name: file name, for messages and sharded outputs.
+        provenance: stored as a record of its own, beside the object.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    try:
+        pickler.dump(tree)
+    except (pickle.PicklingError, RecursionError, TypeError) as error:
+        raise WriteError(f"{name}: what stands beside the weights cannot be written ({error}). Write a .safetensors file instead.") from error
+    records: list[tuple[str, bytes | OutTensor]] = [("data.pkl", stream.getvalue()), ("byteorder", b"little")]
+    records += [(f"data/{storage.key}", storage.tensor) for storage in pickler.storages]
+    records.append(("version", b"3\n"))
+    if provenance is not None:
+        records.append((_PROVENANCE_RECORD, json.dumps(provenance, indent=1).encode()))
+    layout, directory = _lay_out(records)
+
+    def patches(crcs: Mapping[OutTensor, int]) -> list[tuple[int, bytes]]:
+        pieces = []
+        entries = []
+        for record in layout:
+            crc = crcs.get(record.body, 0) if isinstance(record.body, OutTensor) else zlib.crc32(record.body)
+            pieces.append((record.offset, record.local_header(crc)))
+            if isinstance(record.body, bytes):
+                pieces.append((record.data, record.body))
+            entries.append(record.central_header(crc))
+        return [*pieces, (directory, b"".join(entries) + _end(directory, entries))]
+
+    end = directory + sum(len(record.central_header(0)) for record in layout)
+    return FilePlan(
+        name=name,
+        size=end + len(_end(directory, [b""] * len(layout))),
+        slots=tuple((record.body, record.data) for record in layout if isinstance(record.body, OutTensor)),
+        patches=patches,
+        needs_crc=True,
+    )
+
+
+class _Record:
+    """One stored record: its place and its two headers."""
+
+    def __init__(self, name: str, body: bytes | OutTensor, offset: int) -> None:
+        self.name = f"archive/{name}".encode()
+        self.body = body
+        self.offset = offset
+        self.size = body.nbytes if isinstance(body, OutTensor) else len(body)
+        big = self.size >= _MAX32
+        self._sizes = struct.pack("<2H2Q", 1, 16, self.size, self.size) if big else b""
+        head = offset + _LOCAL.size + len(self.name) + len(self._sizes) + 4
+        self._padding = -head % ALIGNMENT
+        self.data = head + self._padding
+
+    def _common(self, crc: int) -> tuple[int, ...]:
+        size = _MAX32 if self._sizes else self.size
+        return (_UTF8, zipfile.ZIP_STORED, 0, _DATE_1980, crc, size, size, len(self.name))
+
+    def local_header(self, crc: int) -> bytes:
+        extra = self._sizes + struct.pack("<2H", _PADDING_ID, self._padding) + b"Z" * self._padding
+        return _LOCAL.pack(b"PK\3\4", 45 if self._sizes else 20, *self._common(crc), len(extra)) + self.name + extra
+
+    def central_header(self, crc: int) -> bytes:
+        far = self.offset >= _MAX32
+        extra = b""
+        if self._sizes or far:
+            values = ([self.size, self.size] if self._sizes else []) + ([self.offset] if far else [])
+            extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
+        version = 45 if extra else 20
+        offset = _MAX32 if far else self.offset
+        return _CENTRAL.pack(b"PK\1\2", version, version, *self._common(crc), len(extra), 0, 0, 0, 0, offset) + self.name + extra
+
+
+def _lay_out(records: Iterable[tuple[str, bytes | OutTensor]]) -> tuple[list[_Record], int]:
+    layout = []
+    position = 0
+    for name, body in records:
+        record = _Record(name, body, position)
+        layout.append(record)
+        position = record.data + record.size
+    return layout, position
+
+
+def _end(directory: int, entries: list[bytes]) -> bytes:
+    """The records that close a zip: always with the zip64 ones, which lift the limits on count and size."""
+    count, size = len(entries), sum(map(len, entries))
+    zip64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, directory)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, directory + size, 1)
+    return zip64 + locator + struct.pack(
+        "<4s4H2LH", b"PK\5\6", 0, 0, min(count, _MAX16), min(count, _MAX16), min(size, _MAX32), min(directory, _MAX32), 0
+    )
+
+

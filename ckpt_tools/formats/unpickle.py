@@ -1,0 +1,360 @@
+"""The restricted unpickler: reads the structure of a checkpoint and runs none of it.
+
+A pickle is a program that may name any Python object and call it. Here a name is looked up
+in a short table of plain data types; every other name becomes a subclass of `Inert`, which
+keeps the arguments it is called with and does nothing. No module named in a file is imported.
+
+Whatever a pickle can reach is either immutable or made anew for this file (`Sealed`), for the
+BUILD opcode can set attributes on any object that it is handed, classes included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import pickle
+import struct
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from ..errors import CkptError, CorruptError
+from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, make_spec
+
+# Turns a persistent id of torch's (key, element type, element count, view) into bytes of the file.
+# The element type is None for untyped storage, whose count is in bytes.
+Locate = Callable[[str, DType | None, int, Any], Storage]
+
+
+class Sealed(type):
+    """A class whose attributes a pickle cannot set."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        # abc and copyreg keep caches on classes; everything else comes from a pickle's BUILD.
+        raise pickle.UnpicklingError(f"the pickle tries to change the class {cls.__name__}")
+
+
+class Inert(metaclass=Sealed):
+    """An object that a checkpoint names and that nobody made: its name, arguments and state.
+
+    Attributes:
+        args: positional arguments of the constructor, then keyword arguments as a dict, if any.
+        state: what BUILD would have handed to ``__setstate__``.
+        items: what would have been appended, added or set.
+    """
+
+    __slots__ = ("args", "items", "state")
+    global_name = ""
+
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        record = object.__new__(cls)
+        record.args = (*args, kwargs) if kwargs else args
+        record.state = None
+        record.items = []
+        return record
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Accept what the real constructor would; `__new__` has kept it."""
+
+    def __call__(self, *args: Any) -> Inert:
+        return Inert(self, *args)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        self.items.append(item)
+
+    def extend(self, items: Any) -> None:
+        self.items.extend(items)
+
+    add = append
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).global_name or 'unknown object'}, not loaded>"
+
+
+class Namespace(argparse.Namespace, metaclass=Sealed):
+    """argparse.Namespace, sealed; timm and Megatron store their arguments in one."""
+
+
+class PlainDict(dict[Any, Any], metaclass=Sealed):
+    """collections.Counter and defaultdict as the mappings they are; a default factory is dropped."""
+
+    def __init__(self, source: Any = None, /) -> None:
+        super().__init__(source if isinstance(source, dict) else ())
+
+
+class _Bytes(metaclass=Sealed):
+    """Protocol 2 writes bytes as text: ``_codecs.encode(text, 'latin1')``, ``bytearray(text, 'latin-1')``."""
+
+    def __new__(cls, source: Any = b"", encoding: str = "latin1") -> Any:
+        if isinstance(source, str) and codecs.lookup(encoding).name in ("iso8859-1", "utf-8", "ascii"):
+            return source.encode(encoding)
+        if isinstance(source, bytes):
+            return source
+        raise pickle.UnpicklingError("bytes made from something that is no text")
+
+
+class _ByteArray(metaclass=Sealed):
+    def __new__(cls, source: Any = b"", encoding: str = "latin1") -> Any:
+        return bytearray(_Bytes(source, encoding))  # type: ignore[call-overload]
+
+
+class _NumpyDtype(metaclass=Sealed):
+    """numpy.dtype, as far as a scalar needs it: a code such as 'f8' and a byte order."""
+
+    __slots__ = ("code", "order")
+    code: str
+    order: str
+
+    def __new__(cls, code: Any = "", *_: Any) -> _NumpyDtype:
+        dtype = object.__new__(cls)
+        dtype.code, dtype.order = str(code), "<"
+        return dtype
+
+    def __init__(self, *_: Any) -> None:
+        """`__new__` has kept the code."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
+            self.order = state[1]
+
+
+_NUMPY_CODES = {
+    "f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b",
+    "u8": "Q", "u4": "I", "u2": "H", "u1": "B", "b1": "?",
+}  # fmt: skip
+
+
+class _NumpyScalar(metaclass=Sealed):
+    """numpy.core.multiarray.scalar(dtype, raw bytes), as the Python number of the same value."""
+
+    def __new__(cls, dtype: Any, raw: Any = b"") -> Any:
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        code = _NUMPY_CODES.get(getattr(dtype, "code", ""))
+        if code is None or not isinstance(raw, bytes) or struct.calcsize(code) != len(raw):
+            return Inert(dtype, raw)
+        return struct.unpack(dtype.order + code, raw)[0]
+
+
+class _StorageType(metaclass=Sealed):
+    """The class in a persistent id: which dtype its elements have; None for untyped storage."""
+
+    dtype: DType | None = None
+
+
+def _storage_type(dtype: DType | None) -> type:
+    return Sealed("StorageType", (_StorageType,), {"dtype": dtype})
+
+
+class _TypedStorage:
+    """A storage and the dtype that its class named."""
+
+    __slots__ = ("dtype", "storage")
+
+    def __init__(self, storage: Storage, dtype: DType | None) -> None:
+        object.__setattr__(self, "storage", storage)
+        object.__setattr__(self, "dtype", dtype)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise pickle.UnpicklingError("the pickle tries to change a storage")
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    return tuple(values) if isinstance(values, (tuple, list)) else (-1,)
+
+
+class _Tensor(metaclass=Sealed):
+    """torch._utils._rebuild_tensor(storage, offset, size, stride), _v2 (more, then metadata) and _v3 (a dtype)."""
+
+    def __new__(cls, storage: Any, start: Any, size: Any, stride: Any, *rest: Any) -> TensorSpec | UnsupportedTensor:
+        if not isinstance(storage, _TypedStorage):
+            raise pickle.UnpicklingError("a tensor without a storage")
+        dtype = storage.dtype
+        metadata = rest[2] if len(rest) > 2 else None
+        if len(rest) > 2 and _dtype_of(rest[2]) is not None:  # _v3: requires_grad, hooks, dtype, metadata
+            dtype = _dtype_of(rest[2])
+            metadata = rest[3] if len(rest) > 3 else None
+        if dtype is None:
+            return UnsupportedTensor("of an unknown dtype")
+        if isinstance(metadata, dict):
+            for view in ("conj", "neg"):
+                if metadata.get(view):
+                    return UnsupportedTensor(f"a lazy {view} view")
+        return make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=start)
+
+
+class _Parameter(metaclass=Sealed):
+    """torch._utils._rebuild_parameter(data, requires_grad, hooks[, state]): the data."""
+
+    def __new__(cls, data: Any, *_: Any) -> Any:
+        return data
+
+
+class _FromType(metaclass=Sealed):
+    """torch._tensor._rebuild_from_type_v2(function, type, arguments, state): what the function gives."""
+
+    def __new__(cls, function: Any, type_: Any, args: Any, *_: Any) -> Any:
+        if function in (_Tensor, _Parameter) or function in _UNSUPPORTED_TYPES:
+            return function(*args)
+        return Inert(function, type_, args)
+
+
+class _Unsupported(metaclass=Sealed):
+    kind = ""
+
+    def __new__(cls, *_: Any) -> UnsupportedTensor:  # type: ignore[misc]
+        return UnsupportedTensor(cls.kind)
+
+
+_UNSUPPORTED = {
+    f"torch._utils.{name}": Sealed("Unsupported", (_Unsupported,), {"kind": kind})
+    for name, kind in {
+        "_rebuild_sparse_tensor": "sparse",
+        "_rebuild_sparse_csr_tensor": "sparse",
+        "_rebuild_qtensor": "quantized",
+        "_rebuild_nested_tensor": "nested",
+        "_rebuild_meta_tensor_no_storage": "on the meta device, without data",
+        "_rebuild_device_tensor_from_numpy": "an array of another device",
+        "_rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
+        "_rebuild_wrapper_subclass": "a wrapper subclass (DTensor or the like)",
+    }.items()
+}
+_UNSUPPORTED_TYPES = frozenset(_UNSUPPORTED.values())
+
+
+def _dtype_of(value: Any) -> DType | None:
+    """Map a torch.dtype to ours without importing torch where there is none."""
+    name = str(value)
+    return DTYPES.get(name.removeprefix("torch.")) if name.startswith("torch.") else None
+
+
+_TABLE: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": Sealed(
+        "DefaultDict", (PlainDict,), {"__init__": lambda self, factory=None, source=None: PlainDict.__init__(self, source)}
+    ),
+    "collections.Counter": PlainDict,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.complex": complex,
+    "builtins.bytearray": _ByteArray,
+    "builtins.bytes": _Bytes,
+    "_codecs.encode": _Bytes,
+    "argparse.Namespace": Namespace,
+    "numpy.dtype": _NumpyDtype,
+    "numpy.core.multiarray.scalar": _NumpyScalar,
+    "numpy._core.multiarray.scalar": _NumpyScalar,
+    "torch._utils._rebuild_tensor": _Tensor,
+    "torch._utils._rebuild_tensor_v2": _Tensor,
+    "torch._utils._rebuild_tensor_v3": _Tensor,
+    "torch._utils._rebuild_parameter": _Parameter,
+    "torch._utils._rebuild_parameter_with_state": _Parameter,
+    "torch._tensor._rebuild_from_type_v2": _FromType,
+    **_UNSUPPORTED,
+    **{f"torch.{name}": _storage_type(dtype) for name, dtype in BY_STORAGE.items()},
+    **{f"torch.cuda.{name}": _storage_type(dtype) for name, dtype in BY_STORAGE.items()},
+    "torch.storage.UntypedStorage": _storage_type(None),
+    "torch.UntypedStorage": _storage_type(None),
+}
+# Immutable types of torch itself, whose values are plain data. torch is imported only when a file holds one.
+_TORCH_VALUES = {"torch.Size", "torch.device", *(f"torch.{name}" for name in DTYPES)}
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], locate: Locate) -> None:
+        # latin1 is the one encoding in which numpy scalars of Python 2 survive; ASCII names are the same in all.
+        super().__init__(file, encoding="latin1")
+        self._locate = locate
+        self._inert: dict[str, type] = {}
+        self.foreign: Counter[str] = Counter()
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in _TABLE:
+            return _TABLE[full]
+        if full in _TORCH_VALUES:
+            import torch
+
+            return getattr(torch, name)
+        if full not in self._inert:
+            self._inert[full] = Sealed("Inert", (Inert,), {"__slots__": (), "global_name": full})
+        self.foreign[full] += 1
+        return self._inert[full]
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *rest = pid if isinstance(pid, tuple) and pid else ("",)
+        if isinstance(kind, bytes):
+            kind = kind.decode("latin1")
+        if kind == "module" and rest:  # legacy files: (container class, source file, source text)
+            return rest[0]
+        storage_type, key, numel = (rest[0], rest[1], rest[3]) if kind == "storage" and len(rest) > 3 else (None,) * 3
+        if isinstance(key, bytes):
+            key = key.decode("latin1")
+        if not isinstance(storage_type, Sealed) or not issubclass(storage_type, _StorageType) or type(numel) is not int:
+            raise pickle.UnpicklingError("an unknown kind of persistent object")
+        view = rest[4] if len(rest) > 4 else None
+        return _TypedStorage(self._locate(str(key), storage_type.dtype, numel, view), storage_type.dtype)
+
+
+def load(file: IO[bytes], locate: Locate, *, where: str) -> tuple[Any, Counter[str]]:
+    """Read one pickle from an open file, which is left behind its last byte.
+
+    Args:
+        file: open for reading in binary.
+        locate: finds the bytes of a storage.
+        where: the file's name, for messages.
+
+    Returns:
+        The object tree, with TensorSpec (or UnsupportedTensor) for tensors and Inert for what is unknown,
+        and how often each unknown global was named.
+
+    Raises:
+        CorruptError: the pickle is damaged, or tries something that no honest one does.
+    """
+    unpickler = _RestrictedUnpickler(file, locate)
+    try:
+        return unpickler.load(), unpickler.foreign
+    except CkptError:
+        raise
+    # A damaged or hostile pickle can fail in any of the types that it reaches.
+    except Exception as error:
+        raise CorruptError(
+            f"{where}: its pickle cannot be read ({type(error).__name__}: {error}). "
+            "The file is damaged or no checkpoint; nothing in it was run."
+        ) from error
+
+
+def tensors_in(tree: Any) -> Iterator[tuple[tuple[Any, ...], TensorSpec | UnsupportedTensor]]:
+    """Walk a tree in order and yield (path of keys, tensor); a container met again is passed over."""
+    seen: set[int] = set()
+    stack: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
+    while stack:
+        path, node = stack.pop()
+        if isinstance(node, (TensorSpec, UnsupportedTensor)):
+            yield path, node
+        elif id(node) not in seen:
+            seen.add(id(node))
+            children = list(_children(node))
+            stack.extend(((*path, key), child) for key, child in reversed(children))
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, (list, tuple)):
+        yield from enumerate(node)
+    elif isinstance(node, argparse.Namespace):
+        yield from vars(node).items()
+    elif isinstance(node, Inert):
+        yield from enumerate(node.args)
+        yield "state", node.state
+        yield from enumerate(node.items)

@@ -1,0 +1,178 @@
+"""Inspection: what a checkpoint holds, from its header alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .formats.header import Header
+from .formats.unpickle import tensors_in
+from .keys import prefixes
+from .layouts import StateDict, states
+from .series import metric_of, stored_counters
+from .tensors import TensorSpec, UnsupportedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor, as a list of tensors shows it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """One set of weights: how many tensors and elements, of which dtypes, with which prefixes.
+
+    Attributes:
+        which: ``raw`` or ``ema``.
+        label: with the place in the file.
+        layout: name of the layout.
+        elements: parameters and buffers, in elements.
+        dtypes: name to (tensors, bytes), the largest first.
+        prefixes: wrapper prefix to how many names carry it.
+        tensors: all of them, in order.
+    """
+
+    which: str
+    label: str
+    layout: str
+    elements: int
+    nbytes: int
+    dtypes: dict[str, tuple[int, int]]
+    prefixes: dict[str, int]
+    tensors: tuple[TensorRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """An optimizer's state: what it looks like, and its memory in multiples of the parameters."""
+
+    place: str
+    kind: str
+    nbytes: int
+    multiple: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What `ckpt inspect` shows.
+
+    Attributes:
+        path, format, nbytes: of the file or folder.
+        files: how many files it consists of.
+        sets: the weights in known layouts.
+        other: places with tensors beside these (top-level entry to tensor count).
+        counters: step, epoch and the like.
+        metric: timm's ``metric``, if there is one.
+        optimizers: their states.
+        foreign: Python names that were not understood, and so not run.
+        provenance: what ckpt-tools wrote about its own output.
+    """
+
+    path: str
+    format: str
+    nbytes: int
+    files: int
+    sets: tuple[WeightSet, ...]
+    other: dict[str, int]
+    counters: dict[str, int]
+    metric: float | None
+    optimizers: tuple[Optimizer, ...]
+    foreign: dict[str, int]
+    provenance: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the description as plain data for JSON."""
+        return asdict(self)
+
+
+def describe(header: Header) -> Description:
+    """Describe a checkpoint from its header; no payload is read."""
+    sets = states(header)
+    parameters = _nbytes(sets["raw"]) if "raw" in sets else None
+    return Description(
+        path=str(header.path),
+        format=header.format,
+        nbytes=header.nbytes,
+        files=len(header.files),
+        sets=tuple(_weight_set(state) for state in sets.values()),
+        other=_other(header, sets),
+        counters=stored_counters(header),
+        metric=metric_of(header, "metric"),
+        optimizers=tuple(_optimizers(header.tree, parameters)),
+        foreign=dict(header.foreign),
+        provenance=header.provenance,
+    )
+
+
+def _nbytes(state: StateDict) -> int:
+    return sum(spec.nbytes for spec in state.tensors.values() if isinstance(spec, TensorSpec))
+
+
+def _row(name: str, spec: TensorSpec | UnsupportedTensor) -> TensorRow:
+    if isinstance(spec, UnsupportedTensor):
+        return TensorRow(name, spec.kind, None, 0)
+    return TensorRow(name, spec.dtype.name, spec.shape, spec.nbytes)
+
+
+def _weight_set(state: StateDict) -> WeightSet:
+    rows = tuple(_row(name, spec) for name, spec in state.tensors.items())
+    dtypes: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        count, nbytes = dtypes.get(row.dtype, (0, 0))
+        dtypes[row.dtype] = (count + 1, nbytes + row.nbytes)
+    return WeightSet(
+        which=state.which,
+        label=state.label,
+        layout=state.layout,
+        elements=sum(spec.numel for spec in state.tensors.values() if isinstance(spec, TensorSpec)),
+        nbytes=sum(row.nbytes for row in rows),
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
+        prefixes=dict(prefixes(state.tensors)),
+        tensors=rows,
+    )
+
+
+def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
+    taken = {state.path[0] for state in sets.values() if state.path}
+    if any(not state.path for state in sets.values()):
+        return {}
+    counts: dict[str, int] = {}
+    for path, _ in tensors_in(header.tree):
+        key = str(path[0]) if path else "the object itself"
+        if key not in taken:
+            counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def _optimizers(tree: Any, parameters: int | None) -> list[Optimizer]:
+    found = []
+    for place, value in tree.items() if isinstance(tree, dict) else ():
+        for i, candidate in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(candidate, dict) and {"state", "param_groups"} <= candidate.keys():
+                nbytes = sum(spec.nbytes for _, spec in tensors_in(candidate["state"]) if isinstance(spec, TensorSpec))
+                name = f"{place}.{i}" if isinstance(value, list) else str(place)
+                multiple = nbytes / parameters if parameters else None
+                found.append(Optimizer(name, _kind(candidate["state"]), nbytes, multiple))
+    return found
+
+
+def _kind(state: Any) -> str:
+    """Tell the family by what it keeps for each parameter."""
+    keys = {key for entry in (state.values() if isinstance(state, dict) else ()) if isinstance(entry, dict) for key in entry}
+    for needed, kind in (
+        ({"exp_avg", "max_exp_avg_sq"}, "Adam family, amsgrad"),
+        ({"exp_avg", "exp_avg_sq"}, "Adam family"),
+        ({"exp_avg"}, "Lion or alike"),
+        ({"square_avg"}, "RMSprop"),
+        ({"sum"}, "Adagrad"),
+        ({"momentum_buffer"}, "SGD with momentum"),
+    ):
+        if needed <= keys:
+            return kind
+    return "without state (plain SGD?)" if not keys else "unknown"

@@ -1,0 +1,174 @@
+"""Keys: wrapper prefixes, and how the tensors of a series line up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import AlignmentError, UsageError
+from .tensors import TensorSpec, UnsupportedTensor
+
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
+# These names no model of its own uses, so they go wherever they stand; `module` only goes in front of all.
+_ANYWHERE = tuple(w for w in WRAPPERS if w.startswith("_"))
+
+KEYS = ("strict", "intersection", "union")
+MATCHES = ("name", "order")
+
+Tensor = TensorSpec | UnsupportedTensor
+
+
+def unwrap(names: Iterable[str]) -> dict[str, str]:
+    """Map each name to the one without wrapper prefixes.
+
+    A leading prefix goes only where every name carries it, until none is left, in whatever order they were
+    put on; the private ones (``_orig_mod.`` and the like) go in the middle of names, too.
+
+    Raises:
+        AlignmentError: two names become one.
+    """
+    mapping = {name: name for name in names}
+    changed = bool(mapping)
+    while changed:
+        changed = False
+        for name, bare in mapping.items():
+            inner = _strip_inside(bare)
+            changed |= inner != bare
+            mapping[name] = inner
+        for wrapper in WRAPPERS:
+            if all(bare.startswith(wrapper) and bare != wrapper for bare in mapping.values()):
+                mapping = {name: bare.removeprefix(wrapper) for name, bare in mapping.items()}
+                changed = True
+    taken: dict[str, str] = {}
+    for name, bare in mapping.items():
+        if bare in taken:
+            raise AlignmentError(
+                f"'{taken[bare]}' and '{name}' are both '{bare}' without wrapper prefixes. Rename one before averaging."
+            )
+        taken[bare] = name
+    return mapping
+
+
+def _strip_inside(name: str) -> str:
+    for wrapper in _ANYWHERE:
+        if name.startswith(wrapper):
+            name = name.removeprefix(wrapper)
+        name = name.replace(f".{wrapper}", ".")
+    return name
+
+
+def prefixes(names: Iterable[str]) -> Counter[str]:
+    """Count the names that carry each wrapper prefix, in front or in the middle."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")[:-1]
+        for wrapper in WRAPPERS:
+            bare = wrapper.rstrip(".")
+            if bare in parts if wrapper in _ANYWHERE else parts[:1] == [bare]:
+                counts[wrapper] += 1
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPlan:
+    """Which tensors are summed.
+
+    Attributes:
+        rows: output name to one tensor a checkpoint; None where a checkpoint lacks it (``union``).
+        left_out: names that some checkpoints have and the output does not.
+    """
+
+    rows: dict[str, tuple[TensorSpec | None, ...]]
+    left_out: tuple[str, ...]
+
+
+def align(
+    states: Sequence[Mapping[str, Tensor]],
+    files: Sequence[str],
+    *,
+    keys: str = "strict",
+    match: str = "name",
+    mixed_dtypes: bool = False,
+) -> KeyPlan:
+    """Line the tensors of N state dicts up.
+
+    Args:
+        states: names (already unwrapped) to tensors, oldest checkpoint first. Order and names of
+            the output are those of the last.
+        files: what to call each in messages.
+        keys: ``strict``: all have the same names; ``intersection``: what all share;
+            ``union``: a tensor is averaged over the checkpoints that have it.
+        match: ``name``, or ``order``: by position, as timm's ModelEmaV2 does.
+        mixed_dtypes: allow floating-point dtypes to differ.
+
+    Raises:
+        AlignmentError: names, shapes or dtypes differ, or nothing is left; names tensor and file.
+        UsageError: an unknown rule.
+    """
+    if keys not in KEYS or match not in MATCHES:
+        raise UsageError(f"--keys is one of {', '.join(KEYS)}; --match one of {', '.join(MATCHES)}.")
+    if match == "order":
+        states = _by_order(states, files)
+    counts = Counter(name for state in states for name in state)
+    names = [*states[-1], *(name for name in counts if name not in states[-1])]
+    partial = [name for name in names if counts[name] < len(states)]
+    if partial and keys == "strict":
+        raise AlignmentError(_missing(partial, counts, states, files))
+    if keys == "intersection":
+        names = [name for name in names if counts[name] == len(states)]
+        if not names:
+            raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect --tensors.")
+    rows = {}
+    for name in names:
+        row = tuple(state.get(name) for state in states)
+        rows[name] = _checked(name, row, files, mixed_dtypes=mixed_dtypes)
+    return KeyPlan(rows, tuple(partial) if keys == "intersection" else ())
+
+
+def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> list[dict[str, Tensor]]:
+    last = list(states[-1])
+    for state, file in zip(states, files, strict=True):
+        if len(state) != len(last):
+            raise AlignmentError(
+                f"--match order: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. They do not pair off."
+            )
+    return [dict(zip(last, state.values(), strict=True)) for state in states]
+
+
+def _missing(
+    partial: Sequence[str], counts: Mapping[str, int], states: Sequence[Mapping[str, Tensor]], files: Sequence[str]
+) -> str:
+    name = partial[0]
+    lacking = [file for file, state in zip(files, states, strict=True) if name not in state]
+    more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
+    return (
+        f"{lacking[0]} lacks '{name}', which {counts[name]} of {len(states)} files have.{more} "
+        "Use --keys intersection to average what all share."
+    )
+
+
+def _checked(
+    name: str, row: Sequence[Tensor | None], files: Sequence[str], *, mixed_dtypes: bool
+) -> tuple[TensorSpec | None, ...]:
+    checked: list[TensorSpec | None] = []
+    first: tuple[TensorSpec, str] | None = None
+    for tensor, file in zip(row, files, strict=True):
+        if isinstance(tensor, UnsupportedTensor):
+            raise AlignmentError(f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. Convert it to a dense tensor first.")
+        checked.append(tensor)
+        if tensor is None:
+            continue
+        first = first or (tensor, file)
+        model, where = first
+        if tensor.shape != model.shape:
+            raise AlignmentError(
+                f"'{name}' has shape {list(model.shape)} in {where} but {list(tensor.shape)} in {file}. "
+                "These are not checkpoints of one model."
+            )
+        both_float = tensor.dtype.averaged and tensor.dtype.kind is model.dtype.kind
+        if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
+            advice = "Say which the average should have, such as --dtype float32." if both_float else "They cannot be averaged."
+            raise AlignmentError(f"'{name}' is {model.dtype.name} in {where} but {tensor.dtype.name} in {file}. {advice}")
+    return tuple(checked)

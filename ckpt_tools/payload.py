@@ -1,0 +1,227 @@
+"""Payload: from a spec to the values, by plain reads into reused buffers.
+
+Nothing is mapped: a truncated file is an error here, not a signal, and reading costs no page faults.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from .errors import CorruptError, ReadError
+from .tensors import DType, TensorSpec
+
+# Elements are moved as integers of their size, so that no move depends on what a dtype supports.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_WORTH = 16 * 1024  # bytes that cost no more to read than the call itself
+
+
+class OpenFiles:
+    """Input files, opened read-only once and shared by all threads; a context manager."""
+
+    def __init__(self) -> None:
+        self._fds: dict[Path, int] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+
+    def open(self, path: Path) -> None:
+        """Open a file, if it is not open yet.
+
+        Raises:
+            ReadError: it cannot be opened.
+        """
+        if path in self._fds:
+            return
+        try:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise ReadError(f"{path}: cannot be read ({error.strerror}).") from error
+        self._fds[path] = fd
+        self._stamps[path] = self._stamp(path)
+
+    def __getitem__(self, path: Path) -> int:
+        return self._fds[path]
+
+    def _stamp(self, path: Path) -> tuple[int, int]:
+        stat = os.fstat(self._fds[path])
+        return stat.st_size, stat.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Refuse a result made from files that somebody wrote to meanwhile.
+
+        Raises:
+            CorruptError: size or modification time of a file has changed since it was opened.
+        """
+        for path, stamp in self._stamps.items():
+            if self._stamp(path) != stamp:
+                raise CorruptError(f"{path}: changed while it was read. Wait until training has finished writing, then try again.")
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+
+class Buffer:
+    """Page-aligned private memory, seen as bytes and as tensors of any dtype."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        self.bytes = memoryview(self._memory)
+        self._views: dict[torch.dtype, torch.Tensor] = {}
+
+    def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
+        if dtype not in self._views:
+            self._views[dtype] = torch.frombuffer(self._memory, dtype=dtype)
+        return self._views[dtype][:count]
+
+
+class Reader:
+    """Reads pieces of tensors into one buffer that the next read overwrites; one a thread."""
+
+    def __init__(self, files: OpenFiles, nbytes: int) -> None:
+        self._files = files
+        self.buffer = Buffer(nbytes)
+        self._gathered: Buffer | None = None
+
+    def read(self, spec: TensorSpec, start: int, stop: int) -> int:
+        """Bring elements [start, stop) of a tensor, in C order and native byte order, to the start of the buffer.
+
+        Returns:
+            Bytes read.
+
+        Raises:
+            CorruptError: the file ends before them.
+        """
+        count = stop - start
+        item = spec.dtype.itemsize
+        nbytes = count * item
+        if spec.contiguous:
+            self._pread(spec, (spec.start + start) * item, self.buffer.bytes[:nbytes])
+        else:
+            self._gather(spec, start, stop)
+        if spec.storage.big_endian and spec.dtype.word > 1:
+            words = self.buffer.view(torch.uint8, nbytes).view(-1, spec.dtype.word)
+            words.copy_(words.flip(1))
+        return nbytes
+
+    def tensor(self, dtype: DType, count: int) -> torch.Tensor:
+        """Return what was read last, as a 1-d tensor that shares the buffer."""
+        return self.buffer.view(torch_dtype(dtype), count)
+
+    def _pread(self, spec: TensorSpec, offset: int, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                got = os.preadv(self._files[spec.storage.path], [target[done:]], spec.storage.offset + offset + done)
+            except OSError as error:
+                raise ReadError(f"{spec.storage.path}: reading failed ({error.strerror}).") from error
+            if got == 0:
+                raise CorruptError(f"{spec.storage.path}: ends before its tensors do. Get a fresh copy.")
+            done += got
+
+    def _gather(self, spec: TensorSpec, start: int, stop: int) -> None:
+        """Collect elements of a view with gaps or permuted strides, box by box."""
+        item = spec.dtype.itemsize
+        out = self.buffer.view(_BITS[item], stop - start)
+        done = 0
+        for first, sizes, strides in boxes(spec.shape, spec.stride, start, stop):
+            count = math.prod(sizes)
+            self._read_box(spec, spec.start + first, sizes, strides, out[done : done + count].view(sizes))
+            done += count
+
+    def _read_box(
+        self, spec: TensorSpec, first: int, sizes: tuple[int, ...], strides: tuple[int, ...], out: torch.Tensor
+    ) -> None:
+        item = spec.dtype.itemsize
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        dense = math.prod(sizes) * 8 >= extent
+        if extent * item <= len(self.buffer.bytes) and (dense or extent * item <= _WORTH):
+            if self._gathered is None:
+                self._gathered = Buffer(len(self.buffer.bytes))
+            self._pread(spec, first * item, self._gathered.bytes[: extent * item])
+            out.copy_(self._gathered.view(_BITS[item], extent).as_strided(sizes, strides))
+            return
+        # Too wide, or mostly gaps: halve it where that saves most.
+        axis = max(range(len(sizes)), key=lambda i: (sizes[i] - 1) * strides[i])
+        half = sizes[axis] // 2
+        for begin, size in ((0, half), (half, sizes[axis] - half)):
+            part = (*sizes[:axis], size, *sizes[axis + 1 :])
+            self._read_box(spec, first + begin * strides[axis], part, strides, out.narrow(axis, begin, size))
+
+
+def boxes(
+    shape: tuple[int, ...], stride: tuple[int, ...], start: int, stop: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Cut elements [start, stop), counted in C order, into boxes.
+
+    Yields:
+        (first element, sizes, strides) of each box, in elements, in C order.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield 0, (), ()
+        return
+    inner = math.prod(shape[1:])
+    row, skipped = divmod(start, inner)
+    last_row, rest = divmod(stop, inner)
+    if skipped:
+        end = rest if row == last_row else inner
+        for first, sizes, strides in boxes(shape[1:], stride[1:], skipped, end):
+            yield row * stride[0] + first, sizes, strides
+        if row == last_row:
+            return
+        row += 1
+    if row < last_row:
+        yield row * stride[0], (last_row - row, *shape[1:]), stride
+    for first, sizes, strides in boxes(shape[1:], stride[1:], 0, rest):
+        yield last_row * stride[0] + first, sizes, strides
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """Return the torch dtype of this name.
+
+    Raises:
+        ReadError: the installed torch is too old to have it.
+    """
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise ReadError(f"torch {torch.__version__} has no dtype {dtype.name}. Install a newer torch.")
+    return found
+
+
+def read_tensor(spec: TensorSpec) -> torch.Tensor:
+    """Read a whole tensor into new memory, contiguous.
+
+    Raises:
+        ReadError: the file cannot be read, or ends early.
+    """
+    with OpenFiles() as files:
+        files.open(spec.storage.path)
+        reader = Reader(files, spec.nbytes)
+        reader.read(spec, 0, spec.numel)
+        # The buffer belongs to this tensor alone from here on.
+        return reader.tensor(spec.dtype, spec.numel).view(spec.shape)
+
+
+def raise_file_limit(count: int) -> None:
+    """Let this process hold `count` more files open, as far as it may."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = count + 64
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

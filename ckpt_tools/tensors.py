@@ -1,0 +1,191 @@
+"""Tensors on disk: dtypes, and where the bytes of a tensor stand in a file.
+
+Nothing here imports torch: names, shapes and offsets come from headers alone, so that a
+refused job, `ckpt inspect` and `--dry-run` cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from .errors import CorruptError
+
+
+class Kind(Enum):
+    """What averaging does with a dtype."""
+
+    FLOAT = "float"
+    COMPLEX = "complex"
+    INTEGER = "integer"  # bool too: taken from the last checkpoint, never averaged
+    PACKED = "packed"  # several values a byte, or codes: refused by name
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """A torch dtype, known by the name it has in torch.
+
+    Attributes:
+        name: as in ``torch.<name>``.
+        itemsize: bytes an element.
+        kind: what averaging does with it.
+        safetensors: code in a safetensors header, None if the format has none.
+        storage: class in torch's pickles (``FloatStorage``); None for the dtypes that
+            torch saves as untyped storage beside the dtype.
+    """
+
+    name: str
+    itemsize: int
+    kind: Kind
+    safetensors: str | None = None
+    storage: str | None = None
+
+    @property
+    def averaged(self) -> bool:
+        """True if values of this dtype are averaged (floating point and complex)."""
+        return self.kind in (Kind.FLOAT, Kind.COMPLEX)
+
+    @property
+    def word(self) -> int:
+        """Bytes that swap together when the byte order changes (a complex is two words)."""
+        return self.itemsize // 2 if self.kind is Kind.COMPLEX else self.itemsize
+
+
+_F, _C, _I, _P = Kind.FLOAT, Kind.COMPLEX, Kind.INTEGER, Kind.PACKED
+
+DTYPES: dict[str, DType] = {
+    d.name: d
+    for d in (
+        DType("float64", 8, _F, "F64", "DoubleStorage"),
+        DType("float32", 4, _F, "F32", "FloatStorage"),
+        DType("float16", 2, _F, "F16", "HalfStorage"),
+        DType("bfloat16", 2, _F, "BF16", "BFloat16Storage"),
+        DType("float8_e4m3fn", 1, _F, "F8_E4M3"),
+        DType("float8_e5m2", 1, _F, "F8_E5M2"),
+        DType("float8_e4m3fnuz", 1, _F, "F8_E4M3FNUZ"),
+        DType("float8_e5m2fnuz", 1, _F, "F8_E5M2FNUZ"),
+        # A power of two without sign or mantissa: the scale of a packed block, not a weight.
+        DType("float8_e8m0fnu", 1, _P, "F8_E8M0"),
+        DType("float4_e2m1fn_x2", 1, _P, "F4"),
+        DType("complex128", 16, _C, None, "ComplexDoubleStorage"),
+        DType("complex64", 8, _C, "C64", "ComplexFloatStorage"),
+        DType("complex32", 4, _C),
+        DType("int64", 8, _I, "I64", "LongStorage"),
+        DType("int32", 4, _I, "I32", "IntStorage"),
+        DType("int16", 2, _I, "I16", "ShortStorage"),
+        DType("int8", 1, _I, "I8", "CharStorage"),
+        DType("uint64", 8, _I, "U64"),
+        DType("uint32", 4, _I, "U32"),
+        DType("uint16", 2, _I, "U16"),
+        DType("uint8", 1, _I, "U8", "ByteStorage"),
+        DType("bool", 1, _I, "BOOL", "BoolStorage"),
+        DType("qint8", 1, _P, None, "QInt8Storage"),
+        DType("quint8", 1, _P, None, "QUInt8Storage"),
+        DType("qint32", 4, _P, None, "QInt32Storage"),
+        DType("quint4x2", 1, _P, None, "QUInt4x2Storage"),
+        DType("quint2x4", 1, _P, None, "QUInt2x4Storage"),
+    )
+}
+BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
+BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
+
+FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.kind is Kind.FLOAT)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A contiguous run of bytes in a file, which one or more tensors look into.
+
+    Attributes:
+        path: the file.
+        offset: first byte in it.
+        nbytes: length in bytes.
+        big_endian: True if words stand most significant byte first.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    big_endian: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor as a header describes it; no payload. Equal specs are the same bytes.
+
+    Attributes:
+        dtype: element type.
+        shape: sizes.
+        stride: steps in elements, one a dimension; may overlap or leave gaps.
+        start: first element, counted in elements from the start of the storage.
+        storage: the bytes it looks into.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    storage: Storage
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements themselves, each counted once a position in the tensor."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """True if the elements stand in C order without gaps (as torch's is_contiguous)."""
+        return self.numel == 0 or all(
+            step == want
+            for size, step, want in zip(self.shape, self.stride, c_strides(self.shape), strict=True)
+            if size != 1
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class UnsupportedTensor:
+    """A tensor of a kind that cannot be averaged or copied; refused by name when it is needed."""
+
+    kind: str
+
+
+def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a C-ordered tensor of this shape."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
+
+
+def make_spec(
+    dtype: DType, shape: tuple[int, ...], storage: Storage, *, stride: tuple[int, ...] | None = None, start: int = 0
+) -> TensorSpec:
+    """Build a TensorSpec from untrusted numbers.
+
+    Args:
+        stride, start: in elements; C order from the first element when not given.
+
+    Raises:
+        CorruptError: a negative or non-integer size, or elements outside the storage.
+    """
+    stride = c_strides(shape) if stride is None else stride
+    numbers = (*shape, *stride, start)
+    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+        raise CorruptError(f"{storage.path}: a tensor claims shape {shape}, stride {stride}, offset {start}.")
+    spec = TensorSpec(dtype, shape, stride, start, storage)
+    if spec.numel:
+        last = start + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        if (last + 1) * dtype.itemsize > storage.nbytes:
+            raise CorruptError(
+                f"{storage.path}: a tensor of shape {list(shape)} and dtype {dtype.name} reaches beyond its "
+                f"storage of {storage.nbytes} bytes. The file is damaged; get a fresh copy."
+            )
+    return spec
