@@ -97,7 +97,9 @@ def assemble(
         if max_shard_size is not None:
             raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
         metadata = {PROVENANCE: json.dumps(provenance)}
-        return Assembly(target, (safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie),), folder=False)
+        return Assembly(
+            target, (safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie),), folder=False
+        )
     if target.name.endswith(TORCH_SUFFIXES):
         if max_shard_size is not None:
             raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
@@ -168,10 +170,15 @@ def _container(
     if not state.path:
         tree = weights
     elif layout is not None:
-        kept = {k: v for k, v in base.tree.items() if k not in _TWINS or not isinstance(v, dict) or k in state.path}
-        dropped += [k for k in base.tree if k not in kept and k != layout.raw]
-        tree = {layout.raw if key == state.path[0] else key: value for key, value in kept.items()}
-        tree[layout.raw] = weights
+        tree = {}
+        home = layout.raw if layout.raw in base.tree else state.path[0]
+        for key, value in base.tree.items():
+            if key == home:
+                tree[layout.raw] = weights
+            elif key in _TWINS and (value is None or isinstance(value, dict)):
+                dropped.append(key)
+            else:
+                tree[key] = value
     else:
         tree = _replaced(base.tree, state.path, weights)
     return torch_zip.plain(_without_training(tree, copies, dropped, top=bool(state.path)), dropped)
@@ -220,4 +227,8 @@ def _without_training(node: Any, copies: dict[TensorSpec, OutTensor], dropped: l
         return copy
     if isinstance(node, dict):
         return {k: _without_training(v, copies, dropped, top=False) for k, v in node.items()}
-    return type(node)(_without_training(v, copies, dropped, top=False) for v in node) if type(node) in (list, tuple) else node
+    return (
+        type(node)(_without_training(v, copies, dropped, top=False) for v in node)
+        if type(node) in (list, tuple)
+        else node
+    )

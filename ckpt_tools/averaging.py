@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import __version__, schedules
 from .assembly import Assembly, assemble, check_suffix, default_target
 from .errors import LayoutError, UsageError
 from .formats import SUFFIXES
-from .formats.header import Header
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_target, staged_files
 from .keys import align, prefixes, unwrap
 from .layouts import StateDict, select
+from .provenance import Input, provenance, sha256_of, short_names
+from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, find_series
 from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
 
-MODES = ("uniform", "ema", "weights")
 BUFFERS = ("average", "last")
-DEFAULT_DECAY = 0.99
 _DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
 _RUNNING = ("running_mean", "running_var")
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One checkpoint of the average.
-
-    Attributes:
-        path: the file or folder.
-        name: a short name, distinct within the series.
-        step: where in training it stands, None if unknown.
-        coefficient: its weight in the sum.
-        state: which weights are taken, such as ``ema (state_dict_ema)``.
-        nbytes: size on disk.
-        prefixes: wrapper prefixes that were removed from its names.
-        sha256: of each of its files, if asked for.
-    """
-
-    path: str
-    name: str
-    step: int | None
-    coefficient: float
-    state: str
-    nbytes: int
-    prefixes: tuple[str, ...] = ()
-    sha256: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +137,12 @@ def average(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    _check_usage(mode, decay, per_step, warmup, bias_correction, weights, normalize, buffers)
+    schedule = Schedule(
+        mode, decay, per_step, warmup, bias_correction, None if weights is None else tuple(weights), normalize
+    )
+    schedule.check()
+    if buffers not in BUFFERS:
+        raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
     out_dtype = _parse_dtype(dtype)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: must be 1 or more.")
@@ -186,15 +163,16 @@ def average(
     )  # fmt: skip
     members = series.members
     notes = list(series.notes)
-    names = _short_names([member.path for member in members])
-    coefficients = _coefficients(
-        members, mode, decay=DEFAULT_DECAY if decay is None else decay, per_step=per_step, warmup=warmup,
-        bias_correction=bias_correction, weights=weights, normalize=normalize, notes=notes,
-    )  # fmt: skip
+    names = short_names([member.path for member in members])
+    coefficients = schedule.coefficients([member.step for member in members])
+    _note_balance(schedule, members, coefficients, notes)
     states = _select_all(members, names, state)
     renamed = [unwrap(s.tensors) for s in states]
     plan = align(
-        [{names_of[name]: tensor for name, tensor in s.tensors.items()} for s, names_of in zip(states, renamed, strict=True)],
+        [
+            {names_of[name]: tensor for name, tensor in s.tensors.items()}
+            for s, names_of in zip(states, renamed, strict=True)
+        ],
         names,
         keys=keys,
         match=match,
@@ -219,9 +197,11 @@ def average(
             state=chosen.label,
             nbytes=member.header.nbytes,
             prefixes=tuple(prefixes(chosen.tensors)) if any(a != b for a, b in names_of.items()) else (),
-            sha256=_sha256(member.header) if hash and not dry_run else {},
+            sha256=sha256_of(member.header) if hash and not dry_run else {},
         )
-        for member, name, coefficient, chosen, names_of in zip(members, names, coefficients, states, renamed, strict=True)
+        for member, name, coefficient, chosen, names_of in zip(
+            members, names, coefficients, states, renamed, strict=True
+        )
     )
     assembly = assemble(
         tensors,
@@ -229,7 +209,7 @@ def average(
         base=members[-1].header,
         state=states[-1],
         renamed=renamed[-1],
-        provenance=_provenance(mode, arguments, inputs),
+        provenance=provenance(mode, arguments, inputs),
         max_shard_size=shard_bytes,
         untie=untie,
     )
@@ -271,7 +251,9 @@ def _write(
 
     total = report.bytes_read + report.bytes_written
     files = assembly.files
-    with staged_files(assembly.target, [f.name for f in files] if assembly.folder else None, [f.size for f in files]) as (
+    with staged_files(
+        assembly.target, [f.name for f in files] if assembly.folder else None, [f.size for f in files]
+    ) as (
         stage,
         fds,
     ):
@@ -285,90 +267,25 @@ def _write(
             shutil.copyfile(companion, stage / companion.name)
 
 
-def _check_usage(
-    mode: str,
-    decay: float | None,
-    per_step: bool,
-    warmup: str | None,
-    bias_correction: bool,
-    weights: Sequence[float] | None,
-    normalize: bool,
-    buffers: str,
+def _note_balance(
+    schedule: Schedule, members: Sequence[Member], coefficients: Sequence[float], notes: list[str]
 ) -> None:
-    if mode not in MODES:
-        raise UsageError(f"--mode is one of {', '.join(MODES)}, not {mode!r}.")
-    if buffers not in BUFFERS:
-        raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
-    for option, given, belongs in (
-        ("--decay", decay is not None, "ema"),
-        ("--per-step", per_step, "ema"),
-        ("--warmup", warmup is not None, "ema"),
-        ("--bias-correction", bias_correction, "ema"),
-        ("--weights", weights is not None, "weights"),
-        ("--no-normalize", not normalize, "weights"),
-    ):
-        if given and mode != belongs:
-            raise UsageError(f"{option} goes with --mode {belongs}.")
-    if mode == "weights" and weights is None:
-        raise UsageError("--mode weights needs --weights, one number a checkpoint.")
-    chosen = [
-        option
-        for option, given in (("--per-step", per_step), ("--warmup", warmup), ("--bias-correction", bias_correction))
-        if given
-    ]
-    if len(chosen) > 1:
-        raise UsageError(f"{' and '.join(chosen)} cannot go together.")
-    if mode == "ema":
-        # Two checkpoints suffice to find an impossible decay or warm-up before any file is read.
-        _ema(DEFAULT_DECAY if decay is None else decay, 2, warmup, bias_correction)
-    if weights is not None:
-        schedules.weights(weights, normalize=normalize)
-
-
-def _ema(decay: float, n: int, warmup: str | None, bias_correction: bool) -> tuple[float, ...]:
-    if warmup is not None:
-        return schedules.ema_warmup(n, decay=decay, warmup=warmup)
-    return schedules.ema(n, decay=decay, bias_correction=bias_correction)
-
-
-def _coefficients(
-    members: Sequence[Member],
-    mode: str,
-    *,
-    decay: float,
-    per_step: bool,
-    warmup: str | None,
-    bias_correction: bool,
-    weights: Sequence[float] | None,
-    normalize: bool,
-    notes: list[str],
-) -> tuple[float, ...]:
-    n = len(members)
-    if mode == "uniform":
-        coefficients = schedules.uniform(n)
-    elif mode == "weights":
-        given = weights or ()
-        if len(given) != n:
-            raise UsageError(f"--weights has {len(given)} numbers for {n} checkpoints. See their order with --dry-run.")
-        coefficients = schedules.weights(given, normalize=normalize)
-    elif per_step:
-        steps = [member.step for member in members if member.step is not None]
-        if len(steps) < n:
-            unknown = next(member for member in members if member.step is None)
-            raise UsageError(f"--per-step: {unknown.path} tells no step, neither inside nor in its name.")
-        if members[0].counter in ("epoch", "name"):
-            what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
-            notes.append(f"--per-step counts gaps in {what}, for the files store no step.")
-        coefficients = schedules.ema_per_step(steps, decay=decay)
+    """Say what a user of this schedule is likely not to expect."""
+    if schedule.mode != "ema":
+        return
+    if schedule.per_step and members[0].counter in ("epoch", "name"):
+        what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
+        notes.append(f"--per-step counts gaps in {what}, for the files store no step.")
+    end = dominant(coefficients)
+    if end is None:
+        return
+    index, share = end
+    name = members[index].path.name
+    if index == 0:
+        advice = "A smaller --decay, --per-step or --bias-correction spreads it."
+        notes.append(f"The oldest checkpoint, {name}, holds {share:.1%} of this average. {advice}")
     else:
-        coefficients = _ema(decay, n, warmup, bias_correction)
-    end = schedules.dominant(coefficients) if mode == "ema" else None
-    if end is not None:
-        index, share = end
-        age = "oldest" if index == 0 else "newest"
-        advice = "A smaller --decay, --per-step or --bias-correction spreads it." if index == 0 else "A larger --decay spreads it."
-        notes.append(f"The {age} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}")
-    return coefficients
+        notes.append(f"The newest checkpoint, {name}, holds {share:.1%} of this average. A larger --decay spreads it.")
 
 
 def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> list[StateDict]:
@@ -400,15 +317,17 @@ def _out_tensors(
             continue
         present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
         last = present[-1][0]
+        terms: tuple[tuple[TensorSpec, float], ...] = ((last, 1.0),)
+        out_dtype = last.dtype
         if not last.dtype.averaged:
             if last.dtype.kind is Kind.PACKED:
                 _refuse_packed(name, last)
-            terms, out_dtype = ((last, 1.0),), last.dtype
         else:
-            out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
-            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
-            terms = ((last, 1.0),) if from_last else _scaled(present, coefficients)
-        tensor = OutTensor(out_dtype, last.shape, tuple(terms), name)
+            if dtype is not None and last.dtype.kind is Kind.FLOAT:
+                out_dtype = dtype
+            if not (keep_running and name.rsplit(".", 1)[-1] in _RUNNING):
+                terms = _scaled(present, coefficients)
+        tensor = OutTensor(out_dtype, last.shape, terms, name)
         tensors[name] = tensor
         if tensor.numel:
             tied[row] = tensor
@@ -422,7 +341,9 @@ def _refuse_packed(name: str, spec: TensorSpec) -> None:
     )
 
 
-def _scaled(present: Sequence[tuple[TensorSpec, float]], coefficients: Sequence[float]) -> tuple[tuple[TensorSpec, float], ...]:
+def _scaled(
+    present: Sequence[tuple[TensorSpec, float]], coefficients: Sequence[float]
+) -> tuple[tuple[TensorSpec, float], ...]:
     """Give a tensor that some checkpoints lack the same total weight as the others have."""
     if len(present) == len(coefficients):
         return tuple(present)
@@ -439,40 +360,3 @@ def _parse_dtype(text: str | None) -> DType | None:
     if name not in FLOAT_DTYPES:
         raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
     return DTYPES[name]
-
-
-def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Name files as shortly as keeps them apart; folders above them are nobody's business."""
-    depth = 1
-    while True:
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names) or depth > max(len(path.parts) for path in paths):
-            return names
-        depth += 1
-
-
-def _provenance(mode: str, arguments: dict[str, Any], inputs: Sequence[Input]) -> dict[str, Any]:
-    return {
-        "tool": "ckpt-tools",
-        "version": __version__,
-        "command": "avg",
-        "mode": mode,
-        "arguments": {key: value for key, value in arguments.items() if value not in (None, False)},
-        "state": inputs[-1].state,
-        "inputs": [
-            {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}
-            | ({"sha256": i.sha256} if i.sha256 else {})
-            for i in inputs
-        ],
-    }
-
-
-def _sha256(header: Header) -> dict[str, str]:
-    digests = {}
-    for path, _ in header.files:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digests[path.name] = digest.hexdigest()
-    return digests

@@ -24,13 +24,13 @@ import torch
 from .errors import NumericsError, UsageError, WriteError
 from .formats.crc32 import combine
 from .formats.output import FilePlan, OutTensor
-from .payload import Buffer, OpenFiles, Reader, torch_dtype
+from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
 from .tensors import DTYPES, DType, Kind
 
 PIECE = 64 * 1024
 """Elements a worker handles at a time; its two float64 buffers of them stay in the cache."""
 
-_DIRECT = {"float64", "float32", "bfloat16"}  # whose conversion to float64 torch has vectorised
+_DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 # What is kept of a float64 before it is narrowed to 16 or 8 bits: 12 of the 52 bits of the mantissa.
 _DISCARDED = (1 << 40) - 1
@@ -61,7 +61,7 @@ def default_threads() -> int:
 
 def memory_needed(threads: int, piece: int = PIECE) -> int:
     """Return the private bytes that a run holds in buffers, whatever the size of the model."""
-    return threads * piece * 36
+    return threads * piece * 72
 
 
 def run(
@@ -89,14 +89,16 @@ def run(
     threads = default_threads() if threads is None else threads
     if threads < 1 or piece < 1:
         raise UsageError(f"--threads {threads}: must be 1 or more.")
-    job = _Job(outputs, piece, allow_nonfinite)
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # our own threads are the parallelism
     try:
         with OpenFiles() as files, ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
-            for path in {spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms}:
+            for path in {
+                spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms
+            }:
                 files.open(path)
-            pending = {pool.submit(_work, job, files) for _ in range(threads)}
+            job = _Job(outputs, files, piece, allow_nonfinite)
+            pending = {pool.submit(_work, job) for _ in range(threads)}
             try:
                 while pending:
                     done, pending = wait(pending, timeout=0.1)
@@ -128,13 +130,46 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         try:
             done += os.pwrite(fd, data[done:], offset + done)
         except OSError as error:
-            raise WriteError(f"writing failed: {error.strerror}. Nothing was left at the target; free some space or choose another -o.") from error
+            raise WriteError(
+                f"writing failed: {error.strerror}. Nothing was left at the target. "
+                "Free some space or choose another place with -o."
+            ) from error
+
+
+class _Recipe:
+    """What the pieces of one tensor have in common.
+
+    Attributes:
+        terms: (where to read, coefficient, its real dtype), in the order of summation.
+        reals: floating-point numbers an element: 2 for complex.
+        real: their dtype in the output.
+        limit: magnitude from which on a sum overflows that dtype.
+        anchored: sum up differences from the first term. The products of float64 values are rounded, so
+            that N equal values would sum up to a neighbour; x_1 + sum c_i (x_i - x_1) is the same average,
+            and exact when all are equal. Narrower dtypes have bits to spare and need no such care.
+    """
+
+    __slots__ = ("anchored", "limit", "real", "reals", "terms")
+
+    def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
+        # What is copied is never computed with, so torch need not know its dtype.
+        sums = not tensor.copied
+        self.terms = [
+            (Source(spec, files), c, torch_dtype(_real(spec.dtype)) if sums else torch.uint8)
+            for spec, c in tensor.terms
+        ]
+        self.reals = 2 if tensor.dtype.kind is Kind.COMPLEX else 1
+        self.real = torch_dtype(_real(tensor.dtype)) if sums else torch.uint8
+        self.limit = _overflow(self.real) if sums else math.inf
+        wide = all(dtype is torch.float64 for _, _, dtype in self.terms)
+        self.anchored = wide and abs(math.fsum(c for _, c in tensor.terms) - 1.0) <= 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     out: OutFile
     tensor: OutTensor
+    recipe: _Recipe
     offset: int  # of the tensor in the output file
     start: int  # elements
     stop: int
@@ -145,6 +180,7 @@ class _Job:
     """What the workers share."""
 
     outputs: Sequence[OutFile]
+    files: OpenFiles
     piece: int
     allow_nonfinite: bool
     totals: Totals = field(default_factory=Totals)
@@ -159,8 +195,9 @@ class _Job:
     def _cut(self) -> Iterator[_Piece]:
         for out in self.outputs:
             for tensor, offset in out.plan.slots:
+                recipe = _Recipe(tensor, self.files)
                 for start in range(0, tensor.numel, self.piece):
-                    yield _Piece(out, tensor, offset, start, min(start + self.piece, tensor.numel))
+                    yield _Piece(out, tensor, recipe, offset, start, min(start + self.piece, tensor.numel))
 
     def next(self) -> _Piece | None:
         """Hand out the next piece; None when there is none, or when the job is stopped."""
@@ -181,11 +218,11 @@ class _Job:
         return total
 
 
-def _work(job: _Job, files: OpenFiles) -> None:
+def _work(job: _Job) -> None:
     try:
-        worker = _Worker(files, job.piece, allow_nonfinite=job.allow_nonfinite)
+        worker = _Worker(job.piece, allow_nonfinite=job.allow_nonfinite)
         while (piece := job.next()) is not None:
-            read, data = worker.compute(piece.tensor, piece.start, piece.stop)
+            read, data = worker.compute(piece)
             crc = zlib.crc32(data) if piece.out.plan.needs_crc else None
             write_at(piece.out.fd, data, piece.offset + piece.start * piece.tensor.dtype.itemsize)
             job.done(piece, read, len(data), crc)
@@ -197,79 +234,70 @@ def _work(job: _Job, files: OpenFiles) -> None:
 class _Worker:
     """One thread's buffers, and the arithmetic on them."""
 
-    def __init__(self, files: OpenFiles, piece: int, *, allow_nonfinite: bool) -> None:
+    def __init__(self, piece: int, *, allow_nonfinite: bool) -> None:
         # A complex element is two reals, hence twice the length.
-        self._reader = Reader(files, 16 * piece)
+        self._reader = Reader(16 * piece)
         self._sum = Buffer(16 * piece)
         self._term = Buffer(16 * piece)
         self._single = Buffer(8 * piece)
         self._first: Buffer | None = None
-        self._piece = piece
         self._allow_nonfinite = allow_nonfinite
 
-    def compute(self, out: OutTensor, start: int, stop: int) -> tuple[int, memoryview]:
-        """Return (bytes read, bytes to write) for elements [start, stop); the next call overwrites the latter."""
-        if out.copied:
-            nbytes = self._reader.read(out.terms[0][0], start, stop)
+    def compute(self, piece: _Piece) -> tuple[int, memoryview]:
+        """Return (bytes read, bytes to write) for a piece; the next call overwrites the latter."""
+        if piece.tensor.copied:
+            nbytes = self._reader.read(piece.recipe.terms[0][0], piece.start, piece.stop)
             return nbytes, self._reader.buffer.bytes[:nbytes]
-        total, read = self._add_up(out, start, stop)
-        narrow = self._narrow(total, out.dtype)
+        total, read = self._add_up(piece)
+        narrow = self._narrow(total, piece.recipe.real)
         if not self._allow_nonfinite:
-            self._check(out, start, stop, total, narrow)
+            self._check(piece, total)
         return read, self._term.bytes[: narrow.numel() * narrow.element_size()]
 
-    def _add_up(self, out: OutTensor, start: int, stop: int) -> tuple[torch.Tensor, int]:
-        count = (stop - start) * _reals(out.dtype)
+    def _add_up(self, piece: _Piece) -> tuple[torch.Tensor, int]:
+        recipe, start, stop = piece.recipe, piece.start, piece.stop
+        count = (stop - start) * recipe.reals
         total = self._sum.view(torch.float64, count)
         term = self._term.view(torch.float64, count)
-        first = self._anchor(out, count)
+        if recipe.anchored:
+            return self._add_up_differences(piece, total, term)
         read = 0
-        for i, (spec, coefficient) in enumerate(out.terms):
-            read += self._reader.read(spec, start, stop)
-            target = term if i else total
-            self._widen(spec.dtype, target)
-            if first is not None:
-                if i == 0:
-                    first.copy_(total)
-                    total.zero_()
-                    continue
-                target.sub_(first)
-            target.mul_(coefficient)
-            if i:
+        target = total
+        for source, coefficient, dtype in recipe.terms:
+            read += self._reader.read(source, start, stop)
+            self._widen(dtype, target).mul_(coefficient)
+            if target is term:
                 total.add_(term)
-        if first is not None:
-            # Where nothing differs the first value itself, for the sign of a zero is lost in a sum.
-            torch.where(total == 0, first, first + total, out=total)
+            target = term
         return total, read
 
-    def _anchor(self, out: OutTensor, count: int) -> torch.Tensor | None:
-        """Return room for the first term, where the sum is of differences from it.
+    def _add_up_differences(self, piece: _Piece, total: torch.Tensor, term: torch.Tensor) -> tuple[torch.Tensor, int]:
+        self._first = self._first or Buffer(len(self._sum.bytes))
+        first = self._first.view(torch.float64, total.numel())
+        read = 0
+        total.zero_()
+        target = first
+        for source, coefficient, dtype in piece.recipe.terms:
+            read += self._reader.read(source, piece.start, piece.stop)
+            self._widen(dtype, target)
+            if target is term:
+                total.add_(term.sub_(first).mul_(coefficient))
+            target = term
+        # Where nothing differs the first value itself, for a sum would lose the sign of a zero.
+        torch.where(total == 0, first, first + total, out=total)
+        return total, read
 
-        The products of float64 values are rounded, so that N equal values would sum up to a neighbour;
-        x_1 + sum c_i (x_i - x_1) is the same average, and exact when all are equal. Narrower dtypes
-        have bits to spare and need no such care.
-        """
-        wide = all(_component(spec.dtype) == "float64" for spec, _ in out.terms)
-        if not wide or abs(math.fsum(c for _, c in out.terms) - 1.0) > 1e-12:
-            return None
-        self._first = self._first or Buffer(16 * self._piece)
-        return self._first.view(torch.float64, count)
-
-    def _widen(self, dtype: DType, target: torch.Tensor) -> None:
+    def _widen(self, dtype: torch.dtype, target: torch.Tensor) -> torch.Tensor:
         """Bring what the reader holds into a float64 tensor; exact for every dtype."""
-        name = _component(dtype)
-        source = self._reader.tensor(DTYPES[name], target.numel())
-        if name not in _DIRECT:
-            single = self._single.view(torch.float32, target.numel())
-            single.copy_(source)
-            source = single
-        target.copy_(source)
+        source = self._reader.buffer.view(dtype, target.numel())
+        if dtype not in _DIRECT:
+            source = self._single.view(torch.float32, target.numel()).copy_(source)
+        return target.copy_(source)
 
-    def _narrow(self, total: torch.Tensor, dtype: DType) -> torch.Tensor:
+    def _narrow(self, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Round float64 once to the output's dtype, to nearest, ties to even; into the term buffer."""
-        component = torch_dtype(DTYPES[_component(dtype)])
-        out = self._term.view(component, total.numel())
-        if component in (torch.float64, torch.float32):
+        out = self._term.view(dtype, total.numel())
+        if dtype in (torch.float64, torch.float32):
             return out.copy_(total)
         # torch narrows by way of float32, which rounds twice. Rounding to odd at 12 bits first makes the
         # later roundings right (Boldo and Melquiond 2008): cut, and set the last kept bit if anything was lost.
@@ -280,35 +308,38 @@ class _Worker:
         single.copy_(sticky.view(torch.float64))
         return out.copy_(single)
 
-    def _check(self, out: OutTensor, start: int, stop: int, total: torch.Tensor, narrow: torch.Tensor) -> None:
+    def _check(self, piece: _Piece, total: torch.Tensor) -> None:
         """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the sum."""
         low, high = (value.item() for value in torch.aminmax(total))
-        if math.isfinite(low) and math.isfinite(high) and max(-low, high) <= torch.finfo(narrow.dtype).max:
+        if max(-low, high) < piece.recipe.limit:  # false for a NaN
             return
-        for spec, _ in out.terms:
-            self._reader.read(spec, start, stop)
-            values = self._reader.tensor(DTYPES[_component(spec.dtype)], total.numel()).to(torch.float64)
+        tensor, reals = piece.tensor, piece.recipe.reals
+        for source, _, dtype in piece.recipe.terms:
+            self._reader.read(source, piece.start, piece.stop)
+            values = self._reader.buffer.view(dtype, total.numel()).to(torch.float64)
             bad = ~torch.isfinite(values)
             if bad.any():
-                at = int(bad.nonzero()[0]) // _reals(spec.dtype)
-                index = [int(i) for i in torch.unravel_index(torch.tensor(start + at), spec.shape)] if spec.shape else []
+                at = torch.tensor(piece.start + int(bad.nonzero()[0]) // reals)
+                index = [int(i) for i in torch.unravel_index(at, tensor.shape)] if tensor.shape else []
                 raise NumericsError(
-                    f"{spec.storage.path}: '{out.name}' holds {_word(values[bad][0].item())} at {index}. "
+                    f"{source.spec.storage.path}: '{tensor.name}' holds {_word(values[bad][0].item())} at {index}. "
                     "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
                 )
-        if not torch.isfinite(narrow.to(torch.float32) if narrow.element_size() < 4 else narrow).all():
-            raise NumericsError(
-                f"the average of '{out.name}' overflows {out.dtype.name} (it reaches {max(-low, high):.4g}). "
-                "Choose a wider one, such as --dtype float32."
-            )
+        raise NumericsError(
+            f"the average of '{tensor.name}' overflows {tensor.dtype.name} (it reaches {max(-low, high):.4g}). "
+            "Choose a wider one, such as --dtype float32."
+        )
 
 
-def _component(dtype: DType) -> str:
-    return _REAL.get(dtype.name, dtype.name)
+def _real(dtype: DType) -> DType:
+    """Return the dtype of the numbers that an element consists of: its own, or that of a complex one's parts."""
+    return DTYPES[_REAL.get(dtype.name, dtype.name)]
 
 
-def _reals(dtype: DType) -> int:
-    return 2 if dtype.kind is Kind.COMPLEX else 1
+def _overflow(dtype: torch.dtype) -> float:
+    """Return the smallest magnitude that rounds beyond the largest value of a dtype: half a step above it."""
+    info = torch.finfo(dtype)
+    return info.max + math.ldexp(info.eps, math.frexp(info.max)[1] - 2)
 
 
 def _word(value: float) -> str:
@@ -319,5 +350,3 @@ def needs(outputs: Sequence[FilePlan]) -> Mapping[str, int]:
     """Return what a run of these plans reads and writes, in bytes."""
     read = sum(spec.nbytes for plan in outputs for tensor, _ in plan.slots for spec, _ in tensor.terms)
     return {"read": read, "written": sum(plan.size for plan in outputs)}
-
-

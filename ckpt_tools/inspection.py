@@ -164,7 +164,9 @@ def _optimizers(tree: Any, parameters: int | None) -> list[Optimizer]:
 
 def _kind(state: Any) -> str:
     """Tell the family by what it keeps for each parameter."""
-    keys = {key for entry in (state.values() if isinstance(state, dict) else ()) if isinstance(entry, dict) for key in entry}
+    keys = {
+        key for entry in (state.values() if isinstance(state, dict) else ()) if isinstance(entry, dict) for key in entry
+    }
     for needed, kind in (
         ({"exp_avg", "max_exp_avg_sq"}, "Adam family, amsgrad"),
         ({"exp_avg", "exp_avg_sq"}, "Adam family"),

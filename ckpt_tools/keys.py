@@ -156,7 +156,9 @@ def _checked(
     first: tuple[TensorSpec, str] | None = None
     for tensor, file in zip(row, files, strict=True):
         if isinstance(tensor, UnsupportedTensor):
-            raise AlignmentError(f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. Convert it to a dense tensor first.")
+            raise AlignmentError(
+                f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. Convert it to a dense tensor first."
+            )
         checked.append(tensor)
         if tensor is None:
             continue
@@ -169,6 +171,12 @@ def _checked(
             )
         both_float = tensor.dtype.averaged and tensor.dtype.kind is model.dtype.kind
         if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
-            advice = "Say which the average should have, such as --dtype float32." if both_float else "They cannot be averaged."
-            raise AlignmentError(f"'{name}' is {model.dtype.name} in {where} but {tensor.dtype.name} in {file}. {advice}")
+            advice = (
+                "Say which the average should have, such as --dtype float32."
+                if both_float
+                else "They cannot be averaged."
+            )
+            raise AlignmentError(
+                f"'{name}' is {model.dtype.name} in {where} but {tensor.dtype.name} in {file}. {advice}"
+            )
     return tuple(checked)

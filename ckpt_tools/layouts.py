@@ -92,7 +92,7 @@ def select(header: Header, state: str = "auto") -> StateDict:
         swapper = next((key for key in _SWAPPERS if _holds_tensors(tree.get(key))), None)
         if swapper is not None:
             raise LayoutError(
-                f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights here, "
+                f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights, "
                 f"so say which you mean: --state state_dict or --state {swapper}."
             )
     found = states(header)
@@ -138,7 +138,9 @@ def _at_path(header: Header, dotted: str) -> StateDict:
         if not isinstance(node, dict):
             break
         # Keys may hold dots themselves, so the longest key that fits is taken.
-        key = max((k for k in node if isinstance(k, str) and (rest == k or rest.startswith(f"{k}."))), key=len, default=None)
+        key = max(
+            (k for k in node if isinstance(k, str) and (rest == k or rest.startswith(f"{k}."))), key=len, default=None
+        )
         if key is None:
             break
         path.append(key)
@@ -182,9 +184,42 @@ def looks_like_training_state(key: Any, value: Any) -> bool:
 
 
 _TRAINING_STATE = frozenset(
-    "optimizer optimizers optimizer_state optimizer_states optimizer_state_dict optim optim_state_dict opt opt_state_dict "
-    "scheduler schedulers scheduler_state_dict lr_scheduler lr_schedulers lr_scheduler_state_dict lr_sched param_schedulers "
-    "scaler scaler_state_dict amp_scaler grad_scaler amp loss_scaler loss_scale native_amp_scaling_state "
-    "loops callbacks rng_state rng_states random_rng_state np_rng_state torch_rng_state cuda_rng_state "
-    "random_states saver metric".split()
+    [
+        "optimizer",
+        "optimizers",
+        "optimizer_state",
+        "optimizer_states",
+        "optimizer_state_dict",
+        "optim",
+        "optim_state_dict",
+        "opt",
+        "opt_state_dict",
+        "scheduler",
+        "schedulers",
+        "scheduler_state_dict",
+        "lr_scheduler",
+        "lr_schedulers",
+        "lr_scheduler_state_dict",
+        "lr_sched",
+        "param_schedulers",
+        "scaler",
+        "scaler_state_dict",
+        "amp_scaler",
+        "grad_scaler",
+        "amp",
+        "loss_scaler",
+        "loss_scale",
+        "native_amp_scaling_state",
+        "loops",
+        "callbacks",
+        "rng_state",
+        "rng_states",
+        "random_rng_state",
+        "np_rng_state",
+        "torch_rng_state",
+        "cuda_rng_state",
+        "random_states",
+        "saver",
+        "metric",
+    ]
 )

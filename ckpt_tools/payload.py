@@ -60,15 +60,32 @@ class OpenFiles:
         """
         for path, stamp in self._stamps.items():
             if self._stamp(path) != stamp:
-                raise CorruptError(f"{path}: changed while it was read. Wait until training has finished writing, then try again.")
+                raise CorruptError(
+                    f"{path}: changed while it was read. Wait until training has finished writing, then try again."
+                )
 
     def __enter__(self) -> OpenFiles:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+
+
+class Source:
+    """A tensor of an open file: what a piece of it costs is one call, worked out beforehand."""
+
+    __slots__ = ("base", "fd", "item", "plain", "spec")
+
+    def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
+        self.spec = spec
+        self.fd = files[spec.storage.path]
+        self.item = spec.dtype.itemsize
+        self.base = spec.storage.offset + spec.start * self.item
+        self.plain = spec.contiguous and not (spec.storage.big_endian and spec.dtype.word > 1)
 
 
 class Buffer:
@@ -76,7 +93,7 @@ class Buffer:
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
-        self.bytes = memoryview(self._memory)
+        self.bytes = memoryview(self._memory)[:nbytes]
         self._views: dict[torch.dtype, torch.Tensor] = {}
 
     def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -89,12 +106,11 @@ class Buffer:
 class Reader:
     """Reads pieces of tensors into one buffer that the next read overwrites; one a thread."""
 
-    def __init__(self, files: OpenFiles, nbytes: int) -> None:
-        self._files = files
+    def __init__(self, nbytes: int) -> None:
         self.buffer = Buffer(nbytes)
         self._gathered: Buffer | None = None
 
-    def read(self, spec: TensorSpec, start: int, stop: int) -> int:
+    def read(self, source: Source, start: int, stop: int) -> int:
         """Bring elements [start, stop) of a tensor, in C order and native byte order, to the start of the buffer.
 
         Returns:
@@ -103,53 +119,40 @@ class Reader:
         Raises:
             CorruptError: the file ends before them.
         """
-        count = stop - start
-        item = spec.dtype.itemsize
-        nbytes = count * item
+        nbytes = (stop - start) * source.item
+        if source.plain:
+            _pread(source, source.base + start * source.item, self.buffer.bytes[:nbytes])
+            return nbytes
+        spec = source.spec
         if spec.contiguous:
-            self._pread(spec, (spec.start + start) * item, self.buffer.bytes[:nbytes])
+            _pread(source, source.base + start * source.item, self.buffer.bytes[:nbytes])
         else:
-            self._gather(spec, start, stop)
+            self._gather(source, start, stop)
         if spec.storage.big_endian and spec.dtype.word > 1:
-            words = self.buffer.view(torch.uint8, nbytes).view(-1, spec.dtype.word)
+            words = self.buffer.view(torch.uint8, nbytes).view(nbytes // spec.dtype.word, spec.dtype.word)
             words.copy_(words.flip(1))
         return nbytes
 
-    def tensor(self, dtype: DType, count: int) -> torch.Tensor:
-        """Return what was read last, as a 1-d tensor that shares the buffer."""
-        return self.buffer.view(torch_dtype(dtype), count)
-
-    def _pread(self, spec: TensorSpec, offset: int, target: memoryview) -> None:
-        done = 0
-        while done < len(target):
-            try:
-                got = os.preadv(self._files[spec.storage.path], [target[done:]], spec.storage.offset + offset + done)
-            except OSError as error:
-                raise ReadError(f"{spec.storage.path}: reading failed ({error.strerror}).") from error
-            if got == 0:
-                raise CorruptError(f"{spec.storage.path}: ends before its tensors do. Get a fresh copy.")
-            done += got
-
-    def _gather(self, spec: TensorSpec, start: int, stop: int) -> None:
+    def _gather(self, source: Source, start: int, stop: int) -> None:
         """Collect elements of a view with gaps or permuted strides, box by box."""
-        item = spec.dtype.itemsize
+        spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
         done = 0
         for first, sizes, strides in boxes(spec.shape, spec.stride, start, stop):
             count = math.prod(sizes)
-            self._read_box(spec, spec.start + first, sizes, strides, out[done : done + count].view(sizes))
+            self._read_box(source, first, sizes, strides, out[done : done + count].view(sizes))
             done += count
 
     def _read_box(
-        self, spec: TensorSpec, first: int, sizes: tuple[int, ...], strides: tuple[int, ...], out: torch.Tensor
+        self, source: Source, first: int, sizes: tuple[int, ...], strides: tuple[int, ...], out: torch.Tensor
     ) -> None:
-        item = spec.dtype.itemsize
+        item = source.item
         extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         dense = math.prod(sizes) * 8 >= extent
         if extent * item <= len(self.buffer.bytes) and (dense or extent * item <= _WORTH):
             if self._gathered is None:
                 self._gathered = Buffer(len(self.buffer.bytes))
-            self._pread(spec, first * item, self._gathered.bytes[: extent * item])
+            _pread(source, source.base + first * item, self._gathered.bytes[: extent * item])
             out.copy_(self._gathered.view(_BITS[item], extent).as_strided(sizes, strides))
             return
         # Too wide, or mostly gaps: halve it where that saves most.
@@ -157,7 +160,19 @@ class Reader:
         half = sizes[axis] // 2
         for begin, size in ((0, half), (half, sizes[axis] - half)):
             part = (*sizes[:axis], size, *sizes[axis + 1 :])
-            self._read_box(spec, first + begin * strides[axis], part, strides, out.narrow(axis, begin, size))
+            self._read_box(source, first + begin * strides[axis], part, strides, out.narrow(axis, begin, size))
+
+
+def _pread(source: Source, offset: int, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        try:
+            got = os.preadv(source.fd, [target[done:] if done else target], offset + done)
+        except OSError as error:
+            raise ReadError(f"{source.spec.storage.path}: reading failed ({error.strerror}).") from error
+        if got == 0:
+            raise CorruptError(f"{source.spec.storage.path}: ends before its tensors do. Get a fresh copy.")
+        done += got
 
 
 def boxes(
@@ -209,10 +224,10 @@ def read_tensor(spec: TensorSpec) -> torch.Tensor:
     """
     with OpenFiles() as files:
         files.open(spec.storage.path)
-        reader = Reader(files, spec.nbytes)
-        reader.read(spec, 0, spec.numel)
+        reader = Reader(spec.nbytes)
+        reader.read(Source(spec, files), 0, spec.numel)
         # The buffer belongs to this tensor alone from here on.
-        return reader.tensor(spec.dtype, spec.numel).view(spec.shape)
+        return reader.buffer.view(torch_dtype(spec.dtype), spec.numel).view(spec.shape)
 
 
 def raise_file_limit(count: int) -> None:

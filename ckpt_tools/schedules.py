@@ -9,8 +9,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .errors import UsageError
+
+MODES = ("uniform", "ema", "weights")
+DEFAULT_DECAY = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A rule and its options, as a user gives them.
+
+    Attributes:
+        mode: ``uniform``, ``ema`` or ``weights``.
+        decay: ema: for a checkpoint, or with `per_step` for a training step; 0.99 when None.
+        per_step, warmup, bias_correction: ema: see the functions below; one of them at most.
+        weights: with mode ``weights``, one number a checkpoint; divided by their sum if `normalize`.
+    """
+
+    mode: str = "uniform"
+    decay: float | None = None
+    per_step: bool = False
+    warmup: str | None = None
+    bias_correction: bool = False
+    weights: tuple[float, ...] | None = None
+    normalize: bool = True
+
+    def check(self) -> None:
+        """Refuse what no series could make sense of, before any file is read.
+
+        Raises:
+            UsageError: an unknown mode, an option of another mode, or a number out of range.
+        """
+        if self.mode not in MODES:
+            raise UsageError(f"--mode is one of {', '.join(MODES)}, not {self.mode!r}.")
+        variants = {
+            "--per-step": self.per_step,
+            "--warmup": self.warmup is not None,
+            "--bias-correction": self.bias_correction,
+        }
+        ema_options = {"--decay": self.decay is not None, **variants}
+        weights_options = {"--weights": self.weights is not None, "--no-normalize": not self.normalize}
+        for belongs, options in (("ema", ema_options), ("weights", weights_options)):
+            for option, given in options.items():
+                if given and self.mode != belongs:
+                    raise UsageError(f"{option} goes with --mode {belongs}.")
+        chosen = [option for option, given in variants.items() if given]
+        if len(chosen) > 1:
+            raise UsageError(f"{' and '.join(chosen)} cannot go together.")
+        if self.mode == "weights" and self.weights is None:
+            raise UsageError("--mode weights needs --weights, one number a checkpoint.")
+        # A series as short as can be finds an impossible decay, warm-up or sum of weights.
+        self.coefficients([0, 1] if self.weights is None else [None] * len(self.weights))
+
+    def coefficients(self, steps: Sequence[int | None]) -> tuple[float, ...]:
+        """Return the coefficients for checkpoints at these training steps, oldest first.
+
+        Raises:
+            UsageError: the rule does not fit the series.
+        """
+        n = len(steps)
+        decay = DEFAULT_DECAY if self.decay is None else self.decay
+        if self.mode == "uniform":
+            return uniform(n)
+        if self.mode == "weights":
+            given = self.weights or ()
+            if len(given) != n:
+                raise UsageError(
+                    f"--weights has {len(given)} numbers for {n} checkpoints. See their order with --dry-run."
+                )
+            return weights(given, normalize=self.normalize)
+        if self.per_step:
+            known = [step for step in steps if step is not None]
+            if len(known) < n:
+                raise UsageError(
+                    "--per-step: a checkpoint tells no step, neither inside nor in its name; see --dry-run."
+                )
+            return ema_per_step(known, decay=decay)
+        if self.warmup is not None:
+            return ema_warmup(n, decay=decay, warmup=self.warmup)
+        return ema(n, decay=decay, bias_correction=self.bias_correction)
 
 
 def uniform(n: int) -> tuple[float, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 from .errors import SeriesError, UsageError
 from .formats import SUFFIXES, read_header
 from .formats.header import Header
-from .formats.sharded import checkpoint_inside
+from .formats.sharded import SINGLE, checkpoint_inside
 
 ORDERS = ("auto", "given", "natural", "mtime")
 # Finer counters first: a file that stores both a step and an epoch is placed by its step.
@@ -95,9 +97,13 @@ def find_series(
             raise UsageError(f"{name} {count}: must be 1 or more.")
     if order not in ORDERS:
         raise UsageError(f"--order is one of {', '.join(ORDERS)}, not {order!r}.")
+    if best is None and (lower_is_better or metric != "metric"):
+        raise UsageError("--metric and --lower-is-better go with --best N.")
     notes: list[str] = []
-    found = expand(paths)
-    headers = [read_header(path) for path in _without_duplicates(found, notes)]
+    found = _without_duplicates(expand(paths), notes)
+    _refuse_shards(found)
+    _note_nested(found, notes)
+    headers = [read_header(path) for path in found]
     headers = _without_copies(headers, notes)
     if not include_outputs:
         headers = _without_outputs(headers, notes)
@@ -122,22 +128,35 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: list[Path] = []
     for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            found += _in_folder(path)
-        elif path.exists():
-            found.append(path)
-        elif glob.has_magic(str(path)):
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 - takes absolute patterns
-            if not matches:
-                raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {_parent_of_glob(path)}")
-            for match in matches:
-                found += _in_folder(match) if match.is_dir() else [match]
-        else:
-            raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
+        try:
+            found += _find(given)
+        except OSError as error:
+            raise SeriesError(f"{error.filename or given}: {error.strerror}.") from error
     if not found:
         raise SeriesError("no checkpoint given.")
     return found
+
+
+def _find(given: str | Path) -> list[Path]:
+    if given == "":
+        raise SeriesError("an empty path. Is a variable of the shell unset?")
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps a ~user that is none
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        return [path]
+    if path.is_symlink():
+        raise SeriesError(_dangling(path))
+    if not glob.has_magic(str(path)):
+        raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
+    # A folder that exists is taken by its name, so that brackets in it are no pattern.
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    pattern = str(path.relative_to(folder))
+    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - passes over hidden files
+    matches = sorted((folder / name for name in names), key=natural_key)
+    if not matches:
+        raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
+    return [found for match in matches for found in (_in_folder(match) if match.is_dir() else [match])]
 
 
 def _in_folder(folder: Path) -> list[Path]:
@@ -145,20 +164,22 @@ def _in_folder(folder: Path) -> list[Path]:
         return [folder]
     found = [
         child
-        for child in sorted(folder.iterdir())
-        if (child.is_file() and child.name.endswith(SUFFIXES) and not child.name.startswith(".") and not _NOT_WEIGHTS.search(child.name))
-        or (child.is_dir() and checkpoint_inside(child) is not None)
+        for child in sorted(folder.iterdir(), key=natural_key)
+        if not child.name.startswith(".")
+        and (
+            (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
+            or (child.is_dir() and checkpoint_inside(child) is not None)
+        )
     ]
     if not found:
-        raise SeriesError(f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)}).")
+        raise SeriesError(
+            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
+        )
     return found
 
 
-def _parent_of_glob(path: Path) -> Path:
-    parent = path.parent
-    while glob.has_magic(str(parent)):
-        parent = parent.parent
-    return parent
+def _dangling(path: Path) -> str:
+    return f"{path}: a link to {path.readlink()}, where there is nothing."
 
 
 def _did_you_mean(path: Path) -> str:
@@ -170,37 +191,52 @@ def _did_you_mean(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
+def _refuse_shards(paths: Sequence[Path]) -> None:
+    """Say it where a glob has taken the shards of one checkpoint for a series."""
+    seen: dict[object, Path] = {}
+    for path in paths:
+        parts = re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", path.name)
+        other = seen.setdefault((path.parent, *parts.groups()), path) if parts else path
+        if other != path:
+            raise SeriesError(
+                f"{other} and {path.name} are shards of one checkpoint, not two. Give the folder that has their index."
+            )
+
+
+def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
+    """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
+    for path in paths:
+        inner = [c for c in path.iterdir() if c.is_dir() and checkpoint_inside(c)] if path.is_dir() else []
+        if inner:
+            pattern = path / re.sub(r"\d+", "*", inner[0].name)
+            notes.append(f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{pattern}'.")
+
+
 def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
-    """Count hard links, symlinks and repeated arguments once, under the name that has a number in it."""
-    kept: dict[tuple[int, int], Path] = {}
+    """Count hard links, symlinks and repeated arguments once."""
+    groups: dict[tuple[int, int], dict[Path, Path]] = {}
     for path in paths:
         try:
             stat = path.stat()
         except OSError as error:
-            raise SeriesError(f"{path}: {error.strerror}. A dangling link?") from error
-        identity = (stat.st_dev, stat.st_ino)
-        if identity not in kept:
-            kept[identity] = path
-        elif kept[identity] != path:
-            keep, drop = sorted((kept[identity], path), key=lambda p: (not re.search(r"\d", p.name), natural_key(p)))
-            kept[identity] = keep
-            notes.append(f"{drop.name} is {keep.name} under another name (a link): counted once.")
-    return list(kept.values())
+            raise SeriesError(_dangling(path) if path.is_symlink() else f"{path}: {error.strerror}.") from error
+        groups.setdefault((stat.st_dev, stat.st_ino), {})[path.absolute()] = path
+    return [_kept(names.values(), "under another name", notes) for names in groups.values()]
 
 
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
     """Count copies once where the header proves them equal: where links are not supported, timm copies."""
-    kept: list[Header] = []
-    seen: dict[object, int] = {}
+    groups: dict[object, dict[Path, Header]] = {}
     for header in headers:
-        at = seen.get(header.fingerprint) if header.fingerprint is not None else None
-        if at is None:
-            seen[header.fingerprint] = len(kept)
-            kept.append(header)
-            continue
-        keep, drop = sorted((kept[at], header), key=lambda h: (not re.search(r"\d", h.path.name), natural_key(h.path)))
-        kept[at] = keep
-        notes.append(f"{drop.path.name} is a copy of {keep.path.name} (all checksums agree): counted once.")
+        alone = object()
+        groups.setdefault(header.fingerprint or alone, {})[header.path] = header
+    return [group[_kept(group, "again (all checksums agree)", notes)] for group in groups.values()]
+
+
+def _kept(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
+    """Choose the name with a number in it, which last and model_best lack."""
+    kept, *others = sorted(paths, key=lambda path: (not re.search(r"\d", path.name), natural_key(path)))
+    notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
     return kept
 
 
@@ -228,13 +264,14 @@ def stored_counters(header: Header) -> dict[str, int]:
     sources: list[Any] = [header.tree]
     if isinstance(header.tree, dict):
         sources += [header.tree.get(key) for key in _NESTED]
-    if header.path.is_dir():
-        sources.append(_trainer_state(header.path))
+    if header.path.is_dir() or header.path.name in SINGLE:
+        sources.append(_trainer_state(header.path if header.path.is_dir() else header.path.parent))
     counters: dict[str, int] = {}
     for source in sources:
         for key in _STEP_KEYS if isinstance(source, dict) else ():
             value = source.get(key)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+            if whole and not isinstance(value, bool) and abs(value) < 1 << 63:
                 counters.setdefault(key, int(value))
     return counters
 
@@ -243,7 +280,7 @@ def _trainer_state(folder: Path) -> Any:
     """Hugging Face's Trainer keeps the step beside the weights, in trainer_state.json."""
     try:
         return json.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -271,9 +308,12 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
         members = [Member(h.path, h, c[key], key) for h, c in zip(headers, counters, strict=True)]
     else:
         numbers = [number_in_name(header.path) for header in headers]
+        if None in numbers and len({header.path.name for header in headers}) == 1:
+            # checkpoint-500/model.safetensors, checkpoint-1000/model.safetensors: the folders tell.
+            numbers = [number_in_name(header.path.parent) for header in headers]
         members = [Member(h.path, h, n, None if n is None else "name") for h, n in zip(headers, numbers, strict=True)]
     if order == "given":
-        return members, "the order of the arguments"
+        return members, "the arguments"
     if order == "mtime":
         return sorted(members, key=lambda m: (m.path.stat().st_mtime_ns, natural_key(m.path))), "modification time"
     if order == "natural":
@@ -281,48 +321,54 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     if telling:
         _note_ties(members, key, notes)
         return sorted(members, key=lambda m: (m.step, natural_key(m.path))), f"the {key} stored in the files"
-    nameless = [member.path.name for member in members if member.step is None]
+    nameless = [member.path for member in members if member.step is None]
     if nameless and len(members) > 1:
-        notes.append(f"{nameless[0]} tells neither a step nor a number: the order is that of the names. Set it with --order given.")
+        notes.append(
+            f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "
+            "Give the files in order, with --order given, if it should be another."
+        )
         return sorted(members, key=lambda m: natural_key(m.path)), "the names"
     _note_ties(members, "number", notes)
     return sorted(members, key=lambda m: (m.step, natural_key(m.path))), "the numbers in the names"
 
 
 def _note_ties(members: Sequence[Member], what: str, notes: list[str]) -> None:
-    seen: dict[int | None, Member] = {}
+    groups: dict[int | None, list[Path]] = {}
     for member in members:
-        other = seen.setdefault(member.step, member)
-        if other is not member:
-            notes.append(f"{other.path.name} and {member.path.name} have the same {what}, {member.step}; their names decide.")
+        groups.setdefault(member.step, []).append(member.path)
+    for step, paths in groups.items():
+        if len(paths) > 1:
+            first, second, *more = sorted(paths, key=natural_key)
+            others = f" and {len(more)} more" if more else ""
+            notes.append(f"{first}, {second}{others} have the same {what}, {step}; their names decide.")
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
-    if from_step is None and to_step is None:
+    asked = [f"{o} {n}" for o, n in (("--from-step", from_step), ("--to-step", to_step)) if n is not None]
+    if not asked:
         return members
-    unknown = next((member for member in members if member.step is None), None)
-    if unknown is not None:
-        raise SeriesError(f"{unknown.path}: its step is unknown, so --from-step and --to-step cannot place it.")
-    kept = [
-        member
-        for member in members
-        if member.step is not None
-        and (from_step is None or member.step >= from_step)
-        and (to_step is None or member.step <= to_step)
-    ]
+    placed = [(member.step, member) for member in members if member.step is not None]
+    if len(placed) < len(members):
+        unknown = next(member for member in members if member.step is None)
+        raise SeriesError(f"{unknown.path}: its step is unknown, so {' and '.join(asked)} cannot place it.")
+    low, high = (-math.inf if from_step is None else from_step), (math.inf if to_step is None else to_step)
+    kept = [member for step, member in placed if low <= step <= high]
     if not kept:
-        steps = sorted(member.step for member in members if member.step is not None)
-        raise SeriesError(f"no checkpoint between these steps; there are {steps[0]} to {steps[-1]}.")
+        steps = sorted(step for step, _ in placed)
+        what = "number" if members[0].counter == "name" else members[0].counter
+        raise SeriesError(f"{' '.join(asked)}: no checkpoint there; they go from {what} {steps[0]} to {steps[-1]}.")
     return kept
 
 
 def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool, notes: list[str]) -> list[Member]:
-    scored = [
-        Member(m.path, m.header, m.step, m.counter, metric_of(m.header, key)) for m in members
-    ]
+    scored = [Member(m.path, m.header, m.step, m.counter, metric_of(m.header, key)) for m in members]
     without = next((member for member in scored if member.metric is None), None)
     if without is not None:
-        raise SeriesError(f"{without.path}: has no number under '{key}', so --best cannot rank it. Name another with --metric KEY.")
+        tree = without.header.tree
+        keys = [k for k in tree if isinstance(k, str)] if isinstance(tree, dict) else []
+        known = [k for k in keys if metric_of(without.header, k) is not None]
+        advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
+        raise SeriesError(f"{without.path}: has no number under '{key}', so --best cannot rank it. {advice}")
     if best > len(scored):
         notes.append(f"--best {best}: there are only {len(scored)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
@@ -340,8 +386,9 @@ def metric_of(header: Header, key: str) -> float | None:
         if not isinstance(node, dict):
             return None
         node = node.get(part)
-    if isinstance(node, bool) or not isinstance(node, (int, float)) or node != node:
+    if isinstance(node, bool) or not isinstance(node, (int, float)):
         return None
-    return float(node)
-
-
+    try:
+        return None if math.isnan(node) else float(node)
+    except OverflowError:  # an integer beyond all floats
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
@@ -12,12 +11,14 @@ from typing import Annotated
 import typer
 
 from ..errors import CkptError
+from . import console
 from .avg import avg
 from .inspect import inspect
 
 app = typer.Typer(
     name="ckpt",
-    help="Average and inspect saved PyTorch checkpoints. No code in a checkpoint is ever run; no input is ever changed.",
+    help="Average and inspect saved PyTorch checkpoints. "
+    "No code in a checkpoint is ever run; no input is ever changed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,36 +37,42 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that half-written files go before the process does."""
+class _Stopped(BaseException):
+    """A signal to stop, as an exception, so that half-written files go before the process does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
+_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    for each in _STOPPING:  # once is enough: a second one would break off the cleaning up
+        signal.signal(each, signal.SIG_IGN)
+    raise _Stopped(number)
 
 
 def main() -> None:
     """Run `ckpt`; the one place where an error becomes a message and an exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for each in _STOPPING:
+        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(each, _stop)
     # torch says this at import where numpy is not installed; nothing here needs numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     try:
         app()
     except CkptError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {console.visible(str(error))}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; nothing was written.", err=True)
-        sys.exit(130)
-    except _Terminated:
-        typer.echo("Terminated; nothing was written.", err=True)
-        sys.exit(143)
-    except BrokenPipeError:
-        # The reader of our pipe has gone; Python would complain once more while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except _Stopped as stopped:
+        what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
+        typer.echo(f"{what}; nothing was written.", err=True)
+        sys.exit(128 + stopped.number)

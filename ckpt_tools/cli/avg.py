@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,34 +15,69 @@ from . import console
 if TYPE_CHECKING:
     from ..averaging import AverageReport
 
-_SCHEDULE, _SELECTION, _WEIGHTS, _OUTPUT, _RUN = "How much each counts", "Which checkpoints", "Which weights", "Output", "Running"
+_SCHEDULE, _SELECTION, _WEIGHTS, _OUTPUT, _RUN = (
+    "How much each counts",
+    "Which checkpoints",
+    "Which weights",
+    "Output",
+    "Running",
+)
 
 
 def avg(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
+    ],
     mode: Annotated[str, typer.Option(help="uniform, ema or weights.", rich_help_panel=_SCHEDULE)] = "uniform",
     decay: Annotated[
-        float | None, typer.Option(help="ema: for a checkpoint; with --per-step, for a training step.", show_default="0.99", rich_help_panel=_SCHEDULE)
+        float | None,
+        typer.Option(
+            help="ema: for a checkpoint; with --per-step, for a training step.",
+            show_default="0.99",
+            rich_help_panel=_SCHEDULE,
+        ),
     ] = None,
-    per_step: Annotated[bool, typer.Option("--per-step", help="ema: decay^(step gap).", rich_help_panel=_SCHEDULE)] = False,
-    warmup: Annotated[str | None, typer.Option(help="ema: litema or timm; the decay grows.", rich_help_panel=_SCHEDULE)] = None,
-    bias_correction: Annotated[
-        bool, typer.Option("--bias-correction", help="ema: start from zero, divide by 1-d^N.", rich_help_panel=_SCHEDULE)
+    per_step: Annotated[
+        bool, typer.Option("--per-step", help="ema: decay^(step gap).", rich_help_panel=_SCHEDULE)
     ] = False,
-    weights: Annotated[str | None, typer.Option(help="With --mode weights: 1,2,3, oldest first.", rich_help_panel=_SCHEDULE)] = None,
+    warmup: Annotated[
+        str | None, typer.Option(help="ema: litema or timm; the decay grows.", rich_help_panel=_SCHEDULE)
+    ] = None,
+    bias_correction: Annotated[
+        bool,
+        typer.Option("--bias-correction", help="ema: start from zero, divide by 1-d^N.", rich_help_panel=_SCHEDULE),
+    ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="With --mode weights: 1,2,3, oldest first.", rich_help_panel=_SCHEDULE)
+    ] = None,
     normalize: Annotated[bool, typer.Option(help="Divide --weights by their sum.", rich_help_panel=_SCHEDULE)] = True,
     last: Annotated[int | None, typer.Option(help="The last N.", metavar="N", rich_help_panel=_SELECTION)] = None,
-    best: Annotated[int | None, typer.Option(help="The best N by --metric.", metavar="N", rich_help_panel=_SELECTION)] = None,
-    metric: Annotated[str, typer.Option(help="Key in the files, dotted if nested.", metavar="KEY", rich_help_panel=_SELECTION)] = "metric",
-    lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="For a loss.", rich_help_panel=_SELECTION)] = False,
-    every: Annotated[int | None, typer.Option(help="Every K-th, counted from the last.", metavar="K", rich_help_panel=_SELECTION)] = None,
-    from_step: Annotated[int | None, typer.Option(help="From this step (or epoch) on.", rich_help_panel=_SELECTION)] = None,
+    best: Annotated[
+        int | None, typer.Option(help="The best N by --metric.", metavar="N", rich_help_panel=_SELECTION)
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="Key in the files, dotted if nested.", metavar="KEY", rich_help_panel=_SELECTION)
+    ] = "metric",
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="For a loss.", rich_help_panel=_SELECTION)
+    ] = False,
+    every: Annotated[
+        int | None, typer.Option(help="Every K-th, counted from the last.", metavar="K", rich_help_panel=_SELECTION)
+    ] = None,
+    from_step: Annotated[
+        int | None, typer.Option(help="From this step (or epoch) on.", rich_help_panel=_SELECTION)
+    ] = None,
     to_step: Annotated[int | None, typer.Option(help="Up to this step (or epoch).", rich_help_panel=_SELECTION)] = None,
     order: Annotated[
-        str, typer.Option(help="auto (stored step or epoch, else numbers in names), given, natural, mtime.", rich_help_panel=_SELECTION)
+        str,
+        typer.Option(
+            help="auto (stored step or epoch, else numbers in names), given, natural, mtime.",
+            rich_help_panel=_SELECTION,
+        ),
     ] = "auto",
     include_outputs: Annotated[
-        bool, typer.Option("--include-outputs", help="Take files that ckpt wrote itself, too.", rich_help_panel=_SELECTION)
+        bool,
+        typer.Option("--include-outputs", help="Take files that ckpt wrote itself, too.", rich_help_panel=_SELECTION),
     ] = False,
     state: Annotated[
         str, typer.Option(help="auto (EMA where all have one), raw, ema, or a dotted path.", rich_help_panel=_WEIGHTS)
@@ -49,21 +85,44 @@ def avg(
     match: Annotated[str, typer.Option(help="name or order.", rich_help_panel=_WEIGHTS)] = "name",
     keys: Annotated[str, typer.Option(help="strict, intersection or union.", rich_help_panel=_WEIGHTS)] = "strict",
     buffers: Annotated[
-        str, typer.Option(help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=_WEIGHTS)
+        str,
+        typer.Option(help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=_WEIGHTS),
     ] = "average",
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The suffix picks the format; none: a folder of shards.", show_default="averaged.pth, or as the inputs are", rich_help_panel=_OUTPUT),
+        typer.Option(
+            "--out",
+            "-o",
+            help="The suffix picks the format; none: a folder of shards.",
+            show_default="averaged.pth, or as the inputs are",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the output: same, float32, bfloat16, ...", rich_help_panel=_OUTPUT)] = "same",
-    max_shard_size: Annotated[str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=_OUTPUT)] = None,
-    untie: Annotated[bool, typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=_OUTPUT)] = False,
-    hash_: Annotated[bool, typer.Option("--hash", help="Record the SHA-256 of the inputs.", rich_help_panel=_OUTPUT)] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)] = False,
-    threads: Annotated[int | None, typer.Option(help="Workers.", show_default="the cores", rich_help_panel=_RUN)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, read no weights, write nothing.", rich_help_panel=_RUN)] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the output: same, float32, bfloat16, ...", rich_help_panel=_OUTPUT)
+    ] = "same",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=_OUTPUT)
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=_OUTPUT)
+    ] = False,
+    hash_: Annotated[
+        bool, typer.Option("--hash", help="Record the SHA-256 of the inputs.", rich_help_panel=_OUTPUT)
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="Workers.", show_default="the cores", rich_help_panel=_RUN)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan, read no weights, write nothing.", rich_help_panel=_RUN)
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=_RUN)] = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.", rich_help_panel=_RUN)] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.", rich_help_panel=_RUN)
+    ] = False,
 ) -> None:
     """Average a series of checkpoints into one set of weights.
 
@@ -77,7 +136,8 @@ def avg(
             paths, mode=mode, decay=decay, per_step=per_step, warmup=warmup, bias_correction=bias_correction,
             weights=_numbers(weights), normalize=normalize, last=last, best=best, metric=metric,
             lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
-            include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers, out=out,
+            include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers,
+            out=None if out is None else os.path.expanduser(out),  # noqa: PTH111 - keeps a ~user that is none
             dtype=dtype, max_shard_size=max_shard_size, untie=untie, hash=hash_, force=force, threads=threads,
             dry_run=dry_run, allow_nonfinite=allow_nonfinite, on_plan=_show_table if dry_run else _show_summary,
             on_progress=on_progress,
@@ -85,9 +145,9 @@ def avg(
     if report.written:
         seconds = time.perf_counter() - started
         moved = report.bytes_read + report.bytes_written
-        console.say(
-            f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s ({console.size(moved / seconds)}/s read and written)."
-        )
+        # Small jobs take as long as importing torch takes.
+        rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
+        console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{rate}.")
     if json:
         console.print_json(report.to_dict())
 
@@ -120,17 +180,17 @@ def _show_table(report: AverageReport) -> None:
     table.add_column("coefficient", justify="right", no_wrap=True)
     width = max(4, min(20, screen.width - 50))
     table.add_column("", no_wrap=True, width=width)
-    table.add_column("weights", overflow="fold")
     largest = max(abs(i.coefficient) for i in report.inputs)
     for i in report.inputs:
         step = "" if i.step is None else str(i.step)
         drawn = Text(console.bar(i.coefficient, largest, width), style="red" if i.coefficient < 0 else "green")
-        prefix = f", without {' '.join(i.prefixes)}" if i.prefixes else ""
-        table.add_row(Text(i.name), step, f"{i.coefficient:.6f}", drawn, Text(i.state + prefix))
+        table.add_row(Text(console.visible(i.name)), step, f"{i.coefficient:.6f}", drawn)
     screen.print(table)
     console.say(
         "",
-        f"Ordered by {report.ordered_by}; mode {report.mode}.",
+        f"Ordered by {report.ordered_by}; mode {report.mode}; "
+        f"weights: {', '.join(dict.fromkeys(i.state for i in report.inputs))}.",
+        *_prefixes(report),
         f"{len(report.averaged)} tensors averaged, {len(report.copied)} copied from the last checkpoint"
         + (f", {len(report.tied)} tied" if report.tied else "")
         + (f", {len(report.left_out)} left out" if report.left_out else "")
@@ -143,6 +203,15 @@ def _show_table(report: AverageReport) -> None:
     if report.dropped:
         console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
     console.say(*report.notes)
+
+
+def _prefixes(report: AverageReport) -> list[str]:
+    """Say which names lose their wrapper prefixes."""
+    wrapped: dict[str, list[str]] = {}
+    for i in report.inputs:
+        if i.prefixes:
+            wrapped.setdefault(" ".join(i.prefixes), []).append(i.name)
+    return [f"Names lose {prefix} in {_some(tuple(names))}." for prefix, names in wrapped.items()]
 
 
 def _some(names: tuple[str, ...], most: int = 6) -> str:

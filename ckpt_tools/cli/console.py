@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from ..errors import WriteError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,38 +22,55 @@ def stderr() -> Console:
     """Return a console on stderr, as wide as the terminal."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=False)
+    return Console(stderr=True, highlight=False, soft_wrap=False, emoji=False)
 
 
 def say(*lines: str) -> None:
-    """Write plain lines to stderr; square brackets in them are no markup."""
+    """Write plain lines to stderr; nothing in them is markup, and nothing in them steers the terminal."""
     console = stderr()
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(visible(line), markup=False, soft_wrap=True)
+
+
+def visible(text: str) -> str:
+    """Write control characters out: a tensor may be called anything, and the file may be a stranger's."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
 def print_json(data: Any) -> None:
-    """Write a result to stdout."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
-    sys.stdout.flush()
+    """Write a result to stdout.
+
+    Raises:
+        WriteError: stdout does not take it.
+    """
+    try:
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more at exit, and would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # such as head, which has seen enough
+            sys.exit(1)
+        raise WriteError(f"the report cannot be written to standard output ({error.strerror}).") from error
 
 
 def size(nbytes: float) -> str:
     """Write bytes as a person reads them, decimal: 1.21 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+    return _short(nbytes, (" B", " kB", " MB", " GB", " TB"))
 
 
 def count(number: int) -> str:
     """Write a count as the field does: 304M."""
-    for unit in ("", "k", "M", "B"):
-        if number < 1000 or unit == "B":
-            return f"{number:.3g}{unit}" if unit else str(number)
-        number = number // 1000 if number >= 10_000_000 else number / 1000  # type: ignore[assignment]
-    return str(number)
+    return _short(number, ("", "k", "M", "B", "T"))
+
+
+def _short(value: float, units: tuple[str, ...]) -> str:
+    """Write three figures and a unit."""
+    for unit in units[:-1]:
+        if abs(value) < 999.5:  # what rounds to 1000 belongs to the next unit
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}{units[-1]}"
 
 
 def bar(value: float, largest: float, width: int = 20) -> str:
@@ -72,15 +94,29 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         A function to call with (bytes done, bytes in all).
     """
     console = stderr()
-    if not console.is_terminal:
+    if not console.is_interactive:
         yield _plain_progress(what)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = Progress(*columns, console=console, transient=True)
+    task = shown.add_task(what, total=None)
+
+    def show(done: int, total: int) -> None:
+        shown.start()  # the plan stands above it by now
+        shown.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        shown.stop()
 
 
 def _plain_progress(what: str) -> Callable[[int, int], None]:

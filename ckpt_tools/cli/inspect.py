@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,7 @@ def inspect(
     from ..formats import read_header
     from ..inspection import describe
 
-    description = describe(read_header(path))
+    description = describe(read_header(Path(os.path.expanduser(path))))  # noqa: PTH111 - keeps a ~user that is none
     if json:
         data = description.to_dict()
         if not tensors:
@@ -75,9 +76,16 @@ def _show(d: Description) -> None:
 def _show_provenance(provenance: dict[str, object]) -> None:
     arguments = provenance.get("arguments")
     options = ", ".join(f"{k}={v}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
-    console.say(f"  made by ckpt-tools {provenance.get('version')}: {provenance.get('mode')} average of {provenance.get('state')}; {options}")
+    console.say(
+        f"  made by ckpt-tools {provenance.get('version')}: "
+        f"{provenance.get('mode')} average of {provenance.get('state')}; {options}"
+    )
     inputs = provenance.get("inputs")
-    rows = [i for i in inputs if isinstance(i, dict) and isinstance(i.get("coefficient"), (int, float))] if isinstance(inputs, list) else []
+    rows = (
+        [i for i in inputs if isinstance(i, dict) and isinstance(i.get("coefficient"), (int, float))]
+        if isinstance(inputs, list)
+        else []
+    )
     largest = max((abs(i["coefficient"]) for i in rows), default=0)
     for i in rows:
         console.say(f"    {i['coefficient']:>10.6f} {console.bar(i['coefficient'], largest):<20} {i.get('name')}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 from ..errors import CorruptError, NotACheckpointError, ReadError, UnsupportedError
@@ -40,6 +39,8 @@ def _read_file(path: Path) -> Header:
         raise ReadError(f"{path}: neither a file nor a folder.")
     with path.open("rb") as file:
         start = file.read(len(torch_legacy.MAGIC))
+        file.seek(257)
+        tar = file.read(5) == b"ustar"
     if not start:
         raise CorruptError(f"{path}: empty file. Get a fresh copy.")
     if start.startswith(b"PK\3\4"):
@@ -50,9 +51,13 @@ def _read_file(path: Path) -> Header:
         return safetensors.read(path)
     if torch_legacy.MAGIC.startswith(start) or start.startswith(torch_legacy.MAGIC[:15]):
         raise CorruptError(f"{path}: truncated after {len(start)} bytes. Get a fresh copy.")
-    if tarfile.is_tarfile(path):
-        raise UnsupportedError(f"{path}: a tar file; torch has not written any since 0.1.10. Load and save it with torch once.")
-    raise NotACheckpointError(f"{path}: not a checkpoint: neither a torch file (zip or legacy) nor safetensors.{_hint(start)}")
+    if tar:
+        raise UnsupportedError(
+            f"{path}: a tar file; torch has not written any since 0.1.10. Load and save it with torch once."
+        )
+    raise NotACheckpointError(
+        f"{path}: not a checkpoint: neither a torch file (zip or legacy) nor safetensors.{_hint(start)}"
+    )
 
 
 def _hint(start: bytes) -> str:

@@ -14,6 +14,7 @@ from .header import PROVENANCE, Header
 from .output import FilePlan, OutTensor
 
 MAX_HEADER = 100_000_000  # the library's own limit
+MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
 
 
 def read(path: Path) -> Header:
@@ -32,7 +33,7 @@ def read(path: Path) -> Header:
             raise CorruptError(f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy.")
         raw = file.read(length)
     try:
-        entries = json.loads(raw, object_pairs_hook=_without_duplicates)
+        entries = json.loads(raw.decode(), object_pairs_hook=_checked)
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
     if not isinstance(entries, dict):
@@ -46,15 +47,18 @@ def read(path: Path) -> Header:
         tensors[name], begin, end = _parse(path, name, entry, base=8 + length)
         spans.append((begin, end, name))
     _check_spans(path, spans, size - 8 - length)
-    tensors.update({alias: tensors[kept] for alias, kept in metadata.items() if alias not in tensors and kept in tensors})
+    for alias, kept in metadata.items():
+        if alias != "format" and alias not in tensors and kept in entries:
+            tensors[alias] = tensors[kept]
     provenance = _provenance(metadata.get(PROVENANCE))
     return Header(path, "safetensors", tensors, ((path, size),), metadata=metadata, provenance=provenance)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a name stands in it twice")
+    "".join(entries).encode()  # a JSON escape can spell half a character, which has no encoding
     return entries
 
 
@@ -63,7 +67,8 @@ def _parse(path: Path, name: str, entry: Any, *, base: int) -> tuple[TensorSpec 
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptError(f"{path}: the entry of '{name}' is incomplete. The file is damaged.") from error
-    if any(type(n) is not int for n in (begin, end)) or not isinstance(shape, list) or not 0 <= begin <= end:
+    whole = isinstance(shape, list) and all(type(n) is int for n in (begin, end, *shape))
+    if not whole or not 0 <= begin <= end or len(shape) > MAX_DIMENSIONS:
         raise CorruptError(f"{path}: the entry of '{name}' holds impossible numbers. The file is damaged.")
     dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if dtype is None or dtype.name == "float4_e2m1fn_x2":
@@ -122,7 +127,8 @@ def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name:
             unique[key] = tensor
         if tensor.dtype.safetensors is None:
             raise UnsupportedError(
-                f"'{key}' is {tensor.dtype.name}, which safetensors does not have. Write a .pth file instead (-o NAME.pth)."
+                f"'{key}' is {tensor.dtype.name}, which safetensors does not have. "
+                "Write a .pth file instead (-o NAME.pth)."
             )
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **aliases}}
     # Large elements first, as the library itself does, so that every tensor is aligned to its own size.
@@ -141,7 +147,9 @@ def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name:
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER:
-        raise UnsupportedError(f"{name}: a header of {len(header)} bytes is over the limit of {MAX_HEADER}. Write a .pth file instead.")
+        raise UnsupportedError(
+            f"{name}: a header of {len(header)} bytes is over the limit of {MAX_HEADER}. Write a .pth file instead."
+        )
     base = 8 + len(header)
     head = struct.pack("<Q", len(header)) + header
     return FilePlan(

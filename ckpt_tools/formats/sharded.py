@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -64,11 +65,11 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     folder = index.parent
     headers = {}
     for name in dict.fromkeys(weight_map.values()):
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
         shard = folder / name
         # A symlink may leave the folder only as the Hugging Face cache lays its files out: to ../../blobs.
-        target = shard.resolve()
+        target = Path(os.path.realpath(shard))
         if target.parent != folder.resolve() and target.parent != (folder.resolve() / "../../blobs").resolve():
             raise CorruptError(f"{index}: its shard {name!r} is a link out of the folder ({target}); refused.")
         if not shard.is_file():
@@ -83,7 +84,9 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     for name, header in headers.items():
         extra = [key for key in header.tree if weight_map.get(key) != name and key not in header.metadata]
         if extra:
-            raise CorruptError(f"{index}: does not list '{extra[0]}', which stands in {name}. The index is stale; rewrite it.")
+            raise CorruptError(
+                f"{index}: does not list '{extra[0]}', which stands in {name}. The index is stale; rewrite it."
+            )
     foreign: Counter[str] = Counter()
     for header in headers.values():
         foreign.update(header.foreign)
@@ -116,7 +119,12 @@ def parse_size(text: str) -> int:
 
 
 def plan_shards(
-    tensors: Mapping[str, OutTensor], *, max_bytes: int | None, stem: str, suffix: str, like: Mapping[str, str] | None = None
+    tensors: Mapping[str, OutTensor],
+    *,
+    max_bytes: int | None,
+    stem: str,
+    suffix: str,
+    like: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
     """Share names out over files; tied names stay together.
 

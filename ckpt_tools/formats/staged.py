@@ -37,9 +37,13 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
         if resolved == source or _same_file(resolved, source):
             raise WriteError(f"{target}: is one of the inputs, which are never changed. Choose another name with -o.")
         if source.is_dir() and source in resolved.parents:
-            raise WriteError(f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o.")
+            raise WriteError(
+                f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
+            )
         if folder and resolved in source.parents:
-            raise WriteError(f"{target}: holds the input {path}, which is never changed. Choose another folder with -o.")
+            raise WriteError(
+                f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
+            )
     if target.is_dir() != folder and target.exists():
         kind = "a folder" if target.is_dir() else "a file"
         raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
@@ -53,7 +57,8 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
     free = shutil.disk_usage(parent).free
     if nbytes > free:
         raise WriteError(
-            f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. Free some space or choose another place with -o."
+            f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
+            "Free some space or choose another place with -o."
         )
 
 
@@ -68,7 +73,10 @@ def _check_replaceable(folder: Path) -> None:
     for child in sorted(folder.iterdir()):
         ours = child.name.endswith((*SUFFIXES, *COMPANIONS)) and child.is_file()
         if not ours:
-            raise WriteError(f"{folder}: holds {child.name}, which is no part of a checkpoint; not replaced. Choose a new folder with -o.")
+            raise WriteError(
+                f"{folder}: holds {child.name}, which is no part of a checkpoint; not replaced. "
+                "Choose a new folder with -o."
+            )
 
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -101,7 +109,9 @@ def staged_files(target: Path, names: Sequence[str] | None, sizes: Sequence[int]
                 fds.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666))
                 os.truncate(fds[-1], size)
         except OSError as error:
-            raise WriteError(f"{target}: cannot be written ({error.strerror}). Choose another place with -o.") from error
+            raise WriteError(
+                f"{target}: cannot be written ({error.strerror}). Choose another place with -o."
+            ) from error
         yield stage, fds
         try:
             for fd in fds:

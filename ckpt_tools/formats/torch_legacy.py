@@ -26,7 +26,7 @@ def read(path: Path) -> Header:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        declared = _declared_storages(path, file)
+        declared = _declared_storages(path, file, size)
         offsets = _storage_offsets(path, file, size, declared)
         file.seek(0)
         for _ in range(3):  # magic number, protocol, system facts
@@ -52,13 +52,15 @@ def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
     raise CorruptError("a storage where none belongs")
 
 
-def _declared_storages(path: Path, file: IO[bytes]) -> dict[str, int]:
+def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]:
     """Read up to the saved object; return the bytes that it says each storage has."""
     declared: dict[str, int] = {}
 
     def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
         nbytes = numel * (dtype.itemsize if dtype else 1)
-        if numel < 0 or declared.setdefault(key, nbytes) != nbytes:
+        if not 0 <= nbytes <= size:
+            raise CorruptError(f"{path}: truncated: storage {key} is larger than the file. Get a fresh copy.")
+        if declared.setdefault(key, nbytes) != nbytes:
             raise CorruptError(f"{path}: storage {key} has two sizes. The file is damaged; get a fresh copy.")
         return Storage(path, 0, nbytes)
 
@@ -70,16 +72,18 @@ def _declared_storages(path: Path, file: IO[bytes]) -> dict[str, int]:
 
 def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str, int]) -> dict[str, int]:
     keys, _ = unpickle.load(file, _refuse, where=str(path))
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(declared):
+    if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(declared):
         raise CorruptError(f"{path}: its list of storages does not fit its contents. The file is damaged.")
     offsets = {}
     position = file.tell()
-    for key in map(str, keys):
+    for key in keys:
         file.seek(position)
         count = file.read(8)
         end = position + 8 + declared[key]
         if len(count) < 8 or end > size:
-            raise CorruptError(f"{path}: truncated: storage {key} ends at byte {end}, the file at {size}. Get a fresh copy.")
+            raise CorruptError(
+                f"{path}: truncated: storage {key} ends at byte {end}, the file at {size}. Get a fresh copy."
+            )
         if struct.unpack("<q", count)[0] not in _possible_counts(declared[key]):
             raise CorruptError(f"{path}: storage {key} has another size than its tensors say. The file is damaged.")
         offsets[key] = position + 8

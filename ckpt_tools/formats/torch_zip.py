@@ -47,7 +47,9 @@ def read(path: Path) -> Header:
         try:
             archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
-            raise CorruptError(f"{path}: truncated or damaged: its zip directory cannot be read ({error}). Get a fresh copy.") from error
+            raise CorruptError(
+                f"{path}: truncated or damaged: its zip directory cannot be read ({error}). Get a fresh copy."
+            ) from error
         records = {info.filename: info for info in archive.infolist()}
         if len(records) != len(archive.infolist()):
             raise CorruptError(f"{path}: two records have one name. The file is damaged.")
@@ -59,7 +61,10 @@ def read(path: Path) -> Header:
             if info is None:
                 return None
             file.seek(offset_of(info))
-            return file.read(info.file_size)
+            raw = file.read(info.file_size)
+            if info.CRC and zlib.crc32(raw) != info.CRC:  # 0: torch was told to leave checksums out
+                raise CorruptError(f"{path}: the checksum of its {name} does not fit. The file is damaged.")
+            return raw
 
         big_endian = (record("byteorder") or b"").strip() == b"big"
 
@@ -68,7 +73,9 @@ def read(path: Path) -> Header:
             nbytes = numel * (dtype.itemsize if dtype else 1)
             if info is None or info.file_size != nbytes:
                 has = "no such record" if info is None else f"{info.file_size} bytes"
-                raise CorruptError(f"{path}: storage {key} should have {nbytes} bytes; there is {has}. The file is damaged.")
+                raise CorruptError(
+                    f"{path}: storage {key} should have {nbytes} bytes; there is {has}. The file is damaged."
+                )
             return Storage(path, offset_of(info), nbytes, big_endian)
 
         tree, foreign = unpickle.load(io.BytesIO(record("data.pkl") or b""), locate, where=str(path))
@@ -161,11 +168,11 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         storage = _StorageOut(obj, str(len(self.storages)))
         self.storages.append(storage)
-        rebuild: Any = torch._utils._rebuild_tensor_v2  # type: ignore[attr-defined]
+        rebuild: Any = torch._utils._rebuild_tensor_v2
         hooks: OrderedDict[Any, Any] = OrderedDict()
         args = (storage, 0, obj.shape, c_strides(obj.shape), False, hooks)
         if obj.dtype.storage is None:
-            rebuild = torch._utils._rebuild_tensor_v3  # type: ignore[attr-defined]
+            rebuild = torch._utils._rebuild_tensor_v3
             return rebuild, (*args, getattr(torch, obj.dtype.name))
         return rebuild, args
 
@@ -222,7 +229,9 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
     try:
         pickler.dump(tree)
     except (pickle.PicklingError, RecursionError, TypeError) as error:
-        raise WriteError(f"{name}: what stands beside the weights cannot be written ({error}). Write a .safetensors file instead.") from error
+        raise WriteError(
+            f"{name}: what stands beside the weights cannot be written ({error}). Write a .safetensors file instead."
+        ) from error
     records: list[tuple[str, bytes | OutTensor]] = [("data.pkl", stream.getvalue()), ("byteorder", b"little")]
     records += [(f"data/{storage.key}", storage.tensor) for storage in pickler.storages]
     records.append(("version", b"3\n"))
@@ -281,7 +290,11 @@ class _Record:
             extra = struct.pack(f"<2H{len(values)}Q", 1, 8 * len(values), *values)
         version = 45 if extra else 20
         offset = _MAX32 if far else self.offset
-        return _CENTRAL.pack(b"PK\1\2", version, version, *self._common(crc), len(extra), 0, 0, 0, 0, offset) + self.name + extra
+        return (
+            _CENTRAL.pack(b"PK\1\2", version, version, *self._common(crc), len(extra), 0, 0, 0, 0, offset)
+            + self.name
+            + extra
+        )
 
 
 def _lay_out(records: Iterable[tuple[str, bytes | OutTensor]]) -> tuple[list[_Record], int]:
@@ -299,8 +312,18 @@ def _end(directory: int, entries: list[bytes]) -> bytes:
     count, size = len(entries), sum(map(len, entries))
     zip64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, directory)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, directory + size, 1)
-    return zip64 + locator + struct.pack(
-        "<4s4H2LH", b"PK\5\6", 0, 0, min(count, _MAX16), min(count, _MAX16), min(size, _MAX32), min(directory, _MAX32), 0
+    return (
+        zip64
+        + locator
+        + struct.pack(
+            "<4s4H2LH",
+            b"PK\5\6",
+            0,
+            0,
+            min(count, _MAX16),
+            min(count, _MAX16),
+            min(size, _MAX32),
+            min(directory, _MAX32),
+            0,
+        )
     )
-
-

@@ -85,8 +85,18 @@ class Namespace(argparse.Namespace, metaclass=Sealed):
     """argparse.Namespace, sealed; timm and Megatron store their arguments in one."""
 
 
+class SealedDict(OrderedDict[Any, Any], metaclass=Sealed):
+    """collections.OrderedDict. Of its attributes only torch's `_metadata` is kept: another could hide a method."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict) and "_metadata" in state:
+            self._metadata = state["_metadata"]
+
+
 class PlainDict(dict[Any, Any], metaclass=Sealed):
     """collections.Counter and defaultdict as the mappings they are; a default factory is dropped."""
+
+    __slots__ = ()
 
     def __init__(self, source: Any = None, /) -> None:
         super().__init__(source if isinstance(source, dict) else ())
@@ -105,7 +115,7 @@ class _Bytes(metaclass=Sealed):
 
 class _ByteArray(metaclass=Sealed):
     def __new__(cls, source: Any = b"", encoding: str = "latin1") -> Any:
-        return bytearray(_Bytes(source, encoding))  # type: ignore[call-overload]
+        return bytearray(_Bytes(source, encoding))
 
 
 class _NumpyDtype(metaclass=Sealed):
@@ -117,7 +127,7 @@ class _NumpyDtype(metaclass=Sealed):
 
     def __new__(cls, code: Any = "", *_: Any) -> _NumpyDtype:
         dtype = object.__new__(cls)
-        dtype.code, dtype.order = str(code), "<"
+        dtype.code, dtype.order = code if isinstance(code, str) else "", "<"
         return dtype
 
     def __init__(self, *_: Any) -> None:
@@ -159,6 +169,8 @@ class _TypedStorage:
     """A storage and the dtype that its class named."""
 
     __slots__ = ("dtype", "storage")
+    dtype: DType | None
+    storage: Storage
 
     def __init__(self, storage: Storage, dtype: DType | None) -> None:
         object.__setattr__(self, "storage", storage)
@@ -168,14 +180,33 @@ class _TypedStorage:
         raise pickle.UnpicklingError("the pickle tries to change a storage")
 
 
+class _Checked:
+    """A result that has passed its checks, and that BUILD cannot change afterwards."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("the pickle tries to change a tensor")
+
+
+class _Spec(_Checked, TensorSpec):
+    __slots__ = ()
+
+
+class _NoSpec(_Checked, UnsupportedTensor):
+    __slots__ = ()
+
+
 def _ints(values: Any) -> tuple[int, ...]:
-    return tuple(values) if isinstance(values, (tuple, list)) else (-1,)
+    """Turn a size or stride into a tuple; what is none becomes one that `make_spec` refuses."""
+    plain = isinstance(values, (tuple, list)) and all(type(value) is int for value in values)
+    return tuple(values) if plain else (-1,)
 
 
 class _Tensor(metaclass=Sealed):
     """torch._utils._rebuild_tensor(storage, offset, size, stride), _v2 (more, then metadata) and _v3 (a dtype)."""
 
-    def __new__(cls, storage: Any, start: Any, size: Any, stride: Any, *rest: Any) -> TensorSpec | UnsupportedTensor:
+    def __new__(cls, storage: Any, start: Any, size: Any, stride: Any, *rest: Any) -> Any:
         if not isinstance(storage, _TypedStorage):
             raise pickle.UnpicklingError("a tensor without a storage")
         dtype = storage.dtype
@@ -184,12 +215,13 @@ class _Tensor(metaclass=Sealed):
             dtype = _dtype_of(rest[2])
             metadata = rest[3] if len(rest) > 3 else None
         if dtype is None:
-            return UnsupportedTensor("of an unknown dtype")
+            return _NoSpec("of an unknown dtype")
         if isinstance(metadata, dict):
             for view in ("conj", "neg"):
                 if metadata.get(view):
-                    return UnsupportedTensor(f"a lazy {view} view")
-        return make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=start)
+                    return _NoSpec(f"a lazy {view} view")
+        spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=start)
+        return _Spec(spec.dtype, spec.shape, spec.stride, spec.start, spec.storage)
 
 
 class _Parameter(metaclass=Sealed):
@@ -205,14 +237,14 @@ class _FromType(metaclass=Sealed):
     def __new__(cls, function: Any, type_: Any, args: Any, *_: Any) -> Any:
         if function in (_Tensor, _Parameter) or function in _UNSUPPORTED_TYPES:
             return function(*args)
-        return Inert(function, type_, args)
+        return _NoSpec(f"a tensor of a class of its own ({getattr(type_, 'global_name', '') or 'unknown'})")
 
 
 class _Unsupported(metaclass=Sealed):
     kind = ""
 
-    def __new__(cls, *_: Any) -> UnsupportedTensor:  # type: ignore[misc]
-        return UnsupportedTensor(cls.kind)
+    def __new__(cls, *_: Any) -> Any:
+        return _NoSpec(cls.kind)
 
 
 _UNSUPPORTED = {
@@ -233,14 +265,15 @@ _UNSUPPORTED_TYPES = frozenset(_UNSUPPORTED.values())
 
 def _dtype_of(value: Any) -> DType | None:
     """Map a torch.dtype to ours without importing torch where there is none."""
-    name = str(value)
-    return DTYPES.get(name.removeprefix("torch.")) if name.startswith("torch.") else None
+    return DTYPES.get(str(value).removeprefix("torch.")) if type(value).__module__ == "torch" else None
 
 
 _TABLE: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
+    "collections.OrderedDict": SealedDict,
     "collections.defaultdict": Sealed(
-        "DefaultDict", (PlainDict,), {"__init__": lambda self, factory=None, source=None: PlainDict.__init__(self, source)}
+        "DefaultDict",
+        (PlainDict,),
+        {"__init__": lambda self, factory=None, source=None: PlainDict.__init__(self, source)},
     ),
     "collections.Counter": PlainDict,
     "builtins.set": set,
@@ -278,7 +311,8 @@ class _RestrictedUnpickler(pickle.Unpickler):
         self.foreign: Counter[str] = Counter()
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        # Protocol 2, which torch.save writes, names builtins as Python 2 did.
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in _TABLE:
             return _TABLE[full]
         if full in _TORCH_VALUES:
@@ -299,10 +333,12 @@ class _RestrictedUnpickler(pickle.Unpickler):
         storage_type, key, numel = (rest[0], rest[1], rest[3]) if kind == "storage" and len(rest) > 3 else (None,) * 3
         if isinstance(key, bytes):
             key = key.decode("latin1")
-        if not isinstance(storage_type, Sealed) or not issubclass(storage_type, _StorageType) or type(numel) is not int:
+        if not isinstance(storage_type, Sealed) or not issubclass(storage_type, _StorageType):
             raise pickle.UnpicklingError("an unknown kind of persistent object")
+        if not isinstance(key, str) or type(numel) is not int:
+            raise pickle.UnpicklingError("a storage without a name or a size")
         view = rest[4] if len(rest) > 4 else None
-        return _TypedStorage(self._locate(str(key), storage_type.dtype, numel, view), storage_type.dtype)
+        return _TypedStorage(self._locate(key, storage_type.dtype, numel, view), storage_type.dtype)
 
 
 def load(file: IO[bytes], locate: Locate, *, where: str) -> tuple[Any, Counter[str]]:

@@ -1,0 +1,46 @@
+"""What tests share: the real training series, and small checkpoints made on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def runs() -> list[Path]:
+    """The 12 checkpoints of the digits run, in training order."""
+    return [FIXTURES / "runs" / f"checkpoint-{i}.pth" for i in range(1, 13)]
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Write an object with torch.save under a name in the test's folder."""
+
+    def write(name: str, obj: Any, **options: Any) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(obj, path, **options)
+        return path
+
+    return write
+
+
+def load(path: Path) -> Any:
+    """Read a checkpoint with torch itself, as safely as it can."""
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def same_bits(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    """Compare two state dicts by name, dtype, shape and bytes; NaN and the sign of zero count."""
+    return list(a) == list(b) and all(
+        a[k].dtype == b[k].dtype
+        and a[k].shape == b[k].shape
+        and a[k].contiguous().reshape(-1).view(torch.uint8).equal(b[k].contiguous().reshape(-1).view(torch.uint8))
+        for k in a
+    )

@@ -1,0 +1,404 @@
+"""Averaging end to end: real files in, against float64 sums by NumPy, and out to the real libraries."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import load, same_bits
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+import ckpt_tools
+from ckpt_tools.errors import CorruptError, LayoutError, NumericsError, UsageError, WriteError
+
+Save = Callable[..., Path]
+
+
+def bare(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def raw_states(paths: Sequence[Path], key: str) -> list[dict[str, torch.Tensor]]:
+    """Read state dicts with torch alone, names put right by hand."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return [bare(load_legacy_too(path)[key]) for path in paths]
+
+
+def load_legacy_too(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def oracle(states: Sequence[Mapping[str, torch.Tensor]], coefficients: Sequence[float]) -> dict[str, np.ndarray]:
+    return {
+        name: sum(c * s[name].double().numpy() for c, s in zip(coefficients, states, strict=True))
+        for name in states[-1]
+        if states[-1][name].is_floating_point()
+    }
+
+
+def assert_is_oracle(found: Mapping[str, torch.Tensor], want: Mapping[str, np.ndarray]) -> None:
+    for name, values in want.items():
+        np.testing.assert_array_max_ulp(found[name].numpy(), values.astype(np.float32), maxulp=1)
+
+
+def ema_by_hand(n: int, decay: float) -> list[float]:
+    coefficients = [1.0]
+    for _ in range(n - 1):
+        coefficients = [c * decay for c in coefficients] + [1 - decay]
+    return coefficients
+
+
+def test_the_ema_of_the_digits_run_is_the_float64_oracle(runs: list[Path], tmp_path: Path) -> None:
+    shuffled = random.Random(0).sample(runs, len(runs))
+    report = ckpt_tools.average(shuffled, mode="ema", decay=0.99, out=tmp_path / "out.pth")
+    assert [Path(i.path).name for i in report.inputs] == [f"checkpoint-{i}.pth" for i in range(1, 13)]
+    assert {i.state for i in report.inputs} == {"ema (state_dict_ema)"}
+    states = raw_states(runs, "state_dict_ema")
+    found = load(tmp_path / "out.pth")["state_dict"]
+    assert list(found) == list(states[0])
+    assert_is_oracle(found, oracle(states, ema_by_hand(12, 0.99)))
+
+
+def test_integers_come_from_the_last_checkpoint_and_stay_integers(runs: list[Path], tmp_path: Path) -> None:
+    ckpt_tools.average(runs, state="raw", out=tmp_path / "out.pth")
+    last = raw_states(runs, "state_dict")[-1]
+    found = load(tmp_path / "out.pth")["state_dict"]
+    counters = [name for name in found if name.endswith("num_batches_tracked")]
+    assert len(counters) == 3
+    assert all(found[name].dtype == torch.int64 and found[name].equal(last[name]) for name in counters)
+
+
+def test_permuting_the_arguments_changes_no_byte(runs: list[Path], tmp_path: Path) -> None:
+    outputs = []
+    for seed in range(3):
+        target = tmp_path / f"{seed}.pth"
+        ckpt_tools.average(random.Random(seed).sample(runs, len(runs)), mode="ema", out=target, threads=seed + 1)
+        outputs.append(target.read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_copies_of_one_network_average_to_themselves(save: Save, tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", num_classes=7).double()
+    state = model.state_dict() | {"half": torch.randn(50).half(), "bf": torch.randn(50).bfloat16()}
+    paths = [save(f"c-{i}.pth", {"state_dict": state, "epoch": i}) for i in range(5)]
+    for mode in ("uniform", "ema"):
+        ckpt_tools.average(paths, mode=mode, out=tmp_path / f"{mode}.pth")
+        assert same_bits(load(tmp_path / f"{mode}.pth")["state_dict"], state)
+
+
+def test_the_container_stays_so_that_timm_loads_it(save: Save, tmp_path: Path) -> None:
+    from timm.models import load_checkpoint
+
+    model = timm.create_model("test_resnet", num_classes=7)
+    paths = []
+    for i in range(2):
+        torch.manual_seed(i)
+        other = timm.create_model("test_resnet", num_classes=7)
+        optimizer = torch.optim.AdamW(other.parameters())
+        other(torch.randn(2, 3, 64, 64)).sum().backward()
+        optimizer.step()
+        ema = nn.DataParallel(other).state_dict()
+        tree = {
+            "epoch": i, "arch": "test_resnet", "state_dict": other.state_dict(), "state_dict_ema": ema, "version": 2,
+            "optimizer": optimizer.state_dict(), "args": argparse.Namespace(lr=0.1), "amp_scaler": {"scale": 2.0},
+            "metric": 71.0,
+        }  # fmt: skip
+        paths.append(save(f"checkpoint-{i}.pth.tar", tree))
+    report = ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    tree = load(tmp_path / "out.pth")
+    assert list(tree) == ["epoch", "arch", "state_dict", "version", "args"]
+    assert (tree["epoch"], tree["arch"], tree["args"]) == (1, "test_resnet", {"lr": 0.1})
+    assert set(report.dropped) >= {"optimizer", "amp_scaler", "state_dict_ema", "metric"}
+    assert tree["state_dict"]._metadata["bn1"] == {"version": 2}
+    load_checkpoint(model, str(tmp_path / "out.pth"))
+    assert same_bits(model.state_dict(), tree["state_dict"])
+
+
+def test_torchvisions_reference_form_loads_as_it_is(save: Save, tmp_path: Path) -> None:
+    import torchvision
+    from torch.optim.swa_utils import AveragedModel
+
+    model = torchvision.models.squeezenet1_1(num_classes=3)
+    averaged = AveragedModel(model)
+    tree = {
+        "model": model.state_dict(),
+        "optimizer": {"state": {}, "param_groups": []},
+        "epoch": 4,
+        "model_ema": averaged.state_dict(),
+    }
+    path = save("model_4.pth", tree)
+    ckpt_tools.average([path, save("model_5.pth", tree | {"epoch": 5})], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert list(found) == ["model", "epoch"]
+    model.load_state_dict(found["model"])
+
+
+def test_a_flat_state_dict_stays_flat_and_provenance_stands_beside_it(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"step_{i}.pth", {"w": torch.full((2,), float(i))}) for i in (2, 10)]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth", hash=True)
+    assert {k: v.tolist() for k, v in load(tmp_path / "out.pth").items()} == {"w": [6.0, 6.0]}
+    with zipfile.ZipFile(tmp_path / "out.pth") as archive:
+        said = json.loads(archive.read("archive/ckpt_tools.json"))
+    assert [(i["name"], i["step"], i["coefficient"]) for i in said["inputs"]] == [
+        ("step_2.pth", 2, 0.5),
+        ("step_10.pth", 10, 0.5),
+    ]
+    import hashlib
+
+    assert said["inputs"][0]["sha256"] == {"step_2.pth": hashlib.sha256(paths[0].read_bytes()).hexdigest()}
+    assert ckpt_tools.open_checkpoint(tmp_path / "out.pth").provenance == said
+
+
+def test_wrapped_and_unwrapped_files_average_together(save: Save, tmp_path: Path) -> None:
+    names = ["module.", "_orig_mod.module.", "", "module._orig_mod."]
+    paths = [
+        save(f"c{i}.pth", {f"{lead}w": torch.tensor([float(i)]), f"{lead}b": torch.tensor([1.0])})
+        for i, lead in enumerate(names)
+    ]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    assert {k: v.tolist() for k, v in load(tmp_path / "out.pth").items()} == {"w": [1.5], "b": [1.0]}
+
+
+def test_metadata_of_a_wrapped_state_dict_follows_its_names(save: Save, tmp_path: Path) -> None:
+    wrapped = nn.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    ckpt_tools.average([save("c.pth", wrapped.state_dict())], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found._metadata == wrapped.module.state_dict()._metadata
+    wrapped.module.load_state_dict(found)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.head = nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_tensors_stay_tied_and_are_written_once(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", Tied().state_dict()) for i in range(3)]
+    report = ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    assert report.tied == ("head.weight",)
+    found = load(tmp_path / "out.pth")
+    assert found["embed.weight"].data_ptr() == found["head.weight"].data_ptr()
+    states = [torch.load(path) for path in paths]
+    assert_is_oracle(found, oracle(states, [1 / 3] * 3))
+
+
+def test_safetensors_keeps_one_name_of_a_tie_and_says_which(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", Tied().state_dict()) for i in range(2)]
+    ckpt_tools.average(paths, out=tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert list(file.keys()) == ["embed.weight"]
+        assert file.metadata()["head.weight"] == "embed.weight"
+        assert file.metadata()["format"] == "pt"
+    model = Tied()
+    load_model(model, tmp_path / "out.safetensors")
+    ckpt_tools.average(paths, out=tmp_path / "untied.safetensors", untie=True)
+    untied = load_file(tmp_path / "untied.safetensors")
+    assert untied["head.weight"].equal(model.head.weight)
+    assert untied["embed.weight"].equal(model.head.weight)
+
+
+def test_a_tie_that_one_file_breaks_is_no_tie(save: Save, tmp_path: Path) -> None:
+    shared = torch.ones(3)
+    one = save("1.pth", {"a": shared, "b": shared})
+    two = save("2.pth", {"a": torch.zeros(3), "b": torch.full((3,), 3.0)})
+    ckpt_tools.average([one, two], out=tmp_path / "out.pth")
+    assert {k: v.tolist() for k, v in load(tmp_path / "out.pth").items()} == {"a": [0.5] * 3, "b": [2.0] * 3}
+
+
+def test_aliases_of_safetensors_and_ties_of_pth_line_up(save: Save, tmp_path: Path) -> None:
+    one, two = Tied(), Tied()
+    save_model(one, str(tmp_path / "1.safetensors"))
+    ckpt_tools.average([tmp_path / "1.safetensors", save("2.pth", two.state_dict())], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert_is_oracle(found, oracle([one.state_dict(), two.state_dict()], [0.5, 0.5]))
+
+
+def test_formats_mix_and_the_suffix_of_the_output_decides(tmp_path: Path, save: Save) -> None:
+    states = [{"w": torch.randn(5, 3), "n": torch.tensor(i)} for i in range(3)]
+    save_file(states[0], tmp_path / "1.safetensors")
+    paths = [
+        tmp_path / "1.safetensors",
+        save("2.pth", states[1]),
+        save("3.pth", states[2], _use_new_zipfile_serialization=False),
+    ]
+    for suffix in (".pth", ".safetensors"):
+        ckpt_tools.average(paths, out=tmp_path / f"out{suffix}")
+    a, b = load(tmp_path / "out.pth"), load_file(tmp_path / "out.safetensors")
+    assert_is_oracle(a, oracle(states, [1 / 3] * 3))
+    assert a["w"].equal(b["w"])
+    assert a["n"].item() == b["n"].item() == 2
+
+
+def test_the_output_dtype_is_chosen_and_rounded_to_once(tmp_path: Path, save: Save) -> None:
+    states = [
+        {"w": torch.randn(500), "n": torch.tensor(3), "c": torch.randn(3, dtype=torch.complex64)} for _ in range(3)
+    ]
+    paths = [save(f"{i}.pth", state) for i, state in enumerate(states)]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth", dtype="fp16")
+    found = load(tmp_path / "out.pth")
+    assert (found["w"].dtype, found["n"].dtype, found["c"].dtype) == (torch.float16, torch.int64, torch.complex64)
+    mean = sum(state["w"].double().numpy() for state in states) / 3
+    np.testing.assert_array_max_ulp(found["w"].numpy(), mean.astype(np.float16), maxulp=1)
+
+
+def test_union_averages_over_the_files_that_have_a_tensor(tmp_path: Path, save: Save) -> None:
+    paths = [
+        save("1.pth", {"a": torch.ones(1), "b": torch.full((1,), 7.0)}),
+        save("2.pth", {"a": torch.full((1,), 3.0)}),
+    ]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth", keys="union")
+    assert {k: v.item() for k, v in load(tmp_path / "out.pth").items()} == {"a": 2.0, "b": 7.0}
+
+
+def test_running_statistics_may_come_from_the_last(tmp_path: Path, save: Save) -> None:
+    paths = [
+        save(f"{i}.pth", {"bn.running_mean": torch.full((1,), float(i)), "bn.weight": torch.full((1,), float(i))})
+        for i in (1, 3)
+    ]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth", buffers="last")
+    assert {k: v.item() for k, v in load(tmp_path / "out.pth").items()} == {"bn.running_mean": 3.0, "bn.weight": 2.0}
+
+
+def test_entries_beside_the_weights_are_kept_bit_for_bit(tmp_path: Path, save: Save) -> None:
+    queue = torch.randn(4, 4).t()
+    tree = {
+        "teacher": {"w": torch.ones(2)},
+        "state_dict": {"w": torch.ones(2)},
+        "queue": queue,
+        "names": ["a", ("b", {"c"})],
+    }
+    ckpt_tools.average([save("1.pth", tree)], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found["queue"].equal(queue)
+    assert found["names"] == ["a", ("b", {"c"})]
+    assert found["teacher"]["w"].equal(torch.ones(2))
+
+
+def test_a_mixture_of_raw_and_ema_is_refused(tmp_path: Path, save: Save) -> None:
+    w = {"w": torch.ones(1)}
+    paths = [save("1.pth", {"state_dict": w, "state_dict_ema": w}), save("2.pth", {"state_dict": w})]
+    with pytest.raises(LayoutError, match=r"1\.pth holds EMA weights, 2\.pth does not \(1 of 2 do\).*--state raw"):
+        ckpt_tools.average(paths, out=tmp_path / "out.pth")
+
+
+def test_sharded_inputs_keep_their_layout_and_companions(tmp_path: Path) -> None:
+    states = []
+    for i in range(2):
+        folder = tmp_path / f"checkpoint-{i + 1}"
+        folder.mkdir()
+        parts = {
+            "model-00001-of-00002.safetensors": {"b": torch.randn(9)},
+            "model-00002-of-00002.safetensors": {"a": torch.randn(4, 4)},
+        }
+        for name, part in parts.items():
+            save_file(part, folder / name, metadata={"format": "pt"})
+        weight_map = {key: name for name, part in parts.items() for key in part}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 100}, "weight_map": weight_map})
+        )
+        (folder / "config.json").write_text("{}")
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": 500 * (i + 1)}))
+        states.append({key: value for part in parts.values() for key, value in part.items()})
+    report = ckpt_tools.average([tmp_path / "checkpoint-2", tmp_path / "checkpoint-1"], out=tmp_path / "soup")
+    assert [i.step for i in report.inputs] == [500, 1000]
+    out = tmp_path / "soup"
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 9 * 4 + 16 * 4
+    found = {key: load_file(out / name)[key] for key, name in index["weight_map"].items()}
+    assert_is_oracle(found, oracle(states, [0.5, 0.5]))
+    ckpt_tools.average(tmp_path / "soup", out=tmp_path / "one.safetensors", include_outputs=True)
+    assert same_bits(dict(sorted(load_file(tmp_path / "one.safetensors").items())), dict(sorted(found.items())))
+
+
+def test_a_large_average_is_sharded_by_size(tmp_path: Path, save: Save) -> None:
+    state = {f"w{i}": torch.randn(100) for i in range(5)}
+    ckpt_tools.average([save("1.pth", state)], out=tmp_path / "out", max_shard_size="1kB")
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == [*(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)), "model.safetensors.index.json"]
+    opened = ckpt_tools.open_checkpoint(tmp_path / "out")
+    assert same_bits({k: opened[k] for k in state}, state)
+
+
+def test_the_default_output_is_named_by_the_inputs(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"w": torch.ones(1)}, "1.safetensors")
+    assert ckpt_tools.average("1.safetensors").out == "averaged.safetensors"
+    assert ckpt_tools.average(["1.safetensors", save("2.pth", {"w": torch.ones(1)})]).out == "averaged.pth"
+
+
+def test_a_refused_job_leaves_nothing_behind(tmp_path: Path, save: Save) -> None:
+    good = save("in/1.pth", {"w": torch.ones(3)})
+    bad = save("in/2.pth", {"w": torch.tensor([1.0, float("nan"), 0.0])})
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (good, bad)}
+    with pytest.raises(NumericsError, match=r"2\.pth: 'w' holds NaN at \[1\]"):
+        ckpt_tools.average([good, bad], out=tmp_path / "out.pth")
+    with pytest.raises(WriteError, match="is one of the inputs"):
+        ckpt_tools.average([good], out=good, force=True)
+    bad.write_bytes(bad.read_bytes()[:-30])
+    with pytest.raises(CorruptError, match="truncated or damaged"):
+        ckpt_tools.average([good, bad], out=tmp_path / "out.pth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+    assert (good.read_bytes(), good.stat().st_mtime_ns) == before[good]
+
+
+def test_a_dry_run_reads_no_payload_and_writes_nothing(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    def refuse(*_: object) -> int:
+        raise AssertionError("payload was read")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    report = ckpt_tools.average(runs, out=tmp_path / "out.pth", dry_run=True)
+    assert not report.written
+    assert report.bytes_read > 12 * 60_000
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "median"}, "uniform, ema, weights"),
+        ({"decay": 0.9}, "--decay goes with --mode ema"),
+        ({"mode": "ema", "decay": 1.5}, r"outside \[0, 1\]"),
+        ({"mode": "ema", "per_step": True, "warmup": "timm"}, "cannot go together"),
+        ({"mode": "weights"}, "needs --weights"),
+        ({"mode": "weights", "weights": [1, 2]}, "2 numbers for 12 checkpoints"),
+        ({"mode": "weights", "weights": [1, -1]}, "sum to 0"),
+        ({"buffers": "first"}, "average, last"),
+        ({"dtype": "int8"}, "--dtype is one of"),
+        ({"threads": 0}, "must be 1 or more"),
+        ({"max_shard_size": "many"}, "is no size"),
+        ({"out": "x.npz"}, "suffix should be one of"),
+        ({"out": "x.pth", "max_shard_size": "1GB"}, "needs a folder"),
+    ],
+)
+def test_wrong_usage_is_refused_before_any_work(runs: list[Path], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ckpt_tools.average(runs, **options)
+
+
+def test_a_decay_near_one_is_warned_about(runs: list[Path], tmp_path: Path) -> None:
+    report = ckpt_tools.average(runs, mode="ema", decay=0.9999, out=tmp_path / "out.pth", dry_run=True)
+    assert any("checkpoint-1.pth, holds 99.9%" in note for note in report.notes)

@@ -1,0 +1,262 @@
+"""The engine: exact sums, one rounding, the same bytes for any piece size and thread count."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ckpt_tools import engine
+from ckpt_tools.checkpoint import open_checkpoint
+from ckpt_tools.errors import CorruptError, NumericsError, ReadError
+from ckpt_tools.formats import safetensors
+from ckpt_tools.formats.output import OutTensor
+from ckpt_tools.tensors import DTYPES, TensorSpec
+
+Save = Callable[..., Path]
+FLOATS = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+]
+RELAXED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def average(
+    tmp_path: Path,
+    tensors: Sequence[torch.Tensor],
+    coefficients: Sequence[float],
+    *,
+    dtype: str | None = None,
+    piece: int = engine.PIECE,
+    threads: int = 2,
+    allow_nonfinite: bool = False,
+) -> torch.Tensor:
+    """Sum tensors with the engine alone and read the result back with the safetensors library."""
+    specs = []
+    for i, tensor in enumerate(tensors):
+        torch.save({"w": tensor}, tmp_path / f"{i}.pth")
+        spec = open_checkpoint(tmp_path / f"{i}.pth").specs["w"]
+        assert isinstance(spec, TensorSpec)
+        specs.append(spec)
+    out_dtype = DTYPES[dtype] if dtype else specs[0].dtype
+    out = OutTensor(out_dtype, specs[0].shape, tuple(zip(specs, coefficients, strict=True)), "w")
+    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    path = tmp_path / "out.safetensors"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.truncate(fd, plan.size)
+        engine.run([engine.OutFile(plan, fd)], threads=threads, piece=piece, allow_nonfinite=allow_nonfinite)
+    finally:
+        os.close(fd)
+    return open_checkpoint(path)["w"]
+
+
+def exact(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> list[Fraction]:
+    columns = zip(*(t.double().reshape(-1).tolist() for t in tensors), strict=True)
+    return [
+        sum((Fraction(c) * Fraction(x) for c, x in zip(coefficients, xs, strict=True)), Fraction()) for xs in columns
+    ]
+
+
+@cache
+def finite_values(dtype: torch.dtype) -> tuple[list[float], list[int]]:
+    """All finite values of a narrow dtype in order, and the bit pattern of each."""
+    bits = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+    values = torch.arange(2 ** (8 * dtype.itemsize)).to(bits).view(dtype).double()
+    codes = [code for code in torch.argsort(values).tolist() if math.isfinite(values[code])]
+    return values[codes].tolist(), codes
+
+
+def nearest_even(value: Fraction, dtype: torch.dtype) -> set[float]:
+    """Return the value of a dtype nearest to an exact number, the even one at a tie, found among its neighbours."""
+    values, codes = finite_values(dtype)
+    at = bisect.bisect_left(values, value)
+    around = range(max(0, at - 3), min(len(values), at + 3))
+    best = min(abs(Fraction(values[i]) - value) for i in around)
+    ties = [i for i in around if abs(Fraction(values[i]) - value) == best]
+    distinct = {values[i] for i in ties}
+    return distinct if len(distinct) == 1 else {values[i] for i in ties if codes[i] % 2 == 0}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_mean_is_the_float64_sum_rounded_once(tmp_path: Path, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    tensors = [torch.from_numpy(rng.normal(size=(37, 11))).to(getattr(torch, dtype)) for _ in range(5)]
+    coefficients = [0.1, 0.2, 0.3, 0.15, 0.25]
+    found = average(tmp_path, tensors, coefficients)
+    oracle = sum(c * t.double().numpy() for c, t in zip(coefficients, tensors, strict=True))
+    assert found.dtype == getattr(torch, dtype)
+    if dtype == "float64":  # no wider type to round from: a few units in the last place of the terms
+        np.testing.assert_allclose(found.numpy(), oracle, rtol=0, atol=4 * np.finfo(float).eps * np.abs(oracle).max())
+    elif dtype == "float32":
+        np.testing.assert_array_max_ulp(found.numpy(), oracle.astype(np.float32), maxulp=1)
+    else:
+        for got, want in zip(found.double().reshape(-1).tolist(), oracle.reshape(-1).tolist(), strict=True):
+            assert got in nearest_even(Fraction(want), found.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
+def test_ties_and_subnormals_are_rounded_once_not_twice(tmp_path: Path, dtype: str) -> None:
+    """Midway between neighbours, and a hair to either side, in normal and subnormal range: where rounding
+    by way of float32 goes wrong."""
+    torch_dtype = getattr(torch, dtype)
+    info = torch.finfo(torch_dtype)
+    base = [
+        1.0,
+        1.0 + info.eps,
+        3.0,
+        info.tiny,
+        info.tiny * (1 + info.eps),
+        info.smallest_normal * info.eps,
+        info.max / 2,
+    ]
+    values = []
+    for b in base:
+        low = torch.tensor(b, dtype=torch_dtype)
+        bits = {1: torch.uint8, 2: torch.int16}[low.element_size()]
+        high = (low.view(bits) + 1).view(torch_dtype).double().item()
+        middle = (low.double().item() + high) / 2
+        values += [middle, middle * (1 + 2**-40), middle * (1 - 2**-40), -middle, low.double().item()]
+    found = average(tmp_path, [torch.tensor(values, dtype=torch.float64)], [1.0], dtype=dtype)
+    for got, want in zip(found.double().tolist(), values, strict=True):
+        assert got in nearest_even(Fraction(want), torch_dtype), want
+
+
+@RELAXED
+@given(
+    data=st.data(),
+    dtype=st.sampled_from([*FLOATS[:4], "complex64", "complex128"]),
+    n=st.integers(1, 6),
+    numel=st.integers(1, 300),
+)
+def test_piece_size_and_threads_change_no_byte(
+    tmp_path: Path, data: st.DataObject, dtype: str, n: int, numel: int
+) -> None:
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    kind = getattr(torch, dtype)
+    real = torch.float64 if not kind.is_complex else torch.complex128
+    tensors = [torch.randn(numel, generator=generator, dtype=real).to(kind) for _ in range(n)]
+    coefficients = [c / 10 for c in data.draw(st.lists(st.integers(-9, 9), min_size=n, max_size=n))]
+    whole = average(tmp_path, tensors, coefficients, threads=1, dtype=None if dtype != "complex128" else "complex64")
+    pieces = average(
+        tmp_path,
+        tensors,
+        coefficients,
+        piece=data.draw(st.integers(1, 350)),
+        threads=data.draw(st.integers(1, 4)),
+        dtype=None if dtype != "complex128" else "complex64",
+    )
+    assert whole.view(torch.uint8).equal(pieces.view(torch.uint8))
+
+
+@RELAXED
+@given(
+    data=st.data(),
+    dtype=st.sampled_from(["float64", "float32", "float16", "bfloat16", "complex64"]),
+    n=st.integers(1, 12),
+    decay=st.floats(0, 1),
+)
+def test_identical_checkpoints_come_back_bit_for_bit(
+    tmp_path: Path, data: st.DataObject, dtype: str, n: int, decay: float
+) -> None:
+    from ckpt_tools import schedules
+
+    kind = getattr(torch, dtype)
+    item = {
+        "float64": torch.int64,
+        "float32": torch.int32,
+        "float16": torch.int16,
+        "bfloat16": torch.int16,
+        "complex64": torch.int64,
+    }[dtype]
+    info = torch.iinfo(item)
+    bits = torch.tensor(data.draw(st.lists(st.integers(info.min, info.max), min_size=1, max_size=20)), dtype=item)
+    tensor = bits.view(kind)
+    tensor = torch.where(torch.isfinite(tensor), tensor, torch.zeros((), dtype=kind))
+    found = average(tmp_path, [tensor] * n, schedules.ema(n, decay=decay))
+    assert found.view(item).equal(tensor.view(item))
+
+
+def test_float64_sums_are_close_to_the_exact_ones(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(9)]
+    found = average(tmp_path, tensors, [1 / 9] * 9)
+    for got, want in zip(found.tolist(), exact(tensors, [1 / 9] * 9), strict=True):
+        assert abs(Fraction(got) - want) < Fraction(1, 2**50)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "float64"])
+def test_a_value_that_is_not_finite_names_file_tensor_and_place(tmp_path: Path, value: float, dtype: str) -> None:
+    tensors = [torch.zeros(3, 50, dtype=getattr(torch, dtype)) for _ in range(3)]
+    tensors[1][2, 7] = value
+    with pytest.raises(NumericsError, match=r"1\.pth: 'w' holds (NaN|-?infinity) at \[2, 7\]"):
+        average(tmp_path, tensors, [0.5, 0.0, 0.5], piece=16)
+    found = average(tmp_path, tensors, [1 / 3] * 3, allow_nonfinite=True)
+    assert not torch.isfinite(found[2, 7])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"])
+def test_a_result_beyond_the_output_dtype_is_an_error(tmp_path: Path, dtype: str) -> None:
+    largest = torch.finfo(getattr(torch, dtype)).max
+    tensors = [torch.tensor([largest, 0.0], dtype=torch.float64)]
+    with pytest.raises(NumericsError, match=f"average of 'w' overflows {dtype}"):
+        average(tmp_path, tensors, [1.5], dtype=dtype)
+    assert average(tmp_path, tensors, [1.0], dtype=dtype).double().tolist() == [largest, 0.0]
+
+
+def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path: Path, save: Save) -> None:
+    path = save("a.pth", {"w": torch.zeros(100_000)})
+    spec = open_checkpoint(path).specs["w"]
+    assert isinstance(spec, TensorSpec)
+    os.truncate(path, 1000)
+    out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5),), "w")
+    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(CorruptError, match="ends before its tensors do"):
+            engine.run([engine.OutFile(plan, fd)])
+        path.unlink()
+        with pytest.raises(ReadError, match=r"a\.pth: cannot be read"):
+            engine.run([engine.OutFile(plan, fd)])
+    finally:
+        os.close(fd)
+
+
+def test_a_file_written_to_meanwhile_is_an_error(tmp_path: Path, save: Save) -> None:
+    path = save("a.pth", {"w": torch.zeros(3_000_000)})
+    spec = open_checkpoint(path).specs["w"]
+    assert isinstance(spec, TensorSpec)
+    out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5),), "w")
+    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
+    try:
+        with pytest.raises(CorruptError, match="changed while it was read"):
+            engine.run([engine.OutFile(plan, fd)], on_progress=lambda _: os.utime(path, (1, 1)))
+    finally:
+        os.close(fd)
+
+
+def test_threads_of_torch_are_given_back(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    average(tmp_path, [torch.zeros(3)], [0.5])
+    assert torch.get_num_threads() == before
+    with pytest.raises(NumericsError, match="NaN"):
+        average(tmp_path, [torch.tensor([float("nan")])], [0.5])
+    assert torch.get_num_threads() == before

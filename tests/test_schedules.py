@@ -1,0 +1,180 @@
+"""Schedules against the classes that users average with during training, updated checkpoint by checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ckpt_tools import schedules
+from ckpt_tools.errors import UsageError
+
+N = 7
+
+
+class Scalar(nn.Module):
+    """A model of one float64 parameter, so that a reference class can be read like a recursion."""
+
+    def __init__(self, values: Sequence[float] = (0.0,)) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+
+def checkpoints(n: int = N) -> list[Scalar]:
+    """Checkpoint i is the unit vector e_i, so that an average of them is the vector of coefficients."""
+    return [Scalar([float(i == j) for j in range(n)]) for i in range(n)]
+
+
+def assert_same(coefficients: Sequence[float], reference: torch.Tensor) -> None:
+    assert torch.tensor(coefficients, dtype=torch.float64) == pytest.approx(reference.detach(), rel=1e-13, abs=1e-15)
+
+
+def test_uniform_is_torchs_averaged_model() -> None:
+    models = checkpoints()
+    swa = AveragedModel(models[0])
+    for model in models:
+        swa.update_parameters(model)
+    assert_same(schedules.uniform(N), swa.module.w)
+
+
+def test_ema_is_torchs_averaged_model_with_ema() -> None:
+    models = checkpoints()
+    ema = AveragedModel(models[0], multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for model in models:
+        ema.update_parameters(model)
+    assert_same(schedules.ema(N, decay=0.9), ema.module.w)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999, 1.0])
+def test_ema_is_timms_model_ema(decay: float) -> None:
+    models = checkpoints()
+    first = ModelEma(models[0], decay=decay)
+    second = ModelEmaV2(models[0], decay=decay)
+    third = ModelEmaV3(models[0], decay=decay, foreach=False)
+    for model in models[1:]:
+        first.update(model)
+        second.update(model)
+        third.update(model)  # without a step: with one it drops the first checkpoint, warm-up or not
+    coefficients = schedules.ema(N, decay=decay)
+    assert_same(coefficients, first.ema.w)
+    assert_same(coefficients, second.module.w)
+    assert_same(coefficients, third.module.w)
+
+
+def test_timm_warmup_is_model_ema_v3_with_warmup() -> None:
+    models = checkpoints(30)
+    ema = ModelEmaV3(models[0], decay=0.8, use_warmup=True, foreach=False)
+    for update, model in enumerate(models[1:], 1):
+        ema.update(model, step=update)
+    assert_same(schedules.ema_warmup(30, decay=0.8, warmup="timm"), ema.module.w)
+
+
+class LitEma:
+    """LitEma of latent diffusion, from its formula: the decay grows with the number of updates."""
+
+    def __init__(self, model: Scalar, decay: float) -> None:
+        self.shadow = model.w.detach().clone()
+        self.decay = decay
+        self.num_updates = 0
+
+    def __call__(self, model: Scalar) -> None:
+        self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.shadow -= (1.0 - decay) * (self.shadow - model.w.detach())
+
+
+def test_litema_warmup_is_litema() -> None:
+    models = checkpoints(30)
+    ema = LitEma(models[0], decay=0.6)
+    for model in models[1:]:
+        ema(model)
+    assert_same(schedules.ema_warmup(30, decay=0.6, warmup="litema"), ema.shadow)
+
+
+def test_per_step_is_an_ema_updated_at_every_step() -> None:
+    """Between two checkpoints the weights stand still, so that an update a step is known."""
+    steps = [10, 13, 14, 30]
+    models = checkpoints(4)
+    ema = ModelEmaV2(models[0], decay=0.9)
+    for previous, step, model in zip(steps, steps[1:], models[1:], strict=False):
+        for _ in range(step - previous):
+            ema.update(model)
+    assert_same(schedules.ema_per_step(steps, decay=0.9), ema.module.w)
+
+
+def test_bias_correction_starts_from_zero_and_divides() -> None:
+    value = torch.zeros(N, dtype=torch.float64)
+    for model in checkpoints():
+        value = 0.9 * value + 0.1 * model.w.detach()
+    assert_same(schedules.ema(N, decay=0.9, bias_correction=True), value / (1 - 0.9**N))
+
+
+@given(
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.sampled_from(["plain", "litema", "timm", "per step"]),
+)
+def test_coefficients_of_any_ema_sum_to_one(n: int, decay: float, kind: str) -> None:
+    if kind == "plain":
+        coefficients = schedules.ema(n, decay=decay)
+    elif kind == "per step":
+        coefficients = schedules.ema_per_step(range(0, 3 * n, 3), decay=decay)
+    else:
+        coefficients = schedules.ema_warmup(n, decay=decay, warmup=kind)
+    assert len(coefficients) == n
+    assert math.fsum(coefficients) == pytest.approx(1.0, abs=1e-12)
+    assert min(coefficients) >= 0
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20).filter(lambda w: abs(sum(w)) > 1e-3))
+def test_given_weights_are_divided_by_their_sum(weights: list[float]) -> None:
+    total = math.fsum(weights)
+    assert schedules.weights(weights) == pytest.approx([w / total for w in weights])
+    assert schedules.weights(weights, normalize=False) == tuple(weights)
+
+
+def test_a_weight_of_zero_counts_as_zero() -> None:
+    assert schedules.weights([0, 1, 3]) == (0.0, 0.25, 0.75)
+
+
+def test_a_decay_near_one_leaves_the_oldest_checkpoint_dominant() -> None:
+    index, share = schedules.dominant(schedules.ema(10, decay=0.9999)) or (None, 0.0)
+    assert index == 0
+    assert share == pytest.approx(0.9999**9)
+
+
+def test_an_even_average_is_dominated_by_none() -> None:
+    assert schedules.dominant(schedules.uniform(10)) is None
+    assert schedules.dominant(schedules.ema(10, decay=0.9, bias_correction=True)) is None
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan, math.inf])
+def test_a_decay_outside_0_1_is_refused(decay: float) -> None:
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        schedules.ema(3, decay=decay)
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        schedules.ema_per_step([1, 2], decay=decay)
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        schedules.ema_warmup(3, decay=decay, warmup="timm")
+
+
+def test_impossible_schedules_are_refused() -> None:
+    with pytest.raises(UsageError, match="sum to 0"):
+        schedules.weights([1, -1])
+    with pytest.raises(UsageError, match="sum to 0"):
+        schedules.weights([0.1, 0.2, -0.3])
+    with pytest.raises(UsageError, match="finite"):
+        schedules.weights([1, math.nan])
+    with pytest.raises(UsageError, match="increase"):
+        schedules.ema_per_step([1, 1], decay=0.9)
+    with pytest.raises(UsageError, match="decay of 1"):
+        schedules.ema(3, decay=1.0, bias_correction=True)
+    with pytest.raises(UsageError, match="litema, timm"):
+        schedules.ema_warmup(3, decay=0.9, warmup="cosine")
