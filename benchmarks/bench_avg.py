@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.markup import escape
+
 from harness import (
     GB,
     BenchError,
@@ -23,13 +25,15 @@ from harness import (
     work_folder,
     write_markdown,
 )
-from rich.markup import escape
 
 SLOW_ROUNDS = 3
 MAX_ULP = 1
+# More than this many cores busy with other work spoils a run. Processes shorter than the second figure
+# say little: the kernel counts in ticks of 10 ms, and its own writing back counts too.
+NOISY_CORES, NOISY_SECONDS = 0.2, 0.5
 
 CAT, CP, CP_SYNC = "cat", "cp", "cp, sync"
-BYTES, BYTES_SYNC = "bytes alone (cat, cp)", "bytes alone, synced (cat, cp, sync)"
+BYTES, BYTES_SYNC = "bytes alone (cat, cp)", "bytes alone, synced"
 IMPORT = "import torch"
 CKPT, OURS = "ckpt avg", "ckpt_tools.average"
 LOOP, FLOAT64 = "torch.load loop", "float64 dictionary"
@@ -43,17 +47,22 @@ HEADER = (
     "sync after",
     "peak RSS GB",
     "worst ulp",
+    "other load",
 )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: wall seconds of the process, seconds without start-up, the flush afterwards, memory."""
+    """One run: wall seconds of the process, seconds without start-up, the flush afterwards, memory.
+
+    `others` is how many cores other work kept busy meanwhile.
+    """
 
     total: float
     rss_gb: float | None = None
     apart: float | None = None
     flush: float | None = None
+    others: float | None = None
 
     @property
     def flushed(self) -> float:
@@ -96,7 +105,7 @@ def run_bytes(bench: Bench, rnd: int) -> None:
     cp = run(["cp", "--reflink=never", bench.paths[0], bench.out])
     sync = run(["sync", bench.out]).seconds
     Path(bench.out).unlink()
-    bench.add(CAT, rnd, Sample(cat.seconds))
+    bench.add(CAT, rnd, Sample(cat.seconds, others=cat.others))
     bench.add(CP, rnd, Sample(cp.seconds, flush=sync))
     bench.add(CP_SYNC, rnd, Sample(cp.seconds + sync))
     bench.add(BYTES, rnd, Sample(cat.seconds + cp.seconds, flush=sync))
@@ -105,20 +114,21 @@ def run_bytes(bench: Bench, rnd: int) -> None:
 
 def run_import(bench: Bench, rnd: int) -> None:
     done = run([sys.executable, "-c", "import torch"])
-    bench.add(IMPORT, rnd, Sample(done.seconds, done.rss_gb))
+    bench.add(IMPORT, rnd, Sample(done.seconds, done.rss_gb, others=done.others))
 
 
 def run_ckpt(bench: Bench, rnd: int) -> None:
     argv = [sys.executable, "-m", "ckpt_tools", "avg", *bench.paths, "-o", bench.out, "--force"]
     done = run(argv)
-    bench.add(CKPT, rnd, Sample(done.seconds, done.rss_gb, flush=flush_and_check(bench, CKPT)))
+    flush = flush_and_check(bench, CKPT)
+    bench.add(CKPT, rnd, Sample(done.seconds, done.rss_gb, flush=flush, others=done.others))
 
 
 def child_way(name: str, job: str) -> Callable[[Bench, int], None]:
     def go(bench: Bench, rnd: int) -> None:
         done, told = run_job(job, bench.out, *bench.paths)
         flush = flush_and_check(bench, name)
-        bench.add(name, rnd, Sample(done.seconds, done.rss_gb, told["seconds"], flush))
+        bench.add(name, rnd, Sample(done.seconds, done.rss_gb, told["seconds"], flush, done.others))
 
     return go
 
@@ -152,6 +162,22 @@ def apart_median(bench: Bench, name: str) -> float | None:
     return None if total is None or start is None else total - start
 
 
+def most_others(bench: Bench, name: str) -> float | None:
+    return max((s.others for s in bench.samples[name].values() if s.others is not None), default=None)
+
+
+def spoiled(bench: Bench) -> list[str]:
+    """A warning where other work ran beside some way: two threads on small tensors suffer most."""
+    noisy = [
+        name
+        for name, runs in bench.samples.items()
+        if any((s.others or 0.0) > NOISY_CORES and s.total > NOISY_SECONDS for s in runs.values())
+    ]
+    if not noisy:
+        return []
+    return [f"NOT A QUIET MACHINE: other work took more than {NOISY_CORES} cores during {', '.join(noisy)}"]
+
+
 def table_row(bench: Bench, name: str) -> list[str]:
     totals = [s.total for s in bench.samples[name].values()]
     median, apart = statistics.median(totals), apart_median(bench, name)
@@ -165,6 +191,7 @@ def table_row(bench: Bench, name: str) -> list[str]:
         number(bench.median(name, lambda s: s.flush)),
         number(bench.median(name, lambda s: s.rss_gb)),
         str(bench.ulp.get(name, "")),
+        number(most_others(bench, name)),
     ]
 
 
@@ -197,6 +224,7 @@ def conclusions(bench: Bench) -> list[str]:
     lines += [against_bytes(bench, base) for base in (BYTES, BYTES_SYNC)]
     worst = max(bench.ulp[CKPT], bench.ulp[OURS])
     verdict = "as asked" if worst <= MAX_ULP else f"WRONG, at most {MAX_ULP} is right"
+    lines += spoiled(bench)
     return [*lines, f"Farthest of {CKPT} from the numpy float64 mean: {worst} ulp, {verdict}"]
 
 

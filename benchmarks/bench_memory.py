@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.markup import escape
+
 from harness import (
     GB,
     BenchError,
@@ -21,7 +23,6 @@ from harness import (
     work_folder,
     write_markdown,
 )
-from rich.markup import escape
 
 FEW, MANY = 6, 12
 BIG_FILES = 2

@@ -42,12 +42,14 @@ class Run:
     seconds: float
     rss_gb: float
     stdout: str
+    others: float
+    """Cores that everything else on the machine kept busy meanwhile."""
 
 
 def make_console() -> Console:
     """A console that keeps tables whole when the output is a file or a pipe."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=150)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def child_env(python: str) -> dict[str, str]:
@@ -58,6 +60,12 @@ def child_env(python: str) -> dict[str, str]:
     return env
 
 
+def busy_seconds() -> float:
+    """CPU seconds of the whole machine so far, stolen ones included, idle and waiting ones not."""
+    user, nice, system, _idle, _iowait, *rest = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
+
+
 def run(argv: Sequence[str], *, discard_stdout: bool = False) -> Run:
     """Run one command without a shell; wall time and peak memory are that process's own.
 
@@ -65,6 +73,7 @@ def run(argv: Sequence[str], *, discard_stdout: bool = False) -> Run:
     Output goes to files, not pipes, so that nobody has to drain it while we wait.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        busy = busy_seconds()
         start = time.perf_counter()
         proc = subprocess.Popen(
             argv,
@@ -80,6 +89,7 @@ def run(argv: Sequence[str], *, discard_stdout: bool = False) -> Run:
             proc.wait()
             raise
         seconds = time.perf_counter() - start
+        others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
         # We reaped the child behind Popen's back, so Popen has to be told.
         proc.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -87,7 +97,7 @@ def run(argv: Sequence[str], *, discard_stdout: bool = False) -> Run:
         if proc.returncode != 0:
             text = err.read().decode(errors="replace").strip()
             raise BenchError(f"{' '.join(argv[:4])} ... ended with {proc.returncode}:\n{text}")
-        return Run(seconds, usage.ru_maxrss * 1024 / GB, out.read().decode(errors="replace"))
+        return Run(seconds, usage.ru_maxrss * 1024 / GB, out.read().decode(errors="replace"), others)
 
 
 def run_job(job: str, *args: str) -> tuple[Run, dict[str, float]]:

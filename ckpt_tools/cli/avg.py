@@ -178,7 +178,7 @@ def _show_table(report: AverageReport) -> None:
     table.add_column("checkpoint", overflow="fold")
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("coefficient", justify="right", no_wrap=True)
-    width = max(4, min(20, screen.width - 50))
+    width = max(2, min(20, screen.width - 40))
     table.add_column("", no_wrap=True, width=width)
     largest = max(abs(i.coefficient) for i in report.inputs)
     for i in report.inputs:
@@ -210,7 +210,7 @@ def _prefixes(report: AverageReport) -> list[str]:
     wrapped: dict[str, list[str]] = {}
     for i in report.inputs:
         if i.prefixes:
-            wrapped.setdefault(" ".join(i.prefixes), []).append(i.name)
+            wrapped.setdefault(" and ".join(f"'{p}'" for p in i.prefixes), []).append(i.name)
     return [f"Names lose {prefix} in {_some(tuple(names))}." for prefix, names in wrapped.items()]
 
 

@@ -120,6 +120,8 @@ def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name:
     aliases: dict[str, str] = {}
     unique: dict[str, OutTensor] = {}
     for key, tensor in tensors.items():
+        if key == "__metadata__":
+            raise UnsupportedError(f"{name}: '{key}' cannot name a tensor in safetensors. Write a .pth file instead.")
         if not untie and tensor in kept and key not in metadata and key != "format":
             aliases[key] = kept[tensor]
         else:
@@ -144,7 +146,10 @@ def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name:
         }
         slots.append((tensor, position))
         position = end
-    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    try:
+        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"{name}: a name in it is no Unicode text. Write a .pth file instead.") from error
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER:
         raise UnsupportedError(

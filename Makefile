@@ -1,0 +1,52 @@
+# Everything from nothing: each target makes .venv in this checkout first, if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SMOKE := build/smoke
+
+.PHONY: install demo test test-slow check fix smoke bench bench-memory clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	@mkdir -p build
+	$(BIN)/ckpt avg fixtures/runs --state raw -o build/average.pth --force
+	@$(BIN)/python fixtures/demo.py "last checkpoint=fixtures/runs/checkpoint-12.pth" "average of 12=build/average.pth"
+
+test: $(INSTALLED)
+	$(BIN)/pytest --cov --cov-report=term
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The wheel alone, with nothing but what it asks for: no timm, torchvision, pillow, numpy.
+smoke: $(INSTALLED)
+	rm -rf $(SMOKE) build/wheel
+	$(BIN)/pip wheel -q --no-deps -w build/wheel .
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE)/bin/pip install -q torch==2.13.0 build/wheel/*.whl
+	$(SMOKE)/bin/python tests/smoke.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_avg.py --out-md build/bench.md
+
+bench-memory: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_memory.py
+
+clean:
+	rm -rf $(VENV) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

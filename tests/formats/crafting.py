@@ -1,0 +1,123 @@
+"""Files for the format tests, made by hand where no library would make them, and what compares tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ckpt_tools import engine
+from ckpt_tools.checkpoint import open_checkpoint
+from ckpt_tools.formats.output import FilePlan, OutTensor
+from ckpt_tools.tensors import DTYPES, TensorSpec
+
+# The dtypes that torch saves, spelled out: the table under test must not choose what is tested.
+TORCH_DTYPES = [
+    "float64", "float32", "float16", "bfloat16",
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
+    "complex128", "complex64", "complex32",
+    "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
+]  # fmt: skip
+
+# One float32 tensor of 4 elements in storage "0", as protocol 2 writes it.
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\4tQ"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0K\4\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR"
+PAYLOAD = np.arange(4, dtype="<f4").tobytes()
+
+
+def random_tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Make a tensor of random bits, NaNs and all."""
+    kind: torch.dtype = getattr(torch, dtype)
+    nbytes = int(np.prod(shape)) * kind.itemsize
+    raw = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 256, nbytes, dtype=np.uint8)
+    # By way of a storage: torch.frombuffer takes no empty buffer.
+    tensor = torch.empty(0, dtype=kind)
+    return tensor.set_(torch.from_numpy(raw).untyped_storage(), 0, shape)  # type: ignore[call-overload]
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """Return the bytes of the elements in C order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Compare dtype, shape and bits."""
+    return a.dtype == b.dtype and a.shape == b.shape and raw_bytes(a) == raw_bytes(b)
+
+
+def zip_of(path: Path, records: Mapping[str, bytes], *, compress: int = zipfile.ZIP_STORED) -> Path:
+    """Write records into a zip, with Python's own writer."""
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    return path
+
+
+def torch_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None) -> Path:
+    """Write a torch file around any pickle; storage "0" holds the numbers 0 to 3 as float32 if none is given."""
+    storages = {"0": PAYLOAD} if storages is None else storages
+    data = {f"archive/data/{key}": raw for key, raw in storages.items()}
+    return zip_of(path, {"archive/data.pkl": pickled, "archive/byteorder": b"little", **data, "archive/version": b"3\n"})
+
+
+def records_of(path: Path) -> dict[str, bytes]:
+    """Read all records of a zip."""
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def safetensors_file(path: Path, header: Any, data: bytes = b"") -> Path:
+    """Write a safetensors file around any header: an object, or the bytes themselves."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def copies(path: Path) -> dict[str, OutTensor]:
+    """Make the recipes that copy the weights of a checkpoint; names of the same bytes are tied."""
+    made: dict[TensorSpec, OutTensor] = {}
+    out = {}
+    for name, spec in open_checkpoint(path).specs.items():
+        assert isinstance(spec, TensorSpec)
+        out[name] = made.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name))
+    return out
+
+
+def zeros(path: Path, dtype: str, shape: tuple[int, ...], name: str = "zeros") -> OutTensor:
+    """Make a recipe of this size that nobody is going to follow."""
+    return OutTensor(DTYPES[dtype], shape, (), name)
+
+
+def write(plan: FilePlan, path: Path, *, threads: int = 2) -> Path:
+    """Let the engine carry a plan out."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        os.truncate(fd, plan.size)
+        engine.run([engine.OutFile(plan, fd)], threads=threads)
+    finally:
+        os.close(fd)
+    return path
+
+
+@contextmanager
+def bounded_memory(extra: int = 512 << 20) -> Iterator[None]:
+    """Turn an allocation of more than `extra` bytes into a MemoryError, where the system can."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        used = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + extra, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

@@ -1,0 +1,73 @@
+"""The installed wheel in a clean environment: `ckpt` works with torch, safetensors, typer and rich alone.
+
+Run by `make smoke` with that environment's Python; not collected by pytest.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+CKPT = str(Path(sys.executable).parent / "ckpt")
+RUNS = Path(__file__).parent.parent / "fixtures" / "runs"
+# The whole process stays below the first; where torch alone comes near it (builds with CUDA do), the second counts.
+MAX_RSS = 0.40e9
+MAX_RSS_BESIDE_TORCH = 0.15e9
+
+
+def ckpt(*arguments: str, folder: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([CKPT, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    sys.stderr.write(done.stderr)
+    if done.returncode or "Warning" in done.stderr:
+        raise SystemExit(f"ckpt {' '.join(arguments)}: exit {done.returncode}, or a warning")
+    return done
+
+
+def peak_rss(program: str, *arguments: str) -> int:
+    """Run a program and return the most memory that the whole process held, in bytes."""
+    pid = os.spawnv(os.P_NOWAIT, program, [program, *arguments])
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise SystemExit(f"{program} {' '.join(arguments)} failed")
+    return usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    for name in ("timm", "torchvision", "PIL", "numpy"):
+        if importlib.util.find_spec(name) is not None:
+            raise SystemExit(f"{name} is installed, so this proves nothing")
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [str(path) for path in RUNS.glob("*.pth")]
+        ckpt("avg", *runs, "--mode", "ema", "--decay", "0.99", folder=folder)
+        description = json.loads(ckpt("inspect", "averaged.pth", "--json", folder=folder).stdout)
+        inputs = [entry["name"] for entry in description["provenance"]["inputs"]]
+        if inputs != [f"checkpoint-{i}.pth" for i in range(1, 13)]:
+            raise SystemExit(f"wrong order: {inputs}")
+        loaded = torch.load(Path(folder) / "averaged.pth", weights_only=True, mmap=True)
+        if loaded["arch"] != "digits_net" or len(loaded["state_dict"]) != 20:
+            raise SystemExit("the average does not hold what it should")
+        big = [f"{folder}/big-{i}.pth" for i in range(3)]
+        for i, path in enumerate(big):
+            torch.save({"a": torch.full((50_000_000,), float(i)), "b": torch.zeros(1000)}, path)
+        torch_alone = peak_rss(sys.executable, "-W", "ignore", "-c", "import torch")
+        rss = peak_rss(CKPT, "avg", *big, "-o", f"{folder}/big.safetensors")
+        sys.stderr.write(
+            f"peak RSS {rss / 1e9:.3f} GB for 3 files with a tensor of 0.2 GB each; "
+            f"importing torch {torch.__version__} alone {torch_alone / 1e9:.3f} GB\n"
+        )
+        if rss > max(MAX_RSS, torch_alone + MAX_RSS_BESIDE_TORCH):
+            raise SystemExit("too much memory")
+    sys.stderr.write(f"smoke: all well ({resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime:.0f} s of work)\n")
+
+
+main()
