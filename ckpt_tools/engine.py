@@ -27,10 +27,12 @@ from .formats.output import FilePlan, OutTensor
 from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
 from .tensors import DTYPES, DType, Kind
 
-PIECE = 64 * 1024
-"""Elements a worker handles at a time; its two float64 buffers of them stay in the cache."""
+PIECE = 128 * 1024
+"""Elements a worker handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
+cache, enough that the price of a call and of passing the interpreter lock on is small beside the work."""
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
+_FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
 _REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 # What is kept of a float64 before it is narrowed to 16 or 8 bits: 12 of the 52 bits of the mantissa.
 _DISCARDED = (1 << 40) - 1
@@ -143,13 +145,14 @@ class _Recipe:
         terms: (where to read, coefficient, its real dtype), in the order of summation.
         reals: floating-point numbers an element: 2 for complex.
         real: their dtype in the output.
+        common: the coefficient, where all are equal: the sum is then multiplied once, instead of every term.
         limit: magnitude from which on a sum overflows that dtype.
         anchored: sum up differences from the first term. The products of float64 values are rounded, so
             that N equal values would sum up to a neighbour; x_1 + sum c_i (x_i - x_1) is the same average,
             and exact when all are equal. Narrower dtypes have bits to spare and need no such care.
     """
 
-    __slots__ = ("anchored", "limit", "real", "reals", "terms")
+    __slots__ = ("anchored", "common", "limit", "real", "reals", "terms")
 
     def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
         # What is copied is never computed with, so torch need not know its dtype.
@@ -160,6 +163,7 @@ class _Recipe:
         ]
         self.reals = 2 if tensor.dtype.kind is Kind.COMPLEX else 1
         self.real = torch_dtype(_real(tensor.dtype)) if sums else torch.uint8
+        self.common = tensor.terms[0][1] if len({c for _, c in tensor.terms}) == 1 else None
         self.limit = _overflow(self.real) if sums else math.inf
         wide = all(dtype is torch.float64 for _, _, dtype in self.terms)
         self.anchored = wide and abs(math.fsum(c for _, c in tensor.terms) - 1.0) <= 1e-12
@@ -251,7 +255,7 @@ class _Worker:
         total, read = self._add_up(piece)
         narrow = self._narrow(total, piece.recipe.real)
         if not self._allow_nonfinite:
-            self._check(piece, total)
+            self._check(piece, narrow if narrow.dtype in _FULL_RANGE else total)
         return read, self._term.bytes[: narrow.numel() * narrow.element_size()]
 
     def _add_up(self, piece: _Piece) -> tuple[torch.Tensor, int]:
@@ -265,10 +269,14 @@ class _Worker:
         target = total
         for source, coefficient, dtype in recipe.terms:
             read += self._reader.read(source, start, stop)
-            self._widen(dtype, target).mul_(coefficient)
+            self._widen(dtype, target)
+            if recipe.common is None:
+                target.mul_(coefficient)
             if target is term:
                 total.add_(term)
             target = term
+        if recipe.common is not None:
+            total.mul_(recipe.common)
         return total, read
 
     def _add_up_differences(self, piece: _Piece, total: torch.Tensor, term: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -308,25 +316,25 @@ class _Worker:
         single.copy_(sticky.view(torch.float64))
         return out.copy_(single)
 
-    def _check(self, piece: _Piece, total: torch.Tensor) -> None:
-        """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the sum."""
-        low, high = (value.item() for value in torch.aminmax(total))
+    def _check(self, piece: _Piece, values: torch.Tensor) -> None:
+        """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the result."""
+        low, high = (value.item() for value in torch.aminmax(values))
         if max(-low, high) < piece.recipe.limit:  # false for a NaN
             return
         tensor, reals = piece.tensor, piece.recipe.reals
         for source, _, dtype in piece.recipe.terms:
             self._reader.read(source, piece.start, piece.stop)
-            values = self._reader.buffer.view(dtype, total.numel()).to(torch.float64)
-            bad = ~torch.isfinite(values)
+            found = self._reader.buffer.view(dtype, values.numel()).to(torch.float64)
+            bad = ~torch.isfinite(found)
             if bad.any():
                 at = torch.tensor(piece.start + int(bad.nonzero()[0]) // reals)
                 index = [int(i) for i in torch.unravel_index(at, tensor.shape)] if tensor.shape else []
                 raise NumericsError(
-                    f"{source.spec.storage.path}: '{tensor.name}' holds {_word(values[bad][0].item())} at {index}. "
+                    f"{source.spec.storage.path}: '{tensor.name}' holds {_word(found[bad][0].item())} at {index}. "
                     "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
                 )
         raise NumericsError(
-            f"the average of '{tensor.name}' overflows {tensor.dtype.name} (it reaches {max(-low, high):.4g}). "
+            f"the average of '{tensor.name}' overflows {tensor.dtype.name}. "
             "Choose a wider one, such as --dtype float32."
         )
 

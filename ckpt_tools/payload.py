@@ -98,9 +98,13 @@ class Buffer:
 
     def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
-        if dtype not in self._views:
-            self._views[dtype] = torch.frombuffer(self._memory, dtype=dtype)
-        return self._views[dtype][:count]
+        view = self._views.get(dtype)
+        # Kept from call to call, for most pieces are of one size, and making a view costs as much as a small sum.
+        if view is None or view.numel() != count:
+            # frombuffer refuses a count of 0.
+            view = torch.frombuffer(self._memory, dtype=dtype, count=max(count, 1))[:count]
+            self._views[dtype] = view
+        return view
 
 
 class Reader:

@@ -308,7 +308,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
         members = [Member(h.path, h, c[key], key) for h, c in zip(headers, counters, strict=True)]
     else:
         numbers = [number_in_name(header.path) for header in headers]
-        if None in numbers and len({header.path.name for header in headers}) == 1:
+        if None in numbers and len(headers) > len({header.path.name for header in headers}) == 1:
             # checkpoint-500/model.safetensors, checkpoint-1000/model.safetensors: the folders tell.
             numbers = [number_in_name(header.path.parent) for header in headers]
         members = [Member(h.path, h, n, None if n is None else "name") for h, n in zip(headers, numbers, strict=True)]
@@ -321,7 +321,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     if telling:
         _note_ties(members, key, notes)
         return sorted(members, key=lambda m: (m.step, natural_key(m.path))), f"the {key} stored in the files"
-    nameless = [member.path for member in members if member.step is None]
+    nameless = sorted((member.path for member in members if member.step is None), key=natural_key)
     if nameless and len(members) > 1:
         notes.append(
             f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "

@@ -56,7 +56,7 @@ _STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") i
 
 def _stop(number: int, _frame: FrameType | None) -> None:
     for each in _STOPPING:  # once is enough: a second one would break off the cleaning up
-        signal.signal(each, signal.SIG_IGN)
+        signal.signal(each, lambda *_: None)
     raise _Stopped(number)
 
 

@@ -165,7 +165,7 @@ def _show_summary(report: AverageReport) -> None:
     first, last = report.inputs[0], report.inputs[-1]
     n = len(report.inputs)
     span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
-    console.say(f"{n} checkpoint{'s' if n > 1 else ''}: {span}. Weights: {last.state}. Mode: {report.mode}.")
+    console.say(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.")
     console.say(*report.notes)
 
 
@@ -191,7 +191,8 @@ def _show_table(report: AverageReport) -> None:
         f"Ordered by {report.ordered_by}; mode {report.mode}; "
         f"weights: {', '.join(dict.fromkeys(i.state for i in report.inputs))}.",
         *_prefixes(report),
-        f"{len(report.averaged)} tensors averaged, {len(report.copied)} copied from the last checkpoint"
+        f"{console.plural(len(report.averaged), 'tensor')} averaged, "
+        f"{len(report.copied)} copied from the last checkpoint"
         + (f", {len(report.tied)} tied" if report.tied else "")
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",

@@ -73,6 +73,11 @@ def _short(value: float, units: tuple[str, ...]) -> str:
     return f"{value:.3g}{units[-1]}"
 
 
+def plural(number: int, noun: str) -> str:
+    """Write a number and its noun: 1 tensor, 2 tensors."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def bar(value: float, largest: float, width: int = 20) -> str:
     """Draw a value as a bar; the largest one fills the width, and what is not zero is seen."""
     if largest <= 0 or value == 0:

@@ -47,8 +47,8 @@ def _show(d: Description) -> None:
         console.say("  no weights in a known layout; choose a place with --state where a command takes it")
     for weights in d.sets:
         console.say(
-            f"  {weights.label}: {len(weights.tensors)} tensors, {console.count(weights.elements)} values, "
-            f"{console.size(weights.nbytes)} (layout {weights.layout})"
+            f"  {weights.label}: {console.plural(len(weights.tensors), 'tensor')}, "
+            f"{console.count(weights.elements)} values, {console.size(weights.nbytes)} (layout {weights.layout})"
         )
         largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
         for name, (number, nbytes) in weights.dtypes.items():
@@ -65,7 +65,7 @@ def _show(d: Description) -> None:
         console.say(f"  {optimizer.place}: {optimizer.kind}, {console.size(optimizer.nbytes)}{multiple}")
     for place, number in d.other.items():
         if place not in {o.place.split(".")[0] for o in d.optimizers}:
-            console.say(f"  {place}: {number} tensors beside the weights")
+            console.say(f"  {place}: {console.plural(number, 'tensor')} beside the weights")
     if d.foreign:
         names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in d.foreign.items())
         console.say(f"  not understood, so neither imported nor run: {names}")

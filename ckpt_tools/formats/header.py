@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,15 @@ from typing import Any
 
 PROVENANCE = "ckpt_tools"
 """Name under which an output says where it came from: a zip record, or a key of ``__metadata__``."""
+
+
+def parse_provenance(text: str | bytes | None) -> dict[str, Any] | None:
+    """Return what an output says about itself; None if it says nothing, or nothing that can be read."""
+    try:
+        provenance = json.loads(text) if text is not None else None
+    except (ValueError, RecursionError):
+        return None
+    return provenance if isinstance(provenance, dict) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

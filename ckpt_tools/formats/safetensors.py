@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CorruptError, UnsupportedError
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
-from .header import PROVENANCE, Header
+from .header import PROVENANCE, Header, parse_provenance
 from .output import FilePlan, OutTensor
 
 MAX_HEADER = 100_000_000  # the library's own limit
@@ -50,7 +50,7 @@ def read(path: Path) -> Header:
     for alias, kept in metadata.items():
         if alias != "format" and alias not in tensors and kept in entries:
             tensors[alias] = tensors[kept]
-    provenance = _provenance(metadata.get(PROVENANCE))
+    provenance = parse_provenance(metadata.get(PROVENANCE))
     return Header(path, "safetensors", tensors, ((path, size),), metadata=metadata, provenance=provenance)
 
 
@@ -92,16 +92,6 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], payload: int) ->
     if position != payload:
         what = "truncated" if position > payload else "longer than its header says"
         raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
-
-
-def _provenance(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        provenance = json.loads(text)
-    except ValueError:
-        return None
-    return provenance if isinstance(provenance, dict) else None
 
 
 def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name: str, untie: bool = False) -> FilePlan:

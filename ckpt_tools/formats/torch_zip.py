@@ -22,7 +22,7 @@ from typing import IO, Any
 from ..errors import CorruptError, NotACheckpointError, UnsupportedError, WriteError
 from ..tensors import DType, Storage, c_strides
 from . import unpickle
-from .header import PROVENANCE, Header
+from .header import PROVENANCE, Header, parse_provenance
 from .output import FilePlan, OutTensor
 
 ALIGNMENT = 64  # torch's own, so that payloads can be mapped
@@ -89,7 +89,7 @@ def read(path: Path) -> Header:
         tree,
         ((path, size),),
         foreign,
-        provenance=_parse_provenance(provenance),
+        provenance=parse_provenance(provenance),
         fingerprint=tuple(c for c in checksums if not c[0].startswith("/.data/")) if telling else None,
     )
 
@@ -116,24 +116,17 @@ def _offsets(path: Path, file: IO[bytes], *, limit: int) -> Callable[[zipfile.Zi
                 "Load and save it with torch once."
             )
         file.seek(info.header_offset)
-        head = file.read(_LOCAL.size)
-        if len(head) < _LOCAL.size or head[:4] != b"PK\3\4":
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        head = file.read(_LOCAL.size + len(name))
+        if not head.startswith(b"PK\3\4") or head[_LOCAL.size :] != name:
             raise CorruptError(f"{path}: its directory points at no record for {info.filename}. The file is damaged.")
-        fields = _LOCAL.unpack(head)
+        fields = _LOCAL.unpack_from(head)
         offset = info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
         if info.compress_size != info.file_size or offset + info.file_size > limit:
             raise CorruptError(f"{path}: the record {info.filename} reaches beyond the file. Get a fresh copy.")
         return offset
 
     return offset_of
-
-
-def _parse_provenance(raw: bytes | None) -> dict[str, Any] | None:
-    try:
-        provenance = json.loads(raw) if raw is not None else None
-    except ValueError:
-        return None
-    return provenance if isinstance(provenance, dict) else None
 
 
 class _StorageOut:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import copyreg
 import pickle
 import struct
 from collections import Counter, OrderedDict
@@ -273,7 +274,7 @@ _TABLE: dict[str, Any] = {
     "collections.defaultdict": Sealed(
         "DefaultDict",
         (PlainDict,),
-        {"__init__": lambda self, factory=None, source=None: PlainDict.__init__(self, source)},
+        {"__slots__": (), "__init__": lambda self, factory=None, source=None: PlainDict.__init__(self, source)},
     ),
     "collections.Counter": PlainDict,
     "builtins.set": set,
@@ -357,6 +358,8 @@ def load(file: IO[bytes], locate: Locate, *, where: str) -> tuple[Any, Counter[s
         CorruptError: the pickle is damaged, or tries something that no honest one does.
     """
     unpickler = _RestrictedUnpickler(file, locate)
+    # Extension codes are looked up in a cache of the whole process before anyone is asked for the name.
+    copyreg.clear_extension_cache()
     try:
         return unpickler.load(), unpickler.foreign
     except CkptError:
@@ -367,6 +370,8 @@ def load(file: IO[bytes], locate: Locate, *, where: str) -> tuple[Any, Counter[s
             f"{where}: its pickle cannot be read ({type(error).__name__}: {error}). "
             "The file is damaged or no checkpoint; nothing in it was run."
         ) from error
+    finally:
+        copyreg.clear_extension_cache()
 
 
 def tensors_in(tree: Any) -> Iterator[tuple[tuple[Any, ...], TensorSpec | UnsupportedTensor]]:

@@ -45,7 +45,10 @@ def random_tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Te
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """Return the bytes of the elements in C order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().contiguous()
+    # A single element counts as contiguous whatever its stride is, but is then not viewed as bytes.
+    flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from ckpt_tools.errors import CorruptError, NotACheckpointError, UnsupportedErro
 from ckpt_tools.formats import read_header
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support")
+pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
 
 
 def views() -> dict[str, torch.Tensor]:
@@ -69,9 +69,7 @@ def test_a_dtype_without_arithmetic_is_refused_by_name_and_not_dropped(dtype: st
     path = save("a.pth", {"w": torch.ones(2), "odd": torch.empty(4, dtype=getattr(torch, dtype))})
 
     checkpoint = open_checkpoint(path)
-    assert checkpoint.specs["odd"] == UnsupportedTensor("of an unknown dtype") or isinstance(
-        checkpoint.specs["odd"], UnsupportedTensor
-    )
+    assert isinstance(checkpoint.specs["odd"], UnsupportedTensor)
     assert checkpoint.foreign == {f"torch.{dtype}": 1}
     with pytest.raises(UnsupportedError, match="'odd' is of an unknown dtype, which is not read here"):
         checkpoint["odd"]
@@ -226,8 +224,8 @@ def test_a_pickle_whose_checksum_does_not_fit_is_refused(save: Callable[..., Pat
 
     with pytest.raises(CorruptError, match=r"the checksum of its data\.pkl does not fit"):
         read_header(path)
-    with pytest.raises(RuntimeError, match="crc|CRC|corrupt"):  # torch agrees
-        torch.load(path, weights_only=True)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() == "a/data.pkl"
 
 
 def test_a_zip_that_torch_did_not_write_is_no_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Running `ckpt` as a user does: in this process where that is the same, in its own where it is not."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ckpt_tools.cli import main
+
+BIN = Path(sys.executable).parent
+# What a test machine may set, and what changes what is shown.
+_FOREIGN = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONIOENCODING")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def environment(**extra: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if key not in _FOREIGN}
+    return clean | {"PATH": f"{BIN}{os.pathsep}{clean.get('PATH', '')}", "PYTHONUTF8": "1"} | extra
+
+
+def run(*args: str | Path, columns: int = 80, encoding: str = "utf-8") -> Result:
+    """Call `ckpt` in this process: its `main`, arguments and streams as in a process of its own."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace") for _ in range(2))
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    code: Any = 0
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["ckpt", *map(str, args)]),
+            mock.patch.dict(os.environ, environment(COLUMNS=str(columns)), clear=True),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            main()
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode(encoding))  # type: ignore[attr-defined]
+    return Result(code, *texts)
+
+
+def command(*args: str | Path, first: str = "") -> list[str]:
+    """Write the command line of a `ckpt` whose process does something first, such as give rights up."""
+    script = f"{first}\nimport os, sys\nos.execvp('ckpt', ['ckpt', *sys.argv[1:]])"
+    return [*([sys.executable, "-c", script] if first else ["ckpt"]), *map(str, args)]
+
+
+def spawn(*args: str | Path, cwd: Path, first: str = "") -> subprocess.CompletedProcess[str]:
+    """Run `ckpt` in a process of its own."""
+    return subprocess.run(
+        command(*args, first=first),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:
+    """Everything under a folder, hidden files too: bytes and modification time; None for a folder."""
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(folder: Path, *args: str | Path, code: int = 1) -> str:
+    """Run `ckpt`, demand a refusal that leaves no trace in the folder, and return its message."""
+    before = contents(folder)
+    result = run(*args)
+    assert result.code == code, result
+    assert result.out == ""
+    *others, message = result.err.splitlines()
+    assert message.startswith("Error: ")
+    assert not any("Error" in line or "Traceback" in line for line in others)
+    assert contents(folder) == before
+    return message

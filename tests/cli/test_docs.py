@@ -1,0 +1,71 @@
+"""Documentation: what the program can do is written down, and what is written down it can do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from ckpt_tools.cli import app
+
+DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
+GROUP = get_command(app)
+COMMANDS = {name: GROUP.get_command(typer.Context(GROUP), name) for name in GROUP.list_commands(typer.Context(GROUP))}  # type: ignore[attr-defined]
+OPTIONS = [
+    (name, option)
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+    if parameter.param_type_name == "option"
+    for option in (*parameter.opts, *parameter.secondary_opts)
+]
+
+
+def sections() -> dict[str, str]:
+    """Cut docs/cli.md at its headings `## ckpt NAME ...`."""
+    parts = re.split(r"^## ckpt ([\w-]+)", DOCS.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def documented(section: str) -> set[str]:
+    """Options in the first column of a section's table."""
+    rows = re.findall(r"^\|([^|]*`-[^|]*)\|", section, flags=re.MULTILINE)
+    return {option for row in rows for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", row)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_section_in_the_docs(command: str) -> None:
+    assert command in sections(), f"docs/cli.md has no heading '## ckpt {command} ...'"
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_stands_in_the_table_of_its_command(command: str, option: str) -> None:
+    assert option in documented(sections()[command]), f"docs/cli.md: the table of 'ckpt {command}' lacks {option}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_docs_promise_no_option_that_does_not_exist(command: str) -> None:
+    assert documented(sections()[command]) <= {option for name, option in OPTIONS if name == command}
+
+
+def test_the_docs_name_no_command_that_does_not_exist() -> None:
+    assert sections().keys() == COMMANDS.keys()
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_says_in_the_help_what_it_does(command: str, option: str) -> None:
+    parameter = next(p for p in COMMANDS[command].params if option in (*p.opts, *p.secondary_opts))
+    assert parameter.help, f"ckpt {command} {option} has no help"
+
+
+@pytest.mark.parametrize("code", ["0 done", "1 refused or failed", "2 wrong usage", "130 interrupted"])
+def test_exit_codes_are_documented(code: str) -> None:
+    assert code in DOCS.read_text()
+
+
+def test_the_readme_leads_to_the_docs_and_names_every_command() -> None:
+    readme = (DOCS.parents[1] / "README.md").read_text()
+    assert "docs/cli.md" in readme
+    assert all(f"ckpt {command}" in readme for command in COMMANDS)

@@ -1,0 +1,109 @@
+"""Help: quick, in panels, ending in an example that works; and usage errors that point to it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from cli_runner import environment, run
+from typer.main import get_command
+
+import ckpt_tools
+from ckpt_tools.cli import app
+
+GROUP = get_command(app)
+COMMANDS = sorted(GROUP.list_commands(typer.Context(GROUP)))  # type: ignore[attr-defined]
+LAST_EXAMPLE = re.compile(r"^Example: (ckpt .+)$", re.MULTILINE)
+
+# Runs `ckpt` with some arguments and says whether torch came in.
+PROBE = """
+import sys
+from ckpt_tools.cli import main
+try:
+    main()
+except SystemExit as end:
+    print("exit", end.code or 0, "torch" in sys.modules)
+"""
+
+
+def help_text(command: str) -> str:
+    return str(GROUP.get_command(typer.Context(GROUP), command).help)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["avg", "--help"], 0),
+        (["avg", "--nope"], 2),
+        (["avg", "gone.pth"], 1),
+        (["avg", "a.pth", "--decay", "2", "--mode", "ema"], 2),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path, arguments: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == f"exit {code} False"
+
+
+def test_version_is_that_of_the_package() -> None:
+    result = run("--version")
+    assert (result.code, result.out) == (0, f"ckpt-tools {ckpt_tools.__version__}\n")
+
+
+def test_help_names_every_command() -> None:
+    result = run("--help")
+    assert result.code == 0
+    assert all(re.search(rf"\b{command}\b", result.out) for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_ends_in_an_example(command: str) -> None:
+    assert LAST_EXAMPLE.fullmatch(help_text(command).strip().splitlines()[-1])
+    result = run(command, "--help")
+    assert result.code == 0
+    assert f"Example: ckpt {command}" in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_each_command_is_in_its_documentation(command: str) -> None:
+    example = LAST_EXAMPLE.findall(help_text(command))[-1]
+    docs = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert example in docs
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_narrow_terminal(command: str) -> None:
+    result = run(command, "--help", columns=40)
+    assert result.code == 0
+    assert max(map(len, result.out.splitlines())) <= 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["avg"], "Missing argument 'PATH'"),
+        (["avg", "a.pth", "--lats", "3"], "No such option: --lats"),
+        (["avg", "a.pth", "--last", "x"], "Invalid value for '--last'"),
+        (["average", "a.pth"], "No such command 'average'"),
+        (["inspect", "a.pth", "b.pth"], "unexpected extra argument"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_points_to_the_help(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert message in re.sub(r"[\s│]+", " ", result.err)
+    assert "--help" in result.err
+    assert "Traceback" not in result.err

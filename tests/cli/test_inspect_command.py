@@ -1,0 +1,141 @@
+"""`ckpt inspect`: everything worth knowing about a file, from its header, to read or to parse."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from cli_runner import contents, refused, run
+from safetensors.torch import save_file
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_timm_checkpoint_is_told_at_a_glance(runs: list[Path]) -> None:
+    result = run("inspect", runs[3])
+    assert (result.code, result.out) == (0, "")
+    lines = [line.strip() for line in result.err.splitlines()]
+    assert lines[0] == f"{runs[3]}: torch-zip, 220 kB"
+    assert "ema (state_dict_ema): 20 tensors, 17k values, 68.1 kB (layout timm)" in lines
+    assert "raw (state_dict): 20 tensors, 17k values, 68.1 kB (layout timm)" in lines
+    assert lines.count("20 of 20 names carry 'module.'") == 2
+    assert any(line.startswith("epoch 11, metric 98.") for line in lines)
+    assert any(line.startswith("optimizer: SGD with momentum") and "0.99 times the weights" in line for line in lines)
+    assert any(line.split()[:4] == ["float32", "17", "68.1", "kB"] for line in lines)
+
+
+@pytest.mark.parametrize("number", [2, 9])
+def test_a_legacy_file_is_told_as_well(runs: list[Path], number: int) -> None:
+    result = run("inspect", runs[number - 1])
+    assert "torch-legacy" in result.err.splitlines()[0]
+    assert "ema (state_dict_ema): 20 tensors" in result.err
+
+
+def test_nothing_of_the_payload_is_read(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> NoReturn:
+        pytest.fail("payload was read")
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert run("inspect", runs[0], "--tensors").code == 0
+
+
+def test_json_alone_stands_on_stdout(runs: list[Path]) -> None:
+    result = run("inspect", runs[0], "--json")
+    assert (result.code, result.err) == (0, "")
+    described = json.loads(result.out)
+    assert (described["format"], described["counters"], described["provenance"]) == ("torch-zip", {"epoch": 8}, None)
+    assert [(s["which"], s["layout"], s["elements"]) for s in described["sets"]] == [
+        ("ema", "timm", 17029),
+        ("raw", "timm", 17029),
+    ]
+    assert all("tensors" not in s for s in described["sets"])
+
+
+def test_tensors_are_listed_where_asked_for(runs: list[Path]) -> None:
+    shown = run("inspect", runs[0], "--tensors").err
+    assert shown.count("head.weight ") == 2
+    row = next(line for line in shown.splitlines() if "bn1.num_batches_tracked" in line)
+    assert row.split() == ["bn1.num_batches_tracked", "int64", "[]"]
+    listed = json.loads(run("inspect", runs[0], "--tensors", "--json").out)["sets"][0]["tensors"]
+    assert {"name": "head.weight", "dtype": "float32", "shape": [10, 32], "nbytes": 1280} in listed
+
+
+def test_an_output_of_ours_tells_where_it_came_from(runs: list[Path]) -> None:
+    assert run("avg", *runs, "--mode", "ema", "--decay", "0.7").code == 0
+    shown = run("inspect", "averaged.pth").err
+    assert "ema average of ema (state_dict_ema); decay=0.7" in shown
+    rows = [line.split() for line in shown.splitlines() if line.rstrip().endswith(".pth")]
+    assert [row[-1] for row in rows] == [path.name for path in runs]
+    assert rows[-1][0] == "0.300000"
+    provenance = json.loads(run("inspect", "averaged.pth", "--json").out)["provenance"]
+    assert [i["name"] for i in provenance["inputs"]] == [path.name for path in runs]
+
+
+def test_what_was_not_understood_is_listed_and_not_run() -> None:
+    class Payload:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, ("ran",)
+
+    torch.save({"state_dict": {"w": torch.zeros(2)}, "callback": Payload()}, "c.pth")
+    before = contents(Path())
+    result = run("inspect", "c.pth")
+    assert result.code == 0
+    assert "not understood, so neither imported nor run: posix.mkdir" in result.err
+    assert json.loads(run("inspect", "c.pth", "--json").out)["foreign"] == {"posix.mkdir": 1}
+    assert contents(Path()) == before
+
+
+def test_a_file_without_known_weights_is_told_all_the_same() -> None:
+    torch.save({"student": {"backbone": {"w": torch.zeros(2)}}, "epoch": 3}, "c.pth")
+    result = run("inspect", "c.pth")
+    assert result.code == 0
+    assert "no weights in a known layout" in result.err
+    assert "student: 1 tensor beside the weights" in result.err
+
+
+def test_a_sharded_folder_is_told_as_one_checkpoint() -> None:
+    Path("m").mkdir()
+    for i, name in enumerate("ab", 1):
+        save_file({name: torch.zeros(3)}, f"m/model-0000{i}-of-00002.safetensors")
+    weight_map = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", 1)}
+    Path("m/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    result = run("inspect", "m")
+    assert "m: sharded" in result.err
+    assert "in 3 files" in result.err
+    assert "raw (the whole file): 2 tensors, 6 values, 24 B (layout plain)" in result.err
+
+
+def test_unsupported_tensors_are_shown_by_kind() -> None:
+    torch.save({"w": torch.eye(3).to_sparse(), "v": torch.zeros(2)}, "c.pth")
+    shown = run("inspect", "c.pth", "--tensors").err
+    assert next(line for line in shown.splitlines() if line.startswith("  w ")).split() == ["w", "sparse"]
+
+
+def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(runs[0].parent))
+    assert run("inspect", "~/checkpoint-1.pth").code == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gone.pth", r"Error: gone.pth: no such file."),
+        ("folder", "Error: folder: a folder without model.safetensors or an index.json: no checkpoint."),
+        ("text.pth", "Error: text.pth: not a checkpoint: neither a torch file (zip or legacy) nor safetensors."),
+        ("empty.pth", "Error: empty.pth: empty file. Get a fresh copy."),
+        ("/dev/zero", "Error: /dev/zero: neither a file nor a folder."),
+    ],
+)
+def test_what_cannot_be_inspected_is_refused_in_words(path: str, message: str) -> None:
+    Path("folder").mkdir()
+    Path("text.pth").write_text("these are not the weights you are looking for")
+    Path("empty.pth").touch()
+    assert refused(Path(), "inspect", path) == message
+    assert refused(Path(), "inspect", path, "--json") == message

@@ -1,0 +1,141 @@
+"""Interruption: whatever stops a run, the target is as it was, and what is hidden is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_runner import command, environment, run
+
+SIZE = 1 << 30
+"""Bytes of an input. Its payload is a hole in the file: it takes time to average, and no room on the disk."""
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [SIZE // 4], "data_offsets": [0, SIZE]}}).encode()
+    for i in (1, 2):
+        with Path(f"c-{i}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + SIZE)
+    Path("averaged.safetensors").write_text("old")
+    yield
+    for path in tmp_path.iterdir():
+        path.unlink()
+
+
+ARGUMENTS = ("avg", "c-1.safetensors", "c-2.safetensors", "--force", "--threads", "1")
+
+
+@contextmanager
+def running() -> Iterator[subprocess.Popen[str]]:
+    """Start a run, and hand it over while it is writing."""
+    process = subprocess.Popen(
+        command(*ARGUMENTS), env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for_writing(process)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_writing(process: subprocess.Popen[Any]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if any(path.stat().st_blocks for path in Path().glob(".*.partial")):
+            return
+        if process.poll() is not None:
+            pytest.fail(f"it ended before it could be stopped: {process.communicate()}")
+        time.sleep(0.005)
+    pytest.fail("it did not begin to write")
+
+
+def files() -> dict[str, tuple[int, int]]:
+    return {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in Path().iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "Interrupted"),
+        (signal.SIGTERM, 143, "Terminated"),
+    ],
+)
+def test_a_signal_stops_a_run_without_a_trace(number: signal.Signals, code: int, word: str) -> None:
+    before = files()
+    with running() as process:
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, "")
+    assert err.splitlines()[-1] == f"{word}; nothing was written."
+    assert "Traceback" not in err
+    assert files() == before
+    assert Path("averaged.safetensors").read_text() == "old"
+
+
+def test_more_signals_do_not_break_off_the_cleaning_up() -> None:
+    """A terminal that is closed sends SIGHUP; an impatient user, Ctrl-C again and again."""
+    before = files()
+    with running() as process:
+        process.send_signal(signal.SIGHUP)
+        for _ in range(5):
+            time.sleep(0.002)
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 129
+    assert "Traceback" not in err
+    assert files() == before
+
+
+def test_a_run_that_is_killed_leaves_the_old_target() -> None:
+    """Nothing can be cleaned up then; what stays is hidden, and no series takes it in."""
+    with running() as process:
+        process.kill()
+        process.communicate(timeout=30)
+    assert Path("averaged.safetensors").read_text() == "old"
+    assert [path.name for path in Path().iterdir() if path.name.endswith(".partial")] != []
+    Path("averaged.safetensors").unlink()
+    again = run("avg", ".", "--dry-run", "--json")
+    assert [i["name"] for i in json.loads(again.out)["inputs"]] == ["c-1.safetensors", "c-2.safetensors"]
+
+
+def test_ctrl_c_at_a_terminal_takes_the_progress_bar_away() -> None:
+    before = files()
+    terminal, other_end = pty.openpty()
+    process = subprocess.Popen(
+        command(*ARGUMENTS, first="import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)"),
+        env=environment(TERM="xterm-256color", COLUMNS="80"),
+        start_new_session=True,
+        stdin=other_end,
+        stdout=other_end,
+        stderr=other_end,
+    )
+    os.close(other_end)
+    wait_for_writing(process)
+    shown = b""
+    while b"GB/s" not in shown and b"MB/s" not in shown:
+        shown += os.read(terminal, 65536)
+    os.write(terminal, b"\x03")
+    with suppress(OSError):  # when the other end is closed
+        while block := os.read(terminal, 65536):
+            shown += block
+    os.close(terminal)
+    text = shown.decode()
+    assert process.wait(timeout=30) == 130
+    assert text.rstrip().endswith("Interrupted; nothing was written.")
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is back
+    assert text.index("2 checkpoints: ") < text.index("averaging")
+    assert files() == before

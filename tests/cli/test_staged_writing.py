@@ -1,0 +1,230 @@
+"""Staged writing: the old file or the whole new one, and nothing else beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from cli_runner import contents
+
+from ckpt_tools.errors import WriteError
+from ckpt_tools.formats import staged
+from ckpt_tools.formats.staged import check_target, staged_files
+
+
+class Crash(BaseException):
+    """What no handler of ours knows: a signal, say."""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def old_folder(name: str = "out") -> Path:
+    folder = Path(name)
+    folder.mkdir()
+    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json"):
+        (folder / file).write_text("old")
+    return folder
+
+
+# One file
+
+
+def test_a_file_appears_whole_when_the_block_ends(here: Path) -> None:
+    with staged_files(Path("out.pth"), None, [5]) as (_, (fd,)):
+        assert not Path("out.pth").exists()
+        assert len(names(here)) == 1
+        os.pwrite(fd, b"hello", 0)
+    assert Path("out.pth").read_bytes() == b"hello"
+    assert names(here) == ["out.pth"]
+
+
+def test_the_hidden_file_stands_beside_the_target_and_has_its_size(here: Path) -> None:
+    Path("deep").mkdir()
+    with staged_files(Path("deep/out.pth"), None, [1 << 20]) as (stage, _):
+        assert stage.parent == here / "deep"
+        assert re.fullmatch(r"\.out\.pth\..+\.partial", stage.name)
+        assert stage.stat().st_size == 1 << 20
+
+
+@pytest.mark.parametrize("error", [Crash, KeyboardInterrupt, MemoryError, WriteError])
+def test_a_crash_in_the_block_leaves_the_old_file(here: Path, error: type[BaseException]) -> None:
+    Path("out.pth").write_text("old")
+    before = contents(here)
+    with pytest.raises(error, match="in the block"), staged_files(Path("out.pth"), None, [5]):
+        raise error("in the block")
+    assert contents(here) == before
+
+
+def test_a_new_file_replaces_the_old_one_with_its_name_alone(here: Path) -> None:
+    """Who holds the old file open, or has a second name for it, keeps it."""
+    Path("out.pth").write_text("old")
+    Path("second.pth").hardlink_to("out.pth")
+    with Path("out.pth").open() as opened, staged_files(Path("out.pth"), None, [3]) as (_, (fd,)):
+        os.pwrite(fd, b"new", 0)
+        assert Path("out.pth").read_text() == "old"
+    assert (Path("out.pth").read_text(), Path("second.pth").read_text()) == ("new", "old")
+    assert opened.closed
+    assert names(here) == ["out.pth", "second.pth"]
+
+
+def test_what_cannot_be_created_is_refused_in_words(here: Path) -> None:
+    with pytest.raises(WriteError, match=r"out\.pth: cannot be written \(.*\)\. Choose another place with -o"):  # noqa: SIM117
+        with staged_files(Path("gone/out.pth"), None, [1]):
+            pytest.fail("the block was entered")
+    assert names(here) == []
+
+
+def test_a_failure_to_reach_the_disk_leaves_the_old_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("out.pth").write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda fd: os.close(1 << 20))  # EBADF
+    with pytest.raises(WriteError, match=r"out\.pth: cannot be written \(Bad file descriptor\)"):  # noqa: SIM117
+        with staged_files(Path("out.pth"), None, [3]):
+            pass
+    assert Path("out.pth").read_text() == "old"
+    assert names(here) == ["out.pth"]
+
+
+def test_content_is_synced_before_the_name_and_the_folder_after(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("rename"), replace(self, to)))
+    with staged_files(Path("out.pth"), None, [3]) as (stage, _):
+        pass
+    assert order == [stage.name, "rename", here.name]
+
+
+# A folder
+
+
+def test_a_folder_appears_whole_with_its_index(here: Path) -> None:
+    with staged_files(Path("out"), ["a.bin", "index.json"], [2, 2]) as (stage, fds):
+        for fd in fds:
+            os.pwrite(fd, b"ok", 0)
+        (stage / "config.json").write_text("{}")
+        assert not Path("out").exists()
+    assert names(here) == ["out", "out/a.bin", "out/config.json", "out/index.json"]
+
+
+def test_a_folder_is_replaced_as_a_whole(here: Path) -> None:
+    old_folder()
+    with staged_files(Path("out"), ["model.safetensors"], [3]) as (_, (fd,)):
+        os.pwrite(fd, b"new", 0)
+        assert (Path("out") / "config.json").read_text() == "old"
+    assert names(here) == ["out", "out/model.safetensors"]
+
+
+def test_an_empty_folder_is_filled(here: Path) -> None:
+    Path("out").mkdir()
+    with staged_files(Path("out"), ["model.safetensors"], [3]):
+        pass
+    assert names(here) == ["out", "out/model.safetensors"]
+
+
+def test_a_crash_in_the_block_leaves_the_old_folder(here: Path) -> None:
+    old_folder()
+    before = contents(here)
+    with pytest.raises(Crash, match="in the block"), staged_files(Path("out"), ["model.safetensors"], [3]):
+        raise Crash("in the block")
+    assert contents(here) == before
+
+
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_folder()
+    before = contents(here)
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(WriteError, match=r"out: cannot be written \(Input/output error\)"):  # noqa: SIM117
+        with staged_files(Path("out"), ["model.safetensors"], [3]):
+            pass
+    assert contents(here) == before
+
+
+# Which targets are refused, and why
+
+
+def check(
+    target: str, *, inputs: tuple[str, ...] = (), nbytes: int = 0, force: bool = False, folder: bool = False
+) -> None:
+    check_target(Path(target), map(Path, inputs), nbytes=nbytes, force=force, folder=folder)
+
+
+def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(here: Path) -> None:
+    old_folder()
+    with pytest.raises(WriteError, match="out: exists already. Pass --force"):
+        check("out", folder=True)
+    check("out", folder=True, force=True)
+
+
+@pytest.mark.parametrize("stranger", ["train.py", "events.log", "runs", ".git"])
+def test_a_folder_with_anything_else_is_never_replaced(here: Path, stranger: str) -> None:
+    folder = old_folder()
+    if "." in stranger[1:]:
+        (folder / stranger).write_text("precious")
+    else:
+        (folder / stranger).mkdir()
+    with pytest.raises(WriteError, match=rf"out: holds {re.escape(stranger)}, which is no part of a checkpoint"):
+        check("out", folder=True, force=True)
+
+
+def test_an_empty_folder_needs_no_force(here: Path) -> None:
+    Path("out").mkdir()
+    check("out", folder=True)
+
+
+def test_a_file_is_no_folder_and_a_folder_no_file(here: Path) -> None:
+    Path("file").touch()
+    Path("folder.pth").mkdir()
+    with pytest.raises(WriteError, match="file: is a file already"):
+        check("file", folder=True, force=True)
+    with pytest.raises(WriteError, match=r"folder\.pth: is a folder already"):
+        check("folder.pth", force=True)
+
+
+def test_an_input_is_refused_through_any_link(here: Path) -> None:
+    Path("a.pth").touch()
+    Path("hard.pth").hardlink_to("a.pth")
+    Path("soft.pth").symlink_to("hard.pth")
+    for one, other in (("a.pth", "soft.pth"), ("soft.pth", "a.pth"), ("hard.pth", "soft.pth")):
+        with pytest.raises(WriteError, match="is one of the inputs, which are never changed"):
+            check(one, inputs=(other,), force=True)
+
+
+def test_a_folder_within_or_around_an_input_is_refused(here: Path) -> None:
+    old_folder("in")
+    with pytest.raises(WriteError, match="in/new: lies inside the input in"):
+        check("in/new", inputs=("in",), folder=True)
+    Path("all").mkdir()
+    Path("in").rename("all/in")
+    with pytest.raises(WriteError, match="all: holds the input all/in"):
+        check("all", inputs=("all/in",), folder=True, force=True)
+    check("all/new", inputs=("all/in",), folder=True)
+
+
+def test_free_space_is_asked_of_the_disk_of_the_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    usage = staged.shutil.disk_usage(here)
+    monkeypatch.setattr(staged.shutil, "disk_usage", lambda path: (asked.append(path), usage._replace(free=10))[1])
+    Path("there").mkdir()
+    check("there/a.pth", nbytes=10)
+    with pytest.raises(WriteError, match=r"there/a\.pth: needs 11 bytes, and .*/there has 10 left"):
+        check("there/a.pth", nbytes=11)
+    assert asked == [here / "there"] * 2

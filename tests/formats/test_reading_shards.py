@@ -1,0 +1,223 @@
+"""Sharded checkpoints and folders: the shards make one mapping, and an index is believed only as far as it fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+
+from ckpt_tools import open_checkpoint
+from ckpt_tools.errors import CorruptError, NotACheckpointError, ReadError
+from ckpt_tools.formats import read_header
+
+STATE = {"a.weight": torch.arange(6.0), "a.bias": torch.ones(2), "b.weight": torch.zeros(4), "n": torch.tensor(3)}
+SHARDS = {"one": {"a.weight": STATE["a.weight"], "n": STATE["n"]}, "two": {"a.bias": STATE["a.bias"], "b.weight": STATE["b.weight"]}}
+
+
+@pytest.fixture(params=[".safetensors", ".bin"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder of two shards and their index."""
+    return sharded(tmp_path / "model", request.param)
+
+
+def sharded(folder: Path, suffix: str) -> Path:
+    folder.mkdir()
+    weight_map = {}
+    for name, tensors in SHARDS.items():
+        if suffix == ".bin":
+            torch.save(tensors, folder / f"{name}.bin")
+        else:
+            save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, f"{name}{suffix}")
+    stem = "pytorch_model" if suffix == ".bin" else "model"
+    write_index(folder / f"{stem}{suffix}.index.json", {name: weight_map[name] for name in STATE})
+    return folder
+
+
+def write_index(path: Path, weight_map: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps({"metadata": {"total_size": 56}, "weight_map": weight_map}))
+
+
+def index_of(folder: Path) -> Path:
+    (index,) = folder.glob("*.index.json")
+    return index
+
+
+def point(folder: Path, name: str, file: Any) -> None:
+    """Let the index say that a tensor stands in a file."""
+    index = index_of(folder)
+    write_index(index, json.loads(index.read_text())["weight_map"] | {name: file})
+
+
+def test_shards_are_one_mapping_in_the_order_of_the_index(folder: Path) -> None:
+    for path in (folder, index_of(folder)):
+        checkpoint = open_checkpoint(path)
+        assert checkpoint.header.format == "sharded"
+        assert list(checkpoint) == list(STATE)
+        assert all(torch.equal(checkpoint[name], tensor) for name, tensor in STATE.items())
+    assert {path.name for path, _ in checkpoint.header.files} == {path.name for path in folder.iterdir()}
+    assert checkpoint.header.nbytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_what_hugging_face_writes_is_read(tmp_path: Path) -> None:
+    state = {f"layer.{i}.weight": torch.full((50, 10), float(i)) for i in range(12)}
+    save_torch_state_dict(state, tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.keys() == state.keys()
+    assert all(torch.equal(checkpoint[name], tensor) for name, tensor in state.items())
+
+
+def test_a_single_file_in_a_folder_is_the_checkpoint(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+
+    header = read_header(tmp_path)
+    assert (header.path, header.format) == (tmp_path, "safetensors")
+    assert open_checkpoint(tmp_path).keys() == STATE.keys()
+
+
+def test_a_folder_without_a_checkpoint_is_none(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("nothing here")
+
+    with pytest.raises(NotACheckpointError, match=r"a folder without model\.safetensors or an index\.json"):
+        read_header(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "sub/inside.safetensors", "/etc/passwd", "", ".", "..", "one.safetensors/", "a\0b", "\ud800"]
+)
+def test_an_index_that_points_outside_its_folder_is_refused(name: str, folder: Path) -> None:
+    save_file(STATE, folder.parent / "outside.safetensors")
+    point(folder, "n", name)
+
+    with pytest.raises(CorruptError, match="points outside its folder"):
+        read_header(folder)
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_a_link_out_of_the_folder_is_refused(absolute: bool, folder: Path) -> None:
+    save_file(STATE, folder.parent / "outside.safetensors")
+    target = folder.parent / "outside.safetensors" if absolute else Path("../outside.safetensors")
+    (folder / "link.safetensors").symlink_to(target)
+    point(folder, "n", "link.safetensors")
+
+    with pytest.raises(CorruptError, match="is a link out of the folder"):
+        read_header(folder)
+
+
+def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
+    shard = next(folder.glob("one.*"))
+    shard.rename(folder / "real")
+    shard.symlink_to("real")
+
+    assert list(open_checkpoint(folder)) == list(STATE)
+
+
+def test_the_links_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "models--x" / "snapshots").mkdir(parents=True)
+    (tmp_path / "models--x" / "blobs").mkdir()
+    folder = sharded(tmp_path / "models--x" / "snapshots" / "0123abc", ".safetensors")
+    for file in list(folder.iterdir()):
+        file.rename(tmp_path / "models--x" / "blobs" / f"hash-{file.name}")
+        file.symlink_to(f"../../blobs/hash-{file.name}")
+
+    assert list(open_checkpoint(folder)) == list(STATE)
+
+
+def test_a_link_to_itself_is_a_missing_shard(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    point(folder, "n", "loop")
+
+    with pytest.raises(CorruptError, match="its shard 'loop' is missing"):
+        read_header(folder)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    shard = next(folder.glob("two.*"))
+    shard.unlink()
+
+    with pytest.raises(CorruptError, match=f"its shard '{shard.name}' is missing. Get a complete copy"):
+        read_header(folder)
+
+
+def test_a_shard_of_an_impossible_name_is_refused(folder: Path) -> None:
+    point(folder, "n", "x" * 5000)
+
+    with pytest.raises(ReadError, match="cannot be read|is missing"):
+        read_header(folder)
+
+
+def test_a_shard_that_lacks_a_tensor_is_named(folder: Path) -> None:
+    two = next(folder.glob("two.*"))
+    point(folder, "c.weight", two.name)
+
+    with pytest.raises(CorruptError, match=rf"says that {two.name} holds 'c\.weight'; it does not"):
+        read_header(folder)
+
+
+def test_an_index_that_does_not_list_a_tensor_is_stale(folder: Path) -> None:
+    index = index_of(folder)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["n"]
+    write_index(index, weight_map)
+
+    with pytest.raises(CorruptError, match=r"does not list 'n', which stands in one\.[a-z]+\. The index is stale"):
+        read_header(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "model", ".safetensors")
+    save_file(SHARDS["two"] | {"n": torch.tensor(4)}, folder / "two.safetensors")
+
+    with pytest.raises(CorruptError, match="The index is stale"):
+        read_header(folder)
+
+
+def test_a_damaged_shard_is_named(folder: Path) -> None:
+    shard = next(folder.glob("two.*"))
+    shard.write_bytes(shard.read_bytes()[:-20])
+
+    with pytest.raises(CorruptError, match=f"{shard.name}: truncated"):
+        read_header(folder)
+
+
+def test_a_shard_that_is_no_checkpoint_is_refused(folder: Path) -> None:
+    (folder / "notes.txt").write_text("some notes, long enough")
+    point(folder, "n", "notes.txt")
+
+    with pytest.raises(NotACheckpointError, match=r"notes\.txt: not a checkpoint"):
+        read_header(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", "3", '"x"', "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": ["a"]}',
+        '{"weight_map": null}', '{"weight_map": 3}', '{"weight_map": "x"}', '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": null}}', '{"weight_map": {"a": ["x"]}}', "[" * 100_000, "\x00\xff", '{"weight_map": NaN}',
+    ],
+    ids=range(19),
+)  # fmt: skip
+def test_an_index_that_is_none_is_refused(text: str, folder: Path) -> None:
+    index_of(folder).write_text(text)
+
+    with pytest.raises(CorruptError, match="no index of a sharded checkpoint"):
+        read_header(folder)
+
+
+def test_tied_tensors_of_a_shard_need_not_stand_in_the_index(tmp_path: Path) -> None:
+    # transformers lists the kept name alone; the shard's metadata tells the other
+    folder = sharded(tmp_path / "model", ".safetensors")
+    save_file(SHARDS["two"], folder / "two.safetensors", metadata={"format": "pt", "head.bias": "a.bias"})
+
+    assert list(open_checkpoint(folder)) == list(STATE)
+    point(folder, "head.bias", "two.safetensors")
+    assert torch.equal(open_checkpoint(folder)["head.bias"], STATE["a.bias"])

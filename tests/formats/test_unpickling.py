@@ -1,0 +1,265 @@
+"""The restricted unpickler: plain data comes out as it is, the unknown is kept inert, odd tensors by their kind."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import pickle
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from crafting import TENSOR, same, torch_zip
+
+from ckpt_tools import open_checkpoint
+from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
+from ckpt_tools.formats import read_header
+from ckpt_tools.formats.unpickle import Inert, tensors_in
+from ckpt_tools.payload import read_tensor
+from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
+
+Save = Callable[..., Path]
+PROTOCOLS = [2, 3, 4, 5]
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Thing:
+    def __init__(self, **state: Any) -> None:
+        self.__dict__.update(state)
+
+
+class Pair(tuple):  # type: ignore[type-arg]
+    pass
+
+
+class Names(list):  # type: ignore[type-arg]
+    pass
+
+
+class Table(dict):  # type: ignore[type-arg]
+    pass
+
+
+class Block(torch.nn.Module):
+    """A module of a class that the reader cannot know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4)])
+        self.scale = torch.nn.Parameter(torch.full((4, 1, 1), 0.5))
+        self.config = {"depth": 3, "act": torch.nn.GELU()}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        Counter("abca"), Counter(), defaultdict(list, a=[1]), defaultdict(None, {1: 2}), defaultdict(int),
+        {1, 2}, set(), frozenset({"a"}), 1 - 2j, b"", b"\0\xff", bytearray(b"\x80"), bytearray(),
+        torch.Size([2, 3]), torch.Size([]), torch.float16, torch.float8_e5m2, torch.int64, torch.device("cuda", 1), torch.device("cpu"),
+        OrderedDict(b=1, a=2), 1 << 100, -(1 << 100), 1e-300, float("inf"), None, True, "\U0001f642\n", (), ((1,), 2, 3, 4), [[]],
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_plain_values_come_out_as_they_are(value: Any, protocol: int, save: Save) -> None:
+    header = read_header(save("a.pth", {"value": value}, pickle_protocol=protocol))
+
+    # Counter and defaultdict are mappings without their methods; all else is of its own type.
+    assert header.tree["value"] == value
+    if not isinstance(value, dict):
+        assert type(header.tree["value"]) is type(value)
+    # A default factory is named, and dropped; protocol 2 calls int long.
+    assert header.foreign.keys() <= {"builtins.list", "builtins.int", "builtins.long"}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_namespace_keeps_its_attributes(protocol: int, save: Save) -> None:
+    args = argparse.Namespace(lr=0.1, opt="sgd", nested=argparse.Namespace(a=[1, None]), size=torch.Size([3]))
+    header = read_header(save("a.pth", {"args": args, "w": torch.ones(1)}, pickle_protocol=protocol))
+
+    assert isinstance(header.tree["args"], argparse.Namespace)
+    assert (header.tree["args"].lr, header.tree["args"].opt, header.tree["args"].nested.a) == (0.1, "sgd", [1, None])
+    assert header.foreign == {}
+
+
+NUMPY = [
+    np.float64(0.1), np.float32(-0.0), np.float16(65504), np.int64(-(2**63)), np.int32(-1), np.int16(7), np.int8(-128),
+    np.uint64(2**64 - 1), np.uint32(1), np.uint16(65535), np.uint8(255), np.bool_(True), np.bool_(False),
+    np.float64("inf"), np.array(2.5, dtype=">f8")[()], np.float64(-1e-308),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("value", NUMPY, ids=repr)
+def test_numpy_scalars_become_python_numbers_of_the_same_value(value: Any, protocol: int, save: Save) -> None:
+    header = read_header(save("a.pth", {"best": value}, pickle_protocol=protocol))
+
+    assert type(header.tree["best"]) is type(value.item())
+    assert np.asarray(header.tree["best"], value.dtype).tobytes() == value.tobytes()
+    assert header.foreign == {}
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+@pytest.mark.parametrize(("order", "kind"), [(b"<", "<f8"), (b">", ">f8")])
+def test_numpy_scalars_of_both_module_paths_and_byte_orders_are_read(
+    module: bytes, order: bytes, kind: str, tmp_path: Path
+) -> None:
+    # As Python 2 wrote it: the raw bytes as a SHORT_BINSTRING, which is text in Python 3.
+    dtype = b"cnumpy\ndtype\n(U\2f8K\0K\1tR(K\3U\1" + order + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+    pickled = b"\x80\2c" + module + b"\nscalar\n" + dtype + b"U\x08" + np.array(0.1, kind).tobytes() + b"\x86R."
+
+    assert read_header(torch_zip(tmp_path / "a.pth", pickled)).tree == 0.1
+
+
+@pytest.mark.parametrize("value", [np.complex64(1 + 2j), np.str_("text"), np.datetime64("2020-01-01"), np.longdouble(1)])
+def test_numpy_scalars_that_are_no_plain_numbers_stay_inert(value: Any, save: Save) -> None:
+    header = read_header(save("a.pth", {"best": value, "w": torch.ones(1)}))
+
+    assert isinstance(header.tree["best"], Inert)
+    assert list(open_checkpoint(header.path)) == ["w"]
+
+
+def test_numpy_arrays_stay_inert_and_are_listed(save: Save) -> None:
+    header = read_header(save("a.pth", {"rng": np.arange(4), "w": torch.ones(1)}))
+
+    assert isinstance(header.tree["rng"], Inert)
+    assert "numpy._core.multiarray._reconstruct" in header.foreign
+    assert same(open_checkpoint(header.path)["w"], torch.ones(1))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "value",
+    [Color.RED, Thing(a=1), Pair((1, 2)), Names([1, 2]), Table(a=1), PurePosixPath("/a/b"), Thing, np.random.default_rng(0)],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_of_unknown_classes_stay_inert_and_are_listed(value: Any, protocol: int, save: Save) -> None:
+    header = read_header(save("a.pth", {"value": value, "w": torch.ones(1)}, pickle_protocol=protocol))
+
+    kept = header.tree["value"]
+    assert isinstance(kept, Inert) or issubclass(kept, Inert)
+    assert sum(header.foreign.values()) >= 1
+    assert same(open_checkpoint(header.path)["w"], torch.ones(1))
+
+
+def test_an_inert_object_keeps_its_name_arguments_state_and_items(save: Save) -> None:
+    header = read_header(save("a.pth", {"thing": Thing(a=1), "names": Names([1, 2]), "table": Table(k="v"), "color": Color.RED}))
+
+    here = __name__
+    assert repr(header.tree["thing"]) == f"<{here}.Thing, not loaded>"
+    assert header.tree["thing"].state == {"a": 1}
+    assert header.tree["names"].items == [1, 2]
+    assert header.tree["table"].items == [("k", "v")]
+    assert header.tree["color"].args == (1,)
+    assert header.foreign == {f"{here}.{name}": 1 for name in ("Thing", "Names", "Table", "Color")}
+
+
+def test_tensors_inside_unknown_objects_are_found(save: Save) -> None:
+    tensors = [torch.full((2,), float(i)) for i in range(4)]
+    thing = Thing(a=tensors[0], b=[tensors[1], {"c": Names([tensors[2]])}], d=argparse.Namespace(e=tensors[3]))
+    header = read_header(save("a.pth", thing))
+
+    found = dict(tensors_in(header.tree))
+    assert list(found) == [("state", "a"), ("state", "b", 0), ("state", "b", 1, "c", 0), ("state", "d", "e")]
+    assert all(same(read_tensor(spec), tensor) for spec, tensor in zip(found.values(), tensors, strict=True))  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match=r"a pickled object \(.*Thing\), not a state dict"):
+        open_checkpoint(header.path)
+
+
+@pytest.mark.parametrize("model", [Block, lambda: torch.nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.nn.LSTM(3, 4)])
+def test_a_whole_pickled_module_is_inert_and_all_its_tensors_are_found(model: Callable[[], Any], save: Save) -> None:
+    module = model()
+    header = read_header(save("a.pth", module))
+
+    assert isinstance(header.tree, Inert)
+    found = [read_tensor(spec) for _, spec in tensors_in(header.tree) if isinstance(spec, TensorSpec)]
+    state = module.state_dict()
+    assert all(any(same(tensor, other) for other in found) for tensor in state.values())
+    assert f"{type(module).__module__}.{type(module).__name__}" in header.foreign
+
+
+def test_a_module_beside_a_state_dict_does_not_hide_it(save: Save) -> None:
+    path = save("a.pth", {"model": torch.nn.Linear(2, 2).state_dict(), "module": Block(), "optimizer": Thing(lr=1)})
+
+    assert list(open_checkpoint(path, state="model")) == ["weight", "bias"]
+
+
+def test_optimizers_schedulers_and_scalers_are_read(save: Save) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    header = read_header(save("a.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}))
+
+    assert header.tree["optimizer"]["param_groups"][0]["lr"] == 0.1
+    assert header.tree["scheduler"]["T_max"] == 10
+    assert len(dict(tensors_in(header.tree["optimizer"]))) == 6
+    assert header.foreign == {}
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "sparse"),
+        (lambda: torch.eye(3).to_sparse_csr(), "sparse"),
+        (lambda: torch.eye(4).to_sparse_bsr((2, 2)), "sparse"),
+        (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantized"),
+        (lambda: torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8), "quantized"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "nested"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), r"a tensor of a class of its own \(torch.nested.*NestedTensor\)"),
+        (lambda: torch.empty(3, device="meta"), "on the meta device, without data"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), "a lazy conj view"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, "a lazy neg view"),
+        (lambda: torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False])), "a wrapper subclass"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # torch calls half of these prototypes, and the other half deprecated
+def test_a_tensor_that_cannot_be_averaged_is_refused_by_its_kind(
+    make: Callable[[], torch.Tensor], kind: str, new: bool, save: Save
+) -> None:
+    path = save("a.pth", {"w": torch.ones(2), "odd": make()}, _use_new_zipfile_serialization=new)
+
+    checkpoint = open_checkpoint(path)
+    assert isinstance(checkpoint.specs["odd"], UnsupportedTensor)
+    with pytest.raises(UnsupportedError, match=f"'odd' is {kind}"):
+        checkpoint["odd"]
+    assert same(checkpoint["w"], torch.ones(2))
+
+
+def test_a_conjugate_that_was_resolved_is_an_ordinary_tensor(save: Save) -> None:
+    tensor = torch.tensor([1 + 2j, 3 - 1j]).conj().resolve_conj()
+    path = save("a.pth", {"w": tensor})
+
+    assert same(open_checkpoint(path)["w"], tensor)
+
+
+def test_a_subclass_of_tensor_with_plain_data_is_read(save: Save) -> None:
+    path = save("a.pth", {"w": torch.arange(4.0).as_subclass(Marked)})
+
+    assert open_checkpoint(path)["w"].tolist() == [0, 1, 2, 3]
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+def test_the_names_of_storages_on_other_devices_are_known(tmp_path: Path) -> None:
+    for name in (b"torch.cuda\nFloatStorage", b"torch\nFloatStorage"):
+        path = torch_zip(tmp_path / "a.pth", b"\x80\2}X\1\0\0\0w" + TENSOR.replace(b"torch\nFloatStorage", name) + b"s.")
+        assert open_checkpoint(path)["w"].tolist() == [0, 1, 2, 3]
+
+
+def test_a_pickle_of_a_newer_protocol_than_this_python_knows_is_refused(tmp_path: Path) -> None:
+    path = torch_zip(tmp_path / "a.pth", bytes([0x80, pickle.HIGHEST_PROTOCOL + 1]) + b"N.")
+
+    with pytest.raises(CorruptError, match="unsupported pickle protocol"):
+        read_header(path)

@@ -1,0 +1,501 @@
+"""Series: the right files, once each, in the order of training, whatever they are called."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ckpt_tools import average
+from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
+from ckpt_tools.formats import read_header
+from ckpt_tools.series import Series, expand, find_series, number_in_name, stored_counters
+
+Save = Callable[..., Path]
+
+
+def weights(value: float = 0.0) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((2, 3), value)}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def plain(save: Save) -> Callable[..., list[Path]]:
+    """Write checkpoints without any counter inside, each of its own content."""
+
+    def write(*names: str) -> list[Path]:
+        return [save(name, weights(float(i))) for i, name in enumerate(names)]
+
+    return write
+
+
+@pytest.fixture
+def scored(save: Save) -> list[Path]:
+    """Five checkpoints with an epoch and a metric; the second and the fourth are equally good."""
+    figures = [(1, 70.0), (2, 90.0), (3, 60.0), (4, 90.0), (5, 80.0)]
+    return [save(f"e{n}.pth", {"state_dict": weights(n), "epoch": n, "metric": m}) for n, m in figures]
+
+
+def names(series: Series) -> list[str]:
+    return [member.path.name for member in series.members]
+
+
+def sharded(folder: Path, value: float) -> Path:
+    folder.mkdir(parents=True)
+    save_file({"a": torch.full((2,), value)}, folder / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.full((2,), value)}, folder / "model-00002-of-00002.safetensors")
+    weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def trainer_folder(folder: Path, step: int) -> Path:
+    """What Hugging Face's Trainer leaves for one checkpoint."""
+    folder.mkdir(parents=True)
+    save_file(weights(step), folder / "model.safetensors")
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    torch.save({"state": {}}, folder / "scheduler.pt")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": step / 500}))
+    return folder
+
+
+# Order
+
+
+def test_the_real_series_is_ordered_by_its_epochs(runs: list[Path]) -> None:
+    series = find_series(sorted(runs))
+    assert [member.path for member in series.members] == runs
+    assert [member.step for member in series.members] == list(range(8, 20))
+    assert series.ordered_by == "the epoch stored in the files"
+    assert series.notes == ()
+
+
+def test_a_stored_step_outranks_the_name(save: Save) -> None:
+    late = save("checkpoint-1.pth", {"state_dict": weights(1), "epoch": 7})
+    early = save("checkpoint-2.pth", {"state_dict": weights(2), "epoch": 3})
+    assert names(find_series([late, early])) == ["checkpoint-2.pth", "checkpoint-1.pth"]
+
+
+def test_a_step_outranks_an_epoch_and_a_counter_that_never_moves_orders_nothing(save: Save) -> None:
+    for name, step in (("b.pth", 10), ("a.pth", 20)):
+        save(name, {"state_dict": weights(step), "global_step": step, "epoch": 1})
+    assert find_series(["a.pth", "b.pth"]).ordered_by == "the global_step stored in the files"
+    for name, epoch in (("b.pth", 1), ("a.pth", 2)):
+        save(name, {"state_dict": weights(epoch), "global_step": 0, "epoch": epoch})
+    series = find_series(["a.pth", "b.pth"])
+    assert (names(series), series.ordered_by) == (["b.pth", "a.pth"], "the epoch stored in the files")
+
+
+def test_without_counters_the_numbers_in_the_names_decide(plain: Callable[..., list[Path]]) -> None:
+    series = find_series(plain("checkpoint-10.pth", "checkpoint-2.pth", "checkpoint-1.pth"))
+    assert names(series) == ["checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-10.pth"]
+    assert series.ordered_by == "the numbers in the names"
+
+
+def test_a_counter_that_one_file_lacks_orders_nothing(save: Save) -> None:
+    save("a-2.pth", {"state_dict": weights(), "epoch": 1})
+    save("a-1.pth", weights(1))
+    series = find_series(["a-2.pth", "a-1.pth"])
+    assert (names(series), series.ordered_by) == (["a-1.pth", "a-2.pth"], "the numbers in the names")
+
+
+def test_without_any_number_the_names_decide_and_a_note_says_so(plain: Callable[..., list[Path]]) -> None:
+    plain("late.pth", "early.pth")
+    series = find_series(["late.pth", "early.pth"])
+    assert (names(series), series.ordered_by) == (["early.pth", "late.pth"], "the names")
+    assert len(series.notes) == 1
+    assert series.notes[0].startswith("early.pth tells no step, inside or in its name, so the names decide the order.")
+    assert "--order given" in series.notes[0]
+
+
+def test_given_keeps_the_order_of_the_arguments(plain: Callable[..., list[Path]]) -> None:
+    plain("a-1.pth", "a-2.pth", "a-10.pth")
+    assert names(find_series(["a-2.pth", "a-10.pth", "a-1.pth"], order="given")) == ["a-2.pth", "a-10.pth", "a-1.pth"]
+    assert names(find_series(["a-*.pth"], order="given")) == ["a-1.pth", "a-2.pth", "a-10.pth"]
+
+
+def test_natural_goes_by_names_though_the_files_store_an_epoch(save: Save) -> None:
+    for name, epoch in (("a-2.pth", 9), ("a-10.pth", 1)):
+        save(name, {"state_dict": weights(epoch), "epoch": epoch})
+    assert names(find_series(["a-*.pth"], order="natural")) == ["a-2.pth", "a-10.pth"]
+
+
+def test_mtime_goes_by_modification_time(plain: Callable[..., list[Path]]) -> None:
+    for path, time in zip(plain("a-1.pth", "a-2.pth", "a-3.pth"), (300, 100, 200), strict=True):
+        os.utime(path, (time, time))
+    assert names(find_series(["a-*.pth"], order="mtime")) == ["a-2.pth", "a-3.pth", "a-1.pth"]
+
+
+def test_equal_steps_are_said_aloud_once(save: Save) -> None:
+    for i in (3, 1, 2):
+        save(f"a-{i}.pth", {"state_dict": weights(i), "epoch": 5})
+    series = find_series(["a-*.pth"])
+    assert names(series) == ["a-1.pth", "a-2.pth", "a-3.pth"]
+    assert series.notes == ("a-1.pth, a-2.pth and 1 more have the same epoch, 5; their names decide.",)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("checkpoint-12.pth.tar", 12),
+        ("epoch=3-step=400.ckpt", 400),
+        ("epoch=3-val_loss=0.25.ckpt", 3),
+        ("model_step_0010000.safetensors", 10000),
+        ("ema_0.9999_010000.pt", 10000),
+        ("net-acc0.91.pth", None),
+        ("last.pth", None),
+        ("checkpoint-500", 500),
+    ],
+)
+def test_a_name_tells_its_step(name: str, number: int | None) -> None:
+    assert number_in_name(Path("run-7") / name) == number
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, True, "3", None, 1 << 5000])
+def test_what_is_no_whole_number_is_no_counter(save: Save, value: Any) -> None:
+    assert stored_counters(read_header(save("a.pth", {"state_dict": weights(), "epoch": value}))) == {}
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_permuting_the_arguments_changes_no_byte(
+    runs: list[Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    out = tmp_path_factory.mktemp("permuted") / "average.pth"
+    shuffled = data.draw(st.permutations(runs))
+    report = average(shuffled, mode="ema", decay=0.9, out=out)
+    assert [i.name for i in report.inputs] == [path.name for path in runs]
+    reference = tmp_path_factory.getbasetemp() / "average-in-order.pth"
+    if not reference.exists():
+        average(runs, mode="ema", decay=0.9, out=reference)
+    assert out.read_bytes() == reference.read_bytes()
+
+
+@pytest.mark.parametrize("order", ["auto", "natural", "mtime"])
+def test_permuting_links_and_copies_changes_nothing(save: Save, order: str) -> None:
+    paths = [save(f"c-{i}.pth", {"state_dict": weights(i), "epoch": i}) for i in (1, 2)]
+    Path("last.pth").hardlink_to(paths[1])
+    Path("best.pth").symlink_to(paths[1])
+    shutil.copy2(paths[0], "first.pth")
+    every = [*paths, Path("last.pth"), Path("best.pth"), Path("first.pth")]
+    forward, backward = (find_series(p, order=order) for p in (every, every[::-1]))
+    assert names(forward) == names(backward) == ["c-1.pth", "c-2.pth"]
+    assert sorted(forward.notes) == sorted(backward.notes)
+
+
+# The same content under several names
+
+
+def test_hard_links_and_symlinks_are_counted_once_under_the_numbered_name(save: Save) -> None:
+    save("checkpoint-3.pth.tar", weights())
+    Path("last.pth.tar").hardlink_to("checkpoint-3.pth.tar")
+    Path("model_best.pth.tar").symlink_to("checkpoint-3.pth.tar")
+    series = find_series(["last.pth.tar", "model_best.pth.tar", "checkpoint-3.pth.tar"])
+    assert names(series) == ["checkpoint-3.pth.tar"]
+    assert series.notes == (
+        "last.pth.tar is checkpoint-3.pth.tar under another name: counted once.",
+        "model_best.pth.tar is checkpoint-3.pth.tar under another name: counted once.",
+    )
+
+
+def test_byte_copies_are_counted_once_under_the_numbered_name(plain: Callable[..., list[Path]]) -> None:
+    plain("checkpoint-1.pth", "checkpoint-2.pth")
+    shutil.copy2("checkpoint-2.pth", "last.pth")
+    series = find_series(["last.pth", "checkpoint-1.pth", "checkpoint-2.pth"])
+    assert names(series) == ["checkpoint-1.pth", "checkpoint-2.pth"]
+    assert series.notes == ("last.pth is checkpoint-2.pth again (all checksums agree): counted once.",)
+
+
+def test_files_that_differ_in_one_value_are_no_copies(save: Save) -> None:
+    state = {f"w{i}": torch.zeros(100) for i in range(5)}
+    save("a-1.pth", state)
+    state["w3"] = torch.zeros(100)
+    state["w3"][50] = 1e-30
+    save("a-2.pth", state)
+    assert names(find_series(["a-*.pth"])) == ["a-1.pth", "a-2.pth"]
+
+
+def test_the_same_argument_twice_is_counted_once_without_a_word(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("a-1.pth", "a-2.pth")
+    series = find_series([*paths, "a-1.pth", "./a-2.pth", "*.pth", "."])
+    assert (names(series), series.notes) == (["a-1.pth", "a-2.pth"], ())
+
+
+# Own outputs
+
+
+@pytest.fixture
+def with_output(plain: Callable[..., list[Path]]) -> list[Path]:
+    paths = plain("a-1.pth", "a-2.pth")
+    average(paths, out="averaged.pth")
+    average(paths, out="averaged.safetensors")
+    return paths
+
+
+@pytest.mark.usefixtures("with_output")
+def test_own_outputs_are_left_out_and_it_is_said() -> None:
+    series = find_series(["."])
+    assert names(series) == ["a-1.pth", "a-2.pth"]
+    assert series.notes == tuple(
+        f"averaged.{suffix} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
+        for suffix in ("pth", "safetensors")
+    )
+
+
+@pytest.mark.usefixtures("with_output")
+def test_own_outputs_are_taken_where_asked_for_or_where_there_is_nothing_else() -> None:
+    everything = ["a-1.pth", "a-2.pth", "averaged.pth", "averaged.safetensors"]
+    assert sorted(names(find_series(["."], include_outputs=True))) == everything
+    alone = find_series(["averaged.pth", "averaged.safetensors"])
+    assert (sorted(names(alone)), len(alone.members)) == (everything[2:], 2)
+
+
+# Selection
+
+
+def test_last_takes_the_newest_and_says_if_there_are_fewer(scored: list[Path]) -> None:
+    assert names(find_series(scored, last=2)) == ["e4.pth", "e5.pth"]
+    more = find_series(scored, last=9)
+    assert (len(more.members), more.notes) == (5, ("--last 9: there are only 5; all are used.",))
+
+
+def test_best_keeps_the_order_of_training_and_the_earlier_of_two_equals(scored: list[Path]) -> None:
+    assert names(find_series(scored, best=1)) == ["e2.pth"]
+    assert names(find_series(scored, best=2)) == ["e2.pth", "e4.pth"]
+    assert names(find_series(scored, best=3)) == ["e2.pth", "e4.pth", "e5.pth"]
+    assert find_series(scored, best=8).notes == ("--best 8: there are only 5; all are used.",)
+
+
+def test_lower_is_better_turns_the_ranking_round(scored: list[Path]) -> None:
+    assert names(find_series(scored, best=2, lower_is_better=True)) == ["e1.pth", "e3.pth"]
+
+
+def test_a_metric_may_be_nested_and_a_loss_gets_a_hint(save: Save) -> None:
+    for i, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+        save(f"a-{i}.pth", {"state_dict": weights(i), "val": {"loss": loss}})
+    assert names(find_series(["a-*.pth"], best=1, metric="val.loss", lower_is_better=True)) == ["a-2.pth"]
+    wrong_way = find_series(["a-*.pth"], best=1, metric="val.loss")
+    assert names(wrong_way) == ["a-1.pth"]
+    assert wrong_way.notes == ("--best takes the highest 'val.loss'; if lower is better, say --lower-is-better.",)
+
+
+def test_a_missing_metric_names_the_file_and_what_it_has(scored: list[Path], save: Save) -> None:
+    save("e6.pth", {"state_dict": weights(), "epoch": 6, "top1": 50.0})
+    with pytest.raises(SeriesError, match=r"e6\.pth: has no number under 'metric'.*it has epoch, top1\."):
+        find_series([*scored, "e6.pth"], best=2)
+
+
+@pytest.mark.parametrize("metric", [float("nan"), "90", True, None, 10**400])
+def test_what_is_no_number_ranks_nothing(save: Save, metric: Any) -> None:
+    save("a.pth", {"state_dict": weights(), "metric": metric})
+    with pytest.raises(SeriesError, match="has no number under 'metric', so --best cannot rank it. It has none at all"):
+        find_series(["a.pth"], best=1)
+
+
+def test_an_infinite_loss_ranks_last(save: Save) -> None:
+    for i, loss in ((1, float("inf")), (2, 0.1)):
+        save(f"a-{i}.pth", {"state_dict": weights(i), "loss": loss})
+    assert names(find_series(["a-*.pth"], best=1, metric="loss", lower_is_better=True)) == ["a-2.pth"]
+
+
+def test_every_is_counted_from_the_last(scored: list[Path]) -> None:
+    assert names(find_series(scored, every=2)) == ["e1.pth", "e3.pth", "e5.pth"]
+    assert names(find_series(scored, every=3)) == ["e2.pth", "e5.pth"]
+    assert names(find_series(scored, every=3, last=1)) == ["e5.pth"]
+
+
+def test_from_and_to_step_are_inclusive(scored: list[Path]) -> None:
+    assert names(find_series(scored, from_step=2, to_step=4)) == ["e2.pth", "e3.pth", "e4.pth"]
+    assert names(find_series(scored, from_step=4)) == ["e4.pth", "e5.pth"]
+    assert names(find_series(scored, to_step=1)) == ["e1.pth"]
+
+
+def test_selections_combine_in_the_documented_order(scored: list[Path]) -> None:
+    assert names(find_series(scored, from_step=2, best=3, every=2, last=1)) == ["e5.pth"]
+
+
+def test_steps_that_no_checkpoint_has_are_refused_with_those_there_are(scored: list[Path]) -> None:
+    with pytest.raises(SeriesError, match="--from-step 6 --to-step 9: no checkpoint there; they go from epoch 1 to 5"):
+        find_series(scored, from_step=6, to_step=9)
+
+
+def test_a_step_that_is_unknown_cannot_be_placed(plain: Callable[..., list[Path]]) -> None:
+    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so --to-step 3 cannot place it"):
+        find_series(plain("best.pth"), to_step=3)
+
+
+@pytest.mark.parametrize("option", ["last", "best", "every"])
+def test_counts_below_one_are_wrong_usage(scored: list[Path], option: str) -> None:
+    with pytest.raises(UsageError, match=f"--{option} 0: must be 1 or more"):
+        find_series(scored, **{option: 0})  # type: ignore[arg-type]
+
+
+def test_a_metric_without_best_and_an_unknown_order_are_wrong_usage(scored: list[Path]) -> None:
+    with pytest.raises(UsageError, match="go with --best"):
+        find_series(scored, metric="loss")
+    with pytest.raises(UsageError, match="--order is one of auto, given, natural, mtime, not 'time'"):
+        find_series(scored, order="time")
+
+
+# Folders
+
+
+def test_a_timm_output_folder_gives_each_checkpoint_once(save: Save) -> None:
+    for i in (2, 10, 9):
+        save(f"out/checkpoint-{i}.pth.tar", {"state_dict": weights(i), "epoch": i})
+    Path("out/last.pth.tar").hardlink_to("out/checkpoint-10.pth.tar")
+    Path("out/model_best.pth.tar").hardlink_to("out/checkpoint-9.pth.tar")
+    Path("out/summary.csv").write_text("epoch,loss\n")
+    Path("out/args.yaml").write_text("model: resnet50\n")
+    series = find_series(["out"])
+    assert names(series) == ["checkpoint-2.pth.tar", "checkpoint-9.pth.tar", "checkpoint-10.pth.tar"]
+    assert len(series.notes) == 2
+
+
+def test_optimizers_hidden_files_and_dangling_links_of_a_folder_are_no_checkpoints(save: Save) -> None:
+    for name in ("model-1.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", ".model-1.pt.77.partial.pt"):
+        save(f"out/{name}", weights())
+    Path("out/gone.pt").symlink_to("nowhere.pt")
+    sharded(Path("out/.averaged.77.partial"), 0.0)
+    assert [path.name for path in expand(["out"])] == ["model-1.pt"]
+
+
+def test_a_sharded_folder_is_one_checkpoint_and_a_folder_of_them_a_series() -> None:
+    for i in (2, 10):
+        sharded(Path(f"all/step-{i}"), i)
+    one = find_series(["all/step-2"])
+    assert names(one) == ["step-2"]
+    assert set(one.members[0].header.tree) == {"a", "b"}
+    assert names(find_series(["all"])) == names(find_series(["all/*"])) == ["step-2", "step-10"]
+
+
+@pytest.mark.parametrize("pattern", ["out", "out/checkpoint-*", "out/checkpoint-*/model.safetensors"])
+def test_trainer_folders_are_ordered_by_the_step_in_trainer_state(pattern: str) -> None:
+    for step in (500, 1000, 1500):
+        trainer_folder(Path(f"out/checkpoint-{step}"), step)
+    series = find_series([pattern])
+    assert [member.step for member in series.members] == [500, 1000, 1500]
+    assert series.ordered_by == "the global_step stored in the files"
+
+
+def test_files_of_one_name_are_ordered_by_the_numbers_of_their_folders(save: Save) -> None:
+    paths = [save(f"epoch_{i}/weights.pt", weights(i)) for i in (10, 9)]
+    series = find_series(paths)
+    assert [(member.step, member.path) for member in series.members] == [(9, paths[1]), (10, paths[0])]
+
+
+def test_a_trainer_folder_with_final_weights_says_how_to_reach_its_checkpoints() -> None:
+    trainer_folder(Path("out"), 1000)
+    for step in (500, 1000):
+        trainer_folder(Path(f"out/checkpoint-{step}"), step)
+    series = find_series(["out"])
+    assert names(series) == ["out"]
+    assert series.notes == ("out is one checkpoint itself. For those in its 2 folders, say 'out/checkpoint-*'.",)
+    assert len(find_series(["out/checkpoint-*"]).members) == 2
+
+
+def test_loose_shards_are_no_series() -> None:
+    sharded(Path("model"), 0.0)
+    with pytest.raises(SeriesError, match="are shards of one checkpoint, not two. Give the folder"):
+        find_series(["model/*.safetensors"])
+
+
+def test_a_folder_without_checkpoints_says_what_was_looked_for() -> None:
+    Path("logs").mkdir()
+    Path("logs/events.txt").touch()
+    with pytest.raises(SeriesError, match=r"logs: no checkpoints in this folder \(looked for \*\.pth"):
+        find_series(["logs"])
+
+
+# Globs and names
+
+
+def test_a_quoted_glob_is_expanded_here(plain: Callable[..., list[Path]]) -> None:
+    plain("runs/a-1.pth", "runs/a-2.pth", "runs/a-10.pth", "runs/b-1.pth")
+    assert names(find_series(["runs/a-*.pth"])) == ["a-1.pth", "a-2.pth", "a-10.pth"]
+    assert names(find_series([f"{Path.cwd()}/runs/a-[12].pth"])) == ["a-1.pth", "a-2.pth"]
+    assert names(find_series(["runs/?-1.pth"], order="natural")) == ["a-1.pth", "b-1.pth"]
+
+
+def test_two_stars_reach_into_folders_but_not_into_hidden_ones(plain: Callable[..., list[Path]]) -> None:
+    plain("runs/a-1.pth", "runs/deep/er/a-2.pth", "runs/.old/a-3.pth")
+    assert names(find_series(["runs/**/*.pth"])) == ["a-1.pth", "a-2.pth"]
+
+
+def test_brackets_in_the_name_of_a_file_or_folder_are_taken_as_they_are(plain: Callable[..., list[Path]]) -> None:
+    plain("lr=[1]/run[1].pth", "lr=[1]/run[2].pth", "run1.pth")
+    assert names(find_series(["lr=[1]/run[1].pth"])) == ["run[1].pth"]
+    assert names(find_series(["lr=[1]/*.pth"])) == ["run[1].pth", "run[2].pth"]
+
+
+def test_a_glob_that_matches_nothing_says_where_to_look() -> None:
+    Path("runs").mkdir()
+    with pytest.raises(SeriesError, match=r"no file matches 'runs/\*\.pth'. Look at the folder: ls runs"):
+        find_series(["runs/*.pth"])
+    with pytest.raises(SeriesError, match=r"no file matches 'rums/sub/\*\.pth'. Look at the folder: ls \."):
+        find_series(["rums/sub/*.pth"])
+
+
+def test_a_glob_that_takes_in_other_files_is_refused_by_name(plain: Callable[..., list[Path]]) -> None:
+    plain("runs/a-1.pth")
+    Path("runs/summary.csv").write_text("epoch,loss\n1,0.5\n")
+    with pytest.raises(NotACheckpointError, match=r"runs/summary\.csv: not a checkpoint"):
+        find_series(["runs/*"])
+
+
+def test_a_missing_file_gets_a_suggestion(plain: Callable[..., list[Path]]) -> None:
+    plain("runs/checkpoint-12.pth")
+    with pytest.raises(SeriesError, match=r"no such file or folder\. Did you mean runs/checkpoint-12\.pth\?"):
+        find_series(["runs/checkpont-12.pth"])
+    with pytest.raises(SeriesError, match=r"no such file or folder\. The folder rums does not exist\."):
+        find_series(["rums/checkpoint-12.pth"])
+
+
+def test_home_is_understood_where_the_shell_left_it(
+    plain: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    plain("runs/a-1.pth", "runs/a-2.pth")
+    assert names(find_series(["~/runs/*.pth"])) == names(find_series(["~/runs"])) == ["a-1.pth", "a-2.pth"]
+    with pytest.raises(SeriesError, match="~nobody-of-this-name/a.pth: no such file or folder"):
+        find_series(["~nobody-of-this-name/a.pth"])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "an empty path. Is a variable of the shell unset"),
+        ("x" * 300 + ".pth", "File name too long"),
+        ("gone.pth", r"gone\.pth: a link to nowhere\.pth, where there is nothing"),
+        ("go*.pth", r"gone\.pth: a link to nowhere\.pth, where there is nothing"),
+        ("loop.pth", r"loop\.pth: a link to loop\.pth"),
+        ("a-1.pth/b.pth", "no such file or folder"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused_in_words(
+    plain: Callable[..., list[Path]], path: str, message: str
+) -> None:
+    plain("a-1.pth")
+    Path("gone.pth").symlink_to("nowhere.pth")
+    Path("loop.pth").symlink_to("loop.pth")
+    with pytest.raises(SeriesError, match=message):
+        find_series([path])
+
+
+def test_nothing_at_all_is_refused() -> None:
+    nothing: Sequence[Path] = []
+    with pytest.raises(SeriesError, match="no checkpoint given"):
+        find_series(nothing)
