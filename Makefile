@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@mkdir -p build
-	$(BIN)/ckpt avg fixtures/runs --state raw -o build/average.pth --force
+	@$(BIN)/ckpt avg fixtures/runs --state raw -o build/average.pth --force
 	@$(BIN)/python fixtures/demo.py "last checkpoint=fixtures/runs/checkpoint-12.pth" "average of 12=build/average.pth"
 
 test: $(INSTALLED)

@@ -151,10 +151,16 @@ def average(
     shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     arguments = {
         "decay": (DEFAULT_DECAY if decay is None else decay) if mode == "ema" else None,
-        "per_step": per_step, "warmup": warmup, "bias_correction": bias_correction,
-        "normalize": normalize if mode == "weights" else None,
-        "match": match, "keys": keys, "buffers": buffers, "dtype": dtype,
-    }  # fmt: skip
+        "per_step": per_step or None,
+        "warmup": warmup,
+        "bias_correction": bias_correction or None,
+        "normalize": None if normalize else False,
+        "match": None if match == "name" else match,
+        "keys": None if keys == "strict" else keys,
+        "buffers": None if buffers == "average" else buffers,
+        "dtype": out_dtype and out_dtype.name,
+        "allow_nonfinite": allow_nonfinite or None,
+    }
 
     series = find_series(
         [paths] if isinstance(paths, (str, Path)) else paths,

@@ -53,7 +53,7 @@ def provenance(mode: str, arguments: dict[str, Any], inputs: Sequence[Input]) ->
         "version": __version__,
         "command": "avg",
         "mode": mode,
-        "arguments": {key: value for key, value in arguments.items() if value not in (None, False)},
+        "arguments": {key: value for key, value in arguments.items() if value is not None},
         "state": inputs[-1].state,
         "inputs": [
             {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}

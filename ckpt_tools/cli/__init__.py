@@ -73,6 +73,8 @@ def main() -> None:
         typer.echo(f"Error: {console.visible(str(error))}", err=True)
         sys.exit(error.exit_code)
     except _Stopped as stopped:
+        for each in _STOPPING:  # while Python shuts down, handlers written in it are gone
+            signal.signal(each, signal.SIG_IGN)
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
         typer.echo(f"{what}; nothing was written.", err=True)
         sys.exit(128 + stopped.number)

@@ -75,10 +75,10 @@ def _show(d: Description) -> None:
 
 def _show_provenance(provenance: dict[str, object]) -> None:
     arguments = provenance.get("arguments")
-    options = ", ".join(f"{k}={v}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
+    options = "".join(f", {k} {v}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
     console.say(
         f"  made by ckpt-tools {provenance.get('version')}: "
-        f"{provenance.get('mode')} average of {provenance.get('state')}; {options}"
+        f"{provenance.get('mode')} average of {provenance.get('state')}{options}"
     )
     inputs = provenance.get("inputs")
     rows = (

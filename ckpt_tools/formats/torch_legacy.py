@@ -6,6 +6,7 @@ for each key, the element count (int64) and the elements, always least significa
 
 from __future__ import annotations
 
+import pickle
 import struct
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +50,7 @@ def read(path: Path) -> Header:
 
 
 def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-    raise CorruptError("a storage where none belongs")
+    raise pickle.UnpicklingError("a storage where none belongs")
 
 
 def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]:
