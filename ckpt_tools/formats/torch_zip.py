@@ -115,9 +115,11 @@ def _offsets(path: Path, file: IO[bytes], *, limit: int) -> Callable[[zipfile.Zi
                 f"{path}: its records are compressed or encrypted, so it was repacked by another program. "
                 "Load and save it with torch once."
             )
-        file.seek(info.header_offset)
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
-        head = file.read(_LOCAL.size + len(name))
+        head = b""
+        if 0 <= info.header_offset < limit:
+            file.seek(info.header_offset)
+            head = file.read(_LOCAL.size + len(name))
         if not head.startswith(b"PK\3\4") or head[_LOCAL.size :] != name:
             raise CorruptError(f"{path}: its directory points at no record for {info.filename}. The file is damaged.")
         fields = _LOCAL.unpack_from(head)

@@ -70,7 +70,7 @@ def test_tensors_are_listed_where_asked_for(runs: list[Path]) -> None:
 def test_an_output_of_ours_tells_where_it_came_from(runs: list[Path]) -> None:
     assert run("avg", *runs, "--mode", "ema", "--decay", "0.7").code == 0
     shown = run("inspect", "averaged.pth").err
-    assert "ema average of ema (state_dict_ema); decay=0.7" in shown
+    assert "ema average of ema (state_dict_ema), decay 0.7" in shown
     rows = [line.split() for line in shown.splitlines() if line.rstrip().endswith(".pth")]
     assert [row[-1] for row in rows] == [path.name for path in runs]
     assert rows[-1][0] == "0.300000"

@@ -40,7 +40,7 @@ def random_tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Te
     raw = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 256, nbytes, dtype=np.uint8)
     # By way of a storage: torch.frombuffer takes no empty buffer.
     tensor = torch.empty(0, dtype=kind)
-    return tensor.set_(torch.from_numpy(raw).untyped_storage(), 0, shape)  # type: ignore[call-overload]
+    return tensor.set_(torch.from_numpy(raw).untyped_storage(), 0, shape)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -68,7 +68,9 @@ def torch_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None =
     """Write a torch file around any pickle; storage "0" holds the numbers 0 to 3 as float32 if none is given."""
     storages = {"0": PAYLOAD} if storages is None else storages
     data = {f"archive/data/{key}": raw for key, raw in storages.items()}
-    return zip_of(path, {"archive/data.pkl": pickled, "archive/byteorder": b"little", **data, "archive/version": b"3\n"})
+    return zip_of(
+        path, {"archive/data.pkl": pickled, "archive/byteorder": b"little", **data, "archive/version": b"3\n"}
+    )
 
 
 def records_of(path: Path) -> dict[str, bytes]:

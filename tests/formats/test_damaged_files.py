@@ -74,7 +74,9 @@ def flips(raw: bytes, *, start: int = 0) -> st.SearchStrategy[bytes]:
                 damaged[at:at] = bytes([value]) * (value % 5)
         return bytes(damaged)
 
-    change = st.tuples(st.integers(start, len(raw) - 1), st.integers(0, 255), st.sampled_from(["set", "bit", "drop", "insert"]))
+    change = st.tuples(
+        st.integers(start, len(raw) - 1), st.integers(0, 255), st.sampled_from(["set", "bit", "drop", "insert"])
+    )
     return st.lists(change, min_size=1, max_size=6).map(apply)
 
 
@@ -152,7 +154,10 @@ def test_a_damaged_index_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None
 
 
 @FUZZ
-@given(st.binary(max_size=200), st.sampled_from([b"", b"PK\3\4", WHOLE["legacy"][:19], b"\x40\0\0\0\0\0\0\0{", b"\x80\2", WHOLE["zip"][:64]]))
+@given(
+    st.binary(max_size=200),
+    st.sampled_from([b"", b"PK\3\4", WHOLE["legacy"][:19], b"\x40\0\0\0\0\0\0\0{", b"\x80\2", WHOLE["zip"][:64]]),
+)
 def test_any_bytes_at_all_are_refused(tmp_path: Path, raw: bytes, start: bytes) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(start + raw)
@@ -162,7 +167,7 @@ def test_any_bytes_at_all_are_refused(tmp_path: Path, raw: bytes, start: bytes) 
 
 def tar_bytes(name: str = "storages", mode: str = "w") -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
         archive.addfile(tarfile.TarInfo(name), io.BytesIO())
     return buffer.getvalue()
 
@@ -176,8 +181,8 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, type[ReadError], str]] = {
         r"It is a Git LFS pointer; run git lfs pull\.",
     ),
     "an HDF5 file": (b"\x89HDF\r\n\x1a\n" + bytes(100), NotACheckpointError, r"It is an HDF5 file\."),
-    "a plain pickle": (pickle.dumps({"w": [1.0]}), NotACheckpointError, r"It is a pickle that torch\.save did not write\."),
-    "a pickle of protocol 2": (pickle.dumps({"w": 1}, 2), NotACheckpointError, r"It is a pickle that torch\.save did not write\."),
+    "a plain pickle": (pickle.dumps({"w": [1.0]}), NotACheckpointError, r"a pickle that torch\.save did not write\."),
+    "a pickle of protocol 2": (pickle.dumps({"w": 1}, 2), NotACheckpointError, r"a pickle that torch\.save did not"),
     "a tar file": (tar_bytes(), UnsupportedError, r"a tar file; torch has not written any since 0\.1\.10"),
     "a compressed tar file": (tar_bytes(mode="w:gz"), NotACheckpointError, "not a checkpoint"),
     "half a gzip file": (gzip.compress(bytes(range(256)) * 9)[:50], NotACheckpointError, "not a checkpoint"),

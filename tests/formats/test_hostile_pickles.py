@@ -32,11 +32,12 @@ NAMES = [
     "os.system", "posix.system", "nt.system", "builtins.eval", "builtins.exec", "builtins.getattr", "builtins.setattr",
     "builtins.__import__", "builtins.open", "builtins.compile", "builtins.type", "builtins.object", "builtins.map",
     "__builtin__.eval", "__builtin__.execfile", "subprocess.Popen", "subprocess.call", "torch.hub.load", "torch.load",
-    "torch.storage._load_from_bytes", "torch.serialization.load", "torch.utils.data.datapipes.utils.common.StreamWrapper",
+    "torch.storage._load_from_bytes", "torch.serialization.load", "torch.utils.data.DataLoader",
     "torch._utils._rebuild_xla_tensor", "torch.jit.load", "torch.ops.load_library", "copyreg._reconstructor",
-    "copyreg.__newobj__", "copyreg.add_extension", "copy_reg._reconstructor", "importlib.import_module", "runpy.run_path",
-    "pickle.loads", "_pickle.loads", "numpy.load", "numpy.testing._private.utils.runstring", "functools.partial",
-    "operator.attrgetter", "operator.methodcaller", "types.FunctionType", "types.CodeType", "sys.modules.clear",
+    "copyreg.__newobj__", "copyreg.add_extension", "copy_reg._reconstructor", "importlib.import_module",
+    "runpy.run_path", "pickle.loads", "_pickle.loads", "numpy.load", "numpy.testing._private.utils.runstring", "functools.partial",
+    "operator.attrgetter", "operator.methodcaller", "types.FunctionType",
+    "types.CodeType", "sys.modules.clear",
     "pip.main", "pty.spawn", "webbrowser.open", "ctypes.CDLL", "collections.namedtuple", "codecs.open", "codecs.encode",
     "collections.OrderedDict.fromkeys", "collections.OrderedDict.__init__", "argparse.Namespace.__setattr__",
     "argparse.ArgumentParser", "torch.Size.__class__", "torch.float32.__class__", "torch.Tensor", "torch.os.system",
@@ -89,7 +90,7 @@ def honest(tmp_path: Path) -> Iterator[None]:
     """Read an honest file after each test, and find it as it is."""
     yield
     state = OrderedDict(w=torch.arange(3.0), n=torch.tensor(2))
-    state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    state._metadata = {"": {"version": 1}}
     args = argparse.Namespace(lr=0.1)
     torch.save({"state_dict": state, "args": args, "kept": {1, 2}, "dtype": torch.float16}, tmp_path / "honest.pth")
     checkpoint = open_checkpoint(tmp_path / "honest.pth")
@@ -109,7 +110,10 @@ def read(path: Path, pickled: bytes) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_no_opcode_calls_what_a_pickle_names(name: str, call: str, tmp_path: Path, sentinel: Path) -> None:
     modules = set(sys.modules) | {"encodings.cp437"}  # in which Python's zipfile reads names
-    header = read(tmp_path, b"\x80\2}" + text("evil") + CALLS[call](name, text(f"touch {sentinel}")) + b"s" + text("w") + TENSOR + b"s")
+    header = read(
+        tmp_path,
+        b"\x80\2}" + text("evil") + CALLS[call](name, text(f"touch {sentinel}")) + b"s" + text("w") + TENSOR + b"s",
+    )
 
     evil = header.tree["evil"]
     full = name.replace("__builtin__.", "builtins.")
@@ -156,7 +160,16 @@ def test_a_module_that_a_pickle_names_is_not_imported(
 
 
 def test_torch_is_not_imported_for_a_file_that_holds_none_of_its_values(tmp_path: Path, sentinel: Path) -> None:
-    path = torch_zip(tmp_path / "a.pth", b"\x80\2}" + text("w") + TENSOR + b"s" + text("evil") + CALLS["INST"]("os.system", text(f"touch {sentinel}")) + b"s.")
+    path = torch_zip(
+        tmp_path / "a.pth",
+        b"\x80\2}"
+        + text("w")
+        + TENSOR
+        + b"s"
+        + text("evil")
+        + CALLS["INST"]("os.system", text(f"touch {sentinel}"))
+        + b"s.",
+    )
     code = """
         import sys
         from pathlib import Path
@@ -166,12 +179,16 @@ def test_torch_is_not_imported_for_a_file_that_holds_none_of_its_values(tmp_path
         assert header.tree["w"].shape == (4,)
         print(sorted(set(sys.modules) - before - {"encodings.cp437"}))  # in which Python's zipfile reads names
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), path], capture_output=True, text=True, check=True
+    )
 
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("opcode", [b"\x82\xf0", b"\x83\xf0\xf0", b"\x84\xf0\xf0\xf0\x00"], ids=["EXT1", "EXT2", "EXT4"])
+@pytest.mark.parametrize(
+    "opcode", [b"\x82\xf0", b"\x83\xf0\xf0", b"\x84\xf0\xf0\xf0\x00"], ids=["EXT1", "EXT2", "EXT4"]
+)
 def test_extension_codes_lead_nowhere(opcode: bytes, tmp_path: Path, sentinel: Path) -> None:
     code = int.from_bytes(opcode[1:], "little")
     with pytest.raises(CorruptError, match=f"unregistered extension code {code}"):
@@ -194,7 +211,9 @@ SETTABLE = sorted(unpickle._TABLE) + ["torch.Size", "torch.float32", "torch.devi
 @pytest.mark.parametrize("slots", [False, True], ids=["dict", "slots"])
 @pytest.mark.parametrize("name", SETTABLE)
 def test_no_class_that_a_pickle_can_reach_can_be_changed(name: str, slots: bool, tmp_path: Path) -> None:
-    state = b"}" + b"".join(text(key) + global_("evil.thing") + b"s" for key in ("__new__", "__init__", "items", "dtype", "kind", "x"))
+    state = b"}" + b"".join(
+        text(key) + global_("evil.thing") + b"s" for key in ("__new__", "__init__", "items", "dtype", "kind", "x")
+    )
     before = {full: dict(vars(found)) for full, found in unpickle._TABLE.items()}
 
     with pytest.raises(CorruptError, match=r"its pickle cannot be read \((TypeError|AttributeError|UnpicklingError)"):
@@ -208,7 +227,9 @@ def built(instance: bytes, key: str, value: bytes, *, slots: bool) -> bytes:
 
 
 @pytest.mark.parametrize("slots", [False, True], ids=["dict", "slots"])
-@pytest.mark.parametrize("key", ["items", "keys", "values", "get", "__class__", "__dict__", "update", "pop", "_metadata"])
+@pytest.mark.parametrize(
+    "key", ["items", "keys", "values", "get", "__class__", "__dict__", "update", "pop", "_metadata"]
+)
 def test_the_methods_of_an_ordered_dict_cannot_be_hidden(key: str, slots: bool, tmp_path: Path) -> None:
     instance = global_("collections.OrderedDict") + b")R" + text("w") + TENSOR + b"s"
 
@@ -241,10 +262,13 @@ def test_a_namespace_is_data_whatever_is_set_on_it(key: str, slots: bool, tmp_pa
     "state",
     [
         # As the dataclass would take it: a duck of a dtype, then a shape, a stride, a start and a storage of choice.
-        b"(NK\x09\x85K\1\x85K\0Nt", b"(N]K\0t", b"}" + text("shape") + b"K\x09\x85s", b"N}" + text("shape") + b"K\x09\x85s\x86",
+        b"(NK\x09\x85K\1\x85K\0Nt",
+        b"(N]K\0t",
+        b"}" + text("shape") + b"K\x09\x85s",
+        b"N}" + text("shape") + b"K\x09\x85s\x86",
     ],
     ids=["tuple", "list", "dict", "slots"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     "instance", [TENSOR, b"ctorch._utils\n_rebuild_sparse_tensor\n)R", STORAGE], ids=["tensor", "sparse", "storage"]
 )
@@ -258,9 +282,22 @@ def test_a_pickle_cannot_have_another_file_read(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"top secret, 16 b")
     namespace = global_("argparse.Namespace") + b")R}"
-    storage = namespace + text("path") + text(str(secret)) + b"s" + text("offset") + b"K\0s" + text("nbytes") + b"K\x10s" + text("big_endian") + b"\x89sb"
+    storage = (
+        namespace
+        + text("path")
+        + text(str(secret))
+        + b"s"
+        + text("offset")
+        + b"K\0s"
+        + text("nbytes")
+        + b"K\x10s"
+        + text("big_endian")
+        + b"\x89sb"
+    )
     dtype = namespace + text("name") + text("float32") + b"s" + text("itemsize") + b"K\4s" + text("word") + b"K\4sb"
-    path = torch_zip(tmp_path / "a.pth", b"\x80\2}" + text("w") + TENSOR + b"(" + dtype + b"K\4\x85K\1\x85K\0" + storage + b"tbs.")
+    path = torch_zip(
+        tmp_path / "a.pth", b"\x80\2}" + text("w") + TENSOR + b"(" + dtype + b"K\4\x85K\1\x85K\0" + storage + b"tbs."
+    )
 
     with pytest.raises(CorruptError, match="tries to change a tensor"):
         average([path], out=tmp_path / "out.pth")
@@ -270,28 +307,61 @@ def test_a_pickle_cannot_have_another_file_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter"])
 @pytest.mark.parametrize(
     "args",
-    [b")", b"N\x85", global_("os.system") + b"\x85", b"(" + global_("os.system") + b"NNNt", b"(]NNNt", b"(NN" + b"]" + b"Nt",
-     b"(" + global_("torch._utils._rebuild_tensor_v2") + b"N)Nt", b"(" + global_("torch._utils._rebuild_tensor_v2") + b"NK\1Nt"],
-)  # fmt: skip
+    [
+        b")",
+        b"N\x85",
+        global_("os.system") + b"\x85",
+        b"(" + global_("os.system") + b"NNNt",
+        b"(]NNNt",
+        b"(NN" + b"]" + b"Nt",
+        b"(" + global_("torch._utils._rebuild_tensor_v2") + b"N)Nt",
+        b"(" + global_("torch._utils._rebuild_tensor_v2") + b"NK\1Nt",
+    ],
+)
 def test_the_functions_that_rebuild_tensors_call_nothing_else(name: str, args: bytes, tmp_path: Path) -> None:
     try:
         tree = read(tmp_path, b"\x80\2" + global_(name) + args + b"R").tree
     except CorruptError:
         return
-    assert [spec.kind for _, spec in tensors_in(tree)] in ([], ["a tensor of a class of its own (unknown)"])  # type: ignore[union-attr]
+    assert [spec.kind for _, spec in tensors_in(tree)] in ([], ["a tensor of a class of its own (unknown)"])
 
 
 LENGTHS = {
-    "BINBYTES8": b"\x8e" + struct.pack("<Q", 1 << 62), "BINBYTES8 over": b"\x8e" + b"\xff" * 8,
-    "BINBYTES": b"B" + b"\xff" * 4, "BINUNICODE": b"X" + b"\xff" * 4, "BINUNICODE8": b"\x8d" + struct.pack("<Q", 1 << 62),
-    "BYTEARRAY8": b"\x96" + struct.pack("<Q", 1 << 62), "FRAME": b"\x95" + struct.pack("<Q", 1 << 62),
-    "LONG4": b"\x8b" + struct.pack("<i", 2**31 - 1), "LONG4 negative": b"\x8b" + struct.pack("<i", -1),
-    "BINSTRING": b"T" + struct.pack("<i", 2**31 - 1), "BINSTRING negative": b"T" + struct.pack("<i", -1),
-    "LONG1": b"\x8a\xff", "SHORT_BINSTRING": b"U\xff", "STRING": b"S'abc", "UNICODE": b"Vabc", "INT": b"Iabc\n", "LONG": b"L1e9L\n",
-    "FLOAT": b"Fabc\n", "GLOBAL": b"cos\nsystem", "PERSID": b"P1\n", "NEXT_BUFFER": b"\x97", "READONLY_BUFFER": b"N\x98",
-    "GET": b"g7\n", "BINGET": b"h\x07", "LONG_BINGET": b"j\xff\xff\xff\xff", "PUT negative": b"NP-1\n", "POP": b"0", "DUP": b"2",
-    "TUPLE": b"t", "REDUCE": b"NNR", "BUILD": b"b", "SETITEM": b"NNNs", "APPEND": b"NNa", "an unknown opcode": b"\xff",
-}  # fmt: skip
+    "BINBYTES8": b"\x8e" + struct.pack("<Q", 1 << 62),
+    "BINBYTES8 over": b"\x8e" + b"\xff" * 8,
+    "BINBYTES": b"B" + b"\xff" * 4,
+    "BINUNICODE": b"X" + b"\xff" * 4,
+    "BINUNICODE8": b"\x8d" + struct.pack("<Q", 1 << 62),
+    "BYTEARRAY8": b"\x96" + struct.pack("<Q", 1 << 62),
+    "FRAME": b"\x95" + struct.pack("<Q", 1 << 62),
+    "LONG4": b"\x8b" + struct.pack("<i", 2**31 - 1),
+    "LONG4 negative": b"\x8b" + struct.pack("<i", -1),
+    "BINSTRING": b"T" + struct.pack("<i", 2**31 - 1),
+    "BINSTRING negative": b"T" + struct.pack("<i", -1),
+    "LONG1": b"\x8a\xff",
+    "SHORT_BINSTRING": b"U\xff",
+    "STRING": b"S'abc",
+    "UNICODE": b"Vabc",
+    "INT": b"Iabc\n",
+    "LONG": b"L1e9L\n",
+    "FLOAT": b"Fabc\n",
+    "GLOBAL": b"cos\nsystem",
+    "PERSID": b"P1\n",
+    "NEXT_BUFFER": b"\x97",
+    "READONLY_BUFFER": b"N\x98",
+    "GET": b"g7\n",
+    "BINGET": b"h\x07",
+    "LONG_BINGET": b"j\xff\xff\xff\xff",
+    "PUT negative": b"NP-1\n",
+    "POP": b"0",
+    "DUP": b"2",
+    "TUPLE": b"t",
+    "REDUCE": b"NNR",
+    "BUILD": b"b",
+    "SETITEM": b"NNNs",
+    "APPEND": b"NNa",
+    "an unknown opcode": b"\xff",
+}
 
 
 @pytest.mark.parametrize("case", LENGTHS)
@@ -371,9 +441,14 @@ def test_deep_nesting_neither_crashes_nor_escapes(deep: bytes, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "loop",
-    [b"]q\0h\0a", b"}q\0" + text("self") + b"h\0s", global_("evil.thing") + b")Rq\0h\0b", global_("argparse.Namespace") + b")Rq\0}" + text("x") + b"h\0sb"],
+    [
+        b"]q\0h\0a",
+        b"}q\0" + text("self") + b"h\0s",
+        global_("evil.thing") + b")Rq\0h\0b",
+        global_("argparse.Namespace") + b")Rq\0}" + text("x") + b"h\0sb",
+    ],
     ids=["list", "dict", "object", "namespace"],
-)  # fmt: skip
+)
 def test_a_tree_that_contains_itself_is_walked_once(loop: bytes, tmp_path: Path) -> None:
     header = read(tmp_path, b"\x80\2" + loop)
 
@@ -398,25 +473,40 @@ def test_a_memo_of_billions_of_entries_is_refused_where_memory_is_limited(opcode
         except CorruptError:
             pass
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), path], capture_output=True, text=True, check=False
+    )
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_pickle_cannot_reach_the_files_of_the_reader_by_its_persistent_ids(tmp_path: Path) -> None:
-    for pid in (b"N", b")", text("storage"), b"(" + text("storage") + b"t", b"(" + text("module") + b"t", b"K\1", global_("evil.thing") + b")R",
-                STORAGE[:-1].replace(b"ctorch\nFloatStorage\n", global_("evil.thing")), STORAGE[:-1].replace(b"K\4t", b"\x88t"),
-                STORAGE[:-1].replace(b"ctorch\nFloatStorage\n", global_("collections.OrderedDict")), STORAGE[:-1].replace(text("0"), text("../../etc/passwd"))):  # fmt: skip
-        with pytest.raises(CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such record"):
+    pids = [
+        b"N",
+        b")",
+        text("storage"),
+        b"(" + text("storage") + b"t",
+        b"(" + text("module") + b"t",
+        b"K\1",
+        global_("evil.thing") + b")R",
+        STORAGE[:-1].replace(b"ctorch\nFloatStorage\n", global_("evil.thing")),
+        STORAGE[:-1].replace(b"K\4t", b"\x88t"),
+        STORAGE[:-1].replace(b"ctorch\nFloatStorage\n", global_("collections.OrderedDict")),
+        STORAGE[:-1].replace(text("0"), text("../../etc/passwd")),
+    ]
+    for pid in pids:
+        with pytest.raises(
+            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such record"
+        ):
             read(tmp_path, b"\x80\2" + pid + b"Q")
 
 
 def test_reading_leaves_the_process_as_it_was(tmp_path: Path, sentinel: Path) -> None:
-    before = dict(vars(builtins)), os.getcwd(), list(sys.path), dict(copyreg.dispatch_table), dict(os.environ)
+    before = dict(vars(builtins)), Path.cwd(), list(sys.path), dict(copyreg.dispatch_table), dict(os.environ)
     for call in CALLS.values():
         read(tmp_path, call("builtins.exec", text(f"open({str(sentinel)!r}, 'w')")))
 
-    assert (dict(vars(builtins)), os.getcwd(), list(sys.path), dict(copyreg.dispatch_table), dict(os.environ)) == before
+    assert (dict(vars(builtins)), Path.cwd(), list(sys.path), dict(copyreg.dispatch_table), dict(os.environ)) == before
 
 
 def test_two_readers_at_once_do_not_share_what_they_found(tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ def layouts(draw: st.DrawFn, *, wide: int = 60) -> tuple[tuple[int, ...], tuple[
     for size in reversed(shape):
         dense.append(step)
         step *= size
-    stride = tuple(draw(st.one_of(
-        st.just(dense[::-1]), st.permutations(dense), st.lists(st.integers(0, wide), min_size=len(shape), max_size=len(shape))
-    )))  # fmt: skip
+    any_steps = st.lists(st.integers(0, wide), min_size=len(shape), max_size=len(shape))
+    stride = tuple(draw(st.one_of(st.just(dense[::-1]), st.permutations(dense), any_steps)))
     return shape, stride, draw(st.integers(0, 40))
 
 
-def file_of(path: Path, spec_of: DType, layout: tuple[tuple[int, ...], tuple[int, ...], int], *, before: int = 0) -> tuple[TensorSpec, torch.Tensor]:
+def file_of(
+    path: Path, spec_of: DType, layout: tuple[tuple[int, ...], tuple[int, ...], int], *, before: int = 0
+) -> tuple[TensorSpec, torch.Tensor]:
     """Write a file that such a view looks into; return its spec, and what torch makes of it."""
     shape, stride, start = layout
     count = start + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
@@ -68,7 +69,9 @@ def test_any_piece_of_any_view_is_what_as_strided_gives(
 
 @RELAXED
 @given(layouts(wide=9000))
-def test_views_far_wider_than_the_buffer_are_read(tmp_path: Path, layout: tuple[tuple[int, ...], tuple[int, ...], int]) -> None:
+def test_views_far_wider_than_the_buffer_are_read(
+    tmp_path: Path, layout: tuple[tuple[int, ...], tuple[int, ...], int]
+) -> None:
     spec, oracle = file_of(tmp_path / "file", DTYPES["int16"], layout)
 
     assert same(read_tensor(spec), oracle)
@@ -80,14 +83,18 @@ def test_boxes_name_each_element_of_a_piece_once_and_in_order(
     layout: tuple[tuple[int, ...], tuple[int, ...], int], data: st.DataObject
 ) -> None:
     shape, stride, _ = layout
-    positions = [sum(i * s for i, s in zip(index, stride, strict=True)) for index in itertools.product(*map(range, shape))]
+    positions = [
+        sum(i * s for i, s in zip(index, stride, strict=True)) for index in itertools.product(*map(range, shape))
+    ]
     start = data.draw(st.integers(0, len(positions)))
     stop = data.draw(st.integers(start, len(positions)))
 
     named: list[int] = []
     for first, sizes, strides in boxes(shape, stride, start, stop):
         assert math.prod(sizes) > 0
-        named += [first + sum(i * s for i, s in zip(at, strides, strict=True)) for at in itertools.product(*map(range, sizes))]
+        named += [
+            first + sum(i * s for i, s in zip(at, strides, strict=True)) for at in itertools.product(*map(range, sizes))
+        ]
     assert named == positions[start:stop]
 
 
@@ -105,12 +112,20 @@ def test_a_piece_needs_at_most_two_boxes_a_dimension(shape: tuple[int, ...]) -> 
 def test_every_dtype_is_read_in_either_byte_order(dtype: str, big_endian: bool, tmp_path: Path) -> None:
     kind = DTYPES[dtype]
     word = kind.itemsize // 2 if kind.kind is Kind.COMPLEX else kind.itemsize
-    for shape, stride, start in [((4, 5), (5, 1), 0), ((5, 4), (1, 5), 2), ((0, 3), (3, 1), 0), ((), (), 3), ((2, 2), (0, 3), 1)]:
+    for shape, stride, start in [
+        ((4, 5), (5, 1), 0),
+        ((5, 4), (1, 5), 2),
+        ((0, 3), (3, 1), 0),
+        ((), (), 3),
+        ((2, 2), (0, 3), 1),
+    ]:
         count = 30
         base = random_tensor(dtype, (count,))
         raw = np.frombuffer(raw_bytes(base), f"<u{word}")
         (tmp_path / "file").write_bytes((raw.byteswap() if big_endian else raw).tobytes())
-        spec = make_spec(kind, shape, Storage(tmp_path / "file", 0, count * kind.itemsize, big_endian), stride=stride, start=start)
+        spec = make_spec(
+            kind, shape, Storage(tmp_path / "file", 0, count * kind.itemsize, big_endian), stride=stride, start=start
+        )
 
         assert same(read_tensor(spec), torch.as_strided(base, shape, stride, start))
 

@@ -17,7 +17,10 @@ from ckpt_tools.errors import CorruptError, NotACheckpointError, ReadError
 from ckpt_tools.formats import read_header
 
 STATE = {"a.weight": torch.arange(6.0), "a.bias": torch.ones(2), "b.weight": torch.zeros(4), "n": torch.tensor(3)}
-SHARDS = {"one": {"a.weight": STATE["a.weight"], "n": STATE["n"]}, "two": {"a.bias": STATE["a.bias"], "b.weight": STATE["b.weight"]}}
+SHARDS = {
+    "one": {"a.weight": STATE["a.weight"], "n": STATE["n"]},
+    "two": {"a.bias": STATE["a.bias"], "b.weight": STATE["b.weight"]},
+}
 
 
 @pytest.fixture(params=[".safetensors", ".bin"])
@@ -92,7 +95,18 @@ def test_a_folder_without_a_checkpoint_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "sub/inside.safetensors", "/etc/passwd", "", ".", "..", "one.safetensors/", "a\0b", "\ud800"]
+    "name",
+    [
+        "../outside.safetensors",
+        "sub/inside.safetensors",
+        "/etc/passwd",
+        "",
+        ".",
+        "..",
+        "one.safetensors/",
+        "a\0b",
+        "\ud800",
+    ],
 )
 def test_an_index_that_points_outside_its_folder_is_refused(name: str, folder: Path) -> None:
     save_file(STATE, folder.parent / "outside.safetensors")

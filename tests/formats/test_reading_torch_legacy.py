@@ -65,8 +65,8 @@ def test_every_dtype_of_a_legacy_file_is_read_bit_for_bit(dtype: str, legacy: Ca
 def test_views_and_shared_storages_of_a_legacy_file_are_read(legacy: Callable[..., Path]) -> None:
     base = torch.arange(60.0)
     path = legacy("a.pth", {
-        "base": base, "again": base, "offset": base[7:], "transposed": base.view(6, 10).t(), "expanded": base[:3].expand(4, 3),
-        "other": torch.arange(5), "scalar": base[9], "empty": torch.empty(0), "last": torch.full((2,), 7.0),
+        "base": base, "again": base, "offset": base[7:], "transposed": base.view(6, 10).t(),
+        "expanded": base[:3].expand(4, 3), "other": torch.arange(5), "scalar": base[9], "empty": torch.empty(0), "last": torch.full((2,), 7.0),
         "channels_last": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last),
     })  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_a_state_dict_of_a_legacy_file_keeps_its_metadata(legacy: Callable[..., 
 
     tree = read_header(path).tree
     assert isinstance(tree["model"], OrderedDict)
-    assert tree["model"]._metadata == state._metadata  # type: ignore[attr-defined]
+    assert tree["model"]._metadata == state._metadata
     assert (tree["epoch"], tree["names"]) == (3, ["a", {"b": (1, None)}])
 
 
@@ -95,7 +95,7 @@ def test_a_whole_legacy_module_is_inert_and_its_tensors_are_found(legacy: Callab
     header = read_header(legacy("a.pth", module))
 
     assert isinstance(header.tree, Inert)
-    found = [read_tensor(spec) for _, spec in tensors_in(header.tree)]  # type: ignore[arg-type]
+    found = [read_tensor(spec) for _, spec in tensors_in(header.tree)]
     assert len(found) == len(module.state_dict())
     assert all(any(same(tensor, other) for other in found) for tensor in module.state_dict().values())
 
@@ -109,7 +109,9 @@ def test_a_storage_view_of_an_old_legacy_file_is_read_as_torch_reads_it(tmp_path
     assert open_checkpoint(path)["w"].tolist() == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("view", [b"K\3K\4", b"K\0K\7", b"J\xff\xff\xff\xffK\4", b"K\0J\xff\xff\xff\xff", b"NK\4", b"K\0G?\xf0\0\0\0\0\0\0"])
+@pytest.mark.parametrize(
+    "view", [b"K\3K\4", b"K\0K\7", b"J\xff\xff\xff\xffK\4", b"K\0J\xff\xff\xff\xff", b"NK\4", b"K\0G?\xf0\0\0\0\0\0\0"]
+)
 def test_a_storage_view_beyond_its_storage_is_refused(view: bytes, tmp_path: Path) -> None:
     viewed = TENSOR.replace(STORAGE, STORAGE.replace(b"K\4tQ", b"K\6(X\1\0\0\0v" + view + b"ttQ"))
     path = by_hand(tmp_path / "a.pth", viewed, ["0"], stored(0, 1, 2, 3, 4, 5))
@@ -120,7 +122,11 @@ def test_a_storage_view_beyond_its_storage_is_refused(view: bytes, tmp_path: Pat
 
 def test_a_python_2_pickle_is_read(tmp_path: Path) -> None:
     # Python 2 wrote its text as SHORT_BINSTRING (U), keys and persistent ids included.
-    old = TENSOR.replace(b"X\7\0\0\0storage", b"U\7storage").replace(b"X\1\0\0\x000", b"U\x010").replace(b"X\3\0\0\0cpu", b"U\3cpu")
+    old = (
+        TENSOR.replace(b"X\7\0\0\0storage", b"U\7storage")
+        .replace(b"X\1\0\0\x000", b"U\x010")
+        .replace(b"X\3\0\0\0cpu", b"U\3cpu")
+    )
     path = by_hand(tmp_path / "a.pth", b"}U\1w" + old + b"s", ["0"], stored(0, 1, 2, 3))
     path.write_bytes(path.read_bytes().replace(b"X\1\0\0\x000", b"U\x010"))
 
@@ -142,7 +148,9 @@ def test_a_python_2_pickle_is_read(tmp_path: Path) -> None:
         (["0"], b"\xff" * 8 + stored(0, 1, 2, 3)[8:], "storage 0 has another size than its tensors say"),
     ],
 )
-def test_storages_that_do_not_fit_the_object_are_refused(keys: Any, storages: bytes, message: str, tmp_path: Path) -> None:
+def test_storages_that_do_not_fit_the_object_are_refused(
+    keys: Any, storages: bytes, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(CorruptError, match=message):
         read_header(by_hand(tmp_path / "a.pth", TENSOR, keys, storages))
 

@@ -56,10 +56,12 @@ def assert_reads_as_torch(path: Path, **options: Any) -> None:
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 def test_every_dtype_is_read_bit_for_bit(dtype: str, save: Callable[..., Path]) -> None:
     tensors = {"w": random_tensor(dtype, (3, 5)), "empty": random_tensor(dtype, (0, 2))}
-    path = save("a.pth", tensors | {"view": random_tensor(dtype, (6, 4), seed=1)[1::2, 1:3], "scalar": tensors["w"][1, 2]})
+    path = save(
+        "a.pth", tensors | {"view": random_tensor(dtype, (6, 4), seed=1)[1::2, 1:3], "scalar": tensors["w"][1, 2]}
+    )
 
     assert_reads_as_torch(path)
-    assert open_checkpoint(path).specs["w"].dtype.name == dtype  # type: ignore[union-attr]
+    assert open_checkpoint(path).specs["w"].dtype.name == dtype
 
 
 @pytest.mark.parametrize("dtype", ["bits8", "bits16", "bcomplex32"])
@@ -110,14 +112,14 @@ def test_parameters_and_the_metadata_of_a_state_dict_are_kept(save: Callable[...
 
     tree = read_header(path).tree
     assert isinstance(tree, OrderedDict)
-    assert tree._metadata == module.state_dict()._metadata  # type: ignore[attr-defined]
+    assert tree._metadata == module.state_dict()._metadata
     assert_reads_as_torch(path)
     assert_reads_as_torch(other)
 
 
 def test_a_parameter_with_attributes_of_its_own_is_its_data(save: Callable[..., Path]) -> None:
     parameter = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
-    parameter.tag = "a tag"  # type: ignore[attr-defined]
+    parameter.tag = "a tag"
     buffer = torch.nn.Buffer(torch.arange(3))
     path = save("a.pth", {"w": parameter, "b": buffer})
 
@@ -160,13 +162,17 @@ def test_an_object_that_is_no_dict_is_read_all_the_same(saved: Any, save: Callab
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 def test_a_big_endian_file_reads_in_native_order(dtype: str, save: Callable[..., Path], tmp_path: Path) -> None:
     tensor = random_tensor(dtype, (4, 6))
-    little = save("little.pth", {"w": tensor, "view": tensor.t()[1:5, ::2], "empty": tensor[:0], "scalar": tensor[2, 3]})
+    little = save(
+        "little.pth", {"w": tensor, "view": tensor.t()[1:5, ::2], "empty": tensor[:0], "scalar": tensor[2, 3]}
+    )
     word = tensor.dtype.itemsize // (2 if dtype.startswith("complex") else 1)
     records = {
         name: np.frombuffer(raw, f"<u{word}").byteswap().tobytes() if "/data/" in name and "/.data" not in name else raw
         for name, raw in records_of(little).items()
     }
-    big = zip_of(tmp_path / "big.pth", {name: b"big" if name.endswith("byteorder") else raw for name, raw in records.items()})
+    big = zip_of(
+        tmp_path / "big.pth", {name: b"big" if name.endswith("byteorder") else raw for name, raw in records.items()}
+    )
 
     checkpoint = open_checkpoint(big)
     for name, value in torch.load(little, weights_only=True).items():
@@ -203,7 +209,9 @@ def test_an_honest_file_written_without_checksums_reads(save: Callable[..., Path
 
 
 def test_fingerprints_are_equal_for_equal_content_alone(save: Callable[..., Path]) -> None:
-    a, b, c = (save(f"{name}.pth", {"w": torch.full((2,), value)}) for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0)))
+    a, b, c = (
+        save(f"{name}.pth", {"w": torch.full((2,), value)}) for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0))
+    )
 
     fingerprints = [read_header(path).fingerprint for path in (a, b, c)]
     assert fingerprints[0] is not None

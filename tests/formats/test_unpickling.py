@@ -35,15 +35,15 @@ class Thing:
         self.__dict__.update(state)
 
 
-class Pair(tuple):  # type: ignore[type-arg]
+class Pair(tuple):
     pass
 
 
-class Names(list):  # type: ignore[type-arg]
+class Names(list):
     pass
 
 
-class Table(dict):  # type: ignore[type-arg]
+class Table(dict):
     pass
 
 
@@ -63,8 +63,10 @@ class Block(torch.nn.Module):
     [
         Counter("abca"), Counter(), defaultdict(list, a=[1]), defaultdict(None, {1: 2}), defaultdict(int),
         {1, 2}, set(), frozenset({"a"}), 1 - 2j, b"", b"\0\xff", bytearray(b"\x80"), bytearray(),
-        torch.Size([2, 3]), torch.Size([]), torch.float16, torch.float8_e5m2, torch.int64, torch.device("cuda", 1), torch.device("cpu"),
-        OrderedDict(b=1, a=2), 1 << 100, -(1 << 100), 1e-300, float("inf"), None, True, "\U0001f642\n", (), ((1,), 2, 3, 4), [[]],
+        torch.Size([2, 3]), torch.Size([]), torch.float16, torch.float8_e5m2, torch.int64, torch.device("cuda", 1),
+        torch.device("cpu"),
+        OrderedDict(b=1, a=2), 1 << 100, -(1 << 100), 1e-300, float("inf"), None, True,
+        "\U0001f642\n", (), ((1,), 2, 3, 4), [[]],
     ],
     ids=repr,
 )  # fmt: skip
@@ -118,7 +120,9 @@ def test_numpy_scalars_of_both_module_paths_and_byte_orders_are_read(
     assert read_header(torch_zip(tmp_path / "a.pth", pickled)).tree == 0.1
 
 
-@pytest.mark.parametrize("value", [np.complex64(1 + 2j), np.str_("text"), np.datetime64("2020-01-01"), np.longdouble(1)])
+@pytest.mark.parametrize(
+    "value", [np.complex64(1 + 2j), np.str_("text"), np.datetime64("2020-01-01"), np.longdouble(1)]
+)
 def test_numpy_scalars_that_are_no_plain_numbers_stay_inert(value: Any, save: Save) -> None:
     header = read_header(save("a.pth", {"best": value, "w": torch.ones(1)}))
 
@@ -137,7 +141,16 @@ def test_numpy_arrays_stay_inert_and_are_listed(save: Save) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "value",
-    [Color.RED, Thing(a=1), Pair((1, 2)), Names([1, 2]), Table(a=1), PurePosixPath("/a/b"), Thing, np.random.default_rng(0)],
+    [
+        Color.RED,
+        Thing(a=1),
+        Pair((1, 2)),
+        Names([1, 2]),
+        Table(a=1),
+        PurePosixPath("/a/b"),
+        Thing,
+        np.random.default_rng(0),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_objects_of_unknown_classes_stay_inert_and_are_listed(value: Any, protocol: int, save: Save) -> None:
@@ -150,7 +163,9 @@ def test_objects_of_unknown_classes_stay_inert_and_are_listed(value: Any, protoc
 
 
 def test_an_inert_object_keeps_its_name_arguments_state_and_items(save: Save) -> None:
-    header = read_header(save("a.pth", {"thing": Thing(a=1), "names": Names([1, 2]), "table": Table(k="v"), "color": Color.RED}))
+    header = read_header(
+        save("a.pth", {"thing": Thing(a=1), "names": Names([1, 2]), "table": Table(k="v"), "color": Color.RED})
+    )
 
     here = __name__
     assert repr(header.tree["thing"]) == f"<{here}.Thing, not loaded>"
@@ -168,12 +183,14 @@ def test_tensors_inside_unknown_objects_are_found(save: Save) -> None:
 
     found = dict(tensors_in(header.tree))
     assert list(found) == [("state", "a"), ("state", "b", 0), ("state", "b", 1, "c", 0), ("state", "d", "e")]
-    assert all(same(read_tensor(spec), tensor) for spec, tensor in zip(found.values(), tensors, strict=True))  # type: ignore[arg-type]
+    assert all(same(read_tensor(spec), tensor) for spec, tensor in zip(found.values(), tensors, strict=True))
     with pytest.raises(LayoutError, match=r"a pickled object \(.*Thing\), not a state dict"):
         open_checkpoint(header.path)
 
 
-@pytest.mark.parametrize("model", [Block, lambda: torch.nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.nn.LSTM(3, 4)])
+@pytest.mark.parametrize(
+    "model", [Block, lambda: torch.nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.nn.LSTM(3, 4)]
+)
 def test_a_whole_pickled_module_is_inert_and_all_its_tensors_are_found(model: Callable[[], Any], save: Save) -> None:
     module = model()
     header = read_header(save("a.pth", module))
@@ -197,7 +214,12 @@ def test_optimizers_schedulers_and_scalers_are_read(save: Save) -> None:
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    header = read_header(save("a.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}))
+    header = read_header(
+        save(
+            "a.pth",
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
+        )
+    )
 
     assert header.tree["optimizer"]["param_groups"][0]["lr"] == 0.1
     assert header.tree["scheduler"]["T_max"] == 10
@@ -213,9 +235,12 @@ def test_optimizers_schedulers_and_scalers_are_read(save: Save) -> None:
         (lambda: torch.eye(3).to_sparse_csr(), "sparse"),
         (lambda: torch.eye(4).to_sparse_bsr((2, 2)), "sparse"),
         (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantized"),
-        (lambda: torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8), "quantized"),
+        (lambda: torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8), "quant"),
         (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "nested"),
-        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), r"a tensor of a class of its own \(torch.nested.*NestedTensor\)"),
+        (
+            lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+            r"a tensor of a class of its own \(torch.nested.*NestedTensor\)",
+        ),
         (lambda: torch.empty(3, device="meta"), "on the meta device, without data"),
         (lambda: torch.ones(3, dtype=torch.complex64).conj(), "a lazy conj view"),
         (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, "a lazy neg view"),
@@ -254,7 +279,9 @@ class Marked(torch.Tensor):
 
 def test_the_names_of_storages_on_other_devices_are_known(tmp_path: Path) -> None:
     for name in (b"torch.cuda\nFloatStorage", b"torch\nFloatStorage"):
-        path = torch_zip(tmp_path / "a.pth", b"\x80\2}X\1\0\0\0w" + TENSOR.replace(b"torch\nFloatStorage", name) + b"s.")
+        path = torch_zip(
+            tmp_path / "a.pth", b"\x80\2}X\1\0\0\0w" + TENSOR.replace(b"torch\nFloatStorage", name) + b"s."
+        )
         assert open_checkpoint(path)["w"].tolist() == [0, 1, 2, 3]
 
 

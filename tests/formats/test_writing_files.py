@@ -1,0 +1,476 @@
+"""Writing: what the engine makes of a plan is what every other reader takes for a sound file."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from crafting import TORCH_DTYPES, copies, random_tensor, raw_bytes, same, write, zeros
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckpt_tools import average, open_checkpoint
+from ckpt_tools.errors import UnsupportedError, UsageError, WriteError
+from ckpt_tools.formats import read_header, torch_zip
+from ckpt_tools.formats import safetensors as st_format
+from ckpt_tools.formats.output import FilePlan, OutTensor
+from ckpt_tools.formats.sharded import index_json, parse_size, plan_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
+
+Save = Callable[..., Path]
+SAFETENSORS_DTYPES = [
+    dtype for dtype in TORCH_DTYPES if dtype not in ("complex128", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
+]
+
+
+def every_dtype(names: list[str]) -> dict[str, torch.Tensor]:
+    return {f"{i}.{name}": random_tensor(name, (3, i + 1), seed=i) for i, name in enumerate(names)}
+
+
+def assert_sound_zip(path: Path) -> None:
+    """Let Python and Info-ZIP look at all checksums, sizes and places."""
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    if shutil.which("unzip"):
+        done = subprocess.run(["unzip", "-t", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "No errors detected" in done.stdout
+
+
+def sparse(plan: FilePlan, path: Path, crc: Mapping[OutTensor, int] | None = None) -> Path:
+    """Make the file of a plan without its payload, which stays a hole."""
+    with path.open("wb") as file:
+        file.truncate(plan.size)
+        for offset, data in plan.patches(crc or {}):
+            file.seek(offset)
+            file.write(data)
+    assert path.stat().st_size == plan.size
+    return path
+
+
+# ---- torch zip
+
+
+@pytest.fixture
+def written(save: Save, tmp_path: Path) -> tuple[dict[str, torch.Tensor], Path]:
+    """Tensors of every dtype and of odd shapes, copied by the engine into a torch file."""
+    tensors = every_dtype(TORCH_DTYPES) | {
+        "scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "transposed": torch.arange(12.0).view(3, 4).t(),
+        "large": random_tensor("float32", (70_000,)),
+    }  # fmt: skip
+    plan = torch_zip.plan(
+        OrderedDict(copies(save("in.pth", tensors))), name="out.pth", provenance={"tool": "ckpt-tools"}
+    )
+    return tensors, write(plan, tmp_path / "out.pth")
+
+
+def test_a_torch_file_is_a_sound_zip(written: tuple[dict[str, torch.Tensor], Path]) -> None:
+    assert_sound_zip(written[1])
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["read", "mapped"])
+def test_torch_loads_what_was_written_bit_for_bit(written: tuple[dict[str, torch.Tensor], Path], mapped: bool) -> None:
+    tensors, path = written
+    loaded = torch.load(path, weights_only=True, mmap=mapped)
+
+    assert isinstance(loaded, OrderedDict)
+    assert list(loaded) == list(tensors)
+    for name, tensor in tensors.items():
+        assert same(loaded[name], tensor), name
+        assert loaded[name].is_contiguous()
+
+
+def test_python_reads_each_record_as_the_bytes_of_its_tensor(written: tuple[dict[str, torch.Tensor], Path]) -> None:
+    tensors, path = written
+    with zipfile.ZipFile(path) as archive:
+        stored = [archive.read(f"archive/data/{i}") for i in range(len(tensors))]
+        crcs = [archive.getinfo(f"archive/data/{i}").CRC for i in range(len(tensors))]
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert (archive.read("archive/byteorder"), archive.read("archive/version")) == (b"little", b"3\n")
+
+    assert stored == [raw_bytes(tensor) for tensor in tensors.values()]
+    assert crcs == [zlib.crc32(raw_bytes(tensor)) for tensor in tensors.values()]
+
+
+def test_every_payload_stands_at_a_multiple_of_64_bytes(written: tuple[dict[str, torch.Tensor], Path]) -> None:
+    for spec in open_checkpoint(written[1]).specs.values():
+        assert spec.storage.offset % 64 == 0
+
+
+def test_provenance_is_a_record_that_torch_passes_over(written: tuple[dict[str, torch.Tensor], Path]) -> None:
+    _, path = written
+    with zipfile.ZipFile(path) as archive:
+        assert json.loads(archive.read("archive/ckpt_tools.json")) == {"tool": "ckpt-tools"}
+
+    assert read_header(path).provenance == {"tool": "ckpt-tools"}
+    assert "ckpt_tools" not in torch.load(path, weights_only=True)
+
+
+def test_our_own_reader_reads_what_was_written(written: tuple[dict[str, torch.Tensor], Path]) -> None:
+    tensors, path = written
+    checkpoint = open_checkpoint(path)
+
+    assert list(checkpoint) == list(tensors)
+    assert all(same(checkpoint[name], tensor) for name, tensor in tensors.items())
+    assert checkpoint.foreign == {}
+
+
+def test_the_bytes_of_a_file_depend_on_its_content_alone(save: Save, tmp_path: Path) -> None:
+    tensors = every_dtype(SAFETENSORS_DTYPES) | {"large": random_tensor("float32", (70_000,))}
+    path = save("in.pth", tensors)
+    (tmp_path / "elsewhere").mkdir()
+    again = shutil.copy(path, tmp_path / "elsewhere" / "other.pth")
+    files = []
+    for i, (source, threads) in enumerate([(path, 1), (Path(again), 4)]):
+        out = copies(source)
+        plans = torch_zip.plan(out, name=f"{i}.pth"), st_format.plan(out, metadata={}, name=f"{i}.safetensors")
+        files.append([write(plan, tmp_path / plan.name, threads=threads).read_bytes() for plan in plans])
+
+    assert files[0] == files[1]
+
+
+def test_tied_tensors_stay_tied_in_a_torch_file(save: Save, tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    path = save("in.pth", {"a": shared, "b": shared, "c": shared.clone()})
+    loaded = torch.load(write(torch_zip.plan(copies(path), name="x"), tmp_path / "out.pth"), weights_only=True)
+
+    assert loaded["a"].data_ptr() == loaded["b"].data_ptr() != loaded["c"].data_ptr()
+    with zipfile.ZipFile(tmp_path / "out.pth") as archive:
+        assert sum("/data/" in name for name in archive.namelist()) == 2
+
+
+def test_plain_data_beside_the_weights_is_written_as_it_is(save: Save, tmp_path: Path) -> None:
+    out = copies(save("in.pth", {"w": torch.ones(2)}))
+    tree = {
+        "state_dict": OrderedDict(out), "epoch": 3, "name": "ünï", "raw": b"\0\xff", "set": {1},
+        "size": torch.Size([2]),
+        "dtype": torch.bfloat16, "device": torch.device("cpu"), "nested": [(1, None), {"x": 2.5, 7: True}], "z": 1j,
+        "array": bytearray(b"x"),
+    }  # fmt: skip
+    loaded = torch.load(write(torch_zip.plan(tree, name="x"), tmp_path / "out.pth"), weights_only=True)
+
+    assert same(loaded["state_dict"]["w"], torch.ones(2))
+    assert {k: v for k, v in loaded.items() if k != "state_dict"} == {
+        k: v for k, v in tree.items() if k != "state_dict"
+    }
+
+
+def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Save, tmp_path: Path) -> None:
+    state = torch.nn.BatchNorm1d(2).state_dict()
+    tree = {
+        "state_dict": state, "args": argparse.Namespace(lr=0.1, nested=argparse.Namespace(a=1)),
+        "frozen": frozenset([1]),
+        "best": 0.5, "thing": Fraction(1, 2), "list": [1, Fraction(1, 2), (2, Fraction(1, 2))],
+    }  # fmt: skip
+    path = save("in.pth", tree)
+    header = read_header(path)
+    dropped: list[str] = []
+    out = copies(path)
+    plain = torch_zip.plain({**header.tree, "state_dict": out}, dropped)
+
+    loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
+    assert loaded["args"] == {"lr": 0.1, "nested": {"a": 1}}
+    assert (loaded["frozen"], loaded["best"], loaded["list"]) == ({1}, 0.5, [1, (2,)])
+    assert dropped == ["thing", "list[]", "list[][]"]
+
+
+def test_the_metadata_of_a_state_dict_survives_plain(save: Save) -> None:
+    state = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).state_dict()
+    header = read_header(save("in.pth", state))
+    plain = torch_zip.plain(header.tree, [])
+
+    assert type(plain) is OrderedDict
+    assert plain._metadata == state._metadata
+
+
+def test_what_cannot_be_pickled_is_a_write_error(save: Save) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    with pytest.raises(WriteError, match=r"out\.pth: what stands beside the weights cannot be written"):
+        torch_zip.plan({"x": deep}, name="out.pth")
+    with pytest.raises(WriteError, match="what stands beside the weights cannot be written"):
+        torch_zip.plan({"x": (i for i in ())}, name="out.pth")
+
+
+def test_files_beyond_4_gib_have_the_headers_of_zip64(tmp_path: Path) -> None:
+    # A record larger than 4 GiB, one that starts beyond 4 GiB, and one of exactly 2**32 - 1 bytes.
+    shapes = {"large": (5 << 28,), "behind": (3,), "edge": ((1 << 32) - 1,), "far": (6 << 28,), "last": (2, 2)}
+    tensors = {
+        name: zeros(tmp_path, "uint8" if name == "edge" else "float32", shape, name) for name, shape in shapes.items()
+    }
+    crcs = {tensors["last"]: zlib.crc32(bytes(16))}  # of the others, gigabytes of zeros, nobody asks
+    path = sparse(torch_zip.plan(tensors, name="x", provenance={}), tmp_path / "out.pth", crcs)
+    assert path.stat().st_blocks * 512 < 1 << 20  # a hole, but for the headers
+
+    with zipfile.ZipFile(path) as archive:
+        sizes = {info.filename: (info.file_size, info.compress_size) for info in archive.infolist()}
+        assert [sizes[f"archive/data/{i}"] for i in range(5)] == [(t.nbytes, t.nbytes) for t in tensors.values()]
+        assert archive.getinfo("archive/data/1").header_offset > 1 << 32
+        with archive.open("archive/data/4") as record:  # whose local header lies beyond 4 GiB
+            assert record.read() == bytes(16)
+    checkpoint = open_checkpoint(path)
+    assert {name: spec.shape for name, spec in checkpoint.specs.items()} == shapes
+    assert all(spec.storage.offset % 64 == 0 for spec in checkpoint.specs.values())
+    loaded = torch.load(path, weights_only=True, mmap=True)
+    assert {name: tuple(tensor.shape) for name, tensor in loaded.items()} == shapes
+    if shutil.which("unzip"):
+        listing = subprocess.run(["unzip", "-v", str(path)], capture_output=True, text=True, check=True).stdout
+        assert all(str(tensor.nbytes) in listing for tensor in tensors.values())
+
+
+def test_more_records_than_16_bits_can_count_are_written_and_read(tmp_path: Path) -> None:
+    tensors = {str(i): zeros(tmp_path, "int8", (1,), str(i)) for i in range(66_000)}
+    crcs = dict.fromkeys(tensors.values(), zlib.crc32(b"\0"))
+    path = sparse(torch_zip.plan(tensors, name="x"), tmp_path / "out.pth", crcs)
+
+    assert_sound_zip(path)
+    assert len(read_header(path).tree) == 66_000
+    reader = torch._C.PyTorchFileReader(str(path))  # torch.load itself takes 7 s to make so many tensors
+    assert len(reader.get_all_records()) >= 66_000
+    assert reader.get_record("data/65999") == b"\0"
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.sampled_from(["int8", "float16", "float64"])), max_size=8),
+    st.text(max_size=40),
+)
+def test_any_mixture_of_sizes_makes_a_sound_zip(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, str]], text: str
+) -> None:
+    folder = tmp_path_factory.mktemp("mix")
+    tensors = {str(i): random_tensor(dtype, (size,), seed=i) for i, (size, dtype) in enumerate(sizes)}
+    torch.save(tensors | {"pad": torch.ones(1)}, folder / "in.pth")
+    tree = {"w": copies(folder / "in.pth"), "text": text}
+    path = write(torch_zip.plan(tree, name="x", provenance={"text": text}), folder / "out.pth")
+
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    loaded = torch.load(path, weights_only=True)
+    assert loaded["text"] == text
+    assert all(same(loaded["w"][name], tensor) for name, tensor in tensors.items())
+
+
+# ---- safetensors
+
+
+def test_the_safetensors_library_loads_what_was_written_bit_for_bit(save: Save, tmp_path: Path) -> None:
+    tensors = every_dtype(SAFETENSORS_DTYPES) | {
+        "scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "transposed": torch.arange(12.0).view(3, 4).t(),
+        'odd "name"\\\n': torch.ones(1), "重み": torch.ones(2), "large": random_tensor("float32", (70_000,)),
+    }  # fmt: skip
+    plan = st_format.plan(copies(save("in.pth", tensors)), metadata={"note": "ä"}, name="out.safetensors")
+    path = write(plan, tmp_path / "out.safetensors")
+
+    loaded = safetensors.torch.load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert same(loaded[name], tensor), name
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "ä"}
+    checkpoint = open_checkpoint(path)
+    assert all(same(checkpoint[name], tensor) for name, tensor in tensors.items())
+    for spec in checkpoint.specs.values():
+        assert spec.storage.offset % spec.dtype.itemsize == 0
+
+
+def test_tied_tensors_are_written_once_and_load_model_ties_them_again(save: Save, tmp_path: Path) -> None:
+    def tied() -> torch.nn.Module:
+        model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 5, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
+    source, target = tied(), tied()
+    path = save("in.pth", source.state_dict())
+    average([path], out=tmp_path / "out.safetensors")
+
+    missing, unexpected = safetensors.torch.load_model(target, str(tmp_path / "out.safetensors"))
+    assert (missing, unexpected) == (set(), []) or (list(missing), list(unexpected)) == ([], [])
+    assert all(same(tensor, source.state_dict()[name]) for name, tensor in target.state_dict().items())
+    with safetensors.safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert set(file.keys()) == {"0.weight", "1.weight", "1.bias"}
+        assert file.metadata()["2.weight"] == "0.weight"
+    assert open_checkpoint(tmp_path / "out.safetensors").keys() == source.state_dict().keys()
+
+
+def test_untie_writes_each_name(save: Save, tmp_path: Path) -> None:
+    shared = random_tensor("float32", (70_000,))
+    path = save("in.pth", {"a": shared, "b": shared, "c": torch.ones(1)})
+    average([path], out=tmp_path / "out.safetensors", untie=True)
+
+    loaded = safetensors.torch.load_file(tmp_path / "out.safetensors")
+    assert loaded.keys() == {"a", "b", "c"}
+    assert all(same(loaded[name], shared) for name in "ab")
+
+
+def test_a_tie_whose_name_the_metadata_needs_is_written_out(save: Save, tmp_path: Path) -> None:
+    shared = torch.arange(3.0)
+    out = copies(save("in.pth", {"a": shared, "format": shared, "note": shared, "z": shared}))
+    path = write(st_format.plan(out, metadata={"note": "text"}, name="x"), tmp_path / "out.safetensors")
+
+    with safetensors.safe_open(path, "pt") as file:
+        assert set(file.keys()) == {"a", "format", "note"}
+        assert file.metadata() == {"format": "pt", "note": "text", "z": "a"}
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint) == {"a", "format", "note", "z"}
+    assert all(same(tensor, shared) for tensor in checkpoint.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        ("w", "complex128", "'w' is complex128, which safetensors does not have. Write a .pth file instead"),
+        ("w", "complex32", "'w' is complex32, which safetensors does not have"),
+        ("__metadata__", "float32", "'__metadata__' cannot name a tensor in safetensors"),
+        ("\ud800", "float32", "a name in it is no Unicode text"),
+    ],
+)
+def test_what_safetensors_cannot_hold_is_refused(name: str, dtype: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        st_format.plan({name: zeros(tmp_path, dtype, (2,))}, metadata={}, name="out.safetensors")
+
+
+def test_a_header_over_the_limit_of_the_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(st_format, "MAX_HEADER", 1000)
+
+    with pytest.raises(UnsupportedError, match=r"out: a header of \d+ bytes is over the limit of 1000"):
+        st_format.plan({"x" * 1000: zeros(tmp_path, "int8", (1,))}, metadata={}, name="out")
+
+
+def test_a_plan_for_more_than_4_gib_is_read_by_the_library(tmp_path: Path) -> None:
+    tensors = {name: zeros(tmp_path, "bfloat16", (3 << 30,), name) for name in "ab"}
+    path = sparse(st_format.plan(tensors, metadata={}, name="x"), tmp_path / "out.safetensors")
+
+    with safetensors.safe_open(path, "pt") as file:
+        assert {name: file.get_slice(name).get_shape() for name in "ab"} == {name: [3 << 30] for name in "ab"}
+
+
+# ---- shards
+
+
+@st.composite
+def named_tensors(draw: st.DrawFn) -> dict[str, OutTensor]:
+    """Draw tensors of 0 to 100 bytes, some of them tied."""
+    distinct = [
+        zeros(Path(), "int8", (size,), str(i))
+        for i, size in enumerate(draw(st.lists(st.integers(0, 100), min_size=1, max_size=12)))
+    ]
+    chosen = draw(st.lists(st.sampled_from(distinct), min_size=1, max_size=20))
+    return {f"n{i}": tensor for i, tensor in enumerate(chosen)}
+
+
+@settings(deadline=None)
+@given(named_tensors(), st.one_of(st.none(), st.integers(1, 150)))
+def test_shards_hold_each_name_once_within_the_limit_and_keep_ties_together(
+    tensors: dict[str, OutTensor], limit: int | None
+) -> None:
+    shards = plan_shards(tensors, max_bytes=limit, stem="model", suffix=".safetensors")
+
+    assert sorted(itertools.chain(*shards.values()), key=list(tensors).index) == list(tensors)
+    assert all(names == sorted(names, key=list(tensors).index) for names in shards.values())
+    place = {name: file for file, names in shards.items() for name in names}
+    for a, b in itertools.combinations(tensors, 2):
+        assert place[a] == place[b] or tensors[a] is not tensors[b]
+    for names in shards.values():
+        unique = {tensors[name] for name in names}
+        assert limit is None or sum(t.nbytes for t in unique) <= limit or len([t for t in unique if t.nbytes]) == 1
+    if limit is None or len(shards) == 1:
+        assert list(shards) == ["model.safetensors"]
+    else:
+        assert list(shards) == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+
+
+@settings(deadline=None)
+@given(named_tensors())
+def test_the_layout_of_an_input_is_kept_when_it_names_every_tensor(tensors: dict[str, OutTensor]) -> None:
+    like = {name: f"part-{i % 3}.bin" for i, name in enumerate(tensors)} | {"other": "part-9.bin"}
+    shards = plan_shards(tensors, max_bytes=None, stem="model", suffix=".safetensors", like=like)
+
+    assert {name: file for file, names in shards.items() for name in names} == {
+        name: like[name].replace(".bin", ".safetensors") for name in tensors
+    }
+    assert list(shards) == sorted(shards)
+    assert len(plan_shards(tensors, max_bytes=None, stem="m", suffix=".bin", like={"other": "x.bin"})) == 1
+
+
+def test_an_index_is_that_of_hugging_face(save: Save, tmp_path: Path) -> None:
+    from huggingface_hub import save_torch_state_dict, split_torch_state_dict_into_shards
+
+    state = {f"layer.{i}.weight": random_tensor("float32", (50, 10), seed=i) for i in range(7)}
+    out = copies(save("in.pth", state))
+    shards = plan_shards(out, max_bytes=5000, stem="model", suffix=".safetensors")
+    theirs = split_torch_state_dict_into_shards(state, max_shard_size=5000)
+
+    ours = json.loads(index_json(shards, out))
+    assert ours == {"metadata": theirs.metadata, "weight_map": theirs.tensor_to_filename}
+    save_torch_state_dict(state, tmp_path, max_shard_size=5000)
+    assert (tmp_path / "model.safetensors.index.json").read_bytes() == index_json(shards, out).rstrip(b"\n")
+
+
+def test_an_index_counts_tied_bytes_once(tmp_path: Path) -> None:
+    one, other = zeros(tmp_path, "float32", (5,), "a"), zeros(tmp_path, "float16", (3,), "c")
+    tensors = {"a": one, "b": one, "c": other}
+
+    index = json.loads(index_json({"x.bin": ["a", "b"], "y.bin": ["c"]}, tensors))
+    assert index == {"metadata": {"total_size": 26}, "weight_map": {"a": "x.bin", "b": "x.bin", "c": "y.bin"}}
+
+
+@pytest.mark.parametrize("text", ["5GB", "500MB", "1KB", "123", "2.5 GB", " 7 kb "])
+def test_sizes_are_those_of_hugging_face(text: str) -> None:
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = text.strip().upper().rstrip("KMGB").strip(), text.strip().upper()[-2:]
+
+    assert parse_size(text) == int(float(number) * units.get(unit, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1KiB", 1024), ("5GiB", 5 << 30), ("2TiB", 2 << 40), ("3T", 3 * 10**12), ("1b", 1)]
+)
+def test_binary_sizes_are_powers_of_1024(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "0GB", "5 5GB", "5XB", "1e9", "nan", "inf", "5GBs"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size; write one such as 5GB or 500MB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_average_of_one_file_is_that_file(suffix: str, save: Save, tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in every_dtype(SAFETENSORS_DTYPES).items() if "bool" not in name}
+    finite = {
+        k: torch.nan_to_num(t.float()).to(t.dtype) if t.dtype.is_floating_point else t for k, t in tensors.items()
+    }
+    finite = {
+        k: torch.view_as_complex(torch.nan_to_num(torch.view_as_real(t))) if t.is_complex() else t
+        for k, t in finite.items()
+    }
+    average([save("in.pth", finite)], out=tmp_path / f"out{suffix}", dtype=None)
+
+    out = tmp_path / f"out{suffix}"
+    loaded = torch.load(out, weights_only=True) if suffix == ".pth" else safetensors.torch.load_file(out)
+    assert loaded.keys() == finite.keys()
+    assert all(same(loaded[name], tensor) for name, tensor in finite.items())
+    assert read_header(out).provenance["inputs"][0]["name"] == "in.pth"
+    assert math.isclose(read_header(out).provenance["inputs"][0]["coefficient"], 1.0)
+    if suffix == ".pth":
+        assert_sound_zip(out)
