@@ -7,6 +7,7 @@ a .safetensors is flat; a folder is sharded. All of it is planned from headers; 
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from .errors import UsageError
 from .formats import SUFFIXES, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
-from .formats.staged import COMPANIONS
 from .layouts import LAYOUTS, StateDict, looks_like_training_state
-from .tensors import TensorSpec, UnsupportedTensor
+from .tensors import TensorSpec
+
+COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
+"""What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
 
 TORCH_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
 
@@ -66,7 +69,7 @@ def check_suffix(target: Path) -> None:
     Raises:
         UsageError: neither a known suffix nor none at all.
     """
-    if target.suffix and not target.is_dir() and not target.name.endswith(SUFFIXES):
+    if target.suffix and not os.path.isdir(target) and not target.name.endswith(SUFFIXES):  # noqa: PTH112 - never raises
         raise UsageError(f"{target}: the suffix should be one of {' '.join(SUFFIXES)}, or none for a folder of shards.")
 
 
@@ -93,16 +96,14 @@ def assemble(
         untie: write tied tensors under each name where the format cannot tie.
     """
     check_suffix(target)
+    if max_shard_size is not None and target.name.endswith(SUFFIXES):
+        raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
     if target.name.endswith(".safetensors"):
-        if max_shard_size is not None:
-            raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
         metadata = {PROVENANCE: json.dumps(provenance)}
         return Assembly(
             target, (safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie),), folder=False
         )
     if target.name.endswith(TORCH_SUFFIXES):
-        if max_shard_size is not None:
-            raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
         dropped: list[str] = []
         tree = _container(tensors, base, state, renamed, dropped)
         plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
@@ -164,7 +165,6 @@ def _container(
         if metadata is not None:
             weights._metadata = metadata
     weights.update(state.extras)
-    copies: dict[TensorSpec, OutTensor] = {}
     # The average stands where the raw weights stood; the other set, which it may come from, goes.
     layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
     if not state.path:
@@ -181,7 +181,17 @@ def _container(
                 tree[key] = value
     else:
         tree = _replaced(base.tree, state.path, weights)
-    return torch_zip.plain(_without_training(tree, copies, dropped, top=bool(state.path)), dropped)
+    if state.path:
+        gone = [key for key, value in tree.items() if looks_like_training_state(key, value)]
+        dropped += map(str, gone)
+        tree = {key: value for key, value in tree.items() if key not in gone}
+    copies: dict[TensorSpec, OutTensor] = {}  # by spec, so that what was tied stays so
+
+    def convert(spec: TensorSpec) -> OutTensor:
+        name = "an entry beside the weights"
+        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name))
+
+    return torch_zip.plain(tree, dropped, convert)
 
 
 _TWINS = frozenset(key for layout in LAYOUTS for key in (layout.raw, layout.ema))
@@ -207,28 +217,3 @@ def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
     if not path:
         return value
     return {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
-
-
-def _without_training(node: Any, copies: dict[TensorSpec, OutTensor], dropped: list[str], *, top: bool) -> Any:
-    """Drop optimizers and their like from the top level; turn the tensors that stay into copies."""
-    if top and isinstance(node, dict):
-        gone = [key for key, value in node.items() if looks_like_training_state(key, value)]
-        dropped += map(str, gone)
-        node = {key: value for key, value in node.items() if key not in gone}
-    if isinstance(node, TensorSpec):
-        name = "an entry beside the weights"
-        return copies.setdefault(node, OutTensor(node.dtype, node.shape, ((node, 1.0),), name))
-    if isinstance(node, UnsupportedTensor) or not isinstance(node, (dict, list, tuple)):
-        return node
-    if isinstance(node, OrderedDict):
-        copy: Any = OrderedDict((k, _without_training(v, copies, dropped, top=False)) for k, v in node.items())
-        if hasattr(node, "_metadata"):
-            copy._metadata = node._metadata
-        return copy
-    if isinstance(node, dict):
-        return {k: _without_training(v, copies, dropped, top=False) for k, v in node.items()}
-    return (
-        type(node)(_without_training(v, copies, dropped, top=False) for v in node)
-        if type(node) in (list, tuple)
-        else node
-    )

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .assembly import Assembly, assemble, check_suffix, default_target
-from .errors import LayoutError, UsageError
+from .errors import LayoutError, UsageError, WriteError
 from .formats import SUFFIXES
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
-from .formats.staged import check_target, staged_files
+from .formats.staged import check_replaceable, check_target, staged_files
 from .keys import align, prefixes, unwrap
 from .layouts import StateDict, select
 from .provenance import Input, provenance, sha256_of, short_names
@@ -170,7 +170,10 @@ def average(
     members = series.members
     notes = list(series.notes)
     names = short_names([member.path for member in members])
-    coefficients = schedule.coefficients([member.step for member in members])
+    try:
+        coefficients = schedule.coefficients([member.step for member in members])
+    except UsageError as error:
+        raise UsageError(" ".join([str(error), *notes])) from error
     _note_balance(schedule, members, coefficients, notes)
     states = _select_all(members, names, state)
     renamed = [unwrap(s.tensors) for s in states]
@@ -187,13 +190,18 @@ def average(
     tensors = _out_tensors(plan.rows, coefficients, out_dtype, keep_running=buffers == "last")
     target = Path(out) if out is not None else default_target([member.header for member in members])
     unique = dict.fromkeys(tensors.values())
-    check_target(
-        target,
-        [path for member in members for path in (member.path, *(file for file, _ in member.header.files))],
-        nbytes=sum(tensor.nbytes for tensor in unique),
-        force=force,
-        folder=not target.name.endswith(SUFFIXES),
-    )
+    try:
+        check_target(
+            target,
+            [*series.given, *(file for member in members for file, _ in member.header.files)],
+            nbytes=sum(tensor.nbytes for tensor in unique),
+            force=force,
+            folder=not target.name.endswith(SUFFIXES),
+        )
+    except WriteError as error:
+        if not dry_run:
+            raise
+        notes.append(f"Without --dry-run this would be refused: {error}")
     inputs = tuple(
         Input(
             path=str(member.path),
@@ -219,6 +227,8 @@ def average(
         max_shard_size=shard_bytes,
         untie=untie,
     )
+    if assembly.folder and not dry_run:
+        check_replaceable(assembly.target, [*(f.name for f in assembly.files), *(c.name for c in assembly.companions)])
     from . import engine  # imports torch, which a refused job has no need of
 
     needs = engine.needs(assembly.files)

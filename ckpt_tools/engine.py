@@ -24,7 +24,7 @@ import torch
 from .errors import NumericsError, UsageError, WriteError
 from .formats.crc32 import combine
 from .formats.output import FilePlan, OutTensor
-from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
+from .payload import Buffer, OpenFiles, Reader, Source, raise_file_limit, torch_dtype
 from .tensors import DTYPES, DType, Kind
 
 PIECE = 128 * 1024
@@ -95,9 +95,9 @@ def run(
     torch.set_num_threads(1)  # our own threads are the parallelism
     try:
         with OpenFiles() as files, ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
-            for path in {
-                spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms
-            }:
+            paths = {spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms}
+            raise_file_limit(len(paths))
+            for path in paths:
                 files.open(path)
             job = _Job(outputs, files, piece, allow_nonfinite)
             pending = {pool.submit(_work, job) for _ in range(threads)}
@@ -116,12 +116,12 @@ def run(
     for out in outputs:
         crcs = {tensor: job.checksum(tensor) for tensor, _ in out.plan.slots} if out.plan.needs_crc else {}
         for offset, data in out.plan.patches(crcs):
-            write_at(out.fd, memoryview(data), offset)
+            write_at(out.fd, memoryview(data), offset, out.plan.name)
             job.totals.written += len(data)
     return job.totals
 
 
-def write_at(fd: int, data: memoryview, offset: int) -> None:
+def write_at(fd: int, data: memoryview, offset: int, name: str) -> None:
     """Write all of some bytes at an offset.
 
     Raises:
@@ -133,7 +133,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
             done += os.pwrite(fd, data[done:], offset + done)
         except OSError as error:
             raise WriteError(
-                f"writing failed: {error.strerror}. Nothing was left at the target. "
+                f"{name}: writing failed: {error.strerror}. Nothing was left at the target. "
                 "Free some space or choose another place with -o."
             ) from error
 
@@ -163,9 +163,10 @@ class _Recipe:
         ]
         self.reals = 2 if tensor.dtype.kind is Kind.COMPLEX else 1
         self.real = torch_dtype(_real(tensor.dtype)) if sums else torch.uint8
-        self.common = tensor.terms[0][1] if len({c for _, c in tensor.terms}) == 1 else None
         self.limit = _overflow(self.real) if sums else math.inf
-        wide = all(dtype is torch.float64 for _, _, dtype in self.terms)
+        wide = any(dtype is torch.float64 for _, _, dtype in self.terms)
+        # float64 has no room for a sum larger than its average.
+        self.common = tensor.terms[0][1] if not wide and len({c for _, c in tensor.terms}) == 1 else None
         self.anchored = wide and abs(math.fsum(c for _, c in tensor.terms) - 1.0) <= 1e-12
 
 
@@ -228,7 +229,7 @@ def _work(job: _Job) -> None:
         while (piece := job.next()) is not None:
             read, data = worker.compute(piece)
             crc = zlib.crc32(data) if piece.out.plan.needs_crc else None
-            write_at(piece.out.fd, data, piece.offset + piece.start * piece.tensor.dtype.itemsize)
+            write_at(piece.out.fd, data, piece.offset + piece.start * piece.tensor.dtype.itemsize, piece.out.plan.name)
             job.done(piece, read, len(data), crc)
     except BaseException:
         job.stop.set()
@@ -335,7 +336,11 @@ class _Worker:
                 )
         raise NumericsError(
             f"the average of '{tensor.name}' overflows {tensor.dtype.name}. "
-            "Choose a wider one, such as --dtype float32."
+            + (
+                "Choose a wider one, such as --dtype float32."
+                if tensor.dtype.itemsize < 4
+                else "Are these the right files?"
+            )
         )
 
 

@@ -157,7 +157,8 @@ def _checked(
     for tensor, file in zip(row, files, strict=True):
         if isinstance(tensor, UnsupportedTensor):
             raise AlignmentError(
-                f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. Convert it to a dense tensor first."
+                f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. "
+                "Save it as a dense tensor with data first."
             )
         checked.append(tensor)
         if tensor is None:

@@ -127,6 +127,8 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
         unique = list(dict.fromkeys(place for place in places if place))
         shown = ", ".join(unique[:4]) + (", ..." if len(unique) > 4 else "")
         return f"{header.path}: in no known layout. Tensors stand in {shown}. Choose with --state {unique[0]}."
+    if any(True for _ in tensors_in(tree)):
+        return f"{header.path}: holds tensors without names, so it is no state dict. Save a dict of names to tensors."
     return f"{header.path}: no tensor inside. It is a checkpoint file, but holds no weights."
 
 

@@ -5,6 +5,7 @@ Nothing is mapped: a truncated file is an error here, not a signal, and reading 
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -41,7 +42,8 @@ class OpenFiles:
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            raise ReadError(f"{path}: cannot be read ({error.strerror}).") from error
+            advice = " Raise the limit: ulimit -n 4096." if error.errno == errno.EMFILE else ""
+            raise ReadError(f"{path}: cannot be read ({error.strerror}).{advice}") from error
         self._fds[path] = fd
         self._stamps[path] = self._stamp(path)
 

@@ -194,7 +194,7 @@ def dominant(coefficients: Sequence[float]) -> tuple[int, float] | None:
 
 def _check_decay(decay: float) -> None:
     if not 0.0 <= decay <= 1.0:
-        raise UsageError(f"a decay of {decay} is outside [0, 1].")
+        raise UsageError(f"a decay of {decay} is outside [0, 1]. Choose one such as 0.99.")
 
 
 def _unroll(decays: Sequence[float]) -> tuple[float, ...]:

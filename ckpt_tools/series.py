@@ -50,11 +50,13 @@ class Series:
 
     Attributes:
         members: what is to be averaged.
+        given: every checkpoint that was looked at, chosen or not, but for outputs of our own that were left out.
         ordered_by: in words.
         notes: decisions worth saying aloud: duplicates, own outputs left out, ties.
     """
 
     members: tuple[Member, ...]
+    given: tuple[Path, ...]
     ordered_by: str
     notes: tuple[str, ...]
 
@@ -104,9 +106,9 @@ def find_series(
     _refuse_shards(found)
     _note_nested(found, notes)
     headers = [read_header(path) for path in found]
-    headers = _without_copies(headers, notes)
-    if not include_outputs:
-        headers = _without_outputs(headers, notes)
+    ours = set() if include_outputs else _outputs(headers, notes)
+    given = tuple(path for path in found if path not in ours)
+    headers = _without_copies([header for header in headers if header.path not in ours], notes)
     members, ordered_by = _ordered(headers, order, notes)
     members = _between(members, from_step, to_step)
     if best is not None:
@@ -117,7 +119,7 @@ def find_series(
         if last > len(members):
             notes.append(f"--last {last}: there are only {len(members)}; all are used.")
         members = members[-last:]
-    return Series(tuple(members), ordered_by, tuple(notes))
+    return Series(tuple(members), given, ordered_by, tuple(notes))
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
@@ -240,17 +242,16 @@ def _kept(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
     return kept
 
 
-def _without_outputs(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Leave our own outputs out, unless there is nothing else."""
-    others = [header for header in headers if header.provenance is None]
-    if not others or len(others) == len(headers):
-        return list(headers)
+def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
+    """Find outputs of our own to leave out; none if there is nothing else."""
+    ours = {header.path for header in headers if header.provenance is not None}
+    if len(ours) == len({header.path for header in headers}):
+        return set()
     notes.extend(
-        f"{header.path.name} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
-        for header in headers
-        if header.provenance is not None
+        f"{path.name} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
+        for path in sorted(ours, key=natural_key)
     )
-    return others
+    return ours
 
 
 def natural_key(path: Path) -> tuple[object, ...]:

@@ -91,8 +91,8 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
         ({"a": {"b": 1}}, "a.c", r"nothing at 'a\.c'\. a holds: b"),
         ({"a": {"b": 1}}, "a", "'a' is no state dict"),
-        ([torch.zeros(1)], "auto", "no tensor inside|Tensors stand in"),
-        (torch.zeros(1), "auto", "no tensor inside|no known layout"),
+        ([torch.zeros(1)], "auto", "tensors without names"),
+        (torch.zeros(1), "auto", "tensors without names"),
     ],
 )
 def test_what_is_not_there_is_said_with_what_is(save: Save, tree: Any, state: str, message: str) -> None:

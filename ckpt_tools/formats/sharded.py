@@ -61,7 +61,7 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     Raises:
         CorruptError: the index is no index, points outside its folder, or its shards hold other names.
     """
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     folder = index.parent
     headers = {}
     for name in dict.fromkeys(weight_map.values()):
@@ -95,7 +95,12 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     return Header(path, "sharded", tree, files, foreign, first.metadata, first.provenance, shards=weight_map)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return which file each tensor is in, as an index says.
+
+    Raises:
+        CorruptError: it is no index.
+    """
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -1,4 +1,4 @@
-"""Staged writing: the target is the old file or the whole new one, at any instant.
+"""Staged writing: a target file is the old one or the whole new one, at any instant.
 
 The output is made beside its target under a hidden name, synced to the disk, and renamed. On
 failure or interruption the hidden file goes; inputs are never opened for writing.
@@ -7,13 +7,14 @@ failure or interruption the hidden file goes; inputs are never opened for writin
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import WriteError
-from . import SUFFIXES
+from .sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, folder: bool) -> None:
@@ -28,7 +29,17 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
     Raises:
         WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk.
     """
+    try:
+        _check_target(target, inputs, nbytes, force, folder)
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, a working folder that is gone
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with -o.") from error
+
+
+def _check_target(target: Path, inputs: Iterable[Path], nbytes: int, force: bool, folder: bool) -> None:
     parent = target.absolute().parent
+    if parent.exists() and not parent.is_dir():
+        raise WriteError(f"{target}: {parent} is a file, not a folder. Choose another place with -o.")
     if not parent.is_dir():
         raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
     resolved = target.resolve()
@@ -44,14 +55,13 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
             raise WriteError(
                 f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
             )
-    if target.is_dir() != folder and target.exists():
+    if target.exists() and target.is_dir() != folder:
         kind = "a folder" if target.is_dir() else "a file"
         raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
-    if target.exists() and (not folder or any(target.iterdir())):
-        if not force:
-            raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
-        if folder:
-            _check_replaceable(target)
+    if target.exists() and not (folder or target.is_file()):
+        raise WriteError(f"{target}: is no regular file. Choose another name with -o.")
+    if target.exists() and (not folder or any(target.iterdir())) and not force:
+        raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
     free = shutil.disk_usage(parent).free
@@ -69,18 +79,24 @@ def _same_file(a: Path, b: Path) -> bool:
         return False
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to replace a folder that holds anything but what takes its place, or an older output of that kind.
+
+    Args:
+        names: files that the new folder will hold.
+
+    Raises:
+        WriteError: names a file that would be lost.
+    """
+    if not folder.is_dir():
+        return
+    index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
+    known = {*names, *SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
     for child in sorted(folder.iterdir()):
-        ours = child.name.endswith((*SUFFIXES, *COMPANIONS)) and child.is_file()
-        if not ours:
+        if child.name not in known or not child.is_file():
             raise WriteError(
-                f"{folder}: holds {child.name}, which is no part of a checkpoint; not replaced. "
-                "Choose a new folder with -o."
+                f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with -o."
             )
-
-
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
-"""What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
 
 
 @contextmanager
@@ -98,7 +114,8 @@ def staged_files(target: Path, names: Sequence[str] | None, sizes: Sequence[int]
     Raises:
         WriteError: the system refuses.
     """
-    stage = target.absolute().parent / f".{target.name}.{os.getpid()}.partial"
+    # A name of its own, whatever other runs there are or were; short, for names have a limit.
+    stage = target.absolute().parent / f".{target.name[:40]}.{secrets.token_hex(4)}.partial"
     fds: list[int] = []
     try:
         try:
@@ -136,7 +153,8 @@ def _put(stage: Path, target: Path) -> None:
         stage.replace(target)
         return
     # A folder with content cannot be renamed over: the old one steps aside, and comes back if the new one fails.
-    aside = target.absolute().parent / f".{target.name}.{os.getpid()}.old"
+    # Between the two renames nothing stands at the target; a crash there leaves the old one under the name `aside`.
+    aside = stage.with_suffix(".old")
     target.rename(aside)
     try:
         stage.rename(target)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorruptError, NotACheckpointError, UnsupportedError, WriteError
-from ..tensors import DType, Storage, c_strides
+from ..tensors import DType, Storage, TensorSpec, c_strides
 from . import unpickle
 from .header import PROVENANCE, Header, parse_provenance
 from .output import FilePlan, OutTensor
@@ -172,40 +172,61 @@ class _Pickler(pickle.Pickler):
         return rebuild, args
 
 
-def plain(tree: Any, dropped: list[str], where: str = "") -> Any:
+def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
     """Copy a tree so that torch.load(weights_only=True) accepts it.
 
-    Namespaces become dicts, frozensets sets; what is no plain data is left out. OutTensors stay.
+    Namespaces become dicts, frozensets sets; what is no plain data is left out. What stands in the tree
+    twice, or contains itself, does so in the copy.
 
     Args:
+        tree: of a header; OutTensors in it stay.
         dropped: receives the dotted path of everything that was left out.
+        convert: gives what is to be written for a tensor of an input.
+
+    Raises:
+        WriteError: nested deeper than Python can follow.
     """
     import torch
 
-    if tree is None or isinstance(tree, (bool, int, float, complex, str, bytes, bytearray, OutTensor)):
-        return tree
-    if isinstance(tree, (torch.Size, torch.dtype, torch.device)):
-        return tree
-    if isinstance(tree, argparse.Namespace):
-        tree = vars(tree)
-    if isinstance(tree, dict):
-        items = [
-            (key, plain(value, dropped, f"{where}.{key}".lstrip(".")))
-            for key, value in tree.items()
-            if isinstance(key, (str, int, float, bool, tuple, type(None)))
-        ]
-        copy: Any = OrderedDict() if isinstance(tree, OrderedDict) else {}
-        copy.update((key, value) for key, value in items if value is not _LEFT_OUT)
-        metadata = getattr(tree, "_metadata", None)
-        if isinstance(tree, OrderedDict) and metadata is not None:
-            copy._metadata = plain(metadata, dropped, where)
-        return copy
-    if isinstance(tree, (list, tuple, set, frozenset)):
-        values = [plain(value, dropped, f"{where}[]") for value in tree]
-        kept = [value for value in values if value is not _LEFT_OUT]
-        return tuple(kept) if isinstance(tree, tuple) else set(kept) if isinstance(tree, (set, frozenset)) else kept
-    dropped.append(where or "the object itself")
-    return _LEFT_OUT
+    atoms = (bool, int, float, complex, str, bytes, bytearray, OutTensor, torch.Size, torch.dtype, torch.device)
+    keys = (str, int, float, bool, tuple, type(None))
+    copies: dict[int, Any] = {}
+
+    def copy(node: Any, where: str) -> Any:
+        if node is None or isinstance(node, atoms):
+            return node
+        if isinstance(node, TensorSpec):
+            return convert(node)
+        if id(node) in copies:
+            return copies[id(node)]
+        if isinstance(node, (dict, argparse.Namespace)):
+            mapping: Any = OrderedDict() if isinstance(node, OrderedDict) else {}
+            copies[id(node)] = mapping
+            for key, value in (node if isinstance(node, dict) else vars(node)).items():
+                found = copy(value, f"{where}.{key}".lstrip(".")) if isinstance(key, keys) else _LEFT_OUT
+                if found is not _LEFT_OUT:
+                    mapping[key] = found
+            metadata = getattr(node, "_metadata", None)
+            if isinstance(node, OrderedDict) and metadata is not None:
+                mapping._metadata = copy(metadata, where)
+            return mapping
+        if isinstance(node, list):
+            copies[id(node)] = items = []
+            items += [value for value in (copy(v, f"{where}[]") for v in node) if value is not _LEFT_OUT]
+            return items
+        if isinstance(node, (tuple, set, frozenset)):
+            values = [value for value in (copy(v, f"{where}[]") for v in node) if value is not _LEFT_OUT]
+            copies[id(node)] = tuple(values) if isinstance(node, tuple) else set(values)
+            return copies[id(node)]
+        dropped.append(where or "the object itself")
+        return _LEFT_OUT
+
+    try:
+        return copy(tree, "")
+    except RecursionError as error:
+        raise WriteError(
+            "what stands beside the weights is nested too deeply to be copied. Write a .safetensors file instead."
+        ) from error
 
 
 _LEFT_OUT = object()

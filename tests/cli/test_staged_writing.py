@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from cli_runner import contents
 
 from ckpt_tools.errors import WriteError
 from ckpt_tools.formats import staged
-from ckpt_tools.formats.staged import check_target, staged_files
+from ckpt_tools.formats.staged import check_replaceable, check_target, staged_files
 
 
 class Crash(BaseException):
@@ -174,15 +175,18 @@ def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(
     check("out", folder=True, force=True)
 
 
-@pytest.mark.parametrize("stranger", ["train.py", "events.log", "runs", ".git"])
+@pytest.mark.parametrize("stranger", ["train.py", "notes.txt", "other.pth", "runs", ".git"])
 def test_a_folder_with_anything_else_is_never_replaced(here: Path, stranger: str) -> None:
     folder = old_folder()
+    shards = {name: name for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    check_replaceable(folder, ["model.safetensors", "config.json"])
     if "." in stranger[1:]:
         (folder / stranger).write_text("precious")
     else:
         (folder / stranger).mkdir()
-    with pytest.raises(WriteError, match=rf"out: holds {re.escape(stranger)}, which is no part of a checkpoint"):
-        check("out", folder=True, force=True)
+    with pytest.raises(WriteError, match=rf"out: holds {re.escape(stranger)}, which the new folder would not"):
+        check_replaceable(folder, ["model.safetensors", "config.json"])
 
 
 def test_an_empty_folder_needs_no_force(here: Path) -> None:

@@ -29,18 +29,18 @@ from ckpt_tools.formats.unpickle import Inert, tensors_in
 
 # In protocol 0 to 2 a name is GLOBAL, in protocol 4 STACK_GLOBAL.
 NAMES = [
-    "os.system", "posix.system", "nt.system", "builtins.eval", "builtins.exec", "builtins.getattr", "builtins.setattr",
-    "builtins.__import__", "builtins.open", "builtins.compile", "builtins.type", "builtins.object", "builtins.map",
-    "__builtin__.eval", "__builtin__.execfile", "subprocess.Popen", "subprocess.call", "torch.hub.load", "torch.load",
-    "torch.storage._load_from_bytes", "torch.serialization.load", "torch.utils.data.DataLoader",
-    "torch._utils._rebuild_xla_tensor", "torch.jit.load", "torch.ops.load_library", "copyreg._reconstructor",
-    "copyreg.__newobj__", "copyreg.add_extension", "copy_reg._reconstructor", "importlib.import_module",
-    "runpy.run_path", "pickle.loads", "_pickle.loads", "numpy.load", "numpy.testing._private.utils.runstring", "functools.partial",
-    "operator.attrgetter", "operator.methodcaller", "types.FunctionType",
-    "types.CodeType", "sys.modules.clear",
-    "pip.main", "pty.spawn", "webbrowser.open", "ctypes.CDLL", "collections.namedtuple", "codecs.open", "codecs.encode",
-    "collections.OrderedDict.fromkeys", "collections.OrderedDict.__init__", "argparse.Namespace.__setattr__",
-    "argparse.ArgumentParser", "torch.Size.__class__", "torch.float32.__class__", "torch.Tensor", "torch.os.system",
+    "os.system", "posix.system", "nt.system", "builtins.eval", "builtins.exec", "builtins.getattr",
+    "builtins.setattr", "builtins.__import__", "builtins.open", "builtins.compile", "builtins.type",
+    "builtins.object", "builtins.map", "__builtin__.eval", "__builtin__.execfile", "subprocess.Popen",
+    "subprocess.call", "torch.hub.load", "torch.load", "torch.storage._load_from_bytes", "torch.serialization.load",
+    "torch.utils.data.DataLoader", "torch._utils._rebuild_xla_tensor", "torch.jit.load", "torch.ops.load_library",
+    "copyreg._reconstructor", "copyreg.__newobj__", "copyreg.add_extension", "copy_reg._reconstructor",
+    "importlib.import_module", "runpy.run_path", "pickle.loads", "_pickle.loads", "numpy.load",
+    "numpy.testing._private.utils.runstring", "functools.partial", "operator.attrgetter", "operator.methodcaller",
+    "types.FunctionType", "types.CodeType", "sys.modules.clear", "pip.main", "pty.spawn", "webbrowser.open",
+    "ctypes.CDLL", "collections.namedtuple", "codecs.open", "codecs.encode", "collections.OrderedDict.fromkeys",
+    "collections.OrderedDict.__init__", "argparse.Namespace.__setattr__", "argparse.ArgumentParser",
+    "torch.Size.__class__", "torch.float32.__class__", "torch.Tensor", "torch.os.system",
     "ckpt_tools.formats.unpickle.load", "ckpt_tools.formats.unpickle._TABLE.clear", "builtins.set.__init__",
 ]  # fmt: skip
 

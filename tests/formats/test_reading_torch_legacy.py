@@ -66,7 +66,8 @@ def test_views_and_shared_storages_of_a_legacy_file_are_read(legacy: Callable[..
     base = torch.arange(60.0)
     path = legacy("a.pth", {
         "base": base, "again": base, "offset": base[7:], "transposed": base.view(6, 10).t(),
-        "expanded": base[:3].expand(4, 3), "other": torch.arange(5), "scalar": base[9], "empty": torch.empty(0), "last": torch.full((2,), 7.0),
+        "expanded": base[:3].expand(4, 3), "other": torch.arange(5), "scalar": base[9],
+        "empty": torch.empty(0), "last": torch.full((2,), 7.0),
         "channels_last": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last),
     })  # fmt: skip
 

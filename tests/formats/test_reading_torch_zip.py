@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -304,6 +305,23 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
         archive.writestr("archive/data/0", PAYLOAD)
 
     with pytest.raises(CorruptError, match="two records have one name"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("offset", [0, 1 << 31, 1 << 40, 1 << 63, (1 << 64) - 1])
+def test_a_zip64_directory_that_points_at_no_record_is_refused(offset: int, tmp_path: Path) -> None:
+    records = {"archive/data.pkl": b"\x80\2" + TENSOR + b".", "archive/byteorder": b"little", "archive/data/0": PAYLOAD}
+    path = zip_of(tmp_path / "a.pth", records)
+    raw = bytearray(path.read_bytes())
+    name = raw.rindex(b"archive/data/0")  # the last entry: its offset moves into an extra field behind its name
+    raw[name - 16 : name - 14] = (12).to_bytes(2, "little")
+    raw[name - 4 : name] = b"\xff" * 4
+    end = raw.rindex(b"PK\5\6")
+    raw[end + 12 : end + 16] = (int.from_bytes(raw[end + 12 : end + 16], "little") + 12).to_bytes(4, "little")
+    raw[end:end] = struct.pack("<2HQ", 1, 8, offset)
+    path.write_bytes(raw)
+
+    with pytest.raises(CorruptError, match="points at no record"):
         read_header(path)
 
 

@@ -30,6 +30,7 @@ from ckpt_tools.formats import read_header, torch_zip
 from ckpt_tools.formats import safetensors as st_format
 from ckpt_tools.formats.output import FilePlan, OutTensor
 from ckpt_tools.formats.sharded import index_json, parse_size, plan_shards
+from ckpt_tools.tensors import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
 
@@ -171,6 +172,20 @@ def test_plain_data_beside_the_weights_is_written_as_it_is(save: Save, tmp_path:
     }
 
 
+def copied(spec: TensorSpec) -> OutTensor:
+    return OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "copied")
+
+
+def test_what_refers_to_itself_is_copied_as_it_is(save: Save, tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"shared": [1], "n": 3}
+    tree |= {"itself": tree, "twice": tree["shared"]}
+    header = read_header(save("in.pth", {"cycle": tree, "w": torch.ones(2)}))
+    plain = torch_zip.plain(header.tree, [], copied)
+    loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
+    assert loaded["cycle"]["itself"] is loaded["cycle"]
+    assert loaded["cycle"]["twice"] is loaded["cycle"]["shared"]
+
+
 def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Save, tmp_path: Path) -> None:
     state = torch.nn.BatchNorm1d(2).state_dict()
     tree = {
@@ -182,7 +197,7 @@ def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Sa
     header = read_header(path)
     dropped: list[str] = []
     out = copies(path)
-    plain = torch_zip.plain({**header.tree, "state_dict": out}, dropped)
+    plain = torch_zip.plain({**header.tree, "state_dict": out}, dropped, copied)
 
     loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
     assert loaded["args"] == {"lr": 0.1, "nested": {"a": 1}}
@@ -193,7 +208,7 @@ def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Sa
 def test_the_metadata_of_a_state_dict_survives_plain(save: Save) -> None:
     state = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).state_dict()
     header = read_header(save("in.pth", state))
-    plain = torch_zip.plain(header.tree, [])
+    plain = torch_zip.plain(header.tree, [], copied)
 
     assert type(plain) is OrderedDict
     assert plain._metadata == state._metadata
