@@ -6,17 +6,28 @@ import signal
 import sys
 import warnings
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from ..errors import CkptError
 from . import console
 from .avg import avg
 from .inspect import inspect
 
+
+class _PlainList(typer.core.TyperGroup):
+    """`ckpt --help` as plain text: the panels of rich, which each command has, cost as much time as all the rest."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.rich_markup_mode = None
+
+
 app = typer.Typer(
     name="ckpt",
+    cls=_PlainList,
     help="Average and inspect saved PyTorch checkpoints. "
     "No code in a checkpoint is ever run; no input is ever changed.",
     no_args_is_help=True,

@@ -19,7 +19,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[bool, typer.Option("--json", help="The description on stdout.")] = False,
 ) -> None:
-    """Show what a checkpoint holds, without loading or running any of it.
+    """Show what a checkpoint holds, from its header alone.
 
     Example: ckpt inspect averaged.pth
     """

@@ -199,7 +199,10 @@ class _NoSpec(_Checked, UnsupportedTensor):
 
 
 def _ints(values: Any) -> tuple[int, ...]:
-    """Turn a size or stride into a tuple; what is none becomes one that `make_spec` refuses."""
+    """Turn a size or stride into a tuple; what is none becomes one that `make_spec` refuses.
+
+    It is not shown as it is: a few bytes of a pickle can be a value that takes gigabytes to write out.
+    """
     plain = isinstance(values, (tuple, list)) and all(type(value) is int for value in values)
     return tuple(values) if plain else (-1,)
 
@@ -221,7 +224,8 @@ class _Tensor(metaclass=Sealed):
             for view in ("conj", "neg"):
                 if metadata.get(view):
                     return _NoSpec(f"a lazy {view} view")
-        spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=start)
+        (first,) = _ints((start,))
+        spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
         return _Spec(spec.dtype, spec.shape, spec.stride, spec.start, spec.storage)
 
 

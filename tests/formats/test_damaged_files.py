@@ -30,7 +30,7 @@ from ckpt_tools.formats.unpickle import tensors_in
 from ckpt_tools.payload import read_tensor
 from ckpt_tools.tensors import TensorSpec
 
-FUZZ = settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.float16), "n": torch.tensor(3)}
 
 
