@@ -98,8 +98,22 @@ def select(header: Header, state: str = "auto") -> StateDict:
     found = states(header)
     which = ("ema" if "ema" in found else "raw") if state == "auto" else state
     if which in found:
+        _refuse_nested(header, found[which])
         return found[which]
     raise LayoutError(_nothing(header, found, which))
+
+
+def _refuse_nested(header: Header, state: StateDict) -> None:
+    """Refuse a dict in which a stray tensor stands beside the weights proper, such as best_acc beside net."""
+    for key, value in state.extras.items():
+        if looks_like_training_state(key, value) or key.endswith("_extra_state"):
+            continue
+        if any(True for _ in tensors_in(value)):
+            place = ".".join((*state.path, key))
+            raise LayoutError(
+                f"{header.path}: tensors stand both in {'.'.join(state.path) or 'the top level'} and below '{place}', "
+                f"so it is not clear which are the weights. Choose with --state, such as --state {place}."
+            )
 
 
 def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:

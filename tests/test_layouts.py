@@ -107,3 +107,16 @@ def test_a_pickled_module_is_named_and_not_loaded(save: Save) -> None:
         select(header)
     with pytest.raises(LayoutError, match=r"a pickled object \(torch\.nn\.modules\.linear\.Linear\)"):
         select(read_header(save("d.pth", nn.Linear(2, 2))))
+
+
+@pytest.mark.parametrize(
+    ("tree", "place"),
+    [
+        ({"net": weights(), "best_acc": torch.tensor(90.0)}, "net"),
+        ({"model": {"enc": weights(), "scale": torch.ones(1)}}, "model.enc"),
+        ({"w": torch.ones(1), "layers": [torch.ones(1)]}, "layers"),
+    ],
+)
+def test_a_stray_tensor_beside_the_weights_is_not_taken_for_them(save: Save, tree: Any, place: str) -> None:
+    with pytest.raises(LayoutError, match=f"not clear which are the weights.*--state {place}"):
+        select(read_header(save("c.pth", tree)))
