@@ -27,7 +27,15 @@ from harness import (
 FEW, MANY = 6, 12
 BIG_FILES = 2
 BIG_BYTES = 2_000_000_000
-HEADER = ("run", "input GB", "largest tensor GB", "peak RSS GB", "above import torch")
+HEADER = (
+    "run",
+    "input GB",
+    "largest tensor GB",
+    "ckpt avg, peak RSS GB",
+    "above import torch",
+    "function, peak RSS GB at its end",
+    "above imports",
+)
 VIT_L_TENSOR_BYTES = 4 * 4096 * 1024  # an MLP weight in fp32
 
 
@@ -43,6 +51,15 @@ def peak_avg(python: str, paths: Sequence[str], out: Path, repeat: int) -> float
         out.unlink(missing_ok=True)
 
 
+def peak_function(python: str, paths: Sequence[str], out: Path, repeat: int) -> tuple[float, float]:
+    """Highest peak before the process ends, and its highest rise over what the imports took."""
+    try:
+        told = [run_job("ours", str(out), *paths, python=python)[1] for _ in range(repeat)]
+    finally:
+        out.unlink(missing_ok=True)
+    return max(t["peak_gb"] for t in told), max(t["peak_gb"] - t["before_gb"] for t in told)
+
+
 def big_files(folder: Path, scale: float) -> list[str]:
     paths = [folder / f"one-tensor-x{scale:g}-{i}.pth" for i in range(BIG_FILES)]
     if not all(path.exists() for path in paths):
@@ -51,27 +68,28 @@ def big_files(folder: Path, scale: float) -> list[str]:
     return [str(path) for path in paths]
 
 
-def row(name: str, paths: Sequence[str], tensor_gb: float, rss: float, floor: float) -> list[str]:
-    size = sum(Path(path).stat().st_size for path in paths) / GB
-    return [name, f"{size:.2f}", f"{tensor_gb:.3f}", f"{rss:.2f}", f"{rss - floor:.2f}"]
-
-
 def measure(python: str, folder: Path, scale: float, repeat: int, keep: bool) -> list[list[str]]:
     out = folder / "bench-out.pth"
     floor = peak([python, "-c", "import torch"], repeat)
-    rows = [["import torch alone", "", "", f"{floor:.2f}", ""]]
+    # os._exit leaves out what the libraries do while the process ends.
+    bare = peak([python, "-c", "import os, torch; os._exit(0)"], repeat)
+
+    def row(name: str, paths: Sequence[str], tensor_bytes: float) -> list[str]:
+        size = sum(Path(path).stat().st_size for path in paths) / GB
+        whole = peak_avg(python, paths, out, repeat)
+        inside, rise = peak_function(python, paths, out, repeat)
+        figures = (whole, whole - floor, inside, rise)
+        return [name, f"{size:.2f}", f"{tensor_bytes * scale / GB:.3f}", *(f"{x:.2f}" for x in figures)]
+
+    rows = [["import torch alone", "", "", f"{floor:.2f}", "", f"{bare:.2f}", ""]]
     paths: list[str] = []
     for files in (FEW, MANY):
         # The longer series takes in the shorter one; all are real files, for links would be counted once.
         paths = series(folder, files, scale)
-        rss = peak_avg(python, paths, out, repeat)
-        rows.append(row(f"ckpt avg, {files} files", paths, VIT_L_TENSOR_BYTES * scale / GB, rss, floor))
+        rows.append(row(f"{files} files", paths, VIT_L_TENSOR_BYTES))
     if not keep:
         remove(paths)
-    paths = big_files(folder, scale)
-    rss = peak_avg(python, paths, out, repeat)
-    rows.append(row(f"ckpt avg, {BIG_FILES} files of one tensor", paths, BIG_BYTES * scale / GB, rss, floor))
-    return rows
+    return [*rows, row(f"{BIG_FILES} files of one tensor", big_files(folder, scale), BIG_BYTES)]
 
 
 def remove(paths: Sequence[str]) -> None:

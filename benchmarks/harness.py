@@ -100,9 +100,9 @@ def run(argv: Sequence[str], *, discard_stdout: bool = False) -> Run:
         return Run(seconds, usage.ru_maxrss * 1024 / GB, out.read().decode(errors="replace"), others)
 
 
-def run_job(job: str, *args: str) -> tuple[Run, dict[str, float]]:
+def run_job(job: str, *args: str, python: str = sys.executable) -> tuple[Run, dict[str, float]]:
     """Run one job of child.py; the last line it writes is a JSON object."""
-    done = run([sys.executable, CHILD, job, *args])
+    done = run([python, CHILD, job, *args])
     return done, json.loads(done.stdout.strip().splitlines()[-1])
 
 
