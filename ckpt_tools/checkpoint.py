@@ -66,7 +66,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             raise UnsupportedError(f"{self.path}: '{name}' is {spec.kind}, which is not read here.")
         from .payload import read_tensor
 
-        return read_tensor(spec)
+        return read_tensor(spec, self.header.files)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.state.tensors)

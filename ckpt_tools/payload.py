@@ -9,7 +9,7 @@ import errno
 import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from types import TracebackType
 import torch
 
 from .errors import CorruptError, ReadError
+from .formats.header import Stamp
 from .tensors import DType, TensorSpec
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
@@ -25,46 +26,50 @@ _WORTH = 16 * 1024  # bytes that cost no more to read than the call itself
 
 
 class OpenFiles:
-    """Input files, opened read-only once and shared by all threads; a context manager."""
+    """Input files, opened read-only once and shared by all threads; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        stamps: of files whose headers have been read, to be refused if they are other files by now.
+    """
+
+    def __init__(self, stamps: Iterable[Stamp] = ()) -> None:
         self._fds: dict[Path, int] = {}
-        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._stamps = {stamp.path: stamp for stamp in stamps}
 
     def open(self, path: Path) -> None:
         """Open a file, if it is not open yet.
 
         Raises:
             ReadError: it cannot be opened.
+            CorruptError: it is not the file whose header was read.
         """
         if path in self._fds:
             return
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            advice = " Raise the limit: ulimit -n 4096." if error.errno == errno.EMFILE else ""
+            advice = " Average fewer files at a time." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
             raise ReadError(f"{path}: cannot be read ({error.strerror}).{advice}") from error
         self._fds[path] = fd
-        self._stamps[path] = self._stamp(path)
+        self._check(self._stamps.setdefault(path, Stamp.of(path, fd)))
 
     def __getitem__(self, path: Path) -> int:
         return self._fds[path]
-
-    def _stamp(self, path: Path) -> tuple[int, int]:
-        stat = os.fstat(self._fds[path])
-        return stat.st_size, stat.st_mtime_ns
 
     def check_unchanged(self) -> None:
         """Refuse a result made from files that somebody wrote to meanwhile.
 
         Raises:
-            CorruptError: size or modification time of a file has changed since it was opened.
+            CorruptError: size or modification time of a file has changed since its header was read.
         """
-        for path, stamp in self._stamps.items():
-            if self._stamp(path) != stamp:
-                raise CorruptError(
-                    f"{path}: changed while it was read. Wait until training has finished writing, then try again."
-                )
+        for path in self._fds:
+            self._check(self._stamps[path])
+
+    def _check(self, stamp: Stamp) -> None:
+        if Stamp.of(stamp.path, self._fds[stamp.path]) != stamp:
+            raise CorruptError(
+                f"{stamp.path}: changed while it was read. Wait until training has finished writing, then try again."
+            )
 
     def __enter__(self) -> OpenFiles:
         return self
@@ -222,13 +227,13 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return found
 
 
-def read_tensor(spec: TensorSpec) -> torch.Tensor:
+def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
     """Read a whole tensor into new memory, contiguous.
 
     Raises:
-        ReadError: the file cannot be read, or ends early.
+        ReadError: the file cannot be read, ends early, or is none of the stamped ones any more.
     """
-    with OpenFiles() as files:
+    with OpenFiles(stamps) as files:
         files.open(spec.storage.path)
         reader = Reader(spec.nbytes)
         reader.read(Source(spec, files), 0, spec.numel)

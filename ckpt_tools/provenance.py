@@ -65,10 +65,10 @@ def provenance(mode: str, arguments: dict[str, Any], inputs: Sequence[Input]) ->
 
 def sha256_of(header: Header) -> dict[str, str]:
     digests = {}
-    for path, _ in header.files:
+    for stamp in header.files:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
+        with stamp.path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-        digests[path.name] = digest.hexdigest()
+        digests[stamp.path.name] = digest.hexdigest()
     return digests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,27 @@ def parse_provenance(text: str | bytes | None) -> dict[str, Any] | None:
     return provenance if isinstance(provenance, dict) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """One file as it was when its header was read; another Stamp of the path that differs means other content.
+
+    Attributes:
+        path: the file.
+        nbytes: its size.
+        identity: device, inode and time of modification.
+    """
+
+    path: Path
+    nbytes: int
+    identity: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, path: Path, fd: int) -> Stamp:
+        """Take the stamp of an open file, whatever stands at its path by now."""
+        stat = os.fstat(fd)
+        return cls(path, stat.st_size, (stat.st_dev, stat.st_ino, stat.st_mtime_ns))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Header:
     """A checkpoint without its payload.
@@ -30,7 +52,7 @@ class Header:
         format: ``torch-zip``, ``torch-legacy``, ``safetensors`` or ``sharded``.
         tree: what was saved; tensors stand in it as TensorSpec or UnsupportedTensor,
             objects of unknown classes as Inert. Safetensors and sharded: a flat dict.
-        files: every file that the checkpoint consists of, with its size in bytes.
+        files: every file that the checkpoint consists of.
         foreign: globals of the pickle that were not understood, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
         provenance: what ckpt-tools wrote about its own output, if it is one.
@@ -41,7 +63,7 @@ class Header:
     path: Path
     format: str
     tree: Any
-    files: tuple[tuple[Path, int], ...]
+    files: tuple[Stamp, ...]
     foreign: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
@@ -51,4 +73,4 @@ class Header:
     @property
     def nbytes(self) -> int:
         """Size on disk, in bytes."""
-        return sum(size for _, size in self.files)
+        return sum(stamp.nbytes for stamp in self.files)

@@ -26,12 +26,14 @@ class OutTensor:
         terms: (input tensor, float64 coefficient), in the order of summation. One term of
             coefficient 1 and of the output's dtype is copied, byte for byte.
         name: for messages.
+        finite: refuse NaN and infinity in it; False for what stands beside the weights.
     """
 
     dtype: DType
     shape: tuple[int, ...]
     terms: tuple[tuple[TensorSpec, float], ...]
     name: str
+    finite: bool = True
 
     @property
     def numel(self) -> int:

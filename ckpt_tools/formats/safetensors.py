@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CorruptError, UnsupportedError
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
-from .header import PROVENANCE, Header, parse_provenance
+from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .output import FilePlan, OutTensor
 
 MAX_HEADER = 100_000_000  # the library's own limit
@@ -26,8 +26,9 @@ def read(path: Path) -> Header:
     Raises:
         CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        stamp = Stamp.of(path, file.fileno())
+        size = stamp.nbytes
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
         if size < 8 or length > MAX_HEADER or 8 + length > size:
             raise CorruptError(f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy.")
@@ -51,7 +52,7 @@ def read(path: Path) -> Header:
         if alias != "format" and alias not in tensors and kept in entries:
             tensors[alias] = tensors[kept]
     provenance = parse_provenance(metadata.get(PROVENANCE))
-    return Header(path, "safetensors", tensors, ((path, size),), metadata=metadata, provenance=provenance)
+    return Header(path, "safetensors", tensors, (stamp,), metadata=metadata, provenance=provenance)
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, NotACheckpointError, UsageError
-from .header import Header
+from .header import Header, Stamp
 from .output import OutTensor
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
@@ -61,6 +61,8 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     Raises:
         CorruptError: the index is no index, points outside its folder, or its shards hold other names.
     """
+    with index.open("rb") as file:
+        stamp = Stamp.of(index, file.fileno())
     weight_map = read_weight_map(index)
     folder = index.parent
     headers = {}
@@ -91,7 +93,7 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     for header in headers.values():
         foreign.update(header.foreign)
     first = next(iter(headers.values()))
-    files = ((index, index.stat().st_size), *(file for header in headers.values() for file in header.files))
+    files = (stamp, *(file for header in headers.values() for file in header.files))
     return Header(path, "sharded", tree, files, foreign, first.metadata, first.provenance, shards=weight_map)
 
 

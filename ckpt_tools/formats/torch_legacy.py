@@ -14,7 +14,7 @@ from typing import IO, Any
 from ..errors import CorruptError
 from ..tensors import DType, Storage
 from . import unpickle
-from .header import Header
+from .header import Header, Stamp
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -25,8 +25,9 @@ def read(path: Path) -> Header:
     Raises:
         CorruptError: truncated or damaged.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        stamp = Stamp.of(path, file.fileno())
+        size = stamp.nbytes
         declared = _declared_storages(path, file, size)
         offsets = _storage_offsets(path, file, size, declared)
         file.seek(0)
@@ -46,7 +47,7 @@ def read(path: Path) -> Header:
             return Storage(path, whole.offset + first * item, count * item)
 
         tree, foreign = unpickle.load(file, locate, where=str(path))
-    return Header(path, "torch-legacy", tree, ((path, size),), foreign)
+    return Header(path, "torch-legacy", tree, (stamp,), foreign)
 
 
 def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:

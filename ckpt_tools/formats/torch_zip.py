@@ -22,7 +22,7 @@ from typing import IO, Any
 from ..errors import CorruptError, NotACheckpointError, UnsupportedError, WriteError
 from ..tensors import DType, Storage, TensorSpec, c_strides
 from . import unpickle
-from .header import PROVENANCE, Header, parse_provenance
+from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .output import FilePlan, OutTensor
 
 ALIGNMENT = 64  # torch's own, so that payloads can be mapped
@@ -42,8 +42,8 @@ def read(path: Path) -> Header:
         NotACheckpointError: a zip without a torch pickle, or a TorchScript archive.
         CorruptError: truncated or damaged.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        stamp = Stamp.of(path, file.fileno())
         try:
             archive = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
@@ -87,7 +87,7 @@ def read(path: Path) -> Header:
         path,
         "torch-zip",
         tree,
-        ((path, size),),
+        (stamp,),
         foreign,
         provenance=parse_provenance(provenance),
         fingerprint=tuple(c for c in checksums if not c[0].startswith("/.data/")) if telling else None,

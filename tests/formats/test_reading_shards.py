@@ -64,7 +64,7 @@ def test_shards_are_one_mapping_in_the_order_of_the_index(folder: Path) -> None:
         assert checkpoint.header.format == "sharded"
         assert list(checkpoint) == list(STATE)
         assert all(torch.equal(checkpoint[name], tensor) for name, tensor in STATE.items())
-    assert {path.name for path, _ in checkpoint.header.files} == {path.name for path in folder.iterdir()}
+    assert {stamp.path.name for stamp in checkpoint.header.files} == {path.name for path in folder.iterdir()}
     assert checkpoint.header.nbytes == sum(path.stat().st_size for path in folder.iterdir())
 
 
