@@ -189,7 +189,7 @@ def _container(
 
     def convert(spec: TensorSpec) -> OutTensor:
         name = "an entry beside the weights"
-        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name))
+        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name, finite=False))
 
     return torch_zip.plain(tree, dropped, convert)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .assembly import Assembly, assemble, check_suffix, default_target
 from .errors import LayoutError, UsageError, WriteError
 from .formats import SUFFIXES
+from .formats.header import Stamp
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target, staged_files
@@ -21,7 +23,12 @@ from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, find_series
 from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
 
+if TYPE_CHECKING:
+    import torch
+
 BUFFERS = ("average", "last")
+MAX_THREADS = 256
+"""More would help no disk, and each holds its own buffers."""
 _DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
 _RUNNING = ("running_mean", "running_var")
@@ -89,7 +96,7 @@ def average(
     match: str = "name",
     keys: str = "strict",
     buffers: str = "average",
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     out: str | Path | None = None,
     max_shard_size: str | int | None = None,
     untie: bool = False,
@@ -118,7 +125,7 @@ def average(
             their weights scaled to the same sum).
         buffers: ``average``, or ``last`` to take BatchNorm's running statistics from the last checkpoint.
             Integer and bool tensors always come from the last.
-        dtype: of the averaged floating-point tensors, as the inputs if not given.
+        dtype: of the averaged floating-point tensors, such as ``bfloat16``; as the inputs if not given.
         out: target; the suffix picks the format, none means a folder of shards. ``averaged.pth``,
             or ``averaged.safetensors``, or the folder ``averaged``, as the inputs are, if not given.
         max_shard_size: bytes, or text such as ``5GB``.
@@ -144,8 +151,8 @@ def average(
     if buffers not in BUFFERS:
         raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
     out_dtype = _parse_dtype(dtype)
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: must be 1 or more.")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
     if out is not None:
         check_suffix(Path(out))
     shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
@@ -193,7 +200,7 @@ def average(
     try:
         check_target(
             target,
-            [*series.given, *(file for member in members for file, _ in member.header.files)],
+            [*series.given, *(stamp.path for member in members for stamp in member.header.files)],
             nbytes=sum(tensor.nbytes for tensor in unique),
             force=force,
             folder=not target.name.endswith(SUFFIXES),
@@ -251,13 +258,15 @@ def average(
     if on_plan is not None:
         on_plan(report)
     if not dry_run:
-        _write(assembly, threads, allow_nonfinite, report, on_progress)
+        stamps = [stamp for member in members for stamp in member.header.files]
+        _write(assembly, stamps, threads, allow_nonfinite, report, on_progress)
         report = replace(report, written=True)
     return report
 
 
 def _write(
     assembly: Assembly,
+    stamps: Sequence[Stamp],
     threads: int,
     allow_nonfinite: bool,
     report: AverageReport,
@@ -275,6 +284,7 @@ def _write(
     ):
         engine.run(
             [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
+            stamps=stamps,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
             on_progress=None if on_progress is None else lambda moved: on_progress(moved.read + moved.written, total),
@@ -342,7 +352,7 @@ def _out_tensors(
             if dtype is not None and last.dtype.kind is Kind.FLOAT:
                 out_dtype = dtype
             if not (keep_running and name.rsplit(".", 1)[-1] in _RUNNING):
-                terms = _scaled(present, coefficients)
+                terms = _scaled(name, present, coefficients)
         tensor = OutTensor(out_dtype, last.shape, terms, name)
         tensors[name] = tensor
         if tensor.numel:
@@ -358,20 +368,24 @@ def _refuse_packed(name: str, spec: TensorSpec) -> None:
 
 
 def _scaled(
-    present: Sequence[tuple[TensorSpec, float]], coefficients: Sequence[float]
+    name: str, present: Sequence[tuple[TensorSpec, float]], coefficients: Sequence[float]
 ) -> tuple[tuple[TensorSpec, float], ...]:
-    """Give a tensor that some checkpoints lack the same total weight as the others have."""
-    if len(present) == len(coefficients):
-        return tuple(present)
-    have, want = sum(c for _, c in present), sum(coefficients)
-    if have == 0:
-        raise UsageError(f"the checkpoints that have '{present[0][0]}' weigh 0 together. Use --keys intersection.")
-    return tuple((spec, c * want / have) for spec, c in present)
+    """Leave out what weighs nothing, and give a tensor that some checkpoints lack the total weight of the others."""
+    scale = 1.0
+    if len(present) < len(coefficients):
+        have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
+        # A sum that is 0 but for rounding would blow the rounding up.
+        if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
+            raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use --keys intersection.")
+        scale = want / have
+    weighing = tuple((spec, c * scale) for spec, c in present if c != 0)
+    return weighing or tuple(present[-1:])
 
 
-def _parse_dtype(text: str | None) -> DType | None:
-    if text is None or text == "same":
+def _parse_dtype(dtype: Any) -> DType | None:
+    if dtype is None or dtype == "same":
         return None
+    text = str(dtype).removeprefix("torch.")
     name = _DTYPE_ALIASES.get(text, text)
     if name not in FLOAT_DTYPES:
         raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")

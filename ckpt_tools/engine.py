@@ -15,14 +15,15 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import torch
 
-from .errors import NumericsError, UsageError, WriteError
+from .errors import NumericsError, WriteError
 from .formats.crc32 import combine
+from .formats.header import Stamp
 from .formats.output import FilePlan, OutTensor
 from .payload import Buffer, OpenFiles, Reader, Source, raise_file_limit, torch_dtype
 from .tensors import DTYPES, DType, Kind
@@ -69,6 +70,7 @@ def memory_needed(threads: int, piece: int = PIECE) -> int:
 def run(
     outputs: Sequence[OutFile],
     *,
+    stamps: Iterable[Stamp] = (),
     threads: int | None = None,
     piece: int = PIECE,
     allow_nonfinite: bool = False,
@@ -78,6 +80,7 @@ def run(
 
     Args:
         outputs: files of the planned size, open for writing.
+        stamps: of the inputs, taken when their headers were read.
         threads: workers; as many as there are cores by default.
         piece: elements a worker handles at a time. Changes no byte of the output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
@@ -89,12 +92,10 @@ def run(
         WriteError: the output cannot be written.
     """
     threads = default_threads() if threads is None else threads
-    if threads < 1 or piece < 1:
-        raise UsageError(f"--threads {threads}: must be 1 or more.")
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # our own threads are the parallelism
     try:
-        with OpenFiles() as files, ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
+        with OpenFiles(stamps) as files, ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
             paths = {spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms}
             raise_file_limit(len(paths))
             for path in paths:
@@ -145,6 +146,7 @@ class _Recipe:
         terms: (where to read, coefficient, its real dtype), in the order of summation.
         reals: floating-point numbers an element: 2 for complex.
         real: their dtype in the output.
+        checked: NaN and infinity in it are refused.
         common: the coefficient, where all are equal: the sum is then multiplied once, instead of every term.
         limit: magnitude from which on a sum overflows that dtype.
         anchored: sum up differences from the first term. The products of float64 values are rounded, so
@@ -152,18 +154,19 @@ class _Recipe:
             and exact when all are equal. Narrower dtypes have bits to spare and need no such care.
     """
 
-    __slots__ = ("anchored", "common", "limit", "real", "reals", "terms")
+    __slots__ = ("anchored", "checked", "common", "limit", "real", "reals", "terms")
 
     def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
-        # What is copied is never computed with, so torch need not know its dtype.
-        sums = not tensor.copied
+        self.checked = tensor.finite and tensor.dtype.averaged
+        # What is only copied is never computed with, so torch need not know its dtype.
+        known = self.checked or not tensor.copied
         self.terms = [
-            (Source(spec, files), c, torch_dtype(_real(spec.dtype)) if sums else torch.uint8)
+            (Source(spec, files), c, torch_dtype(_real(spec.dtype)) if known else torch.uint8)
             for spec, c in tensor.terms
         ]
         self.reals = 2 if tensor.dtype.kind is Kind.COMPLEX else 1
-        self.real = torch_dtype(_real(tensor.dtype)) if sums else torch.uint8
-        self.limit = _overflow(self.real) if sums else math.inf
+        self.real = torch_dtype(_real(tensor.dtype)) if known else torch.uint8
+        self.limit = _overflow(self.real) if known else math.inf
         wide = any(dtype is torch.float64 for _, _, dtype in self.terms)
         # float64 has no room for a sum larger than its average.
         self.common = tensor.terms[0][1] if not wide and len({c for _, c in tensor.terms}) == 1 else None
@@ -252,6 +255,9 @@ class _Worker:
         """Return (bytes read, bytes to write) for a piece; the next call overwrites the latter."""
         if piece.tensor.copied:
             nbytes = self._reader.read(piece.recipe.terms[0][0], piece.start, piece.stop)
+            if piece.recipe.checked and not self._allow_nonfinite:
+                values = self._reader.buffer.view(piece.recipe.real, (piece.stop - piece.start) * piece.recipe.reals)
+                self._check(piece, values if values.dtype in _FULL_RANGE else self._as_single(values))
             return nbytes, self._reader.buffer.bytes[:nbytes]
         total, read = self._add_up(piece)
         narrow = self._narrow(total, piece.recipe.real)
@@ -260,12 +266,15 @@ class _Worker:
         return read, self._term.bytes[: narrow.numel() * narrow.element_size()]
 
     def _add_up(self, piece: _Piece) -> tuple[torch.Tensor, int]:
-        recipe, start, stop = piece.recipe, piece.start, piece.stop
-        count = (stop - start) * recipe.reals
+        count = (piece.stop - piece.start) * piece.recipe.reals
         total = self._sum.view(torch.float64, count)
-        term = self._term.view(torch.float64, count)
-        if recipe.anchored:
-            return self._add_up_differences(piece, total, term)
+        if piece.recipe.anchored:
+            return total, self._add_up_differences(piece, total)
+        return total, self._add_up_products(piece, total)
+
+    def _add_up_products(self, piece: _Piece, total: torch.Tensor) -> int:
+        recipe, start, stop = piece.recipe, piece.start, piece.stop
+        term = self._term.view(torch.float64, total.numel())
         read = 0
         target = total
         for source, coefficient, dtype in recipe.terms:
@@ -278,10 +287,11 @@ class _Worker:
             target = term
         if recipe.common is not None:
             total.mul_(recipe.common)
-        return total, read
+        return read
 
-    def _add_up_differences(self, piece: _Piece, total: torch.Tensor, term: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def _add_up_differences(self, piece: _Piece, total: torch.Tensor) -> int:
         self._first = self._first or Buffer(len(self._sum.bytes))
+        term = self._term.view(torch.float64, total.numel())
         first = self._first.view(torch.float64, total.numel())
         read = 0
         total.zero_()
@@ -294,14 +304,20 @@ class _Worker:
             target = term
         # Where nothing differs the first value itself, for a sum would lose the sign of a zero.
         torch.where(total == 0, first, first + total, out=total)
-        return total, read
+        finite = torch.isfinite(total)
+        if not finite.all():
+            # The difference of two infinities is none, and that of two large numbers may overflow.
+            self._add_up_products(piece, first)
+            torch.where(finite, total, first, out=total)
+        return read
 
     def _widen(self, dtype: torch.dtype, target: torch.Tensor) -> torch.Tensor:
         """Bring what the reader holds into a float64 tensor; exact for every dtype."""
         source = self._reader.buffer.view(dtype, target.numel())
-        if dtype not in _DIRECT:
-            source = self._single.view(torch.float32, target.numel()).copy_(source)
-        return target.copy_(source)
+        return target.copy_(source if dtype in _DIRECT else self._as_single(source))
+
+    def _as_single(self, values: torch.Tensor) -> torch.Tensor:
+        return self._single.view(torch.float32, values.numel()).copy_(values)
 
     def _narrow(self, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Round float64 once to the output's dtype, to nearest, ties to even; into the term buffer."""

@@ -8,8 +8,10 @@ c_i = (1 - d_i) * prod_{j>i} d_j, with c_1 = prod_{j>1} d_j for a start from the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from .errors import UsageError
 
@@ -42,6 +44,10 @@ class Schedule:
         Raises:
             UsageError: an unknown mode, an option of another mode, or a number out of range.
         """
+        numbers = [] if self.weights is None else list(self.weights)
+        for option, value in (("--decay", self.decay), *(("--weights", number) for number in numbers)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise UsageError(f"{option} takes numbers, not {value!r}.")
         if self.mode not in MODES:
             raise UsageError(f"--mode is one of {', '.join(MODES)}, not {self.mode!r}.")
         variants = {
@@ -171,6 +177,8 @@ def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, 
     """
     if not all(math.isfinite(value) for value in values):
         raise UsageError("--weights must be finite numbers.")
+    if len(values) * max(map(abs, values), default=0.0) > sys.float_info.max:
+        raise UsageError("--weights are too large to be summed. Divide them all by the largest.")
     if not normalize:
         return tuple(float(value) for value in values)
     total = math.fsum(values)

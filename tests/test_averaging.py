@@ -264,6 +264,74 @@ def test_union_averages_over_the_files_that_have_a_tensor(tmp_path: Path, save: 
     assert {k: v.item() for k, v in load(tmp_path / "out.pth").items()} == {"a": 2.0, "b": 7.0}
 
 
+def test_union_refuses_weights_that_cancel_for_a_tensor(tmp_path: Path, save: Save) -> None:
+    w, b = torch.ones(2), torch.ones(3)
+    paths = [save("1.pth", {"w": w, "b": b}), save("2.pth", {"w": w, "b": 2 * b}), save("3.pth", {"w": w})]
+    for pair in ([1.0, -1.0], [0.3, -0.1 - 0.2]):  # -0.1 - 0.2 is 0.3 but for rounding
+        with pytest.raises(UsageError, match="that have 'b' weigh 0 together"):
+            ckpt_tools.average(paths, out=tmp_path / "o.pth", keys="union", mode="weights", weights=[*pair, 1.0])
+    # A small share is a share: a tensor of the oldest file alone, in a long and fast average.
+    ckpt_tools.average(
+        [save("1.pth", {"w": w, "b": b}), *(save(f"{i}.pth", {"w": i * w}) for i in range(2, 70))],
+        out=tmp_path / "o.pth", keys="union", mode="ema", decay=0.5,
+    )  # fmt: skip
+    assert load(tmp_path / "o.pth")["b"].equal(b)
+
+
+def test_a_file_that_weighs_nothing_contributes_nothing(tmp_path: Path, save: Save) -> None:
+    first, last = torch.randn(5), torch.full((5,), -float("inf"))
+    paths = [save("1.pth", {"w": first}), save("2.pth", {"w": last})]
+    ckpt_tools.average(paths, out=tmp_path / "o.pth", mode="ema", decay=1.0)
+    assert load(tmp_path / "o.pth")["w"].equal(first)
+
+
+@pytest.mark.parametrize("options", [{"last": 1}, {"buffers": "last"}, {"keys": "union"}])
+def test_nan_is_refused_where_a_tensor_is_taken_from_one_file(
+    tmp_path: Path, save: Save, options: dict[str, Any]
+) -> None:
+    bad = torch.tensor([1.0, float("nan")])
+    name = "bn.running_mean" if "buffers" in options else "b"
+    state = {"w": torch.ones(2), "bn.running_mean": torch.ones(2)}
+    paths = [save("1.pth", state), save("2.pth", state | {name: bad})]
+    with pytest.raises(NumericsError, match=r"2\.pth: '(b|bn\.running_mean)' holds NaN at \[1\]"):
+        ckpt_tools.average(paths, out=tmp_path / "o.pth", **options)
+    assert not (tmp_path / "o.pth").exists()
+    ckpt_tools.average(paths, out=tmp_path / "o.pth", allow_nonfinite=True, **options)
+    # What stands beside the weights is nobody's to judge.
+    ckpt_tools.average(save("3.pth", {"state_dict": {"w": torch.ones(2)}, "best": bad}), out=tmp_path / "best.pth")
+    assert load(tmp_path / "best.pth")["best"].isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("how", ["replaced", "overwritten"])
+def test_a_file_that_becomes_another_one_after_its_header_was_read_is_refused(
+    tmp_path: Path, suffix: str, how: str
+) -> None:
+    write = torch.save if suffix == ".pth" else save_file
+    paths = [tmp_path / f"{i}{suffix}" for i in range(3)]
+    for i, path in enumerate(paths):
+        write({"a": torch.full((3,), float(i)), "b": torch.zeros(30)}, path)
+    later = tmp_path / "later"
+    write({"b": torch.ones(30), "a": torch.zeros(3)}, later)
+
+    def meanwhile(_: object) -> None:
+        if how == "replaced":
+            later.replace(paths[1])
+        else:
+            paths[1].write_bytes(later.read_bytes())
+
+    with pytest.raises(CorruptError, match=rf"1{suffix}: changed while it was read"):
+        ckpt_tools.average(paths, out=tmp_path / "o.pth", on_plan=meanwhile)
+    assert not (tmp_path / "o.pth").exists()
+
+
+def test_a_lazy_mapping_notices_that_its_file_was_replaced(tmp_path: Path, save: Save) -> None:
+    checkpoint = ckpt_tools.open_checkpoint(save("a.pth", {"w": torch.ones(3)}))
+    save("b.pth", {"v": torch.zeros(90), "w": torch.zeros(3)}).replace(tmp_path / "a.pth")
+    with pytest.raises(CorruptError, match=r"a\.pth: changed while it was read"):
+        checkpoint["w"]
+
+
 def test_running_statistics_may_come_from_the_last(tmp_path: Path, save: Save) -> None:
     paths = [
         save(f"{i}.pth", {"bn.running_mean": torch.full((1,), float(i)), "bn.weight": torch.full((1,), float(i))})
@@ -388,7 +456,13 @@ def test_a_dry_run_reads_no_payload_and_writes_nothing(
         ({"mode": "weights", "weights": [1, -1]}, "sum to 0"),
         ({"buffers": "first"}, "average, last"),
         ({"dtype": "int8"}, "--dtype is one of"),
-        ({"threads": 0}, "must be 1 or more"),
+        ({"threads": 0}, "whole number from 1 to 256"),
+        ({"threads": 100_000}, "whole number from 1 to 256"),
+        ({"threads": 1.5}, "whole number from 1 to 256"),
+        ({"mode": "weights", "weights": "1,2"}, "takes numbers, not '1'"),
+        ({"mode": "weights", "weights": [1e308] * 12}, "too large to be summed"),
+        ({"mode": "weights", "weights": [1e308] * 12, "normalize": False}, "too large to be summed"),
+        ({"mode": "ema", "decay": "0.9"}, "takes numbers, not '0.9'"),
         ({"max_shard_size": "many"}, "is no size"),
         ({"out": "x.npz"}, "suffix should be one of"),
         ({"out": "x.pth", "max_shard_size": "1GB"}, "needs a folder"),

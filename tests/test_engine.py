@@ -212,6 +212,19 @@ def test_a_value_that_is_not_finite_names_file_tensor_and_place(tmp_path: Path, 
     assert not torch.isfinite(found[2, 7])
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "complex64"])
+def test_masks_of_infinity_stay_infinity_where_they_are_allowed(tmp_path: Path, dtype: str) -> None:
+    values = torch.tensor([[1.0, -math.inf, math.inf], [2.0, -math.inf, math.inf]], dtype=getattr(torch, dtype))
+    found = average(tmp_path, list(values), [0.5, 0.5], allow_nonfinite=True)
+    real = torch.view_as_real(found)[:, 0] if found.is_complex() else found
+    assert real.tolist() == [1.5, -math.inf, math.inf]
+
+
+def test_float64_of_opposite_signs_does_not_overflow_on_the_way(tmp_path: Path) -> None:
+    tensors = [torch.tensor([1.7e308, 1.0], dtype=torch.float64), torch.tensor([-1.7e308, 3.0], dtype=torch.float64)]
+    assert average(tmp_path, tensors, [0.5, 0.5]).tolist() == [0.0, 2.0]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"])
 def test_a_result_beyond_the_output_dtype_is_an_error(tmp_path: Path, dtype: str) -> None:
     largest = torch.finfo(getattr(torch, dtype)).max

@@ -313,7 +313,7 @@ def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str)
         (["--order", "time"], "--order is one of auto, given, natural, mtime, not 'time'."),
         (["--dtype", "int8"], "not 'int8'"),
         (["--last", "0"], "--last 0: must be 1 or more."),
-        (["--threads", "0"], "--threads 0: must be 1 or more."),
+        (["--threads", "0"], "--threads 0: must be a whole number from 1 to 256."),
         (["--metric", "loss"], "--metric and --lower-is-better go with --best N."),
         (["--max-shard-size", "5XB", "-o", "m"], "'5XB' is no size; write one such as 5GB or 500MB."),
         (["--max-shard-size", "5GB"], "--max-shard-size needs a folder: give -o a name without suffix."),
