@@ -11,15 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .averaging import AverageReport, average
+    from .batchnorm import BatchNormReport, recalibrate_bn
+    from .batchnorm.job import RecalibrationReport, recalibrate_checkpoint
     from .checkpoint import Checkpoint, open_checkpoint
     from .errors import CkptError
 
 __version__ = "0.1.0"
-__all__ = ["AverageReport", "Checkpoint", "CkptError", "__version__", "average", "open_checkpoint"]
+__all__ = [
+    "AverageReport",
+    "BatchNormReport",
+    "Checkpoint",
+    "CkptError",
+    "RecalibrationReport",
+    "__version__",
+    "average",
+    "open_checkpoint",
+    "recalibrate_bn",
+    "recalibrate_checkpoint",
+]
 
 _HOMES = {
     "AverageReport": "averaging",
     "average": "averaging",
+    "BatchNormReport": "batchnorm",
+    "recalibrate_bn": "batchnorm",
+    "RecalibrationReport": "batchnorm.job",
+    "recalibrate_checkpoint": "batchnorm.job",
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "CkptError": "errors",

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
 from .layouts import LAYOUTS, StateDict, looks_like_training_state
-from .tensors import TensorSpec
+from .tensors import TensorSpec, UnsupportedTensor
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
@@ -217,3 +217,59 @@ def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
     if not path:
         return value
     return {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
+
+
+def rewrite(
+    base: Header,
+    state: StateDict,
+    changed: Mapping[str, OutTensor],
+    *,
+    target: Path,
+    provenance: Mapping[str, Any],
+) -> Assembly:
+    """Lay out a checkpoint as it is, in its own format, but for some tensors of one set of weights.
+
+    Args:
+        base: its header.
+        state: the set of weights.
+        changed: what takes the place of tensors in it, by name.
+        target: of the same format: a torch file, a safetensors file or a folder.
+        provenance: written beside the weights.
+
+    Raises:
+        UsageError: the target's suffix asks for another format.
+    """
+    check_suffix(target)
+    suffixes = TORCH_SUFFIXES if base.format.startswith("torch") else (".safetensors",)
+    folder = base.path.is_dir()
+    if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
+        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
+        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
+    copies: dict[TensorSpec, OutTensor] = {}  # by spec, so that what was tied stays so
+
+    def copy(spec: TensorSpec) -> OutTensor:
+        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "a tensor", finite=False))
+
+    if folder or base.format == "safetensors":
+        tensors = {name: changed.get(name) or copy(_dense(base, name, spec)) for name, spec in base.tree.items()}
+        if folder:
+            return _sharded(tensors, target, base, provenance, None, untie=False)
+        kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
+        plan = safetensors.plan(tensors, metadata=kept | {PROVENANCE: json.dumps(provenance)}, name=target.name)
+        return Assembly(target, (plan,), folder=False)
+    node = base.tree
+    for key in state.path:
+        node = node[key]
+    weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in node.items())
+    if isinstance(metadata := getattr(node, "_metadata", None), dict):
+        weights._metadata = metadata
+    dropped: list[str] = []
+    tree = torch_zip.plain(_replaced(base.tree, state.path, weights), dropped, copy)
+    plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
+    return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
+
+
+def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:
+    if isinstance(tensor, UnsupportedTensor):
+        raise UnsupportedError(f"{base.path}: '{name}' is {tensor.kind}, which cannot be written here.")
+    return tensor

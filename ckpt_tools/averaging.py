@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .assembly import Assembly, assemble, check_suffix, default_target
+from .assembly import assemble, check_suffix, default_target
 from .errors import LayoutError, UsageError, WriteError
 from .formats import SUFFIXES
-from .formats.header import Stamp
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
-from .formats.staged import check_replaceable, check_target, staged_files
+from .formats.staged import check_replaceable, check_target
 from .keys import align, prefixes, unwrap
 from .layouts import StateDict, select
-from .provenance import Input, provenance, sha256_of, short_names
+from .provenance import Input, averaged_inputs, provenance, sha256_of, short_names
 from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, find_series
 from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
+from .writing import write
 
 if TYPE_CHECKING:
     import torch
@@ -230,7 +229,7 @@ def average(
         base=members[-1].header,
         state=states[-1],
         renamed=renamed[-1],
-        provenance=provenance(mode, arguments, inputs),
+        provenance=provenance("avg", arguments, mode=mode, state=inputs[-1].state, inputs=averaged_inputs(inputs)),
         max_shard_size=shard_bytes,
         untie=untie,
     )
@@ -259,38 +258,16 @@ def average(
         on_plan(report)
     if not dry_run:
         stamps = [stamp for member in members for stamp in member.header.files]
-        _write(assembly, stamps, threads, allow_nonfinite, report, on_progress)
-        report = replace(report, written=True)
-    return report
-
-
-def _write(
-    assembly: Assembly,
-    stamps: Sequence[Stamp],
-    threads: int,
-    allow_nonfinite: bool,
-    report: AverageReport,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    from . import engine
-
-    total = report.bytes_read + report.bytes_written
-    files = assembly.files
-    with staged_files(
-        assembly.target, [f.name for f in files] if assembly.folder else None, [f.size for f in files]
-    ) as (
-        stage,
-        fds,
-    ):
-        engine.run(
-            [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
-            stamps=stamps,
+        total = report.bytes_read + report.bytes_written
+        write(
+            assembly,
+            stamps,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
-            on_progress=None if on_progress is None else lambda moved: on_progress(moved.read + moved.written, total),
+            on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
         )
-        for companion in assembly.companions:
-            shutil.copyfile(companion, stage / companion.name)
+        report = replace(report, written=True)
+    return report
 
 
 def _note_balance(

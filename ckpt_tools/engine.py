@@ -159,7 +159,7 @@ class _Recipe:
     def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
         self.checked = tensor.finite and tensor.dtype.averaged
         # What is only copied is never computed with, so torch need not know its dtype.
-        known = self.checked or not tensor.copied
+        known = tensor.data is None and (self.checked or not tensor.copied)
         self.terms = [
             (Source(spec, files), c, torch_dtype(_real(spec.dtype)) if known else torch.uint8)
             for spec, c in tensor.terms
@@ -169,7 +169,8 @@ class _Recipe:
         self.limit = _overflow(self.real) if known else math.inf
         wide = any(dtype is torch.float64 for _, _, dtype in self.terms)
         # float64 has no room for a sum larger than its average.
-        self.common = tensor.terms[0][1] if not wide and len({c for _, c in tensor.terms}) == 1 else None
+        coefficients = {c for _, c in tensor.terms}
+        self.common = coefficients.pop() if not wide and len(coefficients) == 1 else None
         self.anchored = wide and abs(math.fsum(c for _, c in tensor.terms) - 1.0) <= 1e-12
 
 
@@ -253,6 +254,9 @@ class _Worker:
 
     def compute(self, piece: _Piece) -> tuple[int, memoryview]:
         """Return (bytes read, bytes to write) for a piece; the next call overwrites the latter."""
+        if piece.tensor.data is not None:
+            item = piece.tensor.dtype.itemsize
+            return 0, memoryview(piece.tensor.data)[piece.start * item : piece.stop * item]
         if piece.tensor.copied:
             nbytes = self._reader.read(piece.recipe.terms[0][0], piece.start, piece.stop)
             if piece.recipe.checked and not self._allow_nonfinite:

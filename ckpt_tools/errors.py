@@ -10,6 +10,8 @@ CkptError                 exit 1: refused or failed; says what, where, and the n
 ├── LayoutError           no weights, or not the asked ones, inside a checkpoint
 ├── AlignmentError        names, shapes or dtypes do not line up over the series
 ├── NumericsError         NaN, infinity, overflow
+├── ModelError            no such model, or the weights do not fit it
+├── DataError             images or batches are missing or unusable
 └── WriteError            the target cannot, or must not, be written
 """
 
@@ -58,6 +60,14 @@ class AlignmentError(CkptError):
 
 class NumericsError(CkptError):
     """A value is not finite, or does not fit the output dtype."""
+
+
+class ModelError(CkptError):
+    """The network that the weights belong to cannot be built."""
+
+
+class DataError(CkptError):
+    """The data to run the network on are missing, broken or of the wrong shape."""
 
 
 class WriteError(CkptError):

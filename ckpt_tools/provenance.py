@@ -47,20 +47,24 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         depth += 1
 
 
-def provenance(mode: str, arguments: dict[str, Any], inputs: Sequence[Input]) -> dict[str, Any]:
+def provenance(command: str, arguments: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Say which command made an output, with which arguments (None is left out), and what else is worth keeping."""
     return {
         "tool": "ckpt-tools",
         "version": __version__,
-        "command": "avg",
-        "mode": mode,
+        "command": command,
         "arguments": {key: value for key, value in arguments.items() if value is not None},
-        "state": inputs[-1].state,
-        "inputs": [
-            {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}
-            | ({"sha256": i.sha256} if i.sha256 else {})
-            for i in inputs
-        ],
+        **facts,
     }
+
+
+def averaged_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
+    """Say which checkpoints an average is made of, and in which proportions."""
+    return [
+        {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}
+        | ({"sha256": i.sha256} if i.sha256 else {})
+        for i in inputs
+    ]
 
 
 def sha256_of(header: Header) -> dict[str, str]:

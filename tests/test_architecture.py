@@ -24,7 +24,7 @@ ROOMS = [
     "engine",
     "assembly",
 ]
-ROOMS += ["inspection", "provenance", "averaging", "cli", "__main__"]
+ROOMS += ["writing", "inspection", "provenance", "averaging", "batchnorm", "cli", "__main__"]
 
 
 def imports(path: Path) -> set[str]:
@@ -68,11 +68,15 @@ def test_no_module_is_too_long_to_read() -> None:
 def test_the_public_names_are_these() -> None:
     assert ckpt_tools.__all__ == [
         "AverageReport",
+        "BatchNormReport",
         "Checkpoint",
         "CkptError",
+        "RecalibrationReport",
         "__version__",
         "average",
         "open_checkpoint",
+        "recalibrate_bn",
+        "recalibrate_checkpoint",
     ]
     for name in ckpt_tools.__all__:
         assert getattr(ckpt_tools, name).__doc__

@@ -15,6 +15,7 @@ from ..errors import CkptError
 from . import console
 from .avg import avg
 from .inspect import inspect
+from .recal_bn import recal_bn
 
 
 class _PlainList(typer.core.TyperGroup):
@@ -28,7 +29,7 @@ class _PlainList(typer.core.TyperGroup):
 app = typer.Typer(
     name="ckpt",
     cls=_PlainList,
-    help="Average and inspect saved PyTorch checkpoints. "
+    help="Average, recalibrate and inspect saved PyTorch checkpoints. "
     "No code in a checkpoint is ever run; no input is ever changed.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.command()(avg)
 app.command()(inspect)
+app.command("recal-bn")(recal_bn)
 
 
 def _version(asked: bool) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError
 from . import console
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def avg(
     with console.progress("averaging") as on_progress:
         report = average(
             paths, mode=mode, decay=decay, per_step=per_step, warmup=warmup, bias_correction=bias_correction,
-            weights=_numbers(weights), normalize=normalize, last=last, best=best, metric=metric,
+            weights=console.numbers("--weights", weights), normalize=normalize, last=last, best=best, metric=metric,
             lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
             include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers,
             out=None if out is None else os.path.expanduser(out),  # noqa: PTH111 - keeps a ~user that is none
@@ -150,15 +149,6 @@ def avg(
         console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{rate}.")
     if json:
         console.print_json(report.to_dict())
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--weights {text!r}: write numbers with commas, such as 1,2,3.") from error
 
 
 def _show_summary(report: AverageReport) -> None:

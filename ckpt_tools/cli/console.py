@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WriteError
+from ..errors import UsageError, WriteError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,9 +73,9 @@ def _short(value: float, units: tuple[str, ...]) -> str:
     return f"{value:.3g}{units[-1]}"
 
 
-def plural(number: int, noun: str) -> str:
+def plural(number: int, noun: str, several: str | None = None) -> str:
     """Write a number and its noun: 1 tensor, 2 tensors."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else several or noun + 's'}"
 
 
 def bar(value: float, largest: float, width: int = 20) -> str:
@@ -122,6 +122,70 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield show
     finally:
         shown.stop()
+
+
+@contextmanager
+def counting(unit: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show how many of something are done, as `progress` does for bytes.
+
+    Yields:
+        A function to call with (what is being done, how many are done, how many there are, if known).
+    """
+    console = stderr()
+    if not console.is_interactive:
+        yield _plain_counting(unit)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+    )
+    shown = Progress(*columns, console=console, transient=True)
+    task = shown.add_task("", total=None)
+    current = ""
+
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal current
+        shown.start()
+        if what != current:  # its own clock
+            shown.reset(task)
+            current = what
+        shown.update(task, description=what, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        shown.stop()
+
+
+def _plain_counting(unit: str) -> Callable[[str, int, int | None], None]:
+    last = time.monotonic()
+
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            say(f"{what}: {done}{'' if total is None else f' of {total}'} {unit}")
+
+    return show
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Read numbers with commas between them.
+
+    Raises:
+        UsageError: something else; names the option.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: write numbers with commas, such as 1,2,3.") from error
 
 
 def _plain_progress(what: str) -> Callable[[int, int], None]:

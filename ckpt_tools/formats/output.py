@@ -24,9 +24,10 @@ class OutTensor:
         dtype: of the output.
         shape: of the output and of every term.
         terms: (input tensor, float64 coefficient), in the order of summation. One term of
-            coefficient 1 and of the output's dtype is copied, byte for byte.
+            coefficient 1 and of the output's dtype is copied, byte for byte. Empty where `data` is given.
         name: for messages.
         finite: refuse NaN and infinity in it; False for what stands beside the weights.
+        data: the bytes themselves, for a tensor that no input holds.
     """
 
     dtype: DType
@@ -34,6 +35,7 @@ class OutTensor:
     terms: tuple[tuple[TensorSpec, float], ...]
     name: str
     finite: bool = True
+    data: bytes | None = None
 
     @property
     def numel(self) -> int:

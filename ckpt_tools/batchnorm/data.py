@@ -1,0 +1,329 @@
+"""Data: from a folder, a tar, a named dataset or a factory of the user's to batches of images.
+
+Images are a seeded random subset, never the first ones of sorted classes. Batches are planned for all
+processes together and dealt out, so that the same batches are fed however many processes there are.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ..errors import DataError, UsageError
+from .models import INSTALL, load_factory
+from .recalibrate import images_of
+
+DEFAULT_IMAGES = 8192
+MOST_BROKEN = 0.01
+_NAMED = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How data are read.
+
+    Attributes:
+        images: how many; None for 8192 or all that there are, -1 for all.
+        batch_size: images a batch.
+        workers: processes that decode images; 0 for this one.
+        seed: of the random subset.
+        rank, world: which process this is, of how many.
+        pin_memory: for copies to a GPU.
+    """
+
+    images: int | None = None
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    pin_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """An image that cannot be decoded."""
+
+    name: str
+    reason: str
+
+
+class Batches:
+    """Batches of images with labels, to be read any number of times.
+
+    Attributes:
+        images: how many are asked for, over all processes; None where the data do not say.
+        broken: images that could not be decoded, with the reason; known once the data have been read.
+        once: the data end when they have been read, as an iterator does.
+    """
+
+    def __init__(self, source: Any, loading: Loading) -> None:
+        self._source = source
+        self._loading = loading
+        self.broken: list[str] = []
+        self.images: int | None = None
+        self.once = isinstance(source, Iterator)
+        self._plan: list[list[int]] = []
+        if _is_map(source):
+            self.images = _count(len(source), loading.images)
+            self._plan = plan_batches(len(source), self.images, loading)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._from_items() if _is_map(self._source) else self._given()
+
+    def _from_items(self) -> Iterator[Any]:
+        loading = self._loading
+        self.broken = []
+        loader: Iterable[Any] = DataLoader(
+            _Careful(self._source),
+            batch_sampler=self._plan,
+            num_workers=loading.workers,
+            pin_memory=loading.pin_memory,
+            collate_fn=_collate,
+            worker_init_fn=_leave_stops,
+        )
+        total = sum(map(len, self._plan))
+        try:
+            with _stops_held():
+                arriving = iter(loader)
+            for batch, broken in arriving:
+                self.broken += [f"{entry.name} ({entry.reason})" for entry in broken]
+                if len(self.broken) > MOST_BROKEN * total:
+                    raise DataError(
+                        f"{len(self.broken)} of {total} images cannot be read, more than {MOST_BROKEN:.0%}; "
+                        f"the first is {self.broken[0]}. Mend or remove them."
+                    )
+                if batch is not None:
+                    yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a process that reads images died ({error}). Try fewer with --workers.") from error
+
+    def _given(self) -> Iterator[Any]:
+        """Pass on batches as they come, up to the number of images, each to one of the processes."""
+        limit = self._loading.images
+        seen = 0
+        for number, batch in enumerate(self._source):
+            if limit is not None and limit >= 0:
+                if seen >= limit:
+                    break
+                batch = _first(batch, limit - seen)
+            seen += len(images_of(batch))
+            if number % self._loading.world == self._loading.rank:
+                yield batch
+        if limit is not None and seen < limit:
+            raise DataError(f"--images {limit}: the data end after {seen}. Ask for fewer, or for all.")
+
+
+class _Careful(Dataset[Any]):
+    """Items of a dataset, or what is wrong with them."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._source[index]
+        except Exception as error:  # noqa: BLE001 - decoders fail in many types
+            return _Broken(_name(self._source, index), f"{type(error).__name__}: {error}")
+
+
+class FolderImages(Dataset[Any]):
+    """Images of one of timm's readers, transformed; a broken one raises, where timm would give its neighbour."""
+
+    def __init__(self, reader: Any, transform: Any, mode: str) -> None:
+        self._reader = reader
+        self._transform = transform
+        self._mode = mode
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Any:
+        from PIL import Image
+
+        file, label, *_ = self._reader[index]
+        with file, Image.open(file) as image:
+            return self._transform(image.convert(self._mode)), -1 if label is None else int(label)
+
+    def name(self, index: int) -> str:
+        return str(self._reader.filename(index, absolute=True))
+
+
+def open_data(
+    source: str, loading: Loading, *, preprocessing: Mapping[str, Any] | None, split: str, root: str | None
+) -> Batches:
+    """Open data by what the user calls them.
+
+    Args:
+        source: a folder of images (classes in folders, or flat), a tar of them, a name for
+            `timm.data.create_dataset` such as ``hfds/...``, or ``path/to/file.py:factory``, which gives a
+            Dataset of (image, label) or an iterable of batches.
+        preprocessing: of `resolve_preprocessing`; not used for a factory, which gives what the model takes.
+        split, root: of a named dataset.
+
+    Raises:
+        DataError: nothing there, no image in it, or fewer than asked for by number.
+        UsageError: a number that makes no sense.
+    """
+    if is_factory(source):
+        factory = load_factory(source, "--data")
+        try:
+            made = factory()
+        except Exception as error:  # the user's own code
+            raise DataError(f"--data {source}: failed ({type(error).__name__}: {error}).") from error
+        return Batches(_item_batches(made, loading), loading)
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
+    named = source.lower().startswith(_NAMED) and not path.exists()
+    if not named and not path.exists():
+        raise DataError(f"--data {source}: no such folder, tar or dataset. See ckpt recal-bn --help.")
+    try:
+        from timm.data import create_dataset, create_transform
+        from timm.data.readers import create_reader
+    except ImportError as error:
+        raise DataError(f"--data {source}: images need timm and torchvision. Run: {INSTALL}") from error
+    settings = dict(preprocessing or {})
+    transform = create_transform(**settings, is_training=False)
+    mode = "L" if settings["input_size"][0] == 1 else "RGB"
+    try:
+        if named:
+            dataset = create_dataset(source, root=root, split=split, input_img_mode=mode, download=False)
+            reader = getattr(dataset, "reader", None)
+            if reader is not None and _is_map(dataset):
+                return Batches(FolderImages(reader, transform, mode), loading)
+            dataset.transform = transform
+            return Batches(_item_batches(dataset, loading), loading)
+        # The cache that timm keeps beside large tars is a pickle, and a pickle can run code.
+        options = {"cache_tarinfo": False} if path.is_file() else {}
+        if path.is_file() and path.suffix != ".tar":
+            raise DataError(f"--data {source}: a file that is neither a .tar nor a factory (file.py:name).")
+        return Batches(FolderImages(create_reader("", root=str(path), **options), transform, mode), loading)
+    except (RuntimeError, ValueError, AssertionError, ImportError, OSError) as error:
+        raise DataError(f"--data {source}: {str(error) or type(error).__name__}") from error
+
+
+def is_factory(source: str) -> bool:
+    """Tell ``file.py:name`` and ``module:name`` from paths and dataset names."""
+    place, colon, name = source.rpartition(":")
+    return bool(colon) and name.isidentifier() and "/" not in name and (place.endswith(".py") or "/" not in place)
+
+
+def resolve_preprocessing(model: Any, channels: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolve size, crop, interpolation, mean and std as timm's validate.py does.
+
+    Args:
+        model: its ``pretrained_cfg`` decides what no option says.
+        channels: of its images.
+        options: ``img_size``, ``crop_pct``, ``interpolation``, ``mean``, ``std``; None where not given.
+
+    Raises:
+        DataError: timm is not installed.
+        UsageError: as many numbers for mean or std as make no sense.
+    """
+    try:
+        from timm.data import resolve_data_config
+    except ImportError as error:
+        raise DataError(f"images need timm and torchvision. Run: {INSTALL}") from error
+    for key in ("mean", "std"):
+        given = options.get(key)
+        if given is not None and len(given) not in (1, channels):
+            raise UsageError(f"--{key} has {len(given)} numbers for images of {channels} channels.")
+    given = {key: value for key, value in options.items() if value is not None}
+    config = dict(resolve_data_config({"in_chans": channels, **given}, model=model))
+    size = config["input_size"]
+    if size[0] != channels:
+        config["input_size"] = (channels, *size[1:])
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:  # ImageNet's, for a model of another kind of image
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def plan_batches(available: int, images: int, loading: Loading) -> list[list[int]]:
+    """Choose a random subset and cut it into batches; return those of this process.
+
+    The last batch takes in a single image that would be left over.
+    """
+    generator = torch.Generator().manual_seed(loading.seed)
+    chosen = torch.randperm(available, generator=generator)[:images].tolist()
+    batches = [chosen[i : i + loading.batch_size] for i in range(0, images, loading.batch_size)]
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches[loading.rank :: loading.world]
+
+
+def _count(available: int, asked: int | None) -> int:
+    if available == 0:
+        raise DataError("the data hold no image.")
+    if asked is not None and asked > available:
+        raise DataError(f"--images {asked}: there are only {available}. Ask for fewer, or for all.")
+    if asked is None:
+        return min(DEFAULT_IMAGES, available)
+    return available if asked < 0 else asked
+
+
+def _is_map(source: Any) -> bool:
+    return isinstance(source, Dataset) and not isinstance(source, IterableDataset)
+
+
+def _item_batches(source: Any, loading: Loading) -> Any:
+    """Turn a stream of single items into batches; leave datasets and streams of batches as they are."""
+    if isinstance(source, IterableDataset):
+        return DataLoader(source, batch_size=loading.batch_size, num_workers=min(loading.workers, 1))
+    if not isinstance(source, Iterable) and not isinstance(source, Dataset):
+        raise DataError(f"the factory gives a {type(source).__name__}: neither a Dataset nor an iterable of batches.")
+    return source
+
+
+def _collate(items: Sequence[Any]) -> tuple[Any, list[_Broken]]:
+    good = [item for item in items if not isinstance(item, _Broken)]
+    return (default_collate(good) if good else None), [item for item in items if isinstance(item, _Broken)]
+
+
+_STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
+@contextmanager
+def _stops_held() -> Iterator[None]:
+    """Hold signals to stop back while workers start, which would otherwise inherit what answers them here."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _leave_stops(_worker: int) -> None:
+    """Leave Ctrl-C to the process that reads, which ends its workers; a terminal sends it to all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+
+
+def _name(source: Any, index: int) -> str:
+    try:
+        return str(source.name(index))
+    except Exception:  # noqa: BLE001 - a name is only for the message
+        return f"item {index}"
+
+
+def _first(batch: Any, count: int) -> Any:
+    """Cut a batch down to its first images; labels with them."""
+    if isinstance(batch, Mapping):
+        return {key: _first(value, count) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_first(value, count) for value in batch]
+    return batch[:count] if isinstance(batch, torch.Tensor) and batch.dim() else batch

@@ -1,0 +1,81 @@
+"""Evaluation: top-1, top-5 and loss of a classifier, so that a gain is seen and not believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from ..errors import DataError
+from .recalibrate import device_of, images_of
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How well a classifier does.
+
+    Attributes:
+        top1, top5: percent of the images whose label is the likeliest, or among the five likeliest.
+        loss: mean cross entropy, in nats.
+        images: how many.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
+    """Run a classifier over labelled images, in eval mode; processes of a group put their parts together.
+
+    Args:
+        batches: of (images, labels), labels int64 [N].
+
+    Raises:
+        DataError: a batch without labels, or with labels that the model has no class for.
+    """
+    device = device_of(model)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, among five, loss, images
+    try:
+        for batch in batches:
+            labels = _labels(batch)
+            logits = model(images_of(batch).to(device, non_blocking=True)).double()
+            if (
+                logits.dim() != 2
+                or labels.numel() == 0
+                or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]
+            ):
+                raise DataError(
+                    f"--eval: labels from {int(labels.min())} to {int(labels.max())} do not fit an output of shape "
+                    f"{list(logits.shape)}. The folders should be the classes of the model, in its order."
+                )
+            labels = labels.to(device)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = best == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([right[:, 0].sum(), right.sum(), loss, labels.new_tensor(len(labels))]).double()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    right, among, loss_sum, images = sums.tolist()
+    if not images:
+        raise DataError("--eval: the data hold no labelled image.")
+    return Accuracy(100 * right / images, 100 * among / images, loss_sum / images, int(images))
+
+
+def _labels(batch: Any) -> Tensor:
+    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or (labels < 0).any():
+        raise DataError("--eval needs images with labels: folders named by class, or batches of (images, labels).")
+    return labels

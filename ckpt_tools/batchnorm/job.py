@@ -1,0 +1,337 @@
+"""The job behind `ckpt recal-bn`: a checkpoint, a model and data to a checkpoint with new statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine
+from ..assembly import Assembly, rewrite
+from ..checkpoint import Checkpoint
+from ..errors import NumericsError, UsageError
+from ..formats import SUFFIXES, read_header
+from ..formats.output import OutTensor
+from ..formats.staged import check_replaceable, check_target
+from ..payload import torch_dtype
+from ..provenance import provenance
+from ..tensors import TensorSpec
+from ..writing import write
+from .data import Loading, is_factory, open_data, resolve_preprocessing
+from .evaluation import Accuracy
+from .models import build_model, input_channels, load_weights, pick_device
+from .processes import Group, joined_group, local_device
+from .recalibrate import BatchNormReport, find_layers
+from .running import Progress, Runner
+
+DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class RecalibrationReport:
+    """What a recalibration is, or was; the same before the work (the plan) and after it.
+
+    Attributes:
+        path, out: the checkpoint, and where the new one goes.
+        state: which weights, such as ``raw (state_dict)``.
+        model, device: class of the network, and where it runs.
+        data: as given.
+        images: how many, None where the data do not say before they end.
+        preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
+        layers: BatchNorm layers to recalibrate.
+        statistics: what was found; None in a plan.
+        broken: images that could not be read.
+        before, after: accuracy on the data of `--eval`.
+        notes: decisions worth knowing; warnings among them.
+        dropped: what of the checkpoint could not be written again.
+        written: True once the new checkpoint is there.
+    """
+
+    path: str
+    out: str
+    state: str
+    model: str
+    device: str
+    data: str
+    images: int | None
+    preprocessing: Mapping[str, Any]
+    layers: int
+    passes: int
+    statistics: BatchNormReport | None = None
+    broken: tuple[str, ...] = ()
+    before: Accuracy | None = None
+    after: Accuracy | None = None
+    notes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    written: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "statistics"}
+        plain |= {key: asdict(value) for key in ("before", "after") if (value := plain[key]) is not None}
+        return plain | {"statistics": None if self.statistics is None else self.statistics.to_dict()}
+
+
+def recalibrate_checkpoint(
+    path: str | Path | None = None,
+    *,
+    data: str,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    images: int | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    split: str = "validation",
+    data_root: str | None = None,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    state: str = "auto",
+    device: str = "auto",
+    amp: bool = False,
+    channels_last: bool = True,
+    passes: int = 1,
+    estimator: str = "population",
+    seed: int = 0,
+    eval_data: str | None = None,
+    require_gain: bool = False,
+    out: str | Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[RecalibrationReport], None] | None = None,
+    on_progress: Progress | None = None,
+) -> RecalibrationReport:
+    """Give the weights in a checkpoint the BatchNorm statistics of some data, and write it anew.
+
+    Everything but the buffers of the BatchNorm layers stays as it is, byte for byte.
+
+    Args:
+        path: the checkpoint; ``averaged.pth`` or ``averaged.safetensors`` if not given.
+        data: see `ckpt_tools.batchnorm.data.open_data`.
+        model, model_kwargs: see `ckpt_tools.batchnorm.models.build_model`.
+        images: how many; 8192, or all where there are fewer, if not given; -1 for all.
+        batch_size: images a batch (and a process).
+        workers: processes that decode images; as many as cores, 8 at most, if not given.
+        split, data_root: of a named dataset.
+        img_size, crop_pct, interpolation, mean, std: of the images; as the model says if not given.
+        state: which weights, as for `average`.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
+        amp: run the network in bfloat16 where torch's autocast holds that safe.
+        channels_last: keep images in channels-last order, which is the quicker one.
+        passes, estimator: see `recalibrate_bn`.
+        seed: of the random subset.
+        eval_data: labelled data to evaluate on, before and after; all of them.
+        require_gain: write nothing if the loss on them gets worse.
+        out: target; the checkpoint's name with ``-bn`` if not given.
+        force: replace it if it exists.
+        dry_run: build the model and look at the data, run nothing, write nothing.
+        on_plan: called with the plan before the work.
+        on_progress: called with (what, images done, images in all).
+
+    Returns:
+        What was done. A model without BatchNorm gives a report without layers, and nothing is written.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
+    """
+    if type(batch_size) is not int or batch_size < 2:
+        raise UsageError(f"--batch-size {batch_size}: must be 2 or more; one image cannot be normalised.")
+    if images is not None and (type(images) is not int or images < -1 or images in (0, 1)):
+        raise UsageError(f"--images {images}: must be 2 or more, or all.")
+    if require_gain and eval_data is None:
+        raise UsageError("--require-gain goes with --eval.")
+    source = Path(path) if path is not None else _default_input()
+    checkpoint = Checkpoint(read_header(source), state)
+    target = Path(out) if out is not None else _default_target(source)
+    where = local_device(pick_device(device))
+    with joined_group(where) as group:
+        network = build_model(model, checkpoint.header, model_kwargs or {}, checkpoint.specs)
+        stored = load_weights(network, checkpoint)
+        found, _ = find_layers(network)
+        network.to(where)
+        if channels_last:
+            network.to(memory_format=torch.channels_last)
+        loading = Loading(
+            images, batch_size, _workers(workers), seed, group.rank, group.world, pin_memory=where.type == "cuda"
+        )
+        options = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
+        preprocessing = (
+            {}
+            if is_factory(data) and (eval_data is None or is_factory(eval_data))
+            else resolve_preprocessing(network, input_channels(network), options)
+        )
+        notes: list[str] = []
+        if is_factory(data) and any(value is not None for value in options.values()):
+            notes.append("--data is a factory, which prepares its images itself: size, crop, mean and std are its own.")
+        batches = open_data(data, loading, preprocessing=preprocessing, split=split, root=data_root) if found else None
+        if batches is not None and batches.once and passes > 1:
+            raise UsageError(f"--passes {passes} needs data that can be read again: the factory gives an iterator.")
+        held_out = None
+        if eval_data is not None:
+            everything = replace(loading, images=-1)
+            held_out = open_data(eval_data, everything, preprocessing=preprocessing, split=split, root=data_root)
+            if _same(data, eval_data):
+                notes.append(
+                    "--eval is the data that the statistics come from, so the accuracy after it is "
+                    "higher than on images that the network has not seen."
+                )
+        report = RecalibrationReport(
+            path=str(source),
+            out=str(target),
+            state=checkpoint.state.label,
+            model=type(network).__name__,
+            device=str(where),
+            data=data,
+            images=None if batches is None else batches.images,
+            preprocessing={} if is_factory(data) else preprocessing,
+            layers=len(found),
+            passes=passes,
+            notes=tuple(notes),
+        )
+        if batches is None:
+            report = replace(report, notes=(*notes, "The model has no BatchNorm statistics; nothing to do."))
+            if on_plan is not None and group.first:
+                on_plan(report)
+            return report
+        arguments = {
+            "data": data,
+            "images": batches.images,
+            "seed": seed,
+            "passes": passes,
+            "estimator": estimator,
+            "batch_size": batch_size,
+            "amp": amp or None,
+            **({"preprocessing": preprocessing} if preprocessing else {}),
+        }
+
+        def laid_out(statistics: BatchNormReport | None) -> Assembly:
+            return rewrite(
+                checkpoint.header,
+                checkpoint.state,
+                {} if statistics is None else _new_buffers(network, statistics, stored, checkpoint.specs),
+                target=target,
+                provenance=provenance(
+                    "recal-bn",
+                    arguments,
+                    state=checkpoint.state.label,
+                    input={"name": source.name, "made": checkpoint.provenance},
+                ),
+            )
+
+        plan = laid_out(None)
+        report = replace(report, dropped=plan.dropped)
+        if group.first:
+            _check(plan, checkpoint, force=force, dry_run=dry_run)
+        if on_plan is not None and group.first:
+            on_plan(report)
+        if dry_run:
+            return report
+        runner = Runner(network, where, amp=amp, channels_last=channels_last)
+        progress = on_progress if on_progress is not None and group.first else _unseen
+        before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
+        statistics = runner.recalibrate(batches, passes, estimator, progress)
+        after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
+        broken = _everyones(batches.broken, group)
+        if broken:
+            notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
+        report = replace(
+            report,
+            images=statistics.images,
+            statistics=statistics,
+            broken=tuple(broken),
+            before=before,
+            after=after,
+            notes=tuple(notes),
+        )
+        if require_gain and before is not None and after is not None and after.loss > before.loss:
+            raise NumericsError(
+                f"the loss on {eval_data} went from {before.loss:.4f} to {after.loss:.4f}; nothing was written "
+                "(--require-gain). Are these the images, size and mean that the network was trained with?"
+            )
+        if group.first:
+            write(laid_out(statistics), checkpoint.header.files)
+        return replace(report, written=group.first)
+
+
+def _unseen(what: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+def _default_input() -> Path:
+    for name in DEFAULT_INPUTS:
+        if Path(name).exists():
+            return Path(name)
+    raise UsageError(f"no checkpoint given, and there is no {' or '.join(DEFAULT_INPUTS)} here.")
+
+
+def _default_target(source: Path) -> Path:
+    suffix = next((s for s in (".pth.tar", *SUFFIXES) if source.name.endswith(s)), "")
+    return source.with_name(f"{source.name.removesuffix(suffix)}-bn{suffix}")
+
+
+def _workers(asked: int | None) -> int:
+    if asked is not None and (type(asked) is not int or asked < 0):
+        raise UsageError(f"--workers {asked}: must be 0 or more.")
+    return min(8, engine.default_threads()) if asked is None else asked
+
+
+def _same(data: str, other: str) -> bool:
+    with suppress(OSError, RuntimeError):
+        return data == other or Path(data).resolve() == Path(other).resolve()
+    return False
+
+
+def _new_buffers(
+    network: nn.Module, found: BatchNormReport, stored: Mapping[str, str], specs: Mapping[str, Any]
+) -> dict[str, OutTensor]:
+    """Make the tensors that change, under their names in the checkpoint and in its dtypes."""
+    buffers: dict[str, Tensor] = {}
+    for layer, (mean, variance) in found.statistics.items():
+        lead = f"{layer}." if layer else ""
+        buffers |= {f"{lead}running_var": variance} if mean is None else {
+            f"{lead}running_mean": mean, f"{lead}running_var": variance,
+        }  # fmt: skip
+        buffers[f"{lead}num_batches_tracked"] = torch.tensor(found.batches)
+    changed = {}
+    for name, values in buffers.items():
+        spec = specs[stored[name]] if name in stored else None  # files from before torch 0.4.1 lack the counter
+        if not isinstance(spec, TensorSpec):
+            continue
+        narrow = values.to(torch_dtype(spec.dtype))
+        if narrow.is_floating_point() and not torch.isfinite(narrow).all():
+            raise NumericsError(f"the new '{name}' overflows {spec.dtype.name}, its dtype in the checkpoint.")
+        changed[stored[name]] = OutTensor(spec.dtype, spec.shape, (), stored[name], data=_bytes(narrow))
+    return changed
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor, without NumPy, which the base installation lacks."""
+    return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+
+
+def _check(plan: Assembly, checkpoint: Checkpoint, *, force: bool, dry_run: bool) -> None:
+    header = checkpoint.header
+    check_target(
+        plan.target,
+        [header.path, *(stamp.path for stamp in header.files)],
+        nbytes=plan.nbytes,
+        force=force or dry_run,
+        folder=plan.folder,
+    )
+    if plan.folder and not dry_run:
+        check_replaceable(plan.target, [*(f.name for f in plan.files), *(c.name for c in plan.companions)])
+
+
+def _everyones(broken: list[str], group: Group) -> list[str]:
+    if group.world == 1:
+        return broken
+    lists: list[list[str]] = [[] for _ in range(group.world)]
+    torch.distributed.all_gather_object(lists, broken)
+    return [entry for part in lists for entry in part]

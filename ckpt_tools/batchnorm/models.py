@@ -1,0 +1,222 @@
+"""Models: from a name, a factory of the user's, or what the checkpoint says, to the network with its weights.
+
+What a checkpoint says is only ever looked up as a timm name; it never decides what code runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import ModelError, UsageError
+from ..formats.header import Header
+from ..keys import unwrap
+from ..tensors import TensorSpec
+
+INSTALL = "pip install 'ckpt-tools[vision]'"
+
+
+def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn ``["num_classes=10", "act=relu"]`` into keyword arguments; what is no Python literal is text.
+
+    Raises:
+        UsageError: one without ``=``.
+    """
+    kwargs: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise UsageError(f"--model-kwargs {pair!r}: write name=value.")
+        try:
+            kwargs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            kwargs[key] = text
+    return kwargs
+
+
+def load_factory(spec: str, option: str) -> Any:
+    """Import what ``module:name`` or ``path/to/file.py:name`` names; only ever from the user's own arguments.
+
+    Raises:
+        UsageError: no such file, module or name; names the option that asked for it.
+    """
+    place, _, name = spec.rpartition(":")
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    except Exception as error:  # a user's own code fails as it likes
+        raise UsageError(f"{option} {spec}: cannot be imported ({type(error).__name__}: {error}).") from error
+    if not hasattr(module, name):
+        known = difflib.get_close_matches(name, dir(module), n=3)
+        hint = f" Did you mean {' or '.join(known)}?" if known else ""
+        raise UsageError(f"{option} {spec}: {place} has no '{name}'.{hint}")
+    return getattr(module, name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.resolve()
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    # Under its own name, unless that is taken, so that what it defines can be found again by name.
+    found = importlib.util.spec_from_file_location(path.stem if known is None else f"_{path.stem}", path)
+    if found is None or found.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.path.insert(0, str(path.parent))  # for its neighbours
+    sys.modules[found.name] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    sys.path.insert(0, "")  # a console script does not look into the current folder by itself
+    return importlib.import_module(name)
+
+
+def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], specs: Mapping[str, Any]) -> nn.Module:
+    """Make the network that weights belong to, without weights.
+
+    Args:
+        spec: a timm name, ``module:factory`` or ``path/to/file.py:factory``; the ``arch`` of the checkpoint if None.
+        header: of the checkpoint.
+        kwargs: for the factory; they go before what the checkpoint says.
+        specs: the tensors of the checkpoint by name, which tell the number of classes where nothing else does.
+
+    Raises:
+        UsageError: no such model or factory.
+        ModelError: nothing says which model it is, or it cannot be made.
+    """
+    said = stored_arguments(header)
+    if spec is not None and ":" in spec:
+        factory = load_factory(spec, "--model")
+        return _made(spec, lambda: factory(**kwargs))
+    name = spec if spec is not None else said.get("arch")
+    if name is None:
+        raise ModelError(
+            f"{header.path}: does not say which model it is. Use --model, with a timm name or path/to/file.py:factory."
+        )
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(f"'{name}' is a timm model, and timm is not installed. Run: {INSTALL}") from error
+    if not timm.is_model(name):
+        known = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f" Did you mean {', '.join(known)}?" if known else ""
+        where = "--model" if spec is not None else f"{header.path}:"
+        advice = "" if known else " Use --model path/to/file.py:factory for a model of your own."
+        raise UsageError(f"{where} {name}: timm has no such model.{hint}{advice}")
+    arguments = {
+        **_shapes(timm.get_pretrained_cfg(name), specs),
+        **(said if name == said.get("arch") else {}),
+        **kwargs,
+    }
+    arguments.pop("arch", None)
+    return _made(name, lambda: timm.create_model(name, pretrained=False, **arguments))
+
+
+def _made(name: str, make: Any) -> nn.Module:
+    try:
+        model = make()
+    except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+        raise ModelError(f"{name}: cannot be made ({type(error).__name__}: {error}). See --model-kwargs.") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def stored_arguments(header: Header) -> dict[str, Any]:
+    """Return what a checkpoint says about its model: ``arch``, ``num_classes``, ``in_chans`` and the like."""
+    tree = header.tree if isinstance(header.tree, dict) else {}
+    args = tree.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    arch = next((a for a in (tree.get("arch"), args.get("model"), args.get("arch")) if isinstance(a, str)), None)
+    said: dict[str, Any] = {} if arch is None else {"arch": arch}
+    for source in (args.get("model_kwargs"), args, tree):
+        if isinstance(source, dict):
+            said.update({k: v for k, v in source.items() if k in ("num_classes", "in_chans") and type(v) is int})
+    if isinstance(args.get("model_kwargs"), dict):
+        said = {**args["model_kwargs"], **said}
+    return said
+
+
+def _shapes(cfg: Any, specs: Mapping[str, Any]) -> dict[str, int]:
+    """Read the number of classes and of input channels off the weights of a timm model."""
+    bare = {new: specs[old] for old, new in unwrap(specs).items()}
+    found = {}
+    for key, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
+        name = getattr(cfg, layer, None)
+        tensor = bare.get(f"{name}.weight") if isinstance(name, str) else None
+        if isinstance(tensor, TensorSpec) and len(tensor.shape) > axis:
+            found[key] = tensor.shape[axis]
+    return found
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Fill a model with the weights of a checkpoint, strictly.
+
+    Returns:
+        Name in the model to name in the checkpoint, which differ by wrapper prefixes.
+
+    Raises:
+        ModelError: names or shapes differ; names the first of each kind.
+    """
+    stored = {bare: name for name, bare in unwrap(checkpoint).items()}
+    own = {bare: name for name, bare in unwrap(model.state_dict()).items()}
+    wanted = model.state_dict()
+    # Files from before torch 0.4.1 have no such counter, and torch itself passes over that.
+    missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in stored if name not in own]
+    shapes = [
+        f"'{name}' is {list(spec.shape)}, the model's {list(wanted[own[name]].shape)}"
+        for name in own
+        if name in stored
+        and isinstance(spec := checkpoint.specs[stored[name]], TensorSpec)
+        and spec.shape != wanted[own[name]].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+            for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if found
+        ]
+        raise ModelError(
+            f"{checkpoint.path}: the weights do not fit {type(model).__name__}: {'; '.join(parts)}. "
+            "Is it the right --model, with the right --model-kwargs (num_classes=..., in_chans=...)?"
+        )
+    state = {own[name]: checkpoint[stored[name]] for name in own if name in stored}
+    model.load_state_dict(state, strict=False)
+    return {own[name]: stored[name] for name in own if name in stored}
+
+
+def input_channels(model: nn.Module) -> int:
+    """Return how many channels the images of a model have, as its first convolution says; 3 if it has none."""
+    first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
+    return 3 if first is None else first.in_channels
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0]}).") from error
+    return device

@@ -1,0 +1,433 @@
+"""Recalibration: the statistics that BatchNorm layers see in use, measured in passes over data.
+
+The whole model stays in eval mode, so dropout and drop-path are off and no layer changes a buffer by
+itself. A hook in front of each BatchNorm layer measures its input. In pass 1 it also hands the layer the
+mean and the biased variance of that batch, which is what the layer would normalise by in train mode; in
+later passes the layers use the statistics of the pass before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ..errors import DataError, NumericsError, UsageError
+from .statistics import Moments, measure, merge
+
+ESTIMATORS = ("population", "batch-mean")
+INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
+"""Where the images are in a batch that is a dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer, before and after.
+
+    Attributes:
+        name, kind: in the model, and its class.
+        channels: C.
+        count: values a channel that were measured: images times positions, over all uses.
+        mean_before, mean_after: largest magnitude over channels.
+        variance_before, variance_after: largest over channels.
+        mean_moved: largest change of a mean, in standard deviations.
+        variance_moved: largest factor between old and new variance, 1 or more.
+        mean_error: largest standard error of a new mean, in standard deviations, from how the batches
+            scatter; None for a single batch.
+        variance_error: the same of a new variance, relative to it.
+        Non-finite values of the old buffers count as moved by infinity.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    count: int
+    mean_before: float
+    mean_after: float
+    variance_before: float
+    variance_after: float
+    mean_moved: float
+    variance_moved: float
+    mean_error: float | None
+    variance_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormReport:
+    """What a recalibration did.
+
+    Attributes:
+        layers: those with new statistics, in the order of the model.
+        skipped: (name, class, reason) of layers that were left as they are.
+        images, batches: measured in the last pass, over all processes.
+        passes, estimator: as asked for.
+        seconds: of all passes, in this process.
+        statistics: name to (mean, variance), float64 [C] on the CPU; the mean is None for a layer without one.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[tuple[str, str, str], ...]
+    images: int
+    batches: int
+    passes: int
+    estimator: str
+    seconds: float
+    statistics: Mapping[str, tuple[Tensor | None, Tensor]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON, without the statistics themselves."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [list(entry) for entry in self.skipped],
+            "images": self.images,
+            "batches": self.batches,
+            "passes": self.passes,
+            "estimator": self.estimator,
+            "seconds": self.seconds,
+        }
+
+
+@torch.no_grad()
+def recalibrate_bn(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    passes: int = 1,
+    estimator: str = "population",
+    on_batch: Callable[[int, int], None] | None = None,
+) -> BatchNormReport:
+    """Give the BatchNorm layers of a model the statistics of these data.
+
+    The result does not depend on how the data are split into batches, as far as the inputs of a layer do
+    not: those of the first layer in pass 1, of the first P layers with P passes. For an estimate of
+    what a finished network sees, 2 passes or more are better than 1.
+
+    In a process group (torch.distributed), each process feeds its own part of the data, the statistics are
+    merged exactly, and every process ends with the same ones.
+
+    Args:
+        model: on the device where it is to run; put into eval mode meanwhile. Wrap the call in
+            `torch.autocast` for mixed precision.
+        batches: iterable of tensors [N, ...], of tuples or lists that start with one, or of dicts with
+            one under a usual name (image, pixel_values, ...). Read once a pass. Batches of one image are
+            joined to a neighbour.
+        passes: 1 normalises by the statistics of each batch, as training does; each further pass
+            measures again with those just found in use.
+        estimator: ``population``: mean and unbiased variance of all values as one set;
+            ``batch-mean``: mean over batches of their means and unbiased variances, as torch's `update_bn`.
+        on_batch: called after each batch with (pass, images so far in it), counted from 1.
+
+    Returns:
+        What changed. Buffers of the model are changed in place: ``running_mean``, ``running_var``,
+        and ``num_batches_tracked``, which becomes the number of batches.
+
+    Raises:
+        UsageError: an option out of range, or an iterator (which ends) for several passes.
+        DataError: no batch, or one that holds no tensor.
+        NumericsError: a layer's input is not finite; names layer and batch.
+        The model is as before after any error, including those that it raises itself.
+    """
+    if type(passes) is not int or passes < 1:
+        raise UsageError(f"--passes {passes!r}: must be a whole number from 1 on.")
+    if estimator not in ESTIMATORS:
+        raise UsageError(f"--estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
+    if passes > 1 and iter(batches) is batches:
+        raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
+    started = time.perf_counter()
+    layers, skipped = find_layers(model)
+    before = {name: _read(layer) for name, layer in layers.items()}
+    with _borrowed(model, layers):
+        run = _Pass(layers, 0)
+        while layers and run.number < passes:
+            run = _Pass(layers, run.number + 1)
+            _feed(model, batches, run, on_batch)
+            run.join_processes(device_of(model))
+            if not run.batches:
+                raise DataError("the data yield no batch. Nothing was recalibrated.")
+            for name, layer in layers.items():
+                if run.states[name].population.count:
+                    _write(layer, run.states[name].estimate(estimator), run.batches)
+    reached = {name: layer for name, layer in layers.items() if run.states[name].population.count}
+    found = {name: run.states[name].estimate(estimator) for name in reached}
+    return BatchNormReport(
+        layers=tuple(_compare(name, reached[name], before[name], found[name], run.states[name]) for name in reached),
+        skipped=(
+            *skipped,
+            *((name, type(layer).__name__, "never reached") for name, layer in layers.items() if name not in reached),
+        ),
+        images=run.images,
+        batches=run.batches,
+        passes=passes,
+        estimator=estimator,
+        seconds=time.perf_counter() - started,
+        statistics={
+            name: (mean.cpu() if before[name][0] is not None else None, variance.cpu())
+            for name, (mean, variance) in found.items()
+        },
+    )
+
+
+def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str, str], ...]]:
+    """Find the layers whose statistics can be measured, and those that look alike but are left alone.
+
+    Returns:
+        (name to layer, in the order of the model; (name, class, reason) of the others).
+    """
+    layers: dict[str, Any] = {}
+    skipped = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise UsageError(f"'{name}' is a {kind} that has not seen its first input. Run the model once before.")
+        variance = getattr(module, "running_var", None)
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+            reason = "" if variance is None else "normalises each image by itself"
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and variance is None:
+            reason = "keeps no running statistics"
+        elif not isinstance(variance, Tensor):
+            continue
+        elif isinstance(module, torch.jit.ScriptModule):
+            reason = "is compiled by TorchScript, which hides its inputs"
+        elif not hasattr(module, "momentum"):
+            reason = "frozen: its class never updates them"
+        else:
+            layers[name] = module
+            continue
+        if reason:
+            skipped.append((name, kind, reason))
+    return layers, tuple(skipped)
+
+
+class _Reached(BaseException):  # no Exception, which a model's own forward might catch
+    """The last layer has been measured; what follows it is of no use."""
+
+
+class _State:
+    """What has been measured of one layer."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        none = Moments.none(channels, device)
+        self.population = none
+        self.means = none  # over batches, of their means
+        self.variances = none  # over batches, of their unbiased variances
+
+    def add(self, batch: Moments) -> None:
+        self.population = merge([self.population, batch])
+        self.means = merge([self.means, Moments.of_one(batch.mean)])
+        self.variances = merge([self.variances, Moments.of_one(batch.variance(correction=1))])
+
+    def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
+        """Return the mean and the variance to store, float64 [C]."""
+        if estimator == "batch-mean":
+            return self.means.mean, self.variances.mean
+        return self.population.mean, self.population.variance(correction=1)
+
+
+class _Pass:
+    """Pass `number` over the data: the hooks' view of it."""
+
+    def __init__(self, layers: Mapping[str, Any], number: int) -> None:
+        self.layers = layers
+        self.number = number
+        self.states = {name: _State(len(layer.running_var), layer.running_var.device) for name, layer in layers.items()}
+        self.images = self.batches = 0
+        self._order: list[str] = []  # of the calls in the first batch
+        self._calls: list[str] = []  # in this batch
+        self._finite: list[Tensor] = []
+
+    def see(self, name: str, values: Tensor) -> None:
+        """Take the input of a layer that is about to run."""
+        layer = self.layers[name]
+        if values.dim() < 2 or values.shape[1] != len(self.states[name].population.mean):
+            return  # the layer itself has the better words for it
+        moments = measure(values)
+        self.states[name].add(moments)
+        self._calls.append(name)
+        self._finite.append(torch.isfinite(moments.mean + moments.m2).all())
+        if self.number == 1:
+            _write(layer, (moments.mean, moments.variance(correction=0)), None)
+        if self._calls == self._order:
+            raise _Reached
+
+    def end_batch(self, images: int) -> None:
+        """Close a batch.
+
+        Raises:
+            NumericsError: a layer saw something that is not finite.
+        """
+        self.batches += 1
+        # One look for all layers, for each is a wait for the device.
+        finite = torch.stack(self._finite).tolist() if self._finite else []
+        if not all(finite):
+            name = self._calls[finite.index(False)]
+            raise NumericsError(
+                f"batch {self.batches}: the input of '{name}' holds NaN or infinity. "
+                "Look at the images of this batch, and at the weights in front of that layer."
+            )
+        self.images += images
+        self._order = self._order or self._calls
+        self._calls, self._finite = [], []
+
+    def join_processes(self, device: torch.device) -> None:
+        """Merge what all processes of a group have measured; nothing to do in a single one."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        sets = [m for state in self.states.values() for m in (state.population, state.means, state.variances)]
+        mine = torch.cat(
+            [torch.tensor([self.images, self.batches], dtype=torch.float64, device=device)]
+            + [part for m in sets for part in (m.mean.new_full((1,), m.count), m.mean, m.m2)]
+        )
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        self.images, self.batches = (int(sum(flat[i].item() for flat in everyone)) for i in (0, 1))
+        position = 2
+        for state in self.states.values():
+            channels = len(state.population.mean)
+            for which in ("population", "means", "variances"):
+                end = position + 1 + 2 * channels
+                parts = [flat[position:end] for flat in everyone]
+                merged = merge([Moments(int(p[0].item()), p[1 : 1 + channels], p[1 + channels :]) for p in parts])
+                setattr(state, which, merged)
+                position = end
+
+
+@contextmanager
+def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
+    """Put a model into eval mode; give modes back in any case, and the buffers after an error."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    copies = [buffer.clone() for buffer in buffers]
+    model.eval()
+    try:
+        yield
+    except BaseException:
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.copy_(copy)
+        raise
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _feed(model: nn.Module, batches: Iterable[Any], run: _Pass, on_batch: Callable[[int, int], None] | None) -> None:
+    hooks = []
+    device = device_of(model)
+    try:
+        for name, layer in run.layers.items():
+            hooks.append(
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: run.see(name, args[0] if args else next(iter(kwargs.values()))),
+                    with_kwargs=True,
+                )
+            )
+        for images in joined(map(images_of, batches)):
+            with suppress(_Reached):
+                model(images.to(device, non_blocking=True))
+            run.end_batch(len(images))
+            if on_batch is not None:
+                on_batch(run.number, run.images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images of a batch.
+
+    Args:
+        batch: a tensor, a tuple or list that starts with one, or a dict with one under a usual name.
+
+    Raises:
+        DataError: it holds none.
+    """
+    images = batch
+    if isinstance(batch, Mapping):
+        images = next((batch[key] for key in INPUT_KEYS if key in batch), None)
+        if images is None:
+            raise DataError(
+                f"a batch is a dict of {', '.join(map(str, batch))}; expected one of {', '.join(INPUT_KEYS)}."
+            )
+    elif isinstance(batch, (tuple, list)) and batch:
+        images = batch[0]
+    if not isinstance(images, Tensor) or images.dim() == 0:
+        raise DataError(f"a batch is a {type(batch).__name__} that starts with no tensor of images.")
+    return images
+
+
+def joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Join a batch of one image to a neighbour: a single value a channel cannot be normalised."""
+    waiting: Tensor | None = None
+    for images in batches:
+        if len(images) == 0:
+            continue
+        if waiting is not None and 1 in (len(waiting), len(images)) and waiting.shape[1:] == images.shape[1:]:
+            waiting = torch.cat([waiting, images])
+            continue
+        if waiting is not None:
+            yield waiting
+        waiting = images
+    if waiting is not None:
+        if len(waiting) == 1:
+            raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
+        yield waiting
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _read(layer: Any) -> tuple[Tensor | None, Tensor]:
+    mean, variance = getattr(layer, "running_mean", None), layer.running_var
+    return (None if mean is None else mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True))
+
+
+def _write(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> None:
+    mean, variance = found
+    if getattr(layer, "running_mean", None) is not None:
+        layer.running_mean.copy_(mean)
+    layer.running_var.copy_(variance)
+    if batches is not None and isinstance(getattr(layer, "num_batches_tracked", None), Tensor):
+        layer.num_batches_tracked.fill_(batches)
+
+
+def _compare(
+    name: str, layer: Any, before: tuple[Tensor | None, Tensor], found: tuple[Tensor, Tensor], state: _State
+) -> LayerReport:
+    old_mean, old_variance = before
+    mean, variance = found
+    sigma = variance.sqrt()
+    live = variance > 0
+    ratio = torch.where(live & (old_variance > 0), variance / old_variance, 1.0)
+    factor = torch.maximum(ratio, 1 / ratio)
+
+    def error(of: Moments, unit: Tensor) -> float | None:
+        if of.count < 2:
+            return None
+        return _largest(torch.where(live, (of.variance(correction=1) / of.count).sqrt() / unit, 0.0))
+
+    moved = torch.zeros_like(mean) if old_mean is None else torch.where(live, (mean - old_mean).abs() / sigma, 0.0)
+    return LayerReport(
+        name=name,
+        kind=type(layer).__name__,
+        channels=len(variance),
+        count=state.population.count,
+        mean_before=0.0 if old_mean is None else _largest(old_mean),
+        mean_after=0.0 if old_mean is None else _largest(mean),
+        variance_before=_largest(old_variance),
+        variance_after=_largest(variance),
+        mean_moved=_largest(moved),
+        variance_moved=_largest(factor),
+        mean_error=error(state.means, sigma),
+        variance_error=error(state.variances, variance),
+    )
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude; infinity where something is no number."""
+    return values.abs().nan_to_num(nan=float("inf")).max().item() if values.numel() else 0.0

@@ -1,0 +1,123 @@
+"""Running: a network over batches, with progress, mixed precision, and words for what goes wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CkptError, DataError, ModelError
+from .data import Batches
+from .evaluation import Accuracy, evaluate
+from .recalibrate import BatchNormReport, recalibrate_bn
+
+T = TypeVar("T")
+Progress = Callable[[str, int, "int | None"], None]
+
+
+class Runner:
+    """Runs one network on one device.
+
+    Args:
+        network: on that device.
+        amp: in bfloat16, where torch's autocast holds that safe.
+        channels_last: hand images over in channels-last order.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, *, amp: bool, channels_last: bool) -> None:
+        self._network = network
+        self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+        self._channels_last = channels_last
+        self._shape: list[int] | None = None  # of the batch at work, for messages
+        if device.type == "cpu":
+            keep_large_blocks()
+
+    def recalibrate(self, batches: Batches, passes: int, estimator: str, on_progress: Progress) -> BatchNormReport:
+        """Measure the statistics of the network; see `recalibrate_bn`.
+
+        Raises:
+            DataError, NumericsError: of the data and the values.
+            ModelError: the network itself fails.
+        """
+
+        def show(number: int, images: int) -> None:
+            what = "measuring" if passes == 1 else f"measuring, pass {number} of {passes}"
+            on_progress(what, images, batches.images)
+
+        fed = _Fed(batches, self._prepare)
+        return self._run(lambda: recalibrate_bn(self._network, fed, passes=passes, estimator=estimator, on_batch=show))
+
+    def evaluate(self, what: str, batches: Batches, on_progress: Progress) -> Accuracy:
+        """Evaluate the network; see `ckpt_tools.batchnorm.evaluation.evaluate`."""
+        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
+        return self._run(lambda: evaluate(self._network, fed))
+
+    def _run(self, work: Callable[[], T]) -> T:
+        self._shape = None
+        try:
+            with self._autocast:
+                return work()
+        except CkptError:
+            raise
+        except Exception as error:  # the user's own code raises what it likes
+            shape = "" if self._shape is None else f" on a batch of shape {self._shape}"
+            raise ModelError(
+                f"{type(self._network).__name__} failed{shape} ({type(error).__name__}: {error}). "
+                "Do the images fit the model (--img-size, --data)?"
+            ) from error
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        self._shape = list(images.shape)
+        last = self._channels_last and images.dim() == 4
+        return images.contiguous(memory_format=torch.channels_last) if last else images
+
+
+class _Fed:
+    """Batches on their way to the network, any number of times."""
+
+    def __init__(
+        self, batches: Batches, prepare: Callable[[Tensor], Tensor], on_images: Callable[[int], None] | None = None
+    ) -> None:
+        self._batches = batches
+        self._prepare = prepare
+        self._on_images = on_images
+
+    def __iter__(self) -> Iterator[Any]:
+        done = 0
+        batches = iter(self._batches)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except CkptError:
+                raise
+            except Exception as error:  # a dataset of the user's
+                raise DataError(f"the data failed after {done} images ({type(error).__name__}: {error}).") from error
+            if isinstance(batch, Tensor):
+                yield self._prepare(batch)
+            elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
+                yield self._prepare(batch[0]), *batch[1:]
+                done += len(batch[0])
+            else:
+                yield batch
+            if self._on_images is not None:
+                self._on_images(done)
+
+
+def keep_large_blocks() -> None:
+    """Let glibc keep the memory of large activations for the next batch.
+
+    By default it gives blocks above 32 MB back to the system at once, and the page faults of fresh memory then
+    take longer than a normalisation does (mallopt(3): M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1).
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30)
+            libc.mallopt(-1, (1 << 31) - 1)

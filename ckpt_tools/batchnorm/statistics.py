@@ -1,0 +1,117 @@
+"""Statistics: count, mean and M2 of each channel, merged exactly, in float64.
+
+M2 is the sum of squared differences from the mean. Sets are merged by the pairwise formula of
+Chan, Golub and LeVeque (1979), so nothing is lost at large means, and the result is that of one
+set whatever the split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 256 * 1024
+"""Elements widened to float64 at a time: 2 MB, which stay in a cache."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Mean and M2 of a set of values for each channel.
+
+    Attributes:
+        count: values a channel.
+        mean: float64 [C]; 0 where there is no value.
+        m2: float64 [C], sum of squared differences from the mean.
+    """
+
+    count: int
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def none(cls, channels: int, device: torch.device | None = None) -> Moments:
+        """Return the moments of no values at all."""
+        zero = torch.zeros(channels, dtype=torch.float64, device=device)
+        return cls(0, zero, zero)
+
+    @classmethod
+    def of_one(cls, values: Tensor) -> Moments:
+        """Return the moments of one value a channel, float64 [C]."""
+        return cls(1, values, torch.zeros_like(values))
+
+    def variance(self, *, correction: int) -> Tensor:
+        """Return M2 / (count - correction), float64 [C]; 0 where there are too few values for it."""
+        return self.m2 / (self.count - correction) if self.count > correction else torch.zeros_like(self.m2)
+
+
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Return the moments of the union of sets with the same channels; exact but for float64 rounding."""
+    parts = [part for part in parts if part.count] or list(parts[:1])
+    if len(parts) == 1:
+        return parts[0]
+    counts = torch.tensor([part.count for part in parts], dtype=torch.float64, device=parts[0].mean.device)
+    mean, m2 = _union(counts[:, None], torch.stack([p.mean for p in parts]), torch.stack([p.m2 for p in parts]))
+    return Moments(sum(part.count for part in parts), mean, m2)
+
+
+def _union(counts: Tensor, means: Tensor, m2s: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge K sets at once: counts [K, 1], means and M2s [K, C]."""
+    # Differences from one of the means first: a weighted sum of large, close means would round away what differs.
+    origin = means[0]
+    apart = means - origin
+    shift = (counts * apart).sum(0) / counts.sum()
+    return origin + shift, m2s.sum(0) + (counts * (apart - shift).square()).sum(0)
+
+
+def measure(values: Tensor) -> Moments:
+    """Return the moments of a layer's input over batch and space.
+
+    Args:
+        values: [N, C] or [N, C, ...], floating point, on any device.
+
+    Returns:
+        float64 moments of the C channels, on that device.
+    """
+    channels = values.shape[1]
+    per_image = math.prod(values.shape[2:])
+    count = values.shape[0] * per_image
+    if count == 0:
+        return Moments.none(channels, values.device)
+    last = values.movedim(1, -1)
+    if per_image == 1 or last.is_contiguous():
+        means, m2s, counts = _measure_rows(last.reshape(count, channels))
+    else:
+        means, m2s, counts = _measure_planes(values.reshape(values.shape[0], channels, per_image))
+    mean, m2 = _union(counts[:, None], means, m2s)
+    return Moments(count, mean, m2)
+
+
+def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Measure [M, C] (channels last) in blocks of rows."""
+    blocks = torch.split(rows, max(1, _BLOCK // rows.shape[1]))
+    wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=rows.device)
+    moments = [_centred(wide[: len(block)].copy_(block), 0) for block in blocks]
+    counts = torch.tensor([len(block) for block in blocks], dtype=torch.float64, device=rows.device)
+    return torch.stack([mean for mean, _ in moments]), torch.stack([m2 for _, m2 in moments]), counts
+
+
+def _measure_planes(planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Measure [N, C, L] image by image and channel by channel, in blocks of those."""
+    images, channels, length = planes.shape
+    blocks = torch.split(planes.view(-1, length), max(1, _BLOCK // length))
+    wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=planes.device)
+    moments = [_centred(wide[: len(block)].copy_(block), 1) for block in blocks]
+    means = torch.cat([mean for mean, _ in moments]).view(images, channels)
+    m2s = torch.cat([m2 for _, m2 in moments]).view(images, channels)
+    return means, m2s, torch.full((images,), float(length), dtype=torch.float64, device=planes.device)
+
+
+def _centred(wide: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return mean and M2 along a dimension, in two passes; the values are overwritten."""
+    mean = wide.mean(dim, keepdim=True)
+    wide.sub_(mean)
+    return mean.squeeze(dim), wide.square_().sum(dim)

@@ -1,0 +1,44 @@
+"""Writing: from an assembly to files, whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+
+from .assembly import Assembly
+from .formats.header import Stamp
+from .formats.staged import staged_files
+
+
+def write(
+    assembly: Assembly,
+    stamps: Sequence[Stamp],
+    *,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """Carry an assembly out, beside its target, and put it in its place at the end.
+
+    Args:
+        stamps: of the inputs, taken when their headers were read.
+        threads, allow_nonfinite: see `engine.run`.
+        on_progress: called in this thread with the bytes read and written so far.
+
+    Raises:
+        CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
+    """
+    from . import engine  # imports torch, which a refused job has no need of
+
+    files = assembly.files
+    names = [plan.name for plan in files] if assembly.folder else None
+    with staged_files(assembly.target, names, [plan.size for plan in files]) as (stage, fds):
+        engine.run(
+            [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
+            stamps=stamps,
+            threads=threads,
+            allow_nonfinite=allow_nonfinite,
+            on_progress=None if on_progress is None else lambda moved: on_progress(moved.read + moved.written),
+        )
+        for companion in assembly.companions:
+            shutil.copyfile(companion, stage / companion.name)

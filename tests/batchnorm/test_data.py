@@ -1,0 +1,273 @@
+"""Data: the right images, at random, in whole batches, and a word for each that is broken."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import Photos
+from PIL import Image
+from timm.data import create_transform
+
+from ckpt_tools.batchnorm.data import (
+    DEFAULT_IMAGES,
+    Batches,
+    Loading,
+    is_factory,
+    open_data,
+    plan_batches,
+    resolve_preprocessing,
+)
+from ckpt_tools.errors import DataError, UsageError
+
+PREPROCESSING: dict[str, Any] = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bilinear",
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.3, 0.4),
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+
+
+def opened(source: str | Path, **loading: Any) -> Batches:
+    return open_data(str(source), Loading(**loading), preprocessing=PREPROCESSING, split="validation", root=None)
+
+
+def images_in(batches: Batches) -> torch.Tensor:
+    return torch.cat([images for images, _ in batches])
+
+
+def sorted_rows(images: torch.Tensor) -> list[float]:
+    return sorted(images.double().sum((1, 2, 3)).tolist())
+
+
+def test_images_go_through_timms_evaluation_transform(photos: Photos) -> None:
+    folder = photos()
+    transform = create_transform(**PREPROCESSING, is_training=False)
+    want = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*/*.png"))])
+    found = images_in(opened(folder, batch_size=5))
+    assert sorted_rows(found) == sorted_rows(want)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its tar open
+def test_a_flat_folder_a_tar_and_workers_give_the_same_images(photos: Photos, tmp_path: Path) -> None:
+    folder, flat = photos(), photos("flat", flat=True)
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(folder, arcname="photos")
+    want = sorted_rows(images_in(opened(folder)))
+    assert len(want) == 12
+    assert sorted_rows(images_in(opened(flat))) == want
+    assert sorted_rows(images_in(opened(folder, workers=2, batch_size=5))) == want
+    before = sorted(tmp_path.iterdir())
+    assert sorted_rows(images_in(opened(tmp_path / "photos.tar"))) == want
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_labels_are_the_folders_in_order(photos: Photos) -> None:
+    folder = photos(classes=11, each=2)
+    brightness: dict[int, list[float]] = {}
+    for images, labels in opened(folder, batch_size=4):
+        for image, label in zip(images, labels.tolist(), strict=True):
+            brightness.setdefault(label, []).append(image.mean().item())
+    assert {label: len(values) for label, values in brightness.items()} == {i: 2 for i in range(11)}
+    # class10 comes behind class9, as timm sorts; the classes get brighter by number.
+    means = [sum(brightness[label]) for label in range(11)]
+    assert means == sorted(means)
+
+
+def test_a_subset_is_random_seeded_and_of_all_classes(photos: Photos) -> None:
+    folder = photos(classes=6, each=10, size=8)
+
+    def labels(seed: int) -> list[int]:
+        return [int(label) for _, part in opened(folder, images=30, batch_size=7, seed=seed) for label in part]
+
+    assert labels(0) == labels(0)
+    assert labels(0) != labels(1)
+    assert len(labels(0)) == 30
+    assert set(labels(0)) == set(range(6))
+
+
+def test_by_default_there_are_8192_images_or_all(photos: Photos) -> None:
+    class Many(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 10_000
+
+        def __getitem__(self, index: int) -> Any:
+            return torch.zeros(1), index
+
+    assert Batches(Many(), Loading()).images == DEFAULT_IMAGES == 8192
+    assert Batches(Many(), Loading(images=-1)).images == 10_000
+    assert opened(photos()).images == 12
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(("images", "batch"), [(9, 4), (17, 4), (16, 4), (3, 64), (101, 10)])
+def test_batches_are_dealt_out_whole_and_never_hold_one_image(images: int, batch: int, world: int) -> None:
+    alone = plan_batches(200, images, Loading(batch_size=batch))
+    dealt = [plan_batches(200, images, Loading(batch_size=batch, rank=r, world=world)) for r in range(world)]
+    assert sorted(map(tuple, alone)) == sorted(tuple(b) for part in dealt for b in part)
+    assert all(len(b) > 1 for b in alone)
+    counts = Counter(i for b in alone for i in b)
+    assert len(counts) == sum(counts.values()) == images
+
+
+def test_broken_images_are_left_out_and_named(photos: Photos) -> None:
+    folder = photos(classes=2, each=60, size=8)
+    (folder / "class1" / "1-7.png").write_bytes(b"no image")
+    batches = opened(folder, batch_size=16, workers=2)
+    for _ in range(2):  # counted anew each time
+        assert len(images_in(batches)) == 119
+        assert len(batches.broken) == 1
+        assert "1-7.png (UnidentifiedImageError" in batches.broken[0]
+
+
+def test_more_than_one_percent_of_broken_images_is_refused(photos: Photos) -> None:
+    folder = photos(classes=2, each=60, size=8)
+    for j in (3, 5):
+        (folder / "class0" / f"0-{j}.png").write_bytes((folder / "class0" / "0-1.png").read_bytes()[:60])
+    with pytest.raises(DataError, match=r"2 of 120 images cannot be read, more than 1%; the first is .*0-[35]\.png"):
+        images_in(opened(folder))
+
+
+def test_a_model_of_gray_images_gets_gray_images(photos: Photos) -> None:
+    gray = PREPROCESSING | {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
+    batches = open_data(str(photos()), Loading(), preprocessing=gray, split="validation", root=None)
+    assert images_in(batches).shape == (12, 1, 32, 32)
+
+
+FACTORIES = """
+import torch
+from torch.utils.data import Dataset, DataLoader, IterableDataset
+
+class Items(Dataset):
+    def __len__(self):
+        return 10
+    def __getitem__(self, i):
+        return torch.full((2, 3), float(i)), i
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.full((2, 3), float(i)), i) for i in range(10)])
+
+def items(): return Items()
+def stream(): return Stream()
+def loader(): return DataLoader(Items(), batch_size=3)
+def batches(): return [torch.full((2, 2, 3), float(i)) for i in range(5)]
+def nothing(): return None
+def broken(): raise KeyError("path")
+"""
+
+
+@pytest.mark.parametrize("name", ["items", "stream", "loader"])
+def test_a_factory_gives_a_dataset_or_batches(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine.py").write_text(FACTORIES)
+    batches = opened(f"{tmp_path}/mine.py:{name}", batch_size=4)
+    for _ in range(2):
+        assert sorted(images[0, 0].item() for part, _ in batches for images in part) == list(range(10))
+    some = opened(f"{tmp_path}/mine.py:{name}", batch_size=4, images=7)
+    assert sum(len(images) for images, _ in some) == 7
+    with pytest.raises(DataError, match="--images 11"):
+        list(opened(f"{tmp_path}/mine.py:{name}", images=11))
+
+
+def test_a_list_of_batches_is_dealt_out_to_processes(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORIES)
+    parts = [list(opened(f"{tmp_path}/mine.py:batches", rank=rank, world=2)) for rank in range(2)]
+    assert [[batch[0, 0, 0].item() for batch in part] for part in parts] == [[0, 2, 4], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing", "no such folder, tar or dataset"),
+        ("empty", "Found 0 images"),
+        ("text.txt", r"neither a \.tar nor a factory"),
+        ("mine.py:nothing", "gives a NoneType: neither"),
+        ("mine.py:broken", "failed \\(KeyError: 'path'\\)"),
+        ("hfds/nobody/nothing", "--data hfds/nobody/nothing: "),
+    ],
+)
+def test_unusable_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no image")
+    (tmp_path / "mine.py").write_text(FACTORIES)
+    with pytest.raises(DataError, match=message):
+        opened(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("mine.py:itmes", "mine.py has no 'itmes'. Did you mean items"),
+        ("absent.py:items", r"cannot be imported \(FileNotFoundError"),
+        ("wrong.py:items", r"cannot be imported \(SyntaxError"),
+        ("no_such_module:items", r"cannot be imported \(ModuleNotFoundError"),
+    ],
+)
+def test_a_factory_that_is_not_there_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(FACTORIES)
+    (tmp_path / "wrong.py").write_text("def")
+    with pytest.raises(UsageError, match=message):
+        opened(source)
+
+
+def test_more_images_than_there_are_is_refused_by_number_only(photos: Photos) -> None:
+    folder = photos()
+    with pytest.raises(DataError, match="--images 13: there are only 12"):
+        opened(folder, images=13)
+    assert opened(folder, images=-1).images == 12
+
+
+@pytest.mark.parametrize(
+    ("source", "yes"),
+    [
+        ("file.py:factory", True),
+        ("dir/file.py:factory", True),
+        ("package.module:factory", True),
+        ("folder", False),
+        ("hfds/user/name", False),
+        ("C:", False),
+        ("a/b:c", False),
+    ],
+)
+def test_factories_are_told_from_paths(source: str, yes: bool) -> None:
+    assert is_factory(source) is yes
+
+
+def test_preprocessing_is_the_models_but_for_options() -> None:
+    model = torchvision.models.resnet18()
+    assert resolve_preprocessing(model, 3, {"img_size": None})["input_size"] == (3, 224, 224)
+    model.pretrained_cfg = PREPROCESSING | {"input_size": (3, 160, 160)}
+    found = resolve_preprocessing(model, 3, {"crop_pct": 0.5, "mean": None})
+    assert found["input_size"] == (3, 160, 160)
+    assert found["crop_pct"] == 0.5
+    assert found["mean"] == (0.5, 0.4, 0.3)
+    gray = resolve_preprocessing(torchvision.models.resnet18(), 1, {})
+    assert gray["input_size"] == (1, 224, 224)
+    np.testing.assert_allclose(gray["mean"], [np.mean([0.485, 0.456, 0.406])])
+    with pytest.raises(UsageError, match="--mean has 2 numbers for images of 3 channels"):
+        resolve_preprocessing(model, 3, {"mean": [0.1, 0.2]})
+
+
+def test_a_worker_that_dies_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal, torch\n"
+        "class Deadly(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitem__(self, i):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def make(): return Deadly()\n"
+    )
+    with pytest.raises(DataError, match="a process that reads images died"):
+        list(opened(f"{tmp_path}/deadly.py:make", workers=1))

@@ -1,0 +1,303 @@
+"""The job: a checkpoint as it came, with new BatchNorm buffers and nothing else changed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import timm
+import torch
+from conftest import Photos
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+from torch import nn
+
+from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint
+from ckpt_tools.errors import CkptError, DataError, LayoutError, ModelError, NumericsError, UsageError, WriteError
+
+Save = Callable[..., Path]
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+QUICK: dict[str, Any] = {"img_size": 32, "batch_size": 4, "workers": 0}
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("test_resnet", num_classes=3)
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=True)
+
+
+def oracle(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Buffers by torch alone: one batch of all images, BatchNorm in train mode with a momentum of 1."""
+    from PIL import Image
+
+    config = resolve_data_config({"img_size": 32}, model=model)
+    transform = create_transform(**config, is_training=False)
+    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(folder.rglob("*.png"))])
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.train()
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model(images)
+    return {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+
+
+def assert_only_buffers_changed(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
+    assert list(before) == list(after)
+    for name in before:
+        assert before[name].dtype == after[name].dtype
+        same = before[name].view(torch.uint8).equal(after[name].view(torch.uint8)) if before[name].dim() else None
+        assert same is not False or name.endswith(BUFFERS), name
+
+
+def test_a_timm_checkpoint_keeps_all_but_the_buffers(save: Save, photos: Photos) -> None:
+    model = network()
+    tree = {
+        "epoch": 3,
+        "arch": "test_resnet",
+        "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.randn(5)}}, "param_groups": [{"lr": 0.1}]},
+        "args": argparse.Namespace(model="test_resnet", num_classes=3),
+        "metric": 77.5,
+    }
+    path, folder = save("averaged.pth", tree), photos()
+    before = path.read_bytes()
+    report = recalibrate_checkpoint(path, data=str(folder), **QUICK | {"batch_size": 12})
+    assert path.read_bytes() == before
+    found = load(path.with_name("averaged-bn.pth"))
+    assert list(found) == list(tree)
+    assert found["optimizer"]["state"][0]["momentum_buffer"].equal(tree["optimizer"]["state"][0]["momentum_buffer"])
+    assert found["args"] == {"model": "test_resnet", "num_classes": 3}
+    assert_only_buffers_changed(tree["state_dict"], found["state_dict"])
+    for name, want in oracle(network(), folder).items():
+        np.testing.assert_allclose(found["state_dict"][f"module.{name}"].numpy(), want.numpy(), rtol=1e-4, atol=1e-6)
+    counter = next(v for k, v in found["state_dict"].items() if k.endswith("num_batches_tracked"))
+    assert counter.dtype == torch.int64
+    assert counter.item() == 1
+    assert report.written
+    assert report.images == 12
+    again = timm.create_model("test_resnet", num_classes=3)
+    timm.models.load_checkpoint(again, str(path.with_name("averaged-bn.pth")))
+
+
+def test_the_output_is_a_sound_zip_with_provenance(save: Save, photos: Photos) -> None:
+    paths = [save(f"{i}.pth", network(i).state_dict()) for i in range(2)]
+    average(paths, out=paths[0].with_name("averaged.pth"))
+    path = paths[0].with_name("averaged.pth")
+    recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", passes=2, seed=5, images=9, **QUICK)
+    out = path.with_name("averaged-bn.pth")
+    assert zipfile.ZipFile(out).testzip() is None
+    made = open_checkpoint(out).provenance
+    assert made is not None
+    assert made["command"] == "recal-bn"
+    assert made["arguments"]["images"] == 9
+    assert made["arguments"]["seed"] == 5
+    assert made["arguments"]["passes"] == 2
+    assert made["arguments"]["preprocessing"]["input_size"] == [3, 32, 32]
+    assert [i["name"] for i in made["input"]["made"]["inputs"]] == ["0.pth", "1.pth"]
+
+
+def test_the_state_that_is_used_is_the_one_that_changes(save: Save, photos: Photos) -> None:
+    tree = {"arch": "test_resnet", "state_dict": network(0).state_dict(), "state_dict_ema": network(1).state_dict()}
+    path, folder = save("a.pth", tree), str(photos())
+    for state, changed in (("auto", "state_dict_ema"), ("raw", "state_dict"), ("state_dict", "state_dict")):
+        recalibrate_checkpoint(path, data=folder, state=state, force=True, **QUICK)
+        found = load(path.with_name("a-bn.pth"))
+        for key in ("state_dict", "state_dict_ema"):
+            assert_only_buffers_changed(tree[key], found[key])
+            name = "bn1.running_mean"
+            assert found[key][name].equal(tree[key][name]) is (key != changed)
+
+
+def test_safetensors_keeps_its_metadata_and_dtypes(tmp_path: Path, photos: Photos) -> None:
+    state = {k: v.half() if v.is_floating_point() else v for k, v in network().state_dict().items()}
+    save_file(state, tmp_path / "averaged.safetensors", metadata={"format": "pt", "note": "mine"})
+    recalibrate_checkpoint(tmp_path / "averaged.safetensors", data=str(photos()), model="test_resnet", **QUICK)
+    found = load_file(tmp_path / "averaged-bn.safetensors")
+    assert_only_buffers_changed(dict(sorted(state.items())), dict(sorted(found.items())))
+    assert not found["bn1.running_var"].equal(state["bn1.running_var"])
+    with safetensors.safe_open(tmp_path / "averaged-bn.safetensors", "pt") as file:
+        assert file.metadata()["note"] == "mine"
+
+
+def test_a_sharded_folder_stays_one(tmp_path: Path, photos: Photos) -> None:
+    paths = []
+    for i in range(2):
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(network(i).state_dict(), paths[-1])
+    average(paths, out=tmp_path / "sharded", max_shard_size=300_000)
+    (tmp_path / "sharded" / "config.json").write_text("{}")
+    recalibrate_checkpoint(tmp_path / "sharded", data=str(photos()), model="test_resnet", **QUICK)
+    names = {path.name for path in (tmp_path / "sharded").iterdir()}
+    assert {path.name for path in (tmp_path / "sharded-bn").iterdir()} == names
+    assert len(names) > 3
+    old, new = open_checkpoint(tmp_path / "sharded"), open_checkpoint(tmp_path / "sharded-bn")
+    assert_only_buffers_changed(dict(old), dict(new))
+    assert not new["bn1.running_var"].equal(old["bn1.running_var"])
+
+
+def test_legacy_files_become_zip_files(save: Save, photos: Photos) -> None:
+    path = save("old.pth", network().state_dict(), _use_new_zipfile_serialization=False)
+    recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", **QUICK)
+    assert_only_buffers_changed(network().state_dict(), load(path.with_name("old-bn.pth")))
+
+
+def test_the_default_input_is_what_avg_writes(
+    save: Save, photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = str(photos())
+    with pytest.raises(UsageError, match=r"no averaged\.pth or averaged\.safetensors here"):
+        recalibrate_checkpoint(data=folder, **QUICK)
+    save("averaged.pth", network().state_dict())
+    assert recalibrate_checkpoint(data=folder, model="test_resnet", **QUICK).out == "averaged-bn.pth"
+
+
+def test_accuracy_is_that_of_torch_before_and_after(save: Save, photos: Photos) -> None:
+    path, folder = save("a.pth", network().state_dict()), photos(each=6)
+    report = recalibrate_checkpoint(
+        path, data=str(folder), model="test_resnet", eval_data=str(folder), **QUICK | {"batch_size": 18}
+    )
+    assert report.before is not None
+    assert report.after is not None
+    assert any("the accuracy after it is higher than" in note for note in report.notes)
+    from PIL import Image
+
+    transform = create_transform(**resolve_data_config({"img_size": 32}, model=network()), is_training=False)
+    files = sorted(folder.rglob("*.png"))
+    images = torch.stack([transform(Image.open(f).convert("RGB")) for f in files])
+    labels = torch.tensor([int(f.parent.name.removeprefix("class")) for f in files])
+    for found, state in ((report.before, load(path)), (report.after, load(path.with_name("a-bn.pth")))):
+        model = network().eval()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            logits = model(images)
+        assert found.top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+        assert found.top5 == pytest.approx(100.0)  # of three classes
+        assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+        assert found.images == 18
+
+
+def test_without_a_gain_nothing_is_written_where_one_is_required(save: Save, photos: Photos, tmp_path: Path) -> None:
+    folder = photos(each=6)
+    good = save("good.pth", network().state_dict())
+    recalibrate_checkpoint(good, data=str(folder), model="test_resnet", **QUICK)
+    (tmp_path / "noise.py").write_text("import torch\ndef make(): return [torch.randn(8, 3, 32, 32) * 9 + 50]\n")
+    wrong = {"data": f"{tmp_path}/noise.py:make", "model": "test_resnet", "eval_data": str(folder), **QUICK}
+    path, target = tmp_path / "good-bn.pth", tmp_path / "x.pth"
+    report = recalibrate_checkpoint(path, **wrong, out=target)
+    assert report.before is not None
+    assert report.after is not None
+    assert report.after.loss > report.before.loss
+    target.unlink()
+    with pytest.raises(NumericsError, match=r"the loss on .* went from .* nothing was written \(--require-gain\)"):
+        recalibrate_checkpoint(path, **wrong, require_gain=True, out=target)
+    assert not target.exists()
+    right = wrong | {"data": str(folder)}
+    assert recalibrate_checkpoint(path, **right, require_gain=True, out=target).written
+
+
+def test_a_model_without_batchnorm_is_left_alone(save: Save, tmp_path: Path) -> None:
+    path = save("a.pth", nn.Linear(3, 2).state_dict())
+    kwargs = {"in_features": 3, "out_features": 2}
+    report = recalibrate_checkpoint(path, data="nowhere", model="torch.nn:Linear", model_kwargs=kwargs)
+    assert not report.written
+    assert report.layers == 0
+    assert "no BatchNorm statistics; nothing to do" in report.notes[-1]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dry_run_runs_nothing(save: Save, photos: Photos, tmp_path: Path) -> None:
+    path, folder = save("a.pth", network().state_dict()), photos()
+    before = sorted(tmp_path.iterdir())
+    plans: list[Any] = []
+    report = recalibrate_checkpoint(
+        path, data=str(folder), model="test_resnet", dry_run=True, on_plan=plans.append, **QUICK
+    )
+    assert plans == [report]
+    assert report.images == 12
+    assert report.layers > 3
+    assert sorted(tmp_path.iterdir()) == before
+    json.dumps(report.to_dict())
+
+
+def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str, torch.Tensor]:
+    return state | {name: torch.full_like(state[name], value)}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        ({}, {"data": "missing"}, DataError, "no such folder"),
+        ({}, {"images": 99}, DataError, "--images 99: there are only 12"),
+        ({}, {"images": 1}, UsageError, "--images 1: must be 2 or more"),
+        ({}, {"batch_size": 1}, UsageError, "--batch-size 1: must be 2 or more"),
+        ({}, {"workers": -1}, UsageError, "--workers -1"),
+        ({}, {"passes": 0}, UsageError, "--passes 0"),
+        ({}, {"estimator": "mode"}, UsageError, "--estimator is one of"),
+        ({}, {"model": "tset_resnet"}, UsageError, "Did you mean test_resnet"),
+        ({}, {"state": "ema"}, LayoutError, "has no ema weights"),
+        ({}, {"device": "abacus"}, UsageError, "--device abacus"),
+        ({}, {"require_gain": True}, UsageError, "--require-gain goes with --eval"),
+        ({}, {"out": "a.pth"}, WriteError, "is one of the inputs"),
+        ({}, {"out": "x.safetensors"}, UsageError, "stays one"),
+        ({}, {"out": "no/x.pth"}, WriteError, "there is no folder"),
+        ({}, {"mean": [0.5, 0.5]}, UsageError, "--mean has 2 numbers"),
+        ({"fc.weight": torch.zeros(3, 5)}, {}, ModelError, "of another shape"),
+        ({"extra": torch.zeros(3)}, {}, ModelError, "1 unexpected"),
+        ({"conv1.0.weight": None}, {}, NumericsError, r"batch 1: the input of 'conv1\.1' holds NaN"),
+        ({}, {"data": "mine.py:wrong_shape"}, ModelError, r"failed on a batch of shape \[4, 5, 32, 32\]"),
+        ({}, {"data": "mine.py:nan"}, NumericsError, "batch 2: the input of "),
+        ({}, {"data": "mine.py:nothing"}, DataError, "yield no batch"),
+        ({}, {"data": "mine.py:fails"}, DataError, r"the data failed after .* \(OSError: disk gone\)"),
+        ({}, {"data": "mine.py:once", "passes": 2}, UsageError, "can be read again"),
+        ({}, {"eval_data": "flat"}, DataError, "--eval"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_written(
+    save: Save,
+    photos: Photos,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    options: dict[str, Any],
+    error: type[CkptError],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state: dict[str, Any] = dict(network().state_dict())
+    for name, value in change.items():
+        state[name] = torch.full_like(state[name], float("nan")) if value is None else value
+    save("a.pth", state)
+    photos()
+    photos("flat", classes=9, each=1)
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def wrong_shape(): return [torch.zeros(4, 5, 32, 32)]\n"
+        "def nan(): return [torch.zeros(4, 3, 32, 32), torch.full((4, 3, 32, 32), float('nan'))]\n"
+        "def nothing(): return []\n"
+        "def once(): return iter([torch.zeros(4, 3, 32, 32)])\n"
+        "class Fails:\n"
+        "    def __iter__(self):\n"
+        "        yield torch.zeros(4, 3, 32, 32)\n"
+        "        raise OSError('disk gone')\n"
+        "def fails(): return Fails()\n"
+    )
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "__pycache__"}
+    with pytest.raises(error, match=message):
+        recalibrate_checkpoint("a.pth", **{"data": "photos", "model": "test_resnet", **QUICK, **options})
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "__pycache__"}
+    assert after == before
+    assert not os.environ.get("RANK")

@@ -1,0 +1,121 @@
+"""Models: what the user names or the checkpoint says, filled strictly; a checkpoint never decides what runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from ckpt_tools import open_checkpoint
+from ckpt_tools.batchnorm.models import build_model, input_channels, load_weights, parse_kwargs, pick_device
+from ckpt_tools.errors import ModelError, UsageError
+
+Save = Callable[..., Path]
+
+
+def built(path: Path, spec: str | None = None, **kwargs: Any) -> nn.Module:
+    checkpoint = open_checkpoint(path)
+    model = build_model(spec, checkpoint.header, kwargs, checkpoint.specs)
+    load_weights(model, checkpoint)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+def test_the_arch_in_a_timm_checkpoint_is_the_model(save: Save, prefix: str) -> None:
+    source = timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    state = {prefix + name: tensor for name, tensor in source.state_dict().items()}
+    args = argparse.Namespace(model="test_resnet", num_classes=None, in_chans=None, model_kwargs={})
+    model = built(save("a.pth", {"arch": "test_resnet", "args": args, "state_dict": state}))
+    assert type(model) is type(source)
+    assert all(tensor.equal(source.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert input_channels(model) == 1
+
+
+def test_arguments_in_the_checkpoint_count_and_those_given_go_before(save: Save) -> None:
+    source = timm.create_model("test_resnet", num_classes=7)
+    args = argparse.Namespace(model="test_resnet", num_classes=7, model_kwargs={"drop_rate": 0.25})
+    path = save("a.pth", {"model": source.state_dict(), "args": args})
+    assert built(path).drop_rate == 0.25
+    assert built(path, drop_rate=0.5).drop_rate == 0.5
+    with pytest.raises(ModelError, match=r"2 of another shape \('fc\.weight' is \[7, \d+\], the model's \[8, \d+\]"):
+        built(path, num_classes=8)
+
+
+def test_a_factory_of_the_users_own_needs_no_timm(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\nfrom neighbour import WIDTH\ndef net(width=WIDTH): return nn.Linear(width, 2)\n"
+    )
+    (tmp_path / "neighbour.py").write_text("WIDTH = 3\n")
+    path = save("a.pth", nn.Linear(3, 2).state_dict())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    for spec in ("nets.py:net", str(tmp_path / "nets.py:net"), "nets:net", "torch.nn:Linear"):
+        kwargs = {"in_features": 3, "out_features": 2} if "torch" in spec else {}
+        assert isinstance(built(path, spec, **kwargs), nn.Linear)
+    with pytest.raises(ModelError, match="timm is not installed. Run: pip install"):
+        built(path, "resnet18")
+
+
+def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef main(): pass\n")
+    for arch in ("evil.py:main", "evil:main", "hf-hub:nobody/nothing", "local-dir:evil"):
+        path = save("a.pth", {"arch": arch, "state_dict": {"w": torch.zeros(2)}})
+        with pytest.raises(UsageError, match="timm has no such model"):
+            built(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("resnet81", UsageError, r"--model resnet81: timm has no such model. Did you mean .*resnet18"),
+        ("nothing_like_it_at_all", UsageError, "Use --model path/to/file.py:factory"),
+        ("torch.nn:Lienar", UsageError, "torch.nn has no 'Lienar'. Did you mean Linear"),
+        ("torch.nn:Linear", ModelError, r"cannot be made \(TypeError"),
+        ("builtins:dict", ModelError, "gives a dict, not a torch.nn.Module"),
+        (None, ModelError, "does not say which model it is. Use --model"),
+    ],
+)
+def test_a_model_that_cannot_be_made_is_refused(save: Save, spec: str | None, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        built(save("a.pth", {"w": torch.zeros(2)}), spec)
+
+
+def test_weights_that_do_not_fit_are_named(save: Save) -> None:
+    state = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict()
+    del state["1.running_mean"]
+    state["2.bias"] = torch.zeros(1)
+    path = save("a.pth", state)
+    (path.parent / "fits.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))\n"
+    )
+    with pytest.raises(ModelError, match=r"1 missing \(1\.running_mean\); 1 unexpected \(2\.bias\)"):
+        built(path, f"{path.parent}/fits.py:net")
+
+
+def test_files_without_the_counter_of_batches_fit(save: Save) -> None:
+    state = nn.BatchNorm1d(2).state_dict()
+    del state["num_batches_tracked"]
+    assert isinstance(built(save("a.pth", state), "torch.nn:BatchNorm1d", num_features=2), nn.BatchNorm1d)
+
+
+def test_model_arguments_are_python_literals_or_text() -> None:
+    found = parse_kwargs(["num_classes=10", "act=relu", "sizes=(1, 2)", "flag=True", "x=a=b", "empty="])
+    assert found == {"num_classes": 10, "act": "relu", "sizes": (1, 2), "flag": True, "x": "a=b", "empty": ""}
+    for wrong in ("num_classes", "=3", "a b=1"):
+        with pytest.raises(UsageError, match="write name=value"):
+            parse_kwargs([wrong])
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert pick_device("cpu").type == "cpu"
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UsageError, match=f"--device {name}: not usable here"):
+            pick_device(name)
