@@ -1,28 +1,25 @@
-"""Series: from paths and globs to an ordered, selected, de-duplicated list of checkpoints."""
+"""Series: from checkpoints found to an ordered, selected, de-duplicated list of checkpoints."""
 
 from __future__ import annotations
 
-import difflib
-import glob
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from .errors import SeriesError, UsageError
 from .formats import SUFFIXES, read_header
 from .formats.header import Header
-from .formats.sharded import SINGLE, checkpoint_inside
+from .formats.sharded import SINGLE
+from .paths import find, keep_one, natural_key
 
 ORDERS = ("auto", "given", "natural", "mtime")
 # Finer counters first: a file that stores both a step and an epoch is placed by its step.
 _STEP_KEYS = ("global_step", "step", "num_steps", "iteration", "iter", "num_updates", "batch_idx_train", "epoch")
 _NESTED = ("meta", "trainer_state")  # mmengine keeps its counters one level down
-_NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,17 +91,18 @@ def find_series(
         UsageError, SeriesError: an impossible selection; nothing found or left.
         ReadError: a file is no checkpoint.
     """
-    for name, count in (("--last", last), ("--best", best), ("--every", every)):
-        if count is not None and count < 1:
-            raise UsageError(f"{name} {count}: must be 1 or more.")
+    counts = {"--last": last, "--best": best, "--every": every}
+    for name, value in (counts | {"--from-step": from_step, "--to-step": to_step}).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
+            raise UsageError(f"{name} is a whole number, not {value!r}.")
+        if value is not None and name in counts and value < 1:
+            raise UsageError(f"{name} {value}: must be 1 or more.")
     if order not in ORDERS:
         raise UsageError(f"--order is one of {', '.join(ORDERS)}, not {order!r}.")
     if best is None and (lower_is_better or metric != "metric"):
         raise UsageError("--metric and --lower-is-better go with --best N.")
     notes: list[str] = []
-    found = _without_duplicates(expand(paths), notes)
-    _refuse_shards(found)
-    _note_nested(found, notes)
+    found = find(paths, notes)
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
@@ -122,124 +120,13 @@ def find_series(
     return Series(tuple(members), given, ordered_by, tuple(notes))
 
 
-def expand(paths: Iterable[str | Path]) -> list[Path]:
-    """Turn files, globs and folders into checkpoints, each a file or a folder.
-
-    Raises:
-        SeriesError: a path that does not exist, a glob that matches nothing, a folder without checkpoints.
-    """
-    found: list[Path] = []
-    for given in paths:
-        try:
-            found += _find(given)
-        except OSError as error:
-            raise SeriesError(f"{error.filename or given}: {error.strerror}.") from error
-    if not found:
-        raise SeriesError("no checkpoint given.")
-    return found
-
-
-def _find(given: str | Path) -> list[Path]:
-    if given == "":
-        raise SeriesError("an empty path. Is a variable of the shell unset?")
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps a ~user that is none
-    if path.is_dir():
-        return _in_folder(path)
-    if path.exists():
-        return [path]
-    if path.is_symlink():
-        raise SeriesError(_dangling(path))
-    if not glob.has_magic(str(path)):
-        raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
-    # A folder that exists is taken by its name, so that brackets in it are no pattern.
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    pattern = str(path.relative_to(folder))
-    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - passes over hidden files
-    matches = sorted((folder / name for name in names), key=natural_key)
-    if not matches:
-        raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
-    return [found for match in matches for found in (_in_folder(match) if match.is_dir() else [match])]
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    if checkpoint_inside(folder) is not None:
-        return [folder]
-    found = [
-        child
-        for child in sorted(folder.iterdir(), key=natural_key)
-        if not child.name.startswith(".")
-        and (
-            (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
-            or (child.is_dir() and checkpoint_inside(child) is not None)
-        )
-    ]
-    if not found:
-        raise SeriesError(
-            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
-        )
-    return found
-
-
-def _dangling(path: Path) -> str:
-    return f"{path}: a link to {path.readlink()}, where there is nothing."
-
-
-def _did_you_mean(path: Path) -> str:
-    try:
-        names = [child.name for child in path.parent.iterdir()]
-    except OSError:
-        return f" The folder {path.parent} does not exist." if not path.parent.exists() else ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _refuse_shards(paths: Sequence[Path]) -> None:
-    """Say it where a glob has taken the shards of one checkpoint for a series."""
-    seen: dict[object, Path] = {}
-    for path in paths:
-        parts = re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", path.name)
-        other = seen.setdefault((path.parent, *parts.groups()), path) if parts else path
-        if other != path:
-            raise SeriesError(
-                f"{other} and {path.name} are shards of one checkpoint, not two. Give the folder that has their index."
-            )
-
-
-def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
-    """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
-    for path in paths:
-        inner = [c for c in path.iterdir() if c.is_dir() and checkpoint_inside(c)] if path.is_dir() else []
-        if inner:
-            pattern = path / re.sub(r"\d+", "*", inner[0].name)
-            notes.append(f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{pattern}'.")
-
-
-def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
-    """Count hard links, symlinks and repeated arguments once."""
-    groups: dict[tuple[int, int], dict[Path, Path]] = {}
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise SeriesError(_dangling(path) if path.is_symlink() else f"{path}: {error.strerror}.") from error
-        groups.setdefault((stat.st_dev, stat.st_ino), {})[path.absolute()] = path
-    return [_kept(names.values(), "under another name", notes) for names in groups.values()]
-
-
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
     """Count copies once where the header proves them equal: where links are not supported, timm copies."""
     groups: dict[object, dict[Path, Header]] = {}
     for header in headers:
         alone = object()
         groups.setdefault(header.fingerprint or alone, {})[header.path] = header
-    return [group[_kept(group, "again (all checksums agree)", notes)] for group in groups.values()]
-
-
-def _kept(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
-    """Choose the name with a number in it, which last and model_best lack."""
-    kept, *others = sorted(paths, key=lambda path: (not re.search(r"\d", path.name), natural_key(path)))
-    notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
-    return kept
+    return [group[keep_one(group, "again (all checksums agree)", notes)] for group in groups.values()]
 
 
 def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
@@ -252,12 +139,6 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
         for path in sorted(ours, key=natural_key)
     )
     return ours
-
-
-def natural_key(path: Path) -> tuple[object, ...]:
-    """Sort key under which checkpoint-2 comes before checkpoint-10."""
-    parts = re.split(r"(\d+)", str(path))
-    return tuple((1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts))
 
 
 def stored_counters(header: Header) -> dict[str, int]:

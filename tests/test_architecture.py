@@ -18,6 +18,7 @@ ROOMS = [
     "layouts",
     "keys",
     "schedules",
+    "paths",
     "series",
     "payload",
     "checkpoint",

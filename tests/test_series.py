@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from ckpt_tools import average
 from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
 from ckpt_tools.formats import read_header
-from ckpt_tools.series import Series, expand, find_series, number_in_name, stored_counters
+from ckpt_tools.paths import expand
+from ckpt_tools.series import Series, find_series, number_in_name, stored_counters
 
 Save = Callable[..., Path]
 
@@ -343,6 +344,13 @@ def test_counts_below_one_are_wrong_usage(scored: list[Path], option: str) -> No
         find_series(scored, **{option: 0})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", ["last", "best", "every", "from_step", "to_step"])
+@pytest.mark.parametrize("value", [1.5, True, "2"])
+def test_what_is_no_whole_number_is_wrong_usage(scored: list[Path], option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is a whole number, not {value!r}"):
+        find_series(scored, **{option: value})
+
+
 def test_a_metric_without_best_and_an_unknown_order_are_wrong_usage(scored: list[Path]) -> None:
     with pytest.raises(UsageError, match="go with --best"):
         find_series(scored, metric="loss")
@@ -413,6 +421,29 @@ def test_loose_shards_are_no_series() -> None:
         find_series(["model/*.safetensors"])
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "consolidated.0{}.pth",
+        "mp_rank_0{}_model_states.pt",
+        "bf16_zero_pp_rank_{}_mp_rank_00_model_states.pt",
+        "mp_rank_00_00{}/model_optim_rng.pt",
+        "tp_rank_00_pp_rank_00{}/model_optim_rng.pt",
+        "model_rank_{}.pt",
+        "rank{}.pt",
+        "pytorch_model_fsdp_{}.bin",
+        "layer_0{}-model_00-model_states.pt",
+    ],
+)
+def test_the_ranks_of_one_checkpoint_are_no_series_but_one_rank_of_each_step_is(
+    plain: Callable[..., list[Path]], pattern: str
+) -> None:
+    paths = plain(*(f"{folder}/{pattern.format(rank)}" for folder in ("iter_9", "iter_10") for rank in (0, 1)))
+    with pytest.raises(SeriesError, match="differ in nothing but the rank, so they are parts of one checkpoint"):
+        find_series(paths)
+    assert [member.path for member in find_series([paths[2], paths[0]]).members] == [paths[0], paths[2]]
+
+
 def test_a_folder_without_checkpoints_says_what_was_looked_for() -> None:
     Path("logs").mkdir()
     Path("logs/events.txt").touch()
@@ -433,6 +464,21 @@ def test_a_quoted_glob_is_expanded_here(plain: Callable[..., list[Path]]) -> Non
 def test_two_stars_reach_into_folders_but_not_into_hidden_ones(plain: Callable[..., list[Path]]) -> None:
     plain("runs/a-1.pth", "runs/deep/er/a-2.pth", "runs/.old/a-3.pth")
     assert names(find_series(["runs/**/*.pth"])) == ["a-1.pth", "a-2.pth"]
+
+
+def test_links_that_lead_round_in_circles_are_passed_over(plain: Callable[..., list[Path]]) -> None:
+    """Two of them made 2^40 paths."""
+    plain("runs/one/a-1.pth", "runs/two/a-2.pth")
+    for run in ("one", "two"):
+        Path(f"runs/{run}/root").symlink_to("..")
+    for pattern in ("runs/**/*.pth", "**/a-?.pth", "**/runs/**/a-*"):
+        series = find_series([pattern])
+        assert (names(series), series.notes) == (["a-1.pth", "a-2.pth"], ())
+
+
+def test_two_stars_at_the_end_are_all_files_below(plain: Callable[..., list[Path]]) -> None:
+    plain("runs/a-1.pth", "runs/deep/a-2.pth")
+    assert names(find_series(["runs/**"])) == ["a-1.pth", "a-2.pth"]
 
 
 def test_brackets_in_the_name_of_a_file_or_folder_are_taken_as_they_are(plain: Callable[..., list[Path]]) -> None:
@@ -499,3 +545,15 @@ def test_nothing_at_all_is_refused() -> None:
     nothing: Sequence[Path] = []
     with pytest.raises(SeriesError, match="no checkpoint given"):
         find_series(nothing)
+
+
+@pytest.mark.parametrize("paths", [None, [None], [b"x"], b"x", "a.pth", 3])
+def test_what_is_no_path_is_wrong_usage(paths: Any) -> None:
+    with pytest.raises(UsageError, match="paths is a list of paths, not|a path is text, not"):
+        find_series(paths)
+
+
+def test_names_that_are_no_unicode_have_an_order(plain: Callable[..., list[Path]]) -> None:
+    plain(*(os.fsdecode(b"\xff-%d.pth" % i) for i in (10, 2)))
+    assert [member.step for member in find_series(["*.pth"]).members] == [2, 10]
+    assert [member.step for member in find_series(["."], order="natural").members] == [2, 10]
