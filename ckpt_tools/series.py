@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,15 +10,14 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from .errors import SeriesError, UsageError
-from .formats import SUFFIXES, read_header
+from .formats import read_header
 from .formats.header import Header
-from .formats.sharded import SINGLE
 from .paths import find, keep_one, natural_key
+from .steps import named_places, stored_places, trainer_state, unread_tensors
+from .steps import stored_counters as stored_counters
+from .tensors import TensorSpec
 
 ORDERS = ("auto", "given", "natural", "mtime")
-# Finer counters first: a file that stores both a step and an epoch is placed by its step.
-_STEP_KEYS = ("global_step", "step", "num_steps", "iteration", "iter", "num_updates", "batch_idx_train", "epoch")
-_NESTED = ("meta", "trainer_state")  # mmengine keeps its counters one level down
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,88 +139,46 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     return ours
 
 
-def stored_counters(header: Header) -> dict[str, int]:
-    """Return the training counters that a checkpoint stores, by name."""
-    sources: list[Any] = [header.tree]
-    if isinstance(header.tree, dict):
-        sources += [header.tree.get(key) for key in _NESTED]
-    if header.path.is_dir() or header.path.name in SINGLE:
-        sources.append(_trainer_state(header.path if header.path.is_dir() else header.path.parent))
-    counters: dict[str, int] = {}
-    for source in sources:
-        for key in _STEP_KEYS if isinstance(source, dict) else ():
-            value = source.get(key)
-            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            if whole and not isinstance(value, bool) and abs(value) < 1 << 63:
-                counters.setdefault(key, int(value))
-    return counters
-
-
-def _trainer_state(folder: Path) -> Any:
-    """Hugging Face's Trainer keeps the step beside the weights, in trainer_state.json."""
-    try:
-        return json.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def number_in_name(path: Path) -> int | None:
-    """Return the step that a name tells: the number behind 'step' or 'epoch', else the last whole number."""
-    name = path.name
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    for word in ("step", "iter", "epoch"):
-        match = re.search(rf"{word}[a-z]*[-_=. ]*(\d+)", name, re.IGNORECASE)
-        if match:
-            return int(match[1])
-    # A decimal is a metric (acc0.91), not a counter.
-    numbers: list[str] = re.findall(r"(?<![\d.])\d+(?!\.?\d)", name)
-    return int(numbers[-1]) if numbers else None
-
-
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:
-    counters = [stored_counters(header) for header in headers]
-    shared = [key for key in _STEP_KEYS if all(key in c for c in counters)]
-    # A counter that never moves (a default of 0, say) orders nothing.
-    telling = [key for key in shared if len({c[key] for c in counters}) > 1] or shared[:1]
-    if telling:
-        key = telling[0]
-        members = [Member(h.path, h, c[key], key) for h, c in zip(headers, counters, strict=True)]
-    else:
-        numbers = [number_in_name(header.path) for header in headers]
-        if None in numbers and len(headers) > len({header.path.name for header in headers}) == 1:
-            # checkpoint-500/model.safetensors, checkpoint-1000/model.safetensors: the folders tell.
-            numbers = [number_in_name(header.path.parent) for header in headers]
-        members = [Member(h.path, h, n, None if n is None else "name") for h, n in zip(headers, numbers, strict=True)]
+    stored = stored_places(headers)
+    notes.extend(unread_tensors(headers, stored))
+    places = stored or named_places([header.path for header in headers])
+    members = [
+        Member(header.path, header, step, None if step is None else places.counter)
+        for header, step in zip(headers, places.steps, strict=True)
+    ]
     if order == "given":
         return members, "the arguments"
     if order == "mtime":
         return sorted(members, key=lambda m: (m.path.stat().st_mtime_ns, natural_key(m.path))), "modification time"
+    by_name = sorted(members, key=lambda m: natural_key(m.path))
     if order == "natural":
-        return sorted(members, key=lambda m: natural_key(m.path)), "the names"
-    if telling:
-        _note_ties(members, key, notes)
-        return sorted(members, key=lambda m: (m.step, natural_key(m.path))), f"the {key} stored in the files"
-    nameless = sorted((member.path for member in members if member.step is None), key=natural_key)
+        return by_name, "the names"
+    nameless = sorted(
+        (member.path for member, key in zip(members, places.keys, strict=True) if not key), key=natural_key
+    )
     if nameless and len(members) > 1:
         notes.append(
             f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "
             "Give the files in order, with --order given, if it should be another."
         )
-        return sorted(members, key=lambda m: natural_key(m.path)), "the names"
-    _note_ties(members, "number", notes)
-    return sorted(members, key=lambda m: (m.step, natural_key(m.path))), "the numbers in the names"
+        return by_name, "the names"
+    notes.extend(places.remarks)
+    key_of = {member.path: key for member, key in zip(members, places.keys, strict=True)}
+    _note_ties(by_name, key_of, places.counter.replace("name", "number"), notes)
+    return sorted(by_name, key=lambda m: key_of[m.path]), places.by
 
 
-def _note_ties(members: Sequence[Member], what: str, notes: list[str]) -> None:
-    groups: dict[int | None, list[Path]] = {}
+def _note_ties(members: Sequence[Member], key_of: dict[Path, tuple[float, ...]], what: str, notes: list[str]) -> None:
+    groups: dict[tuple[float, ...], list[Path]] = {}
     for member in members:
-        groups.setdefault(member.step, []).append(member.path)
-    for step, paths in groups.items():
+        groups.setdefault(key_of[member.path], []).append(member.path)
+    for key, paths in groups.items():
         if len(paths) > 1:
-            first, second, *more = sorted(paths, key=natural_key)
+            first, second, *more = paths
             others = f" and {len(more)} more" if more else ""
-            notes.append(f"{first}, {second}{others} have the same {what}, {step}; their names decide.")
+            value = ", ".join(map(str, key))
+            notes.append(f"{first}, {second}{others} have the same {what}, {value}; their names decide.")
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
@@ -246,11 +202,17 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
     scored = [Member(m.path, m.header, m.step, m.counter, metric_of(m.header, key)) for m in members]
     without = next((member for member in scored if member.metric is None), None)
     if without is not None:
-        tree = without.header.tree
-        keys = [k for k in tree if isinstance(k, str)] if isinstance(tree, dict) else []
-        known = [k for k in keys if metric_of(without.header, k) is not None]
+        known = [
+            k for k in _measured(without.header) if isinstance(k, str) and metric_of(without.header, k) is not None
+        ]
         advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
-        raise SeriesError(f"{without.path}: has no number under '{key}', so --best cannot rank it. {advice}")
+        stored = _stored_under(without.header, key)
+        what = f"has no number under '{key}'"
+        if isinstance(stored, TensorSpec):
+            what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
+        elif isinstance(stored, float):
+            what, advice = f"its '{key}' is NaN", "Leave this file out."
+        raise SeriesError(f"{without.path}: {what}, so --best cannot rank it. {advice}")
     if best > len(scored):
         notes.append(f"--best {best}: there are only {len(scored)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
@@ -263,14 +225,28 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
 
 def metric_of(header: Header, key: str) -> float | None:
     """Return a number stored in a checkpoint under a key, dotted if nested; None if there is none."""
-    node: Any = header.tree
-    for part in [key] if isinstance(node, dict) and key in node else key.split("."):
+    value = _stored_under(header, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return None if math.isnan(value) else float(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
+
+
+def _stored_under(header: Header, key: str) -> Any:
+    node: Any = _measured(header)
+    for part in [key] if key in node else key.split("."):
         if not isinstance(node, dict):
             return None
         node = node.get(part)
-    if isinstance(node, bool) or not isinstance(node, (int, float)):
-        return None
-    try:
-        return None if math.isnan(node) else float(node)
-    except OverflowError:  # an integer beyond all floats
-        return None
+    return node
+
+
+def _measured(header: Header) -> dict[Any, Any]:
+    """Return what a checkpoint says about itself, and what Hugging Face's Trainer logged at its step."""
+    state = trainer_state(header)
+    log = state.get("log_history")
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    logged = {key: e[key] for e in entries if e.get("step") == state.get("global_step") for key in e}
+    return logged | (header.tree if isinstance(header.tree, dict) else {})

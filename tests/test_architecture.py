@@ -19,6 +19,7 @@ ROOMS = [
     "keys",
     "schedules",
     "paths",
+    "steps",
     "series",
     "payload",
     "checkpoint",

@@ -19,7 +19,8 @@ from ckpt_tools import average
 from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.paths import expand
-from ckpt_tools.series import Series, find_series, number_in_name, stored_counters
+from ckpt_tools.series import Series, find_series
+from ckpt_tools.steps import number_in_name, stored_counters
 
 Save = Callable[..., Path]
 
@@ -165,6 +166,68 @@ def test_a_name_tells_its_step(name: str, number: int | None) -> None:
     assert number_in_name(Path("run-7") / name) == number
 
 
+@pytest.mark.parametrize(
+    ("in_order", "steps"),
+    [
+        (["ckpt_3_v2", "ckpt_4_v2"], [3, 4]),
+        (["ckpt_500", "ckpt_1k", "ckpt_1.5k", "ckpt_10k", "ckpt_1M"], [500, 1000, 1500, 10_000, 1_000_000]),
+        (["llama-7B-step20", "llama-7B-step100"], [20, 100]),
+        (["run_2023-12-20", "run_2024-01-15", "run_2024-02-03"], [None, None, None]),
+        (["run_2024-01-15", "run_2024-01-16"], [15, 16]),
+        (["1_500", "2_100"], [None, None]),
+        (["epoch=2-step=100", "epoch=2-step=200", "epoch=10-step=300"], [100, 200, 300]),
+        (["epoch_1_iter_500", "epoch_2_iter_100"], [1, 2]),
+        (["acc_91_epoch_1", "acc_90_epoch_2"], [1, 2]),
+        (["epoch=02-val_loss=0.9", "epoch=10-val_loss=0.32"], [2, 10]),
+        (["acc0.91_7", "acc0.90_8"], [7, 8]),
+        (["model.ckpt.9", "model.ckpt.10"], [9, 10]),
+    ],
+    ids=lambda value: str(value[0]),
+)
+def test_the_number_that_varies_is_the_step_and_several_go_from_left_to_right(
+    plain: Callable[..., list[Path]], in_order: list[str], steps: list[int | None]
+) -> None:
+    series = find_series(reversed(plain(*(f"{name}.pth" for name in in_order))))
+    assert names(series) == [f"{name}.pth" for name in in_order]
+    assert [member.step for member in series.members] == steps
+    restarts = in_order[0] == "epoch_1_iter_500"
+    assert series.notes == (
+        ("The iter in the names does not grow with the epoch, which decides the order.",) if restarts else ()
+    )
+
+
+def test_the_folders_tell_where_all_files_have_one_name_with_a_number(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("iter_9/mp_rank_00/model_optim_rng.pt", "iter_10/mp_rank_00/model_optim_rng.pt")
+    assert [member.step for member in find_series(paths[::-1]).members] == [9, 10]
+
+
+def test_a_stored_fraction_orders_though_it_is_no_step(save: Save) -> None:
+    for name, epoch in (("a.pth", 1.5), ("b.pth", 0.5), ("c.pth", 1.0)):
+        save(name, {"state_dict": weights(epoch), "epoch": epoch})
+    series = find_series(["*.pth"])
+    assert [(m.path.name, m.step) for m in series.members] == [("b.pth", None), ("c.pth", 1), ("a.pth", None)]
+    assert (series.ordered_by, series.notes) == ("the epoch stored in the files", ())
+
+
+def test_a_step_that_is_a_tensor_is_said_to_be_unread(save: Save) -> None:
+    for name, step in (("a-1.pth", 2), ("a-2.pth", 1)):
+        save(name, {"state_dict": weights(step), "step": torch.tensor(step), "epoch": 3 - step})
+    series = find_series(["*.pth"])
+    assert names(series) == ["a-1.pth", "a-2.pth"]
+    assert series.notes == (
+        "a-1.pth: its 'step' is a tensor, which is not read here, so it does not count as the step.",
+    )
+
+
+@pytest.mark.parametrize("key", ["step", "global_step", "epoch"])
+def test_the_metadata_of_safetensors_tell_the_step(key: str) -> None:
+    for name, step in (("a", "500"), ("b", "60")):
+        save_file(weights(float(step)), f"{name}.safetensors", metadata={key: step, "iteration": "nan", "iter": "many"})
+    series = find_series(["*.safetensors"])
+    assert [member.step for member in series.members] == [60, 500]
+    assert series.ordered_by == f"the {key} stored in the files"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, True, "3", None, 1 << 5000])
 def test_what_is_no_whole_number_is_no_counter(save: Save, value: Any) -> None:
     assert stored_counters(read_header(save("a.pth", {"state_dict": weights(), "epoch": value}))) == {}
@@ -299,11 +362,33 @@ def test_a_missing_metric_names_the_file_and_what_it_has(scored: list[Path], sav
         find_series([*scored, "e6.pth"], best=2)
 
 
-@pytest.mark.parametrize("metric", [float("nan"), "90", True, None, 10**400])
+@pytest.mark.parametrize("metric", ["90", True, None, 10**400])
 def test_what_is_no_number_ranks_nothing(save: Save, metric: Any) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
     with pytest.raises(SeriesError, match="has no number under 'metric', so --best cannot rank it. It has none at all"):
         find_series(["a.pth"], best=1)
+
+
+@pytest.mark.parametrize(("metric", "what"), [(float("nan"), "is NaN"), (torch.tensor(1.0), "is a tensor")])
+def test_a_metric_that_cannot_be_ranked_is_called_what_it_is(save: Save, metric: Any, what: str) -> None:
+    save("a.pth", {"state_dict": weights(), "metric": metric})
+    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so --best cannot rank it"):
+        find_series(["a.pth"], best=1)
+
+
+def test_the_metrics_of_trainer_folders_are_those_logged_at_their_step() -> None:
+    log = []
+    for step, loss in ((500, 0.3), (1000, 0.1), (1500, 0.2)):
+        folder = trainer_folder(Path(f"checkpoint-{step}"), step)
+        log += [{"step": step, "loss": 9.0 - loss}, {"step": step, "eval_loss": loss}]
+        state = {"global_step": step, "best_metric": 0.1, "log_history": log}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert names(find_series(["checkpoint-*"], best=2, metric="eval_loss", lower_is_better=True)) == [
+        "checkpoint-1000",
+        "checkpoint-1500",
+    ]
+    with pytest.raises(SeriesError, match=r"has no number under 'metric'.*it has step, loss, eval_loss\."):
+        find_series(["checkpoint-*"], best=1)
 
 
 def test_an_infinite_loss_ranks_last(save: Save) -> None:
