@@ -146,10 +146,14 @@ def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
 
 
 def keep_one(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
-    """Choose the name with a number in it, which last and model_best lack."""
-    kept, *others = sorted(paths, key=lambda path: (not re.search(r"\d", path.name), natural_key(path)))
+    kept, *others = sorted(paths, key=numbered_first)
     notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
     return kept
+
+
+def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
+    """Sort key under which names with a number come before last and model_best."""
+    return not re.search(r"\d", path.name), natural_key(path)
 
 
 def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from .errors import SeriesError, UsageError
+from .errors import ReadError, SeriesError, UsageError
 from .formats import read_header
 from .formats.header import Header
-from .paths import find, keep_one, natural_key
+from .formats.unpickle import tensors_in
+from .paths import find, keep_one, natural_key, numbered_first
 from .steps import named_places, stored_places, trainer_state, unread_tensors
 from .steps import stored_counters as stored_counters
 from .tensors import TensorSpec
@@ -69,7 +71,7 @@ def find_series(
     to_step: int | None = None,
     include_outputs: bool = False,
 ) -> Series:
-    """Find, read, order and select checkpoints; no payload is read.
+    """Find, read, order and select checkpoints; payload is read only of those that look like copies.
 
     Selection goes in this order: from_step and to_step, best, every, last.
 
@@ -119,12 +121,71 @@ def find_series(
 
 
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Count copies once where the header proves them equal: where links are not supported, timm copies."""
-    groups: dict[object, dict[Path, Header]] = {}
+    """Count copies once: where links are not supported, timm copies.
+
+    Names that differ in nothing but their numbers are of different checkpoints, whatever the bytes.
+    """
+    groups = [list(headers)]
+    # Each look costs more than the one before it, and is taken at those that were alike so far.
+    for look in (_sizes, _ends, _middles, _digests):
+        groups = [
+            part
+            for group in groups
+            for part in (_split(group, look) if len({_family(h.path) for h in group}) > 1 else [group])
+        ]
+    copies: set[Path] = set()
+    for paths in ([header.path for header in group] for group in groups):
+        first = min(paths, key=numbered_first)
+        others = [path for path in paths if _family(path) != _family(first)]
+        keep_one([first, *others], "again (the same bytes)", notes)
+        copies.update(others)
+    return [header for header in headers if header.path not in copies]
+
+
+def _family(path: Path) -> str:
+    return re.sub(r"\d+", "#", str(path.absolute()))
+
+
+def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[list[Header]]:
+    groups: dict[object, list[Header]] = {}
     for header in headers:
-        alone = object()
-        groups.setdefault(header.fingerprint or alone, {})[header.path] = header
-    return [group[keep_one(group, "again (all checksums agree)", notes)] for group in groups.values()]
+        try:
+            groups.setdefault(look(header), []).append(header)
+        except OSError as error:
+            raise ReadError(f"{header.path}: cannot be read ({error.strerror}).") from error
+    return list(groups.values())
+
+
+def _sizes(header: Header) -> object:
+    # Beside equal weights, trainer_state.json may tell another step.
+    return tuple(size for _, size in header.files), tuple(stored_counters(header).items())
+
+
+def _ends(header: Header) -> object:
+    """Read where the directory of a zip has its checksums."""
+    return tuple(_block(path, size - 4096, 4096) for path, size in header.files)
+
+
+def _middles(header: Header) -> object:
+    """Read a little of each tensor: one at least moves from checkpoint to checkpoint."""
+    storages = dict.fromkeys(spec.storage for _, spec in tensors_in(header.tree) if isinstance(spec, TensorSpec))
+    return tuple(_block(storage.path, storage.offset + storage.nbytes // 2, 64) for storage in storages)
+
+
+def _digests(header: Header) -> object:
+    """Read everything."""
+    digest = hashlib.sha256()
+    for path, _ in header.files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.digest()
+
+
+def _block(path: Path, offset: int, nbytes: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        file.seek(max(0, offset))
+        return file.read(nbytes)
 
 
 def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:

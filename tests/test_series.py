@@ -280,7 +280,51 @@ def test_byte_copies_are_counted_once_under_the_numbered_name(plain: Callable[..
     shutil.copy2("checkpoint-2.pth", "last.pth")
     series = find_series(["last.pth", "checkpoint-1.pth", "checkpoint-2.pth"])
     assert names(series) == ["checkpoint-1.pth", "checkpoint-2.pth"]
-    assert series.notes == ("last.pth is checkpoint-2.pth again (all checksums agree): counted once.",)
+    assert series.notes == ("last.pth is checkpoint-2.pth again (the same bytes): counted once.",)
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "folder", "sharded"])
+def test_copies_of_every_format_are_counted_once_and_one_flipped_bit_is_no_copy(save: Save, write: str) -> None:
+    """All tensors but one stand still, as where only a small head is trained."""
+    for i in (1, 2):
+        state = {"a": torch.ones(5000), "head": torch.full((5,), float(i)), "z": torch.ones(5000)}
+        if write in ("zip", "legacy"):
+            save(f"c-{i}", state, _use_new_zipfile_serialization=write == "zip")
+        elif write == "safetensors":
+            save_file(state, f"c-{i}")
+        elif write == "folder":
+            Path(f"c-{i}").mkdir()
+            save_file(state, f"c-{i}/model.safetensors")
+        else:
+            sharded(Path(f"c-{i}"), float(i))
+    copy = shutil.copytree if Path("c-2").is_dir() else shutil.copy
+    copy("c-2", "last")
+    copy("c-2", "flipped")
+    damaged = Path("flipped") if Path("flipped").is_file() else max(Path("flipped").glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[content.index(bytes(torch.full((2,), 1.0 if write != "sharded" else 2.0).numpy().data)) + 2] ^= 4
+    damaged.write_bytes(content)
+    series = find_series(["c-1", "last", "c-2", "flipped"])
+    assert sorted(names(series)) == ["c-1", "c-2", "flipped"]
+    assert series.notes[0] == "last is c-2 again (the same bytes): counted once."
+
+
+def test_equal_weights_at_another_step_are_no_copies(save: Save) -> None:
+    for name, step in (("checkpoint-500", 500), ("final", 1000)):
+        save_file(weights(), trainer_folder(Path(name), step) / "model.safetensors")
+    assert names(find_series(["."])) == ["checkpoint-500", "final"]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_numbered_names_are_different_checkpoints_even_if_nothing_was_learned(save: Save, suffix: str) -> None:
+    first = save("tmp.pth", weights())
+    if suffix == "safetensors":
+        save_file(weights(), first)
+    for name in ("c-1", "c-2", "last"):
+        shutil.copy(first, f"{name}.{suffix}")
+    series = find_series([f"*[12t].{suffix}"])
+    assert names(series) == [f"c-1.{suffix}", f"c-2.{suffix}"]
+    assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same bytes): counted once.",)
 
 
 def test_files_that_differ_in_one_value_are_no_copies(save: Save) -> None:

@@ -34,7 +34,6 @@ class Header:
         foreign: globals of the pickle that were not understood, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
         provenance: what ckpt-tools wrote about its own output, if it is one.
-        fingerprint: equal for files of equal content; None where a header cannot tell.
         shards: tensor name to file name, for a sharded checkpoint.
     """
 
@@ -45,7 +44,6 @@ class Header:
     foreign: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
-    fingerprint: object = None
     shards: dict[str, str] = field(default_factory=dict)
 
     @property
