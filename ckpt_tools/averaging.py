@@ -16,7 +16,7 @@ from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target
 from .keys import align, prefixes, unwrap
 from .layouts import StateDict, select
-from .provenance import Input, averaged_inputs, provenance, sha256_of, short_names
+from .provenance import Input, averaged_inputs, provenance, short_names
 from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, find_series
 from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
@@ -217,7 +217,7 @@ def average(
             state=chosen.label,
             nbytes=member.header.nbytes,
             prefixes=tuple(prefixes(chosen.tensors)) if any(a != b for a, b in names_of.items()) else (),
-            sha256=sha256_of(member.header) if hash and not dry_run else {},
+            sha256={s.path.name: s.sha256() for s in member.header.files} if hash and not dry_run else {},
         )
         for member, name, coefficient, chosen, names_of in zip(
             members, names, coefficients, states, renamed, strict=True

@@ -12,7 +12,7 @@ from .formats import read_header
 from .formats.header import Header
 from .layouts import select
 from .layouts import states as states_of
-from .series import stored_counters
+from .steps import stored_counters
 from .tensors import TensorSpec, UnsupportedTensor
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from .formats.header import Header
 from .formats.unpickle import tensors_in
 from .keys import prefixes
 from .layouts import StateDict, states
-from .series import metric_of, stored_counters
+from .series import metric_of
+from .steps import stored_counters
 from .tensors import TensorSpec, UnsupportedTensor
 
 

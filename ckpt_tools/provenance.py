@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .formats.header import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +63,3 @@ def averaged_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
         | ({"sha256": i.sha256} if i.sha256 else {})
         for i in inputs
     ]
-
-
-def sha256_of(header: Header) -> dict[str, str]:
-    digests = {}
-    for stamp in header.files:
-        digest = hashlib.sha256()
-        with stamp.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        digests[stamp.path.name] = digest.hexdigest()
-    return digests

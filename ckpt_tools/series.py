@@ -1,28 +1,23 @@
-"""Series: from paths and globs to an ordered, selected, de-duplicated list of checkpoints."""
+"""Series: from checkpoints found to an ordered, selected, de-duplicated list of checkpoints."""
 
 from __future__ import annotations
 
-import difflib
-import glob
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
-from .errors import SeriesError, UsageError
-from .formats import SUFFIXES, read_header
+from .errors import ReadError, SeriesError, UsageError
+from .formats import read_header
 from .formats.header import Header
-from .formats.sharded import SINGLE, checkpoint_inside
+from .formats.unpickle import tensors_in
+from .paths import find, keep_one, natural_key, numbered_first
+from .steps import named_places, stored_counters, stored_places, trainer_state, unread_tensors
+from .tensors import TensorSpec
 
 ORDERS = ("auto", "given", "natural", "mtime")
-# Finer counters first: a file that stores both a step and an epoch is placed by its step.
-_STEP_KEYS = ("global_step", "step", "num_steps", "iteration", "iter", "num_updates", "batch_idx_train", "epoch")
-_NESTED = ("meta", "trainer_state")  # mmengine keeps its counters one level down
-_NOT_WEIGHTS = re.compile(r"optimizer|scheduler|scaler|rng_state|training_args")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +69,7 @@ def find_series(
     to_step: int | None = None,
     include_outputs: bool = False,
 ) -> Series:
-    """Find, read, order and select checkpoints; no payload is read.
+    """Find, read, order and select checkpoints; payload is read only of those that look like copies.
 
     Selection goes in this order: from_step and to_step, best, every, last.
 
@@ -94,17 +89,18 @@ def find_series(
         UsageError, SeriesError: an impossible selection; nothing found or left.
         ReadError: a file is no checkpoint.
     """
-    for name, count in (("--last", last), ("--best", best), ("--every", every)):
-        if count is not None and count < 1:
-            raise UsageError(f"{name} {count}: must be 1 or more.")
+    counts = {"--last": last, "--best": best, "--every": every}
+    for name, value in (counts | {"--from-step": from_step, "--to-step": to_step}).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
+            raise UsageError(f"{name} is a whole number, not {value!r}.")
+        if value is not None and name in counts and value < 1:
+            raise UsageError(f"{name} {value}: must be 1 or more.")
     if order not in ORDERS:
         raise UsageError(f"--order is one of {', '.join(ORDERS)}, not {order!r}.")
     if best is None and (lower_is_better or metric != "metric"):
         raise UsageError("--metric and --lower-is-better go with --best N.")
     notes: list[str] = []
-    found = _without_duplicates(expand(paths), notes)
-    _refuse_shards(found)
-    _note_nested(found, notes)
+    found = find(paths, notes)
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
@@ -122,124 +118,67 @@ def find_series(
     return Series(tuple(members), given, ordered_by, tuple(notes))
 
 
-def expand(paths: Iterable[str | Path]) -> list[Path]:
-    """Turn files, globs and folders into checkpoints, each a file or a folder.
-
-    Raises:
-        SeriesError: a path that does not exist, a glob that matches nothing, a folder without checkpoints.
-    """
-    found: list[Path] = []
-    for given in paths:
-        try:
-            found += _find(given)
-        except OSError as error:
-            raise SeriesError(f"{error.filename or given}: {error.strerror}.") from error
-    if not found:
-        raise SeriesError("no checkpoint given.")
-    return found
-
-
-def _find(given: str | Path) -> list[Path]:
-    if given == "":
-        raise SeriesError("an empty path. Is a variable of the shell unset?")
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps a ~user that is none
-    if path.is_dir():
-        return _in_folder(path)
-    if path.exists():
-        return [path]
-    if path.is_symlink():
-        raise SeriesError(_dangling(path))
-    if not glob.has_magic(str(path)):
-        raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
-    # A folder that exists is taken by its name, so that brackets in it are no pattern.
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    pattern = str(path.relative_to(folder))
-    names = glob.glob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 - passes over hidden files
-    matches = sorted((folder / name for name in names), key=natural_key)
-    if not matches:
-        raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
-    return [found for match in matches for found in (_in_folder(match) if match.is_dir() else [match])]
-
-
-def _in_folder(folder: Path) -> list[Path]:
-    if checkpoint_inside(folder) is not None:
-        return [folder]
-    found = [
-        child
-        for child in sorted(folder.iterdir(), key=natural_key)
-        if not child.name.startswith(".")
-        and (
-            (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
-            or (child.is_dir() and checkpoint_inside(child) is not None)
-        )
-    ]
-    if not found:
-        raise SeriesError(
-            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
-        )
-    return found
-
-
-def _dangling(path: Path) -> str:
-    return f"{path}: a link to {path.readlink()}, where there is nothing."
-
-
-def _did_you_mean(path: Path) -> str:
-    try:
-        names = [child.name for child in path.parent.iterdir()]
-    except OSError:
-        return f" The folder {path.parent} does not exist." if not path.parent.exists() else ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _refuse_shards(paths: Sequence[Path]) -> None:
-    """Say it where a glob has taken the shards of one checkpoint for a series."""
-    seen: dict[object, Path] = {}
-    for path in paths:
-        parts = re.fullmatch(r"(.+)-\d+-of-(\d+)(\.\w+)", path.name)
-        other = seen.setdefault((path.parent, *parts.groups()), path) if parts else path
-        if other != path:
-            raise SeriesError(
-                f"{other} and {path.name} are shards of one checkpoint, not two. Give the folder that has their index."
-            )
-
-
-def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
-    """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
-    for path in paths:
-        inner = [c for c in path.iterdir() if c.is_dir() and checkpoint_inside(c)] if path.is_dir() else []
-        if inner:
-            pattern = path / re.sub(r"\d+", "*", inner[0].name)
-            notes.append(f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{pattern}'.")
-
-
-def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
-    """Count hard links, symlinks and repeated arguments once."""
-    groups: dict[tuple[int, int], dict[Path, Path]] = {}
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise SeriesError(_dangling(path) if path.is_symlink() else f"{path}: {error.strerror}.") from error
-        groups.setdefault((stat.st_dev, stat.st_ino), {})[path.absolute()] = path
-    return [_kept(names.values(), "under another name", notes) for names in groups.values()]
-
-
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Count copies once where the header proves them equal: where links are not supported, timm copies."""
-    groups: dict[object, dict[Path, Header]] = {}
+    """Count copies once: where links are not supported, timm copies.
+
+    Names that differ in nothing but their numbers are of different checkpoints, whatever the bytes.
+    """
+    groups = [list(headers)]
+    # Each look costs more than the one before it, and is taken at those that were alike so far.
+    for look in (_sizes, _ends, _middles, _digests):
+        groups = [
+            part
+            for group in groups
+            for part in (_split(group, look) if len({_family(h.path) for h in group}) > 1 else [group])
+        ]
+    copies: set[Path] = set()
+    for paths in ([header.path for header in group] for group in groups):
+        first = min(paths, key=numbered_first)
+        others = [path for path in paths if _family(path) != _family(first)]
+        keep_one([first, *others], "again (the same bytes)", notes)
+        copies.update(others)
+    return [header for header in headers if header.path not in copies]
+
+
+def _family(path: Path) -> str:
+    return re.sub(r"\d+", "#", str(path.absolute()))
+
+
+def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[list[Header]]:
+    groups: dict[object, list[Header]] = {}
     for header in headers:
-        alone = object()
-        groups.setdefault(header.fingerprint or alone, {})[header.path] = header
-    return [group[_kept(group, "again (all checksums agree)", notes)] for group in groups.values()]
+        try:
+            groups.setdefault(look(header), []).append(header)
+        except OSError as error:
+            raise ReadError(f"{header.path}: cannot be read ({error.strerror}).") from error
+    return list(groups.values())
 
 
-def _kept(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
-    """Choose the name with a number in it, which last and model_best lack."""
-    kept, *others = sorted(paths, key=lambda path: (not re.search(r"\d", path.name), natural_key(path)))
-    notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
-    return kept
+def _sizes(header: Header) -> object:
+    # Beside equal weights, trainer_state.json may tell another step.
+    return tuple(stamp.nbytes for stamp in header.files), tuple(stored_counters(header).items())
+
+
+def _ends(header: Header) -> object:
+    """Read where the directory of a zip has its checksums."""
+    return tuple(_block(stamp.path, stamp.nbytes - 4096, 4096) for stamp in header.files)
+
+
+def _middles(header: Header) -> object:
+    """Read a little of each tensor: one at least moves from checkpoint to checkpoint."""
+    storages = dict.fromkeys(spec.storage for _, spec in tensors_in(header.tree) if isinstance(spec, TensorSpec))
+    return tuple(_block(storage.path, storage.offset + storage.nbytes // 2, 64) for storage in storages)
+
+
+def _digests(header: Header) -> object:
+    """Read everything."""
+    return tuple(stamp.sha256() for stamp in header.files)
+
+
+def _block(path: Path, offset: int, nbytes: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        file.seek(max(0, offset))
+        return file.read(nbytes)
 
 
 def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
@@ -254,94 +193,46 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     return ours
 
 
-def natural_key(path: Path) -> tuple[object, ...]:
-    """Sort key under which checkpoint-2 comes before checkpoint-10."""
-    parts = re.split(r"(\d+)", str(path))
-    return tuple((1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts))
-
-
-def stored_counters(header: Header) -> dict[str, int]:
-    """Return the training counters that a checkpoint stores, by name."""
-    sources: list[Any] = [header.tree]
-    if isinstance(header.tree, dict):
-        sources += [header.tree.get(key) for key in _NESTED]
-    if header.path.is_dir() or header.path.name in SINGLE:
-        sources.append(_trainer_state(header.path if header.path.is_dir() else header.path.parent))
-    counters: dict[str, int] = {}
-    for source in sources:
-        for key in _STEP_KEYS if isinstance(source, dict) else ():
-            value = source.get(key)
-            whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-            if whole and not isinstance(value, bool) and abs(value) < 1 << 63:
-                counters.setdefault(key, int(value))
-    return counters
-
-
-def _trainer_state(folder: Path) -> Any:
-    """Hugging Face's Trainer keeps the step beside the weights, in trainer_state.json."""
-    try:
-        return json.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
-def number_in_name(path: Path) -> int | None:
-    """Return the step that a name tells: the number behind 'step' or 'epoch', else the last whole number."""
-    name = path.name
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    for word in ("step", "iter", "epoch"):
-        match = re.search(rf"{word}[a-z]*[-_=. ]*(\d+)", name, re.IGNORECASE)
-        if match:
-            return int(match[1])
-    # A decimal is a metric (acc0.91), not a counter.
-    numbers: list[str] = re.findall(r"(?<![\d.])\d+(?!\.?\d)", name)
-    return int(numbers[-1]) if numbers else None
-
-
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:
-    counters = [stored_counters(header) for header in headers]
-    shared = [key for key in _STEP_KEYS if all(key in c for c in counters)]
-    # A counter that never moves (a default of 0, say) orders nothing.
-    telling = [key for key in shared if len({c[key] for c in counters}) > 1] or shared[:1]
-    if telling:
-        key = telling[0]
-        members = [Member(h.path, h, c[key], key) for h, c in zip(headers, counters, strict=True)]
-    else:
-        numbers = [number_in_name(header.path) for header in headers]
-        if None in numbers and len(headers) > len({header.path.name for header in headers}) == 1:
-            # checkpoint-500/model.safetensors, checkpoint-1000/model.safetensors: the folders tell.
-            numbers = [number_in_name(header.path.parent) for header in headers]
-        members = [Member(h.path, h, n, None if n is None else "name") for h, n in zip(headers, numbers, strict=True)]
+    stored = stored_places(headers)
+    notes.extend(unread_tensors(headers, stored))
+    places = stored or named_places([header.path for header in headers])
+    members = [
+        Member(header.path, header, step, None if step is None else places.counter)
+        for header, step in zip(headers, places.steps, strict=True)
+    ]
     if order == "given":
         return members, "the arguments"
     if order == "mtime":
         return sorted(members, key=lambda m: (m.path.stat().st_mtime_ns, natural_key(m.path))), "modification time"
+    by_name = sorted(members, key=lambda m: natural_key(m.path))
     if order == "natural":
-        return sorted(members, key=lambda m: natural_key(m.path)), "the names"
-    if telling:
-        _note_ties(members, key, notes)
-        return sorted(members, key=lambda m: (m.step, natural_key(m.path))), f"the {key} stored in the files"
-    nameless = sorted((member.path for member in members if member.step is None), key=natural_key)
+        return by_name, "the names"
+    nameless = sorted(
+        (member.path for member, key in zip(members, places.keys, strict=True) if not key), key=natural_key
+    )
     if nameless and len(members) > 1:
         notes.append(
             f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "
             "Give the files in order, with --order given, if it should be another."
         )
-        return sorted(members, key=lambda m: natural_key(m.path)), "the names"
-    _note_ties(members, "number", notes)
-    return sorted(members, key=lambda m: (m.step, natural_key(m.path))), "the numbers in the names"
+        return by_name, "the names"
+    notes.extend(places.remarks)
+    key_of = {member.path: key for member, key in zip(members, places.keys, strict=True)}
+    _note_ties(by_name, key_of, places.counter.replace("name", "number"), notes)
+    return sorted(by_name, key=lambda m: key_of[m.path]), places.by
 
 
-def _note_ties(members: Sequence[Member], what: str, notes: list[str]) -> None:
-    groups: dict[int | None, list[Path]] = {}
+def _note_ties(members: Sequence[Member], key_of: dict[Path, tuple[float, ...]], what: str, notes: list[str]) -> None:
+    groups: dict[tuple[float, ...], list[Path]] = {}
     for member in members:
-        groups.setdefault(member.step, []).append(member.path)
-    for step, paths in groups.items():
+        groups.setdefault(key_of[member.path], []).append(member.path)
+    for key, paths in groups.items():
         if len(paths) > 1:
-            first, second, *more = sorted(paths, key=natural_key)
+            first, second, *more = paths
             others = f" and {len(more)} more" if more else ""
-            notes.append(f"{first}, {second}{others} have the same {what}, {step}; their names decide.")
+            value = ", ".join(map(str, key))
+            notes.append(f"{first}, {second}{others} have the same {what}, {value}; their names decide.")
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
@@ -365,11 +256,17 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
     scored = [Member(m.path, m.header, m.step, m.counter, metric_of(m.header, key)) for m in members]
     without = next((member for member in scored if member.metric is None), None)
     if without is not None:
-        tree = without.header.tree
-        keys = [k for k in tree if isinstance(k, str)] if isinstance(tree, dict) else []
-        known = [k for k in keys if metric_of(without.header, k) is not None]
+        known = [
+            k for k in _measured(without.header) if isinstance(k, str) and metric_of(without.header, k) is not None
+        ]
         advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
-        raise SeriesError(f"{without.path}: has no number under '{key}', so --best cannot rank it. {advice}")
+        stored = _stored_under(without.header, key)
+        what = f"has no number under '{key}'"
+        if isinstance(stored, TensorSpec):
+            what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
+        elif isinstance(stored, float):
+            what, advice = f"its '{key}' is NaN", "Leave this file out."
+        raise SeriesError(f"{without.path}: {what}, so --best cannot rank it. {advice}")
     if best > len(scored):
         notes.append(f"--best {best}: there are only {len(scored)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
@@ -382,14 +279,28 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
 
 def metric_of(header: Header, key: str) -> float | None:
     """Return a number stored in a checkpoint under a key, dotted if nested; None if there is none."""
-    node: Any = header.tree
-    for part in [key] if isinstance(node, dict) and key in node else key.split("."):
+    value = _stored_under(header, key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return None if math.isnan(value) else float(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
+
+
+def _stored_under(header: Header, key: str) -> Any:
+    node: Any = _measured(header)
+    for part in [key] if key in node else key.split("."):
         if not isinstance(node, dict):
             return None
         node = node.get(part)
-    if isinstance(node, bool) or not isinstance(node, (int, float)):
-        return None
-    try:
-        return None if math.isnan(node) else float(node)
-    except OverflowError:  # an integer beyond all floats
-        return None
+    return node
+
+
+def _measured(header: Header) -> dict[Any, Any]:
+    """Return what a checkpoint says about itself, and what Hugging Face's Trainer logged at its step."""
+    state = trainer_state(header)
+    log = state.get("log_history")
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    logged = {key: e[key] for e in entries if e.get("step") == state.get("global_step") for key in e}
+    return logged | (header.tree if isinstance(header.tree, dict) else {})

@@ -18,6 +18,8 @@ ROOMS = [
     "layouts",
     "keys",
     "schedules",
+    "paths",
+    "steps",
     "series",
     "payload",
     "checkpoint",

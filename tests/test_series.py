@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from ckpt_tools import average
 from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
 from ckpt_tools.formats import read_header
-from ckpt_tools.series import Series, expand, find_series, number_in_name, stored_counters
+from ckpt_tools.paths import expand
+from ckpt_tools.series import Series, find_series
+from ckpt_tools.steps import number_in_name, stored_counters
 
 Save = Callable[..., Path]
 
@@ -164,6 +166,68 @@ def test_a_name_tells_its_step(name: str, number: int | None) -> None:
     assert number_in_name(Path("run-7") / name) == number
 
 
+@pytest.mark.parametrize(
+    ("in_order", "steps"),
+    [
+        (["ckpt_3_v2", "ckpt_4_v2"], [3, 4]),
+        (["ckpt_500", "ckpt_1k", "ckpt_1.5k", "ckpt_10k", "ckpt_1M"], [500, 1000, 1500, 10_000, 1_000_000]),
+        (["llama-7B-step20", "llama-7B-step100"], [20, 100]),
+        (["run_2023-12-20", "run_2024-01-15", "run_2024-02-03"], [None, None, None]),
+        (["run_2024-01-15", "run_2024-01-16"], [15, 16]),
+        (["1_500", "2_100"], [None, None]),
+        (["epoch=2-step=100", "epoch=2-step=200", "epoch=10-step=300"], [100, 200, 300]),
+        (["epoch_1_iter_500", "epoch_2_iter_100"], [1, 2]),
+        (["acc_91_epoch_1", "acc_90_epoch_2"], [1, 2]),
+        (["epoch=02-val_loss=0.9", "epoch=10-val_loss=0.32"], [2, 10]),
+        (["acc0.91_7", "acc0.90_8"], [7, 8]),
+        (["model.ckpt.9", "model.ckpt.10"], [9, 10]),
+    ],
+    ids=lambda value: str(value[0]),
+)
+def test_the_number_that_varies_is_the_step_and_several_go_from_left_to_right(
+    plain: Callable[..., list[Path]], in_order: list[str], steps: list[int | None]
+) -> None:
+    series = find_series(reversed(plain(*(f"{name}.pth" for name in in_order))))
+    assert names(series) == [f"{name}.pth" for name in in_order]
+    assert [member.step for member in series.members] == steps
+    restarts = in_order[0] == "epoch_1_iter_500"
+    assert series.notes == (
+        ("The iter in the names does not grow with the epoch, which decides the order.",) if restarts else ()
+    )
+
+
+def test_the_folders_tell_where_all_files_have_one_name_with_a_number(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("iter_9/mp_rank_00/model_optim_rng.pt", "iter_10/mp_rank_00/model_optim_rng.pt")
+    assert [member.step for member in find_series(paths[::-1]).members] == [9, 10]
+
+
+def test_a_stored_fraction_orders_though_it_is_no_step(save: Save) -> None:
+    for name, epoch in (("a.pth", 1.5), ("b.pth", 0.5), ("c.pth", 1.0)):
+        save(name, {"state_dict": weights(epoch), "epoch": epoch})
+    series = find_series(["*.pth"])
+    assert [(m.path.name, m.step) for m in series.members] == [("b.pth", None), ("c.pth", 1), ("a.pth", None)]
+    assert (series.ordered_by, series.notes) == ("the epoch stored in the files", ())
+
+
+def test_a_step_that_is_a_tensor_is_said_to_be_unread(save: Save) -> None:
+    for name, step in (("a-1.pth", 2), ("a-2.pth", 1)):
+        save(name, {"state_dict": weights(step), "step": torch.tensor(step), "epoch": 3 - step})
+    series = find_series(["*.pth"])
+    assert names(series) == ["a-1.pth", "a-2.pth"]
+    assert series.notes == (
+        "a-1.pth: its 'step' is a tensor, which is not read here, so it does not count as the step.",
+    )
+
+
+@pytest.mark.parametrize("key", ["step", "global_step", "epoch"])
+def test_the_metadata_of_safetensors_tell_the_step(key: str) -> None:
+    for name, step in (("a", "500"), ("b", "60")):
+        save_file(weights(float(step)), f"{name}.safetensors", metadata={key: step, "iteration": "nan", "iter": "many"})
+    series = find_series(["*.safetensors"])
+    assert [member.step for member in series.members] == [60, 500]
+    assert series.ordered_by == f"the {key} stored in the files"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, True, "3", None, 1 << 5000])
 def test_what_is_no_whole_number_is_no_counter(save: Save, value: Any) -> None:
     assert stored_counters(read_header(save("a.pth", {"state_dict": weights(), "epoch": value}))) == {}
@@ -216,7 +280,51 @@ def test_byte_copies_are_counted_once_under_the_numbered_name(plain: Callable[..
     shutil.copy2("checkpoint-2.pth", "last.pth")
     series = find_series(["last.pth", "checkpoint-1.pth", "checkpoint-2.pth"])
     assert names(series) == ["checkpoint-1.pth", "checkpoint-2.pth"]
-    assert series.notes == ("last.pth is checkpoint-2.pth again (all checksums agree): counted once.",)
+    assert series.notes == ("last.pth is checkpoint-2.pth again (the same bytes): counted once.",)
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "folder", "sharded"])
+def test_copies_of_every_format_are_counted_once_and_one_flipped_bit_is_no_copy(save: Save, write: str) -> None:
+    """All tensors but one stand still, as where only a small head is trained."""
+    for i in (1, 2):
+        state = {"a": torch.ones(5000), "head": torch.full((5,), float(i)), "z": torch.ones(5000)}
+        if write in ("zip", "legacy"):
+            save(f"c-{i}", state, _use_new_zipfile_serialization=write == "zip")
+        elif write == "safetensors":
+            save_file(state, f"c-{i}")
+        elif write == "folder":
+            Path(f"c-{i}").mkdir()
+            save_file(state, f"c-{i}/model.safetensors")
+        else:
+            sharded(Path(f"c-{i}"), float(i))
+    copy = shutil.copytree if Path("c-2").is_dir() else shutil.copy
+    copy("c-2", "last")
+    copy("c-2", "flipped")
+    damaged = Path("flipped") if Path("flipped").is_file() else max(Path("flipped").glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[content.index(bytes(torch.full((2,), 1.0 if write != "sharded" else 2.0).numpy().data)) + 2] ^= 4
+    damaged.write_bytes(content)
+    series = find_series(["c-1", "last", "c-2", "flipped"])
+    assert sorted(names(series)) == ["c-1", "c-2", "flipped"]
+    assert series.notes[0] == "last is c-2 again (the same bytes): counted once."
+
+
+def test_equal_weights_at_another_step_are_no_copies(save: Save) -> None:
+    for name, step in (("checkpoint-500", 500), ("final", 1000)):
+        save_file(weights(), trainer_folder(Path(name), step) / "model.safetensors")
+    assert names(find_series(["."])) == ["checkpoint-500", "final"]
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_numbered_names_are_different_checkpoints_even_if_nothing_was_learned(save: Save, suffix: str) -> None:
+    first = save("tmp.pth", weights())
+    if suffix == "safetensors":
+        save_file(weights(), first)
+    for name in ("c-1", "c-2", "last"):
+        shutil.copy(first, f"{name}.{suffix}")
+    series = find_series([f"*[12t].{suffix}"])
+    assert names(series) == [f"c-1.{suffix}", f"c-2.{suffix}"]
+    assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same bytes): counted once.",)
 
 
 def test_files_that_differ_in_one_value_are_no_copies(save: Save) -> None:
@@ -298,11 +406,33 @@ def test_a_missing_metric_names_the_file_and_what_it_has(scored: list[Path], sav
         find_series([*scored, "e6.pth"], best=2)
 
 
-@pytest.mark.parametrize("metric", [float("nan"), "90", True, None, 10**400])
+@pytest.mark.parametrize("metric", ["90", True, None, 10**400])
 def test_what_is_no_number_ranks_nothing(save: Save, metric: Any) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
     with pytest.raises(SeriesError, match="has no number under 'metric', so --best cannot rank it. It has none at all"):
         find_series(["a.pth"], best=1)
+
+
+@pytest.mark.parametrize(("metric", "what"), [(float("nan"), "is NaN"), (torch.tensor(1.0), "is a tensor")])
+def test_a_metric_that_cannot_be_ranked_is_called_what_it_is(save: Save, metric: Any, what: str) -> None:
+    save("a.pth", {"state_dict": weights(), "metric": metric})
+    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so --best cannot rank it"):
+        find_series(["a.pth"], best=1)
+
+
+def test_the_metrics_of_trainer_folders_are_those_logged_at_their_step() -> None:
+    log = []
+    for step, loss in ((500, 0.3), (1000, 0.1), (1500, 0.2)):
+        folder = trainer_folder(Path(f"checkpoint-{step}"), step)
+        log += [{"step": step, "loss": 9.0 - loss}, {"step": step, "eval_loss": loss}]
+        state = {"global_step": step, "best_metric": 0.1, "log_history": log}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert names(find_series(["checkpoint-*"], best=2, metric="eval_loss", lower_is_better=True)) == [
+        "checkpoint-1000",
+        "checkpoint-1500",
+    ]
+    with pytest.raises(SeriesError, match=r"has no number under 'metric'.*it has step, loss, eval_loss\."):
+        find_series(["checkpoint-*"], best=1)
 
 
 def test_an_infinite_loss_ranks_last(save: Save) -> None:
@@ -341,6 +471,13 @@ def test_a_step_that_is_unknown_cannot_be_placed(plain: Callable[..., list[Path]
 def test_counts_below_one_are_wrong_usage(scored: list[Path], option: str) -> None:
     with pytest.raises(UsageError, match=f"--{option} 0: must be 1 or more"):
         find_series(scored, **{option: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["last", "best", "every", "from_step", "to_step"])
+@pytest.mark.parametrize("value", [1.5, True, "2"])
+def test_what_is_no_whole_number_is_wrong_usage(scored: list[Path], option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is a whole number, not {value!r}"):
+        find_series(scored, **{option: value})
 
 
 def test_a_metric_without_best_and_an_unknown_order_are_wrong_usage(scored: list[Path]) -> None:
@@ -413,6 +550,29 @@ def test_loose_shards_are_no_series() -> None:
         find_series(["model/*.safetensors"])
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "consolidated.0{}.pth",
+        "mp_rank_0{}_model_states.pt",
+        "bf16_zero_pp_rank_{}_mp_rank_00_model_states.pt",
+        "mp_rank_00_00{}/model_optim_rng.pt",
+        "tp_rank_00_pp_rank_00{}/model_optim_rng.pt",
+        "model_rank_{}.pt",
+        "rank{}.pt",
+        "pytorch_model_fsdp_{}.bin",
+        "layer_0{}-model_00-model_states.pt",
+    ],
+)
+def test_the_ranks_of_one_checkpoint_are_no_series_but_one_rank_of_each_step_is(
+    plain: Callable[..., list[Path]], pattern: str
+) -> None:
+    paths = plain(*(f"{folder}/{pattern.format(rank)}" for folder in ("iter_9", "iter_10") for rank in (0, 1)))
+    with pytest.raises(SeriesError, match="differ in nothing but the rank, so they are parts of one checkpoint"):
+        find_series(paths)
+    assert [member.path for member in find_series([paths[2], paths[0]]).members] == [paths[0], paths[2]]
+
+
 def test_a_folder_without_checkpoints_says_what_was_looked_for() -> None:
     Path("logs").mkdir()
     Path("logs/events.txt").touch()
@@ -433,6 +593,21 @@ def test_a_quoted_glob_is_expanded_here(plain: Callable[..., list[Path]]) -> Non
 def test_two_stars_reach_into_folders_but_not_into_hidden_ones(plain: Callable[..., list[Path]]) -> None:
     plain("runs/a-1.pth", "runs/deep/er/a-2.pth", "runs/.old/a-3.pth")
     assert names(find_series(["runs/**/*.pth"])) == ["a-1.pth", "a-2.pth"]
+
+
+def test_links_that_lead_round_in_circles_are_passed_over(plain: Callable[..., list[Path]]) -> None:
+    """Two of them made 2^40 paths."""
+    plain("runs/one/a-1.pth", "runs/two/a-2.pth")
+    for run in ("one", "two"):
+        Path(f"runs/{run}/root").symlink_to("..")
+    for pattern in ("runs/**/*.pth", "**/a-?.pth", "**/runs/**/a-*"):
+        series = find_series([pattern])
+        assert (names(series), series.notes) == (["a-1.pth", "a-2.pth"], ())
+
+
+def test_two_stars_at_the_end_are_all_files_below(plain: Callable[..., list[Path]]) -> None:
+    plain("runs/a-1.pth", "runs/deep/a-2.pth")
+    assert names(find_series(["runs/**"])) == ["a-1.pth", "a-2.pth"]
 
 
 def test_brackets_in_the_name_of_a_file_or_folder_are_taken_as_they_are(plain: Callable[..., list[Path]]) -> None:
@@ -499,3 +674,15 @@ def test_nothing_at_all_is_refused() -> None:
     nothing: Sequence[Path] = []
     with pytest.raises(SeriesError, match="no checkpoint given"):
         find_series(nothing)
+
+
+@pytest.mark.parametrize("paths", [None, [None], [b"x"], b"x", "a.pth", 3])
+def test_what_is_no_path_is_wrong_usage(paths: Any) -> None:
+    with pytest.raises(UsageError, match="paths is a list of paths, not|a path is text, not"):
+        find_series(paths)
+
+
+def test_names_that_are_no_unicode_have_an_order(plain: Callable[..., list[Path]]) -> None:
+    plain(*(os.fsdecode(b"\xff-%d.pth" % i) for i in (10, 2)))
+    assert [member.step for member in find_series(["*.pth"]).members] == [2, 10]
+    assert [member.step for member in find_series(["."], order="natural").members] == [2, 10]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -42,6 +43,14 @@ class Stamp:
         stat = os.fstat(fd)
         return cls(path, stat.st_size, (stat.st_dev, stat.st_ino, stat.st_mtime_ns))
 
+    def sha256(self) -> str:
+        """Read the whole file and return its SHA-256, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Header:
@@ -56,7 +65,6 @@ class Header:
         foreign: globals of the pickle that were not understood, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
         provenance: what ckpt-tools wrote about its own output, if it is one.
-        fingerprint: equal for files of equal content; None where a header cannot tell.
         shards: tensor name to file name, for a sharded checkpoint.
     """
 
@@ -67,7 +75,6 @@ class Header:
     foreign: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
-    fingerprint: object = None
     shards: dict[str, str] = field(default_factory=dict)
 
     @property

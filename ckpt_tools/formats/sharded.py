@@ -51,7 +51,6 @@ def read_folder(folder: Path, read_file: ReadFile) -> Header:
         header.foreign,
         header.metadata,
         header.provenance,
-        header.fingerprint,
     )
 
 

@@ -80,18 +80,7 @@ def read(path: Path) -> Header:
 
         tree, foreign = unpickle.load(io.BytesIO(record("data.pkl") or b""), locate, where=str(path))
         provenance = record(_PROVENANCE_RECORD)
-    # torch may be told to leave checksums out; then equal directories say nothing.
-    checksums = tuple(sorted((name.removeprefix(root), info.CRC, info.file_size) for name, info in records.items()))
-    telling = any(crc for name, crc, _ in checksums if "/data/" in name)
-    return Header(
-        path,
-        "torch-zip",
-        tree,
-        (stamp,),
-        foreign,
-        provenance=parse_provenance(provenance),
-        fingerprint=tuple(c for c in checksums if not c[0].startswith("/.data/")) if telling else None,
-    )
+    return Header(path, "torch-zip", tree, (stamp,), foreign, provenance=parse_provenance(provenance))
 
 
 def _root(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> str:

@@ -206,17 +206,6 @@ def test_an_honest_file_written_without_checksums_reads(save: Callable[..., Path
         torch.serialization.set_crc32_options(True)
 
     assert same(open_checkpoint(path)["w"], torch.arange(3.0))
-    assert read_header(path).fingerprint is None
-
-
-def test_fingerprints_are_equal_for_equal_content_alone(save: Callable[..., Path]) -> None:
-    a, b, c = (
-        save(f"{name}.pth", {"w": torch.full((2,), value)}) for name, value in (("a", 1.0), ("b", 1.0), ("c", 2.0))
-    )
-
-    fingerprints = [read_header(path).fingerprint for path in (a, b, c)]
-    assert fingerprints[0] is not None
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_a_comment_behind_the_directory_is_no_damage(save: Callable[..., Path]) -> None:

@@ -1,0 +1,182 @@
+"""Paths: from files, globs and folders to checkpoints, each whole and once."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .errors import SeriesError, UsageError
+from .formats import SUFFIXES
+from .formats.sharded import checkpoint_inside
+
+_NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
+# What is left out of the paths of the parts of one checkpoint for them to be equal, and what to do about them.
+_PARTS = (
+    (
+        re.compile(r"-\d+(?=-of-\d+\.\w+$)"),
+        "are shards of one checkpoint, not two. Give the folder that has their index.",
+    ),
+    (
+        re.compile(
+            r"mp_rank_\d\d(?:_\d{3})*(?!\d)"  # Megatron, DeepSpeed
+            r"|(?<![A-Za-z])rank[-_=]?\d+"
+            r"|(?<![^/])consolidated\.\d+(?=\.\w+$)"  # Meta
+            r"|pytorch_model_fsdp_\d+"  # Accelerate
+            r"|(?<![^/])layer_\d+-model_\d+"  # DeepSpeed's pipelines
+        ),
+        "differ in nothing but the rank, so they are parts of one checkpoint, not two. "
+        "Merge its parts first, with the tools of the program that wrote them.",
+    ),
+)
+
+
+def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
+    """Turn files, globs and folders into checkpoints, each counted once.
+
+    Args:
+        notes: receives what is worth saying aloud.
+
+    Raises:
+        UsageError: what is given is no path.
+        SeriesError: a path that does not exist, a glob that matches nothing, a folder without checkpoints,
+            parts of one checkpoint.
+    """
+    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
+        raise UsageError(f"paths is a list of paths, not {paths!r}.")
+    try:
+        found = _without_duplicates(expand(paths), notes)
+        _note_nested(found, notes)
+    except OSError as error:
+        raise SeriesError(f"{error.filename}: {error.strerror}.") from error
+    _refuse_parts(found)
+    return found
+
+
+def expand(paths: Iterable[str | Path]) -> list[Path]:
+    """Turn files, globs and folders into checkpoints, each a file or a folder."""
+    found = [path for given in paths for path in _find(given)]
+    if not found:
+        raise SeriesError("no checkpoint given.")
+    return found
+
+
+def _find(given: str | Path) -> list[Path]:
+    if not isinstance(given, (str, os.PathLike)):
+        raise UsageError(f"a path is text, not {given!r}.")
+    if given == "":
+        raise SeriesError("an empty path. Is a variable of the shell unset?")
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps a ~user that is none
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        return [path]
+    if path.is_symlink():
+        raise SeriesError(_dangling(path))
+    if not glob.has_magic(str(path)):
+        raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
+    # A folder that exists is taken by its name, so that brackets in it are no pattern.
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    pattern = str(path.relative_to(folder))
+    matches = sorted(_glob(folder, pattern), key=natural_key)
+    if not matches:
+        raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
+    return [found for match in matches for found in (_in_folder(match) if match.is_dir() else [match])]
+
+
+def _glob(folder: Path, pattern: str) -> set[Path]:
+    """Expand a pattern, hidden names left out; ** follows no links, since they may lead round in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return {folder / name for name in glob.glob(pattern, root_dir=folder)}  # noqa: PTH207 - hides hidden names
+    at = parts.index("**")
+    rest = str(Path(*parts[at + 1 :])) if parts[at + 1 :] else "*"
+    found: set[Path] = set()
+    for start in _glob(folder, str(Path(*parts[:at]))) if at else {folder}:
+        for inner, folders, _ in os.walk(start):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found |= _glob(Path(inner), rest)
+    return found
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    if checkpoint_inside(folder) is not None:
+        return [folder]
+    found = [
+        child
+        for child in sorted(folder.iterdir(), key=natural_key)
+        if not child.name.startswith(".")
+        and (
+            (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
+            or (child.is_dir() and checkpoint_inside(child) is not None)
+        )
+    ]
+    if not found:
+        raise SeriesError(
+            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
+        )
+    return found
+
+
+def _dangling(path: Path) -> str:
+    return f"{path}: a link to {path.readlink()}, where there is nothing."
+
+
+def _did_you_mean(path: Path) -> str:
+    try:
+        names = [child.name for child in path.parent.iterdir()]
+    except OSError:
+        return f" The folder {path.parent} does not exist." if not path.parent.exists() else ""
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
+    """Count hard links, symlinks and repeated arguments once."""
+    groups: dict[tuple[int, int], dict[Path, Path]] = {}
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise SeriesError(_dangling(path))
+        stat = path.stat()
+        groups.setdefault((stat.st_dev, stat.st_ino), {})[path.absolute()] = path
+    return [keep_one(names.values(), "under another name", notes) for names in groups.values()]
+
+
+def keep_one(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
+    kept, *others = sorted(paths, key=numbered_first)
+    notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
+    return kept
+
+
+def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
+    """Sort key under which names with a number come before last and model_best."""
+    return not re.search(r"\d", path.name), natural_key(path)
+
+
+def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
+    """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
+    for path in paths:
+        inner = [c for c in path.iterdir() if c.is_dir() and checkpoint_inside(c)] if path.is_dir() else []
+        if inner:
+            pattern = path / re.sub(r"\d+", "*", inner[0].name)
+            notes.append(f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{pattern}'.")
+
+
+def _refuse_parts(paths: Sequence[Path]) -> None:
+    """Say it where a glob has taken the parts of one checkpoint for a series."""
+    for pattern, what in _PARTS:
+        seen: dict[str, Path] = {}
+        for path in paths:
+            whole = pattern.sub("", str(path.absolute()))
+            other = path if whole == str(path.absolute()) else seen.setdefault(whole, path)
+            if other != path:
+                raise SeriesError(f"{other} and {path} {what}")
+
+
+def natural_key(path: Path) -> tuple[object, ...]:
+    """Sort key under which checkpoint-2 comes before checkpoint-10."""
+    parts = re.split(r"(\d+)", str(path))
+    return tuple((1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts))

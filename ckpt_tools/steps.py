@@ -1,0 +1,172 @@
+"""Steps: where in training checkpoints stand, by the counters that they store or the numbers in their names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .errors import ReadError
+from .formats.header import Header
+from .formats.sharded import SINGLE
+from .tensors import TensorSpec
+
+# Finer counters first: a file that stores both a step and an epoch is placed by its step.
+_STEP_KEYS = ("global_step", "step", "num_steps", "iteration", "iter", "num_updates", "batch_idx_train", "epoch")
+_NESTED = ("meta", "trainer_state")  # mmengine keeps its counters one level down
+# Coarse to fine. A decimal is a metric (acc0.91), not a counter, unless it counts thousands or millions.
+_WORDS = ("epoch", "iter", "step")
+_NUMBER = re.compile(
+    r"(?:(?i:(epoch|iter|step)[a-z]*)[-_=. ]*)?(?<!\d)(?<!\d\.)(?:(\d+(?:\.\d+)?)([kKM])(?![A-Za-z])|(\d+)(?!\.?\d))"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where checkpoints stand.
+
+    Attributes:
+        keys: to sort by; empty where nothing tells.
+        steps: as in Member.
+        counter: as in Member.
+        by: what it is, in words.
+        remarks: notes, if the series is ordered by it.
+    """
+
+    keys: Sequence[tuple[float, ...]]
+    steps: Sequence[int | None]
+    counter: str
+    by: str
+    remarks: Sequence[str] = ()
+
+
+def stored_counters(header: Header) -> dict[str, int]:
+    """Return the training counters that a checkpoint stores as whole numbers, by name."""
+    return {key: value for key, value in _stored_numbers(header).items() if isinstance(value, int)}
+
+
+def _stored_numbers(header: Header) -> dict[str, int | float]:
+    """Counters, fractions too: Hugging Face counts parts of epochs."""
+    counters: dict[str, int | float] = {}
+    metadata = {key: _parsed(text) for key, text in header.metadata.items() if key in _STEP_KEYS}
+    for source in (*_mappings(header), trainer_state(header), metadata):
+        for key in _STEP_KEYS:
+            value = source.get(key)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1 << 63:
+                continue
+            counters.setdefault(key, int(value) if value == int(value) else value)
+    return counters
+
+
+def _mappings(header: Header) -> list[dict[Any, Any]]:
+    """Return where in the saved object counters may stand."""
+    nested = [header.tree.get(key) for key in _NESTED] if isinstance(header.tree, dict) else []
+    return [mapping for mapping in (header.tree, *nested) if isinstance(mapping, dict)]
+
+
+def _parsed(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def trainer_state(header: Header) -> dict[str, Any]:
+    """Return what Hugging Face's Trainer keeps beside the weights, its step among it; empty if there is nothing.
+
+    Raises:
+        ReadError: it is there and cannot be read.
+    """
+    if not (header.path.is_dir() or header.path.name in SINGLE):
+        return {}
+    folder = header.path if header.path.is_dir() else header.path.parent
+    try:
+        state = json.loads((folder / "trainer_state.json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    except OSError as error:
+        raise ReadError(f"{error.filename}: cannot be read ({error.strerror}).") from error
+    return state if isinstance(state, dict) else {}
+
+
+def _numbers_in(name: str) -> list[tuple[str, int]]:
+    """Return the whole numbers of a name in sequence, each with the word before it, if that is one of `_WORDS`."""
+    return [
+        (word.lower(), int(whole) if whole else round(float(number) * (1e6 if unit == "M" else 1e3)))
+        for word, number, unit, whole in _NUMBER.findall(name)
+    ]
+
+
+def number_in_name(path: Path) -> int | None:
+    """Return the step that a name alone tells: the number behind 'step' or 'epoch', else the last whole number."""
+    numbers = _numbers_in(path.name)
+    named = [number for word in reversed(_WORDS) for found, number in numbers if found == word]
+    return (named or [numbers[-1][1]])[0] if numbers else None
+
+
+def stored_places(headers: Sequence[Header]) -> Places | None:
+    """Place checkpoints by a counter that all of them store."""
+    counters = [_stored_numbers(header) for header in headers]
+    shared = [key for key in _STEP_KEYS if all(key in c for c in counters)]
+    # A counter that never moves (a default of 0, say) orders nothing.
+    key = next((key for key in shared if len({c[key] for c in counters}) > 1), shared[0] if shared else None)
+    if key is None:
+        return None
+    values = [c[key] for c in counters]
+    steps = [value if isinstance(value, int) else None for value in values]
+    return Places([(value,) for value in values], steps, key, f"the {key} stored in the files")
+
+
+def named_places(paths: Sequence[Path]) -> Places:
+    """Place checkpoints by the numbers in their names.
+
+    Where the numbers of all names line up, those that vary decide: the ones behind a word, the coarser first
+    (iterations may start anew in each epoch), or else all of them from left to right.
+    """
+    # Names, or where all are the same (epoch_1/weights.pt), the nearest folders that differ.
+    levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
+    names = next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
+    rows = [_numbers_in(name) for name in names]
+    lined_up = len({tuple(word for word, _ in row) for row in rows}) == 1
+    columns = list(zip(*rows, strict=True)) if lined_up else []
+    varying = [
+        (column[0][0], [number for _, number in column])
+        for column in columns
+        if len({number for _, number in column}) > 1
+    ]
+    named = [next(c for c in varying if c[0] == word) for word in _WORDS if any(word == found for found, _ in varying)]
+    deciding = [numbers for _, numbers in named or varying]
+    by = "the numbers in the names"
+    if not deciding:
+        steps = [number_in_name(Path(name)) for name in names]
+        return Places([() if step is None else (step,) for step in steps], steps, "name", by)
+    keys = list(zip(*deciding, strict=True))
+    if len(deciding) > 1 and not named:
+        return Places(keys, [None] * len(keys), "name", f"{by}, from left to right")
+    order = sorted(range(len(keys)), key=lambda i: keys[i])
+    agreeing = [numbers for numbers in deciding if all(numbers[a] <= numbers[b] for a, b in pairwise(order))]
+    remarks = [
+        f"The {word} in the names does not grow with the {named[0][0]}, which decides the order."
+        for word, numbers in named
+        if numbers not in agreeing
+    ]
+    return Places(keys, agreeing[-1], "name", by, remarks)
+
+
+def unread_tensors(headers: Sequence[Header], stored: Places | None) -> list[str]:
+    """Say it where a counter that would have decided is a tensor, whose value stands in no header."""
+    finer = _STEP_KEYS if stored is None else _STEP_KEYS[: _STEP_KEYS.index(stored.counter)]
+    for header in headers:
+        for mapping in _mappings(header):
+            for key in finer:
+                value = mapping.get(key)
+                if isinstance(value, TensorSpec) and value.numel == 1:
+                    return [
+                        f"{header.path}: its '{key}' is a tensor, which is not read here, "
+                        "so it does not count as the step."
+                    ]
+    return []
