@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOKE := build/smoke
+DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
+	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test test-slow check fix smoke bench bench-memory clean
+.PHONY: install demo test test-slow check fix smoke bench bench-memory bench-bn clean
 
 install: $(INSTALLED)
 
@@ -17,7 +19,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	@mkdir -p build
 	@$(BIN)/ckpt avg fixtures/runs --state raw -o build/average.pth --force
-	@$(BIN)/python fixtures/demo.py "last checkpoint=fixtures/runs/checkpoint-12.pth" "average of 12=build/average.pth"
+	@$(BIN)/ckpt avg fixtures/runs --state raw --mode ema --decay 0.8 -o build/ema.pth --force
+	@$(BIN)/ckpt recal-bn build/average.pth $(DIGITS) --force
+	@$(BIN)/ckpt recal-bn build/ema.pth $(DIGITS) --force
+	@$(BIN)/python fixtures/demo.py "last checkpoint=fixtures/runs/checkpoint-12.pth" \
+		"average of 12, as it is=build/average.pth" "average of 12, recal-bn=build/average-bn.pth" \
+		"EMA of 12 (0.8), recal-bn=build/ema-bn.pth"
 
 test: $(INSTALLED)
 	$(BIN)/pytest --cov --cov-report=term
@@ -47,6 +54,10 @@ bench: $(INSTALLED)
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_memory.py
+
+bench-bn: $(INSTALLED)
+	$(BIN)/pip install -q --no-deps --target build/fvcore fvcore iopath yacs tabulate termcolor portalocker
+	PYTHONPATH=build/fvcore $(BIN)/python benchmarks/bench_bn.py
 
 clean:
 	rm -rf $(VENV) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -39,6 +39,31 @@ def peak_rss(program: str, *arguments: str) -> int:
     return usage.ru_maxrss * 1024
 
 
+NETS = """
+import torch
+def net(): return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+def images(): return [torch.full((8, 3, 5, 5), float(i)) for i in range(4)]
+"""
+
+
+def recalibrate(folder: str) -> None:
+    """A model and data of the user's own need torch alone; a timm name says what to install."""
+    import torch
+
+    (Path(folder) / "nets.py").write_text(NETS)
+    torch.manual_seed(0)
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).state_dict(), f"{folder}/net.pth")
+    ckpt("recal-bn", "net.pth", "--model", "nets.py:net", "--data", "nets.py:images", folder=folder)
+    state = torch.load(f"{folder}/net-bn.pth", weights_only=True)
+    images = torch.cat([torch.full((8, 3, 5, 5), float(i)) for i in range(4)])
+    seen = torch.conv2d(images, state["0.weight"], state["0.bias"])
+    torch.testing.assert_close(state["1.running_mean"], seen.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    command = [CKPT, "recal-bn", "net.pth", "--model", "resnet18", "--data", "nets.py:images", "-o", "x.pth"]
+    refused = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if refused.returncode != 1 or "pip install 'ckpt-tools[vision]'" not in refused.stderr:
+        raise SystemExit(f"a timm model without timm: {refused.stderr}")
+
+
 def main() -> None:
     for name in ("timm", "torchvision", "PIL", "numpy"):
         if importlib.util.find_spec(name) is not None:
@@ -56,6 +81,7 @@ def main() -> None:
         loaded = torch.load(Path(folder) / "averaged.pth", weights_only=True, mmap=True)
         if loaded["arch"] != "digits_net" or len(loaded["state_dict"]) != 20:
             raise SystemExit("the average does not hold what it should")
+        recalibrate(folder)
         big = [f"{folder}/big-{i}.pth" for i in range(3)]
         for i, path in enumerate(big):
             torch.save({"a": torch.full((50_000_000,), float(i)), "b": torch.zeros(1000)}, path)

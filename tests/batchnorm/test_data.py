@@ -70,6 +70,14 @@ def test_a_flat_folder_a_tar_and_workers_give_the_same_images(photos: Photos, tm
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_dataset_of_timms_factory_is_opened_by_name(photos: Photos) -> None:
+    folder = photos()
+    named = open_data(
+        "torch/image_folder", Loading(), preprocessing=PREPROCESSING, split="validation", root=str(folder)
+    )
+    assert sorted_rows(images_in(named)) == sorted_rows(images_in(opened(folder)))
+
+
 def test_labels_are_the_folders_in_order(photos: Photos) -> None:
     folder = photos(classes=11, each=2)
     brightness: dict[int, list[float]] = {}

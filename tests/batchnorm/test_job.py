@@ -209,6 +209,18 @@ def test_without_a_gain_nothing_is_written_where_one_is_required(save: Save, pho
     assert recalibrate_checkpoint(path, **right, require_gain=True, out=target).written
 
 
+def test_mixed_precision_is_close_and_channels_last_changes_nothing(save: Save, photos: Photos) -> None:
+    path, folder = save("a.pth", network().state_dict()), str(photos())
+    found = {}
+    for name, options in (("plain", {"channels_last": False}), ("last", {}), ("amp", {"amp": True})):
+        out = path.with_name(f"{name}.pth")
+        recalibrate_checkpoint(path, data=folder, model="test_resnet", out=out, **QUICK, **options)
+        found[name] = load(out)["layer4.0.bn1.running_var"]
+    torch.testing.assert_close(found["last"], found["plain"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["amp"], found["plain"], rtol=0.1, atol=0)
+    assert not found["amp"].equal(found["last"])
+
+
 def test_a_model_without_batchnorm_is_left_alone(save: Save, tmp_path: Path) -> None:
     path = save("a.pth", nn.Linear(3, 2).state_dict())
     kwargs = {"in_features": 3, "out_features": 2}
