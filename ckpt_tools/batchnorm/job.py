@@ -292,12 +292,16 @@ def _new_buffers(
     network: nn.Module, found: BatchNormReport, stored: Mapping[str, str], specs: Mapping[str, Any]
 ) -> dict[str, OutTensor]:
     """Make the tensors that change, under their names in the checkpoint and in its dtypes."""
+    measured = {network.get_submodule(layer): layer for layer in found.statistics}
     buffers: dict[str, Tensor] = {}
-    for layer, (mean, variance) in found.statistics.items():
-        lead = f"{layer}." if layer else ""
-        buffers |= {f"{lead}running_var": variance} if mean is None else {
-            f"{lead}running_mean": mean, f"{lead}running_var": variance,
-        }  # fmt: skip
+    for name, module in network.named_modules(remove_duplicate=False):  # a layer in two places stands under two names
+        if module not in measured:
+            continue
+        mean, variance = found.statistics[measured[module]]
+        lead = f"{name}." if name else ""
+        if mean is not None:
+            buffers[f"{lead}running_mean"] = mean
+        buffers[f"{lead}running_var"] = variance
         buffers[f"{lead}num_batches_tracked"] = torch.tensor(found.batches)
     changed = {}
     for name, values in buffers.items():

@@ -209,6 +209,21 @@ def test_without_a_gain_nothing_is_written_where_one_is_required(save: Save, pho
     assert recalibrate_checkpoint(path, **right, require_gain=True, out=target).written
 
 
+def test_a_layer_that_stands_in_two_places_changes_in_both(save: Save, tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    bn = nn.BatchNorm2d(3)\n    return nn.Sequential(bn, nn.ReLU(), bn)\n"
+        "def data(): return [torch.randn(8, 3, 4, 4)]\n"
+    )
+    bn = nn.BatchNorm2d(3)
+    path = save("a.pth", nn.Sequential(bn, nn.ReLU(), bn).state_dict())
+    recalibrate_checkpoint(path, data=f"{tmp_path}/twice.py:data", model=f"{tmp_path}/twice.py:net")
+    found = load(path.with_name("a-bn.pth"))
+    assert not found["0.running_mean"].equal(torch.zeros(3))
+    for what in BUFFERS:
+        assert found[f"0.{what}"].equal(found[f"2.{what}"])
+
+
 def test_mixed_precision_is_close_and_channels_last_changes_nothing(save: Save, photos: Photos) -> None:
     path, folder = save("a.pth", network().state_dict()), str(photos())
     found = {}
