@@ -148,7 +148,7 @@ def average(
         raise UsageError(f"--threads {threads}: must be 1 or more.")
     if out is not None:
         check_suffix(Path(out))
-    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     arguments = {
         "decay": (DEFAULT_DECAY if decay is None else decay) if mode == "ema" else None,
         "per_step": per_step or None,
