@@ -251,7 +251,7 @@ def average(
     if on_plan is not None:
         on_plan(report)
     if not dry_run:
-        _write(assembly, threads, allow_nonfinite, report, on_progress)
+        _write(assembly, threads, allow_nonfinite, force, report, on_progress)
         report = replace(report, written=True)
     return report
 
@@ -260,6 +260,7 @@ def _write(
     assembly: Assembly,
     threads: int,
     allow_nonfinite: bool,
+    force: bool,
     report: AverageReport,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -267,12 +268,8 @@ def _write(
 
     total = report.bytes_read + report.bytes_written
     files = assembly.files
-    with staged_files(
-        assembly.target, [f.name for f in files] if assembly.folder else None, [f.size for f in files]
-    ) as (
-        stage,
-        fds,
-    ):
+    names = [f.name for f in files] if assembly.folder else None
+    with staged_files(assembly.target, names, [f.size for f in files], force=force) as (stage, fds):
         engine.run(
             [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
             threads=threads,
