@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import UsageError
+from ..errors import UsageError, WriteError
 from . import console
 
 if TYPE_CHECKING:
@@ -89,10 +89,11 @@ def avg(
         typer.Option(help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=_WEIGHTS),
     ] = "average",
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out",
             "-o",
+            metavar="PATH",
             help="The suffix picks the format; none: a folder of shards.",
             show_default="averaged.pth, or as the inputs are",
             rich_help_panel=_OUTPUT,
@@ -128,6 +129,7 @@ def avg(
 
     Example: ckpt avg runs/*.pth --mode ema --decay 0.99
     """
+    _check_folder()
     from ..averaging import average
 
     started = time.perf_counter()
@@ -137,10 +139,9 @@ def avg(
             weights=_numbers(weights), normalize=normalize, last=last, best=best, metric=metric,
             lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
             include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers,
-            out=None if out is None else os.path.expanduser(out),  # noqa: PTH111 - keeps a ~user that is none
-            dtype=dtype, max_shard_size=max_shard_size, untie=untie, hash=hash_, force=force, threads=threads,
-            dry_run=dry_run, allow_nonfinite=allow_nonfinite, on_plan=_show_table if dry_run else _show_summary,
-            on_progress=on_progress,
+            out=None if out is None else _target(out), dtype=dtype, max_shard_size=max_shard_size, untie=untie,
+            hash=hash_, force=force, threads=threads, dry_run=dry_run, allow_nonfinite=allow_nonfinite,
+            on_plan=_show_table if dry_run else _show_summary, on_progress=on_progress,
         )  # fmt: skip
     if report.written:
         seconds = time.perf_counter() - started
@@ -150,6 +151,25 @@ def avg(
         console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{rate}.")
     if json:
         console.print_json(report.to_dict())
+
+
+def _check_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise WriteError("the current folder is gone, and torch cannot start in it. cd to another folder.") from error
+
+
+def _target(text: str) -> str:
+    """Read what -o says; a Path would not tell 'a.pth/' from 'a.pth', nor '' from '.'."""
+    from ..formats import SUFFIXES
+
+    name = Path(text).name
+    if not text or name in SUFFIXES:
+        raise UsageError(f"-o {text!r}: there is no name in it. Is a variable of the shell unset?")
+    if name.endswith(SUFFIXES) and os.path.basename(text) != name:  # noqa: PTH119
+        raise UsageError(f"-o {text}: the suffix asks for a file, the slash for a folder. Leave one of them out.")
+    return os.path.expanduser(text)  # noqa: PTH111 - keeps a ~user that is none
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -178,7 +198,7 @@ def _show_table(report: AverageReport) -> None:
     table.add_column("checkpoint", overflow="fold")
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("coefficient", justify="right", no_wrap=True)
-    width = max(2, min(20, screen.width - 40))
+    width = console.bar_width(40)
     table.add_column("", no_wrap=True, width=width)
     largest = max(abs(i.coefficient) for i in report.inputs)
     for i in report.inputs:

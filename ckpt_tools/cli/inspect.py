@@ -52,7 +52,8 @@ def _show(d: Description) -> None:
         )
         largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
         for name, (number, nbytes) in weights.dtypes.items():
-            console.say(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {console.bar(nbytes, largest)}")
+            drawn = console.bar(nbytes, largest, console.bar_width(38))
+            console.say(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {drawn}")
         for prefix, number in weights.prefixes.items():
             console.say(f"    {number} of {len(weights.tensors)} names carry '{prefix}'")
     facts = [f"{key} {value}" for key, value in d.counters.items()]
@@ -87,8 +88,10 @@ def _show_provenance(provenance: dict[str, object]) -> None:
         else []
     )
     largest = max((abs(i["coefficient"]) for i in rows), default=0)
+    width = console.bar_width(16 + max((len(str(i.get("name"))) for i in rows), default=0))
     for i in rows:
-        console.say(f"    {i['coefficient']:>10.6f} {console.bar(i['coefficient'], largest):<20} {i.get('name')}")
+        drawn = console.bar(i["coefficient"], largest, width)
+        console.say(f"    {i['coefficient']:>10.6f} {drawn:<{width}} {i.get('name')}")
 
 
 def _list(weights: WeightSet) -> None:
