@@ -82,8 +82,9 @@ def _show_provenance(provenance: dict[str, object]) -> None:
         f"{provenance.get('mode')} average of {provenance.get('state')}{options}"
     )
     inputs = provenance.get("inputs")
+    # Written by us, or by whoever wrote the file.
     rows = (
-        [i for i in inputs if isinstance(i, dict) and isinstance(i.get("coefficient"), (int, float))]
+        [i for i in inputs if isinstance(i, dict) and _is_figure(i.get("coefficient"))]
         if isinstance(inputs, list)
         else []
     )
@@ -92,6 +93,10 @@ def _show_provenance(provenance: dict[str, object]) -> None:
     for i in rows:
         drawn = console.bar(i["coefficient"], largest, width)
         console.say(f"    {i['coefficient']:>10.6f} {drawn:<{width}} {i.get('name')}")
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # which NaN is not
 
 
 def _list(weights: WeightSet) -> None:
