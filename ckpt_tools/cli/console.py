@@ -173,7 +173,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         A function to call with (bytes done, bytes in all).
     """
     console = stderr()
-    if not console.is_interactive or console.width <= NARROWEST:
+    if not console.is_interactive or console.width < 60:  # in fewer columns it breaks in two
         yield _plain_progress(what)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
