@@ -154,7 +154,7 @@ def average(
         raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
     if out is not None:
         check_suffix(Path(out))
-    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
     arguments = {
         "decay": (DEFAULT_DECAY if decay is None else decay) if mode == "ema" else None,
         "per_step": per_step or None,
@@ -262,6 +262,7 @@ def average(
         write(
             assembly,
             stamps,
+            force=force,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
             on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),

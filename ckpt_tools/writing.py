@@ -14,6 +14,7 @@ def write(
     assembly: Assembly,
     stamps: Sequence[Stamp],
     *,
+    force: bool = False,
     threads: int | None = None,
     allow_nonfinite: bool = False,
     on_progress: Callable[[int], None] | None = None,
@@ -22,6 +23,7 @@ def write(
 
     Args:
         stamps: of the inputs, taken when their headers were read.
+        force: replace what is there.
         threads, allow_nonfinite: see `engine.run`.
         on_progress: called in this thread with the bytes read and written so far.
 
@@ -32,7 +34,7 @@ def write(
 
     files = assembly.files
     names = [plan.name for plan in files] if assembly.folder else None
-    with staged_files(assembly.target, names, [plan.size for plan in files]) as (stage, fds):
+    with staged_files(assembly.target, names, [plan.size for plan in files], force=force) as (stage, fds):
         engine.run(
             [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
             stamps=stamps,

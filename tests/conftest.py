@@ -1,4 +1,4 @@
-"""What tests share: the real training series, and small checkpoints made on the spot."""
+"""What tests share: the real training series, and small checkpoints and photographs made on the spot."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
@@ -29,6 +31,27 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+Photos = Callable[..., Path]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Photos:
+    """Make `<name>/<class>/<number>.png`, random but seeded; classes differ in brightness."""
+
+    def make(name: str = "photos", *, classes: int = 3, each: int = 4, size: int = 40, flat: bool = False) -> Path:
+        generator = np.random.default_rng(0)
+        folder = tmp_path / name
+        for i in range(classes):
+            inside = folder if flat else folder / f"class{i}"
+            inside.mkdir(parents=True, exist_ok=True)
+            for j in range(each):
+                pixels = generator.integers(20 * i, 20 * i + 50, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(inside / f"{i}-{j}.png")
+        return folder
+
+    return make
 
 
 def load(path: Path) -> Any:

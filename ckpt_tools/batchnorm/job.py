@@ -256,7 +256,7 @@ def recalibrate_checkpoint(
                 "(--require-gain). Are these the images, size and mean that the network was trained with?"
             )
         if group.first:
-            write(laid_out(statistics), checkpoint.header.files)
+            write(laid_out(statistics), checkpoint.header.files, force=force)
         return replace(report, written=group.first)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import warnings
+from functools import partial
 from types import FrameType
 from typing import Annotated, Any
 
@@ -26,6 +27,17 @@ class _PlainList(typer.core.TyperGroup):
         self.rich_markup_mode = None
 
 
+class _Command(typer.core.TyperCommand):
+    """Help in panels, where they fit: in fewer columns they would cut the names of options short."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        if console.columns() < 80:
+            self.rich_markup_mode = None
+            formatter.width = console.columns()
+            formatter.write_dl = partial(formatter.write_dl, col_max=console.columns() // 3)
+        super().format_help(ctx, formatter)
+
+
 app = typer.Typer(
     name="ckpt",
     cls=_PlainList,
@@ -35,9 +47,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(avg)
-app.command()(inspect)
-app.command("recal-bn")(recal_bn)
+app.command(cls=_Command)(avg)
+app.command(cls=_Command)(inspect)
+app.command("recal-bn", cls=_Command)(recal_bn)
 
 
 def _version(asked: bool) -> None:
@@ -80,14 +92,15 @@ def main() -> None:
             signal.signal(each, _stop)
     # torch says this at import where numpy is not installed; nothing here needs numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    console.open_streams()
     try:
         app()
     except CkptError as error:
-        typer.echo(f"Error: {console.visible(str(error))}", err=True)
+        console.say(f"Error: {error}")
         sys.exit(error.exit_code)
     except _Stopped as stopped:
         for each in _STOPPING:  # while Python shuts down, handlers written in it are gone
             signal.signal(each, signal.SIG_IGN)
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
-        typer.echo(f"{what}; nothing was written.", err=True)
+        console.say(f"{what}; nothing was written.")
         sys.exit(128 + stopped.number)

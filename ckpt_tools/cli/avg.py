@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..averaging import AverageReport
@@ -88,10 +86,11 @@ def avg(
         typer.Option(help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=_WEIGHTS),
     ] = "average",
     out: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--out",
             "-o",
+            metavar="PATH",
             help="The suffix picks the format; none: a folder of shards.",
             show_default="averaged.pth, or as the inputs are",
             rich_help_panel=_OUTPUT,
@@ -127,19 +126,19 @@ def avg(
 
     Example: ckpt avg runs/*.pth --mode ema --decay 0.99
     """
+    arguments.check_folder()
     from ..averaging import average
 
     started = time.perf_counter()
     with console.progress("averaging") as on_progress:
         report = average(
             paths, mode=mode, decay=decay, per_step=per_step, warmup=warmup, bias_correction=bias_correction,
-            weights=console.numbers("--weights", weights), normalize=normalize, last=last, best=best, metric=metric,
+            weights=arguments.numbers("--weights", weights), normalize=normalize, last=last, best=best, metric=metric,
             lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
             include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers,
-            out=None if out is None else os.path.expanduser(out),  # noqa: PTH111 - keeps a ~user that is none
-            dtype=dtype, max_shard_size=max_shard_size, untie=untie, hash=hash_, force=force, threads=threads,
-            dry_run=dry_run, allow_nonfinite=allow_nonfinite, on_plan=_show_table if dry_run else _show_summary,
-            on_progress=on_progress,
+            out=arguments.target(out), dtype=dtype, max_shard_size=max_shard_size, untie=untie,
+            hash=hash_, force=force, threads=threads, dry_run=dry_run, allow_nonfinite=allow_nonfinite,
+            on_plan=_show_table if dry_run else _show_summary, on_progress=on_progress,
         )  # fmt: skip
     if report.written:
         seconds = time.perf_counter() - started
@@ -168,7 +167,7 @@ def _show_table(report: AverageReport) -> None:
     table.add_column("checkpoint", overflow="fold")
     table.add_column("step", justify="right", no_wrap=True)
     table.add_column("coefficient", justify="right", no_wrap=True)
-    width = max(2, min(20, screen.width - 40))
+    width = console.bar_width(40)
     table.add_column("", no_wrap=True, width=width)
     largest = max(abs(i.coefficient) for i in report.inputs)
     for i in report.inputs:

@@ -3,19 +3,79 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import math
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import UsageError, WriteError
+from ..errors import WriteError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+NARROWEST = 40
+"""Columns that a table needs; in fewer, rich would leave parts of it out, where a terminal only wraps them."""
+
+
+class _Stderr(io.FileIO):
+    """Where nothing can be said (a pipe without a reader, a full disk), the work goes on all the same."""
+
+    def write(self, data: Any) -> int:
+        with suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+class _Stdout(io.FileIO):
+    """A result that goes nowhere is an error."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # Python flushes once more at exit, and would complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno == errno.EPIPE:  # such as head, which has seen enough
+                sys.exit(1)
+            reason = "it is closed" if error.errno == errno.EBADF else error.strerror
+            raise WriteError(f"cannot write to standard output ({reason}).") from error
+
+
+def open_streams() -> None:
+    """Make the standard streams behave whatever stands behind them: a terminal, a file, a broken pipe, nothing."""
+    # The number of a closed stream would go to the next file opened, and what C code prints would go into that.
+    while (spare := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(spare)
+    if sys.stdout is sys.__stdout__:  # and not what a test has put there
+        sys.stdout = _text(_Stdout(1, "w", closefd=False), sys.stdout, "strict")
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _text(_Stderr(2, "w", closefd=False), sys.stderr, "backslashreplace")
+    # rich obeys a COLUMNS of 0, and draws nothing.
+    if os.environ.get("COLUMNS", "").isdigit() or columns() < NARROWEST:
+        os.environ["COLUMNS"] = str(max(NARROWEST, columns()))
+
+
+def _text(raw: io.FileIO, like: TextIO | None, errors: str) -> TextIO:
+    encoding, errors = (None, errors) if like is None else (like.encoding, like.errors or errors)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
+
+
+def columns() -> int:
+    """Return the width that COLUMNS asks for, or that the terminal behind stderr has, or 80."""
+    with suppress(ValueError):
+        if (asked := int(os.environ.get("COLUMNS", ""))) > 0:
+            return asked
+    with suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    return 80
 
 
 def stderr() -> Console:
@@ -26,10 +86,15 @@ def stderr() -> Console:
 
 
 def say(*lines: str) -> None:
-    """Write plain lines to stderr; nothing in them is markup, and nothing in them steers the terminal."""
-    console = stderr()
-    for line in lines:
-        console.print(visible(line), markup=False, soft_wrap=True)
+    """Write plain lines to stderr; nothing in them steers the terminal, and a terminal breaks none of their words."""
+    for line in map(visible, lines):
+        if sys.stderr.isatty() and len(line) > columns():
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            line = textwrap.fill(
+                line, columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def visible(text: str) -> str:
@@ -43,15 +108,19 @@ def print_json(data: Any) -> None:
     Raises:
         WriteError: stdout does not take it.
     """
-    try:
-        sys.stdout.write(json.dumps(data, indent=2) + "\n")
-        sys.stdout.flush()
-    except OSError as error:
-        # Python flushes once more at exit, and would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # such as head, which has seen enough
-            sys.exit(1)
-        raise WriteError(f"the report cannot be written to standard output ({error.strerror}).") from error
+    sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(data: Any) -> Any:
+    """Keep to what JSON and UTF-8 have: null for NaN and infinity, U+FFFD for bytes of a name that are no text."""
+    if isinstance(data, dict):
+        return {_plain(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    if isinstance(data, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", data)
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def size(nbytes: float) -> str:
@@ -91,15 +160,20 @@ def bar(value: float, largest: float, width: int = 20) -> str:
     return drawn
 
 
+def bar_width(beside: int) -> int:
+    """Return how long bars may be that stand in a line with so much text."""
+    return max(2, min(20, columns() - beside))
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show bytes, rate and time left on a terminal; a plain line every ten seconds elsewhere.
+    """Show bytes, rate and time left on a terminal that is wide enough; a plain line every ten seconds elsewhere.
 
     Yields:
         A function to call with (bytes done, bytes in all).
     """
     console = stderr()
-    if not console.is_interactive:
+    if not console.is_interactive or console.width < 60:  # in fewer columns it breaks in two
         yield _plain_progress(what)
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -172,20 +246,6 @@ def _plain_counting(unit: str) -> Callable[[str, int, int | None], None]:
             say(f"{what}: {done}{'' if total is None else f' of {total}'} {unit}")
 
     return show
-
-
-def numbers(option: str, text: str | None) -> list[float] | None:
-    """Read numbers with commas between them.
-
-    Raises:
-        UsageError: something else; names the option.
-    """
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r}: write numbers with commas, such as 1,2,3.") from error
 
 
 def _plain_progress(what: str) -> Callable[[int, int], None]:

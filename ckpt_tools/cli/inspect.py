@@ -52,7 +52,8 @@ def _show(d: Description) -> None:
         )
         largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
         for name, (number, nbytes) in weights.dtypes.items():
-            console.say(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {console.bar(nbytes, largest)}")
+            drawn = console.bar(nbytes, largest, console.bar_width(38))
+            console.say(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {drawn}")
         for prefix, number in weights.prefixes.items():
             console.say(f"    {number} of {len(weights.tensors)} names carry '{prefix}'")
     facts = [f"{key} {value}" for key, value in d.counters.items()]
@@ -75,20 +76,38 @@ def _show(d: Description) -> None:
 
 def _show_provenance(provenance: dict[str, object]) -> None:
     arguments = provenance.get("arguments")
-    options = "".join(f", {k} {v}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
-    console.say(
-        f"  made by ckpt-tools {provenance.get('version')}: "
-        f"{provenance.get('mode')} average of {provenance.get('state')}{options}"
-    )
+    options = "".join(f", {k} {_short(v)}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
+    what = "recal-bn" if provenance.get("command") == "recal-bn" else f"{provenance.get('mode')} average"
+    console.say(f"  made by ckpt-tools {provenance.get('version')}: {what} of {provenance.get('state')}{options}")
+    source = provenance.get("input")  # recal-bn has one, which may be an output itself
+    if isinstance(source, dict) and isinstance(source.get("made"), dict):
+        console.say(f"  from {source.get('name')}:")
+        _show_provenance(source["made"])
     inputs = provenance.get("inputs")
+    # Written by us, or by whoever wrote the file.
     rows = (
-        [i for i in inputs if isinstance(i, dict) and isinstance(i.get("coefficient"), (int, float))]
+        [i for i in inputs if isinstance(i, dict) and _is_figure(i.get("coefficient"))]
         if isinstance(inputs, list)
         else []
     )
     largest = max((abs(i["coefficient"]) for i in rows), default=0)
+    width = console.bar_width(16 + max((len(str(i.get("name"))) for i in rows), default=0))
     for i in rows:
-        console.say(f"    {i['coefficient']:>10.6f} {console.bar(i['coefficient'], largest):<20} {i.get('name')}")
+        drawn = console.bar(i["coefficient"], largest, width)
+        console.say(f"    {i['coefficient']:>10.6f} {drawn:<{width}} {i.get('name')}")
+
+
+def _short(value: object) -> str:
+    """Write nested arguments without the marks of a program."""
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_short(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "x".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # which NaN is not
 
 
 def _list(weights: WeightSet) -> None:

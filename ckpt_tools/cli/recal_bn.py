@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UsageError
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..batchnorm.job import RecalibrationReport
@@ -107,8 +107,10 @@ def recal_bn(
         typer.Option("--require-gain", help="Write nothing if that loss gets worse.", rich_help_panel=_STATISTICS),
     ] = False,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="The target.", show_default="CKPT with -bn", rich_help_panel=_OUTPUT),
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="PATH", help="The target.", show_default="CKPT with -bn", rich_help_panel=_OUTPUT
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)
@@ -127,6 +129,7 @@ def recal_bn(
     """
     if not data:
         raise UsageError("--data is missing: the images to take the statistics from, such as --data imagenet/train.")
+    arguments.check_folder()
     from ..batchnorm.job import recalibrate_checkpoint
     from ..batchnorm.models import parse_kwargs
 
@@ -135,11 +138,10 @@ def recal_bn(
             None if checkpoint is None else os.path.expanduser(checkpoint),  # noqa: PTH111 - keeps a ~user that is none
             data=data, model=model, model_kwargs=parse_kwargs(model_kwargs or []), images=_count(images),
             batch_size=batch_size, workers=workers, split=split, data_root=data_root, img_size=img_size,
-            crop_pct=crop_pct, interpolation=interpolation, mean=console.numbers("--mean", mean),
-            std=console.numbers("--std", std), state=state, device=device, amp=amp, channels_last=channels_last,
+            crop_pct=crop_pct, interpolation=interpolation, mean=arguments.numbers("--mean", mean),
+            std=arguments.numbers("--std", std), state=state, device=device, amp=amp, channels_last=channels_last,
             passes=passes, estimator=estimator, seed=seed, eval_data=eval_, require_gain=require_gain,
-            out=None if out is None else os.path.expanduser(out),  # noqa: PTH111
-            force=force, dry_run=dry_run, on_plan=_show_plan, on_progress=on_progress,
+            out=arguments.target(out), force=force, dry_run=dry_run, on_plan=_show_plan, on_progress=on_progress,
         )  # fmt: skip
     if report.statistics is not None and report.written:
         _show_statistics(report.statistics)

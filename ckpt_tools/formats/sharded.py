@@ -111,17 +111,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes in '5GB' (decimal, as Hugging Face counts) or '5GiB'.
+def parse_size(size: str | int) -> int:
+    """Return the bytes in '5GB' (decimal, as Hugging Face counts), '5GiB' or a number.
 
     Raises:
-        UsageError: no such size.
+        UsageError: no such size, or less than one byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise UsageError(f"{text!r} is no size; write one such as 5GB or 500MB.")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    base = 1024 if match and match[3] else 1000
+    nbytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if nbytes < 1:
+        raise UsageError(f"{size!r} is no size; write one such as 5GB or 500MB.")
+    return nbytes
 
 
 def plan_shards(

@@ -6,11 +6,12 @@ failure or interruption the hidden file goes; inputs are never opened for writin
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import WriteError
@@ -31,7 +32,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
     """
     try:
         _check_target(target, inputs, nbytes, force, folder)
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, a working folder that is gone
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a zero byte
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with -o.") from error
 
@@ -55,12 +56,15 @@ def _check_target(target: Path, inputs: Iterable[Path], nbytes: int, force: bool
             raise WriteError(
                 f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
             )
+    if folder and resolved in (Path.cwd(), *Path.cwd().parents):
+        raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with -o.")
     if target.exists() and target.is_dir() != folder:
         kind = "a folder" if target.is_dir() else "a file"
         raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
     if target.exists() and not (folder or target.is_file()):
         raise WriteError(f"{target}: is no regular file. Choose another name with -o.")
-    if target.exists() and (not folder or any(target.iterdir())) and not force:
+    # A link is replaced itself, as any file is; what it leads to stays as it was.
+    if not force and os.path.lexists(target) and (not folder or target.is_symlink() or any(target.iterdir())):
         raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
@@ -100,13 +104,16 @@ def check_replaceable(folder: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def staged_files(target: Path, names: Sequence[str] | None, sizes: Sequence[int]) -> Iterator[tuple[Path, list[int]]]:
+def staged_files(
+    target: Path, names: Sequence[str] | None, sizes: Sequence[int], *, force: bool = False
+) -> Iterator[tuple[Path, list[int]]]:
     """Make files beside the target and put them in its place when the block ends well.
 
     Args:
         target: the file, or the folder, to appear.
         names: files in the folder; None if the target is one file.
         sizes: bytes of each file.
+        force: replace what stands there when the block ends.
 
     Yields:
         (where the files are being made, a writable descriptor of each).
@@ -135,10 +142,18 @@ def staged_files(target: Path, names: Sequence[str] | None, sizes: Sequence[int]
                 os.fsync(fd)
             if names is not None:
                 _sync_folder(stage)
-            _put(stage, target)
+            _put(stage, target, force)
             _sync_folder(stage.parent)
         except OSError as error:
+            if error.errno in _TAKEN:
+                raise WriteError(
+                    f"{target}: was made by another program meanwhile, and stays. Choose another name with -o."
+                ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
+        except BaseException:
+            if os.path.lexists(stage) and not _same_file(stage, target):
+                raise
+            # An interruption that came too late: the target is in its place.
     finally:
         for fd in fds:
             os.close(fd)
@@ -148,25 +163,55 @@ def staged_files(target: Path, names: Sequence[str] | None, sizes: Sequence[int]
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def _put(stage: Path, target: Path) -> None:
-    if not (target.is_dir() and stage.is_dir() and any(target.iterdir())):
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""What link and rename say of a target that is there."""
+
+
+def _put(stage: Path, target: Path, force: bool) -> None:
+    if stage.is_dir():
+        if force and (target.is_symlink() or (target.is_dir() and any(target.iterdir()))):
+            _exchange(stage, target)
+        else:
+            stage.rename(target)  # in place of nothing, or of an empty folder
+    elif force:
         stage.replace(target)
-        return
-    # A folder with content cannot be renamed over: the old one steps aside, and comes back if the new one fails.
-    # Between the two renames nothing stands at the target; a crash there leaves the old one under the name `aside`.
+    else:
+        try:
+            os.link(stage, target)  # which, unlike rename, replaces nothing; the other name goes with the stage
+        except OSError as error:
+            if error.errno == errno.EEXIST or os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "exists") from error
+            stage.rename(target)  # a file system without hard links
+
+
+def _exchange(stage: Path, target: Path) -> None:
+    """Replace what cannot be renamed over: the old one steps aside, and comes back if the new one fails.
+
+    Between the two renames nothing stands at the target; a crash there leaves the old one under the name `aside`.
+    """
     aside = stage.with_suffix(".old")
-    target.rename(aside)
     try:
+        target.rename(aside)
         stage.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if not stage.exists():
+            if aside.is_symlink():
+                aside.unlink()
+            else:
+                shutil.rmtree(aside, ignore_errors=True)
+        elif os.path.lexists(aside):
+            try:
+                aside.rename(target)
+            except OSError as error:
+                raise WriteError(
+                    f"{target}: cannot be written ({error.strerror}). What stood there is {aside} now; move it back."
+                ) from error
 
 
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(fd)
     finally:
         os.close(fd)

@@ -317,6 +317,11 @@ def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str)
         (["--metric", "loss"], "--metric and --lower-is-better go with --best N."),
         (["--max-shard-size", "5XB", "-o", "m"], "'5XB' is no size; write one such as 5GB or 500MB."),
         (["--max-shard-size", "5GB"], "--max-shard-size needs a folder: give -o a name without suffix."),
+        (["-o", ""], "-o '': there is no name in it. Is a variable of the shell unset?"),
+        (["-o", "new/.pth"], "-o 'new/.pth': there is no name in it."),
+        (["-o", "new.pth/"], "-o new.pth/: the suffix asks for a file, the slash for a folder."),
+        (["-o", "new.pth/."], "-o new.pth/.: the suffix asks for a file, the slash for a folder."),
+        (["--max-shard-size", "9" * 400 + "GB", "-o", "m"], "is no size"),
         (["-o", "averaged.txt"], "averaged.txt: the suffix should be one of .pth .pt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -379,6 +384,17 @@ def test_the_folder_of_the_target_does_not_exist() -> None:
         f"Error: new/averaged.pth: there is no folder {Path('new').absolute()}. "
         f"Make it first: mkdir -p {Path('new').absolute()}"
     )
+
+
+def test_the_current_folder_is_gone(runs: list[Path]) -> None:
+    leave = "import os\nos.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
+    done = spawn("avg", runs[0], "-o", Path("out.pth").absolute(), cwd=Path(), first=leave)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: the current folder is gone, and torch cannot start in it. cd to another folder.\n",
+    )
+    assert spawn("inspect", runs[0], cwd=Path(), first=leave).returncode == 0
+    assert spawn("inspect", "c-1.pth", cwd=Path(), first=leave).stderr == "Error: c-1.pth: no such file.\n"
 
 
 @needs_permissions

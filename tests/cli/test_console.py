@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,7 +89,18 @@ def test_a_name_that_is_no_unicode_is_shown_somehow(tmp_path: Path, monkeypatch:
     Path("plain.pth").rename(name)
     assert "caf\\udce9-1.pth" in run("inspect", name).err
     assert run("avg", name).code == 0
-    assert json.loads(run("inspect", name, "--json").out)["path"] == name
+    assert json.loads(run("inspect", name, "--json").out)["path"] == "caf\ufffd-1.pth"
+
+
+def test_json_is_json_whatever_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and infinity are not in JSON, and lone surrogates not in UTF-8: strict parsers refuse both."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"\ud800": torch.zeros(2)}, "metric": float("-inf")}, "c.pth")
+    shown = run("inspect", "c.pth", "--json", "--tensors").out
+    described = json.loads(shown, parse_constant=lambda word: pytest.fail(word))
+    assert described["metric"] is None
+    assert described["sets"][0]["tensors"][0]["name"] == "\ufffd"
+    json.dumps(described, ensure_ascii=False).encode()
 
 
 def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
@@ -102,22 +116,78 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
     assert captured.out == ""
 
 
-def test_help_into_a_closed_pipe_and_a_report_to_a_full_disk_end_quietly(runs: list[Path], tmp_path: Path) -> None:
-    script = (
-        f"ckpt inspect {runs[0]} --json --tensors | head -1; echo ${{PIPESTATUS[1]}}\n"
-        f"ckpt inspect {runs[0]} --tensors 2>&1 | head -1\n"
-        f"ckpt inspect {runs[0]} | head -1\n"
-        f"ckpt inspect {runs[0]} --json > /dev/full; echo $?\n"
+def shell(line: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.splitlines()[:2] == ["{", "0"]
-    assert done.stdout.splitlines()[2].startswith(f"{runs[0]}: torch-zip")
-    assert done.stdout.splitlines()[-1] == "1"
-    assert "Error: the report cannot be written to standard output (No space left on device)." in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("end", ["2>&-", "2>/dev/full", "2>&1 | true", "2>&- >&- <&-"])
+@pytest.mark.parametrize(("job", "code"), [("$CKPT -o out.pth", 0), ("ckpt avg gone.pth", 1), ("ckpt avg --nope", 2)])
+def test_where_nothing_can_be_said_the_work_goes_on(
+    runs: list[Path], tmp_path: Path, job: str, code: int, end: str
+) -> None:
+    done = shell(f"{job} {end}; exit ${{PIPESTATUS[0]}}", tmp_path, CKPT=f"ckpt avg {runs[0]} {runs[1]}")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    if code == 0:
+        assert run("avg", *runs[:2], "-o", tmp_path / "same.pth").code == 0
+        assert (tmp_path / "out.pth").read_bytes() == (tmp_path / "same.pth").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"), [(">&-", "it is closed"), (">/dev/full", "No space left on device"), ("| true", None)]
+)
+def test_a_result_that_goes_nowhere_is_an_error(runs: list[Path], tmp_path: Path, end: str, reason: str | None) -> None:
+    for job in (f"avg {runs[0]} --json", f"inspect {runs[0]} --json", "--help", "avg --help", "--version"):
+        done = shell(f"ckpt {job} {end}; exit ${{PIPESTATUS[0]}}", tmp_path)
+        *before, last = ["", *done.stderr.splitlines()]
+        if reason is not None:
+            assert (done.returncode, last) == (1, f"Error: cannot write to standard output ({reason}).")
+        assert "Traceback" not in done.stderr
+        assert "ignored" not in done.stderr
+        if job.startswith("avg /") and reason is not None:  # it is said that the work was done all the same
+            assert before[-1].startswith("Wrote averaged.pth: ")
+        (tmp_path / "averaged.pth").unlink(missing_ok=True)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(runs: list[Path], tmp_path: Path) -> None:
+    for job in (f"inspect {runs[0]} --json --tensors", f"inspect {runs[0]} --tensors 2>&1"):
+        done = shell(f"ckpt {job} | head -1", tmp_path)
+        assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "15", "-5", "wide", ""])
+def test_all_is_shown_however_narrow_the_terminal_claims_to_be(
+    runs: list[Path], columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cli_runner.environment", lambda **_: environment(COLUMNS=columns))
+    table = run("avg", *runs, "--dry-run").err
+    assert all(path.name in table for path in runs)
+    assert table.count("0.083333") == len(runs)
+    assert "float32             17   68.1 kB  █" in run("inspect", runs[0]).err
+    assert "--max-shard-size" in run("avg", "--help").out
+    assert "--nope" in run("avg", "--nope").err
+
+
+def test_a_terminal_breaks_lines_between_words(runs: list[Path]) -> None:
+    shown = b""
+    terminal, other_end = pty.openpty()
+    with subprocess.Popen(["ckpt", "inspect", runs[3]], env=environment(COLUMNS="54"), stderr=other_end):
+        os.close(other_end)
+        with suppress(OSError):  # when the other end is closed
+            while block := os.read(terminal, 65536):
+                shown += block
+    os.close(terminal)
+    lines = shown.decode().splitlines()
+    assert max(map(len, lines[2:])) <= 54
+    assert lines[-2:] == ["  optimizer: SGD with momentum, 67.4 kB, 0.99 times", "    the weights"]
 
 
 def test_the_module_runs_as_the_script_does(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,6 +77,15 @@ def test_an_output_of_ours_tells_where_it_came_from(runs: list[Path]) -> None:
     assert rows[-1][0] == "0.300000"
     provenance = json.loads(run("inspect", "averaged.pth", "--json").out)["provenance"]
     assert [i["name"] for i in provenance["inputs"]] == [path.name for path in runs]
+
+
+def test_a_forged_origin_is_shown_as_far_as_it_makes_sense() -> None:
+    inputs = [{"name": "a", "coefficient": c} for c in (0.5, math.nan, math.inf, 10**400, "x")]
+    save_file({"w": torch.zeros(2)}, "c.safetensors", {"ckpt_tools": json.dumps({"inputs": [*inputs, [[]], None]})})
+    result = run("inspect", "c.safetensors")
+    assert result.code == 0
+    assert [line.split()[-1] for line in result.err.splitlines()[3:]] == ["None", "a"]
+    assert run("inspect", "c.safetensors", "--json").code == 0
 
 
 def test_what_was_not_understood_is_listed_and_not_run() -> None:

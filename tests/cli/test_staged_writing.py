@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def test_a_new_file_replaces_the_old_one_with_its_name_alone(here: Path) -> None
     """Who holds the old file open, or has a second name for it, keeps it."""
     Path("out.pth").write_text("old")
     Path("second.pth").hardlink_to("out.pth")
-    with Path("out.pth").open() as opened, staged_files(Path("out.pth"), None, [3]) as (_, (fd,)):
+    with Path("out.pth").open() as opened, staged_files(Path("out.pth"), None, [3], force=True) as (_, (fd,)):
         os.pwrite(fd, b"new", 0)
         assert Path("out.pth").read_text() == "old"
     assert (Path("out.pth").read_text(), Path("second.pth").read_text()) == ("new", "old")
@@ -97,12 +99,72 @@ def test_a_failure_to_reach_the_disk_leaves_the_old_file(here: Path, monkeypatch
 
 def test_content_is_synced_before_the_name_and_the_folder_after(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    fsync, replace = os.fsync, Path.replace
+    fsync, link = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd)))
-    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("rename"), replace(self, to)))
+    monkeypatch.setattr(os, "link", lambda stage, to: (order.append("name"), link(stage, to)))
     with staged_files(Path("out.pth"), None, [3]) as (stage, _):
         pass
-    assert order == [stage.name, "rename", here.name]
+    assert order == [stage.name, "name", here.name]
+
+
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_replaced_with_force_only(
+    here: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not links:
+        without_links(monkeypatch)
+    with pytest.raises(WriteError, match=r"out\.pth: was made by another program meanwhile, and stays"):  # noqa: SIM117
+        with staged_files(Path("out.pth"), None, [3]):
+            Path("out.pth").write_text("theirs")
+    assert Path("out.pth").read_text() == "theirs"
+    with staged_files(Path("out.pth"), None, [3], force=True) as (_, (fd,)):
+        os.pwrite(fd, b"new", 0)
+    assert Path("out.pth").read_text() == "new"
+    assert names(here) == ["out.pth"]
+
+
+def test_a_file_system_without_hard_links_will_do(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_links(monkeypatch)
+    with staged_files(Path("out.pth"), None, [3]):
+        pass
+    assert names(here) == ["out.pth"]
+
+
+def test_an_interruption_after_the_rename_comes_too_late(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not be reported as a run that wrote nothing."""
+
+    def interrupted(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staged, "_sync_folder", interrupted)
+    for force in (False, True):
+        with staged_files(Path("out.pth"), None, [3], force=force):
+            pass
+        assert names(here) == ["out.pth"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(here: Path, folder: bool) -> None:
+    shards = ["model.safetensors"] if folder else None
+    old_folder("precious")
+    for behind in ("precious" if folder else "precious/config.json", "nowhere"):
+        Path("out").symlink_to(behind)
+        with pytest.raises(WriteError, match="out: exists already. Pass --force"):
+            check("out", folder=folder)
+        check("out", folder=folder, force=True)
+        with staged_files(Path("out"), shards, [3], force=True):
+            pass
+        assert not Path("out").is_symlink()
+        assert Path("precious/config.json").read_text() == "old"
+        assert {path.parts[0] for path in map(Path, names(here))} == {"out", "precious"}
+        shutil.rmtree("out") if folder else Path("out").unlink()
 
 
 # A folder
@@ -119,7 +181,7 @@ def test_a_folder_appears_whole_with_its_index(here: Path) -> None:
 
 def test_a_folder_is_replaced_as_a_whole(here: Path) -> None:
     old_folder()
-    with staged_files(Path("out"), ["model.safetensors"], [3]) as (_, (fd,)):
+    with staged_files(Path("out"), ["model.safetensors"], [3], force=True) as (_, (fd,)):
         os.pwrite(fd, b"new", 0)
         assert (Path("out") / "config.json").read_text() == "old"
     assert names(here) == ["out", "out/model.safetensors"]
@@ -140,8 +202,17 @@ def test_a_crash_in_the_block_leaves_the_old_folder(here: Path) -> None:
     assert contents(here) == before
 
 
+def test_a_folder_that_appears_meanwhile_stays(here: Path) -> None:
+    with pytest.raises(WriteError, match="out: was made by another program meanwhile, and stays"):  # noqa: SIM117
+        with staged_files(Path("out"), ["model.safetensors"], [3]):
+            before = contents(old_folder())
+    assert contents(Path("out")) == before
+    assert {Path(name).parts[0] for name in names(here)} == {"out"}
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt("between the renames")])
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    here: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old_folder()
     before = contents(here)
@@ -149,14 +220,34 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
 
     def failing(self: Path, to: Path) -> Path:
         if self.name.endswith(".partial"):
+            raise error
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(  # noqa: SIM117
+        (WriteError, KeyboardInterrupt), match=r"out: cannot be written \(Input/output error\)|between"
+    ):
+        with staged_files(Path("out"), ["model.safetensors"], [3], force=True):
+            pass
+    assert contents(here) == before
+
+
+def test_an_old_folder_that_cannot_come_back_is_kept_and_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(old_folder())
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if to == Path("out"):
             raise OSError(5, "Input/output error")
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(WriteError, match=r"out: cannot be written \(Input/output error\)"):  # noqa: SIM117
-        with staged_files(Path("out"), ["model.safetensors"], [3]):
+    with pytest.raises(WriteError, match=r"What stood there is .*\.old now; move it back") as refusal:  # noqa: SIM117
+        with staged_files(Path("out"), ["model.safetensors"], [3], force=True):
             pass
-    assert contents(here) == before
+    (kept,) = here.iterdir()
+    assert str(kept) in str(refusal.value)
+    assert contents(kept) == before
 
 
 # Which targets are refused, and why
@@ -221,6 +312,19 @@ def test_a_folder_within_or_around_an_input_is_refused(here: Path) -> None:
     with pytest.raises(WriteError, match="all: holds the input all/in"):
         check("all", inputs=("all/in",), folder=True, force=True)
     check("all/new", inputs=("all/in",), folder=True)
+
+
+def test_the_folder_one_is_in_is_no_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("empty").mkdir()
+    monkeypatch.chdir("empty")
+    for target in (".", "..", "../empty", "/", str(here)):
+        with pytest.raises(WriteError, match="is the folder you are in, or around it"):
+            check(target, folder=True, force=True)
+
+
+def test_a_zero_byte_in_a_target_is_refused_in_words(here: Path) -> None:
+    with pytest.raises(WriteError, match=r"cannot be a target \(embedded null byte\)"):
+        check("a\0b.pth")
 
 
 def test_free_space_is_asked_of_the_disk_of_the_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

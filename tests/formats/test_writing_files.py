@@ -463,10 +463,17 @@ def test_binary_sizes_are_powers_of_1024(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "0GB", "5 5GB", "5XB", "1e9", "nan", "inf", "5GBs"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+@pytest.mark.parametrize(
+    "size",
+    ["", "GB", "-5GB", "0", "0GB", "0.1B", "5 5GB", "5XB", "1e9", "nan", "inf", "5GBs", "9" * 400 + "GB", 0, -5, True],
+)
+def test_what_is_no_size_is_refused(size: str | int) -> None:
     with pytest.raises(UsageError, match="is no size; write one such as 5GB or 500MB"):
-        parse_size(text)
+        parse_size(size)
+
+
+def test_a_number_of_bytes_is_a_size() -> None:
+    assert parse_size(1 << 62) == 1 << 62
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

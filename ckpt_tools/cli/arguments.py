@@ -1,0 +1,52 @@
+"""Arguments: what a shell hands over, read as the library takes it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import UsageError, WriteError
+
+
+def check_folder() -> None:
+    """Refuse to start in a folder that is gone.
+
+    Raises:
+        WriteError: it is.
+    """
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise WriteError("the current folder is gone, and torch cannot start in it. cd to another folder.") from error
+
+
+def target(text: str | None) -> str | None:
+    """Read what -o says; a Path would not tell 'a.pth/' from 'a.pth', nor '' from '.'.
+
+    Raises:
+        UsageError: no name, or one that asks for a file and a folder at once.
+    """
+    if text is None:
+        return None
+    from ..formats import SUFFIXES
+
+    name = Path(text).name
+    if not text or name in SUFFIXES:
+        raise UsageError(f"-o {text!r}: there is no name in it. Is a variable of the shell unset?")
+    if name.endswith(SUFFIXES) and os.path.basename(text) != name:  # noqa: PTH119
+        raise UsageError(f"-o {text}: the suffix asks for a file, the slash for a folder. Leave one of them out.")
+    return os.path.expanduser(text)  # noqa: PTH111 - keeps a ~user that is none
+
+
+def numbers(option: str, text: str | None) -> list[float] | None:
+    """Read numbers with commas between them.
+
+    Raises:
+        UsageError: something else; names the option.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: write numbers with commas, such as 1,2,3.") from error
