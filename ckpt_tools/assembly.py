@@ -200,7 +200,7 @@ def _container(
     else:
         tree = _replaced(base.tree, state.path, weights)
     for key, value in list(tree.items()):
-        if looks_like_training_state(key, value) and not isinstance(value, OutTensor):
+        if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
             dropped.append(dotted([key]))
             del tree[key]
     copies: dict[TensorSpec, OutTensor] = {}  # by spec, so that what was tied stays so

@@ -286,6 +286,6 @@ _TRAINING_STATE = re.compile(
     r"optim|optims?_.*|optimizer.*"  # optimizers of other forms than torch's, and lists of them
     r"|(lr_|param_|opt_param_)?scheduler.*|lr_sched"
     r"|amp|(amp_|grad_|loss_)?scaler(_state_dict)?|loss_scale|native_amp_scaling_state"
-    r"|rng.*|\w+_rng_states?|random_states"
+    r"|rng(_.*)?|\w+_rng_states?|random_states"
     r"|loops|callbacks|saver|metric"
 )

@@ -385,14 +385,14 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}
 BESIDE = {"optimizer": OPTIMIZER, "sched": None, "epoch": 3, "lr_scheduler": {"last_epoch": 3}, 7: "seven"}
 
 
-@pytest.mark.parametrize("home", [(), ("model",), ("nets", "teacher")])
+@pytest.mark.parametrize("home", [(), ("model",), ("nets", "teacher"), ("metric", "net")])
 def test_training_state_goes_wherever_the_weights_stand(home: tuple[str, ...], save: Save, tmp_path: Path) -> None:
     weights = {"fc.w": torch.ones(2), "optim": torch.ones(1)}
     tree: dict[Any, Any] = weights | BESIDE
     if home == ("model",):
         tree = {"model": weights} | BESIDE
-    if home == ("nets", "teacher"):
-        tree = {"nets": {"teacher": weights}} | BESIDE
+    if len(home) == 2:
+        tree = {home[0]: {home[1]: weights}} | BESIDE
     report = average([save("in.pth", tree)], out=tmp_path / "out.pth", state=".".join(home[1:] and home) or "auto")
 
     loaded = torch.load(tmp_path / "out.pth", weights_only=True)
