@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
-from .layouts import LAYOUTS, StateDict, looks_like_training_state
+from .formats.unpickle import tensors_in
+from .layouts import LAYOUTS, StateDict, dotted, looks_like_training_state
 from .tensors import TensorSpec, UnsupportedTensor
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -36,6 +38,8 @@ class Assembly:
         files: plans, in the order of writing; the index of a sharded output comes last.
         companions: small files to copy into a folder: configuration and tokenizer.
         dropped: what of the last checkpoint is not carried over, by dotted path.
+        kept: what is carried over as it was, though it may be weights too: dotted path to the number of
+            floating-point tensors, scalars not counted.
     """
 
     target: Path
@@ -43,6 +47,7 @@ class Assembly:
     folder: bool
     companions: tuple[Path, ...] = ()
     dropped: tuple[str, ...] = ()
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -98,29 +103,41 @@ def assemble(
     check_suffix(target)
     if max_shard_size is not None and target.name.endswith(SUFFIXES):
         raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
+    dropped = [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
+    if target.name.endswith(TORCH_SUFFIXES):
+        tree, kept = _container(tensors, base, state, renamed, dropped)
+        plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
+        return Assembly(target, (plan,), folder=False, dropped=tuple(dropped), kept=kept)
+    dropped += _beside(base.tree, state)
     if target.name.endswith(".safetensors"):
         metadata = {PROVENANCE: json.dumps(provenance)}
-        return Assembly(
-            target, (safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie),), folder=False
-        )
-    if target.name.endswith(TORCH_SUFFIXES):
-        dropped: list[str] = []
-        tree = _container(tensors, base, state, renamed, dropped)
-        plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
+        plan = safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie)
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
-    return _sharded(tensors, target, base, provenance, max_shard_size, untie)
+    files = _sharded(tensors, base, provenance, max_shard_size, untie)
+    return Assembly(target, files, folder=True, companions=tuple(_companions(base)), dropped=tuple(dropped))
+
+
+def _beside(tree: Any, state: StateDict) -> list[str]:
+    """List what a flat file has no place for: all that stands beside the weights, on each level down to them."""
+    others = []
+    for depth, key in enumerate(state.path):
+        others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
+        tree = tree[key]
+    return others + [dotted((*state.path, key)) for key in state.extras]
 
 
 def _sharded(
     tensors: Mapping[str, OutTensor],
-    target: Path,
     base: Header,
     provenance: Mapping[str, Any],
     max_shard_size: int | None,
     untie: bool,
-) -> Assembly:
+) -> tuple[FilePlan, ...]:
     as_torch = any(name.endswith(TORCH_SUFFIXES) for name in base.shards.values())
     stem, suffix = ("pytorch_model", ".bin") if as_torch else ("model", ".safetensors")
+    single = base.files[0].path.name.removesuffix(".index.json")
+    if single in sharded.SINGLE and single.endswith(suffix):
+        stem = single.removesuffix(suffix)  # diffusers and PEFT look for other names
     shards = sharded.plan_shards(tensors, max_bytes=max_shard_size, stem=stem, suffix=suffix, like=base.shards or None)
     plans = []
     for name, keys in shards.items():
@@ -130,10 +147,10 @@ def _sharded(
         else:
             metadata = {PROVENANCE: json.dumps(provenance)}
             plans.append(safetensors.plan(part, metadata=metadata, name=name, untie=untie))
-    if len(shards) > 1:
+    if list(shards) != [stem + suffix]:
         index = sharded.index_json(shards, tensors)
         plans.append(FilePlan(f"{stem}{suffix}.index.json", len(index), (), lambda crcs: [(0, index)], needs_crc=False))
-    return Assembly(target, tuple(plans), folder=True, companions=tuple(_companions(base)))
+    return tuple(plans)
 
 
 def _companions(base: Header) -> list[Path]:
@@ -152,10 +169,10 @@ def _companions(base: Header) -> list[Path]:
 
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
-) -> Any:
+) -> tuple[Any, Mapping[str, int]]:
     weights: Any = OrderedDict(tensors)
     if not base.format.startswith("torch"):
-        return weights
+        return weights, {}
     node = base.tree
     for key in state.path:
         node = node[key]
@@ -167,13 +184,14 @@ def _container(
     weights.update(state.extras)
     # The average stands where the raw weights stood; the other set, which it may come from, goes.
     layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
-    if not state.path:
+    home = state.path
+    if not home:
         tree = weights
     elif layout is not None:
         tree = {}
-        home = layout.raw if layout.raw in base.tree else state.path[0]
+        home = (layout.raw,)
         for key, value in base.tree.items():
-            if key == home:
+            if key == (layout.raw if layout.raw in base.tree else state.path[0]):
                 tree[layout.raw] = weights
             elif key in _TWINS and (value is None or isinstance(value, dict)):
                 dropped.append(key)
@@ -181,17 +199,28 @@ def _container(
                 tree[key] = value
     else:
         tree = _replaced(base.tree, state.path, weights)
-    if state.path:
-        gone = [key for key, value in tree.items() if looks_like_training_state(key, value)]
-        dropped += map(str, gone)
-        tree = {key: value for key, value in tree.items() if key not in gone}
+    for key, value in list(tree.items()):
+        if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
+            dropped.append(dotted([key]))
+            del tree[key]
     copies: dict[TensorSpec, OutTensor] = {}  # by spec, so that what was tied stays so
 
     def convert(spec: TensorSpec) -> OutTensor:
         name = "an entry beside the weights"
         return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name, finite=False))
 
-    return torch_zip.plain(tree, dropped, convert)
+    out = torch_zip.plain(tree, dropped, convert)
+    return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
+
+
+def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Mapping[str, int]:
+    """Count the copied tensors by place: the first key at which a path leaves that of the weights."""
+    counts: Counter[str] = Counter()
+    for path, spec in tensors_in(tree):
+        if spec in copied:
+            shared = takewhile(lambda keys: keys[0] == keys[1], zip(path, home, strict=False))
+            counts[dotted(path[: len(list(shared)) + 1])] += 1
+    return counts
 
 
 _TWINS = frozenset(key for layout in LAYOUTS for key in (layout.raw, layout.ema))
@@ -213,7 +242,7 @@ def _renamed_modules(metadata: Mapping[Any, Any], renamed: Mapping[str, str]) ->
     )
 
 
-def _replaced(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+def _replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
         return value
     return {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
@@ -253,7 +282,8 @@ def rewrite(
     if folder or base.format == "safetensors":
         tensors = {name: changed.get(name) or copy(_dense(base, name, spec)) for name, spec in base.tree.items()}
         if folder:
-            return _sharded(tensors, target, base, provenance, None, untie=False)
+            files = _sharded(tensors, base, provenance, None, untie=False)
+            return Assembly(target, files, folder=True, companions=tuple(_companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
         plan = safetensors.plan(tensors, metadata=kept | {PROVENANCE: json.dumps(provenance)}, name=target.name)
         return Assembly(target, (plan,), folder=False)

@@ -235,6 +235,9 @@ def average(
     )
     if assembly.folder and not dry_run:
         check_replaceable(assembly.target, [*(f.name for f in assembly.files), *(c.name for c in assembly.companions)])
+    if assembly.kept:
+        sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
+        notes.append(f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}.")
     from . import engine  # imports torch, which a refused job has no need of
 
     needs = engine.needs(assembly.files)

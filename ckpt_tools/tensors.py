@@ -10,8 +10,11 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import CorruptError
+
+_T = TypeVar("_T")
 
 
 class Kind(Enum):
@@ -111,6 +114,20 @@ class Storage:
     big_endian: bool = False
 
 
+def _refuse_state(self: object, state: object) -> None:
+    raise TypeError("the pickle tries to change a tensor")
+
+
+def _unchanging(cls: type[_T]) -> type[_T]:
+    """Shut the one way past a frozen dataclass: the ``__setstate__`` that it makes, which a pickle's BUILD calls.
+
+    It is replaced from without, for in Python 3.10 the one that a class defines is overwritten.
+    """
+    cls.__setstate__ = _refuse_state  # type: ignore[attr-defined]
+    return cls
+
+
+@_unchanging
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor as a header describes it; no payload. Equal specs are the same bytes.
@@ -148,6 +165,7 @@ class TensorSpec:
         )
 
 
+@_unchanging
 @dataclass(frozen=True, slots=True)
 class UnsupportedTensor:
     """A tensor of a kind that cannot be averaged or copied; refused by name when it is needed."""

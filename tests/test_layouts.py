@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
-from ckpt_tools.layouts import select, states
+from ckpt_tools.layouts import looks_like_training_state, select, states
 
 Save = Callable[..., Path]
 
@@ -85,12 +87,27 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
         (
             {"student": weights(), "teacher": weights()},
             "auto",
-            r"Tensors stand in student, teacher\. Choose with --state student",
+            r"Tensors stand in student, teacher\. Choose with --state student\. Each .* by a run of its own",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
+        (
+            {"model": {"encoder": weights(), "decoder": weights()}, "optimizer": {"state": {0: weights()}}},
+            "auto",
+            r"Tensors stand in model\.encoder, model\.decoder\. Choose with --state model\.encoder\. Each of these",
+        ),
+        ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* --state model\.encoder\.$"),
+        ({"nets": [weights()]}, "auto", r"Tensors stand in nets\.0\. Save the weights as one dict"),
+        ({"optimizer": {"state": {0: weights()}, "param_groups": []}}, "auto", "no tensor inside"),
         ({"a": {"b": 1}}, "a.c", r"nothing at 'a\.c'\. a holds: b"),
         ({"a": {"b": 1}}, "a", "'a' is no state dict"),
+        (weights(), "w", r"pth: 'w' is a tensor, not a state dict\. Give the path of a dict of tensors"),
+        (weights(), "w.x", r"nothing at 'w\.x': 'w' is a tensor"),
+        ({"n": 1.5}, "n", "'n' is a number, not"),
+        ({"n": "x"}, "n", "'n' is a text, not"),
+        ({"n": None}, "n", "'n' is None, not"),
+        ({"n": [weights()]}, "n.0", r"nothing at 'n\.0': 'n' is a list"),
+        ({"n": nn.Linear(1, 1)}, "n", r"'n' is a pickled object \(torch\.nn\.modules\.linear\.Linear\), not"),
         ([torch.zeros(1)], "auto", "tensors without names"),
         (torch.zeros(1), "auto", "tensors without names"),
     ],
@@ -114,9 +131,76 @@ def test_a_pickled_module_is_named_and_not_loaded(save: Save) -> None:
     [
         ({"net": weights(), "best_acc": torch.tensor(90.0)}, "net"),
         ({"model": {"enc": weights(), "scale": torch.ones(1)}}, "model.enc"),
-        ({"w": torch.ones(1), "layers": [torch.ones(1)]}, "layers"),
+        ({"w": torch.ones(1), "nets": {"a": weights()}}, "nets.a"),
     ],
 )
 def test_a_stray_tensor_beside_the_weights_is_not_taken_for_them(save: Save, tree: Any, place: str) -> None:
-    with pytest.raises(LayoutError, match=f"not clear which are the weights.*--state {place}"):
-        select(read_header(save("c.pth", tree)))
+    header = read_header(save("c.pth", tree))
+    with pytest.raises(LayoutError, match=rf"not clear which are the weights\. Choose with --state {place}\.$"):
+        select(header)
+    assert list(select(header, place).tensors) == ["w", "b"]
+
+
+def test_a_list_of_tensors_beside_the_weights_is_no_place_to_choose(save: Save) -> None:
+    with pytest.raises(LayoutError, match=r"not clear .*Save the weights as one dict of names to tensors\.$"):
+        select(read_header(save("c.pth", {"w": torch.ones(1), "layers": [torch.ones(1)]})))
+
+
+def test_a_path_reaches_sets_that_are_numbered(save: Save) -> None:
+    header = read_header(save("c.pth", {0: weights(0), 1: {"net": weights(1)}}))
+    with pytest.raises(LayoutError, match=r"Tensors stand in 0, 1\.net\. Choose with --state 0\."):
+        select(header)
+    assert (select(header, "0").label, select(header, "0").path) == ("0", (0,))
+    assert select(header, "1.net").path == (1, "net")
+
+
+@pytest.mark.parametrize("state", ["auto", "model"])
+@pytest.mark.parametrize(
+    ("among", "message"),
+    [
+        ({**weights(), 3: torch.ones(1)}, r"the tensor 'model\.3' has a name that is no text"),
+        ({**weights(), "x": np.ones(3)}, r"'model\.x' is a NumPy array, not a tensor\. Save it as one"),
+        ({0: torch.ones(1)}, r"'model\.0' has a name that is no text"),
+        ({"x": np.ones(3)}, r"'model\.x' is a NumPy array"),
+        ({10**5000: torch.ones(1)}, r"a number too long to show\)' has a name that is no text"),
+    ],
+)
+def test_what_would_be_lost_from_a_state_dict_is_refused_by_name(
+    save: Save, among: dict[Any, Any], message: str, state: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        select(read_header(save("nested.pth", {"model": among})), state)
+    with pytest.raises(LayoutError, match=message.replace(r"model\.", "")):
+        select(read_header(save("flat.pth", among)))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_arrays_of_a_random_state_beside_the_weights_are_no_weights(save: Save, protocol: int) -> None:
+    tree = {**weights(), "rng": np.ones(3), "np_rng_state": np.ones(3)}
+    assert list(select(read_header(save("c.pth", tree, pickle_protocol=protocol))).tensors) == ["w", "b"]
+    with pytest.raises(LayoutError, match="'x' is a NumPy array"):
+        select(read_header(save("d.pth", tree | {"x": np.ones(3)}, pickle_protocol=protocol)))
+
+
+@pytest.mark.parametrize("extra", [torch.ones(3), io.BytesIO(b"x"), None, {"scale": torch.ones(1)}])
+def test_the_extra_state_of_a_module_may_stand_among_its_weights(save: Save, extra: Any) -> None:
+    assert {"w", "b"} <= select(read_header(save("c.pth", {**weights(), "fc._extra_state": extra}))).tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optimizer", "optimizer_g", "optimizerG", "optimizers", "optimizer_states", "optim", "optim_g", "lr_schedulers",
+        "lr_scheduler_state_dict", "opt_param_scheduler", "scaler", "rng_state", "cuda_rng_state", "metric",
+    ],
+)  # fmt: skip
+def test_training_state_is_known_by_its_name(key: str) -> None:
+    assert looks_like_training_state(key, [])
+    assert not looks_like_training_state(f"x.{key}", [])
+
+
+@pytest.mark.parametrize("key", ["epoch", "hyper_parameters", "args", "opt", "optimal_threshold", "metrics", 0])
+def test_what_a_user_may_want_is_no_training_state(key: Any) -> None:
+    assert not looks_like_training_state(key, {"lr": 0.1})
+    assert looks_like_training_state(key, {"state": {}, "param_groups": []})
+    assert not looks_like_training_state("optimizer", "adamw")

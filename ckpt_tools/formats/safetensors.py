@@ -20,8 +20,7 @@ MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
 def read(path: Path) -> Header:
     """Read the header of a safetensors file, trusting none of its numbers.
 
-    A name in ``__metadata__`` that no tensor has, with the name of a tensor as its value, is an alias:
-    so ``safetensors.torch.save_model`` records tied tensors.
+    What ``__metadata__`` says of tied tensors is taken up: see `_is_tie`.
 
     Raises:
         CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
@@ -49,10 +48,19 @@ def read(path: Path) -> Header:
         spans.append((begin, end, name))
     _check_spans(path, spans, size - 8 - length)
     for alias, kept in metadata.items():
-        if alias != "format" and alias not in tensors and kept in entries:
+        if alias not in tensors and kept in entries and _is_tie(alias, kept):
             tensors[alias] = tensors[kept]
     provenance = parse_provenance(metadata.get(PROVENANCE))
     return Header(path, "safetensors", tensors, (stamp,), metadata=metadata, provenance=provenance)
+
+
+def _is_tie(alias: str, kept: str) -> bool:
+    """True if an entry of ``__metadata__`` is a tensor left out, with the name of the one it was tied to.
+
+    So ``safetensors.torch.save_model`` records it. ``license``, ``author`` and the like are no names of tensors,
+    whatever stands in them: an alias has a dot, or ends as the other name does.
+    """
+    return "." in alias or alias == kept.rpartition(".")[2]
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,18 +110,20 @@ def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name:
         tensors: what to write, by name.
         metadata: goes into ``__metadata__``, as it is.
         name: file name, for messages and sharded outputs.
-        untie: write a tied tensor under each of its names instead of once with aliases in the metadata.
+        untie: write a tied tensor under each of its names instead of once with aliases in the metadata
+            (where `_is_tie` would not know a name again, it is written in any case).
 
     Raises:
         UnsupportedError: a dtype that the format does not have.
     """
+    metadata = {"format": "pt", **metadata}
     kept: dict[OutTensor, str] = {}
     aliases: dict[str, str] = {}
     unique: dict[str, OutTensor] = {}
     for key, tensor in tensors.items():
         if key == "__metadata__":
             raise UnsupportedError(f"{name}: '{key}' cannot name a tensor in safetensors. Write a .pth file instead.")
-        if not untie and tensor in kept and key not in metadata and key != "format":
+        if not untie and tensor in kept and key not in metadata and _is_tie(key, kept[tensor]):
             aliases[key] = kept[tensor]
         else:
             kept.setdefault(tensor, key)
@@ -123,7 +133,7 @@ def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name:
                 f"'{key}' is {tensor.dtype.name}, which safetensors does not have. "
                 "Write a .pth file instead (-o NAME.pth)."
             )
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **aliases}}
+    entries: dict[str, Any] = {"__metadata__": {**metadata, **aliases}}
     # Large elements first, as the library itself does, so that every tensor is aligned to its own size.
     ordered = sorted(unique.items(), key=lambda item: -item[1].dtype.itemsize)
     position = 0

@@ -181,23 +181,6 @@ class _TypedStorage:
         raise pickle.UnpicklingError("the pickle tries to change a storage")
 
 
-class _Checked:
-    """A result that has passed its checks, and that BUILD cannot change afterwards."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("the pickle tries to change a tensor")
-
-
-class _Spec(_Checked, TensorSpec):
-    __slots__ = ()
-
-
-class _NoSpec(_Checked, UnsupportedTensor):
-    __slots__ = ()
-
-
 def _ints(values: Any) -> tuple[int, ...]:
     """Turn a size or stride into a tuple; what is none becomes one that `make_spec` refuses.
 
@@ -219,14 +202,13 @@ class _Tensor(metaclass=Sealed):
             dtype = _dtype_of(rest[2])
             metadata = rest[3] if len(rest) > 3 else None
         if dtype is None:
-            return _NoSpec("of an unknown dtype")
+            return UnsupportedTensor("of an unknown dtype")
         if isinstance(metadata, dict):
             for view in ("conj", "neg"):
                 if metadata.get(view):
-                    return _NoSpec(f"a lazy {view} view")
+                    return UnsupportedTensor(f"a lazy {view} view")
         (first,) = _ints((start,))
-        spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
-        return _Spec(spec.dtype, spec.shape, spec.stride, spec.start, spec.storage)
+        return make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
 
 
 class _Parameter(metaclass=Sealed):
@@ -242,14 +224,14 @@ class _FromType(metaclass=Sealed):
     def __new__(cls, function: Any, type_: Any, args: Any, *_: Any) -> Any:
         if function in (_Tensor, _Parameter) or function in _UNSUPPORTED_TYPES:
             return function(*args)
-        return _NoSpec(f"a tensor of a class of its own ({getattr(type_, 'global_name', '') or 'unknown'})")
+        return UnsupportedTensor(f"a tensor of a class of its own ({getattr(type_, 'global_name', '') or 'unknown'})")
 
 
 class _Unsupported(metaclass=Sealed):
     kind = ""
 
     def __new__(cls, *_: Any) -> Any:
-        return _NoSpec(cls.kind)
+        return UnsupportedTensor(cls.kind)
 
 
 _UNSUPPORTED = {

@@ -26,6 +26,7 @@ from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import read_header, unpickle
 from ckpt_tools.formats.unpickle import Inert, tensors_in
+from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
 # In protocol 0 to 2 a name is GLOBAL, in protocol 4 STACK_GLOBAL.
 NAMES = [
@@ -272,6 +273,16 @@ def test_a_namespace_is_data_whatever_is_set_on_it(key: str, slots: bool, tmp_pa
 def test_a_tensor_cannot_be_changed_once_it_is_checked(instance: bytes, state: bytes, tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="its pickle cannot be read"):
         read(tmp_path, b"\x80\2" + instance + state + b"b")
+
+
+def test_specs_of_every_format_refuse_the_state_of_a_pickle(runs: list[Path]) -> None:
+    spec = next(iter(open_checkpoint(runs[0]).specs.values()))
+    assert type(spec) is TensorSpec
+    for tensor in (spec, UnsupportedTensor("sparse")):
+        before = repr(tensor)
+        with pytest.raises(TypeError, match="tries to change a tensor"):
+            tensor.__setstate__([None] * 5)  # type: ignore[union-attr]
+        assert repr(tensor) == before
 
 
 def test_a_pickle_cannot_have_another_file_read(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_tied_tensors_of_save_model_are_read_under_all_their_names(tmp_path: Pat
 
 
 def test_metadata_that_reads_like_a_tie_but_is_none_makes_no_tensor(tmp_path: Path) -> None:
-    metadata = {"format": "pt", "author": "nobody", "chain": "author", "w": "pt"}
+    metadata = {"format": "pt", "author": "nobody", "chain": "author", "w": "pt", "license": "w", "a.b": "author"}
     path = safetensors_file(
         tmp_path / "a.safetensors", {"__metadata__": metadata, "pt": entry(0, 8), "w": entry(8, 16)}, b"\0" * 16
     )

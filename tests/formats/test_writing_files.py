@@ -336,16 +336,17 @@ def test_untie_writes_each_name(save: Save, tmp_path: Path) -> None:
     assert all(same(loaded[name], shared) for name in "ab")
 
 
-def test_a_tie_whose_name_the_metadata_needs_is_written_out(save: Save, tmp_path: Path) -> None:
+def test_a_tie_that_the_metadata_cannot_tell_is_written_out(save: Save, tmp_path: Path) -> None:
     shared = torch.arange(3.0)
-    out = copies(save("in.pth", {"a": shared, "format": shared, "note": shared, "z": shared}))
+    names = ["a.format", "format", "note", "license", "z.w"]
+    out = copies(save("in.pth", dict.fromkeys(names, shared)))
     path = write(st_format.plan(out, metadata={"note": "text"}, name="x"), tmp_path / "out.safetensors")
 
     with safetensors.safe_open(path, "pt") as file:
-        assert set(file.keys()) == {"a", "format", "note"}
-        assert file.metadata() == {"format": "pt", "note": "text", "z": "a"}
+        assert set(file.keys()) == {"a.format", "format", "note", "license"}
+        assert file.metadata() == {"format": "pt", "note": "text", "z.w": "a.format"}
     checkpoint = open_checkpoint(path)
-    assert set(checkpoint) == {"a", "format", "note", "z"}
+    assert set(checkpoint) == set(names)
     assert all(same(tensor, shared) for tensor in checkpoint.values())
 
 
@@ -378,7 +379,88 @@ def test_a_plan_for_more_than_4_gib_is_read_by_the_library(tmp_path: Path) -> No
         assert {name: file.get_slice(name).get_shape() for name in "ab"} == {name: [3 << 30] for name in "ab"}
 
 
+# ---- what stands beside the weights
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}
+BESIDE = {"optimizer": OPTIMIZER, "sched": None, "epoch": 3, "lr_scheduler": {"last_epoch": 3}, 7: "seven"}
+
+
+@pytest.mark.parametrize("home", [(), ("model",), ("nets", "teacher"), ("metric", "net")])
+def test_training_state_goes_wherever_the_weights_stand(home: tuple[str, ...], save: Save, tmp_path: Path) -> None:
+    weights = {"fc.w": torch.ones(2), "optim": torch.ones(1)}
+    tree: dict[Any, Any] = weights | BESIDE
+    if home == ("model",):
+        tree = {"model": weights} | BESIDE
+    if len(home) == 2:
+        tree = {home[0]: {home[1]: weights}} | BESIDE
+    report = average([save("in.pth", tree)], out=tmp_path / "out.pth", state=".".join(home[1:] and home) or "auto")
+
+    loaded = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert set(loaded) == {*(home[:1] or weights), "sched", "epoch", 7}
+    assert set(report.dropped) == {"optimizer", "lr_scheduler"}
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_a_flat_output_names_all_that_it_leaves_out(out: str, save: Save, tmp_path: Path) -> None:
+    weights = {"fc.w": torch.ones(2)}
+    trees: list[tuple[dict[Any, Any], str, set[str]]] = [
+        (weights | BESIDE, "auto", {"optimizer", "sched", "epoch", "lr_scheduler", "7"}),
+        ({"model": weights | {"_extra_state": None}, "g_ema": weights}, "auto", {"model._extra_state", "g_ema"}),
+        ({"nets": {"a": weights, "b": weights}, "epoch": 1}, "nets.a", {"nets.b", "epoch"}),
+    ]
+    for tree, state, left_out in trees:
+        report = average([save("in.pth", tree)], out=tmp_path / out, state=state, force=True)
+        assert set(report.dropped) == left_out
+
+
+def test_metadata_of_safetensors_that_is_not_carried_over_is_named(tmp_path: Path) -> None:
+    metadata = {"format": "pt", "license": "MIT", "b.w": "a.w"}
+    safetensors.torch.save_file({"a.w": torch.ones(2)}, tmp_path / "in.safetensors", metadata=metadata)
+    for out in ("out.pth", "out.safetensors"):
+        report = average([tmp_path / "in.safetensors"], out=tmp_path / out)
+        assert (report.dropped, report.tied) == (("__metadata__.license",), ("b.w",))
+
+
+def test_other_weights_beside_the_average_stay_and_are_named(save: Save, tmp_path: Path) -> None:
+    weights = {"w": torch.ones(2), "b": torch.ones(1)}
+    tree = {
+        "model": weights, "g_ema": {"w": torch.full((2,), 2.0)}, "ema": {"shadow": weights | {"c": torch.ones(3)}},
+        "best_acc": torch.tensor(1.0), "steps": torch.ones(2, dtype=torch.int64), "optimizer": OPTIMIZER,
+        "module": Fraction(1, 2),
+    }  # fmt: skip
+    path = save("in.pth", tree)
+    report = average([path], out=tmp_path / "out.pth")
+    assert report.notes == (
+        "Kept beside the weights as the last checkpoint has it, not averaged: g_ema (1 tensor), ema (3 tensors).",
+    )
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["g_ema"]["w"].tolist() == [2, 2]
+    report = average([path], out=tmp_path / "out2.pth", state="ema.shadow")
+    assert [note.partition(": ")[2] for note in report.notes] == ["model (2 tensors), g_ema (1 tensor)."]
+    assert average([path], out=tmp_path / "out.safetensors").notes == ()
+
+
 # ---- shards
+
+
+@pytest.mark.parametrize("stem", ["model", "adapter_model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("shards", [0, 1, 2])
+def test_a_folder_keeps_the_name_that_its_library_looks_for(stem: str, shards: int, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    names = [f"{stem}-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)] or [f"{stem}.safetensors"]
+    weight_map = {f"w{i}": name for i, name in enumerate(names)}
+    for key, name in weight_map.items():
+        safetensors.torch.save_file({key: torch.ones(2)}, source / name)
+    if shards:
+        index = source / f"{stem}.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    average([source], out=out)
+
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in source.iterdir())
+    assert open_checkpoint(out).keys() == weight_map.keys()
+    average([source], out=out, max_shard_size="1B", force=True)
+    assert all(path.name.startswith(stem) for path in out.iterdir())
 
 
 @st.composite
