@@ -155,7 +155,13 @@ def _show_summary(report: AverageReport) -> None:
     n = len(report.inputs)
     span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
     console.say(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.")
+    _show_dropped(report)
     console.say(*report.notes)
+
+
+def _show_dropped(report: AverageReport) -> None:
+    if report.dropped:
+        console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
 
 
 def _show_table(report: AverageReport) -> None:
@@ -190,8 +196,7 @@ def _show_table(report: AverageReport) -> None:
     )
     if report.left_out:
         console.say(f"Left out: {_some(report.left_out)}.")
-    if report.dropped:
-        console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
+    _show_dropped(report)
     console.say(*report.notes)
 
 

@@ -108,7 +108,11 @@ def print_json(data: Any) -> None:
     Raises:
         WriteError: stdout does not take it.
     """
-    sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(_plain(data), indent=2, allow_nan=False)
+    except RecursionError as error:  # what a stranger's file says of its origin, for one
+        raise WriteError("nested too deeply to be shown as JSON.") from error
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 

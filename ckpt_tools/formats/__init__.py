@@ -30,6 +30,8 @@ def read_header(path: Path) -> Header:
         return _read_file(path)
     except FileNotFoundError as error:
         raise ReadError(f"{error.filename or path}: no such file.") from error
+    except ValueError as error:  # a NUL byte
+        raise ReadError(f"{str(path)!r}: no path ({error}).") from error
     except OSError as error:
         raise ReadError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
 

@@ -192,7 +192,11 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
             mapping: Any = OrderedDict() if isinstance(node, OrderedDict) else {}
             copies[id(node)] = mapping
             for key, value in (node if isinstance(node, dict) else vars(node)).items():
-                found = copy(value, f"{where}.{key}".lstrip(".")) if isinstance(key, keys) else _LEFT_OUT
+                place = f"{where}.{key if isinstance(key, keys) else type(key).__name__}".lstrip(".")
+                if not isinstance(key, keys):
+                    dropped.append(place)
+                    continue
+                found = copy(value, place)
                 if found is not _LEFT_OUT:
                     mapping[key] = found
             metadata = getattr(node, "_metadata", None)
