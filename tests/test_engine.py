@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from ckpt_tools import engine
 from ckpt_tools.checkpoint import open_checkpoint
@@ -264,6 +265,21 @@ def test_a_file_written_to_meanwhile_is_an_error(tmp_path: Path, save: Save) -> 
             engine.run([engine.OutFile(plan, fd)], on_progress=lambda _: os.utime(path, (1, 1)))
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, piece: int) -> None:
+    values = torch.arange(100, dtype=torch.float32)
+    out = OutTensor(DTYPES["float32"], (10, 10), (), "w", data=bytes(values.view(torch.uint8).tolist()))
+    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    path = tmp_path / "out.safetensors"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        os.truncate(fd, plan.size)
+        engine.run([engine.OutFile(plan, fd)], piece=piece, threads=2)
+    finally:
+        os.close(fd)
+    assert load_file(path)["w"].equal(values.view(10, 10))
 
 
 def test_threads_of_torch_are_given_back(tmp_path: Path) -> None:
