@@ -190,7 +190,8 @@ def _show_statistics(found: BatchNormReport) -> None:
     table.add_column("layer", overflow="fold")
     for title in ("largest mean", "largest variance", "mean by", "var by"):
         table.add_column(title, justify="right", overflow="fold")
-    width = max(2, min(20, screen.width - 80))
+    longest = max((len(layer.name) for layer in found.layers), default=0)
+    width = console.bar_width(longest + 54)
     table.add_column("", no_wrap=True, width=width)
     largest = max((layer.mean_moved for layer in found.layers), default=0.0)
     for layer in found.layers:
