@@ -36,6 +36,7 @@ class Assembly:
     Attributes:
         target: the file or folder.
         files: plans, in the order of writing; the index of a sharded output comes last.
+        folder: True for shards; False for the one file.
         companions: small files to copy into a folder: configuration and tokenizer.
         dropped: what of the last checkpoint is not carried over, by dotted path.
         kept: what is carried over as it was, though it may be weights too: dotted path to the number of
@@ -53,6 +54,16 @@ class Assembly:
     def nbytes(self) -> int:
         """Size of the output in bytes."""
         return sum(plan.size for plan in self.files) + sum(path.stat().st_size for path in self.companions)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that go into it."""
+        return sum(spec.nbytes for plan in self.files for tensor, _ in plan.slots for spec, _ in tensor.terms)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all its files."""
+        return [*(plan.name for plan in self.files), *(path.name for path in self.companions)]
 
 
 def default_target(headers: list[Header]) -> Path:

@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -62,9 +62,9 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def memory_needed(threads: int, piece: int = PIECE) -> int:
+def memory_needed(threads: int | None = None) -> int:
     """Return the private bytes that a run holds in buffers, whatever the size of the model."""
-    return threads * piece * 72
+    return (default_threads() if threads is None else threads) * PIECE * 72  # bytes an element: see _Worker
 
 
 def run(
@@ -377,9 +377,3 @@ def _overflow(dtype: torch.dtype) -> float:
 
 def _word(value: float) -> str:
     return "NaN" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
-
-
-def needs(outputs: Sequence[FilePlan]) -> Mapping[str, int]:
-    """Return what a run of these plans reads and writes, in bytes."""
-    read = sum(spec.nbytes for plan in outputs for tensor, _ in plan.slots for spec, _ in tensor.terms)
-    return {"read": read, "written": sum(plan.size for plan in outputs)}
