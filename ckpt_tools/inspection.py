@@ -12,7 +12,7 @@ from .keys import prefixes
 from .layouts import StateDict, states
 from .series import metric_of
 from .steps import stored_counters
-from .tensors import TensorSpec, UnsupportedTensor
+from .tensors import Tensor, TensorSpec, UnsupportedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _nbytes(state: StateDict) -> int:
     return sum(spec.nbytes for spec in state.tensors.values() if isinstance(spec, TensorSpec))
 
 
-def _row(name: str, spec: TensorSpec | UnsupportedTensor) -> TensorRow:
+def _row(name: str, spec: Tensor) -> TensorRow:
     if isinstance(spec, UnsupportedTensor):
         return TensorRow(name, spec.kind, None, 0)
     return TensorRow(name, spec.dtype.name, spec.shape, spec.nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -253,7 +253,7 @@ def _between(members: list[Member], from_step: int | None, to_step: int | None) 
 
 
 def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool, notes: list[str]) -> list[Member]:
-    scored = [Member(m.path, m.header, m.step, m.counter, metric_of(m.header, key)) for m in members]
+    scored = [replace(member, metric=metric_of(member.header, key)) for member in members]
     without = next((member for member in scored if member.metric is None), None)
     if without is not None:
         known = [
