@@ -9,7 +9,7 @@ from typing import Any
 from .formats.header import Header
 from .formats.unpickle import tensors_in
 from .keys import prefixes
-from .layouts import StateDict, states
+from .layouts import StateDict, is_optimizer, states
 from .series import metric_of
 from .steps import stored_counters
 from .tensors import Tensor, TensorSpec, UnsupportedTensor
@@ -155,7 +155,7 @@ def _optimizers(tree: Any, parameters: int | None) -> list[Optimizer]:
     found = []
     for place, value in tree.items() if isinstance(tree, dict) else ():
         for i, candidate in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(candidate, dict) and {"state", "param_groups"} <= candidate.keys():
+            if is_optimizer(candidate):
                 nbytes = sum(spec.nbytes for _, spec in tensors_in(candidate["state"]) if isinstance(spec, TensorSpec))
                 name = f"{place}.{i}" if isinstance(value, list) else str(place)
                 multiple = nbytes / parameters if parameters else None

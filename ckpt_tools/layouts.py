@@ -275,9 +275,14 @@ def _is_averaged_model(tensors: Mapping[str, Tensor]) -> bool:
     return len(tensors) > 1 and all(name.startswith("module.") for name in tensors if name != "n_averaged")
 
 
+def is_optimizer(value: Any) -> bool:
+    """True for what torch's optimizers give as their state."""
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
+
+
 def looks_like_training_state(key: Any, value: Any) -> bool:
     """True for what a run needs to go on and finished weights do not: optimizers, scalers, random states."""
-    if isinstance(value, dict) and {"state", "param_groups"} <= value.keys():
+    if is_optimizer(value):
         return True
     return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
 
