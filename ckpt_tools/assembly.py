@@ -6,12 +6,13 @@ a .safetensors is flat; a folder is sharded. All of it is planned from headers; 
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import takewhile
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .formats import SUFFIXES, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
 from .formats.unpickle import tensors_in
-from .layouts import LAYOUTS, StateDict, dotted, looks_like_training_state
+from .layouts import LAYOUTS, SET_KEYS, StateDict, dotted, looks_like_training_state
 from .tensors import TensorSpec, UnsupportedTensor
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -36,6 +37,7 @@ class Assembly:
     Attributes:
         target: the file or folder.
         files: plans, in the order of writing; the index of a sharded output comes last.
+        folder: True for shards; False for the one file.
         companions: small files to copy into a folder: configuration and tokenizer.
         dropped: what of the last checkpoint is not carried over, by dotted path.
         kept: what is carried over as it was, though it may be weights too: dotted path to the number of
@@ -53,6 +55,16 @@ class Assembly:
     def nbytes(self) -> int:
         """Size of the output in bytes."""
         return sum(plan.size for plan in self.files) + sum(path.stat().st_size for path in self.companions)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that go into it."""
+        return sum(spec.nbytes for plan in self.files for tensor, _ in plan.slots for spec, _ in tensor.terms)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all its files."""
+        return [*(plan.name for plan in self.files), *(path.name for path in self.companions)]
 
 
 def default_target(headers: list[Header]) -> Path:
@@ -110,8 +122,7 @@ def assemble(
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped), kept=kept)
     dropped += _beside(base.tree, state)
     if target.name.endswith(".safetensors"):
-        metadata = {PROVENANCE: json.dumps(provenance)}
-        plan = safetensors.plan(tensors, metadata=metadata, name=target.name, untie=untie)
+        plan = safetensors.plan(tensors, name=target.name, provenance=provenance, untie=untie)
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
     files = _sharded(tensors, base, provenance, max_shard_size, untie)
     return Assembly(target, files, folder=True, companions=tuple(_companions(base)), dropped=tuple(dropped))
@@ -145,8 +156,7 @@ def _sharded(
         if as_torch:
             plans.append(torch_zip.plan(OrderedDict(part), name=name, provenance=provenance))
         else:
-            metadata = {PROVENANCE: json.dumps(provenance)}
-            plans.append(safetensors.plan(part, metadata=metadata, name=name, untie=untie))
+            plans.append(safetensors.plan(part, name=name, provenance=provenance, untie=untie))
     if list(shards) != [stem + suffix]:
         index = sharded.index_json(shards, tensors)
         plans.append(FilePlan(f"{stem}{suffix}.index.json", len(index), (), lambda crcs: [(0, index)], needs_crc=False))
@@ -167,50 +177,63 @@ def _companions(base: Header) -> list[Path]:
     ]
 
 
+class _Copies(dict[TensorSpec, OutTensor]):
+    """What is written as an input has it; one OutTensor for each spec, so that what was tied stays so."""
+
+    def __missing__(self, spec: TensorSpec) -> OutTensor:
+        self[spec] = OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "an entry beside the weights", finite=False)
+        return self[spec]
+
+
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
     weights: Any = OrderedDict(tensors)
     if not base.format.startswith("torch"):
         return weights, {}
-    node = base.tree
-    for key in state.path:
-        node = node[key]
-    metadata = getattr(node, "_metadata", None)
-    if isinstance(metadata, dict):
-        metadata = _renamed_modules(metadata, renamed)
-        if metadata is not None:
-            weights._metadata = metadata
+    metadata = _renamed_modules(_metadata(base, state), renamed)
+    if metadata is not None:
+        weights._metadata = metadata
     weights.update(state.extras)
-    # The average stands where the raw weights stood; the other set, which it may come from, goes.
-    layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
-    home = state.path
-    if not home:
-        tree = weights
-    elif layout is not None:
-        tree = {}
-        home = (layout.raw,)
-        for key, value in base.tree.items():
-            if key == (layout.raw if layout.raw in base.tree else state.path[0]):
-                tree[layout.raw] = weights
-            elif key in _TWINS and (value is None or isinstance(value, dict)):
-                dropped.append(key)
-            else:
-                tree[key] = value
-    else:
-        tree = _replaced(base.tree, state.path, weights)
+    tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
             dropped.append(dotted([key]))
             del tree[key]
-    copies: dict[TensorSpec, OutTensor] = {}  # by spec, so that what was tied stays so
-
-    def convert(spec: TensorSpec) -> OutTensor:
-        name = "an entry beside the weights"
-        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name, finite=False))
-
-    out = torch_zip.plain(tree, dropped, convert)
+    copies = _Copies()
+    out = torch_zip.plain(tree, dropped, copies.__getitem__)
     return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
+
+
+def _metadata(base: Header, state: StateDict) -> Any:
+    """Find the module versions that torch keeps beside a state dict; None where there are none."""
+    metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
+    return metadata if isinstance(metadata, dict) else None
+
+
+def _put_in_place(
+    weights: dict[Any, Any], tree: Mapping[Any, Any], state: StateDict, dropped: list[str]
+) -> tuple[dict[Any, Any], tuple[Any, ...]]:
+    """Put the average where the raw weights stood; the other set, which it may come from, goes.
+
+    Returns:
+        (a tree of its own, the path of the average in it).
+    """
+    if not state.path:
+        return weights, ()
+    layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
+    if layout is None:
+        return _replaced(tree, state.path, weights), state.path
+    place = layout.raw if layout.raw in tree else state.path[0]
+    placed: dict[Any, Any] = {}
+    for key, value in tree.items():
+        if key == place:
+            placed[layout.raw] = weights
+        elif key in SET_KEYS and (value is None or isinstance(value, dict)):
+            dropped.append(key)
+        else:
+            placed[key] = value
+    return placed, (layout.raw,)
 
 
 def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Mapping[str, int]:
@@ -223,13 +246,10 @@ def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Map
     return counts
 
 
-_TWINS = frozenset(key for layout in LAYOUTS for key in (layout.raw, layout.ema))
-
-
-def _renamed_modules(metadata: Mapping[Any, Any], renamed: Mapping[str, str]) -> Any:
-    """Follow a common prefix in `_metadata`, the module versions that torch keeps beside a state dict."""
+def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str]) -> Any:
+    """Take a common prefix off the names of modules, too; None where there is no saying which goes."""
     leads = {name.removesuffix(bare) for name, bare in renamed.items()}
-    if len(leads) != 1:
+    if metadata is None or len(leads) != 1:
         return None
     lead = leads.pop()
     if not lead:
@@ -274,27 +294,21 @@ def rewrite(
     if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
         wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
         raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
-    copies: dict[TensorSpec, OutTensor] = {}  # by spec, so that what was tied stays so
-
-    def copy(spec: TensorSpec) -> OutTensor:
-        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "a tensor", finite=False))
-
+    copies = _Copies()
     if folder or base.format == "safetensors":
-        tensors = {name: changed.get(name) or copy(_dense(base, name, spec)) for name, spec in base.tree.items()}
+        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = _sharded(tensors, base, provenance, None, untie=False)
             return Assembly(target, files, folder=True, companions=tuple(_companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
-        plan = safetensors.plan(tensors, metadata=kept | {PROVENANCE: json.dumps(provenance)}, name=target.name)
+        plan = safetensors.plan(tensors, name=target.name, metadata=kept, provenance=provenance)
         return Assembly(target, (plan,), folder=False)
-    node = base.tree
-    for key in state.path:
-        node = node[key]
-    weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in node.items())
-    if isinstance(metadata := getattr(node, "_metadata", None), dict):
+    old = reduce(getitem, state.path, base.tree)
+    weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
+    if (metadata := _metadata(base, state)) is not None:
         weights._metadata = metadata
     dropped: list[str] = []
-    tree = torch_zip.plain(_replaced(base.tree, state.path, weights), dropped, copy)
+    tree = torch_zip.plain(_replaced(base.tree, state.path, weights), dropped, copies.__getitem__)
     plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
     return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
 

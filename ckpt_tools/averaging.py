@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from .keys import align, prefixes, unwrap
 from .layouts import StateDict, select
 from .provenance import Input, averaged_inputs, provenance, short_names
 from .schedules import DEFAULT_DECAY, Schedule, dominant
-from .series import Member, find_series
+from .series import Member, Series, find_series
 from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
 from .writing import write
 
@@ -174,55 +175,31 @@ def average(
         every=every, from_step=from_step, to_step=to_step, include_outputs=include_outputs,
     )  # fmt: skip
     members = series.members
-    notes = list(series.notes)
+    stamps = [stamp for member in members for stamp in member.header.files]
     names = short_names([member.path for member in members])
-    try:
-        coefficients = schedule.coefficients([member.step for member in members])
-    except UsageError as error:
-        raise UsageError(" ".join([str(error), *notes])) from error
-    _note_balance(schedule, members, coefficients, notes)
+    coefficients = _coefficients(schedule, series)
+    notes = [*series.notes, *_remarks(schedule, members, coefficients)]
     states = _select_all(members, names, state)
     renamed = [unwrap(s.tensors) for s in states]
     plan = align(
-        [
-            {names_of[name]: tensor for name, tensor in s.tensors.items()}
-            for s, names_of in zip(states, renamed, strict=True)
-        ],
+        [{bare[name]: tensor for name, tensor in s.tensors.items()} for s, bare in zip(states, renamed, strict=True)],
         names,
         keys=keys,
         match=match,
         mixed_dtypes=out_dtype is not None,
     )
     tensors = _out_tensors(plan.rows, coefficients, out_dtype, keep_running=buffers == "last")
-    target = Path(out) if out is not None else default_target([member.header for member in members])
     unique = dict.fromkeys(tensors.values())
-    try:
+    target = Path(out) if out is not None else default_target([member.header for member in members])
+    with _only_noted(notes, dry_run):
         check_target(
             target,
-            [*series.given, *(stamp.path for member in members for stamp in member.header.files)],
+            [*series.given, *(stamp.path for stamp in stamps)],
             nbytes=sum(tensor.nbytes for tensor in unique),
             force=force,
             folder=not target.name.endswith(SUFFIXES),
         )
-    except WriteError as error:
-        if not dry_run:
-            raise
-        notes.append(f"Without --dry-run this would be refused: {error}")
-    inputs = tuple(
-        Input(
-            path=str(member.path),
-            name=name,
-            step=member.step,
-            coefficient=coefficient,
-            state=chosen.label,
-            nbytes=member.header.nbytes,
-            prefixes=tuple(prefixes(chosen.tensors)) if any(a != b for a, b in names_of.items()) else (),
-            sha256={s.path.name: s.sha256() for s in member.header.files} if hash and not dry_run else {},
-        )
-        for member, name, coefficient, chosen, names_of in zip(
-            members, names, coefficients, states, renamed, strict=True
-        )
-    )
+    inputs = _inputs(members, names, coefficients, states, renamed, hashed=hash and not dry_run)
     assembly = assemble(
         tensors,
         target=target,
@@ -233,15 +210,14 @@ def average(
         max_shard_size=shard_bytes,
         untie=untie,
     )
-    if assembly.folder and not dry_run:
-        check_replaceable(assembly.target, [*(f.name for f in assembly.files), *(c.name for c in assembly.companions)])
+    if assembly.folder:
+        with _only_noted(notes, dry_run):
+            check_replaceable(target, assembly.names)
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
         notes.append(f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}.")
     from . import engine  # imports torch, which a refused job has no need of
 
-    needs = engine.needs(assembly.files)
-    threads = engine.default_threads() if threads is None else threads
     report = AverageReport(
         inputs=inputs,
         mode=mode,
@@ -253,14 +229,13 @@ def average(
         notes=tuple(notes),
         dropped=assembly.dropped,
         out=str(assembly.target),
-        bytes_read=needs["read"],
+        bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
         memory=engine.memory_needed(threads),
     )
     if on_plan is not None:
         on_plan(report)
     if not dry_run:
-        stamps = [stamp for member in members for stamp in member.header.files]
         total = report.bytes_read + report.bytes_written
         write(
             assembly,
@@ -274,25 +249,29 @@ def average(
     return report
 
 
-def _note_balance(
-    schedule: Schedule, members: Sequence[Member], coefficients: Sequence[float], notes: list[str]
-) -> None:
+def _coefficients(schedule: Schedule, series: Series) -> tuple[float, ...]:
+    try:
+        return schedule.coefficients([member.step for member in series.members])
+    except UsageError as error:  # the notes may tell why
+        raise UsageError(" ".join([str(error), *series.notes])) from error
+
+
+def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequence[float]) -> Iterator[str]:
     """Say what a user of this schedule is likely not to expect."""
     if schedule.mode != "ema":
         return
     if schedule.per_step and members[0].counter in ("epoch", "name"):
         what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
-        notes.append(f"--per-step counts gaps in {what}, for the files store no step.")
+        yield f"--per-step counts gaps in {what}, for the files store no step."
     end = dominant(coefficients)
-    if end is None:
-        return
-    index, share = end
-    name = members[index].path.name
-    if index == 0:
-        advice = "A smaller --decay, --per-step or --bias-correction spreads it."
-        notes.append(f"The oldest checkpoint, {name}, holds {share:.1%} of this average. {advice}")
-    else:
-        notes.append(f"The newest checkpoint, {name}, holds {share:.1%} of this average. A larger --decay spreads it.")
+    if end is not None:
+        index, share = end
+        which, advice = (
+            ("oldest", "A smaller --decay, --per-step or --bias-correction spreads it.")
+            if index == 0
+            else ("newest", "A larger --decay spreads it.")
+        )
+        yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 
 def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> list[StateDict]:
@@ -308,8 +287,43 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
     return states
 
 
+@contextmanager
+def _only_noted(notes: list[str], dry_run: bool) -> Iterator[None]:
+    """In a dry run, say that the target would be refused, and go on."""
+    try:
+        yield
+    except WriteError as error:
+        if not dry_run:
+            raise
+        notes.append(f"Without --dry-run this would be refused: {error}")
+
+
+def _inputs(
+    members: Sequence[Member],
+    names: Sequence[str],
+    coefficients: Sequence[float],
+    states: Sequence[StateDict],
+    renamed: Sequence[Mapping[str, str]],
+    *,
+    hashed: bool,
+) -> tuple[Input, ...]:
+    return tuple(
+        Input(
+            path=str(member.path),
+            name=name,
+            step=member.step,
+            coefficient=coefficient,
+            state=chosen.label,
+            nbytes=member.header.nbytes,
+            prefixes=tuple(prefixes(chosen.tensors)) if any(a != b for a, b in bare.items()) else (),
+            sha256={stamp.path.name: stamp.sha256() for stamp in member.header.files} if hashed else {},
+        )
+        for member, name, coefficient, chosen, bare in zip(members, names, coefficients, states, renamed, strict=True)
+    )
+
+
 def _out_tensors(
-    rows: dict[str, tuple[TensorSpec | None, ...]],
+    rows: Mapping[str, tuple[TensorSpec | None, ...]],
     coefficients: Sequence[float],
     dtype: DType | None,
     *,
@@ -319,33 +333,36 @@ def _out_tensors(
     # Names that are the same bytes in every file are tied, and stay so.
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
     for name, row in rows.items():
-        if row in tied:
-            tensors[name] = tied[row]
-            continue
-        present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
-        last = present[-1][0]
-        terms: tuple[tuple[TensorSpec, float], ...] = ((last, 1.0),)
-        out_dtype = last.dtype
-        if not last.dtype.averaged:
-            if last.dtype.kind is Kind.PACKED:
-                _refuse_packed(name, last)
-        else:
-            if dtype is not None and last.dtype.kind is Kind.FLOAT:
-                out_dtype = dtype
-            if not (keep_running and name.rsplit(".", 1)[-1] in _RUNNING):
-                terms = _scaled(name, present, coefficients)
-        tensor = OutTensor(out_dtype, last.shape, terms, name)
+        tensor = tied.get(row)
+        if tensor is None:
+            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
+            tensor = _out_tensor(name, row, coefficients, dtype, from_last=from_last)
+            if tensor.numel:
+                tied[row] = tensor
         tensors[name] = tensor
-        if tensor.numel:
-            tied[row] = tensor
     return tensors
 
 
-def _refuse_packed(name: str, spec: TensorSpec) -> None:
-    raise LayoutError(
-        f"{spec.storage.path}: '{name}' is {spec.dtype.name}, whose codes mean nothing apart from their scales. "
-        "Average the checkpoints before they are quantized."
-    )
+def _out_tensor(
+    name: str,
+    row: Sequence[TensorSpec | None],
+    coefficients: Sequence[float],
+    dtype: DType | None,
+    *,
+    from_last: bool,
+) -> OutTensor:
+    """Decide what becomes of the tensors of one name: their average, or that of the last checkpoint that has it."""
+    present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
+    last = present[-1][0]
+    if last.dtype.kind is Kind.PACKED:
+        raise LayoutError(
+            f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their scales. "
+            "Average the checkpoints before they are quantized."
+        )
+    averaged = last.dtype.averaged and not from_last
+    terms = _scaled(name, present, coefficients) if averaged else ((last, 1.0),)
+    out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
+    return OutTensor(out_dtype, last.shape, terms, name)
 
 
 def _scaled(

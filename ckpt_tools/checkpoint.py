@@ -13,7 +13,7 @@ from .formats.header import Header
 from .layouts import select
 from .layouts import states as states_of
 from .steps import stored_counters
-from .tensors import TensorSpec, UnsupportedTensor
+from .tensors import Tensor, UnsupportedTensor
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self.header.path
 
     @property
-    def specs(self) -> Mapping[str, TensorSpec | UnsupportedTensor]:
+    def specs(self) -> Mapping[str, Tensor]:
         """Dtype, shape and place of every tensor, without reading it."""
         return self.state.tensors
 

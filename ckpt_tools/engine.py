@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
@@ -47,14 +47,6 @@ class OutFile:
     fd: int
 
 
-@dataclass(slots=True)
-class Totals:
-    """What a run has moved so far, in bytes."""
-
-    read: int = 0
-    written: int = 0
-
-
 def default_threads() -> int:
     """Count the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -62,9 +54,9 @@ def default_threads() -> int:
     return os.cpu_count() or 1
 
 
-def memory_needed(threads: int, piece: int = PIECE) -> int:
+def memory_needed(threads: int | None = None) -> int:
     """Return the private bytes that a run holds in buffers, whatever the size of the model."""
-    return threads * piece * 72
+    return (default_threads() if threads is None else threads) * PIECE * 72  # bytes an element: see _Worker
 
 
 def run(
@@ -74,8 +66,8 @@ def run(
     threads: int | None = None,
     piece: int = PIECE,
     allow_nonfinite: bool = False,
-    on_progress: Callable[[Totals], None] | None = None,
-) -> Totals:
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
     """Fill output files with their tensors and with what stands around them.
 
     Args:
@@ -84,7 +76,7 @@ def run(
         threads: workers; as many as there are cores by default.
         piece: elements a worker handles at a time. Changes no byte of the output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
-        on_progress: called in this thread, a few times a second.
+        on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
     Raises:
         NumericsError: an input is not finite, or a result overflows its dtype; names tensor and file.
@@ -106,7 +98,7 @@ def run(
                 while pending:
                     done, pending = wait(pending, timeout=0.1)
                     if on_progress is not None:
-                        on_progress(job.totals)
+                        on_progress(job.moved)
                     for future in done:
                         future.result()
             finally:
@@ -118,8 +110,6 @@ def run(
         crcs = {tensor: job.checksum(tensor) for tensor, _ in out.plan.slots} if out.plan.needs_crc else {}
         for offset, data in out.plan.patches(crcs):
             write_at(out.fd, memoryview(data), offset, out.plan.name)
-            job.totals.written += len(data)
-    return job.totals
 
 
 def write_at(fd: int, data: memoryview, offset: int, name: str) -> None:
@@ -192,7 +182,7 @@ class _Job:
     files: OpenFiles
     piece: int
     allow_nonfinite: bool
-    totals: Totals = field(default_factory=Totals)
+    moved: int = 0  # bytes read and written
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _pieces: Iterator[_Piece] = field(init=False)
@@ -215,8 +205,7 @@ class _Job:
 
     def done(self, piece: _Piece, read: int, written: int, crc: int | None) -> None:
         with self.lock:
-            self.totals.read += read
-            self.totals.written += written
+            self.moved += read + written
             if crc is not None:
                 self._crcs.setdefault(piece.tensor, {})[piece.start] = (crc, written)
 
@@ -315,10 +304,10 @@ class _Worker:
             torch.where(finite, total, first, out=total)
         return read
 
-    def _widen(self, dtype: torch.dtype, target: torch.Tensor) -> torch.Tensor:
+    def _widen(self, dtype: torch.dtype, target: torch.Tensor) -> None:
         """Bring what the reader holds into a float64 tensor; exact for every dtype."""
         source = self._reader.buffer.view(dtype, target.numel())
-        return target.copy_(source if dtype in _DIRECT else self._as_single(source))
+        target.copy_(source if dtype in _DIRECT else self._as_single(source))
 
     def _as_single(self, values: torch.Tensor) -> torch.Tensor:
         return self._single.view(torch.float32, values.numel()).copy_(values)
@@ -377,9 +366,3 @@ def _overflow(dtype: torch.dtype) -> float:
 
 def _word(value: float) -> str:
     return "NaN" if math.isnan(value) else "infinity" if value > 0 else "-infinity"
-
-
-def needs(outputs: Sequence[FilePlan]) -> Mapping[str, int]:
-    """Return what a run of these plans reads and writes, in bytes."""
-    read = sum(spec.nbytes for plan in outputs for tensor, _ in plan.slots for spec, _ in tensor.terms)
-    return {"read": read, "written": sum(plan.size for plan in outputs)}

@@ -9,10 +9,10 @@ from typing import Any
 from .formats.header import Header
 from .formats.unpickle import tensors_in
 from .keys import prefixes
-from .layouts import StateDict, states
+from .layouts import StateDict, is_optimizer, states
 from .series import metric_of
 from .steps import stored_counters
-from .tensors import TensorSpec, UnsupportedTensor
+from .tensors import Tensor, TensorSpec, UnsupportedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _nbytes(state: StateDict) -> int:
     return sum(spec.nbytes for spec in state.tensors.values() if isinstance(spec, TensorSpec))
 
 
-def _row(name: str, spec: TensorSpec | UnsupportedTensor) -> TensorRow:
+def _row(name: str, spec: Tensor) -> TensorRow:
     if isinstance(spec, UnsupportedTensor):
         return TensorRow(name, spec.kind, None, 0)
     return TensorRow(name, spec.dtype.name, spec.shape, spec.nbytes)
@@ -155,7 +155,7 @@ def _optimizers(tree: Any, parameters: int | None) -> list[Optimizer]:
     found = []
     for place, value in tree.items() if isinstance(tree, dict) else ():
         for i, candidate in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(candidate, dict) and {"state", "param_groups"} <= candidate.keys():
+            if is_optimizer(candidate):
                 nbytes = sum(spec.nbytes for _, spec in tensors_in(candidate["state"]) if isinstance(spec, TensorSpec))
                 name = f"{place}.{i}" if isinstance(value, list) else str(place)
                 multiple = nbytes / parameters if parameters else None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import AlignmentError, UsageError
-from .tensors import TensorSpec, UnsupportedTensor
+from .tensors import Tensor, TensorSpec, UnsupportedTensor
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
@@ -16,8 +16,6 @@ _ANYWHERE = tuple(w for w in WRAPPERS if w.startswith("_"))
 
 KEYS = ("strict", "intersection", "union")
 MATCHES = ("name", "order")
-
-Tensor = TensorSpec | UnsupportedTensor
 
 
 def unwrap(names: Iterable[str]) -> dict[str, str]:

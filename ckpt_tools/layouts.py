@@ -10,9 +10,7 @@ from typing import Any
 from .errors import LayoutError
 from .formats.header import Header
 from .formats.unpickle import Inert, tensors_in
-from .tensors import DTYPES, TensorSpec, UnsupportedTensor
-
-Tensor = TensorSpec | UnsupportedTensor
+from .tensors import DTYPES, Tensor, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +27,8 @@ LAYOUTS = (
     Layout("model", "model", "model_ema"),  # DeiT; torchvision's reference scripts
     Layout("model_state_dict", "model_state_dict", "ema_state_dict"),
 )
+SET_KEYS = tuple(key for layout in LAYOUTS for key in (layout.raw, layout.ema))
+"""Where a set of weights may stand."""
 # Beside these, `state_dict` is not what its name says: mmengine and Lightning swap the sets on saving.
 _SWAPPERS = ("ema_state_dict", "current_model_state")
 
@@ -171,7 +171,7 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if isinstance(header.tree, Inert):
         return f"{_in_words(header.tree)}, {from_code}"
     top = header.tree if isinstance(header.tree, dict) else {}
-    for key in (key for layout in LAYOUTS for key in (layout.raw, layout.ema)):
+    for key in SET_KEYS:
         value = top.get(key)
         if isinstance(value, Inert):
             return f"its '{key}' is {_in_words(value)}, {from_code}"
@@ -255,12 +255,12 @@ _WORDS: tuple[tuple[Any, str], ...] = (
 
 def _holds_tensors(node: Any) -> bool:
     return isinstance(node, dict) and any(
-        isinstance(key, str) and isinstance(value, (TensorSpec, UnsupportedTensor)) for key, value in node.items()
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in node.items()
     )
 
 
-def _state(node: Mapping[Any, Any], path: tuple[str, ...], which: str, layout: str) -> StateDict:
-    tensors = {k: v for k, v in node.items() if isinstance(k, str) and isinstance(v, (TensorSpec, UnsupportedTensor))}
+def _state(node: Mapping[Any, Any], path: tuple[Any, ...], which: str, layout: str) -> StateDict:
+    tensors = {k: v for k, v in node.items() if isinstance(k, str) and isinstance(v, Tensor)}
     extras = {k: v for k, v in node.items() if k not in tensors}
     if _is_averaged_model(tensors):
         # The counter of torch's AveragedModel belongs to the wrapper, not to the weights.
@@ -275,9 +275,14 @@ def _is_averaged_model(tensors: Mapping[str, Tensor]) -> bool:
     return len(tensors) > 1 and all(name.startswith("module.") for name in tensors if name != "n_averaged")
 
 
+def is_optimizer(value: Any) -> bool:
+    """True for what torch's optimizers give as their state."""
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
+
+
 def looks_like_training_state(key: Any, value: Any) -> bool:
     """True for what a run needs to go on and finished weights do not: optimizers, scalers, random states."""
-    if isinstance(value, dict) and {"state", "param_groups"} <= value.keys():
+    if is_optimizer(value):
         return True
     return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
 

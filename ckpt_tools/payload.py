@@ -85,14 +85,15 @@ class OpenFiles:
 class Source:
     """A tensor of an open file: what a piece of it costs is one call, worked out beforehand."""
 
-    __slots__ = ("base", "fd", "item", "plain", "spec")
+    __slots__ = ("base", "contiguous", "fd", "item", "spec", "swapped")
 
     def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
         self.spec = spec
         self.fd = files[spec.storage.path]
         self.item = spec.dtype.itemsize
         self.base = spec.storage.offset + spec.start * self.item
-        self.plain = spec.contiguous and not (spec.storage.big_endian and spec.dtype.word > 1)
+        self.contiguous = spec.contiguous
+        self.swapped = spec.storage.big_endian and spec.dtype.word > 1
 
 
 class Buffer:
@@ -131,16 +132,12 @@ class Reader:
             CorruptError: the file ends before them.
         """
         nbytes = (stop - start) * source.item
-        if source.plain:
-            _pread(source, source.base + start * source.item, self.buffer.bytes[:nbytes])
-            return nbytes
-        spec = source.spec
-        if spec.contiguous:
+        if source.contiguous:
             _pread(source, source.base + start * source.item, self.buffer.bytes[:nbytes])
         else:
             self._gather(source, start, stop)
-        if spec.storage.big_endian and spec.dtype.word > 1:
-            words = self.buffer.view(torch.uint8, nbytes).view(nbytes // spec.dtype.word, spec.dtype.word)
+        if source.swapped:
+            words = self.buffer.view(torch.uint8, nbytes).view(-1, source.spec.dtype.word)
             words.copy_(words.flip(1))
         return nbytes
 

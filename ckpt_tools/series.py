@@ -29,14 +29,12 @@ class Member:
         header: what it says about itself.
         step: where in training it stands, None if nothing tells.
         counter: what `step` counts: a key of the file (``global_step``, ``epoch``) or ``name``.
-        metric: value used by `best`, if asked for.
     """
 
     path: Path
     header: Header
     step: int | None = None
     counter: str | None = None
-    metric: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -253,28 +251,31 @@ def _between(members: list[Member], from_step: int | None, to_step: int | None) 
 
 
 def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool, notes: list[str]) -> list[Member]:
-    scored = [Member(m.path, m.header, m.step, m.counter, metric_of(m.header, key)) for m in members]
-    without = next((member for member in scored if member.metric is None), None)
-    if without is not None:
-        known = [
-            k for k in _measured(without.header) if isinstance(k, str) and metric_of(without.header, k) is not None
-        ]
-        advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
-        stored = _stored_under(without.header, key)
-        what = f"has no number under '{key}'"
-        if isinstance(stored, TensorSpec):
-            what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
-        elif isinstance(stored, float):
-            what, advice = f"its '{key}' is NaN", "Leave this file out."
-        raise SeriesError(f"{without.path}: {what}, so --best cannot rank it. {advice}")
-    if best > len(scored):
-        notes.append(f"--best {best}: there are only {len(scored)}; all are used.")
+    values: dict[Member, float] = {}
+    for member in members:
+        value = metric_of(member.header, key)
+        if value is None:
+            raise SeriesError(_unranked(member.header, key))
+        values[member] = value
+    if best > len(members):
+        notes.append(f"--best {best}: there are only {len(members)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
         notes.append(f"--best takes the highest '{key}'; if lower is better, say --lower-is-better.")
-    sign = 1.0 if lower_is_better else -1.0
-    value: Callable[[Member], float] = lambda m: sign * (m.metric or 0.0)  # noqa: E731
-    chosen = {id(member) for member in sorted(scored, key=value)[:best]}
-    return [member for member in scored if id(member) in chosen]
+    chosen = set(sorted(values, key=values.__getitem__, reverse=not lower_is_better)[:best])
+    return [member for member in members if member in chosen]
+
+
+def _unranked(header: Header, key: str) -> str:
+    """Say why a checkpoint has no rank, and what to do."""
+    known = [k for k in _measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
+    what = f"has no number under '{key}'"
+    advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
+    stored = _stored_under(header, key)
+    if isinstance(stored, TensorSpec):
+        what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
+    elif isinstance(stored, float):
+        what, advice = f"its '{key}' is NaN", "Leave this file out."
+    return f"{header.path}: {what}, so --best cannot rank it. {advice}"
 
 
 def metric_of(header: Header, key: str) -> float | None:

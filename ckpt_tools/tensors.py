@@ -1,7 +1,7 @@
 """Tensors on disk: dtypes, and where the bytes of a tensor stand in a file.
 
 Nothing here imports torch: names, shapes and offsets come from headers alone, so that a
-refused job, `ckpt inspect` and `--dry-run` cost milliseconds.
+refused job and `ckpt inspect` cost milliseconds.
 """
 
 from __future__ import annotations
@@ -171,6 +171,10 @@ class UnsupportedTensor:
     """A tensor of a kind that cannot be averaged or copied; refused by name when it is needed."""
 
     kind: str
+
+
+Tensor = TensorSpec | UnsupportedTensor
+"""What stands for a tensor in the object tree of a header."""
 
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

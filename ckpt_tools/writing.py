@@ -24,8 +24,7 @@ def write(
     Args:
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
-        threads, allow_nonfinite: see `engine.run`.
-        on_progress: called in this thread with the bytes read and written so far.
+        threads, allow_nonfinite, on_progress: see `engine.run`.
 
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
@@ -40,7 +39,7 @@ def write(
             stamps=stamps,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
-            on_progress=None if on_progress is None else lambda moved: on_progress(moved.read + moved.written),
+            on_progress=on_progress,
         )
         for companion in assembly.companions:
             shutil.copyfile(companion, stage / companion.name)

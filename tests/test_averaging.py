@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import random
+import sys
+import types
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,11 +36,7 @@ def bare(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def raw_states(paths: Sequence[Path], key: str) -> list[dict[str, torch.Tensor]]:
     """Read state dicts with torch alone, names put right by hand."""
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return [bare(load_legacy_too(path)[key]) for path in paths]
-
-
-def load_legacy_too(path: Path) -> Any:
-    return torch.load(path, weights_only=True)
+        return [bare(torch.load(path, weights_only=True)[key]) for path in paths]
 
 
 def oracle(states: Sequence[Mapping[str, torch.Tensor]], coefficients: Sequence[float]) -> dict[str, np.ndarray]:
@@ -79,13 +79,41 @@ def test_integers_come_from_the_last_checkpoint_and_stay_integers(runs: list[Pat
     assert all(found[name].dtype == torch.int64 and found[name].equal(last[name]) for name in counters)
 
 
-def test_permuting_the_arguments_changes_no_byte(runs: list[Path], tmp_path: Path) -> None:
-    outputs = []
-    for seed in range(3):
-        target = tmp_path / f"{seed}.pth"
-        ckpt_tools.average(random.Random(seed).sample(runs, len(runs)), mode="ema", out=target, threads=seed + 1)
-        outputs.append(target.read_bytes())
-    assert outputs[0] == outputs[1] == outputs[2]
+def test_where_fewer_files_exist_than_asked_for_their_number_divides(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", {"w": torch.tensor([float(i)])}) for i in (1, 2, 6)]
+    ckpt_tools.average(paths, last=10, out=tmp_path / "out.pth")
+    assert load(tmp_path / "out.pth")["w"].tolist() == [3.0]
+
+
+def test_scalars_views_and_empty_tensors_are_averaged_like_any_other(save: Save, tmp_path: Path) -> None:
+    def state() -> dict[str, torch.Tensor]:
+        base = torch.randn(6, 8)
+        return {
+            "logit_scale": torch.randn(()), "none": torch.empty(0, 3), "view": base.t()[1:, ::2],
+            "expanded": torch.randn(3, 1).expand(3, 4), "base": base,
+        }  # fmt: skip
+
+    states = [state() for _ in range(3)]
+    ckpt_tools.average([save(f"{i}.pth", s) for i, s in enumerate(states)], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: t.shape for name, t in states[0].items()}
+    assert_is_oracle(found, oracle(states, [1 / 3] * 3))
+
+
+def test_objects_of_a_library_that_is_not_installed_are_no_obstacle(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lightning keeps omegaconf's in its hyper-parameters."""
+    library = types.ModuleType("omegaconf")
+    library.DictConfig = type("DictConfig", (), {"__module__": "omegaconf"})
+    with monkeypatch.context() as installed:
+        installed.setitem(sys.modules, "omegaconf", library)
+        tree = {"state_dict": {"w": torch.ones(2)}, "epoch": 3, "hyper_parameters": {"cfg": library.DictConfig()}}
+        path = save("last.ckpt", tree)
+    report = ckpt_tools.average(path, out=tmp_path / "out.pth")
+    assert report.dropped == ("hyper_parameters.cfg",)
+    assert load(tmp_path / "out.pth") | {"state_dict": None} == {"state_dict": None, "epoch": 3, "hyper_parameters": {}}
+    assert ckpt_tools.open_checkpoint(path).foreign == {"omegaconf.DictConfig": 1}
 
 
 def test_copies_of_one_network_average_to_themselves(save: Save, tmp_path: Path) -> None:
@@ -154,8 +182,6 @@ def test_a_flat_state_dict_stays_flat_and_provenance_stands_beside_it(save: Save
         ("step_2.pth", 2, 0.5),
         ("step_10.pth", 10, 0.5),
     ]
-    import hashlib
-
     assert said["inputs"][0]["sha256"] == {"step_2.pth": hashlib.sha256(paths[0].read_bytes()).hexdigest()}
     assert ckpt_tools.open_checkpoint(tmp_path / "out.pth").provenance == said
 
@@ -432,8 +458,6 @@ def test_a_refused_job_leaves_nothing_behind(tmp_path: Path, save: Save) -> None
 def test_a_dry_run_reads_no_payload_and_writes_nothing(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import os
-
     def refuse(*_: object) -> int:
         raise AssertionError("payload was read")
 

@@ -36,6 +36,11 @@ def test_a_real_submodule_called_module_survives() -> None:
     assert list(unwrap(names).values()) == names
 
 
+def test_a_prefix_that_is_no_wrapper_stays_though_every_name_carries_it() -> None:
+    names = ["model.module.weight", "model.head.bias"]
+    assert list(unwrap(names).values()) == names
+
+
 def test_a_prefix_that_some_names_lack_stays() -> None:
     names = ["module.a", "b"]
     assert list(unwrap(names).values()) == names

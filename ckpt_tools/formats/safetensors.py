@@ -103,20 +103,30 @@ def _check_spans(path: Path, spans: list[tuple[int, int, str]], payload: int) ->
         raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
 
 
-def plan(tensors: Mapping[str, OutTensor], *, metadata: Mapping[str, str], name: str, untie: bool = False) -> FilePlan:
+def plan(
+    tensors: Mapping[str, OutTensor],
+    *,
+    name: str,
+    metadata: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    untie: bool = False,
+) -> FilePlan:
     """Lay out a safetensors file. Tied names (one OutTensor under several names) are written once.
 
     Args:
         tensors: what to write, by name.
-        metadata: goes into ``__metadata__``, as it is.
         name: file name, for messages and sharded outputs.
+        metadata: goes into ``__metadata__``, as it is.
+        provenance: goes there, too, as JSON.
         untie: write a tied tensor under each of its names instead of once with aliases in the metadata
             (where `_is_tie` would not know a name again, it is written in any case).
 
     Raises:
         UnsupportedError: a dtype that the format does not have.
     """
-    metadata = {"format": "pt", **metadata}
+    metadata = {"format": "pt", **(metadata or {})}
+    if provenance is not None:
+        metadata[PROVENANCE] = json.dumps(provenance)
     kept: dict[OutTensor, str] = {}
     aliases: dict[str, str] = {}
     unique: dict[str, OutTensor] = {}

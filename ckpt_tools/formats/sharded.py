@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,7 @@ def read_folder(folder: Path, read_file: ReadFile) -> Header:
         raise NotACheckpointError(f"{folder}: a folder without model.safetensors or an index.json: no checkpoint.")
     if inside.name.endswith(INDEX_SUFFIXES):
         return read_index(inside, folder, read_file)
-    header = read_file(inside)
-    return Header(
-        folder,
-        header.format,
-        header.tree,
-        header.files,
-        header.foreign,
-        header.metadata,
-        header.provenance,
-    )
+    return replace(read_file(inside), path=folder)
 
 
 def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
@@ -168,9 +160,8 @@ def plan_shards(
 
 def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTensor]) -> bytes:
     """Write the index of these shards."""
-    unique = {tensor: None for tensor in tensors.values()}
     index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in unique)},
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in set(tensors.values()))},
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     return (json.dumps(index, indent=2) + "\n").encode()

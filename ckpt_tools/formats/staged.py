@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import WriteError
+from ..errors import ReadError, WriteError
 from .sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
 
 
@@ -30,50 +30,55 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
     Raises:
         WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk.
     """
+    with _looking_at(target):
+        parent = target.absolute().parent
+        if parent.exists() and not parent.is_dir():
+            raise WriteError(f"{target}: {parent} is a file, not a folder. Choose another place with -o.")
+        if not parent.is_dir():
+            raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
+        resolved = target.resolve()
+        for path in inputs:
+            source = path.resolve()
+            if resolved == source or _same_file(resolved, source):
+                raise WriteError(
+                    f"{target}: is one of the inputs, which are never changed. Choose another name with -o."
+                )
+            if source.is_dir() and source in resolved.parents:
+                raise WriteError(
+                    f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
+                )
+            if folder and resolved in source.parents:
+                raise WriteError(
+                    f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
+                )
+        if folder and resolved in (Path.cwd(), *Path.cwd().parents):
+            raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with -o.")
+        if target.exists() and target.is_dir() != folder:
+            kind = "a folder" if target.is_dir() else "a file"
+            raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
+        if target.exists() and not (folder or target.is_file()):
+            raise WriteError(f"{target}: is no regular file. Choose another name with -o.")
+        # A link is replaced itself, as any file is; what it leads to stays as it was.
+        if not force and os.path.lexists(target) and (not folder or target.is_symlink() or any(target.iterdir())):
+            raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
+        free = shutil.disk_usage(parent).free
+        if nbytes > free:
+            raise WriteError(
+                f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
+                "Free some space or choose another place with -o."
+            )
+
+
+@contextmanager
+def _looking_at(target: Path) -> Iterator[None]:
+    """Refuse a target that cannot even be looked at: a name too long, a loop of links, a zero byte, no rights."""
     try:
-        _check_target(target, inputs, nbytes, force, folder)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a loop of links, a zero byte
+        yield
+    except (ReadError, OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with -o.") from error
-
-
-def _check_target(target: Path, inputs: Iterable[Path], nbytes: int, force: bool, folder: bool) -> None:
-    parent = target.absolute().parent
-    if parent.exists() and not parent.is_dir():
-        raise WriteError(f"{target}: {parent} is a file, not a folder. Choose another place with -o.")
-    if not parent.is_dir():
-        raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
-    resolved = target.resolve()
-    for path in inputs:
-        source = path.resolve()
-        if resolved == source or _same_file(resolved, source):
-            raise WriteError(f"{target}: is one of the inputs, which are never changed. Choose another name with -o.")
-        if source.is_dir() and source in resolved.parents:
-            raise WriteError(
-                f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
-            )
-        if folder and resolved in source.parents:
-            raise WriteError(
-                f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
-            )
-    if folder and resolved in (Path.cwd(), *Path.cwd().parents):
-        raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with -o.")
-    if target.exists() and target.is_dir() != folder:
-        kind = "a folder" if target.is_dir() else "a file"
-        raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
-    if target.exists() and not (folder or target.is_file()):
-        raise WriteError(f"{target}: is no regular file. Choose another name with -o.")
-    # A link is replaced itself, as any file is; what it leads to stays as it was.
-    if not force and os.path.lexists(target) and (not folder or target.is_symlink() or any(target.iterdir())):
-        raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise WriteError(
-            f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
-            "Free some space or choose another place with -o."
-        )
 
 
 def _same_file(a: Path, b: Path) -> bool:
@@ -92,15 +97,16 @@ def check_replaceable(folder: Path, names: Iterable[str]) -> None:
     Raises:
         WriteError: names a file that would be lost.
     """
-    if not folder.is_dir():
-        return
-    index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
-    known = {*names, *SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
-    for child in sorted(folder.iterdir()):
-        if child.name not in known or not child.is_file():
-            raise WriteError(
-                f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with -o."
-            )
+    with _looking_at(folder):
+        if not folder.is_dir():
+            return
+        index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
+        known = {*names, *SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
+        for child in sorted(folder.iterdir()):
+            if child.name not in known or not child.is_file():
+                raise WriteError(
+                    f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with -o."
+                )
 
 
 @contextmanager

@@ -317,22 +317,9 @@ def _lay_out(records: Iterable[tuple[str, bytes | OutTensor]]) -> tuple[list[_Re
 
 
 def _end(directory: int, entries: list[bytes]) -> bytes:
-    """The records that close a zip: always with the zip64 ones, which lift the limits on count and size."""
+    """Make the records that close a zip: always with the zip64 ones, which lift the limits on count and size."""
     count, size = len(entries), sum(map(len, entries))
     zip64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, directory)
     locator = struct.pack("<4sLQL", b"PK\6\7", 0, directory + size, 1)
-    return (
-        zip64
-        + locator
-        + struct.pack(
-            "<4s4H2LH",
-            b"PK\5\6",
-            0,
-            0,
-            min(count, _MAX16),
-            min(count, _MAX16),
-            min(size, _MAX32),
-            min(directory, _MAX32),
-            0,
-        )
-    )
+    few, near = min(count, _MAX16), min(directory, _MAX32)
+    return zip64 + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, few, few, min(size, _MAX32), near, 0)

@@ -203,6 +203,16 @@ def test_a_dry_run_does_not_look_at_values_that_the_run_refuses(pair: list[Path]
     assert "holds NaN" in refused(Path(), "avg", *pair, "c-3.pth")
 
 
+def test_a_dry_run_says_which_target_the_run_refuses(pair: list[Path]) -> None:
+    Path("out").mkdir()
+    Path("out/train.py").touch()
+    for options in ((), ("--force",)):
+        refusal = refused(Path(), "avg", *pair, "-o", "out", *options).removeprefix("Error: ")
+        planned = run("avg", *pair, "-o", "out", *options, "--dry-run")
+        assert planned.code == 0
+        assert f"Without --dry-run this would be refused: {refusal}" in planned.err.splitlines()
+
+
 def test_a_dry_run_announces_the_bytes_that_are_then_written(runs: list[Path]) -> None:
     plan = json.loads(run("avg", *runs, "--dry-run", "--json").out)
     report = json.loads(run("avg", *runs, "--json").out)

@@ -280,6 +280,17 @@ def test_a_folder_with_anything_else_is_never_replaced(here: Path, stranger: str
         check_replaceable(folder, ["model.safetensors", "config.json"])
 
 
+def test_a_folder_whose_index_cannot_be_read_is_refused_in_words(here: Path) -> None:
+    index = old_folder() / "model.safetensors.index.json"
+    index.write_text("no JSON")
+    with pytest.raises(WriteError, match="out: cannot be a target .*no index of a sharded checkpoint"):
+        check_replaceable(Path("out"), [])
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(WriteError, match="out: cannot be a target .*Is a directory"):
+        check_replaceable(Path("out"), [])
+
+
 def test_an_empty_folder_needs_no_force(here: Path) -> None:
     Path("out").mkdir()
     check("out", folder=True)
