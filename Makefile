@@ -7,7 +7,7 @@ SMOKE := build/smoke
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test test-slow check fix smoke bench bench-memory bench-bn clean
+.PHONY: install demo test check fix smoke bench bench-memory bench-bn clean
 
 install: $(INSTALLED)
 
@@ -29,9 +29,6 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest --cov --cov-report=term
 
-test-slow: $(INSTALLED)
-	$(BIN)/pytest -m slow
-
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,7 +40,7 @@ fix: $(INSTALLED)
 
 # The wheel alone, with nothing but what it asks for: no timm, torchvision, pillow, numpy.
 smoke: $(INSTALLED)
-	rm -rf $(SMOKE) build/wheel
+	rm -rf $(SMOKE) build/wheel build/lib
 	$(BIN)/pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv $(SMOKE)
 	$(SMOKE)/bin/pip install -q torch==2.13.0 build/wheel/*.whl

@@ -105,8 +105,9 @@ def align(
         AlignmentError: names, shapes or dtypes differ, or nothing is left; names tensor and file.
         UsageError: an unknown rule.
     """
-    if keys not in KEYS or match not in MATCHES:
-        raise UsageError(f"--keys is one of {', '.join(KEYS)}; --match one of {', '.join(MATCHES)}.")
+    for option, value, known in (("--keys", keys, KEYS), ("--match", match, MATCHES)):
+        if value not in known:
+            raise UsageError(f"{option} is one of {', '.join(known)}, not {value!r}.")
     if match == "order":
         states = _by_order(states, files)
     counts = Counter(name for state in states for name in state)

@@ -75,11 +75,11 @@ def find_series(
         paths: files, globs, folders.
         order: ``auto`` (step or epoch stored in all files, else the numbers in the names),
             ``given``, ``natural`` (names), ``mtime``.
-        last: keep the last so many.
-        best: keep the best so many by `metric`; they stay in order.
+        last: keep the last N.
+        best: keep the best N by `metric`, the earlier one at a tie; they stay in order.
         metric: key in the files, dotted if nested.
         lower_is_better: for a metric such as a loss.
-        every: keep each so-manieth, counted back from the last.
+        every: keep every K-th, counted back from the last.
         from_step, to_step: inclusive bounds of the step.
         include_outputs: average files that ckpt-tools wrote together with others.
 

@@ -308,7 +308,7 @@ def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str)
         (["--mode", "weights", "--weights", "1;2;3"], "--weights '1;2;3': write numbers with commas, such as 1,2,3."),
         (["--mode", "median"], "--mode is one of uniform, ema, weights, not 'median'."),
         (["--keys", "some"], "--keys is one of strict, intersection, union"),
-        (["--match", "shape"], "--match one of name, order"),
+        (["--match", "shape"], "--match is one of name, order, not 'shape'"),
         (["--buffers", "none"], "--buffers is one of average, last, not 'none'."),
         (["--order", "time"], "--order is one of auto, given, natural, mtime, not 'time'."),
         (["--dtype", "int8"], "not 'int8'"),
