@@ -48,15 +48,14 @@ class OutFile:
 
 
 def default_threads() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Count the cores that this process may use; 16 at most, for each has its buffers, and disks end sooner."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
 
 
 def memory_needed(threads: int | None = None) -> int:
     """Return the private bytes that a run holds in buffers, whatever the size of the model."""
-    return (default_threads() if threads is None else threads) * PIECE * 72  # bytes an element: see _Worker
+    return (default_threads() if threads is None else threads) * PIECE * 88  # bytes an element: see _Worker
 
 
 def run(

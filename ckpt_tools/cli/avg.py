@@ -112,7 +112,7 @@ def avg(
         bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(help="Workers.", show_default="the cores", rich_help_panel=_RUN)
+        int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most", rich_help_panel=_RUN)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, read no weights, write nothing.", rich_help_panel=_RUN)
