@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from ..errors import DataError, NumericsError, UsageError
+from ..errors import DataError, ModelError, NumericsError, UsageError
 from .statistics import Moments, measure, merge
 
 ESTIMATORS = ("population", "batch-mean")
@@ -130,14 +130,15 @@ def recalibrate_bn(
     Raises:
         UsageError: an option out of range, or an iterator (which ends) for several passes.
         DataError: no batch, or one that holds no tensor.
-        NumericsError: a layer's input is not finite; names layer and batch.
+        ModelError: the model runs without reaching any of its layers.
+        NumericsError: a layer's input is not finite, or its statistics overflow its dtype; names the layer.
         The model is as before after any error, including those that it raises itself.
     """
     if type(passes) is not int or passes < 1:
         raise UsageError(f"--passes {passes!r}: must be a whole number from 1 on.")
     if estimator not in ESTIMATORS:
         raise UsageError(f"--estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
-    if passes > 1 and iter(batches) is batches:
+    if passes > 1 and isinstance(batches, Iterator):
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
     layers, skipped = find_layers(model)
@@ -153,7 +154,11 @@ def recalibrate_bn(
             for name, layer in layers.items():
                 if run.states[name].population.count:
                     _write(layer, run.states[name].estimate(estimator), run.batches)
-    reached = {name: layer for name, layer in layers.items() if run.states[name].population.count}
+                    if not torch.isfinite(layer.running_var).all():
+                        raise NumericsError(f"the new statistics of '{name}' overflow {layer.running_var.dtype}.")
+        reached = {name: layer for name, layer in layers.items() if run.states[name].population.count}
+        if layers and not reached:
+            raise ModelError(f"the data reach none of the BatchNorm layers, such as '{next(iter(layers))}'.")
     found = {name: run.states[name].estimate(estimator) for name in reached}
     return BatchNormReport(
         layers=tuple(_compare(name, reached[name], before[name], found[name], run.states[name]) for name in reached),
@@ -192,6 +197,8 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str,
             reason = "keeps no running statistics"
         elif not isinstance(variance, Tensor):
             continue
+        elif variance.dim() != 1:
+            reason = "keeps no statistics for each channel"
         elif isinstance(module, torch.jit.ScriptModule):
             reason = "is compiled by TorchScript, which hides its inputs"
         elif not hasattr(module, "momentum"):
@@ -237,7 +244,7 @@ class _Pass:
         self.number = number
         self.states = {name: _State(len(layer.running_var), layer.running_var.device) for name, layer in layers.items()}
         self.images = self.batches = 0
-        self._order: list[str] = []  # of the calls in the first batch
+        self._order: list[str] = []  # of the calls in the first batch that reaches every layer
         self._calls: list[str] = []  # in this batch
         self._finite: list[Tensor] = []
 
@@ -271,7 +278,8 @@ class _Pass:
                 "Look at the images of this batch, and at the weights in front of that layer."
             )
         self.images += images
-        self._order = self._order or self._calls
+        if not self._order and self.states.keys() == set(self._calls):  # else a later batch may reach the others
+            self._order = self._calls
         self._calls, self._finite = [], []
 
     def join_processes(self, device: torch.device) -> None:
@@ -303,9 +311,12 @@ def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
     copies = [buffer.clone() for buffer in buffers]
-    model.eval()
+    # What torch.compile made of the model before knows nothing of hooks that come later.
+    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     try:
-        yield
+        model.eval()
+        with uncompiled:
+            yield
     except BaseException:
         for buffer, copy in zip(buffers, copies, strict=True):
             buffer.copy_(copy)
@@ -370,12 +381,16 @@ def joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
             waiting = torch.cat([waiting, images])
             continue
         if waiting is not None:
-            yield waiting
+            yield _several(waiting)
         waiting = images
     if waiting is not None:
-        if len(waiting) == 1:
-            raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
-        yield waiting
+        yield _several(waiting)
+
+
+def _several(images: Tensor) -> Tensor:
+    if len(images) == 1:
+        raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
+    return images
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -403,7 +418,7 @@ def _compare(
     mean, variance = found
     sigma = variance.sqrt()
     live = variance > 0
-    ratio = torch.where(live & (old_variance > 0), variance / old_variance, 1.0)
+    ratio = torch.where(live & ~(old_variance <= 0), variance / old_variance, 1.0)
     factor = torch.maximum(ratio, 1 / ratio)
 
     def error(of: Moments, unit: Tensor) -> float | None:

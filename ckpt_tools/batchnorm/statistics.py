@@ -102,7 +102,7 @@ def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _measure_planes(planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Measure [N, C, L] image by image and channel by channel, in blocks of those."""
     images, channels, length = planes.shape
-    blocks = torch.split(planes.view(-1, length), max(1, _BLOCK // length))
+    blocks = torch.split(planes.reshape(-1, length), max(1, _BLOCK // length))
     wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=planes.device)
     moments = [_centred(wide[: len(block)].copy_(block), 1) for block in blocks]
     means = torch.cat([mean for mean, _ in moments]).view(images, channels)

@@ -17,7 +17,7 @@ from timm.layers.evo_norm import EvoNorm2dB0, EvoNorm2dB1
 from torch import Tensor, nn
 
 from ckpt_tools.batchnorm import recalibrate_bn
-from ckpt_tools.errors import DataError, NumericsError, UsageError
+from ckpt_tools.errors import DataError, ModelError, NumericsError, UsageError
 
 
 def images(n: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -181,6 +181,29 @@ def test_every_class_of_batchnorm_gets_the_population_statistics(layer: Any, sha
     np.testing.assert_allclose(layer.running_var.numpy(), columns.var(1, ddof=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "view"),
+    [
+        ((8, 6, 5, 7), lambda x: x[:, 1:5]),
+        ((8, 6, 5, 7), lambda x: x.contiguous(memory_format=torch.channels_last)[:, 1:5]),
+        ((8, 6, 9), lambda x: x[:, 1:5]),
+        ((8, 9, 4), lambda x: x.transpose(1, 2)),
+        ((4, 8, 5, 7), lambda x: x.transpose(0, 1)),
+        ((8, 1, 5, 7), lambda x: x.expand(-1, 4, -1, -1)),
+        ((8, 8), lambda x: x[:, ::2]),
+    ],
+)
+def test_an_input_may_be_any_view(shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> None:
+    layer = nn.BatchNorm2d(4).double() if len(shape) == 4 else nn.BatchNorm1d(4).double()
+    data = images(*shape, dtype=torch.float64)
+    model = nn.Sequential(nn.Identity(), layer)
+    model[0].register_forward_hook(lambda _, args, out: view(out))
+    recalibrate_bn(model, [data])
+    columns = view(data).movedim(1, 0).flatten(1).numpy()
+    np.testing.assert_allclose(layer.running_mean.numpy(), columns.mean(1), rtol=1e-12)
+    np.testing.assert_allclose(layer.running_var.numpy(), columns.var(1, ddof=1), rtol=1e-12)
+
+
 @pytest.mark.parametrize("layer", [EvoNorm2dB0(4), EvoNorm2dB1(4)], ids=["B0", "B1"])
 def test_evonorm_has_a_variance_and_no_mean(layer: Any) -> None:
     data = images(10, 4, 5, 6)
@@ -200,6 +223,8 @@ class Odd(nn.Module):
         self.stateless = nn.BatchNorm2d(2, track_running_stats=False)
         self.frozen = torchvision.ops.FrozenBatchNorm2d(2)
         self.instance = nn.InstanceNorm2d(2, track_running_stats=True)
+        self.scalar = nn.Identity()
+        self.scalar.register_buffer("running_var", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.instance(self.frozen(self.stateless(self.twice(self.twice(x) + 3))))
@@ -216,6 +241,7 @@ def test_layers_that_cannot_be_measured_are_named_with_the_reason() -> None:
         "stateless": "keeps no running statistics",
         "frozen": "frozen: its class never updates them",
         "instance": "normalises each image by itself",
+        "scalar": "keeps no statistics for each channel",
     }
     for name, buffer in model.named_buffers():
         assert name.startswith("twice") or buffer.equal(before[name])
@@ -234,6 +260,13 @@ def test_old_nans_are_cleared() -> None:
     report = recalibrate_bn(model, images(8, 3, 6, 6).split(4), passes=2)
     assert all(torch.isfinite(buffer).all() for buffer in model.buffers())
     assert all(layer.mean_before == float("inf") for layer in report.layers)
+
+
+def test_an_old_nan_counts_as_moved_by_infinity() -> None:
+    model = one_layer()
+    model[0].running_mean[0] = model[0].running_var[0] = float("nan")
+    layer = recalibrate_bn(model, [images(8, 3, 6, 6, dtype=torch.float64)]).layers[0]
+    assert (layer.mean_moved, layer.variance_moved) == (float("inf"), float("inf"))
 
 
 class Counting(nn.Module):
@@ -262,18 +295,31 @@ def test_the_forward_pass_stops_at_the_last_layer_once_it_is_known() -> None:
 class Fickle(nn.Module):
     """Runs its second layer for every other batch alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: int) -> None:
         super().__init__()
         self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-        self.calls = itertools.count()
+        self.calls = itertools.count(start)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x)) if next(self.calls) % 2 == 0 else self.first(x)
 
 
-def test_a_layer_that_only_some_batches_reach_is_measured_on_those() -> None:
-    report = recalibrate_bn(Fickle(), images(12, 3).split(3))
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_layer_that_only_some_batches_reach_is_measured_on_those(start: int) -> None:
+    report = recalibrate_bn(Fickle(start), images(12, 3).split(3))
     assert [layer.count for layer in report.layers] == [12, 6]
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, lambda model, **options: model.compile(**options) or model])
+def test_a_model_that_was_compiled_and_has_run_is_measured(wrap: Callable[..., Any]) -> None:
+    model = Line().eval()
+    plain, data = copy.deepcopy(model), images(8, 3, 6, 6)
+    compiled = wrap(model, backend="eager")
+    with torch.no_grad():
+        compiled(data)
+    recalibrate_bn(plain, [data])
+    recalibrate_bn(compiled, [data])  # of the same shape, so nothing is compiled anew
+    assert_same(buffers(model), buffers(plain))
 
 
 class Boom(RuntimeError):
@@ -358,6 +404,7 @@ def test_batches_may_be_tensors_tuples_or_dicts(wrap: Callable[[Tensor], Any]) -
         ([], DataError, "yield no batch"),
         ([torch.zeros(0, 3)], DataError, "yield no batch"),
         ([torch.zeros(1, 3)], DataError, "single image"),
+        ([torch.zeros(1, 3, 2), torch.zeros(4, 3, 5)], DataError, "single image"),
         ([{"pixels": torch.zeros(2, 3)}], DataError, "dict of pixels; expected one of image"),
         (["ab"], DataError, "a str that starts with no tensor"),
         ([torch.zeros(4, 5)], RuntimeError, "should contain 5 elements"),
@@ -369,6 +416,21 @@ def test_unusable_batches_are_refused(batches: Any, error: Any, message: str) ->
     with pytest.raises(error, match=message):
         recalibrate_bn(model, batches)
     assert_same(buffers(model), before)
+
+
+def test_statistics_that_the_dtype_of_the_model_cannot_hold_are_refused() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3)).half()
+    before = buffers(model)
+    with pytest.raises(NumericsError, match=r"the new statistics of '0' overflow torch\.float16"):
+        recalibrate_bn(model, [images(8, 3, 4, 4).half() * 500])
+    assert_same(buffers(model), before)
+
+
+def test_a_model_that_passes_all_its_layers_by_is_refused() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model.forward = lambda x: x
+    with pytest.raises(ModelError, match="the data reach none of the BatchNorm layers, such as '0'"):
+        recalibrate_bn(model, [images(4, 3)])
 
 
 def test_impossible_options_are_refused() -> None:
