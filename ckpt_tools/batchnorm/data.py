@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         return self._from_items() if _is_map(self._source) else self._given()
 
+    def check(self, broken: Sequence[str]) -> None:
+        """Refuse data of which too many images are broken, in one process or in all together.
+
+        Raises:
+            DataError: more than 1 % of them.
+        """
+        if self.images is not None and len(broken) > MOST_BROKEN * self.images:
+            raise DataError(
+                f"{len(broken)} of {self.images} images cannot be read, more than {MOST_BROKEN:.0%}; "
+                f"the first is {broken[0]}. Mend or remove them."
+            )
+
     def _from_items(self) -> Iterator[Any]:
         loading = self._loading
         self.broken = []
@@ -90,17 +103,12 @@ class Batches:
             collate_fn=_collate,
             worker_init_fn=_leave_stops,
         )
-        total = sum(map(len, self._plan))
         try:
             with _stops_held():
                 arriving = iter(loader)
             for batch, broken in arriving:
                 self.broken += [f"{entry.name} ({entry.reason})" for entry in broken]
-                if len(self.broken) > MOST_BROKEN * total:
-                    raise DataError(
-                        f"{len(self.broken)} of {total} images cannot be read, more than {MOST_BROKEN:.0%}; "
-                        f"the first is {self.broken[0]}. Mend or remove them."
-                    )
+                self.check(self.broken)
                 if batch is not None:
                     yield batch
         except RuntimeError as error:
@@ -110,18 +118,21 @@ class Batches:
 
     def _given(self) -> Iterator[Any]:
         """Pass on batches as they come, up to the number of images, each to one of the processes."""
-        limit = self._loading.images
+        asked = self._loading.images
+        most = DEFAULT_IMAGES if asked is None else asked
         seen = 0
-        for number, batch in enumerate(self._source):
-            if limit is not None and limit >= 0:
-                if seen >= limit:
+        with _stops_held():
+            arriving = iter(self._source)
+        for number, batch in enumerate(arriving):
+            if most >= 0:
+                if seen >= most:
                     break
-                batch = _first(batch, limit - seen)
+                batch = _first(batch, most - seen)
             seen += len(images_of(batch))
             if number % self._loading.world == self._loading.rank:
                 yield batch
-        if limit is not None and seen < limit:
-            raise DataError(f"--images {limit}: the data end after {seen}. Ask for fewer, or for all.")
+        if asked is not None and seen < asked:
+            raise DataError(f"--images {asked}: the data end after {seen}. Ask for fewer, or for all.")
 
 
 class _Careful(Dataset[Any]):
@@ -182,7 +193,7 @@ def open_data(
         factory = load_factory(source, "--data")
         try:
             made = factory()
-        except Exception as error:  # the user's own code
+        except (Exception, SystemExit) as error:  # the user's own code
             raise DataError(f"--data {source}: failed ({type(error).__name__}: {error}).") from error
         return Batches(_item_batches(made, loading), loading)
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
@@ -204,6 +215,9 @@ def open_data(
             if reader is not None and _is_map(dataset):
                 return Batches(FolderImages(reader, transform, mode), loading)
             dataset.transform = transform
+            # A reader of streams would share them out between the processes, and so does Batches.
+            if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
+                reader.dist_rank, reader.dist_num_replicas = 0, 1
             return Batches(_item_batches(dataset, loading), loading)
         # The cache that timm keeps beside large tars is a pickle, and a pickle can run code.
         options = {"cache_tarinfo": False} if path.is_file() else {}
@@ -241,7 +255,7 @@ def resolve_preprocessing(model: Any, channels: int, options: Mapping[str, Any])
         if given is not None and len(given) not in (1, channels):
             raise UsageError(f"--{key} has {len(given)} numbers for images of {channels} channels.")
     given = {key: value for key, value in options.items() if value is not None}
-    config = dict(resolve_data_config({"in_chans": channels, **given}, model=model))
+    config = dict(resolve_data_config({"in_chans": channels, **given}, model=model, use_test_size=True))
     size = config["input_size"]
     if size[0] != channels:
         config["input_size"] = (channels, *size[1:])
@@ -281,7 +295,9 @@ def _is_map(source: Any) -> bool:
 def _item_batches(source: Any, loading: Loading) -> Any:
     """Turn a stream of single items into batches; leave datasets and streams of batches as they are."""
     if isinstance(source, IterableDataset):
-        return DataLoader(source, batch_size=loading.batch_size, num_workers=min(loading.workers, 1))
+        source = DataLoader(source, batch_size=loading.batch_size, num_workers=min(loading.workers, 1))
+    if isinstance(source, DataLoader):
+        source.worker_init_fn = partial(_leave_stops, then=source.worker_init_fn)
     if not isinstance(source, Iterable) and not isinstance(source, Dataset):
         raise DataError(f"the factory gives a {type(source).__name__}: neither a Dataset nor an iterable of batches.")
     return source
@@ -305,12 +321,14 @@ def _stops_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _leave_stops(_worker: int) -> None:
+def _leave_stops(worker: int, then: Callable[[int], None] | None = None) -> None:
     """Leave Ctrl-C to the process that reads, which ends its workers; a terminal sends it to all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    if then is not None:
+        then(worker)
 
 
 def _name(source: Any, index: int) -> str:

@@ -47,11 +47,13 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, among five, loss, images
     try:
         for batch in batches:
+            if len(images := images_of(batch)) == 0:
+                continue
             labels = _labels(batch)
-            logits = model(images_of(batch).to(device, non_blocking=True)).double()
+            logits = model(images.to(device, non_blocking=True)).double()
             if (
                 logits.dim() != 2
-                or labels.numel() == 0
+                or len(labels) != len(logits)
                 or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]
             ):
                 raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from ..formats.output import OutTensor
 from ..formats.staged import check_replaceable, check_target
 from ..payload import torch_dtype
 from ..provenance import provenance
-from ..tensors import TensorSpec
+from ..tensors import DTYPES, TensorSpec
 from ..writing import write
 from .data import Loading, is_factory, open_data, resolve_preprocessing
 from .evaluation import Accuracy
@@ -154,7 +155,7 @@ def recalibrate_checkpoint(
     with joined_group(where) as group:
         network = build_model(model, checkpoint.header, model_kwargs or {}, checkpoint.specs)
         stored = load_weights(network, checkpoint)
-        found, _ = find_layers(network)
+        found, skipped = find_layers(network)
         network.to(where)
         if channels_last:
             network.to(memory_format=torch.channels_last)
@@ -196,6 +197,7 @@ def recalibrate_checkpoint(
             notes=tuple(notes),
         )
         if batches is None:
+            notes += [f"Left as it is: {name or 'the model'} ({kind}), {reason}." for name, kind, reason in skipped]
             report = replace(report, notes=(*notes, "The model has no BatchNorm statistics; nothing to do."))
             if on_plan is not None and group.first:
                 on_plan(report)
@@ -212,6 +214,7 @@ def recalibrate_checkpoint(
         }
 
         def laid_out(statistics: BatchNormReport | None) -> Assembly:
+            seen = {} if statistics is None or batches.images else {"images": statistics.images}
             return rewrite(
                 checkpoint.header,
                 checkpoint.state,
@@ -219,7 +222,7 @@ def recalibrate_checkpoint(
                 target=target,
                 provenance=provenance(
                     "recal-bn",
-                    arguments,
+                    arguments | seen,
                     state=checkpoint.state.label,
                     input={"name": source.name, "made": checkpoint.provenance},
                 ),
@@ -239,8 +242,12 @@ def recalibrate_checkpoint(
         statistics = runner.recalibrate(batches, passes, estimator, progress)
         after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
         broken = _everyones(batches.broken, group)
+        batches.check(broken)
         if broken:
             notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
+        unseen = [] if held_out is None else _everyones(held_out.broken, group)
+        if unseen:
+            notes.append(f"{len(unseen)} images of --eval could not be read, such as {unseen[0]}.")
         report = replace(
             report,
             images=statistics.images,
@@ -250,7 +257,7 @@ def recalibrate_checkpoint(
             after=after,
             notes=tuple(notes),
         )
-        if require_gain and before is not None and after is not None and after.loss > before.loss:
+        if require_gain and before and after and (after.loss > before.loss or math.isnan(after.loss)):
             raise NumericsError(
                 f"the loss on {eval_data} went from {before.loss:.4f} to {after.loss:.4f}; nothing was written "
                 "(--require-gain). Are these the images, size and mean that the network was trained with?"
@@ -308,10 +315,11 @@ def _new_buffers(
         spec = specs[stored[name]] if name in stored else None  # files from before torch 0.4.1 lack the counter
         if not isinstance(spec, TensorSpec):
             continue
-        narrow = values.to(torch_dtype(spec.dtype))
+        dtype = spec.dtype if values.is_floating_point() else DTYPES["int64"]  # other tools average the counter, too
+        narrow = values.to(torch_dtype(dtype))
         if narrow.is_floating_point() and not torch.isfinite(narrow).all():
-            raise NumericsError(f"the new '{name}' overflows {spec.dtype.name}, its dtype in the checkpoint.")
-        changed[stored[name]] = OutTensor(spec.dtype, spec.shape, (), stored[name], data=_bytes(narrow))
+            raise NumericsError(f"the new '{name}' overflows {dtype.name}, its dtype in the checkpoint.")
+        changed[stored[name]] = OutTensor(dtype, spec.shape, (), stored[name], data=_bytes(narrow))
     return changed
 
 

@@ -55,7 +55,7 @@ def load_factory(spec: str, option: str) -> Any:
     place, _, name = spec.rpartition(":")
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    except Exception as error:  # a user's own code fails as it likes
+    except (Exception, SystemExit) as error:  # a user's own code fails as it likes
         raise UsageError(f"{option} {spec}: cannot be imported ({type(error).__name__}: {error}).") from error
     if not hasattr(module, name):
         known = difflib.get_close_matches(name, dir(module), n=3)
@@ -129,7 +129,7 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
 def _made(name: str, make: Any) -> nn.Module:
     try:
         model = make()
-    except (TypeError, ValueError, RuntimeError, KeyError, AssertionError) as error:
+    except (Exception, SystemExit) as error:  # a user's own code
         raise ModelError(f"{name}: cannot be made ({type(error).__name__}: {error}). See --model-kwargs.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module.")

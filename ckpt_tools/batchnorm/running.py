@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import CkptError, DataError, ModelError
 from .data import Batches
 from .evaluation import Accuracy, evaluate
-from .recalibrate import BatchNormReport, recalibrate_bn
+from .recalibrate import BatchNormReport, images_of, recalibrate_bn
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]
@@ -64,7 +64,7 @@ class Runner:
                 return work()
         except CkptError:
             raise
-        except Exception as error:  # the user's own code raises what it likes
+        except (Exception, SystemExit) as error:  # the user's own code raises what it likes
             shape = "" if self._shape is None else f" on a batch of shape {self._shape}"
             raise ModelError(
                 f"{type(self._network).__name__} failed{shape} ({type(error).__name__}: {error}). "
@@ -97,15 +97,11 @@ class _Fed:
                 return
             except CkptError:
                 raise
-            except Exception as error:  # a dataset of the user's
+            except (Exception, SystemExit) as error:  # a dataset of the user's
                 raise DataError(f"the data failed after {done} images ({type(error).__name__}: {error}).") from error
-            if isinstance(batch, Tensor):
-                yield self._prepare(batch)
-            elif isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor):
-                yield self._prepare(batch[0]), *batch[1:]
-                done += len(batch[0])
-            else:
-                yield batch
+            images = images_of(batch)
+            yield self._prepare(images), *(batch[1:] if isinstance(batch, (tuple, list)) else ())
+            done += len(images)
             if self._on_images is not None:
                 self._on_images(done)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,7 +135,13 @@ def recal_bn(
     from ..batchnorm.job import recalibrate_checkpoint
     from ..batchnorm.models import parse_kwargs
 
-    with console.counting("images") as on_progress:
+    plans: list[RecalibrationReport] = []
+
+    def show_plan(plan: RecalibrationReport) -> None:
+        plans.append(plan)
+        _show_plan(plan)
+
+    with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
         report = recalibrate_checkpoint(
             None if checkpoint is None else os.path.expanduser(checkpoint),  # noqa: PTH111 - keeps a ~user that is none
             data=data, model=model, model_kwargs=parse_kwargs(model_kwargs or []), images=_count(images),
@@ -141,13 +149,14 @@ def recal_bn(
             crop_pct=crop_pct, interpolation=interpolation, mean=arguments.numbers("--mean", mean),
             std=arguments.numbers("--std", std), state=state, device=device, amp=amp, channels_last=channels_last,
             passes=passes, estimator=estimator, seed=seed, eval_data=eval_, require_gain=require_gain,
-            out=arguments.target(out), force=force, dry_run=dry_run, on_plan=_show_plan, on_progress=on_progress,
+            out=arguments.target(out), force=force, dry_run=dry_run, on_plan=show_plan, on_progress=on_progress,
         )  # fmt: skip
     if report.statistics is not None and report.written:
         _show_statistics(report.statistics)
         _show_accuracy(report)
+        console.say(*report.notes[len(plans[0].notes) :])
         console.say(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
-    if json and (report.written or dry_run or not report.layers):
+    if json and plans:  # of several processes only the first has one
         console.print_json(report.to_dict())
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import Photos
 from PIL import Image
-from timm.data import create_transform
+from timm.data import IterableImageDataset, create_transform, resolve_data_config
 
 from ckpt_tools.batchnorm.data import (
     DEFAULT_IMAGES,
@@ -144,6 +145,15 @@ def test_more_than_one_percent_of_broken_images_is_refused(photos: Photos) -> No
         images_in(opened(folder))
 
 
+def test_a_process_counts_broken_images_of_all_processes_together(photos: Photos) -> None:
+    folder = photos(classes=2, each=60, size=8)
+    (folder / "class1" / "1-7.png").write_bytes(b"no image")
+    parts = [opened(folder, batch_size=16, rank=rank, world=2) for rank in range(2)]  # 1 of 60 is more than 1 %
+    assert sum(len(images_in(part)) for part in parts) == 119
+    with pytest.raises(DataError, match="2 of 120 images cannot be read"):
+        parts[0].check(2 * [broken for part in parts for broken in part.broken])
+
+
 def test_a_model_of_gray_images_gets_gray_images(photos: Photos) -> None:
     gray = PREPROCESSING | {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
     batches = open_data(str(photos()), Loading(), preprocessing=gray, split="validation", root=None)
@@ -166,10 +176,12 @@ class Stream(IterableDataset):
 
 def items(): return Items()
 def stream(): return Stream()
+def endless(): return (torch.zeros(100, 3) for _ in iter(int, 1))
 def loader(): return DataLoader(Items(), batch_size=3)
 def batches(): return [torch.full((2, 2, 3), float(i)) for i in range(5)]
 def nothing(): return None
 def broken(): raise KeyError("path")
+def leaves(): raise SystemExit(0)
 """
 
 
@@ -183,6 +195,24 @@ def test_a_factory_gives_a_dataset_or_batches(tmp_path: Path, name: str) -> None
     assert sum(len(images) for images, _ in some) == 7
     with pytest.raises(DataError, match="--images 11"):
         list(opened(f"{tmp_path}/mine.py:{name}", images=11))
+
+
+def test_of_data_without_end_the_default_number_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORIES)
+    assert sum(map(len, opened(f"{tmp_path}/mine.py:endless"))) == DEFAULT_IMAGES
+
+
+def test_a_stream_that_timm_would_share_out_is_shared_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:  # as those of timm for wds/, tfds/ and hfids/ do in a process group
+        dist_rank, dist_num_replicas = 1, 2
+
+        def __iter__(self) -> Any:
+            return iter([(torch.zeros(1), i) for i in range(self.dist_rank, 12, self.dist_num_replicas)])
+
+    monkeypatch.setattr("timm.data.create_dataset", lambda *_, **__: IterableImageDataset("", reader=Reader()))
+    monkeypatch.setattr("timm.data.create_transform", lambda **_: None)
+    parts = [opened("wds/any", batch_size=2, rank=rank, world=2) for rank in range(2)]
+    assert sorted(int(label) for part in parts for _, labels in part for label in labels) == list(range(12))
 
 
 def test_a_list_of_batches_is_dealt_out_to_processes(tmp_path: Path) -> None:
@@ -199,6 +229,7 @@ def test_a_list_of_batches_is_dealt_out_to_processes(tmp_path: Path) -> None:
         ("text.txt", r"neither a \.tar nor a factory"),
         ("mine.py:nothing", "gives a NoneType: neither"),
         ("mine.py:broken", "failed \\(KeyError: 'path'\\)"),
+        ("mine.py:leaves", "failed \\(SystemExit: 0\\)"),
         ("hfds/nobody/nothing", "--data hfds/nobody/nothing: "),
     ],
 )
@@ -217,6 +248,7 @@ def test_unusable_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("mine.py:itmes", "mine.py has no 'itmes'. Did you mean items"),
         ("absent.py:items", r"cannot be imported \(FileNotFoundError"),
         ("wrong.py:items", r"cannot be imported \(SyntaxError"),
+        ("leaves.py:items", r"cannot be imported \(SystemExit: 0"),
         ("no_such_module:items", r"cannot be imported \(ModuleNotFoundError"),
     ],
 )
@@ -226,6 +258,7 @@ def test_a_factory_that_is_not_there_is_a_usage_error(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(FACTORIES)
     (tmp_path / "wrong.py").write_text("def")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
     with pytest.raises(UsageError, match=message):
         opened(source)
 
@@ -261,6 +294,9 @@ def test_preprocessing_is_the_models_but_for_options() -> None:
     assert found["input_size"] == (3, 160, 160)
     assert found["crop_pct"] == 0.5
     assert found["mean"] == (0.5, 0.4, 0.3)
+    tested = timm.create_model("resnet18")  # trained at 224, tested at 288
+    assert resolve_preprocessing(tested, 3, {}) == resolve_data_config({}, model=tested, use_test_size=True)
+    assert resolve_preprocessing(tested, 3, {"img_size": 64})["input_size"] == (3, 64, 64)
     gray = resolve_preprocessing(torchvision.models.resnet18(), 1, {})
     assert gray["input_size"] == (1, 224, 224)
     np.testing.assert_allclose(gray["mean"], [np.mean([0.485, 0.456, 0.406])])

@@ -19,6 +19,7 @@ from conftest import Photos
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint
 from ckpt_tools.errors import CkptError, DataError, LayoutError, ModelError, NumericsError, UsageError, WriteError
@@ -224,6 +225,34 @@ def test_a_layer_that_stands_in_two_places_changes_in_both(save: Save, tmp_path:
         assert found[f"0.{what}"].equal(found[f"2.{what}"])
 
 
+def test_the_counter_is_int64_whatever_an_earlier_tool_made_of_it(save: Save, photos: Photos) -> None:
+    state = {k: v.float() if k.endswith("num_batches_tracked") else v for k, v in network().state_dict().items()}
+    path = save("a.pth", state)
+    recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", **QUICK)
+    found = load(path.with_name("a-bn.pth"))
+    counters = [value for name, value in found.items() if name.endswith("num_batches_tracked")]
+    assert all(value.dtype == torch.int64 and value.item() == 3 for value in counters)
+
+
+def test_the_origin_says_how_many_images_a_stream_gave(save: Save, tmp_path: Path) -> None:
+    (tmp_path / "stream.py").write_text("import torch\ndef make(): return [torch.randn(8, 3, 32, 32)] * 3\n")
+    path = save("a.pth", network().state_dict())
+    recalibrate_checkpoint(path, data=f"{tmp_path}/stream.py:make", model="test_resnet")
+    made = open_checkpoint(path.with_name("a-bn.pth")).provenance
+    assert made is not None
+    assert made["arguments"]["images"] == 24
+
+
+def test_frozen_layers_alone_are_named_and_left(save: Save, tmp_path: Path) -> None:
+    (tmp_path / "frozen.py").write_text("from torchvision.ops import FrozenBatchNorm2d as net\n")
+    path = save("a.pth", FrozenBatchNorm2d(3).state_dict())
+    report = recalibrate_checkpoint(
+        path, data="nowhere", model=f"{tmp_path}/frozen.py:net", model_kwargs={"num_features": 3}
+    )
+    assert report.notes[0] == "Left as it is: the model (FrozenBatchNorm2d), frozen: its class never updates them."
+    assert not report.written
+
+
 def test_mixed_precision_is_close_and_channels_last_changes_nothing(save: Save, photos: Photos) -> None:
     path, folder = save("a.pth", network().state_dict()), str(photos())
     found = {}
@@ -291,6 +320,15 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
         ({}, {"data": "mine.py:fails"}, DataError, r"the data failed after .* \(OSError: disk gone\)"),
         ({}, {"data": "mine.py:once", "passes": 2}, UsageError, "can be read again"),
         ({}, {"eval_data": "flat"}, DataError, "--eval"),
+        ({}, {"model": "mine.py:unmade"}, ModelError, r"cannot be made \(AttributeError: torch\)"),
+        ({}, {"model": "mine.py:leaves"}, ModelError, r"cannot be made \(SystemExit: 0\)"),
+        ({}, {"data": "mine.py:leaves_later"}, DataError, r"the data failed after 4 images \(SystemExit: 0\)"),
+        (
+            {"fc.weight": torch.full((3, 96), float("nan"))},
+            {"eval_data": "photos", "require_gain": True},
+            NumericsError,
+            "from nan to nan; nothing was written",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_and_nothing_is_written(
@@ -315,6 +353,11 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
         "def wrong_shape(): return [torch.zeros(4, 5, 32, 32)]\n"
         "def nan(): return [torch.zeros(4, 3, 32, 32), torch.full((4, 3, 32, 32), float('nan'))]\n"
         "def nothing(): return []\n"
+        "def unmade(): raise AttributeError('torch')\n"
+        "def leaves(): raise SystemExit(0)\n"
+        "def leaves_later():\n"
+        "    yield torch.zeros(4, 3, 32, 32)\n"
+        "    raise SystemExit(0)\n"
         "def once(): return iter([torch.zeros(4, 3, 32, 32)])\n"
         "class Fails:\n"
         "    def __iter__(self):\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -69,6 +70,22 @@ def test_json_is_on_stdout_and_nothing_else(averaged: Path) -> None:
     assert [layer["name"] for layer in report["statistics"]["layers"]] == ["bn1", "bn2", "bn3"]
 
 
+def test_what_the_users_code_prints_is_not_on_stdout(averaged: Path, tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text("from digits_net import DigitsNet\nclass Net(DigitsNet): print('hello')\n")
+    result = run("recal-bn", "--model", "loud.py:Net", *GRAY[2:], "--data", FIXTURES / "digits/val", "--json")
+    assert "hello" in result.err
+    assert json.loads(result.out)["written"] is True
+
+
+def test_a_broken_image_is_named(averaged: Path, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "digits/val", tmp_path / "val")
+    broken = min((tmp_path / "val").rglob("*.png"))
+    broken.write_bytes(b"no image")
+    result = run("recal-bn", *GRAY, "--data", "val")
+    assert result.code == 0, result.err
+    assert f"could not be read and were left out, such as {broken.relative_to(tmp_path)}" in result.err
+
+
 def test_a_dry_run_shows_the_plan(averaged: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", "--images", "100", "--dry-run", "--json")
@@ -111,23 +128,24 @@ def test_bad_usage_is_one_message_and_no_trace(
 
 
 SLOW = """
-import time, torch
+import os, time, torch
 def make():
     for i in range(1000):
-        print(i, flush=True)
+        os.write(1, b".\\n")
         time.sleep(0.05)
         yield torch.zeros(4, 1, 8, 8)
 class Slow(torch.utils.data.Dataset):
     def __len__(self): return 4000
     def __getitem__(self, i):
-        print(i, flush=True)
+        os.write(1, b".\\n")
         time.sleep(0.05)
         return torch.zeros(1, 8, 8), 0
 def workers(): return Slow()
+def loader(): return torch.utils.data.DataLoader(Slow(), batch_size=4, num_workers=2)
 """
 
 
-@pytest.mark.parametrize("factory", ["make", "workers"])
+@pytest.mark.parametrize("factory", ["make", "workers", "loader"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_it_without_a_trace(
     averaged: Path, tmp_path: Path, number: signal.Signals, code: int, factory: str
