@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .assembly import assemble, check_suffix, default_target
-from .errors import LayoutError, UsageError, WriteError
+from .errors import LayoutError, UsageError
 from .formats import SUFFIXES
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
@@ -21,7 +20,7 @@ from .provenance import Input, averaged_inputs, provenance, short_names
 from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, Series, find_series
 from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
-from .writing import write
+from .writing import only_noted, write
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +190,7 @@ def average(
     tensors = _out_tensors(plan.rows, coefficients, out_dtype, keep_running=buffers == "last")
     unique = dict.fromkeys(tensors.values())
     target = Path(out) if out is not None else default_target([member.header for member in members])
-    with _only_noted(notes, dry_run):
+    with only_noted(notes, dry_run):
         check_target(
             target,
             [*series.given, *(stamp.path for stamp in stamps)],
@@ -211,7 +210,7 @@ def average(
         untie=untie,
     )
     if assembly.folder:
-        with _only_noted(notes, dry_run):
+        with only_noted(notes, dry_run):
             check_replaceable(target, assembly.names)
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
@@ -285,17 +284,6 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
             "Raw and averaged weights do not mix: say --state raw, or leave the others out."
         )
     return states
-
-
-@contextmanager
-def _only_noted(notes: list[str], dry_run: bool) -> Iterator[None]:
-    """In a dry run, say that the target would be refused, and go on."""
-    try:
-        yield
-    except WriteError as error:
-        if not dry_run:
-            raise
-        notes.append(f"Without --dry-run this would be refused: {error}")
 
 
 def _inputs(

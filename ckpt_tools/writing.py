@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from .assembly import Assembly
+from .errors import WriteError
 from .formats.header import Stamp
 from .formats.staged import staged_files
+
+
+@contextmanager
+def only_noted(notes: list[str], dry_run: bool) -> Iterator[None]:
+    """In a dry run, say that the target would be refused, and go on."""
+    try:
+        yield
+    except WriteError as error:
+        if not dry_run:
+            raise
+        notes.append(f"Without --dry-run this would be refused: {error}")
 
 
 def write(

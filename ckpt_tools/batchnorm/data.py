@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..errors import DataError, UsageError
+from .batches import images_of
 from .models import INSTALL, load_factory
-from .recalibrate import images_of
 
 DEFAULT_IMAGES = 8192
 MOST_BROKEN = 0.01

@@ -12,7 +12,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .recalibrate import device_of, images_of
+from .batches import images_of
+from .recalibrate import device_of
 
 
 @dataclass(frozen=True, slots=True)

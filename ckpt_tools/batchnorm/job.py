@@ -22,12 +22,13 @@ from ..formats.staged import check_replaceable, check_target
 from ..payload import torch_dtype
 from ..provenance import provenance
 from ..tensors import DTYPES, TensorSpec
-from ..writing import write
+from ..writing import only_noted, write
 from .data import Loading, is_factory, open_data, resolve_preprocessing
 from .evaluation import Accuracy
 from .models import build_model, input_channels, load_weights, pick_device
 from .processes import Group, joined_group, local_device
-from .recalibrate import BatchNormReport, find_layers
+from .recalibrate import check_options, find_layers
+from .report import BatchNormReport
 from .running import Progress, Runner
 
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
@@ -146,6 +147,7 @@ def recalibrate_checkpoint(
         raise UsageError(f"--batch-size {batch_size}: must be 2 or more; one image cannot be normalised.")
     if images is not None and (type(images) is not int or images < -1 or images in (0, 1)):
         raise UsageError(f"--images {images}: must be 2 or more, or all.")
+    check_options(passes, estimator)
     if require_gain and eval_data is None:
         raise UsageError("--require-gain goes with --eval.")
     source = Path(path) if path is not None else _default_input()
@@ -229,9 +231,10 @@ def recalibrate_checkpoint(
             )
 
         plan = laid_out(None)
-        report = replace(report, dropped=plan.dropped)
         if group.first:
-            _check(plan, checkpoint, force=force, dry_run=dry_run)
+            with only_noted(notes, dry_run):
+                _check(plan, checkpoint, force=force)
+        report = replace(report, dropped=plan.dropped, notes=tuple(notes))
         if on_plan is not None and group.first:
             on_plan(report)
         if dry_run:
@@ -328,17 +331,12 @@ def _bytes(tensor: Tensor) -> bytes:
     return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
 
 
-def _check(plan: Assembly, checkpoint: Checkpoint, *, force: bool, dry_run: bool) -> None:
+def _check(plan: Assembly, checkpoint: Checkpoint, *, force: bool) -> None:
     header = checkpoint.header
-    check_target(
-        plan.target,
-        [header.path, *(stamp.path for stamp in header.files)],
-        nbytes=plan.nbytes,
-        force=force or dry_run,
-        folder=plan.folder,
-    )
-    if plan.folder and not dry_run:
-        check_replaceable(plan.target, [*(f.name for f in plan.files), *(c.name for c in plan.companions)])
+    inputs = [header.path, *(stamp.path for stamp in header.files)]
+    check_target(plan.target, inputs, nbytes=plan.nbytes, force=force, folder=plan.folder)
+    if plan.folder:
+        check_replaceable(plan.target, plan.names)
 
 
 def _everyones(broken: list[str], group: Group) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,78 +18,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from ..errors import DataError, ModelError, NumericsError, UsageError
-from .statistics import Moments, measure, merge
+from .batches import images_of, joined
+from .report import BatchNormReport, compare
+from .statistics import LayerMoments, Moments, measure, merge
 
 ESTIMATORS = ("population", "batch-mean")
-INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
-"""Where the images are in a batch that is a dict."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One layer, before and after.
-
-    Attributes:
-        name, kind: in the model, and its class.
-        channels: C.
-        count: values a channel that were measured: images times positions, over all uses.
-        mean_before, mean_after: largest magnitude over channels.
-        variance_before, variance_after: largest over channels.
-        mean_moved: largest change of a mean, in standard deviations.
-        variance_moved: largest factor between old and new variance, 1 or more.
-        mean_error: largest standard error of a new mean, in standard deviations, from how the batches
-            scatter; None for a single batch.
-        variance_error: the same of a new variance, relative to it.
-        Non-finite values of the old buffers count as moved by infinity.
-    """
-
-    name: str
-    kind: str
-    channels: int
-    count: int
-    mean_before: float
-    mean_after: float
-    variance_before: float
-    variance_after: float
-    mean_moved: float
-    variance_moved: float
-    mean_error: float | None
-    variance_error: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchNormReport:
-    """What a recalibration did.
-
-    Attributes:
-        layers: those with new statistics, in the order of the model.
-        skipped: (name, class, reason) of layers that were left as they are.
-        images, batches: measured in the last pass, over all processes.
-        passes, estimator: as asked for.
-        seconds: of all passes, in this process.
-        statistics: name to (mean, variance), float64 [C] on the CPU; the mean is None for a layer without one.
-    """
-
-    layers: tuple[LayerReport, ...]
-    skipped: tuple[tuple[str, str, str], ...]
-    images: int
-    batches: int
-    passes: int
-    estimator: str
-    seconds: float
-    statistics: Mapping[str, tuple[Tensor | None, Tensor]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON, without the statistics themselves."""
-        return {
-            "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [list(entry) for entry in self.skipped],
-            "images": self.images,
-            "batches": self.batches,
-            "passes": self.passes,
-            "estimator": self.estimator,
-            "seconds": self.seconds,
-        }
 
 
 @torch.no_grad()
@@ -134,10 +66,7 @@ def recalibrate_bn(
         NumericsError: a layer's input is not finite, or its statistics overflow its dtype; names the layer.
         The model is as before after any error, including those that it raises itself.
     """
-    if type(passes) is not int or passes < 1:
-        raise UsageError(f"--passes {passes!r}: must be a whole number from 1 on.")
-    if estimator not in ESTIMATORS:
-        raise UsageError(f"--estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
+    check_options(passes, estimator)
     if passes > 1 and isinstance(batches, Iterator):
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
@@ -161,7 +90,7 @@ def recalibrate_bn(
             raise ModelError(f"the data reach none of the BatchNorm layers, such as '{next(iter(layers))}'.")
     found = {name: run.states[name].estimate(estimator) for name in reached}
     return BatchNormReport(
-        layers=tuple(_compare(name, reached[name], before[name], found[name], run.states[name]) for name in reached),
+        layers=tuple(compare(name, reached[name], before[name], found[name], run.states[name]) for name in reached),
         skipped=(
             *skipped,
             *((name, type(layer).__name__, "never reached") for name, layer in layers.items() if name not in reached),
@@ -176,6 +105,18 @@ def recalibrate_bn(
             for name, (mean, variance) in found.items()
         },
     )
+
+
+def check_options(passes: int, estimator: str) -> None:
+    """Refuse what makes no sense, before any data are read.
+
+    Raises:
+        UsageError: a number of passes below 1, or an unknown estimator.
+    """
+    if type(passes) is not int or passes < 1:
+        raise UsageError(f"--passes {passes!r}: must be a whole number from 1 on.")
+    if estimator not in ESTIMATORS:
+        raise UsageError(f"--estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
 
 
 def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str, str], ...]]:
@@ -215,34 +156,15 @@ class _Reached(BaseException):  # no Exception, which a model's own forward migh
     """The last layer has been measured; what follows it is of no use."""
 
 
-class _State:
-    """What has been measured of one layer."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        none = Moments.none(channels, device)
-        self.population = none
-        self.means = none  # over batches, of their means
-        self.variances = none  # over batches, of their unbiased variances
-
-    def add(self, batch: Moments) -> None:
-        self.population = merge([self.population, batch])
-        self.means = merge([self.means, Moments.of_one(batch.mean)])
-        self.variances = merge([self.variances, Moments.of_one(batch.variance(correction=1))])
-
-    def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
-        """Return the mean and the variance to store, float64 [C]."""
-        if estimator == "batch-mean":
-            return self.means.mean, self.variances.mean
-        return self.population.mean, self.population.variance(correction=1)
-
-
 class _Pass:
     """Pass `number` over the data: the hooks' view of it."""
 
     def __init__(self, layers: Mapping[str, Any], number: int) -> None:
         self.layers = layers
         self.number = number
-        self.states = {name: _State(len(layer.running_var), layer.running_var.device) for name, layer in layers.items()}
+        self.states = {
+            name: LayerMoments(len(layer.running_var), layer.running_var.device) for name, layer in layers.items()
+        }
         self.images = self.batches = 0
         self._order: list[str] = []  # of the calls in the first batch that reaches every layer
         self._calls: list[str] = []  # in this batch
@@ -348,51 +270,6 @@ def _feed(model: nn.Module, batches: Iterable[Any], run: _Pass, on_batch: Callab
             hook.remove()
 
 
-def images_of(batch: Any) -> Tensor:
-    """Return the images of a batch.
-
-    Args:
-        batch: a tensor, a tuple or list that starts with one, or a dict with one under a usual name.
-
-    Raises:
-        DataError: it holds none.
-    """
-    images = batch
-    if isinstance(batch, Mapping):
-        images = next((batch[key] for key in INPUT_KEYS if key in batch), None)
-        if images is None:
-            raise DataError(
-                f"a batch is a dict of {', '.join(map(str, batch))}; expected one of {', '.join(INPUT_KEYS)}."
-            )
-    elif isinstance(batch, (tuple, list)) and batch:
-        images = batch[0]
-    if not isinstance(images, Tensor) or images.dim() == 0:
-        raise DataError(f"a batch is a {type(batch).__name__} that starts with no tensor of images.")
-    return images
-
-
-def joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join a batch of one image to a neighbour: a single value a channel cannot be normalised."""
-    waiting: Tensor | None = None
-    for images in batches:
-        if len(images) == 0:
-            continue
-        if waiting is not None and 1 in (len(waiting), len(images)) and waiting.shape[1:] == images.shape[1:]:
-            waiting = torch.cat([waiting, images])
-            continue
-        if waiting is not None:
-            yield _several(waiting)
-        waiting = images
-    if waiting is not None:
-        yield _several(waiting)
-
-
-def _several(images: Tensor) -> Tensor:
-    if len(images) == 1:
-        raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
-    return images
-
-
 def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
@@ -409,40 +286,3 @@ def _write(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> Non
     layer.running_var.copy_(variance)
     if batches is not None and isinstance(getattr(layer, "num_batches_tracked", None), Tensor):
         layer.num_batches_tracked.fill_(batches)
-
-
-def _compare(
-    name: str, layer: Any, before: tuple[Tensor | None, Tensor], found: tuple[Tensor, Tensor], state: _State
-) -> LayerReport:
-    old_mean, old_variance = before
-    mean, variance = found
-    sigma = variance.sqrt()
-    live = variance > 0
-    ratio = torch.where(live & ~(old_variance <= 0), variance / old_variance, 1.0)
-    factor = torch.maximum(ratio, 1 / ratio)
-
-    def error(of: Moments, unit: Tensor) -> float | None:
-        if of.count < 2:
-            return None
-        return _largest(torch.where(live, (of.variance(correction=1) / of.count).sqrt() / unit, 0.0))
-
-    moved = torch.zeros_like(mean) if old_mean is None else torch.where(live, (mean - old_mean).abs() / sigma, 0.0)
-    return LayerReport(
-        name=name,
-        kind=type(layer).__name__,
-        channels=len(variance),
-        count=state.population.count,
-        mean_before=0.0 if old_mean is None else _largest(old_mean),
-        mean_after=0.0 if old_mean is None else _largest(mean),
-        variance_before=_largest(old_variance),
-        variance_after=_largest(variance),
-        mean_moved=_largest(moved),
-        variance_moved=_largest(factor),
-        mean_error=error(state.means, sigma),
-        variance_error=error(state.variances, variance),
-    )
-
-
-def _largest(values: Tensor) -> float:
-    """Return the largest magnitude; infinity where something is no number."""
-    return values.abs().nan_to_num(nan=float("inf")).max().item() if values.numel() else 0.0

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CkptError, DataError, ModelError
+from .batches import images_of
 from .data import Batches
 from .evaluation import Accuracy, evaluate
-from .recalibrate import BatchNormReport, images_of, recalibrate_bn
+from .recalibrate import recalibrate_bn
+from .report import BatchNormReport
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]

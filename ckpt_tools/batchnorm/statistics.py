@@ -115,3 +115,24 @@ def _centred(wide: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     mean = wide.mean(dim, keepdim=True)
     wide.sub_(mean)
     return mean.squeeze(dim), wide.square_().sum(dim)
+
+
+class LayerMoments:
+    """What has been measured of one layer."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        none = Moments.none(channels, device)
+        self.population = none
+        self.means = none  # over batches, of their means
+        self.variances = none  # over batches, of their unbiased variances
+
+    def add(self, batch: Moments) -> None:
+        self.population = merge([self.population, batch])
+        self.means = merge([self.means, Moments.of_one(batch.mean)])
+        self.variances = merge([self.variances, Moments.of_one(batch.variance(correction=1))])
+
+    def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
+        """Return the mean and the variance to store, float64 [C]."""
+        if estimator == "batch-mean":
+            return self.means.mean, self.variances.mean
+        return self.population.mean, self.population.variance(correction=1)

@@ -15,7 +15,7 @@ from . import arguments, console
 
 if TYPE_CHECKING:
     from ..batchnorm.job import RecalibrationReport
-    from ..batchnorm.recalibrate import BatchNormReport
+    from ..batchnorm.report import BatchNormReport
 
 _MODEL, _DATA, _STATISTICS, _OUTPUT, _RUN = "The network", "The data", "The statistics", "Output", "Running"
 

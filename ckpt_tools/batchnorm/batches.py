@@ -1,0 +1,59 @@
+"""Batches: the images in what a loader gives, never a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+
+INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
+"""Where the images are in a batch that is a dict."""
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images of a batch.
+
+    Args:
+        batch: a tensor, a tuple or list that starts with one, or a dict with one under a usual name.
+
+    Raises:
+        DataError: it holds none.
+    """
+    images = batch
+    if isinstance(batch, Mapping):
+        images = next((batch[key] for key in INPUT_KEYS if key in batch), None)
+        if images is None:
+            raise DataError(
+                f"a batch is a dict of {', '.join(map(str, batch))}; expected one of {', '.join(INPUT_KEYS)}."
+            )
+    elif isinstance(batch, (tuple, list)) and batch:
+        images = batch[0]
+    if not isinstance(images, Tensor) or images.dim() == 0:
+        raise DataError(f"a batch is a {type(batch).__name__} that starts with no tensor of images.")
+    return images
+
+
+def joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Join a batch of one image to a neighbour: a single value a channel cannot be normalised."""
+    waiting: Tensor | None = None
+    for images in batches:
+        if len(images) == 0:
+            continue
+        if waiting is not None and 1 in (len(waiting), len(images)) and waiting.shape[1:] == images.shape[1:]:
+            waiting = torch.cat([waiting, images])
+            continue
+        if waiting is not None:
+            yield _several(waiting)
+        waiting = images
+    if waiting is not None:
+        yield _several(waiting)
+
+
+def _several(images: Tensor) -> Tensor:
+    if len(images) == 1:
+        raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
+    return images

@@ -1,0 +1,116 @@
+"""Report: what a recalibration found, and how far it moved each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .statistics import LayerMoments, Moments
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer, before and after.
+
+    Attributes:
+        name, kind: in the model, and its class.
+        channels: C.
+        count: values a channel that were measured: images times positions, over all uses.
+        mean_before, mean_after: largest magnitude over channels.
+        variance_before, variance_after: largest over channels.
+        mean_moved: largest change of a mean, in standard deviations.
+        variance_moved: largest factor between old and new variance, 1 or more.
+        mean_error: largest standard error of a new mean, in standard deviations, from how the batches
+            scatter; None for a single batch.
+        variance_error: the same of a new variance, relative to it.
+        Non-finite values of the old buffers count as moved by infinity.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    count: int
+    mean_before: float
+    mean_after: float
+    variance_before: float
+    variance_after: float
+    mean_moved: float
+    variance_moved: float
+    mean_error: float | None
+    variance_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormReport:
+    """What a recalibration did.
+
+    Attributes:
+        layers: those with new statistics, in the order of the model.
+        skipped: (name, class, reason) of layers that were left as they are.
+        images, batches: measured in the last pass, over all processes.
+        passes, estimator: as asked for.
+        seconds: of all passes, in this process.
+        statistics: name to (mean, variance), float64 [C] on the CPU; the mean is None for a layer without one.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[tuple[str, str, str], ...]
+    images: int
+    batches: int
+    passes: int
+    estimator: str
+    seconds: float
+    statistics: Mapping[str, tuple[Tensor | None, Tensor]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON, without the statistics themselves."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "skipped": [list(entry) for entry in self.skipped],
+            "images": self.images,
+            "batches": self.batches,
+            "passes": self.passes,
+            "estimator": self.estimator,
+            "seconds": self.seconds,
+        }
+
+
+def compare(
+    name: str, layer: Any, before: tuple[Tensor | None, Tensor], found: tuple[Tensor, Tensor], state: LayerMoments
+) -> LayerReport:
+    old_mean, old_variance = before
+    mean, variance = found
+    sigma = variance.sqrt()
+    live = variance > 0
+    ratio = torch.where(live & ~(old_variance <= 0), variance / old_variance, 1.0)
+    factor = torch.maximum(ratio, 1 / ratio)
+
+    def error(of: Moments, unit: Tensor) -> float | None:
+        if of.count < 2:
+            return None
+        return _largest(torch.where(live, (of.variance(correction=1) / of.count).sqrt() / unit, 0.0))
+
+    moved = torch.zeros_like(mean) if old_mean is None else torch.where(live, (mean - old_mean).abs() / sigma, 0.0)
+    return LayerReport(
+        name=name,
+        kind=type(layer).__name__,
+        channels=len(variance),
+        count=state.population.count,
+        mean_before=0.0 if old_mean is None else _largest(old_mean),
+        mean_after=0.0 if old_mean is None else _largest(mean),
+        variance_before=_largest(old_variance),
+        variance_after=_largest(variance),
+        mean_moved=_largest(moved),
+        variance_moved=_largest(factor),
+        mean_error=error(state.means, sigma),
+        variance_error=error(state.variances, variance),
+    )
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude; infinity where something is no number."""
+    return values.abs().nan_to_num(nan=float("inf")).max().item() if values.numel() else 0.0
