@@ -304,6 +304,7 @@ def _new_buffers(
     """Make the tensors that change, under their names in the checkpoint and in its dtypes."""
     measured = {network.get_submodule(layer): layer for layer in found.statistics}
     buffers: dict[str, Tensor] = {}
+    counter = torch.tensor(found.batches)
     for name, module in network.named_modules(remove_duplicate=False):  # a layer in two places stands under two names
         if module not in measured:
             continue
@@ -312,8 +313,9 @@ def _new_buffers(
         if mean is not None:
             buffers[f"{lead}running_mean"] = mean
         buffers[f"{lead}running_var"] = variance
-        buffers[f"{lead}num_batches_tracked"] = torch.tensor(found.batches)
+        buffers[f"{lead}num_batches_tracked"] = counter
     changed = {}
+    made: dict[tuple[int, TensorSpec], OutTensor] = {}  # so that what was tied stays so
     for name, values in buffers.items():
         spec = specs[stored[name]] if name in stored else None  # files from before torch 0.4.1 lack the counter
         if not isinstance(spec, TensorSpec):
@@ -322,7 +324,8 @@ def _new_buffers(
         narrow = values.to(torch_dtype(dtype))
         if narrow.is_floating_point() and not torch.isfinite(narrow).all():
             raise NumericsError(f"the new '{name}' overflows {dtype.name}, its dtype in the checkpoint.")
-        changed[stored[name]] = OutTensor(dtype, spec.shape, (), stored[name], data=_bytes(narrow))
+        new = OutTensor(dtype, spec.shape, (), stored[name], data=_bytes(narrow))
+        changed[stored[name]] = made.setdefault((id(values), spec), new)
     return changed
 
 

@@ -16,7 +16,7 @@ import safetensors
 import timm
 import torch
 from conftest import Photos
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -223,6 +223,13 @@ def test_a_layer_that_stands_in_two_places_changes_in_both(save: Save, tmp_path:
     assert not found["0.running_mean"].equal(torch.zeros(3))
     for what in BUFFERS:
         assert found[f"0.{what}"].equal(found[f"2.{what}"])
+    save_model(nn.Sequential(bn, nn.ReLU(), bn), str(tmp_path / "a.safetensors"))
+    recalibrate_checkpoint(
+        tmp_path / "a.safetensors", data=f"{tmp_path}/twice.py:data", model=f"{tmp_path}/twice.py:net"
+    )
+    assert load_file(tmp_path / "a-bn.safetensors").keys() == load_file(tmp_path / "a.safetensors").keys()
+    assert not load_file(tmp_path / "a-bn.safetensors")["0.running_mean"].equal(torch.zeros(3))
+    assert not open_checkpoint(tmp_path / "a-bn.safetensors")["2.running_mean"].equal(torch.zeros(3))
 
 
 def test_the_counter_is_int64_whatever_an_earlier_tool_made_of_it(save: Save, photos: Photos) -> None:
