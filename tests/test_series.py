@@ -196,6 +196,22 @@ def test_the_number_that_varies_is_the_step_and_several_go_from_left_to_right(
     )
 
 
+def test_names_whose_numbers_do_not_line_up_are_said_to_be_guessed_at(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("checkpoint1.pt", "checkpoint2.pt", "checkpoint_1_500.pt")
+    series = find_series(paths)
+    assert [member.step for member in series.members] == [1, 2, 500]
+    (note,) = series.notes
+    assert note.startswith("The numbers of checkpoint1.pt and checkpoint_1_500.pt do not line up, so")
+    assert find_series(paths[::-1]).notes == series.notes
+
+
+@pytest.mark.parametrize("key", ["iter_num", "global_steps"])
+def test_the_counters_of_nanogpt_and_deepspeed_count(save: Save, key: str) -> None:
+    for name, step in (("1", 2000), ("2", 500)):
+        save(f"{name}/ckpt.pt", {"model": weights(step), key: step})
+    assert [member.step for member in find_series(["*/ckpt.pt"]).members] == [500, 2000]
+
+
 def test_the_folders_tell_where_all_files_have_one_name_with_a_number(plain: Callable[..., list[Path]]) -> None:
     paths = plain("iter_9/mp_rank_00/model_optim_rng.pt", "iter_10/mp_rank_00/model_optim_rng.pt")
     assert [member.step for member in find_series(paths[::-1]).members] == [9, 10]
