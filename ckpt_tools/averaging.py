@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ BUFFERS = ("average", "last")
 MAX_THREADS = 256
 """More would help no disk, and each holds its own buffers."""
 _DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
 _RUNNING = ("running_mean", "running_var")
 
@@ -282,6 +284,13 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
         raise LayoutError(
             f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
             "Raw and averaged weights do not mix: say --state raw, or leave the others out."
+        )
+    marked = [name for name in names if _EMA_NAME.search(name)]
+    if state == "auto" and kinds == {"raw"} and 0 < len(marked) < len(names):
+        raise LayoutError(
+            f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is none "
+            f"({len(marked)} of {len(names)} are). Raw and averaged weights do not mix: leave the others out, "
+            "or say --state raw if the names mislead."
         )
     return states
 

@@ -109,6 +109,8 @@ def select(header: Header, state: str = "auto") -> StateDict:
     if which in found:
         _refuse_nested(header, found[which])
         return found[which]
+    if state != "auto" and isinstance(tree, dict) and _holds_tensors(tree.get(state)):
+        return _at_path(header, state)  # such as the `ema` of DiT, in no layout here
     raise LayoutError(f"{header.path}: {_nothing(header, found, which)}")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -13,9 +14,10 @@ from .errors import ReadError, SeriesError, UsageError
 from .formats import read_header
 from .formats.header import Header
 from .formats.unpickle import tensors_in
+from .layouts import looks_like_training_state
 from .paths import find, keep_one, natural_key, numbered_first
 from .steps import named_places, stored_counters, stored_places, trainer_state, unread_tensors
-from .tensors import TensorSpec
+from .tensors import Storage, TensorSpec
 
 ORDERS = ("auto", "given", "natural", "mtime")
 
@@ -117,13 +119,13 @@ def find_series(
 
 
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Count copies once: where links are not supported, timm copies.
+    """Count copies once: the same weights at the same step, whatever else two ways of saving them tell.
 
-    Names that differ in nothing but their numbers are of different checkpoints, whatever the bytes.
+    Names that differ in nothing but their numbers are of different checkpoints, whatever the weights.
     """
     groups = [list(headers)]
     # Each look costs more than the one before it, and is taken at those that were alike so far.
-    for look in (_sizes, _ends, _middles, _digests):
+    for look in (_outlines, _middles, _values):
         groups = [
             part
             for group in groups
@@ -133,7 +135,7 @@ def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]
     for paths in ([header.path for header in group] for group in groups):
         first = min(paths, key=numbered_first)
         others = [path for path in paths if _family(path) != _family(first)]
-        keep_one([first, *others], "again (the same bytes)", notes)
+        keep_one([first, *others], "again (the same weights)", notes)
         copies.update(others)
     return [header for header in headers if header.path not in copies]
 
@@ -152,31 +154,50 @@ def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[
     return list(groups.values())
 
 
-def _sizes(header: Header) -> object:
-    # Beside equal weights, trainer_state.json may tell another step.
-    return tuple(stamp.nbytes for stamp in header.files), tuple(stored_counters(header).items())
+def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
+    """List the tensors by place, without those that only a running training needs."""
+    tree = header.tree if isinstance(header.tree, dict) else {}
+    return [
+        (path, spec)
+        for path, spec in tensors_in(header.tree)
+        if isinstance(spec, TensorSpec)
+        and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
+    ]
 
 
-def _ends(header: Header) -> object:
-    """Read where the directory of a zip has its checksums."""
-    return tuple(_block(stamp.path, stamp.nbytes - 4096, 4096) for stamp in header.files)
+def _outlines(header: Header) -> object:
+    """Read nothing."""
+    specs = ((path, s.dtype.name, s.shape, s.stride, s.start, s.storage.big_endian) for path, s in _weights(header))
+    return frozenset(specs), frozenset(stored_counters(header).items())
 
 
 def _middles(header: Header) -> object:
     """Read a little of each tensor: one at least moves from checkpoint to checkpoint."""
-    storages = dict.fromkeys(spec.storage for _, spec in tensors_in(header.tree) if isinstance(spec, TensorSpec))
-    return tuple(_block(storage.path, storage.offset + storage.nbytes // 2, 64) for storage in storages)
+    return frozenset(
+        (path, b"".join(_blocks(spec.storage, spec.storage.nbytes // 2, 64))) for path, spec in _weights(header)
+    )
 
 
-def _digests(header: Header) -> object:
+def _values(header: Header) -> object:
     """Read everything."""
-    return tuple(stamp.sha256() for stamp in header.files)
+    digests: dict[Storage, bytes] = {}
+    for _, spec in _weights(header):
+        if spec.storage not in digests:
+            digest = hashlib.sha256()
+            for block in _blocks(spec.storage, 0, spec.storage.nbytes):
+                digest.update(block)
+            digests[spec.storage] = digest.digest()
+    return frozenset((path, digests[spec.storage]) for path, spec in _weights(header))
 
 
-def _block(path: Path, offset: int, nbytes: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        file.seek(max(0, offset))
-        return file.read(nbytes)
+def _blocks(storage: Storage, start: int, nbytes: int) -> Iterator[bytes]:
+    """Read a part of a storage, a megabyte at a time."""
+    left = min(nbytes, storage.nbytes - start)
+    with storage.path.open("rb", buffering=0) as file:
+        file.seek(storage.offset + start)
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            left -= len(block)
+            yield block
 
 
 def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:

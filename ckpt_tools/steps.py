@@ -16,7 +16,10 @@ from .formats.sharded import SINGLE
 from .tensors import TensorSpec
 
 # Finer counters first: a file that stores both a step and an epoch is placed by its step.
-_STEP_KEYS = ("global_step", "step", "num_steps", "iteration", "iter", "num_updates", "batch_idx_train", "epoch")
+_STEP_KEYS = (
+    "global_step", "global_steps", "step", "num_steps", "iteration", "iter", "iter_num", "num_updates",
+    "batch_idx_train", "epoch",
+)  # fmt: skip
 _NESTED = ("meta", "trainer_state")  # mmengine keeps its counters one level down
 # Coarse to fine. A decimal is a metric (acc0.91), not a counter, unless it counts thousands or millions.
 _WORDS = ("epoch", "iter", "step")
@@ -131,8 +134,9 @@ def named_places(paths: Sequence[Path]) -> Places:
     levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
     names = next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
     rows = [_numbers_in(name) for name in names]
-    lined_up = len({tuple(word for word, _ in row) for row in rows}) == 1
-    columns = list(zip(*rows, strict=True)) if lined_up else []
+    # One name for each form that there is: which words stand before its numbers.
+    forms = {tuple(word for word, _ in row): name for row, name in sorted(zip(rows, names, strict=True), reverse=True)}
+    columns = list(zip(*rows, strict=True)) if len(forms) == 1 else []
     varying = [
         (column[0][0], [number for _, number in column])
         for column in columns
@@ -143,7 +147,12 @@ def named_places(paths: Sequence[Path]) -> Places:
     by = "the numbers in the names"
     if not deciding:
         steps = [number_in_name(Path(name)) for name in names]
-        return Places([() if step is None else (step,) for step in steps], steps, "name", by)
+        remarks = [
+            f"The numbers of {first} and {other} do not line up, so those behind a word, or else the last ones, "
+            "decide. Give the files in order, with --order given, if it should be another."
+            for first, other in pairwise(list(forms.values())[:2])
+        ]
+        return Places([() if step is None else (step,) for step in steps], steps, "name", by, remarks)
     keys = list(zip(*deciding, strict=True))
     if len(deciding) > 1 and not named:
         return Places(keys, [None] * len(keys), "name", f"{by}, from left to right")

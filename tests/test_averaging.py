@@ -389,6 +389,18 @@ def test_a_mixture_of_raw_and_ema_is_refused(tmp_path: Path, save: Save) -> None
         ckpt_tools.average(paths, out=tmp_path / "out.pth")
 
 
+@pytest.mark.parametrize(
+    ("raw", "ema"),
+    [("model010000.pt", "ema_0.9999_010000.pt"), ("X.ckpt", "X-EMA.ckpt"), ("unet/1.pt", "unet_ema/1.pt")],
+)
+def test_a_mixture_of_raw_and_ema_is_known_by_the_names(tmp_path: Path, save: Save, raw: str, ema: str) -> None:
+    paths = [save(raw, {"w": torch.zeros(1)}), save(ema, {"w": torch.ones(1)})]
+    with pytest.raises(LayoutError, match=rf"{ema} is an EMA by its name, {raw} is none \(1 of 2 are\)\."):
+        ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    ckpt_tools.average(paths, state="raw", out=tmp_path / "out.pth")
+    assert load(tmp_path / "out.pth")["w"].item() == 0.5
+
+
 def test_sharded_inputs_keep_their_layout_and_companions(tmp_path: Path) -> None:
     states = []
     for i in range(2):
@@ -437,7 +449,7 @@ def test_the_default_output_is_named_by_the_inputs(tmp_path: Path, save: Save, m
     monkeypatch.chdir(tmp_path)
     save_file({"w": torch.ones(1)}, "1.safetensors")
     assert ckpt_tools.average("1.safetensors").out == "averaged.safetensors"
-    assert ckpt_tools.average(["1.safetensors", save("2.pth", {"w": torch.ones(1)})]).out == "averaged.pth"
+    assert ckpt_tools.average(["1.safetensors", save("2.pth", {"w": torch.zeros(1)})]).out == "averaged.pth"
 
 
 def test_a_refused_job_leaves_nothing_behind(tmp_path: Path, save: Save) -> None:

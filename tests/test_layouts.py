@@ -60,6 +60,11 @@ def test_a_dotted_path_reaches_any_place(save: Save) -> None:
     assert select(header, "nets.student").label == "nets.student"
 
 
+def test_ema_and_raw_are_paths_too_where_no_layout_has_such_a_set(save: Save) -> None:
+    header = read_header(save("c.pth", {"model": weights(1), "ema": weights(2)}))
+    assert (select(header).path, select(header, "ema").path) == (("model",), ("ema",))
+
+
 def test_the_counter_of_averaged_model_is_no_weight(save: Save) -> None:
     model = AveragedModel(nn.Linear(2, 3))
     model.update_parameters(nn.Linear(2, 3))

@@ -196,6 +196,22 @@ def test_the_number_that_varies_is_the_step_and_several_go_from_left_to_right(
     )
 
 
+def test_names_whose_numbers_do_not_line_up_are_said_to_be_guessed_at(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("checkpoint1.pt", "checkpoint2.pt", "checkpoint_1_500.pt")
+    series = find_series(paths)
+    assert [member.step for member in series.members] == [1, 2, 500]
+    (note,) = series.notes
+    assert note.startswith("The numbers of checkpoint1.pt and checkpoint_1_500.pt do not line up, so")
+    assert find_series(paths[::-1]).notes == series.notes
+
+
+@pytest.mark.parametrize("key", ["iter_num", "global_steps"])
+def test_the_counters_of_nanogpt_and_deepspeed_count(save: Save, key: str) -> None:
+    for name, step in (("1", 2000), ("2", 500)):
+        save(f"{name}/ckpt.pt", {"model": weights(step), key: step})
+    assert [member.step for member in find_series(["*/ckpt.pt"]).members] == [500, 2000]
+
+
 def test_the_folders_tell_where_all_files_have_one_name_with_a_number(plain: Callable[..., list[Path]]) -> None:
     paths = plain("iter_9/mp_rank_00/model_optim_rng.pt", "iter_10/mp_rank_00/model_optim_rng.pt")
     assert [member.step for member in find_series(paths[::-1]).members] == [9, 10]
@@ -275,12 +291,12 @@ def test_hard_links_and_symlinks_are_counted_once_under_the_numbered_name(save: 
     )
 
 
-def test_byte_copies_are_counted_once_under_the_numbered_name(plain: Callable[..., list[Path]]) -> None:
+def test_copies_are_counted_once_under_the_numbered_name(plain: Callable[..., list[Path]]) -> None:
     plain("checkpoint-1.pth", "checkpoint-2.pth")
     shutil.copy2("checkpoint-2.pth", "last.pth")
     series = find_series(["last.pth", "checkpoint-1.pth", "checkpoint-2.pth"])
     assert names(series) == ["checkpoint-1.pth", "checkpoint-2.pth"]
-    assert series.notes == ("last.pth is checkpoint-2.pth again (the same bytes): counted once.",)
+    assert series.notes == ("last.pth is checkpoint-2.pth again (the same weights): counted once.",)
 
 
 @pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "folder", "sharded"])
@@ -306,7 +322,26 @@ def test_copies_of_every_format_are_counted_once_and_one_flipped_bit_is_no_copy(
     damaged.write_bytes(content)
     series = find_series(["c-1", "last", "c-2", "flipped"])
     assert sorted(names(series)) == ["c-1", "c-2", "flipped"]
-    assert series.notes[0] == "last is c-2 again (the same bytes): counted once."
+    assert series.notes[0] == "last is c-2 again (the same weights): counted once."
+
+
+def test_a_checkpoint_that_was_saved_twice_is_counted_once(save: Save) -> None:
+    """torchvision and Lightning save `checkpoint` and `last` anew, so that their bytes are others."""
+
+    def lightning(step: int, last: str) -> dict[str, Any]:
+        callbacks = {"ModelCheckpoint": {"last_model_path": last, "current_score": torch.tensor(len(last))}}
+        return {"state_dict": weights(step), "global_step": step, "callbacks": callbacks}
+
+    for i in (1, 2):
+        save(f"tv/model_{i}.pth", {"model": weights(i), "optimizer": {"m": torch.ones(9)}, "epoch": i})
+        save(f"pl/epoch={i}.ckpt", lightning(i, ""))
+    save("tv/checkpoint.pth", {"model": weights(2), "epoch": 2})
+    save("tv/other.pth", {"model": weights(3), "epoch": 2})
+    save("pl/last.ckpt", lightning(2, "pl/last.ckpt"), _use_new_zipfile_serialization=False)
+    assert names(find_series(["tv"])) == ["model_1.pth", "model_2.pth", "other.pth"]
+    series = find_series(["pl"])
+    assert names(series) == ["epoch=1.ckpt", "epoch=2.ckpt"]
+    assert series.notes == ("pl/last.ckpt is pl/epoch=2.ckpt again (the same weights): counted once.",)
 
 
 def test_equal_weights_at_another_step_are_no_copies(save: Save) -> None:
@@ -324,7 +359,7 @@ def test_numbered_names_are_different_checkpoints_even_if_nothing_was_learned(sa
         shutil.copy(first, f"{name}.{suffix}")
     series = find_series([f"*[12t].{suffix}"])
     assert names(series) == [f"c-1.{suffix}", f"c-2.{suffix}"]
-    assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same bytes): counted once.",)
+    assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same weights): counted once.",)
 
 
 def test_files_that_differ_in_one_value_are_no_copies(save: Save) -> None:
@@ -349,7 +384,7 @@ def test_the_same_argument_twice_is_counted_once_without_a_word(plain: Callable[
 def with_output(plain: Callable[..., list[Path]]) -> list[Path]:
     paths = plain("a-1.pth", "a-2.pth")
     average(paths, out="averaged.pth")
-    average(paths, out="averaged.safetensors")
+    average(paths, mode="ema", out="averaged.safetensors")
     return paths
 
 

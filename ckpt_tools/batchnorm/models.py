@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,12 +118,10 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
         where = "--model" if spec is not None else f"{header.path}:"
         advice = "" if known else " Use --model path/to/file.py:factory for a model of your own."
         raise UsageError(f"{where} {name}: timm has no such model.{hint}{advice}")
-    arguments = {
-        **_shapes(timm.get_pretrained_cfg(name), specs),
-        **(said if name == said.get("arch") else {}),
-        **kwargs,
-    }
-    arguments.pop("arch", None)
+    # What timm itself does with a model (load a file, say) is for its user to ask, not for the checkpoint.
+    own = inspect.signature(timm.create_model).parameters
+    stored = {key: value for key, value in said.items() if name == said.get("arch") and key not in ("arch", *own)}
+    arguments = {**_shapes(timm.get_pretrained_cfg(name), specs), **stored, **kwargs}
     return _made(name, lambda: timm.create_model(name, pretrained=False, **arguments))
 
 

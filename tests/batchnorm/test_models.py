@@ -70,6 +70,10 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
         with pytest.raises(UsageError, match="timm has no such model"):
             built(path)
     assert not (tmp_path / "ran").exists()
+    asks = {"checkpoint_path": "evil.pth", "pretrained": True, "cache_dir": "evil"}
+    args = {"model": "test_resnet", "model_kwargs": asks}
+    path = save("a.pth", {"args": args, "state_dict": timm.create_model("test_resnet").state_dict()})
+    assert isinstance(built(path), nn.Module)  # and timm looked for no evil.pth
 
 
 @pytest.mark.parametrize(
