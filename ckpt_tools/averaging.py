@@ -189,6 +189,10 @@ def average(
         match=match,
         mixed_dtypes=out_dtype is not None,
     )
+    partial = [name for name, row in plan.rows.items() if None in row]
+    if partial:
+        more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
+        notes.append(f"Not in every checkpoint, so taken from those that have them: '{partial[0]}'{more}.")
     tensors = _out_tensors(plan.rows, coefficients, out_dtype, keep_running=buffers == "last")
     unique = dict.fromkeys(tensors.values())
     target = Path(out) if out is not None else default_target([member.header for member in members])

@@ -160,6 +160,8 @@ def _show_summary(report: AverageReport) -> None:
 
 
 def _show_dropped(report: AverageReport) -> None:
+    if report.left_out:
+        console.say(f"Left out, for some checkpoints lack them: {_some(report.left_out)}.")
     if report.dropped:
         console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
 
@@ -194,8 +196,6 @@ def _show_table(report: AverageReport) -> None:
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
         f"at most {console.size(report.memory)} of buffers.",
     )
-    if report.left_out:
-        console.say(f"Left out: {_some(report.left_out)}.")
     _show_dropped(report)
     console.say(*report.notes)
 
