@@ -87,7 +87,8 @@ def run(
     torch.set_num_threads(1)  # our own threads are the parallelism
     try:
         with OpenFiles(stamps) as files, ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
-            paths = {spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms}
+            specs = (spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
+            paths = {part.storage.path for spec in specs for _, part in spec.parts}
             raise_file_limit(len(paths))
             for path in paths:
                 files.open(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CorruptError, NotACheckpointError, ReadError, UnsupportedError
-from . import safetensors, sharded, torch_legacy, torch_zip
+from . import dcp, safetensors, sharded, torch_legacy, torch_zip
 from .header import Header
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
@@ -24,6 +24,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         if path.is_dir():
+            if sharded.checkpoint_inside(path) is None and dcp.is_folder(path):
+                return dcp.read(path)
             return sharded.read_folder(path, _read_file)
         if path.name.endswith(sharded.INDEX_SUFFIXES):
             return sharded.read_index(path, path, _read_file)
