@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import CorruptError, UnsupportedError
-from ..tensors import DType, Part, Storage, Tensor, UnsupportedTensor, join
+from ..tensors import DType, Part, Storage, TensorSpec, UnsupportedTensor, join
 from . import torch_zip, unpickle
 from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .sharded import member
@@ -159,11 +159,10 @@ def _window(index: Path, key: Any, place: Any) -> tuple[tuple[str, tuple[int, ..
             f"{index}: '{name}' is stored compressed or otherwise transformed, which is not read here. "
             "Load it with torch.distributed.checkpoint and save it without extensions once."
         )
-    numbers = (fields.get("offset"), fields.get("length"))
-    file = fields.get("relative_path")
-    if not isinstance(file, str) or any(type(n) is not int or n < 0 for n in numbers):
+    file, start, length = (fields.get(key) for key in ("relative_path", "offset", "length"))
+    if not isinstance(file, str) or type(start) is not int or type(length) is not int or min(start, length) < 0:
         raise CorruptError(f"{index}: the place of '{name}' is none. It is damaged.")
-    return (name, None if offset is None else _numbers(index, name, offset)), Window(file, *numbers)
+    return (name, None if offset is None else _numbers(index, name, offset)), Window(file, start, length)
 
 
 def _entry(index: Path, name: str, entry: Any, windows: Mapping[tuple[str, tuple[int, ...] | None], Window]) -> _Entry:
@@ -173,7 +172,7 @@ def _entry(index: Path, name: str, entry: Any, windows: Mapping[tuple[str, tuple
             raise CorruptError(f"{index}: does not say where '{name}' stands. It is damaged.")
         return _Entry(None, "", (((), (), windows[name, None]),))
     shape = _numbers(index, name, fields.get("size"))
-    properties = fields.get("properties")
+    properties: Any = fields.get("properties")
     _state(index, properties, "TensorProperties")
     dtype = properties.state[0] if isinstance(properties.state, tuple) and properties.state else None
     full = str(getattr(dtype, "global_name", ""))
@@ -246,8 +245,8 @@ def _value(folder: Path, index: Path, name: str, entry: _Entry, objects: Mapping
         chunk = objects[window]
         if isinstance(chunk, UnsupportedTensor):
             return chunk
-        if not isinstance(chunk, Tensor) or chunk.shape != sizes or chunk.dtype.name != entry.dtype:
-            has = f"{chunk.dtype.name} {list(chunk.shape)}" if isinstance(chunk, Tensor) else "no tensor"
+        if not isinstance(chunk, TensorSpec) or chunk.shape != sizes or chunk.dtype.name != entry.dtype:
+            has = f"{chunk.dtype.name} {list(chunk.shape)}" if isinstance(chunk, TensorSpec) else "no tensor"
             raise CorruptError(
                 f"{index}: says that '{name}' has a chunk of {entry.dtype} {list(sizes)} at byte {window.offset} "
                 f"of {window.file}; there is {has}. Get a fresh copy."
