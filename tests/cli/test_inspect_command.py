@@ -137,7 +137,7 @@ def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -
     ("path", "message"),
     [
         ("gone.pth", r"Error: gone.pth: no such file."),
-        ("folder", "Error: folder: a folder without model.safetensors or an index.json: no checkpoint."),
+        ("folder", "Error: folder: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."),
         ("text.pth", "Error: text.pth: not a checkpoint: neither a torch file (zip or legacy) nor safetensors."),
         ("empty.pth", "Error: empty.pth: empty file. Get a fresh copy."),
         ("/dev/zero", "Error: /dev/zero: neither a file nor a folder."),
