@@ -133,6 +133,8 @@ def convert(
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
     content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
+    if content.pair and {*content.raw.values()} == {*content.ema.values()}:
+        notes.append("The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?")
     said = provenance(
         "convert",
         {"to": to, "dtype": out_dtype and out_dtype.name},

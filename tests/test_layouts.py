@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
 from ckpt_tools.layouts import looks_like_training_state, select, states
@@ -228,3 +229,65 @@ def test_what_a_user_may_want_is_no_training_state(key: Any) -> None:
     assert not looks_like_training_state(key, {"lr": 0.1})
     assert looks_like_training_state(key, {"state": {}, "param_groups": []})
     assert not looks_like_training_state("optimizer", "adamw")
+
+
+def test_the_ema_of_nemo_stands_in_a_file_beside_it(save: Save) -> None:
+    header = read_header(save("X.ckpt", {"state_dict": weights(1), "global_step": 3}))
+    twin = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
+    assert select(header).which == "raw"
+    assert (select(read_header(twin)).which, select(read_header(twin)).layout) == ("ema", "nemo")
+    with pytest.raises(LayoutError, match=rf"has no ema weights; those are in {twin}, beside it"):
+        select(header, "ema")
+    assert select(read_header(twin), "raw").which == "raw"
+
+
+def test_a_callback_of_lightning_that_has_not_begun_holds_no_average(save: Save) -> None:
+    for n, which in ((0, "raw"), (2, "ema")):
+        state = {"n_averaged": n, "average_model_state": weights(2)}
+        header = read_header(save("c.ckpt", {"state_dict": weights(1), "callbacks": {"MyAveraging": state}}))
+        assert select(header).which == which
+
+
+def test_fairseq_keeps_its_average_in_single_precision_beside_it(save: Save) -> None:
+    half = {name: tensor.half() for name, tensor in weights(1).items()}
+    extra = {"ema": half, "ema_fp32_params": {"w": weights(3.0)["w"]}}
+    chosen = select(read_header(save("c.pt", {"model": weights(1), "extra_state": extra})))
+    assert {name: spec.dtype.name for name, spec in chosen.tensors.items()} == {"w": "float32", "b": "float16"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("tree", "layout"),
+    [
+        ({"model": weights(1), "ema": weights(2)}, "dit"),
+        ({"model": weights(1), "ema_state": weights(2)}, "d2go"),
+        ({"model": weights(1), "model_avg": weights(2), "batch_idx_train": 3}, "icefall"),
+        ({"student": weights(1, "module."), "teacher": weights(2)}, "dino"),
+        (
+            {"state_dict": weights(2), "current_model_state": weights(1), "averaging_state": {"n_averaged": 1}},
+            "lightning",
+        ),
+        (
+            {
+                "state_dict": weights(2),
+                "ema_state_dict": {"steps": torch.tensor(1), **weights(1, "module.")},
+            },
+            "mmengine",
+        ),
+        (
+            {
+                "initted": torch.tensor(True), "step": torch.tensor(1),
+                **weights(1, "online_model."), **weights(2, "ema_model."),
+            },
+            "ema-pytorch",
+        ),
+    ],
+)  # fmt: skip
+def test_each_library_is_known_and_read_the_right_way_round(save: Save, tree: Any, layout: str) -> None:
+    path = save("c.pth", tree)
+    for which, value in (("ema", 2), ("raw", 1)):
+        checkpoint = open_checkpoint(path, state=which)
+        assert checkpoint.state.layout == layout
+        assert {name.removeprefix("module."): tensor[0].item() for name, tensor in checkpoint.items()} == {
+            "w": value,
+            "b": value,
+        }

@@ -256,7 +256,7 @@ def _module_tensors(node: Any, lead: str, above: tuple[int, ...], barren: set[in
         barren: modules known to hold no tensor, so that they are passed through once.
     """
     state = module_state(node)
-    if state is None or id(node) in (*above, *barren) or len(above) > 200:
+    if state is None or id(node) in above or id(node) in barren or len(above) > 200:
         return
     passing = state.get("_non_persistent_buffers_set")
     passing = passing if isinstance(passing, (set, frozenset)) else ()

@@ -31,9 +31,8 @@ def select(header: Header, state: str = "auto", names: Mapping[str, Tensor] | No
     tree = header.tree
     if state not in ("auto", "raw", "ema"):
         return _at_path(header, state, names)
-    found = states(
-        header, names, by_name=state != "raw"
-    )  # a name may mislead, so that what is asked for goes before it
+    # A name may mislead, so what is asked for goes before it.
+    found = states(header, names, by_name=state != "raw")
     known = any(state.layout in _SWAPPING for state in found.values())
     if not known and isinstance(tree, dict) and _holds_tensors(tree.get("state_dict")):
         swapper = next((key for key in _SWAPPERS if _holds_tensors(tree.get(key))), None)
@@ -105,6 +104,9 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
 def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if found:
         other = next(iter(found.values()))
+        twin = header.path.with_name(f"{header.path.stem}-EMA{header.path.suffix}")
+        if which == "ema" and twin.is_file():
+            return f"has no ema weights; those are in {twin}, beside it."
         return f"has no {which} weights, only {other.label}. Use --state {other.which}."
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
     if isinstance(header.tree, Inert):
