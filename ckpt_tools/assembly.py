@@ -21,7 +21,7 @@ from .formats import SUFFIXES, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
 from .formats.unpickle import tensors_in
-from .layouts import LAYOUTS, SET_KEYS, StateDict, dotted, looks_like_training_state
+from .layouts import StateDict, dotted, looks_like_training_state
 from .tensors import TensorSpec, UnsupportedTensor
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -134,7 +134,7 @@ def _beside(tree: Any, state: StateDict) -> list[str]:
     for depth, key in enumerate(state.path):
         others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
         tree = tree[key]
-    return others + [dotted((*state.path, key)) for key in state.extras]
+    return others + [dotted((*state.path, key)) for key in (*state.extras, *state.rest)]
 
 
 def _sharded(
@@ -191,10 +191,12 @@ def _container(
     weights: Any = OrderedDict(tensors)
     if not base.format.startswith("torch"):
         return weights, {}
-    metadata = _renamed_modules(_metadata(base, state), renamed)
+    stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
+    metadata = _renamed_modules(_metadata(base, state), stored)
     if metadata is not None:
         weights._metadata = metadata
     weights.update(state.extras)
+    dropped += [dotted((*state.path, rest)) for rest in state.rest]
     tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
@@ -214,26 +216,33 @@ def _metadata(base: Header, state: StateDict) -> Any:
 def _put_in_place(
     weights: dict[Any, Any], tree: Mapping[Any, Any], state: StateDict, dropped: list[str]
 ) -> tuple[dict[Any, Any], tuple[Any, ...]]:
-    """Put the average where the raw weights stood; the other set, which it may come from, goes.
+    """Put the average where the layout keeps weights that stand alone; its other places go.
 
     Returns:
         (a tree of its own, the path of the average in it).
     """
     if not state.path:
         return weights, ()
-    layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
-    if layout is None:
-        return _replaced(tree, state.path, weights), state.path
-    place = layout.raw if layout.raw in tree else state.path[0]
-    placed: dict[Any, Any] = {}
-    for key, value in tree.items():
-        if key == place:
-            placed[layout.raw] = weights
-        elif key in SET_KEYS and (value is None or isinstance(value, dict)):
-            dropped.append(key)
-        else:
-            placed[key] = value
-    return placed, (layout.raw,)
+    placed = dict(tree)
+    for place in state.places:
+        if place not in (state.home, state.home[:1]) and _holds(placed, place):
+            placed = _replaced(placed, place, _GONE)
+            dropped.append(dotted(place))
+    if _holds(placed, state.home):
+        return _replaced(placed, state.home, weights), state.home
+    return {**placed, state.home[0]: weights}, state.home
+
+
+_GONE = object()
+
+
+def _holds(tree: Any, path: tuple[Any, ...]) -> bool:
+    """True if something stands at a path, None included."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Mapping[str, int]:
@@ -246,9 +255,9 @@ def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Map
     return counts
 
 
-def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str]) -> Any:
+def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str] | None) -> Any:
     """Take a common prefix off the names of modules, too; None where there is no saying which goes."""
-    leads = {name.removesuffix(bare) for name, bare in renamed.items()}
+    leads = {name.removesuffix(bare) for name, bare in (renamed or {}).items()}
     if metadata is None or len(leads) != 1:
         return None
     lead = leads.pop()
@@ -265,7 +274,8 @@ def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, s
 def _replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
         return value
-    return {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
+    replaced = {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
+    return {key: child for key, child in replaced.items() if child is not _GONE}
 
 
 def rewrite(
@@ -294,6 +304,12 @@ def rewrite(
     if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
         wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
         raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
+    if state.keys is None:
+        raise UsageError(
+            f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
+            "of them changed. Make plain weights of it first: ckpt convert --to plain."
+        )
+    changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     copies = _Copies()
     if folder or base.format == "safetensors":
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
 from ckpt_tools.layouts import looks_like_training_state, select, states
+from ckpt_tools.tensors import TensorSpec
 
 Save = Callable[..., Path]
 
@@ -60,16 +61,15 @@ def test_a_dotted_path_reaches_any_place(save: Save) -> None:
     assert select(header, "nets.student").label == "nets.student"
 
 
-def test_ema_and_raw_are_paths_too_where_no_layout_has_such_a_set(save: Save) -> None:
-    header = read_header(save("c.pth", {"model": weights(1), "ema": weights(2)}))
-    assert (select(header).path, select(header, "ema").path) == (("model",), ("ema",))
-
-
-def test_the_counter_of_averaged_model_is_no_weight(save: Save) -> None:
+@pytest.mark.parametrize("wrap", [lambda model: {"model": weights(), "model_ema": model}, lambda model: model])
+def test_prefix_and_counter_of_averaged_model_belong_to_it(save: Save, wrap: Any) -> None:
     model = AveragedModel(nn.Linear(2, 3))
     model.update_parameters(nn.Linear(2, 3))
-    chosen = select(read_header(save("c.pth", {"model": weights(), "model_ema": model.state_dict()})))
-    assert list(chosen.tensors) == ["module.weight", "module.bias"]
+    chosen = select(read_header(save("c.pth", wrap(model.state_dict()))))
+    assert list(chosen.tensors) == ["weight", "bias"]
+    assert chosen.which == "ema"
+    assert isinstance(chosen.updates, TensorSpec)
+    assert (chosen.updates.dtype.name, chosen.updates.shape) == ("int64", ())
 
 
 def test_a_buffer_called_n_averaged_stays_in_other_models(save: Save) -> None:
@@ -90,9 +90,9 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
     [
         ({"state_dict": weights()}, "ema", r"has no ema weights, only raw \(state_dict\)\. Use --state raw"),
         (
-            {"student": weights(), "teacher": weights()},
+            {"actor": weights(), "critic": weights()},
             "auto",
-            r"Tensors stand in student, teacher\. Choose with --state student\. Each .* by a run of its own",
+            r"Tensors stand in actor, critic\. Choose with --state actor\. Each .* by a run of its own",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
@@ -112,7 +112,7 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
         ({"n": "x"}, "n", "'n' is a text, not"),
         ({"n": None}, "n", "'n' is None, not"),
         ({"n": [weights()]}, "n.0", r"nothing at 'n\.0': 'n' is a list"),
-        ({"n": nn.Linear(1, 1)}, "n", r"'n' is a pickled object \(torch\.nn\.modules\.linear\.Linear\), not"),
+        ({"n": nn.ReLU()}, "n", r"'n' is a pickled object \(torch\.nn\.modules\.activation\.ReLU\), not"),
         ([torch.zeros(1)], "auto", "tensors without names"),
         (torch.zeros(1), "auto", "tensors without names"),
     ],
@@ -123,12 +123,31 @@ def test_what_is_not_there_is_said_with_what_is(save: Save, tree: Any, state: st
         select(header, state)
 
 
-def test_a_pickled_module_is_named_and_not_loaded(save: Save) -> None:
-    header = read_header(save("c.pth", {"model": nn.Linear(2, 2)}))
-    with pytest.raises(LayoutError, match=r"'model' is a pickled object \(torch\.nn\.modules\.linear\.Linear\)"):
-        select(header)
-    with pytest.raises(LayoutError, match=r"a pickled object \(torch\.nn\.modules\.linear\.Linear\)"):
-        select(read_header(save("d.pth", nn.Linear(2, 2))))
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"model": net}, lambda net: {"model": None, "ema": net}])
+def test_the_tensors_of_a_pickled_module_are_found_without_its_class(save: Save, wrap: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)))
+    net[0].register_buffer("passing", torch.ones(1), persistent=False)
+    net[2].add_module("tied", net[2][0])
+    header = read_header(save("c.pth", wrap(net)))
+    assert list(select(header).tensors) == list(net.state_dict())
+    assert {name: spec.shape for name, spec in select(header).tensors.items()} == {  # type: ignore[union-attr]
+        name: tuple(tensor.shape) for name, tensor in net.state_dict().items()
+    }
+
+
+def test_a_module_without_tensors_and_other_objects_are_named(save: Save) -> None:
+    with pytest.raises(LayoutError, match=r"'model' is a pickled object \(torch\.nn\.modules\.activation\.ReLU\)"):
+        select(read_header(save("c.pth", {"model": nn.ReLU()})))
+    with pytest.raises(LayoutError, match=r"a pickled object \(torch\.nn\.modules\.activation\.ReLU\)"):
+        select(read_header(save("d.pth", nn.ReLU())))
+
+
+def test_a_module_that_holds_itself_many_times_over_ends(save: Save) -> None:
+    net: nn.Module = nn.ReLU()
+    for _ in range(60):
+        net = nn.ModuleDict({"a": net, "b": net})
+    net.add_module("me", nn.Linear(1, 1))
+    assert list(select(read_header(save("c.pth", net))).tensors) == ["me.weight", "me.bias"]
 
 
 @pytest.mark.parametrize(
