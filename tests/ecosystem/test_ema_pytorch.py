@@ -63,13 +63,14 @@ def test_the_next_update_goes_on_where_the_original_does(tmp_path: Path) -> None
 
 @pytest.mark.shows("ema-pytorch", "write")
 @pytest.mark.shows("ema-pytorch", "library loads")
-def test_one_set_loads_into_an_ema_that_keeps_no_online_model(tmp_path: Path) -> None:
+def test_one_set_alone_is_written_as_both_models(tmp_path: Path) -> None:
     _, original = averaged()
     source = save(tmp_path / "plain.pth", weights_of(original.ema_model))
     out = tmp_path / "ema.pt"
     ckpt_tools.convert(source, to="ema-pytorch", updates=5, out=out)
-    ours = EMA(Net(), include_online_model=False, **OPTIONS)
+    ours = EMA(Net(), **OPTIONS)
     ours.load_state_dict(load(out))
     assert not differences(ours.ema_model.state_dict(), original.ema_model.state_dict())
+    assert not differences(ours.online_model.state_dict(), original.ema_model.state_dict())
     assert ours.step.item() == 5
     assert ours.initted.item() is True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,13 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from small import Net, Weights, differences, pair, weights_of
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,18 +78,11 @@ def fit(folder: Path, averaging: Any, *, resume: Path | None = None, epochs: int
     return recorder
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", module="ckpt_tools")
-        yield
-
-
 @pytest.mark.shows("lightning", "read raw")
 @pytest.mark.shows("lightning", "read EMA")
-def test_the_swapped_sets_of_weight_averaging_are_read_the_right_way_round(tmp_path: Path) -> None:
-    recorder = fit(tmp_path, WeightAveraging())
+@pytest.mark.parametrize("callback", [WeightAveraging, EMAWeightAveraging])
+def test_the_swapped_sets_are_read_the_right_way_round(tmp_path: Path, callback: Any) -> None:
+    recorder = fit(tmp_path, callback())
     assert len(recorder.raw) == 2
     for epoch in range(2):
         path = tmp_path / f"epoch={epoch}.ckpt"
@@ -111,6 +108,17 @@ def test_both_sets_of_stochastic_weight_averaging_are_read(tmp_path: Path) -> No
     assert differences(expected, {name: raw[name] for name in parameters})
 
 
+class OwnAveraging(StochasticWeightAveraging):
+    """A callback's state is saved under the name of its class, so under this one."""
+
+
+@pytest.mark.shows("lightning-swa", "read EMA")
+def test_the_average_of_a_derived_callback_is_found(tmp_path: Path) -> None:
+    recorder = fit(tmp_path, OwnAveraging(swa_lrs=0.05, swa_epoch_start=1), epochs=3)
+    found = ckpt_tools.open_checkpoint(tmp_path / "epoch=2.ckpt", state="ema")
+    assert not differences({"w": found["model.head.weight"]}, {"w": recorder.averages[2]["model.head.weight"]})
+
+
 @pytest.mark.shows("lightning-swa", "read raw")
 def test_a_checkpoint_from_before_swa_began_is_not_taken_for_an_average(tmp_path: Path) -> None:
     recorder = fit(tmp_path, StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1), epochs=3)
@@ -121,12 +129,13 @@ def test_a_checkpoint_from_before_swa_began_is_not_taken_for_an_average(tmp_path
 
 @pytest.mark.shows("lightning", "write")
 @pytest.mark.shows("lightning", "library loads")
-def test_a_fit_resumes_from_a_conversion_with_both_sets_and_the_counter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("callback", [WeightAveraging, EMAWeightAveraging])
+def test_a_fit_resumes_from_a_conversion_with_both_sets_and_the_counter(tmp_path: Path, callback: Any) -> None:
     recorder = fit(tmp_path / "run", WeightAveraging())
     out = tmp_path / "converted.ckpt"
     source = pair(tmp_path / "own.pth", recorder.raw[-1], recorder.averages[-1])
     ckpt_tools.convert(source, to="lightning", updates=4, out=out)
-    resumed = fit(tmp_path / "again", WeightAveraging(), resume=out, epochs=1).start
+    resumed = fit(tmp_path / "again", callback(), resume=out, epochs=1).start
     assert not differences(resumed["raw"], recorder.raw[-1])
     assert not differences(resumed["ema"], recorder.averages[-1])
     assert resumed["n"] == 4

@@ -80,6 +80,20 @@ def test_both_sets_are_read_under_the_names_of_the_raw_weights(diffusion: Diffus
 
 
 @pytest.mark.shows("litema", "read EMA")
+def test_what_is_not_averaged_comes_from_the_raw_weights(tmp_path: Path) -> None:
+    diffusion = Diffusion()
+    diffusion.model["diffusion_model"].head.requires_grad_(False)
+    diffusion.model_ema = LitEma(diffusion.model, decay=0.9)
+    assert not any("head" in name for name in diffusion.model_ema.state_dict())
+    with torch.no_grad():
+        diffusion.model["diffusion_model"].head.bias.add_(1.0)
+        diffusion.model["diffusion_model"].stem[0].weight.add_(1.0)
+    diffusion.model_ema(diffusion.model)
+    path = save(tmp_path / "last.ckpt", {"state_dict": diffusion.state_dict()})
+    assert not differences(ckpt_tools.open_checkpoint(path, state="ema"), diffusion.sets()[1])
+
+
+@pytest.mark.shows("litema", "read EMA")
 def test_names_that_two_parameters_share_without_their_dots_are_refused(tmp_path: Path) -> None:
     model = {"model.a.bc": torch.ones(2), "model.ab.c": torch.zeros(2)}
     ema = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(1, dtype=torch.int32)}

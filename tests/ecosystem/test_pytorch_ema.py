@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from small import Net, differences, load, pair, parameters_of, save, train, weights_of
+from torch import nn
 from torch_ema import ExponentialMovingAverage
 
 import ckpt_tools
@@ -61,3 +63,71 @@ def test_the_next_update_goes_on_where_the_original_does(tmp_path: Path) -> None
     ours.copy_to(again.parameters())
     original.copy_to(model.parameters())
     assert not differences(parameters_of(again), parameters_of(model))
+
+
+class Tied(nn.Module):
+    """An embedding that the output layer shares, which `parameters` lists once and `state_dict` twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 6, bias=False)
+        self.out.weight = self.embed.weight
+
+
+@pytest.mark.shows("pytorch-ema", "read EMA")
+@pytest.mark.shows("pytorch-ema", "write")
+@pytest.mark.shows("pytorch-ema", "library loads")
+def test_tied_weights_stand_in_the_list_once(tmp_path: Path) -> None:
+    model = Tied()
+    ema = ExponentialMovingAverage(model.parameters(), decay=0.9)
+    with torch.no_grad():
+        model.embed.weight.add_(1.0)
+    ema.update()
+    path = save(tmp_path / "both.pth", {"model": model.state_dict(), "ema": ema.state_dict()})
+    with ema.average_parameters():
+        expected = weights_of(model)
+    assert not differences(ckpt_tools.open_checkpoint(path, state="ema"), expected)
+    out = tmp_path / "ema.pt"
+    ckpt_tools.convert(path, to="pytorch-ema", out=out)
+    ours = ExponentialMovingAverage(Tied().parameters(), decay=0.5)
+    ours.load_state_dict(load(out))
+    again = Tied()
+    ours.copy_to(again.parameters())
+    assert not differences(parameters_of(again), {n: expected[n] for n in parameters_of(again)})
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.full((4,), 2.0))
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+"""
+
+
+@pytest.mark.shows("pytorch-ema", "read EMA")
+def test_a_buffer_that_looks_like_a_parameter_is_told_by_the_model_alone(tmp_path: Path) -> None:
+    code = tmp_path / "scaled.py"
+    code.write_text(FACTORY)
+    home: dict = {}
+    exec(compile(FACTORY, str(code), "exec"), home)
+    model = home["Scaled"]()
+    ema = ExponentialMovingAverage(model.parameters(), decay=0.9)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    ema.update()
+    with ema.average_parameters():
+        expected = weights_of(model)
+    path = save(tmp_path / "both.pth", {"model": model.state_dict(), "ema": ema.state_dict()})
+    with pytest.raises(ckpt_tools.CkptError, match="--model"):
+        ckpt_tools.open_checkpoint(path, state="ema")
+    out = tmp_path / "named.pth"
+    ckpt_tools.convert(path, to="plain", state="ema", model=f"{code}:Scaled", out=out)
+    assert not differences(load(out), {**expected})
