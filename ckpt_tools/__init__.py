@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .batchnorm import BatchNormReport, recalibrate_bn
     from .batchnorm.job import RecalibrationReport, recalibrate_checkpoint
     from .checkpoint import Checkpoint, open_checkpoint
+    from .conversion import ConvertReport, convert
     from .errors import CkptError
 
 __version__ = "0.1.0"
@@ -22,9 +23,11 @@ __all__ = [
     "BatchNormReport",
     "Checkpoint",
     "CkptError",
+    "ConvertReport",
     "RecalibrationReport",
     "__version__",
     "average",
+    "convert",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -40,6 +43,8 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "CkptError": "errors",
+    "ConvertReport": "conversion",
+    "convert": "conversion",
 }
 
 

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import CorruptError
+from .errors import CorruptError, UsageError
 
 _T = TypeVar("_T")
 
@@ -95,6 +95,22 @@ BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
 BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
 
 FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.kind is Kind.FLOAT)
+_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+def parse_dtype(dtype: object) -> DType | None:
+    """Read a floating-point dtype: a name, a torch.dtype, or None and ``same`` for no change.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    if dtype is None or dtype == "same":
+        return None
+    text = str(dtype).removeprefix("torch.")
+    name = _ALIASES.get(text, text)
+    if name not in FLOAT_DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True, slots=True)

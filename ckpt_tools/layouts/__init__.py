@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .find import ema_config, states
+from .forms import parameters
 from .select import select
 from .state import StateDict, dotted, is_buffer, is_optimizer, looks_like_training_state
 from .table import BY_NAME, LAYOUTS, Layout
@@ -17,6 +18,7 @@ __all__ = [
     "is_buffer",
     "is_optimizer",
     "looks_like_training_state",
+    "parameters",
     "select",
     "states",
 ]

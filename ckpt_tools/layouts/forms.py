@@ -116,8 +116,8 @@ def _lit_ema(tensors: dict[str, Tensor], extras: dict[Any, Any], names: Mapping[
     if not spoilt or any("." in name for name in spoilt):
         return {}
     raw = {key: value for key, value in tensors.items() if not key.startswith(prefix)} if prefix else {}
-    rest = (f"{prefix}*",)
-    readings = {"raw": Reading("litema", raw, {name: name for name in raw}, extras, rest)} if raw else {}
+    rest = (f"{prefix}decay", f"{prefix}num_updates")
+    readings = {"raw": Reading("litema", raw, {name: name for name in raw}, extras, (f"{prefix}*",))} if raw else {}
     reference = raw or names or {}
     mapping, fault = _undotted(spoilt, reference, prefix)
     if fault is not None:
