@@ -239,14 +239,18 @@ def _reference(
         return _Reference(select(other).tensors, files=other.files)
     if model is None:
         return _Reference()
+    from torch.nn import Parameter
+
     from .batchnorm.models import build_model
 
     network = build_model(model, header, kwargs, {})
     order = tuple(name for name, _ in network.named_parameters())
-    # Each tensor at a place of its own, so that only those that the model ties are tied.
+    # Each parameter at a place of its own, so that only those that the model ties are tied.
     places: dict[int, int] = {}
     names = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Parameter):
+            continue
         dtype, shape = DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
         storage = Storage(_NOWHERE, places.setdefault(id(tensor), len(places)), tensor.numel() * dtype.itemsize)
         names[name] = make_spec(dtype, shape, storage)

@@ -12,7 +12,7 @@ from typing import Any
 from ..formats.header import Header
 from ..tensors import Tensor
 from . import forms
-from .state import StateDict
+from .state import StateDict, is_buffer
 from .table import BY_NAME, LAYOUTS, RAW_PLACES, SET_KEYS, Layout, follow
 
 # An EMA in a file of its own, as NeMo and guided-diffusion write it.
@@ -23,8 +23,7 @@ _BY_FORM = {("deit", "averaged-model"): "torchvision", ("dit", "module"): "ultra
 _BY_PLACE = [
     BY_NAME[name]
     for name in (
-        "lightning", "mmengine", "timm", "deit", "model-state-dict", "lightning-swa", "d2go", "dit", "icefall", "dino",
-        "fairseq",
+        "lightning", "mmengine", "timm", "deit", "model-state-dict", "d2go", "dit", "icefall", "dino", "fairseq",
     )
 ]  # fmt: skip
 
@@ -50,7 +49,7 @@ def states(header: Header, names: Mapping[str, Tensor] | None = None, *, by_name
 
 
 def _in_places(tree: Mapping[Any, Any], names: Mapping[str, Tensor] | None) -> dict[str, StateDict]:
-    for layout in _BY_PLACE:
+    for layout in (*_BY_PLACE, *_swa(tree)):
         if all(follow(tree, place) is not None for place in layout.needs):
             pair = _pair(layout, tree, names)
             if pair:
@@ -67,6 +66,21 @@ def _in_places(tree: Mapping[Any, Any], names: Mapping[str, Tensor] | None) -> d
     return {}
 
 
+def _swa(tree: Mapping[Any, Any]) -> list[Layout]:
+    """Find Lightning's averaging callback, which may be of a class with another name; none before it began."""
+    callbacks = tree.get("callbacks")
+    states = callbacks.items() if isinstance(callbacks, Mapping) else ()
+    return [
+        replace(
+            BY_NAME["lightning-swa"],
+            ema=("callbacks", key, "average_model_state"),
+            updates=("callbacks", key, "n_averaged"),
+        )
+        for key, state in states
+        if isinstance(state, Mapping) and state.get("n_averaged") and isinstance(state.get("average_model_state"), dict)
+    ]
+
+
 def _called(reading: forms.Reading, layout: Layout) -> str:
     return layout.name if reading.form == "plain" else reading.form
 
@@ -79,7 +93,7 @@ def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] |
     raw_paths = [layout.raw] if layout.raw in layout.needs else [layout.raw, *RAW_PLACES]
     raws = {path: set_at(tree, path, "raw", names) for path in raw_paths if path is not None and path != layout.ema}
     raw_path, raw = next(((path, raw) for path, raw in raws.items() if raw is not None), (layout.ema, None))
-    ema = set_at(tree, layout.ema, "ema", raw.tensors if raw is not None and names is None else names)
+    ema = set_at(tree, layout.ema, "ema", names, None if raw is None else raw.tensors)
     if ema is None:
         return {}
     if raw is None and ema.form in ("ema-pytorch", "litema"):  # which hold both
@@ -89,6 +103,9 @@ def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] |
     found = {"ema": state_dict(ema, layout.ema, "ema", name, layout.home, places)}
     if layout.updates is not None:
         found["ema"] = replace(found["ema"], updates=follow(tree, layout.updates))
+    if layout.parameters and raw is not None and raw.tensors.keys() == ema.tensors.keys():
+        mixed = {name: raw.tensors[name] if is_buffer(name, tensor) else tensor for name, tensor in ema.tensors.items()}
+        found["ema"] = replace(found["ema"], tensors=mixed, keys=None)
     exact = set_at(tree, layout.exact, "ema", names)
     if exact is not None and exact.tensors.keys() <= ema.tensors.keys():
         found["ema"] = replace(found["ema"], tensors={**ema.tensors, **exact.tensors}, keys=None)
@@ -98,10 +115,14 @@ def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] |
 
 
 def set_at(
-    tree: Any, path: tuple[Any, ...] | None, which: str, names: Mapping[str, Tensor] | None
+    tree: Any,
+    path: tuple[Any, ...] | None,
+    which: str,
+    names: Mapping[str, Tensor] | None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> forms.Reading | None:
     """Read the set at a path, which is what it is called there, unless its form holds both."""
-    readings = forms.read(follow(tree, path), names)
+    readings = forms.read(follow(tree, path), names, beside)
     return readings.get(which) or next(iter(readings.values()), None)
 
 

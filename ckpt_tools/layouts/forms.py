@@ -36,19 +36,20 @@ Readings = dict[str, Reading]
 """``raw``, ``ema`` or both."""
 
 
-def read(node: Any, names: Mapping[str, Tensor] | None = None) -> Readings:
+def read(node: Any, names: Mapping[str, Tensor] | None = None, beside: Mapping[str, Tensor] | None = None) -> Readings:
     """Read the sets of weights that an object is, or holds by its form.
 
     Args:
         node: of the object tree.
         names: a state dict of the same model, for forms that keep no names, or spoil them.
+        beside: the raw weights beside it, which have names, too, and what an average leaves out.
     """
     if isinstance(node, Inert):
         return _module(node)
     if not isinstance(node, dict):
         return {}
     if isinstance(node.get("shadow_params"), (list, tuple)):
-        return _parameter_list(node, names)
+        return _parameter_list(node, names if names is not None else beside, beside if beside is not None else names)
     tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         return {}
@@ -57,7 +58,7 @@ def read(node: Any, names: Mapping[str, Tensor] | None = None) -> Readings:
     return (
         _averaged_model(tensors, extras)
         or _ema_pytorch(tensors, extras)
-        or _lit_ema(tensors, extras, names)
+        or _lit_ema(tensors, extras, names if names is not None else beside)
         or {"raw": plain}
     )
 
@@ -171,7 +172,9 @@ def _undotted(
     return mapping, None
 
 
-def _parameter_list(node: Mapping[Any, Any], names: Mapping[str, Tensor] | None) -> Readings:
+def _parameter_list(
+    node: Mapping[Any, Any], names: Mapping[str, Tensor] | None, others: Mapping[str, Tensor] | None
+) -> Readings:
     """diffusers' EMAModel and torch_ema: the averages of ``model.parameters()`` in a list."""
     shadow = [value for value in node["shadow_params"] if isinstance(value, Tensor)]
     if len(shadow) != len(node["shadow_params"]) or not shadow:
@@ -183,7 +186,7 @@ def _parameter_list(node: Mapping[Any, Any], names: Mapping[str, Tensor] | None)
     if fault is not None:
         unnamed = {f"shadow_params.{i}": tensor for i, tensor in enumerate(shadow)}
         return {"ema": Reading(form, unnamed, None, extras, (), updates, node.get("decay"), fault)}
-    return {"ema": Reading(form, {**(names or {}), **matched}, None, extras, (), updates, node.get("decay"))}
+    return {"ema": Reading(form, {**(others or {}), **matched}, None, extras, (), updates, node.get("decay"))}
 
 
 LIST_KEYS = (

@@ -22,6 +22,7 @@ class Layout:
         updates: where the average's counter stands, if not in its form.
         needs: entries without which it is another layout.
         exact: where parameters of the average stand in a wider dtype.
+        parameters: the average has parameters alone; its buffers are stale, and the raw ones are taken.
         alone: raw weights without averaged ones are a checkpoint of this layout, too.
         flat: a dict of names to tensors and no more, so that any file format can hold it.
         written: ``convert`` writes it.
@@ -37,6 +38,7 @@ class Layout:
     updates: Path | None = None
     needs: tuple[Path, ...] = ()
     exact: Path | None = None
+    parameters: bool = False
     alone: bool = False
     flat: bool = False
     written: bool = True
@@ -47,8 +49,6 @@ class Layout:
         named = (self.raw, self.ema, self.updates and self.updates[:1], self.exact)
         return tuple(dict.fromkeys(place for place in named if place))
 
-
-_SWA = ("callbacks", "StochasticWeightAveraging")
 
 LAYOUTS = (
     Layout("plain", "names to tensors: one set of weights", raw=(), alone=True, flat=True),
@@ -84,8 +84,8 @@ LAYOUTS = (
     ),
     Layout(
         "lightning-swa", "Lightning's StochasticWeightAveraging: the average in the callback's state",
-        ("state_dict",), (*_SWA, "average_model_state"), home=("state_dict",),
-        updates=(*_SWA, "n_averaged"), written=False,
+        ("state_dict",), ("callbacks", "StochasticWeightAveraging", "average_model_state"), home=("state_dict",),
+        updates=("callbacks", "StochasticWeightAveraging", "n_averaged"), parameters=True, written=False,
     ),
     Layout(
         "nemo", "NeMo: X.ckpt, and the EMA in X-EMA.ckpt beside it", ("state_dict",),
