@@ -27,6 +27,7 @@ class Distance:
     """How far two tensors are apart; a complex element counts as two values.
 
     Attributes:
+        values: how many there are.
         same_bytes: every byte is the same.
         differing: values that differ. NaN is equal to NaN, and 0 to -0.
         beyond: those of them that differ by more than the tolerance.
@@ -35,6 +36,7 @@ class Distance:
         max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
     """
 
+    values: int
     same_bytes: bool = True
     differing: int = 0
     beyond: int = 0
@@ -45,6 +47,7 @@ class Distance:
     def joined(self, other: Distance) -> Distance:
         """Return the distance over the values of both."""
         return Distance(
+            self.values + other.values,
             self.same_bytes and other.same_bytes,
             self.differing + other.differing,
             self.beyond + other.beyond,
@@ -54,16 +57,8 @@ class Distance:
         )
 
 
-_SAME = Distance()
-
-
 def _larger(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else max(a, b)
-
-
-def comparable(a: DType, b: DType) -> bool:
-    """True for one dtype, and for two that both hold real numbers, or both complex ones."""
-    return a is b or (Kind.PACKED not in (a.kind, b.kind) and (a.kind is Kind.COMPLEX) == (b.kind is Kind.COMPLEX))
 
 
 def compare(
@@ -135,7 +130,7 @@ class _Job:
     _pieces: Iterator[tuple[int, int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.found = [Distance(same_bytes=pair.same_dtype) for pair in self.pairs]
+        self.found = [Distance(0, pair.same_dtype) for pair in self.pairs]
         self._pieces = (
             (i, start, min(start + self.piece, pair.a.spec.numel))
             for i, pair in enumerate(self.pairs)
@@ -178,7 +173,7 @@ class _Worker:
         nbytes = self._a.read(pair.a, start, stop)
         read = nbytes + self._b.read(pair.b, start, stop)
         if pair.same_dtype and self._same_bytes(nbytes):
-            return _SAME, read
+            return Distance((stop - start) * pair.reals), read
         if pair.kind is Kind.PACKED:
             return self._codes(nbytes, pair.a.item), read
         if pair.kind is Kind.INTEGER:
@@ -197,7 +192,7 @@ class _Worker:
     def _codes(self, nbytes: int, item: int) -> Distance:
         a, b = (reader.buffer.view(torch.uint8, nbytes).view(-1, item) for reader in (self._a, self._b))
         differing = int((a != b).any(1).count_nonzero())
-        return Distance(False, differing, differing, 0, None, None)
+        return Distance(len(a), False, differing, differing, 0, None, None)
 
     def _integers(self, pair: _Pair, count: int) -> Distance:
         a, b, gap = (buffer.view(torch.int64, count) for buffer in self._wide)
@@ -210,7 +205,7 @@ class _Worker:
         apart = gap.double() + (gap < 0) * 2.0**64
         largest = torch.maximum(*(((v.double() + 2.0**63) if unsigned else v.double()).abs_() for v in (a, b)))
         relative = apart / largest.clamp_(min=1)
-        return Distance(False, differing, differing, 0, apart.max().item(), relative.max().item())
+        return Distance(count, False, differing, differing, 0, apart.max().item(), relative.max().item())
 
     def _floats(self, pair: _Pair, count: int) -> Distance:
         a, b, gap = (buffer.view(torch.float64, count) for buffer in self._wide)
@@ -235,7 +230,13 @@ class _Worker:
             beyond = int((gap > (b * self._rtol).add_(self._atol)).count_nonzero())
         scale = torch.maximum(a.abs_(), b, out=a).clamp_(min=_TINIEST)
         return Distance(
-            False, differing + nonfinite, beyond + nonfinite, nonfinite, largest, gap.div_(scale).max().item()
+            values=gap.numel(),
+            same_bytes=False,
+            differing=differing + nonfinite,
+            beyond=beyond + nonfinite,
+            nonfinite=nonfinite,
+            max_abs=largest,
+            max_rel=gap.div_(scale).max().item(),
         )
 
 
