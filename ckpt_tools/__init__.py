@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .batchnorm.job import RecalibrationReport, recalibrate_checkpoint
     from .checkpoint import Checkpoint, open_checkpoint
     from .conversion import ConvertReport, convert
+    from .diffing import DiffReport, diff
     from .errors import CkptError
 
 __version__ = "0.1.0"
@@ -24,10 +25,12 @@ __all__ = [
     "Checkpoint",
     "CkptError",
     "ConvertReport",
+    "DiffReport",
     "RecalibrationReport",
     "__version__",
     "average",
     "convert",
+    "diff",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -42,6 +45,8 @@ _HOMES = {
     "recalibrate_checkpoint": "batchnorm.job",
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
+    "DiffReport": "diffing",
+    "diff": "diffing",
     "CkptError": "errors",
     "ConvertReport": "conversion",
     "convert": "conversion",

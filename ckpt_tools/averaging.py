@@ -151,8 +151,7 @@ def average(
     if buffers not in BUFFERS:
         raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
     out_dtype = parse_dtype(dtype)
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
+    check_threads(threads)
     if out is not None:
         check_suffix(Path(out))
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -378,3 +377,13 @@ def _scaled(
         scale = want / have
     weighing = tuple((spec, c * scale) for spec, c in present if c != 0)
     return weighing or tuple(present[-1:])
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of workers that makes no sense.
+
+    Raises:
+        UsageError: it is none from 1 to MAX_THREADS.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")

@@ -53,6 +53,13 @@ class OpenFiles:
         self._fds[path] = fd
         self._check(self._stamps.setdefault(path, Stamp.of(path, fd)))
 
+    def open_all(self, paths: Iterable[Path]) -> None:
+        """Open many files, and let the process hold so many, as far as it may."""
+        unique = dict.fromkeys(paths)
+        raise_file_limit(len(unique))
+        for path in unique:
+            self.open(path)
+
     def __getitem__(self, path: Path) -> int:
         return self._fds[path]
 

@@ -55,6 +55,14 @@ class DType:
         """Bytes that swap together when the byte order changes (a complex is two words)."""
         return self.itemsize // 2 if self.kind is Kind.COMPLEX else self.itemsize
 
+    def comparable(self, other: DType) -> bool:
+        """True if a difference of values makes sense: both real, or both complex; packed codes only with their like."""
+        if self is other:
+            return True
+        return Kind.PACKED not in (self.kind, other.kind) and (self.kind is Kind.COMPLEX) == (
+            other.kind is Kind.COMPLEX
+        )
+
 
 _F, _C, _I, _P = Kind.FLOAT, Kind.COMPLEX, Kind.INTEGER, Kind.PACKED
 
