@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOKE := build/smoke
+ECOSYSTEM := .venv-ecosystem
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test check fix smoke bench bench-memory bench-bn clean
+.PHONY: install demo test test-ecosystem formats-table check fix smoke bench bench-memory bench-bn clean
 
 install: $(INSTALLED)
 
@@ -28,6 +29,19 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest --cov --cov-report=term
+
+# With the real libraries, which agree on an older torch, in an environment of their own.
+test-ecosystem: $(ECOSYSTEM)/.installed
+	$(ECOSYSTEM)/bin/pytest tests/ecosystem
+
+$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/pip install -q -r tests/ecosystem/requirements.txt
+	$(ECOSYSTEM)/bin/pip install -q -c tests/ecosystem/requirements.txt -e .
+	touch $@
+
+formats-table:
+	$(PYTHON) tests/ecosystem/table.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -57,4 +71,4 @@ bench-bn: $(INSTALLED)
 	PYTHONPATH=build/fvcore $(BIN)/python benchmarks/bench_bn.py
 
 clean:
-	rm -rf $(VENV) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(ECOSYSTEM) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .batchnorm import BatchNormReport, recalibrate_bn
     from .batchnorm.job import RecalibrationReport, recalibrate_checkpoint
     from .checkpoint import Checkpoint, open_checkpoint
+    from .conversion import ConvertReport, convert
+    from .diffing import DiffReport, diff
     from .errors import CkptError
 
 __version__ = "0.1.0"
@@ -22,9 +24,13 @@ __all__ = [
     "BatchNormReport",
     "Checkpoint",
     "CkptError",
+    "ConvertReport",
+    "DiffReport",
     "RecalibrationReport",
     "__version__",
     "average",
+    "convert",
+    "diff",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -39,7 +45,11 @@ _HOMES = {
     "recalibrate_checkpoint": "batchnorm.job",
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
+    "DiffReport": "diffing",
+    "diff": "diffing",
     "CkptError": "errors",
+    "ConvertReport": "conversion",
+    "convert": "conversion",
 }
 
 

@@ -6,9 +6,10 @@ a .safetensors is flat; a folder is sharded. All of it is planned from headers; 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import takewhile
@@ -16,12 +17,12 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from .errors import UnsupportedError, UsageError
+from .errors import ReadError, UnsupportedError, UsageError
 from .formats import SUFFIXES, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
 from .formats.unpickle import tensors_in
-from .layouts import LAYOUTS, SET_KEYS, StateDict, dotted, looks_like_training_state
+from .layouts import StateDict, dotted, looks_like_training_state
 from .tensors import TensorSpec, UnsupportedTensor
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -113,28 +114,95 @@ def assemble(
         untie: write tied tensors under each name where the format cannot tie.
     """
     check_suffix(target)
-    if max_shard_size is not None and target.name.endswith(SUFFIXES):
-        raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
-    dropped = [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
+    check_shard_size(target, max_shard_size)
+    dropped = unkept_metadata(base)
     if target.name.endswith(TORCH_SUFFIXES):
         tree, kept = _container(tensors, base, state, renamed, dropped)
         plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped), kept=kept)
-    dropped += _beside(base.tree, state)
+    dropped += beside(base.tree, state)
+    return flat(
+        tensors, target=target, base=base, provenance=provenance,
+        max_shard_size=max_shard_size, untie=untie, dropped=dropped,
+    )  # fmt: skip
+
+
+def check_shard_size(target: Path, max_shard_size: int | None) -> None:
+    """Refuse a size of shards where there are none.
+
+    Raises:
+        UsageError: the target is one file.
+    """
+    if max_shard_size is not None and target.name.endswith(SUFFIXES):
+        raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
+
+
+def unkept_metadata(base: Header) -> list[str]:
+    """List what a safetensors file says in words and another output does not repeat."""
+    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
+
+
+def flat(
+    tensors: Mapping[str, OutTensor],
+    *,
+    target: Path,
+    base: Header,
+    provenance: Mapping[str, Any],
+    max_shard_size: int | None = None,
+    untie: bool = False,
+    dropped: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
+    stem: str | None = None,
+) -> Assembly:
+    """Lay names and tensors out as a safetensors file, or as a folder of shards.
+
+    Args:
+        base: header of the checkpoint whose companions and shards a folder takes over.
+        dropped: what is not carried over.
+        config: in a folder, entries for its ``config.json``, beside those that the companion has.
+        stem: how the shards are called, ``model`` or as the input's if not given.
+    """
     if target.name.endswith(".safetensors"):
         plan = safetensors.plan(tensors, name=target.name, provenance=provenance, untie=untie)
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
-    files = _sharded(tensors, base, provenance, max_shard_size, untie)
-    return Assembly(target, files, folder=True, companions=tuple(_companions(base)), dropped=tuple(dropped))
+    files = _sharded(tensors, base, provenance, max_shard_size, untie, stem)
+    companions = _companions(base)
+    if config is not None:
+        files += (_whole_file("config.json", _with_config(companions, config)),)
+        companions = [path for path in companions if path.name != "config.json"]
+    return Assembly(target, files, folder=True, companions=tuple(companions), dropped=tuple(dropped))
 
 
-def _beside(tree: Any, state: StateDict) -> list[str]:
+def nested(tree: Any, *, target: Path, provenance: Mapping[str, Any], dropped: Sequence[str] = ()) -> Assembly:
+    """Lay a tree of plain data, specs and OutTensors out as a torch file; what is no plain data is dropped."""
+    left_out = list(dropped)
+    plain = torch_zip.plain(tree, left_out, Copies().__getitem__)
+    plan = torch_zip.plan(plain, name=target.name, provenance=provenance)
+    return Assembly(target, (plan,), folder=False, dropped=tuple(left_out))
+
+
+def _whole_file(name: str, data: bytes) -> FilePlan:
+    return FilePlan(name, len(data), (), lambda crcs: [(0, data)], needs_crc=False)
+
+
+def _with_config(companions: Sequence[Path], config: Mapping[str, Any]) -> bytes:
+    path = next((path for path in companions if path.name == "config.json"), None)
+    try:
+        known = {} if path is None else json.loads(path.read_bytes())
+        if not isinstance(known, dict):
+            raise TypeError("not an object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ReadError(f"{path}: no valid configuration ({error}).") from error
+    return (json.dumps({**known, **config}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def beside(tree: Any, state: StateDict) -> list[str]:
     """List what a flat file has no place for: all that stands beside the weights, on each level down to them."""
     others = []
     for depth, key in enumerate(state.path):
         others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
         tree = tree[key]
-    return others + [dotted((*state.path, key)) for key in state.extras]
+    return others + [dotted((*state.path, key)) for key in (*state.extras, *state.rest)]
 
 
 def _sharded(
@@ -143,10 +211,13 @@ def _sharded(
     provenance: Mapping[str, Any],
     max_shard_size: int | None,
     untie: bool,
+    stem: str | None = None,
 ) -> tuple[FilePlan, ...]:
-    as_torch = any(name.endswith(TORCH_SUFFIXES) for name in base.shards.values())
-    stem, suffix = ("pytorch_model", ".bin") if as_torch else ("model", ".safetensors")
+    as_torch = stem is None and any(name.endswith(TORCH_SUFFIXES) for name in base.shards.values())
+    suffix = ".bin" if as_torch else ".safetensors"
     single = base.files[0].path.name.removesuffix(".index.json")
+    if stem is None:
+        stem = "pytorch_model" if as_torch else "model"
     if single in sharded.SINGLE and single.endswith(suffix):
         stem = single.removesuffix(suffix)  # diffusers and PEFT look for other names
     shards = sharded.plan_shards(tensors, max_bytes=max_shard_size, stem=stem, suffix=suffix, like=base.shards or None)
@@ -158,8 +229,7 @@ def _sharded(
         else:
             plans.append(safetensors.plan(part, name=name, provenance=provenance, untie=untie))
     if list(shards) != [stem + suffix]:
-        index = sharded.index_json(shards, tensors)
-        plans.append(FilePlan(f"{stem}{suffix}.index.json", len(index), (), lambda crcs: [(0, index)], needs_crc=False))
+        plans.append(_whole_file(f"{stem}{suffix}.index.json", sharded.index_json(shards, tensors)))
     return tuple(plans)
 
 
@@ -177,7 +247,7 @@ def _companions(base: Header) -> list[Path]:
     ]
 
 
-class _Copies(dict[TensorSpec, OutTensor]):
+class Copies(dict[TensorSpec, OutTensor]):
     """What is written as an input has it; one OutTensor for each spec, so that what was tied stays so."""
 
     def __missing__(self, spec: TensorSpec) -> OutTensor:
@@ -190,22 +260,25 @@ def _container(
 ) -> tuple[Any, Mapping[str, int]]:
     weights: Any = OrderedDict(tensors)
     if not base.format.startswith("torch"):
+        dropped += beside(base.tree, state)
         return weights, {}
-    metadata = _renamed_modules(_metadata(base, state), renamed)
+    stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
+    metadata = _renamed_modules(module_versions(base, state), stored)
     if metadata is not None:
         weights._metadata = metadata
     weights.update(state.extras)
+    dropped += [dotted((*state.path, rest)) for rest in state.rest]
     tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
             dropped.append(dotted([key]))
             del tree[key]
-    copies = _Copies()
+    copies = Copies()
     out = torch_zip.plain(tree, dropped, copies.__getitem__)
     return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
 
 
-def _metadata(base: Header, state: StateDict) -> Any:
+def module_versions(base: Header, state: StateDict) -> Any:
     """Find the module versions that torch keeps beside a state dict; None where there are none."""
     metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
     return metadata if isinstance(metadata, dict) else None
@@ -214,26 +287,33 @@ def _metadata(base: Header, state: StateDict) -> Any:
 def _put_in_place(
     weights: dict[Any, Any], tree: Mapping[Any, Any], state: StateDict, dropped: list[str]
 ) -> tuple[dict[Any, Any], tuple[Any, ...]]:
-    """Put the average where the raw weights stood; the other set, which it may come from, goes.
+    """Put the average where the layout keeps weights that stand alone; its other places go.
 
     Returns:
         (a tree of its own, the path of the average in it).
     """
     if not state.path:
         return weights, ()
-    layout = next((layout for layout in LAYOUTS if layout.name == state.layout), None)
-    if layout is None:
-        return _replaced(tree, state.path, weights), state.path
-    place = layout.raw if layout.raw in tree else state.path[0]
-    placed: dict[Any, Any] = {}
-    for key, value in tree.items():
-        if key == place:
-            placed[layout.raw] = weights
-        elif key in SET_KEYS and (value is None or isinstance(value, dict)):
-            dropped.append(key)
-        else:
-            placed[key] = value
-    return placed, (layout.raw,)
+    placed = dict(tree)
+    for place in state.places:
+        if place not in (state.home, state.home[:1]) and _holds(placed, place):
+            placed = _replaced(placed, place, _GONE)
+            dropped.append(dotted(place))
+    if _holds(placed, state.home):
+        return _replaced(placed, state.home, weights), state.home
+    return {**placed, state.home[0]: weights}, state.home
+
+
+_GONE = object()
+
+
+def _holds(tree: Any, path: tuple[Any, ...]) -> bool:
+    """True if something stands at a path, None included."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Mapping[str, int]:
@@ -246,9 +326,9 @@ def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Map
     return counts
 
 
-def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str]) -> Any:
+def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str] | None) -> Any:
     """Take a common prefix off the names of modules, too; None where there is no saying which goes."""
-    leads = {name.removesuffix(bare) for name, bare in renamed.items()}
+    leads = {name.removesuffix(bare) for name, bare in (renamed or {}).items()}
     if metadata is None or len(leads) != 1:
         return None
     lead = leads.pop()
@@ -265,7 +345,8 @@ def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, s
 def _replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
     if not path:
         return value
-    return {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
+    replaced = {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
+    return {key: child for key, child in replaced.items() if child is not _GONE}
 
 
 def rewrite(
@@ -294,7 +375,13 @@ def rewrite(
     if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
         wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
         raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
-    copies = _Copies()
+    if state.keys is None:
+        raise UsageError(
+            f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
+            "of them changed. Make plain weights of it first: ckpt convert --to plain."
+        )
+    changed = {state.keys[name]: tensor for name, tensor in changed.items()}
+    copies = Copies()
     if folder or base.format == "safetensors":
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
@@ -305,7 +392,7 @@ def rewrite(
         return Assembly(target, (plan,), folder=False)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
-    if (metadata := _metadata(base, state)) is not None:
+    if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
     dropped: list[str] = []
     tree = torch_zip.plain(_replaced(base.tree, state.path, weights), dropped, copies.__getitem__)

@@ -20,7 +20,7 @@ from .layouts import StateDict, select
 from .provenance import Input, averaged_inputs, provenance, short_names
 from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, Series, find_series
-from .tensors import DTYPES, FLOAT_DTYPES, DType, Kind, TensorSpec
+from .tensors import DType, Kind, TensorSpec, parse_dtype
 from .writing import only_noted, write
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 BUFFERS = ("average", "last")
 MAX_THREADS = 256
 """More would help no disk, and each holds its own buffers."""
-_DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
 _RUNNING = ("running_mean", "running_var")
@@ -151,9 +150,8 @@ def average(
     schedule.check()
     if buffers not in BUFFERS:
         raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
-    out_dtype = _parse_dtype(dtype)
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
+    out_dtype = parse_dtype(dtype)
+    check_threads(threads)
     if out is not None:
         check_suffix(Path(out))
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -381,11 +379,11 @@ def _scaled(
     return weighing or tuple(present[-1:])
 
 
-def _parse_dtype(dtype: Any) -> DType | None:
-    if dtype is None or dtype == "same":
-        return None
-    text = str(dtype).removeprefix("torch.")
-    name = _DTYPE_ALIASES.get(text, text)
-    if name not in FLOAT_DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
-    return DTYPES[name]
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of workers that makes no sense.
+
+    Raises:
+        UsageError: it is none from 1 to MAX_THREADS.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")

@@ -25,7 +25,7 @@ from .errors import NumericsError, WriteError
 from .formats.crc32 import combine
 from .formats.header import Stamp
 from .formats.output import FilePlan, OutTensor
-from .payload import Buffer, OpenFiles, Reader, Source, raise_file_limit, torch_dtype
+from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
 from .tensors import DTYPES, DType, Kind
 
 PIECE = 128 * 1024
@@ -82,34 +82,48 @@ def run(
         ReadError: an input cannot be read, ends early, or changes meanwhile.
         WriteError: the output cannot be written.
     """
-    threads = default_threads() if threads is None else threads
-    intra_op = torch.get_num_threads()
-    torch.set_num_threads(1)  # our own threads are the parallelism
-    try:
-        with OpenFiles(stamps) as files, ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
-            specs = (spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
-            paths = {part.storage.path for spec in specs for _, part in spec.parts}
-            raise_file_limit(len(paths))
-            for path in paths:
-                files.open(path)
-            job = _Job(outputs, files, piece, allow_nonfinite)
-            pending = {pool.submit(_work, job) for _ in range(threads)}
-            try:
-                while pending:
-                    done, pending = wait(pending, timeout=0.1)
-                    if on_progress is not None:
-                        on_progress(job.moved)
-                    for future in done:
-                        future.result()
-            finally:
-                job.stop.set()
-            files.check_unchanged()
-    finally:
-        torch.set_num_threads(intra_op)
+    with OpenFiles(stamps) as files:
+        files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
+        job = _Job(outputs, files, piece, allow_nonfinite)
+        in_threads(
+            lambda: _work(job),
+            default_threads() if threads is None else threads,
+            job.stop,
+            on_tick=None if on_progress is None else lambda: on_progress(job.moved),
+        )
+        files.check_unchanged()
     for out in outputs:
         crcs = {tensor: job.checksum(tensor) for tensor, _ in out.plan.slots} if out.plan.needs_crc else {}
         for offset, data in out.plan.patches(crcs):
             write_at(out.fd, memoryview(data), offset, out.plan.name)
+
+
+def in_threads(
+    work: Callable[[], None], threads: int, stop: threading.Event, *, on_tick: Callable[[], None] | None = None
+) -> None:
+    """Run a function in several threads at once, where torch has no threads of its own, until all have returned.
+
+    Args:
+        work: called in each; sets `stop` where it fails.
+        stop: set at the end, and when the caller is interrupted.
+        on_tick: called in this thread, a few times a second.
+    """
+    intra_op = torch.get_num_threads()
+    torch.set_num_threads(1)  # our own threads are the parallelism
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
+            pending = {pool.submit(work) for _ in range(threads)}
+            try:
+                while pending:
+                    done, pending = wait(pending, timeout=0.1)
+                    if on_tick is not None:
+                        on_tick()
+                    for future in done:
+                        future.result()
+            finally:
+                stop.set()
+    finally:
+        torch.set_num_threads(intra_op)
 
 
 def write_at(fd: int, data: memoryview, offset: int, name: str) -> None:
@@ -151,11 +165,11 @@ class _Recipe:
         # What is only copied is never computed with, so torch need not know its dtype.
         known = tensor.data is None and (self.checked or not tensor.copied)
         self.terms = [
-            (Source(spec, files), c, torch_dtype(_real(spec.dtype)) if known else torch.uint8)
+            (Source(spec, files), c, torch_dtype(real_dtype(spec.dtype)) if known else torch.uint8)
             for spec, c in tensor.terms
         ]
         self.reals = 2 if tensor.dtype.kind is Kind.COMPLEX else 1
-        self.real = torch_dtype(_real(tensor.dtype)) if known else torch.uint8
+        self.real = torch_dtype(real_dtype(tensor.dtype)) if known else torch.uint8
         self.limit = _overflow(self.real) if known else math.inf
         wide = any(dtype is torch.float64 for _, _, dtype in self.terms)
         # float64 has no room for a sum larger than its average.
@@ -353,7 +367,7 @@ class _Worker:
         )
 
 
-def _real(dtype: DType) -> DType:
+def real_dtype(dtype: DType) -> DType:
     """Return the dtype of the numbers that an element consists of: its own, or that of a complex one's parts."""
     return DTYPES[_REAL.get(dtype.name, dtype.name)]
 

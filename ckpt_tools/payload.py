@@ -54,6 +54,13 @@ class OpenFiles:
         self._fds[path] = fd
         self._check(self._stamps.setdefault(path, Stamp.of(path, fd)))
 
+    def open_all(self, specs: Iterable[TensorSpec]) -> None:
+        """Open all files of these tensors, and let the process hold so many, as far as it may."""
+        unique = dict.fromkeys(part.storage.path for spec in specs for _, part in spec.parts)
+        raise_file_limit(len(unique))
+        for path in unique:
+            self.open(path)
+
     def __getitem__(self, path: Path) -> int:
         return self._fds[path]
 
@@ -286,8 +293,7 @@ def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
         ReadError: the file cannot be read, ends early, or is none of the stamped ones any more.
     """
     with OpenFiles(stamps) as files:
-        for _, part in spec.parts:
-            files.open(part.storage.path)
+        files.open_all([spec])
         reader = Reader(spec.nbytes)
         reader.read(Source(spec, files), 0, spec.numel)
         # The buffer belongs to this tensor alone from here on.

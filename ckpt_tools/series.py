@@ -201,9 +201,17 @@ def _blocks(storage: Storage, start: int, nbytes: int) -> Iterator[bytes]:
             yield block
 
 
+def _is_average(made: Any) -> bool:
+    """True for what `avg` or `recal-bn` made, converted since or not; a training checkpoint may be converted, too."""
+    while isinstance(made, dict) and made.get("command") in ("convert", "strip"):
+        source = made.get("input")
+        made = source.get("made") if isinstance(source, dict) else None
+    return made is not None
+
+
 def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     """Find outputs of our own to leave out; none if there is nothing else."""
-    ours = {header.path for header in headers if header.provenance is not None}
+    ours = {header.path for header in headers if _is_average(header.provenance)}
     if len(ours) == len({header.path for header in headers}):
         return set()
     notes.extend(

@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import CorruptError
+from .errors import CorruptError, UsageError
 
 _T = TypeVar("_T")
 
@@ -56,6 +56,14 @@ class DType:
         """Bytes that swap together when the byte order changes (a complex is two words)."""
         return self.itemsize // 2 if self.kind is Kind.COMPLEX else self.itemsize
 
+    def comparable(self, other: DType) -> bool:
+        """True if a difference of values makes sense: both real, or both complex; packed codes only with their like."""
+        if self is other:
+            return True
+        return Kind.PACKED not in (self.kind, other.kind) and (self.kind is Kind.COMPLEX) == (
+            other.kind is Kind.COMPLEX
+        )
+
 
 _F, _C, _I, _P = Kind.FLOAT, Kind.COMPLEX, Kind.INTEGER, Kind.PACKED
 
@@ -96,6 +104,22 @@ BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
 BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
 
 FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.kind is Kind.FLOAT)
+_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+
+
+def parse_dtype(dtype: object) -> DType | None:
+    """Read a floating-point dtype: a name, a torch.dtype, or None and ``same`` for no change.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    if dtype is None or dtype == "same":
+        return None
+    text = str(dtype).removeprefix("torch.")
+    name = _ALIASES.get(text, text)
+    if name not in FLOAT_DTYPES:
+        raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
 from ckpt_tools.layouts import looks_like_training_state, select, states
+from ckpt_tools.tensors import TensorSpec
 
 Save = Callable[..., Path]
 
@@ -60,16 +62,15 @@ def test_a_dotted_path_reaches_any_place(save: Save) -> None:
     assert select(header, "nets.student").label == "nets.student"
 
 
-def test_ema_and_raw_are_paths_too_where_no_layout_has_such_a_set(save: Save) -> None:
-    header = read_header(save("c.pth", {"model": weights(1), "ema": weights(2)}))
-    assert (select(header).path, select(header, "ema").path) == (("model",), ("ema",))
-
-
-def test_the_counter_of_averaged_model_is_no_weight(save: Save) -> None:
+@pytest.mark.parametrize("wrap", [lambda model: {"model": weights(), "model_ema": model}, lambda model: model])
+def test_prefix_and_counter_of_averaged_model_belong_to_it(save: Save, wrap: Any) -> None:
     model = AveragedModel(nn.Linear(2, 3))
     model.update_parameters(nn.Linear(2, 3))
-    chosen = select(read_header(save("c.pth", {"model": weights(), "model_ema": model.state_dict()})))
-    assert list(chosen.tensors) == ["module.weight", "module.bias"]
+    chosen = select(read_header(save("c.pth", wrap(model.state_dict()))))
+    assert list(chosen.tensors) == ["weight", "bias"]
+    assert chosen.which == "ema"
+    assert isinstance(chosen.updates, TensorSpec)
+    assert (chosen.updates.dtype.name, chosen.updates.shape) == ("int64", ())
 
 
 def test_a_buffer_called_n_averaged_stays_in_other_models(save: Save) -> None:
@@ -90,9 +91,9 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
     [
         ({"state_dict": weights()}, "ema", r"has no ema weights, only raw \(state_dict\)\. Use --state raw"),
         (
-            {"student": weights(), "teacher": weights()},
+            {"actor": weights(), "critic": weights()},
             "auto",
-            r"Tensors stand in student, teacher\. Choose with --state student\. Each .* by a run of its own",
+            r"Tensors stand in actor, critic\. Choose with --state actor\. Each .* by a run of its own",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
@@ -112,7 +113,7 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
         ({"n": "x"}, "n", "'n' is a text, not"),
         ({"n": None}, "n", "'n' is None, not"),
         ({"n": [weights()]}, "n.0", r"nothing at 'n\.0': 'n' is a list"),
-        ({"n": nn.Linear(1, 1)}, "n", r"'n' is a pickled object \(torch\.nn\.modules\.linear\.Linear\), not"),
+        ({"n": nn.ReLU()}, "n", r"'n' is a pickled object \(torch\.nn\.modules\.activation\.ReLU\), not"),
         ([torch.zeros(1)], "auto", "tensors without names"),
         (torch.zeros(1), "auto", "tensors without names"),
     ],
@@ -123,12 +124,31 @@ def test_what_is_not_there_is_said_with_what_is(save: Save, tree: Any, state: st
         select(header, state)
 
 
-def test_a_pickled_module_is_named_and_not_loaded(save: Save) -> None:
-    header = read_header(save("c.pth", {"model": nn.Linear(2, 2)}))
-    with pytest.raises(LayoutError, match=r"'model' is a pickled object \(torch\.nn\.modules\.linear\.Linear\)"):
-        select(header)
-    with pytest.raises(LayoutError, match=r"a pickled object \(torch\.nn\.modules\.linear\.Linear\)"):
-        select(read_header(save("d.pth", nn.Linear(2, 2))))
+@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"model": net}, lambda net: {"model": None, "ema": net}])
+def test_the_tensors_of_a_pickled_module_are_found_without_its_class(save: Save, wrap: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)))
+    net[0].register_buffer("passing", torch.ones(1), persistent=False)
+    net[2].add_module("tied", net[2][0])
+    header = read_header(save("c.pth", wrap(net)))
+    assert list(select(header).tensors) == list(net.state_dict())
+    assert {name: spec.shape for name, spec in select(header).tensors.items()} == {  # type: ignore[union-attr]
+        name: tuple(tensor.shape) for name, tensor in net.state_dict().items()
+    }
+
+
+def test_a_module_without_tensors_and_other_objects_are_named(save: Save) -> None:
+    with pytest.raises(LayoutError, match=r"'model' is a pickled object \(torch\.nn\.modules\.activation\.ReLU\)"):
+        select(read_header(save("c.pth", {"model": nn.ReLU()})))
+    with pytest.raises(LayoutError, match=r"a pickled object \(torch\.nn\.modules\.activation\.ReLU\)"):
+        select(read_header(save("d.pth", nn.ReLU())))
+
+
+def test_a_module_that_holds_itself_many_times_over_ends(save: Save) -> None:
+    net: nn.Module = nn.ReLU()
+    for _ in range(60):
+        net = nn.ModuleDict({"a": net, "b": net})
+    net.add_module("me", nn.Linear(1, 1))
+    assert list(select(read_header(save("c.pth", net))).tensors) == ["me.weight", "me.bias"]
 
 
 @pytest.mark.parametrize(
@@ -209,3 +229,65 @@ def test_what_a_user_may_want_is_no_training_state(key: Any) -> None:
     assert not looks_like_training_state(key, {"lr": 0.1})
     assert looks_like_training_state(key, {"state": {}, "param_groups": []})
     assert not looks_like_training_state("optimizer", "adamw")
+
+
+def test_the_ema_of_nemo_stands_in_a_file_beside_it(save: Save) -> None:
+    header = read_header(save("X.ckpt", {"state_dict": weights(1), "global_step": 3}))
+    twin = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
+    assert select(header).which == "raw"
+    assert (select(read_header(twin)).which, select(read_header(twin)).layout) == ("ema", "nemo")
+    with pytest.raises(LayoutError, match=rf"has no ema weights; those are in {twin}, beside it"):
+        select(header, "ema")
+    assert select(read_header(twin), "raw").which == "raw"
+
+
+def test_a_callback_of_lightning_that_has_not_begun_holds_no_average(save: Save) -> None:
+    for n, which in ((0, "raw"), (2, "ema")):
+        state = {"n_averaged": n, "average_model_state": weights(2)}
+        header = read_header(save("c.ckpt", {"state_dict": weights(1), "callbacks": {"MyAveraging": state}}))
+        assert select(header).which == which
+
+
+def test_fairseq_keeps_its_average_in_single_precision_beside_it(save: Save) -> None:
+    half = {name: tensor.half() for name, tensor in weights(1).items()}
+    extra = {"ema": half, "ema_fp32_params": {"w": weights(3.0)["w"]}}
+    chosen = select(read_header(save("c.pt", {"model": weights(1), "extra_state": extra})))
+    assert {name: spec.dtype.name for name, spec in chosen.tensors.items()} == {"w": "float32", "b": "float16"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("tree", "layout"),
+    [
+        ({"model": weights(1), "ema": weights(2)}, "dit"),
+        ({"model": weights(1), "ema_state": weights(2)}, "d2go"),
+        ({"model": weights(1), "model_avg": weights(2), "batch_idx_train": 3}, "icefall"),
+        ({"student": weights(1, "module."), "teacher": weights(2)}, "dino"),
+        (
+            {"state_dict": weights(2), "current_model_state": weights(1), "averaging_state": {"n_averaged": 1}},
+            "lightning",
+        ),
+        (
+            {
+                "state_dict": weights(2),
+                "ema_state_dict": {"steps": torch.tensor(1), **weights(1, "module.")},
+            },
+            "mmengine",
+        ),
+        (
+            {
+                "initted": torch.tensor(True), "step": torch.tensor(1),
+                **weights(1, "online_model."), **weights(2, "ema_model."),
+            },
+            "ema-pytorch",
+        ),
+    ],
+)  # fmt: skip
+def test_each_library_is_known_and_read_the_right_way_round(save: Save, tree: Any, layout: str) -> None:
+    path = save("c.pth", tree)
+    for which, value in (("ema", 2), ("raw", 1)):
+        checkpoint = open_checkpoint(path, state=which)
+        assert checkpoint.state.layout == layout
+        assert {name.removeprefix("module."): tensor[0].item() for name, tensor in checkpoint.items()} == {
+            "w": value,
+            "b": value,
+        }

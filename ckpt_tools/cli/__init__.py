@@ -15,6 +15,8 @@ import typer.core
 from ..errors import CkptError
 from . import console
 from .avg import avg
+from .convert import convert
+from .diff import diff
 from .inspect import inspect
 from .recal_bn import recal_bn
 
@@ -41,14 +43,16 @@ class _Command(typer.core.TyperCommand):
 app = typer.Typer(
     name="ckpt",
     cls=_PlainList,
-    help="Average, recalibrate and inspect saved PyTorch checkpoints. "
+    help="Average, convert, recalibrate, compare and inspect saved PyTorch checkpoints. "
     "No code in a checkpoint is ever run; no input is ever changed.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(cls=_Command)(avg)
+app.command(cls=_Command)(convert)
 app.command(cls=_Command)(inspect)
+app.command(cls=_Command)(diff)
 app.command("recal-bn", cls=_Command)(recal_bn)
 
 

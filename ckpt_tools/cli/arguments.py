@@ -35,7 +35,12 @@ def target(text: str | None) -> str | None:
         raise UsageError(f"-o {text!r}: there is no name in it. Is a variable of the shell unset?")
     if name.endswith(SUFFIXES) and os.path.basename(text) != name:  # noqa: PTH119
         raise UsageError(f"-o {text}: the suffix asks for a file, the slash for a folder. Leave one of them out.")
-    return os.path.expanduser(text)  # noqa: PTH111 - keeps a ~user that is none
+    return path(text)
+
+
+def path(text: str) -> str:
+    """Read a path, of which a shell leaves the ~ when it stands in quotes; a ~user that is none stays as it is."""
+    return os.path.expanduser(text)  # noqa: PTH111
 
 
 def numbers(option: str, text: str | None) -> list[float] | None:

@@ -77,7 +77,8 @@ def _show(d: Description) -> None:
 def _show_provenance(provenance: dict[str, object]) -> None:
     arguments = provenance.get("arguments")
     options = "".join(f", {k} {_short(v)}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
-    what = "recal-bn" if provenance.get("command") == "recal-bn" else f"{provenance.get('mode')} average"
+    command = provenance.get("command")
+    what = f"{provenance.get('mode')} average" if command == "avg" else str(command)
     console.say(f"  made by ckpt-tools {provenance.get('version')}: {what} of {provenance.get('state')}{options}")
     source = provenance.get("input")  # recal-bn has one, which may be an output itself
     if isinstance(source, dict) and isinstance(source.get("made"), dict):

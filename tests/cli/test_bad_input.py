@@ -140,11 +140,11 @@ def test_a_folder_or_file_that_may_not_be_read() -> None:
             "bad.pth: in no known layout. Tensors stand in net.encoder. Choose with --state net.encoder.",
         ),
         (
-            nn.Linear(2, 2),
-            "bad.pth: a pickled object (torch.nn.modules.linear.Linear), not a state dict; it was not loaded. "
+            nn.ReLU(),
+            "bad.pth: a pickled object (torch.nn.modules.activation.ReLU), not a state dict; it was not loaded. "
             "Save its state_dict() from the code that made it.",
         ),
-        ({"model": nn.Linear(2, 2)}, "bad.pth: its 'model' is a pickled object (torch.nn.modules.linear.Linear)"),
+        ({"model": nn.ReLU()}, "bad.pth: its 'model' is a pickled object (torch.nn.modules.activation.ReLU)"),
     ],
     ids=["none", "empty", "empty state dict", "unknown layout", "module", "module inside"],
 )

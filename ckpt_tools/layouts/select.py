@@ -1,94 +1,28 @@
-"""Layouts: where the weights stand inside a checkpoint, raw and averaged."""
+"""Selecting: which set of weights was meant; what misleads, or would lose an entry, is refused."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from .errors import LayoutError
-from .formats.header import Header
-from .formats.unpickle import Inert, tensors_in
-from .tensors import DTYPES, Tensor, TensorSpec
+from ..errors import LayoutError
+from ..formats.header import Header
+from ..formats.unpickle import Inert, tensors_in
+from ..tensors import Tensor
+from .find import set_at, state_dict, states
+from .state import StateDict, dotted, looks_like_training_state
+from .table import SET_KEYS
 
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where one family of training scripts keeps its weights."""
-
-    name: str
-    raw: str
-    ema: str
-
-
-LAYOUTS = (
-    Layout("timm", "state_dict", "state_dict_ema"),
-    Layout("model", "model", "model_ema"),  # DeiT; torchvision's reference scripts
-    Layout("model_state_dict", "model_state_dict", "ema_state_dict"),
-)
-SET_KEYS = tuple(key for layout in LAYOUTS for key in (layout.raw, layout.ema))
-"""Where a set of weights may stand."""
 # Beside these, `state_dict` is not what its name says: mmengine and Lightning swap the sets on saving.
 _SWAPPERS = ("ema_state_dict", "current_model_state")
+_SWAPPING = ("mmengine", "lightning")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StateDict:
-    """One set of weights inside a checkpoint.
-
-    Attributes:
-        tensors: name to tensor, as stored.
-        extras: its other entries.
-        path: keys that lead to it from the top of the checkpoint; empty for a plain one.
-        which: ``raw``, ``ema``, or the dotted path that was asked for.
-        layout: name of the layout.
-    """
-
-    tensors: dict[str, Tensor]
-    extras: dict[Any, Any]
-    path: tuple[Any, ...]
-    which: str
-    layout: str
-
-    @property
-    def label(self) -> str:
-        """What to call it in a table: ``ema (state_dict_ema)``."""
-        where = dotted(self.path)
-        return self.which if self.which == where else f"{self.which} ({where or 'the whole file'})"
-
-
-def dotted(path: Iterable[Any]) -> str:
-    """Write a path of keys as ``--state`` takes it."""
-    try:
-        return ".".join(map(str, path))
-    except ValueError:  # Python writes no integer of more than 4300 digits out
-        return "(a number too long to show)"
-
-
-def states(header: Header) -> dict[str, StateDict]:
-    """Return the sets of weights that a checkpoint holds in a known layout: ``raw``, ``ema`` or both."""
-    tree = header.tree
-    if not isinstance(tree, dict):
-        return {}
-    found: dict[str, StateDict] = {}
-    # Ordered as timm reads them: state_dict_ema, model_ema, state_dict, model.
-    for which in ("ema", "raw"):
-        for layout in LAYOUTS:
-            key = layout.ema if which == "ema" else layout.raw
-            if which not in found and _holds_tensors(tree.get(key)):
-                found[which] = _state(tree[key], (key,), which, layout.name)
-    if "ema" in found and "raw" not in found and _holds_tensors(tree):
-        del found["ema"]  # a flat state dict, one of whose modules has such a name
-    if found:
-        return found
-    return {"raw": _state(tree, (), "raw", "plain")} if _holds_tensors(tree) else {}
-
-
-def select(header: Header, state: str = "auto") -> StateDict:
+def select(header: Header, state: str = "auto", names: Mapping[str, Tensor] | None = None) -> StateDict:
     """Find a set of weights in a checkpoint.
 
     Args:
+        names: a state dict of the same model, for forms that keep no names (lists) or spoil them (LitEma's).
         state: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path such as ``model.teacher``.
 
     Raises:
@@ -96,21 +30,23 @@ def select(header: Header, state: str = "auto") -> StateDict:
     """
     tree = header.tree
     if state not in ("auto", "raw", "ema"):
-        return _at_path(header, state)
-    if isinstance(tree, dict) and _holds_tensors(tree.get("state_dict")):
+        return _at_path(header, state, names)
+    # A name may mislead, so what is asked for goes before it.
+    found = states(header, names, by_name=state != "raw")
+    known = any(state.layout in _SWAPPING for state in found.values())
+    if not known and isinstance(tree, dict) and _holds_tensors(tree.get("state_dict")):
         swapper = next((key for key in _SWAPPERS if _holds_tensors(tree.get(key))), None)
         if swapper is not None:
             raise LayoutError(
                 f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights, "
                 f"so say which you mean: --state state_dict or --state {swapper}."
             )
-    found = states(header)
     which = ("ema" if "ema" in found else "raw") if state == "auto" else state
     if which in found:
+        if found[which].fault is not None:
+            raise LayoutError(f"{header.path}: its {found[which].label} is {found[which].fault}")
         _refuse_nested(header, found[which])
         return found[which]
-    if state != "auto" and isinstance(tree, dict) and _holds_tensors(tree.get(state)):
-        return _at_path(header, state)  # such as the `ema` of DiT, in no layout here
     raise LayoutError(f"{header.path}: {_nothing(header, found, which)}")
 
 
@@ -168,6 +104,9 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
 def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if found:
         other = next(iter(found.values()))
+        twin = header.path.with_name(f"{header.path.stem}-EMA{header.path.suffix}")
+        if which == "ema" and twin.is_file():
+            return f"has no ema weights; those are in {twin}, beside it."
         return f"has no {which} weights, only {other.label}. Use --state {other.which}."
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
     if isinstance(header.tree, Inert):
@@ -199,10 +138,11 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     return "no tensor inside. It is a checkpoint file, but holds no weights."
 
 
-def _at_path(header: Header, asked: str) -> StateDict:
+def _at_path(header: Header, asked: str, names: Mapping[str, Tensor] | None) -> StateDict:
     path, node, rest = _follow(header.tree, asked)
     here = dotted(path)
-    if not isinstance(node, dict):
+    reading = None if rest else set_at(node, (), "ema", names)
+    if reading is None and not isinstance(node, dict):
         where = f"'{here}'" if path else "it"
         missing = f"nothing at '{asked}': " if rest else ""
         raise LayoutError(
@@ -210,15 +150,18 @@ def _at_path(header: Header, asked: str) -> StateDict:
             "Give the path of a dict of tensors; ckpt inspect shows what is inside."
         )
     if rest:
-        known = ", ".join(dotted([key]) for key in node)[:200]
+        names_here = [dotted([key]) for key in node]
+        known = ", ".join(names_here[:8]) + (f" and {len(names_here) - 8} more" if len(names_here) > 8 else "")
         raise LayoutError(f"{header.path}: nothing at '{asked}'. {here or 'The top level'} holds: {known}.")
-    fault = _fault(node, path)
-    if fault is None and not _holds_tensors(node):
+    fault = _fault(node, path) if isinstance(node, dict) else None
+    if fault is None and reading is None:
         below = [(*path, *inner) for inner, _ in tensors_in(node)]
         fault = f"'{asked}' is no state dict: no tensor stands directly in it. {_choice(header, below)}"
-    if fault is not None:
+    if fault is None and reading is not None and reading.fault is not None:
+        fault = f"'{asked}' is {reading.fault}"
+    if fault is not None or reading is None:
         raise LayoutError(f"{header.path}: {fault}")
-    return _state(node, path, asked, "dotted path")
+    return state_dict(reading, path, asked, "dotted path", path, (path,))
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:
@@ -259,40 +202,3 @@ def _holds_tensors(node: Any) -> bool:
     return isinstance(node, dict) and any(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in node.items()
     )
-
-
-def _state(node: Mapping[Any, Any], path: tuple[Any, ...], which: str, layout: str) -> StateDict:
-    tensors = {k: v for k, v in node.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    extras = {k: v for k, v in node.items() if k not in tensors}
-    if _is_averaged_model(tensors):
-        # The counter of torch's AveragedModel belongs to the wrapper, not to the weights.
-        del tensors["n_averaged"]
-    return StateDict(tensors, extras, path, which, layout)
-
-
-def _is_averaged_model(tensors: Mapping[str, Tensor]) -> bool:
-    counter = tensors.get("n_averaged")
-    if not isinstance(counter, TensorSpec) or counter.shape != () or counter.dtype is not DTYPES["int64"]:
-        return False
-    return len(tensors) > 1 and all(name.startswith("module.") for name in tensors if name != "n_averaged")
-
-
-def is_optimizer(value: Any) -> bool:
-    """True for what torch's optimizers give as their state."""
-    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
-
-
-def looks_like_training_state(key: Any, value: Any) -> bool:
-    """True for what a run needs to go on and finished weights do not: optimizers, scalers, random states."""
-    if is_optimizer(value):
-        return True
-    return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
-
-
-_TRAINING_STATE = re.compile(
-    r"optim|optims?_.*|optimizer.*"  # optimizers of other forms than torch's, and lists of them
-    r"|(lr_|param_|opt_param_)?scheduler.*|lr_sched"
-    r"|amp|(amp_|grad_|loss_)?scaler(_state_dict)?|loss_scale|native_amp_scaling_state"
-    r"|rng(_.*)?|\w+_rng_states?|random_states"
-    r"|loops|callbacks|saver|metric"
-)

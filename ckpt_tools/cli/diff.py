@@ -1,0 +1,142 @@
+"""`ckpt diff`: parse, compare, show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError
+from . import arguments, console
+
+if TYPE_CHECKING:
+    from ..diffing import DiffReport, Side, TensorDiff
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
+    state: Annotated[str, typer.Option(help="auto (the EMA where there is one), raw, ema, or a dotted path.")] = "auto",
+    state_b: Annotated[str | None, typer.Option(help="The same for B.", show_default="as --state")] = None,
+    rtol: Annotated[float, typer.Option(help="Values may differ by ATOL + RTOL * |B|.")] = 0.0,
+    atol: Annotated[float, typer.Option(help="As in torch.allclose.")] = 0.0,
+    top: Annotated[int, typer.Option(help="Show the N tensors that differ most.", metavar="N")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most")] = None,
+) -> None:
+    """Show what is different between the weights of two checkpoints; exit 1 if anything is.
+
+    Example: ckpt diff averaged.pth averaged-bn.pth
+    """
+    if top < 0:
+        raise UsageError(f"--top {top}: must be 0 or more.")
+    arguments.check_folder()
+    from ..diffing import diff as compare
+
+    with console.progress("comparing") as on_progress:
+        report = compare(
+            arguments.path(a), arguments.path(b), state=state, state_b=state_b, rtol=rtol, atol=atol,
+            threads=threads, on_progress=on_progress,
+        )  # fmt: skip
+    _show(report, top)
+    if json:
+        console.print_json(report.to_dict())
+    if report.verdict == "different":
+        raise typer.Exit(1)
+
+
+def _show(report: DiffReport, top: int) -> None:
+    for side in (report.a, report.b):
+        lost = f", compared without {' and '.join(repr(p) for p in side.prefixes)}" if side.prefixes else ""
+        console.say(f"{side.name}: {side.state}, {console.plural(side.tensors, 'tensor')}{lost}")
+    console.say(*report.notes)
+    _show_names(report.a, report.only_a, top)
+    _show_names(report.b, report.only_b, top)
+    for what, changes in (("shape", report.shapes), ("dtype", report.dtypes)):
+        for change in changes[:top]:
+            console.say(f"{what} of {change.name}: {change.a}, and {change.b} in {report.b.name}")
+        _show_rest(what + "s that differ", len(changes) - top)
+    for name, kind in list(report.not_compared.items())[:top]:
+        console.say(f"not compared: {name} ({kind})")
+    _show_rest("tensors that are not compared", len(report.not_compared) - top)
+    shown = [tensor for tensor in report.tensors if tensor.differing][:top]
+    if shown:
+        _show_table(shown)
+        _show_rest("tensors that differ", sum(t.differing > 0 for t in report.tensors) - top)
+    console.say(_verdict(report))
+
+
+def _show_names(side: Side, names: tuple[str, ...], top: int) -> None:
+    for name in names[:top]:
+        console.say(f"only in {side.name}: {name}")
+    _show_rest(f"names only in {side.name}", len(names) - top)
+
+
+def _show_rest(what: str, number: int) -> None:
+    if number > 0:
+        console.say(f"... and {number} more {what}")
+
+
+def _show_table(tensors: list[TensorDiff]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for title in ("largest absolute", "relative", "values that differ"):
+        table.add_column(title, justify="right", overflow="fold")
+    width = console.bar_width(max(len(tensor.name) for tensor in tensors) + 50)
+    table.add_column("", no_wrap=True, width=width)
+    # A counter that went on by thousands would leave nothing of the bars of the weights.
+    bars = [tensor.max_abs or 0.0 if tensor.weights else 0.0 for tensor in tensors]
+    for tensor, bar in zip(tensors, bars, strict=True):
+        name = tensor.name + (f" (and {len(tensor.tied)} tied)" if tensor.tied else "")
+        odd = f", {tensor.nonfinite} not finite" if tensor.nonfinite else ""
+        table.add_row(
+            Text(console.visible(name)),
+            "codes" if tensor.max_abs is None else f"{tensor.max_abs:.3g}",
+            "" if tensor.max_rel is None else f"{tensor.max_rel:.3g}",
+            f"{tensor.differing} of {tensor.values}{odd}",
+            Text(console.bar(bar, max(bars), width), style="red" if tensor.beyond else "green"),
+        )
+    console.stderr().print(table)
+
+
+def _verdict(report: DiffReport) -> str:
+    """Say in one line what is the same and what is not, claiming no more than was compared."""
+    weights = console.plural(report.compared, "tensor")
+    if report.verdict == "identical":
+        return f"Identical: {weights}, the same bit for bit."
+    inexact = report.compared - report.identical
+    if report.verdict == "equal":
+        signs = "the sign of a zero or the bits of a NaN"
+        return f"Equal: {weights}, the same in every value, though {inexact} not bit for bit ({signs})."
+    differing = sum(1 + len(tensor.tied) for tensor in report.tensors if tensor.differing)
+    figures = f"{differing} of {weights} {'differs' if differing == 1 else 'differ'}"
+    if differing:
+        (absolute, where), (relative, there) = report.max_abs, report.max_rel
+        figures += (
+            f"; the largest difference is {absolute:.3g} ({where}), the largest relative one {relative:.3g} ({there})"
+        )
+    tolerance = f"(rtol {report.rtol:g}, atol {report.atol:g})"
+    dtypes = f"{console.plural(len(report.dtypes), 'dtype')} differ" + ("s" if len(report.dtypes) == 1 else "")
+    if report.verdict == "within tolerance":
+        return f"Equal within tolerance {tolerance}: {figures}" + (f"; {dtypes}." if report.dtypes else ".")
+    reasons = [figures] if differing else []
+    if report.nonfinite:
+        reasons.append(f"{console.plural(report.nonfinite, 'value')} that is not finite on one side")
+    if report.tolerant and differing:
+        beyond = sum(tensor.beyond for tensor in report.tensors)
+        reasons.append(f"{console.plural(beyond, 'value')} beyond the tolerance {tolerance}")
+    reasons += [
+        f"{number} {what}"
+        for number, what in (
+            (len(report.only_a), f"only in {report.a.name}"),
+            (len(report.only_b), f"only in {report.b.name}"),
+            (len(report.shapes), "of another shape"),
+            (len(report.dtypes), "of another dtype"),
+            (len(report.not_compared), "not compared"),
+        )
+        if number
+    ]
+    return f"Different: {'; '.join(reasons)}."

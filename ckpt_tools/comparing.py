@@ -1,0 +1,256 @@
+"""Comparing: how far pairs of tensors are apart, piece by piece, in float64.
+
+Worker threads read a piece of both sides, and look no further where the bytes are the same. Memory is two
+buffers for reading and three for computing a thread, whatever the size of the tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .engine import PIECE, default_threads, in_threads, real_dtype
+from .formats.header import Stamp
+from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
+from .tensors import DType, Kind, TensorSpec
+
+_DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
+_TINIEST = math.ulp(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far two tensors are apart; a complex element counts as two values.
+
+    Attributes:
+        values: how many there are.
+        same_bytes: every byte is the same.
+        differing: values that differ. NaN is equal to NaN, and 0 to -0.
+        beyond: those of them that differ by more than the tolerance.
+        nonfinite: those of them with NaN or infinity on either side; none of these is within any tolerance.
+        max_abs: the largest |a - b| over finite values; None for packed codes, which are no numbers.
+        max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
+    """
+
+    values: int
+    same_bytes: bool = True
+    differing: int = 0
+    beyond: int = 0
+    nonfinite: int = 0
+    max_abs: float | None = 0.0
+    max_rel: float | None = 0.0
+
+    def joined(self, other: Distance) -> Distance:
+        """Return the distance over the values of both."""
+        return Distance(
+            self.values + other.values,
+            self.same_bytes and other.same_bytes,
+            self.differing + other.differing,
+            self.beyond + other.beyond,
+            self.nonfinite + other.nonfinite,
+            _larger(self.max_abs, other.max_abs),
+            _larger(self.max_rel, other.max_rel),
+        )
+
+
+def _larger(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else max(a, b)
+
+
+def compare(
+    pairs: Sequence[tuple[TensorSpec, TensorSpec]],
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    stamps: Iterable[Stamp] = (),
+    threads: int | None = None,
+    piece: int = PIECE,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[Distance]:
+    """Compare pairs of tensors of one shape and of comparable dtypes.
+
+    Args:
+        rtol, atol: floating-point values may differ by atol + rtol * |b|, as in torch.allclose; integers by nothing.
+        stamps: of the files, taken when their headers were read.
+        threads: workers; as many as there are cores by default.
+        piece: elements a worker handles at a time. Changes no result.
+        on_progress: called in this thread, a few times a second, with the bytes read so far.
+
+    Returns:
+        A distance a pair, in order.
+
+    Raises:
+        ReadError: a file cannot be read, ends early, or changes meanwhile.
+    """
+    with OpenFiles(stamps) as files:
+        files.open_all(spec for pair in pairs for spec in pair)
+        job = _Job([_Pair(a, b, files) for a, b in pairs], piece, rtol, atol)
+        in_threads(
+            lambda: _work(job),
+            default_threads() if threads is None else threads,
+            job.stop,
+            on_tick=None if on_progress is None else lambda: on_progress(job.moved),
+        )
+        files.check_unchanged()
+    return job.found
+
+
+class _Pair:
+    """What the pieces of one pair have in common: where they are read, and as what they are compared."""
+
+    __slots__ = ("a", "b", "kind", "reals", "same_dtype")
+
+    def __init__(self, a: TensorSpec, b: TensorSpec, files: OpenFiles) -> None:
+        self.a, self.b = Source(a, files), Source(b, files)
+        self.same_dtype = a.dtype is b.dtype
+        kinds = {a.dtype.kind, b.dtype.kind}
+        unsigned = [dtype for dtype in (a.dtype, b.dtype) if dtype.name == "uint64"]
+        # int64 has no room for all of uint64, so that a pair of the two is compared as float64.
+        exact = kinds == {Kind.INTEGER} and len(unsigned) != 1
+        self.kind = Kind.PACKED if Kind.PACKED in kinds else Kind.INTEGER if exact else Kind.FLOAT
+        self.reals = 2 if Kind.COMPLEX in kinds else 1
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the workers share."""
+
+    pairs: Sequence[_Pair]
+    piece: int
+    rtol: float
+    atol: float
+    moved: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    found: list[Distance] = field(init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _pieces: Iterator[tuple[int, int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.found = [Distance(0, pair.same_dtype) for pair in self.pairs]
+        self._pieces = (
+            (i, start, min(start + self.piece, pair.a.spec.numel))
+            for i, pair in enumerate(self.pairs)
+            for start in range(0, pair.a.spec.numel, self.piece)
+        )
+
+    def next(self) -> tuple[int, int, int] | None:
+        """Hand out (pair, first, last element) of the next piece; None when there is none, or the job is stopped."""
+        with self._lock:
+            return None if self.stop.is_set() else next(self._pieces, None)
+
+    def done(self, pair: int, distance: Distance, read: int) -> None:
+        with self._lock:
+            self.moved += read
+            self.found[pair] = self.found[pair].joined(distance)
+
+
+def _work(job: _Job) -> None:
+    try:
+        worker = _Worker(job.piece, job.rtol, job.atol)
+        while (piece := job.next()) is not None:
+            i, start, stop = piece
+            job.done(i, *worker.compare(job.pairs[i], start, stop))
+    except BaseException:
+        job.stop.set()
+        raise
+
+
+class _Worker:
+    """One thread's buffers, and the arithmetic on them."""
+
+    def __init__(self, piece: int, rtol: float, atol: float) -> None:
+        # A complex element is two reals, hence twice the length.
+        self._a, self._b = Reader(16 * piece), Reader(16 * piece)
+        self._wide = [Buffer(16 * piece) for _ in range(3)]
+        self._rtol, self._atol = rtol, atol
+
+    def compare(self, pair: _Pair, start: int, stop: int) -> tuple[Distance, int]:
+        """Return (the distance over elements [start, stop), bytes read)."""
+        nbytes = self._a.read(pair.a, start, stop)
+        read = nbytes + self._b.read(pair.b, start, stop)
+        if pair.same_dtype and self._same_bytes(nbytes):
+            return Distance((stop - start) * pair.reals), read
+        if pair.kind is Kind.PACKED:
+            return self._codes(nbytes, pair.a.item), read
+        if pair.kind is Kind.INTEGER:
+            return self._integers(pair, stop - start), read
+        return self._floats(pair, (stop - start) * pair.reals), read
+
+    def _same_bytes(self, nbytes: int) -> bool:
+        # By torch, which lets go of the interpreter and takes eight bytes at a time; memoryviews do neither.
+        words = nbytes // 8
+        a, b = (reader.buffer for reader in (self._a, self._b))
+        rest = slice(words * 8, nbytes)
+        return bytes(a.bytes[rest]) == bytes(b.bytes[rest]) and torch.equal(
+            a.view(torch.int64, words), b.view(torch.int64, words)
+        )
+
+    def _codes(self, nbytes: int, item: int) -> Distance:
+        a, b = (reader.buffer.view(torch.uint8, nbytes).view(-1, item) for reader in (self._a, self._b))
+        differing = int((a != b).any(1).count_nonzero())
+        return Distance(len(a), False, differing, differing, 0, None, None)
+
+    def _integers(self, pair: _Pair, count: int) -> Distance:
+        a, b, gap = (buffer.view(torch.int64, count) for buffer in self._wide)
+        unsigned = _whole(self._a, pair.a.spec.dtype, a)
+        _whole(self._b, pair.b.spec.dtype, b)
+        # Differences wrap around where they do not fit, and are right as unsigned numbers.
+        torch.sub(a, b, out=gap)
+        torch.where(a > b, gap, -gap, out=gap)
+        differing = int(gap.count_nonzero())
+        apart = gap.double() + (gap < 0) * 2.0**64
+        largest = torch.maximum(*(((v.double() + 2.0**63) if unsigned else v.double()).abs_() for v in (a, b)))
+        relative = apart / largest.clamp_(min=1)
+        return Distance(count, False, differing, differing, 0, apart.max().item(), relative.max().item())
+
+    def _floats(self, pair: _Pair, count: int) -> Distance:
+        a, b, gap = (buffer.view(torch.float64, count) for buffer in self._wide)
+        for reader, source, wide in ((self._a, pair.a, a), (self._b, pair.b, b)):
+            values = reader.buffer.view(torch_dtype(real_dtype(source.spec.dtype)), count)
+            wide.copy_(values if values.dtype in _DIRECT else _as_single(values))
+        torch.sub(a, b, out=gap).abs_()
+        nonfinite = 0
+        if not math.isfinite(gap.max().item()):  # a NaN among them is the largest
+            usual = a.isfinite() & b.isfinite()
+            nonfinite = int((~(usual | (a == b) | (a.isnan() & b.isnan()))).count_nonzero())
+            for values in (a, b, gap):
+                values.masked_fill_(~usual, 0)
+        return self._measure(a, b, gap, nonfinite)
+
+    def _measure(self, a: torch.Tensor, b: torch.Tensor, gap: torch.Tensor, nonfinite: int) -> Distance:
+        """Measure finite values by their differences; overwrites all three."""
+        largest = gap.max().item()
+        differing = beyond = int(gap.count_nonzero())
+        b.abs_()
+        if differing and (self._rtol or self._atol):
+            beyond = int((gap > (b * self._rtol).add_(self._atol)).count_nonzero())
+        scale = torch.maximum(a.abs_(), b, out=a).clamp_(min=_TINIEST)
+        return Distance(
+            values=gap.numel(),
+            same_bytes=False,
+            differing=differing + nonfinite,
+            beyond=beyond + nonfinite,
+            nonfinite=nonfinite,
+            max_abs=largest,
+            max_rel=gap.div_(scale).max().item(),
+        )
+
+
+def _as_single(values: torch.Tensor) -> torch.Tensor:
+    """Widen by way of float32, which holds every narrower float; integers, which it does not hold, stay."""
+    return values.to(torch.float32) if values.is_floating_point() else values
+
+
+def _whole(reader: Reader, dtype: DType, target: torch.Tensor) -> bool:
+    """Bring integers into int64, in their order; uint64 moved down by 2^63, which is said by True."""
+    if dtype.name == "uint64":
+        torch.bitwise_xor(reader.buffer.view(torch.int64, target.numel()), -(2**63), out=target)
+        return True
+    # A byte that a file says is a bool may hold more than 0 and 1.
+    stored = torch.uint8 if dtype.name == "bool" else torch_dtype(dtype)
+    target.copy_(reader.buffer.view(stored, target.numel()))
+    return False

@@ -1,0 +1,420 @@
+"""Conversion: one checkpoint to another layout, file format and dtype."""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .assembly import (
+    TORCH_SUFFIXES,
+    Assembly,
+    beside,
+    check_shard_size,
+    check_suffix,
+    flat,
+    module_versions,
+    nested,
+    unkept_metadata,
+)
+from .errors import UnsupportedError, UsageError
+from .formats import SUFFIXES, read_header
+from .formats.header import Header, Stamp
+from .formats.output import OutTensor
+from .formats.sharded import parse_size
+from .formats.staged import check_replaceable, check_target
+from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, ema_config, parameters, select, states
+from .layouts.build import Content, build, ema_settings
+from .layouts.table import follow
+from .provenance import provenance
+from .tensors import DTYPES, DType, Kind, Storage, Tensor, TensorSpec, UnsupportedTensor, make_spec, parse_dtype
+from .writing import only_noted, write
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What a conversion does; the same before the work (the plan) and after it.
+
+    Attributes:
+        path: the checkpoint.
+        layout, format: of it.
+        to: layout of the output.
+        state: which weights went in, such as ``raw (state_dict)``; one or two.
+        placed: where each stands in the output: ``raw (state_dict) → model``.
+        tensors: in the output's sets of weights.
+        dropped: what is not carried over.
+        notes: what is lost or made up.
+        out: the target.
+        bytes_read, bytes_written: of the whole job.
+        written: False for a plan.
+    """
+
+    path: str
+    layout: str
+    format: str
+    to: str
+    state: tuple[str, ...]
+    placed: tuple[str, ...]
+    tensors: int
+    dropped: tuple[str, ...]
+    notes: tuple[str, ...]
+    out: str
+    bytes_read: int
+    bytes_written: int
+    written: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self)
+
+
+def convert(
+    path: str | Path,
+    *,
+    to: str,
+    out: str | Path,
+    state: str = "auto",
+    dtype: Any = None,
+    max_shard_size: str | int | None = None,
+    names_from: str | Path | None = None,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    updates: int | None = None,
+    decay: float | None = None,
+    untie: bool = False,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[ConvertReport], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ConvertReport:
+    """Write a checkpoint in another layout, file format or dtype, in bounded memory.
+
+    Args:
+        path: a file or folder.
+        to: name of a layout, see `ckpt_tools.layouts.LAYOUTS`.
+        out: target; the suffix picks the format, none means a folder of shards.
+        state: ``auto`` (both sets where the layout keeps both, else the EMA where there is one), ``raw``, ``ema``,
+            or a dotted path: that set alone.
+        dtype: of the floating-point tensors among the weights; as they are if not given.
+        max_shard_size: bytes, or text such as ``5GB``.
+        names_from: a checkpoint of the same model, where this one's averages have no names.
+        model, model_kwargs: a timm name or a factory (see `recalibrate_checkpoint`) that gives the names instead.
+        updates, decay: of the average, where the checkpoint does not say.
+        untie: in safetensors, write tied tensors under each of their names.
+        threads, allow_nonfinite: as for `average`; NaN and infinity matter only where the dtype changes.
+        force: replace the target if it exists.
+        dry_run: plan and check, write nothing.
+        on_plan: called with the plan before the work.
+        on_progress: called in this thread with (bytes done, bytes in all).
+
+    Returns:
+        What was converted, and what it lost.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
+    """
+    layout = find_layout(to)
+    target = Path(out)
+    check_suffix(target)
+    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+    check_shard_size(target, shard_bytes)
+    _check_format(layout, target)
+    _check_counters(updates, decay)
+    out_dtype = parse_dtype(dtype)
+    header = read_header(Path(path))
+    reference = _reference(header, names_from, model, model_kwargs or {})
+    sets = _chosen(header, layout, state, reference)
+    notes: list[str] = []
+    if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
+        notes.append("One set of weights stands for both, the raw and the averaged ones.")
+    content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
+    if content.pair and {*content.raw.values()} == {*content.ema.values()}:
+        notes.append("The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?")
+    said = provenance(
+        "convert",
+        {"to": to, "dtype": out_dtype and out_dtype.name},
+        state=" and ".join(each.label for each in sets.values()),
+        input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
+    )
+    with only_noted(notes, dry_run):
+        check_target(
+            target, [header.path, *(stamp.path for stamp in header.files)],
+            nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
+            force=force, folder=not target.name.endswith(SUFFIXES),
+        )  # fmt: skip
+    assembly = _assembled(layout, content, header, sets, target, said, shard_bytes, untie)
+    if assembly.folder:
+        with only_noted(notes, dry_run):
+            check_replaceable(target, assembly.names)
+    report = ConvertReport(
+        path=str(header.path),
+        layout=next(iter(sets.values())).layout,
+        format=header.format,
+        to=to,
+        state=tuple(each.label for each in sets.values()),
+        placed=tuple(_placed(layout, sets, target)),
+        tensors=len(content.ema),
+        dropped=assembly.dropped,
+        notes=tuple(notes),
+        out=str(target),
+        bytes_read=assembly.bytes_read,
+        bytes_written=assembly.nbytes,
+    )
+    if on_plan is not None:
+        on_plan(report)
+    if not dry_run:
+        total = report.bytes_read + report.bytes_written
+        write(
+            assembly, (*header.files, *reference.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
+            on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
+        )  # fmt: skip
+        report = replace(report, written=True)
+    return report
+
+
+def find_layout(name: str) -> Layout:
+    """Return the layout of this name.
+
+    Raises:
+        UsageError: there is none, or none that is written; offers the nearest.
+    """
+    layout = BY_NAME.get(name)
+    written = [layout.name for layout in LAYOUTS if layout.written]
+    if layout is None:
+        near = difflib.get_close_matches(name, written, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"--to {name}: no such layout.{hint} ckpt convert --list shows what there is.")
+    if not layout.written:
+        raise UsageError(f"--to {name}: is read, but not written. ckpt convert --list shows what is.")
+    return layout
+
+
+def _check_format(layout: Layout, target: Path) -> None:
+    if target.name.endswith(TORCH_SUFFIXES) or layout.flat:
+        return
+    if target.name.endswith(".safetensors") or layout.name != "diffusers":
+        what = "a folder of safetensors" if not target.suffix else "safetensors"
+        folder = ", and a folder" if layout.name == "diffusers" else ""
+        raise UsageError(
+            f"{target}: --to {layout.name} nests its weights, which {what} cannot hold. "
+            f"Give -o a name that ends in .pth{folder}, or choose --to plain."
+        )
+
+
+def _check_counters(updates: int | None, decay: float | None) -> None:
+    if updates is not None and (type(updates) is not int or not 0 <= updates < 1 << 31):
+        raise UsageError(f"--updates {updates!r}: must be a whole number from 0 on.")
+    if decay is not None and not 0 <= decay <= 1:
+        raise UsageError(f"--decay {decay!r}: must be from 0 to 1.")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Reference:
+    """Names for what has none.
+
+    Attributes:
+        names: a state dict of the model; empty where nobody gave one.
+        order: which of them are parameters, in their order; None where a state dict cannot tell for certain.
+        files: of the checkpoint that they are from, whose buffers may be needed.
+    """
+
+    names: Mapping[str, Tensor] | None = None
+    order: tuple[str, ...] | None = None
+    files: tuple[Stamp, ...] = ()
+
+
+_NOWHERE = Path()
+
+
+def _reference(
+    header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]
+) -> _Reference:
+    if names_from is not None and model is not None:
+        raise UsageError("--names-from and --model both give names. Leave one of them out.")
+    if names_from is not None:
+        other = read_header(Path(names_from))
+        return _Reference(select(other).tensors, files=other.files)
+    if model is None:
+        return _Reference()
+    from torch.nn import Parameter
+
+    from .batchnorm.models import build_model
+
+    network = build_model(model, header, kwargs, {})
+    order = tuple(name for name, _ in network.named_parameters())
+    # Each parameter at a place of its own, so that only those that the model ties are tied.
+    places: dict[int, int] = {}
+    names = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Parameter):
+            continue
+        dtype, shape = DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
+        storage = Storage(_NOWHERE, places.setdefault(id(tensor), len(places)), tensor.numel() * dtype.itemsize)
+        names[name] = make_spec(dtype, shape, storage)
+    return _Reference(names, order)
+
+
+def _chosen(header: Header, layout: Layout, state: str, reference: _Reference) -> dict[str, StateDict]:
+    """Choose the sets that go in: both, where both places are there for them and nobody asked for one."""
+    first = select(header, state, reference.names)
+    found = (
+        states(header, reference.names) if state == "auto" and layout.raw is not None and layout.ema is not None else {}
+    )
+    sets = found if len(found) == 2 and found["raw"].fault is None else {first.which: first}
+    return {which: replace(each, tensors=_in_files(each.tensors)) for which, each in sets.items()}
+
+
+def _in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what a model has only given its name for: its buffers stand in no file."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (isinstance(tensor, TensorSpec) and tensor.storage.path == _NOWHERE)
+    }
+
+
+def _content(
+    header: Header,
+    sets: Mapping[str, StateDict],
+    dtype: DType | None,
+    reference: _Reference,
+    notes: list[str],
+    *,
+    updates: int | None,
+    decay: float | None,
+) -> Content:
+    copies: dict[TensorSpec, OutTensor] = {}
+    written = {which: _copied(header, each, dtype, copies) for which, each in sets.items()}
+    ema = written.get("ema") or next(iter(written.values()))
+    raw = written.get("raw", ema)
+    averaged = sets.get("ema") or next(iter(sets.values()))
+    known = parameters(averaged.tensors)
+    return Content(
+        raw=raw,
+        ema=ema,
+        pair=len(sets) == 2,
+        parameters=tuple(known) if reference.order is None else tuple(n for n in reference.order if n in ema),
+        updates=updates if updates is not None else _stored_updates(header, averaged),
+        decay=decay if decay is not None else _stored_decay(header, averaged),
+        rest=_rest(header, sets),
+        notes=notes,
+    )
+
+
+def _copied(
+    header: Header, state: StateDict, dtype: DType | None, copies: dict[TensorSpec, OutTensor]
+) -> Mapping[str, OutTensor]:
+    weights: Any = OrderedDict()
+    for name, spec in state.tensors.items():
+        if isinstance(spec, UnsupportedTensor):
+            raise UnsupportedError(f"{header.path}: '{name}' is {spec.kind}, which cannot be written here.")
+        tensor = copies.get(spec)
+        if tensor is None:
+            changed = dtype is not None and spec.dtype.kind is Kind.FLOAT and dtype is not spec.dtype
+            out = dtype if changed and dtype is not None else spec.dtype
+            tensor = OutTensor(out, spec.shape, ((spec, 1.0),), name, finite=changed)
+            if spec.numel:  # empty ones are all alike, and tied to nothing
+                copies[spec] = tensor
+        weights[name] = tensor
+    as_stored = state.keys is not None and all(name == key for name, key in state.keys.items())
+    if as_stored and (versions := module_versions(header, state)) is not None:
+        weights._metadata = versions
+    return weights  # type: ignore[no-any-return]
+
+
+def _rest(header: Header, sets: Mapping[str, StateDict]) -> Mapping[Any, Any]:
+    """Return what stands beside the weights at the top of a nested checkpoint."""
+    first = next(iter(sets.values()))
+    if not first.path or not isinstance(header.tree, dict):
+        return {}
+    taken = {place[0] for each in sets.values() for place in (each.path, *each.places)}
+    rest = {key: value for key, value in header.tree.items() if key not in taken}
+    for place in first.places:
+        if len(place) > 1 and isinstance(header.tree.get(place[0]), dict):  # its neighbours stay
+            key, inner = place
+            beside_it = rest[key] if key in rest else header.tree[key]
+            rest[key] = {k: v for k, v in beside_it.items() if k != inner}
+    return rest
+
+
+def _number(header: Header, value: Any) -> float | None:
+    if isinstance(value, TensorSpec) and value.numel == 1:
+        from .payload import read_tensor
+
+        return float(read_tensor(value, header.files).item())
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _stored_updates(header: Header, state: StateDict) -> int | None:
+    """Read how often the average was updated: its own counter, a configuration, or how many files `avg` took."""
+    said = header.provenance or {}
+    inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
+    value = state.updates if state.updates is not None else ema_config(header).get("optimization_step")
+    number = _number(header, value)
+    if number is None and isinstance(inputs, list):
+        return len(inputs)
+    return int(number) if number is not None and 0 <= number < 1 << 31 else None  # LitEma's -1 means unknown
+
+
+def _stored_decay(header: Header, state: StateDict) -> float | None:
+    value = state.decay if state.decay is not None else ema_config(header).get("decay")
+    number = _number(header, value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
+def _assembled(
+    layout: Layout,
+    content: Content,
+    header: Header,
+    sets: Mapping[str, StateDict],
+    target: Path,
+    said: Mapping[str, Any],
+    shard_bytes: int | None,
+    untie: bool,
+) -> Assembly:
+    dropped = [*unkept_metadata(header), *_lost(layout, header, sets, nested=target.name.endswith(TORCH_SUFFIXES))]
+    if target.name.endswith(TORCH_SUFFIXES):
+        return nested(build(layout, content), target=target, provenance=said, dropped=dropped)
+    if layout.name == "diffusers":
+        return flat(
+            content.ema, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
+            dropped=dropped, config=ema_settings(content), stem="diffusion_pytorch_model",
+        )  # fmt: skip
+    tree = build(replace(layout, home=(), raw=None if layout.ema is not None else layout.raw), content)
+    return flat(
+        tree, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie, dropped=dropped
+    )
+
+
+def _lost(layout: Layout, header: Header, sets: Mapping[str, StateDict], *, nested: bool) -> Sequence[str]:
+    """List what of the checkpoint the output has no place for."""
+    taken = {each.path for each in sets.values()}
+    first = next(iter(sets.values()))
+    if nested and layout.home:
+        return [
+            dotted(place) for place in first.places if place not in taken and follow(header.tree, place) is not None
+        ]
+    both = [dotted((*first.path, rest)) for rest in first.rest] if len(sets) == 2 else []
+    left = [each.label for which, each in states(header).items() if which not in sets and each.path == first.path]
+    return left + [place for place in beside(header.tree, first) if place not in (*map(dotted, taken), *both)]
+
+
+def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Path) -> list[str]:
+    """Say where the weights stand now."""
+    whole = "the whole file" if target.suffix else "the whole folder"
+    # A flat file has no places, but a nested one would.
+    where = {"raw": layout.raw, "ema": layout.ema}
+    places = {which: dotted(path) or whole for which, path in where.items() if path is not None}
+    if not target.name.endswith(TORCH_SUFFIXES):
+        places = dict.fromkeys(places, whole)
+    if len(sets) == 2:
+        return [f"{sets[which].label} → {place}" for which, place in places.items()]
+    (only,) = sets.values()
+    if layout.alone:
+        places.pop("ema", None)
+    return [f"{only.label} → {' and '.join(dict.fromkeys(places.values()))}"]

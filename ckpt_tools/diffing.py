@@ -1,0 +1,344 @@
+"""Diffing: what is different between the weights of two checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .averaging import check_threads
+from .errors import UsageError
+from .formats import read_header
+from .formats.header import Header
+from .keys import prefixes, unwrap
+from .layouts import StateDict, select
+from .provenance import short_names
+from .tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
+
+if TYPE_CHECKING:
+    from .comparing import Distance
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two checkpoints.
+
+    Attributes:
+        path: the file or folder.
+        name: a short name, distinct from the other's where the paths are.
+        state: which weights are compared, such as ``ema (state_dict_ema)``.
+        tensors: how many these are.
+        prefixes: wrapper prefixes that its names are compared without.
+    """
+
+    path: str
+    name: str
+    state: str
+    tensors: int
+    prefixes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A shape or a dtype that is not the same on both sides, in words."""
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDiff:
+    """A tensor whose bytes or dtype differ.
+
+    Attributes:
+        name: without wrapper prefixes.
+        tied: further names of the same tensors.
+        dtype: in a.
+        values: how many numbers it holds; a complex element is two.
+        differing, beyond, nonfinite, max_abs, max_rel: see `ckpt_tools.comparing.Distance`.
+    """
+
+    name: str
+    tied: tuple[str, ...]
+    dtype: str
+    values: int
+    differing: int
+    beyond: int
+    nonfinite: int
+    max_abs: float | None
+    max_rel: float | None
+
+    @property
+    def weights(self) -> bool:
+        """True for floating-point and complex tensors; False for counters, masks and codes."""
+        return DTYPES[self.dtype].averaged
+
+
+@dataclass(frozen=True, slots=True)
+class DiffReport:
+    """What is different between two sets of weights.
+
+    Attributes:
+        a, b: the checkpoints; b is the reference of the tolerance.
+        rtol, atol: values may differ by atol + rtol * |b|.
+        only_a, only_b: names that the other lacks.
+        shapes: tensors whose shapes differ; their values are not compared.
+        dtypes: tensors whose dtypes differ.
+        not_compared: names that no values can be compared of, and why.
+        compared: how many names were compared by value.
+        identical: how many of them are the same, byte for byte.
+        tensors: the others, with the largest differences first.
+        notes: decisions worth knowing.
+        bytes_read: of both.
+    """
+
+    a: Side
+    b: Side
+    rtol: float
+    atol: float
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    shapes: tuple[Change, ...]
+    dtypes: tuple[Change, ...]
+    not_compared: Mapping[str, str]
+    compared: int
+    identical: int
+    tensors: tuple[TensorDiff, ...]
+    notes: tuple[str, ...]
+    bytes_read: int
+
+    @property
+    def tolerant(self) -> bool:
+        """True if a tolerance was given; dtypes may differ then."""
+        return self.rtol > 0 or self.atol > 0
+
+    @property
+    def verdict(self) -> str:
+        """``identical`` (every byte), ``equal`` (every value), ``within tolerance``, or ``different``."""
+        if self.only_a or self.only_b or self.shapes or self.not_compared or any(t.beyond for t in self.tensors):
+            return "different"
+        if self.dtypes and not self.tolerant:
+            return "different"
+        if self.identical == self.compared:
+            return "identical"
+        return "within tolerance" if self.dtypes or any(t.differing for t in self.tensors) else "equal"
+
+    @property
+    def max_abs(self) -> tuple[float, str]:
+        """The largest absolute difference between finite values, and the tensor that it is in."""
+        return _largest((t.max_abs, t.name) for t in self.tensors)
+
+    @property
+    def max_rel(self) -> tuple[float, str]:
+        """The largest relative difference between finite values, and the tensor that it is in."""
+        return _largest((t.max_rel, t.name) for t in self.tensors)
+
+    @property
+    def nonfinite(self) -> int:
+        """How many values differ where one of the two is NaN or infinity."""
+        return sum(t.nonfinite for t in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        facts = {"max_abs": self.max_abs[0], "max_rel": self.max_rel[0], "nonfinite": self.nonfinite}
+        return {"verdict": self.verdict} | facts | asdict(self)
+
+
+def _largest(found: Iterable[tuple[float | None, str]]) -> tuple[float, str]:
+    return max(((value, name) for value, name in found if value is not None), default=(0.0, ""))
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    state: str = "auto",
+    state_b: str | None = None,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    threads: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DiffReport:
+    """Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
+
+    Names are compared without wrapper prefixes, and floating-point values in float64; integers must be equal
+    whatever the tolerance. NaN is equal to NaN. Packed codes are compared as bytes.
+
+    Args:
+        a, b: files, or folders with a sharded checkpoint.
+        state: which weights: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path.
+        state_b: which of b; as `state` if not given.
+        rtol, atol: |a - b| <= atol + rtol * |b| is no difference, as in torch.allclose.
+        threads: workers; one a core if not given. Changes no result.
+        on_progress: called in this thread with (bytes read, bytes in all).
+
+    Returns:
+        What differs, and by how much; its ``verdict`` sums up.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`.
+    """
+    for option, value in (("--rtol", rtol), ("--atol", atol)):
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            raise UsageError(f"{option} {value!r}: must be a number, 0 or more.")
+    check_threads(threads)
+    headers = read_header(Path(a)), read_header(Path(b))
+    names = short_names([header.path for header in headers])
+    chosen = select(headers[0], state), select(headers[1], state if state_b is None else state_b)
+    bare = unwrap(chosen[0].tensors), unwrap(chosen[1].tensors)
+    plan = _plan(
+        _renamed(chosen[0], bare[0]),
+        _renamed(chosen[1], bare[1]),
+        headers=headers,
+        same_place=chosen[0].path == chosen[1].path,
+    )
+    found = _measured(plan, headers, rtol, atol, threads, on_progress)
+    differing = [_tensor_diff(a, tied, how) for (a, _), (tied, how) in found.items() if not how.same_bytes]
+    return DiffReport(
+        a=_side(headers[0], names[0], chosen[0], bare[0]),
+        b=_side(headers[1], names[1], chosen[1], bare[1]),
+        rtol=float(rtol),
+        atol=float(atol),
+        only_a=plan.only_a,
+        only_b=plan.only_b,
+        shapes=tuple(plan.shapes),
+        dtypes=tuple(plan.dtypes),
+        not_compared=plan.not_compared,
+        compared=plan.same + sum(len(tied) for tied in plan.pairs.values()),
+        identical=plan.same + sum(len(tied) for tied, how in found.values() if how.same_bytes),
+        tensors=tuple(sorted(differing, key=_rank)),
+        notes=tuple(_remarks(chosen, names) if state == "auto" and state_b is None else ()),
+        bytes_read=plan.nbytes,
+    )
+
+
+def _renamed(weights: StateDict, bare: Mapping[str, str]) -> dict[str, Tensor]:
+    return {bare[name]: tensor for name, tensor in weights.tensors.items()}
+
+
+def _side(header: Header, name: str, weights: StateDict, bare: Mapping[str, str]) -> Side:
+    wrappers = tuple(prefixes(weights.tensors)) if any(old != new for old, new in bare.items()) else ()
+    return Side(str(header.path), name, weights.label, len(weights.tensors), wrappers)
+
+
+def _remarks(chosen: Sequence[StateDict], names: Sequence[str]) -> Iterator[str]:
+    a, b = (weights.which for weights in chosen)
+    if a != b:
+        yield (
+            f"The {a} weights of {names[0]} are compared with the {b} weights of {names[1]}, for not both have an EMA. "
+            "Choose with --state and --state-b."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be read, and what the headers tell without reading.
+
+    Attributes:
+        pairs: two tensors to all names under which they stand; each pair is read once.
+        same: names whose tensors are the very same bytes of one file.
+        nbytes: to read.
+    """
+
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    pairs: dict[tuple[TensorSpec, TensorSpec], tuple[str, ...]] = field(default_factory=dict)
+    same: int = 0
+    shapes: list[Change] = field(default_factory=list)
+    dtypes: list[Change] = field(default_factory=list)
+    not_compared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for pair in self.pairs for spec in pair)
+
+
+def _plan(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, headers: Sequence[Header], same_place: bool) -> _Plan:
+    """Pair the tensors off.
+
+    Args:
+        same_place: both sets of weights stand at one place in their files.
+    """
+    # One file under two names is one file.
+    known = {stamp.identity: stamp.path for stamp in headers[0].files}
+    paths = {stamp.path: known.get(stamp.identity, stamp.path) for stamp in headers[1].files}
+    twice = same_place and {stamp.identity for stamp in headers[1].files} == known.keys()
+    plan = _Plan(tuple(name for name in a if name not in b), tuple(name for name in b if name not in a))
+    same = 0
+    for name, one in a.items():
+        if name not in b:
+            continue
+        other = _at(b[name], paths)
+        if one == other and (twice or isinstance(one, TensorSpec)):
+            same += 1
+        elif isinstance(one, UnsupportedTensor) or isinstance(other, UnsupportedTensor):
+            kinds = dict.fromkeys(t.kind for t in (one, other) if isinstance(t, UnsupportedTensor))
+            plan.not_compared[name] = " and ".join(kinds)
+        else:
+            _pair_off(plan, name, one, other)
+    return replace(plan, same=same)
+
+
+def _at(tensor: Tensor, paths: Mapping[Path, Path]) -> Tensor:
+    if isinstance(tensor, UnsupportedTensor):
+        return tensor
+    path = paths.get(tensor.storage.path, tensor.storage.path)
+    return replace(tensor, storage=replace(tensor.storage, path=path))
+
+
+def _pair_off(plan: _Plan, name: str, a: TensorSpec, b: TensorSpec) -> None:
+    if a.dtype is not b.dtype:
+        plan.dtypes.append(Change(name, a.dtype.name, b.dtype.name))
+    if a.shape != b.shape:
+        plan.shapes.append(Change(name, str(list(a.shape)), str(list(b.shape))))
+    elif not a.dtype.comparable(b.dtype):
+        plan.not_compared[name] = f"{a.dtype.name} and {b.dtype.name}"
+    else:
+        plan.pairs[a, b] = (*plan.pairs.get((a, b), ()), name)
+
+
+def _measured(
+    plan: _Plan,
+    headers: Sequence[Header],
+    rtol: float,
+    atol: float,
+    threads: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> dict[tuple[TensorSpec, TensorSpec], tuple[tuple[str, ...], Distance]]:
+    """Read the pairs; return the names and the distance of each."""
+    if not plan.pairs:
+        return {}
+    from .comparing import compare  # imports torch, which headers alone have no need of
+
+    distances = compare(
+        list(plan.pairs),
+        rtol=rtol,
+        atol=atol,
+        stamps=[stamp for header in headers for stamp in header.files],
+        threads=threads,
+        on_progress=None if on_progress is None else lambda moved: on_progress(moved, plan.nbytes),
+    )
+    return {pair: (tied, distance) for (pair, tied), distance in zip(plan.pairs.items(), distances, strict=True)}
+
+
+def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -> TensorDiff:
+    return TensorDiff(
+        names[0],
+        names[1:],
+        spec.dtype.name,
+        distance.values,
+        distance.differing,
+        distance.beyond,
+        distance.nonfinite,
+        distance.max_abs,
+        distance.max_rel,
+    )
+
+
+def _rank(tensor: TensorDiff) -> tuple[Any, ...]:
+    """Sort key: what is beyond the tolerance; what has no number for it; weights before counters; then by size."""
+    numbered = tensor.max_abs is not None and tensor.nonfinite == 0
+    return tensor.beyond == 0, numbered, not tensor.weights, -(tensor.max_abs or 0.0), tensor.name

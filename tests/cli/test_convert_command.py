@@ -1,0 +1,82 @@
+"""`ckpt convert` as a person uses it: what is said, what comes out, what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import run
+from safetensors.torch import load_file
+
+
+@pytest.fixture(autouse=True)
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    raw, ema = (OrderedDict(w=torch.full((2,), value), b=torch.full((1,), value)) for value in (1.0, 2.0))
+    torch.save({"state_dict": raw, "state_dict_ema": ema, "epoch": 3, "optimizer": {"state": {}}}, "c.pth")
+    return tmp_path / "c.pth"
+
+
+def test_it_says_which_set_came_out_and_what_was_left() -> None:
+    result = run("convert", "c.pth", "-o", "w.safetensors")
+    assert result.code == 0
+    assert result.err.splitlines()[:3] == [
+        "c.pth: torch-zip, layout timm.",
+        "To layout plain, 2 tensors: ema (state_dict_ema) → the whole file.",
+        "Not carried over: state_dict, epoch, optimizer.",
+    ]
+    assert load_file("w.safetensors")["w"].tolist() == [2, 2]
+
+
+def test_the_report_is_json_on_stdout() -> None:
+    result = run("convert", "c.pth", "--to", "torchvision", "-o", "t.pth", "--updates", "9", "--json")
+    report = json.loads(result.out)
+    assert report["placed"] == ["raw (state_dict) → model", "ema (state_dict_ema) → model_ema"]
+    assert (report["layout"], report["to"], report["written"]) == ("timm", "torchvision", True)
+    assert torch.load("t.pth", weights_only=True)["model_ema"]["n_averaged"].item() == 9
+
+
+def test_a_dry_run_writes_nothing() -> None:
+    result = run("convert", "c.pth", "--to", "deit", "-o", "d.pth", "--dry-run")
+    assert result.code == 0
+    assert "raw (state_dict) → model, ema (state_dict_ema) → model_ema" in result.err
+    assert not Path("d.pth").exists()
+
+
+def test_the_layouts_are_listed() -> None:
+    result = run("convert", "--list")
+    assert result.code == 0
+    assert "timm-ema          timm, with the weights as state_dict_ema" in result.err.splitlines()
+    assert "(is read, not written)" in next(line for line in result.err.splitlines() if line.startswith("nemo"))
+    listed = json.loads(run("convert", "--list", "--json").out)
+    assert {"name": "plain", "about": "names to tensors: one set of weights", "written": True} in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--to", "timm"), "CKPT is missing"),
+        (("c.pth",), "-o is missing: where to write"),
+        (("c.pth", "--to", "litemma", "-o", "x.pth"), "--to litemma: no such layout. Did you mean litema?"),
+        (("c.pth", "--to", "timm", "-o", "x.safetensors"), "nests its weights, which safetensors cannot hold"),
+        (("c.pth", "-o", "x.pt2"), "the suffix should be one of"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], message: str) -> None:
+    result = run("convert", *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.startswith("Error: ")
+    assert [path.name for path in Path().iterdir()] == ["c.pth"]
+
+
+def test_a_target_that_exists_stays_without_force() -> None:
+    Path("w.pth").write_text("mine")
+    result = run("convert", "c.pth", "-o", "w.pth")
+    assert result.code == 1
+    assert "exists already. Pass --force" in result.err
+    assert Path("w.pth").read_text() == "mine"
+    assert run("convert", "c.pth", "-o", "w.pth", "--force").code == 0

@@ -1,0 +1,375 @@
+"""Conversion: every layout there and back, what is lost is said, and the original classes load the result."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load, same_bits
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import ckpt_tools
+from ckpt_tools.errors import CkptError, LayoutError, NumericsError, UsageError, WriteError
+from ckpt_tools.layouts import LAYOUTS
+
+Save = Callable[..., Path]
+State = dict[str, torch.Tensor]
+WRITTEN = [layout.name for layout in LAYOUTS if layout.written]
+# These keep both sets whole, whatever they hold.
+PAIRS = [
+    "timm", "timm-ema", "deit", "torchvision", "model-state-dict", "lightning", "mmengine", "d2go", "ema-pytorch",
+    "dit", "icefall", "dino", "fairseq",
+]  # fmt: skip
+
+LIT_EMA = {"m_ema.decay": torch.ones(()), "m_ema.num_updates": torch.ones(())}
+
+
+def weights(seed: int = 0, lead: str = "") -> State:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)))
+    return OrderedDict(
+        (lead + name, torch.randn_like(t) if t.is_floating_point() else t + seed)
+        for name, t in net.state_dict().items()
+    )
+
+
+def opened(path: Path, state: str = "auto") -> State:
+    return dict(ckpt_tools.open_checkpoint(path, state=state))
+
+
+@pytest.mark.parametrize("layout", PAIRS)
+def test_both_sets_go_there_and_back_bit_for_bit(save: Save, tmp_path: Path, layout: str) -> None:
+    raw, ema = weights(1), weights(2)
+    source = save("timm.pth", {"state_dict": raw, "state_dict_ema": ema, "epoch": 3, "arch": "x"})
+    there, back = tmp_path / "there.pth", tmp_path / "back.pth"
+    ckpt_tools.convert(source, to=layout, out=there, updates=5)
+    assert same_bits(opened(there, "raw"), raw)
+    assert same_bits(opened(there, "ema"), ema)
+    ckpt_tools.convert(there, to="timm", out=back)
+    assert same_bits(load(back)["state_dict"], raw)
+    assert same_bits(load(back)["state_dict_ema"], ema)
+    subprocess.run(["unzip", "-tq", there], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("layout", ["timm", "deit", "lightning", "mmengine", "fairseq", "dit"])
+def test_what_stands_beside_the_weights_goes_along(save: Save, tmp_path: Path, layout: str) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
+    tree = {"state_dict": weights(1), "state_dict_ema": weights(2), "epoch": 3, "optimizer": optimizer}
+    ckpt_tools.convert(save("timm.pth", tree), to=layout, out=tmp_path / "out.pth", updates=1)
+    found = load(tmp_path / "out.pth")
+    assert found["epoch"] == 3
+    assert found["optimizer"]["state"][0]["exp_avg"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
+def test_a_flat_set_takes_any_file_format_and_says_which_it_was(save: Save, tmp_path: Path, suffix: str) -> None:
+    source = save("timm.pth", {"state_dict": weights(1), "state_dict_ema": weights(2), "epoch": 3})
+    out = tmp_path / f"out{suffix}"
+    report = ckpt_tools.convert(source, to="plain", out=out)
+    assert report.placed[0].startswith("ema (state_dict_ema) → the whole f")
+    assert set(report.dropped) == {"state_dict", "epoch"}
+    found = load(out) if suffix == ".pth" else load_file(out if suffix else out / "model.safetensors")
+    assert found.keys() == weights(2).keys()
+    assert same_bits({name: found[name] for name in weights(2)}, weights(2))
+    ckpt_tools.convert(source, to="plain", out=out, state="raw", force=True)
+    assert same_bits(opened(out, "raw"), {name: weights(1)[name] for name in opened(out)})
+
+
+def test_a_single_set_stands_for_both_where_a_layout_needs_two(save: Save, tmp_path: Path) -> None:
+    report = ckpt_tools.convert(save("ema.pth", weights(1)), to="timm-ema", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert same_bits(found["state_dict"], weights(1))
+    assert found["state_dict"]["0.weight"].data_ptr() == found["state_dict_ema"]["0.weight"].data_ptr()
+    assert "One set of weights stands for both, the raw and the averaged ones." in report.notes
+    ckpt_tools.convert(tmp_path / "out.pth", to="timm", state="ema", out=tmp_path / "one.pth")
+    assert list(load(tmp_path / "one.pth")) == ["state_dict"]
+
+
+def test_averaged_model_goes_on_averaging_from_the_counter(save: Save, tmp_path: Path) -> None:
+    nets = [nn.Linear(2, 2) for _ in range(4)]
+    model = AveragedModel(nets[0])
+    for net in nets[:3]:
+        model.update_parameters(net)
+    source = save("swa.pth", model.state_dict())
+    ckpt_tools.convert(source, to="mmengine", out=tmp_path / "m.pth")
+    assert load(tmp_path / "m.pth")["ema_state_dict"]["steps"].item() == 3
+    ckpt_tools.convert(tmp_path / "m.pth", to="averaged-model", out=tmp_path / "a.pth")
+    again = AveragedModel(nn.Linear(2, 2))
+    again.load_state_dict(load(tmp_path / "a.pth"))
+    assert same_bits(again.state_dict(), model.state_dict())
+    for each in (model, again):
+        each.update_parameters(nets[3])
+    assert same_bits(again.state_dict(), model.state_dict())
+
+
+def test_our_own_uniform_average_knows_how_many_it_is_of(runs: list[Path], tmp_path: Path) -> None:
+    ckpt_tools.average(runs, state="raw", out=tmp_path / "avg.pth")
+    ckpt_tools.convert(tmp_path / "avg.pth", to="averaged-model", out=tmp_path / "swa.pth")
+    assert load(tmp_path / "swa.pth")["n_averaged"].item() == 12
+
+
+class LitEma(nn.Module):
+    """What latent diffusion's class keeps: decay, num_updates, and parameters without the dots of their names."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+        super().__init__()
+        self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
+        self.register_buffer("num_updates", torch.tensor(7, dtype=torch.int))
+        for name, parameter in model.named_parameters():
+            self.register_buffer(name.replace(".", ""), parameter.detach() + 1)
+
+
+class Diffusion(nn.Module):
+    """A model under `model.`, its averages under `model_ema.`, and more beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(OrderedDict(net=nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))))
+        self.model_ema = LitEma(self.model, decay=0.99)
+        self.first_stage = nn.Linear(1, 1)
+
+
+def test_lit_ema_gets_its_dots_back_from_the_raw_names(save: Save, tmp_path: Path) -> None:
+    net = Diffusion()
+    source = save("sd.ckpt", {"state_dict": net.state_dict(), "global_step": 9})
+    ema, raw = opened(source, "ema"), opened(source, "raw")
+    assert list(raw) == [name for name in net.state_dict() if not name.startswith("model_ema.")] == list(ema)
+    assert torch.equal(ema["model.net.0.weight"], net.model.net[0].weight + 1)  # type: ignore[union-attr,index,operator]
+    assert torch.equal(ema["model.net.1.running_var"], raw["model.net.1.running_var"])
+    ckpt_tools.convert(source, to="torchvision", out=tmp_path / "t.pth")
+    assert load(tmp_path / "t.pth")["model_ema"]["n_averaged"].item() == 7
+    ckpt_tools.convert(tmp_path / "t.pth", to="litema", out=tmp_path / "back.ckpt", decay=0.99)
+    net.load_state_dict(load(tmp_path / "back.ckpt")["state_dict"])
+    assert same_bits({n: t for n, t in load(tmp_path / "back.ckpt")["state_dict"].items() if n in net.state_dict()},
+                     {n: net.state_dict()[n] for n in load(tmp_path / "back.ckpt")["state_dict"]})  # fmt: skip
+
+
+def test_lit_ema_alone_takes_its_names_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
+    net = Diffusion()
+    source = save("ema.pth", net.model_ema.state_dict())
+    with pytest.raises(LayoutError, match="names have lost their dots .* Give --names-from CKPT, or --model"):
+        ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
+    names = save("model.pth", net.model.state_dict())
+    ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth", names_from=names)
+    assert list(load(tmp_path / "out.pth")) == list(net.model.state_dict())
+    assert torch.equal(load(tmp_path / "out.pth")["net.0.bias"], net.model_ema.net0bias)
+
+
+@pytest.mark.parametrize("to", ["pytorch-ema", "diffusers"])
+def test_a_list_of_parameters_gets_its_names_back(save: Save, tmp_path: Path, to: str) -> None:
+    source = save("timm.pth", {"state_dict": weights(1), "state_dict_ema": weights(2)})
+    report = ckpt_tools.convert(source, to=to, out=tmp_path / "list.pth", updates=4, decay=0.5)
+    found = load(tmp_path / "list.pth")
+    parameters = [t for n, t in weights(2).items() if "running" not in n and "num_batches" not in n]
+    assert all(map(torch.equal, found["shadow_params"], parameters))
+    assert (found["decay"], found.get("num_updates", found.get("optimization_step"))) == (0.5, 4)
+    assert any("'1.running_mean' and 2 more are lost: the list holds parameters alone" in note for note in report.notes)
+    with pytest.raises(LayoutError, match="a list of 6 tensors without names. Give --names-from CKPT, or --model"):
+        ckpt_tools.convert(tmp_path / "list.pth", to="plain", out=tmp_path / "out.pth")
+    ckpt_tools.convert(
+        tmp_path / "list.pth", to="plain", names_from=save("raw.pth", weights(1)), out=tmp_path / "out.pth"
+    )
+    expected = {n: (weights(1) if "running" in n or "num_batches" in n else weights(2))[n] for n in weights(1)}
+    assert same_bits(load(tmp_path / "out.pth"), expected)
+
+
+def test_a_list_beside_raw_weights_needs_no_other_names(save: Save) -> None:
+    shadow = [t + 1 for n, t in weights(1).items() if "running" not in n and "num_batches" not in n]
+    tree = {"model": weights(1), "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": shadow}, "step": 3}
+    found = opened(save("score.pth", tree))
+    assert torch.equal(found["2.0.weight"], weights(1)["2.0.weight"] + 1)
+    assert torch.equal(found["1.running_mean"], weights(1)["1.running_mean"])
+
+
+def test_a_model_gives_names_but_no_values(save: Save, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)))\n"
+    )
+    shadow = [t for n, t in weights(1).items() if "running" not in n and "num_batches" not in n]
+    source = save("list.pth", {"decay": 0.9, "num_updates": None, "shadow_params": shadow, "collected_params": None})
+    ckpt_tools.convert(source, to="plain", model=f"{tmp_path}/net.py:make", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert same_bits(found, {n: t for n, t in weights(1).items() if "running" not in n and "num_batches" not in n})
+
+
+def test_tied_tensors_stay_tied_and_views_are_written_whole(save: Save, tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    tree = OrderedDict(a=base[2:8].view(2, 3).t(), b=base, c=base)
+    ckpt_tools.convert(save("in.pth", tree), to="averaged-model", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert torch.equal(found["module.a"], tree["a"])
+    assert found["module.b"].data_ptr() == found["module.c"].data_ptr()
+
+
+def test_a_dtype_changes_floating_point_weights_and_nothing_else(save: Save, tmp_path: Path) -> None:
+    tree = {"state_dict": weights(1), "optimizer": {"state": {0: torch.ones(2)}, "param_groups": []}}
+    ckpt_tools.convert(save("in.pth", tree), to="timm", dtype="bf16", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert same_bits(
+        found["state_dict"], {n: t.bfloat16() if t.is_floating_point() else t for n, t in weights(1).items()}
+    )
+    assert found["optimizer"]["state"][0].dtype is torch.float32
+    with pytest.raises(NumericsError, match=r"overflows float16"):
+        ckpt_tools.convert(
+            save("big.pth", {"w": torch.tensor([1e6])}), to="plain", dtype="fp16", out=tmp_path / "o.pth"
+        )
+
+
+def test_values_that_are_not_finite_are_copied_as_they_are(save: Save, tmp_path: Path) -> None:
+    mask = {"mask": torch.tensor([0.0, float("-inf"), float("nan")])}
+    ckpt_tools.convert(save("in.pth", mask), to="plain", out=tmp_path / "out.safetensors")
+    assert same_bits(load_file(tmp_path / "out.safetensors"), mask)
+
+
+def test_shards_are_cut_as_asked(save: Save, tmp_path: Path) -> None:
+    source = save("in.pth", {f"w{i}": torch.full((1000,), float(i)) for i in range(4)})
+    ckpt_tools.convert(source, to="plain", out=tmp_path / "out", max_shard_size="8kB")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+    ]  # fmt: skip
+    assert same_bits(opened(tmp_path / "out"), load(source))
+
+
+def test_a_converted_training_checkpoint_is_averaged_and_a_converted_average_is_not(save: Save, tmp_path: Path) -> None:
+    for i in (1, 2):
+        ckpt_tools.convert(
+            save(f"in{i}.pth", {"w": torch.full((2,), float(i))}), to="plain", out=tmp_path / f"c-{i}.pth"
+        )
+    ckpt_tools.average([tmp_path / "c-1.pth", tmp_path / "c-2.pth"], out=tmp_path / "avg.pth")
+    assert load(tmp_path / "avg.pth")["w"].tolist() == [1.5, 1.5]
+    ckpt_tools.convert(tmp_path / "avg.pth", to="plain", out=tmp_path / "c-3.pth")
+    report = ckpt_tools.average(str(tmp_path / "c-*.pth"), out=tmp_path / "again.pth")
+    assert [i.name for i in report.inputs] == ["c-1.pth", "c-2.pth"]
+
+
+_names = st.lists(st.text("ab01_", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
+_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn])
+
+
+@st.composite
+def _states(draw: st.DrawFn) -> State:
+    state: State = OrderedDict()
+    for name in draw(st.lists(_names, min_size=1, max_size=5, unique=True)):
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        count = torch.Size(shape).numel()
+        values = draw(st.lists(st.integers(0, 1), min_size=count, max_size=count))
+        state[name] = torch.tensor(values, dtype=torch.float32).view(shape).to(draw(_dtypes))
+    return state
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(state=_states(), layouts=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=3))
+def test_any_chain_of_layouts_ends_where_it_began(scratch: Path, state: State, layouts: list[str]) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    ema = OrderedDict((name, tensor.clone()) for name, tensor in reversed(state.items()))
+    path = scratch / "in.pth"
+    torch.save({"state_dict": state, "state_dict_ema": ema}, path)
+    for i, layout in enumerate(layouts):
+        ckpt_tools.convert(path, to=layout, out=scratch / f"{i}.pth", updates=3)
+        path = scratch / f"{i}.pth"
+    ckpt_tools.convert(path, to="timm", out=scratch / "out.pth")
+    found = load(scratch / "out.pth")
+    assert same_bits(found["state_dict"], state)
+    assert same_bits(found["state_dict_ema"], ema)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(state=_states(), formats=st.lists(st.sampled_from([".pth", ".safetensors", ""]), min_size=1, max_size=3))
+def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: State, formats: list[str]) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    path = scratch / "in.pth"
+    torch.save(state, path)
+    for i, suffix in enumerate(formats):
+        ckpt_tools.convert(path, to="plain", out=scratch / f"{i}{suffix}")
+        path = scratch / f"{i}{suffix}"
+    ckpt_tools.convert(path, to="plain", out=scratch / "out.pth")
+    found = load(scratch / "out.pth")
+    assert found.keys() == state.keys()
+    assert same_bits({name: found[name] for name in state}, state)
+
+
+@pytest.mark.parametrize(
+    ("tree", "options", "error", "message"),
+    [
+        ({"w": torch.ones(1)}, {"to": "tmm"}, UsageError, r"--to tmm: no such layout\. Did you mean timm"),
+        ({"w": torch.ones(1)}, {"to": "qqqq"}, UsageError, r"no such layout\. ckpt convert --list shows"),
+        ({"w": torch.ones(1)}, {"to": "ultralytics"}, UsageError, "is read, but not written"),
+        ({"w": torch.ones(1)}, {"to": "ema-pytorch"}, LayoutError, r"how many there were\. Give --updates N"),
+        ({"w": torch.ones(1)}, {"to": "plain", "state": "ema"}, LayoutError, "has no ema weights, only raw"),
+        ({"w": torch.ones(1)}, {"to": "plain", "updates": -1}, UsageError, "--updates -1: must be a whole number"),
+        ({"w": torch.ones(1)}, {"to": "plain", "decay": 1.5}, UsageError, "--decay 1.5: must be from 0 to 1"),
+        ({"w": torch.ones(1)}, {"to": "plain", "max_shard_size": "5GB"}, UsageError, "--max-shard-size needs a folder"),
+        ({"w": torch.ones(1)}, {"to": "plain", "names_from": "x", "model": "y"}, UsageError, "Leave one of them out"),
+        ({"w": torch.ones(1)}, {"to": "plain", "out": "in.pth"}, WriteError, "is one of the inputs"),
+        ({"w": torch.ones(1)}, {"to": "timm", "out": "out.safetensors"}, UsageError, "nests its weights"),
+        ({"w": torch.ones(1)}, {"to": "timm", "out": "out"}, UsageError, "a folder of safetensors cannot hold"),
+        ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "--dtype is one of"),
+        ({"w": torch.ones(1).to_sparse()}, {"to": "plain"}, CkptError, "'w' is sparse, which cannot be written"),
+        (
+            {"a.b.c": torch.ones(1), "ab.c": torch.ones(1)}, {"to": "litema"}, LayoutError,
+            r"'a\.b\.c' and 'ab\.c' are both 'model_ema\.abc' without their dots",
+        ),
+        ({"model_ema.x": torch.ones(1)}, {"to": "litema"}, LayoutError, "stands where LitEma keeps its averages"),
+        (
+            {**LIT_EMA, "a.b.c": torch.ones(1), "ab.c": torch.ones(1), "m_ema.abc": torch.ones(1)},
+            {"to": "plain"}, LayoutError, r"'m_ema\.abc' may be 'a\.b\.c' or 'ab\.c'",
+        ),
+        (
+            {**LIT_EMA, "a.b": torch.ones(1), "m_ema.ax": torch.ones(1)},
+            {"to": "plain"}, LayoutError, r"'m_ema\.ax' is the name of no raw weight",
+        ),
+        (
+            {"model": {"a": torch.ones(1)}, "ema": {"shadow_params": [torch.ones(1), torch.ones(2)]}}, {"to": "plain"},
+            LayoutError, "a list of 2 tensors; the model whose names it should get has 1 parameters",
+        ),
+        (
+            {"model": {"a": torch.ones(1)}, "ema": {"shadow_params": [torch.ones(2)]}}, {"to": "plain"},
+            LayoutError, r"a list, in which a tensor of shape \[2\] would be 'a', which has shape \[1\]",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_and_nothing_is_written(
+    save: Save,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tree: Any,
+    options: Any,
+    error: type[CkptError],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = save("in.pth", tree)
+    before = source.read_bytes()
+    with pytest.raises(error, match=message):
+        ckpt_tools.convert(source, **{"out": "out.pth", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("layout", WRITTEN)
+def test_every_layout_is_written_from_one_set(save: Save, tmp_path: Path, layout: str) -> None:
+    out = tmp_path / "out.pth"
+    ckpt_tools.convert(save("in.pth", weights(1)), to=layout, out=out, updates=2, decay=0.9)
+    names = tmp_path / "in.pth" if layout in ("pytorch-ema", "diffusers") else None
+    ckpt_tools.convert(out, to="plain", out=tmp_path / "back.pth", names_from=names)
+    assert same_bits(load(tmp_path / "back.pth"), weights(1))

@@ -1,0 +1,247 @@
+"""Diffing: what differs is found and measured, against NumPy in float64; what is said to be the same is the same."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckpt_tools
+from ckpt_tools import comparing
+from ckpt_tools.errors import LayoutError, ReadError, UsageError
+
+Save = Callable[..., Path]
+NAN, INF = float("nan"), float("inf")
+
+
+def only(report: ckpt_tools.DiffReport) -> Any:
+    (tensor,) = report.tensors
+    return tensor
+
+
+def oracle(a: np.ndarray, b: np.ndarray, rtol: float, atol: float) -> tuple[int, int, float, float]:
+    """Differing, beyond the tolerance, largest absolute and largest relative difference."""
+    gap = np.abs(a - b)
+    scale = np.maximum(np.abs(a), np.abs(b))
+    relative = np.divide(gap, scale, out=np.zeros_like(gap), where=scale > 0)
+    return int((gap > 0).sum()), int((gap > atol + rtol * np.abs(b)).sum()), float(gap.max()), float(relative.max())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(("rtol", "atol"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.01), (0.02, 0.003)])
+def test_differences_are_those_of_numpy_in_float64(save: Save, dtype: str, rtol: float, atol: float) -> None:
+    a = torch.randn(300, 7)
+    b = torch.where(torch.rand(300, 7) < 0.5, a, a * (1 + 0.1 * torch.randn(300, 7)))
+    a[0], b[1] = 0.0, 0.0
+    a, b = (x.to(getattr(torch, dtype)) for x in (a, b))
+    found = only(ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b}), rtol=rtol, atol=atol))
+    want = oracle(a.double().numpy(), b.double().numpy(), rtol, atol)
+    assert (found.differing, found.beyond, found.max_abs, found.max_rel) == want
+    assert (found.values, found.nonfinite, found.dtype) == (2100, 0, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("piece", [7, 64, 100_000])
+def test_no_result_depends_on_pieces_or_threads(save: Save, threads: int, piece: int) -> None:
+    a, b = {"w": torch.randn(50, 33), "n": torch.arange(99)}, {"w": torch.randn(50, 33), "n": torch.arange(99) * 3}
+    files = [ckpt_tools.open_checkpoint(save(f"{n}.pth", s)) for n, s in (("a", a), ("b", b))]
+    pairs = [(files[0].specs[name], files[1].specs[name]) for name in a]
+    w, n = comparing.compare(pairs, threads=threads, piece=piece)  # type: ignore[arg-type]
+    assert (w.differing, w.max_abs, w.max_rel) == tuple(
+        oracle(a["w"].double().numpy(), b["w"].double().numpy(), 0, 0)[i] for i in (0, 2, 3)
+    )
+    assert (n.values, n.differing, n.max_abs) == (99, 98, 2 * 98)
+
+
+def test_complex_values_are_compared_by_their_parts(save: Save) -> None:
+    a, b = torch.randn(40, dtype=torch.complex64), torch.randn(40, dtype=torch.complex64)
+    found = only(ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b})))
+    want = oracle(torch.view_as_real(a).double().numpy(), torch.view_as_real(b).double().numpy(), 0, 0)
+    assert (found.differing, found.beyond, found.max_abs, found.max_rel) == want
+    assert found.values == 80
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "dtype", "gap"),
+    [
+        (2**60, 2**60 + 1, "int64", 1.0),
+        (-(2**63), 2**63 - 1, "int64", 2.0**64 - 1),
+        (2**63, 2**64 - 1, "uint64", 2.0**63 - 1),
+        (0, 2**64 - 1, "uint64", 2.0**64 - 1),
+        (-128, 127, "int8", 255.0),
+        (0, 2**32 - 1, "uint32", 2.0**32 - 1),
+        (False, True, "bool", 1.0),
+    ],
+)
+def test_integers_are_compared_exactly_and_by_no_tolerance(save: Save, a: int, b: int, dtype: str, gap: float) -> None:
+    tensors = [torch.from_numpy(np.array([5, v], dtype=dtype)) for v in (a % 2 if dtype == "bool" else a, b)]
+    paths = [save(f"{i}.pth", {"n": t}) for i, t in enumerate(tensors)]
+    report = ckpt_tools.diff(*paths, rtol=10.0, atol=1e30)
+    assert (only(report).differing, only(report).beyond, only(report).max_abs) == (1, 1, gap)
+    assert report.verdict == "different"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "nonfinite", "gap"),
+    [
+        ([NAN, 1.0], [NAN, 1.5], 0, 0.5),
+        ([NAN, 1.0], [2.0, 1.0], 1, 0.0),
+        ([INF, -INF, 1.0], [INF, INF, 1.25], 1, 0.25),
+        ([INF, 3.0], [7.0, INF], 2, 0.0),
+    ],
+)
+def test_values_that_are_not_finite_are_counted_apart_and_within_no_tolerance(
+    save: Save, a: list[float], b: list[float], nonfinite: int, gap: float
+) -> None:
+    paths = [save(f"{i}.pth", {"w": torch.tensor(v)}) for i, v in enumerate((a, b))]
+    report = ckpt_tools.diff(*paths, rtol=0.9, atol=1e9)
+    assert (only(report).nonfinite, only(report).beyond, only(report).max_abs) == (nonfinite, nonfinite, gap)
+    assert report.nonfinite == nonfinite
+    assert report.verdict == ("different" if nonfinite else "within tolerance")
+
+
+def test_the_sign_of_a_zero_and_the_bits_of_a_nan_are_equal_but_not_identical(save: Save) -> None:
+    other_nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
+    a, b = torch.cat([torch.tensor([0.0, NAN]), other_nan]), torch.tensor([-0.0, NAN, NAN])
+    report = ckpt_tools.diff(save("a.pth", {"w": a, "v": a}), save("b.pth", {"w": b, "v": b.clone()}))
+    assert (report.verdict, report.compared, report.identical) == ("equal", 2, 0)
+    assert [t.differing for t in report.tensors] == [0, 0]
+    same = ckpt_tools.diff(save("a.pth", {"w": a}), save("c.pth", {"w": a}))
+    assert (same.verdict, same.tensors) == ("identical", ())
+
+
+def test_a_dtype_that_changed_is_a_difference_unless_there_is_a_tolerance(save: Save) -> None:
+    a = torch.randn(64)
+    paths = save("a.pth", {"w": a}), save("b.pth", {"w": a.bfloat16()})
+    strict, loose, tight = (ckpt_tools.diff(*paths, rtol=rtol) for rtol in (0.0, 2**-8, 2**-20))
+    assert [r.verdict for r in (strict, loose, tight)] == ["different", "within tolerance", "different"]
+    assert [(c.name, c.a, c.b) for c in strict.dtypes] == [("w", "float32", "bfloat16")]
+    assert only(strict).max_abs == (a.double() - a.bfloat16().double()).abs().max().item()
+    exact = save("c.pth", {"w": torch.ones(3)}), save("d.pth", {"w": torch.ones(3).half()})
+    assert [ckpt_tools.diff(*exact, atol=atol).verdict for atol in (0.0, 1e-9)] == ["different", "within tolerance"]
+
+
+def test_names_and_shapes_that_differ_are_told_whatever_the_tolerance(save: Save) -> None:
+    a = save("a.pth", {"w": torch.ones(2), "x": torch.ones(2), "s": torch.ones(2, 3)})
+    b = save("b.pth", {"y": torch.ones(2), "w": torch.ones(2), "s": torch.ones(3, 2)})
+    report = ckpt_tools.diff(a, b, rtol=1, atol=1)
+    assert (report.only_a, report.only_b, report.verdict) == (("x",), ("y",), "different")
+    assert [(c.name, c.a, c.b) for c in report.shapes] == [("s", "[2, 3]", "[3, 2]")]
+    assert (report.compared, report.identical) == (1, 1)
+
+
+def test_two_formats_two_layouts_and_wrapped_names_are_compared(tmp_path: Path, save: Save) -> None:
+    weights = {"a.w": torch.randn(4, 5), "a.b": torch.randn(5)}
+    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+    timm = save("a.pth", {"state_dict": weights, "state_dict_ema": wrapped, "epoch": 3})
+    save_file(weights, tmp_path / "b.safetensors")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    for other in (tmp_path / "b.safetensors", folder):
+        report = ckpt_tools.diff(timm, other)
+        assert report.verdict == "identical"
+        assert (report.a.state, report.a.prefixes, report.b.prefixes) == ("ema (state_dict_ema)", ("module.",), ())
+        assert any("The ema weights of a.pth are compared with the raw" in note for note in report.notes)
+    assert ckpt_tools.diff(timm, folder, state="raw").notes == ()
+    assert ckpt_tools.diff(timm, timm, state="raw", state_b="state_dict_ema").verdict == "identical"
+
+
+def test_views_are_compared_by_what_they_show(save: Save) -> None:
+    base = torch.randn(40, 60)
+    view = base.t()[3:50, ::3]
+    assert ckpt_tools.diff(save("a.pth", {"w": view}), save("b.pth", {"w": view.contiguous()})).verdict == "identical"
+    changed = view.contiguous()
+    changed[7, 5] += 1
+    found = only(ckpt_tools.diff(save("a.pth", {"w": view}), save("b.pth", {"w": changed})))
+    assert (found.differing, found.max_abs) == (1, (view.double() - changed.double()).abs().max().item())
+
+
+def test_one_file_under_two_names_is_not_read_at_all(tmp_path: Path, save: Save) -> None:
+    a = save("a.pth", {"w": torch.randn(9), "s": torch.eye(3).to_sparse()})
+    (tmp_path / "b.pth").hardlink_to(a)
+    (tmp_path / "c.pth").symlink_to(a)
+    for other in (a, tmp_path / "b.pth", tmp_path / "c.pth"):
+        report = ckpt_tools.diff(a, other)
+        assert (report.verdict, report.compared, report.bytes_read) == ("identical", 2, 0)
+
+
+def test_tied_tensors_are_read_once_and_told_together(save: Save) -> None:
+    a, b = torch.randn(10), torch.randn(10)
+    report = ckpt_tools.diff(save("a.pth", {"x": a, "y": a}), save("b.pth", {"x": b, "y": b}))
+    assert (report.bytes_read, report.compared) == (80, 2)
+    assert (only(report).name, only(report).tied) == ("x", ("y",))
+    untied = ckpt_tools.diff(save("a.pth", {"x": a, "y": a}), save("b.pth", {"x": a, "y": b}))
+    assert (only(untied).name, untied.identical) == ("y", 1)
+
+
+def test_what_cannot_be_compared_is_named_and_never_called_the_same(tmp_path: Path, save: Save) -> None:
+    sparse = {"w": torch.ones(2), "s": torch.eye(3).to_sparse(), "c": torch.ones(2)}
+    a = save("a.pth", sparse)
+    b = save("b.pth", sparse | {"c": torch.ones(2, dtype=torch.complex64)})
+    report = ckpt_tools.diff(a, b, rtol=1.0)
+    assert (report.not_compared, report.verdict) == ({"s": "sparse", "c": "float32 and complex64"}, "different")
+    shutil.copy(a, tmp_path / "copy.pth")
+    assert ckpt_tools.diff(a, tmp_path / "copy.pth").not_compared == {"s": "sparse"}
+
+
+def test_packed_codes_are_compared_as_bytes(save: Save) -> None:
+    a, b = (torch.tensor(v, dtype=torch.uint8).view(torch.float8_e8m0fnu) for v in ([1, 2, 3], [1, 9, 9]))
+    found = only(ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b}), rtol=1, atol=1e9))
+    assert (found.differing, found.beyond, found.max_abs, found.max_rel) == (2, 2, None, None)
+
+
+def test_the_largest_differences_come_first_and_weights_before_counters(save: Save) -> None:
+    a = {"small": torch.tensor([1.0]), "steps": torch.tensor(7), "nan": torch.tensor([NAN]), "big": torch.tensor([1.0])}
+    b = {"small": torch.tensor([1.1]), "steps": torch.tensor(900), "nan": torch.tensor([1.0]), "big": torch.tensor([3])}
+    b["big"] = b["big"].float()
+    report = ckpt_tools.diff(save("a.pth", a), save("b.pth", b))
+    assert [t.name for t in report.tensors] == ["nan", "big", "small", "steps"]
+    assert (report.max_abs, report.max_rel[1]) == ((893.0, "steps"), "steps")
+    loose = ckpt_tools.diff(save("a.pth", a), save("b.pth", b), atol=0.5)
+    assert [t.name for t in loose.tensors] == ["nan", "big", "steps", "small"]
+
+
+def test_empty_and_scalar_tensors_are_compared(save: Save) -> None:
+    a = {"none": torch.empty(0, 3), "one": torch.tensor(2.0)}
+    report = ckpt_tools.diff(save("a.pth", a), save("b.pth", a))
+    assert (report.verdict, report.compared) == ("identical", 2)
+
+
+def test_progress_counts_the_bytes_of_both(save: Save) -> None:
+    seen: list[tuple[int, int]] = []
+    paths = [save(f"{i}.pth", {"w": torch.randn(1000)}) for i in range(2)]
+    ckpt_tools.diff(*paths, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (8000, 8000)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": -1.0}, r"--rtol -1\.0: must be a number, 0 or more"),
+        ({"atol": NAN}, r"--atol nan: must be a number"),
+        ({"threads": 0}, r"--threads 0: must be a whole number from 1"),
+    ],
+)
+def test_tolerances_and_threads_that_make_no_sense_are_refused(
+    save: Save, options: dict[str, Any], message: str
+) -> None:
+    path = save("a.pth", {"w": torch.ones(2)})
+    with pytest.raises(UsageError, match=message):
+        ckpt_tools.diff(path, path, **options)
+
+
+def test_weights_that_are_not_there_are_refused_by_file(tmp_path: Path, save: Save) -> None:
+    a, b = save("a.pth", {"state_dict": {"w": torch.ones(2)}}), save("b.pth", {"epoch": 3})
+    with pytest.raises(LayoutError, match=r"b\.pth: no tensor inside"):
+        ckpt_tools.diff(a, b)
+    with pytest.raises(LayoutError, match=r"a\.pth: has no ema weights"):
+        ckpt_tools.diff(a, a, state="ema")
+    with pytest.raises(ReadError, match=r"gone\.pth: no such file"):
+        ckpt_tools.diff(a, tmp_path / "gone.pth")
