@@ -40,7 +40,9 @@ def read_folder(folder: Path, read_file: ReadFile) -> Header:
     """
     inside = checkpoint_inside(folder)
     if inside is None:
-        raise NotACheckpointError(f"{folder}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint.")
+        raise NotACheckpointError(
+            f"{folder}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."
+        )
     if inside.name.endswith(INDEX_SUFFIXES):
         return read_index(inside, folder, read_file)
     return replace(read_file(inside), path=folder)
