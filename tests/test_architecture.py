@@ -31,6 +31,7 @@ ROOMS = [
     "provenance",
     "averaging",
     "diffing",
+    "stripping",
     "batchnorm",
     "conversion",
     "cli",
@@ -91,6 +92,7 @@ def test_the_public_names_are_these() -> None:
         "ConvertReport",
         "DiffReport",
         "RecalibrationReport",
+        "StripReport",
         "__version__",
         "average",
         "convert",
@@ -98,6 +100,7 @@ def test_the_public_names_are_these() -> None:
         "open_checkpoint",
         "recalibrate_bn",
         "recalibrate_checkpoint",
+        "strip",
     ]
     for name in ckpt_tools.__all__:
         assert getattr(ckpt_tools, name).__doc__
