@@ -27,6 +27,7 @@ ROOMS = [
     "comparing",
     "assembly",
     "writing",
+    "optimizers",
     "inspection",
     "provenance",
     "averaging",
