@@ -40,7 +40,11 @@ def read_folder(folder: Path, read_file: ReadFile) -> Header:
     """
     inside = checkpoint_inside(folder)
     if inside is None:
-        raise NotACheckpointError(f"{folder}: a folder without model.safetensors or an index.json: no checkpoint.")
+        files = any(child.is_file() for child in folder.iterdir())
+        raise NotACheckpointError(
+            f"{folder}: a folder without model.safetensors or an index.json: no checkpoint."
+            + (" Give one of its files." if files else "")
+        )
     if inside.name.endswith(INDEX_SUFFIXES):
         return read_index(inside, folder, read_file)
     return replace(read_file(inside), path=folder)
