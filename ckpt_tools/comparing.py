@@ -87,7 +87,7 @@ def compare(
         ReadError: a file cannot be read, ends early, or changes meanwhile.
     """
     with OpenFiles(stamps) as files:
-        files.open_all(spec.storage.path for pair in pairs for spec in pair)
+        files.open_all(spec for pair in pairs for spec in pair)
         job = _Job([_Pair(a, b, files) for a, b in pairs], piece, rtol, atol)
         in_threads(
             lambda: _work(job),

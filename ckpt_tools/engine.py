@@ -83,7 +83,7 @@ def run(
         WriteError: the output cannot be written.
     """
     with OpenFiles(stamps) as files:
-        files.open_all(spec.storage.path for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
+        files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
         job = _Job(outputs, files, piece, allow_nonfinite)
         in_threads(
             lambda: _work(job),

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .errors import SeriesError, UsageError
-from .formats import SUFFIXES
-from .formats.sharded import checkpoint_inside
+from .formats import SUFFIXES, is_checkpoint
 
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
+_OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
 # What is left out of the paths of the parts of one checkpoint for them to be equal, and what to do about them.
 _PARTS = (
     (
@@ -105,7 +105,7 @@ def _glob(folder: Path, pattern: str) -> set[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    if checkpoint_inside(folder) is not None:
+    if is_checkpoint(folder):
         return [folder]
     found = [
         child
@@ -113,7 +113,7 @@ def _in_folder(folder: Path) -> list[Path]:
         if not child.name.startswith(".")
         and (
             (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
-            or (child.is_dir() and checkpoint_inside(child) is not None)
+            or (child.is_dir() and is_checkpoint(child) and not _OPTIMIZER_FOLDER.fullmatch(child.name))
         )
     ]
     if not found:
@@ -176,7 +176,7 @@ def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
 def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
     """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
     for path in paths:
-        inner = [c for c in path.iterdir() if c.is_dir() and checkpoint_inside(c)] if path.is_dir() else []
+        inner = [c for c in path.iterdir() if c.is_dir() and is_checkpoint(c)] if path.is_dir() else []
         if inner:
             pattern = path / re.sub(r"\d+", "*", inner[0].name)
             notes.append(f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{pattern}'.")

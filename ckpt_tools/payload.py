@@ -9,6 +9,7 @@ import errno
 import math
 import mmap
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from .errors import CorruptError, ReadError
 from .formats.header import Stamp
-from .tensors import DType, TensorSpec
+from .tensors import ChunkedSpec, DType, TensorSpec, is_dense
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -53,9 +54,9 @@ class OpenFiles:
         self._fds[path] = fd
         self._check(self._stamps.setdefault(path, Stamp.of(path, fd)))
 
-    def open_all(self, paths: Iterable[Path]) -> None:
-        """Open many files, and let the process hold so many, as far as it may."""
-        unique = dict.fromkeys(paths)
+    def open_all(self, specs: Iterable[TensorSpec]) -> None:
+        """Open all files of these tensors, and let the process hold so many, as far as it may."""
+        unique = dict.fromkeys(part.storage.path for spec in specs for _, part in spec.parts)
         raise_file_limit(len(unique))
         for path in unique:
             self.open(path)
@@ -92,15 +93,44 @@ class OpenFiles:
 class Source:
     """A tensor of an open file: what a piece of it costs is one call, worked out beforehand."""
 
-    __slots__ = ("base", "contiguous", "fd", "item", "spec", "swapped")
+    __slots__ = ("base", "chunks", "contiguous", "fd", "item", "spec", "swapped")
 
     def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
         self.spec = spec
-        self.fd = files[spec.storage.path]
+        self.chunks = _Chunks(spec, files) if isinstance(spec, ChunkedSpec) else None
+        self.fd = files[spec.storage.path] if self.chunks is None else -1
         self.item = spec.dtype.itemsize
         self.base = spec.storage.offset + spec.start * self.item
         self.contiguous = spec.contiguous
         self.swapped = spec.storage.big_endian and spec.dtype.word > 1
+
+
+class _Chunks:
+    """The boxes of a chunked tensor, found by where they stand along its first axis."""
+
+    __slots__ = ("_begins", "_longest", "_parts")
+
+    def __init__(self, spec: ChunkedSpec, files: OpenFiles) -> None:
+        self._parts = [(offsets, Source(chunk, files)) for offsets, chunk in spec.chunks]  # in order of offsets
+        self._begins = [offsets[0] for offsets, _ in self._parts]
+        self._longest = max(chunk.shape[0] for _, chunk in spec.chunks)
+
+    def within(self, low: tuple[int, ...], high: tuple[int, ...]) -> Iterator[tuple[Source, tuple[Cut, ...]]]:
+        """Yield each chunk that has elements in the box [low, high), and the cut along each axis: (begin, end, offset).
+
+        Begin and end count in the whole tensor, as the offset of the chunk does.
+        """
+        first = bisect_left(self._begins, low[0] - self._longest + 1)
+        for offsets, source in self._parts[first : bisect_left(self._begins, high[0])]:
+            cuts = tuple(
+                (max(a, offset), min(b, offset + size), offset)
+                for a, b, offset, size in zip(low, high, offsets, source.spec.shape, strict=True)
+            )
+            if all(begin < end for begin, end, _ in cuts):
+                yield source, cuts
+
+
+Cut = tuple[int, int, int]
 
 
 class Buffer:
@@ -141,6 +171,8 @@ class Reader:
         nbytes = (stop - start) * source.item
         if source.contiguous:
             _pread(source, source.base + start * source.item, self.buffer.bytes[:nbytes])
+        elif source.chunks is not None:
+            self._join(source, source.chunks, start, stop)
         else:
             self._gather(source, start, stop)
         if source.swapped:
@@ -156,6 +188,29 @@ class Reader:
         for first, sizes, strides in boxes(spec.shape, spec.stride, start, stop):
             count = math.prod(sizes)
             self._read_box(source, first, sizes, strides, out[done : done + count].view(sizes))
+            done += count
+
+    def _join(self, source: Source, chunks: _Chunks, start: int, stop: int) -> None:
+        """Collect elements of a chunked tensor, from each chunk that holds some of them."""
+        spec, item = source.spec, source.item
+        out = self.buffer.view(_BITS[item], stop - start)
+        done = 0
+        for first, sizes, _ in boxes(spec.shape, spec.stride, start, stop):
+            sizes = (1,) * (len(spec.shape) - len(sizes)) + sizes  # a box within a row has fewer axes
+            low = tuple(first // step % size for step, size in zip(spec.stride, spec.shape, strict=True))
+            high = tuple(a + size for a, size in zip(low, sizes, strict=True))
+            count = math.prod(sizes)
+            box = out[done : done + count].view(sizes)
+            for chunk, cuts in chunks.within(low, high):
+                target = box[tuple(slice(begin - a, end - a) for a, (begin, end, _) in zip(low, cuts, strict=True))]
+                strides = chunk.spec.stride
+                at = sum((begin - offset) * step for (begin, _, offset), step in zip(cuts, strides, strict=True))
+                part = tuple(end - begin for begin, end, _ in cuts)
+                if target.is_contiguous() and is_dense(part, strides):
+                    to = target.storage_offset() * item
+                    _pread(chunk, chunk.base + at * item, self.buffer.bytes[to : to + math.prod(part) * item])
+                else:
+                    self._read_box(chunk, at, part, strides, target)
             done += count
 
     def _read_box(
@@ -238,7 +293,7 @@ def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
         ReadError: the file cannot be read, ends early, or is none of the stamped ones any more.
     """
     with OpenFiles(stamps) as files:
-        files.open(spec.storage.path)
+        files.open_all([spec])
         reader = Reader(spec.nbytes)
         reader.read(Source(spec, files), 0, spec.numel)
         # The buffer belongs to this tensor alone from here on.

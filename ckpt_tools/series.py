@@ -155,13 +155,14 @@ def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[
 
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
-    """List the tensors by place, without those that only a running training needs."""
+    """List the tensors by place, each chunk on its own, without those that only a running training needs."""
     tree = header.tree if isinstance(header.tree, dict) else {}
     return [
-        (path, spec)
+        ((*path, *offsets), part)
         for path, spec in tensors_in(header.tree)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
+        for offsets, part in spec.parts
     ]
 
 

@@ -7,6 +7,7 @@ refused job and `ckpt inspect` cost milliseconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -182,11 +183,40 @@ class TensorSpec:
     @property
     def contiguous(self) -> bool:
         """True if the elements stand in C order without gaps (as torch's is_contiguous)."""
-        return self.numel == 0 or all(
-            step == want
-            for size, step, want in zip(self.shape, self.stride, c_strides(self.shape), strict=True)
-            if size != 1
-        )
+        return is_dense(self.shape, self.stride)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The boxes that it is put together from: the tensor itself, unless it is chunked."""
+        return (((0,) * len(self.shape), self),)
+
+
+@_unchanging
+@dataclass(frozen=True, slots=True)
+class ChunkedSpec(TensorSpec):
+    """A tensor that is stored as boxes, in several places or files; see `join`.
+
+    Attributes:
+        stride, start: of the whole tensor in C order.
+        storage: names the checkpoint, for messages, and holds no bytes; the chunks have their own.
+        chunks: (index of its first element, box), by index; they fill the tensor without gap or overlap.
+    """
+
+    chunks: tuple[Part, ...]
+
+    @property
+    def contiguous(self) -> bool:
+        """False: no run of bytes holds all of it."""
+        return False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The boxes that it is put together from."""
+        return self.chunks
+
+
+Part = tuple[tuple[int, ...], TensorSpec]
+"""A box of a tensor: the index of its first element, and its own spec."""
 
 
 @_unchanging
@@ -209,6 +239,13 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
+
+
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Return whether these strides are those of C order, for all that can be told from elements' places."""
+    return math.prod(shape) == 0 or all(
+        step == want for size, step, want in zip(shape, stride, c_strides(shape), strict=True) if size != 1
+    )
 
 
 def make_spec(
@@ -235,3 +272,66 @@ def make_spec(
                 f"storage of {storage.nbytes} bytes. The file is damaged; get a fresh copy."
             )
     return spec
+
+
+def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Part]) -> TensorSpec:
+    """Build the spec of a tensor that is stored as boxes, from untrusted numbers.
+
+    Args:
+        path: the checkpoint, for messages.
+        name: of the tensor, for messages.
+        chunks: at least one, of this dtype; those without elements count for nothing.
+
+    Returns:
+        The chunk itself where one is the whole tensor.
+
+    Raises:
+        CorruptError: the chunks do not fill the tensor exactly, or differ in byte order.
+    """
+    faulty = f"{path}: '{name}' of shape {list(shape)} is not the sum of its {len(chunks)} chunks: "
+    filled = sorted((part for part in chunks if part[1].numel), key=lambda part: part[0])
+    for offsets, chunk in chunks:
+        if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in offsets):
+            raise CorruptError(f"{faulty}one is said to start at {list(offsets)}. The checkpoint is damaged.")
+        if any(n + size > whole for n, size, whole in zip(offsets, chunk.shape, shape, strict=True)):
+            raise CorruptError(
+                f"{faulty}one of shape {list(chunk.shape)} at {list(offsets)} reaches beyond it. "
+                "The checkpoint is damaged."
+            )
+    missing = math.prod(shape) - sum(chunk.numel for _, chunk in filled)
+    overlapping = _first_overlap(filled)
+    if overlapping is not None:
+        raise CorruptError(
+            f"{faulty}those at {list(overlapping[0])} and {list(overlapping[1])} overlap. The checkpoint is damaged."
+        )
+    if missing:
+        raise CorruptError(f"{faulty}{missing} elements stand in none. Was the save interrupted? Get a complete copy.")
+    if not filled:
+        return make_spec(dtype, shape, chunks[0][1].storage)
+    if len(filled) == 1:
+        return filled[0][1]
+    orders = {chunk.storage.big_endian for _, chunk in filled}
+    if len(orders) > 1:
+        raise CorruptError(f"{faulty}they differ in byte order. The checkpoint is damaged.")
+    storage = Storage(path, 0, 0, orders.pop())
+    return ChunkedSpec(dtype, shape, c_strides(shape), 0, storage, tuple(filled))
+
+
+def _first_overlap(parts: Sequence[Part]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Find two boxes with an element in common: a sweep along the axis that tells most of them apart."""
+    if len(parts) < 2:
+        return None
+    axis = max(range(len(parts[0][0])), key=lambda i: len({offsets[i] for offsets, _ in parts}), default=None)
+    if axis is None:
+        return parts[0][0], parts[1][0]
+    open_boxes: list[Part] = []
+    for offsets, chunk in sorted(parts, key=lambda part: part[0][axis]):
+        open_boxes = [part for part in open_boxes if part[0][axis] + part[1].shape[axis] > offsets[axis]]
+        for others, other in open_boxes:
+            if all(
+                a < b + there and b < a + here
+                for a, here, b, there in zip(offsets, chunk.shape, others, other.shape, strict=True)
+            ):
+                return others, offsets
+        open_boxes.append((offsets, chunk))
+    return None

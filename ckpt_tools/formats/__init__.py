@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CorruptError, NotACheckpointError, ReadError, UnsupportedError
-from . import safetensors, sharded, torch_legacy, torch_zip
+from . import dcp, safetensors, sharded, torch_legacy, torch_zip
 from .header import Header
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
@@ -16,15 +16,16 @@ def read_header(path: Path) -> Header:
     """Read what a checkpoint says about itself, without its payload.
 
     Args:
-        path: a file, a folder with a sharded checkpoint or a single ``model.safetensors``,
-            or an ``index.json``.
+        path: a file, a folder with a sharded checkpoint, a single ``model.safetensors`` or what
+            torch.distributed.checkpoint saved, or an ``index.json``.
 
     Raises:
         ReadError: missing, of no known format, or damaged.
     """
     try:
         if path.is_dir():
-            return sharded.read_folder(path, _read_file)
+            as_dcp = sharded.checkpoint_inside(path) is None and dcp.is_folder(path)
+            return dcp.read(path) if as_dcp else sharded.read_folder(path, _read_file)
         if path.name.endswith(sharded.INDEX_SUFFIXES):
             return sharded.read_index(path, path, _read_file)
         return _read_file(path)
@@ -36,9 +37,18 @@ def read_header(path: Path) -> Header:
         raise ReadError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Return whether a folder is one checkpoint, rather than a place where checkpoints may stand."""
+    return sharded.checkpoint_inside(folder) is not None or dcp.is_folder(folder)
+
+
 def _read_file(path: Path) -> Header:
     if path.exists() and not path.is_file():
         raise ReadError(f"{path}: neither a file nor a folder.")
+    if path.name == dcp.METADATA or path.name.endswith(dcp.SUFFIX):
+        raise UnsupportedError(
+            f"{path}: one file of the checkpoint that the folder holds. Give the folder: {path.parent}"
+        )
     with path.open("rb") as file:
         start = file.read(len(torch_legacy.MAGIC))
         file.seek(257)
@@ -72,4 +82,4 @@ def _hint(start: bytes) -> str:
     return ""
 
 
-__all__ = ["SUFFIXES", "Header", "read_header"]
+__all__ = ["SUFFIXES", "Header", "is_checkpoint", "read_header"]

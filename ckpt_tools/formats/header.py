@@ -58,7 +58,7 @@ class Header:
 
     Attributes:
         path: the file or folder.
-        format: ``torch-zip``, ``torch-legacy``, ``safetensors`` or ``sharded``.
+        format: ``torch-zip``, ``torch-legacy``, ``safetensors``, ``sharded`` or ``dcp``.
         tree: what was saved; tensors stand in it as TensorSpec or UnsupportedTensor,
             objects of unknown classes as Inert. Safetensors and sharded: a flat dict.
         files: every file that the checkpoint consists of.

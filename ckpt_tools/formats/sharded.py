@@ -42,7 +42,7 @@ def read_folder(folder: Path, read_file: ReadFile) -> Header:
     if inside is None:
         files = any(child.is_file() for child in folder.iterdir())
         raise NotACheckpointError(
-            f"{folder}: a folder without model.safetensors or an index.json: no checkpoint."
+            f"{folder}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."
             + (" Give one of its files." if files else "")
         )
     if inside.name.endswith(INDEX_SUFFIXES):
@@ -62,15 +62,7 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     folder = index.parent
     headers = {}
     for name in dict.fromkeys(weight_map.values()):
-        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
-            raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
-        shard = folder / name
-        # A symlink may leave the folder only as the Hugging Face cache lays its files out: to ../../blobs.
-        target = Path(os.path.realpath(shard))
-        if target.parent != folder.resolve() and target.parent != (folder.resolve() / "../../blobs").resolve():
-            raise CorruptError(f"{index}: its shard {name!r} is a link out of the folder ({target}); refused.")
-        if not shard.is_file():
-            raise CorruptError(f"{index}: its shard {name!r} is missing. Get a complete copy.")
+        shard = member(folder, name, index)
         headers[name] = read_file(shard)
     tree: dict[str, Any] = {}
     for key, name in weight_map.items():
@@ -90,6 +82,24 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     first = next(iter(headers.values()))
     files = (stamp, *(file for header in headers.values() for file in header.files))
     return Header(path, "sharded", tree, files, foreign, first.metadata, first.provenance, shards=weight_map)
+
+
+def member(folder: Path, name: str, index: Path) -> Path:
+    """Return a file that an index names, if it stands in the folder.
+
+    Raises:
+        CorruptError: it is missing, or stands elsewhere.
+    """
+    if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+        raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
+    file = folder / name
+    # A symlink may leave the folder only as the Hugging Face cache lays its files out: to ../../blobs.
+    target = Path(os.path.realpath(file))
+    if target.parent != folder.resolve() and target.parent != (folder.resolve() / "../../blobs").resolve():
+        raise CorruptError(f"{index}: its shard {name!r} is a link out of the folder ({target}); refused.")
+    if not file.is_file():
+        raise CorruptError(f"{index}: its shard {name!r} is missing. Get a complete copy.")
+    return file
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -44,64 +44,111 @@ def read(path: Path) -> Header:
     """
     with path.open("rb") as file:
         stamp = Stamp.of(path, file.fileno())
-        try:
-            archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
-            raise CorruptError(
-                f"{path}: truncated or damaged: its zip directory cannot be read ({error}). Get a fresh copy."
-            ) from error
-        records = {info.filename: info for info in archive.infolist()}
-        if len(records) != len(archive.infolist()):
-            raise CorruptError(f"{path}: two records have one name. The file is damaged.")
-        root = _root(path, records)
-        offset_of = _offsets(path, file, limit=archive.start_dir)
-
-        def record(name: str) -> bytes | None:
-            info = records.get(f"{root}/{name}")
-            if info is None:
-                return None
-            file.seek(offset_of(info))
-            raw = file.read(info.file_size)
-            if info.CRC and zlib.crc32(raw) != info.CRC:  # 0: torch was told to leave checksums out
-                raise CorruptError(f"{path}: the checksum of its {name} does not fit. The file is damaged.")
-            return raw
-
-        big_endian = (record("byteorder") or b"").strip() == b"big"
-
-        def locate(key: str, dtype: DType | None, numel: int, _view: Any) -> Storage:
-            info = records.get(f"{root}/data/{key}")
-            nbytes = numel * (dtype.itemsize if dtype else 1)
-            if info is None or info.file_size != nbytes:
-                has = "no such record" if info is None else f"{info.file_size} bytes"
-                raise CorruptError(
-                    f"{path}: storage {key} should have {nbytes} bytes; there is {has}. The file is damaged."
-                )
-            return Storage(path, offset_of(info), nbytes, big_endian)
-
-        tree, foreign = unpickle.load(io.BytesIO(record("data.pkl") or b""), locate, where=str(path))
-        provenance = record(_PROVENANCE_RECORD)
+        tree, foreign, provenance = read_window(file, path, 0, stamp.nbytes, where=str(path))
     return Header(path, "torch-zip", tree, (stamp,), foreign, provenance=parse_provenance(provenance))
 
 
-def _root(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> str:
+class _Window:
+    """A part of a file, as a file of its own; only what reading a zip asks for."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._file, self._start, self._length = file, start, length
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        at = offset + (0, self._at, self._length)[whence]
+        if at < 0:
+            raise OSError("seeks before the start")  # as a real file does, which zipfile expects
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+
+def read_window(
+    file: IO[bytes], path: Path, start: int, length: int, *, where: str
+) -> tuple[Any, Counter[str], bytes | None]:
+    """Read what torch.save wrote into a part of a file.
+
+    Args:
+        file: open for reading.
+        path: of the file, for the specs.
+        start, length: the part, in bytes; it lies within the file.
+        where: for messages.
+
+    Returns:
+        (object tree, foreign globals with counts, the record of provenance).
+
+    Raises:
+        NotACheckpointError: a zip without a torch pickle, or a TorchScript archive.
+        CorruptError: truncated or damaged.
+    """
+    window: Any = _Window(file, start, length)
+    try:
+        archive = zipfile.ZipFile(window)
+    except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
+        raise CorruptError(
+            f"{where}: truncated or damaged: its zip directory cannot be read ({error}). Get a fresh copy."
+        ) from error
+    records = {info.filename: info for info in archive.infolist()}
+    if len(records) != len(archive.infolist()):
+        raise CorruptError(f"{where}: two records have one name. The file is damaged.")
+    root = _root(where, records)
+    offset_of = _offsets(where, window, limit=archive.start_dir)
+
+    def record(name: str) -> bytes | None:
+        info = records.get(f"{root}/{name}")
+        if info is None:
+            return None
+        window.seek(offset_of(info))
+        raw: bytes = window.read(info.file_size)
+        if info.CRC and zlib.crc32(raw) != info.CRC:  # 0: torch was told to leave checksums out
+            raise CorruptError(f"{where}: the checksum of its {name} does not fit. The file is damaged.")
+        return raw
+
+    big_endian = (record("byteorder") or b"").strip() == b"big"
+
+    def locate(key: str, dtype: DType | None, numel: int, _view: Any) -> Storage:
+        info = records.get(f"{root}/data/{key}")
+        nbytes = numel * (dtype.itemsize if dtype else 1)
+        if info is None or info.file_size != nbytes:
+            has = "no such record" if info is None else f"{info.file_size} bytes"
+            raise CorruptError(
+                f"{where}: storage {key} should have {nbytes} bytes; there is {has}. The file is damaged."
+            )
+        return Storage(path, start + offset_of(info), nbytes, big_endian)
+
+    tree, foreign = unpickle.load(io.BytesIO(record("data.pkl") or b""), locate, where=where)
+    return tree, foreign, record(_PROVENANCE_RECORD)
+
+
+def _root(where: str, records: Mapping[str, zipfile.ZipInfo]) -> str:
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
-        raise NotACheckpointError(f"{path}: a zip file, but not one that torch.save wrote (no data.pkl inside).")
+        raise NotACheckpointError(f"{where}: a zip file, but not one that torch.save wrote (no data.pkl inside).")
     if f"{roots[0]}/constants.pkl" in records:
         raise UnsupportedError(
-            f"{path}: a TorchScript archive, which holds a program. "
+            f"{where}: a TorchScript archive, which holds a program. "
             "Save its weights first: torch.save(torch.jit.load(FILE).state_dict(), NEW)."
         )
     return roots[0]
 
 
-def _offsets(path: Path, file: IO[bytes], *, limit: int) -> Callable[[zipfile.ZipInfo], int]:
+def _offsets(where: str, file: IO[bytes], *, limit: int) -> Callable[[zipfile.ZipInfo], int]:
     """Make a function that finds where the bytes of a record start."""
 
     def offset_of(info: zipfile.ZipInfo) -> int:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise UnsupportedError(
-                f"{path}: its records are compressed or encrypted, so it was repacked by another program. "
+                f"{where}: its records are compressed or encrypted, so it was repacked by another program. "
                 "Load and save it with torch once."
             )
         name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
@@ -110,11 +157,11 @@ def _offsets(path: Path, file: IO[bytes], *, limit: int) -> Callable[[zipfile.Zi
             file.seek(info.header_offset)
             head = file.read(_LOCAL.size + len(name))
         if not head.startswith(b"PK\3\4") or head[_LOCAL.size :] != name:
-            raise CorruptError(f"{path}: its directory points at no record for {info.filename}. The file is damaged.")
+            raise CorruptError(f"{where}: its directory points at no record for {info.filename}. The file is damaged.")
         fields = _LOCAL.unpack_from(head)
         offset = info.header_offset + _LOCAL.size + int(fields[9]) + int(fields[10])
         if info.compress_size != info.file_size or offset + info.file_size > limit:
-            raise CorruptError(f"{path}: the record {info.filename} reaches beyond the file. Get a fresh copy.")
+            raise CorruptError(f"{where}: the record {info.filename} reaches beyond the file. Get a fresh copy.")
         return offset
 
     return offset_of

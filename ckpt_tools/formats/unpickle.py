@@ -16,7 +16,7 @@ import copyreg
 import pickle
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import IO, Any
 
 from ..errors import CkptError, CorruptError
@@ -290,10 +290,11 @@ _TORCH_VALUES = {"torch.Size", "torch.device", *(f"torch.{name}" for name in DTY
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], locate: Locate) -> None:
+    def __init__(self, file: IO[bytes], locate: Locate, values: Container[str]) -> None:
         # latin1 is the one encoding in which numpy scalars of Python 2 survive; ASCII names are the same in all.
         super().__init__(file, encoding="latin1")
         self._locate = locate
+        self._values = values
         self._inert: dict[str, type] = {}
         self.foreign: Counter[str] = Counter()
 
@@ -302,7 +303,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in _TABLE:
             return _TABLE[full]
-        if full in _TORCH_VALUES:
+        if full in self._values:
             import torch
 
             return getattr(torch, name)
@@ -328,13 +329,14 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return _TypedStorage(self._locate(key, storage_type.dtype, numel, view), storage_type.dtype)
 
 
-def load(file: IO[bytes], locate: Locate, *, where: str) -> tuple[Any, Counter[str]]:
+def load(file: IO[bytes], locate: Locate, *, where: str, torch_values: bool = True) -> tuple[Any, Counter[str]]:
     """Read one pickle from an open file, which is left behind its last byte.
 
     Args:
         file: open for reading in binary.
         locate: finds the bytes of a storage.
         where: the file's name, for messages.
+        torch_values: make sizes, dtypes and devices what they are in torch; Inert if not, and torch is not imported.
 
     Returns:
         The object tree, with TensorSpec (or UnsupportedTensor) for tensors and Inert for what is unknown,
@@ -343,7 +345,7 @@ def load(file: IO[bytes], locate: Locate, *, where: str) -> tuple[Any, Counter[s
     Raises:
         CorruptError: the pickle is damaged, or tries something that no honest one does.
     """
-    unpickler = _RestrictedUnpickler(file, locate)
+    unpickler = _RestrictedUnpickler(file, locate, _TORCH_VALUES if torch_values else ())
     # Extension codes are looked up in a cache of the whole process before anyone is asked for the name.
     copyreg.clear_extension_cache()
     try:

@@ -137,10 +137,11 @@ def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -
     ("path", "message"),
     [
         ("gone.pth", r"Error: gone.pth: no such file."),
-        ("folder", "Error: folder: a folder without model.safetensors or an index.json: no checkpoint."),
+        ("folder", "Error: folder: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."),
         (
             "runs",
-            "Error: runs: a folder without model.safetensors or an index.json: no checkpoint. Give one of its files.",
+            "Error: runs: a folder without model.safetensors, an index.json or *.distcp: no checkpoint. "
+            "Give one of its files.",
         ),
         ("text.pth", "Error: text.pth: not a checkpoint: neither a torch file (zip or legacy) nor safetensors."),
         ("empty.pth", "Error: empty.pth: empty file. Get a fresh copy."),
