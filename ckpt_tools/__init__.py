@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .conversion import ConvertReport, convert
     from .diffing import DiffReport, diff
     from .errors import CkptError
+    from .stripping import StripReport, strip
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ConvertReport",
     "DiffReport",
     "RecalibrationReport",
+    "StripReport",
     "__version__",
     "average",
     "convert",
@@ -34,6 +36,7 @@ __all__ = [
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
+    "strip",
 ]
 
 _HOMES = {
@@ -50,6 +53,8 @@ _HOMES = {
     "CkptError": "errors",
     "ConvertReport": "conversion",
     "convert": "conversion",
+    "StripReport": "stripping",
+    "strip": "stripping",
 }
 
 

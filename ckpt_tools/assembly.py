@@ -77,6 +77,12 @@ def default_target(headers: list[Header]) -> Path:
     return Path("averaged.pth")
 
 
+def named_after(source: Path, tail: str) -> Path:
+    """Name an output after its input, with something before the suffix: ``last-bn.pth``."""
+    suffix = next((s for s in (".pth.tar", *SUFFIXES) if source.name.endswith(s)), "")
+    return source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
+
+
 def _is_safetensors(header: Header) -> bool:
     return header.format == "safetensors" or any(name.endswith(".safetensors") for name in header.shards.values())
 
@@ -89,6 +95,20 @@ def check_suffix(target: Path) -> None:
     """
     if target.suffix and not os.path.isdir(target) and not target.name.endswith(SUFFIXES):  # noqa: PTH112 - never raises
         raise UsageError(f"{target}: the suffix should be one of {' '.join(SUFFIXES)}, or none for a folder of shards.")
+
+
+def check_same_format(base: Header, target: Path) -> None:
+    """Refuse a suffix that asks for another format than the checkpoint has.
+
+    Raises:
+        UsageError: it does.
+    """
+    check_suffix(target)
+    suffixes = TORCH_SUFFIXES if base.format.startswith("torch") else (".safetensors",)
+    folder = base.path.is_dir()
+    if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
+        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
+        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
 
 
 def assemble(
@@ -369,12 +389,7 @@ def rewrite(
     Raises:
         UsageError: the target's suffix asks for another format.
     """
-    check_suffix(target)
-    suffixes = TORCH_SUFFIXES if base.format.startswith("torch") else (".safetensors",)
-    folder = base.path.is_dir()
-    if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
-        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
+    check_same_format(base, target)
     if state.keys is None:
         raise UsageError(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
@@ -382,6 +397,7 @@ def rewrite(
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     copies = Copies()
+    folder = base.path.is_dir()
     if (folder and base.format != "dcp") or base.format == "safetensors":
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:

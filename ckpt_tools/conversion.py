@@ -21,7 +21,7 @@ from .assembly import (
     unkept_metadata,
 )
 from .errors import UnsupportedError, UsageError
-from .formats import SUFFIXES, read_header
+from .formats import SUFFIXES, dcp, read_header
 from .formats.header import Header, Stamp
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
@@ -195,6 +195,8 @@ def find_layout(name: str) -> Layout:
 
 
 def _check_format(layout: Layout, target: Path) -> None:
+    if layout.name == "dcp" and target.name.endswith(SUFFIXES):
+        raise UsageError(f"{target}: --to dcp makes a folder. Give -o a name without suffix.")
     if target.name.endswith(TORCH_SUFFIXES) or layout.flat:
         return
     if target.name.endswith(".safetensors") or layout.name != "diffusers":
@@ -378,6 +380,9 @@ def _assembled(
     untie: bool,
 ) -> Assembly:
     dropped = [*unkept_metadata(header), *_lost(layout, header, sets, nested=target.name.endswith(TORCH_SUFFIXES))]
+    if layout.name == "dcp":
+        files = dcp.plan(content.raw, max_bytes=shard_bytes, provenance=said)
+        return Assembly(target, tuple(files), folder=True, dropped=tuple(dropped))
     if target.name.endswith(TORCH_SUFFIXES):
         return nested(build(layout, content), target=target, provenance=said, dropped=dropped)
     if layout.name == "diffusers":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .formats.header import Header
 from .formats.unpickle import tensors_in
 from .keys import prefixes
-from .layouts import StateDict, is_optimizer, states
+from .layouts import StateDict, dotted, states
+from .optimizers import find_optimizers, kind_of
 from .series import metric_of
 from .steps import stored_counters
 from .tensors import Tensor, TensorSpec, UnsupportedTensor
@@ -95,7 +96,6 @@ class Description:
 def describe(header: Header) -> Description:
     """Describe a checkpoint from its header; no payload is read."""
     sets = states(header)
-    parameters = _nbytes(sets["raw"]) if "raw" in sets else None
     return Description(
         path=str(header.path),
         format=header.format,
@@ -105,7 +105,7 @@ def describe(header: Header) -> Description:
         other=_other(header, sets),
         counters=stored_counters(header),
         metric=metric_of(header, "metric"),
-        optimizers=tuple(_optimizers(header.tree, parameters)),
+        optimizers=tuple(_optimizers(header, sets)),
         foreign=dict(header.foreign),
         provenance=header.provenance,
     )
@@ -151,31 +151,10 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     return counts
 
 
-def _optimizers(tree: Any, parameters: int | None) -> list[Optimizer]:
-    found = []
-    for place, value in tree.items() if isinstance(tree, dict) else ():
-        for i, candidate in enumerate(value if isinstance(value, list) else [value]):
-            if is_optimizer(candidate):
-                nbytes = sum(spec.nbytes for _, spec in tensors_in(candidate["state"]) if isinstance(spec, TensorSpec))
-                name = f"{place}.{i}" if isinstance(value, list) else str(place)
-                multiple = nbytes / parameters if parameters else None
-                found.append(Optimizer(name, _kind(candidate["state"]), nbytes, multiple))
-    return found
-
-
-def _kind(state: Any) -> str:
-    """Tell the family by what it keeps for each parameter."""
-    keys = {
-        key for entry in (state.values() if isinstance(state, dict) else ()) if isinstance(entry, dict) for key in entry
-    }
-    for needed, kind in (
-        ({"exp_avg", "max_exp_avg_sq"}, "Adam family, amsgrad"),
-        ({"exp_avg", "exp_avg_sq"}, "Adam family"),
-        ({"exp_avg"}, "Lion or alike"),
-        ({"square_avg"}, "RMSprop"),
-        ({"sum"}, "Adagrad"),
-        ({"momentum_buffer"}, "SGD with momentum"),
-    ):
-        if needed <= keys:
-            return kind
-    return "without state (plain SGD?)" if not keys else "unknown"
+def _optimizers(header: Header, sets: Mapping[str, StateDict]) -> Iterator[Optimizer]:
+    weights = sets.get("raw") or next(iter(sets.values()), None)
+    parameters = 0 if weights is None else _nbytes(weights)
+    for path, state in find_optimizers(header.tree, [each.path for each in sets.values()]):
+        nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
+        place = dotted(path) or "the whole file"
+        yield Optimizer(place, kind_of(state), nbytes, nbytes / parameters if parameters else None)

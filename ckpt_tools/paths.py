@@ -6,7 +6,7 @@ import difflib
 import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from .errors import SeriesError, UsageError
@@ -83,6 +83,8 @@ def _find(given: str | Path) -> list[Path]:
     pattern = str(path.relative_to(folder))
     matches = sorted(_glob(folder, pattern), key=natural_key)
     if not matches:
+        if (missing := _missing_folder(path)) is not None:
+            raise SeriesError(f"no file matches '{given}'.{missing}")
         raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
     return [found for match in matches for found in (_in_folder(match) if match.is_dir() else [match])]
 
@@ -126,10 +128,25 @@ def _dangling(path: Path) -> str:
 
 
 def _did_you_mean(path: Path) -> str:
+    missing = _missing_folder(path)
+    return _near(path) if missing is None else missing
+
+
+def _missing_folder(path: Path) -> str | None:
+    """Say which folder above a path, or a pattern, does not exist; None if all do, up to one that is a pattern."""
+    for folder in reversed(path.parents):
+        if glob.has_magic(folder.name):
+            return None
+        if not folder.exists():
+            return f" The folder {folder} does not exist.{_near(folder, only=Path.is_dir)}"
+    return None
+
+
+def _near(path: Path, only: Callable[[Path], bool] = Path.exists) -> str:
     try:
-        names = [child.name for child in path.parent.iterdir()]
+        names = [child.name for child in path.parent.iterdir() if only(child)]
     except OSError:
-        return f" The folder {path.parent} does not exist." if not path.parent.exists() else ""
+        return ""
     close = difflib.get_close_matches(path.name, names, n=1)
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 

@@ -27,10 +27,12 @@ ROOMS = [
     "comparing",
     "assembly",
     "writing",
+    "optimizers",
     "inspection",
     "provenance",
     "averaging",
     "diffing",
+    "stripping",
     "batchnorm",
     "conversion",
     "cli",
@@ -91,6 +93,7 @@ def test_the_public_names_are_these() -> None:
         "ConvertReport",
         "DiffReport",
         "RecalibrationReport",
+        "StripReport",
         "__version__",
         "average",
         "convert",
@@ -98,6 +101,7 @@ def test_the_public_names_are_these() -> None:
         "open_checkpoint",
         "recalibrate_bn",
         "recalibrate_checkpoint",
+        "strip",
     ]
     for name in ckpt_tools.__all__:
         assert getattr(ckpt_tools, name).__doc__

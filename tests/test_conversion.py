@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import load, same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -254,6 +255,18 @@ def test_a_converted_training_checkpoint_is_averaged_and_a_converted_average_is_
     assert [i.name for i in report.inputs] == ["c-1.pth", "c-2.pth"]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_dcp_folder_is_loaded_by_torch_and_averaged(save: Save, tmp_path: Path) -> None:
+    for i in (1, 2):
+        ckpt_tools.convert(save(f"{i}.pth", weights(i)), to="dcp", out=tmp_path / f"step-{i}", max_shard_size=100)
+    found = weights(0)
+    dcp.load(found, checkpoint_id=tmp_path / "step-2", no_dist=True)
+    assert same_bits(found, weights(2))
+    ckpt_tools.average([tmp_path / "step-1", tmp_path / "step-2"], out=tmp_path / "avg.safetensors")
+    mean = (weights(1)["0.weight"].double() + weights(2)["0.weight"].double()) / 2
+    assert torch.equal(load_file(tmp_path / "avg.safetensors")["0.weight"], mean.float())
+
+
 _names = st.lists(st.text("ab01_", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
 _dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.float8_e4m3fn])
 
@@ -323,6 +336,7 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
         ({"w": torch.ones(1)}, {"to": "plain", "out": "in.pth"}, WriteError, "is one of the inputs"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out.safetensors"}, UsageError, "nests its weights"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out"}, UsageError, "a folder of safetensors cannot hold"),
+        ({"w": torch.ones(1)}, {"to": "dcp"}, UsageError, "--to dcp makes a folder"),
         ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "--dtype is one of"),
         ({"w": torch.ones(1).to_sparse()}, {"to": "plain"}, CkptError, "'w' is sparse, which cannot be written"),
         (
@@ -368,7 +382,7 @@ def test_bad_input_is_refused_and_nothing_is_written(
 
 @pytest.mark.parametrize("layout", WRITTEN)
 def test_every_layout_is_written_from_one_set(save: Save, tmp_path: Path, layout: str) -> None:
-    out = tmp_path / "out.pth"
+    out = tmp_path / ("out" if layout == "dcp" else "out.pth")
     ckpt_tools.convert(save("in.pth", weights(1)), to=layout, out=out, updates=2, decay=0.9)
     names = tmp_path / "in.pth" if layout in ("pytorch-ema", "diffusers") else None
     ckpt_tools.convert(out, to="plain", out=tmp_path / "back.pth", names_from=names)

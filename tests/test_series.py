@@ -655,8 +655,16 @@ def test_a_glob_that_matches_nothing_says_where_to_look() -> None:
     Path("runs").mkdir()
     with pytest.raises(SeriesError, match=r"no file matches 'runs/\*\.pth'. Look at the folder: ls runs"):
         find_series(["runs/*.pth"])
-    with pytest.raises(SeriesError, match=r"no file matches 'rums/sub/\*\.pth'. Look at the folder: ls \."):
-        find_series(["rums/sub/*.pth"])
+    Path("runs.pth").touch()
+    for pattern in ("rums/*.pth", "rums/sub/*.pth", "rums/**/*.pth", "rums/c-1.pth"):
+        with pytest.raises(SeriesError, match=r"The folder rums does not exist\. Did you mean runs\?$"):
+            find_series([pattern])
+    with pytest.raises(SeriesError, match=r"The folder runs/sub does not exist\.$"):
+        find_series(["runs/sub/*.pth"])
+    with pytest.raises(SeriesError, match=r"no file matches 'r\*/gone/\*\.pth'. Look at the folder: ls \."):
+        find_series(["r*/gone/*.pth"])
+    with pytest.raises(SeriesError, match=r"no file matches 'runs\.pth/\*\.pth'. Look at the folder: ls \."):
+        find_series(["runs.pth/*.pth"])
 
 
 def test_a_glob_that_takes_in_other_files_is_refused_by_name(plain: Callable[..., list[Path]]) -> None:

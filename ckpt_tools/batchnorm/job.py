@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..assembly import Assembly, rewrite
+from ..assembly import Assembly, named_after, rewrite
 from ..checkpoint import Checkpoint
 from ..errors import NumericsError, UsageError
-from ..formats import SUFFIXES, read_header
+from ..formats import read_header
 from ..formats.output import OutTensor
 from ..formats.staged import check_replaceable, check_target
 from ..payload import torch_dtype
@@ -152,7 +152,7 @@ def recalibrate_checkpoint(
         raise UsageError("--require-gain goes with --eval.")
     source = Path(path) if path is not None else _default_input()
     checkpoint = Checkpoint(read_header(source), state)
-    target = Path(out) if out is not None else _default_target(source)
+    target = Path(out) if out is not None else named_after(source, "-bn")
     where = local_device(pick_device(device))
     with joined_group(where) as group:
         network = build_model(model, checkpoint.header, model_kwargs or {}, checkpoint.specs)
@@ -279,11 +279,6 @@ def _default_input() -> Path:
         if Path(name).exists():
             return Path(name)
     raise UsageError(f"no checkpoint given, and there is no {' or '.join(DEFAULT_INPUTS)} here.")
-
-
-def _default_target(source: Path) -> Path:
-    suffix = next((s for s in (".pth.tar", *SUFFIXES) if source.name.endswith(s)), "")
-    return source.with_name(f"{source.name.removesuffix(suffix)}-bn{suffix}")
 
 
 def _workers(asked: int | None) -> int:

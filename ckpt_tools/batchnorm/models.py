@@ -113,11 +113,12 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
     except ImportError as error:
         raise ModelError(f"'{name}' is a timm model, and timm is not installed. Run: {INSTALL}") from error
     if not timm.is_model(name):
+        if spec is None:  # nobody typed it, so that it is no slip
+            raise ModelError(f"{header.path}: its arch '{name}' is no timm model. Use --model path/to/file.py:factory.")
         known = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(known)}?" if known else ""
-        where = "--model" if spec is not None else f"{header.path}:"
         advice = "" if known else " Use --model path/to/file.py:factory for a model of your own."
-        raise UsageError(f"{where} {name}: timm has no such model.{hint}{advice}")
+        raise UsageError(f"--model {name}: timm has no such model.{hint}{advice}")
     # What timm itself does with a model (load a file, say) is for its user to ask, not for the checkpoint.
     own = inspect.signature(timm.create_model).parameters
     stored = {key: value for key, value in said.items() if name == said.get("arch") and key not in ("arch", *own)}

@@ -19,6 +19,7 @@ from .convert import convert
 from .diff import diff
 from .inspect import inspect
 from .recal_bn import recal_bn
+from .strip import strip
 
 
 class _PlainList(typer.core.TyperGroup):
@@ -43,7 +44,7 @@ class _Command(typer.core.TyperCommand):
 app = typer.Typer(
     name="ckpt",
     cls=_PlainList,
-    help="Average, convert, recalibrate, compare and inspect saved PyTorch checkpoints. "
+    help="Average, convert, recalibrate, strip, compare and inspect saved PyTorch checkpoints. "
     "No code in a checkpoint is ever run; no input is ever changed.",
     no_args_is_help=True,
     add_completion=False,
@@ -53,6 +54,7 @@ app.command(cls=_Command)(avg)
 app.command(cls=_Command)(convert)
 app.command(cls=_Command)(inspect)
 app.command(cls=_Command)(diff)
+app.command(cls=_Command)(strip)
 app.command("recal-bn", cls=_Command)(recal_bn)
 
 

@@ -40,8 +40,10 @@ def read_folder(folder: Path, read_file: ReadFile) -> Header:
     """
     inside = checkpoint_inside(folder)
     if inside is None:
+        files = any(child.is_file() for child in folder.iterdir())
         raise NotACheckpointError(
             f"{folder}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."
+            + (" Give one of its files." if files else "")
         )
     if inside.name.endswith(INDEX_SUFFIXES):
         return read_index(inside, folder, read_file)

@@ -114,6 +114,7 @@ LAYOUTS = (
         ema=(), ema_form="diffusers",
     ),
     Layout("pytorch-ema", "torch_ema: a list of parameters", ema=(), ema_form="pytorch-ema"),
+    Layout("dcp", "torch.distributed.checkpoint: a folder, names to tensors", raw=(), alone=True, flat=True),
 )  # fmt: skip
 BY_NAME = {layout.name: layout for layout in LAYOUTS}
 

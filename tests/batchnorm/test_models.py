@@ -67,13 +67,21 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef main(): pass\n")
     for arch in ("evil.py:main", "evil:main", "hf-hub:nobody/nothing", "local-dir:evil"):
         path = save("a.pth", {"arch": arch, "state_dict": {"w": torch.zeros(2)}})
-        with pytest.raises(UsageError, match="timm has no such model"):
+        with pytest.raises(ModelError, match=rf"a\.pth: its arch '{arch}' is no timm model\. Use --model path/to/file"):
             built(path)
     assert not (tmp_path / "ran").exists()
     asks = {"checkpoint_path": "evil.pth", "pretrained": True, "cache_dir": "evil"}
     args = {"model": "test_resnet", "model_kwargs": asks}
     path = save("a.pth", {"args": args, "state_dict": timm.create_model("test_resnet").state_dict()})
     assert isinstance(built(path), nn.Module)  # and timm looked for no evil.pth
+
+
+def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
+    path = save("a.pth", {"arch": "resnet81", "state_dict": {"w": torch.zeros(2)}})
+    with pytest.raises(
+        ModelError, match=r"its arch 'resnet81' is no timm model\. Use --model path/to/file.py:factory\.$"
+    ):
+        built(path)
 
 
 @pytest.mark.parametrize(

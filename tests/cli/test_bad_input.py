@@ -62,6 +62,11 @@ needs_permissions = pytest.mark.skipif(
     [
         ("c-4.pth", "c-4.pth: no such file or folder. Did you mean c-3.pth?"),
         ("rums/c-1.pth", "rums/c-1.pth: no such file or folder. The folder rums does not exist."),
+        ("rums/*.pth", "no file matches 'rums/*.pth'. The folder rums does not exist."),
+        (
+            "empty-fodler/*.pth",
+            "no file matches 'empty-fodler/*.pth'. The folder empty-fodler does not exist. Did you me",
+        ),
         ("d-*.pth", "no file matches 'd-*.pth'. Look at the folder: ls ."),
         ("empty-folder", "empty-folder: no checkpoints in this folder (looked for *.pth *.pt *.bin *.ckpt *.tar"),
         ("", "an empty path. Is a variable of the shell unset?"),

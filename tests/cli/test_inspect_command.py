@@ -138,6 +138,11 @@ def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -
     [
         ("gone.pth", r"Error: gone.pth: no such file."),
         ("folder", "Error: folder: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."),
+        (
+            "runs",
+            "Error: runs: a folder without model.safetensors, an index.json or *.distcp: no checkpoint. "
+            "Give one of its files.",
+        ),
         ("text.pth", "Error: text.pth: not a checkpoint: neither a torch file (zip or legacy) nor safetensors."),
         ("empty.pth", "Error: empty.pth: empty file. Get a fresh copy."),
         ("/dev/zero", "Error: /dev/zero: neither a file nor a folder."),
@@ -145,6 +150,8 @@ def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -
 )
 def test_what_cannot_be_inspected_is_refused_in_words(path: str, message: str) -> None:
     Path("folder").mkdir()
+    Path("runs").mkdir()
+    Path("runs/c.pth").touch()
     Path("text.pth").write_text("these are not the weights you are looking for")
     Path("empty.pth").touch()
     assert refused(Path(), "inspect", path) == message

@@ -1,0 +1,70 @@
+"""`ckpt strip`: parse, strip, show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import arguments, console
+
+if TYPE_CHECKING:
+    from ..stripping import StripReport
+
+
+def strip(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint file; it is not changed.")],
+    state: Annotated[
+        str | None,
+        typer.Option(help="Keep only these weights: auto, raw, ema, or a dotted path.", show_default="all of them"),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", metavar="PATH", help="The target.", show_default="CKPT with -stripped"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing target.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+) -> None:
+    """Write a checkpoint without its optimizer and the rest of its training state.
+
+    Example: ckpt strip checkpoint-300.pth.tar
+    """
+    arguments.check_folder()
+    from ..stripping import strip as without_training_state
+
+    with console.progress("stripping") as on_progress:
+        report = without_training_state(
+            arguments.path(checkpoint), out=arguments.target(out), state=state, force=force, dry_run=dry_run,
+            on_plan=_show, on_progress=on_progress,
+        )  # fmt: skip
+    if report.anything:
+        console.say(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
+    if json:
+        console.print_json(report.to_dict())
+
+
+def _show(report: StripReport) -> None:
+    if not report.anything:
+        console.say(f"{report.path}: nothing to strip. Nothing was written.", *report.notes)
+        return
+    rows = [(entry.place, entry.nbytes) for entry in report.entries]
+    if report.compacted > 0:
+        rows.append(("what no tensor shows", report.compacted))
+    names = max(len(place) for place, _ in rows)
+    width = console.bar_width(names + 14)
+    largest = max(nbytes for _, nbytes in rows)
+    for place, nbytes in rows:
+        console.say(f"  {place:<{names}} {console.size(nbytes):>9}  {console.bar(nbytes, largest, width)}".rstrip())
+    console.say(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
+    if report.dropped:
+        console.say(f"Not carried over, for it is no plain data: {', '.join(report.dropped)}.")
+    console.say(*report.notes)
+
+
+def _sizes(report: StripReport) -> str:
+    gained = report.nbytes - report.bytes_written
+    return (
+        f"{console.size(report.bytes_written)} of {console.size(report.nbytes)}, "
+        f"{console.size(abs(gained))} ({abs(gained) / report.nbytes:.0%}) {'less' if gained >= 0 else 'more'}"
+    )

@@ -1,0 +1,99 @@
+"""Optimizers: where their states stand in a checkpoint, and which optimizer each is of."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from .layouts import is_optimizer
+from .tensors import Tensor
+
+_DEEPEST = 4
+"""Levels above an optimizer's state: a framework's own dict, a list of optimizers, their names."""
+
+# What is kept for each parameter tells the optimizer, the more telling first.
+_SLOTS = (
+    ({"exp_avg", "exp_inf"}, "Adamax"),
+    ({"exp_avg", "exp_avg_sq"}, "Adam family"),
+    ({"exp_avg"}, "Lion or alike"),
+    ({"square_avg", "acc_delta"}, "Adadelta"),
+    ({"square_avg"}, "RMSprop"),
+    ({"sum"}, "Adagrad"),
+    ({"ax"}, "ASGD"),
+    ({"prev", "step_size"}, "Rprop"),
+    ({"row_var", "col_var"}, "Adafactor"),
+    ({"exp_avg_sq_row", "exp_avg_sq_col"}, "Adafactor"),
+    ({"momentum_buffer"}, "SGD with momentum"),
+    ({"old_dirs"}, "LBFGS"),
+)
+
+
+def find_optimizers(tree: Any, weights: Collection[tuple[Any, ...]] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield (path, state) of what torch's optimizers have saved, at the top level and in dicts and lists below.
+
+    Args:
+        weights: paths of sets of weights, in which there are none.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
+    while stack:
+        path, node = stack.pop()
+        if is_optimizer(node):
+            yield path, node
+        elif len(path) < _DEEPEST and id(node) not in seen and (not path or path not in weights):
+            seen.add(id(node))
+            inner = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
+            stack += [((*path, key), child) for key, child in reversed(inner)]
+
+
+def kind_of(optimizer: Mapping[Any, Any]) -> str:
+    """Name an optimizer by what it keeps for each parameter and by the options of its groups."""
+    kept, groups = _kept(optimizer.get("state")), _groups(optimizer.get("param_groups"))
+    options = {key for group in groups for key in group if isinstance(key, str)}
+    name = next((name for needed, name in _SLOTS if needed <= kept), None)
+    if name is None:
+        return "unknown" if kept else _without_state(options, groups)
+    if name == "Adam family":
+        amsgrad = ", amsgrad" if "max_exp_avg_sq" in kept else ""
+        return _adam(options, groups, kept) + amsgrad
+    if name == "RMSprop":
+        momentum = " with momentum" if "momentum_buffer" in kept else ""
+        return name + momentum + (", centered" if "grad_avg" in kept else "")
+    if name == "SGD with momentum" and "ns_steps" in options:  # of its Newton-Schulz iteration
+        return "Muon"
+    return name
+
+
+def _adam(options: Collection[str], groups: list[Mapping[Any, Any]], kept: Collection[str]) -> str:
+    if "mu_product" in kept:
+        return "NAdam"
+    decoupled = {bool(group["decoupled_weight_decay"]) for group in groups if "decoupled_weight_decay" in group}
+    if "amsgrad" in options:
+        # Before that option, nothing in the file told the two apart.
+        return "AdamW" if decoupled == {True} else "Adam" if decoupled == {False} else "Adam or AdamW"
+    return "RAdam" if decoupled else "Adam family"
+
+
+def _without_state(options: Collection[str], groups: list[Mapping[Any, Any]]) -> str:
+    """Tell plain SGD, which keeps nothing, from an optimizer that has not made a step."""
+    if "dampening" in options:
+        return "SGD with momentum, before its first step" if any(group.get("momentum") for group in groups) else "SGD"
+    if "amsgrad" in options:
+        return f"{_adam(options, groups, ())}, before its first step"
+    return "without state"
+
+
+def _kept(state: Any) -> set[str]:
+    """Return the names of what is kept for the parameters; what is None is not kept."""
+    entries = state.values() if isinstance(state, dict) else ()
+    return {
+        key
+        for entry in entries
+        if isinstance(entry, dict)
+        for key, value in entry.items()
+        if isinstance(key, str) and isinstance(value, (Tensor, list))
+    }
+
+
+def _groups(groups: Any) -> list[Mapping[Any, Any]]:
+    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []

@@ -1,0 +1,73 @@
+"""`ckpt strip`: what goes and what it gains, in words, bars and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import contents, refused, run
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_each_entry_is_shown_with_what_it_took(runs: list[Path]) -> None:
+    result = run("strip", runs[3], "-o", "s.pth")
+    assert (result.code, result.out) == (0, "")
+    lines = result.err.splitlines()
+    assert lines[0].split() == ["optimizer", "67.4", "kB", "█" * 20]
+    assert "Kept: ema (state_dict_ema), raw (state_dict), epoch, arch, version, args, metric." in lines
+    gained = runs[3].stat().st_size - Path("s.pth").stat().st_size
+    assert lines[-1] == f"Wrote s.pth: 147 kB of 220 kB, {gained / 1000:.3g} kB (33%) less."
+    assert "made by ckpt-tools" in run("inspect", "s.pth").err
+    assert ": strip of ema (state_dict_ema) and raw (state_dict)" in run("inspect", "s.pth").err
+    assert run("diff", "s.pth", runs[3]).code == run("diff", "s.pth", runs[3], "--state", "raw").code == 0
+
+
+def test_nothing_to_strip_is_said_and_is_no_error(save: Save) -> None:
+    save("a.pth", {"w": torch.ones(2)})
+    before = contents(Path())
+    result = run("strip", "a.pth")
+    assert (result.code, result.err) == (0, "a.pth: nothing to strip. Nothing was written.\n")
+    assert contents(Path()) == before
+    assert json.loads(run("strip", "a.pth", "--json").out)["entries"] == []
+
+
+def test_json_alone_stands_on_stdout(runs: list[Path]) -> None:
+    result = run("strip", runs[3], "-o", "s.pth", "--state", "ema", "--json")
+    report = json.loads(result.out)
+    assert {entry["place"] for entry in report["entries"]} == {"state_dict", "optimizer", "saver"}
+    assert (report["kept"], report["written"]) == (["ema (state_dict_ema)"], True)
+    assert report["bytes_written"] == Path("s.pth").stat().st_size
+
+
+def test_a_dry_run_says_what_would_be_written_and_writes_nothing(runs: list[Path]) -> None:
+    result = run("strip", runs[3], "-o", "s.pth", "--dry-run")
+    assert (result.code, contents(Path())) == (0, {})
+    assert result.err.splitlines()[-1].startswith("Would write s.pth: 147 kB of 220 kB")
+
+
+def test_a_view_is_told_apart_from_what_was_stripped(save: Save) -> None:
+    save("a.pth", {"model": {"v": torch.ones(1000)[:10]}, "optimizer": {"state": {}, "param_groups": []}})
+    lines = run("strip", "a.pth").err.splitlines()
+    assert [line.split()[:-1] for line in lines[:2]] == [
+        ["optimizer", "0"],
+        ["what", "no", "tensor", "shows", "3.96", "kB"],
+    ]
+
+
+def test_what_cannot_be_stripped_is_refused_in_words(save: Save) -> None:
+    save("a.pth", {"model": {"w": torch.ones(2)}, "optimizer": {"state": {}, "param_groups": []}})
+    save("o.pth", {"state": {0: {"m": torch.ones(2)}}, "param_groups": []})
+    assert refused(Path(), "strip", "gone.pth") == "Error: gone.pth: no such file."
+    assert "o.pth: holds nothing but training state" in refused(Path(), "strip", "o.pth")
+    assert "a.pth: has no ema weights" in refused(Path(), "strip", "a.pth", "--state", "ema")
+    assert "is one of the inputs" in refused(Path(), "strip", "a.pth", "-o", "a.pth", "--force")
+    assert "stays one" in refused(Path(), "strip", "a.pth", "-o", "a.safetensors", code=2)

@@ -1,0 +1,327 @@
+"""Stripping: training state goes, weights stay bit for bit wherever they stand, and torch reads what is left."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import load, same_bits
+from safetensors.torch import save_file
+from torch import nn
+
+import ckpt_tools
+from ckpt_tools.errors import LayoutError, UnsupportedError, UsageError, WriteError
+
+Save = Callable[..., Path]
+
+
+def trained(name: str = "AdamW", **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A network and an optimizer of torch that has made two steps."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1, **options)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def payload(tree: Any) -> int:
+    """Bytes of the distinct storages of all tensors in a tree."""
+    found: dict[int, int] = {}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, torch.Tensor):
+            found[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
+        for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, (list, tuple)) else ():
+            walk(child)
+
+    walk(tree)
+    return sum(found.values())
+
+
+def test_a_timm_checkpoint_keeps_both_sets_and_loses_the_optimizer(runs: list[Path], tmp_path: Path) -> None:
+    before = hashlib.sha256(runs[3].read_bytes()).digest()
+    report = ckpt_tools.strip(runs[3], out=tmp_path / "s.pth")
+    assert hashlib.sha256(runs[3].read_bytes()).digest() == before
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        old = torch.load(runs[3], weights_only=True)
+    new = load(tmp_path / "s.pth")
+    assert set(old) - set(new) == {"optimizer", "saver"}
+    assert same_bits(new["state_dict"], old["state_dict"])
+    assert same_bits(new["state_dict_ema"], old["state_dict_ema"])
+    assert (new["arch"], new["epoch"], new["metric"], new["args"]) == (
+        old["arch"], old["epoch"], old["metric"], vars(old["args"]),
+    )  # fmt: skip
+    assert report.kept == ("ema (state_dict_ema)", "raw (state_dict)")
+    entries = {entry.place: entry.nbytes for entry in report.entries}
+    assert entries["optimizer"] == payload(old["optimizer"])
+    assert report.bytes_written == (tmp_path / "s.pth").stat().st_size < runs[3].stat().st_size - entries["optimizer"]
+    assert subprocess.run(["unzip", "-tqq", tmp_path / "s.pth"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "kept"), [("ema", "state_dict_ema"), ("raw", "state_dict"), ("state_dict", "state_dict")]
+)
+def test_one_set_alone_stays_where_it_was(runs: list[Path], tmp_path: Path, state: str, kept: str) -> None:
+    ckpt_tools.strip(runs[0], out=tmp_path / "s.pth", state=state)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        old = torch.load(runs[0], weights_only=True)
+    new = load(tmp_path / "s.pth")
+    assert {"state_dict", "state_dict_ema"} & set(new) == {kept}
+    assert same_bits(new[kept], old[kept])
+    assert new["arch"] == old["arch"]
+
+
+def test_the_other_weights_are_known_by_their_names(save: Save, tmp_path: Path) -> None:
+    model, _ = trained()
+    nets = {"a": {"net": model.state_dict()}, "b": {"module." + k: v + 1 for k, v in model.state_dict().items()}}
+    path = save("c.pth", {"nets": nets, "criterion": {"center": torch.zeros(3)}, "epoch": 3})
+    report = ckpt_tools.strip(path, state="nets.b")
+    new = load(Path(report.out))
+    assert Path(report.out) == tmp_path / "c-stripped.pth"
+    assert same_bits(new["nets"].pop("b"), nets["b"])
+    assert (new["nets"], new["epoch"]) == ({"a": {}}, 3)
+    assert new["criterion"]["center"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "LBFGS"])
+def test_optimizers_of_torch_go_whatever_they_are_called(save: Save, name: str) -> None:
+    if name == "LBFGS":
+        model = nn.Linear(3, 2)
+        optimizer: Any = torch.optim.LBFGS(model.parameters())
+    else:
+        model, optimizer = trained(name)
+    state = optimizer.state_dict()
+    path = save("c.pth", {"net": model.state_dict(), "my_opt": state, "opts": [state], "epoch": 1})
+    new = load(Path(ckpt_tools.strip(path).out))
+    assert "my_opt" not in new
+    assert same_bits(new["net"], model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("around", "gone"),
+    [
+        (
+            {
+                "optimizer_states": ["opt"], "lr_schedulers": [{"last_epoch": 3}],
+                "loops": {"fit_loop": {"state_dict": {}}}, "callbacks": {"ModelCheckpoint{}": {"best": "x"}},
+            },
+            {"optimizer_states", "lr_schedulers", "loops", "callbacks"},
+        ),
+        (
+            {"last_optimizer_state": "opt", "optimizer_history": [{"n": 1}]},
+            {"last_optimizer_state", "optimizer_history"},
+        ),
+        ({"optimizer": "opt", "scaler": {"scale": 2.0, "_growth_tracker": 0}}, {"optimizer", "scaler"}),
+        ({"opt": "opt"}, {"opt"}),
+        ({"optim": {"state.net.weight.exp_avg": torch.ones(3)}}, {"optim"}),
+        (
+            {"optimizer_state_dict": "opt", "scheduler_state_dict": {"a": 1}},
+            {"optimizer_state_dict", "scheduler_state_dict"},
+        ),
+        ({"rng_state": torch.get_rng_state(), "cuda_rng_state": [torch.ones(9)]}, {"rng_state", "cuda_rng_state"}),
+        ({"random_states": {"numpy": np.random.RandomState(0).get_state()}}, {"random_states"}),
+        ({"optimizer": torch.optim.SGD([torch.ones(2)], lr=1.0)}, {"optimizer"}),
+    ],
+)  # fmt: skip
+def test_training_state_of_many_libraries_goes(save: Save, around: dict[str, Any], gone: set[str]) -> None:
+    model, optimizer = trained()
+    state = optimizer.state_dict()
+    around = {k: state if v == "opt" else [state] if v == ["opt"] else v for k, v in around.items()}
+    path = save("c.pth", {"state_dict": model.state_dict(), **around, "epoch": 3, "hyper_parameters": {"lr": 0.1}})
+    report = ckpt_tools.strip(path)
+    new = load(Path(report.out))
+    assert set(new) == {"state_dict", "epoch", "hyper_parameters"}
+    assert {entry.place for entry in report.entries} == gone
+    assert same_bits(new["state_dict"], model.state_dict())
+
+
+def test_a_checkpoint_one_level_below_is_stripped_too(save: Save) -> None:
+    model, optimizer = trained()
+    inner = {
+        "model": model.state_dict(), "optimizers": {"AdamW": optimizer.state_dict()}, "rng": [{"python": (3, (1, 2))}],
+        "schedulers": {"Cosine": {"last_epoch": 3}}, "timestamp": {"epoch": 3},
+    }  # fmt: skip
+    report = ckpt_tools.strip(save("c.pth", {"state": inner, "version": 2}))
+    new = load(Path(report.out))
+    assert set(new["state"]) == {"model", "timestamp"}
+    assert [entry.place for entry in report.entries][0] == "state.optimizers"
+    assert same_bits(new["state"]["model"], model.state_dict())
+
+
+def test_a_configuration_and_modules_that_are_called_like_training_state_stay(save: Save) -> None:
+    config = {"optimizer": {"name": "adamw", "lr": 0.1}, "scheduler": {"name": "cosine"}}
+    nets = {"encoder": {"w": torch.ones(2)}, "scaler": {"mean": torch.ones(2)}}
+    flat = {"scheduler": torch.ones(2), "rng_state": torch.ones(3), "w": torch.ones(4)}
+    tree = {"config": config, "model": nets, "optimizer": {"state": {}, "param_groups": [{"lr": 1}]}, "metric": 3.0}
+    new = load(Path(ckpt_tools.strip(save("c.pth", tree)).out))
+    assert (new["config"], new["metric"], set(new["model"])) == (config, 3.0, {"encoder", "scaler"})
+    report = ckpt_tools.strip(save("flat.pth", flat))
+    assert not report.anything
+
+
+def test_lightnings_swa_keeps_its_average_and_what_tells_that_it_is_one(save: Save) -> None:
+    model, optimizer = trained()
+    average = OrderedDict((k, v + 1) for k, v in model.state_dict().items())
+    swa = {"n_averaged": 3, "latest_update_epoch": 9, "average_model_state": average}
+    tree = {
+        "state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()],
+        "callbacks": {"StochasticWeightAveraging": swa, "ModelCheckpoint{}": {"best_model_score": torch.ones(1)}},
+    }  # fmt: skip
+    path = save("c.ckpt", tree)
+    report = ckpt_tools.strip(path)
+    new = load(Path(report.out))
+    assert set(new) == {"state_dict", "callbacks"}
+    assert set(new["callbacks"]) == {"StochasticWeightAveraging"}
+    assert new["callbacks"]["StochasticWeightAveraging"]["n_averaged"] == 3
+    assert same_bits(new["callbacks"]["StochasticWeightAveraging"]["average_model_state"], average)
+    assert any("Weights stand in 'callbacks', and stay there" in note for note in report.notes)
+    assert ckpt_tools.open_checkpoint(report.out, state="ema").keys() == average.keys()
+    # The average has parameters alone, so that the buffers, which are the raw ones', must not go.
+    alone = ckpt_tools.strip(path, state="ema", out=path.with_name("ema.ckpt"))
+    assert "state_dict" in load(Path(alone.out))
+    assert any("'state_dict' stays" in note for note in alone.notes)
+    raw = ckpt_tools.strip(path, state="raw", out=path.with_name("raw.ckpt"))
+    assert set(load(Path(raw.out))) == {"state_dict"}
+
+
+def test_averages_that_an_optimizer_keeps_stay_and_are_named(save: Save) -> None:
+    model, optimizer = trained()
+    shadow = tuple(p.detach() + 1 for p in model.parameters())
+    tree = {
+        "state_dict": model.state_dict(),
+        "optimizer_states": [{"opt": optimizer.state_dict(), "ema": shadow, "decay": 0.9}],
+    }
+    report = ckpt_tools.strip(save("c.ckpt", tree))
+    new = load(Path(report.out))
+    assert [list(entry) for entry in new["optimizer_states"]] == [["ema"]]
+    assert all(a.equal(b) for a, b in zip(new["optimizer_states"][0]["ema"], shadow, strict=True))
+    assert report.notes[0] == "Weights stand in 'optimizer_states', and stay there: optimizer_states.0.ema."
+
+
+def test_weights_without_a_telling_place_are_known_by_their_names(save: Save) -> None:
+    model, _ = trained()
+    best = {"module." + k: v + 1 for k, v in model.state_dict().items()}
+    report = ckpt_tools.strip(
+        save("c.pth", {"model": model.state_dict(), "callbacks": {"keeper": {"best": best}, "n": 3}})
+    )
+    assert same_bits(load(Path(report.out))["callbacks"]["keeper"]["best"], best)
+
+
+def test_copies_in_float32_that_go_with_the_optimizer_are_named(save: Save) -> None:
+    model, optimizer = trained()
+    tree = {
+        "model": model.bfloat16().state_dict(),
+        "optimizer": {"optimizer": optimizer.state_dict(), "fp32_from_fp16_params": [[torch.ones(3)]]},
+    }
+    report = ckpt_tools.strip(save("c.pt", tree))
+    assert "'optimizer.fp32_from_fp16_params' looks like a float32 copy" in report.notes[0]
+    assert set(load(Path(report.out))) == {"model"}
+
+
+def test_tied_tensors_stay_tied_and_views_are_written_compact(save: Save) -> None:
+    whole = torch.randn(1000, 10)
+    head = nn.Parameter(torch.randn(10, 10))
+    tree = {"model": {"view": whole[:3], "a": head, "b": head}, "optimizer": {"state": {}, "param_groups": []}}
+    report = ckpt_tools.strip(save("c.pth", tree))
+    new = load(Path(report.out))["model"]
+    assert new["view"].equal(whole[:3])
+    assert new["a"].data_ptr() == new["b"].data_ptr()
+    assert report.compacted == 997 * 10 * 4
+    assert new["view"].untyped_storage().nbytes() == 120
+
+
+def test_what_weights_and_optimizer_share_is_no_gain(save: Save) -> None:
+    w = torch.randn(100)
+    tree = {"model": {"w": w}, "optimizer": {"state": {0: {"z": w, "m": torch.ones(7)}}, "param_groups": []}}
+    (entry,) = ckpt_tools.strip(save("c.pth", tree)).entries
+    assert (entry.place, entry.tensors, entry.nbytes) == ("optimizer", 2, 28)
+
+
+def test_not_a_number_is_no_reason_to_refuse(save: Save) -> None:
+    tree = {"model": {"w": torch.tensor([float("nan"), 1.0])}, "optimizer": {"state": {}, "param_groups": []}}
+    assert same_bits(load(Path(ckpt_tools.strip(save("c.pth", tree)).out))["model"], tree["model"])
+
+
+def test_a_legacy_file_becomes_one_of_today(runs: list[Path], tmp_path: Path) -> None:
+    ckpt_tools.strip(runs[1], out=tmp_path / "s.pth")
+    assert "optimizer" not in load(tmp_path / "s.pth")
+
+
+def test_nothing_to_strip_writes_nothing(save: Save, tmp_path: Path) -> None:
+    weights = {"w": torch.ones(3)}
+    paths = [save("a.pth", weights), save("b.pth", {"state_dict": weights, "callbacks": {}, "optimizer": None})]
+    save_file(weights, tmp_path / "c.safetensors")
+    (tmp_path / "m").mkdir()
+    save_file(weights, tmp_path / "m" / "model.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    for path in (*paths, tmp_path / "c.safetensors", tmp_path / "m"):
+        report = ckpt_tools.strip(path)
+        assert (report.anything, report.written, report.bytes_written) == (False, False, 0)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_plan_is_the_report_and_a_dry_run_writes_nothing(save: Save, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    path = save("c.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    plans: list[Any] = []
+    dry = ckpt_tools.strip(path, dry_run=True, on_plan=plans.append)
+    assert (plans, list(tmp_path.iterdir())) == ([dry], [path])
+    done = ckpt_tools.strip(path)
+    assert (done.written, done.entries, done.bytes_written) == (True, dry.entries, Path(done.out).stat().st_size)
+    taken = ckpt_tools.strip(path, dry_run=True)
+    assert any("would be refused" in note and "exists already" in note for note in taken.notes)
+
+
+OPTIMIZER = {"state": {}, "param_groups": []}
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "message"),
+    [
+        ({"model": nn.Linear(2, 2), "optimizer": OPTIMIZER}, LayoutError, r"'model' is a pickled object \(torch\.nn"),
+        ({"model": {"e": torch.eye(2).to_sparse()}, "optimizer": OPTIMIZER}, UnsupportedError, r"'model\.e' is sparse"),
+        ({"model": {"w": torch.ones(1), "x": np.ones(2)}, "optimizer": OPTIMIZER}, LayoutError, r"'model\.x' is a p"),
+        ({"optimizer": {"state": {0: {"m": torch.ones(2)}}, "param_groups": []}}, LayoutError, "nothing but training"),
+        ({"state": {0: {"m": torch.ones(2)}}, "param_groups": []}, LayoutError, "nothing but training"),
+    ],
+)  # fmt: skip
+def test_weights_that_would_be_lost_are_refused(
+    save: Save, tmp_path: Path, tree: Any, error: type[Exception], message: str
+) -> None:
+    path = save("c.pth", tree)
+    before = path.read_bytes()
+    with pytest.raises(error, match=message):
+        ckpt_tools.strip(path)
+    assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], before)
+
+
+def test_targets_that_must_not_be_are_refused(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"model": {"w": torch.ones(2)}, "optimizer": OPTIMIZER})
+    save("c-stripped.pth", {"mine": 1})
+    with pytest.raises(WriteError, match=r"c-stripped\.pth: exists already\. Pass --force"):
+        ckpt_tools.strip(path)
+    with pytest.raises(WriteError, match="is one of the inputs"):
+        ckpt_tools.strip(path, out=path, force=True)
+    with pytest.raises(UsageError, match=r"the checkpoint is a file named \*\.pth"):
+        ckpt_tools.strip(path, out=tmp_path / "c.safetensors")
+    with pytest.raises(LayoutError, match=r"has no ema weights"):
+        ckpt_tools.strip(path, state="ema")
+    assert ckpt_tools.strip(path, force=True).written
+
+
+def test_hostile_nesting_takes_no_time_and_no_stack(save: Save) -> None:
+    deep: Any = {}
+    for _ in range(300):
+        deep = {"a": deep, "b": deep}
+    tree = {"model": {"w": torch.ones(2)}, "callbacks": deep}
+    assert set(load(Path(ckpt_tools.strip(save("c.pth", tree)).out))) == {"model"}
