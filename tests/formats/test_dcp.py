@@ -626,7 +626,7 @@ def test_tied_tensors_are_stored_once_and_load_under_each_name(tmp_path: Path) -
 
 
 def test_older_versions_of_torch_can_read_the_properties(single: Path, tmp_path: Path) -> None:
-    # Until 2.9 they are five; torch since then writes six, on which older ones fail.
+    # Up to 2.13 they are five; torch 2.15 writes six, on which the older ones fail.
     folder = written(single, tmp_path / "written")
     with (folder / ".metadata").open("rb") as file:
         from ckpt_tools.formats import unpickle
