@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .batchnorm.job import RecalibrationReport, recalibrate_checkpoint
     from .checkpoint import Checkpoint, open_checkpoint
     from .errors import CkptError
+    from .prefixes import PrefixReport, fix_prefix
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "BatchNormReport",
     "Checkpoint",
     "CkptError",
+    "PrefixReport",
     "RecalibrationReport",
     "__version__",
     "average",
+    "fix_prefix",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -40,6 +43,8 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "open_checkpoint": "checkpoint",
     "CkptError": "errors",
+    "PrefixReport": "prefixes",
+    "fix_prefix": "prefixes",
 }
 
 

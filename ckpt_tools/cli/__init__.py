@@ -15,6 +15,7 @@ import typer.core
 from ..errors import CkptError
 from . import console
 from .avg import avg
+from .fix_prefix import fix_prefix
 from .inspect import inspect
 from .recal_bn import recal_bn
 
@@ -48,6 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(cls=_Command)(avg)
+app.command("fix-prefix", cls=_Command)(fix_prefix)
 app.command(cls=_Command)(inspect)
 app.command("recal-bn", cls=_Command)(recal_bn)
 

@@ -83,6 +83,15 @@ def read(path: Path) -> Header:
     return Header(path, "torch-zip", tree, (stamp,), foreign, provenance=parse_provenance(provenance))
 
 
+def pickled(path: Path) -> tuple[str, bytes]:
+    """Return the name of the record with the saved object in a file that `read` has accepted, and its bytes."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        info = records[f"{_root(path, records)}/data.pkl"]
+        file.seek(_offsets(path, file, limit=archive.start_dir)(info))
+        return info.filename, file.read(info.file_size)
+
+
 def _root(path: Path, records: Mapping[str, zipfile.ZipInfo]) -> str:
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:
