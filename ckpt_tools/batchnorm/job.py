@@ -19,6 +19,7 @@ from ..errors import NumericsError, UsageError
 from ..formats import read_header
 from ..formats.output import OutTensor
 from ..formats.staged import check_replaceable, check_target
+from ..paths import default_input
 from ..payload import torch_dtype
 from ..provenance import provenance
 from ..tensors import DTYPES, TensorSpec
@@ -30,8 +31,6 @@ from .processes import Group, joined_group, local_device
 from .recalibrate import check_options, find_layers
 from .report import BatchNormReport
 from .running import Progress, Runner
-
-DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,7 @@ def recalibrate_checkpoint(
     check_options(passes, estimator)
     if require_gain and eval_data is None:
         raise UsageError("--require-gain goes with --eval.")
-    source = Path(path) if path is not None else _default_input()
+    source = Path(path) if path is not None else default_input()
     checkpoint = Checkpoint(read_header(source), state)
     target = Path(out) if out is not None else named_after(source, "-bn")
     where = local_device(pick_device(device))
@@ -272,13 +271,6 @@ def recalibrate_checkpoint(
 
 def _unseen(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
-
-
-def _default_input() -> Path:
-    for name in DEFAULT_INPUTS:
-        if Path(name).exists():
-            return Path(name)
-    raise UsageError(f"no checkpoint given, and there is no {' or '.join(DEFAULT_INPUTS)} here.")
 
 
 def _workers(asked: int | None) -> int:
