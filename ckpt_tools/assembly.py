@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ReadError, UnsupportedError, UsageError
-from .formats import SUFFIXES, safetensors, sharded, torch_zip
+from .formats import SUFFIXES, dcp, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
 from .formats.unpickle import tensors_in
@@ -383,7 +383,7 @@ def rewrite(
         base: its header.
         state: the set of weights.
         changed: what takes the place of tensors in it, by name.
-        target: of the same format: a torch file, a safetensors file or a folder.
+        target: of the same format: a torch file, a safetensors file or a folder. What was in chunks is whole in it.
         provenance: written beside the weights.
 
     Raises:
@@ -398,7 +398,7 @@ def rewrite(
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     copies = Copies()
     folder = base.path.is_dir()
-    if folder or base.format == "safetensors":
+    if (folder and base.format != "dcp") or base.format == "safetensors":
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = _sharded(tensors, base, provenance, None, untie=False)
@@ -412,6 +412,8 @@ def rewrite(
         weights._metadata = metadata
     dropped: list[str] = []
     tree = torch_zip.plain(_replaced(base.tree, state.path, weights), dropped, copies.__getitem__)
+    if folder:
+        return Assembly(target, tuple(dcp.plan(tree, provenance=provenance)), folder=True, dropped=tuple(dropped))
     plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
     return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ReadError, WriteError
+from .dcp import METADATA
+from .dcp import SUFFIX as DISTCP
 from .sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
 
 
@@ -101,7 +103,10 @@ def check_replaceable(folder: Path, names: Iterable[str]) -> None:
         if not folder.is_dir():
             return
         index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
-        known = {*names, *SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
+        known = {*names}
+        if METADATA in known:
+            known |= {child.name for child in folder.iterdir() if child.name.endswith(DISTCP)}
+        known |= {*SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
         for child in sorted(folder.iterdir()):
             if child.name not in known or not child.is_file():
                 raise WriteError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 import safetensors
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import Photos
 from safetensors.torch import load_file, save_file, save_model
 from timm.data import create_transform, resolve_data_config
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchvision.ops import FrozenBatchNorm2d
 
 from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint
@@ -131,6 +134,31 @@ def test_safetensors_keeps_its_metadata_and_dtypes(tmp_path: Path, photos: Photo
     assert not found["bn1.running_var"].equal(state["bn1.running_var"])
     with safetensors.safe_open(tmp_path / "averaged-bn.safetensors", "pt") as file:
         assert file.metadata()["note"] == "mine"
+
+
+def test_a_folder_of_distributed_checkpoint_stays_one(tmp_path: Path, photos: Photos) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    tree = {"model": model.state_dict(), "optim": optimizer.state_dict(), "step": 5, "arch": "test_resnet"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process
+        dcp.save(tree, checkpoint_id=tmp_path / "step-5")
+        recalibrate_checkpoint(tmp_path / "step-5", data=str(photos()), model_kwargs={"num_classes": 3}, **QUICK)
+        for folder in ("step-5", "step-5-bn"):
+            dcp_to_torch_save(tmp_path / folder, tmp_path / f"{folder}.pth")
+    before, after = (load(tmp_path / f"{folder}.pth") for folder in ("step-5", "step-5-bn"))
+    assert_only_buffers_changed(
+        {name: before["model"][name] for name in tree["model"]}, {name: after["model"][name] for name in tree["model"]}
+    )
+    assert not before["model"]["bn1.running_mean"].equal(after["model"]["bn1.running_mean"])
+    moments = [saved["optim"]["state"]["0"]["momentum_buffer"] for saved in (before, after)]
+    assert moments[0].equal(moments[1])
+    assert (after["step"], after["arch"]) == (5, "test_resnet")
+    made = open_checkpoint(tmp_path / "step-5-bn").provenance
+    assert made is not None
+    assert made["command"] == "recal-bn"
 
 
 def test_a_sharded_folder_stays_one(tmp_path: Path, photos: Photos) -> None:
