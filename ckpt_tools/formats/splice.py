@@ -72,9 +72,9 @@ def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], No
     for piece in splice.pieces:
         if isinstance(piece, Span):
             for part in _filled(source, piece):
-                _copy(splice.source, source, part, target, position + part.start - piece.start, on_bytes)
+                copy(splice.source, source, part, target, position + part.start - piece.start, on_bytes)
         else:
-            _put(target, piece, position)
+            put(target, piece, position)
             on_bytes(len(piece))
         position += _length(piece)
 
@@ -101,7 +101,18 @@ def _filled(fd: int, span: Span) -> Iterator[Span]:
 _NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
-def _copy(path: Path, source: int, span: Span, target: int, position: int, on_bytes: Callable[[int], None]) -> None:
+def copy(path: Path, source: int, span: Span, target: int, position: int, on_bytes: Callable[[int], None]) -> None:
+    """Copy bytes of an open file, by the kernel where it can.
+
+    Args:
+        path, source: the old file and its descriptor.
+        target, position: descriptor of the new one, and where the bytes go.
+        on_bytes: called with the number of bytes just copied.
+
+    Raises:
+        CorruptError: the old file ends too early.
+        ReadError, WriteError: the system refuses.
+    """
     start = span.start
     by_kernel = hasattr(os, "copy_file_range")
     while start < span.stop:
@@ -129,11 +140,16 @@ def _copy_through(path: Path, source: int, start: int, count: int, target: int, 
         raise ReadError(f"{path}: reading failed ({error.strerror}).") from error
     if not block:
         raise CorruptError(f"{path}: ends before its header says. Get a fresh copy.")
-    _put(target, block, position)
+    put(target, block, position)
     return len(block)
 
 
-def _put(target: int, data: bytes, position: int) -> None:
+def put(target: int, data: bytes, position: int) -> None:
+    """Write bytes at a position.
+
+    Raises:
+        WriteError: the system refuses.
+    """
     try:
         while data:
             done = os.pwrite(target, data, position)
