@@ -28,7 +28,8 @@ class PrefixReport:
     """What a change of names is, or was; the same before the work (the plan) and after it.
 
     Attributes:
-        path, out: the checkpoint, and where the new one goes; both the same if it is replaced.
+        path, out: the checkpoint, and where the new one goes.
+        in_place: the new one takes the place of the old.
         format: of both.
         states: each state dict inside.
         nbytes: size of the new checkpoint.
@@ -38,6 +39,7 @@ class PrefixReport:
 
     path: str
     out: str
+    in_place: bool
     format: str
     states: tuple[StateNames, ...]
     nbytes: int
@@ -115,15 +117,14 @@ def fix_prefix(
         for file in files
     }
     stamps = list(header.files)
-    target = header.files[0].path if out is None else Path(out)
-    folder = sharded
-    if out is not None:
-        folder = _stays(header, target)
+    target = Path(out) if out is not None else header.path if sharded else header.files[0].path
+    folder = sharded if out is None else _stays(header, target)
     if folder:
         _add_companions(header, splices, {k: v for c in changes for k, v in c.names.items()}, stamps, notes)
     report = PrefixReport(
         path=str(source),
         out=str(target),
+        in_place=out is None,
         format=header.format,
         states=tuple(change.report for change in changes),
         nbytes=sum(part.size for part in splices.values()),
@@ -134,6 +135,7 @@ def fix_prefix(
             if out is None:
                 _check_in_place(header, target, report.nbytes, notes)
             else:
+                _refuse_itself(header, target)
                 inputs = [header.path, *(stamp.path for stamp in header.files)]
                 check_target(target, inputs, nbytes=report.nbytes, force=force, folder=folder)
                 if folder:
@@ -185,6 +187,11 @@ def _add_companions(
         notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
 
 
+def _refuse_itself(header: Header, target: Path) -> None:
+    if target.exists() and any(target.samefile(stamp.path) for stamp in header.files):
+        raise WriteError(f"{target}: is the checkpoint itself. Leave -o out to replace it, or choose another name.")
+
+
 def _check_in_place(header: Header, target: Path, nbytes: int, notes: list[str]) -> None:
     if header.format == "sharded":
         raise WriteError(
@@ -231,9 +238,10 @@ def _write(
             splice.write(part, files[part.source], fd, count)
         if in_place:
             _like(fds[0], target)
-            os.fsync(fds[0])  # now, so that little time is left for others between the next line and the rename
-            _check_same(target, stamps[0])
+            os.fsync(fds[0])  # now, so that little time is left for others between the next lines and the rename
         files.check_unchanged()
+        if in_place:
+            _check_same(target, stamps[0])
 
 
 def _like(fd: int, old: Path) -> None:
@@ -246,9 +254,10 @@ def _like(fd: int, old: Path) -> None:
 
 def _check_same(path: Path, stamp: Stamp) -> None:
     """Refuse to replace a file that another one has replaced meanwhile."""
-    fd = os.open(path, os.O_RDONLY)
     try:
-        if Stamp.of(path, fd) != stamp:
-            raise CorruptError(f"{path}: was replaced by another file meanwhile, which stays. Try again.")
-    finally:
-        os.close(fd)
+        with path.open("rb") as file:
+            same = Stamp.of(path, file.fileno()) == stamp
+    except OSError:
+        same = False
+    if not same:
+        raise CorruptError(f"{path}: was replaced by another file meanwhile, which stays. Try again.")

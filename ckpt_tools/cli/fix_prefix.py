@@ -64,7 +64,5 @@ def _show(report: PrefixReport) -> None:
         done = f"{', '.join(parts)}{example}" if parts else f"{console.plural(state.names, 'name')}, none to change"
         console.say(f"  {place}: {done}.")
     if not report.changed:
-        console.say(
-            "Nothing to fix" + ("; it is copied as it is." if report.out != report.path else "; it stays as it is.")
-        )
+        console.say(f"Nothing to fix; it {'stays' if report.in_place else 'is copied'} as it is.")
     console.say(*report.notes)
