@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .conversion import ConvertReport, convert
     from .diffing import DiffReport, diff
     from .errors import CkptError
+    from .prefixes import PrefixReport, fix_prefix
     from .stripping import StripReport, strip
 
 __version__ = "0.1.0"
@@ -27,12 +28,14 @@ __all__ = [
     "CkptError",
     "ConvertReport",
     "DiffReport",
+    "PrefixReport",
     "RecalibrationReport",
     "StripReport",
     "__version__",
     "average",
     "convert",
     "diff",
+    "fix_prefix",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -55,6 +58,8 @@ _HOMES = {
     "convert": "conversion",
     "StripReport": "stripping",
     "strip": "stripping",
+    "PrefixReport": "prefixes",
+    "fix_prefix": "prefixes",
 }
 
 

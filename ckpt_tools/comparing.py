@@ -15,7 +15,8 @@ import torch
 
 from .engine import PIECE, default_threads, in_threads, real_dtype
 from .formats.header import Stamp
-from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
+from .formats.opened import OpenFiles
+from .payload import Buffer, Reader, Source, torch_dtype
 from .tensors import DType, Kind, TensorSpec
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised

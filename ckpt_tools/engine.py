@@ -24,8 +24,9 @@ import torch
 from .errors import NumericsError, WriteError
 from .formats.crc32 import combine
 from .formats.header import Stamp
+from .formats.opened import OpenFiles
 from .formats.output import FilePlan, OutTensor
-from .payload import Buffer, OpenFiles, Reader, Source, torch_dtype
+from .payload import Buffer, Reader, Source, torch_dtype
 from .tensors import DTYPES, DType, Kind
 
 PIECE = 128 * 1024

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import AlignmentError, UsageError
@@ -11,8 +11,8 @@ from .tensors import Tensor, TensorSpec, UnsupportedTensor
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
-# These names no model of its own uses, so they go wherever they stand; `module` only goes in front of all.
-_ANYWHERE = tuple(w for w in WRAPPERS if w.startswith("_"))
+# The private names no model of its own uses, so they go wherever they stand; `module` only goes in front of all.
+_LEADING, *_ANYWHERE = WRAPPERS
 
 KEYS = ("strict", "intersection", "union")
 MATCHES = ("name", "order")
@@ -27,33 +27,42 @@ def unwrap(names: Iterable[str]) -> dict[str, str]:
     Raises:
         AlignmentError: two names become one.
     """
-    mapping = {name: name for name in names}
-    changed = bool(mapping)
-    while changed:
-        changed = False
-        for name, bare in mapping.items():
-            inner = _strip_inside(bare)
-            changed |= inner != bare
-            mapping[name] = inner
-        for wrapper in WRAPPERS:
-            if all(bare.startswith(wrapper) and bare != wrapper for bare in mapping.values()):
-                mapping = {name: bare.removeprefix(wrapper) for name, bare in mapping.items()}
-                changed = True
+    names = list(names)
+    strip = unwrapping(names)
+    mapping = {name: strip(name) for name in names}
     taken: dict[str, str] = {}
     for name, bare in mapping.items():
         if bare in taken:
             raise AlignmentError(
-                f"'{taken[bare]}' and '{name}' are both '{bare}' without wrapper prefixes. Rename one before averaging."
+                f"'{taken[bare]}' and '{name}' are both '{bare}' without wrapper prefixes. Rename one first."
             )
         taken[bare] = name
     return mapping
 
 
-def _strip_inside(name: str) -> str:
-    for wrapper in _ANYWHERE:
-        if name.startswith(wrapper):
-            name = name.removeprefix(wrapper)
-        name = name.replace(f".{wrapper}", ".")
+def unwrapping(names: Iterable[str]) -> Callable[[str], str]:
+    """Make the function that takes from a name the wrapper prefixes that go from all these names; see `unwrap`."""
+    bare = [_strip_private(name) for name in names]
+    depth = 0
+    while bare and all(name.startswith(_LEADING) and name != _LEADING for name in bare):
+        bare = [_strip_private(name.removeprefix(_LEADING)) for name in bare]
+        depth += 1
+
+    def strip(name: str) -> str:
+        name = _strip_private(name)
+        for _ in range(depth):
+            name = _strip_private(name.removeprefix(_LEADING))
+        return name
+
+    return strip
+
+
+def _strip_private(name: str) -> str:
+    before = ""
+    while name != before:
+        before = name
+        for wrapper in _ANYWHERE:
+            name = name.removeprefix(wrapper).replace(f".{wrapper}", ".")
     return name
 
 

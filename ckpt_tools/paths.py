@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import SeriesError, UsageError
 from .formats import SUFFIXES, is_checkpoint
 
+DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
 # What is left out of the paths of the parts of one checkpoint for them to be equal, and what to do about them.
@@ -197,3 +198,15 @@ def natural_key(path: Path) -> tuple[object, ...]:
     """Sort key under which checkpoint-2 comes before checkpoint-10."""
     parts = re.split(r"(\d+)", str(path))
     return tuple((1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts))
+
+
+def default_input() -> Path:
+    """Return what `ckpt avg` writes if nobody says otherwise, for the commands that go on from there.
+
+    Raises:
+        UsageError: it is not here.
+    """
+    for name in DEFAULT_INPUTS:
+        if Path(name).exists():
+            return Path(name)
+    raise UsageError(f"no checkpoint given, and there is no {' or '.join(DEFAULT_INPUTS)} here.")

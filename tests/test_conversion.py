@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import ckpt_tools
 from ckpt_tools.errors import CkptError, LayoutError, NumericsError, UsageError, WriteError
+from ckpt_tools.formats import splice
 from ckpt_tools.layouts import LAYOUTS
 
 Save = Callable[..., Path]
@@ -387,3 +389,32 @@ def test_every_layout_is_written_from_one_set(save: Save, tmp_path: Path, layout
     names = tmp_path / "in.pth" if layout in ("pytorch-ema", "diffusers") else None
     ckpt_tools.convert(out, to="plain", out=tmp_path / "back.pth", names_from=names)
     assert same_bits(load(tmp_path / "back.pth"), weights(1))
+
+
+def test_copies_to_safetensors_need_no_torch(save: Save, tmp_path: Path) -> None:
+    source = save("in.pth", weights(1))
+    script = (
+        "import sys, ckpt_tools\n"
+        f"ckpt_tools.convert({str(source)!r}, to='plain', out={str(tmp_path / 'out.safetensors')!r})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    found = load_file(tmp_path / "out.safetensors")
+    assert same_bits({name: found[name] for name in weights(1)}, weights(1))
+
+
+def test_an_input_that_changes_meanwhile_is_refused(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save("in.pth", weights(1))
+    copy = splice.copy
+
+    def grow(*args: Any) -> None:
+        copy(*args)
+        with source.open("ab") as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(splice, "copy", grow)
+    with pytest.raises(CkptError, match="changed while it was read"):
+        ckpt_tools.convert(source, to="plain", out=tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -19,19 +19,18 @@ from ..errors import NumericsError, UsageError
 from ..formats import read_header
 from ..formats.output import OutTensor
 from ..formats.staged import check_replaceable, check_target
+from ..paths import default_input
 from ..payload import torch_dtype
 from ..provenance import provenance
 from ..tensors import DTYPES, TensorSpec
 from ..writing import only_noted, write
-from .data import Loading, is_factory, open_data, resolve_preprocessing
+from .data import Batches, Loading, is_factory, open_data, resolve_preprocessing
 from .evaluation import Accuracy
 from .models import build_model, input_channels, load_weights, pick_device
 from .processes import Group, joined_group, local_device
 from .recalibrate import check_options, find_layers
 from .report import BatchNormReport
 from .running import Progress, Runner
-
-DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,7 @@ def recalibrate_checkpoint(
     check_options(passes, estimator)
     if require_gain and eval_data is None:
         raise UsageError("--require-gain goes with --eval.")
-    source = Path(path) if path is not None else _default_input()
+    source = Path(path) if path is not None else default_input()
     checkpoint = Checkpoint(read_header(source), state)
     target = Path(out) if out is not None else named_after(source, "-bn")
     where = local_device(pick_device(device))
@@ -165,26 +164,13 @@ def recalibrate_checkpoint(
             images, batch_size, _workers(workers), seed, group.rank, group.world, pin_memory=where.type == "cuda"
         )
         options = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
-        preprocessing = (
-            {}
-            if is_factory(data) and (eval_data is None or is_factory(eval_data))
-            else resolve_preprocessing(network, input_channels(network), options)
-        )
         notes: list[str] = []
-        if is_factory(data) and any(value is not None for value in options.values()):
-            notes.append("--data is a factory, which prepares its images itself: size, crop, mean and std are its own.")
-        batches = open_data(data, loading, preprocessing=preprocessing, split=split, root=data_root) if found else None
+        opened = _opened(
+            network, data, eval_data, loading, options, notes, split=split, root=data_root, wanted=bool(found)
+        )
+        batches, preprocessing = opened.batches, opened.preprocessing
         if batches is not None and batches.once and passes > 1:
             raise UsageError(f"--passes {passes} needs data that can be read again: the factory gives an iterator.")
-        held_out = None
-        if eval_data is not None:
-            everything = replace(loading, images=-1)
-            held_out = open_data(eval_data, everything, preprocessing=preprocessing, split=split, root=data_root)
-            if _same(data, eval_data):
-                notes.append(
-                    "--eval is the data that the statistics come from, so the accuracy after it is "
-                    "higher than on images that the network has not seen."
-                )
         report = RecalibrationReport(
             path=str(source),
             out=str(target),
@@ -214,23 +200,7 @@ def recalibrate_checkpoint(
             "amp": amp or None,
             **({"preprocessing": preprocessing} if preprocessing else {}),
         }
-
-        def laid_out(statistics: BatchNormReport | None) -> Assembly:
-            seen = {} if statistics is None or batches.images else {"images": statistics.images}
-            return rewrite(
-                checkpoint.header,
-                checkpoint.state,
-                {} if statistics is None else _new_buffers(network, statistics, stored, checkpoint.specs),
-                target=target,
-                provenance=provenance(
-                    "recal-bn",
-                    arguments | seen,
-                    state=checkpoint.state.label,
-                    input={"name": source.name, "made": checkpoint.provenance},
-                ),
-            )
-
-        plan = laid_out(None)
+        plan = _laid_out(checkpoint, target, arguments, {})
         if group.first:
             with only_noted(notes, dry_run):
                 _check(plan, checkpoint, force=force)
@@ -241,44 +211,121 @@ def recalibrate_checkpoint(
             return report
         runner = Runner(network, where, amp=amp, channels_last=channels_last)
         progress = on_progress if on_progress is not None and group.first else _unseen
-        before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
-        statistics = runner.recalibrate(batches, passes, estimator, progress)
-        after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
-        broken = _everyones(batches.broken, group)
-        batches.check(broken)
-        if broken:
-            notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
-        unseen = [] if held_out is None else _everyones(held_out.broken, group)
-        if unseen:
-            notes.append(f"{len(unseen)} images of --eval could not be read, such as {unseen[0]}.")
-        report = replace(
-            report,
-            images=statistics.images,
-            statistics=statistics,
-            broken=tuple(broken),
-            before=before,
-            after=after,
-            notes=tuple(notes),
-        )
-        if require_gain and before and after and (after.loss > before.loss or math.isnan(after.loss)):
-            raise NumericsError(
-                f"the loss on {eval_data} went from {before.loss:.4f} to {after.loss:.4f}; nothing was written "
-                "(--require-gain). Are these the images, size and mean that the network was trained with?"
-            )
-        if group.first:
-            write(laid_out(statistics), checkpoint.header.files, force=force)
+        report = _measured(report, runner, batches, opened.held_out, estimator, group, progress)
+        if require_gain:
+            _check_gain(report, eval_data)
+        if group.first and report.statistics is not None:
+            buffers = _new_buffers(network, report.statistics, stored, checkpoint.specs)
+            seen = {} if batches.images else {"images": report.statistics.images}
+            write(_laid_out(checkpoint, target, arguments | seen, buffers), checkpoint.header.files, force=force)
         return replace(report, written=group.first)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Images:
+    """The images that a job looks at.
+
+    Attributes:
+        batches: which the statistics come from; None where there are no statistics.
+        held_out: which the accuracy is measured on.
+        preprocessing: empty where the user's code prepares the images.
+    """
+
+    batches: Batches | None
+    held_out: Batches | None
+    preprocessing: Mapping[str, Any]
+
+
+def _opened(
+    network: nn.Module,
+    data: str,
+    eval_data: str | None,
+    loading: Loading,
+    options: Mapping[str, Any],
+    notes: list[str],
+    *,
+    split: str,
+    root: str | None,
+    wanted: bool,
+) -> _Images:
+    """Open the data, as the model wants its images unless the options say otherwise."""
+    own = is_factory(data) and (eval_data is None or is_factory(eval_data))
+    preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
+    if is_factory(data) and any(value is not None for value in options.values()):
+        notes.append("--data is a factory, which prepares its images itself: size, crop, mean and std are its own.")
+    batches = open_data(data, loading, preprocessing=preprocessing, split=split, root=root) if wanted else None
+    held_out = None
+    if eval_data is not None:
+        everything = replace(loading, images=-1)
+        held_out = open_data(eval_data, everything, preprocessing=preprocessing, split=split, root=root)
+        if _same(data, eval_data):
+            notes.append(
+                "--eval is the data that the statistics come from, so the accuracy after it is "
+                "higher than on images that the network has not seen."
+            )
+    return _Images(batches, held_out, preprocessing)
+
+
+def _laid_out(
+    checkpoint: Checkpoint, target: Path, arguments: dict[str, Any], buffers: Mapping[str, OutTensor]
+) -> Assembly:
+    return rewrite(
+        checkpoint.header,
+        checkpoint.state,
+        buffers,
+        target=target,
+        provenance=provenance(
+            "recal-bn",
+            arguments,
+            state=checkpoint.state.label,
+            input={"name": checkpoint.path.name, "made": checkpoint.provenance},
+        ),
+    )
+
+
+def _measured(
+    report: RecalibrationReport,
+    runner: Runner,
+    batches: Batches,
+    held_out: Batches | None,
+    estimator: str,
+    group: Group,
+    progress: Progress,
+) -> RecalibrationReport:
+    """Run the network over the images; return the report with what was found."""
+    before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
+    statistics = runner.recalibrate(batches, report.passes, estimator, progress)
+    after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
+    notes = list(report.notes)
+    broken = _everyones(batches.broken, group)
+    batches.check(broken)
+    if broken:
+        notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
+    unseen = [] if held_out is None else _everyones(held_out.broken, group)
+    if unseen:
+        notes.append(f"{len(unseen)} images of --eval could not be read, such as {unseen[0]}.")
+    return replace(
+        report,
+        images=statistics.images,
+        statistics=statistics,
+        broken=tuple(broken),
+        before=before,
+        after=after,
+        notes=tuple(notes),
+    )
+
+
+def _check_gain(report: RecalibrationReport, eval_data: str | None) -> None:
+    before, after = report.before, report.after
+    if before and after and (after.loss > before.loss or math.isnan(after.loss)):
+        raise NumericsError(
+            f"the loss on {eval_data} went from {before.loss:.4f} to {after.loss:.4f}; nothing was written "
+            "(--require-gain). Are these the images, size and mean that the network was trained with?"
+        )
 
 
 def _unseen(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
-
-
-def _default_input() -> Path:
-    for name in DEFAULT_INPUTS:
-        if Path(name).exists():
-            return Path(name)
-    raise UsageError(f"no checkpoint given, and there is no {' or '.join(DEFAULT_INPUTS)} here.")
 
 
 def _workers(asked: int | None) -> int:

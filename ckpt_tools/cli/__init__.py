@@ -17,6 +17,7 @@ from . import console
 from .avg import avg
 from .convert import convert
 from .diff import diff
+from .fix_prefix import fix_prefix
 from .inspect import inspect
 from .recal_bn import recal_bn
 from .strip import strip
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.command(cls=_Command)(avg)
 app.command(cls=_Command)(convert)
+app.command("fix-prefix", cls=_Command)(fix_prefix)
 app.command(cls=_Command)(inspect)
 app.command(cls=_Command)(diff)
 app.command(cls=_Command)(strip)

@@ -1,11 +1,38 @@
-"""Arguments: what a shell hands over, read as the library takes it."""
+"""Arguments: the options that commands share, and what a shell hands over, read as the library takes it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import UsageError, WriteError
+
+WEIGHTS, OUTPUT, RUNNING = "Which weights", "Output", "Running"
+"""Panels of the help that several commands have."""
+
+State = Annotated[
+    str,
+    typer.Option(help="auto (the EMA where there is one), raw, ema, or a dotted path.", rich_help_panel=WEIGHTS),
+]
+MaxShardSize = Annotated[str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=OUTPUT)]
+Untie = Annotated[
+    bool,
+    typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=OUTPUT),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=OUTPUT)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.", rich_help_panel=RUNNING)]
+Json = Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=RUNNING)]
+Threads = Annotated[
+    int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most", rich_help_panel=RUNNING)
+]
+
+
+def out(meaning: str, *, default: str | bool) -> Any:
+    """Return the option -o of a command, with what it means there and what it is if not given."""
+    return typer.Option("--out", "-o", metavar="PATH", help=meaning, show_default=default, rich_help_panel=OUTPUT)
 
 
 def check_folder() -> None:
@@ -38,7 +65,7 @@ def target(text: str | None) -> str | None:
     return path(text)
 
 
-def path(text: str) -> str:
+def path(text: str | Path) -> str:
     """Read a path, of which a shell leaves the ~ when it stands in quotes; a ~user that is none stays as it is."""
     return os.path.expanduser(text)  # noqa: PTH111
 

@@ -12,13 +12,7 @@ from . import arguments, console
 if TYPE_CHECKING:
     from ..averaging import AverageReport
 
-_SCHEDULE, _SELECTION, _WEIGHTS, _OUTPUT, _RUN = (
-    "How much each counts",
-    "Which checkpoints",
-    "Which weights",
-    "Output",
-    "Running",
-)
+_SCHEDULE, _SELECTION = "How much each counts", "Which checkpoints"
 
 
 def avg(
@@ -77,49 +71,41 @@ def avg(
         typer.Option("--include-outputs", help="Take files that ckpt wrote itself, too.", rich_help_panel=_SELECTION),
     ] = False,
     state: Annotated[
-        str, typer.Option(help="auto (EMA where all have one), raw, ema, or a dotted path.", rich_help_panel=_WEIGHTS)
+        str,
+        typer.Option(
+            help="auto (EMA where all have one), raw, ema, or a dotted path.", rich_help_panel=arguments.WEIGHTS
+        ),
     ] = "auto",
-    match: Annotated[str, typer.Option(help="name or order.", rich_help_panel=_WEIGHTS)] = "name",
-    keys: Annotated[str, typer.Option(help="strict, intersection or union.", rich_help_panel=_WEIGHTS)] = "strict",
+    match: Annotated[str, typer.Option(help="name or order.", rich_help_panel=arguments.WEIGHTS)] = "name",
+    keys: Annotated[
+        str, typer.Option(help="strict, intersection or union.", rich_help_panel=arguments.WEIGHTS)
+    ] = "strict",
     buffers: Annotated[
         str,
-        typer.Option(help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=_WEIGHTS),
+        typer.Option(
+            help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=arguments.WEIGHTS
+        ),
     ] = "average",
     out: Annotated[
         str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="PATH",
-            help="The suffix picks the format; none: a folder of shards.",
-            show_default="averaged.pth, or as the inputs are",
-            rich_help_panel=_OUTPUT,
+        arguments.out(
+            "The suffix picks the format; none: a folder of shards.", default="averaged.pth, or as the inputs are"
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the output: same, float32, bfloat16, ...", rich_help_panel=_OUTPUT)
+        str, typer.Option(help="Of the output: same, float32, bfloat16, ...", rich_help_panel=arguments.OUTPUT)
     ] = "same",
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=_OUTPUT)
-    ] = None,
-    untie: Annotated[
-        bool, typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=_OUTPUT)
-    ] = False,
+    max_shard_size: arguments.MaxShardSize = None,
+    untie: arguments.Untie = False,
     hash_: Annotated[
-        bool, typer.Option("--hash", help="Record the SHA-256 of the inputs.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--hash", help="Record the SHA-256 of the inputs.", rich_help_panel=arguments.OUTPUT)
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most", rich_help_panel=_RUN)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, read no weights, write nothing.", rich_help_panel=_RUN)
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=_RUN)] = False,
+    force: arguments.Force = False,
+    threads: arguments.Threads = None,
+    dry_run: arguments.DryRun = False,
+    json: arguments.Json = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.", rich_help_panel=_RUN)
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.", rich_help_panel=arguments.RUNNING)
     ] = False,
 ) -> None:
     """Average a series of checkpoints into one set of weights.

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import WriteError
@@ -170,65 +171,38 @@ def bar_width(beside: int) -> int:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show bytes, rate and time left on a terminal that is wide enough; a plain line every ten seconds elsewhere.
+def counting(unit: str | None) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show how much is done, on a terminal that is wide enough; a plain line every ten seconds elsewhere.
 
-    Yields:
-        A function to call with (bytes done, bytes in all).
-    """
-    console = stderr()
-    if not console.is_interactive or console.width < 60:  # in fewer columns it breaks in two
-        yield _plain_progress(what)
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = Progress(*columns, console=console, transient=True)
-    task = shown.add_task(what, total=None)
-
-    def show(done: int, total: int) -> None:
-        shown.start()  # the plan stands above it by now
-        shown.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        shown.stop()
-
-
-@contextmanager
-def counting(unit: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show how many of something are done, as `progress` does for bytes.
+    Args:
+        unit: what is counted; None for bytes, of which the rate is shown, too.
 
     Yields:
         A function to call with (what is being done, how many are done, how many there are, if known).
     """
     console = stderr()
-    if not console.is_interactive:
+    if not console.is_interactive or console.width < 60:  # in fewer columns it breaks in two
         yield _plain_counting(unit)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
+
+    figures = (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit))
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), *figures, TimeRemainingColumn())
     shown = Progress(*columns, console=console, transient=True)
     task = shown.add_task("", total=None)
     current = ""
 
     def show(what: str, done: int, total: int | None) -> None:
         nonlocal current
-        shown.start()
+        shown.start()  # the plan stands above it by now
         if what != current:  # its own clock
             shown.reset(task)
             current = what
@@ -240,25 +214,30 @@ def counting(unit: str) -> Iterator[Callable[[str, int, int | None], None]]:
         shown.stop()
 
 
-def _plain_counting(unit: str) -> Callable[[str, int, int | None], None]:
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes, rate and time left of one piece of work.
+
+    Yields:
+        A function to call with (bytes done, bytes in all).
+    """
+    with counting(None) as show:
+        yield partial(show, what)
+
+
+def _plain_counting(unit: str | None) -> Callable[[str, int, int | None], None]:
     last = time.monotonic()
 
     def show(what: str, done: int, total: int | None) -> None:
         nonlocal last
         if time.monotonic() - last >= 10:
             last = time.monotonic()
-            say(f"{what}: {done}{'' if total is None else f' of {total}'} {unit}")
+            say(f"{what}: {_so_far(done, total, unit)}")
 
     return show
 
 
-def _plain_progress(what: str) -> Callable[[int, int], None]:
-    last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10 and total:
-            last = time.monotonic()
-            say(f"{what}: {done / total:.0%} of {size(total)}")
-
-    return show
+def _so_far(done: int, total: int | None, unit: str | None) -> str:
+    if unit is None:
+        return f"{done / total:.0%} of {size(total)}" if total else size(done)
+    return f"{done}{'' if total is None else f' of {total}'} {unit}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,7 @@ from . import arguments, console
 if TYPE_CHECKING:
     from ..conversion import ConvertReport
 
-_WEIGHTS, _NAMES, _OUTPUT, _RUN = "Which weights", "What the checkpoint does not say", "Output", "Running"
+_NAMES = "What the checkpoint does not say"
 
 
 def convert(
@@ -23,25 +22,18 @@ def convert(
         Path | None, typer.Argument(metavar="CKPT", help="A file, or a folder.", show_default=False)
     ] = None,
     to: Annotated[
-        str, typer.Option(metavar="LAYOUT", help="plain, timm-ema, averaged-model, ...", rich_help_panel=_OUTPUT)
+        str,
+        typer.Option(metavar="LAYOUT", help="plain, timm-ema, averaged-model, ...", rich_help_panel=arguments.OUTPUT),
     ] = "plain",
     out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="PATH",
-            help="The suffix picks the format; none: a folder of shards.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
+        str | None, arguments.out("The suffix picks the format; none: a folder of shards.", default=False)
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the layouts.", rich_help_panel=_OUTPUT)] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the layouts.", rich_help_panel=arguments.OUTPUT)] = False,
     state: Annotated[
         str,
         typer.Option(
             help="auto (both where LAYOUT keeps both, else the EMA), raw, ema, or a dotted path.",
-            rich_help_panel=_WEIGHTS,
+            rich_help_panel=arguments.WEIGHTS,
         ),
     ] = "auto",
     names_from: Annotated[
@@ -61,26 +53,19 @@ def convert(
     ] = None,
     decay: Annotated[float | None, typer.Option(help="Of the EMA.", rich_help_panel=_NAMES)] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: same, float32, bfloat16, ...", rich_help_panel=_OUTPUT)
+        str, typer.Option(help="Of the weights: same, float32, bfloat16, ...", rich_help_panel=arguments.OUTPUT)
     ] = "same",
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=_OUTPUT)
-    ] = None,
-    untie: Annotated[
-        bool, typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=_OUTPUT)
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most", rich_help_panel=_RUN)
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, write nothing.", rich_help_panel=_RUN)
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=_RUN)] = False,
+    max_shard_size: arguments.MaxShardSize = None,
+    untie: arguments.Untie = False,
+    force: arguments.Force = False,
+    threads: arguments.Threads = None,
+    dry_run: arguments.DryRun = False,
+    json: arguments.Json = False,
     allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="With --dtype: let NaN and infinity pass.", rich_help_panel=_RUN)
+        bool,
+        typer.Option(
+            "--allow-nonfinite", help="With --dtype: let NaN and infinity pass.", rich_help_panel=arguments.RUNNING
+        ),
     ] = False,
 ) -> None:
     """Write a checkpoint in another layout, file format or dtype.
@@ -105,7 +90,7 @@ def convert(
     started = time.perf_counter()
     with console.progress("converting") as on_progress:
         report = run(
-            os.path.expanduser(checkpoint),  # noqa: PTH111 - keeps a ~user that is none
+            arguments.path(checkpoint),
             to=to, out=arguments.target(out) or out, state=state, dtype=dtype, max_shard_size=max_shard_size,
             names_from=names_from, model=model, model_kwargs=kwargs, updates=updates, decay=decay, untie=untie,
             threads=threads, allow_nonfinite=allow_nonfinite, force=force, dry_run=dry_run,

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
-    state: Annotated[str, typer.Option(help="auto (the EMA where there is one), raw, ema, or a dotted path.")] = "auto",
-    state_b: Annotated[str | None, typer.Option(help="The same for B.", show_default="as --state")] = None,
+    state: arguments.State = "auto",
+    state_b: Annotated[
+        str | None, typer.Option(help="The same for B.", show_default="as --state", rich_help_panel=arguments.WEIGHTS)
+    ] = None,
     rtol: Annotated[float, typer.Option(help="Values may differ by ATOL + RTOL * |B|.")] = 0.0,
     atol: Annotated[float, typer.Option(help="As in torch.allclose.")] = 0.0,
     top: Annotated[int, typer.Option(help="Show the N tensors that differ most.", metavar="N")] = 10,
-    json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most")] = None,
+    json: arguments.Json = False,
+    threads: arguments.Threads = None,
 ) -> None:
     """Show what is different between the weights of two checkpoints; exit 1 if anything is.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
+from . import arguments, console
 
 if TYPE_CHECKING:
     from ..inspection import Description, WeightSet
@@ -26,7 +25,7 @@ def inspect(
     from ..formats import read_header
     from ..inspection import describe
 
-    description = describe(read_header(Path(os.path.expanduser(path))))  # noqa: PTH111 - keeps a ~user that is none
+    description = describe(read_header(Path(arguments.path(path))))
     if json:
         data = description.to_dict()
         if not tensors:

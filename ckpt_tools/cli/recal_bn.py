@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from ..batchnorm.job import RecalibrationReport
     from ..batchnorm.report import BatchNormReport
 
-_MODEL, _DATA, _STATISTICS, _OUTPUT, _RUN = "The network", "The data", "The statistics", "Output", "Running"
+_MODEL, _DATA, _STATISTICS = "The network", "The data", "The statistics"
 
 
 def recal_bn(
@@ -45,10 +44,7 @@ def recal_bn(
         list[str] | None,
         typer.Option(help="Such as num_classes=10; repeatable.", metavar="K=V", rich_help_panel=_MODEL),
     ] = None,
-    state: Annotated[
-        str,
-        typer.Option(help="auto (the EMA where there is one), raw, ema, or a dotted path.", rich_help_panel=_MODEL),
-    ] = "auto",
+    state: arguments.State = "auto",
     images: Annotated[
         str | None,
         typer.Option(
@@ -108,22 +104,17 @@ def recal_bn(
         bool,
         typer.Option("--require-gain", help="Write nothing if that loss gets worse.", rich_help_panel=_STATISTICS),
     ] = False,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out", "-o", metavar="PATH", help="The target.", show_default="CKPT with -bn", rich_help_panel=_OUTPUT
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=_OUTPUT)
+    out: Annotated[str | None, arguments.out("The target.", default="CKPT with -bn")] = None,
+    force: arguments.Force = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=arguments.RUNNING)] = "auto",
+    amp: Annotated[
+        bool, typer.Option("--amp", help="Mixed precision, bfloat16.", rich_help_panel=arguments.RUNNING)
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=_RUN)] = "auto",
-    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision, bfloat16.", rich_help_panel=_RUN)] = False,
-    channels_last: Annotated[bool, typer.Option(help="Memory order of the images.", rich_help_panel=_RUN)] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan, run nothing, write nothing.", rich_help_panel=_RUN)
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=_RUN)] = False,
+    channels_last: Annotated[
+        bool, typer.Option(help="Memory order of the images.", rich_help_panel=arguments.RUNNING)
+    ] = True,
+    dry_run: arguments.DryRun = False,
+    json: arguments.Json = False,
 ) -> None:
     """Give averaged weights the BatchNorm statistics that they see in use.
 
@@ -143,7 +134,7 @@ def recal_bn(
 
     with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
         report = recalibrate_checkpoint(
-            None if checkpoint is None else os.path.expanduser(checkpoint),  # noqa: PTH111 - keeps a ~user that is none
+            None if checkpoint is None else arguments.path(checkpoint),
             data=data, model=model, model_kwargs=parse_kwargs(model_kwargs or []), images=_count(images),
             batch_size=batch_size, workers=workers, split=split, data_root=data_root, img_size=img_size,
             crop_pct=crop_pct, interpolation=interpolation, mean=arguments.numbers("--mean", mean),

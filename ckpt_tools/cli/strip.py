@@ -16,15 +16,16 @@ def strip(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint file; it is not changed.")],
     state: Annotated[
         str | None,
-        typer.Option(help="Keep only these weights: auto, raw, ema, or a dotted path.", show_default="all of them"),
+        typer.Option(
+            help="Keep only these: auto, raw, ema, or a dotted path.",
+            show_default="all of them",
+            rich_help_panel=arguments.WEIGHTS,
+        ),
     ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", "-o", metavar="PATH", help="The target.", show_default="CKPT with -stripped"),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing target.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+    out: Annotated[str | None, arguments.out("The target.", default="CKPT with -stripped")] = None,
+    force: arguments.Force = False,
+    dry_run: arguments.DryRun = False,
+    json: arguments.Json = False,
 ) -> None:
     """Write a checkpoint without its optimizer and the rest of its training state.
 

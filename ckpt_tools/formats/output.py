@@ -50,6 +50,15 @@ class OutTensor:
         """True if the bytes of the one input are the bytes of the output."""
         return len(self.terms) == 1 and self.terms[0][1] == 1.0 and self.terms[0][0].dtype is self.dtype
 
+    @property
+    def verbatim(self) -> bool:
+        """True if its bytes stand in one run in an input, as they are to be written, and need no look at them."""
+        spec = self.terms[0][0] if self.copied else None
+        if spec is None or (self.finite and self.dtype.averaged):
+            return False
+        swapped = spec.storage.big_endian and spec.dtype.word > 1
+        return spec.contiguous and not swapped
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FilePlan:

@@ -179,3 +179,10 @@ def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTen
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
     return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def renamed_index(index: Path, names: Mapping[str, str]) -> bytes:
+    """Write an index again, with other names for some tensors."""
+    content = json.loads(index.read_bytes())
+    content["weight_map"] = {names.get(name, name): file for name, file in content["weight_map"].items()}
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import struct
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +49,20 @@ def read(path: Path) -> Header:
 
         tree, foreign = unpickle.load(file, locate, where=str(path))
     return Header(path, "torch-legacy", tree, (stamp,), foreign)
+
+
+def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
+    """Return where the pickle of the saved object starts and ends in a file that `read` has accepted."""
+
+    def anywhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+        return Storage(Path(where), 0, sys.maxsize)
+
+    file.seek(0)
+    for _ in range(3):
+        unpickle.load(file, _refuse, where=where)
+    start = file.tell()
+    unpickle.load(file, anywhere, where=where)
+    return start, file.tell()
 
 
 def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:

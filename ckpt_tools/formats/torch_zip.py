@@ -130,6 +130,15 @@ def read_window(
     return tree, foreign, record(_PROVENANCE_RECORD)
 
 
+def pickled(path: Path) -> tuple[str, bytes]:
+    """Return the name of the record with the saved object in a file that `read` has accepted, and its bytes."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        info = records[f"{_root(str(path), records)}/data.pkl"]
+        file.seek(_offsets(str(path), file, limit=archive.start_dir)(info))
+        return info.filename, file.read(info.file_size)
+
+
 def _root(where: str, records: Mapping[str, zipfile.ZipInfo]) -> str:
     roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1:

@@ -286,13 +286,15 @@ _TABLE: dict[str, Any] = {
     "torch.UntypedStorage": _storage_type(None),
 }
 # Immutable types of torch itself, whose values are plain data. torch is imported only when a file holds one.
-_TORCH_VALUES = {"torch.Size", "torch.device", *(f"torch.{name}" for name in DTYPES)}
+TORCH_VALUES = {"torch.Size", "torch.device", *(f"torch.{name}" for name in DTYPES)}
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], locate: Locate, values: Container[str]) -> None:
+class Restricted:
+    """What the names in a pickle stand for; goes before one of Python's unpicklers among the bases of a class."""
+
+    def __init__(self, file: IO[bytes], locate: Locate, values: Container[str] = TORCH_VALUES) -> None:
         # latin1 is the one encoding in which numpy scalars of Python 2 survive; ASCII names are the same in all.
-        super().__init__(file, encoding="latin1")
+        super().__init__(file, encoding="latin1")  # type: ignore[call-arg]
         self._locate = locate
         self._values = values
         self._inert: dict[str, type] = {}
@@ -329,6 +331,10 @@ class _RestrictedUnpickler(pickle.Unpickler):
         return _TypedStorage(self._locate(key, storage_type.dtype, numel, view), storage_type.dtype)
 
 
+class _Unpickler(Restricted, pickle.Unpickler):
+    pass
+
+
 def load(file: IO[bytes], locate: Locate, *, where: str, torch_values: bool = True) -> tuple[Any, Counter[str]]:
     """Read one pickle from an open file, which is left behind its last byte.
 
@@ -345,11 +351,20 @@ def load(file: IO[bytes], locate: Locate, *, where: str, torch_values: bool = Tr
     Raises:
         CorruptError: the pickle is damaged, or tries something that no honest one does.
     """
-    unpickler = _RestrictedUnpickler(file, locate, _TORCH_VALUES if torch_values else ())
+    unpickler = _Unpickler(file, locate, TORCH_VALUES if torch_values else ())
+    return run(unpickler, where=where), unpickler.foreign
+
+
+def run(unpickler: Any, *, where: str) -> Any:
+    """Let a restricted unpickler read its pickle, and return the tree.
+
+    Raises:
+        CorruptError: see `load`.
+    """
     # Extension codes are looked up in a cache of the whole process before anyone is asked for the name.
     copyreg.clear_extension_cache()
     try:
-        return unpickler.load(), unpickler.foreign
+        return unpickler.load()
     except CkptError:
         raise
     # A damaged or hostile pickle can fail in any of the types that it reaches.

@@ -116,6 +116,38 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
     assert captured.out == ""
 
 
+def test_what_is_counted_is_said_with_its_unit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with console.counting("images") as show:
+        show("pass 1", 30, 90)
+        show("pass 2", 7, None)
+    assert capsys.readouterr().err.splitlines() == ["pass 1: 30 of 90 images", "pass 2: 7 images"]
+
+
+@pytest.mark.parametrize("columns", ["50", "90"])
+def test_progress_on_a_terminal_leaves_nothing_behind(columns: str) -> None:
+    script = (
+        "from ckpt_tools.cli import console\n"
+        "with console.progress('averaging') as p, console.counting('images') as c:\n"
+        "    p(2 * 10**9, 4 * 10**9)\n"
+        "console.say('done')\n"
+    )
+    terminal, other_end = pty.openpty()
+    shown = b""
+    with subprocess.Popen([sys.executable, "-c", script], env=environment(COLUMNS=columns), stderr=other_end):
+        os.close(other_end)
+        with suppress(OSError):
+            while block := os.read(terminal, 65536):
+                shown += block
+    os.close(terminal)
+    assert shown.decode().rstrip().endswith("done")
+    assert (b"averaging" in shown) == (columns == "90")
+    assert (b"2.0/4.0 GB" in shown) == (columns == "90")
+
+
 def shell(line: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", line],

@@ -1,0 +1,219 @@
+"""Spelling: where a pickle writes each text, so that some can be written otherwise and all else stays as it is.
+
+A pickle writes a text once and afterwards refers to it by a number (a memo), wherever the same text
+is needed again. So a text belongs to the opcode that brought it to its place, a literal or a
+reference, and each opcode is respelled by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, UnsupportedError
+from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
+from . import unpickle
+
+
+class Spelled(str):
+    """A text of a pickle, known by its identity: each opcode makes one of its own."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Use:
+    """An opcode that brings a text to its place.
+
+    Attributes:
+        text: the text.
+        span: where the opcode stands.
+        source: the text in the memo that it refers to; None for a literal.
+        narrow: a text of Python 2, in bytes.
+    """
+
+    text: Spelled
+    span: tuple[int, int]
+    source: Spelled | None
+    narrow: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spelling:
+    """A pickle, its tree, and where the texts of the tree stand in it.
+
+    Attributes:
+        pickled: the bytes.
+        tree: as `unpickle.load` gives it, with a `Spelled` for each text. Storages in it are not located.
+    """
+
+    pickled: bytes
+    tree: Any
+    _uses: dict[int, _Use] = field(default_factory=dict)
+    _frames: list[tuple[int, int]] = field(default_factory=list)
+
+    def respelled(self, wanted: Iterable[tuple[str, str]]) -> bytes:
+        """Write the pickle with other texts in some places.
+
+        Args:
+            wanted: (a text of the tree, itself and no copy, and what should stand in its place).
+
+        Raises:
+            UnsupportedError: one place is wanted twice, differently.
+            CorruptError: a text that no opcode of its own brought there.
+        """
+        targets: dict[int, str] = {}
+        for text, target in wanted:
+            if id(text) not in self._uses:
+                raise CorruptError(f"its pickle makes the name '{text}' in a way that cannot be followed.")
+            if targets.setdefault(id(text), target) != target:
+                raise UnsupportedError(
+                    f"two state dicts share the name '{text}', which would be '{target}' in one of them only."
+                )
+        edits = []
+        for use in self._uses.values():
+            target = targets.get(id(use.text), use.text)
+            # What the opcode brings there when it stays as it is.
+            brought = use.text if use.source is None else targets.get(id(use.source), use.source)
+            if target != brought:
+                edits.append((use.span, _literal(target, narrow=use.narrow)))
+        if edits:
+            # A frame says how long it is; the format allows for pickles without.
+            edits += [(span, b"") for span in self._frames]
+        parts = []
+        position = 0
+        for (start, end), literal in sorted(edits):
+            parts += [self.pickled[position:start], literal]
+            position = end
+        return b"".join([*parts, self.pickled[position:]])
+
+
+def spell(pickled: bytes, *, where: str) -> Spelling:
+    """Read a pickle, which `unpickle.load` has accepted, and note where its texts stand.
+
+    Raises:
+        CorruptError: see `unpickle.load`.
+    """
+    tracer = _Tracer(io.BytesIO(pickled))
+    tree = unpickle.run(tracer, where=where)
+    return Spelling(pickled, tree, tracer.uses, tracer.frames)
+
+
+def _nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+    return Storage(Path(key), 0, sys.maxsize)
+
+
+_Base: Any = pickle._Unpickler  # the one in Python, whose every opcode is a function of its own
+
+
+def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False) -> Callable[[Any], None]:
+    def load(tracer: _Tracer) -> None:
+        start = tracer.pickled.tell() - 1
+        read(tracer)
+        top = tracer.stack[-1]
+        if literal or isinstance(top, Spelled):
+            source = None if literal else top
+            narrowed = narrow if source is None else tracer.uses[id(source)].narrow
+            text = Spelled(top)
+            tracer.stack[-1] = text
+            tracer.uses[id(text)] = _Use(text, (start, tracer.pickled.tell()), source, narrowed)
+
+    return load
+
+
+class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
+    def __init__(self, pickled: io.BytesIO) -> None:
+        super().__init__(pickled, _nowhere)
+        self.pickled = pickled
+        self.uses: dict[int, _Use] = {}
+        self.frames: list[tuple[int, int]] = []
+
+    def load_frame(self) -> None:
+        # Passed over, so that the position in the file is always that of the next opcode.
+        start = self.pickled.tell() - 1
+        self.read(8)
+        self.frames.append((start, self.pickled.tell()))
+
+    def load_stack_global(self) -> None:
+        # The base class takes exact texts only.
+        self.stack[-2:] = [str(part) if isinstance(part, Spelled) else part for part in self.stack[-2:]]
+        _Base.load_stack_global(self)
+
+    dispatch = {
+        **_Base.dispatch,
+        pickle.FRAME[0]: load_frame,
+        pickle.STACK_GLOBAL[0]: load_stack_global,
+        **{
+            opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=True)
+            for opcode in (pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8)
+        },
+        **{
+            opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=True, narrow=True)
+            for opcode in (pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING)
+        },
+        **{
+            opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=False)
+            for opcode in (pickle.GET, pickle.BINGET, pickle.LONG_BINGET)
+        },
+    }
+
+
+def _literal(text: str, *, narrow: bool) -> bytes:
+    """Write a text as an opcode that torch.load(weights_only=True) knows; it knows those of protocol 2."""
+    if narrow and text.isascii():
+        raw = text.encode()
+        short = len(raw) < 256
+        return (
+            (pickle.SHORT_BINSTRING if short else pickle.BINSTRING)
+            + len(raw).to_bytes(1 if short else 4, "little")
+            + raw
+        )
+    raw = text.encode("utf-8", "surrogatepass")
+    return pickle.BINUNICODE + len(raw).to_bytes(4, "little") + raw
+
+
+def differs(old: Any, new: Any, names: Mapping[int, Mapping[str, str]]) -> bool:
+    """Compare two trees of one pickle, before and after, but for the keys that were to change.
+
+    Args:
+        names: id of a dict in the old tree to those of its keys, and what they should be now.
+    """
+    seen: set[tuple[int, int]] = set()
+    stack = [(old, new)]
+    while stack:
+        a, b = stack.pop()
+        if isinstance(a, _CONTAINERS) and isinstance(b, _CONTAINERS):
+            if (id(a), id(b)) in seen:
+                continue
+            seen.add((id(a), id(b)))
+            parts, others = _parts(a, names.get(id(a), {})), _parts(b, {})
+            if len(parts) != len(others):
+                return True
+            stack += zip(parts, others, strict=True)
+        elif isinstance(a, _PLAIN) and isinstance(b, _PLAIN):
+            if a != b and a == a:  # a NaN is no NaN
+                return True
+        elif type(a) is not type(b):
+            return True
+    return False
+
+
+_CONTAINERS = (dict, list, tuple, argparse.Namespace, unpickle.Inert)
+_PLAIN = (str, bytes, bytearray, int, float, complex, TensorSpec, UnsupportedTensor)
+
+
+def _parts(node: Any, names: Mapping[str, str]) -> list[Any]:
+    if isinstance(node, dict):
+        renamed = {names.get(key, key): value for key, value in node.items()}
+        return [*renamed.keys(), *renamed.values(), getattr(node, "_metadata", None)]
+    if isinstance(node, argparse.Namespace):
+        return [*vars(node).keys(), *vars(node).values()]
+    if isinstance(node, unpickle.Inert):
+        return [type(node).global_name, *node.args, node.state, *node.items]
+    return list(node)

@@ -1,0 +1,159 @@
+"""Splicing: a file written anew with some bytes of it changed, the rest copied by the kernel.
+
+The kernel moves the bytes without a detour through this process, and on file systems that share
+blocks between files (btrfs, XFS) it moves none at all, provided that they stand in the new file at
+the same place within a block.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CorruptError, ReadError, WriteError
+
+BLOCK = 4096
+"""Bytes; what moves, moves by multiples of it."""
+_AT_ONCE = 64 << 20  # bytes a call: many, but a signal is heeded, and progress shown, between two calls
+_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes [start, stop) of the old file."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Splice:
+    """A new file, made of an old one.
+
+    Attributes:
+        source: the old file.
+        pieces: what stands in the new one, in order: new bytes, and spans of the old file.
+    """
+
+    source: Path
+    pieces: tuple[bytes | Span, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the new file."""
+        return sum(_length(piece) for piece in self.pieces)
+
+
+def _length(piece: bytes | Span) -> int:
+    return piece.stop - piece.start if isinstance(piece, Span) else len(piece)
+
+
+def moved(grown: int) -> int:
+    """Return by how much to move what stands behind bytes that have grown by so many: by whole blocks."""
+    return -(-grown // BLOCK) * BLOCK
+
+
+def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+    """Write the new file.
+
+    Args:
+        source: descriptor of the old file.
+        target: descriptor of the new one, which has its size already and holds nothing.
+        on_bytes: called with the number of bytes just written.
+
+    Raises:
+        CorruptError: the old file ends too early.
+        ReadError, WriteError: the system refuses.
+    """
+    position = 0
+    for piece in splice.pieces:
+        if isinstance(piece, Span):
+            for part in _filled(source, piece):
+                copy(splice.source, source, part, target, position + part.start - piece.start, on_bytes)
+        else:
+            put(target, piece, position)
+            on_bytes(len(piece))
+        position += _length(piece)
+
+
+def _filled(fd: int, span: Span) -> Iterator[Span]:
+    """Yield the parts of a span that are no holes; where the new file is not written it is one, too."""
+    stat = os.fstat(fd)
+    if stat.st_blocks * 512 >= stat.st_size:  # not sparse: some file systems are wrong about holes in new files
+        yield span
+        return
+    position = span.start
+    while position < span.stop:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+            position = os.lseek(fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # which means holes up to the end
+                yield Span(position, span.stop)
+            return
+        if start < span.stop:
+            yield Span(start, min(position, span.stop))
+
+
+_NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+def copy(path: Path, source: int, span: Span, target: int, position: int, on_bytes: Callable[[int], None]) -> None:
+    """Copy bytes of an open file, by the kernel where it can.
+
+    Args:
+        path, source: the old file and its descriptor.
+        target, position: descriptor of the new one, and where the bytes go.
+        on_bytes: called with the number of bytes just copied.
+
+    Raises:
+        CorruptError: the old file ends too early.
+        ReadError, WriteError: the system refuses.
+    """
+    start = span.start
+    by_kernel = hasattr(os, "copy_file_range")
+    while start < span.stop:
+        # The first call ends where a block does, so that the others can share blocks.
+        count = min(span.stop - start, _AT_ONCE - start % BLOCK)
+        done = 0
+        if by_kernel:
+            try:
+                done = os.copy_file_range(source, target, count, start, position)
+            except OSError as error:
+                if error.errno not in _NOT_BY_KERNEL:
+                    raise WriteError(f"copying {path} failed ({error.strerror}).") from error
+        if not done:  # some file systems say so instead of an error
+            by_kernel = False
+            done = _copy_through(path, source, start, min(count, _BUFFER), target, position)
+        start += done
+        position += done
+        on_bytes(done)
+
+
+def _copy_through(path: Path, source: int, start: int, count: int, target: int, position: int) -> int:
+    try:
+        block = os.pread(source, count, start)
+    except OSError as error:
+        raise ReadError(f"{path}: reading failed ({error.strerror}).") from error
+    if not block:
+        raise CorruptError(f"{path}: ends before its header says. Get a fresh copy.")
+    put(target, block, position)
+    return len(block)
+
+
+def put(target: int, data: bytes, position: int) -> None:
+    """Write bytes at a position.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    try:
+        while data:
+            done = os.pwrite(target, data, position)
+            data = data[done:]
+            position += done
+    except OSError as error:
+        raise WriteError(f"writing failed ({error.strerror}). Nothing was left there.") from error

@@ -1,0 +1,263 @@
+"""Prefixes: the job behind `ckpt fix-prefix`, which changes names of tensors and moves no payload through memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from stat import S_IMODE
+from typing import Any
+
+from .errors import CorruptError, LayoutError, UnsupportedError, UsageError, WriteError
+from .formats import SUFFIXES, read_header, renaming, splice
+from .formats.header import Header, Stamp
+from .formats.opened import OpenFiles
+from .formats.renaming import Renaming
+from .formats.sharded import INDEX_SUFFIXES, renamed_index
+from .formats.splice import Span, Splice
+from .formats.staged import check_replaceable, check_target, staged_files
+from .names import StateNames, plan_changes, state_dicts
+from .paths import default_input
+from .writing import only_noted
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixReport:
+    """What a change of names is, or was; the same before the work (the plan) and after it.
+
+    Attributes:
+        path, out: the checkpoint, and where the new one goes.
+        in_place: the new one takes the place of the old.
+        format: of both.
+        states: each state dict inside.
+        nbytes: size of the new checkpoint.
+        notes: decisions worth knowing; warnings among them.
+        written: True once the new checkpoint is there.
+    """
+
+    path: str
+    out: str
+    in_place: bool
+    format: str
+    states: tuple[StateNames, ...]
+    nbytes: int
+    notes: tuple[str, ...] = ()
+    written: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """True if any name is another one afterwards."""
+        return any(state.example for state in self.states)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return asdict(self) | {"changed": self.changed}
+
+
+def fix_prefix(
+    path: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    strip: Sequence[str] = (),
+    add: Sequence[str] = (),
+    force: bool = False,
+    dry_run: bool = False,
+    on_plan: Callable[[PrefixReport], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> PrefixReport:
+    """Take wrapper prefixes from the names in a checkpoint; everything else stays as it is, byte for byte.
+
+    Every state dict inside is treated by itself: raw weights, averaged ones, any dict of names to tensors, but no
+    optimizer. Without `strip` and `add`, the prefixes of `keys.WRAPPERS` go, as `average` takes them off.
+
+    Args:
+        path: the checkpoint; ``averaged.pth`` or ``averaged.safetensors`` if not given.
+        out: where the new one goes. If not given, it takes the place of the old one, in one rename.
+        strip: prefixes to take from the names that start with them, one after the other.
+        add: prefixes to put before all names then, one after the other.
+        force: replace `out` if it exists.
+        dry_run: write nothing.
+        on_plan: called with the plan before the work.
+        on_progress: called with (bytes written, bytes in all).
+
+    Returns:
+        What was done. If no name changes, nothing is written, or, with `out`, a copy.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`; the checkpoint is as it was then.
+    """
+    for option, prefixes in (("--strip", strip), ("--add", add)):
+        if isinstance(prefixes, str) or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
+            raise UsageError(f"{option} takes prefixes such as 'model.', not {prefixes!r}.")
+    source = Path(path) if path is not None else default_input()
+    if source.is_dir() and (source / ".metadata").is_file():
+        raise UnsupportedError(
+            f"{source}: a DCP checkpoint, whose names stand in many places. Make one file of it first: ckpt convert."
+        )
+    header = read_header(source)
+    sharded = header.format == "sharded"
+    files = [renaming.read(read_header(stamp.path) if sharded else header) for stamp in header.files[sharded:]]
+    states = {(): {k: v for file in files for k, v in file.tree.items()}} if sharded else state_dicts(files[0].tree)
+    if not states:
+        raise LayoutError(f"{source}: holds no dict of names to tensors. Save the model's state_dict(), not the model.")
+    notes: list[str] = []
+    changes = plan_changes(states, strip, add, where=str(source), notes=notes)
+    changed = any(change.names for change in changes)
+    splices = {
+        file.path.name: file.renamed(
+            [
+                Renaming(state, change.names, change.modules(state))
+                for state, change in zip([file.tree] if sharded else states.values(), changes, strict=True)
+            ]
+        )
+        if changed
+        else Splice(file.path, (Span(0, file.path.stat().st_size),))
+        for file in files
+    }
+    stamps = list(header.files)
+    target = Path(out) if out is not None else header.path if sharded else header.files[0].path
+    folder = sharded if out is None else _stays(header, target)
+    if folder:
+        _add_companions(header, splices, {k: v for c in changes for k, v in c.names.items()}, stamps, notes)
+    report = PrefixReport(
+        path=str(source),
+        out=str(target),
+        in_place=out is None,
+        format=header.format,
+        states=tuple(change.report for change in changes),
+        nbytes=sum(part.size for part in splices.values()),
+    )
+    idle = out is None and not changed
+    if not idle:
+        with only_noted(notes, dry_run):
+            if out is None:
+                _check_in_place(header, target, report.nbytes, notes)
+            else:
+                _refuse_itself(header, target)
+                inputs = [header.path, *(stamp.path for stamp in header.files)]
+                check_target(target, inputs, nbytes=report.nbytes, force=force, folder=folder)
+                if folder:
+                    check_replaceable(target, splices)
+    report = replace(report, notes=tuple(notes))
+    if on_plan is not None:
+        on_plan(report)
+    if dry_run or idle:
+        return report
+    _write(target, splices, stamps, in_place=out is None, folder=folder, force=force, on_progress=on_progress)
+    return replace(report, written=True)
+
+
+def _stays(header: Header, target: Path) -> bool:
+    """Return whether the target is a folder, as the checkpoint is.
+
+    Raises:
+        UsageError: its suffix asks for something else.
+    """
+    torch = header.format.startswith("torch")
+    suffixes = tuple(suffix for suffix in SUFFIXES if (suffix == ".safetensors") != torch)
+    folder = header.format == "sharded" or (header.path.is_dir() and not target.name.endswith(suffixes))
+    if target.name.endswith(SUFFIXES) if folder else not target.name.endswith(suffixes):
+        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
+        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
+    return folder
+
+
+def _add_companions(
+    header: Header, splices: dict[str, Splice], names: Mapping[str, str], stamps: list[Stamp], notes: list[str]
+) -> None:
+    """Make the folder a complete model again: the index, and all files beside the weights but other weights."""
+    home = header.files[0].path.parent
+    weights = {stamp.path.name for stamp in header.files}
+    if header.format == "sharded":
+        index = header.files[0].path
+        splices[index.name] = Splice(index, (renamed_index(index, names),))
+    left_out = []
+    for path in sorted(home.iterdir()):
+        if path.name in weights or path.name.startswith("."):
+            continue
+        if not path.is_file() or path.name.endswith((*SUFFIXES, *INDEX_SUFFIXES)):
+            left_out.append(path.name)
+            continue
+        with path.open("rb") as file:
+            stamps.append(Stamp.of(path, file.fileno()))
+        splices[path.name] = Splice(path, (Span(0, stamps[-1].nbytes),))
+    if left_out:
+        notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
+
+
+def _refuse_itself(header: Header, target: Path) -> None:
+    if target.exists() and any(target.samefile(stamp.path) for stamp in header.files):
+        raise WriteError(f"{target}: is the checkpoint itself. Leave -o out to replace it, or choose another name.")
+
+
+def _check_in_place(header: Header, target: Path, nbytes: int, notes: list[str]) -> None:
+    if header.format == "sharded":
+        raise WriteError(
+            f"{header.path}: no single rename can replace a folder of shards. Say where the new one goes: -o NEWFOLDER"
+        )
+    if target.is_symlink():
+        raise WriteError(
+            f"{target}: is a symbolic link. Name the file itself, {target.resolve()}, or a new one with -o."
+        )
+    if not os.access(target, os.W_OK):
+        raise WriteError(f"{target}: is write-protected. Lift that (chmod u+w), or name a new file with -o.")
+    others = target.stat().st_nlink - 1
+    if others:
+        notes.append(
+            f"{target} has {others} more {'name' if others == 1 else 'names'} (hard links); there the old file stays."
+        )
+    check_target(target, [], nbytes=nbytes, force=True, folder=False)
+
+
+def _write(
+    target: Path,
+    splices: Mapping[str, Splice],
+    stamps: Sequence[Stamp],
+    *,
+    in_place: bool,
+    folder: bool,
+    force: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    total = sum(part.size for part in splices.values())
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if on_progress is not None:
+            on_progress(done, total)
+
+    names = list(splices) if folder else None
+    sizes = [part.size for part in splices.values()]
+    with OpenFiles(stamps) as files, staged_files(target, names, sizes, force=force or in_place) as (_, fds):
+        for part, fd in zip(splices.values(), fds, strict=True):
+            files.open(part.source)
+            splice.write(part, files[part.source], fd, count)
+        if in_place:
+            _like(fds[0], target)
+            os.fsync(fds[0])  # now, so that little time is left for others between the next lines and the rename
+        files.check_unchanged()
+        if in_place:
+            _check_same(target, stamps[0])
+
+
+def _like(fd: int, old: Path) -> None:
+    """Give a new file the owner and the mode bits of the old one."""
+    stat = old.stat()
+    with suppress(OSError):
+        os.fchown(fd, stat.st_uid, stat.st_gid)
+    os.fchmod(fd, S_IMODE(stat.st_mode))
+
+
+def _check_same(path: Path, stamp: Stamp) -> None:
+    """Refuse to replace a file that another one has replaced meanwhile."""
+    try:
+        with path.open("rb") as file:
+            same = Stamp.of(path, file.fileno()) == stamp
+    except OSError:
+        same = False
+    if not same:
+        raise CorruptError(f"{path}: was replaced by another file meanwhile, which stays. Try again.")
