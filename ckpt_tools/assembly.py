@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import takewhile
@@ -325,6 +325,14 @@ def _put_in_place(
 
 
 _GONE = object()
+
+
+def without(tree: Any, places: Iterable[tuple[Any, ...]]) -> Any:
+    """Copy a tree of dicts as far as something in it goes."""
+    for place in places:
+        if _holds(tree, place):
+            tree = _replaced(tree, place, _GONE)
+    return tree
 
 
 def _holds(tree: Any, path: tuple[Any, ...]) -> bool:

@@ -19,6 +19,7 @@ from .assembly import (
     module_versions,
     nested,
     unkept_metadata,
+    without,
 )
 from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, dcp, read_header
@@ -334,14 +335,7 @@ def _rest(header: Header, sets: Mapping[str, StateDict]) -> Mapping[Any, Any]:
     first = next(iter(sets.values()))
     if not first.path or not isinstance(header.tree, dict):
         return {}
-    taken = {place[0] for each in sets.values() for place in (each.path, *each.places)}
-    rest = {key: value for key, value in header.tree.items() if key not in taken}
-    for place in first.places:
-        if len(place) > 1 and isinstance(header.tree.get(place[0]), dict):  # its neighbours stay
-            key, inner = place
-            beside_it = rest[key] if key in rest else header.tree[key]
-            rest[key] = {k: v for k, v in beside_it.items() if k != inner}
-    return rest
+    return dict(without(header.tree, {place for each in sets.values() for place in (each.path, *each.places)}))
 
 
 def _number(header: Header, value: Any) -> float | None:

@@ -418,3 +418,17 @@ def test_an_input_that_changes_meanwhile_is_refused(
     with pytest.raises(CkptError, match="changed while it was read"):
         ckpt_tools.convert(source, to="plain", out=tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_stands_beside_an_average_deep_inside_goes_along(save: Save, tmp_path: Path) -> None:
+    swa = {"n_averaged": 2, "average_model_state": weights(2)}
+    tree = {"state_dict": weights(1), "callbacks": {"SWA": swa, "Checkpoint": {"best": 3}}, "epoch": 4}
+    ckpt_tools.convert(save("swa.ckpt", tree), to="timm", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found["callbacks"] == {"Checkpoint": {"best": 3}}
+    assert same_bits(found["state_dict"], weights(1))
+    assert torch.equal(found["state_dict_ema"]["0.weight"], weights(2)["0.weight"])
+    assert torch.equal(found["state_dict_ema"]["1.running_mean"], weights(1)["1.running_mean"])
+    extra = {"ema": weights(2), "epoch": 4}
+    ckpt_tools.convert(save("f.pt", {"model": weights(1), "extra_state": extra}), to="dit", out=tmp_path / "dit.pt")
+    assert load(tmp_path / "dit.pt")["extra_state"] == {"epoch": 4}

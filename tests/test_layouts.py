@@ -291,3 +291,12 @@ def test_each_library_is_known_and_read_the_right_way_round(save: Save, tree: An
             "w": value,
             "b": value,
         }
+
+
+def test_a_checkpoint_one_level_below_is_found_where_it_is_the_only_one(save: Save) -> None:
+    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}
+    inside = {"model": weights(1), "optim": optimizer}
+    chosen = select(read_header(save("c.pth", {"app": inside, "step": 3})))
+    assert (chosen.path, chosen.home, chosen.layout) == (("app", "model"), ("app", "model"), "model")
+    with pytest.raises(LayoutError, match=r"Choose with --state G\.model"):
+        select(read_header(save("gan.pth", {"G": inside, "D": inside})))

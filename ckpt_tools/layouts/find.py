@@ -12,7 +12,7 @@ from typing import Any
 from ..formats.header import Header
 from ..tensors import Tensor
 from . import forms
-from .state import StateDict, is_buffer
+from .state import StateDict, is_buffer, is_optimizer
 from .table import BY_NAME, LAYOUTS, RAW_PLACES, SET_KEYS, Layout, follow
 
 # An EMA in a file of its own, as NeMo and guided-diffusion write it.
@@ -43,9 +43,29 @@ def states(header: Header, names: Mapping[str, Tensor] | None = None, *, by_name
     found = _in_places(tree, names) if isinstance(tree, dict) else {}
     if whole and found.keys() <= {"ema"}:
         found = whole  # a flat state dict, one of whose modules has such a name
+    elif not found and isinstance(tree, dict):
+        found = _one_below(tree, names)
     if by_name and list(found) == ["raw"] and _is_ema_by_name(header):
         found = {"ema": replace(found["raw"], which="ema", layout=_layout_by_name(header))}
     return found
+
+
+def _one_below(tree: Mapping[Any, Any], names: Mapping[str, Tensor] | None) -> dict[str, StateDict]:
+    """Look into the one entry that is a checkpoint itself, as torch's recipe for FSDP has it: app.model, app.optim."""
+    inside = {
+        key: found
+        for key, value in tree.items()
+        if isinstance(value, dict) and not is_optimizer(value) and (found := _in_places(value, names))
+    }
+    if len(inside) != 1:
+        return {}
+    ((key, found),) = inside.items()
+    return {
+        which: replace(
+            each, path=(key, *each.path), home=(key, *each.home), places=tuple((key, *place) for place in each.places)
+        )
+        for which, each in found.items()
+    }
 
 
 def _in_places(tree: Mapping[Any, Any], names: Mapping[str, Tensor] | None) -> dict[str, StateDict]:
@@ -82,7 +102,9 @@ def _swa(tree: Mapping[Any, Any]) -> list[Layout]:
 
 
 def _called(reading: forms.Reading, layout: Layout) -> str:
-    return layout.name if reading.form == "plain" else reading.form
+    # Of one set alone nobody knows whose it is; timm's files are by far the most that say `state_dict`.
+    called = "model" if layout.name == "deit" else layout.name
+    return called if reading.form == "plain" else reading.form
 
 
 def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] | None) -> dict[str, StateDict]:

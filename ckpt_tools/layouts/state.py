@@ -74,7 +74,7 @@ _TRAINING_STATE = re.compile(
     r"|(lr_|param_|opt_param_)?scheduler.*|lr_sched"
     r"|amp|(amp_|grad_|loss_)?scaler(_state_dict)?|loss_scale|native_amp_scaling_state"
     r"|rng(_.*)?|\w+_rng_states?|random_states"
-    r"|loops|callbacks|saver|metric"
+    r"|loops|callbacks|saver|metric|train_state|dataloaders?"
 )
 # What is no parameter by its name: BatchNorm's statistics.
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -46,7 +46,8 @@ class Layout:
     @property
     def places(self) -> tuple[Path, ...]:
         """Return all its places, each once."""
-        named = (self.raw, self.ema, self.updates and self.updates[:1], self.exact)
+        counter = self.updates and (self.updates[:-1] or self.updates)
+        named = (self.raw, self.ema, counter, self.exact)
         return tuple(dict.fromkeys(place for place in named if place))
 
 
