@@ -193,10 +193,17 @@ def flat(
     return Assembly(target, files, folder=True, companions=tuple(companions), dropped=tuple(dropped))
 
 
-def nested(tree: Any, *, target: Path, provenance: Mapping[str, Any], dropped: Sequence[str] = ()) -> Assembly:
-    """Lay a tree of plain data, specs and OutTensors out as a torch file; what is no plain data is dropped."""
+def nested(
+    tree: Any, *, target: Path, provenance: Mapping[str, Any], dropped: Sequence[str] = (), folder: bool = False
+) -> Assembly:
+    """Lay a tree of plain data, specs and OutTensors out as a torch file, or as a folder of DCP.
+
+    What is no plain data is dropped.
+    """
     left_out = list(dropped)
     plain = torch_zip.plain(tree, left_out, Copies().__getitem__)
+    if folder:
+        return Assembly(target, tuple(dcp.plan(plain, provenance=provenance)), folder=True, dropped=tuple(left_out))
     plan = torch_zip.plan(plain, name=target.name, provenance=provenance)
     return Assembly(target, (plan,), folder=False, dropped=tuple(left_out))
 
@@ -404,9 +411,9 @@ def rewrite(
             "of them changed. Make plain weights of it first: ckpt convert --to plain."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
-    copies = Copies()
     folder = base.path.is_dir()
     if (folder and base.format != "dcp") or base.format == "safetensors":
+        copies = Copies()
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = _sharded(tensors, base, provenance, None, untie=False)
@@ -418,12 +425,8 @@ def rewrite(
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
-    dropped: list[str] = []
-    tree = torch_zip.plain(_replaced(base.tree, state.path, weights), dropped, copies.__getitem__)
-    if folder:
-        return Assembly(target, tuple(dcp.plan(tree, provenance=provenance)), folder=True, dropped=tuple(dropped))
-    plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
-    return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
+    tree = _replaced(base.tree, state.path, weights)
+    return nested(tree, target=target, provenance=provenance, folder=folder)
 
 
 def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:

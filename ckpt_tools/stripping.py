@@ -16,7 +16,7 @@ from .assembly import check_same_format, named_after, nested
 from .errors import LayoutError, UnsupportedError
 from .formats import read_header
 from .formats.header import Header
-from .formats.staged import check_target
+from .formats.staged import check_replaceable, check_target
 from .formats.unpickle import Inert, tensors_in
 from .keys import unwrap
 from .layouts import StateDict, dotted, is_optimizer, looks_like_training_state, select, states
@@ -104,7 +104,7 @@ def strip(
     All sets of weights stay, byte for byte, wherever they stand; so do ``arch``, ``epoch``, ``args`` and all else.
 
     Args:
-        path: a file; folders of shards and safetensors have nothing to strip, and are told so.
+        path: a file, or a folder of DCP; safetensors and folders of shards have nothing to strip, and are told so.
         out: target; the checkpoint's name with ``-stripped`` if not given.
         state: keep only these weights: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path.
         force: replace the target if it exists.
@@ -154,11 +154,12 @@ def strip(
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    assembly = nested(tree, target=target, provenance=said)
+    assembly = nested(tree, target=target, provenance=said, folder=header.path.is_dir())
     with only_noted(notes, dry_run):
-        check_target(
-            target, [stamp.path for stamp in header.files], nbytes=assembly.nbytes, force=force, folder=False
-        )  # fmt: skip
+        inputs = [header.path, *(stamp.path for stamp in header.files)]
+        check_target(target, inputs, nbytes=assembly.nbytes, force=force, folder=assembly.folder)
+        if assembly.folder:
+            check_replaceable(target, assembly.names)
     report = replace(
         report,
         dropped=assembly.dropped,
@@ -349,8 +350,14 @@ def _beside(tree: Any, sets: Iterable[StateDict]) -> tuple[str, ...]:
     return tuple(dotted([key]) for key in tree if key not in weights) if nested else ()
 
 
-def _storages(tree: Any) -> dict[Storage, None]:
-    return dict.fromkeys(spec.storage for _, spec in tensors_in(tree) if isinstance(spec, TensorSpec))
+def _specs(tree: Any) -> set[TensorSpec]:
+    """Collect what is stored of the tensors in a tree: of a chunked one, its chunks."""
+    found = (tensor for _, tensor in tensors_in(tree) if isinstance(tensor, TensorSpec))
+    return {part for tensor in found for _, part in tensor.parts}
+
+
+def _storages(tree: Any) -> set[Storage]:
+    return {spec.storage for spec in _specs(tree)}
 
 
 def _entries(before: Any, after: Any, gone: Iterable[_Path]) -> tuple[Stripped, ...]:
@@ -358,8 +365,8 @@ def _entries(before: Any, after: Any, gone: Iterable[_Path]) -> tuple[Stripped, 
     entries = []
     for path in gone:
         node = _at(before, path)
-        own = [storage for storage in _storages(node) if storage not in counted]
-        counted |= dict.fromkeys(own)
+        own = _storages(node) - counted
+        counted |= own
         tensors = sum(1 for _ in tensors_in(node))
         entries.append(Stripped(dotted(path), tensors, sum(storage.nbytes for storage in own)))
     return tuple(sorted(entries, key=lambda entry: -entry.nbytes))
@@ -367,14 +374,14 @@ def _entries(before: Any, after: Any, gone: Iterable[_Path]) -> tuple[Stripped, 
 
 def _unseen_bytes(tree: Any) -> int:
     """Count what writing each tensor by itself gains; negative where tensors overlap without being the same."""
-    specs = {spec for _, spec in tensors_in(tree) if isinstance(spec, TensorSpec)}
+    specs = _specs(tree)
     return sum(storage.nbytes for storage in {spec.storage for spec in specs}) - sum(spec.nbytes for spec in specs)
 
 
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse what could not be written again, or would leave nothing worth writing."""
-    if not header.format.startswith("torch") or header.path.is_dir():
-        raise UnsupportedError(f"{header.path}: only single files of torch are stripped. Make one: ckpt convert.")
+    if header.format != "dcp" and (not header.format.startswith("torch") or header.path.is_dir()):
+        raise UnsupportedError(f"{header.path}: only torch files and folders of DCP are stripped. See ckpt convert.")
     if not any(True for _ in tensors_in(tree)):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     for path, tensor in tensors_in(tree):

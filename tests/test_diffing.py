@@ -153,6 +153,17 @@ def test_two_formats_two_layouts_and_wrapped_names_are_compared(tmp_path: Path, 
     assert ckpt_tools.diff(timm, timm, state="raw", state_b="state_dict_ema").verdict == "identical"
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_dcp_is_compared_with_a_file(tmp_path: Path, save: Save) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    w = torch.randn(64, 50)
+    dcp.save({"model": {"w": w}}, checkpoint_id=tmp_path / "d", no_dist=True)
+    assert ckpt_tools.diff(tmp_path / "d", save("a.pth", {"w": w})).verdict == "identical"
+    found = only(ckpt_tools.diff(tmp_path / "d", save("b.pth", {"w": w.half()}), atol=1e-9))
+    assert found.max_abs == (w.double() - w.half().double()).abs().max().item()
+
+
 def test_views_are_compared_by_what_they_show(save: Save) -> None:
     base = torch.randn(40, 60)
     view = base.t()[3:50, ::3]

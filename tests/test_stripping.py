@@ -257,6 +257,25 @@ def test_a_legacy_file_becomes_one_of_today(runs: list[Path], tmp_path: Path) ->
     assert "optimizer" not in load(tmp_path / "s.pth")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_of_dcp_is_stripped_and_stays_one(tmp_path: Path) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    model, optimizer = trained()
+    tree = {"model": model.state_dict(), "optim": optimizer.state_dict(), "epoch": 3}
+    dcp.save(tree, checkpoint_id=tmp_path / "d", no_dist=True)
+    report = ckpt_tools.strip(tmp_path / "d")
+    assert (report.out, [entry.place for entry in report.entries]) == (str(tmp_path / "d-stripped"), ["optim"])
+    assert report.entries[0].nbytes >= payload(tree["optim"])  # each tensor is a file of torch's in the file
+    found = {"model": {k: torch.zeros_like(v) for k, v in model.state_dict().items()}, "epoch": 0}
+    dcp.load(found, checkpoint_id=report.out, no_dist=True)
+    assert same_bits(found["model"], model.state_dict())
+    assert found["epoch"] == 3
+    assert ckpt_tools.diff(tmp_path / "d", report.out).verdict == "identical"
+    with pytest.raises(WriteError, match="exists already"):
+        ckpt_tools.strip(tmp_path / "d")
+
+
 def test_nothing_to_strip_writes_nothing(save: Save, tmp_path: Path) -> None:
     weights = {"w": torch.ones(3)}
     paths = [save("a.pth", weights), save("b.pth", {"state_dict": weights, "callbacks": {}, "optimizer": None})]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,13 +24,12 @@ def fix_prefix(
         typer.Option(help="Take this off instead; repeatable.", metavar="P", show_default="what wrappers put on"),
     ] = None,
     add: Annotated[list[str] | None, typer.Option(help="Put this before all names; repeatable.", metavar="P")] = None,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", "-o", metavar="PATH", help="The target.", show_default="CKPT itself, in one rename"),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing target of -o.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+    out: Annotated[str | None, arguments.out("The target.", default="CKPT itself, in one rename")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing target of -o.", rich_help_panel=arguments.OUTPUT)
+    ] = False,
+    dry_run: arguments.DryRun = False,
+    json: arguments.Json = False,
 ) -> None:
     """Take wrapper prefixes such as module. off the names in a checkpoint; nothing else in it changes.
 
@@ -43,7 +41,7 @@ def fix_prefix(
     started = time.perf_counter()
     with console.progress("copying") as on_progress:
         report = prefixes.fix_prefix(
-            None if checkpoint is None else os.path.expanduser(checkpoint),  # noqa: PTH111 - keeps a ~user that is none
+            None if checkpoint is None else arguments.path(checkpoint),
             strip=strip or (), add=add or (), out=arguments.target(out), force=force, dry_run=dry_run,
             on_plan=_show, on_progress=on_progress,
         )  # fmt: skip

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def strip(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A checkpoint file; it is not changed.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder of DCP; it is not changed.")],
     state: Annotated[
         str | None,
         typer.Option(
