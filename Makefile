@@ -7,7 +7,7 @@ SMOKE := build/smoke
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test check fix smoke bench bench-memory bench-bn clean
+.PHONY: install demo test check fix smoke bench bench-memory bench-bn bench-prefix clean
 
 install: $(INSTALLED)
 
@@ -55,6 +55,9 @@ bench-memory: $(INSTALLED)
 bench-bn: $(INSTALLED)
 	$(BIN)/pip install -q --no-deps --target build/fvcore fvcore iopath yacs tabulate termcolor portalocker
 	PYTHONPATH=build/fvcore $(BIN)/python benchmarks/bench_bn.py
+
+bench-prefix: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_prefix.py
 
 clean:
 	rm -rf $(VENV) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -103,10 +103,8 @@ def test_a_symbolic_link_is_not_replaced() -> None:
     save("real.pth")
     Path("link.pth").symlink_to("real.pth")
     message = refused(Path(), "fix-prefix", "link.pth")
-    assert (
-        message
-        == f"Error: link.pth: is a symbolic link. Name the file itself, {Path('real.pth').resolve()}, or a new one with -o."
-    )
+    real = Path("real.pth").resolve()
+    assert message == f"Error: link.pth: is a symbolic link. Name the file itself, {real}, or a new one with -o."
     assert Path("link.pth").is_symlink()
     assert run("fix-prefix", "link.pth", "-o", "new.pth").code == 0
     assert same(torch.load("new.pth"), BARE)
