@@ -21,6 +21,7 @@ from .assembly import (
     unkept_metadata,
     without,
 )
+from .averaging import check_threads
 from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, dcp, read_header
 from .formats.header import Header, Stamp
@@ -127,6 +128,7 @@ def convert(
     _check_format(layout, target)
     _check_counters(updates, decay)
     out_dtype = parse_dtype(dtype)
+    check_threads(threads)
     header = read_header(Path(path))
     reference = _reference(header, names_from, model, model_kwargs or {})
     sets = _chosen(header, layout, state, reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from .assembly import Assembly
 from .errors import WriteError
@@ -12,6 +13,7 @@ from .formats import splice
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
 from .formats.output import FilePlan
+from .formats.splice import Span, Splice
 from .formats.staged import staged_files
 
 
@@ -48,8 +50,9 @@ def write(
     files = assembly.files
     names = [plan.name for plan in files] if assembly.folder else None
     with staged_files(assembly.target, names, [plan.size for plan in files], force=force) as (stage, fds):
-        if all(not plan.needs_crc and all(tensor.verbatim for tensor, _ in plan.slots) for plan in files):
-            _copy(files, fds, stamps, on_progress)
+        splices = [_spliced(plan, stamps) for plan in files]
+        if all(splices):
+            _splice([each for each in splices if each], fds, stamps, on_progress)
         else:
             from . import engine  # imports torch, which copies and refused jobs have no need of
 
@@ -64,8 +67,26 @@ def write(
             shutil.copyfile(companion, stage / companion.name)
 
 
-def _copy(
-    files: Sequence[FilePlan], fds: Sequence[int], stamps: Sequence[Stamp], on_progress: Callable[[int], None] | None
+def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
+    """Describe a file whose tensors stand in one other file, as they are; None for any other."""
+    if plan.needs_crc or not all(tensor.verbatim for tensor, _ in plan.slots):
+        return None
+    pieces: list[tuple[int, bytes | Span]] = [*plan.patches({})]
+    sources: dict[Path, None] = {}
+    for tensor, position in plan.slots:
+        spec = tensor.terms[0][0]
+        start = spec.storage.offset + spec.start * spec.dtype.itemsize
+        pieces.append((position, Span(start, start + spec.nbytes)))
+        sources[spec.storage.path] = None
+    if len(sources) > 1:
+        return None
+    # An index has no tensors, and any file will do.
+    source = next(iter(sources), stamps[0].path)
+    return Splice(source, tuple(piece for _, piece in sorted(pieces, key=lambda item: item[0])))
+
+
+def _splice(
+    splices: Sequence[Splice], fds: Sequence[int], stamps: Sequence[Stamp], on_progress: Callable[[int], None] | None
 ) -> None:
     """Let the kernel move payloads of which not a bit changes."""
     moved = 0
@@ -77,13 +98,7 @@ def _copy(
             on_progress(moved)
 
     with OpenFiles(stamps) as sources:
-        sources.open_all(spec for plan in files for tensor, _ in plan.slots for spec, _ in tensor.terms)
-        for plan, fd in zip(files, fds, strict=True):
-            for tensor, position in plan.slots:
-                spec = tensor.terms[0][0]
-                start = spec.storage.offset + spec.start * spec.dtype.itemsize
-                path = spec.storage.path
-                splice.copy(path, sources[path], splice.Span(start, start + spec.nbytes), fd, position, count)
-            for position, data in plan.patches({}):
-                splice.put(fd, data, position)
+        for each, fd in zip(splices, fds, strict=True):
+            sources.open(each.source)
+            splice.write(each, sources[each.source], fd, count)
         sources.check_unchanged()

@@ -338,6 +338,7 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
         ({"w": torch.ones(1)}, {"to": "plain", "out": "in.pth"}, WriteError, "is one of the inputs"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out.safetensors"}, UsageError, "nests its weights"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out"}, UsageError, "a folder of safetensors cannot hold"),
+        ({"w": torch.ones(1)}, {"to": "plain", "threads": 0}, UsageError, "--threads 0: must be a whole number"),
         ({"w": torch.ones(1)}, {"to": "dcp"}, UsageError, "--to dcp makes a folder"),
         ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "--dtype is one of"),
         ({"w": torch.ones(1).to_sparse()}, {"to": "plain"}, CkptError, "'w' is sparse, which cannot be written"),
