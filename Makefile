@@ -8,7 +8,7 @@ ECOSYSTEM := .venv-ecosystem
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test test-ecosystem formats-table check fix smoke bench bench-memory bench-bn bench-prefix clean
+.PHONY: install demo test test-ecosystem formats-table check fix smoke bench bench-memory bench-bn bench-copies clean
 
 install: $(INSTALLED)
 
@@ -70,8 +70,8 @@ bench-bn: $(INSTALLED)
 	$(BIN)/pip install -q --no-deps --target build/fvcore fvcore iopath yacs tabulate termcolor portalocker
 	PYTHONPATH=build/fvcore $(BIN)/python benchmarks/bench_bn.py
 
-bench-prefix: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_prefix.py
+bench-copies: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_copies.py
 
 clean:
 	rm -rf $(VENV) $(ECOSYSTEM) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,7 +1,7 @@
-"""Time `ckpt fix-prefix` on a 2.4 GB file beside `cp` of it, for .pth and .safetensors; memory, too.
+"""Time `ckpt fix-prefix` and `ckpt convert` to safetensors on a 2.4 GB file beside `cp` of it; memory, too.
 
-    python benchmarks/bench_prefix.py --rounds 5
-    python benchmarks/bench_prefix.py --scale 0.1 --folder DIR
+    python benchmarks/bench_copies.py --rounds 5
+    python benchmarks/bench_copies.py --scale 0.1 --folder DIR
 
 All ways get the same file in a warm page cache, in interleaved rounds, each in a fresh process. `ckpt` syncs what it
 wrote before it renames, `cp` does not: so `cp` is timed with `sync` behind it, which is as much work, and
@@ -21,8 +21,10 @@ from harness import GB, Run, machine_facts, make_console, require_disk, run, sho
 
 NBYTES = 2.4e9
 LAYERS = 600
-CP, CP_SYNC, CKPT, NO_SYNC, IN_PLACE = "cp", "cp, sync", "ckpt -o", "no sync -o", "ckpt in place"
-PLAIN = {CP_SYNC: (CKPT, IN_PLACE), CP: (NO_SYNC,)}
+CP, CP_SYNC = "cp", "cp, sync"
+FIX, IN_PLACE, CONVERT = "fix-prefix -o", "fix-prefix in place", "convert"
+FIX_NO_SYNC, CONVERT_NO_SYNC = "fix-prefix -o, no sync", "convert, no sync"
+PLAIN = {CP_SYNC: (FIX, IN_PLACE, CONVERT), CP: (FIX_NO_SYNC, CONVERT_NO_SYNC)}
 """What is compared with what."""
 
 
@@ -39,11 +41,18 @@ def write(path: str, nbytes: str) -> None:
         save_file(state, path, metadata={"format": "pt"})
 
 
-def without_sync(source: str, target: str) -> None:
+def fix_without_sync(source: str, target: str) -> None:
     os.fsync = lambda fd: None
     from ckpt_tools import fix_prefix
 
     fix_prefix(source, out=target)
+
+
+def convert_without_sync(source: str, target: str) -> None:
+    os.fsync = lambda fd: None
+    from ckpt_tools import convert
+
+    convert(source, to="plain", out=target)
 
 
 def timed(way: str, source: Path, target: Path) -> tuple[float, Run]:
@@ -52,22 +61,27 @@ def timed(way: str, source: Path, target: Path) -> tuple[float, Run]:
     if way in (CP, CP_SYNC):
         done = run(["cp", str(source), str(target)])
         return done.seconds + (run(["sync", str(target)]).seconds if way == CP_SYNC else 0), done
-    if way == NO_SYNC:
-        done = run([*python, "--child", "without_sync", str(source), str(target)])
-    elif way == CKPT:
-        done = run([sys.executable, "-m", "ckpt_tools", "fix-prefix", str(source), "-o", str(target)])
+    ckpt = [sys.executable, "-m", "ckpt_tools"]
+    if way == FIX_NO_SYNC:
+        done = run([*python, "--child", "fix_without_sync", str(source), str(target)])
+    elif way == CONVERT_NO_SYNC:
+        done = run([*python, "--child", "convert_without_sync", str(source), str(target)])
+    elif way == FIX:
+        done = run([*ckpt, "fix-prefix", str(source), "-o", str(target)])
+    elif way == CONVERT:
+        done = run([*ckpt, "convert", str(source), "-o", str(target)])
     else:
         os.link(source, target)  # so that the source stays when this name gets the new file
-        done = run([sys.executable, "-m", "ckpt_tools", "fix-prefix", str(target)])
+        done = run([*ckpt, "fix-prefix", str(target)])
     return done.seconds, done
 
 
 def measure(source: Path, rounds: int) -> dict[str, list[tuple[float, Run]]]:
-    target = source.with_name(f"out{source.suffix}")
-    found: dict[str, list[tuple[float, Run]]] = {way: [] for way in (CP, CP_SYNC, CKPT, NO_SYNC, IN_PLACE)}
+    ways = (CP, CP_SYNC, FIX, IN_PLACE, CONVERT, FIX_NO_SYNC, CONVERT_NO_SYNC)
+    found: dict[str, list[tuple[float, Run]]] = {way: [] for way in ways}
     for number in range(rounds):
-        ways = list(found)
         for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+            target = source.with_name("out" + (".safetensors" if way in (CONVERT, CONVERT_NO_SYNC) else source.suffix))
             warm([str(source)])
             found[way].append(timed(way, source, target))
             run(["sync", str(target)])
@@ -83,7 +97,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        {"write": write, "without_sync": without_sync}[options.child[0]](*options.child[1:])
+        jobs = {job.__name__: job for job in (write, fix_without_sync, convert_without_sync)}
+        jobs[options.child[0]](*options.child[1:])
         return
     console = make_console()
     child = [sys.executable, str(Path(__file__).absolute()), "--child"]
