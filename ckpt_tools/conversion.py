@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +27,7 @@ from .averaging import check_threads
 from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, dcp, read_header
 from .formats.header import Header, Stamp
+from .formats.opened import OpenFiles
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target
@@ -340,11 +343,18 @@ def _rest(header: Header, sets: Mapping[str, StateDict]) -> Mapping[Any, Any]:
     return dict(without(header.tree, {place for each in sets.values() for place in (each.path, *each.places)}))
 
 
-def _number(header: Header, value: Any) -> float | None:
-    if isinstance(value, TensorSpec) and value.numel == 1:
-        from .payload import read_tensor
+_CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
 
-        return float(read_tensor(value, header.files).item())
+
+def _number(header: Header, value: Any) -> float | None:
+    """Read a counter: a number, or a tensor of one, which is too little to import torch for."""
+    if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
+        place = value.storage.offset + value.start * value.dtype.itemsize
+        with OpenFiles(header.files) as files:
+            files.open(value.storage.path)
+            raw = os.pread(files[value.storage.path], value.dtype.itemsize, place)
+        order = ">" if value.storage.big_endian else "<"
+        return float(struct.unpack(order + _CODES[value.dtype.name], raw)[0]) if raw else None
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
