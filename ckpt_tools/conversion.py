@@ -139,6 +139,7 @@ def convert(
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
     content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
+    notes += _lacking(states(header, reference.names))
     if content.pair and {*content.raw.values()} == {*content.ema.values()}:
         notes.append("The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?")
     said = provenance(
@@ -284,6 +285,15 @@ def _in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if not (isinstance(tensor, TensorSpec) and tensor.storage.path == _NOWHERE)
     }
+
+
+def _lacking(found: Mapping[str, StateDict]) -> list[str]:
+    """Say that an average is not of the whole model, such as one of parameters alone."""
+    if len(found) < 2 or found["ema"].fault is not None:
+        return []
+    names = [name for name in found["raw"].tensors if name not in found["ema"].tensors]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"The averaged weights lack '{names[0]}'{more}, which the raw ones have."] if names else []
 
 
 def _content(

@@ -433,3 +433,11 @@ def test_what_stands_beside_an_average_deep_inside_goes_along(save: Save, tmp_pa
     extra = {"ema": weights(2), "epoch": 4}
     ckpt_tools.convert(save("f.pt", {"model": weights(1), "extra_state": extra}), to="dit", out=tmp_path / "dit.pt")
     assert load(tmp_path / "dit.pt")["extra_state"] == {"epoch": 4}
+
+
+def test_an_average_of_parameters_alone_is_said_to_lack_the_rest(save: Save, tmp_path: Path) -> None:
+    ema = {name: tensor for name, tensor in weights(2).items() if "running" not in name and "num_b" not in name}
+    source = save("c.pth", {"model": weights(1), "ema": ema})
+    report = ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
+    assert report.notes == ("The averaged weights lack '1.running_mean' and 2 more, which the raw ones have.",)
+    assert same_bits(load(tmp_path / "out.pth"), ema)
