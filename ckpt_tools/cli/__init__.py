@@ -43,7 +43,7 @@ app = typer.Typer(
     name="ckpt",
     cls=_PlainList,
     help="Average, recalibrate and inspect saved PyTorch checkpoints. "
-    "No code in a checkpoint is ever run; no input is ever changed.",
+    "No code in a checkpoint is ever run; no input is ever changed (fix-prefix replaces its own without -o).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
