@@ -398,7 +398,7 @@ def test_a_text_of_the_memo_comes_out_right_at_each_use(save: Save) -> None:
     assert equal(torch.load(path, weights_only=True), expected)
 
 
-def test_a_file_without_our_touch_loads_where_it_loaded_before(save: Save) -> None:
+def test_the_restricted_loader_of_torch_reads_the_result_as_the_original(save: Save) -> None:
     """The restricted loader of torch knows protocol 2 alone."""
     path = save("c.pth", nn.DataParallel(net()).state_dict(), pickle_protocol=2)
     torch.load(path, weights_only=True)
