@@ -271,8 +271,10 @@ def trees(draw: st.DrawFn) -> tuple[Any, Any]:
             wrapped[shared(lead + name)], bare[name] = value, value
             spare.append(shared(lead + name))
         if draw(st.booleans()):
-            wrapped._metadata = OrderedDict({shared(f"{lead}{n}"): {"version": 1} for n in names})
-            bare._metadata = OrderedDict({n: {"version": 1} for n in names})
+            parts = lead.split(".")[:-1]
+            shells = OrderedDict({".".join(parts[:i]): {"version": 0} for i in range(len(parts))})
+            bare._metadata = OrderedDict({"": {"version": 1}, **{n: {"version": 1} for n in names}})
+            wrapped._metadata = shells | {shared((lead + n).removesuffix(".")): v for n, v in bare._metadata.items()}
         return wrapped, bare
 
     pairs = [state() for _ in range(draw(st.integers(1, 3)))]
@@ -292,7 +294,8 @@ def with_prefix(tree: Any, prefix: str) -> Any:
     if isinstance(tree, OrderedDict) and any(isinstance(value, torch.Tensor) for value in tree.values()):
         new = OrderedDict((prefix + name, value) for name, value in tree.items())
         if hasattr(tree, "_metadata"):
-            new._metadata = OrderedDict((prefix + name, value) for name, value in tree._metadata.items())
+            metadata = tree._metadata.items()
+            new._metadata = OrderedDict((f"{prefix}{name}" if name else prefix[:-1], value) for name, value in metadata)
         return new
     if isinstance(tree, dict):
         return {key: with_prefix(value, prefix) for key, value in tree.items()}
@@ -333,12 +336,20 @@ def test_strip_and_add_do_only_what_they_say(save: Save) -> None:
     assert list(torch.load(path)) == ["module.net.a.w", "module.net.b.w", "module.net.head.w"]
 
 
+def versions(model: nn.Module) -> dict[str, Any]:
+    return dict(model.state_dict()._metadata)
+
+
 def test_metadata_follows_prefixes_given_by_hand(save: Save) -> None:
     path = save("c.pth", net().state_dict())
     fix_prefix(path, add=["model."])
     assert list(torch.load(path)._metadata) == ["model", "model.conv", "model.bn", "model.head"]
     fix_prefix(path, strip=["model."])
     assert torch.load(path)._metadata == net().state_dict()._metadata
+    wrapped = save("d.pth", nn.DataParallel(net()).state_dict())
+    for options in ({}, {"add": ["net."]}):  # a name that two have become goes on as one
+        fix_prefix(wrapped, **options)
+    assert torch.load(wrapped)._metadata == OrderedDict((f"net.{k}".rstrip("."), v) for k, v in versions(net()).items())
     fix_prefix(path, add=["ema_"])  # joins the first part of each name
     assert list(torch.load(path)._metadata) == ["", "ema_conv", "ema_bn", "ema_head"]
 
