@@ -420,27 +420,22 @@ def test_the_restricted_loader_of_torch_reads_the_result_as_the_original(save: S
 @pytest.mark.parametrize("names", [1, 40, 3000])
 def test_storages_stay_aligned_whatever_the_pickle_loses_or_gains(names: int, save: Save) -> None:
     path = save("c.pth", {f"module.{i}.w": torch.full((3,), float(i)) for i in range(names)})
-    before = {info.filename: data_offset(path, info.filename) for info in infos(path)}
+    before = offsets(path)
     for options in (
         {},
         {"add": ["a_very_long_name_of_a_wrapper.module."]},
         {"strip": ["a_very_long_name_of_a_wrapper."]},
-    ) * 12:
+    ) * 4:
         fix_prefix(path, **options)
-        after = {info.filename: data_offset(path, info.filename) for info in infos(path)}
-        moved = {after[name] - before[name] for name in after if not name.endswith("data.pkl")}
+        after = offsets(path)
+        moved = {after[name] - before[name] for name in after if name != "data.pkl"}
         assert len(moved) == 1
         assert moved.pop() % 4096 == 0
         check_zip(path)
     assert equal(torch.load(path), {f"module.{i}.w": torch.full((3,), float(i)) for i in range(names)})
 
 
-def infos(path: Path) -> list[zipfile.ZipInfo]:
-    with zipfile.ZipFile(path) as archive:
-        return archive.infolist()
-
-
-def data_offset(path: Path, name: str) -> int:
-    """Where the bytes of a record start, as torch finds them."""
+def offsets(path: Path) -> dict[str, int]:
+    """Where the bytes of each record start, as torch finds them."""
     reader = torch._C.PyTorchFileReader(str(path))
-    return int(reader.get_record_offset(name.partition("/")[2]))
+    return {name: reader.get_record_offset(name) for name in reader.get_all_records()}
