@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from .assembly import (
     TORCH_SUFFIXES,
     Assembly,
-    beside,
     check_shard_size,
     check_suffix,
     flat,
@@ -27,7 +26,8 @@ from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target
 from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, ema_config, parameters, select, states
-from .layouts.build import Content, build, ema_settings
+from .layouts.build import SETTINGS, Content, build, ema_settings
+from .layouts.carry import beside, left_behind
 from .layouts.table import follow
 from .provenance import provenance
 from .tensors import DTYPES, DType, Kind, Storage, Tensor, TensorSpec, UnsupportedTensor, make_spec, parse_dtype
@@ -128,8 +128,8 @@ def convert(
     out_dtype = parse_dtype(dtype)
     header = read_header(Path(path))
     reference = _reference(header, names_from, model, model_kwargs or {})
-    sets = _chosen(header, layout, state, reference)
-    notes: list[str] = []
+    found, sets = _chosen(header, layout, state, reference)
+    notes = list(_remarks(found, sets, reference))
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
     content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
@@ -147,7 +147,9 @@ def convert(
             nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
             force=force, folder=not target.name.endswith(SUFFIXES),
         )  # fmt: skip
-    assembly = _assembled(layout, content, header, sets, target, said, shard_bytes, untie)
+    nested_too = bool(layout.home) and target.name.endswith(TORCH_SUFFIXES)
+    dropped = [*unkept_metadata(header), *left_behind(header.tree, sets, layout, nested=nested_too)]
+    assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, untie)
     if assembly.folder:
         with only_noted(notes, dry_run):
             check_replaceable(target, assembly.names)
@@ -207,7 +209,7 @@ def _check_format(layout: Layout, target: Path) -> None:
 
 
 def _check_counters(updates: int | None, decay: float | None) -> None:
-    if updates is not None and (type(updates) is not int or not 0 <= updates < 1 << 31):
+    if updates is not None and (type(updates) is not int or not 0 <= updates < 1 << 63):
         raise UsageError(f"--updates {updates!r}: must be a whole number from 0 on.")
     if decay is not None and not 0 <= decay <= 1:
         raise UsageError(f"--decay {decay!r}: must be from 0 to 1.")
@@ -221,11 +223,13 @@ class _Reference:
         names: a state dict of the model; empty where nobody gave one.
         order: which of them are parameters, in their order; None where a state dict cannot tell for certain.
         files: of the checkpoint that they are from, whose buffers may be needed.
+        label: what to call it.
     """
 
     names: Mapping[str, Tensor] | None = None
     order: tuple[str, ...] | None = None
     files: tuple[Stamp, ...] = ()
+    label: str = ""
 
 
 _NOWHERE = Path()
@@ -238,7 +242,8 @@ def _reference(
         raise UsageError("--names-from and --model both give names. Leave one of them out.")
     if names_from is not None:
         other = read_header(Path(names_from))
-        return _Reference(select(other).tensors, files=other.files)
+        chosen = select(other)
+        return _Reference(chosen.tensors, files=other.files, label=f"{other.path}: {chosen.label}")
     if model is None:
         return _Reference()
     from torch.nn import Parameter
@@ -259,14 +264,46 @@ def _reference(
     return _Reference(names, order)
 
 
-def _chosen(header: Header, layout: Layout, state: str, reference: _Reference) -> dict[str, StateDict]:
-    """Choose the sets that go in: both, where both places are there for them and nobody asked for one."""
+def _chosen(
+    header: Header, layout: Layout, state: str, reference: _Reference
+) -> tuple[dict[str, StateDict], dict[str, StateDict]]:
+    """Choose the sets that go in: both, where both places are there for them and nobody asked for one.
+
+    Returns:
+        (all sets of the checkpoint, those that go in).
+    """
     first = select(header, state, reference.names)
-    found = (
-        states(header, reference.names) if state == "auto" and layout.raw is not None and layout.ema is not None else {}
-    )
-    sets = found if len(found) == 2 and found["raw"].fault is None else {first.which: first}
-    return {which: replace(each, tensors=_in_files(each.tensors)) for which, each in sets.items()}
+    found = states(header, reference.names)
+    sets = {first.which: first}
+    both = layout.raw is not None and layout.ema is not None
+    if state == "auto" and both and len(found) == 2 and found["raw"].fault is None:
+        sets["raw"] = select(header, "raw", reference.names)
+    return found, {which: replace(each, tensors=_in_files(each.tensors)) for which, each in sets.items()}
+
+
+def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], reference: _Reference) -> Iterator[str]:
+    """Say where names of averages and of raw weights differ, and which values among the averages are none."""
+    ema, raw = sets.get("ema"), found["raw"].tensors if "raw" in found else {}
+    if ema is None:
+        return
+    if raw:
+        for one, other, who in ((raw, ema.tensors, "lack"), (ema.tensors, raw, "hold")):
+            strange = [name for name in one if name not in other]
+            if strange:
+                also = ", which the raw ones do not" if who == "hold" else ", which the raw ones hold"
+                yield f"The averaged weights {who} {_some(strange)}{also}."
+    for names, whose in ((raw, "the raw weights"), (reference.names or {}, reference.label)):
+        borrowed = [
+            name
+            for name, tensor in ema.tensors.items()
+            if names.get(name) is tensor and isinstance(tensor, TensorSpec) and tensor.dtype.averaged
+        ]
+        if 0 < len(borrowed) < len(ema.tensors):
+            yield f"No averages, but from {whose}: {_some(borrowed)}."
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -301,7 +338,8 @@ def _content(
         parameters=tuple(known) if reference.order is None else tuple(n for n in reference.order if n in ema),
         updates=updates if updates is not None else _stored_updates(header, averaged),
         decay=decay if decay is not None else _stored_decay(header, averaged),
-        rest=_rest(header, sets),
+        settings=_stored_settings(header, averaged),
+        rest=beside(header.tree, sets),
         notes=notes,
     )
 
@@ -327,38 +365,25 @@ def _copied(
     return weights  # type: ignore[no-any-return]
 
 
-def _rest(header: Header, sets: Mapping[str, StateDict]) -> Mapping[Any, Any]:
-    """Return what stands beside the weights at the top of a nested checkpoint."""
-    first = next(iter(sets.values()))
-    if not first.path or not isinstance(header.tree, dict):
-        return {}
-    taken = {place[0] for each in sets.values() for place in (each.path, *each.places)}
-    rest = {key: value for key, value in header.tree.items() if key not in taken}
-    for place in first.places:
-        if len(place) > 1 and isinstance(header.tree.get(place[0]), dict):  # its neighbours stay
-            key, inner = place
-            beside_it = rest[key] if key in rest else header.tree[key]
-            rest[key] = {k: v for k, v in beside_it.items() if k != inner}
-    return rest
-
-
 def _number(header: Header, value: Any) -> float | None:
     if isinstance(value, TensorSpec) and value.numel == 1:
         from .payload import read_tensor
 
-        return float(read_tensor(value, header.files).item())
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        value = read_tensor(value, header.files).item()
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def _stored_updates(header: Header, state: StateDict) -> int | None:
     """Read how often the average was updated: its own counter, a configuration, or how many files `avg` took."""
     said = header.provenance or {}
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
+    if state.which == "raw":  # the average's counter is not of these
+        return len(inputs) if isinstance(inputs, list) else None
     value = state.updates if state.updates is not None else ema_config(header).get("optimization_step")
     number = _number(header, value)
     if number is None and isinstance(inputs, list):
         return len(inputs)
-    return int(number) if number is not None and 0 <= number < 1 << 31 else None  # LitEma's -1 means unknown
+    return int(number) if number is not None and 0 <= number < 1 << 63 else None  # LitEma's -1 means unknown
 
 
 def _stored_decay(header: Header, state: StateDict) -> float | None:
@@ -367,17 +392,22 @@ def _stored_decay(header: Header, state: StateDict) -> float | None:
     return number if number is not None and 0 <= number <= 1 else None
 
 
+def _stored_settings(header: Header, state: StateDict) -> Mapping[str, Any]:
+    beside_it = follow(header.tree, state.path) if state.keys is None else ema_config(header)
+    known = beside_it if isinstance(beside_it, Mapping) and "optimization_step" in beside_it else {}
+    return {key: known[key] for key in SETTINGS if isinstance(known.get(key), (int, float))}
+
+
 def _assembled(
     layout: Layout,
     content: Content,
     header: Header,
-    sets: Mapping[str, StateDict],
     target: Path,
     said: Mapping[str, Any],
+    dropped: Sequence[str],
     shard_bytes: int | None,
     untie: bool,
 ) -> Assembly:
-    dropped = [*unkept_metadata(header), *_lost(layout, header, sets, nested=target.name.endswith(TORCH_SUFFIXES))]
     if target.name.endswith(TORCH_SUFFIXES):
         return nested(build(layout, content), target=target, provenance=said, dropped=dropped)
     if layout.name == "diffusers":
@@ -389,19 +419,6 @@ def _assembled(
     return flat(
         tree, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie, dropped=dropped
     )
-
-
-def _lost(layout: Layout, header: Header, sets: Mapping[str, StateDict], *, nested: bool) -> Sequence[str]:
-    """List what of the checkpoint the output has no place for."""
-    taken = {each.path for each in sets.values()}
-    first = next(iter(sets.values()))
-    if nested and layout.home:
-        return [
-            dotted(place) for place in first.places if place not in taken and follow(header.tree, place) is not None
-        ]
-    both = [dotted((*first.path, rest)) for rest in first.rest] if len(sets) == 2 else []
-    left = [each.label for which, each in states(header).items() if which not in sets and each.path == first.path]
-    return left + [place for place in beside(header.tree, first) if place not in (*map(dotted, taken), *both)]
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Path) -> list[str]:
