@@ -229,7 +229,8 @@ def beside(tree: Any, state: StateDict) -> list[str]:
     for depth, key in enumerate(state.path):
         others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
         tree = tree[key]
-    return others + [dotted((*state.path, key)) for key in (*state.extras, *state.rest)]
+    within = [*((*state.path, key) for key in (*state.extras, *state.rest)), *state.counters]
+    return [*others, *(dotted(path) for path in within if path[: len(state.path)] == state.path)]
 
 
 def _sharded(
@@ -295,6 +296,7 @@ def _container(
         weights._metadata = metadata
     weights.update(state.extras)
     dropped += [dotted((*state.path, rest)) for rest in state.rest]
+    dropped += [dotted(place) for place in state.counters if place[: len(state.path)] == state.path]
     tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
@@ -322,7 +324,7 @@ def _put_in_place(
     if not state.path:
         return weights, ()
     placed = dict(tree)
-    for place in state.places:
+    for place in sorted(state.places, key=len):
         if place not in (state.home, state.home[:1]) and _holds(placed, place):
             placed = _replaced(placed, place, _GONE)
             dropped.append(dotted(place))

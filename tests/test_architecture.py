@@ -36,6 +36,8 @@ ROOMS = [
     "diffing",
     "stripping",
     "batchnorm",
+    "counters",
+    "references",
     "conversion",
     "cli",
     "__main__",
