@@ -136,8 +136,6 @@ def convert(
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
     content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
-    if content.pair and {*content.raw.values()} == {*content.ema.values()}:
-        notes.append("The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?")
     said = provenance(
         "convert",
         {"to": to, "dtype": out_dtype and out_dtype.name},
@@ -146,7 +144,7 @@ def convert(
     )
     with only_noted(notes, dry_run):
         check_target(
-            target, [header.path, *(stamp.path for stamp in header.files)],
+            target, [header.path, *(stamp.path for stamp in (*header.files, *reference.files))],
             nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
             force=force, folder=not target.name.endswith(SUFFIXES),
         )  # fmt: skip
@@ -242,6 +240,9 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], refe
     ema, raw = sets.get("ema"), found["raw"].tensors if "raw" in found else {}
     if ema is None:
         return
+    if raw and {*raw.values()} == {*ema.tensors.values()}:
+        yield "The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?"
+        return
     if raw:
         for one, other, who in ((raw, ema.tensors, "lack"), (ema.tensors, raw, "hold")):
             strange = [name for name in one if name not in other]
@@ -254,7 +255,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], refe
             for name, tensor in ema.tensors.items()
             if names.get(name) is tensor and isinstance(tensor, TensorSpec) and tensor.dtype.averaged
         ]
-        if 0 < len(borrowed) < len(ema.tensors):
+        if borrowed:
             yield f"No averages, but from {whose}: {_some(borrowed)}."
 
 

@@ -509,6 +509,23 @@ def test_values_from_another_checkpoint_are_named(save: Save, tmp_path: Path) ->
     assert load(tmp_path / "out.pth")["bn.running_mean"].tolist() == [3.5, 3.5]
 
 
+def test_the_checkpoint_that_gives_names_is_an_input_and_never_replaced(save: Save, tmp_path: Path) -> None:
+    names = save("names.pth", bn_weights(1))
+    before = names.read_bytes()
+    with pytest.raises(WriteError, match="is one of the inputs, which are never changed"):
+        ckpt_tools.convert(save("list.pth", LIST), to="plain", names_from=names, out=names, force=True)
+    assert names.read_bytes() == before
+
+
+def test_an_average_that_is_the_raw_weights_is_said_to_be(save: Save, tmp_path: Path) -> None:
+    weights = bn_weights(1)
+    source = save("in.pth", {"model": weights, "ema": OrderedDict(weights)})
+    report = ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
+    assert report.notes == (
+        "The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?",
+    )
+
+
 @pytest.mark.parametrize("out", ["ema", "ema.pth"])
 def test_the_settings_of_diffusers_stay(save: Save, tmp_path: Path, out: str) -> None:
     kept = {"inv_gamma": 2.0, "power": 0.75, "use_ema_warmup": True, "min_decay": 0.1, "update_after_step": 5}
