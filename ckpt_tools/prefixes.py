@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from json import JSONDecodeError
 from pathlib import Path
 from stat import S_IMODE
 from typing import Any
+from zipfile import BadZipFile
 
-from .errors import CorruptError, LayoutError, UnsupportedError, UsageError, WriteError
+from .errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
 from .formats import SUFFIXES, read_header, renaming, splice
 from .formats.header import Header, Stamp
 from .formats.opened import OpenFiles
-from .formats.renaming import Renaming
+from .formats.renaming import Named, Renaming
 from .formats.sharded import INDEX_SUFFIXES, renamed_index
 from .formats.splice import Span, Splice
 from .formats.staged import check_replaceable, check_target, staged_files
 from .layouts import is_optimizer
-from .names import StateNames, plan_changes, state_dicts
+from .names import Change, StateNames, plan_changes, state_dicts
 from .paths import default_input
 from .writing import only_noted
 
@@ -98,30 +101,15 @@ def fix_prefix(
             f"{source}: a DCP checkpoint, whose names stand in many places. Make one file of it first: ckpt convert."
         )
     header = read_header(source)
-    sharded = header.format == "sharded"
-    files = [renaming.read(read_header(stamp.path) if sharded else header) for stamp in header.files[sharded:]]
-    states = {(): {k: v for file in files for k, v in file.tree.items()}} if sharded else state_dicts(files[0].tree)
-    if not states:
-        raise LayoutError(f"{source}: {_no_names(header.tree)}")
     notes: list[str] = []
-    changes = plan_changes(states, strip, add, where=str(source), notes=notes)
-    changed = any(change.names for change in changes)
-    splices = {
-        file.path.name: file.renamed(
-            [
-                Renaming(state, change.names, change.modules(state))
-                for state, change in zip([file.tree] if sharded else states.values(), changes, strict=True)
-            ]
-        )
-        if changed
-        else Splice(file.path, (Span(0, file.path.stat().st_size),))
-        for file in files
-    }
+    target = Path(out) if out is not None else header.path if header.format == "sharded" else header.files[0].path
+    folder = header.format == "sharded" if out is None else _stays(header, target)
     stamps = list(header.files)
-    target = Path(out) if out is not None else header.path if sharded else header.files[0].path
-    folder = sharded if out is None else _stays(header, target)
-    if folder:
-        _add_companions(header, splices, {k: v for c in changes for k, v in c.names.items()}, stamps, notes)
+    with _undisturbed(source):
+        changes, splices = _renamed(header, strip, add, notes)
+        if folder and out is not None:
+            stamps += _add_companions(header, splices, notes)
+    changed = any(change.names for change in changes)
     report = PrefixReport(
         path=str(source),
         out=str(target),
@@ -137,7 +125,7 @@ def fix_prefix(
                 _check_in_place(header, target, report.nbytes, notes)
             else:
                 _refuse_itself(header, target)
-                inputs = [header.path, *(stamp.path for stamp in header.files)]
+                inputs = [*([_home(header)] if folder else []), *(stamp.path for stamp in header.files)]
                 check_target(target, inputs, nbytes=report.nbytes, force=force, folder=folder)
                 if folder:
                     check_replaceable(target, splices)
@@ -148,6 +136,50 @@ def fix_prefix(
         return report
     _write(target, splices, stamps, in_place=out is None, folder=folder, force=force, on_progress=on_progress)
     return replace(report, written=True)
+
+
+@contextmanager
+def _undisturbed(source: Path) -> Iterator[None]:
+    """Say what it means that a file whose header was read just now cannot be read once more."""
+    try:
+        yield
+    except (OSError, BadZipFile, JSONDecodeError, struct.error) as error:
+        raise CorruptError(f"{source}: changed while it was read ({error}). Try again when it is whole.") from error
+
+
+def _renamed(
+    header: Header, strip: Sequence[str], add: Sequence[str], notes: list[str]
+) -> tuple[list[Change], dict[str, Splice]]:
+    """Plan the names of a checkpoint, and from them its files, the index of a sharded one last."""
+    if header.format != "sharded":
+        file = renaming.read(header)
+        states = state_dicts(file.tree)
+        if not states:
+            raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
+        changes = plan_changes(states, strip, add, where=str(header.path), notes=notes)
+        return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
+    index, *shards = (stamp.path for stamp in header.files)
+    files = [renaming.read(read_header(path)) for path in shards]
+    # One state dict in many files: what all names carry, all names in all files carry.
+    whole = {name: tensor for file in files for name, tensor in file.tree.items()}
+    (change,) = plan_changes({(): whole}, strip, add, where=str(header.path), notes=notes)
+    splices = {file.path.name: _splice(file, [(file.tree, change)]) for file in files}
+    splices[index.name] = Splice(index, (renamed_index(index, change.names),)) if change.names else _copy(index)
+    return [change], splices
+
+
+def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], Change]]) -> Splice:
+    if not any(change.names for _, change in states):
+        return _copy(file.path)
+    return file.renamed([Renaming(state, change.names, change.modules(state)) for state, change in states])
+
+
+def _copy(path: Path) -> Splice:
+    return Splice(path, (Span(0, path.stat().st_size),))
+
+
+def _home(header: Header) -> Path:
+    return header.files[0].path.parent
 
 
 def _no_names(tree: Any) -> str:
@@ -171,27 +203,24 @@ def _stays(header: Header, target: Path) -> bool:
     return folder
 
 
-def _add_companions(
-    header: Header, splices: dict[str, Splice], names: Mapping[str, str], stamps: list[Stamp], notes: list[str]
-) -> None:
-    """Make the folder a complete model again: the index, and all files beside the weights but other weights."""
-    home = header.files[0].path.parent
-    weights = {stamp.path.name for stamp in header.files}
-    if header.format == "sharded":
-        index = header.files[0].path
-        splices[index.name] = Splice(index, (renamed_index(index, names),))
-    left_out = []
-    for path in sorted(home.iterdir()):
-        if path.name in weights or path.name.startswith("."):
+def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]) -> list[Stamp]:
+    """Make the folder a complete model again: all files beside the weights but other weights; return their stamps."""
+    left_out, stamps = [], []
+    for path in sorted(_home(header).iterdir()):
+        if path.name in splices or path.name.startswith("."):
             continue
         if not path.is_file() or path.name.endswith((*SUFFIXES, *INDEX_SUFFIXES)):
             left_out.append(path.name)
             continue
-        with path.open("rb") as file:
-            stamps.append(Stamp.of(path, file.fileno()))
-        splices[path.name] = Splice(path, (Span(0, stamps[-1].nbytes),))
+        try:
+            with path.open("rb") as file:
+                stamps.append(Stamp.of(path, file.fileno()))
+        except OSError as error:
+            raise ReadError(f"{path}: cannot be read ({error.strerror}). It belongs into the new folder.") from error
+        splices[path.name] = _copy(path)
     if left_out:
         notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
+    return stamps
 
 
 def _refuse_itself(header: Header, target: Path) -> None:

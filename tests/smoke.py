@@ -64,6 +64,19 @@ def recalibrate(folder: str) -> None:
         raise SystemExit(f"a timm model without timm: {refused.stderr}")
 
 
+def rewrite(folder: str) -> None:
+    """The other commands end where they began: renamed and back, converted and back."""
+    ckpt("convert", "averaged.pth", "-o", "plain.safetensors", folder=folder)
+    ckpt("fix-prefix", "plain.safetensors", "--add", "module.", folder=folder)
+    ckpt("fix-prefix", "plain.safetensors", folder=folder)
+    ckpt("convert", "plain.safetensors", "--to", "averaged-model", "-o", "swa.pth", folder=folder)
+    ckpt("convert", "swa.pth", "--to", "dcp", "-o", "shards", folder=folder)
+    verdict = json.loads(ckpt("diff", "averaged.pth", "shards", "--json", folder=folder).stdout)["verdict"]
+    if verdict != "identical":
+        raise SystemExit(f"converted there and back: {verdict}")
+    ckpt("strip", str(RUNS / "checkpoint-1.pth"), "-o", "stripped.pth", folder=folder)
+
+
 def main() -> None:
     for name in ("timm", "torchvision", "PIL", "numpy"):
         if importlib.util.find_spec(name) is not None:
@@ -81,6 +94,7 @@ def main() -> None:
         loaded = torch.load(Path(folder) / "averaged.pth", weights_only=True, mmap=True)
         if loaded["arch"] != "digits_net" or len(loaded["state_dict"]) != 20:
             raise SystemExit("the average does not hold what it should")
+        rewrite(folder)
         recalibrate(folder)
         big = [f"{folder}/big-{i}.pth" for i in range(3)]
         for i, path in enumerate(big):

@@ -86,6 +86,12 @@ def test_no_module_is_too_long_to_read() -> None:
         assert len(path.read_text().splitlines()) <= 450, path
 
 
+def test_the_wheel_takes_every_package_along() -> None:
+    listed = (PACKAGE.parent / "pyproject.toml").read_text().partition("\npackages = [")[2].partition("]")[0]
+    found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(listed.replace('"', "").split(", ")) == found
+
+
 def test_the_public_names_are_these() -> None:
     assert ckpt_tools.__all__ == [
         "AverageReport",

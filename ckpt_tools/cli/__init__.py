@@ -45,8 +45,8 @@ class _Command(typer.core.TyperCommand):
 app = typer.Typer(
     name="ckpt",
     cls=_PlainList,
-    help="Average, convert, recalibrate, strip, compare and inspect saved PyTorch checkpoints. "
-    "No code in a checkpoint is ever run; no input is ever changed.",
+    help="Average, convert, rename, recalibrate, strip, compare and inspect saved PyTorch checkpoints. No code in a "
+    "checkpoint is ever run; no input is ever changed (fix-prefix replaces its own, in one rename, without -o).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -26,7 +26,7 @@ def diff(
     json: arguments.Json = False,
     threads: arguments.Threads = None,
 ) -> None:
-    """Show what is different between the weights of two checkpoints; exit 1 if anything is.
+    """Show what differs between two checkpoints.
 
     Example: ckpt diff averaged.pth averaged-bn.pth
     """

@@ -31,7 +31,7 @@ def fix_prefix(
     dry_run: arguments.DryRun = False,
     json: arguments.Json = False,
 ) -> None:
-    """Take wrapper prefixes such as module. off the names in a checkpoint; nothing else in it changes.
+    """Take wrapper prefixes off the names; nothing else changes.
 
     Example: ckpt fix-prefix averaged.pth
     """

@@ -116,7 +116,7 @@ def recal_bn(
     dry_run: arguments.DryRun = False,
     json: arguments.Json = False,
 ) -> None:
-    """Give averaged weights the BatchNorm statistics that they see in use.
+    """Recalibrate the BatchNorm statistics of averaged weights.
 
     Example: ckpt recal-bn averaged.pth --data imagenet/train
     """

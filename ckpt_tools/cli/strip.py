@@ -27,7 +27,7 @@ def strip(
     dry_run: arguments.DryRun = False,
     json: arguments.Json = False,
 ) -> None:
-    """Write a checkpoint without its optimizer and the rest of its training state.
+    """Drop the optimizer and the rest of the training state.
 
     Example: ckpt strip checkpoint-300.pth.tar
     """

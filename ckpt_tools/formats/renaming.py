@@ -77,7 +77,7 @@ def _respelled(spelling: Spelling, renamings: Sequence[Renaming], path: Path) ->
         metadata = getattr(renaming.state, "_metadata", None)
         for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
             if isinstance(mapping, dict) and names:
-                wanted += [(key, names[key]) for key in mapping if key in names]
+                wanted += [(key, names[key]) for key in spelling.keys(mapping) if key in names]
                 changed.setdefault(id(mapping), {}).update(names)
     try:
         pickled = spelling.respelled(wanted)

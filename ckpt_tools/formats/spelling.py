@@ -57,6 +57,15 @@ class Spelling:
     tree: Any
     _uses: dict[int, _Use] = field(default_factory=dict)
     _frames: list[tuple[int, int]] = field(default_factory=list)
+    _keys: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
+
+    def keys(self, mapping: Mapping[Any, Any]) -> list[Any]:
+        """Return the keys of a dict of the tree, once for each time that the pickle sets them.
+
+        So a key of ours may come twice: `_metadata` of a wrapper and of the model in it get one name.
+        """
+        _, set_later = self._keys.get(id(mapping), (mapping, []))
+        return list({id(key): key for key in (*mapping, *set_later)}.values())
 
     def respelled(self, wanted: Iterable[tuple[str, str]]) -> bytes:
         """Write the pickle with other texts in some places.
@@ -102,7 +111,7 @@ def spell(pickled: bytes, *, where: str) -> Spelling:
     """
     tracer = _Tracer(io.BytesIO(pickled))
     tree = unpickle.run(tracer, where=where)
-    return Spelling(pickled, tree, tracer.uses, tracer.frames)
+    return Spelling(pickled, tree, tracer.uses, tracer.frames, tracer.keys)
 
 
 def _nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
@@ -133,6 +142,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         self.pickled = pickled
         self.uses: dict[int, _Use] = {}
         self.frames: list[tuple[int, int]] = []
+        self.keys: dict[int, tuple[Any, list[Any]]] = {}
 
     def load_frame(self) -> None:
         # Passed over, so that the position in the file is always that of the next opcode.
@@ -145,8 +155,22 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         self.stack[-2:] = [str(part) if isinstance(part, Spelled) else part for part in self.stack[-2:]]
         _Base.load_stack_global(self)
 
+    def load_setitem(self) -> None:
+        mapping, key, _ = self.stack[-3:]
+        self._note_keys(mapping, [key])
+        _Base.load_setitem(self)
+
+    def load_setitems(self) -> None:
+        self._note_keys(self.metastack[-1][-1], self.stack[::2])
+        _Base.load_setitems(self)
+
+    def _note_keys(self, mapping: Any, keys: list[Any]) -> None:
+        self.keys.setdefault(id(mapping), (mapping, []))[1].extend(keys)
+
     dispatch = {
         **_Base.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
         pickle.FRAME[0]: load_frame,
         pickle.STACK_GLOBAL[0]: load_stack_global,
         **{

@@ -397,3 +397,22 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], env=environment(), cwd=tmp_path, check=True)
     assert spawn("fix-prefix", cwd=tmp_path).returncode == 0
+
+
+def test_a_file_that_shrinks_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckpt_tools import prefixes
+
+    path = save("c.pth")
+    real = prefixes.read_header
+
+    def disturbed(given: Path) -> Any:
+        header = real(given)
+        os.truncate(given, 100)
+        return header
+
+    monkeypatch.setattr(prefixes, "read_header", disturbed)
+    result = run("fix-prefix", path)
+    assert result.code == 1
+    assert "c.pth: changed while it was read" in result.err
+    assert path.stat().st_size == 100
+    assert list(Path().iterdir()) == [path]
