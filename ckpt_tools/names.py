@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from .errors import AlignmentError, UsageError
+from .formats.unpickle import Inert
 from .keys import WRAPPERS, unwrapping
 from .layouts import dotted, is_optimizer, looks_like_training_state
 from .tensors import DTYPES, Tensor, TensorSpec
@@ -76,7 +77,7 @@ def state_dicts(tree: Any) -> dict[Path, dict[Any, Any]]:
     """Find the dicts whose text keys hold tensors, by path, in order; those of optimizers are passed over."""
     found: dict[Path, dict[Any, Any]] = {}
     seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), tree)]
+    stack: list[tuple[Path, Any]] = [] if is_optimizer(tree) else [((), tree)]
     while stack:
         path, node = stack.pop()
         if id(node) in seen or not isinstance(node, (dict, list, tuple)):
@@ -140,6 +141,8 @@ def plan_changes(
             got = {}
         carried.update(lost)
         changed = {name: new for name in names if (new := rule(name)) != name}
+        if changed:
+            _refuse_other_names(path, state, where)
         _check(state, changed, f"{where}: in {place}" if place else where)
         report = StateNames(place, len(names), lost, got, next(iter(changed.items()), None))
         changes.append(Change(changed, rule, report))
@@ -180,11 +183,16 @@ def _loses(name: str, rule: Rule, wrapper: str) -> bool:
 
 def _unwrapping(tensors: Mapping[str, Tensor], label: str, where: str, notes: list[str]) -> Rule:
     """Make the rule of `keys.unwrap` for a state dict; where an average owns a prefix, that stays."""
-    outer = unwrapping(tensors)
+    outer = _with_dotless(unwrapping(tensors))
     bare = {outer(name): tensor for name, tensor in tensors.items()}
     counter = next((name for name in COUNTERS if name in bare), None)
     inside = [name.removeprefix(_OWN) for name in bare if name.startswith(_OWN) and name != _OWN]
     if counter is None or not _counts(bare[counter]) or not inside or len(inside) != len(bare) - 1:
+        if 2 * len(inside) > len(bare):
+            notes.append(
+                f"{label}: {len(inside)} of {len(bare)} names start with '{_OWN}', but not all, so it may be the "
+                f"model's own, and stays. To take it off: --strip {_OWN}"
+            )
         return outer
     notes.append(
         f"{label}: the names of an averaged model, which owns one '{_OWN}' beside its {counter}; that stays. "
@@ -199,8 +207,33 @@ def _unwrapping(tensors: Mapping[str, Tensor], label: str, where: str, notes: li
     return rule
 
 
+def _with_dotless(rule: Rule) -> Rule:
+    """Extend a rule to the names that latent diffusion's LitEma gives its averages: those of the weights, dotless."""
+
+    def extended(name: str) -> str:
+        name = rule(name)
+        module, _, rest = name.partition(".")
+        if module.endswith("_ema") and "." not in rest:
+            for wrapper in WRAPPERS[1:]:  # `module` is a part of common words
+                rest = rest.replace(wrapper.removesuffix("."), "")
+            return f"{module}.{rest}" if rest else name
+        return name
+
+    return extended
+
+
 def _counts(tensor: Tensor) -> bool:
     return isinstance(tensor, TensorSpec) and tensor.shape == () and tensor.dtype is DTYPES["int64"]
+
+
+def _refuse_other_names(path: Path, state: Mapping[Any, Any], where: str) -> None:
+    """Refuse to fix names by halves: one of numpy.str_ looks like a text, and cannot be respelled."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and isinstance(key, Inert):
+            raise AlignmentError(
+                f"{where}: {f'in {dotted(path)}, ' if path else ''}a tensor has a name that is no plain text, such as "
+                "numpy.str_, and would keep its prefix. Save it under a text: str(name)."
+            )
 
 
 def _check(state: Mapping[Any, Any], changed: Mapping[str, str], label: str) -> None:

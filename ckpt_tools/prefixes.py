@@ -21,6 +21,7 @@ from .formats.renaming import Named, Renaming
 from .formats.sharded import INDEX_SUFFIXES, renamed_index
 from .formats.splice import Span, Splice
 from .formats.staged import check_replaceable, check_target, staged_files
+from .layouts import is_optimizer
 from .names import Change, StateNames, plan_changes, state_dicts
 from .paths import default_input
 from .writing import only_noted
@@ -154,9 +155,7 @@ def _renamed(
         file = renaming.read(header)
         states = state_dicts(file.tree)
         if not states:
-            raise LayoutError(
-                f"{header.path}: holds no dict of names to tensors. Save the model's state_dict(), not the model."
-            )
+            raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
         changes = plan_changes(states, strip, add, where=str(header.path), notes=notes)
         return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
     index, *shards = (stamp.path for stamp in header.files)
@@ -181,6 +180,12 @@ def _copy(path: Path) -> Splice:
 
 def _home(header: Header) -> Path:
     return header.files[0].path.parent
+
+
+def _no_names(tree: Any) -> str:
+    if is_optimizer(tree):
+        return "is the state of an optimizer, whose names are no wrapper's. The weights stand in another file."
+    return "holds no dict of names to tensors. Save the model's state_dict(), not the model."
 
 
 def _stays(header: Header, target: Path) -> bool:
@@ -266,20 +271,25 @@ def _write(
     with OpenFiles(stamps) as files, staged_files(target, names, sizes, force=force or in_place) as (_, fds):
         for part, fd in zip(splices.values(), fds, strict=True):
             files.open(part.source)
+            if in_place:
+                _like(fd, files[part.source])  # before there is something to read in it
             splice.write(part, files[part.source], fd, count)
         if in_place:
-            _like(fds[0], target)
             os.fsync(fds[0])  # now, so that little time is left for others between the next lines and the rename
         files.check_unchanged()
         if in_place:
             _check_same(target, stamps[0])
 
 
-def _like(fd: int, old: Path) -> None:
-    """Give a new file the owner and the mode bits of the old one."""
-    stat = old.stat()
+def _like(fd: int, old: int) -> None:
+    """Give a new file the owner, the attributes (access lists among them) and the mode bits of the old one."""
+    stat = os.fstat(old)
     with suppress(OSError):
         os.fchown(fd, stat.st_uid, stat.st_gid)
+    with suppress(OSError, AttributeError):  # a system or a file system without attributes
+        for name in os.listxattr(old):
+            with suppress(OSError):  # one that only the system sets
+                os.setxattr(fd, name, os.getxattr(old, name))
     os.fchmod(fd, S_IMODE(stat.st_mode))
 
 

@@ -57,12 +57,11 @@ def replace(file: IO[bytes], name: str, body: bytes, *, where: str) -> tuple[byt
         raise CorruptError(f"{where}: its records overlap its directory. The file is damaged; get a fresh copy.")
 
     crc, size = zlib.crc32(body), len(body)
-    padding = _field(extra, _PADDING_ID)
-    rest = _without(extra, _PADDING_ID)
-    slack = -4 if padding is None else len(padding)  # a field has 4 bytes of its own
+    rest = _resized(_without(extra, _PADDING_ID), old.size, size)
+    slack = len(extra) - len(rest) - 4  # for a field has 4 bytes of its own
     shift = moved(size - old.size - slack)
     slack += shift - (size - old.size)
-    extra = _resized(rest, old.size, size) + struct.pack("<2H", _PADDING_ID, slack) + b"Z" * slack
+    extra = rest + struct.pack("<2H", _PADDING_ID, slack) + b"Z" * slack
     if len(extra) > _MAX16:
         raise UnsupportedError(f"{where}: the header of its {name} has no room left. Load and save it with torch once.")
     lines = [

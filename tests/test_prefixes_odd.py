@@ -1,0 +1,136 @@
+"""Odd input for fix-prefix: it comes out right or is refused, and what was there stays."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import subprocess
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ckpt_tools import fix_prefix, open_checkpoint
+from ckpt_tools.errors import AlignmentError, LayoutError
+from ckpt_tools.formats import splice
+
+Save = Callable[..., Path]
+
+_PADDING = struct.pack("<2H", 0x4246, 10) + b"Z" * 10
+
+
+def weights(*names: str) -> OrderedDict[str, torch.Tensor]:
+    return OrderedDict((name, torch.randn(5)) for name in names)
+
+
+def check_zip(path: Path) -> None:
+    done = subprocess.run(["unzip", "-tq", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["pickle-first", "pickle-last"])
+@pytest.mark.parametrize(
+    "extra",
+    [b"", _PADDING, _PADDING * 2, b"abc", _PADDING + b"Z", struct.pack("<2HQQ", 1, 16, 1, 1) * 2],
+    ids=["none", "padded", "padded twice", "no field", "padded and a rest", "sizes twice"],
+)
+@pytest.mark.parametrize("add", [(), ("p" * 5000 + ".",)], ids=["shorter", "longer"])
+def test_whatever_a_zip_has_in_the_headers_of_its_records(
+    extra: bytes, last: bool, add: tuple[str, ...], tmp_path: Path, save: Save
+) -> None:
+    state = weights("module.a.weight", "module.b.weight")
+    written = save("torch.pth", state)
+    path = tmp_path / "c.pth"
+    with zipfile.ZipFile(written) as old, zipfile.ZipFile(path, "w") as new:
+        for name in sorted(old.namelist(), key=lambda name: name.endswith("data.pkl") is last):
+            info = zipfile.ZipInfo(name)
+            info.extra = extra
+            new.writestr(info, old.read(name))
+    assert torch.load(path, weights_only=True).keys() == state.keys()
+    fix_prefix(path, strip=["module."], add=add)
+    check_zip(path)
+    found = torch.load(path, weights_only=True)
+    for name, tensor in state.items():
+        assert found["".join(add) + name.removeprefix("module.")].equal(tensor)
+
+
+def test_a_name_of_numpy_is_not_left_behind(save: Save) -> None:
+    path = save("c.pth", {"model": {"module.a": torch.ones(2), np.str_("module.b"): torch.ones(2)}})
+    before = path.read_bytes()
+    with pytest.raises(AlignmentError, match=r"in model, a tensor has a name that is no plain text.*str\(name\)"):
+        fix_prefix(path)
+    assert path.read_bytes() == before
+
+
+def test_an_optimizer_alone_has_no_names_to_fix(save: Save) -> None:
+    path = save("optimizer.pt", {"state": {"module.w": {"exp_avg": torch.ones(2)}}, "param_groups": []})
+    before = path.read_bytes()
+    for add in ([], ["model."]):
+        with pytest.raises(LayoutError, match="the state of an optimizer"):
+            fix_prefix(path, add=add)
+    assert path.read_bytes() == before
+
+
+def test_a_prefix_on_most_names_is_spoken_of(save: Save) -> None:
+    path = save("c.pth", weights("module.a", "module.b", "c"))
+    report = fix_prefix(path)
+    assert not report.changed
+    assert report.notes == (
+        f"{path}: 2 of 3 names start with 'module.', but not all, so it may be the model's own, and stays. "
+        "To take it off: --strip module.",
+    )
+    fix_prefix(path, strip=["module."])
+    assert list(torch.load(path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_the_dotless_names_of_litema_follow_the_weights(wrapper: str, save: Save) -> None:
+    """LitEma's buffers are called as the parameters, without dots; `module` in a dotless name is no wrapper."""
+    outer, inner = ("module.", wrapper.removeprefix("module.")) if wrapper.startswith("module.") else ("", wrapper)
+    raw = weights(*(f"{inner}{name}" for name in ("submodule.weight", f"{inner}a.bias")))
+    state = {f"{outer}model.{name}": tensor for name, tensor in raw.items()}
+    state |= {f"{outer}model_ema.{name.replace('.', '')}": tensor + 1 for name, tensor in raw.items()}
+    state |= {f"{outer}model_ema.decay": torch.tensor(0.9), f"{outer}model_ema.num_updates": torch.tensor(3)}
+    path = save("c.ckpt", {"state_dict": state})
+    fix_prefix(path)
+    assert list(torch.load(path)["state_dict"]) == [
+        "model.submodule.weight", "model.a.bias", "model_ema.submoduleweight", "model_ema.abias",
+        "model_ema.decay", "model_ema.num_updates",
+    ]  # fmt: skip
+    average = open_checkpoint(path, state="ema")
+    for name, tensor in raw.items():
+        assert torch.equal(torch.as_tensor(average[f"model.{name.replace(inner, '')}"]), tensor + 1)
+
+
+def test_a_private_file_is_private_while_it_is_made(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save("c.pth", weights("module.a"))
+    path.chmod(0o600)
+    modes: list[int] = []
+    write = splice.write
+
+    def looking(*args: Any) -> None:
+        modes.extend(stat.S_IMODE(part.stat().st_mode) for part in tmp_path.glob(".*.partial"))
+        write(*args)
+
+    monkeypatch.setattr(splice, "write", looking)
+    fix_prefix(path)
+    assert modes == [0o600]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_attributes_of_the_file_stay(save: Save) -> None:
+    path = save("c.pth", weights("module.a"))
+    try:
+        os.setxattr(path, "user.origin", b"run 7")
+    except OSError:
+        pytest.skip("the file system has no attributes")
+    fix_prefix(path)
+    assert os.getxattr(path, "user.origin") == b"run 7"
