@@ -27,6 +27,9 @@ _SLOTS = (
     ({"old_dirs"}, "LBFGS"),
 )
 
+SLOTS = frozenset().union(*(names for names, _ in _SLOTS)) - {"ax"}
+"""All of these; but for ASGD's average, which are weights."""
+
 
 def find_optimizers(tree: Any, weights: Collection[tuple[Any, ...]] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield (path, state) of what torch's optimizers have saved, at the top level and in dicts and lists below.

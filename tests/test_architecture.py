@@ -34,6 +34,7 @@ ROOMS = [
     "provenance",
     "averaging",
     "diffing",
+    "training_state",
     "stripping",
     "batchnorm",
     "counters",

@@ -344,3 +344,107 @@ def test_hostile_nesting_takes_no_time_and_no_stack(save: Save) -> None:
         deep = {"a": deep, "b": deep}
     tree = {"model": {"w": torch.ones(2)}, "callbacks": deep}
     assert set(load(Path(ckpt_tools.strip(save("c.pth", tree)).out))) == {"model"}
+
+
+# What is odd
+
+
+def average(model: nn.Module, lead: str = "") -> dict[str, torch.Tensor]:
+    return {lead + name: torch.full_like(tensor, 2) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("lead", "inner"), [("model.", ""), ("", "net."), ("module.", ""), ("model.", "net.module.")])
+def test_weights_in_a_callback_stay_whatever_stands_before_their_names(lead: str, inner: str, save: Save) -> None:
+    model, optimizer = trained()
+    weights = {lead + name: tensor for name, tensor in model.state_dict().items()}
+    # Half of the names are enough: an average may leave the buffers out.
+    kept = {name: tensor for name, tensor in average(model, inner).items() if "running" not in name}
+    path = save(
+        "c.ckpt",
+        {
+            "state_dict": weights,
+            "callbacks": {"Mine": {"w": kept, "n": 1}},
+            "optimizer_states": [optimizer.state_dict()],
+        },
+    )
+    report = ckpt_tools.strip(path)
+    assert report.notes == ("Weights stand in 'callbacks', and stay there: callbacks.Mine.w.",)
+    new = load(Path(report.out))
+    assert set(new) == {"state_dict", "callbacks"}
+    assert same_bits(new["callbacks"]["Mine"]["w"], kept)
+
+
+def test_weights_in_training_state_stay_in_an_unknown_layout_too(save: Save) -> None:
+    model, optimizer = trained()
+    path = save(
+        "c.pth", {"netG": model.state_dict(), "callbacks": {"best": average(model)}, "optimG": optimizer.state_dict()}
+    )
+    new = load(Path(ckpt_tools.strip(path).out))
+    assert same_bits(new["netG"], model.state_dict())
+    assert same_bits(new["callbacks"]["best"], average(model))
+    assert set(new) == {"netG", "callbacks"}
+
+
+@pytest.mark.parametrize("several", [lambda state: [state, state], lambda state: {"g": state, "d": state}])
+def test_optimizers_go_whatever_they_are_called(several: Callable[[Any], Any], save: Save) -> None:
+    model, optimizer = trained()
+    path = save("c.pth", {"weights": model.state_dict(), "opts": several(optimizer.state_dict()), "epoch": 3})
+    report = ckpt_tools.strip(path)
+    assert [entry.place for entry in report.entries] == ["opts"]
+    assert set(load(Path(report.out))) == {"weights", "epoch"}
+
+
+def test_optimizers_go_from_checkpoints_deep_inside(save: Save) -> None:
+    model, optimizer = trained()
+    inner = {"model": model.state_dict(), "adam": optimizer.state_dict(), "lr_scheduler": {"last_epoch": 1}, "step": 3}
+    report = ckpt_tools.strip(save("c.pth", {"run": {"trainer": inner}, "list": [inner | {"step": 4}]}))
+    new = load(Path(report.out))
+    assert set(new["run"]["trainer"]) == set(new["list"][0]) == {"model", "step"}
+    assert same_bits(new["run"]["trainer"]["model"], model.state_dict())
+
+
+def test_modules_that_are_called_like_training_state_stay(save: Save) -> None:
+    _, optimizer = trained()
+    weights = {"scheduler.weight": torch.ones(2), "optimizer_net.weight": torch.ones(3), "scaler": torch.ones(4)}
+    for tree in (
+        {**weights, "optimizer": optimizer.state_dict()},
+        {"model": {**weights, "optimizer": optimizer.state_dict()}},
+    ):
+        new = load(Path(ckpt_tools.strip(save("c.pth", tree), force=True).out))
+        assert same_bits(new.get("model", new), weights)
+
+
+def test_an_optimizer_that_keeps_its_averages_by_name_goes(save: Save) -> None:
+    model, _ = trained()
+    state = {"exp_avg": average(model), "exp_avg_sq": average(model)}
+    new = load(Path(ckpt_tools.strip(save("c.pth", {"model": model.state_dict(), "optimizer": state})).out))
+    assert set(new) == {"model"}
+
+
+def test_names_in_training_state_may_collide(save: Save) -> None:
+    model, _ = trained()
+    state = {"kept": {"a._orig_mod.w": torch.ones(2), "a.w": torch.ones(2)}}
+    new = load(Path(ckpt_tools.strip(save("c.pth", {"model": model.state_dict(), "optimizer": state})).out))
+    assert set(new) == {"model"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_averages_that_a_schedule_free_optimizer_still_owes_are_spoken_of(training: bool, save: Save) -> None:
+    """schedulefree's optimizers swap weights and averages in eval() and train(), and say which in each group."""
+    model, optimizer = trained()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["train_mode"] = training
+    for entry in state["state"].values():
+        entry["z"] = entry.pop("exp_avg")
+    report = ckpt_tools.strip(save("c.pth", {"model": model.state_dict(), "optimizer": state}))
+    assert ["schedule-free" in note and "optimizer.eval()" in note for note in report.notes] == [True] * training
+
+
+def test_a_checkpoint_that_contains_itself(save: Save) -> None:
+    model, optimizer = trained()
+    tree: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    tree["self"] = tree
+    new = load(Path(ckpt_tools.strip(save("c.pth", tree)).out))
+    assert "optimizer" not in new
+    assert same_bits(new["model"], model.state_dict())

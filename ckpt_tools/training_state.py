@@ -1,0 +1,225 @@
+"""Training state: what of a checkpoint only a running training needs, and the weights that stand in it.
+
+What goes is a set of paths in the object tree; no set of weights is among what goes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+from .formats.header import Header
+from .formats.unpickle import tensors_in
+from .keys import unwrapping
+from .layouts import StateDict, dotted, is_optimizer, looks_like_training_state
+from .names import state_dicts
+from .optimizers import SLOTS, find_optimizers
+from .tensors import Tensor
+
+Path = tuple[Any, ...]
+"""Keys that lead to a place in a checkpoint."""
+
+# Averages that a callback or an optimizer keeps; not `exp_avg`, which is Adam's.
+_AVERAGES = re.compile(r"(.*_)?(ema|swa|shadow|averaged?)(_(?!sq$).*)?|.*average_model.*")
+_MASTERS = re.compile(r".*(fp32|master|float32).*")
+_DEEPEST = 8
+"""Levels at which weights are looked for in training state; a hostile file may have any number."""
+
+
+def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, alone: bool) -> Iterator[Path]:
+    """Find what goes: at the top level, and beside optimizers wherever else they stand.
+
+    Args:
+        tree: of the header.
+        sets: of weights, that stay wherever they stand.
+        notes: receives what is worth saying aloud.
+        alone: of weights, nothing stays but these.
+    """
+    known = None
+    if not alone:
+        found = [each.tensors for each in sets] or state_dicts(tree).values()
+        known = [_Names(key for key in names if isinstance(key, str)) for names in found]
+    seen: set[int] = set()
+    stack: list[tuple[Path, Any]] = [((), tree)]
+    while stack:
+        outer, node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        # Among weights there may be a module that is called like a scheduler.
+        weights = any(each.path == outer for each in sets)
+        for key, value in children(node):
+            path = (*outer, key)
+            if isinstance(value, Tensor) and (weights or "." in str(key)):
+                continue
+            if _goes(key, value):
+                yield from _all_but_weights(path, value, sets, known, notes)
+            elif any(True for _ in find_optimizers(value)):
+                stack.append((path, value))
+
+
+def _goes(key: Any, value: Any) -> bool:
+    """True for training state that takes room: a number, such as the metric, is worth keeping."""
+    empty = isinstance(value, (dict, list, tuple, set)) and not value
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    if empty or plain or key == "metric":
+        return False
+    inside = children(value)
+    optimizers = len(inside) > 0 and all(is_optimizer(child) for _, child in inside)
+    return optimizers or looks_like_training_state(key, value)
+
+
+def _all_but_weights(
+    path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_Names] | None, notes: list[str]
+) -> Iterator[Path]:
+    """Yield the path of an entry; where weights stand in it, the paths of all that stands around them."""
+    inside = [each.path for each in sets if leads(path, each.path)]
+    # What stands beside a set that a layout knows belongs to it, such as its counter.
+    kept = [place[: max(len(path) + 1, len(place) - 1)] for place in inside]
+    found = () if known is None else [(*path, *inner) for inner in _weights_in(value, known)]
+    kept += [place for place in found if not any(leads(outer, place) for outer in kept)]
+    if kept:
+        notes.append(f"Weights stand in '{dotted(path)}', and stay there: {', '.join(map(dotted, kept))}.")
+    masters = (inner for inner, node in nodes(value) if inner and _MASTERS.fullmatch(str(inner[-1])) and holds(node))
+    if (inner := next(masters, None)) is not None:
+        place = dotted((*path, *inner))
+        notes.append(f"'{place}' looks like a float32 copy of the weights, which optimizers keep. It goes, too.")
+    if any(_schedule_free(optimizer) for _, optimizer in find_optimizers(value)):
+        notes.append(
+            f"'{dotted(path)}' is of a schedule-free optimizer that was training: the averaged weights are made from "
+            "its 'z', which goes. To have them in the file, call optimizer.eval() before you save."
+        )
+    yield from _around(path, value, kept)
+
+
+def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
+    """True if the weights beside it are those of training, as the schedulefree library says in each group."""
+    groups = optimizer["param_groups"]
+    return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
+
+
+def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
+    if path in kept:
+        return
+    if not any(leads(path, to) for to in kept):
+        yield path
+        return
+    for key, child in children(value):
+        yield from _around((*path, key), child, kept)
+
+
+def other_weights(
+    header: Header, chosen: StateDict, sets: Iterable[StateDict], gone: Sequence[Path], notes: list[str]
+) -> Iterator[Path]:
+    """Find the sets of weights that were not chosen: those of the layout, and dicts with the same names."""
+    own = set(chosen.tensors.values())
+    names = _Names(chosen.tensors)
+    found = []
+    for each in sets:
+        found.append(each.path)
+        if each.path == chosen.path and not own.issuperset(each.tensors.values()):
+            notes.append(
+                f"{each.label} stands in the same dict as {chosen.label}, and stays. "
+                "To take one of them out: ckpt convert --to plain."
+            )
+    found += [path for path, node in nodes(header.tree) if names.of(node)]
+    elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.tree)))
+    for path in dict.fromkeys(found):
+        if leads(path, chosen.path) or leads(chosen.path, path) or any(leads(other, path) for other in gone):
+            continue
+        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
+            yield path
+        else:
+            notes.append(f"'{dotted(path)}' stays: {chosen.label} takes tensors from it that it lacks itself.")
+
+
+def without(node: Any, gone: Collection[Path], path: Path = ()) -> Any:
+    """Copy a tree as far as something in it goes; the rest is shared."""
+    if not any(leads(path, other) for other in gone):
+        return node
+    kept = [(key, without(child, gone, (*path, key))) for key, child in children(node) if (*path, key) not in gone]
+    if isinstance(node, (list, tuple)):
+        return type(node)(child for _, child in kept)
+    copy: Any = OrderedDict(kept) if isinstance(node, OrderedDict) else dict(kept)
+    if (metadata := getattr(node, "_metadata", None)) is not None:
+        copy._metadata = metadata
+    return copy
+
+
+def leads(path: Path, to: Path) -> bool:
+    """True if a path is the other, or leads to it."""
+    return to[: len(path)] == path
+
+
+def holds(tree: Any) -> bool:
+    """True if a tensor stands anywhere in a tree."""
+    return any(True for _ in tensors_in(tree))
+
+
+def children(value: Any) -> Collection[tuple[Any, Any]]:
+    """Return what stands in a dict or list, by key."""
+    if isinstance(value, dict):
+        return value.items()
+    return list(enumerate(value)) if isinstance(value, (list, tuple)) else ()
+
+
+def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
+    """Walk dicts and lists, but not what torch's optimizers keep for each parameter."""
+    seen: set[int] = set()
+    stack: list[tuple[Path, Any]] = [((), value)]
+    while stack:
+        path, node = stack.pop()
+        yield path, node
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        own = ("state", "param_groups") if is_optimizer(node) else ()
+        if len(path) < _DEEPEST:
+            stack += [((*path, key), child) for key, child in children(node) if key not in own]
+
+
+def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
+    """Find weights in training state: dicts with the names of the weights, and what is called an average."""
+    found: list[Path] = []
+    for path, node in nodes(value):
+        if any(leads(outer, path) for outer in found) or (path and path[-1] in SLOTS):
+            continue
+        called = bool(path) and isinstance(path[-1], str) and _AVERAGES.fullmatch(path[-1]) is not None
+        if any(names.of(node) for names in known) or (called and holds(node)):
+            found.append(path)
+    return found
+
+
+class _Names:
+    """The names of some weights, whatever stands before them: a wrapper, or the attribute that holds the model."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.bare = _bare(names)
+        self.endings = {ending for name in self.bare for ending in _endings(name)}
+
+    def of(self, node: Any) -> bool:
+        """True for a dict of tensors that has at least half of the names."""
+        if not isinstance(node, dict):
+            return False
+        names = _bare(key for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor))
+        shared = sum(name in self.endings or not self.bare.isdisjoint(_endings(name)) for name in names)
+        return shared > 0 and 2 * shared >= len(self.bare)
+
+
+def _bare(names: Iterable[str]) -> set[str]:
+    """Take off wrapper prefixes, and what all names start with."""
+    names = list(names)
+    bare = set(map(unwrapping(names), names))
+    while len(bare) > 1 and len({name.partition(".")[0] for name in bare}) == 1 and all("." in name for name in bare):
+        bare = {name.partition(".")[2] for name in bare}
+    return bare
+
+
+def _endings(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.partition(".")[2]
