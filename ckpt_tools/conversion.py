@@ -14,6 +14,7 @@ from .assembly import (
     Assembly,
     check_shard_size,
     check_suffix,
+    companions,
     flat,
     module_versions,
     nested,
@@ -21,7 +22,7 @@ from .assembly import (
 )
 from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, read_header
-from .formats.header import Header, Stamp
+from .formats.header import Header
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target
@@ -29,8 +30,9 @@ from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, ema_config, pa
 from .layouts.build import SETTINGS, Content, build, ema_settings
 from .layouts.carry import beside, left_behind
 from .layouts.table import follow
+from .naming import Naming, find_names, in_files
 from .provenance import provenance
-from .tensors import DTYPES, DType, Kind, Storage, Tensor, TensorSpec, UnsupportedTensor, make_spec, parse_dtype
+from .tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .writing import only_noted, write
 
 
@@ -127,12 +129,12 @@ def convert(
     _check_counters(updates, decay)
     out_dtype = parse_dtype(dtype)
     header = read_header(Path(path))
-    reference = _reference(header, names_from, model, model_kwargs or {})
-    found, sets = _chosen(header, layout, state, reference)
-    notes = list(_remarks(found, sets, reference))
+    naming = find_names(header, names_from, model, model_kwargs or {})
+    found, sets = _chosen(header, layout, state, naming)
+    notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
-    content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
+    content = _content(header, sets, out_dtype, naming, notes, updates=updates, decay=decay)
     said = provenance(
         "convert",
         {"to": to, "dtype": out_dtype and out_dtype.name},
@@ -141,12 +143,14 @@ def convert(
     )
     with only_noted(notes, dry_run):
         check_target(
-            target, [header.path, *(stamp.path for stamp in (*header.files, *reference.files))],
+            target, [header.path, *(stamp.path for stamp in (*header.files, *naming.files))],
             nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
             force=force, folder=not target.name.endswith(SUFFIXES),
         )  # fmt: skip
     nested_too = bool(layout.home) and target.name.endswith(TORCH_SUFFIXES)
     dropped = [*unkept_metadata(header), *left_behind(header.tree, sets, layout, nested=nested_too)]
+    if target.name.endswith(SUFFIXES):
+        dropped += [path.name for path in companions(header)]
     assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, untie)
     if assembly.folder:
         with only_noted(notes, dry_run):
@@ -170,7 +174,7 @@ def convert(
     if not dry_run:
         total = report.bytes_read + report.bytes_written
         write(
-            assembly, (*header.files, *reference.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
+            assembly, (*header.files, *naming.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
             on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
         )  # fmt: skip
         report = replace(report, written=True)
@@ -213,73 +217,24 @@ def _check_counters(updates: int | None, decay: float | None) -> None:
         raise UsageError(f"--decay {decay!r}: must be from 0 to 1.")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Reference:
-    """Names for what has none.
-
-    Attributes:
-        names: a state dict of the model; empty where nobody gave one.
-        order: which of them are parameters, in their order; None where a state dict cannot tell for certain.
-        files: of the checkpoint that they are from, whose buffers may be needed.
-        label: what to call it.
-    """
-
-    names: Mapping[str, Tensor] | None = None
-    order: tuple[str, ...] | None = None
-    files: tuple[Stamp, ...] = ()
-    label: str = ""
-
-
-_NOWHERE = Path()
-
-
-def _reference(
-    header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]
-) -> _Reference:
-    if names_from is not None and model is not None:
-        raise UsageError("--names-from and --model both give names. Leave one of them out.")
-    if names_from is not None:
-        other = read_header(Path(names_from))
-        chosen = select(other)
-        return _Reference(chosen.tensors, files=other.files, label=f"{other.path}: {chosen.label}")
-    if model is None:
-        return _Reference()
-    from torch.nn import Parameter
-
-    from .batchnorm.models import build_model
-
-    network = build_model(model, header, kwargs, {})
-    order = tuple(name for name, _ in network.named_parameters())
-    # Each parameter at a place of its own, so that only those that the model ties are tied.
-    places: dict[int, int] = {}
-    names = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Parameter):
-            continue
-        dtype, shape = DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
-        storage = Storage(_NOWHERE, places.setdefault(id(tensor), len(places)), tensor.numel() * dtype.itemsize)
-        names[name] = make_spec(dtype, shape, storage)
-    return _Reference(names, order)
-
-
 def _chosen(
-    header: Header, layout: Layout, state: str, reference: _Reference
+    header: Header, layout: Layout, state: str, naming: Naming
 ) -> tuple[dict[str, StateDict], dict[str, StateDict]]:
     """Choose the sets that go in: both, where both places are there for them and nobody asked for one.
 
     Returns:
         (all sets of the checkpoint, those that go in).
     """
-    first = select(header, state, reference.names)
-    found = states(header, reference.names)
+    first = select(header, state, naming.names)
+    found = states(header, naming.names)
     sets = {first.which: first}
     both = layout.raw is not None and layout.ema is not None
     if state == "auto" and both and len(found) == 2 and found["raw"].fault is None:
-        sets["raw"] = select(header, "raw", reference.names)
-    return found, {which: replace(each, tensors=_in_files(each.tensors)) for which, each in sets.items()}
+        sets["raw"] = select(header, "raw", naming.names)
+    return found, {which: replace(each, tensors=in_files(each.tensors)) for which, each in sets.items()}
 
 
-def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], reference: _Reference) -> Iterator[str]:
+def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], naming: Naming) -> Iterator[str]:
     """Say where names of averages and of raw weights differ, and which values among the averages are none."""
     ema, raw = sets.get("ema"), found["raw"].tensors if "raw" in found else {}
     if ema is None:
@@ -293,7 +248,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], refe
             if strange:
                 also = ", which the raw ones do not" if who == "hold" else ", which the raw ones hold"
                 yield f"The averaged weights {who} {_some(strange)}{also}."
-    for names, whose in ((raw, "the raw weights"), (reference.names or {}, reference.label)):
+    for names, whose in ((raw, "the raw weights"), (naming.names or {}, naming.label)):
         borrowed = [
             name
             for name, tensor in ema.tensors.items()
@@ -307,20 +262,11 @@ def _some(names: Sequence[str]) -> str:
     return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what a model has only given its name for: its buffers stand in no file."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (isinstance(tensor, TensorSpec) and tensor.storage.path == _NOWHERE)
-    }
-
-
 def _content(
     header: Header,
     sets: Mapping[str, StateDict],
     dtype: DType | None,
-    reference: _Reference,
+    naming: Naming,
     notes: list[str],
     *,
     updates: int | None,
@@ -336,7 +282,7 @@ def _content(
         raw=raw,
         ema=ema,
         pair=len(sets) == 2,
-        parameters=tuple(known) if reference.order is None else tuple(n for n in reference.order if n in ema),
+        parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
         updates=updates if updates is not None else _stored_updates(header, averaged),
         decay=decay if decay is not None else _stored_decay(header, averaged),
         settings=_stored_settings(header, averaged),

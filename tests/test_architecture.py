@@ -30,6 +30,7 @@ ROOMS = [
     "provenance",
     "averaging",
     "batchnorm",
+    "naming",
     "conversion",
     "cli",
     "__main__",
