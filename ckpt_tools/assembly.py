@@ -186,11 +186,11 @@ def flat(
         plan = safetensors.plan(tensors, name=target.name, provenance=provenance, untie=untie)
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
     files = _sharded(tensors, base, provenance, max_shard_size, untie, stem)
-    companions = _companions(base)
+    beside_them = companions(base)
     if config is not None:
-        files += (_whole_file("config.json", _with_config(companions, config)),)
-        companions = [path for path in companions if path.name != "config.json"]
-    return Assembly(target, files, folder=True, companions=tuple(companions), dropped=tuple(dropped))
+        files += (_whole_file("config.json", _with_config(beside_them, config)),)
+        beside_them = [path for path in beside_them if path.name != "config.json"]
+    return Assembly(target, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
 def nested(
@@ -212,8 +212,8 @@ def _whole_file(name: str, data: bytes) -> FilePlan:
     return FilePlan(name, len(data), (), lambda crcs: [(0, data)], needs_crc=False)
 
 
-def _with_config(companions: Sequence[Path], config: Mapping[str, Any]) -> bytes:
-    path = next((path for path in companions if path.name == "config.json"), None)
+def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
+    path = next((path for path in paths if path.name == "config.json"), None)
     try:
         known = {} if path is None else json.loads(path.read_bytes())
         if not isinstance(known, dict):
@@ -261,7 +261,7 @@ def _sharded(
     return tuple(plans)
 
 
-def _companions(base: Header) -> list[Path]:
+def companions(base: Header) -> list[Path]:
     """Find what `from_pretrained` wants beside the weights, and training does not own."""
     if not base.path.is_dir():
         return []
@@ -419,7 +419,7 @@ def rewrite(
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = _sharded(tensors, base, provenance, None, untie=False)
-            return Assembly(target, files, folder=True, companions=tuple(_companions(base)))
+            return Assembly(target, files, folder=True, companions=tuple(companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
         plan = safetensors.plan(tensors, name=target.name, metadata=kept, provenance=provenance)
         return Assembly(target, (plan,), folder=False)

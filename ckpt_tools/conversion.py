@@ -14,6 +14,7 @@ from .assembly import (
     Assembly,
     check_shard_size,
     check_suffix,
+    companions,
     flat,
     module_versions,
     nested,
@@ -30,8 +31,8 @@ from .formats.staged import check_replaceable, check_target
 from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
 from .layouts.build import Content, build, ema_settings
 from .layouts.carry import beside, left_behind
+from .naming import Naming, find_names, in_files
 from .provenance import provenance
-from .references import Reference, find_reference, in_files
 from .tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .writing import only_noted, write
 
@@ -130,12 +131,12 @@ def convert(
     out_dtype = parse_dtype(dtype)
     check_threads(threads)
     header = read_header(Path(path))
-    reference = find_reference(header, names_from, model, model_kwargs or {})
-    found, sets = _chosen(header, layout, state, reference)
-    notes = list(_remarks(found, sets, reference))
+    naming = find_names(header, names_from, model, model_kwargs or {})
+    found, sets = _chosen(header, layout, state, naming)
+    notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
-    content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
+    content = _content(header, sets, out_dtype, naming, notes, updates=updates, decay=decay)
     said = provenance(
         "convert",
         {"to": to, "dtype": out_dtype and out_dtype.name},
@@ -144,12 +145,14 @@ def convert(
     )
     with only_noted(notes, dry_run):
         check_target(
-            target, [header.path, *(stamp.path for stamp in (*header.files, *reference.files))],
+            target, [header.path, *(stamp.path for stamp in (*header.files, *naming.files))],
             nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
             force=force, folder=not target.name.endswith(SUFFIXES),
         )  # fmt: skip
     nested_too = bool(layout.home) and target.name.endswith(TORCH_SUFFIXES)
     dropped = [*unkept_metadata(header), *left_behind(header.tree, sets, layout, nested=nested_too)]
+    if target.name.endswith(SUFFIXES):
+        dropped += [path.name for path in companions(header)]
     assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, untie)
     if assembly.folder:
         with only_noted(notes, dry_run):
@@ -173,7 +176,7 @@ def convert(
     if not dry_run:
         total = report.bytes_read + report.bytes_written
         write(
-            assembly, (*header.files, *reference.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
+            assembly, (*header.files, *naming.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
             on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
         )  # fmt: skip
         report = replace(report, written=True)
@@ -219,23 +222,23 @@ def _check_counters(updates: int | None, decay: float | None) -> None:
 
 
 def _chosen(
-    header: Header, layout: Layout, state: str, reference: Reference
+    header: Header, layout: Layout, state: str, naming: Naming
 ) -> tuple[dict[str, StateDict], dict[str, StateDict]]:
     """Choose the sets that go in: both, where both places are there for them and nobody asked for one.
 
     Returns:
         (all sets of the checkpoint, those that go in).
     """
-    first = select(header, state, reference.names)
-    found = states(header, reference.names)
+    first = select(header, state, naming.names)
+    found = states(header, naming.names)
     sets = {first.which: first}
     both = layout.raw is not None and layout.ema is not None
     if state == "auto" and both and len(found) == 2 and found["raw"].fault is None:
-        sets["raw"] = select(header, "raw", reference.names)
+        sets["raw"] = select(header, "raw", naming.names)
     return found, {which: replace(each, tensors=in_files(each.tensors)) for which, each in sets.items()}
 
 
-def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], reference: Reference) -> Iterator[str]:
+def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], naming: Naming) -> Iterator[str]:
     """Say where names of averages and of raw weights differ, and which values among the averages are none."""
     ema, raw = sets.get("ema"), found["raw"].tensors if "raw" in found else {}
     if ema is None:
@@ -249,7 +252,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], refe
             if strange:
                 also = ", which the raw ones do not" if who == "hold" else ", which the raw ones hold"
                 yield f"The averaged weights {who} {_some(strange)}{also}."
-    for names, whose in ((raw, "the raw weights"), (reference.names or {}, reference.label)):
+    for names, whose in ((raw, "the raw weights"), (naming.names or {}, naming.label)):
         borrowed = [
             name
             for name, tensor in ema.tensors.items()
@@ -267,7 +270,7 @@ def _content(
     header: Header,
     sets: Mapping[str, StateDict],
     dtype: DType | None,
-    reference: Reference,
+    naming: Naming,
     notes: list[str],
     *,
     updates: int | None,
@@ -283,7 +286,7 @@ def _content(
         raw=raw,
         ema=ema,
         pair=len(sets) == 2,
-        parameters=tuple(known) if reference.order is None else tuple(n for n in reference.order if n in ema),
+        parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
         updates=updates if updates is not None else stored_updates(header, averaged),
         decay=decay if decay is not None else stored_decay(header, averaged),
         settings=stored_settings(header, averaged),

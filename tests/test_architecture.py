@@ -38,7 +38,7 @@ ROOMS = [
     "stripping",
     "batchnorm",
     "counters",
-    "references",
+    "naming",
     "conversion",
     "cli",
     "__main__",

@@ -668,3 +668,31 @@ def test_an_average_is_what_is_read_back_from_it_in_any_layout(
     assert all(any(path.endswith(each) for path in report.dropped) for each in dropped)
     with pytest.raises(LayoutError, match="has no ema weights|holds weights in no known|in no known layout"):
         opened(tmp_path / "out.pth", "ema")
+
+
+def test_configuration_beside_the_weights_that_one_file_cannot_keep_is_said(save: Save, tmp_path: Path) -> None:
+    ckpt_tools.convert(save("in.pth", bn_weights(1)), to="plain", out=tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert ckpt_tools.convert(tmp_path / "model", to="plain", out=tmp_path / "o.pth").dropped == ("config.json",)
+    assert ckpt_tools.convert(tmp_path / "model", to="plain", out=tmp_path / "again").dropped == ()
+    assert (tmp_path / "again" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("counter", [5, None, [7], {"n_averaged": "x"}, {"n_averaged": 10**400}])
+def test_a_counter_that_is_none_is_not_known(save: Save, tmp_path: Path, counter: Any) -> None:
+    tree = {"state_dict": bn_weights(2), "current_model_state": bn_weights(1), "averaging_state": counter}
+    if counter is None:
+        with pytest.raises(LayoutError, match="Some libraries swap raw and averaged weights, so say which you mean"):
+            ckpt_tools.convert(save("in.ckpt", tree), to="torchvision", out=tmp_path / "out.pth")
+        return
+    ckpt_tools.convert(save("in.ckpt", tree), to="torchvision", out=tmp_path / "out.pth")
+    assert load(tmp_path / "out.pth")["model_ema"]["n_averaged"].item() == 1
+
+
+def test_parameters_without_elements_have_a_place_each_in_a_list(save: Save, tmp_path: Path) -> None:
+    state = OrderedDict((name, torch.ones(n)) for name, n in (("a", 0), ("b", 0), ("c", 2)))
+    source = tmp_path / "in.safetensors"
+    ckpt_tools.convert(save("in.pth", state), to="plain", out=source)
+    tree = {"decay": 0.5, "num_updates": 1, "shadow_params": list(state.values()), "collected_params": None}
+    ckpt_tools.convert(save("list.pth", tree), to="plain", names_from=source, out=tmp_path / "out.pth")
+    assert same_bits(load(tmp_path / "out.pth"), state)

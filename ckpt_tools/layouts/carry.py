@@ -53,7 +53,7 @@ def _left(
     node = follow(tree, place)
     if node is None or place in carried:
         return
-    if any(path[: len(place)] == place for path in carried):
+    if isinstance(node, Mapping) and any(path[: len(place)] == place for path in carried):
         for key in node:
             yield from _left(tree, (*place, key), carried, written)
     elif not (isinstance(node, dict) and node and all(isinstance(v, Tensor) and v in written for v in node.values())):

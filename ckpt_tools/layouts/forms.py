@@ -205,8 +205,9 @@ def parameters(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unique: dict[Any, str] = {}
     for name, tensor in names.items():
         if not is_buffer(name, tensor):
-            unique.setdefault(tensor, name)
-    return {name: tensor for tensor, name in unique.items()}
+            empty = isinstance(tensor, TensorSpec) and not tensor.numel  # all alike, and tied to nothing
+            unique.setdefault(name if empty else tensor, name)
+    return {name: names[name] for name in unique.values()}
 
 
 def name_list(shadow: Sequence[Tensor], names: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], str | None]:

@@ -1,4 +1,4 @@
-"""References: names for averages that are kept without, from a checkpoint of the same model or the model itself."""
+"""Naming: names for averages that have none, from another checkpoint or from a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from .formats.header import Header, Stamp
 from .layouts import select
 from .tensors import DTYPES, Storage, Tensor, TensorSpec, make_spec
 
+_NOWHERE = Path()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reference:
+class Naming:
     """Names for what has none.
 
     Attributes:
@@ -31,31 +33,25 @@ class Reference:
     label: str = ""
 
 
-_NOWHERE = Path()
-
-
-def find_reference(
-    header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]
-) -> Reference:
-    """Get names from where the user says.
+def find_names(header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]) -> Naming:
+    """Read names where the user says they are.
 
     Args:
-        header: of the checkpoint that lacks them.
-        names_from: another checkpoint.
-        model, kwargs: instead, what the network is made of, see `batchnorm.models.build_model`.
+        header: of the checkpoint that needs them.
+        names_from: another checkpoint of the same model.
+        model, kwargs: or a timm name or a factory, and what it is called with.
 
     Raises:
-        UsageError: both are given.
-        CkptError: what is given does not help.
+        UsageError: both are given, or no such model.
     """
     if names_from is not None and model is not None:
         raise UsageError("--names-from and --model both give names. Leave one of them out.")
     if names_from is not None:
         other = read_header(Path(names_from))
         chosen = select(other)
-        return Reference(chosen.tensors, files=other.files, label=f"{other.path}: {chosen.label}")
+        return Naming(chosen.tensors, files=other.files, label=f"{other.path}: {chosen.label}")
     if model is None:
-        return Reference()
+        return Naming()
     from torch.nn import Parameter
 
     from .batchnorm.models import build_model
@@ -71,7 +67,7 @@ def find_reference(
         dtype, shape = DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
         storage = Storage(_NOWHERE, places.setdefault(id(tensor), len(places)), tensor.numel() * dtype.itemsize)
         names[name] = make_spec(dtype, shape, storage)
-    return Reference(names, order)
+    return Naming(names, order)
 
 
 def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
