@@ -106,9 +106,19 @@ def _glob(folder: Path, pattern: str) -> set[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
+    found = _checkpoints(folder)
+    if not found:
+        raise SeriesError(
+            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
+            f"{_hint_below(folder)}"
+        )
+    return found
+
+
+def _checkpoints(folder: Path) -> list[Path]:
     if is_checkpoint(folder):
         return [folder]
-    found = [
+    return [
         child
         for child in sorted(folder.iterdir(), key=natural_key)
         if not child.name.startswith(".")
@@ -117,11 +127,19 @@ def _in_folder(folder: Path) -> list[Path]:
             or (child.is_dir() and is_checkpoint(child) and not _OPTIMIZER_FOLDER.fullmatch(child.name))
         )
     ]
-    if not found:
-        raise SeriesError(
-            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
-        )
-    return found
+
+
+def _hint_below(folder: Path) -> str:
+    """Accelerate and Hugging Face's Trainer put a folder of weights into the folder of each checkpoint."""
+    for child in sorted(folder.iterdir(), key=natural_key):
+        if child.is_dir() and not child.name.startswith(".") and _checkpoints(child):
+            return f" There are some in {child}; say '{_like(child)}'."
+    return ""
+
+
+def _like(folder: Path) -> Path:
+    """Return the pattern of folders that differ in their numbers."""
+    return folder.with_name(re.sub(r"\d+", "*", folder.name))
 
 
 def _dangling(path: Path) -> str:
@@ -179,8 +197,9 @@ def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
     for path in paths:
         inner = [c for c in path.iterdir() if c.is_dir() and is_checkpoint(c)] if path.is_dir() else []
         if inner:
-            pattern = path / re.sub(r"\d+", "*", inner[0].name)
-            notes.append(f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{pattern}'.")
+            notes.append(
+                f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{_like(inner[0])}'."
+            )
 
 
 def _refuse_parts(paths: Sequence[Path]) -> None:

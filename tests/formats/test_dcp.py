@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import threading
@@ -324,6 +325,18 @@ def test_the_optimizer_that_accelerate_saves_beside_the_model_is_no_checkpoint(s
 
     (member,) = find_series([tmp_path / "checkpoint"]).members
     assert member.path.name == "pytorch_model_fsdp_0"
+
+
+def test_checkpoints_one_folder_deeper_are_pointed_at(single: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for step in (2, 10):
+        shutil.copytree(single, runs / f"checkpoint-{step}" / "pytorch_model_fsdp_0")
+        (runs / f"checkpoint-{step}" / "optimizer_0").mkdir()
+    (runs / "logs").mkdir()
+    with pytest.raises(SeriesError, match=r"There are some in .*checkpoint-2; say '.*checkpoint-\*'\.$") as caught:
+        find_series([runs])
+    (pattern,) = re.findall(r"say '(.*)'", str(caught.value))
+    assert len(find_series([pattern]).members) == 2
 
 
 def test_a_folder_of_nothing_that_was_saved_is_no_checkpoint(tmp_path: Path) -> None:
