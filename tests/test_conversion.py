@@ -696,3 +696,42 @@ def test_parameters_without_elements_have_a_place_each_in_a_list(save: Save, tmp
     tree = {"decay": 0.5, "num_updates": 1, "shadow_params": list(state.values()), "collected_params": None}
     ckpt_tools.convert(save("list.pth", tree), to="plain", names_from=source, out=tmp_path / "out.pth")
     assert same_bits(load(tmp_path / "out.pth"), state)
+
+
+_PLACES = sorted({place[0] for layout in LAYOUTS for place in (layout.raw, layout.ema) if place} - {"callbacks"})
+_FORMS: list[Callable[[State], Any]] = [
+    OrderedDict, wrapped, lambda weights: wrapped(weights, "steps"),
+    lambda weights: OrderedDict((f"module.{name}", tensor) for name, tensor in weights.items()),
+    lambda weights: {"shadow_params": [weights["a.weight"]], "decay": 0.5, "num_updates": 4},
+    lambda weights: {"ema": weights, "other": 3}, lambda _: None, lambda _: {"decay": 0.9}, lambda _: "x",
+]  # fmt: skip
+
+
+@st.composite
+def _mixtures(draw: st.DrawFn) -> dict[str, Any]:
+    places = draw(st.lists(st.sampled_from(_PLACES), min_size=1, max_size=4, unique=True))
+    forms = [_FORMS[draw(st.sampled_from([0, 0, 0, *range(len(_FORMS))]))] for _ in places]
+    tree = {place: form(bn_weights(i)) for i, (place, form) in enumerate(zip(places, forms, strict=True))}
+    return {**tree, **draw(st.sampled_from([{}, {}, {"averaging_state": {"n_averaged": 4}}]))}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(tree=_mixtures(), layout=st.sampled_from(PAIRS))
+def test_what_is_read_from_any_mixture_is_read_again_from_any_layout(
+    scratch: Path, tree: dict[str, Any], layout: str
+) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    source, out, averaged = (scratch / name for name in ("in.pth", "out.pth", "averaged.pth"))
+    torch.save(tree, source)
+    try:
+        before = opened(source)
+        report = ckpt_tools.convert(source, to=layout, out=out, updates=200)
+    except LayoutError:
+        assert not out.exists()
+        return
+    assert same_bits(opened(out), before)
+    if len(report.state) == 2:
+        assert same_bits(opened(out, "raw"), opened(source, "raw"))
+    ckpt_tools.average([source], out=averaged)
+    assert list(opened(averaged).values())[0].tolist() == list(before.values())[0].tolist()

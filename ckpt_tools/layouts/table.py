@@ -80,7 +80,7 @@ LAYOUTS = (
     Layout(
         "lightning", "Lightning's WeightAveraging: current_model_state, and the average as state_dict",
         ("current_model_state",), ("state_dict",), home=("state_dict",),
-        updates=("averaging_state", "n_averaged"), needs=(("averaging_state",),),
+        updates=("averaging_state", "n_averaged"), needs=(("averaging_state",), ("current_model_state",)),
     ),
     Layout(
         "lightning-swa", "Lightning's StochasticWeightAveraging: the average in the callback's state",
