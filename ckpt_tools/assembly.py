@@ -186,11 +186,11 @@ def flat(
         plan = safetensors.plan(tensors, name=target.name, provenance=provenance, untie=untie)
         return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
     files = _sharded(tensors, base, provenance, max_shard_size, untie, stem)
-    companions = _companions(base)
+    beside_them = companions(base)
     if config is not None:
-        files += (_whole_file("config.json", _with_config(companions, config)),)
-        companions = [path for path in companions if path.name != "config.json"]
-    return Assembly(target, files, folder=True, companions=tuple(companions), dropped=tuple(dropped))
+        files += (_whole_file("config.json", _with_config(beside_them, config)),)
+        beside_them = [path for path in beside_them if path.name != "config.json"]
+    return Assembly(target, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
 def nested(
@@ -212,8 +212,8 @@ def _whole_file(name: str, data: bytes) -> FilePlan:
     return FilePlan(name, len(data), (), lambda crcs: [(0, data)], needs_crc=False)
 
 
-def _with_config(companions: Sequence[Path], config: Mapping[str, Any]) -> bytes:
-    path = next((path for path in companions if path.name == "config.json"), None)
+def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
+    path = next((path for path in paths if path.name == "config.json"), None)
     try:
         known = {} if path is None else json.loads(path.read_bytes())
         if not isinstance(known, dict):
@@ -229,7 +229,8 @@ def beside(tree: Any, state: StateDict) -> list[str]:
     for depth, key in enumerate(state.path):
         others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
         tree = tree[key]
-    return others + [dotted((*state.path, key)) for key in (*state.extras, *state.rest)]
+    within = [*((*state.path, key) for key in (*state.extras, *state.rest)), *state.counters]
+    return [*others, *(dotted(path) for path in within if path[: len(state.path)] == state.path)]
 
 
 def _sharded(
@@ -260,7 +261,7 @@ def _sharded(
     return tuple(plans)
 
 
-def _companions(base: Header) -> list[Path]:
+def companions(base: Header) -> list[Path]:
     """Find what `from_pretrained` wants beside the weights, and training does not own."""
     if not base.path.is_dir():
         return []
@@ -295,6 +296,7 @@ def _container(
         weights._metadata = metadata
     weights.update(state.extras)
     dropped += [dotted((*state.path, rest)) for rest in state.rest]
+    dropped += [dotted(place) for place in state.counters if place[: len(state.path)] == state.path]
     tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
@@ -322,7 +324,7 @@ def _put_in_place(
     if not state.path:
         return weights, ()
     placed = dict(tree)
-    for place in state.places:
+    for place in sorted(state.places, key=len):
         if place not in (state.home, state.home[:1]) and _holds(placed, place):
             placed = _replaced(placed, place, _GONE)
             dropped.append(dotted(place))
@@ -417,7 +419,7 @@ def rewrite(
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = _sharded(tensors, base, provenance, None, untie=False)
-            return Assembly(target, files, folder=True, companions=tuple(_companions(base)))
+            return Assembly(target, files, folder=True, companions=tuple(companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
         plan = safetensors.plan(tensors, name=target.name, metadata=kept, provenance=provenance)
         return Assembly(target, (plan,), folder=False)

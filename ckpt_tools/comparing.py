@@ -7,6 +7,7 @@ buffers for reading and three for computing a thread, whatever the size of the t
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from .payload import Buffer, Reader, Source, torch_dtype
 from .tensors import DType, Kind, TensorSpec
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
-_TINIEST = math.ulp(0.0)
+_LARGEST, _TINIEST = sys.float_info.max, math.ulp(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class Distance:
         differing: values that differ. NaN is equal to NaN, and 0 to -0.
         beyond: those of them that differ by more than the tolerance.
         nonfinite: those of them with NaN or infinity on either side; none of these is within any tolerance.
-        max_abs: the largest |a - b| over finite values; None for packed codes, which are no numbers.
+        max_abs: the largest |a - b| over finite values, at most that of float64; None for packed codes, which are no
+            numbers.
         max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
     """
 
@@ -220,6 +222,7 @@ class _Worker:
             nonfinite = int((~(usual | (a == b) | (a.isnan() & b.isnan()))).count_nonzero())
             for values in (a, b, gap):
                 values.masked_fill_(~usual, 0)
+            gap.clamp_(max=_LARGEST)  # of values near the limits of float64, whose difference is beyond them
         return self._measure(a, b, gap, nonfinite)
 
     def _measure(self, a: torch.Tensor, b: torch.Tensor, gap: torch.Tensor, nonfinite: int) -> Distance:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import os
-import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,28 @@ from typing import Any
 from .assembly import (
     TORCH_SUFFIXES,
     Assembly,
-    beside,
     check_shard_size,
     check_suffix,
+    companions,
     flat,
     module_versions,
     nested,
     unkept_metadata,
-    without,
 )
 from .averaging import check_threads
+from .counters import stored_decay, stored_settings, stored_updates
 from .errors import UnsupportedError, UsageError
 from .formats import SUFFIXES, dcp, read_header
-from .formats.header import Header, Stamp
-from .formats.opened import OpenFiles
+from .formats.header import Header
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target
-from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, ema_config, parameters, select, states
+from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
 from .layouts.build import Content, build, ema_settings
-from .layouts.table import follow
+from .layouts.carry import beside, left_behind
+from .naming import Naming, find_names, in_files
 from .provenance import provenance
-from .tensors import DTYPES, DType, Kind, Storage, Tensor, TensorSpec, UnsupportedTensor, make_spec, parse_dtype
+from .tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .writing import only_noted, write
 
 
@@ -133,15 +131,12 @@ def convert(
     out_dtype = parse_dtype(dtype)
     check_threads(threads)
     header = read_header(Path(path))
-    reference = _reference(header, names_from, model, model_kwargs or {})
-    sets = _chosen(header, layout, state, reference)
-    notes: list[str] = []
+    naming = find_names(header, names_from, model, model_kwargs or {})
+    found, sets = _chosen(header, layout, state, naming)
+    notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
-    content = _content(header, sets, out_dtype, reference, notes, updates=updates, decay=decay)
-    notes += _lacking(states(header, reference.names))
-    if content.pair and {*content.raw.values()} == {*content.ema.values()}:
-        notes.append("The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?")
+    content = _content(header, sets, out_dtype, naming, notes, updates=updates, decay=decay)
     said = provenance(
         "convert",
         {"to": to, "dtype": out_dtype and out_dtype.name},
@@ -150,11 +145,15 @@ def convert(
     )
     with only_noted(notes, dry_run):
         check_target(
-            target, [header.path, *(stamp.path for stamp in header.files)],
+            target, [header.path, *(stamp.path for stamp in (*header.files, *naming.files))],
             nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
             force=force, folder=not target.name.endswith(SUFFIXES),
         )  # fmt: skip
-    assembly = _assembled(layout, content, header, sets, target, said, shard_bytes, untie)
+    nested_too = bool(layout.home) and target.name.endswith(TORCH_SUFFIXES)
+    dropped = [*unkept_metadata(header), *left_behind(header.tree, sets, layout, nested=nested_too)]
+    if target.name.endswith(SUFFIXES):
+        dropped += [path.name for path in companions(header)]
+    assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, untie)
     if assembly.folder:
         with only_noted(notes, dry_run):
             check_replaceable(target, assembly.names)
@@ -177,7 +176,7 @@ def convert(
     if not dry_run:
         total = report.bytes_read + report.bytes_written
         write(
-            assembly, (*header.files, *reference.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
+            assembly, (*header.files, *naming.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
             on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
         )  # fmt: skip
         report = replace(report, written=True)
@@ -216,91 +215,62 @@ def _check_format(layout: Layout, target: Path) -> None:
 
 
 def _check_counters(updates: int | None, decay: float | None) -> None:
-    if updates is not None and (type(updates) is not int or not 0 <= updates < 1 << 31):
+    if updates is not None and (type(updates) is not int or not 0 <= updates < 1 << 63):
         raise UsageError(f"--updates {updates!r}: must be a whole number from 0 on.")
     if decay is not None and not 0 <= decay <= 1:
         raise UsageError(f"--decay {decay!r}: must be from 0 to 1.")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Reference:
-    """Names for what has none.
+def _chosen(
+    header: Header, layout: Layout, state: str, naming: Naming
+) -> tuple[dict[str, StateDict], dict[str, StateDict]]:
+    """Choose the sets that go in: both, where both places are there for them and nobody asked for one.
 
-    Attributes:
-        names: a state dict of the model; empty where nobody gave one.
-        order: which of them are parameters, in their order; None where a state dict cannot tell for certain.
-        files: of the checkpoint that they are from, whose buffers may be needed.
+    Returns:
+        (all sets of the checkpoint, those that go in).
     """
-
-    names: Mapping[str, Tensor] | None = None
-    order: tuple[str, ...] | None = None
-    files: tuple[Stamp, ...] = ()
-
-
-_NOWHERE = Path()
-
-
-def _reference(
-    header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]
-) -> _Reference:
-    if names_from is not None and model is not None:
-        raise UsageError("--names-from and --model both give names. Leave one of them out.")
-    if names_from is not None:
-        other = read_header(Path(names_from))
-        return _Reference(select(other).tensors, files=other.files)
-    if model is None:
-        return _Reference()
-    from torch.nn import Parameter
-
-    from .batchnorm.models import build_model
-
-    network = build_model(model, header, kwargs, {})
-    order = tuple(name for name, _ in network.named_parameters())
-    # Each parameter at a place of its own, so that only those that the model ties are tied.
-    places: dict[int, int] = {}
-    names = {}
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Parameter):
-            continue
-        dtype, shape = DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
-        storage = Storage(_NOWHERE, places.setdefault(id(tensor), len(places)), tensor.numel() * dtype.itemsize)
-        names[name] = make_spec(dtype, shape, storage)
-    return _Reference(names, order)
+    first = select(header, state, naming.names)
+    found = states(header, naming.names)
+    sets = {first.which: first}
+    both = layout.raw is not None and layout.ema is not None
+    if state == "auto" and both and len(found) == 2 and found["raw"].fault is None:
+        sets["raw"] = select(header, "raw", naming.names)
+    return found, {which: replace(each, tensors=in_files(each.tensors)) for which, each in sets.items()}
 
 
-def _chosen(header: Header, layout: Layout, state: str, reference: _Reference) -> dict[str, StateDict]:
-    """Choose the sets that go in: both, where both places are there for them and nobody asked for one."""
-    first = select(header, state, reference.names)
-    found = (
-        states(header, reference.names) if state == "auto" and layout.raw is not None and layout.ema is not None else {}
-    )
-    sets = found if len(found) == 2 and found["raw"].fault is None else {first.which: first}
-    return {which: replace(each, tensors=_in_files(each.tensors)) for which, each in sets.items()}
+def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], naming: Naming) -> Iterator[str]:
+    """Say where names of averages and of raw weights differ, and which values among the averages are none."""
+    ema, raw = sets.get("ema"), found["raw"].tensors if "raw" in found else {}
+    if ema is None:
+        return
+    if raw and {*raw.values()} == {*ema.tensors.values()}:
+        yield "The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?"
+        return
+    if raw:
+        for one, other, who in ((raw, ema.tensors, "lack"), (ema.tensors, raw, "hold")):
+            strange = [name for name in one if name not in other]
+            if strange:
+                also = ", which the raw ones do not" if who == "hold" else ", which the raw ones hold"
+                yield f"The averaged weights {who} {_some(strange)}{also}."
+    for names, whose in ((raw, "the raw weights"), (naming.names or {}, naming.label)):
+        borrowed = [
+            name
+            for name, tensor in ema.tensors.items()
+            if names.get(name) is tensor and isinstance(tensor, TensorSpec) and tensor.dtype.averaged
+        ]
+        if borrowed:
+            yield f"No averages, but from {whose}: {_some(borrowed)}."
 
 
-def _in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what a model has only given its name for: its buffers stand in no file."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (isinstance(tensor, TensorSpec) and tensor.storage.path == _NOWHERE)
-    }
-
-
-def _lacking(found: Mapping[str, StateDict]) -> list[str]:
-    """Say that an average is not of the whole model, such as one of parameters alone."""
-    if len(found) < 2 or found["ema"].fault is not None:
-        return []
-    names = [name for name in found["raw"].tensors if name not in found["ema"].tensors]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"The averaged weights lack '{names[0]}'{more}, which the raw ones have."] if names else []
+def _some(names: Sequence[str]) -> str:
+    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _content(
     header: Header,
     sets: Mapping[str, StateDict],
     dtype: DType | None,
-    reference: _Reference,
+    naming: Naming,
     notes: list[str],
     *,
     updates: int | None,
@@ -316,10 +286,11 @@ def _content(
         raw=raw,
         ema=ema,
         pair=len(sets) == 2,
-        parameters=tuple(known) if reference.order is None else tuple(n for n in reference.order if n in ema),
-        updates=updates if updates is not None else _stored_updates(header, averaged),
-        decay=decay if decay is not None else _stored_decay(header, averaged),
-        rest=_rest(header, sets),
+        parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
+        updates=updates if updates is not None else stored_updates(header, averaged),
+        decay=decay if decay is not None else stored_decay(header, averaged),
+        settings=stored_settings(header, averaged),
+        rest=beside(header.tree, sets),
         notes=notes,
     )
 
@@ -345,57 +316,16 @@ def _copied(
     return weights  # type: ignore[no-any-return]
 
 
-def _rest(header: Header, sets: Mapping[str, StateDict]) -> Mapping[Any, Any]:
-    """Return what stands beside the weights at the top of a nested checkpoint."""
-    first = next(iter(sets.values()))
-    if not first.path or not isinstance(header.tree, dict):
-        return {}
-    return dict(without(header.tree, {place for each in sets.values() for place in (each.path, *each.places)}))
-
-
-_CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
-
-
-def _number(header: Header, value: Any) -> float | None:
-    """Read a counter: a number, or a tensor of one, which is too little to import torch for."""
-    if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
-        place = value.storage.offset + value.start * value.dtype.itemsize
-        with OpenFiles(header.files) as files:
-            files.open(value.storage.path)
-            raw = os.pread(files[value.storage.path], value.dtype.itemsize, place)
-        order = ">" if value.storage.big_endian else "<"
-        return float(struct.unpack(order + _CODES[value.dtype.name], raw)[0]) if raw else None
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def _stored_updates(header: Header, state: StateDict) -> int | None:
-    """Read how often the average was updated: its own counter, a configuration, or how many files `avg` took."""
-    said = header.provenance or {}
-    inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
-    value = state.updates if state.updates is not None else ema_config(header).get("optimization_step")
-    number = _number(header, value)
-    if number is None and isinstance(inputs, list):
-        return len(inputs)
-    return int(number) if number is not None and 0 <= number < 1 << 31 else None  # LitEma's -1 means unknown
-
-
-def _stored_decay(header: Header, state: StateDict) -> float | None:
-    value = state.decay if state.decay is not None else ema_config(header).get("decay")
-    number = _number(header, value)
-    return number if number is not None and 0 <= number <= 1 else None
-
-
 def _assembled(
     layout: Layout,
     content: Content,
     header: Header,
-    sets: Mapping[str, StateDict],
     target: Path,
     said: Mapping[str, Any],
+    dropped: Sequence[str],
     shard_bytes: int | None,
     untie: bool,
 ) -> Assembly:
-    dropped = [*unkept_metadata(header), *_lost(layout, header, sets, nested=target.name.endswith(TORCH_SUFFIXES))]
     if layout.name == "dcp":
         files = dcp.plan(content.raw, max_bytes=shard_bytes, provenance=said)
         return Assembly(target, tuple(files), folder=True, dropped=tuple(dropped))
@@ -410,19 +340,6 @@ def _assembled(
     return flat(
         tree, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie, dropped=dropped
     )
-
-
-def _lost(layout: Layout, header: Header, sets: Mapping[str, StateDict], *, nested: bool) -> Sequence[str]:
-    """List what of the checkpoint the output has no place for."""
-    taken = {each.path for each in sets.values()}
-    first = next(iter(sets.values()))
-    if nested and layout.home:
-        return [
-            dotted(place) for place in first.places if place not in taken and follow(header.tree, place) is not None
-        ]
-    both = [dotted((*first.path, rest)) for rest in first.rest] if len(sets) == 2 else []
-    left = [each.label for which, each in states(header).items() if which not in sets and each.path == first.path]
-    return left + [place for place in beside(header.tree, first) if place not in (*map(dotted, taken), *both)]
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Path) -> list[str]:

@@ -148,7 +148,9 @@ class DiffReport:
 
 
 def _largest(found: Iterable[tuple[float | None, str]]) -> tuple[float, str]:
-    return max(((value, name) for value, name in found if value is not None), default=(0.0, ""))
+    """Return the largest value and its name; of equal ones the first."""
+    numbers = ((value, name) for value, name in found if value is not None)
+    return max(numbers, key=lambda pair: pair[0], default=(0.0, ""))
 
 
 def diff(

@@ -37,6 +37,8 @@ ROOMS = [
     "training_state",
     "stripping",
     "batchnorm",
+    "counters",
+    "naming",
     "conversion",
     "cli",
     "__main__",

@@ -161,7 +161,7 @@ def test_lit_ema_gets_its_dots_back_from_the_raw_names(save: Save, tmp_path: Pat
 def test_lit_ema_alone_takes_its_names_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
     net = Diffusion()
     source = save("ema.pth", net.model_ema.state_dict())
-    with pytest.raises(LayoutError, match="names have lost their dots .* Give --names-from CKPT, or --model"):
+    with pytest.raises(LayoutError, match="names have lost their dots, .* Give --names-from CKPT, or --model"):
         ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
     names = save("model.pth", net.model.state_dict())
     ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth", names_from=names)
@@ -347,6 +347,11 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
             r"'a\.b\.c' and 'ab\.c' are both 'model_ema\.abc' without their dots",
         ),
         ({"model_ema.x": torch.ones(1)}, {"to": "litema"}, LayoutError, "stands where LitEma keeps its averages"),
+        ({"model.decay": torch.ones(1)}, {"to": "litema"}, LayoutError, "would stand where LitEma keeps its counters"),
+        (
+            {"model": {"module.a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}, {"to": "litema"}, LayoutError,
+            "'a' is the name of an averaged weight and of no raw one, so LitEma could not find it",
+        ),
         (
             {**LIT_EMA, "a.b.c": torch.ones(1), "ab.c": torch.ones(1), "m_ema.abc": torch.ones(1)},
             {"to": "plain"}, LayoutError, r"'m_ema\.abc' may be 'a\.b\.c' or 'ab\.c'",
@@ -381,6 +386,199 @@ def test_bad_input_is_refused_and_nothing_is_written(
         ckpt_tools.convert(source, **{"out": "out.pth", **options})
     assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
     assert source.read_bytes() == before
+
+
+def bn_weights(value: float, lead: str = "") -> State:
+    return OrderedDict(
+        {f"{lead}a.weight": torch.full((2,), float(value)), f"{lead}bn.running_mean": torch.full((2,), value + 0.5)}
+    )
+
+
+def wrapped(weights: State, counter: str = "n_averaged", count: int = 7) -> State:
+    return OrderedDict({counter: torch.tensor(count), **{f"module.{name}": t for name, t in weights.items()}})
+
+
+SWA = {"n_averaged": 7, "latest_update_epoch": 2, "average_model_state": bn_weights(2)}
+LIT = {
+    **bn_weights(1, "model."), "model_ema.decay": torch.tensor(0.5), "model_ema.num_updates": torch.tensor(7).int(),
+    "model_ema.aweight": bn_weights(2)["a.weight"],
+}  # fmt: skip
+LIST = {"decay": 0.5, "num_updates": 7, "shadow_params": [bn_weights(2)["a.weight"]], "collected_params": None}
+
+
+@pytest.mark.parametrize(
+    ("tree", "to", "options", "dropped"),
+    [
+        # counters that go along are not called lost; those that do not are
+        ({"model": wrapped(bn_weights(2)), "epoch": 1}, "averaged-model", {}, ["epoch"]),
+        ({"model": bn_weights(1), "model_ema": wrapped(bn_weights(2))}, "timm", {}, ["model_ema.n_averaged"]),
+        ({"model": bn_weights(1), "model_ema": wrapped(bn_weights(2))}, "mmengine", {}, []),
+        (
+            {"state_dict": bn_weights(2), "ema_state_dict": wrapped(bn_weights(1), "steps")}, "deit", {},
+            ["ema_state_dict.steps"],
+        ),
+        ({"state_dict": LIT}, "torchvision", {}, ["state_dict.model_ema.decay"]),
+        ({"model": bn_weights(1), "ema": LIST}, "timm", {}, ["ema.decay", "ema.num_updates"]),
+        ({"model": bn_weights(1), "ema": LIST}, "litema", {}, []),
+        (
+            {"state_dict": bn_weights(2), "current_model_state": bn_weights(1),
+             "averaging_state": {"n_averaged": torch.tensor(7)}}, "lightning", {}, [],
+        ),
+        ({"state_dict": bn_weights(1), "callbacks": {"StochasticWeightAveraging": SWA, "Timer": {"time": 3}}},
+         "torchvision", {}, ["callbacks.StochasticWeightAveraging.latest_update_epoch"]),
+        # a set that is left, wherever it stands
+        ({"state_dict": LIT}, "timm", {"state": "raw"}, ["state_dict.model_ema.*"]),
+        ({"state_dict": LIT}, "timm", {"state": "ema"},
+         ["state_dict.* (raw)", "state_dict.model_ema.decay", "state_dict.model_ema.num_updates"]),
+        ({"nets": {"G": LIT}, "epoch": 1}, "plain", {"state": "nets.G"},
+         ["epoch", "nets.G.* (raw)", "nets.G.model_ema.decay", "nets.G.model_ema.num_updates"]),
+        ({"model": bn_weights(1), "model_ema": bn_weights(2), "ema": bn_weights(3)}, "timm", {}, ["ema"]),
+        ({"model": bn_weights(1), "ema": bn_weights(2)}, "timm", {"state": "model"}, ["ema"]),
+        # what stands among the weights and is none
+        (
+            {"state_dict": {**bn_weights(1), "a._extra_state": {"scale": 1}}}, "deit", {},
+            ["state_dict.a._extra_state"],
+        ),
+        # where the output has something of its own
+        ({"state_dict": bn_weights(1), "state_dict_ema": bn_weights(2), "ema": 0.999}, "dit", {}, ["ema"]),
+        ({"state_dict": bn_weights(1), "state_dict_ema": bn_weights(2), "extra_state": [1]}, "fairseq", {},
+         ["extra_state"]),
+        # what was of use is not lost
+        ({"model": bn_weights(1), "extra_state": {"ema": bn_weights(2), "ema_fp32_params": bn_weights(3)}}, "deit", {},
+         []),
+    ],
+)  # fmt: skip
+def test_what_is_not_carried_over_is_said_and_nothing_else(
+    save: Save, tmp_path: Path, tree: Any, to: str, options: Any, dropped: list[str]
+) -> None:
+    report = ckpt_tools.convert(save("in.pth", tree), to=to, out=tmp_path / "out.pth", **options)
+    assert sorted(report.dropped) == sorted(dropped)
+
+
+def test_the_average_of_lightnings_callback_is_converted_with_what_stands_beside_it(save: Save, tmp_path: Path) -> None:
+    callbacks = {"StochasticWeightAveraging": SWA, "Timer": {"time": 3}}
+    source = save("last.ckpt", {"state_dict": bn_weights(1), "callbacks": callbacks, "epoch": 2})
+    ckpt_tools.convert(source, to="torchvision", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert same_bits(found["model"], bn_weights(1))
+    # Its statistics are those of the day it began.
+    expected = wrapped({**bn_weights(2), "bn.running_mean": bn_weights(1)["bn.running_mean"]})
+    assert same_bits(found["model_ema"], expected)
+    assert (found["callbacks"], found["epoch"]) == ({"Timer": {"time": 3}}, 2)
+
+
+def test_a_deep_path_goes_into_a_nested_layout(save: Save, tmp_path: Path) -> None:
+    tree = {"a": {"b": {"c": bn_weights(1), "d": 4}}}
+    ckpt_tools.convert(save("in.pth", tree), to="timm", state="a.b.c", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found["a"] == {"b": {"d": 4}}
+    assert same_bits(found["state_dict"], bn_weights(1))
+
+
+def test_a_path_to_an_average_says_that_it_is_one(save: Save, tmp_path: Path) -> None:
+    source = save("in.pth", {"nets": {"G": wrapped(bn_weights(2))}})
+    report = ckpt_tools.convert(source, to="averaged-model", state="nets.G", out=tmp_path / "out.pth")
+    assert report.placed == ("ema (nets.G) → the whole file",)
+    assert same_bits(load(tmp_path / "out.pth"), wrapped(bn_weights(2)))
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"model": bn_weights(1), "ema": {"a.weight": torch.ones(2)}},
+            "averaged weights lack 'bn.running_mean', which the raw ones hold",
+        ),
+        (
+            {"model": bn_weights(1, "module."), "ema": bn_weights(2)},
+            "averaged weights hold 'a.weight' and 1 more, which the raw ones do not",
+        ),
+        ({"model": bn_weights(1), "ema": LIST}, "No averages, but from the raw weights: 'bn.running_mean'"),
+        ({"state_dict": LIT}, "No averages, but from the raw weights: 'model.bn.running_mean'"),
+    ],
+)
+def test_averages_that_are_not_whole_are_named(save: Save, tmp_path: Path, tree: Any, message: str) -> None:
+    report = ckpt_tools.convert(save("in.pth", tree), to="timm", out=tmp_path / "out.pth")
+    assert any(message in note for note in report.notes)
+
+
+def test_values_from_another_checkpoint_are_named(save: Save, tmp_path: Path) -> None:
+    names = save("names.pth", {"model": bn_weights(1), "model_ema": bn_weights(3)})
+    report = ckpt_tools.convert(save("list.pth", LIST), to="plain", names_from=names, out=tmp_path / "out.pth")
+    assert f"No averages, but from {names}: ema (model_ema): 'bn.running_mean'." in report.notes
+    assert load(tmp_path / "out.pth")["bn.running_mean"].tolist() == [3.5, 3.5]
+
+
+def test_the_checkpoint_that_gives_names_is_an_input_and_never_replaced(save: Save, tmp_path: Path) -> None:
+    names = save("names.pth", bn_weights(1))
+    before = names.read_bytes()
+    with pytest.raises(WriteError, match="is one of the inputs, which are never changed"):
+        ckpt_tools.convert(save("list.pth", LIST), to="plain", names_from=names, out=names, force=True)
+    assert names.read_bytes() == before
+
+
+def test_an_average_that_is_the_raw_weights_is_said_to_be(save: Save, tmp_path: Path) -> None:
+    weights = bn_weights(1)
+    source = save("in.pth", {"model": weights, "ema": OrderedDict(weights)})
+    report = ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
+    assert report.notes == (
+        "The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?",
+    )
+
+
+@pytest.mark.parametrize("out", ["ema", "ema.pth"])
+def test_the_settings_of_diffusers_stay(save: Save, tmp_path: Path, out: str) -> None:
+    kept = {"inv_gamma": 2.0, "power": 0.75, "use_ema_warmup": True, "min_decay": 0.1, "update_after_step": 5}
+    tree = {"decay": 0.5, "optimization_step": 9, **kept, "shadow_params": [torch.ones(2)]}
+    names = save("names.pth", {"w": torch.zeros(2)})
+    ckpt_tools.convert(save("list.pth", tree), to="diffusers", names_from=names, out=tmp_path / out)
+    if out == "ema":  # and on from the folder
+        ckpt_tools.convert(tmp_path / "ema", to="diffusers", out=tmp_path / "ema.pth")
+    found = load(tmp_path / "ema.pth")
+    assert [tensor.tolist() for tensor in found.pop("shadow_params")] == [[1, 1]]
+    assert found == {"decay": 0.5, "optimization_step": 9, **kept}
+
+
+@pytest.mark.parametrize(
+    ("count", "to", "written", "note"),
+    [
+        (0, "mmengine", 1, "with 0 the next update would replace the average"),
+        (1 << 40, "averaged-model", 1 << 40, None),
+        (1 << 40, "litema", (1 << 31) - 1, None),
+        (7, "ema-pytorch", 7, r"replaces the average until its step, 7 here"),
+        (101, "ema-pytorch", 101, None),
+        (-1, "averaged-model", 1, "number of updates is not known"),
+    ],
+)
+def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word(
+    save: Save, tmp_path: Path, count: int, to: str, written: int, note: str | None
+) -> None:
+    source = save("swa.pth", wrapped(bn_weights(1), count=count))
+    report = ckpt_tools.convert(source, to=to, out=tmp_path / "out.pth", decay=0.9)
+    found = load(tmp_path / "out.pth")
+    counters = [
+        tensor.item()
+        for tree in (found, *(value for value in found.values() if isinstance(value, dict)))
+        for name, tensor in tree.items()
+        if name.rpartition(".")[2] in ("n_averaged", "steps", "step", "num_updates")
+    ]
+    assert counters == [written]
+    assert [text for text in report.notes if "updates is" in text or "replace" in text] == (
+        [] if note is None else [next(text for text in report.notes if note in text)]
+    )
+
+
+def test_raw_weights_do_not_get_the_counter_of_the_average(save: Save, tmp_path: Path) -> None:
+    tree = {"state_dict": bn_weights(2), "ema_state_dict": wrapped(bn_weights(1), "steps")}
+    ckpt_tools.convert(save("in.pth", tree), to="averaged-model", state="raw", out=tmp_path / "out.pth")
+    assert load(tmp_path / "out.pth")["n_averaged"].item() == 1
+
+
+def test_a_raw_set_that_would_lose_a_tensor_is_refused_beside_its_average(save: Save, tmp_path: Path) -> None:
+    source = save("in.pth", {"model": {"a": torch.ones(2), 3: torch.ones(2)}, "ema": {"a": torch.ones(2)}})
+    with pytest.raises(LayoutError, match=r"the tensor 'model\.3' has a name that is no text"):
+        ckpt_tools.convert(source, to="timm", out=tmp_path / "out.pth")
+    assert ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth").dropped == ("model",)
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
@@ -439,5 +637,62 @@ def test_an_average_of_parameters_alone_is_said_to_lack_the_rest(save: Save, tmp
     ema = {name: tensor for name, tensor in weights(2).items() if "running" not in name and "num_b" not in name}
     source = save("c.pth", {"model": weights(1), "ema": ema})
     report = ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
-    assert report.notes == ("The averaged weights lack '1.running_mean' and 2 more, which the raw ones have.",)
+    assert report.notes == ("The averaged weights lack '1.running_mean' and 2 more, which the raw ones hold.",)
     assert same_bits(load(tmp_path / "out.pth"), ema)
+
+
+@pytest.mark.parametrize(
+    ("tree", "state", "dropped"),
+    [
+        ({"model": bn_weights(1), "model_ema": bn_weights(2), "ema": bn_weights(3)}, "auto", ["model_ema", "ema"]),
+        ({"model": bn_weights(1), "model_ema": bn_weights(2), "teacher": bn_weights(3)}, "raw", ["teacher"]),
+        ({"net": bn_weights(1), "ema": bn_weights(2)}, "net", ["ema"]),
+        ({"state_dict": LIT}, "ema", ["state_dict.* (raw)", "state_dict.model_ema.decay", "model_ema.num_updates"]),
+        ({"state_dict": LIT}, "raw", ["state_dict.model_ema.*"]),
+        ({"model": bn_weights(1), "ema": LIST}, "auto", ["ema"]),
+        ({"state_dict": bn_weights(1), "callbacks": {"StochasticWeightAveraging": SWA}}, "ema", ["callbacks"]),
+        (
+            {"state_dict": bn_weights(2), "current_model_state": bn_weights(1), "averaging_state": {"n_averaged": 7}},
+            "raw", ["current_model_state", "averaging_state"],
+        ),
+    ],
+)  # fmt: skip
+def test_an_average_is_what_is_read_back_from_it_in_any_layout(
+    save: Save, tmp_path: Path, tree: Any, state: str, dropped: list[str]
+) -> None:
+    paths = [save(f"step-{i}.pth", tree) for i in (1, 2)]
+    expected = opened(paths[0], state)
+    report = ckpt_tools.average(paths, state=state, out=tmp_path / "out.pth", order="given")
+    found = opened(tmp_path / "out.pth", "net" if state == "net" else "auto")
+    assert same_bits(found, expected)
+    assert all(any(path.endswith(each) for path in report.dropped) for each in dropped)
+    with pytest.raises(LayoutError, match="has no ema weights|holds weights in no known|in no known layout"):
+        opened(tmp_path / "out.pth", "ema")
+
+
+def test_configuration_beside_the_weights_that_one_file_cannot_keep_is_said(save: Save, tmp_path: Path) -> None:
+    ckpt_tools.convert(save("in.pth", bn_weights(1)), to="plain", out=tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert ckpt_tools.convert(tmp_path / "model", to="plain", out=tmp_path / "o.pth").dropped == ("config.json",)
+    assert ckpt_tools.convert(tmp_path / "model", to="plain", out=tmp_path / "again").dropped == ()
+    assert (tmp_path / "again" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("counter", [5, None, [7], {"n_averaged": "x"}, {"n_averaged": 10**400}])
+def test_a_counter_that_is_none_is_not_known(save: Save, tmp_path: Path, counter: Any) -> None:
+    tree = {"state_dict": bn_weights(2), "current_model_state": bn_weights(1), "averaging_state": counter}
+    if counter is None:
+        with pytest.raises(LayoutError, match="Some libraries swap raw and averaged weights, so say which you mean"):
+            ckpt_tools.convert(save("in.ckpt", tree), to="torchvision", out=tmp_path / "out.pth")
+        return
+    ckpt_tools.convert(save("in.ckpt", tree), to="torchvision", out=tmp_path / "out.pth")
+    assert load(tmp_path / "out.pth")["model_ema"]["n_averaged"].item() == 1
+
+
+def test_parameters_without_elements_have_a_place_each_in_a_list(save: Save, tmp_path: Path) -> None:
+    state = OrderedDict((name, torch.ones(n)) for name, n in (("a", 0), ("b", 0), ("c", 2)))
+    source = tmp_path / "in.safetensors"
+    ckpt_tools.convert(save("in.pth", state), to="plain", out=source)
+    tree = {"decay": 0.5, "num_updates": 1, "shadow_params": list(state.values()), "collected_params": None}
+    ckpt_tools.convert(save("list.pth", tree), to="plain", names_from=source, out=tmp_path / "out.pth")
+    assert same_bits(load(tmp_path / "out.pth"), state)

@@ -106,6 +106,19 @@ def test_values_that_are_not_finite_are_counted_apart_and_within_no_tolerance(
     assert report.verdict == ("different" if nonfinite else "within tolerance")
 
 
+def test_a_difference_beyond_float64_counts_as_the_largest_there_is(save: Save) -> None:
+    a, b = torch.tensor([1.7e308, 0.0], dtype=torch.float64), torch.tensor([-1.7e308, 1.0], dtype=torch.float64)
+    report = ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b}), rtol=0.9)
+    assert (only(report).differing, only(report).beyond, only(report).nonfinite) == (2, 2, 0)
+    assert only(report).max_abs == np.finfo(np.float64).max
+
+
+def test_of_equally_large_differences_the_one_shown_first_is_named(save: Save) -> None:
+    zeros, ones = ({name: torch.full((2,), value) for name in ("a", "b")} for value in (0.0, 1.0))
+    report = ckpt_tools.diff(save("a.pth", zeros), save("b.pth", ones))
+    assert (report.max_abs, report.max_rel) == ((1.0, report.tensors[0].name),) * 2
+
+
 def test_the_sign_of_a_zero_and_the_bits_of_a_nan_are_equal_but_not_identical(save: Save) -> None:
     other_nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
     a, b = torch.cat([torch.tensor([0.0, NAN]), other_nan]), torch.tensor([-0.0, NAN, NAN])

@@ -300,3 +300,21 @@ def test_a_checkpoint_one_level_below_is_found_where_it_is_the_only_one(save: Sa
     assert (chosen.path, chosen.home, chosen.layout) == (("app", "model"), ("app", "model"), "model")
     with pytest.raises(LayoutError, match=r"Choose with --state G\.model"):
         select(read_header(save("gan.pth", {"G": inside, "D": inside})))
+
+
+@pytest.mark.parametrize("lead", ["quantizer", "vq"])
+def test_a_codebook_that_counts_its_updates_is_no_lit_ema(save: Save, lead: str) -> None:
+    tree = {
+        "embed": torch.ones(2), f"{lead}.decay": torch.ones(()), f"{lead}.num_updates": torch.tensor(3),
+        f"{lead}.embed": torch.zeros(2),
+    }  # fmt: skip
+    chosen = select(read_header(save("in.pth", tree)))
+    assert (chosen.which, chosen.layout, list(chosen.tensors)) == ("raw", "plain", list(tree))
+
+
+@pytest.mark.parametrize("teacher", [{"a": torch.ones(3)}, {"other": torch.ones(2)}])
+def test_the_teacher_of_another_model_is_no_average_of_it(save: Save, teacher: Any) -> None:
+    chosen = select(read_header(save("in.pth", {"model": {"a": torch.ones(2)}, "teacher": teacher})))
+    assert (chosen.which, chosen.path) == ("raw", ("model",))
+    chosen = select(read_header(save("mean.pth", {"model": {"a": torch.ones(2)}, "teacher": {"a": torch.zeros(2)}})))
+    assert (chosen.which, chosen.path) == ("ema", ("teacher",))

@@ -126,7 +126,7 @@ def _verdict(report: DiffReport) -> str:
         return f"Equal within tolerance {tolerance}: {figures}" + (f"; {dtypes}." if report.dtypes else ".")
     reasons = [figures] if differing else []
     if report.nonfinite:
-        reasons.append(f"{console.plural(report.nonfinite, 'value')} that is not finite on one side")
+        reasons.append(f"{console.plural(report.nonfinite, 'value')} with NaN or infinity on one side")
     if report.tolerant and differing:
         beyond = sum(tensor.beyond for tensor in report.tensors)
         reasons.append(f"{console.plural(beyond, 'value')} beyond the tolerance {tolerance}")

@@ -65,6 +65,12 @@ def read(folder: Path) -> Header:
                         f"{path}: truncated: {METADATA} says that an entry ends at byte "
                         f"{window.offset + window.length}, the file at {stamps[-1].nbytes}. Get a complete copy."
                     )
+                file.seek(window.offset)
+                if file.read(9)[8:] == b"{":  # how safetensors begins
+                    raise UnsupportedError(
+                        f"{path}: its entries were written as safetensors, which torch itself reads in no such folder. "
+                        "Save it again with the serialization format that FileSystemWriter has by default."
+                    )
                 objects[window], unknown, _ = torch_zip.read_window(
                     file, path, window.offset, window.length, where=f"{path}: the entry at byte {window.offset}"
                 )

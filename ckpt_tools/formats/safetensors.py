@@ -14,6 +14,7 @@ from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .output import FilePlan, OutTensor
 
 MAX_HEADER = 100_000_000  # the library's own limit
+_PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter
 MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
 
 
@@ -24,6 +25,7 @@ def read(path: Path) -> Header:
 
     Raises:
         CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
+        UnsupportedError: the tensors in it are parts of larger ones.
     """
     with path.open("rb") as file:
         stamp = Stamp.of(path, file.fileno())
@@ -41,6 +43,12 @@ def read(path: Path) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
+    if _PARTS in metadata:
+        raise UnsupportedError(
+            f"{path}: holds the parts of tensors that one process saved, and is no checkpoint by itself. "
+            "Put the parts together first: consolidate_safetensors_files of torch.distributed.checkpoint does it, "
+            "or enable_consolidation where they are saved."
+        )
     tensors: dict[str, TensorSpec | UnsupportedTensor] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():

@@ -26,6 +26,7 @@ class Content:
         parameters: names of what is averaged by libraries that average parameters alone.
         updates: how often the average was updated; None where nobody knows.
         decay: of the EMA, likewise.
+        settings: of diffusers' EMAModel, as the checkpoint has them.
         rest: what stands beside the weights, by key.
         notes: receives what is lost or made up, in words.
     """
@@ -36,6 +37,7 @@ class Content:
     parameters: tuple[str, ...]
     updates: int | None = None
     decay: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     rest: Mapping[Any, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -55,8 +57,18 @@ def build(layout: Layout, content: Content) -> dict[Any, Any]:
     if content.pair or not layout.alone:
         tree = _placed(tree, layout.ema, _write(layout.ema_form, content.ema, content))
         if layout.name == "lightning":
-            tree = {**_LIGHTNING, **tree, "averaging_state": {"n_averaged": _count(content)}}
+            tree = _placed({**_LIGHTNING, **tree}, layout.updates or (), _count(content))
     return tree
+
+
+def keeps(layout: Layout, counter: str) -> bool:
+    """True if a layout has a place for what says how often an average was updated, or how (by its usual key)."""
+    forms = {layout.raw_form, layout.ema_form}
+    if counter in SETTINGS:
+        return "diffusers" in forms
+    if counter == "decay":
+        return bool(forms & {"litema", "diffusers", "pytorch-ema"})
+    return forms != {"plain"} or layout.updates is not None
 
 
 # Without these Lightning does not resume, or resumes without the average.
@@ -81,7 +93,7 @@ def _write(form: str, weights: Weights, content: Content) -> dict[str, Any]:
         return OrderedDict(
             {
                 "initted": scalar("bool", "?", True),
-                "step": scalar("int64", "q", _needed(content, "ema-pytorch")),
+                "step": scalar("int64", "q", _step(content)),
                 **{f"online_model.{name}": tensor for name, tensor in content.raw.items()},
                 **{f"ema_model.{name}": tensor for name, tensor in weights.items()},
             }
@@ -106,9 +118,18 @@ def _lit_ema(weights: Weights, content: Content) -> dict[str, Any]:
                     f"'{other}' and '{name}' are both 'model_ema.{name.removeprefix(head).replace('.', '')}' without "
                     "their dots, so LitEma cannot tell them apart. Choose another layout."
                 )
+    strange = next((name for name in short.values() if name not in content.raw), None)
+    if strange is not None:
+        raise LayoutError(
+            f"'{strange}' is the name of an averaged weight and of no raw one, so LitEma could not find it. "
+            "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: --state ema."
+        )
+    counter = next((short[key] for key in ("decay", "num_updates") if key in short), None)
+    if counter is not None:
+        raise LayoutError(f"'{counter}' would stand where LitEma keeps its counters. Choose another layout.")
     kept = set(short.values())
     _note_lost(content, kept, "LitEma averages parameters" + (" of 'model.'" if head else ""), raw_stays=True)
-    updates = -1 if content.updates is None else content.updates
+    updates = -1 if content.updates is None else min(content.updates, (1 << 31) - 1)
     if content.updates is None:
         content.notes.append("The number of updates is not known: num_updates is -1, LitEma's sign for no warm-up.")
     return OrderedDict(
@@ -132,15 +153,12 @@ def _parameter_list(form: str, weights: Weights, content: Content) -> dict[str, 
 
 def ema_settings(content: Content) -> dict[str, Any]:
     """Return what diffusers' EMAModel keeps beside the parameters, in its state dict and in ``config.json``."""
-    return {
-        "decay": _decay(content),
-        "min_decay": 0.0,
-        "optimization_step": _needed(content, "diffusers"),
-        "update_after_step": 0,
-        "use_ema_warmup": False,
-        "inv_gamma": 1.0,
-        "power": 2 / 3,
-    }
+    counters = {"decay": _decay(content), "optimization_step": _needed(content, "diffusers")}
+    return {**SETTINGS, **content.settings, **counters}
+
+
+SETTINGS = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+"""What diffusers' EMAModel starts with."""
 
 
 def _note_lost(content: Content, kept: set[str], why: str, *, raw_stays: bool) -> None:
@@ -158,8 +176,22 @@ def _count(content: Content) -> OutTensor:
         note = "The number of updates is not known: the counter is 1, so that a further update averages."
         if note not in content.notes:
             content.notes.append(note)
-    # 0 would let the next update replace the average.
-    return scalar("int64", "q", max(content.updates, 1) if content.updates is not None else 1)
+    elif content.updates == 0:
+        content.notes.append("The counter is 1: with 0 the next update would replace the average.")
+    return scalar("int64", "q", content.updates or 1)
+
+
+def _step(content: Content) -> int:
+    step = _needed(content, "ema-pytorch")
+    if step <= _UPDATE_AFTER_STEP:
+        content.notes.append(
+            f"ema-pytorch replaces the average until its step, {step} here, is above its update_after_step "
+            f"({_UPDATE_AFTER_STEP} if you set none): set that lower, or give --updates."
+        )
+    return step
+
+
+_UPDATE_AFTER_STEP = 100
 
 
 def _needed(content: Content, who: str) -> int:

@@ -116,7 +116,7 @@ def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] |
     raws = {path: set_at(tree, path, "raw", names) for path in raw_paths if path is not None and path != layout.ema}
     raw_path, raw = next(((path, raw) for path, raw in raws.items() if raw is not None), (layout.ema, None))
     ema = set_at(tree, layout.ema, "ema", names, None if raw is None else raw.tensors)
-    if ema is None:
+    if ema is None or (raw is not None and raw_path != layout.raw and not _of_one_model(raw.tensors, ema.tensors)):
         return {}
     if raw is None and ema.form in ("ema-pytorch", "litema"):  # which hold both
         raw = forms.read(follow(tree, layout.ema), names).get("raw")
@@ -124,7 +124,8 @@ def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] |
     places = _places(tree, layout)
     found = {"ema": state_dict(ema, layout.ema, "ema", name, layout.home, places)}
     if layout.updates is not None:
-        found["ema"] = replace(found["ema"], updates=follow(tree, layout.updates))
+        counters = (*found["ema"].counters, layout.updates)
+        found["ema"] = replace(found["ema"], updates=follow(tree, layout.updates), counters=counters)
     if layout.parameters and raw is not None and raw.tensors.keys() == ema.tensors.keys():
         mixed = {name: raw.tensors[name] if is_buffer(name, tensor) else tensor for name, tensor in ema.tensors.items()}
         found["ema"] = replace(found["ema"], tensors=mixed, keys=None)
@@ -134,6 +135,17 @@ def _pair(layout: Layout, tree: Mapping[Any, Any], names: Mapping[str, Tensor] |
     if raw is not None:
         found["raw"] = state_dict(raw, raw_path, "raw", name, layout.home, places)
     return found
+
+
+def _of_one_model(raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> bool:
+    """False if an average cannot be of these weights: a teacher beside the model that learns from it."""
+    shapes = {name.removeprefix("module."): getattr(tensor, "shape", None) for name, tensor in raw.items()}
+    shared = [
+        shapes[name] == getattr(tensor, "shape", None)
+        for name, tensor in ((name.removeprefix("module."), tensor) for name, tensor in ema.items())
+        if name in shapes
+    ]
+    return bool(shared) and all(shared)
 
 
 def set_at(
@@ -150,8 +162,19 @@ def set_at(
 
 def _places(tree: Mapping[Any, Any], layout: Layout) -> tuple[tuple[Any, ...], ...]:
     """Return what stands for weights in this layout, and what of another one stands beside it."""
-    others = tuple((key,) for key in SET_KEYS if key in tree and (tree[key] is None or isinstance(tree[key], dict)))
+    others = (place for each in LAYOUTS for place in (each.raw, each.ema) if place and _may_hold_a_set(tree, place))
     return tuple(dict.fromkeys((*layout.places, *others)))
+
+
+def _may_hold_a_set(tree: Mapping[Any, Any], place: tuple[Any, ...]) -> bool:
+    above = follow(tree, place[:-1])
+    if not isinstance(above, Mapping) or place[-1] not in above:
+        return False
+    value = above[place[-1]]
+    if isinstance(value, dict):
+        direct = any(isinstance(each, Tensor) for each in value.values())
+        return direct or "shadow_params" in value or place[-1] in SET_KEYS
+    return value is None or forms.module_state(value) is not None
 
 
 def state_dict(
@@ -162,9 +185,11 @@ def state_dict(
     home: tuple[Any, ...],
     places: tuple[tuple[Any, ...], ...],
 ) -> StateDict:
+    """Place a reading in its checkpoint."""
+    counters = tuple((*path, key) for key in reading.counters)
     return StateDict(
         reading.tensors, reading.keys, reading.extras, path, which, layout, home, places,
-        reading.rest, reading.updates, reading.decay, reading.fault,
+        reading.rest, counters, reading.updates, reading.decay, reading.fault,
     )  # fmt: skip
 
 

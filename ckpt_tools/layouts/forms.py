@@ -6,6 +6,7 @@ latent diffusion's LitEma, the parameter lists of diffusers' EMAModel and of tor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ..formats.unpickle import Inert
 from ..tensors import Tensor, TensorSpec
 from .state import is_buffer
 
-MOST_NAMES = 1_000_000
+MOST_NAMES = 300_000
 """A pickled module may hold one child a thousand times, and that one another: its names have no end."""
 
 
@@ -27,6 +28,7 @@ class Reading:
     keys: Mapping[str, str] | None
     extras: dict[Any, Any]
     rest: tuple[str, ...] = ()
+    counters: tuple[str, ...] = ()
     updates: Any = None
     decay: Any = None
     fault: str | None = None
@@ -76,7 +78,7 @@ def _averaged_model(tensors: dict[str, Tensor], extras: dict[Any, Any]) -> Readi
         return {}
     weights = {name: tensors[key] for name, key in keys.items()}
     form = "averaged-model" if counter == "n_averaged" else "mmengine"
-    return {"ema": Reading(form, weights, keys, extras, (counter,), tensors[counter])}
+    return {"ema": Reading(form, weights, keys, extras, counters=(counter,), updates=tensors[counter])}
 
 
 def _ema_pytorch(tensors: dict[str, Tensor], extras: dict[Any, Any]) -> Readings:
@@ -90,9 +92,9 @@ def _ema_pytorch(tensors: dict[str, Tensor], extras: dict[Any, Any]) -> Readings
         keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
         if keys:
             weights = {name: tensors[key] for name, key in keys.items()}
-            others = [f"{other}*" for other in prefixes.values() if other != prefix]
+            others = tuple(f"{other}*" for other in prefixes.values() if other != prefix)
             updates = tensors["step"] if which == "ema" else None
-            readings[which] = Reading("ema-pytorch", weights, keys, {**extras, **stray}, (*others, *counters), updates)
+            readings[which] = Reading("ema-pytorch", weights, keys, {**extras, **stray}, others, counters, updates)
     return readings if "ema" in readings else {}
 
 
@@ -102,8 +104,7 @@ def _lit_ema(tensors: dict[str, Tensor], extras: dict[Any, Any], names: Mapping[
         (
             key.removesuffix("num_updates")
             for key in tensors
-            if key.rpartition(".")[2] == "num_updates"
-            and key.count(".") <= 1
+            if re.fullmatch(r"([^.]*ema\.)?num_updates", key)  # codebooks of quantizers count, too
             and is_scalar(tensors[key])
             and is_scalar(tensors.get(key.removesuffix("num_updates") + "decay"))
         ),
@@ -117,15 +118,16 @@ def _lit_ema(tensors: dict[str, Tensor], extras: dict[Any, Any], names: Mapping[
     if not spoilt or any("." in name for name in spoilt):
         return {}
     raw = {key: value for key, value in tensors.items() if not key.startswith(prefix)} if prefix else {}
-    rest = (f"{prefix}decay", f"{prefix}num_updates")
+    counters = (f"{prefix}decay", f"{prefix}num_updates")
     readings = {"raw": Reading("litema", raw, {name: name for name in raw}, extras, (f"{prefix}*",))} if raw else {}
     reference = raw or names or {}
     mapping, fault = _undotted(spoilt, reference, prefix)
     if fault is not None:
-        return {"ema": Reading("litema", spoilt, keys, extras, rest, updates, decay, fault), **readings}
+        return {"ema": Reading("litema", spoilt, keys, extras, (), counters, updates, decay, fault), **readings}
     weights = {name: spoilt[mapping[name]] if name in mapping else tensor for name, tensor in reference.items()}
     stored = {name: keys[mapping[name]] if name in mapping else name for name in weights} if raw else None
-    return {"ema": Reading("litema", weights, stored, extras, rest, updates, decay), **readings}
+    rest = ("* (raw)",) if raw else ()
+    return {"ema": Reading("litema", weights, stored, extras, rest, counters, updates, decay), **readings}
 
 
 def _undotted(
@@ -138,7 +140,7 @@ def _undotted(
     """
     if not reference:
         return {}, (
-            f"its {len(spoilt)} names have lost their dots (LitEma), and no raw weights stand beside them. "
+            f"a LitEma: its {len(spoilt)} names have lost their dots, and no raw weights stand beside them. "
             "Give --names-from CKPT, or --model."
         )
     model = prefix.removesuffix("_ema.")
@@ -157,7 +159,7 @@ def _undotted(
             break
     if fewest:
         return {}, (
-            f"'{prefix}{fewest[0]}' is the name of no raw weight of that shape without its dots "
+            f"of another model: '{prefix}{fewest[0]}' is the name of no raw weight of that shape without its dots "
             f"({len(fewest)} of {len(spoilt)} are not). Is this the right model?"
         )
     mapping: dict[str, str] = {}
@@ -165,7 +167,7 @@ def _undotted(
         found = best[short, getattr(tensor, "shape", None)]
         if len(found) > 1:
             return {}, (
-                f"'{prefix}{short}' may be '{found[0]}' or '{found[1]}': without dots both are spelt so. "
+                f"ambiguous: '{prefix}{short}' may be '{found[0]}' or '{found[1]}': without dots both are spelt so. "
                 "Rename one of them in the model, or take --state raw."
             )
         mapping[found[0]] = short
@@ -182,11 +184,14 @@ def _parameter_list(
     form = "diffusers" if "optimization_step" in node else "pytorch-ema"
     updates = node.get("optimization_step", node.get("num_updates"))
     extras = {key: value for key, value in node.items() if key not in LIST_KEYS}
+    counters = tuple(key for key in LIST_KEYS[3:] if node.get(key) is not None)
+    rest = tuple(key for key in LIST_KEYS[1:3] if node.get(key) is not None)  # raw weights put by
     matched, fault = name_list(shadow, names)
     if fault is not None:
         unnamed = {f"shadow_params.{i}": tensor for i, tensor in enumerate(shadow)}
-        return {"ema": Reading(form, unnamed, None, extras, (), updates, node.get("decay"), fault)}
-    return {"ema": Reading(form, {**(others or {}), **matched}, None, extras, (), updates, node.get("decay"))}
+        return {"ema": Reading(form, unnamed, None, extras, rest, counters, updates, node.get("decay"), fault)}
+    weights = {**(others or {}), **matched}
+    return {"ema": Reading(form, weights, None, extras, rest, counters, updates, node.get("decay"))}
 
 
 LIST_KEYS = (
@@ -200,8 +205,9 @@ def parameters(names: Mapping[str, Tensor]) -> dict[str, Tensor]:
     unique: dict[Any, str] = {}
     for name, tensor in names.items():
         if not is_buffer(name, tensor):
-            unique.setdefault(tensor, name)
-    return {name: tensor for tensor, name in unique.items()}
+            empty = isinstance(tensor, TensorSpec) and not tensor.numel  # all alike, and tied to nothing
+            unique.setdefault(name if empty else tensor, name)
+    return {name: names[name] for name in unique.values()}
 
 
 def name_list(shadow: Sequence[Tensor], names: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], str | None]:

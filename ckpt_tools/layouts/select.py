@@ -161,7 +161,11 @@ def _at_path(header: Header, asked: str, names: Mapping[str, Tensor] | None) -> 
         fault = f"'{asked}' is {reading.fault}"
     if fault is not None or reading is None:
         raise LayoutError(f"{header.path}: {fault}")
-    return state_dict(reading, path, asked, "dotted path", path, (path,))
+    found = states(header, names)
+    # What is found without a path would be found again in an output, and taken for its weights.
+    places = dict.fromkeys((path, *(place for each in found.values() for place in each.places)))
+    which, layout = (asked, "dotted path") if reading.form in ("plain", "module") else ("ema", reading.form)
+    return state_dict(reading, path, which, layout, path, tuple(places))
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:

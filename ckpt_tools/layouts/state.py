@@ -18,9 +18,10 @@ class StateDict:
         tensors: by the names that the bare model has; wrapper prefixes such as DDP's stay.
         keys: these names to the keys of the dict at `path`; None where the set does not stand in one dict.
         extras: the other entries of that dict.
-        rest: what of it belongs to the layout but not to this set, in words: ``model_ema.*``.
+        rest: what of it belongs to the other set, in words: ``model_ema.*``.
+        counters: where it is said how often the average was updated, and how: paths from the top.
         path: keys that lead to it from the top of the checkpoint; empty for a plain one.
-        which: ``raw``, ``ema``, or the dotted path that was asked for.
+        which: ``raw``, ``ema``, or the dotted path that was asked for, where nothing there says which it is.
         layout: name of the layout.
         home: where the layout keeps weights that have no second set beside them.
         places: all places of the layout, this one among them.
@@ -38,6 +39,7 @@ class StateDict:
     home: tuple[Any, ...]
     places: tuple[tuple[Any, ...], ...]
     rest: tuple[str, ...] = ()
+    counters: tuple[tuple[Any, ...], ...] = ()
     updates: int | TensorSpec | None = None
     decay: float | TensorSpec | None = None
     fault: str | None = None

@@ -46,8 +46,7 @@ class Layout:
     @property
     def places(self) -> tuple[Path, ...]:
         """Return all its places, each once."""
-        counter = self.updates and (self.updates[:-1] or self.updates)
-        named = (self.raw, self.ema, counter, self.exact)
+        named = (self.raw, self.ema, self.updates and (self.updates[:-1] or self.updates), self.exact)
         return tuple(dict.fromkeys(place for place in named if place))
 
 
@@ -122,7 +121,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 RAW_PLACES: tuple[Path, ...] = (("state_dict",), ("model",), ("model_state_dict",))
 """Where weights stand that have no averaged ones beside them, in timm's order."""
 SET_KEYS = ("state_dict", "state_dict_ema", "model", "model_ema", "model_state_dict", "ema_state_dict")
-"""Where a set of weights may stand beside that of another layout."""
+"""Keys of which each has weights below it, in some layout, whatever form they have."""
 
 
 def follow(tree: Any, path: tuple[Any, ...] | None) -> Any:

@@ -90,6 +90,17 @@ def test_the_sets_of_both_sides_are_chosen(runs: list[Path]) -> None:
     assert "checkpoint-1.pth: ema (state_dict_ema), 20 tensors" in result.err
 
 
+def test_values_at_the_limits_of_float64_are_shown_and_are_strict_json(save: Save) -> None:
+    a, b = (
+        save(f"{i}.pth", {"w": torch.tensor([i * 1.7e308, value], dtype=torch.float64)})
+        for i, value in ((1, 1.0), (-1, float("nan")))
+    )
+    result = run("diff", a, b, "--json")
+    assert result.code == 1
+    assert "1 value with NaN or infinity on one side." in result.err
+    assert json.loads(result.out, parse_constant=pytest.fail)["max_abs"] > 1.7e308
+
+
 def test_names_steer_no_terminal(save: Save) -> None:
     a, b = save("a.pth", {"w\x1b[2J": torch.ones(1)}), save("b.pth", {"w\x1b[2J": torch.zeros(1)})
     assert "\x1b" not in run("diff", a, b).err

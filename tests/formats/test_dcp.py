@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing
 from crafting import same
 from torch import nn
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -509,6 +510,35 @@ def test_metadata_that_contradicts_itself_is_refused(change: str, single: Path) 
 def test_a_list_with_a_far_index_takes_no_memory(single: Path) -> None:
     edit(single, lambda metadata: metadata.planner_data.update(name=("far", (1 << 62))))
     assert read_header(single).tree["far"] == {1 << 62: "a text"}
+
+
+def test_entries_in_safetensors_which_torch_itself_does_not_read_are_refused(tmp_path: Path) -> None:
+    if not hasattr(filesystem, "SerializationFormat"):
+        pytest.skip("this torch writes no such entries")
+    how = filesystem.SerializationFormat.SAFETENSORS
+    writer = dcp.FileSystemWriter(tmp_path / "other", serialization_format=how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process
+        dcp.save({"w": torch.ones(3), "step": 7}, storage_writer=writer)
+    with pytest.raises(UnsupportedError, match=r"other.__0_0\.distcp: its entries were written as safetensors"):
+        read_header(tmp_path / "other")
+
+
+def test_the_parts_of_tensors_that_ranks_wrote_as_safetensors_are_no_series(tmp_path: Path) -> None:
+    if not hasattr(dcp, "HuggingFaceStorageWriter"):
+        pytest.skip("this torch writes no such parts")
+    folder = tmp_path / "parts"
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"w": torch.ones(3)}, storage_writer=writer)
+    (first,) = folder.iterdir()
+    shutil.copy(first, folder / first.name.replace("shard-00001", "shard-00002"))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UnsupportedError, match="holds the parts of tensors that one process saved"):
+        average([folder], out=tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_missing_or_shortened_file_is_told(single: Path) -> None:

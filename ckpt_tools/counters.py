@@ -1,0 +1,56 @@
+"""Counters: how often an average was updated, and with which decay, as far as its checkpoint says."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from .formats.header import Header
+from .formats.opened import OpenFiles
+from .layouts import StateDict, ema_config
+from .layouts.build import SETTINGS
+from .layouts.table import follow
+from .tensors import TensorSpec
+
+_CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
+
+
+def _number(header: Header, value: Any) -> float | None:
+    """Read a counter: a number, or a tensor of one, which is too little to import torch for."""
+    if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
+        place = value.storage.offset + value.start * value.dtype.itemsize
+        with OpenFiles(header.files) as files:
+            files.open(value.storage.path)
+            raw = os.pread(files[value.storage.path], value.dtype.itemsize, place)
+        order = ">" if value.storage.big_endian else "<"
+        value = struct.unpack(order + _CODES[value.dtype.name], raw)[0] if raw else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def stored_updates(header: Header, state: StateDict) -> int | None:
+    """Read how often the average was updated: its own counter, a configuration, or how many files `avg` took."""
+    said = header.provenance or {}
+    inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
+    if state.which == "raw":  # the average's counter is not of these
+        return len(inputs) if isinstance(inputs, list) else None
+    value = state.updates if state.updates is not None else ema_config(header).get("optimization_step")
+    number = _number(header, value)
+    if number is None and isinstance(inputs, list):
+        return len(inputs)
+    return int(number) if number is not None and 0 <= number < 1 << 63 else None  # LitEma's -1 means unknown
+
+
+def stored_decay(header: Header, state: StateDict) -> float | None:
+    """Read the decay of an average."""
+    value = state.decay if state.decay is not None else ema_config(header).get("decay")
+    number = _number(header, value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
+def stored_settings(header: Header, state: StateDict) -> Mapping[str, Any]:
+    """Read what else diffusers' EMAModel keeps beside its counter."""
+    beside_it = follow(header.tree, state.path) if state.keys is None else ema_config(header)
+    known = beside_it if isinstance(beside_it, Mapping) and "optimization_step" in beside_it else {}
+    return {key: known[key] for key in SETTINGS if isinstance(known.get(key), (int, float))}

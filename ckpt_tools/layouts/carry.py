@@ -1,0 +1,81 @@
+"""Carrying: what stands beside a checkpoint's weights, what of it goes along into another, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..tensors import Tensor
+from .build import keeps
+from .state import StateDict, dotted
+from .table import Layout, follow
+
+Sets = Mapping[str, StateDict]
+
+
+def beside(tree: Any, sets: Sets) -> dict[Any, Any]:
+    """Return what goes along into a nested checkpoint: all that is no weights, nor says how they were averaged."""
+    if not isinstance(tree, dict) or not all(each.path for each in sets.values()):
+        return {}
+    rest = tree
+    for each in sets.values():
+        for place in (each.path, *each.places, *each.counters):
+            rest = _without(rest, place)
+    return rest
+
+
+def left_behind(tree: Any, sets: Sets, layout: Layout, *, nested: bool) -> list[str]:
+    """List what of a checkpoint has no place in a layout, by dotted path.
+
+    Args:
+        sets: those that go along.
+        nested: so does what stands beside them.
+    """
+    paths = {each.path for each in sets.values()}
+    counters = {place for each in sets.values() for place in each.counters}
+    carried = paths | {place for place in counters if keeps(layout, place[-1].rpartition(".")[2])}
+    written = {tensor for each in sets.values() for tensor in each.tensors.values()}
+    roots = dict.fromkeys(place for each in sets.values() for place in each.places) if nested else [()]
+    left = [path for root in roots for path in _left(tree, root, carried, written)]
+    if nested:
+        left += _overwritten(beside(tree, sets), layout, pair=len(sets) == 2)
+    for each in sets.values():
+        left += [(*each.path, key) for key in each.extras]
+        if len(paths) == len(sets):  # else this is the other set
+            left += [(*each.path, rest) for rest in each.rest]
+        left += [place for place in each.counters if place not in carried and place[: len(each.path)] == each.path]
+    return [*dict.fromkeys(map(dotted, left))]
+
+
+def _left(
+    tree: Any, place: tuple[Any, ...], carried: set[tuple[Any, ...]], written: set[Tensor]
+) -> Iterator[tuple[Any, ...]]:
+    node = follow(tree, place)
+    if node is None or place in carried:
+        return
+    if isinstance(node, Mapping) and any(path[: len(place)] == place for path in carried):
+        for key in node:
+            yield from _left(tree, (*place, key), carried, written)
+    elif not (isinstance(node, dict) and node and all(isinstance(v, Tensor) and v in written for v in node.values())):
+        yield place
+
+
+def _without(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Copy a tree without what stands at a path, and without what is empty then."""
+    key, *below = path
+    if not isinstance(tree, Mapping) or key not in tree:
+        return tree
+    inner = _without(tree[key], tuple(below)) if below else None
+    if inner is tree[key] and below:
+        return tree
+    return {k: inner if k == key else value for k, value in tree.items() if k != key or inner}
+
+
+def _overwritten(rest: Mapping[Any, Any], layout: Layout, *, pair: bool) -> Iterator[tuple[Any, ...]]:
+    """Find what stands where the layout puts something of its own."""
+    for place in (layout.raw, layout.ema if pair or not layout.alone else None, layout.updates):
+        for depth in range(1, len(place or ()) + 1):
+            node = follow(rest, (place or ())[:depth])
+            if node is not None and (depth == len(place or ()) or not isinstance(node, Mapping)):
+                yield (place or ())[:depth]
+                break

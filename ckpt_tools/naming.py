@@ -1,0 +1,79 @@
+"""Naming: names for averages that have none, from another checkpoint or from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UsageError
+from .formats import read_header
+from .formats.header import Header, Stamp
+from .layouts import select
+from .tensors import DTYPES, Storage, Tensor, TensorSpec, make_spec
+
+_NOWHERE = Path()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Naming:
+    """Names for what has none.
+
+    Attributes:
+        names: a state dict of the model; empty where nobody gave one.
+        order: which of them are parameters, in their order; None where a state dict cannot tell for certain.
+        files: of the checkpoint that they are from, whose buffers may be needed.
+        label: what to call it.
+    """
+
+    names: Mapping[str, Tensor] | None = None
+    order: tuple[str, ...] | None = None
+    files: tuple[Stamp, ...] = ()
+    label: str = ""
+
+
+def find_names(header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]) -> Naming:
+    """Read names where the user says they are.
+
+    Args:
+        header: of the checkpoint that needs them.
+        names_from: another checkpoint of the same model.
+        model, kwargs: or a timm name or a factory, and what it is called with.
+
+    Raises:
+        UsageError: both are given, or no such model.
+    """
+    if names_from is not None and model is not None:
+        raise UsageError("--names-from and --model both give names. Leave one of them out.")
+    if names_from is not None:
+        other = read_header(Path(names_from))
+        chosen = select(other)
+        return Naming(chosen.tensors, files=other.files, label=f"{other.path}: {chosen.label}")
+    if model is None:
+        return Naming()
+    from torch.nn import Parameter
+
+    from .batchnorm.models import build_model
+
+    network = build_model(model, header, kwargs, {})
+    order = tuple(name for name, _ in network.named_parameters())
+    # Each parameter at a place of its own, so that only those that the model ties are tied.
+    places: dict[int, int] = {}
+    names = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Parameter):
+            continue
+        dtype, shape = DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)
+        storage = Storage(_NOWHERE, places.setdefault(id(tensor), len(places)), tensor.numel() * dtype.itemsize)
+        names[name] = make_spec(dtype, shape, storage)
+    return Naming(names, order)
+
+
+def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what a model has only given its name for: its buffers stand in no file."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (isinstance(tensor, TensorSpec) and tensor.storage.path == _NOWHERE)
+    }
