@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 from .errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
 from .formats import SUFFIXES, read_header, renaming, splice
 from .formats.header import Header, Stamp
-from .formats.opened import OpenFiles
+from .formats.opened import OpenFiles, raise_file_limit
 from .formats.renaming import Named, Renaming
 from .formats.sharded import INDEX_SUFFIXES, renamed_index
 from .formats.splice import Span, Splice
@@ -269,6 +269,7 @@ def _write(
     names = list(splices) if folder else None
     sizes = [part.size for part in splices.values()]
     with OpenFiles(stamps) as files, staged_files(target, names, sizes, force=force or in_place) as (_, fds):
+        raise_file_limit(len(splices))
         for part, fd in zip(splices.values(), fds, strict=True):
             files.open(part.source)
             if in_place:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import struct
 import subprocess
+import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.errors import AlignmentError, LayoutError
@@ -134,3 +137,23 @@ def test_attributes_of_the_file_stay(save: Save) -> None:
         pytest.skip("the file system has no attributes")
     fix_prefix(path)
     assert os.getxattr(path, "user.origin") == b"run 7"
+
+
+def test_a_folder_of_more_files_than_may_be_open_at_first(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    names = {f"module.{i}": f"model-{i:05}-of-00060.safetensors" for i in range(60)}
+    for name, shard in names.items():
+        save_file({name: torch.ones(2)}, model / shard)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    code = (
+        "import resource, sys, ckpt_tools\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (80, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "ckpt_tools.fix_prefix(sys.argv[1], out=sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, model, tmp_path / "new"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name, shard in names.items():
+        assert list(load_file(tmp_path / "new" / shard)) == [name.removeprefix("module.")]

@@ -57,7 +57,7 @@ def _show(report: PrefixReport) -> None:
     for state in report.states:
         place = state.place or "the whole file"
         parts = [f"{number} of {state.names} names lose '{prefix}'" for prefix, number in state.removed.items()]
-        parts += [f"{number} names get '{prefix}'" for prefix, number in state.added.items()]
+        parts += [f"{number} of {state.names} names get '{prefix}'" for prefix, number in state.added.items()]
         example = "" if state.example is None else " ({} becomes {})".format(*state.example)
         done = f"{', '.join(parts)}{example}" if parts else f"{console.plural(state.names, 'name')}, none to change"
         console.say(f"  {place}: {done}.")

@@ -37,7 +37,11 @@ class OpenFiles:
         try:
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
-            advice = " Average fewer files at a time." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+            advice = (
+                " Allow more (ulimit -n), or give fewer files at a time."
+                if error.errno in (errno.EMFILE, errno.ENFILE)
+                else ""
+            )
             raise ReadError(f"{path}: cannot be read ({error.strerror}).{advice}") from error
         self._fds[path] = fd
         self._check(self._stamps.setdefault(path, Stamp.of(path, fd)))
@@ -79,12 +83,15 @@ class OpenFiles:
 
 
 def raise_file_limit(count: int) -> None:
-    """Let this process hold `count` more files open, as far as it may."""
+    """Let this process open `count` more files, as far as it may."""
+    already = 0
+    with suppress(OSError):
+        already = sum(1 for _ in Path("/dev/fd").iterdir())
     with suppress(ImportError, ValueError, OSError):
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = count + 64
+        wanted = already + count + 64
         if soft != resource.RLIM_INFINITY and soft < wanted:
             limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import ReadError, WriteError
 from .dcp import METADATA
 from .dcp import SUFFIX as DISTCP
+from .opened import raise_file_limit
 from .sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
 
 
@@ -135,6 +136,7 @@ def staged_files(
     # A name of its own, whatever other runs there are or were; short, for names have a limit.
     stage = target.absolute().parent / f".{target.name[:40]}.{secrets.token_hex(4)}.partial"
     fds: list[int] = []
+    raise_file_limit(len(sizes))
     try:
         try:
             if names is not None:

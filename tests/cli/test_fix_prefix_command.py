@@ -161,7 +161,7 @@ def test_prefixes_by_hand_go_to_another_file() -> None:
     before = Path("c.pth").read_bytes()
     result = run("fix-prefix", "c.pth", "--strip", "module.", "--add", "net.", "--add", "ema.", "-o", "d.pth")
     assert result.code == 0, result.err
-    assert "2 of 2 names lose 'module.', 2 names get 'net.', 2 names get 'ema.'" in result.err
+    assert "2 of 2 names lose 'module.', 2 of 2 names get 'net.', 2 of 2 names get 'ema.'" in result.err
     assert same(torch.load("d.pth"), {f"ema.net.{name}": tensor for name, tensor in BARE.items()})
     assert Path("c.pth").read_bytes() == before
 
