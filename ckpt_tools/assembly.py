@@ -330,7 +330,14 @@ def _put_in_place(
             dropped.append(dotted(place))
     if _holds(placed, state.home):
         return _replaced(placed, state.home, weights), state.home
-    return {**placed, state.home[0]: weights}, state.home
+    return _with(placed, state.home, weights), state.home
+
+
+def _with(tree: Any, path: Sequence[Any], value: Any) -> Any:
+    """Put a value where nothing stood."""
+    key, *below = path
+    tree = tree if isinstance(tree, Mapping) else {}
+    return {**tree, key: _with(tree.get(key), below, value) if below else value}
 
 
 _GONE = object()

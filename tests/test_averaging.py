@@ -514,3 +514,12 @@ def test_wrong_usage_is_refused_before_any_work(runs: list[Path], options: dict[
 def test_a_decay_near_one_is_warned_about(runs: list[Path], tmp_path: Path) -> None:
     report = ckpt_tools.average(runs, mode="ema", decay=0.9999, out=tmp_path / "out.pth", dry_run=True)
     assert any("checkpoint-1.pth, holds 99.9%" in note for note in report.notes)
+
+
+def test_an_average_from_deep_inside_stands_where_the_raw_weights_would(tmp_path: Path, save: Save) -> None:
+    paths = [save(f"{i}.pth", {"app": {"ema": {"w": torch.full((2,), float(i))}, "step": i}}) for i in (1, 2)]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found["app"]["model"]["w"].tolist() == [1.5, 1.5]
+    assert (found["app"].keys(), found["app"]["step"]) == ({"model", "step"}, 2)
+    assert dict(ckpt_tools.open_checkpoint(tmp_path / "out.pth"))["w"].tolist() == [1.5, 1.5]
