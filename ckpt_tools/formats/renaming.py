@@ -152,7 +152,9 @@ class _Safetensors:
                 for key, value in metadata.items()
             }
             if len(aliases) != len(metadata):
-                raise AlignmentError(f"{path}: a tied tensor would have the name of another entry of __metadata__.")
+                raise AlignmentError(
+                    f"{path}: a tied tensor would have the name of another entry of __metadata__. Rename it first."
+                )
             renamed["__metadata__"] = aliases
         head = _spaced(_json(renamed), length)
         if len(head) > safetensors.MAX_HEADER:
