@@ -436,7 +436,8 @@ def test_other_weights_beside_the_average_stay_and_are_named(save: Save, tmp_pat
     )
     assert torch.load(tmp_path / "out.pth", weights_only=True)["g_ema"]["w"].tolist() == [2, 2]
     report = average([path], out=tmp_path / "out2.pth", state="ema.shadow")
-    assert [note.partition(": ")[2] for note in report.notes] == ["model (2 tensors), g_ema (1 tensor)."]
+    assert [note.partition(": ")[2] for note in report.notes] == ["g_ema (1 tensor)."]
+    assert "model" in report.dropped  # without a path it would be read in place of the average
     assert average([path], out=tmp_path / "out.safetensors").notes == ()
 
 
