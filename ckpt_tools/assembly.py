@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import takewhile
@@ -24,6 +24,7 @@ from .formats.output import FilePlan, OutTensor
 from .formats.unpickle import tensors_in
 from .layouts import StateDict, dotted, looks_like_training_state
 from .tensors import TensorSpec, UnsupportedTensor
+from .trees import holds, put, without
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
@@ -325,39 +326,10 @@ def _put_in_place(
         return weights, ()
     placed = dict(tree)
     for place in sorted(state.places, key=len):
-        if place not in (state.home, state.home[:1]) and _holds(placed, place):
-            placed = _replaced(placed, place, _GONE)
+        if place not in (state.home, state.home[:1]) and holds(placed, place):
+            placed = without(placed, place)
             dropped.append(dotted(place))
-    if _holds(placed, state.home):
-        return _replaced(placed, state.home, weights), state.home
-    return _with(placed, state.home, weights), state.home
-
-
-def _with(tree: Any, path: Sequence[Any], value: Any) -> Any:
-    """Put a value where nothing stood."""
-    key, *below = path
-    tree = tree if isinstance(tree, Mapping) else {}
-    return {**tree, key: _with(tree.get(key), below, value) if below else value}
-
-
-_GONE = object()
-
-
-def without(tree: Any, places: Iterable[tuple[Any, ...]]) -> Any:
-    """Copy a tree of dicts as far as something in it goes."""
-    for place in places:
-        if _holds(tree, place):
-            tree = _replaced(tree, place, _GONE)
-    return tree
-
-
-def _holds(tree: Any, path: tuple[Any, ...]) -> bool:
-    """True if something stands at a path, None included."""
-    for key in path:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
+    return put(placed, state.home, weights), state.home
 
 
 def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Mapping[str, int]:
@@ -384,13 +356,6 @@ def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, s
         for key, value in metadata.items()
         if isinstance(key, str) and (key == module or key.startswith(lead))
     )
-
-
-def _replaced(tree: Any, path: tuple[Any, ...], value: Any) -> Any:
-    if not path:
-        return value
-    replaced = {key: _replaced(child, path[1:], value) if key == path[0] else child for key, child in tree.items()}
-    return {key: child for key, child in replaced.items() if child is not _GONE}
 
 
 def rewrite(
@@ -434,7 +399,7 @@ def rewrite(
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
-    tree = _replaced(base.tree, state.path, weights)
+    tree = put(base.tree, state.path, weights)
     return nested(tree, target=target, provenance=provenance, folder=folder)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .engine import PIECE, default_threads, in_threads, real_dtype
+from .engine import PIECE, in_threads, real_dtype
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
 from .payload import Buffer, Reader, Source, torch_dtype
@@ -94,7 +94,7 @@ def compare(
         job = _Job([_Pair(a, b, files) for a, b in pairs], piece, rtol, atol)
         in_threads(
             lambda: _work(job),
-            default_threads() if threads is None else threads,
+            threads,
             job.stop,
             on_tick=None if on_progress is None else lambda: on_progress(job.moved),
         )

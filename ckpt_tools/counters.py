@@ -11,8 +11,8 @@ from .formats.header import Header
 from .formats.opened import OpenFiles
 from .layouts import StateDict, ema_config
 from .layouts.build import SETTINGS
-from .layouts.table import follow
 from .tensors import TensorSpec
+from .trees import follow
 
 _CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
 

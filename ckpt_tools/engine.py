@@ -88,7 +88,7 @@ def run(
         job = _Job(outputs, files, piece, allow_nonfinite)
         in_threads(
             lambda: _work(job),
-            default_threads() if threads is None else threads,
+            threads,
             job.stop,
             on_tick=None if on_progress is None else lambda: on_progress(job.moved),
         )
@@ -100,15 +100,17 @@ def run(
 
 
 def in_threads(
-    work: Callable[[], None], threads: int, stop: threading.Event, *, on_tick: Callable[[], None] | None = None
+    work: Callable[[], None], threads: int | None, stop: threading.Event, *, on_tick: Callable[[], None] | None = None
 ) -> None:
     """Run a function in several threads at once, where torch has no threads of its own, until all have returned.
 
     Args:
         work: called in each; sets `stop` where it fails.
+        threads: how many; `default_threads` if None.
         stop: set at the end, and when the caller is interrupted.
         on_tick: called in this thread, a few times a second.
     """
+    threads = default_threads() if threads is None else threads
     intra_op = torch.get_num_threads()
     torch.set_num_threads(1)  # our own threads are the parallelism
     try:

@@ -15,6 +15,7 @@ ROOMS = [
     "errors",
     "tensors",
     "formats",
+    "trees",
     "layouts",
     "keys",
     "schedules",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import LayoutError
 from ..formats.output import OutTensor
 from ..tensors import DTYPES
+from ..trees import put
 from .table import Layout
 
 Weights = Mapping[str, OutTensor]
@@ -52,12 +53,12 @@ def build(layout: Layout, content: Content) -> dict[Any, Any]:
     if layout.raw is None or layout.raw == layout.ema or layout.ema is None:
         # One dict, with one set in it or both.
         whole = raw if layout.ema is None else _write(layout.ema_form, content.ema, content)
-        return _placed(dict(content.rest), layout.home, whole)
-    tree = _placed(dict(content.rest), layout.raw, raw)
+        return put(content.rest, layout.home, whole)  # type: ignore[no-any-return]
+    tree: dict[Any, Any] = put(content.rest, layout.raw, raw)
     if content.pair or not layout.alone:
-        tree = _placed(tree, layout.ema, _write(layout.ema_form, content.ema, content))
+        tree = put(tree, layout.ema, _write(layout.ema_form, content.ema, content))
         if layout.name == "lightning":
-            tree = _placed({**_LIGHTNING, **tree}, layout.updates or (), _count(content))
+            tree = put({**_LIGHTNING, **tree}, layout.updates or (), _count(content))
     return tree
 
 
@@ -73,14 +74,6 @@ def keeps(layout: Layout, counter: str) -> bool:
 
 # Without these Lightning does not resume, or resumes without the average.
 _LIGHTNING = {"pytorch-lightning_version": "2.6.0", "optimizer_states": [], "lr_schedulers": [], "callbacks": {}}
-
-
-def _placed(tree: dict[Any, Any], path: Iterable[str], value: Any) -> dict[Any, Any]:
-    key, *below = path if path else (None,)
-    if key is None:
-        return value  # type: ignore[no-any-return]
-    inner = tree.get(key) if below else None
-    return {**tree, key: _placed(dict(inner) if isinstance(inner, Mapping) else {}, below, value) if below else value}
 
 
 def _write(form: str, weights: Weights, content: Content) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..tensors import Tensor
+from ..trees import follow, without
 from .build import keeps
 from .state import StateDict, dotted
-from .table import Layout, follow
+from .table import Layout
 
 Sets = Mapping[str, StateDict]
 
@@ -20,7 +21,7 @@ def beside(tree: Any, sets: Sets) -> dict[Any, Any]:
     rest = tree
     for each in sets.values():
         for place in (each.path, *each.places, *each.counters):
-            rest = _without(rest, place)
+            rest = without(rest, place, prune=True)
     return rest
 
 
@@ -58,17 +59,6 @@ def _left(
             yield from _left(tree, (*place, key), carried, written)
     elif not (isinstance(node, dict) and node and all(isinstance(v, Tensor) and v in written for v in node.values())):
         yield place
-
-
-def _without(tree: Any, path: tuple[Any, ...]) -> Any:
-    """Copy a tree without what stands at a path, and without what is empty then."""
-    key, *below = path
-    if not isinstance(tree, Mapping) or key not in tree:
-        return tree
-    inner = _without(tree[key], tuple(below)) if below else None
-    if inner is tree[key] and below:
-        return tree
-    return {k: inner if k == key else value for k, value in tree.items() if k != key or inner}
 
 
 def _overwritten(rest: Mapping[Any, Any], layout: Layout, *, pair: bool) -> Iterator[tuple[Any, ...]]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..formats.header import Header
 from ..tensors import Tensor
+from ..trees import follow
 from . import forms
 from .state import StateDict, is_buffer, is_optimizer
-from .table import BY_NAME, LAYOUTS, RAW_PLACES, SET_KEYS, Layout, follow
+from .table import BY_NAME, LAYOUTS, RAW_PLACES, SET_KEYS, Layout
 
 # An EMA in a file of its own, as NeMo and guided-diffusion write it.
 _EMA_FILE = re.compile(r".+-EMA\.ckpt|ema_[\d.]+_\d+\.pt")

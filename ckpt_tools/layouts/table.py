@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 Path = tuple[str, ...]
 
@@ -122,14 +120,3 @@ RAW_PLACES: tuple[Path, ...] = (("state_dict",), ("model",), ("model_state_dict"
 """Where weights stand that have no averaged ones beside them, in timm's order."""
 SET_KEYS = ("state_dict", "state_dict_ema", "model", "model_ema", "model_state_dict", "ema_state_dict")
 """Keys of which each has weights below it, in some layout, whatever form they have."""
-
-
-def follow(tree: Any, path: tuple[Any, ...] | None) -> Any:
-    """Return what stands at a path of keys; None where nothing does."""
-    if path is None:
-        return None
-    for key in path:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
-    return tree

@@ -52,7 +52,8 @@ def read_all(path: Path) -> None:
     try:
         for _, spec in tensors_in(read_header(path).tree):
             if isinstance(spec, TensorSpec):
-                read_tensor(spec)
+                tensor = read_tensor(spec)
+                assert (tuple(tensor.shape), str(tensor.dtype)) == (spec.shape, f"torch.{spec.dtype.name}")
     except CkptError as error:
         assert str(path) in str(error) or "torch" in str(error)  # noqa: PT017 - there may well be none
 
