@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import engine
 from .assembly import assemble, check_suffix, default_target
 from .errors import LayoutError, UsageError
 from .formats import SUFFIXES
@@ -219,8 +220,6 @@ def average(
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
         notes.append(f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}.")
-    from . import engine  # imports torch, which a refused job has no need of
-
     report = AverageReport(
         inputs=inputs,
         mode=mode,
@@ -234,7 +233,7 @@ def average(
         out=str(assembly.target),
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
-        memory=engine.memory_needed(threads),
+        memory=engine.memory_needed(unique, threads),
     )
     if on_plan is not None:
         on_plan(report)

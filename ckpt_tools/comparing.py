@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .engine import PIECE, in_threads, real_dtype
+from .engine import in_threads
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
 from .payload import Buffer, Reader, Source, torch_dtype
+from .pieces import PIECE
+from .summing import one_thread_each, real_dtype
 from .tensors import DType, Kind, TensorSpec
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
@@ -92,12 +94,13 @@ def compare(
     with OpenFiles(stamps) as files:
         files.open_all(spec for pair in pairs for spec in pair)
         job = _Job([_Pair(a, b, files) for a, b in pairs], piece, rtol, atol)
-        in_threads(
-            lambda: _work(job),
-            threads,
-            job.stop,
-            on_tick=None if on_progress is None else lambda: on_progress(job.moved),
-        )
+        with one_thread_each():
+            in_threads(
+                lambda: _work(job),
+                threads,
+                job.stop,
+                on_tick=None if on_progress is None else lambda: on_progress(job.moved),
+            )
         files.check_unchanged()
     return job.found
 

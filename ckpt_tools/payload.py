@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .errors import CorruptError, ReadError
+from .errors import ReadError
 from .formats.header import Stamp
-from .formats.opened import OpenFiles
+from .formats.opened import OpenFiles, ended_early, read_failed
 from .tensors import ChunkedSpec, DType, TensorSpec, is_dense
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
@@ -172,9 +172,9 @@ def _pread(source: Source, offset: int, target: memoryview) -> None:
         try:
             got = os.preadv(source.fd, [target[done:] if done else target], offset + done)
         except OSError as error:
-            raise ReadError(f"{source.spec.storage.path}: reading failed ({error.strerror}).") from error
+            raise read_failed(source.spec.storage.path, error.strerror) from error
         if got == 0:
-            raise CorruptError(f"{source.spec.storage.path}: ends before its tensors do. Get a fresh copy.")
+            raise ended_early(source.spec.storage.path)
         done += got
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from . import engine
 from .assembly import Assembly
 from .errors import WriteError
 from .formats import splice
@@ -15,6 +16,7 @@ from .formats.opened import OpenFiles
 from .formats.output import FilePlan
 from .formats.splice import Span, Splice
 from .formats.staged import staged_files
+from .pieces import OutFile
 
 
 @contextmanager
@@ -54,10 +56,8 @@ def write(
         if all(splices):
             _splice([each for each in splices if each], fds, stamps, on_progress)
         else:
-            from . import engine  # imports torch, which copies and refused jobs have no need of
-
             engine.run(
-                [engine.OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
+                [OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
                 stamps=stamps,
                 threads=threads,
                 allow_nonfinite=allow_nonfinite,

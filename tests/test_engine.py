@@ -17,11 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ckpt_tools import engine
+from ckpt_tools import engine, native
 from ckpt_tools.checkpoint import open_checkpoint
 from ckpt_tools.errors import CorruptError, NumericsError, ReadError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.output import OutTensor
+from ckpt_tools.pieces import OutFile
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 Save = Callable[..., Path]
@@ -35,6 +36,16 @@ FLOATS = [
     "float8_e4m3fnuz",
     "float8_e5m2fnuz",
 ]
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds with the C extension and without it."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_native", None)
+    return str(request.param)
+
+
 RELAXED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -44,7 +55,7 @@ def average(
     coefficients: Sequence[float],
     *,
     dtype: str | None = None,
-    piece: int = engine.PIECE,
+    piece: int | None = None,
     threads: int = 2,
     allow_nonfinite: bool = False,
 ) -> torch.Tensor:
@@ -62,7 +73,7 @@ def average(
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         os.truncate(fd, plan.size)
-        engine.run([engine.OutFile(plan, fd)], threads=threads, piece=piece, allow_nonfinite=allow_nonfinite)
+        engine.run([OutFile(plan, fd)], threads=threads, piece=piece, allow_nonfinite=allow_nonfinite)
     finally:
         os.close(fd)
     return open_checkpoint(path)["w"]
@@ -245,10 +256,10 @@ def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path: Path, save: 
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(CorruptError, match="ends before its tensors do"):
-            engine.run([engine.OutFile(plan, fd)])
+            engine.run([OutFile(plan, fd)])
         path.unlink()
         with pytest.raises(ReadError, match=r"a\.pth: cannot be read"):
-            engine.run([engine.OutFile(plan, fd)])
+            engine.run([OutFile(plan, fd)])
     finally:
         os.close(fd)
 
@@ -262,7 +273,7 @@ def test_a_file_written_to_meanwhile_is_an_error(tmp_path: Path, save: Save) -> 
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(CorruptError, match="changed while it was read"):
-            engine.run([engine.OutFile(plan, fd)], on_progress=lambda _: os.utime(path, (1, 1)))
+            engine.run([OutFile(plan, fd)], on_progress=lambda _: os.utime(path, (1, 1)))
     finally:
         os.close(fd)
 
@@ -276,7 +287,7 @@ def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, piece
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         os.truncate(fd, plan.size)
-        engine.run([engine.OutFile(plan, fd)], piece=piece, threads=2)
+        engine.run([OutFile(plan, fd)], piece=piece, threads=2)
     finally:
         os.close(fd)
     assert load_file(path)["w"].equal(values.view(10, 10))

@@ -95,3 +95,13 @@ def raise_file_limit(count: int) -> None:
         if soft != resource.RLIM_INFINITY and soft < wanted:
             limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def read_failed(path: object, reason: str | None) -> ReadError:
+    """Make the error for an input that the system does not let us read."""
+    return ReadError(f"{path}: reading failed ({reason}).")
+
+
+def ended_early(path: object) -> CorruptError:
+    """Make the error for an input that is shorter than its header says."""
+    return CorruptError(f"{path}: ends before its tensors do. Get a fresh copy.")

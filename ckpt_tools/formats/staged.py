@@ -228,3 +228,25 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_at(fd: int, data: memoryview, offset: int, name: str) -> None:
+    """Write all of some bytes at an offset.
+
+    Raises:
+        WriteError: disk full, or another failure of the system.
+    """
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            raise write_failed(name, error.strerror) from error
+
+
+def write_failed(name: str, reason: str | None) -> WriteError:
+    """Make the error for an output that the system does not let us write."""
+    return WriteError(
+        f"{name}: writing failed: {reason}. Nothing was left at the target. "
+        "Free some space or choose another place with -o."
+    )

@@ -17,6 +17,7 @@ import torch
 from ckpt_tools import engine
 from ckpt_tools.checkpoint import open_checkpoint
 from ckpt_tools.formats.output import FilePlan, OutTensor
+from ckpt_tools.pieces import OutFile
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 # The dtypes that torch saves, spelled out: the table under test must not choose what is tested.
@@ -106,7 +107,7 @@ def write(plan: FilePlan, path: Path, *, threads: int = 2) -> Path:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         os.truncate(fd, plan.size)
-        engine.run([engine.OutFile(plan, fd)], threads=threads, allow_nonfinite=True)
+        engine.run([OutFile(plan, fd)], threads=threads, allow_nonfinite=True)
     finally:
         os.close(fd)
     return path

@@ -1,0 +1,381 @@
+/* Weighted sums of plain tensors, from file to file, in float64, without the interpreter's lock.
+
+   A part is a run of elements that stands contiguous in every input and in the output. It is read from each input
+   in turn in blocks that stay in a core's cache, added up in float64, rounded once, checked, and written; so an input
+   byte crosses memory once, and nothing but two blocks is held.
+
+   Multiplication and addition round separately (no contraction to a fused multiply-add: see setup.py), and rounding
+   to 16 bits goes by the same steps as in summing.py, so that the bytes are those of every other way. */
+
+#define PY_SSIZE_T_CLEAN
+#define _GNU_SOURCE
+#include <Python.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#include <immintrin.h>
+#define X86 1
+#define WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDE
+#endif
+
+enum { FLOAT32, BFLOAT16, FLOAT16, RAW };  /* as in native.py; RAW is never looked at */
+enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN };
+
+#define BLOCK 16384           /* elements; 64 KiB of float32 and 128 KiB of sums stay in a cache of level 2 */
+#define FLUSH (8 << 20)       /* bytes after which the disk is told to start */
+#define WORTH (1 << 20)       /* bytes worth telling it of */
+
+/* ---- widening: exact for every dtype ---- */
+
+static inline double from_float32(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline double from_bfloat16(uint16_t bits) { return from_float32((uint32_t)bits << 16); }
+
+static inline double from_float16(uint16_t bits) {
+    /* Exponent and mantissa moved to where float32 has them; 2^112 makes up for the other bias, subnormals too. */
+    uint32_t moved = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
+    float scaled;
+    memcpy(&scaled, &moved, 4);
+    scaled *= 0x1p112f;
+    memcpy(&moved, &scaled, 4);
+    moved |= (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0; /* infinity and NaN stay what they are */
+    return from_float32(moved | sign);
+}
+
+#define ADD(NAME, TYPE)                                                                                    \
+    WIDE static void add_##NAME(double *restrict sum, const TYPE *restrict x, size_t n, double c, int first) { \
+        if (first && c == 1.0)                                                                             \
+            for (size_t i = 0; i < n; i++) sum[i] = from_##NAME(x[i]);                                     \
+        else if (first)                                                                                    \
+            for (size_t i = 0; i < n; i++) sum[i] = from_##NAME(x[i]) * c;                                 \
+        else if (c == 1.0)                                                                                 \
+            for (size_t i = 0; i < n; i++) sum[i] += from_##NAME(x[i]);                                    \
+        else                                                                                               \
+            for (size_t i = 0; i < n; i++) sum[i] += from_##NAME(x[i]) * c;                                \
+    }
+ADD(float32, uint32_t)
+ADD(bfloat16, uint16_t)
+ADD(float16, uint16_t)
+
+/* ---- rounding, once ---- */
+
+static inline float sticky(double value) {
+    /* 12 bits of the mantissa are kept, the last one set if anything was lost, so that the later roundings are right
+       (Boldo and Melquiond 2008). */
+    const uint64_t lost = ((uint64_t)1 << 40) - 1;
+    uint64_t bits;
+    memcpy(&bits, &value, 8);
+    bits = (((bits & lost) + lost) | bits) & ~lost;
+    memcpy(&value, &bits, 8);
+    return (float)value;
+}
+
+static inline uint32_t to_float32(double value) {
+    float narrow = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &narrow, 4);
+    return bits;
+}
+
+static inline uint16_t to_bfloat16(double value) {
+    float narrow = sticky(value);
+    uint32_t bits;
+    memcpy(&bits, &narrow, 4);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline uint16_t to_float16(double value) {
+    /* Adding a power of two of the right size makes the float32 adder round at the last bit that a half has. */
+    float narrow = sticky(value), base;
+    uint32_t bits, power;
+    memcpy(&bits, &narrow, 4);
+    base = fabsf(narrow) * 0x1p112f * 0x1p-110f;
+    power = (bits << 1) & 0xff000000u;
+    power = ((power < 0x71000000u ? 0x71000000u : power) >> 1) + 0x07800000u;
+    memcpy(&narrow, &power, 4);
+    base += narrow;
+    memcpy(&power, &base, 4);
+    return (uint16_t)(((bits >> 16) & 0x8000) | (((power >> 13) & 0x7c00) + (power & 0x0fff)));
+}
+
+#define NARROW(NAME, TYPE)                                                                                   \
+    WIDE static int narrow_##NAME(TYPE *restrict out, const double *restrict sum, size_t n, double c, double limit) { \
+        int64_t bad = 0;                                                                                     \
+        for (size_t i = 0; i < n; i++) {                                                                     \
+            double value = sum[i] * c;                                                                       \
+            bad |= !(fabs(value) < limit); /* true for a NaN, too */                                         \
+            out[i] = to_##NAME(value);                                                                       \
+        }                                                                                                    \
+        return bad != 0;                                                                                     \
+    }
+NARROW(float32, uint32_t)
+NARROW(bfloat16, uint16_t)
+NARROW(float16, uint16_t)
+
+WIDE static int nonfinite_32(const uint32_t *x, size_t n) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= (x[i] & 0x7f800000u) == 0x7f800000u;
+    return bad != 0;
+}
+
+WIDE static int nonfinite_16(const uint16_t *x, size_t n, uint16_t exponent) {
+    uint16_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= (x[i] & exponent) == exponent;
+    return bad != 0;
+}
+
+/* ---- checksum: CRC-32 of zip ---- */
+
+static uint32_t table[8][256];
+
+static void make_table(void) {
+    for (uint32_t i = 0; i < 256; i++) {
+        uint32_t c = i;
+        for (int k = 0; k < 8; k++) c = c & 1 ? (c >> 1) ^ 0xedb88320u : c >> 1;
+        table[0][i] = c;
+    }
+    for (uint32_t i = 0; i < 256; i++)
+        for (int k = 1; k < 8; k++) table[k][i] = (table[k - 1][i] >> 8) ^ table[0][table[k - 1][i] & 0xff];
+}
+
+static uint32_t crc_by_table(uint32_t crc, const unsigned char *p, size_t n) {
+    for (; n >= 8; n -= 8, p += 8) {
+        uint32_t a = crc ^ ((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
+        crc = table[7][a & 0xff] ^ table[6][(a >> 8) & 0xff] ^ table[5][(a >> 16) & 0xff] ^ table[4][a >> 24] ^
+              table[3][p[4]] ^ table[2][p[5]] ^ table[1][p[6]] ^ table[0][p[7]];
+    }
+    for (; n; n--) crc = (crc >> 8) ^ table[0][(crc ^ *p++) & 0xff];
+    return crc;
+}
+
+#ifdef X86
+/* Folding by carry-less multiplication (Gopal et al., Intel, 2009); 64 bytes at a time, n >= 64 and a multiple of 16. */
+__attribute__((target("pclmul,sse4.1"))) static uint32_t crc_by_folding(uint32_t crc, const unsigned char *p, size_t n) {
+    const __m128i by64 = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4);
+    const __m128i by16 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+    const __m128i low = _mm_setr_epi32(~0, 0, ~0, 0);
+    __m128i x[4];
+#define FOLD(a, k, b) \
+    _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(a, k, 0x00), _mm_clmulepi64_si128(a, k, 0x11)), b)
+#define LOAD(at) _mm_loadu_si128((const __m128i *)(p + (at)))
+    for (int i = 0; i < 4; i++) x[i] = LOAD(16 * i);
+    x[0] = _mm_xor_si128(x[0], _mm_cvtsi32_si128((int)crc));
+    for (p += 64, n -= 64; n >= 64; p += 64, n -= 64)
+        for (int i = 0; i < 4; i++) x[i] = FOLD(x[i], by64, LOAD(16 * i));
+    __m128i one = FOLD(x[0], by16, x[1]);
+    one = FOLD(one, by16, x[2]);
+    one = FOLD(one, by16, x[3]);
+    for (; n >= 16; p += 16, n -= 16) one = FOLD(one, by16, LOAD(0));
+    /* 128 to 64 bits, then Barrett's reduction to 32. */
+    one = _mm_xor_si128(_mm_srli_si128(one, 8), _mm_clmulepi64_si128(one, by16, 0x10));
+    const __m128i k5 = _mm_set_epi64x(0, 0x0163cd6124), poly = _mm_set_epi64x(0x01f7011641, 0x01db710641);
+    one = _mm_xor_si128(_mm_srli_si128(one, 4), _mm_clmulepi64_si128(_mm_and_si128(one, low), k5, 0x00));
+    __m128i q = _mm_clmulepi64_si128(_mm_and_si128(one, low), poly, 0x10);
+    q = _mm_clmulepi64_si128(_mm_and_si128(q, low), poly, 0x00);
+    return (uint32_t)_mm_extract_epi32(_mm_xor_si128(one, q), 1);
+}
+#endif
+
+static uint32_t checksum(uint32_t crc, const void *data, size_t n) {
+    const unsigned char *p = data;
+    crc = ~crc;
+#ifdef X86
+    if (n >= 64 && __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1")) {
+        size_t folded = n & ~(size_t)15;
+        crc = crc_by_folding(crc, p, folded);
+        p += folded;
+        n -= folded;
+    }
+#endif
+    return ~crc_by_table(crc, p, n);
+}
+
+/* ---- files ---- */
+
+static int read_all(int64_t fd, void *to, size_t n, int64_t offset) {
+    char *p = to;
+    while (n) {
+        ssize_t got = pread((int)fd, p, n, offset);
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return NOT_READ;
+        if (got == 0) return ENDS_EARLY;
+        p += got, offset += got, n -= (size_t)got;
+    }
+    return DONE;
+}
+
+static int write_all(int64_t fd, const void *from, size_t n, int64_t offset) {
+    const char *p = from;
+    while (n) {
+        ssize_t done = pwrite((int)fd, p, n, offset);
+        if (done < 0 && errno == EINTR) continue;
+        if (done < 0) return NOT_WRITTEN;
+        p += done, offset += done, n -= (size_t)done;
+    }
+    return DONE;
+}
+
+typedef struct {
+    int64_t fd, start, end;
+} Range;
+
+/* Let the disk begin with what is complete, so that the sync at the end has little left to wait for. */
+static void flush(Range *range, int64_t least) {
+#ifdef SYNC_FILE_RANGE_WRITE
+    if (range->end - range->start < least) return;
+    sync_file_range((int)range->fd, range->start, range->end - range->start, SYNC_FILE_RANGE_WRITE);
+    range->start = range->end;
+#else
+    (void)range, (void)least;
+#endif
+}
+
+/* ---- a batch of parts ---- */
+
+typedef struct {
+    int64_t dtype;
+    double coefficient;
+} Term;
+
+typedef struct {
+    int64_t fd, offset;
+} Place;
+
+typedef struct {
+    const Term *terms;
+    size_t count;        /* of terms */
+    int64_t out;         /* dtype */
+    double common;       /* the sum is multiplied by this */
+    double limit;        /* magnitude from which on the rounded sum is infinite */
+    int copied;          /* the one input is the output, byte for byte */
+    int checked;         /* of what is copied: look for NaN and infinity */
+    int summed;          /* checksums are wanted */
+    const int64_t *table; /* a row for each part: elements, output, inputs */
+    size_t parts;
+    uint32_t *crcs;      /* result, one for each part */
+    unsigned char *bad;  /* result: parts with NaN or infinity, which were not written to the end */
+    size_t part, term;   /* where it failed */
+} Batch;
+
+static const size_t SIZE[] = {4, 2, 2, 1};
+
+static int sum_block(Batch *b, const Place *at, size_t done, size_t n, void *x, double *sum, int *bad) {
+    for (size_t t = 0; t < b->count; t++) {
+        int64_t dtype = b->terms[t].dtype;
+        double c = b->terms[t].coefficient;
+        int status = read_all(at[t].fd, x, n * SIZE[dtype], at[t].offset + (int64_t)(done * SIZE[dtype]));
+        if (status != DONE) {
+            b->term = t;
+            return status;
+        }
+        if (dtype == FLOAT32) add_float32(sum, x, n, c, t == 0);
+        else if (dtype == BFLOAT16) add_bfloat16(sum, x, n, c, t == 0);
+        else add_float16(sum, x, n, c, t == 0);
+    }
+    if (b->out == FLOAT32) *bad = narrow_float32(x, sum, n, b->common, b->limit);
+    else if (b->out == BFLOAT16) *bad = narrow_bfloat16(x, sum, n, b->common, b->limit);
+    else *bad = narrow_float16(x, sum, n, b->common, b->limit);
+    return DONE;
+}
+
+static int copy_block(Batch *b, const Place *at, size_t done, size_t n, void *x, int *bad) {
+    size_t size = SIZE[b->out];
+    int status = read_all(at->fd, x, n * size, at->offset + (int64_t)(done * size));
+    if (status == DONE && b->checked) {
+        if (b->out == FLOAT32) *bad = nonfinite_32(x, n);
+        else *bad = nonfinite_16(x, n, b->out == FLOAT16 ? 0x7c00 : 0x7f80);
+    }
+    return status;
+}
+
+static int run(Batch *b, void *x, double *sum) {
+    size_t size = SIZE[b->out], block = b->out == RAW ? 8 * BLOCK : BLOCK;
+    Range to_flush = {-1, 0, 0};
+    for (b->part = 0; b->part < b->parts; b->part++) {
+        const int64_t *row = b->table + b->part * (3 + 2 * b->count);
+        size_t total = (size_t)row[0];
+        const Place *out = (const Place *)(row + 1), *in = (const Place *)(row + 3);
+        uint32_t crc = 0;
+        if (b->part == 0 || out->fd != to_flush.fd) {
+            flush(&to_flush, WORTH);
+            to_flush = (Range){out->fd, out->offset, out->offset};
+        }
+        for (size_t done = 0; done < total; done += block) {
+            size_t n = total - done < block ? total - done : block;
+            int bad = 0;
+            int status = b->copied ? copy_block(b, in, done, n, x, &bad) : sum_block(b, in, done, n, x, sum, &bad);
+            if (status != DONE) return status;
+            if (bad) {
+                b->bad[b->part] = 1;
+                break;
+            }
+            if (b->summed) crc = checksum(crc, x, n * size);
+            int64_t at = out->offset + (int64_t)(done * size), end = at + (int64_t)(n * size);
+            if (write_all(out->fd, x, n * size, at) != DONE) return NOT_WRITTEN;
+            to_flush.end = end;
+            flush(&to_flush, FLUSH);
+        }
+        b->crcs[b->part] = crc;
+    }
+    flush(&to_flush, WORTH);
+    return DONE;
+}
+
+PyDoc_STRVAR(sum_parts_doc,
+"sum_parts(terms, out, common, limit, copied, checked, summed, table, crcs, bad)\n\n"
+"Fill parts of output files with weighted sums; see native.py, its one caller.\n"
+"Returns (status, part, term, errno).");
+
+static PyObject *sum_parts(PyObject *self, PyObject *args) {
+    Py_buffer terms, rows, crcs, bad;
+    Batch b = {0};
+    long long out;
+    if (!PyArg_ParseTuple(args, "y*Lddpppy*w*w*", &terms, &out, &b.common, &b.limit, &b.copied, &b.checked, &b.summed,
+                          &rows, &crcs, &bad))
+        return NULL;
+    b.terms = terms.buf, b.count = (size_t)terms.len / sizeof(Term), b.out = out;
+    b.table = rows.buf, b.parts = (size_t)rows.len / sizeof(int64_t) / (3 + 2 * b.count);
+    b.crcs = crcs.buf, b.bad = bad.buf;
+    int sound = out >= FLOAT32 && out <= RAW && b.count > 0 && (size_t)crcs.len >= 4 * b.parts &&
+                (size_t)bad.len >= b.parts && (!b.copied || b.count == 1) && (b.copied || out != RAW);
+    for (size_t t = 0; t < b.count; t++) sound &= b.terms[t].dtype >= FLOAT32 && b.terms[t].dtype < (b.copied ? RAW + 1 : RAW);
+    void *x = malloc(BLOCK * 8), *sum = malloc(BLOCK * sizeof(double));
+    int status = DONE, reason = 0;
+    if (sound && x && sum) {
+        Py_BEGIN_ALLOW_THREADS
+        errno = 0;
+        status = run(&b, x, sum);
+        reason = errno;
+        Py_END_ALLOW_THREADS
+    }
+    PyObject *result = NULL;
+    if (!sound) PyErr_SetString(PyExc_ValueError, "sum_parts: arguments that do not fit each other");
+    else if (!x || !sum) PyErr_NoMemory();
+    else result = Py_BuildValue("(inni)", status, (Py_ssize_t)b.part, (Py_ssize_t)b.term, reason);
+    free(x);
+    free(sum);
+    PyBuffer_Release(&terms), PyBuffer_Release(&rows), PyBuffer_Release(&crcs), PyBuffer_Release(&bad);
+    return result;
+}
+
+static PyMethodDef methods[] = {{"sum_parts", sum_parts, METH_VARARGS, sum_parts_doc}, {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    make_table();
+    return PyModule_Create(&module);
+}
