@@ -94,7 +94,8 @@ def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
         size = size.half
     least = Size(LEAST, size.read, size.written).on_device * lanes
     raise UsageError(
-        f"--gpu-memory {memory}: {lanes} threads need at least {-(-least // 10**6)}MB on a GPU. "
+        f"--gpu-memory {memory}: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
+        f"{-(-least // 10**6)}MB on a GPU. "
         "Give more, or fewer --threads."
     )
 

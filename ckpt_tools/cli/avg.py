@@ -186,6 +186,7 @@ def _show_table(report: AverageReport) -> None:
         drawn = Text(console.bar(i.coefficient, largest, width), style="red" if i.coefficient < 0 else "green")
         table.add_row(Text(console.visible(i.name)), step, f"{i.coefficient:.6f}", drawn)
     screen.print(table)
+    where = "" if report.device == "cpu" else f"; sums on {report.device}"
     console.say(
         "",
         f"Ordered by {report.ordered_by}; mode {report.mode}; "
@@ -197,7 +198,7 @@ def _show_table(report: AverageReport) -> None:
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
-        f"at most {console.size(report.memory)} of buffers; sums on {report.device}.",
+        f"at most {console.size(report.memory)} of buffers{where}.",
     )
     _show_dropped(report)
     console.say(*report.notes)
