@@ -222,6 +222,17 @@ def test_progress_counts_every_byte_once(tmp_path: Path, device: str) -> None:
     assert seen[-1] == 4 * (10_000 * 4 + 3 * 8)
 
 
+def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+    tensors = out_tensors(tmp_path, series_of(3, 0, ["float32"], [(300_000,)]), [0.2, 0.3, 0.5])
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt("by the user")
+
+    with pytest.raises(KeyboardInterrupt, match="by the user"):
+        written(tmp_path, tensors, devices=(device,), threads=3, on_progress=interrupt)
+    assert not any(thread.name.startswith("ckpt") for thread in threading.enumerate())
+
+
 def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
     """Let lanes use such devices, and return those that they open."""
     opened: list[Cpu] = []
