@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
@@ -34,7 +35,7 @@ _NOT_READ, _ENDS_EARLY = 1, 2
 
 def knows(kind: Kind | None) -> bool:
     """True if a batch of this kind can be summed here."""
-    return _native is not None and kind is not None and _fits(kind)
+    return _native is not None and sys.byteorder == "little" and kind is not None and _fits(kind)
 
 
 @lru_cache(maxsize=256)
