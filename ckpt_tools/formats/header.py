@@ -66,8 +66,8 @@ class Header:
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
         provenance: what ckpt-tools wrote about its own output, if it is one.
         shards: tensor name to file name, for a sharded checkpoint.
-        pattern: the same object in headers whose trees and metadata differ in nothing but the files that their
-            tensors stand in; None where nobody has compared.
+        pattern: what was parsed for this header, and holds for files with an equal one; known as long as one of
+            their headers is in use. None where nothing is kept.
     """
 
     path: Path

@@ -13,7 +13,8 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +24,8 @@ from . import unpickle
 from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .output import FilePlan, OutTensor
 from .torch_pickle import dump, plain
-from .zip_records import CENTRAL, LOCAL, MAX16, MAX32, UTF8, Archive, Record
+from .twins import KNOWN, Known, Unmovable, moved
+from .zip_records import CENTRAL, LOCAL, MAX16, MAX32, UTF8, Archive, Record, usual_directory
 
 ALIGNMENT = 64  # torch's own, so that payloads can be mapped
 _PROVENANCE_RECORD = f"{PROVENANCE}.json"
@@ -40,8 +42,20 @@ def read(path: Path) -> Header:
     """
     with path.open("rb") as file:
         stamp = Stamp.of(path, file.fileno())
-        tree, foreign, provenance = read_window(file, path, 0, stamp.nbytes, where=str(path))
-    return Header(path, "torch-zip", tree, (stamp,), foreign, provenance=parse_provenance(provenance))
+        start, directory = usual_directory(file, stamp.nbytes)
+        known = KNOWN.get((stamp.nbytes, start))
+        if known is not None and known.describes(file, directory):
+            tree = moved(known.tree, path)
+            return Header(path, "torch-zip", tree, (stamp,), Counter(known.foreign), pattern=known)
+        archive = Archive(file, 0, stamp.nbytes, where=str(path))
+        root, tree, foreign, provenance = _read(archive, path, where=str(path))
+    known = None
+    if archive.directory and provenance is None:
+        with suppress(Unmovable):
+            known = Known(archive, f"{root}/".encode(), moved(tree, path), foreign.copy())
+            KNOWN[stamp.nbytes, start] = known
+    made = parse_provenance(provenance)
+    return Header(path, "torch-zip", tree, (stamp,), foreign, provenance=made, pattern=known)
 
 
 def read_window(
@@ -62,7 +76,11 @@ def read_window(
         NotACheckpointError: a zip without a torch pickle, or a TorchScript archive.
         CorruptError: truncated or damaged.
     """
-    archive = Archive(file, start, length, where=where)
+    return _read(Archive(file, start, length, where=where), path, where=where)[1:]
+
+
+def _read(archive: Archive, path: Path, *, where: str) -> tuple[str, Any, Counter[str], bytes | None]:
+    """Return the root of the names of an archive, and see `read_window`."""
     records = archive.records
     root = _root(where, records)
 
@@ -83,7 +101,7 @@ def read_window(
         return Storage(path, archive.offset_of(name), nbytes, big_endian)
 
     tree, foreign = unpickle.load(io.BytesIO(record("data.pkl")), locate, where=where)
-    return tree, foreign, record(_PROVENANCE_RECORD) or None
+    return root, tree, foreign, record(_PROVENANCE_RECORD) or None
 
 
 def pickled(path: Path) -> tuple[str, bytes]:
@@ -120,11 +138,7 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
     records.append(("version", b"3\n"))
     if provenance is not None:
         records.append((_PROVENANCE_RECORD, json.dumps(provenance, indent=1).encode()))
-    layout: list[_Record] = []
-    directory = 0
-    for record, body in records:
-        layout.append(_Record(record, body, directory))
-        directory = layout[-1].data + layout[-1].size
+    layout, directory = _lay_out(records)
 
     def patches(crcs: Mapping[OutTensor, int]) -> list[tuple[int, bytes]]:
         pieces = []
@@ -187,6 +201,16 @@ class _Record:
             b"PK\1\2", version, version, *self._common(crc), len(self._extra), 0, 0, 0, 0, offset
         )  # fmt: skip
         return line + self.name + self._extra
+
+
+def _lay_out(records: Iterable[tuple[str, bytes | OutTensor]]) -> tuple[list[_Record], int]:
+    layout = []
+    position = 0
+    for name, body in records:
+        record = _Record(name, body, position)
+        layout.append(record)
+        position = record.data + record.size
+    return layout, position
 
 
 def _end(directory: int, entries: list[bytes]) -> bytes:

@@ -47,6 +47,12 @@ class Record(NamedTuple):
 class Archive:
     """The zip in a part of a file.
 
+    Attributes:
+        records: by name.
+        directory: its lines, if they are as torch writes them; else empty.
+        heads: the local headers that were read, by their place.
+        contents: the records that were read, by name and place.
+
     Args:
         file: open for reading.
         start, length: the part, in bytes; it lies within the file.
@@ -57,11 +63,21 @@ class Archive:
     """
 
     records: Mapping[str, Record]
+    directory: bytes
+    heads: dict[int, bytes]
+    contents: dict[tuple[str, int], bytes]
 
     def __init__(self, file: IO[bytes], start: int, length: int, *, where: str) -> None:
         self._file, self._start, self._where = file, start, where
         window = _Window(file, start, length)
-        self.records, self._limit = _usual_directory(window, length) or _directory(window, where)
+        self._limit, self.directory = usual_directory(window, length)
+        self.heads, self.contents = {}, {}
+        usual = _usual_records(self.directory)
+        if usual is not None:
+            self.records = usual
+        else:
+            self.directory = b""
+            self.records, self._limit = _directory(window, where)
 
     def offset_of(self, name: str) -> int:
         """Find in the file where the bytes of a record start.
@@ -83,6 +99,7 @@ class Archive:
         if head[:4] != b"PK\3\4" or head[LOCAL.size :] != own:
             raise CorruptError(f"{self._where}: its directory points at no record for {name}. The file is damaged.")
         name_length, extra_length = _LENGTHS.unpack_from(head, LOCAL.size - _LENGTHS.size)
+        self.heads[offset] = head
         offset += int(LOCAL.size + name_length + extra_length)
         if not whole or offset + size > self._limit:
             raise CorruptError(f"{self._where}: the record {name} reaches beyond the file. Get a fresh copy.")
@@ -94,71 +111,79 @@ class Archive:
         Raises:
             UnsupportedError, CorruptError: see `offset_of`; or its checksum does not fit.
         """
-        self._file.seek(self.offset_of(name))
+        at = self.offset_of(name)
+        self._file.seek(at)
         raw = self._file.read(self.records[name].size)
         if self.records[name].crc and zlib.crc32(raw) != self.records[name].crc:
             short = name.partition("/")[2]
             raise CorruptError(f"{self._where}: the checksum of its {short} does not fit. The file is damaged.")
+        self.contents[name, at] = raw
         return raw
 
 
-def _usual_directory(window: _Window, length: int) -> tuple[Mapping[str, Record], int] | None:
-    """Read a directory as torch writes it; None for any other, and for one with anything wrong.
+def usual_directory(window: Any, length: int) -> tuple[int, bytes]:
+    """Return where the directory begins, and its lines, in a zip that ends as torch ends it; (0, nothing) if not.
 
-    For ten thousand records, zipfile takes ten times as long.
-
-    Returns:
-        (records by name, where the directory begins).
+    Args:
+        window: a file that holds the zip and nothing else, of so many bytes.
     """
+    nothing = 0, b""
     tails = _END64.size + _LOCATOR.size + _END.size
     if length < tails:
-        return None
+        return nothing
     window.seek(length - tails)
     tail = window.read(tails)
     if len(tail) < tails:
-        return None
+        return nothing
     mark, *_, size, start, comment = _END.unpack_from(tail, tails - _END.size)
     end = length - _END.size
     if mark != b"PK\5\6" or comment:
-        return None
+        return nothing
     mark, disk, _, disks = _LOCATOR.unpack_from(tail, _END64.size)
     if mark == b"PK\6\7":
         mark, *_, size, start = _END64.unpack_from(tail)
         end = length - tails
         if mark != b"PK\6\6" or disk or disks != 1:
-            return None
+            return nothing
     if start + size != end:
-        return None
+        return nothing
     window.seek(start)
-    raw = window.read(size)
-    if len(raw) < size:
-        return None
+    return start, window.read(size)
+
+
+def _usual_records(directory: bytes) -> dict[str, Record] | None:
+    """Read the lines of a directory as torch writes them; None if one is otherwise, or anything is wrong.
+
+    For ten thousand records, zipfile takes ten times as long.
+    """
     records: dict[bytes, Record] = {}
     at = count = 0
-    while at + _LINE.size <= size:
-        mark, version, flags, method, crc, stored, nbytes, name_length, extra, comment, offset = _LINE.unpack_from(
-            raw, at
+    while at + _LINE.size <= len(directory):
+        mark, version, flags, method, crc, stored, nbytes, length, extra, comment, offset = _LINE.unpack_from(
+            directory, at
         )
         if (
             mark != b"PK\1\2"
+            or version > _NEWEST
             or flags & ~(UTF8 | _DESCRIPTOR)
             or method
-            or not name_length
+            or stored != nbytes
+            or not length
             or extra
             or comment
-            or stored != nbytes
-            or version > _NEWEST
-            or MAX32 in (nbytes, offset)
+            or nbytes == MAX32
+            or offset == MAX32
         ):
             return None
-        at += _LINE.size + name_length
-        name = raw[at - name_length : at]
+        at += _LINE.size + length
+        name = directory[at - length : at]
         records[name] = Record(name, offset, nbytes, crc)
         count += 1
     names = b"/".join(records)
-    if at != size or len(records) != count or not names.isascii() or b"\0" in names or b"\\" in names:
+    sound = at == len(directory) > 0 and len(records) == count
+    if not sound or not names.isascii() or b"\0" in names or b"\\" in names:
         return None
-    return {name.decode(): record for name, record in records.items()}, start
+    return {name.decode(): record for name, record in records.items()}
 
 
 def _directory(window: Any, where: str) -> tuple[Mapping[str, Record], int]:
