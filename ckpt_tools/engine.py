@@ -141,8 +141,9 @@ class _Job:
                 self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
 
     def checksum(self, tensor: OutTensor) -> int:
-        total = 0
-        for _, (crc, length) in sorted(self._crcs.get(tensor, {}).items()):
+        crcs = self._crcs.get(tensor, {})
+        total, _ = crcs.pop(0, (0, 0))
+        for _, (crc, length) in sorted(crcs.items()):
             total = combine(total, crc, length)
         return total
 

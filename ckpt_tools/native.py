@@ -56,8 +56,7 @@ def fill(kind: Kind, part: Part, files: OpenFiles) -> tuple[int, bool]:
         WriteError: the output cannot be written.
     """
     terms, out, item, common, limit = _terms(kind)
-    row = array("q", [(part.stop - part.start) * item, part.out.fd, part.position])
-    _add_inputs(row, part, files)
+    row = array("q", [(part.stop - part.start) * item, part.out.fd, part.position, *_inputs(part, files, {})])
     crcs, bad = array("I", [0]), bytearray(1)
     told = _native.sum_large(
         terms, out, common, limit, kind.copied, kind.checked, part.out.plan.needs_crc, row, crcs, bad
@@ -77,9 +76,10 @@ def pack(kind: Kind, parts: Sequence[Part], files: OpenFiles) -> tuple[memoryvie
     """
     terms, out, item, common, limit = _terms(kind)
     rows = array("q")
+    fds: dict[int, int] = {}
     for part in parts:
         rows.append((part.stop - part.start) * item)
-        _add_inputs(rows, part, files)
+        rows.extend(_inputs(part, files, fds))
     crcs, bad = array("I", bytes(4 * len(parts))), bytearray(len(parts))
     packed = bytearray(sum(part.nbytes for part in parts))
     told = _native.sum_small(
@@ -89,10 +89,21 @@ def pack(kind: Kind, parts: Sequence[Part], files: OpenFiles) -> tuple[memoryvie
     return memoryview(packed), crcs, bytes(bad)
 
 
-def _add_inputs(rows: array[int], part: Part, files: OpenFiles) -> None:
+def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
+    """List descriptor and position of each term.
+
+    Args:
+        fds: descriptors known so far by the identity of their path, for comparing paths costs more than all the rest.
+    """
+    found: list[int] = []
     for spec, _ in part.tensor.terms:
-        rows.append(files[spec.storage.path])
-        rows.append(spec.storage.offset + (spec.start + part.start) * spec.dtype.itemsize)
+        storage = spec.storage
+        key = id(storage.path)
+        fd = fds.get(key)
+        if fd is None:
+            fd = fds[key] = files[storage.path]
+        found += (fd, storage.offset + (spec.start + part.start) * spec.dtype.itemsize)
+    return found
 
 
 @lru_cache(maxsize=256)

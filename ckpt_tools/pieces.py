@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .formats.output import FilePlan, OutTensor
-from .tensors import ChunkedSpec, DType
+from .tensors import DType
 
 PIECE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
@@ -94,14 +94,14 @@ class Batch(NamedTuple):
 
 def kind_of(tensor: OutTensor) -> Kind | None:
     """Tell what a tensor may be summed together with; None if its elements do not simply stand in line."""
-    specs = [spec for spec, _ in tensor.terms]
-    if not specs or not all(spec.contiguous for spec in specs):
+    if not tensor.terms:
         return None
-    if any(isinstance(spec, ChunkedSpec) or (spec.storage.big_endian and spec.dtype.word > 1) for spec in specs):
-        return None
+    for spec, _ in tensor.terms:  # a chunked one is not contiguous
+        if not spec.contiguous or (spec.storage.big_endian and spec.dtype.word > 1):
+            return None
     return Kind(
-        tuple(spec.dtype for spec in specs),
-        tuple(coefficient for _, coefficient in tensor.terms),
+        tuple([spec.dtype for spec, _ in tensor.terms]),
+        tuple([coefficient for _, coefficient in tensor.terms]),
         tensor.dtype,
         tensor.copied,
         tensor.finite and tensor.dtype.averaged,

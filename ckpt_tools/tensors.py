@@ -253,8 +253,10 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Return whether these strides are those of C order, for all that can be told from elements' places."""
-    return math.prod(shape) == 0 or all(
-        step == want for size, step, want in zip(shape, stride, c_strides(shape), strict=True) if size != 1
+    return (
+        stride == c_strides(shape)
+        or math.prod(shape) == 0
+        or all(step == want for size, step, want in zip(shape, stride, c_strides(shape), strict=True) if size != 1)
     )
 
 
