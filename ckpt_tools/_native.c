@@ -451,9 +451,21 @@ static PyObject *sum_large(PyObject *self, PyObject *args) { return work(args, 0
 
 static PyObject *sum_small(PyObject *self, PyObject *args) { return work(args, 1); }
 
+static PyObject *crc32_of(PyObject *self, PyObject *data) {
+    Py_buffer view;
+    uint32_t crc;
+    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE) < 0) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    crc = checksum(0, view.buf, (size_t)view.len);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLong(crc);
+}
+
 static PyMethodDef methods[] = {
     {"sum_large", sum_large, METH_VARARGS, sum_large_doc},
     {"sum_small", sum_small, METH_VARARGS, sum_small_doc},
+    {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn what zlib.crc32 does."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import engine
+from . import devices, engine
 from .assembly import assemble, check_suffix, default_target
 from .errors import LayoutError, UsageError
 from .formats import SUFFIXES
@@ -51,7 +51,8 @@ class AverageReport:
         dropped: what of the last checkpoint's container is not carried over.
         out: the target.
         bytes_read, bytes_written: of the whole job.
-        memory: private bytes of buffers it needs.
+        memory: private bytes of buffers it needs, without those on GPUs.
+        device: what does the sums: `cpu`, or GPUs such as `cuda:0`, with commas between them.
         written: False for a plan.
     """
 
@@ -68,6 +69,7 @@ class AverageReport:
     bytes_read: int
     bytes_written: int
     memory: int
+    device: str
     written: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def average(
     untie: bool = False,
     hash: bool = False,  # noqa: A002 - the option's name
     threads: int | None = None,
+    device: str = "auto",
+    gpu_memory: str | int | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
     dry_run: bool = False,
@@ -134,6 +138,8 @@ def average(
         untie: in safetensors, write tied tensors under each of their names.
         hash: put the SHA-256 of the inputs into the output's provenance.
         threads: workers; one a core if not given. Changes no byte of the output.
+        device: ``auto``, ``cpu``, ``cuda`` (all GPUs), or one such as ``cuda:1``. Changes no byte of the output.
+        gpu_memory: bytes to take on each GPU, or text such as ``2GB``; 1 GB if not given.
         allow_nonfinite: let NaN and infinity pass.
         force: replace the target if it exists.
         dry_run: plan and check, read no payload, write nothing.
@@ -154,6 +160,8 @@ def average(
         raise UsageError(f"--buffers is one of {', '.join(BUFFERS)}, not {buffers!r}.")
     out_dtype = parse_dtype(dtype)
     check_threads(threads)
+    devices.check_name(device)
+    gpu_bytes = devices.GPU_MEMORY if gpu_memory is None else parse_size(gpu_memory)
     if out is not None:
         check_suffix(Path(out))
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
@@ -221,6 +229,7 @@ def average(
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
         notes.append(f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}.")
+    gpus = devices.choose(device, assembly.bytes_read)
     report = AverageReport(
         inputs=inputs,
         mode=mode,
@@ -234,7 +243,8 @@ def average(
         out=str(assembly.target),
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
-        memory=engine.memory_needed(unique, threads),
+        memory=engine.memory_needed(unique, threads, gpus, gpu_bytes),
+        device=", ".join(gpus) or "cpu",
     )
     if on_plan is not None:
         on_plan(report)
@@ -246,6 +256,8 @@ def average(
             force=force,
             threads=threads,
             allow_nonfinite=allow_nonfinite,
+            devices=gpus,
+            gpu_memory=gpu_bytes,
             on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
         )
         report = replace(report, written=True)

@@ -5,21 +5,22 @@ it up in float64, rounds once, and writes it at its offset. An input byte crosse
 memory depends on the piece and the thread count alone, and the threads run side by side, for reading,
 adding, checksums and writing all release the interpreter lock.
 
-Plain tensors go through C (`native`), without torch; all others through torch (`summing`).
+Plain tensors go through C (`native`), without torch, or through GPUs (`lanes`); all others through torch (`summing`).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from . import native
+from .devices import GPU_MEMORY
 from .formats.crc32 import combine
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
@@ -28,6 +29,7 @@ from .formats.staged import write_at
 from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, cut, kind_of
 
 if TYPE_CHECKING:
+    from .lanes import Lane, Size
     from .summing import Recipe, Worker
 
 
@@ -37,10 +39,21 @@ def default_threads() -> int:
     return min(cores, 16)
 
 
-def memory_needed(tensors: Iterable[OutTensor], threads: int | None = None) -> int:
-    """Return the private bytes that a run holds in buffers, whatever the size of the model."""
+def memory_needed(
+    tensors: Iterable[OutTensor],
+    threads: int | None = None,
+    devices: Sequence[str] = (),
+    gpu_memory: int = GPU_MEMORY,
+) -> int:
+    """Return the private bytes of the host that a run holds in buffers, whatever the size of the model.
+
+    Raises:
+        UsageError: so little memory of the GPUs is too little.
+    """
+    tensors = list(tensors)
     each = MEMORY if any(map(_needs_torch, tensors)) else native.MEMORY
-    return (default_threads() if threads is None else threads) * each
+    size = _size(tensors, threads, devices, gpu_memory)
+    return _workers(threads, devices) * (each + (size.on_host if size else 0))
 
 
 def run(
@@ -50,6 +63,8 @@ def run(
     threads: int | None = None,
     piece: int | None = None,
     allow_nonfinite: bool = False,
+    devices: Sequence[str] = (),
+    gpu_memory: int = GPU_MEMORY,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fill output files with their tensors and with what stands around them.
@@ -60,21 +75,25 @@ def run(
         threads: workers; as many as there are cores by default.
         piece: elements a worker handles at a time. Changes no byte of the output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
+        devices: that share the sums, as `devices.choose` returns them; the CPU if there are none.
+        gpu_memory: bytes to take on each.
         on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
     Raises:
+        UsageError: too little memory of the GPUs.
         NumericsError: an input is not finite, or a result overflows its dtype; names tensor and file.
         ReadError: an input cannot be read, ends early, or changes meanwhile.
         WriteError: the output cannot be written.
     """
     with OpenFiles(stamps) as files:
         files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
-        batches = list(cut(outputs, piece=piece or native.PIECE, alone=piece or PIECE))
-        job = _Job(batches, files, piece or PIECE, allow_nonfinite)
-        with _one_thread_each(any(_needs_torch(batch.parts[0].tensor) for batch in batches)):
+        size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
+        batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
+        job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices)
+        with _one_thread_each(size is not None or any(_needs_torch(batch.parts[0].tensor) for batch in batches)):
             in_threads(
                 lambda: _work(job),
-                threads,
+                _workers(threads, devices),
                 job.stop,
                 on_tick=None if on_progress is None else lambda: on_progress(job.moved),
             )
@@ -119,20 +138,35 @@ class _Job:
     files: OpenFiles
     piece: int  # elements that torch handles at a time
     allow_nonfinite: bool
+    size: Size | None  # of a lane on a device
+    devices: Sequence[str]
     moved: int = 0  # bytes read and written
     heads: set[tuple[int, int]] = field(default_factory=set)  # files and offsets of patches that are written already
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _waiting: Iterator[Batch] = field(init=False)
+    _turn: Iterator[str] = field(init=False)
     _crcs: dict[OutTensor, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting = iter(self.batches)
+        self._turn = cycle(self.devices)
 
     def next(self) -> Batch | None:
         """Hand out the next batch; None when there is none, or when the job is stopped."""
         with self.lock:
             return None if self.stop.is_set() else next(self._waiting, None)
+
+    def lane(self) -> AbstractContextManager[Lane | None]:
+        """Open a lane for one thread, on one device after the other; None where the CPU does it all."""
+        if self.size is None:
+            return nullcontext()
+        from .lanes import Lane
+        from .streams import opened
+
+        with self.lock:
+            name = next(self._turn)
+        return Lane(opened(name), self.size, self.files, self.done, self.stop)
 
     def done(self, part: Part, crc: int) -> None:
         with self.lock:
@@ -141,25 +175,32 @@ class _Job:
                 self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
 
     def checksum(self, tensor: OutTensor) -> int:
-        crcs = self._crcs.get(tensor, {})
-        total, _ = crcs.pop(0, (0, 0))
-        for _, (crc, length) in sorted(crcs.items()):
-            total = combine(total, crc, length)
+        total = 0
+        for start, (crc, length) in sorted(self._crcs.get(tensor, {}).items()):
+            total = combine(total, crc, length) if start else crc
         return total
 
 
 def _work(job: _Job) -> None:
     try:
         by_torch = _ByTorch(job)
-        while (batch := job.next()) is not None:
-            left: Sequence[Part] = batch.parts
-            if batch.kind is not None and native.knows(batch.kind):
-                left = (_fill_small if batch.small else _fill_large)(job, batch.kind, batch.parts)
-            for part in left:
-                by_torch.fill(part)
+        with job.lane() as lane:
+            while (batch := job.next()) is not None:
+                for left in [batch] if lane is None else lane.fill(batch):
+                    _on_cpu(job, by_torch, left)
+            for left in [] if lane is None else lane.finish():
+                _on_cpu(job, by_torch, left)
     except BaseException:
         job.stop.set()
         raise
+
+
+def _on_cpu(job: _Job, by_torch: _ByTorch, batch: Batch) -> None:
+    left: Sequence[Part] = batch.parts
+    if batch.kind is not None and native.knows(batch.kind):
+        left = (_fill_small if batch.small else _fill_large)(job, batch.kind, batch.parts)
+    for part in left:
+        by_torch.fill(part)
 
 
 def _fill_large(job: _Job, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
@@ -212,7 +253,7 @@ class _ByTorch:
         for start in range(part.start, part.stop, self._job.piece):
             piece = part._replace(start=start, stop=min(start + self._job.piece, part.stop))
             data = self._bytes(piece)
-            crc = zlib.crc32(data) if piece.out.plan.needs_crc else 0
+            crc = native.crc32(data) if piece.out.plan.needs_crc else 0
             write_at(piece.out.fd, data, piece.position, piece.out.plan.name)
             self._job.done(piece, crc)
 
@@ -227,6 +268,20 @@ class _ByTorch:
         if self._recipe is None or self._recipe[0] is not tensor:
             self._recipe = tensor, Recipe(tensor, self._job.files)
         return self._worker.compute(piece, self._recipe[1])
+
+
+def _workers(threads: int | None, devices: Sequence[str]) -> int:
+    """Count the threads of a job: no device goes without one."""
+    return max(default_threads() if threads is None else threads, len(devices))
+
+
+def _size(tensors: Iterable[OutTensor], threads: int | None, devices: Sequence[str], gpu_memory: int) -> Size | None:
+    """Choose what the lane of a thread holds; None where there is no device, or nothing for it to do."""
+    if not devices:
+        return None
+    from .lanes import sized  # imports torch
+
+    return sized(tensors, -(-_workers(threads, devices) // len(devices)), gpu_memory)
 
 
 def _needs_torch(tensor: OutTensor) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
@@ -15,7 +14,7 @@ import torch
 
 from .errors import ReadError
 from .formats.header import Stamp
-from .formats.opened import OpenFiles, ended_early, read_failed
+from .formats.opened import OpenFiles, read_at
 from .tensors import ChunkedSpec, DType, TensorSpec, is_dense
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
@@ -103,7 +102,7 @@ class Reader:
         """
         nbytes = (stop - start) * source.item
         if source.contiguous:
-            _pread(source, source.base + start * source.item, self.buffer.bytes[:nbytes])
+            _read(source, start, self.buffer.bytes[:nbytes])
         elif source.chunks is not None:
             self._join(source, source.chunks, start, stop)
         else:
@@ -141,7 +140,7 @@ class Reader:
                 part = tuple(end - begin for begin, end, _ in cuts)
                 if target.is_contiguous() and is_dense(part, strides):
                     to = target.storage_offset() * item
-                    _pread(chunk, chunk.base + at * item, self.buffer.bytes[to : to + math.prod(part) * item])
+                    _read(chunk, at, self.buffer.bytes[to : to + math.prod(part) * item])
                 else:
                     self._read_box(chunk, at, part, strides, target)
             done += count
@@ -155,7 +154,7 @@ class Reader:
         if extent * item <= len(self.buffer.bytes) and (dense or extent * item <= _WORTH):
             if self._gathered is None:
                 self._gathered = Buffer(len(self.buffer.bytes))
-            _pread(source, source.base + first * item, self._gathered.bytes[: extent * item])
+            _read(source, first, self._gathered.bytes[: extent * item])
             out.copy_(self._gathered.view(_BITS[item], extent).as_strided(sizes, strides))
             return
         # Too wide, or mostly gaps: halve it where that saves most.
@@ -166,16 +165,8 @@ class Reader:
             self._read_box(source, first + begin * strides[axis], part, strides, out.narrow(axis, begin, size))
 
 
-def _pread(source: Source, offset: int, target: memoryview) -> None:
-    done = 0
-    while done < len(target):
-        try:
-            got = os.preadv(source.fd, [target[done:] if done else target], offset + done)
-        except OSError as error:
-            raise read_failed(source.spec.storage.path, error.strerror) from error
-        if got == 0:
-            raise ended_early(source.spec.storage.path)
-        done += got
+def _read(source: Source, start: int, target: memoryview) -> None:
+    read_at(source.fd, target, source.base + start * source.item, source.spec.storage.path)
 
 
 def boxes(

@@ -7,8 +7,9 @@ make an element depend on where a piece begins or on which device it is computed
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -37,51 +38,154 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Recipe:
-    """What the pieces of one tensor have in common.
+class Formula(NamedTuple):
+    """How a weighted sum is computed, wherever its elements stand.
 
     Attributes:
-        terms: (where to read, coefficient, its real dtype), in the order of summation.
+        terms: (real dtype, coefficient), in the order of summation.
         reals: floating-point numbers an element: 2 for complex.
         real: their dtype in the output.
-        checked: NaN and infinity in it are refused.
-        common: the coefficient, where all are equal: the sum is then multiplied once, instead of every term.
         limit: magnitude from which on a sum overflows that dtype.
+        common: the coefficient, where all are equal: the sum is then multiplied once, instead of every term.
         anchored: sum up differences from the first term. The products of float64 values are rounded, so
             that N equal values would sum up to a neighbour; x_1 + sum c_i (x_i - x_1) is the same average,
             and exact when all are equal. Narrower dtypes have bits to spare and need no such care.
     """
 
-    __slots__ = ("anchored", "checked", "common", "limit", "real", "reals", "terms")
+    terms: tuple[tuple[torch.dtype, float], ...]
+    reals: int
+    real: torch.dtype
+    limit: float
+    common: float | None
+    anchored: bool
+
+    @classmethod
+    def of(cls, dtypes: Iterable[DType], coefficients: Sequence[float], out: DType) -> Formula:
+        """Choose the steps for terms of these dtypes and an output of that one."""
+        terms = tuple((torch_dtype(real_dtype(d)), c) for d, c in zip(dtypes, coefficients, strict=True))
+        real = torch_dtype(real_dtype(out))
+        wide = any(dtype is torch.float64 for dtype, _ in terms)
+        # float64 has no room for a sum larger than its average.
+        common = coefficients[0] if not wide and len(set(coefficients)) == 1 else None
+        anchored = wide and abs(math.fsum(coefficients) - 1.0) <= 1e-12
+        return cls(terms, 2 if out.kind is Kind.COMPLEX else 1, real, _overflow(real), common, anchored)
+
+
+class Recipe:
+    """What the pieces of one tensor have in common.
+
+    Attributes:
+        sources: where to read each term.
+        checked: NaN and infinity in it are refused.
+        formula: None for what is only copied, unseen: torch need not know its dtype.
+    """
+
+    __slots__ = ("checked", "formula", "sources")
 
     def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
+        self.sources = [Source(spec, files) for spec, _ in tensor.terms]
         self.checked = tensor.finite and tensor.dtype.averaged
-        # What is only copied is never computed with, so torch need not know its dtype.
-        known = tensor.data is None and (self.checked or not tensor.copied)
-        self.terms = [
-            (Source(spec, files), c, torch_dtype(real_dtype(spec.dtype)) if known else torch.uint8)
-            for spec, c in tensor.terms
-        ]
-        self.reals = 2 if tensor.dtype.kind is Kind.COMPLEX else 1
-        self.real = torch_dtype(real_dtype(tensor.dtype)) if known else torch.uint8
-        self.limit = _overflow(self.real) if known else math.inf
-        wide = any(dtype is torch.float64 for _, _, dtype in self.terms)
-        # float64 has no room for a sum larger than its average.
-        coefficients = {c for _, c in tensor.terms}
-        self.common = coefficients.pop() if not wide and len(coefficients) == 1 else None
-        self.anchored = wide and abs(math.fsum(c for _, c in tensor.terms) - 1.0) <= 1e-12
+        self.formula: Formula | None = None
+        if self.checked or not tensor.copied:
+            dtypes = [spec.dtype for spec, _ in tensor.terms]
+            self.formula = Formula.of(dtypes, [c for _, c in tensor.terms], tensor.dtype)
+
+
+class Scratch(Protocol):
+    """Memory on a device, seen as tensors of any dtype."""
+
+    def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
+
+
+class Arithmetic:
+    """Weighted sums in scratch of one device: all steps that decide a bit of a result, in their order.
+
+    Args:
+        scratch: makes some, of so many bytes.
+        reals: floating-point numbers it is to hold.
+    """
+
+    BYTES = 8 + 8 + 8 + 4
+    """Of scratch, for each real."""
+
+    def __init__(self, scratch: Callable[[int], Scratch], reals: int) -> None:
+        self._sum = scratch(8 * reals)
+        self._term = scratch(8 * reals)
+        self._first = scratch(8 * reals)
+        self._single = scratch(4 * reals)
+
+    def begin(self, formula: Formula, count: int) -> None:
+        """Start a sum of `count` reals."""
+        self._formula = formula
+        self._coefficients = iter(formula.terms)
+        self._total = self._sum.view(torch.float64, count)
+        self._begun = False
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add the next term, of which these are the values, in its real dtype."""
+        _, coefficient = next(self._coefficients)
+        total, begun = self._total, self._begun
+        self._begun = True
+        if self._formula.anchored:
+            target = (self._term if begun else self._first).view(torch.float64, total.numel())
+            self._widen(values, target)
+            if begun:
+                total.add_(target.sub_(self._first.view(torch.float64, total.numel())).mul_(coefficient))
+            else:
+                total.zero_()
+            return
+        target = self._term.view(torch.float64, total.numel()) if begun else total
+        self._widen(values, target)
+        if self._formula.common is None:
+            target.mul_(coefficient)
+        if begun:
+            total.add_(target)
+
+    def total(self) -> torch.Tensor:
+        """Return the sum of all terms, in float64; where differences overflowed on the way, it is not finite."""
+        total, count = self._total, self._total.numel()
+        if self._formula.anchored:
+            # Where nothing differs the first value itself, for a sum would lose the sign of a zero.
+            first, same = self._first.view(torch.float64, count), self._single.view(torch.bool, count)
+            both = torch.add(first, total, out=self._term.view(torch.float64, count))
+            torch.where(torch.eq(total, 0, out=same), first, both, out=total)
+        elif self._formula.common is not None:
+            total.mul_(self._formula.common)
+        return total
+
+    def round(self, total: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Round float64 once to the output's dtype, to nearest, ties to even.
+
+        Returns:
+            Values whose extremes tell whether a result is NaN, infinite, or beyond its dtype.
+        """
+        if out.dtype in _FULL_RANGE:
+            return out.copy_(total)
+        # torch narrows by way of float32, which rounds twice. Rounding to odd at 12 bits first makes the
+        # later roundings right (Boldo and Melquiond 2008): cut, and set the last kept bit if anything was lost.
+        bits = total.view(torch.int64)
+        sticky = torch.bitwise_and(bits, _DISCARDED, out=self._term.view(torch.int64, total.numel()))
+        sticky.add_(_DISCARDED).bitwise_or_(bits).bitwise_and_(~_DISCARDED)
+        out.copy_(self.as_single(sticky.view(torch.float64)))
+        return total
+
+    def as_single(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values as float32, for torch has no other operations on the narrowest dtypes."""
+        return self._single.view(torch.float32, values.numel()).copy_(values)
+
+    def _widen(self, values: torch.Tensor, target: torch.Tensor) -> None:
+        """Bring values into a float64 tensor; exact for every dtype."""
+        target.copy_(values if values.dtype in _DIRECT else self.as_single(values))
 
 
 class Worker:
-    """One thread's buffers, and the arithmetic on them."""
+    """One thread's buffers, and sums in them from file to bytes."""
 
     def __init__(self, piece: int, *, allow_nonfinite: bool) -> None:
         # A complex element is two reals, hence twice the length.
         self._reader = Reader(16 * piece)
-        self._sum = Buffer(16 * piece)
-        self._term = Buffer(16 * piece)
-        self._single = Buffer(8 * piece)
-        self._first: Buffer | None = None
+        self._arithmetic = Arithmetic(Buffer, 2 * piece)
         self._allow_nonfinite = allow_nonfinite
 
     def compute(self, piece: Part, recipe: Recipe) -> memoryview:
@@ -91,90 +195,43 @@ class Worker:
             NumericsError: an input is not finite, or the result overflows.
             ReadError: an input cannot be read.
         """
-        if piece.tensor.copied:
-            nbytes = self._reader.read(recipe.terms[0][0], piece.start, piece.stop)
-            if recipe.checked and not self._allow_nonfinite:
-                values = self._reader.buffer.view(recipe.real, (piece.stop - piece.start) * recipe.reals)
-                self._check(piece, recipe, values if values.dtype in _FULL_RANGE else self._as_single(values))
-            return self._reader.buffer.bytes[:nbytes]
-        total = self._add_up(piece, recipe)
-        narrow = self._narrow(total, recipe.real)
+        formula, buffer = recipe.formula, self._reader.buffer
+        if piece.tensor.copied or formula is None:
+            self._reader.read(recipe.sources[0], piece.start, piece.stop)
+            if formula is not None and recipe.checked and not self._allow_nonfinite:
+                values = buffer.view(formula.real, (piece.stop - piece.start) * formula.reals)
+                whole = values.dtype in _FULL_RANGE
+                self._check(piece, recipe, formula, values if whole else self._arithmetic.as_single(values))
+            return buffer.bytes[: piece.nbytes]
+        total = self._add_up(piece, recipe, formula)
+        if formula.anchored:
+            finite = torch.isfinite(total)
+            if not finite.all():
+                # The difference of two infinities is none, and that of two large numbers may overflow.
+                kept = total.clone()
+                total = self._add_up(piece, recipe, formula._replace(anchored=False))
+                total.copy_(torch.where(finite, kept, total))
+        # All terms have been read, so the reader's buffer is free for the result.
+        telling = self._arithmetic.round(total, buffer.view(formula.real, total.numel()))
         if not self._allow_nonfinite:
-            self._check(piece, recipe, narrow if narrow.dtype in _FULL_RANGE else total)
-        return self._term.bytes[: narrow.numel() * narrow.element_size()]
+            self._check(piece, recipe, formula, telling)
+        return buffer.bytes[: piece.nbytes]
 
-    def _add_up(self, piece: Part, recipe: Recipe) -> torch.Tensor:
-        count = (piece.stop - piece.start) * recipe.reals
-        total = self._sum.view(torch.float64, count)
-        if recipe.anchored:
-            self._add_up_differences(piece, recipe, total)
-        else:
-            self._add_up_products(piece, recipe, total)
-        return total
-
-    def _add_up_products(self, piece: Part, recipe: Recipe, total: torch.Tensor) -> None:
-        term = self._term.view(torch.float64, total.numel())
-        target = total
-        for source, coefficient, dtype in recipe.terms:
+    def _add_up(self, piece: Part, recipe: Recipe, formula: Formula) -> torch.Tensor:
+        count = (piece.stop - piece.start) * formula.reals
+        self._arithmetic.begin(formula, count)
+        for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
             self._reader.read(source, piece.start, piece.stop)
-            self._widen(dtype, target)
-            if recipe.common is None:
-                target.mul_(coefficient)
-            if target is term:
-                total.add_(term)
-            target = term
-        if recipe.common is not None:
-            total.mul_(recipe.common)
+            self._arithmetic.add(self._reader.buffer.view(dtype, count))
+        return self._arithmetic.total()
 
-    def _add_up_differences(self, piece: Part, recipe: Recipe, total: torch.Tensor) -> None:
-        self._first = self._first or Buffer(len(self._sum.bytes))
-        term = self._term.view(torch.float64, total.numel())
-        first = self._first.view(torch.float64, total.numel())
-        total.zero_()
-        target = first
-        for source, coefficient, dtype in recipe.terms:
-            self._reader.read(source, piece.start, piece.stop)
-            self._widen(dtype, target)
-            if target is term:
-                total.add_(term.sub_(first).mul_(coefficient))
-            target = term
-        # Where nothing differs the first value itself, for a sum would lose the sign of a zero.
-        torch.where(total == 0, first, first + total, out=total)
-        finite = torch.isfinite(total)
-        if not finite.all():
-            # The difference of two infinities is none, and that of two large numbers may overflow.
-            self._add_up_products(piece, recipe, first)
-            torch.where(finite, total, first, out=total)
-
-    def _widen(self, dtype: torch.dtype, target: torch.Tensor) -> None:
-        """Bring what the reader holds into a float64 tensor; exact for every dtype."""
-        source = self._reader.buffer.view(dtype, target.numel())
-        target.copy_(source if dtype in _DIRECT else self._as_single(source))
-
-    def _as_single(self, values: torch.Tensor) -> torch.Tensor:
-        return self._single.view(torch.float32, values.numel()).copy_(values)
-
-    def _narrow(self, total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Round float64 once to the output's dtype, to nearest, ties to even; into the term buffer."""
-        out = self._term.view(dtype, total.numel())
-        if dtype in (torch.float64, torch.float32):
-            return out.copy_(total)
-        # torch narrows by way of float32, which rounds twice. Rounding to odd at 12 bits first makes the
-        # later roundings right (Boldo and Melquiond 2008): cut, and set the last kept bit if anything was lost.
-        bits = total.view(torch.int64)
-        sticky = torch.bitwise_and(bits, _DISCARDED, out=self._term.view(torch.int64, total.numel()))
-        sticky.add_(_DISCARDED).bitwise_or_(bits).bitwise_and_(~_DISCARDED)
-        single = self._single.view(torch.float32, total.numel())
-        single.copy_(sticky.view(torch.float64))
-        return out.copy_(single)
-
-    def _check(self, piece: Part, recipe: Recipe, values: torch.Tensor) -> None:
+    def _check(self, piece: Part, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
         """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the result."""
         low, high = (value.item() for value in torch.aminmax(values))
-        if max(-low, high) < recipe.limit:  # false for a NaN
+        if max(-low, high) < formula.limit:  # false for a NaN
             return
-        tensor, reals = piece.tensor, recipe.reals
-        for source, _, dtype in recipe.terms:
+        tensor, reals = piece.tensor, formula.reals
+        for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
             self._reader.read(source, piece.start, piece.stop)
             found = self._reader.buffer.view(dtype, values.numel()).to(torch.float64)
             bad = ~torch.isfinite(found)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import engine
 from .assembly import Assembly
+from .devices import GPU_MEMORY
 from .errors import WriteError
 from .formats import splice
 from .formats.header import Stamp
@@ -37,6 +38,8 @@ def write(
     force: bool = False,
     threads: int | None = None,
     allow_nonfinite: bool = False,
+    devices: Sequence[str] = (),
+    gpu_memory: int = GPU_MEMORY,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Carry an assembly out, beside its target, and put it in its place at the end.
@@ -44,7 +47,7 @@ def write(
     Args:
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
-        threads, allow_nonfinite, on_progress: see `engine.run`.
+        threads, allow_nonfinite, devices, gpu_memory, on_progress: see `engine.run`.
 
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
@@ -61,6 +64,8 @@ def write(
                 stamps=stamps,
                 threads=threads,
                 allow_nonfinite=allow_nonfinite,
+                devices=devices,
+                gpu_memory=gpu_memory,
                 on_progress=on_progress,
             )
         for companion in assembly.companions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,12 @@ def test_checksums_of_any_length_are_those_of_zlib(save: Save, tmp_path: Path, l
     ckpt_tools.average(paths, out=tmp_path / "out.pth")
     assert zipfile.ZipFile(tmp_path / "out.pth").testzip() is None
     assert torch.equal(torch.load(tmp_path / "out.pth", weights_only=True)["bytes"], values)
+
+
+@RELAXED
+@given(data=st.binary(max_size=3000), start=st.integers(0, 70))
+def test_checksums_are_those_of_zlib_wherever_bytes_begin(data: bytes, start: int) -> None:
+    assert native.crc32(memoryview(data)[start:]) == zlib.crc32(data[start:])
 
 
 def test_a_large_tensor_is_read_block_by_block_to_its_end(save: Save, tmp_path: Path) -> None:

@@ -102,6 +102,21 @@ def avg(
     ] = False,
     force: arguments.Force = False,
     threads: arguments.Threads = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda (all GPUs), cuda:1 (that one). Same bytes.", rich_help_panel=arguments.RUNNING
+        ),
+    ] = "auto",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="To take on each GPU, such as 2GB.",
+            metavar="SIZE",
+            show_default="1GB",
+            rich_help_panel=arguments.RUNNING,
+        ),
+    ] = None,
     dry_run: arguments.DryRun = False,
     json: arguments.Json = False,
     allow_nonfinite: Annotated[
@@ -123,7 +138,8 @@ def avg(
             lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
             include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers,
             out=arguments.target(out), dtype=dtype, max_shard_size=max_shard_size, untie=untie,
-            hash=hash_, force=force, threads=threads, dry_run=dry_run, allow_nonfinite=allow_nonfinite,
+            hash=hash_, force=force, threads=threads, device=device, gpu_memory=gpu_memory, dry_run=dry_run,
+            allow_nonfinite=allow_nonfinite,
             on_plan=_show_table if dry_run else _show_summary, on_progress=on_progress,
         )  # fmt: skip
     if report.written:
@@ -131,7 +147,8 @@ def avg(
         moved = report.bytes_read + report.bytes_written
         # Small jobs take as long as importing torch takes.
         rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
-        console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{rate}.")
+        where = "" if report.device == "cpu" else f" on {report.device}"
+        console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{where}{rate}.")
     if json:
         console.print_json(report.to_dict())
 
@@ -169,6 +186,7 @@ def _show_table(report: AverageReport) -> None:
         drawn = Text(console.bar(i.coefficient, largest, width), style="red" if i.coefficient < 0 else "green")
         table.add_row(Text(console.visible(i.name)), step, f"{i.coefficient:.6f}", drawn)
     screen.print(table)
+    where = "" if report.device == "cpu" else f"; sums on {report.device}"
     console.say(
         "",
         f"Ordered by {report.ordered_by}; mode {report.mode}; "
@@ -180,7 +198,7 @@ def _show_table(report: AverageReport) -> None:
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
-        f"at most {console.size(report.memory)} of buffers.",
+        f"at most {console.size(report.memory)} of buffers{where}.",
     )
     _show_dropped(report)
     console.say(*report.notes)

@@ -101,6 +101,24 @@ def raise_file_limit(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
+def read_at(fd: int, target: memoryview, offset: int, path: Path) -> None:
+    """Fill a buffer with the bytes at an offset.
+
+    Raises:
+        ReadError: a failure of the system.
+        CorruptError: the file ends before them.
+    """
+    done = 0
+    while done < len(target):
+        try:
+            got = os.preadv(fd, [target[done:] if done else target], offset + done)
+        except OSError as error:
+            raise read_failed(path, error.strerror) from error
+        if got == 0:
+            raise ended_early(path)
+        done += got
+
+
 def read_failed(path: object, reason: str | None) -> ReadError:
     """Make the error for an input that the system does not let us read."""
     return ReadError(f"{path}: reading failed ({reason}).")

@@ -20,6 +20,7 @@ import torch
 from cli_runner import contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
+from ckpt_tools import devices, streams
 from ckpt_tools.formats.opened import OpenFiles
 
 
@@ -304,3 +305,24 @@ def test_code_in_a_pickle_is_not_run_and_its_tensors_are_had(pair: list[Path]) -
     saved = torch.load("averaged.pth", weights_only=True)
     assert saved["state_dict"]["w"].tolist() == [2.0] * 4
     assert "x" not in saved
+
+
+def test_the_plan_and_the_last_line_name_the_gpu(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "choose", lambda name, nbytes: ("cuda:0",))
+    monkeypatch.setattr(streams, "opened", lambda name: streams.Cpu())
+    plan = run("avg", *pair, "--device", "cuda", "--dry-run", "--json")
+    assert "of buffers; sums on cuda:0." in plan.err
+    assert json.loads(plan.out)["device"] == "cuda:0"
+    done = run("avg", *pair, "--device", "cuda", "--gpu-memory", "50MB", columns=120)
+    assert re.search(r"Wrote averaged\.pth: .* in \d+\.\d\d s on cuda:0", done.err)
+    assert torch.load("averaged.pth")["state_dict"]["w"].tolist() == [1.5] * 4
+
+
+def test_devices_that_cannot_be_had_are_refused(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, message in [
+        (["--device", "abacus"], "--device abacus: write auto, cpu"),
+        (["--device", "cuda"], "say --device cpu"),
+        (["--gpu-memory", "much"], "'much' is no size"),
+    ]:
+        assert message in refused(Path(), "avg", *pair, *options, code=2)

@@ -1,0 +1,92 @@
+"""A device that does nothing until somebody waits for it: where a wait is missing, bytes are wrong."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ckpt_tools.streams import Cpu
+
+
+class LateEvent:
+    def __init__(self) -> None:
+        self.reach: Callable[[], None] = lambda: None
+
+    def synchronize(self) -> None:
+        self.reach()
+
+
+class LateStream:
+    """Work not done yet; done in order, and only as far as somebody waits for."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Callable[[], object]] = deque()
+        self.done = 0
+
+    def push(self, work: Callable[[], object]) -> None:
+        self.waiting.append(work)
+
+    def record_event(self, event: LateEvent) -> None:
+        end = self.done + len(self.waiting)
+        event.reach = lambda: self._reach(end)
+
+    def wait_event(self, event: LateEvent) -> None:
+        self.push(event.reach)
+
+    def synchronize(self) -> None:
+        self._reach(self.done + len(self.waiting))
+
+    def _reach(self, end: int) -> None:
+        while self.done < end:
+            self.done += 1
+            self.waiting.popleft()()
+
+
+class _HandOver(TorchDispatchMode):
+    """Puts the operations of torch off, but not the making of views and of new memory."""
+
+    def __init__(self, stream: LateStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        if is_view or not any(isinstance(a, torch.Tensor) for a in args):
+            return func(*args, **kwargs)
+        if written:
+            (out,) = written
+            self._stream.push(lambda: func(*args, **kwargs))
+            return kwargs[out.name] if out.name in kwargs else args[schema.arguments.index(out)]
+        results = func(*args, **kwargs)  # of what is not there yet: the right shapes, the wrong values
+
+        def redo() -> None:
+            for old, new in zip(results, func(*args, **kwargs), strict=True):
+                old.copy_(new)
+
+        self._stream.push(redo)
+        return results
+
+
+class Late(Cpu):
+    """A device of such streams."""
+
+    def __init__(self) -> None:
+        self.streams: list[LateStream] = []
+
+    def stream(self) -> LateStream:
+        self.streams.append(LateStream())
+        return self.streams[-1]
+
+    def event(self) -> LateEvent:
+        return LateEvent()
+
+    def using(self, stream: Any) -> AbstractContextManager[object]:
+        return _HandOver(stream)

@@ -1,0 +1,392 @@
+"""Lanes: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
+
+A CPU stands in for the device, as it is and as one that does nothing until it is waited for (`late`); the same tests
+run on a GPU where there is one: `pytest -m cuda`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from late import Late, LateEvent, LateStream
+
+from ckpt_tools import engine, lanes, streams
+from ckpt_tools.checkpoint import open_checkpoint
+from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
+from ckpt_tools.formats import safetensors
+from ckpt_tools.formats.output import FilePlan, OutTensor
+from ckpt_tools.pieces import OutFile, Part, kind_of
+from ckpt_tools.streams import Cpu
+from ckpt_tools.tensors import DTYPES, TensorSpec
+
+DTYPE_NAMES = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "complex128",
+    "complex64",
+    "complex32",
+]
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+RELAXED = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CUDA = pytest.param(
+    "cuda:0",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")],
+)
+Open = Callable[[str], streams.Device]
+
+
+@pytest.fixture(params=["cpu", "late", CUDA])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a device, with loads so small that a few tensors make many."""
+    opened: Open = streams.opened
+    monkeypatch.setattr(streams, "opened", lambda name: Late() if name == "late" else opened(name))
+    monkeypatch.setattr(lanes, "LEAST", 8)
+    monkeypatch.setattr(lanes, "MOST", 64)
+    return str(request.param)
+
+
+def out_tensors(path: Path, series: Sequence[dict[str, torch.Tensor]], coefficients: Sequence[float]) -> dict[str, Any]:
+    """Save a series and make the recipes of its weighted sums, those of integers copied."""
+    rows = []
+    for i, tensors in enumerate(series):
+        torch.save(tensors, path / f"{i}.pth")
+        rows.append(open_checkpoint(path / f"{i}.pth").specs)
+    found = {}
+    for name, last in rows[-1].items():
+        assert isinstance(last, TensorSpec)
+        terms: Any = tuple(zip((row[name] for row in rows), coefficients, strict=True))
+        terms = terms if last.dtype.averaged else ((last, 1.0),)
+        found[name] = OutTensor(last.dtype, last.shape, terms, name)
+    return found
+
+
+def written(path: Path, tensors: dict[str, OutTensor], *, checksums: bool = False, **options: Any) -> bytes:
+    """Run the engine and return the bytes of all tensors, and their checksums if they are asked for."""
+    kept: list[bytes] = []
+
+    def patches(crcs: Any) -> list[tuple[int, bytes]]:
+        kept.append(repr([crcs[tensor] for tensor in tensors.values()]).encode())
+        return []
+
+    ends = list(itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
+    slots = tuple(zip(tensors.values(), ends[:-1], strict=True))
+    plan = FilePlan("out", ends[-1], slots, patches if checksums else lambda _: [], checksums)
+    fd = os.open(path / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        os.truncate(fd, plan.size)
+        engine.run([OutFile(plan, fd)], **options)
+    finally:
+        os.close(fd)
+    return (path / "out").read_bytes() + b"".join(kept)
+
+
+def random(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(list(shape), generator=generator, dtype=wide).to(dtype)
+
+
+def series_of(n: int, seed: int, dtypes: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {f"w{i}": random(shapes[i], getattr(torch, dtype), generator) for i, dtype in enumerate(dtypes)}
+        for _ in range(n)
+    ]
+
+
+@RELAXED
+@given(data=st.data(), n=st.integers(1, 5), seed=st.integers(0, 10**6))
+def test_a_device_writes_the_bytes_of_the_cpu(
+    tmp_path: Path, device: str, data: st.DataObject, n: int, seed: int
+) -> None:
+    dtypes = data.draw(st.lists(st.sampled_from(DTYPE_NAMES), min_size=1, max_size=6))
+    shapes = [data.draw(st.sampled_from([(), (1,), (3, 5), (0,), (7, 40), (200,)])) for _ in dtypes]
+    series = series_of(n, seed, dtypes, shapes)
+    for i, tensors in enumerate(series):
+        tensors["count"] = torch.arange(100) + i
+        tensors["turned"] = torch.arange(60.0).add(i).view(6, 10).t()
+    weights = data.draw(st.lists(st.integers(-9, 9).filter(bool), min_size=n, max_size=n))
+    same = data.draw(st.booleans())
+    coefficients = [1 / n] * n if same else [w / sum(map(abs, weights)) for w in weights]
+    tensors = out_tensors(tmp_path, series, coefficients)
+    tensors["data"] = OutTensor(DTYPES["uint8"], (9,), (), "data", data=b"123456789")
+    checksums = data.draw(st.booleans())
+    expected = written(tmp_path, tensors, checksums=checksums)
+    with mock.patch.object(lanes, "RING", data.draw(st.integers(1, 4))):
+        found = written(
+            tmp_path,
+            tensors,
+            checksums=checksums,
+            threads=data.draw(st.integers(1, 3)),
+            piece=data.draw(st.one_of(st.none(), st.integers(1, 100))),
+            devices=(device,) * data.draw(st.integers(1, 2)),
+            gpu_memory=data.draw(st.sampled_from([20_000, 50_000, 10**6])),
+        )
+    assert found == expected
+
+
+@pytest.mark.parametrize("out", DTYPE_NAMES[:8])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES[:4])
+def test_rounding_to_another_dtype_gives_the_bytes_of_the_cpu(
+    tmp_path: Path, device: str, dtype: str, out: str
+) -> None:
+    """Midway between neighbours too, and among subnormals: the mean of neighbours in the narrower of both dtypes."""
+    narrow = min(getattr(torch, dtype), getattr(torch, out), key=lambda d: d.itemsize)
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[narrow.itemsize]
+    low = torch.cat([torch.arange(0, 70).to(bits), torch.full((30,), 0.7, dtype=narrow).view(bits)])
+    pair = [(low + i).view(narrow).double().to(getattr(torch, dtype)) for i in range(2)]
+    tensors = out_tensors(tmp_path, [{"w": each} for each in pair], [0.5, 0.5])
+    tensors["w"] = OutTensor(DTYPES[out], (100,), tensors["w"].terms, "w")
+    assert written(tmp_path, tensors, devices=(device,)) == written(tmp_path, tensors)
+
+
+def test_large_tensors_have_the_bytes_of_the_cpu(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With loads as large as in earnest, so that a device has time to be behind."""
+    monkeypatch.setattr(lanes, "MOST", 1 << 20)
+    series = series_of(
+        3, 0, ["float32", "bfloat16", "float64", "float32"], [(3_000_000,), (1500, 1000), (1_000_000,), (9,)]
+    )
+    tensors = out_tensors(tmp_path, series, [0.2, 0.3, 0.5])
+    found = written(tmp_path, tensors, checksums=True, devices=(device,), threads=2, gpu_memory=10**8)
+    assert found == written(tmp_path, tensors, checksums=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "float64"])
+def test_a_value_that_is_not_finite_is_named_or_let_pass_as_on_the_cpu(
+    tmp_path: Path, device: str, dtype: str, value: float
+) -> None:
+    series = series_of(3, 0, [dtype, dtype], [(20,), (3, 50)])
+    series[1]["w1"][2, 7] = value
+    tensors = out_tensors(tmp_path, series, [0.25, 0.25, 0.5])
+    with pytest.raises(NumericsError, match=r"1\.pth: 'w1' holds (NaN|-?infinity) at \[2, 7\]"):
+        written(tmp_path, tensors, devices=(device,))
+    expected = written(tmp_path, tensors, allow_nonfinite=True)
+    assert written(tmp_path, tensors, allow_nonfinite=True, devices=(device,)) == expected
+
+
+def test_a_result_beyond_its_dtype_is_an_error_as_on_the_cpu(tmp_path: Path, device: str) -> None:
+    largest = torch.finfo(torch.float16).max
+    tensors = out_tensors(tmp_path, [{"w": torch.full((3,), largest, dtype=torch.float16)}], [1.5])
+    with pytest.raises(NumericsError, match="average of 'w' overflows float16"):
+        written(tmp_path, tensors, devices=(device,))
+
+
+def test_differences_that_overflow_on_the_way_do_not_show(tmp_path: Path, device: str) -> None:
+    series = [{"w": torch.tensor([sign * 1.7e308, 2.0 - sign], dtype=torch.float64)} for sign in (1, -1)]
+    tensors = out_tensors(tmp_path, series, [0.5, 0.5])
+    found = written(tmp_path, tensors, devices=(device,))
+    assert torch.frombuffer(bytearray(found), dtype=torch.float64).tolist() == [0.0, 2.0]
+
+
+def test_a_file_that_ends_early_is_an_error_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+    tensors = out_tensors(tmp_path, series_of(3, 0, ["float32"], [(10_000,)]), [0.5, 0.25, 0.25])
+    os.truncate(tmp_path / "1.pth", 9000)
+    with pytest.raises(CorruptError, match=r"1\.pth: ends before its tensors do"):
+        written(tmp_path, tensors, devices=(device, device), threads=4)
+
+
+def test_an_output_that_cannot_be_written_is_an_error_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+    tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10_000,)]), [0.5, 0.25])
+    plan = safetensors.plan(tensors, metadata={}, name="out")
+    fd = os.open(tmp_path / "0.pth", os.O_RDONLY)
+    try:
+        with pytest.raises(WriteError, match="out: writing failed"):
+            engine.run([OutFile(plan, fd)], devices=(device,), threads=3)
+    finally:
+        os.close(fd)
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path, device: str) -> None:
+    tensors = out_tensors(tmp_path, series_of(3, 0, ["float32", "float64"], [(10_000,), (3,)]), [0.2, 0.3, 0.5])
+    seen: list[int] = []
+    written(tmp_path, tensors, devices=(device,), on_progress=seen.append)
+    assert seen[-1] == 4 * (10_000 * 4 + 3 * 8)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
+    """Let lanes use such devices, and return those that they open."""
+    opened: list[Cpu] = []
+
+    def open_one(_: str) -> Cpu:
+        opened.append(make())
+        return opened[-1]
+
+    monkeypatch.setattr(streams, "opened", open_one)
+    return opened
+
+
+class Scarce(Late):
+    """A device with so much memory, and which lacks some at certain moments."""
+
+    def __init__(self, nbytes: int, moments: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.nbytes, self.moments = nbytes, moments
+        self.taken: list[int] = []
+        self.calls = 0
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.nbytes:
+            raise torch.cuda.OutOfMemoryError(f"{nbytes} bytes")
+        self.taken.append(nbytes)
+        return super().empty(nbytes)
+
+    def using(self, stream: Any) -> AbstractContextManager[object]:
+        self.calls += 1
+        if self.calls in self.moments:
+            raise torch.cuda.OutOfMemoryError("at this moment")
+        return super().using(stream)
+
+
+@pytest.mark.parametrize("nbytes", [10**9, 10_000, 5000, 4000, 0])
+def test_where_a_device_has_less_memory_pieces_shrink_and_at_last_the_cpu_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
+    monkeypatch.setattr(lanes, "LEAST", 16)
+    monkeypatch.setattr(lanes, "MOST", 1024)
+    opened: Any = use(monkeypatch, lambda: Scarce(nbytes))
+    tensors = out_tensors(tmp_path, series_of(3, 0, ["float32", "float16"], [(5000,), (30,)]), [0.2, 0.3, 0.5])
+    assert written(tmp_path, tensors, devices=("gpu",), threads=2) == written(tmp_path, tensors)
+    assert [bool(each.taken) for each in opened] == [nbytes > 0] * 2
+    assert all(taken <= nbytes for each in opened for taken in each.taken)
+
+
+@RELAXED
+@given(moments=st.sets(st.integers(1, 60), max_size=4))
+def test_memory_that_runs_out_in_the_middle_costs_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: set[int]
+) -> None:
+    """Of several kinds, so that what is under way when it happens is of another kind than what comes next."""
+    monkeypatch.setattr(lanes, "LEAST", 8)
+    monkeypatch.setattr(lanes, "MOST", 64)
+    use(monkeypatch, lambda: Scarce(10**9, sorted(moments)))
+    tensors = out_tensors(tmp_path, series_of(2, 0, ["float32", "float16", "float64"], [(200,)] * 3), [0.2, 0.3])
+    seen: list[int] = []
+    found = written(tmp_path, tensors, checksums=True, devices=("gpu",), threads=1, on_progress=seen.append)
+    assert found == written(tmp_path, tensors, checksums=True)
+    assert seen[-1] == 3 * 200 * (4 + 2 + 8)
+
+
+def test_several_devices_share_the_work_one_thread_each_at_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(streams, "opened", lambda name: names.append(name) or Cpu())
+    tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(1000,)]), [0.5, 0.5])
+    written(tmp_path, tensors, devices=("a", "b", "c"), threads=1)
+    assert sorted(names) == ["a", "b", "c"]
+    names.clear()
+    written(tmp_path, tensors, devices=("a", "b"), threads=4)
+    assert sorted(names) == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
+@pytest.mark.parametrize("memory", [20 * 10**6, 300 * 10**6])
+def test_lanes_take_no_more_of_a_device_than_they_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, memory: int
+) -> None:
+    opened: Any = use(monkeypatch, lambda: Scarce(memory))
+    tensors = out_tensors(tmp_path, series_of(2, 0, [dtype], [(100_000,)]), [0.5, 0.5])
+    written(tmp_path, tensors, devices=("gpu",), threads=3, gpu_memory=memory)
+    taken = sum(sum(each.taken) for each in opened)
+    assert len(opened) == 3
+    assert taken <= memory
+    assert taken > memory / 2.1 or taken > 3 * lanes.MOST * 40  # as many reals as a power of two allows
+
+
+def test_the_memory_that_is_reported_is_that_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(Cpu):
+        pins = 0
+
+        def pinned(self, nbytes: int) -> torch.Tensor:
+            Counting.pins += nbytes
+            return super().pinned(nbytes)
+
+    use(monkeypatch, Counting)
+    tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(1000,)]), [0.5, 0.5])
+    written(tmp_path, tensors, devices=("gpu",), threads=2, gpu_memory=10**7)
+    needed = engine.memory_needed(tensors.values(), 2, ("gpu",), 10**7)
+    without = engine.memory_needed(tensors.values(), 2)
+    assert 0 <= Counting.pins - (needed - without) < 1000  # a few numbers beside the buffers
+
+
+def test_too_little_memory_of_a_gpu_is_refused_and_the_least_is_said(tmp_path: Path) -> None:
+    tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10,)]), [0.5, 0.5])
+    with pytest.raises(UsageError, match=r"--gpu-memory 1000: 8 threads need at least 2MB on a GPU"):
+        engine.memory_needed(tensors.values(), 8, ("cuda:0",), 1000)
+    assert engine.memory_needed(tensors.values(), 8, ("cuda:0",), 2 * 10**6) > 0
+
+
+def test_no_device_is_opened_where_nothing_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = use(monkeypatch, Cpu)
+    tensors = out_tensors(tmp_path, [{"n": torch.arange(10)}], [1.0])
+    assert written(tmp_path, tensors, devices=("gpu",), gpu_memory=1) == torch.arange(10).numpy().tobytes()
+    assert opened == []
+
+
+def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers are freed only after the device has done with them: all streams are empty at the end."""
+    monkeypatch.setattr(lanes, "MOST", 64)
+    monkeypatch.setattr(lanes, "LEAST", 8)
+    tensors = out_tensors(tmp_path, series_of(4, 0, ["float32"], [(1000,)]), [0.25] * 4)
+    late, stop = Late(), threading.Event()
+    size = lanes.sized(tensors.values(), 1, 10**6)
+    assert size is not None
+    with engine.OpenFiles() as files:
+        files.open_all(spec for tensor in tensors.values() for spec, _ in tensor.terms)
+        out = OutFile(safetensors.plan(tensors, metadata={}, name="out"), -1)
+        part = Part(out, tensors["w0"], 0, 0, 100)
+        with lanes.Lane(late, size, files, lambda *_: None, stop) as lane:
+            stream = late.streams[0]
+            monkeypatch.setattr(stream, "wait_event", lambda event: (stop.set(), LateStream.wait_event(stream, event)))
+            assert lane.fill(lanes.Batch(kind_of(part.tensor), (part,))) == []
+            assert lane.finish() == []
+            assert any(each.waiting for each in late.streams)
+    assert not any(each.waiting for each in late.streams)
+
+
+@pytest.mark.parametrize(("where", "what"), [(LateStream, "wait_event"), (LateEvent, "synchronize")])
+def test_a_wait_that_is_left_out_shows_in_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: type, what: str
+) -> None:
+    """That the late device is as late as a GPU may be."""
+    monkeypatch.setattr(lanes, "MOST", 64)
+    monkeypatch.setattr(lanes, "LEAST", 8)
+    use(monkeypatch, Late)
+    tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(1000,)]), [0.3, 0.1, 0.2, 0.3, 0.1])
+    expected = written(tmp_path, tensors)
+    assert written(tmp_path, tensors, devices=("late",), threads=1) == expected
+    monkeypatch.setattr(where, what, lambda *_: None)
+    assert written(tmp_path, tensors, devices=("late",), threads=1, allow_nonfinite=True) != expected
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10), room=st.integers(1, 40))
+def test_parts_are_divided_in_order_and_none_is_lost(lengths: list[int], room: int) -> None:
+    tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
+    out = OutFile(FilePlan("out", 0, (), lambda _: [], needs_crc=False), -1)
+    rest = tuple(Part(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
+    seen = []
+    while rest:
+        load, rest = lanes.take(rest, room)
+        assert 0 < sum(part.stop - part.start for part in load) <= room
+        seen += [(part.tensor.name, i) for part in load for i in range(part.start, part.stop)]
+    assert seen == [(str(i), j) for i, n in enumerate(lengths) for j in range(n)]
