@@ -134,6 +134,23 @@ def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(s
     assert second.tree["model"]._metadata is not first.tree["model"]._metadata
 
 
+def test_a_pair_of_pairs_of_pairs_is_not_written_out(save: Save) -> None:
+    pairs: Any = (1, 2)
+    for _ in range(60):
+        pairs = (pairs, pairs)
+    first, second = (read_header(save(f"{seed}.pth", {"w": torch.ones(2), "pairs": pairs})) for seed in (0, 1))
+    assert first.pattern is second.pattern is not None
+    assert second.tree["pairs"][0] is second.tree["pairs"][1]
+
+
+def test_a_tuple_that_holds_itself_does_so_in_every_file(save: Save) -> None:
+    items: list[Any] = []
+    ring = (items,)
+    items.append(ring)
+    _, second = (read_header(save(f"{seed}.pth", {"w": torch.ones(2), "ring": ring})) for seed in (0, 1))
+    assert second.tree["ring"][0][0] is second.tree["ring"]
+
+
 @pytest.mark.parametrize("odd", [Namespace(lr=0.1), {1, 2}, torch.float16, torch.nn.Identity()])
 def test_objects_that_are_no_plain_containers_are_read_for_each_file(odd: Any, save: Save) -> None:
     first, second = (read_header(save(f"{seed}.pth", weights(seed) | {"odd": odd})) for seed in (0, 1))
