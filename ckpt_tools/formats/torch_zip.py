@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from .zip_records import CENTRAL, LOCAL, MAX16, MAX32, UTF8, Archive, Record, us
 
 ALIGNMENT = 64  # torch's own, so that payloads can be mapped
 _PROVENANCE_RECORD = f"{PROVENANCE}.json"
+_STORED = 0
 _DATE_1980 = 0x21  # the first day of the format's calendar: the same bytes whenever it is written
 _PADDING_ID = 0x4246  # the extra field that torch pads with
 
@@ -190,7 +190,7 @@ class _Record:
 
     def _common(self, crc: int) -> tuple[int, ...]:
         size = MAX32 if self._sizes else self.size
-        return (UTF8, zipfile.ZIP_STORED, 0, _DATE_1980, crc, size, size, len(self.name))
+        return (UTF8, _STORED, 0, _DATE_1980, crc, size, size, len(self.name))
 
     def local_header(self, crc: int) -> bytes:
         extra = self._sizes + struct.pack("<2H", _PADDING_ID, self._padding) + b"Z" * self._padding

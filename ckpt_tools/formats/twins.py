@@ -33,15 +33,12 @@ def moved(tree: Any, path: Path) -> Any:
     """
     copies: dict[int, Any] = {}
 
-    def moved_spec(spec: TensorSpec) -> TensorSpec:
-        at = spec.storage
-        storage = Storage(path, at.offset, at.nbytes, at.big_endian)
-        return TensorSpec(spec.dtype, spec.shape, spec.stride, spec.start, storage)
-
     def copy(node: Any) -> Any:
         kind = type(node)
         if kind is TensorSpec:
-            return moved_spec(node)
+            at = node.storage
+            storage = Storage(path, at.offset, at.nbytes, at.big_endian)
+            return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
         if kind in _ATOMS:
             return node
         if id(node) in copies:
@@ -52,7 +49,7 @@ def moved(tree: Any, path: Path) -> Any:
             if not _ATOMS.issuperset(map(type, node)):
                 raise Unmovable
             for key, value in node.items():
-                mapping[key] = moved_spec(value) if type(value) is TensorSpec else copy(value)
+                mapping[key] = copy(value)
             if kind is SealedDict and (metadata := getattr(node, "_metadata", None)) is not None:
                 mapping._metadata = copy(metadata)
             return mapping
@@ -61,7 +58,9 @@ def moved(tree: Any, path: Path) -> Any:
             items.extend(map(copy, node))
             return items
         if kind is tuple:
-            return tuple(map(copy, node))
+            # One that holds itself, by way of a list, is made further in.
+            values = tuple(map(copy, node))
+            return copies.setdefault(id(node), values)
         raise Unmovable
 
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
 from typing import IO, Any, NamedTuple
@@ -192,6 +191,8 @@ def _directory(window: Any, where: str) -> tuple[Mapping[str, Record], int]:
     Raises:
         CorruptError: it cannot be read, or two records have one name.
     """
+    import zipfile  # with compressors that no file as torch writes it has need of
+
     try:
         archive = zipfile.ZipFile(window)
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
