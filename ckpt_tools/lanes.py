@@ -143,8 +143,8 @@ class Lane:
         waiting = deque([batch])
         while waiting and not self._stop.is_set():
             batch = waiting.popleft()
-            kind, memory = batch.kind, self._memory
-            if memory is None or kind is None or not fits(kind):
+            kind = batch.kind
+            if self._memory is None or kind is None or not fits(kind):
                 left.append(batch)
                 continue
             formula = Formula.of(kind.dtypes, kind.coefficients, kind.out)
@@ -152,14 +152,14 @@ class Lane:
             if rest:
                 waiting.appendleft(Batch(kind, rest))
             try:
-                self._hand_over(memory, Batch(kind, load), formula)
+                self._hand_over(self._memory, Batch(kind, load), formula)
             except torch.cuda.OutOfMemoryError:
                 again = [Batch(kind, load)]
             else:
                 while len(self._under_way) >= RESULTS:
                     left += self._write()
                 continue
-            # Outside of the handler, for the exception holds on to what was being computed.
+            # Outside of the handler, for the exception holds on to the memory that is to be given back.
             again = [*(each for each, _, _ in self._under_way), *again]
             self._give_back()
             self._size = self._size.half

@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from late import Late, LateEvent, LateStream
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_tools import engine, lanes, streams
 from ckpt_tools.checkpoint import open_checkpoint
@@ -282,6 +283,26 @@ def test_memory_that_runs_out_in_the_middle_costs_no_byte(
     found = written(tmp_path, tensors, checksums=True, devices=("gpu",), threads=1, on_progress=seen.append)
     assert found == written(tmp_path, tensors, checksums=True)
     assert seen[-1] == 3 * 200 * (4 + 2 + 8)
+
+
+def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a lane that has to shrink shrinks once."""
+
+    class Exact(Scarce):
+        def empty(self, nbytes: int) -> torch.Tensor:
+            if any(not reference.expired() for reference in held):
+                raise torch.cuda.OutOfMemoryError("held already")
+            memory = super().empty(nbytes)
+            held.append(StorageWeakRef(memory.untyped_storage()))
+            return memory
+
+    held: list[StorageWeakRef] = []
+    opened: Any = use(monkeypatch, lambda: Exact(10**9, [20]))
+    tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(50_000,)]), [0.2] * 5)
+    found = written(tmp_path, tensors, devices=("gpu",), threads=1, piece=10_000, gpu_memory=10**6)
+    assert found == written(tmp_path, tensors)
+    before, after = opened[0].taken
+    assert before == 2 * after - 11 * 256  # half the reals
 
 
 def test_several_devices_share_the_work_one_thread_each_at_least(
