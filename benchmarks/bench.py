@@ -118,7 +118,11 @@ def averaging(bench: Bench, files: Files) -> None:
 
     def checked(name: str, done: Sample, found: str | None = None) -> Sample:
         if name not in ulp:
-            ulp[name] = run_job("verify", found or files.out, *paths)[1]["ulp"]
+            worst: float | None = run_job("verify", found or files.out, *paths)[1]["ulp"]
+            if worst is not None:
+                ulp[name] = worst
+            elif name in (CKPT, INSIDE):
+                raise BenchError(f"{files.out} has another dtype than the inputs.")
         return finish(done, files.out)
 
     def ours() -> Sample:
