@@ -138,7 +138,7 @@ def averaging(bench: Bench, files: Files) -> None:
         return checked(MERGEKIT, done, f"{files.out}/model.safetensors")
 
     ways: dict[str, Way] = {
-        CAT: lambda: run(["cat", *contents(paths)])[0],
+        CAT: lambda: run(["cat", *contents(paths)], discard_stdout=True)[0],
         CP: copy(paths[0], files.out),
         CKPT: lambda: checked(CKPT, run(command)[0]),
         INSIDE: ours,

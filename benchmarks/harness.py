@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent.absolute()
 GB = 1e9
+MAX_FLOOR_GB = 0.15
 
 
 class BenchError(Exception):
@@ -61,20 +63,24 @@ def busy_seconds() -> float:
     return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
 
 
-def run(argv: Sequence[str], *, limit: float = 1200) -> tuple[Sample, str]:
+def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = False) -> tuple[Sample, str]:
     """Run one command without a shell, and return its time and peak memory, and its stdout.
 
     ``getrusage(RUSAGE_CHILDREN)`` keeps the maximum over all children so far, ``wait4`` does not.
 
     Raises:
-        BenchError: if it fails, or takes more than LIMIT seconds.
+        BenchError: if it fails, takes more than LIMIT seconds, or would start from a memory peak of this process.
     """
+    floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    if floor > MAX_FLOOR_GB:
+        raise BenchError(f"The benchmark itself has taken {floor:.2f} GB, which every peak of a child would hold, too.")
     env = dict(os.environ)
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
     # Files, not pipes: nobody has to drain them while we wait.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        stdout = subprocess.DEVNULL if discard_stdout else out
         busy, start = busy_seconds(), time.perf_counter()
-        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env)
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=err, env=env)
         late = threading.Timer(limit, child.kill)
         late.start()
         try:

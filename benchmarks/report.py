@@ -186,14 +186,19 @@ def recalibration(results: dict[str, Any]) -> list[str]:
 def noise(results: dict[str, Any]) -> list[str]:
     """A warning where other work ran beside some way: two threads on small tensors suffer most."""
     spoiled = [
-        f"{way} ({key})"
-        for key, ways in results["runs"].items()
-        for way, samples in ways.items()
-        if any(each["others"] > NOISY_CORES and each["seconds"] > NOISY_SECONDS for each in samples)
+        f"{key} ({', '.join(ways)})"
+        for key, runs in results["runs"].items()
+        if (
+            ways := [
+                way
+                for way, samples in runs.items()
+                if any(each["others"] > NOISY_CORES and each["seconds"] > NOISY_SECONDS for each in samples)
+            ]
+        )
     ]
     if not spoiled:
-        return ["Other work took no more than 0.2 cores during any run."]
-    return [f"NOT A QUIET MACHINE: other work took more than {NOISY_CORES} cores during {', '.join(spoiled)}."]
+        return [f"Other work took no more than {NOISY_CORES} cores during any run."]
+    return [f"NOT A QUIET MACHINE: other work took more than {NOISY_CORES} cores during {'; '.join(spoiled)}."]
 
 
 def render(results: dict[str, Any]) -> str:
