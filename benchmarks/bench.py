@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,9 @@ from series import BY_NAME, SERIES, Series
 
 PARTS = ("start-up", "avg", "copies", "cold", "inspect", "recal-bn")
 SINGLE_FILES = ("vit-l", "vit-l-st")
-"""The series for the parts about one file, and about files that are not in the page cache."""
+"""The series for the parts about one file."""
+COLD_SERIES, COLD_QUICK = ("vit-l", "vit-l-bf16"), ("vit-l-bf16",)
+"""Where the inputs are read from the disk, in full and otherwise: that takes long."""
 SLOW_SERIES = ("vit-l",)
 """Where the slow ways run if not in full."""
 BN_WAYS = ("forward", "update_bn", "fvcore", "ckpt", "ckpt, 2 passes")
@@ -57,14 +59,15 @@ class Bench:
     options: argparse.Namespace
     results: dict[str, Any] = field(default_factory=dict)
 
-    def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = ()) -> None:
+    def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = (), most_rounds: int = 99) -> None:
         """Run the ways that were asked for, and keep the results at once: a long run may be broken off."""
         only = self.options.only
         ways = {name: way for name, way in ways.items() if only is None or name in only}
         if not ways:
             return
         say(key)
-        rounds, few_rounds = self.options.rounds, 2 if self.options.full else 1
+        rounds = min(most_rounds, self.options.rounds)
+        few_rounds = 2 if self.options.full else 1
         found, failed = interleave(ways, rounds=rounds, few=few, few_rounds=min(few_rounds, rounds), say=say)
         self.results["runs"][key] = {name: [asdict(each) for each in samples] for name, samples in found.items()}
         self.results["failed"][key] = failed
@@ -191,7 +194,9 @@ def cold(bench: Bench, files: Files) -> None:
         cool(paths)
         return finish(run([*CKPT_COMMAND, "avg", *paths, "-o", out, "--force"])[0], out)
 
-    bench.measure(f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours})
+    bench.measure(
+        f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours}, most_rounds=3 if bench.options.full else 1
+    )
 
 
 def inspecting(bench: Bench, files: Files) -> None:
@@ -226,6 +231,19 @@ def scale_of(bench: Bench, series: Series) -> float:
     return float(bench.options.scale * (1.0 if bench.options.full else series.quick))
 
 
+def parts_of(bench: Bench, series: Series) -> list[Callable[[Bench, Files], None]]:
+    """What was asked for and is measured with this series."""
+    options = bench.options
+    if options.series is not None and series.name not in options.series:
+        return []
+    parts: dict[str, Callable[[Bench, Files], None]] = {"avg": averaging}
+    if series.name in SINGLE_FILES:
+        parts |= {"copies": copies, "inspect": inspecting}
+    if series.name in (COLD_SERIES if options.full else COLD_QUICK):
+        parts["cold"] = cold
+    return [part for name, part in parts.items() if name in options.part]
+
+
 def with_files(bench: Bench, series: Series, folder: Path) -> None:
     """Write a series where it is not there yet, run its parts, and make room for the next one."""
     scale = scale_of(bench, series)
@@ -243,13 +261,9 @@ def with_files(bench: Bench, series: Series, folder: Path) -> None:
         "files": len(paths),
         "file_bytes": sum(Path(file).stat().st_size for file in contents(paths)) / len(paths),
     }
-    parts = {"avg": averaging}
-    if series.name in SINGLE_FILES:
-        parts |= {"copies": copies, "inspect": inspecting, "cold": cold}
     try:
-        for name, part in parts.items():
-            if name in bench.options.part:
-                part(bench, files)
+        for part in parts_of(bench, series):
+            part(bench, files)
     finally:
         if bench.options.folder is None:
             for path in paths:
@@ -283,11 +297,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run_all(bench: Bench, folder: Path) -> None:
     if "start-up" in bench.options.part:
         start_up(bench)
-    if {"avg", "copies", "cold", "inspect"} & set(bench.options.part):
-        for series in SERIES:
-            wanted = bench.options.series is None or series.name in bench.options.series
-            if wanted and ("avg" in bench.options.part or series.name in SINGLE_FILES):
-                with_files(bench, series, folder)
+    for series in SERIES:
+        if parts_of(bench, series):
+            with_files(bench, series, folder)
     if "recal-bn" in bench.options.part and bench.options.series is None:
         recalibration(bench)
 
