@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SMOKE := build/smoke
 ECOSYSTEM := .venv-ecosystem
+MERGEKIT := .venv-mergekit
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test test-ecosystem formats-table check fix smoke bench bench-memory bench-bn bench-copies clean
+.PHONY: install demo test test-ecosystem formats-table check fix smoke bench bench-full clean
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py ckpt_tools/_native.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -34,7 +35,7 @@ test: $(INSTALLED)
 test-ecosystem: $(ECOSYSTEM)/.installed
 	$(ECOSYSTEM)/bin/pytest tests/ecosystem
 
-$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml
+$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml setup.py ckpt_tools/_native.c
 	$(PYTHON) -m venv $(ECOSYSTEM)
 	$(ECOSYSTEM)/bin/pip install -q -r tests/ecosystem/requirements.txt
 	$(ECOSYSTEM)/bin/pip install -q -c tests/ecosystem/requirements.txt -e .
@@ -60,18 +61,23 @@ smoke: $(INSTALLED)
 	$(SMOKE)/bin/pip install -q torch==2.13.0 build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py
 
-bench: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_avg.py --out-md build/bench.md
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/bench.py
 
-bench-memory: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_memory.py
+# At full size, beside mergekit too, and the figures of docs/performance.md anew.
+bench-full: $(VENV)/.bench $(MERGEKIT)/.installed
+	$(BIN)/python benchmarks/bench.py --full --page docs/performance.md
 
-bench-bn: $(INSTALLED)
-	$(BIN)/pip install -q --no-deps --target build/fvcore fvcore iopath yacs tabulate termcolor portalocker
-	PYTHONPATH=build/fvcore $(BIN)/python benchmarks/bench_bn.py
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,bench]'
+	touch $@
 
-bench-copies: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_copies.py
+# An older torch, and libraries that ckpt does not need, in an environment of their own.
+$(MERGEKIT)/.installed:
+	$(PYTHON) -m venv $(MERGEKIT)
+	$(MERGEKIT)/bin/pip install -q torch==2.13.0
+	$(MERGEKIT)/bin/pip install -q mergekit==0.1.5
+	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(ECOSYSTEM) $(MERGEKIT) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,91 +1,94 @@
-"""The heavy jobs of the benchmarks, each run in a fresh process: ``python child.py JOB ARGS...``.
+"""The heavy jobs, each run in a fresh process: ``python child.py JOB ARGS...``; the last line written is JSON.
 
-The last line written is a JSON object. Ways of averaging report ``seconds`` from after the imports
-to the saved file, so that start-up stands apart.
+Ways of averaging report ``seconds`` from after the imports to the saved file, so that start-up stands apart.
 """
 
 from __future__ import annotations
 
 import json
 import resource
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEED = 20240229
-VIT_L_DEPTH = 24
-VIT_L_DIM = 1024
-BIG_TENSOR_NUMEL = 500_000_000  # 2 GB of fp32
 SAMPLE_TENSORS = 24
+SHARDS = 4
+INDEX = "model.safetensors.index.json"
 
 
-def vit_shapes(dim: int, depth: int = VIT_L_DEPTH) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a ViT with 16-pixel patches, 224-pixel images, 1000 classes."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, dim),
-        "pos_embed": (1, (224 // 16) ** 2 + 1, dim),
-        "patch_embed.proj.weight": (dim, 3, 16, 16),
-        "patch_embed.proj.bias": (dim,),
-    }
-    for i in range(depth):
-        for name, rows, cols in (
-            ("norm1", dim, 0),
-            ("attn.qkv", 3 * dim, dim),
-            ("attn.proj", dim, dim),
-            ("norm2", dim, 0),
-            ("mlp.fc1", 4 * dim, dim),
-            ("mlp.fc2", dim, 4 * dim),
-        ):
-            shapes[f"blocks.{i}.{name}.weight"] = (rows, cols) if cols else (rows,)
-            shapes[f"blocks.{i}.{name}.bias"] = (rows,)
-    shapes |= {"norm.weight": (dim,), "norm.bias": (dim,), "head.weight": (1000, dim), "head.bias": (1000,)}
-    return shapes
+def make(name: str, scale: str, *missing: str) -> None:
+    """Write the files MISSING of a series: one seeded base, a small seeded change for each file."""
+    from series import BY_NAME
+
+    series = BY_NAME[name]
+    shapes = series.shapes(float(scale))
+    everything = series.paths(Path("/"), float(scale))
+    numbers = [Path(path).name for path in everything]
+    for path in missing:
+        tensors = drawn(shapes, series.dtype, numbers.index(Path(path).name))
+        part = path + ".part" + series.suffix  # a file with the final name is a complete one
+        save(dict(tensors) if series.suffix else tensors, part, len(shapes))
+        Path(part).rename(path)
 
 
-def save_whole(obj: object, path: str) -> None:
-    """A file with the final name is a complete one, also after an interrupted run."""
-    torch.save(obj, path + ".part")
-    Path(path + ".part").replace(path)
+def drawn(shapes: dict[str, tuple[int, ...]], dtype: str, number: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one file: slices of one pool of numbers, for fresh ones would take longer than all else."""
+    import torch
+
+    longest = max(torch.Size(shape).numel() for shape in shapes.values()) + 97
+    generator = torch.Generator().manual_seed(SEED)
+    base = torch.randn(longest, generator=generator).mul_(0.02)
+    generator.manual_seed(SEED + 1 + number)
+    noise = torch.randn(longest, generator=generator).mul_(0.001)
+    for i, (name, shape) in enumerate(shapes.items()):
+        if name.endswith("num_batches_tracked"):
+            yield name, torch.tensor(100 * number)
+            continue
+        count, start = torch.Size(shape).numel(), i % 97
+        values = base[start : start + count] + noise[start : start + count]
+        yield name, values.view(shape).to(getattr(torch, dtype))
 
 
-def series(pattern: str, scale: str, *indices: str) -> dict[str, float]:
-    """Write the asked-for files of the series: one seeded base, a small seeded change for each file.
+def save(state: Any, path: str, count: int = 0) -> None:
+    """Write a dict to a file, or an iterator of COUNT tensors to a folder of shards, one in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
 
-    The scale is of bytes; the number of tensors stays, so per-tensor costs stay in proportion.
-    """
-    dim = max(16, round(VIT_L_DIM * float(scale) ** 0.5 / 16) * 16)
-    shapes = vit_shapes(dim)
-    gen = torch.Generator().manual_seed(SEED)
-    base = {name: torch.randn(shape, generator=gen).mul_(0.02) for name, shape in shapes.items()}
-    longest = max(v.numel() for v in base.values())
-    for index in indices:
-        gen.manual_seed(SEED + 1 + int(index))
-        # One pool of noise for all tensors of a file: 300 million fresh normals a file would take longer
-        # than the benchmark, and an averager cannot tell.
-        noise = torch.randn(longest, generator=gen).mul_(0.001)
-        moved = {k: v + noise[: v.numel()].view(v.shape) for k, v in base.items()}
-        save_whole(moved, pattern.format(int(index)))
-    return {"numel": sum(v.numel() for v in base.values())}
-
-
-def big(pattern: str, scale: str, count: str) -> dict[str, float]:
-    """Write files that hold one single tensor, 2 GB at scale 1."""
-    numel = int(BIG_TENSOR_NUMEL * float(scale))
-    gen = torch.Generator()
-    for index in range(int(count)):
-        gen.manual_seed(SEED + index)
-        save_whole({"weight": torch.rand(numel, generator=gen)}, pattern.format(index))
-    return {"numel": numel}
+    if path.endswith(".pth"):
+        torch.save(state, path)
+    elif path.endswith(".safetensors"):
+        save_file(state, path, metadata={"format": "pt"})
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+        Path(path).mkdir()
+        where: dict[str, str] = {}
+        for shard in range(SHARDS):
+            taken = count * (shard + 1) // SHARDS - count * shard // SHARDS
+            tensors = dict(next(state) for _ in range(taken))
+            file = f"model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+            save_file(tensors, f"{path}/{file}", metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, file)
+        (Path(path) / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def timed(work: Callable[[], object]) -> dict[str, float]:
-    start = time.perf_counter()
-    work()
-    return {"seconds": time.perf_counter() - start}
+def load(path: str) -> dict[str, Tensor]:
+    import torch
+    from safetensors.torch import load_file
+
+    if Path(path).is_dir():
+        return {k: v for file in sorted(Path(path).glob("*.safetensors")) for k, v in load_file(file).items()}
+    if path.endswith(".safetensors"):
+        return load_file(path)
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def peak_gb() -> float:
@@ -93,13 +96,17 @@ def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def load(path: str) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+def timed(work: Callable[[], object]) -> dict[str, float]:
+    before = peak_gb()
+    start = time.perf_counter()
+    work()
+    return {"seconds": time.perf_counter() - start, "imports_gb": before, "peak_gb": peak_gb()}
 
 
 def loop(out: str, *paths: str) -> dict[str, float]:
     """What people write by hand: add each file to the first in place, divide, save."""
+    import safetensors.torch  # noqa: F401  # part of the start-up
+    import torch  # noqa: F401
 
     def work() -> None:
         total = load(paths[0])
@@ -107,14 +114,17 @@ def loop(out: str, *paths: str) -> dict[str, float]:
             for name, value in load(path).items():
                 total[name] += value
         for value in total.values():
-            value /= len(paths)
-        torch.save(total, out)
+            if value.is_floating_point():
+                value /= len(paths)
+        save(total, out)
 
     return timed(work)
 
 
-def float64(out: str, *paths: str) -> dict[str, float]:
-    """A whole float64 dictionary as accumulator with a count for each key, as timm's script does it."""
+def timm(out: str, *paths: str) -> dict[str, float]:
+    """The method of timm's script: a float64 dictionary with a count for each key, clamped to float32 at the end."""
+    import safetensors.torch  # noqa: F401
+    import torch
 
     def work() -> None:
         sums: dict[str, Tensor] = {}
@@ -132,62 +142,92 @@ def float64(out: str, *paths: str) -> dict[str, float]:
         for name, value in sums.items():
             value.div_(counts[name])
             mean[name] = value.clamp(limits.min, limits.max).to(torch.float32)
-        torch.save(mean, out)
+        save(mean, out)
 
     return timed(work)
 
 
-def ours(out: str, *paths: str) -> dict[str, float]:
-    """ckpt_tools through its Python function, imports done before the clock starts.
+def mergekit(out: str, *paths: str) -> dict[str, float]:
+    """Its own command for state dicts of any model, `mergekit-pytorch`, with the method `linear`."""
+    from mergekit.scripts.merge_raw_pytorch import main
 
-    Memory is told from inside as well: the libraries of a CUDA build touch a further 0.1 GB while the
-    process ends, and in the peak of the whole process that would hide as much of the work's own memory.
+    models = [{"model": path, "parameters": {"weight": 1.0}} for path in paths]
+    with tempfile.NamedTemporaryFile("w", suffix=".yml") as config:
+        json.dump({"merge_method": "linear", "models": models}, config)  # JSON is YAML
+        config.flush()
+        return timed(lambda: main([config.name, out, "--quiet"], standalone_mode=False))
+
+
+def ours(device: str, out: str, *paths: str) -> dict[str, float]:
+    """`ckpt_tools.average`: what it imports when first used is there before the clock starts, by a first small average.
+
+    Memory is told from inside as well: the libraries of a CUDA build of torch touch a further 0.1 GB while a process
+    ends, and in the peak of the whole process that would hide as much of the work's own memory.
     """
-    import ckpt_tools
+    from ckpt_tools import average
 
-    average = ckpt_tools.average  # imported at first use: now, not inside the clock
-    before = peak_gb()
-    told = timed(lambda: average(list(paths), mode="uniform", out=out, force=True))
-    return told | {"before_gb": before, "peak_gb": peak_gb()}
+    options: dict[str, Any] = {"device": device} if device else {}
+    with tempfile.TemporaryDirectory() as folder:
+        small = [Path(folder) / f"{i}.safetensors" for i in range(2)]
+        header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+        for i, path in enumerate(small):
+            path.write_bytes(len(header).to_bytes(8, "little") + header + bytes([i, 0, 0, 0]))
+        average(small, out=f"{folder}/out.safetensors", **options)
+    return timed(lambda: average(list(paths), out=out, force=True, **options))
 
 
-def verify(out: str, *paths: str) -> dict[str, float]:
-    """Worst distance, in float32 steps, of OUT from a numpy float64 mean, over a sample of tensors."""
+def opened(path: str) -> dict[str, Callable[[], Tensor]]:
+    """The names of a checkpoint, and how to read each tensor alone."""
+    import torch
+    from safetensors import safe_open
+
+    if path.endswith(".pth"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: lambda value=value: value for name, value in state.items()}
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else [Path(path)]
+    found: dict[str, Callable[[], Tensor]] = {}
+    for file in files:
+        reader = safe_open(file, framework="pt")
+        found |= {name: lambda reader=reader, name=name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    return found
+
+
+def verify(out: str, *paths: str) -> dict[str, float | None]:
+    """Worst distance of OUT from a NumPy float64 mean, over a sample of tensors, in steps of the inputs' dtype.
+
+    None if it is of another dtype.
+    """
     import numpy as np
+    import torch
 
-    def ordered(x: np.ndarray) -> np.ndarray:
-        # Floats as integers that count representable steps, negative ones mirrored.
-        bits = x.view(np.int32).astype(np.int64)
-        return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-    got = torch.load(out, map_location="cpu", weights_only=True, mmap=True)
-    inputs = [torch.load(p, map_location="cpu", weights_only=True, mmap=True) for p in paths]
+    bits = {torch.float32: (23, -126), torch.bfloat16: (7, -126), torch.float16: (10, -14)}
+    got, inputs = opened(out), [opened(path) for path in paths]
     names = list(inputs[0])
-    if list(got) != names:
-        raise SystemExit("the output does not hold the names of the inputs in their order")
-    step = max(1, len(names) // SAMPLE_TENSORS)
-    sample = {*names[::step], max(names, key=lambda n: inputs[0][n].numel())}
-    worst = 0
-    for name in sorted(sample):
-        have = got[name]
-        if have.dtype != torch.float32 or have.shape != inputs[0][name].shape:
-            raise SystemExit(f"{name} has another dtype or shape than in the inputs")
-        acc = np.zeros(tuple(have.shape), dtype=np.float64)
-        for tensors in inputs:
-            acc += tensors[name].numpy()
-        want = (acc / len(paths)).astype(np.float32)
-        worst = max(worst, int(np.abs(ordered(have.numpy()) - ordered(want)).max()))
-    return {"ulp": worst, "tensors": len(sample)}
+    if sorted(got) != sorted(names):
+        raise SystemExit("the output does not hold the names of the inputs")
+    sample = names[:: max(1, len(names) // SAMPLE_TENSORS)]
+    worst = 0.0
+    for name in sample:
+        have, last = got[name](), inputs[-1][name]()
+        if have.shape != last.shape:
+            raise SystemExit(f"{name} has another shape than in the inputs")
+        if have.dtype != last.dtype:
+            return {"ulp": None}
+        if not have.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(have, last) else float("inf"))
+            continue
+        # In parts, so that a tensor of 2 GB does not need 12 GB here.
+        flat, terms = have.reshape(-1), [each[name]().reshape(-1) for each in inputs]
+        mantissa, lowest = bits[have.dtype]
+        for start in range(0, len(flat), 1 << 24):
+            part = slice(start, start + (1 << 24))
+            mean = sum(term[part].double().numpy() for term in terms) / len(terms)
+            step = np.ldexp(1.0, np.maximum(np.frexp(mean)[1] - 1, lowest) - mantissa)
+            worst = max(worst, float((np.abs(flat[part].double().numpy() - mean) / step).max()))
+    return {"ulp": worst}
 
 
-JOBS: dict[str, Callable[..., dict[str, float]]] = {
-    "series": series,
-    "big": big,
-    "loop": loop,
-    "float64": float64,
-    "ours": ours,
-    "verify": verify,
-}
+JOBS: dict[str, Callable[..., Any]] = {job.__name__: job for job in (make, loop, timm, mergekit, ours, verify)}
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(JOBS[sys.argv[1]](*sys.argv[2:])) + "\n")
+    sys.stdout.write("\n" + json.dumps(JOBS[sys.argv[1]](*sys.argv[2:])) + "\n")

@@ -1,4 +1,4 @@
-"""What both benchmarks share: fresh child processes with their own peak memory, files, tables, facts.
+"""Fresh child processes with their own time and peak memory, in interleaved rounds; what machine this is.
 
 This module must not import torch. On Linux a child's ``ru_maxrss`` starts from the resident size of
 the process that started it (exec carries the old high-water mark over), so a parent that had torch
@@ -7,28 +7,24 @@ loaded would put a floor of half a gigabyte under every figure. Everything heavy
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 HERE = Path(__file__).parent.absolute()
-CHILD = str(HERE / "child.py")
-VIT_L_BYTES = 1_217_400_000  # one file at scale 1, zip overhead included
 GB = 1e9
+MAX_FLOOR_GB = 0.15
 
 
 class BenchError(Exception):
@@ -36,28 +32,29 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One finished child process."""
+class Sample:
+    """One run of one way.
+
+    Attributes:
+        seconds, rss_gb: wall time and peak memory of the process.
+        apart: seconds without start-up, measured inside the process.
+        sync: seconds that the kernel needs afterwards to write what the process left to it.
+        others: cores that everything else on the machine kept busy meanwhile.
+        imports_gb, peak_gb: peak memory after the imports and after the work, measured inside.
+        images: that one run of a network has seen.
+    """
 
     seconds: float
-    rss_gb: float
-    stdout: str
-    others: float
-    """Cores that everything else on the machine kept busy meanwhile."""
+    rss_gb: float = 0.0
+    apart: float | None = None
+    sync: float | None = None
+    others: float = 0.0
+    imports_gb: float | None = None
+    peak_gb: float | None = None
+    images: float | None = None
 
 
-def make_console() -> Console:
-    """A console that keeps tables whole when the output is a file or a pipe."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
-
-
-def child_env(python: str) -> dict[str, str]:
-    """Let this interpreter find the checkout; another one must have ckpt_tools installed by itself."""
-    env = dict(os.environ)
-    if python == sys.executable:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
-    return env
+Way = Callable[[], Sample]
 
 
 def busy_seconds() -> float:
@@ -66,140 +63,151 @@ def busy_seconds() -> float:
     return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
 
 
-def run(argv: Sequence[str], *, discard_stdout: bool = False) -> Run:
-    """Run one command without a shell; wall time and peak memory are that process's own.
+def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = False) -> tuple[Sample, str]:
+    """Run one command without a shell, and return its time and peak memory, and its stdout.
 
     ``getrusage(RUSAGE_CHILDREN)`` keeps the maximum over all children so far, ``wait4`` does not.
-    Output goes to files, not pipes, so that nobody has to drain it while we wait.
+
+    Raises:
+        BenchError: if it fails, takes more than LIMIT seconds, or would start from a memory peak of this process.
     """
+    floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    if floor > MAX_FLOOR_GB:
+        raise BenchError(f"The benchmark itself has taken {floor:.2f} GB, which every peak of a child would hold, too.")
+    env = dict(os.environ)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
+    # Files, not pipes: nobody has to drain them while we wait.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        busy = busy_seconds()
-        start = time.perf_counter()
-        proc = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL if discard_stdout else out,
-            stderr=err,
-            env=child_env(argv[0]),
-        )
+        stdout = subprocess.DEVNULL if discard_stdout else out
+        busy, start = busy_seconds(), time.perf_counter()
+        child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=err, env=env)
+        late = threading.Timer(limit, child.kill)
+        late.start()
         try:
-            _, status, usage = os.wait4(proc.pid, 0)
+            _, status, usage = os.wait4(child.pid, 0)
         except BaseException:
-            proc.kill()
-            proc.wait()
+            child.kill()
+            child.wait()
             raise
+        finally:
+            late.cancel()
         seconds = time.perf_counter() - start
         others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
         # We reaped the child behind Popen's back, so Popen has to be told.
-        proc.returncode = os.waitstatus_to_exitcode(status)
+        child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
-        if proc.returncode != 0:
-            text = err.read().decode(errors="replace").strip()
-            raise BenchError(f"{' '.join(argv[:4])} ... ended with {proc.returncode}:\n{text}")
-        return Run(seconds, usage.ru_maxrss * 1024 / GB, out.read().decode(errors="replace"), others)
+        if seconds > limit and child.returncode != 0:
+            raise BenchError(f"more than {limit:.0f} s")
+        if child.returncode != 0:
+            last = err.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise BenchError(f"{' '.join(argv[:4])} ended with {child.returncode}: {' '.join(last)}")
+        return Sample(seconds, usage.ru_maxrss * 1024 / GB, others=others), out.read().decode(errors="replace")
 
 
-def run_job(job: str, *args: str, python: str = sys.executable) -> tuple[Run, dict[str, float]]:
-    """Run one job of child.py; the last line it writes is a JSON object."""
-    done = run([python, CHILD, job, *args])
-    return done, json.loads(done.stdout.strip().splitlines()[-1])
+def run_job(
+    job: str, *args: str, python: str = sys.executable, limit: float = 1200, script: str = "child.py"
+) -> tuple[Sample, dict[str, float]]:
+    """Run one job of a script of this folder; the last line it writes is JSON."""
+    done, text = run([python, str(HERE / script), job, *args], limit=limit)
+    told = json.loads(text.strip().splitlines()[-1]) or {}
+    inside = {key: told.get(key) for key in ("imports_gb", "peak_gb", "images")}
+    return replace(done, apart=told.get("seconds"), **inside), told
 
 
-def require_ckpt_tools(python: str) -> None:
-    """Say what is missing before gigabytes are written, not after."""
-    try:
-        run([python, "-c", "import ckpt_tools"])
-    except BenchError as exc:
-        raise BenchError(f"{python} cannot import ckpt_tools: {exc}") from exc
+def interleave(
+    ways: dict[str, Way], *, rounds: int, few: Collection[str], few_rounds: int, say: Callable[[str], None]
+) -> tuple[dict[str, list[Sample]], dict[str, str]]:
+    """Run all ways in turns; the order turns from round to round, so that none always follows the same one.
+
+    The first round warms up and is not counted: on a virtual machine, memory that nobody has touched yet is slow.
+    Those in FEW run in FEW_ROUNDS, and may fail.
+
+    Returns:
+        The samples of each way, and why some have none.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in ways}
+    failed: dict[str, str] = {}
+    for number in range(rounds + 1):
+        names = [name for name in ways if name not in failed and (name not in few or number <= few_rounds)]
+        turn = number % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            try:
+                sample = ways[name]()
+            except BenchError as problem:
+                if name not in few:
+                    raise
+                failed[name] = str(problem)
+                say(f"  {name}: {problem}")
+                continue
+            if number:
+                found[name].append(sample)
+            say(f"  {'warm-up' if number == 0 else f'round {number}'}: {name} {sample.seconds:.2f} s")
+    return {name: samples for name, samples in found.items() if samples}, failed
 
 
-@contextlib.contextmanager
-def work_folder(given: Path | None) -> Iterator[Path]:
-    """The folder the user named, kept; or a temporary one, removed at the end."""
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given.absolute()
-        return
-    with tempfile.TemporaryDirectory(prefix="ckpt-bench-") as name:
-        yield Path(name)
+def contents(paths: Sequence[str]) -> list[str]:
+    """The files themselves, those of folders included."""
+    return [str(f) for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
+
+
+def warm(paths: Sequence[str]) -> None:
+    """Write the files out and read them once, so that no timed run pays for either."""
+    run(["sync", *contents(paths)])
+    for path in contents(paths):  # what is read need not be kept
+        run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"])
+
+
+def cool(paths: Sequence[str]) -> None:
+    """Take the files out of the page cache. What is not on the disk yet would stay."""
+    for path in contents(paths):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def remove(path: str) -> None:
+    if Path(path).is_dir():
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
 
 
 def require_disk(folder: Path, need: float) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise BenchError(f"{folder} has {free / GB:.1f} GB free, this needs {need / GB:.1f} GB")
+        raise BenchError(f"{folder} has {free / GB:.1f} GB free, this needs {need / GB:.1f} GB; see --scale, --folder.")
 
 
-def series(folder: Path, files: int, scale: float) -> list[str]:
-    """Paths of the ``vit_l-like`` series, written now where they are not there yet.
-
-    The name holds the scale, and a file gets its name only when it is whole, so one that exists is right.
-    """
-    paths = [folder / f"vit_l-like-x{scale:g}-{i:02d}.pth" for i in range(files)]
-    missing = [str(i) for i, path in enumerate(paths) if not path.exists()]
-    if missing:
-        # Two more: the output, and the temporary file a safe writer may need beside it.
-        require_disk(folder, (len(missing) + 2) * VIT_L_BYTES * scale * 1.1)
-        pattern = str(folder / f"vit_l-like-x{scale:g}-{{:02d}}.pth")
-        run_job("series", pattern, str(scale), *missing)
-    return [str(path) for path in paths]
+def memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def warm(paths: Sequence[str]) -> None:
-    """Write the files out and read them once, so that no timed run pays for either."""
-    run(["sync", *paths])
-    run(["cat", *paths], discard_stdout=True)
-
-
-def first_match(path: str, key: str) -> str:
-    with contextlib.suppress(OSError), Path(path).open() as lines:
-        for line in lines:
-            if line.startswith(key):
-                return line.split(":", 1)[1].strip()
-    return "unknown"
-
-
-def machine_facts(folder: Path, python: str = sys.executable) -> list[str]:
+def facts(folder: Path) -> dict[str, str]:
     """What a reader needs to place the figures."""
-    ram = first_match("/proc/meminfo", "MemTotal").split()[0]
-    if python == sys.executable:
-        versions = f"Python {platform.python_version()}, torch {version('torch')}"
-    else:
-        code = "import platform, sys, torch; sys.stdout.write(f'Python {platform.python_version()}, "
-        versions = run([python, "-c", code + "torch {torch.__version__}')"]).stdout
-    return [
-        f"CPU: {first_match('/proc/cpuinfo', 'model name')}, {len(os.sched_getaffinity(0))} cores",
-        f"RAM: {int(ram) * 1024 / GB:.1f} GB" if ram.isdigit() else "RAM: unknown",
-        f"Kernel: {platform.system()} {platform.release()}",
-        f"File system: {run(['stat', '-f', '-c', '%T', str(folder)]).stdout.strip()}",
-        f"{run(['cp', '--version']).stdout.splitlines()[0]}",
-        versions,
-        # Decisive on a busy machine: OpenMP threads that wait for a core spin meanwhile.
-        f"OMP_NUM_THREADS: {os.environ.get('OMP_NUM_THREADS', 'not set')}",
-        f"Load average at the start: {os.getloadavg()[0]:.1f}",
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
     ]
-
-
-def show_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-def write_markdown(
-    path: Path,
-    title: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    lines: Sequence[str],
-    facts: Sequence[str],
-) -> None:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    table = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-    bullets = [f"- {line}" for line in lines]
-    text = [f"# {title}", "", *table, "", *bullets, *([""] if bullets else []), "Machine:", ""]
-    path.write_text("\n".join([*text, *(f"- {fact}" for fact in facts), ""]), encoding="utf-8")
+    return {
+        "processor": f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "memory": f"{memory_bytes() / GB:.1f} GB",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "file system": run(["stat", "-f", "-c", "%T", str(folder)])[1].strip(),
+        "versions": f"Python {platform.python_version()}, torch {installed('torch')}, numpy {installed('numpy')}, "
+        f"safetensors {installed('safetensors')}, ckpt-tools {installed('ckpt-tools')}, "
+        f"{run(['cp', '--version'])[1].splitlines()[0]}",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "load at the start": f"{os.getloadavg()[0]:.1f}",
+    }

@@ -33,6 +33,8 @@ enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN };
 #define BLOCK 16384           /* elements; 64 KiB of float32 and 128 KiB of sums stay in a cache of level 2 */
 #define FLUSH (8 << 20)       /* bytes after which the disk is told to start */
 #define WORTH (1 << 20)       /* bytes worth telling it of */
+#define SPAN (256 << 10)      /* bytes that are read at once, of small parts */
+#define GAP 4096              /* bytes between two parts that cost less to read than another call does */
 
 /* ---- widening: exact for every dtype ---- */
 
@@ -272,6 +274,23 @@ typedef struct {
 
 static const size_t SIZE[] = {4, 2, 2, 1};
 
+static void add(int64_t dtype, double *sum, const void *x, size_t n, double c, int first) {
+    if (dtype == FLOAT32) add_float32(sum, x, n, c, first);
+    else if (dtype == BFLOAT16) add_bfloat16(sum, x, n, c, first);
+    else add_float16(sum, x, n, c, first);
+}
+
+static int narrow(const Batch *b, void *out, const double *sum, size_t n) {
+    if (b->out == FLOAT32) return narrow_float32(out, sum, n, b->common, b->limit);
+    if (b->out == BFLOAT16) return narrow_bfloat16(out, sum, n, b->common, b->limit);
+    return narrow_float16(out, sum, n, b->common, b->limit);
+}
+
+static int nonfinite(const Batch *b, const void *x, size_t n) {
+    if (!b->checked) return 0;
+    return b->out == FLOAT32 ? nonfinite_32(x, n) : nonfinite_16(x, n, b->out == FLOAT16 ? 0x7c00 : 0x7f80);
+}
+
 static int sum_block(Batch *b, const Place *at, size_t done, size_t n, void *x, double *sum, int *bad) {
     for (size_t t = 0; t < b->count; t++) {
         int64_t dtype = b->terms[t].dtype;
@@ -281,27 +300,21 @@ static int sum_block(Batch *b, const Place *at, size_t done, size_t n, void *x, 
             b->term = t;
             return status;
         }
-        if (dtype == FLOAT32) add_float32(sum, x, n, c, t == 0);
-        else if (dtype == BFLOAT16) add_bfloat16(sum, x, n, c, t == 0);
-        else add_float16(sum, x, n, c, t == 0);
+        add(dtype, sum, x, n, c, t == 0);
     }
-    if (b->out == FLOAT32) *bad = narrow_float32(x, sum, n, b->common, b->limit);
-    else if (b->out == BFLOAT16) *bad = narrow_bfloat16(x, sum, n, b->common, b->limit);
-    else *bad = narrow_float16(x, sum, n, b->common, b->limit);
+    *bad = narrow(b, x, sum, n);
     return DONE;
 }
 
 static int copy_block(Batch *b, const Place *at, size_t done, size_t n, void *x, int *bad) {
     size_t size = SIZE[b->out];
     int status = read_all(at->fd, x, n * size, at->offset + (int64_t)(done * size));
-    if (status == DONE && b->checked) {
-        if (b->out == FLOAT32) *bad = nonfinite_32(x, n);
-        else *bad = nonfinite_16(x, n, b->out == FLOAT16 ? 0x7c00 : 0x7f80);
-    }
+    *bad = status == DONE && nonfinite(b, x, n);
     return status;
 }
 
-static int run(Batch *b, void *x, double *sum) {
+/* Large parts: a block at a time, from file to file. */
+static int run_large(Batch *b, void *x, double *sum) {
     size_t size = SIZE[b->out], block = b->out == RAW ? 8 * BLOCK : BLOCK;
     Range to_flush = {-1, 0, 0};
     for (b->part = 0; b->part < b->parts; b->part++) {
@@ -334,44 +347,127 @@ static int run(Batch *b, void *x, double *sum) {
     return DONE;
 }
 
-PyDoc_STRVAR(sum_parts_doc,
-"sum_parts(terms, out, common, limit, copied, checked, summed, table, crcs, bad)\n\n"
+/* Small parts: neighbours are read in one call, with what stands between them, and the results are packed into memory.
+   A row is the elements, and the inputs. */
+static int run_small(Batch *b, char *span, double *sum, char *packed) {
+    size_t width = 1 + 2 * b->count, size = SIZE[b->out], first = 0;
+    for (size_t t = 0; t < b->count; t++) {
+        int64_t dtype = b->terms[t].dtype;
+        size_t item = SIZE[dtype], at = 0;
+        for (size_t p = 0; p < b->parts; p = first) {
+            const Place *in = (const Place *)(b->table + p * width + 1) + t;
+            int64_t start = in->offset & ~(int64_t)63, end = in->offset + b->table[p * width] * (int64_t)item;
+            for (first = p + 1; first < b->parts; first++) {
+                const Place *next = (const Place *)(b->table + first * width + 1) + t;
+                int64_t stop = next->offset + b->table[first * width] * (int64_t)item;
+                if (next->fd != in->fd || next->offset < end || next->offset > end + GAP || stop > start + SPAN) break;
+                end = stop;
+            }
+            /* What stands before the first one shifts the span to the alignment that it has in the file. */
+            int status = read_all(in->fd, span + (in->offset - start), (size_t)(end - in->offset), in->offset);
+            if (status != DONE) {
+                b->part = p, b->term = t;
+                return status;
+            }
+            for (size_t q = p; q < first; q++) {
+                const Place *place = (const Place *)(b->table + q * width + 1) + t;
+                size_t n = (size_t)b->table[q * width];
+                char *x = span + (place->offset - start);
+                if (b->copied) memcpy(packed + at * size, x, n * size);
+                else {
+                    if (place->offset % (int64_t)item) x = memmove(span + SPAN, x, n * item);
+                    add(dtype, sum + at, x, n, b->terms[t].coefficient, t == 0);
+                }
+                at += n;
+            }
+        }
+    }
+    for (size_t p = 0, at = 0; p < b->parts; p++) {
+        size_t n = (size_t)b->table[p * width];
+        char *to = packed + at * size;
+        b->bad[p] = (unsigned char)(b->copied ? nonfinite(b, to, n) : narrow(b, to, sum + at, n));
+        if (b->summed) b->crcs[p] = checksum(0, to, n * size);
+        at += n;
+    }
+    return DONE;
+}
+
+PyDoc_STRVAR(sum_large_doc,
+"sum_large(terms, out, common, limit, copied, checked, summed, table, crcs, bad)\n\n"
 "Fill parts of output files with weighted sums; see native.py, its one caller.\n"
 "Returns (status, part, term, errno).");
 
-static PyObject *sum_parts(PyObject *self, PyObject *args) {
-    Py_buffer terms, rows, crcs, bad;
+PyDoc_STRVAR(sum_small_doc,
+"sum_small(terms, out, common, limit, copied, checked, summed, table, crcs, bad, packed)\n\n"
+"Put weighted sums of small parts one behind the other into memory; see native.py, its one caller.\n"
+"Returns (status, part, term, errno).");
+
+static PyObject *work(PyObject *args, int small) {
+    Py_buffer terms, rows, crcs, bad, packed = {0};
     Batch b = {0};
     long long out;
-    if (!PyArg_ParseTuple(args, "y*Lddpppy*w*w*", &terms, &out, &b.common, &b.limit, &b.copied, &b.checked, &b.summed,
-                          &rows, &crcs, &bad))
+    if (!PyArg_ParseTuple(args, small ? "y*Lddpppy*w*w*w*" : "y*Lddpppy*w*w*", &terms, &out, &b.common, &b.limit,
+                          &b.copied, &b.checked, &b.summed, &rows, &crcs, &bad, &packed))
         return NULL;
+    size_t width = 0, elements = 0, longest = 0;
     b.terms = terms.buf, b.count = (size_t)terms.len / sizeof(Term), b.out = out;
-    b.table = rows.buf, b.parts = (size_t)rows.len / sizeof(int64_t) / (3 + 2 * b.count);
+    width = (small ? 1 : 3) + 2 * b.count;
+    b.table = rows.buf, b.parts = (size_t)rows.len / sizeof(int64_t) / width;
     b.crcs = crcs.buf, b.bad = bad.buf;
+    for (size_t p = 0; p < b.parts; p++) {
+        size_t n = (size_t)b.table[p * width];
+        elements += n;
+        longest = n > longest ? n : longest;
+    }
     int sound = out >= FLOAT32 && out <= RAW && b.count > 0 && (size_t)crcs.len >= 4 * b.parts &&
                 (size_t)bad.len >= b.parts && (!b.copied || b.count == 1) && (b.copied || out != RAW);
-    for (size_t t = 0; t < b.count; t++) sound &= b.terms[t].dtype >= FLOAT32 && b.terms[t].dtype < (b.copied ? RAW + 1 : RAW);
-    void *x = malloc(BLOCK * 8), *sum = malloc(BLOCK * sizeof(double));
+    for (size_t t = 0; t < b.count; t++) {
+        sound = sound && b.terms[t].dtype >= FLOAT32 && (b.copied ? b.terms[t].dtype == out : b.terms[t].dtype < RAW);
+        sound = sound && (!small || longest * SIZE[b.terms[t].dtype] <= SPAN / 2);
+    }
+    sound = sound && (!small || (size_t)packed.len >= elements * SIZE[out]);
+    void *x = malloc(small ? 2 * SPAN : BLOCK * 8);
+    double *sum = malloc((small ? (b.copied ? 1 : elements) : BLOCK) * sizeof(double));
     int status = DONE, reason = 0;
     if (sound && x && sum) {
         Py_BEGIN_ALLOW_THREADS
         errno = 0;
-        status = run(&b, x, sum);
+        status = small ? run_small(&b, x, sum, packed.buf) : run_large(&b, x, sum);
         reason = errno;
         Py_END_ALLOW_THREADS
     }
     PyObject *result = NULL;
-    if (!sound) PyErr_SetString(PyExc_ValueError, "sum_parts: arguments that do not fit each other");
+    if (!sound) PyErr_SetString(PyExc_ValueError, "_native: arguments that do not fit each other");
     else if (!x || !sum) PyErr_NoMemory();
     else result = Py_BuildValue("(inni)", status, (Py_ssize_t)b.part, (Py_ssize_t)b.term, reason);
     free(x);
     free(sum);
     PyBuffer_Release(&terms), PyBuffer_Release(&rows), PyBuffer_Release(&crcs), PyBuffer_Release(&bad);
+    if (small) PyBuffer_Release(&packed);
     return result;
 }
 
-static PyMethodDef methods[] = {{"sum_parts", sum_parts, METH_VARARGS, sum_parts_doc}, {NULL, NULL, 0, NULL}};
+static PyObject *sum_large(PyObject *self, PyObject *args) { return work(args, 0); }
+
+static PyObject *sum_small(PyObject *self, PyObject *args) { return work(args, 1); }
+
+static PyObject *crc32_of(PyObject *self, PyObject *data) {
+    Py_buffer view;
+    uint32_t crc;
+    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE) < 0) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    crc = checksum(0, view.buf, (size_t)view.len);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    return PyLong_FromUnsignedLong(crc);
+}
+
+static PyMethodDef methods[] = {
+    {"sum_large", sum_large, METH_VARARGS, sum_large_doc},
+    {"sum_small", sum_small, METH_VARARGS, sum_small_doc},
+    {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn what zlib.crc32 does."},
+    {NULL, NULL, 0, NULL},
+};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
 

@@ -1,6 +1,6 @@
 from array import array
 
-def sum_parts(
+def sum_large(
     terms: bytes,
     out: int,
     common: float,
@@ -13,3 +13,18 @@ def sum_parts(
     bad: bytearray,
     /,
 ) -> tuple[int, int, int, int]: ...
+def sum_small(
+    terms: bytes,
+    out: int,
+    common: float,
+    limit: float,
+    copied: bool,
+    checked: bool,
+    summed: bool,
+    table: array[int],
+    crcs: array[int],
+    bad: bytearray,
+    packed: bytearray,
+    /,
+) -> tuple[int, int, int, int]: ...
+def crc32(data: bytes | memoryview, /) -> int: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import takewhile
@@ -61,7 +61,11 @@ class Assembly:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
-        return sum(spec.nbytes for plan in self.files for tensor, _ in plan.slots for spec, _ in tensor.terms)
+        return sum(
+            tensor.numel * sum([spec.dtype.itemsize for spec, _ in tensor.terms])
+            for plan in self.files
+            for tensor, _ in plan.slots
+        )
 
     @property
     def names(self) -> list[str]:
@@ -332,10 +336,10 @@ def _put_in_place(
     return put(placed, state.home, weights), state.home
 
 
-def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Container[Any]) -> Mapping[str, int]:
+def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Collection[Any]) -> Mapping[str, int]:
     """Count the copied tensors by place: the first key at which a path leaves that of the weights."""
     counts: Counter[str] = Counter()
-    for path, spec in tensors_in(tree):
+    for path, spec in tensors_in(tree) if copied else ():
         if spec in copied:
             shared = takewhile(lambda keys: keys[0] == keys[1], zip(path, home, strict=False))
             counts[dotted(path[: len(list(shared)) + 1])] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -196,7 +197,7 @@ def average(
         match=match,
         mixed_dtypes=out_dtype is not None,
     )
-    partial = [name for name, row in plan.rows.items() if None in row]
+    partial = [name for name, row in plan.rows.items() if not all(row)]
     if partial:
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
         notes.append(f"Not in every checkpoint, so taken from those that have them: '{partial[0]}'{more}.")
@@ -325,7 +326,7 @@ def _inputs(
             coefficient=coefficient,
             state=chosen.label,
             nbytes=member.header.nbytes,
-            prefixes=tuple(prefixes(chosen.tensors)) if any(a != b for a, b in bare.items()) else (),
+            prefixes=tuple(prefixes(chosen.tensors)) if list(bare) != list(bare.values()) else (),
             sha256={stamp.path.name: stamp.sha256() for stamp in member.header.files} if hashed else {},
         )
         for member, name, coefficient, chosen, bare in zip(members, names, coefficients, states, renamed, strict=True)
@@ -340,14 +341,16 @@ def _out_tensors(
     keep_running: bool,
 ) -> dict[str, OutTensor]:
     tensors: dict[str, OutTensor] = {}
-    # Names that are the same bytes in every file are tied, and stay so.
+    # Names that are the same bytes in every file are tied, and stay so; those of one file tell most of them apart.
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
+    times = Counter(row[-1] for row in rows.values())
     for name, row in rows.items():
-        tensor = tied.get(row)
+        alone = times[row[-1]] == 1
+        tensor = None if alone else tied.get(row)
         if tensor is None:
             from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
             tensor = _out_tensor(name, row, coefficients, dtype, from_last=from_last)
-            if tensor.numel:
+            if tensor.numel and not alone:
                 tied[row] = tensor
         tensors[name] = tensor
     return tensors
@@ -386,6 +389,8 @@ def _scaled(
         if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
             raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use --keys intersection.")
         scale = want / have
+    if scale == 1.0 and all(coefficients):
+        return tuple(present)
     weighing = tuple((spec, c * scale) for spec, c in present if c != 0)
     return weighing or tuple(present[-1:])
 

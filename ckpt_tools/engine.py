@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -102,7 +101,8 @@ def run(
     for out in outputs:
         crcs = {tensor: job.checksum(tensor) for tensor, _ in out.plan.slots} if out.plan.needs_crc else {}
         for offset, data in out.plan.patches(crcs):
-            write_at(out.fd, memoryview(data), offset, out.plan.name)
+            if (out.fd, offset) not in job.heads:
+                write_at(out.fd, memoryview(data), offset, out.plan.name)
 
 
 def in_threads(
@@ -141,6 +141,7 @@ class _Job:
     size: Size | None  # of a lane on a device
     devices: Sequence[str]
     moved: int = 0  # bytes read and written
+    heads: set[tuple[int, int]] = field(default_factory=set)  # files and offsets of patches that are written already
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _waiting: Iterator[Batch] = field(init=False)
@@ -175,8 +176,8 @@ class _Job:
 
     def checksum(self, tensor: OutTensor) -> int:
         total = 0
-        for _, (crc, length) in sorted(self._crcs.get(tensor, {}).items()):
-            total = combine(total, crc, length)
+        for start, (crc, length) in sorted(self._crcs.get(tensor, {}).items()):
+            total = combine(total, crc, length) if start else crc
         return total
 
 
@@ -197,19 +198,47 @@ def _work(job: _Job) -> None:
 def _on_cpu(job: _Job, by_torch: _ByTorch, batch: Batch) -> None:
     left: Sequence[Part] = batch.parts
     if batch.kind is not None and native.knows(batch.kind):
-        left = _natively(job, batch.kind, batch.parts)
+        left = (_fill_small if batch.small else _fill_large)(job, batch.kind, batch.parts)
     for part in left:
         by_torch.fill(part)
 
 
-def _natively(job: _Job, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
+def _fill_large(job: _Job, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
     """Fill parts, and return those in which NaN or infinity was found."""
-    checksums = any(part.out.plan.needs_crc for part in parts)
-    crcs, found = native.fill(kind, parts, job.files, checksums=checksums)
-    for part, crc, bad in zip(parts, crcs, found, strict=True):
-        if not bad:
+    left = []
+    for part in parts:
+        crc, bad = native.fill(kind, part, job.files)
+        if bad:
+            left.append(part)
+        else:
             job.done(part, crc)
-    return [part for part, bad in zip(parts, found, strict=True) if bad]
+    return left
+
+
+def _fill_small(job: _Job, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
+    """Fill small parts of one file, and return those in which NaN or infinity was found.
+
+    Neighbours in the file are written at once, with what stands between them.
+    """
+    data, crcs, bad = native.pack(kind, parts, job.files)
+    out = parts[0].out
+    run: list[bytes | memoryview] = []
+    begin = end = at = 0
+    for part, crc, refused in zip(parts, crcs, bad, strict=True):
+        head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
+        position = part.position - len(head)
+        if refused or position != end:
+            write_at(out.fd, memoryview(b"".join(run)), begin, out.plan.name)
+            run, begin, end = [], position, position
+        if not refused:
+            run += (head, data[at : at + part.nbytes])
+            end = part.position + part.nbytes
+            job.done(part, crc)
+            if head:
+                job.heads.add((out.fd, position))
+        at += part.nbytes
+    write_at(out.fd, memoryview(b"".join(run)), begin, out.plan.name)
+    return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
 
 class _ByTorch:
@@ -224,7 +253,7 @@ class _ByTorch:
         for start in range(part.start, part.stop, self._job.piece):
             piece = part._replace(start=start, stop=min(start + self._job.piece, part.stop))
             data = self._bytes(piece)
-            crc = zlib.crc32(data) if piece.out.plan.needs_crc else 0
+            crc = native.crc32(data) if piece.out.plan.needs_crc else 0
             write_at(piece.out.fd, data, piece.position, piece.out.plan.name)
             self._job.done(piece, crc)
 

@@ -28,6 +28,9 @@ def unwrap(names: Iterable[str]) -> dict[str, str]:
         AlignmentError: two names become one.
     """
     names = list(names)
+    text = "\n".join(names)
+    if not any(wrapper in text for wrapper in _ANYWHERE) and not (names and names[0].startswith(_LEADING)):
+        return dict(zip(names, names, strict=True))
     strip = unwrapping(names)
     mapping = {name: strip(name) for name in names}
     taken: dict[str, str] = {}
@@ -119,7 +122,9 @@ def align(
             raise UsageError(f"{option} is one of {', '.join(known)}, not {value!r}.")
     if match == "order":
         states = _by_order(states, files)
-    counts = Counter(name for state in states for name in state)
+    counts: Counter[str] = Counter()
+    for state in states:
+        counts.update(list(state))
     names = [*states[-1], *(name for name in counts if name not in states[-1])]
     partial = [name for name in names if counts[name] < len(states)]
     if partial and keys == "strict":
@@ -128,10 +133,11 @@ def align(
         names = [name for name in names if counts[name] == len(states)]
         if not names:
             raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect --tensors.")
-    rows = {}
-    for name in names:
-        row = tuple(state.get(name) for state in states)
-        rows[name] = _checked(name, row, files, mixed_dtypes=mixed_dtypes)
+    columns = [map(state.get, names) for state in states]
+    rows = {
+        name: _checked(name, row, files, mixed_dtypes=mixed_dtypes)
+        for name, row in zip(names, zip(*columns, strict=True), strict=True)
+    }
     return KeyPlan(rows, tuple(partial) if keys == "intersection" else ())
 
 
@@ -158,8 +164,13 @@ def _missing(
 
 
 def _checked(
-    name: str, row: Sequence[Tensor | None], files: Sequence[str], *, mixed_dtypes: bool
+    name: str, row: tuple[Tensor | None, ...], files: Sequence[str], *, mixed_dtypes: bool
 ) -> tuple[TensorSpec | None, ...]:
+    model = row[0]
+    if isinstance(model, TensorSpec) and all(
+        type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in row
+    ):
+        return row  # type: ignore[return-value]
     checked: list[TensorSpec | None] = []
     first: tuple[TensorSpec, str] | None = None
     for tensor, file in zip(row, files, strict=True):

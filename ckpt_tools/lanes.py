@@ -9,7 +9,6 @@ What is not finite is left to the CPU, which says where it is, or lets it pass: 
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from types import TracebackType
 
 import torch
 
+from . import native
 from .errors import UsageError
 from .formats.opened import OpenFiles, read_at
 from .formats.output import OutTensor
@@ -142,12 +142,13 @@ class Lane:
         left: list[Batch] = []
         waiting = deque([batch])
         while waiting and not self._stop.is_set():
-            kind, parts = waiting.popleft()
+            batch = waiting.popleft()
+            kind = batch.kind
             if self._memory is None or kind is None or not fits(kind):
-                left.append(Batch(kind, parts))
+                left.append(batch)
                 continue
             formula = Formula.of(kind.dtypes, kind.coefficients, kind.out)
-            load, rest = take(parts, self._size.reals // formula.reals)
+            load, rest = take(batch.parts, self._size.reals // formula.reals)
             if rest:
                 waiting.appendleft(Batch(kind, rest))
             try:
@@ -245,7 +246,7 @@ class Lane:
         for part in batch.parts:
             data = result.bytes[at : at + part.nbytes]
             at += part.nbytes
-            crc = zlib.crc32(data) if part.out.plan.needs_crc else 0
+            crc = native.crc32(data) if part.out.plan.needs_crc else 0
             write_at(part.out.fd, data, part.position, part.out.plan.name)
             self._done(part, crc)
         return []

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .formats.output import FilePlan, OutTensor
-from .tensors import ChunkedSpec, DType
+from .tensors import DType
 
 PIECE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
 cache, enough that the price of a call and of passing the interpreter lock on is small beside the work."""
 MEMORY = PIECE * 88
 """Private bytes that a thread needs for that, at most."""
-MANY = 512
-"""Tensors of one kind that are summed in one go, at most."""
+SMALL = 64 * 1024
+"""Bytes in an input up to which a tensor is small: calls cost as much as moving it."""
+_GATHERED = 64 * 1024  # elements of small tensors that are summed in one go, about
+_MANY = 1024  # small tensors that are
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +79,29 @@ class Part(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Parts of one kind; a single one where the kind is None, for it must be put together first."""
+    """What a thread does in one go: a part, or small tensors of one kind that go to one file.
+
+    Attributes:
+        kind: of the parts; None where the part must be put together first.
+        parts: in the order of the file.
+        small: these are small tensors, whole.
+    """
 
     kind: Kind | None
     parts: tuple[Part, ...]
+    small: bool = False
 
 
 def kind_of(tensor: OutTensor) -> Kind | None:
     """Tell what a tensor may be summed together with; None if its elements do not simply stand in line."""
-    specs = [spec for spec, _ in tensor.terms]
-    if not specs or not all(spec.contiguous for spec in specs):
+    if not tensor.terms:
         return None
-    if any(isinstance(spec, ChunkedSpec) or (spec.storage.big_endian and spec.dtype.word > 1) for spec in specs):
-        return None
+    for spec, _ in tensor.terms:  # a chunked one is not contiguous
+        if not spec.contiguous or (spec.storage.big_endian and spec.dtype.word > 1):
+            return None
     return Kind(
-        tuple(spec.dtype for spec in specs),
-        tuple(coefficient for _, coefficient in tensor.terms),
+        tuple([spec.dtype for spec, _ in tensor.terms]),
+        tuple([coefficient for _, coefficient in tensor.terms]),
         tensor.dtype,
         tensor.copied,
         tensor.finite and tensor.dtype.averaged,
@@ -103,15 +112,15 @@ def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch
     """Cut a job into batches: large tensors into pieces, small ones gathered by kind.
 
     Args:
-        piece: elements of a batch, about; a tensor that has as many is cut.
+        piece: elements of a part.
         alone: elements of a part that must be put together first.
     """
-    gathered: dict[Kind, list[Part]] = {}
-    elements: dict[Kind, int] = {}
     for out in outputs:
+        gathered: dict[Kind, list[Part]] = {}
+        elements: dict[Kind, int] = {}
         for tensor, offset in out.plan.slots:
             kind, numel = kind_of(tensor), tensor.numel
-            if kind is None or numel >= piece:
+            if kind is None or numel >= piece or not _is_small(kind, numel):
                 size = alone if kind is None else piece
                 for start in range(0, numel, size):
                     yield Batch(kind, (Part(out, tensor, offset, start, min(start + size, numel)),))
@@ -119,8 +128,12 @@ def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch
                 parts = gathered.setdefault(kind, [])
                 parts.append(Part(out, tensor, offset, 0, numel))
                 elements[kind] = elements.get(kind, 0) + numel
-                if elements[kind] >= piece or len(parts) >= MANY:
-                    yield Batch(kind, tuple(gathered.pop(kind)))
+                if elements[kind] >= _GATHERED or len(parts) >= _MANY:
+                    yield Batch(kind, tuple(gathered.pop(kind)), small=True)
                     del elements[kind]
-    for kind, parts in gathered.items():
-        yield Batch(kind, tuple(parts))
+        for kind, parts in gathered.items():
+            yield Batch(kind, tuple(parts), small=True)
+
+
+def _is_small(kind: Kind, numel: int) -> bool:
+    return numel * max(dtype.itemsize for dtype in kind.dtypes) <= SMALL

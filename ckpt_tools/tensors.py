@@ -10,10 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .errors import CorruptError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
+
+    def dataclass_transform(**_: object):
+        return lambda decorator: decorator
+
 
 _T = TypeVar("_T")
 
@@ -27,9 +36,9 @@ class Kind(Enum):
     PACKED = "packed"  # several values a byte, or codes: refused by name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class DType:
-    """A torch dtype, known by the name it has in torch.
+    """A torch dtype, known by the name it has in torch; there is one object of each.
 
     Attributes:
         name: as in ``torch.<name>``.
@@ -122,7 +131,23 @@ def parse_dtype(dtype: object) -> DType | None:
     return DTYPES[name]
 
 
-@dataclass(frozen=True, slots=True)
+def _refuse_state(self: object, state: object) -> None:
+    raise TypeError("the pickle tries to change a tensor")
+
+
+@dataclass_transform(frozen_default=True)
+def _unchanging(cls: type[_T]) -> type[_T]:
+    """Make a dataclass that is frozen for the type checker, and shut to pickles.
+
+    Of these there are hundreds of thousands, and a frozen one takes four times as long to make. What a pickle could
+    change one by is ``__setstate__``, which BUILD calls.
+    """
+    made = dataclass(slots=True, unsafe_hash=True)(cls)
+    made.__setstate__ = _refuse_state  # type: ignore[attr-defined]
+    return made
+
+
+@_unchanging
 class Storage:
     """A contiguous run of bytes in a file, which one or more tensors look into.
 
@@ -139,21 +164,7 @@ class Storage:
     big_endian: bool = False
 
 
-def _refuse_state(self: object, state: object) -> None:
-    raise TypeError("the pickle tries to change a tensor")
-
-
-def _unchanging(cls: type[_T]) -> type[_T]:
-    """Shut the one way past a frozen dataclass: the ``__setstate__`` that it makes, which a pickle's BUILD calls.
-
-    It is replaced from without, for in Python 3.10 the one that a class defines is overwritten.
-    """
-    cls.__setstate__ = _refuse_state  # type: ignore[attr-defined]
-    return cls
-
-
 @_unchanging
-@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor as a header describes it; no payload. Equal specs are the same bytes.
 
@@ -192,7 +203,6 @@ class TensorSpec:
 
 
 @_unchanging
-@dataclass(frozen=True, slots=True)
 class ChunkedSpec(TensorSpec):
     """A tensor that is stored as boxes, in several places or files; see `join`.
 
@@ -220,7 +230,6 @@ Part = tuple[tuple[int, ...], TensorSpec]
 
 
 @_unchanging
-@dataclass(frozen=True, slots=True)
 class UnsupportedTensor:
     """A tensor of a kind that cannot be averaged or copied; refused by name when it is needed."""
 
@@ -231,6 +240,7 @@ Tensor = TensorSpec | UnsupportedTensor
 """What stands for a tensor in the object tree of a header."""
 
 
+@lru_cache(maxsize=4096)
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides, in elements, of a C-ordered tensor of this shape."""
     strides: list[int] = []
@@ -243,8 +253,10 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Return whether these strides are those of C order, for all that can be told from elements' places."""
-    return math.prod(shape) == 0 or all(
-        step == want for size, step, want in zip(shape, stride, c_strides(shape), strict=True) if size != 1
+    return (
+        stride == c_strides(shape)
+        or math.prod(shape) == 0
+        or all(step == want for size, step, want in zip(shape, stride, c_strides(shape), strict=True) if size != 1)
     )
 
 
@@ -259,19 +271,32 @@ def make_spec(
     Raises:
         CorruptError: a negative or non-integer size, or elements outside the storage.
     """
-    stride = c_strides(shape) if stride is None else stride
-    numbers = (*shape, *stride, start)
-    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+    # Numbers that are equal are not always integers: 1, 1.0 and True.
+    extent = -1
+    if {type(start), *map(type, shape), *map(type, stride or ())} == _INTEGERS and start >= 0:
+        stride = c_strides(shape) if stride is None else stride
+        extent = _extent(shape, stride)
+    if extent < 0:
         raise CorruptError(f"{storage.path}: a tensor claims shape {shape}, stride {stride}, offset {start}.")
-    spec = TensorSpec(dtype, shape, stride, start, storage)
-    if spec.numel:
-        last = start + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if (last + 1) * dtype.itemsize > storage.nbytes:
-            raise CorruptError(
-                f"{storage.path}: a tensor of shape {list(shape)} and dtype {dtype.name} reaches beyond its "
-                f"storage of {storage.nbytes} bytes. The file is damaged; get a fresh copy."
-            )
-    return spec
+    if extent and (start + extent) * dtype.itemsize > storage.nbytes:
+        raise CorruptError(
+            f"{storage.path}: a tensor of shape {list(shape)} and dtype {dtype.name} reaches beyond its "
+            f"storage of {storage.nbytes} bytes. The file is damaged; get a fresh copy."
+        )
+    return TensorSpec(dtype, shape, stride or (), start, storage)
+
+
+_INTEGERS = {int}
+
+
+@lru_cache(maxsize=4096)
+def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return how many elements of a storage a tensor spans; -1 if it cannot be one."""
+    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
+        return -1
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Part]) -> TensorSpec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import sys
 import types
@@ -25,6 +24,7 @@ from torch import nn
 
 import ckpt_tools
 from ckpt_tools.errors import CorruptError, LayoutError, NumericsError, UsageError, WriteError
+from ckpt_tools.formats.opened import OpenFiles
 
 Save = Callable[..., Path]
 
@@ -475,7 +475,7 @@ def test_a_dry_run_reads_no_payload_and_writes_nothing(
     def refuse(*_: object) -> int:
         raise AssertionError("payload was read")
 
-    monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(OpenFiles, "open", refuse)
     report = ckpt_tools.average(runs, out=tmp_path / "out.pth", dry_run=True)
     assert not report.written
     assert report.bytes_read > 12 * 60_000

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import engine, native
 from ckpt_tools.checkpoint import open_checkpoint
-from ckpt_tools.errors import CorruptError, NumericsError, ReadError
+from ckpt_tools.errors import CorruptError, NumericsError, ReadError, WriteError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.output import OutTensor
 from ckpt_tools.pieces import OutFile
@@ -259,6 +259,19 @@ def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path: Path, save: 
             engine.run([OutFile(plan, fd)])
         path.unlink()
         with pytest.raises(ReadError, match=r"a\.pth: cannot be read"):
+            engine.run([OutFile(plan, fd)])
+    finally:
+        os.close(fd)
+
+
+def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path, save: Save) -> None:
+    spec = open_checkpoint(save("a.pth", {"w": torch.ones(100_000)})).specs["w"]
+    assert isinstance(spec, TensorSpec)
+    out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), "w")
+    plan = safetensors.plan({"w": out}, metadata={}, name="out.safetensors")
+    fd = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(WriteError, match=r"out.safetensors: writing failed: No space left on device"):
             engine.run([OutFile(plan, fd)])
     finally:
         os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import warnings
@@ -98,6 +99,8 @@ def main() -> None:
     for each in _STOPPING:
         if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(each, _stop)
+    # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
+    gc.set_threshold(100_000, 20, 20)
     # torch says this at import where numpy is not installed; nothing here needs numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     console.open_streams()

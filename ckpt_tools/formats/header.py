@@ -66,6 +66,8 @@ class Header:
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
         provenance: what ckpt-tools wrote about its own output, if it is one.
         shards: tensor name to file name, for a sharded checkpoint.
+        pattern: what was parsed for this header, and holds for files with an equal one; known as long as one of
+            their headers is in use. None where nothing is kept.
     """
 
     path: Path
@@ -76,6 +78,7 @@ class Header:
     metadata: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] | None = None
     shards: dict[str, str] = field(default_factory=dict)
+    pattern: object = None
 
     @property
     def nbytes(self) -> int:

@@ -48,7 +48,11 @@ class OpenFiles:
 
     def open_all(self, specs: Iterable[TensorSpec]) -> None:
         """Open all files of these tensors, and let the process hold so many, as far as it may."""
-        unique = dict.fromkeys(part.storage.path for spec in specs for _, part in spec.parts)
+        seen: dict[int, Path] = {}  # by identity first, for to hash a path takes longer
+        for spec in specs:
+            for path in [spec.storage.path] if type(spec) is TensorSpec else [p.storage.path for _, p in spec.parts]:
+                seen[id(path)] = path
+        unique = dict.fromkeys(seen.values())
         raise_file_limit(len(unique))
         for path in unique:
             self.open(path)

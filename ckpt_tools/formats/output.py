@@ -70,6 +70,8 @@ class FilePlan:
         slots: (tensor, offset of its first byte), each tensor once.
         patches: from CRC-32 by tensor to (offset, bytes) of all that is not payload.
         needs_crc: True if `patches` looks at the checksums.
+        head: from a tensor and its CRC-32 to what stands right before its payload, where that is of its own:
+            so many small tensors can be written in one go. `patches` has it, too.
     """
 
     name: str
@@ -77,3 +79,4 @@ class FilePlan:
     slots: tuple[tuple[OutTensor, int], ...]
     patches: Callable[[Mapping[OutTensor, int]], list[tuple[int, bytes]]]
     needs_crc: bool
+    head: Callable[[OutTensor, int], bytes] | None = None

@@ -15,7 +15,8 @@ from typing import IO
 
 from ..errors import CorruptError, UnsupportedError
 from .splice import Span, moved
-from .torch_zip import _CENTRAL, _LOCAL, _MAX16, _MAX32, _PADDING_ID, _end
+from .torch_zip import _PADDING_ID, _end
+from .zip_records import CENTRAL, LOCAL, MAX16, MAX32
 
 _ZIP64 = 1
 _DESCRIPTOR = 1 << 3  # the flag for checksum and sizes behind the record, where torch's writer has them
@@ -46,14 +47,14 @@ def replace(file: IO[bytes], name: str, body: bytes, *, where: str) -> tuple[byt
     at = [info.filename for info in infos].index(name)
     old = entries[at]
     head, extra = _local(file, old, where=where)
-    data = old.offset + _LOCAL.size + len(head.name) + len(extra)
+    data = old.offset + LOCAL.size + len(head.name) + len(extra)
     end = data + old.size
     footer = _footer(file, end, old) if old.flags & _DESCRIPTOR else ""
     end += struct.calcsize(footer) if footer else 0
     for entry in entries:
         if entry is not old and not (end <= entry.offset < start or _end_of(file, entry, where=where) <= old.offset):
             raise CorruptError(f"{where}: its records overlap. The file is damaged; get a fresh copy.")
-    if end > start or len(body) >= _MAX32:
+    if end > start or len(body) >= MAX32:
         raise CorruptError(f"{where}: its records overlap its directory. The file is damaged; get a fresh copy.")
 
     crc, size = zlib.crc32(body), len(body)
@@ -62,7 +63,7 @@ def replace(file: IO[bytes], name: str, body: bytes, *, where: str) -> tuple[byt
     shift = moved(size - old.size - slack)
     slack += shift - (size - old.size)
     extra = rest + struct.pack("<2H", _PADDING_ID, slack) + b"Z" * slack
-    if len(extra) > _MAX16:
+    if len(extra) > MAX16:
         raise UnsupportedError(f"{where}: the header of its {name} has no room left. Load and save it with torch once.")
     lines = [
         _line(entry, crc, size, entry.offset)
@@ -117,15 +118,15 @@ class _Entry:
 def _directory(file: IO[bytes], position: int, count: int, *, where: str) -> Iterator[_Entry]:
     file.seek(position)
     for _ in range(count):
-        line = file.read(_CENTRAL.size)
-        if len(line) < _CENTRAL.size or not line.startswith(b"PK\1\2"):
+        line = file.read(CENTRAL.size)
+        if len(line) < CENTRAL.size or not line.startswith(b"PK\1\2"):
             raise CorruptError(f"{where}: its zip directory is damaged. Get a fresh copy.")
-        fields = _CENTRAL.unpack(line)[1:]
+        fields = CENTRAL.unpack(line)[1:]
         name, extra, comment = (file.read(fields[i]) for i in (9, 10, 11))
         wide = _field(extra, _ZIP64) or b""
         values = []
         for short in (fields[8], fields[7], fields[15]):
-            if short == _MAX32 and len(wide) >= 8:
+            if short == MAX32 and len(wide) >= 8:
                 short, wide = int.from_bytes(wide[:8], "little"), wide[8:]
             values.append(short)
         yield _Entry(fields, name, _without(extra, _ZIP64), comment, (values[0], values[1], values[2]))
@@ -140,12 +141,12 @@ def _line(entry: _Entry, crc: int, size: int | None, offset: int) -> bytes:
         (7, entry.size if size is None else size),
         (15, offset),
     ):
-        long = fields[i] == _MAX32 or value >= _MAX32
-        fields[i] = _MAX32 if long else value
+        long = fields[i] == MAX32 or value >= MAX32
+        fields[i] = MAX32 if long else value
         wide += struct.pack("<Q", value) if long else b""
     extra = (struct.pack("<2H", _ZIP64, len(wide)) + wide if wide else b"") + entry.rest
     fields[6], fields[10] = crc, len(extra)
-    return _CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
+    return CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,24 +160,24 @@ class _Head:
         fields = list(self.fields)
         for i, value in ((5, crc), (6, size), (7, size)):
             behind = fields[1] & _DESCRIPTOR and fields[i] == 0
-            long = i > 5 and fields[i] == _MAX32
+            long = i > 5 and fields[i] == MAX32
             fields[i] = fields[i] if behind or long else value
         fields[9] = extra
-        return _LOCAL.pack(b"PK\3\4", *fields)
+        return LOCAL.pack(b"PK\3\4", *fields)
 
 
 def _local(file: IO[bytes], entry: _Entry, *, where: str) -> tuple[_Head, bytes]:
     file.seek(entry.offset)
-    raw = file.read(_LOCAL.size)
-    if len(raw) < _LOCAL.size or not raw.startswith(b"PK\3\4"):
+    raw = file.read(LOCAL.size)
+    if len(raw) < LOCAL.size or not raw.startswith(b"PK\3\4"):
         raise CorruptError(f"{where}: its zip directory points at no record. The file is damaged.")
-    fields = _LOCAL.unpack(raw)[1:]
+    fields = LOCAL.unpack(raw)[1:]
     return _Head(fields, file.read(fields[8])), file.read(fields[9])
 
 
 def _end_of(file: IO[bytes], entry: _Entry, *, where: str) -> int:
     head, extra = _local(file, entry, where=where)
-    return entry.offset + _LOCAL.size + len(head.name) + len(extra) + entry.size
+    return entry.offset + LOCAL.size + len(head.name) + len(extra) + entry.size
 
 
 def _footer(file: IO[bytes], position: int, entry: _Entry) -> str:

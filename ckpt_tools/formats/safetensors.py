@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, UnsupportedError
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
 from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .output import FilePlan, OutTensor
+from .twins import moved
 
 MAX_HEADER = 100_000_000  # the library's own limit
 _PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter
@@ -34,6 +37,45 @@ def read(path: Path) -> Header:
         if size < 8 or length > MAX_HEADER or 8 + length > size:
             raise CorruptError(f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy.")
         raw = file.read(length)
+    listing = _KNOWN.get(raw)
+    if listing is None:
+        listing = _KNOWN[raw] = _listing(path, raw)
+    position, payload = listing.end, size - 8 - length
+    if position != payload:
+        what = "truncated" if position > payload else "longer than its header says"
+        raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
+    metadata = dict(listing.metadata)
+    provenance = parse_provenance(metadata.get(PROVENANCE))
+    return Header(
+        path,
+        "safetensors",
+        moved(listing.tensors, path),
+        (stamp,),
+        metadata=metadata,
+        provenance=provenance,
+        pattern=listing,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Listing:
+    """What a header says, in whichever file it stands: what its bytes alone decide.
+
+    Attributes:
+        tensors: by name, in the file that it was read from first.
+        end: how long the data are.
+    """
+
+    tensors: dict[str, TensorSpec | UnsupportedTensor]
+    metadata: dict[str, str]
+    end: int
+
+
+# The files of a series mostly have the same header, byte for byte; it is known as long as one of them is in use.
+_KNOWN: WeakValueDictionary[bytes, _Listing] = WeakValueDictionary()
+
+
+def _listing(path: Path, raw: bytes) -> _Listing:
     try:
         entries = json.loads(raw.decode(), object_pairs_hook=_checked)
     except (ValueError, RecursionError) as error:
@@ -52,14 +94,18 @@ def read(path: Path) -> Header:
     tensors: dict[str, TensorSpec | UnsupportedTensor] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
-        tensors[name], begin, end = _parse(path, name, entry, base=8 + length)
+        tensors[name], begin, end = _parse(path, name, entry, base=8 + len(raw))
         spans.append((begin, end, name))
-    _check_spans(path, spans, size - 8 - length)
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
+        position = end
     for alias, kept in metadata.items():
         if alias not in tensors and kept in entries and _is_tie(alias, kept):
             tensors[alias] = tensors[kept]
-    provenance = parse_provenance(metadata.get(PROVENANCE))
-    return Header(path, "safetensors", tensors, (stamp,), metadata=metadata, provenance=provenance)
+    return _Listing(tensors, metadata, position)
 
 
 def _is_tie(alias: str, kept: str) -> bool:
@@ -75,7 +121,8 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("a name stands in it twice")
-    "".join(entries).encode()  # a JSON escape can spell half a character, which has no encoding
+    if not all(map(str.isascii, entries)):
+        "".join(entries).encode()  # a JSON escape can spell half a character, which has no encoding
     return entries
 
 
@@ -84,7 +131,7 @@ def _parse(path: Path, name: str, entry: Any, *, base: int) -> tuple[TensorSpec 
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptError(f"{path}: the entry of '{name}' is incomplete. The file is damaged.") from error
-    whole = isinstance(shape, list) and all(type(n) is int for n in (begin, end, *shape))
+    whole = isinstance(shape, list) and {type(begin), type(end), *map(type, shape)} == {int}
     if not whole or not 0 <= begin <= end or len(shape) > MAX_DIMENSIONS:
         raise CorruptError(f"{path}: the entry of '{name}' holds impossible numbers. The file is damaged.")
     dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
@@ -97,18 +144,6 @@ def _parse(path: Path, name: str, entry: Any, *, base: int) -> tuple[TensorSpec 
             f"{end - begin}. The file is damaged; get a fresh copy."
         )
     return spec, begin, end
-
-
-def _check_spans(path: Path, spans: list[tuple[int, int, str]], payload: int) -> None:
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
-        position = end
-    if position != payload:
-        what = "truncated" if position > payload else "longer than its header says"
-        raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
 
 
 def plan(

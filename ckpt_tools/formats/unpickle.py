@@ -170,14 +170,12 @@ class _TypedStorage:
     """A storage and the dtype that its class named."""
 
     __slots__ = ("dtype", "storage")
-    dtype: DType | None
-    storage: Storage
 
     def __init__(self, storage: Storage, dtype: DType | None) -> None:
-        object.__setattr__(self, "storage", storage)
-        object.__setattr__(self, "dtype", dtype)
+        self.storage = storage
+        self.dtype = dtype
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setstate__(self, state: object) -> None:  # which BUILD calls, instead of setting attributes
         raise pickle.UnpicklingError("the pickle tries to change a storage")
 
 
@@ -186,8 +184,12 @@ def _ints(values: Any) -> tuple[int, ...]:
 
     It is not shown as it is: a few bytes of a pickle can be a value that takes gigabytes to write out.
     """
-    plain = isinstance(values, (tuple, list)) and all(type(value) is int for value in values)
-    return tuple(values) if plain else (-1,)
+    if isinstance(values, (tuple, list)) and _INTEGERS.issuperset(map(type, values)):
+        return tuple(values)
+    return (-1,)
+
+
+_INTEGERS = frozenset({int})
 
 
 class _Tensor(metaclass=Sealed):
@@ -197,17 +199,19 @@ class _Tensor(metaclass=Sealed):
         if not isinstance(storage, _TypedStorage):
             raise pickle.UnpicklingError("a tensor without a storage")
         dtype = storage.dtype
-        metadata = rest[2] if len(rest) > 2 else None
-        if len(rest) > 2 and _dtype_of(rest[2]) is not None:  # _v3: requires_grad, hooks, dtype, metadata
-            dtype = _dtype_of(rest[2])
-            metadata = rest[3] if len(rest) > 3 else None
+        metadata = None
+        if len(rest) > 2:
+            metadata = rest[2]
+            if _dtype_of(metadata) is not None:  # _v3: requires_grad, hooks, dtype, metadata
+                dtype = _dtype_of(metadata)
+                metadata = rest[3] if len(rest) > 3 else None
         if dtype is None:
             return UnsupportedTensor("of an unknown dtype")
         if isinstance(metadata, dict):
             for view in ("conj", "neg"):
                 if metadata.get(view):
                     return UnsupportedTensor(f"a lazy {view} view")
-        (first,) = _ints((start,))
+        first = start if type(start) is int else -1
         return make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
 
 

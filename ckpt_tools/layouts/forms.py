@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..formats.unpickle import Inert
-from ..tensors import Tensor, TensorSpec
+from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .state import is_buffer
 
 MOST_NAMES = 300_000
@@ -52,11 +52,12 @@ def read(node: Any, names: Mapping[str, Tensor] | None = None, beside: Mapping[s
         return {}
     if isinstance(node.get("shadow_params"), (list, tuple)):
         return _parameter_list(node, names if names is not None else beside, beside if beside is not None else names)
-    tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    kinds = (TensorSpec, UnsupportedTensor)  # a union takes longer to look into
+    tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, kinds)}
     if not tensors:
         return {}
-    extras = {key: value for key, value in node.items() if key not in tensors}
-    plain = Reading("plain", tensors, {name: name for name in tensors}, extras)
+    extras = {key: value for key, value in node.items() if key not in tensors} if len(tensors) < len(node) else {}
+    plain = Reading("plain", tensors, dict(zip(tensors, tensors, strict=True)), extras)
     return (
         _averaged_model(tensors, extras)
         or _ema_pytorch(tensors, extras)
@@ -73,8 +74,10 @@ def is_scalar(value: Any, *dtypes: str) -> bool:
 def _averaged_model(tensors: dict[str, Tensor], extras: dict[Any, Any]) -> Readings:
     """torch's AveragedModel and mmengine's: the model as ``module.``, and a counter."""
     counter = next((key for key in ("n_averaged", "steps") if is_scalar(tensors.get(key), "int64")), None)
+    if counter is None:
+        return {}
     keys = {key.removeprefix("module."): key for key in tensors if key != counter}
-    if counter is None or not keys or not all(key.startswith("module.") for key in keys.values()):
+    if not keys or not all(key.startswith("module.") for key in keys.values()):
         return {}
     weights = {name: tensors[key] for name, key in keys.items()}
     form = "averaged-model" if counter == "n_averaged" else "mmengine"
@@ -104,7 +107,8 @@ def _lit_ema(tensors: dict[str, Tensor], extras: dict[Any, Any], names: Mapping[
         (
             key.removesuffix("num_updates")
             for key in tensors
-            if re.fullmatch(r"([^.]*ema\.)?num_updates", key)  # codebooks of quantizers count, too
+            if key.endswith("num_updates")
+            and re.fullmatch(r"([^.]*ema\.)?num_updates", key)  # codebooks of quantizers count, too
             and is_scalar(tensors[key])
             and is_scalar(tensors.get(key.removesuffix("num_updates") + "decay"))
         ),

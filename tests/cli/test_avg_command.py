@@ -20,7 +20,8 @@ import torch
 from cli_runner import contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import devices, payload, streams
+from ckpt_tools import devices, streams
+from ckpt_tools.formats.opened import OpenFiles
 
 
 @pytest.fixture(autouse=True)
@@ -164,8 +165,7 @@ def no_payload_may_be_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.fail("payload was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", refuse)
-        patch.setattr(payload.OpenFiles, "open", refuse)
+        patch.setattr(OpenFiles, "open", refuse)
         yield
 
 

@@ -21,7 +21,9 @@ from cli_runner import refused, run, spawn
 from safetensors.torch import save_file
 from torch import nn
 
+from ckpt_tools import native
 from ckpt_tools.formats import staged
+from ckpt_tools.formats.opened import OpenFiles
 
 
 @pytest.fixture(autouse=True)
@@ -420,7 +422,7 @@ def test_the_folder_of_the_target_is_not_writable() -> None:
 def test_a_disk_too_small_is_noticed_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(staged.shutil, "disk_usage", lambda _: usage._replace(free=50))
-    monkeypatch.setattr(os, "preadv", lambda *_: pytest.fail("payload was read"))
+    monkeypatch.setattr(OpenFiles, "open", lambda *_: pytest.fail("payload was read"))
     refusal = refused(Path(), "avg", *GOOD)
     assert refusal.startswith(f"Error: averaged.pth: needs 72 bytes, and {Path().absolute()} has 50 left.")
 
@@ -459,13 +461,13 @@ def test_an_old_target_survives_a_failure_under_force(monkeypatch: pytest.Monkey
 
 def test_an_input_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on while the average is made: no result from halves of two files."""
-    preadv = os.preadv
+    pack = native.pack
 
-    def meddling(fd: int, buffers: Any, offset: int) -> int:
+    def meddling(*args: Any, **kwargs: Any) -> Any:
         os.utime("c-2.pth", ns=(1, 1))
-        return preadv(fd, buffers, offset)
+        return pack(*args, **kwargs)
 
-    monkeypatch.setattr(os, "preadv", meddling)
+    monkeypatch.setattr(native, "pack", meddling)
     result = run("avg", *GOOD)
     assert result.code == 1
     assert "c-2.pth: changed while it was read." in result.err
@@ -473,5 +475,14 @@ def test_an_input_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_input_that_is_cut_short_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "preadv", lambda *_: 0)
-    assert "ends before its tensors do" in refused(Path(), "avg", *GOOD)
+    pack = native.pack
+
+    def meddling(*args: Any, **kwargs: Any) -> Any:
+        os.truncate("c-2.pth", 100)
+        return pack(*args, **kwargs)
+
+    monkeypatch.setattr(native, "pack", meddling)
+    result = run("avg", *GOOD)
+    assert result.code == 1
+    assert "c-2.pth: ends before its tensors do. Get a fresh copy." in result.err
+    assert sorted(path.name for path in Path().iterdir()) == sorted(GOOD)

@@ -13,6 +13,8 @@ import torch
 from cli_runner import contents, refused, run
 from safetensors.torch import save_file
 
+from ckpt_tools.formats.opened import OpenFiles
+
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +45,7 @@ def test_nothing_of_the_payload_is_read(runs: list[Path], monkeypatch: pytest.Mo
     def refuse(*_: Any) -> NoReturn:
         pytest.fail("payload was read")
 
-    monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(OpenFiles, "open", refuse)
     assert run("inspect", runs[0], "--tensors").code == 0
 
 

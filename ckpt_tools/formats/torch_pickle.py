@@ -1,0 +1,190 @@
+"""The pickle in a torch file: written as torch.save would, without torch.
+
+What `torch.load(weights_only=True)` accepts is plain data, and a few names of torch's. A pickler writes
+the name of an object that it can import, so for the time of writing there are objects of these names in
+modules that are called by a random text, which is then replaced by what torch calls them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import pickle
+import secrets
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import IO, Any
+
+from ..errors import WriteError
+from ..tensors import TensorSpec, c_strides
+from .output import OutTensor
+
+_REBUILD, _REBUILD_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")
+_UNTYPED = ("torch.storage", "UntypedStorage")
+
+
+class _StorageOut:
+    """A storage to come; the pickler turns it into a persistent id."""
+
+    __slots__ = ("key", "tensor")
+
+    def __init__(self, tensor: OutTensor, key: str) -> None:
+        self.tensor = tensor
+        self.key = key
+
+
+class _Names(dict[tuple[str, str], type]):
+    """A class for each name of torch's, in a module that has a name of its own for the time being."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._random = secrets.token_hex(16)
+        self._modules: dict[str, ModuleType] = {}
+
+    def __missing__(self, key: tuple[str, str]) -> type:
+        module, name = key
+        made = self._modules.setdefault(module, ModuleType(f"{self._random}{len(self._modules)}"))
+        sys.modules[made.__name__] = made
+        self[key] = type(name, (), {"__module__": made.__name__})
+        setattr(made, name, self[key])
+        return self[key]
+
+    def spelt_out(self, pickled: bytes) -> bytes:
+        """Call the modules what torch calls them; no other text holds the random one."""
+        for module, made in self._modules.items():
+            pickled = pickled.replace(made.__name__.encode(), module.encode())
+        return pickled
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """Let a pickler find the modules."""
+        try:
+            yield
+        finally:
+            for module in self._modules.values():
+                sys.modules.pop(module.__name__, None)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes a tree of plain data with OutTensors in it."""
+
+    def __init__(self, file: IO[bytes], names: _Names) -> None:
+        super().__init__(file, protocol=2)  # the one that torch's restricted loader knows
+        self.storages: list[OutTensor] = []
+        self._names = names
+
+    def persistent_id(self, obj: Any) -> Any:
+        if type(obj) is not _StorageOut:
+            return None
+        dtype = obj.tensor.dtype
+        if dtype.storage is None:
+            return ("storage", self._names[_UNTYPED], obj.key, "cpu", obj.tensor.nbytes)
+        return ("storage", self._names["torch", dtype.storage], obj.key, "cpu", obj.tensor.numel)
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, OutTensor):
+            return NotImplemented
+        storage = _StorageOut(obj, str(len(self.storages)))
+        self.storages.append(obj)
+        # A tuple of its own: what a pickler meets again, it does not write again.
+        stride = (*c_strides(obj.shape),)
+        hooks: OrderedDict[Any, Any] = OrderedDict()
+        args = (storage, 0, obj.shape, stride, False, hooks)
+        if obj.dtype.storage is None:
+            return self._names[_REBUILD_WITH_DTYPE], (*args, self._names["torch", obj.dtype.name])
+        return self._names[_REBUILD], args
+
+
+def dump(tree: Any, *, name: str) -> tuple[bytes, list[OutTensor]]:
+    """Pickle a tree as torch.save would.
+
+    Args:
+        tree: plain data (see `plain`) with OutTensors; one OutTensor in several places stays tied.
+        name: of the file, for messages.
+
+    Returns:
+        The pickle, and the tensors whose storages it calls 0, 1, 2 and so on.
+
+    Raises:
+        WriteError: it holds what cannot be pickled, or is nested too deeply.
+    """
+    stream = io.BytesIO()
+    names = _Names()
+    pickler = _Pickler(stream, names)
+    try:
+        with names.importable():
+            pickler.dump(tree)
+    except (pickle.PicklingError, RecursionError, TypeError) as error:
+        raise WriteError(
+            f"{name}: what stands beside the weights cannot be written ({error}). Write a .safetensors file instead."
+        ) from error
+    return names.spelt_out(stream.getvalue()), pickler.storages
+
+
+def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
+    """Copy a tree so that torch.load(weights_only=True) accepts it.
+
+    Namespaces become dicts, frozensets sets; what is no plain data is left out. What stands in the tree
+    twice, or contains itself, does so in the copy.
+
+    Args:
+        tree: of a header; OutTensors in it stay.
+        dropped: receives the dotted path of everything that was left out.
+        convert: gives what is to be written for a tensor of an input.
+
+    Raises:
+        WriteError: nested deeper than Python can follow.
+    """
+    atoms: tuple[type, ...] = (bool, int, float, complex, str, bytes, bytearray, OutTensor)
+    if "torch" in sys.modules:  # else no tree holds any of its values
+        import torch
+
+        atoms += (torch.Size, torch.dtype, torch.device)
+    keys = (str, int, float, bool, tuple, type(None))
+    copies: dict[int, Any] = {}
+
+    def copy(node: Any, where: str) -> Any:
+        if node is None or isinstance(node, atoms):
+            return node
+        if isinstance(node, TensorSpec):
+            return convert(node)
+        if id(node) in copies:
+            return copies[id(node)]
+        if isinstance(node, (dict, argparse.Namespace)):
+            mapping: Any = OrderedDict() if isinstance(node, OrderedDict) else {}
+            copies[id(node)] = mapping
+            for key, value in (node if isinstance(node, dict) else vars(node)).items():
+                place = f"{where}.{key if isinstance(key, keys) else type(key).__name__}".lstrip(".")
+                if not isinstance(key, keys):
+                    dropped.append(place)
+                    continue
+                found = copy(value, place)
+                if found is not _LEFT_OUT:
+                    mapping[key] = found
+            metadata = getattr(node, "_metadata", None)
+            if isinstance(node, OrderedDict) and metadata is not None:
+                mapping._metadata = copy(metadata, where)
+            return mapping
+        if isinstance(node, list):
+            copies[id(node)] = items = []
+            items += [value for value in (copy(v, f"{where}[]") for v in node) if value is not _LEFT_OUT]
+            return items
+        if isinstance(node, (tuple, set, frozenset)):
+            values = [value for value in (copy(v, f"{where}[]") for v in node) if value is not _LEFT_OUT]
+            copies[id(node)] = tuple(values) if isinstance(node, tuple) else set(values)
+            return copies[id(node)]
+        dropped.append(where or "the object itself")
+        return _LEFT_OUT
+
+    try:
+        return copy(tree, "")
+    except RecursionError as error:
+        raise WriteError(
+            "what stands beside the weights is nested too deeply to be copied. Write a .safetensors file instead."
+        ) from error
+
+
+_LEFT_OUT = object()

@@ -1,0 +1,160 @@
+"""Twins: files of a series whose headers are the same but for checksums, so that one is parsed for all."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+from weakref import WeakValueDictionary
+
+from ..tensors import Storage, TensorSpec, UnsupportedTensor
+from .unpickle import SealedDict
+from .zip_records import CENTRAL, LOCAL, Archive
+
+_ATOMS = {type(None), bool, int, float, complex, str, bytes, UnsupportedTensor}
+_WINDOW = 1 << 16
+_DENSE = 1 << 14  # headers that are no further apart are read together with what stands between them
+
+
+class Unmovable(Exception):
+    """A tree with objects in it that are not known to be copied by copying what they hold."""
+
+
+def moved(tree: Any, path: Path) -> Any:
+    """Copy a tree whose tensors stand at the same places of another file; the copy shares nothing that can change.
+
+    Raises:
+        Unmovable: it holds more than dicts, lists, tuples and plain values.
+    """
+    copies: dict[int, Any] = {}
+
+    def copy(node: Any) -> Any:
+        kind = type(node)
+        if kind is TensorSpec:
+            at = node.storage
+            storage = Storage(path, at.offset, at.nbytes, at.big_endian)
+            return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
+        if kind in _ATOMS:
+            return node
+        if id(node) in copies:
+            return copies[id(node)]
+        if kind is dict or kind is SealedDict:
+            mapping: Any = kind()
+            copies[id(node)] = mapping
+            if not _ATOMS.issuperset(map(type, node)):
+                raise Unmovable
+            for key, value in node.items():
+                mapping[key] = copy(value)
+            if kind is SealedDict and (metadata := getattr(node, "_metadata", None)) is not None:
+                mapping._metadata = copy(metadata)
+            return mapping
+        if kind is list:
+            items = copies[id(node)] = []
+            items.extend(map(copy, node))
+            return items
+        if kind is tuple:
+            # One that holds itself, by way of a list, is made further in.
+            values = tuple(map(copy, node))
+            return copies.setdefault(id(node), values)
+        raise Unmovable
+
+    try:
+        return copy(tree)
+    except RecursionError as error:
+        raise Unmovable from error
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A torch zip file that has been read, for those after it.
+
+    Attributes:
+        archive: its records, in a directory as torch writes it.
+        root: what their names begin with, and a slash.
+        tree, foreign: what its pickle holds.
+    """
+
+    archive: Archive
+    root: bytes
+    tree: Any
+    foreign: Counter[str]
+
+    def describes(self, file: IO[bytes], directory: bytes) -> bool:
+        """Return whether all that was read of this file stands in another one, too, where the names begin otherwise.
+
+        Args:
+            file: the other, open for reading, of the same length.
+            directory: of it, from the same place.
+        """
+        root = directory[CENTRAL.size : CENTRAL.size + len(self.root)]
+        return (
+            root.endswith(b"/")
+            and root.isascii()
+            and root.count(b"/") == 1
+            and not {*b"\0\\"} & {*root}
+            and self._alike(directory, root, *self._directory)
+            and self._alike(_pieces(file, self._head_places), root, *self._heads)
+            and _pieces(file, self._content_places) == b"".join(self.archive.contents.values())
+            and all(directory[at : at + 4] in checksums for at, checksums in self._checksums)
+        )
+
+    def _alike(self, theirs: bytes, root: bytes, ours: bytes, mask: int) -> bool:
+        if len(theirs) != len(ours) or theirs.count(root) != ours.count(self.root):
+            return False
+        renamed = theirs.replace(root, self.root)
+        return not (int.from_bytes(renamed, "little") ^ int.from_bytes(ours, "little")) & mask
+
+    @cached_property
+    def _directory(self) -> tuple[bytes, int]:
+        """Return its lines, and which of their bits count: not those of times and checksums."""
+        line = b"\xff" * 12 + bytes(8) + b"\xff" * (CENTRAL.size - 20)
+        mask = b"".join(line + b"\xff" * len(record.name) for record in self.archive.records.values())
+        return self.archive.directory, int.from_bytes(mask, "little")
+
+    @cached_property
+    def _heads(self) -> tuple[bytes, int]:
+        """Return its local headers, and which of their bits count: of the signature, the two lengths and the name."""
+        heads = [head for _, head in sorted(self.archive.heads.items())]
+        line = b"\xff" * 4 + bytes(LOCAL.size - 8) + b"\xff" * 4
+        mask = b"".join(line + b"\xff" * (len(head) - LOCAL.size) for head in heads)
+        return b"".join(heads), int.from_bytes(mask, "little")
+
+    @cached_property
+    def _head_places(self) -> list[tuple[int, int]]:
+        return [(offset, len(head)) for offset, head in sorted(self.archive.heads.items())]
+
+    @cached_property
+    def _content_places(self) -> list[tuple[int, int]]:
+        return [(offset, len(content)) for (_, offset), content in self.archive.contents.items()]
+
+    @cached_property
+    def _checksums(self) -> list[tuple[int, tuple[bytes, bytes]]]:
+        """Return where those of the contents stand in the directory, and what may stand there: none is 0."""
+        lines = accumulate((CENTRAL.size + len(record.name) for record in self.archive.records.values()), initial=0)
+        at = dict(zip(self.archive.records, lines, strict=False))
+        return [
+            (at[name] + 16, (zlib.crc32(content).to_bytes(4, "little"), bytes(4)))
+            for (name, _), content in self.archive.contents.items()
+        ]
+
+
+def _pieces(file: IO[bytes], places: Sequence[tuple[int, int]]) -> bytes:
+    """Read pieces of a file, in ascending order, and put them together."""
+    far = len(places) < 2 or (places[-1][0] - places[0][0]) // (len(places) - 1) > _DENSE
+    pieces = []
+    window, begin = b"", 0
+    for offset, nbytes in places:
+        if not begin <= offset <= begin + len(window) - nbytes:
+            file.seek(offset)
+            window, begin = file.read(nbytes if far else max(nbytes, _WINDOW)), offset
+        pieces.append(window[offset - begin : offset - begin + nbytes])
+    return b"".join(pieces)
+
+
+KNOWN: WeakValueDictionary[tuple[int, int], Known] = WeakValueDictionary()
+"""By the length of the file and where its directory begins; as long as a header of such a file is in use."""

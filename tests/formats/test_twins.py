@@ -1,0 +1,207 @@
+"""Headers that equal another's are parsed once, and read as if each had been parsed alone."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crafting import same
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ckpt_tools import open_checkpoint
+from ckpt_tools.errors import CkptError, CorruptError
+from ckpt_tools.formats import read_header
+from ckpt_tools.formats.twins import KNOWN
+
+Save = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> Iterator[None]:
+    KNOWN.clear()
+    yield
+    KNOWN.clear()
+
+
+def weights(seed: int) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    tied = torch.randn(3, 2)
+    return {"a": tied, "b": tied, "t": torch.randn(4, 3).t(), "h": torch.randn(5).half(), "n": torch.tensor(seed)}
+
+
+def check(path: Path, expected: dict[str, torch.Tensor]) -> None:
+    read = open_checkpoint(path)
+    assert list(read) == list(expected)
+    assert all(same(read[name], tensor) for name, tensor in expected.items())
+
+
+def alone(path: Path) -> Any:
+    """Read a file as if no other had been read before."""
+    known = dict(KNOWN)
+    KNOWN.clear()
+    try:
+        return outcome(path)
+    finally:
+        KNOWN.clear()
+        KNOWN.update(known)
+
+
+def outcome(path: Path) -> Any:
+    try:
+        header = read_header(path)
+    except CkptError as error:
+        return type(error), str(error)
+    return header.tree, header.files, header.foreign, header.metadata, header.provenance
+
+
+@pytest.mark.parametrize("name", ["step_{}.pth", "step_{}.safetensors"])
+def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Save, tmp_path: Path) -> None:
+    paths = [tmp_path / name.format(i) for i in range(3)]
+    for i, path in enumerate(paths):
+        tensors = {"w": torch.full((2, 3), float(i)), "n": torch.tensor(i)}
+        save_file(tensors, path) if path.suffix == ".safetensors" else save(path.name, tensors)
+
+    first, second = read_header(paths[0]), read_header(paths[1])
+    first.tree["w"] = "changed"
+    first.metadata["format"] = "changed"
+    second.tree.clear()
+    second.foreign["changed"] += 1
+    third = read_header(paths[2])
+
+    assert first.pattern is second.pattern is third.pattern is not None
+    assert list(third.tree) == ["w", "n"] or list(third.tree) == ["n", "w"]
+    assert {spec.storage.path for spec in third.tree.values()} == {paths[2]}
+    assert "changed" not in third.metadata.values()
+    assert third.foreign == Counter()
+    assert [stamp.path for stamp in third.files] == [paths[2]]
+    check(paths[2], {name: torch.tensor(2) if name == "n" else torch.full((2, 3), 2.0) for name in third.tree})
+
+
+def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save: Save) -> None:
+    header = read_header(save("a.pth", weights(0)))
+    assert list(KNOWN.values()) == [header.pattern]
+    del header
+    assert not KNOWN
+
+
+@pytest.mark.parametrize("names", [("step_1.pth", "step_2.pth"), ("step_9.pth", "step_10.pth"), ("a.pth", "b.pth")])
+def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[str, str], save: Save) -> None:
+    keep = [read_header(save(name, weights(seed))) for seed, name in enumerate(names)]
+    for seed, header in enumerate(keep):
+        check(header.path, weights(seed))
+        assert outcome(header.path) == alone(header.path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"w": torch.ones(2, 6), "lr": 0.1},
+        {"w": torch.ones(3, 4), "lr": 0.2},
+        {"w": torch.ones(4, 3).t(), "lr": 0.1},
+        {"v": torch.ones(3, 4), "lr": 0.1},
+        {"w": torch.ones(3, 4).int(), "lr": 0.1},
+    ],
+)
+def test_a_pickle_that_says_something_else_is_read_itself(other: dict[str, Any], save: Save) -> None:
+    first = read_header(save("a.pth", {"w": torch.ones(3, 4), "lr": 0.1}))
+    second = read_header(save("b.pth", other))
+    assert first.pattern is not second.pattern
+    assert second.tree["lr"] == other["lr"]
+    check(second.path, {name: value for name, value in other.items() if name != "lr"})
+
+
+def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(save: Save) -> None:
+    def tree(seed: int) -> Any:
+        log: list[Any] = [1, "x"]
+        log.append(log)
+        model = torch.nn.BatchNorm1d(2).state_dict()
+        return {"model": model, "log": log, "again": log, "pair": (model, 2.5), "args": {"lr": None}}
+
+    first, second = (read_header(save(f"{seed}.pth", tree(seed))) for seed in (0, 1))
+    assert first.pattern is second.pattern is not None
+    log, own = first.tree["log"], second.tree["log"]
+    assert own is second.tree["again"] is own[2]
+    assert own is not log
+    assert second.tree["pair"][0] is second.tree["model"]
+    assert second.tree["model"]._metadata == first.tree["model"]._metadata
+    assert second.tree["model"]._metadata is not first.tree["model"]._metadata
+
+
+def test_a_pair_of_pairs_of_pairs_is_not_written_out(save: Save) -> None:
+    pairs: Any = (1, 2)
+    for _ in range(60):
+        pairs = (pairs, pairs)
+    first, second = (read_header(save(f"{seed}.pth", {"w": torch.ones(2), "pairs": pairs})) for seed in (0, 1))
+    assert first.pattern is second.pattern is not None
+    assert second.tree["pairs"][0] is second.tree["pairs"][1]
+
+
+def test_a_tuple_that_holds_itself_does_so_in_every_file(save: Save) -> None:
+    items: list[Any] = []
+    ring = (items,)
+    items.append(ring)
+    _, second = (read_header(save(f"{seed}.pth", {"w": torch.ones(2), "ring": ring})) for seed in (0, 1))
+    assert second.tree["ring"][0][0] is second.tree["ring"]
+
+
+@pytest.mark.parametrize("odd", [Namespace(lr=0.1), {1, 2}, torch.float16, torch.nn.Identity()])
+def test_objects_that_are_no_plain_containers_are_read_for_each_file(odd: Any, save: Save) -> None:
+    first, second = (read_header(save(f"{seed}.pth", weights(seed) | {"odd": odd})) for seed in (0, 1))
+    assert first.tree["odd"] is not second.tree["odd"] or isinstance(odd, torch.dtype)
+    assert type(first.tree["odd"]).__name__ == type(second.tree["odd"]).__name__
+    assert second.tree["a"].storage.path == second.path
+
+
+def test_a_local_header_that_lies_is_refused_whatever_was_read_before(save: Save) -> None:
+    keep = read_header(save("a.pth", weights(0)))
+    path = save("b.pth", weights(1))
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"b/data/2", b"b/data/7", 1))  # the local header stands before the directory
+    with pytest.raises(CorruptError, match=r"b\.pth: its directory points at no record for b/data/2"):
+        read_header(path)
+    assert keep.pattern is not None
+
+
+def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_before(save: Save) -> None:
+    keep = read_header(save("a.pth", weights(0)))
+    path = save("b.pth", weights(1))
+    raw = bytearray(path.read_bytes())
+    line = raw.rindex(b"b/data.pkl") - 46
+    assert raw[line : line + 4] == b"PK\1\2"
+    raw[line + 16] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CorruptError, match=r"b\.pth: the checksum of its data\.pkl does not fit"):
+        read_header(path)
+    assert keep.pattern is not None
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data: st.DataObject) -> None:
+    KNOWN.clear()
+    keep = read_header(save("a.pth", weights(0)))
+    path = save("b.pth", weights(1))
+    raw = bytearray(path.read_bytes())
+    marks = [i for i in range(len(raw)) if raw.startswith((b"PK", b"b/"), i)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        near = data.draw(st.sampled_from(marks)) + data.draw(st.integers(0, 60))
+        raw[min(near, len(raw) - 1)] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw)
+
+    assert KNOWN
+    assert outcome(path) == alone(path)
+    assert keep.pattern is not None
+
+
+def test_a_twin_in_a_row_of_records_far_apart_is_read_right(save: Save) -> None:
+    tensors = [{f"w{i}": torch.randn(20_000) for i in range(4)} for _ in range(2)]
+    first, second = (read_header(save(f"{i}.pth", tensors[i])) for i in range(2))
+    assert first.pattern is second.pattern is not None
+    check(second.path, tensors[1])

@@ -1,0 +1,149 @@
+"""Sums in C: every value of the narrow dtypes, checksums of any length, files laid out in any way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import ckpt_tools
+from ckpt_tools import native
+
+Save = Callable[..., Path]
+RELAXED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+pytestmark = pytest.mark.skipif(native._native is None, reason="installed without a C compiler")
+
+
+@pytest.fixture(autouse=True)
+def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not done by the other way."""
+    from ckpt_tools import summing
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("torch was asked")
+
+    monkeypatch.setattr(summing, "Worker", refuse)
+
+
+def finite(dtype: torch.dtype) -> torch.Tensor:
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    return values[values.isfinite()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weights", [None, [0.25, 0.5, 0.25]])
+def test_every_value_of_16_bits_averages_to_itself(
+    save: Save, tmp_path: Path, dtype: torch.dtype, weights: list[float] | None
+) -> None:
+    paths = [save(f"{i}.pth", {"w": finite(dtype)}) for i in range(3)]
+    mode = {} if weights is None else {"mode": "weights", "weights": weights}
+    ckpt_tools.average(paths, out=tmp_path / "out.safetensors", **mode)
+    found = load_file(tmp_path / "out.safetensors")["w"]
+    assert torch.equal(found.view(torch.int16), finite(dtype).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_of_16_bits_is_widened_exactly(save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
+    values = finite(dtype)
+    ckpt_tools.average(save("0.pth", {"w": values}), dtype="float32", out=tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")["w"]
+    assert torch.equal(found.view(torch.int32), values.float().view(torch.int32))
+
+
+@RELAXED
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40),
+    gap=st.sampled_from([0, 1, 3, 64, 5000]),
+    dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]), min_size=1),
+    suffix=st.sampled_from(["pth", "safetensors"]),
+)
+def test_small_tensors_in_any_neighbourhood(
+    tmp_path: Path, lengths: list[int], gap: int, dtypes: list[torch.dtype], suffix: str
+) -> None:
+    """Names in another order than the bytes, bytes of others between them, odd offsets."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for i in range(3):
+        tensors = {}
+        for k, length in enumerate(lengths):
+            dtype = dtypes[k % len(dtypes)]
+            tensors[f"t{(k * 7) % len(lengths)}.{k}"] = (torch.randn(length, generator=generator) * 9).to(dtype)
+            tensors[f"gap{k}"] = torch.full((max(gap, 1),), 7, dtype=torch.uint8)
+        inputs.append(tensors)
+        if suffix == "pth":
+            torch.save(tensors, tmp_path / f"{i}.pth")
+        else:
+            save_file(tensors, tmp_path / f"{i}.safetensors")
+    out = tmp_path / f"out.{suffix}"
+    ckpt_tools.average([tmp_path / f"{i}.{suffix}" for i in range(3)], out=out, force=True)
+    found = torch.load(out, weights_only=True) if suffix == "pth" else load_file(out)
+    assert found.keys() == inputs[0].keys()
+    for name, last in inputs[-1].items():
+        if last.is_floating_point():
+            total = sum(tensors[name].double() for tensors in inputs)
+            assert isinstance(total, torch.Tensor)
+            assert torch.equal(found[name], (total * (1 / 3)).to(last.dtype))
+        else:
+            assert torch.equal(found[name], last)
+    if suffix == "pth":
+        assert zipfile.ZipFile(out).testzip() is None  # every checksum
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 63, 64, 65, 79, 80, 127, 128, 1000, 4096, 65_537, 300_001])
+def test_checksums_of_any_length_are_those_of_zlib(save: Save, tmp_path: Path, length: int) -> None:
+    values = torch.from_numpy(np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8))
+    paths = [save(f"{i}.pth", {"bytes": values, "w": torch.ones(3)}) for i in range(2)]
+    ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    assert zipfile.ZipFile(tmp_path / "out.pth").testzip() is None
+    assert torch.equal(torch.load(tmp_path / "out.pth", weights_only=True)["bytes"], values)
+
+
+@RELAXED
+@given(data=st.binary(max_size=3000), start=st.integers(0, 70))
+def test_checksums_are_those_of_zlib_wherever_bytes_begin(data: bytes, start: int) -> None:
+    assert native.crc32(memoryview(data)[start:]) == zlib.crc32(data[start:])
+
+
+def test_a_large_tensor_is_read_block_by_block_to_its_end(save: Save, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(2**21 + 12_345).astype(np.float32) for _ in range(3)]
+    paths = [save(f"{i}.pth", {"w": torch.from_numpy(array)}) for i, array in enumerate(arrays)]
+    ckpt_tools.average(paths, mode="ema", decay=0.9, out=tmp_path / "out.pth")
+    oracle = sum(c * array.astype(np.float64) for c, array in zip((0.81, 0.09, 0.1), arrays, strict=True))
+    found = torch.load(tmp_path / "out.pth", weights_only=True)["w"].numpy()
+    np.testing.assert_allclose(found, oracle, rtol=2**-24, atol=1e-14)  # half a step, and the order of the float64 sum
+    assert zipfile.ZipFile(tmp_path / "out.pth").testzip() is None
+
+
+def test_an_average_of_plain_files_needs_no_torch(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", {"w": torch.full((5,), float(i)), "n": torch.tensor(i)}) for i in (1, 3)]
+    script = (
+        "import sys, ckpt_tools\n"
+        f"ckpt_tools.average({list(map(str, paths))!r}, out={str(tmp_path / 'out.pth')!r})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    found = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert found["w"].tolist() == [2.0] * 5
+    assert found["n"].item() == 3
+
+
+def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
+    from array import array
+
+    for terms, table in ((b"", [1, 0, 0]), (b"\0" * 16, [1])):
+        with pytest.raises(ValueError, match="do not fit"):
+            native._native.sum_large(
+                terms, 9, 1.0, 1.0, False, True, True, array("q", table), array("I", [0]), bytearray(1)
+            )
