@@ -67,6 +67,8 @@ def save(state: Any, path: str, count: int = 0) -> None:
     elif path.endswith(".safetensors"):
         save_file(state, path, metadata={"format": "pt"})
     else:
+        if isinstance(state, dict):
+            state, count = iter(state.items()), len(state)
         shutil.rmtree(path, ignore_errors=True)
         Path(path).mkdir()
         where: dict[str, str] = {}
