@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -125,7 +126,7 @@ def averaging(bench: Bench, files: Files) -> None:
             if worst is not None:
                 ulp[name] = worst
             elif name in (CKPT, INSIDE):
-                raise BenchError(f"{files.out} has another dtype than the inputs.")
+                raise BenchError(f"{files.out} has another dtype than the inputs, or other integers than the last.")
         return finish(done, files.out)
 
     def ours() -> Sample:
@@ -306,6 +307,7 @@ def run_all(bench: Bench, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that gigabytes of files go, too
     started = time.monotonic()
     bench = Bench(options)
     if options.update and options.json.exists():

@@ -101,7 +101,9 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
             raise BenchError(f"more than {limit:.0f} s")
         if child.returncode != 0:
             last = err.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise BenchError(f"{' '.join(argv[:4])} ended with {child.returncode}: {' '.join(last)}")
+            # Without the folders, which say nothing to a reader of the tables.
+            command = " ".join(Path(word).name for word in argv[:4])
+            raise BenchError(f"{command} ended with {child.returncode}: {' '.join(last)}")
         return Sample(seconds, usage.ru_maxrss * 1024 / GB, others=others), out.read().decode(errors="replace")
 
 
