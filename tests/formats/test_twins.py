@@ -91,7 +91,9 @@ def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save:
     assert not KNOWN
 
 
-@pytest.mark.parametrize("names", [("step_1.pth", "step_2.pth"), ("step_9.pth", "step_10.pth"), ("a.pth", "b.pth")])
+@pytest.mark.parametrize(
+    "names", [("step_1.pth", "step_2.pth"), ("step_9.pth", "step_10.pth"), ("a.pth", "b.pth"), ("b.pth", "a.pth")]
+)
 def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[str, str], save: Save) -> None:
     keep = [read_header(save(name, weights(seed))) for seed, name in enumerate(names)]
     for seed, header in enumerate(keep):
@@ -110,8 +112,8 @@ def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[st
     ],
 )
 def test_a_pickle_that_says_something_else_is_read_itself(other: dict[str, Any], save: Save) -> None:
-    first = read_header(save("a.pth", {"w": torch.ones(3, 4), "lr": 0.1}))
-    second = read_header(save("b.pth", other))
+    first = read_header(save("x.pth", {"w": torch.ones(3, 4), "lr": 0.1}))
+    second = read_header(save("y.pth", other))
     assert first.pattern is not second.pattern
     assert second.tree["lr"] == other["lr"]
     check(second.path, {name: value for name, value in other.items() if name != "lr"})
@@ -160,44 +162,44 @@ def test_objects_that_are_no_plain_containers_are_read_for_each_file(odd: Any, s
 
 
 def test_a_local_header_that_lies_is_refused_whatever_was_read_before(save: Save) -> None:
-    keep = read_header(save("a.pth", weights(0)))
-    path = save("b.pth", weights(1))
+    keep = read_header(save("x.pth", weights(0)))
+    path = save("y.pth", weights(1))
+    assert read_header(path).pattern is keep.pattern
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(b"b/data/2", b"b/data/7", 1))  # the local header stands before the directory
-    with pytest.raises(CorruptError, match=r"b\.pth: its directory points at no record for b/data/2"):
+    path.write_bytes(raw.replace(b"y/data/2", b"y/data/7", 1))  # the local header stands before the directory
+    with pytest.raises(CorruptError, match=r"y\.pth: its directory points at no record for y/data/2"):
         read_header(path)
-    assert keep.pattern is not None
 
 
 def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_before(save: Save) -> None:
-    keep = read_header(save("a.pth", weights(0)))
-    path = save("b.pth", weights(1))
+    keep = read_header(save("x.pth", weights(0)))
+    path = save("y.pth", weights(1))
+    assert read_header(path).pattern is keep.pattern
     raw = bytearray(path.read_bytes())
-    line = raw.rindex(b"b/data.pkl") - 46
+    line = raw.rindex(b"y/data.pkl") - 46
     assert raw[line : line + 4] == b"PK\1\2"
     raw[line + 16] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(CorruptError, match=r"b\.pth: the checksum of its data\.pkl does not fit"):
+    with pytest.raises(CorruptError, match=r"y\.pth: the checksum of its data\.pkl does not fit"):
         read_header(path)
-    assert keep.pattern is not None
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data: st.DataObject) -> None:
     KNOWN.clear()
-    keep = read_header(save("a.pth", weights(0)))
-    path = save("b.pth", weights(1))
+    keep = read_header(save("x.pth", weights(0)))
+    path = save("y.pth", weights(1))
+    assert read_header(path).pattern is keep.pattern
     raw = bytearray(path.read_bytes())
-    marks = [i for i in range(len(raw)) if raw.startswith((b"PK", b"b/"), i)]
+    marks = [i for i in range(len(raw)) if raw.startswith((b"PK", b"y/"), i)]
     for _ in range(data.draw(st.integers(1, 3))):
         near = data.draw(st.sampled_from(marks)) + data.draw(st.integers(0, 60))
         raw[min(near, len(raw) - 1)] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
 
-    assert KNOWN
+    assert keep.pattern in KNOWN.values()
     assert outcome(path) == alone(path)
-    assert keep.pattern is not None
 
 
 def test_a_twin_in_a_row_of_records_far_apart_is_read_right(save: Save) -> None:
