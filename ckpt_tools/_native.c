@@ -31,8 +31,6 @@ enum { FLOAT32, BFLOAT16, FLOAT16, RAW };  /* as in native.py; RAW is never look
 enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN };
 
 #define BLOCK 16384           /* elements; 64 KiB of float32 and 128 KiB of sums stay in a cache of level 2 */
-#define FLUSH (8 << 20)       /* bytes after which the disk is told to start */
-#define WORTH (1 << 20)       /* bytes worth telling it of */
 #define SPAN (256 << 10)      /* bytes that are read at once, of small parts */
 #define GAP 4096              /* bytes between two parts that cost less to read than another call does */
 
@@ -254,21 +252,6 @@ static int write_all(int64_t fd, const void *from, size_t n, int64_t offset) {
     return DONE;
 }
 
-typedef struct {
-    int64_t fd, start, end;
-} Range;
-
-/* Let the disk begin with what is complete, so that the sync at the end has little left to wait for. */
-static void flush(Range *range, int64_t least) {
-#ifdef SYNC_FILE_RANGE_WRITE
-    if (range->end - range->start < least) return;
-    sync_file_range((int)range->fd, range->start, range->end - range->start, SYNC_FILE_RANGE_WRITE);
-    range->start = range->end;
-#else
-    (void)range, (void)least;
-#endif
-}
-
 /* ---- a batch of parts ---- */
 
 typedef struct {
@@ -340,16 +323,11 @@ static int copy_block(Batch *b, const Place *at, size_t done, size_t n, void *x,
 /* Large parts: a block at a time, from file to file. */
 static int run_large(Batch *b, char *x, double *sum) {
     size_t size = SIZE[b->out], block = b->out == RAW ? 16 * BLOCK : BLOCK;
-    Range to_flush = {-1, 0, 0};
     for (b->part = 0; b->part < b->parts; b->part++) {
         const int64_t *row = b->table + b->part * (3 + 2 * b->count);
         size_t total = (size_t)row[0];
         const Place *out = (const Place *)(row + 1), *in = (const Place *)(row + 3);
         uint32_t crc = 0;
-        if (b->part == 0 || out->fd != to_flush.fd) {
-            flush(&to_flush, WORTH);
-            to_flush = (Range){out->fd, out->offset, out->offset};
-        }
         for (size_t done = 0; done < total; done += block) {
             size_t n = total - done < block ? total - done : block;
             int bad = 0;
@@ -360,14 +338,10 @@ static int run_large(Batch *b, char *x, double *sum) {
                 break;
             }
             if (b->summed) crc = checksum(crc, x, n * size);
-            int64_t at = out->offset + (int64_t)(done * size), end = at + (int64_t)(n * size);
-            if (write_all(out->fd, x, n * size, at) != DONE) return NOT_WRITTEN;
-            to_flush.end = end;
-            flush(&to_flush, FLUSH);
+            if (write_all(out->fd, x, n * size, out->offset + (int64_t)(done * size)) != DONE) return NOT_WRITTEN;
         }
         b->crcs[b->part] = crc;
     }
-    flush(&to_flush, WORTH);
     return DONE;
 }
 
@@ -487,10 +461,27 @@ static PyObject *crc32_of(PyObject *self, PyObject *data) {
     return PyLong_FromUnsignedLong(crc);
 }
 
+PyDoc_STRVAR(start_disk_doc,
+"start_disk(fd, offset, nbytes)\n\n"
+"Let the disk begin with a part of a file, so that a sync later on has less to wait for.");
+
+static PyObject *start_disk(PyObject *self, PyObject *args) {
+    int fd;
+    long long offset, nbytes;
+    if (!PyArg_ParseTuple(args, "iLL", &fd, &offset, &nbytes)) return NULL;
+#ifdef SYNC_FILE_RANGE_WRITE
+    Py_BEGIN_ALLOW_THREADS
+    sync_file_range(fd, offset, nbytes, SYNC_FILE_RANGE_WRITE);  /* what fails here, fails in fsync, too */
+    Py_END_ALLOW_THREADS
+#endif
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"sum_large", sum_large, METH_VARARGS, sum_large_doc},
     {"sum_small", sum_small, METH_VARARGS, sum_small_doc},
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn what zlib.crc32 does."},
+    {"start_disk", start_disk, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };
 

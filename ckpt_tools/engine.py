@@ -14,9 +14,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from . import native
@@ -31,6 +32,9 @@ from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, cut, kind_of
 if TYPE_CHECKING:
     from .lanes import Lane, Size
     from .summing import Recipe, Worker
+
+
+_WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up
 
 
 def default_threads() -> int:
@@ -90,7 +94,10 @@ def run(
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices)
-        with _one_thread_each(size is not None or any(_needs_torch(batch.parts[0].tensor) for batch in batches)):
+        with (
+            job.disk_at_work(),
+            _one_thread_each(size is not None or any(_needs_torch(batch.parts[0].tensor) for batch in batches)),
+        ):
             in_threads(
                 lambda: _work(job),
                 _workers(threads, devices),
@@ -146,6 +153,7 @@ class _Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
     _waiting: Iterator[Batch] = field(init=False)
     _turn: Iterator[str] = field(init=False)
+    _written: SimpleQueue[Part | None] = field(default_factory=SimpleQueue)
     _crcs: dict[OutTensor, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,7 +176,25 @@ class _Job:
             name = next(self._turn)
         return Lane(opened(name), self.size, self.files, self.done, self.stop)
 
+    @contextmanager
+    def disk_at_work(self) -> Iterator[None]:
+        """Let the disk write what is complete, beside the workers, whom a disk that is busy would hold up."""
+
+        def begin() -> None:
+            while (part := self._written.get()) is not None:
+                native.start_disk(part.out.fd, part.position, part.nbytes)
+
+        thread = threading.Thread(target=begin, name="ckpt-disk")
+        thread.start()
+        try:
+            yield
+        finally:
+            self._written.put(None)
+            thread.join()
+
     def done(self, part: Part, crc: int) -> None:
+        if part.nbytes >= _WORTH_STARTING:
+            self._written.put(part)
         with self.lock:
             self.moved += part.moved
             if part.out.plan.needs_crc:
