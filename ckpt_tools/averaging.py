@@ -392,7 +392,7 @@ def _scaled(
     if scale == 1.0 and all(coefficients):
         return tuple(present)
     weighing = tuple((spec, c * scale) for spec, c in present if c != 0)
-    return weighing or tuple(present[-1:])
+    return weighing or ((present[-1][0], 0.0),)  # -0.0 would be another average
 
 
 def check_threads(threads: int | None) -> None:

@@ -125,8 +125,8 @@ def in_threads(
     """
     threads = default_threads() if threads is None else threads
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
-        pending = {pool.submit(work) for _ in range(threads)}
         try:
+            pending = {pool.submit(work) for _ in range(threads)}
             while pending:
                 done, pending = wait(pending, timeout=0.1)
                 if on_tick is not None:
@@ -182,15 +182,17 @@ class _Job:
 
         def begin() -> None:
             while (part := self._written.get()) is not None:
-                native.start_disk(part.out.fd, part.position, part.nbytes)
+                if not self.stop.is_set():  # for nothing else is worth waiting for the disk
+                    native.start_disk(part.out.fd, part.position, part.nbytes)
 
         thread = threading.Thread(target=begin, name="ckpt-disk")
-        thread.start()
         try:
+            thread.start()
             yield
         finally:
             self._written.put(None)
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def done(self, part: Part, crc: int) -> None:
         if part.nbytes >= _WORTH_STARTING:

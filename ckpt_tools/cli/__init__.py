@@ -100,6 +100,7 @@ def main() -> None:
         if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(each, _stop)
     # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
+    thresholds = gc.get_threshold()
     gc.set_threshold(100_000, 20, 20)
     # torch says this at import where numpy is not installed; nothing here needs numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
@@ -115,3 +116,5 @@ def main() -> None:
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
         console.say(f"{what}; nothing was written.")
         sys.exit(128 + stopped.number)
+    finally:
+        gc.set_threshold(*thresholds)

@@ -50,9 +50,10 @@ def read(path: Path) -> Header:
         archive = Archive(file, 0, stamp.nbytes, where=str(path))
         root, tree, foreign, provenance = _read(archive, path, where=str(path))
     known = None
-    if archive.directory and provenance is None:
+    prefix = f"{root}/"
+    if archive.directory and provenance is None and all(name.startswith(prefix) for name in archive.records):
         with suppress(Unmovable):
-            known = Known(archive, f"{root}/".encode(), moved(tree, path), foreign.copy())
+            known = Known(archive, prefix.encode(), moved(tree, path), foreign.copy())
             KNOWN[stamp.nbytes, start] = known
     made = parse_provenance(provenance)
     return Header(path, "torch-zip", tree, (stamp,), foreign, provenance=made, pattern=known)
@@ -107,7 +108,10 @@ def _read(archive: Archive, path: Path, *, where: str) -> tuple[str, Any, Counte
 def pickled(path: Path) -> tuple[str, bytes]:
     """Return the name of the record with the saved object in a file that `read` has accepted, and its bytes."""
     with path.open("rb") as file:
-        archive = Archive(file, 0, Stamp.of(path, file.fileno()).nbytes, where=str(path))
+        try:
+            archive = Archive(file, 0, Stamp.of(path, file.fileno()).nbytes, where=str(path))
+        except CorruptError as error:
+            raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.") from error
         name = f"{_root(str(path), archive.records)}/data.pkl"
         return name, archive.read(name)
 

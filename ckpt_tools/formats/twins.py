@@ -103,26 +103,33 @@ class Known:
             and all(directory[at : at + 4] in checksums for at, checksums in self._checksums)
         )
 
-    def _alike(self, theirs: bytes, root: bytes, ours: bytes, mask: int) -> bool:
-        if len(theirs) != len(ours) or theirs.count(root) != ours.count(self.root):
-            return False
-        renamed = theirs.replace(root, self.root)
-        return not (int.from_bytes(renamed, "little") ^ int.from_bytes(ours, "little")) & mask
+    def _alike(self, theirs: bytes, root: bytes, pieces: Sequence[bytes], mask: int) -> bool:
+        """Compare with what ours would be with another root, put only where names begin."""
+        ours = root.join(pieces)
+        return len(theirs) == len(ours) and not (_number(theirs) ^ _number(ours)) & mask
 
     @cached_property
-    def _directory(self) -> tuple[bytes, int]:
-        """Return its lines, and which of their bits count: not those of times and checksums."""
+    def _directory(self) -> tuple[list[bytes], int]:
+        """Return its lines, cut where the root stands, and which bits count: not those of times and checksums."""
         line = b"\xff" * 12 + bytes(8) + b"\xff" * (CENTRAL.size - 20)
         mask = b"".join(line + b"\xff" * len(record.name) for record in self.archive.records.values())
-        return self.archive.directory, int.from_bytes(mask, "little")
+        lengths = [CENTRAL.size + len(record.name) for record in self.archive.records.values()]
+        begins = [*accumulate(lengths, initial=0)][:-1]
+        return self._without_root(self.archive.directory, [at + CENTRAL.size for at in begins]), _number(mask)
+
+    def _without_root(self, data: bytes, places: Sequence[int]) -> list[bytes]:
+        ends = [*places, len(data)]
+        begins = [0, *(place + len(self.root) for place in places)]
+        return [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
     @cached_property
-    def _heads(self) -> tuple[bytes, int]:
-        """Return its local headers, and which of their bits count: of the signature, the two lengths and the name."""
+    def _heads(self) -> tuple[list[bytes], int]:
+        """Return its local headers, cut likewise, and which bits count: of signature, the two lengths and the name."""
         heads = [head for _, head in sorted(self.archive.heads.items())]
         line = b"\xff" * 4 + bytes(LOCAL.size - 8) + b"\xff" * 4
         mask = b"".join(line + b"\xff" * (len(head) - LOCAL.size) for head in heads)
-        return b"".join(heads), int.from_bytes(mask, "little")
+        begins = [*accumulate(map(len, heads), initial=0)][:-1]
+        return self._without_root(b"".join(heads), [at + LOCAL.size for at in begins]), _number(mask)
 
     @cached_property
     def _head_places(self) -> list[tuple[int, int]]:
@@ -141,6 +148,10 @@ class Known:
             (at[name] + 16, (zlib.crc32(content).to_bytes(4, "little"), bytes(4)))
             for (name, _), content in self.archive.contents.items()
         ]
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "little")
 
 
 def _pieces(file: IO[bytes], places: Sequence[tuple[int, int]]) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,8 +20,9 @@ from safetensors.torch import save_file
 
 from ckpt_tools import open_checkpoint
 from ckpt_tools.errors import CkptError, CorruptError
-from ckpt_tools.formats import read_header
+from ckpt_tools.formats import read_header, torch_zip
 from ckpt_tools.formats.twins import KNOWN
+from ckpt_tools.payload import read_tensor
 
 Save = Callable[..., Path]
 
@@ -207,3 +211,39 @@ def test_a_twin_in_a_row_of_records_far_apart_is_read_right(save: Save) -> None:
     first, second = (read_header(save(f"{i}.pth", tensors[i])) for i in range(2))
     assert first.pattern is second.pattern is not None
     check(second.path, tensors[1])
+
+
+def test_bytes_of_an_offset_that_look_like_the_root_are_no_root(tmp_path: Path) -> None:
+    """With roots `x/` and `A/`, storages at 0x2f78 and 0x2f41: numbers that read as these names, little endian."""
+    saved = io.BytesIO()
+    torch.save({"w": torch.zeros(4)}, saved)
+    with zipfile.ZipFile(saved) as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+
+    def write(root: str, storages: list[tuple[int, float]], listed: int) -> Path:
+        body, lines = bytearray(0x3100), []
+        at = 0
+        records = [("data.pkl", pickled, None), ("version", b"3\n", None)]
+        records += [("data/0", struct.pack("<4f", *[value] * 4), offset) for offset, value in storages]
+        for name, data, offset in records:
+            at = at if offset is None else offset
+            path = (root + name).encode()
+            sizes = (0, len(data), len(data), len(path))
+            head = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, *sizes, 0) + path + data
+            body[at : at + len(head)] = head
+            if offset is None or offset == listed:
+                lines.append(
+                    struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, *sizes, 0, 0, 0, 0, 0, at) + path
+                )
+            at += len(head)
+        directory = b"".join(lines)
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, len(directory), len(body), 0)
+        found = tmp_path / f"{root[:-1]}.pt"
+        found.write_bytes(bytes(body) + directory + end)
+        return found
+
+    honest = write("x/", [(0x2F78, 1.0)], 0x2F78)
+    hostile = write("A/", [(0x2F78, 666.0), (0x2F41, 2.0)], 0x2F41)
+    first = torch_zip.read(honest)
+    assert torch.equal(read_tensor(torch_zip.read(hostile).tree["w"]), torch.load(hostile, weights_only=True)["w"])
+    assert torch.equal(read_tensor(first.tree["w"]), torch.ones(4))
