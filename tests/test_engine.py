@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -313,3 +315,48 @@ def test_threads_of_torch_are_given_back(tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match="NaN"):
         average(tmp_path, [torch.tensor([float("nan")])], [0.5])
     assert torch.get_num_threads() == before
+
+
+def test_workers_stop_where_not_all_of_them_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, stop = ThreadPoolExecutor.submit, threading.Event()
+    started: list[object] = []
+
+    def refusing(pool: ThreadPoolExecutor, work: Callable[[], object]) -> object:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(work)
+        return submit(pool, work)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refusing)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        engine.in_threads(lambda: stop.wait(60), 3, stop)
+    assert stop.is_set()
+
+
+def test_a_job_that_fails_waits_for_no_disk(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is not worth writing out, however much of it there is."""
+    begun: list[int] = []
+
+    def slow(fd: int, offset: int, nbytes: int) -> None:
+        begun.append(offset)
+        for thread in threading.enumerate():  # until the workers have failed
+            if thread.name.startswith("ckpt_"):
+                thread.join(60)
+
+    monkeypatch.setattr(native, "start_disk", slow)
+    large = torch.ones(600_000)
+    spec = open_checkpoint(save("a.pth", {"w0": large})).specs["w0"]
+    bad = open_checkpoint(save("b.pth", {"w": torch.full((600_000,), math.nan)})).specs["w"]
+    assert isinstance(spec, TensorSpec)
+    assert isinstance(bad, TensorSpec)
+    outs = {f"w{i}": OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), f"w{i}") for i in range(4)}
+    outs["bad"] = OutTensor(bad.dtype, bad.shape, ((bad, 0.5), (bad, 0.5)), "bad")
+    plan = safetensors.plan(outs, metadata={}, name="out")
+    fd = os.open(tmp_path / "out.safetensors", os.O_RDWR | os.O_CREAT)
+    try:
+        os.truncate(fd, plan.size)
+        with pytest.raises(NumericsError, match="'bad' holds NaN"):
+            engine.run([OutFile(plan, fd)], threads=1, piece=600_000)
+    finally:
+        os.close(fd)
+    assert len(begun) == 1  # the one that was under way
