@@ -2,7 +2,7 @@
 
    A part is a run of elements that stands contiguous in every input and in the output. It is read from each input
    in turn in blocks that stay in a core's cache, added up in float64, rounded once, checked, and written; so an input
-   byte crosses memory once, and nothing but two blocks is held.
+   byte crosses memory once, and nothing but some blocks is held.
 
    Multiplication and addition round separately (no contraction to a fused multiply-add: see setup.py), and rounding
    to 16 bits goes by the same steps as in summing.py, so that the bytes are those of every other way. */
@@ -19,79 +19,124 @@
 #include <string.h>
 #include <unistd.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)
 #include <immintrin.h>
 #define X86 1
-#define WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define WIDE
+#define AVX2 __attribute__((target("avx2,f16c")))
+typedef double Four __attribute__((vector_size(32)));
+typedef uint64_t FourBits __attribute__((vector_size(32)));
+static int avx2; /* the processor has it, and F16C */
 #endif
+#define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16, RAW };  /* as in native.py; RAW is never looked at */
 enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN };
 
-#define BLOCK 16384           /* elements; 64 KiB of float32 and 128 KiB of sums stay in a cache of level 2 */
+#define READ (64 << 10)       /* bytes of an input that are read at once; four inputs and their sums stay in a cache */
 #define SPAN (256 << 10)      /* bytes that are read at once, of small parts */
 #define GAP 4096              /* bytes between two parts that cost less to read than another call does */
+#define WINDOW (512 << 10)    /* bytes of large parts that are written at once, up to a multiple of it in the file: the page
+                                 cache has large folios for them */
 
-/* ---- widening: exact for every dtype ---- */
+/* ---- widening: exact for every dtype; element I of X ---- */
 
-static inline double from_float32(uint32_t bits) {
+INLINE double from_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);
     return value;
 }
 
-static inline double from_bfloat16(uint16_t bits) { return from_float32((uint32_t)bits << 16); }
+INLINE double from_float32(const void *x, size_t i) { return ((const float *)x)[i]; }
 
-static inline double from_float16(uint16_t bits) {
+INLINE double from_bfloat16(const void *x, size_t i) { return from_bits((uint32_t)((const uint16_t *)x)[i] << 16); }
+
+INLINE double from_float16(const void *x, size_t i) {
     /* Exponent and mantissa moved to where float32 has them; 2^112 makes up for the other bias, subnormals too. */
+    uint16_t bits = ((const uint16_t *)x)[i];
     uint32_t moved = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
     float scaled;
     memcpy(&scaled, &moved, 4);
     scaled *= 0x1p112f;
     memcpy(&moved, &scaled, 4);
     moved |= (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0; /* infinity and NaN stay what they are */
-    return from_float32(moved | sign);
+    return from_bits(moved | sign);
 }
 
-/* Up to four terms of a dtype in one go, for the sum then goes through the cache a quarter as often. To multiply by 1 is
-   exact. */
+#ifdef X86
+AVX2 INLINE Four four_float32(const void *x, size_t i) {
+    return (Four)_mm256_cvtps_pd(_mm_loadu_ps((const float *)x + i));
+}
+
+AVX2 INLINE Four four_bfloat16(const void *x, size_t i) {
+    __m128i words = _mm_loadl_epi64((const __m128i *)((const uint16_t *)x + i));
+    return (Four)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words)));
+}
+
+AVX2 INLINE Four four_float16(const void *x, size_t i) {
+    return (Four)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)x + i))));
+}
+#endif
+
+/* ---- adding: up to four terms of a dtype in one go, so that the sum goes through the cache a quarter as often ---- */
+
 typedef struct {
     const void *x[4];
     double c[4];
     int count;
 } Terms;
 
-#define LOOP(VALUE) for (size_t i = 0; i < n; i++) sum[i] = VALUE;
-#define A(NAME) from_##NAME(x0[i]) * c0
-#define B(NAME) from_##NAME(x1[i]) * c1
-#define C(NAME) from_##NAME(x2[i]) * c2
-#define D(NAME) from_##NAME(x3[i]) * c3
-#define ADD(NAME, TYPE)                                                                             \
-    WIDE static void add_##NAME(double *restrict sum, const Terms *terms, size_t n, int first) {    \
-        const TYPE *restrict x0 = terms->x[0], *restrict x1 = terms->x[1];                          \
-        const TYPE *restrict x2 = terms->x[2], *restrict x3 = terms->x[3];                          \
-        const double c0 = terms->c[0], c1 = terms->c[1], c2 = terms->c[2], c3 = terms->c[3];        \
-        switch (terms->count + (first ? 0 : 4)) {                                                   \
-            case 1: LOOP(A(NAME)) break;                                                            \
-            case 2: LOOP(A(NAME) + B(NAME)) break;                                                  \
-            case 3: LOOP(A(NAME) + B(NAME) + C(NAME)) break;                                        \
-            case 4: LOOP(A(NAME) + B(NAME) + C(NAME) + D(NAME)) break;                              \
-            case 5: LOOP(sum[i] + A(NAME)) break;                                                   \
-            case 6: LOOP(sum[i] + A(NAME) + B(NAME)) break;                                         \
-            case 7: LOOP(sum[i] + A(NAME) + B(NAME) + C(NAME)) break;                               \
-            default: LOOP(sum[i] + A(NAME) + B(NAME) + C(NAME) + D(NAME))                           \
-        }                                                                                           \
+/* Add elements I to N of the terms to the sums. If they are the FIRST terms, nothing stands there yet; if they are
+   PLAIN, all coefficients are 1. STEP elements at a time: what is left over at the end is not added. Returns where it
+   stopped. The compiler makes a loop for each case. */
+#define TERM(k, WIDEN) (plain ? WIDEN(x##k, i) : WIDEN(x##k, i) * c##k)
+#define CASE(NAME, k) case k: return NAME##_of(sum, terms, i, n, (k - 1) % 4 + 1, (k - 1) % 8 < 4, k > 8);
+#define ADD(NAME, TARGET, VALUE, WIDEN, STEP)                                                                          \
+    TARGET INLINE size_t NAME##_of(double *restrict sum, const Terms *terms, size_t i, size_t n, int count, int first, \
+                                   int plain) {                                                                        \
+        const void *x0 = terms->x[0], *x1 = terms->x[1], *x2 = terms->x[2], *x3 = terms->x[3];                         \
+        const double c0 = terms->c[0], c1 = terms->c[1], c2 = terms->c[2], c3 = terms->c[3];                           \
+        for (; i + STEP <= n; i += STEP) {                                                                             \
+            VALUE before, total = TERM(0, WIDEN);                                                                      \
+            if (!first) {                                                                                              \
+                memcpy(&before, sum + i, sizeof before);                                                               \
+                total = before + total;                                                                                \
+            }                                                                                                          \
+            if (count > 1) total += TERM(1, WIDEN);                                                                    \
+            if (count > 2) total += TERM(2, WIDEN);                                                                    \
+            if (count > 3) total += TERM(3, WIDEN);                                                                    \
+            memcpy(sum + i, &total, sizeof total);                                                                     \
+        }                                                                                                              \
+        return i;                                                                                                      \
+    }                                                                                                                  \
+    TARGET static size_t NAME(double *sum, const Terms *terms, size_t i, size_t n, int first) {                        \
+        int plain = 1;                                                                                                 \
+        for (int k = 0; k < terms->count; k++) plain &= terms->c[k] == 1.0;                                            \
+        switch (terms->count + (first ? 0 : 4) + (plain ? 8 : 0)) {                                                    \
+            CASE(NAME, 1) CASE(NAME, 2) CASE(NAME, 3) CASE(NAME, 4) CASE(NAME, 5) CASE(NAME, 6) CASE(NAME, 7)          \
+            CASE(NAME, 8) CASE(NAME, 9) CASE(NAME, 10) CASE(NAME, 11) CASE(NAME, 12) CASE(NAME, 13) CASE(NAME, 14)     \
+            CASE(NAME, 15) CASE(NAME, 16)                                                                              \
+        }                                                                                                              \
+        return i;                                                                                                      \
     }
-ADD(float32, uint32_t)
-ADD(bfloat16, uint16_t)
-ADD(float16, uint16_t)
+ADD(add_float32, , double, from_float32, 1)
+ADD(add_bfloat16, , double, from_bfloat16, 1)
+ADD(add_float16, , double, from_float16, 1)
+#ifdef X86
+ADD(add_float32_by_four, AVX2, Four, four_float32, 4)
+ADD(add_bfloat16_by_four, AVX2, Four, four_bfloat16, 4)
+ADD(add_float16_by_four, AVX2, Four, four_float16, 4)
+#endif
 
 static void add(int64_t dtype, double *sum, const Terms *terms, size_t n, int first) {
-    if (dtype == FLOAT32) add_float32(sum, terms, n, first);
-    else if (dtype == BFLOAT16) add_bfloat16(sum, terms, n, first);
-    else add_float16(sum, terms, n, first);
+    size_t i = 0;
+#ifdef X86
+    if (avx2 && dtype == FLOAT32) i = add_float32_by_four(sum, terms, 0, n, first);
+    else if (avx2 && dtype == BFLOAT16) i = add_bfloat16_by_four(sum, terms, 0, n, first);
+    else if (avx2) i = add_float16_by_four(sum, terms, 0, n, first);
+#endif
+    if (dtype == FLOAT32) add_float32(sum, terms, i, n, first);
+    else if (dtype == BFLOAT16) add_bfloat16(sum, terms, i, n, first);
+    else add_float16(sum, terms, i, n, first);
 }
 
 /* ---- rounding, once ---- */
@@ -135,27 +180,88 @@ static inline uint16_t to_float16(double value) {
     return (uint16_t)(((bits >> 16) & 0x8000) | (((power >> 13) & 0x7c00) + (power & 0x0fff)));
 }
 
-#define NARROW(NAME, TYPE)                                                                                   \
-    WIDE static int narrow_##NAME(TYPE *restrict out, const double *restrict sum, size_t n, double c, double limit) { \
-        int64_t bad = 0;                                                                                     \
-        for (size_t i = 0; i < n; i++) {                                                                     \
-            double value = sum[i] * c;                                                                       \
-            bad |= !(fabs(value) < limit); /* true for a NaN, too */                                         \
-            out[i] = to_##NAME(value);                                                                       \
-        }                                                                                                    \
-        return bad != 0;                                                                                     \
+/* Multiply elements I to N of the sums by C and round them; tell whether one is infinite then, or NaN. */
+#define NARROW(NAME, TYPE)                                                                                             \
+    static int narrow_##NAME(void *out, const double *restrict sum, size_t i, size_t n, double c, double limit) {      \
+        TYPE *restrict to = out;                                                                                       \
+        int64_t bad = 0;                                                                                               \
+        for (; i < n; i++) {                                                                                           \
+            double value = sum[i] * c;                                                                                 \
+            bad |= !(fabs(value) < limit); /* true for a NaN, too */                                                   \
+            to[i] = to_##NAME(value);                                                                                  \
+        }                                                                                                              \
+        return bad != 0;                                                                                               \
     }
 NARROW(float32, uint32_t)
 NARROW(bfloat16, uint16_t)
 NARROW(float16, uint16_t)
 
-WIDE static int nonfinite_32(const uint32_t *x, size_t n) {
+#ifdef X86
+AVX2 INLINE Four sticky_four(Four value) {
+    const FourBits lost = (FourBits){0} + (((uint64_t)1 << 40) - 1);
+    FourBits bits = (FourBits)value;
+    return (Four)((((bits & lost) + lost) | bits) & ~lost);
+}
+
+AVX2 INLINE void put_float32(void *out, size_t i, Four value) {
+    _mm_storeu_ps((float *)out + i, _mm256_cvtpd_ps((__m256d)value));
+}
+
+AVX2 INLINE void put_bfloat16(void *out, size_t i, Four value) {
+    __m128i bits = _mm_castps_si128(_mm256_cvtpd_ps((__m256d)sticky_four(value)));
+    __m128i last = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+    bits = _mm_srli_epi32(_mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), last), 16);
+    _mm_storel_epi64((__m128i *)((uint16_t *)out + i), _mm_packus_epi32(bits, bits));
+}
+
+AVX2 INLINE void put_float16(void *out, size_t i, Four value) {
+    __m128 narrow = _mm256_cvtpd_ps((__m256d)sticky_four(value));
+    _mm_storel_epi64((__m128i *)((uint16_t *)out + i), _mm_cvtps_ph(narrow, _MM_FROUND_TO_NEAREST_INT));
+}
+
+#define NARROW_BY_FOUR(NAME)                                                                                           \
+    AVX2 static int narrow_##NAME##_by_four(void *restrict out, const double *restrict sum, size_t n, double c,        \
+                                            double limit) {                                                            \
+        const FourBits magnitude = (FourBits){0} + (~(uint64_t)0 >> 1);                                                \
+        const Four most = (Four){0} + limit;                                                                           \
+        FourBits bad = {0};                                                                                            \
+        for (size_t i = 0; i + 4 <= n; i += 4) {                                                                       \
+            Four value;                                                                                                \
+            memcpy(&value, sum + i, sizeof value);                                                                     \
+            value *= c;                                                                                                \
+            bad |= (FourBits)~((Four)((FourBits)value & magnitude) < most);                                            \
+            put_##NAME(out, i, value);                                                                                 \
+        }                                                                                                              \
+        return (bad[0] | bad[1] | bad[2] | bad[3]) != 0;                                                               \
+    }
+NARROW_BY_FOUR(float32)
+NARROW_BY_FOUR(bfloat16)
+NARROW_BY_FOUR(float16)
+#endif
+
+static int narrow(int64_t dtype, void *out, const double *sum, size_t n, double c, double limit) {
+    size_t i = 0;
+    int bad = 0;
+#ifdef X86
+    if (avx2) {
+        i = n & ~(size_t)3;
+        if (dtype == FLOAT32) bad = narrow_float32_by_four(out, sum, i, c, limit);
+        else if (dtype == BFLOAT16) bad = narrow_bfloat16_by_four(out, sum, i, c, limit);
+        else bad = narrow_float16_by_four(out, sum, i, c, limit);
+    }
+#endif
+    if (dtype == FLOAT32) return bad | narrow_float32(out, sum, i, n, c, limit);
+    if (dtype == BFLOAT16) return bad | narrow_bfloat16(out, sum, i, n, c, limit);
+    return bad | narrow_float16(out, sum, i, n, c, limit);
+}
+
+static int nonfinite_32(const uint32_t *x, size_t n) {
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) bad |= (x[i] & 0x7f800000u) == 0x7f800000u;
     return bad != 0;
 }
 
-WIDE static int nonfinite_16(const uint16_t *x, size_t n, uint16_t exponent) {
+static int nonfinite_16(const uint16_t *x, size_t n, uint16_t exponent) {
     uint16_t bad = 0;
     for (size_t i = 0; i < n; i++) bad |= (x[i] & exponent) == exponent;
     return bad != 0;
@@ -281,64 +387,65 @@ typedef struct {
 
 static const size_t SIZE[] = {4, 2, 2, 1};
 
-static int narrow(const Batch *b, void *out, const double *sum, size_t n) {
-    if (b->out == FLOAT32) return narrow_float32(out, sum, n, b->common, b->limit);
-    if (b->out == BFLOAT16) return narrow_bfloat16(out, sum, n, b->common, b->limit);
-    return narrow_float16(out, sum, n, b->common, b->limit);
-}
-
 static int nonfinite(const Batch *b, const void *x, size_t n) {
     if (!b->checked) return 0;
     return b->out == FLOAT32 ? nonfinite_32(x, n) : nonfinite_16(x, n, b->out == FLOAT16 ? 0x7c00 : 0x7f80);
 }
 
-static int sum_block(Batch *b, const Place *at, size_t done, size_t n, char *x, double *sum, int *bad) {
+static int sum_block(Batch *b, const Place *at, size_t done, size_t n, char *x, double *sum, void *to, int *bad) {
     for (size_t t = 0; t < b->count;) {
         int64_t dtype = b->terms[t].dtype;
         size_t size = SIZE[dtype], first = t;
         Terms terms = {.count = 0};
         for (; terms.count < 4 && t < b->count && b->terms[t].dtype == dtype; t++, terms.count++) {
-            char *to = x + (size_t)terms.count * BLOCK * 4;
-            int status = read_all(at[t].fd, to, n * size, at[t].offset + (int64_t)(done * size));
+            char *term = x + (size_t)terms.count * READ;
+            int status = read_all(at[t].fd, term, n * size, at[t].offset + (int64_t)(done * size));
             if (status != DONE) {
                 b->term = t;
                 return status;
             }
-            terms.x[terms.count] = to;
+            terms.x[terms.count] = term;
             terms.c[terms.count] = b->terms[t].coefficient;
         }
         add(dtype, sum, &terms, n, first == 0);
     }
-    *bad = narrow(b, x, sum, n);
+    *bad = narrow(b->out, to, sum, n, b->common, b->limit);
     return DONE;
 }
 
-static int copy_block(Batch *b, const Place *at, size_t done, size_t n, void *x, int *bad) {
+static int copy_block(Batch *b, const Place *at, size_t done, size_t n, void *to, int *bad) {
     size_t size = SIZE[b->out];
-    int status = read_all(at->fd, x, n * size, at->offset + (int64_t)(done * size));
-    *bad = status == DONE && nonfinite(b, x, n);
+    int status = read_all(at->fd, to, n * size, at->offset + (int64_t)(done * size));
+    *bad = status == DONE && nonfinite(b, to, n);
     return status;
 }
 
-/* Large parts: a block at a time, from file to file. */
-static int run_large(Batch *b, char *x, double *sum) {
-    size_t size = SIZE[b->out], block = b->out == RAW ? 16 * BLOCK : BLOCK;
+/* Large parts: from file to file, summed a block at a time, and written a window at a time. */
+static int run_large(Batch *b, char *x, double *sum, char *window) {
+    size_t size = SIZE[b->out], widest = 1;
+    for (size_t t = 0; t < b->count; t++) widest = SIZE[b->terms[t].dtype] > widest ? SIZE[b->terms[t].dtype] : widest;
+    size_t block = READ / widest;
     for (b->part = 0; b->part < b->parts; b->part++) {
         const int64_t *row = b->table + b->part * (3 + 2 * b->count);
-        size_t total = (size_t)row[0];
         const Place *out = (const Place *)(row + 1), *in = (const Place *)(row + 3);
+        size_t total = (size_t)row[0], n;
         uint32_t crc = 0;
-        for (size_t done = 0; done < total; done += block) {
-            size_t n = total - done < block ? total - done : block;
-            int bad = 0;
-            int status = b->copied ? copy_block(b, in, done, n, x, &bad) : sum_block(b, in, done, n, x, sum, &bad);
-            if (status != DONE) return status;
-            if (bad) {
-                b->bad[b->part] = 1;
-                break;
+        int bad = 0;
+        for (size_t done = 0; done < total && !bad; done += n) {
+            int64_t position = out->offset + (int64_t)(done * size);
+            size_t room = (WINDOW - (size_t)(position % WINDOW) + size - 1) / size;
+            size_t stop = total - done < room ? total - done : room;
+            for (n = 0; n < stop && !bad;) {
+                size_t next = stop - n < block ? stop - n : block;
+                char *to = window + n * size;
+                int status = b->copied ? copy_block(b, in, done + n, next, to, &bad)
+                                       : sum_block(b, in, done + n, next, x, sum, to, &bad);
+                if (status != DONE) return status;
+                if (b->summed) crc = checksum(crc, to, next * size);
+                n += next;
             }
-            if (b->summed) crc = checksum(crc, x, n * size);
-            if (write_all(out->fd, x, n * size, out->offset + (int64_t)(done * size)) != DONE) return NOT_WRITTEN;
+            if (bad) b->bad[b->part] = 1;
+            else if (write_all(out->fd, window, n * size, position) != DONE) return NOT_WRITTEN;
         }
         b->crcs[b->part] = crc;
     }
@@ -348,16 +455,16 @@ static int run_large(Batch *b, char *x, double *sum) {
 /* Small parts: neighbours are read in one call, with what stands between them, and the results are packed into memory.
    A row is the elements, and the inputs. */
 static int run_small(Batch *b, char *span, double *sum, char *packed) {
-    size_t width = 1 + 2 * b->count, size = SIZE[b->out], first = 0;
+    size_t width = 1 + 2 * b->count, size = SIZE[b->out], after;
     for (size_t t = 0; t < b->count; t++) {
         int64_t dtype = b->terms[t].dtype;
         size_t item = SIZE[dtype], at = 0;
-        for (size_t p = 0; p < b->parts; p = first) {
+        for (size_t p = 0; p < b->parts; p = after) {
             const Place *in = (const Place *)(b->table + p * width + 1) + t;
             int64_t start = in->offset & ~(int64_t)63, end = in->offset + b->table[p * width] * (int64_t)item;
-            for (first = p + 1; first < b->parts; first++) {
-                const Place *next = (const Place *)(b->table + first * width + 1) + t;
-                int64_t stop = next->offset + b->table[first * width] * (int64_t)item;
+            for (after = p + 1; after < b->parts; after++) {
+                const Place *next = (const Place *)(b->table + after * width + 1) + t;
+                int64_t stop = next->offset + b->table[after * width] * (int64_t)item;
                 if (next->fd != in->fd || next->offset < end || next->offset > end + GAP || stop > start + SPAN) break;
                 end = stop;
             }
@@ -367,7 +474,7 @@ static int run_small(Batch *b, char *span, double *sum, char *packed) {
                 b->part = p, b->term = t;
                 return status;
             }
-            for (size_t q = p; q < first; q++) {
+            for (size_t q = p; q < after; q++) {
                 const Place *place = (const Place *)(b->table + q * width + 1) + t;
                 size_t n = (size_t)b->table[q * width];
                 char *x = span + (place->offset - start);
@@ -384,7 +491,8 @@ static int run_small(Batch *b, char *span, double *sum, char *packed) {
     for (size_t p = 0, at = 0; p < b->parts; p++) {
         size_t n = (size_t)b->table[p * width];
         char *to = packed + at * size;
-        b->bad[p] = (unsigned char)(b->copied ? nonfinite(b, to, n) : narrow(b, to, sum + at, n));
+        int bad = b->copied ? nonfinite(b, to, n) : narrow(b->out, to, sum + at, n, b->common, b->limit);
+        b->bad[p] = (unsigned char)bad;
         if (b->summed) b->crcs[p] = checksum(0, to, n * size);
         at += n;
     }
@@ -392,21 +500,21 @@ static int run_small(Batch *b, char *span, double *sum, char *packed) {
 }
 
 PyDoc_STRVAR(sum_large_doc,
-"sum_large(terms, out, common, limit, copied, checked, summed, table, crcs, bad)\n\n"
+"sum_large(terms, out, common, limit, copied, checked, summed, table, crcs, bad, scratch)\n\n"
 "Fill parts of output files with weighted sums; see native.py, its one caller.\n"
 "Returns (status, part, term, errno).");
 
 PyDoc_STRVAR(sum_small_doc,
-"sum_small(terms, out, common, limit, copied, checked, summed, table, crcs, bad, packed)\n\n"
+"sum_small(terms, out, common, limit, copied, checked, summed, table, crcs, bad, scratch, packed)\n\n"
 "Put weighted sums of small parts one behind the other into memory; see native.py, its one caller.\n"
 "Returns (status, part, term, errno).");
 
 static PyObject *work(PyObject *args, int small) {
-    Py_buffer terms, rows, crcs, bad, packed = {0};
+    Py_buffer terms, rows, crcs, bad, scratch, packed = {0};
     Batch b = {0};
     long long out;
-    if (!PyArg_ParseTuple(args, small ? "y*Lddpppy*w*w*w*" : "y*Lddpppy*w*w*", &terms, &out, &b.common, &b.limit,
-                          &b.copied, &b.checked, &b.summed, &rows, &crcs, &bad, &packed))
+    if (!PyArg_ParseTuple(args, small ? "y*Lddpppy*w*w*w*w*" : "y*Lddpppy*w*w*w*", &terms, &out, &b.common, &b.limit,
+                          &b.copied, &b.checked, &b.summed, &rows, &crcs, &bad, &scratch, &packed))
         return NULL;
     size_t width = 0, elements = 0, longest = 0;
     b.terms = terms.buf, b.count = (size_t)terms.len / sizeof(Term), b.out = out;
@@ -418,30 +526,31 @@ static PyObject *work(PyObject *args, int small) {
         elements += n;
         longest = n > longest ? n : longest;
     }
+    /* What is read, the sums, and what is written at once: whole cache lines each. */
+    size_t reads = small ? 2 * SPAN : 4 * READ, sums = (small ? (b.copied ? 0 : elements) : READ / 2) * sizeof(double);
+    size_t shift = -(size_t)scratch.buf % 64, needed = shift + reads + sums + 64 + (small ? 0 : WINDOW + 64);
     int sound = out >= FLOAT32 && out <= RAW && b.count > 0 && (size_t)crcs.len >= 4 * b.parts &&
-                (size_t)bad.len >= b.parts && (!b.copied || b.count == 1) && (b.copied || out != RAW);
+                (size_t)bad.len >= b.parts && (!b.copied || b.count == 1) && (b.copied || out != RAW) &&
+                (size_t)scratch.len >= needed;
     for (size_t t = 0; t < b.count; t++) {
         sound = sound && b.terms[t].dtype >= FLOAT32 && (b.copied ? b.terms[t].dtype == out : b.terms[t].dtype < RAW);
         sound = sound && (!small || longest * SIZE[b.terms[t].dtype] <= SPAN / 2);
     }
     sound = sound && (!small || (size_t)packed.len >= elements * SIZE[out]);
-    void *x = malloc(small ? 2 * SPAN : BLOCK * 16);
-    double *sum = malloc((small ? (b.copied ? 1 : elements) : BLOCK) * sizeof(double));
     int status = DONE, reason = 0;
-    if (sound && x && sum) {
+    if (sound) {
+        char *x = (char *)scratch.buf + shift, *sum = x + reads;
         Py_BEGIN_ALLOW_THREADS
         errno = 0;
-        status = small ? run_small(&b, x, sum, packed.buf) : run_large(&b, x, sum);
+        status = small ? run_small(&b, x, (double *)sum, packed.buf) : run_large(&b, x, (double *)sum, sum + sums);
         reason = errno;
         Py_END_ALLOW_THREADS
     }
     PyObject *result = NULL;
     if (!sound) PyErr_SetString(PyExc_ValueError, "_native: arguments that do not fit each other");
-    else if (!x || !sum) PyErr_NoMemory();
     else result = Py_BuildValue("(inni)", status, (Py_ssize_t)b.part, (Py_ssize_t)b.term, reason);
-    free(x);
-    free(sum);
     PyBuffer_Release(&terms), PyBuffer_Release(&rows), PyBuffer_Release(&crcs), PyBuffer_Release(&bad);
+    PyBuffer_Release(&scratch);
     if (small) PyBuffer_Release(&packed);
     return result;
 }
@@ -459,6 +568,23 @@ static PyObject *crc32_of(PyObject *self, PyObject *data) {
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&view);
     return PyLong_FromUnsignedLong(crc);
+}
+
+PyDoc_STRVAR(allocate_doc,
+"allocate(fd, nbytes)\n\n"
+"Set the blocks of a file aside before they are written, where the file system can; it grows to that size.");
+
+static PyObject *allocate(PyObject *self, PyObject *args) {
+    int fd, status = 0;
+    long long nbytes;
+    if (!PyArg_ParseTuple(args, "iL", &fd, &nbytes)) return NULL;
+#ifdef __linux__ /* posix_fallocate writes a byte to each block where the file system cannot */
+    Py_BEGIN_ALLOW_THREADS
+    status = nbytes > 0 ? fallocate(fd, 0, 0, nbytes) : 0;
+    Py_END_ALLOW_THREADS
+#endif
+    if (status != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(start_disk_doc,
@@ -481,6 +607,7 @@ static PyMethodDef methods[] = {
     {"sum_large", sum_large, METH_VARARGS, sum_large_doc},
     {"sum_small", sum_small, METH_VARARGS, sum_small_doc},
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn what zlib.crc32 does."},
+    {"allocate", allocate, METH_VARARGS, allocate_doc},
     {"start_disk", start_disk, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -489,5 +616,8 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, 
 
 PyMODINIT_FUNC PyInit__native(void) {
     make_table();
+#ifdef X86
+    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#endif
     return PyModule_Create(&module);
 }

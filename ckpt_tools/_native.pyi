@@ -11,6 +11,7 @@ def sum_large(
     table: array[int],
     crcs: array[int],
     bad: bytearray,
+    scratch: bytearray,
     /,
 ) -> tuple[int, int, int, int]: ...
 def sum_small(
@@ -24,8 +25,10 @@ def sum_small(
     table: array[int],
     crcs: array[int],
     bad: bytearray,
+    scratch: bytearray,
     packed: bytearray,
     /,
 ) -> tuple[int, int, int, int]: ...
 def crc32(data: bytes | memoryview, /) -> int: ...
+def allocate(fd: int, nbytes: int, /) -> None: ...
 def start_disk(fd: int, offset: int, nbytes: int, /) -> None: ...

@@ -90,6 +90,8 @@ def run(
         WriteError: the output cannot be written.
     """
     with OpenFiles(stamps) as files:
+        for out in outputs:
+            native.allocate(out.fd, out.plan.size, out.plan.name)
         files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
@@ -211,73 +213,73 @@ class _Job:
 
 def _work(job: _Job) -> None:
     try:
-        by_torch = _ByTorch(job)
+        cpu = _Cpu(job)
         with job.lane() as lane:
             while (batch := job.next()) is not None:
                 for left in [batch] if lane is None else lane.fill(batch):
-                    _on_cpu(job, by_torch, left)
+                    cpu.fill(left)
             for left in [] if lane is None else lane.finish():
-                _on_cpu(job, by_torch, left)
+                cpu.fill(left)
     except BaseException:
         job.stop.set()
         raise
 
 
-def _on_cpu(job: _Job, by_torch: _ByTorch, batch: Batch) -> None:
-    left: Sequence[Part] = batch.parts
-    if batch.kind is not None and native.knows(batch.kind):
-        left = (_fill_small if batch.small else _fill_large)(job, batch.kind, batch.parts)
-    for part in left:
-        by_torch.fill(part)
-
-
-def _fill_large(job: _Job, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
-    """Fill parts, and return those in which NaN or infinity was found."""
-    left = []
-    for part in parts:
-        crc, bad = native.fill(kind, part, job.files)
-        if bad:
-            left.append(part)
-        else:
-            job.done(part, crc)
-    return left
-
-
-def _fill_small(job: _Job, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
-    """Fill small parts of one file, and return those in which NaN or infinity was found.
-
-    Neighbours in the file are written at once, with what stands between them.
-    """
-    data, crcs, bad = native.pack(kind, parts, job.files)
-    out = parts[0].out
-    run: list[bytes | memoryview] = []
-    begin = end = at = 0
-    for part, crc, refused in zip(parts, crcs, bad, strict=True):
-        head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
-        position = part.position - len(head)
-        if refused or position != end:
-            write_at(out.fd, memoryview(b"".join(run)), begin, out.plan.name)
-            run, begin, end = [], position, position
-        if not refused:
-            run += (head, data[at : at + part.nbytes])
-            end = part.position + part.nbytes
-            job.done(part, crc)
-            if head:
-                job.heads.add((out.fd, position))
-        at += part.nbytes
-    write_at(out.fd, memoryview(b"".join(run)), begin, out.plan.name)
-    return [part for part, refused in zip(parts, bad, strict=True) if refused]
-
-
-class _ByTorch:
-    """Fills parts of any kind, in one thread; finds what is not finite, and where, or lets it pass."""
+class _Cpu:
+    """Fills batches in one thread, and has the buffers for it: in C what is plain and finite, by torch all else."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
+        self._scratch = bytearray()
         self._worker: Worker | None = None
         self._recipe: tuple[OutTensor, Recipe] | None = None
 
-    def fill(self, part: Part) -> None:
+    def fill(self, batch: Batch) -> None:
+        left: Sequence[Part] = batch.parts
+        if batch.kind is not None and native.knows(batch.kind):
+            self._scratch = self._scratch or bytearray(native.SCRATCH)
+            left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
+        for part in left:
+            self._fill_by_torch(part)
+
+    def _fill_large(self, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
+        """Fill parts, and return those in which NaN or infinity was found."""
+        left = []
+        for part in parts:
+            crc, bad = native.fill(kind, part, self._job.files, self._scratch)
+            if bad:
+                left.append(part)
+            else:
+                self._job.done(part, crc)
+        return left
+
+    def _fill_small(self, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
+        """Fill small parts of one file, and return those in which NaN or infinity was found.
+
+        Neighbours in the file are written at once, with what stands between them.
+        """
+        data, crcs, bad = native.pack(kind, parts, self._job.files, self._scratch)
+        out = parts[0].out
+        run: list[bytes | memoryview] = []
+        run_begin = run_end = at = 0
+        for part, crc, refused in zip(parts, crcs, bad, strict=True):
+            head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
+            position = part.position - len(head)
+            if refused or position != run_end:
+                write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
+                run, run_begin, run_end = [], position, position
+            if not refused:
+                run += (head, data[at : at + part.nbytes])
+                run_end = part.position + part.nbytes
+                self._job.done(part, crc)
+                if head:
+                    self._job.heads.add((out.fd, position))
+            at += part.nbytes
+        write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
+        return [part for part, refused in zip(parts, bad, strict=True) if refused]
+
+    def _fill_by_torch(self, part: Part) -> None:
+        """Fill a part of any kind; find what is not finite, and where, or let it pass."""
         for start in range(part.start, part.stop, self._job.piece):
             piece = part._replace(start=start, stop=min(start + self._job.piece, part.stop))
             data = self._bytes(piece)

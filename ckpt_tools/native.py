@@ -23,7 +23,9 @@ except ImportError:
     _native = None  # type: ignore[assignment]
 
 MEMORY = 1 << 21
-"""Private bytes that a thread needs, at most: for blocks, or for small tensors, their sums and what is packed."""
+"""Private bytes that a thread needs, at most: its scratch, and what is packed of small tensors."""
+SCRATCH = 3 << 19
+"""Bytes that a thread keeps for blocks, their sums, and what is written at once."""
 PIECE = 1 << 20
 """Elements of a batch: enough to make the price of a call vanish, few enough to share a model out evenly."""
 
@@ -57,8 +59,25 @@ def start_disk(fd: int, offset: int, nbytes: int) -> None:
         _native.start_disk(fd, offset, nbytes)
 
 
-def fill(kind: Kind, part: Part, files: OpenFiles) -> tuple[int, bool]:
+def allocate(fd: int, nbytes: int, name: str) -> None:
+    """Set the blocks of an output aside before they are written, so that neither a write has to look for them, nor a
+    full disk comes as a surprise.
+
+    Raises:
+        WriteError: the disk is full.
+    """
+    if _native is not None:
+        try:
+            _native.allocate(fd, nbytes)
+        except OSError as error:
+            raise write_failed(name, error.strerror) from error
+
+
+def fill(kind: Kind, part: Part, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
     """Sum a part of a kind that is known here, and write it.
+
+    Args:
+        scratch: `SCRATCH` bytes that no other thread uses.
 
     Returns:
         (CRC-32 if its file has need of it, True if NaN or infinity was found; the part is not written to its end then).
@@ -71,14 +90,19 @@ def fill(kind: Kind, part: Part, files: OpenFiles) -> tuple[int, bool]:
     row = array("q", [(part.stop - part.start) * item, part.out.fd, part.position, *_inputs(part, files, {})])
     crcs, bad = array("I", [0]), bytearray(1)
     told = _native.sum_large(
-        terms, out, common, limit, kind.copied, kind.checked, part.out.plan.needs_crc, row, crcs, bad
+        terms, out, common, limit, kind.copied, kind.checked, part.out.plan.needs_crc, row, crcs, bad, scratch
     )
     _raise_failure(told, (part,))
     return crcs[0], bool(bad[0])
 
 
-def pack(kind: Kind, parts: Sequence[Part], files: OpenFiles) -> tuple[memoryview, Sequence[int], bytes]:
+def pack(
+    kind: Kind, parts: Sequence[Part], files: OpenFiles, scratch: bytearray
+) -> tuple[memoryview, Sequence[int], bytes]:
     """Sum small parts of a kind that is known here into memory, one behind the other.
+
+    Args:
+        scratch: `SCRATCH` bytes that no other thread uses.
 
     Returns:
         (bytes, CRC-32 of each part, 1 for each part in which NaN or infinity was found).
@@ -95,7 +119,18 @@ def pack(kind: Kind, parts: Sequence[Part], files: OpenFiles) -> tuple[memoryvie
     crcs, bad = array("I", bytes(4 * len(parts))), bytearray(len(parts))
     packed = bytearray(sum(part.nbytes for part in parts))
     told = _native.sum_small(
-        terms, out, common, limit, kind.copied, kind.checked, parts[0].out.plan.needs_crc, rows, crcs, bad, packed
+        terms,
+        out,
+        common,
+        limit,
+        kind.copied,
+        kind.checked,
+        parts[0].out.plan.needs_crc,
+        rows,
+        crcs,
+        bad,
+        scratch,
+        packed,
     )
     _raise_failure(told, parts)
     return memoryview(packed), crcs, bytes(bad)

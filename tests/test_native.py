@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
 import subprocess
 import sys
+import sysconfig
 import zipfile
 import zlib
+from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,9 +123,9 @@ def test_checksums_are_those_of_zlib_wherever_bytes_begin(data: bytes, start: in
 def test_a_large_tensor_is_read_block_by_block_to_its_end(save: Save, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(2**21 + 12_345).astype(np.float32) for _ in range(3)]
-    paths = [save(f"{i}.pth", {"w": torch.from_numpy(array)}) for i, array in enumerate(arrays)]
+    paths = [save(f"{i}.pth", {"w": torch.from_numpy(values)}) for i, values in enumerate(arrays)]
     ckpt_tools.average(paths, mode="ema", decay=0.9, out=tmp_path / "out.pth")
-    oracle = sum(c * array.astype(np.float64) for c, array in zip((0.81, 0.09, 0.1), arrays, strict=True))
+    oracle = sum(c * values.astype(np.float64) for c, values in zip((0.81, 0.09, 0.1), arrays, strict=True))
     found = torch.load(tmp_path / "out.pth", weights_only=True)["w"].numpy()
     np.testing.assert_allclose(found, oracle, rtol=2**-24, atol=1e-14)  # half a step, and the order of the float64 sum
     assert zipfile.ZipFile(tmp_path / "out.pth").testzip() is None
@@ -140,10 +145,84 @@ def test_an_average_of_plain_files_needs_no_torch(save: Save, tmp_path: Path) ->
 
 
 def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
-    from array import array
-
-    for terms, table in ((b"", [1, 0, 0]), (b"\0" * 16, [1])):
+    one_term, row = struct.pack("qd", 0, 1.0), [1, 0, 0, 0, 0]
+    for terms, table, scratch in (
+        (b"", row, native.SCRATCH),
+        (struct.pack("qd", 9, 1.0), row, native.SCRATCH),
+        (one_term, row, 1000),
+    ):
         with pytest.raises(ValueError, match="do not fit"):
             native._native.sum_large(
-                terms, 9, 1.0, 1.0, False, True, True, array("q", table), array("I", [0]), bytearray(1)
+                *(terms, 0, 1.0, 1.0, False, True, True),
+                *(array("q", table), array("I", [0]), bytearray(1), bytearray(scratch)),
             )
+
+
+def test_a_disk_that_is_full_is_found_before_the_work(tmp_path: Path) -> None:
+    """The limit of a file's size stands in for the end of the disk: the system refuses both alike."""
+    script = f"""
+import os, resource
+from ckpt_tools import native
+from ckpt_tools.errors import WriteError
+fd = os.open({str(tmp_path / "out")!r}, os.O_WRONLY | os.O_CREAT)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+native.allocate(fd, 1 << 20, "out.pth")
+try:
+    native.allocate(fd, (1 << 20) + 1, "out.pth")
+except WriteError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("out.pth: writing failed: File too large.")
+    assert (tmp_path / "out").stat().st_blocks * 512 >= 1 << 20
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_processor_without_vectors_comes_to_the_same_bytes(tmp_path: Path) -> None:
+    """The same source, compiled without what only x86-64 has; every kind of sum, and lengths that leave a rest."""
+    source = Path(native.__file__).with_name("_native.c")
+    for folder in ("portable", "vectors"):
+        (tmp_path / folder).mkdir()
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-DPORTABLE", f"-I{sysconfig.get_path('include')}"]
+        + [str(source), "-o", str(tmp_path / "portable" / "_native.so")],
+        check=True,
+    )
+    generator = torch.Generator().manual_seed(1)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    paths = []
+    for i in range(6):
+        tensors = {
+            f"{dtype}.{n}".replace("torch.", ""): torch.randn(n, generator=generator)
+            .mul(0.1 * 8.0 ** (i % 3))
+            .to(dtype)
+            for dtype in dtypes
+            for n in (1, 3, 4, 7, 33, 70_003)
+        }
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(tensors, paths[-1])
+    script = f"""
+import importlib.machinery, importlib.util, sys
+import ckpt_tools
+from ckpt_tools import native
+path = {str(tmp_path / "portable" / "_native.so")!r}
+loader = importlib.machinery.ExtensionFileLoader("_native", path)
+native._native = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_native", path, loader=loader))
+loader.exec_module(native._native)
+paths = {[str(path) for path in paths]!r}
+for number, options in enumerate({_MODES!r}):
+    ckpt_tools.average(paths, out={str(tmp_path)!r} + f"/portable/{{number}}.safetensors", **options)
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    for number, options in enumerate(_MODES):
+        out = tmp_path / "vectors" / f"{number}.safetensors"
+        ckpt_tools.average(paths, out=out, **options)
+        assert out.read_bytes() == (tmp_path / "portable" / out.name).read_bytes()
+
+
+_MODES: list[dict[str, Any]] = [
+    *({"dtype": dtype} for dtype in (None, "float32", "bfloat16", "float16")),
+    {"mode": "ema", "decay": 0.9},
+    {"mode": "weights", "weights": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "dtype": "float16"},
+]
