@@ -570,23 +570,6 @@ static PyObject *crc32_of(PyObject *self, PyObject *data) {
     return PyLong_FromUnsignedLong(crc);
 }
 
-PyDoc_STRVAR(allocate_doc,
-"allocate(fd, nbytes)\n\n"
-"Set the blocks of a file aside before they are written, where the file system can; it grows to that size.");
-
-static PyObject *allocate(PyObject *self, PyObject *args) {
-    int fd, status = 0;
-    long long nbytes;
-    if (!PyArg_ParseTuple(args, "iL", &fd, &nbytes)) return NULL;
-#ifdef __linux__ /* posix_fallocate writes a byte to each block where the file system cannot */
-    Py_BEGIN_ALLOW_THREADS
-    status = nbytes > 0 ? fallocate(fd, 0, 0, nbytes) : 0;
-    Py_END_ALLOW_THREADS
-#endif
-    if (status != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) return PyErr_SetFromErrno(PyExc_OSError);
-    Py_RETURN_NONE;
-}
-
 PyDoc_STRVAR(start_disk_doc,
 "start_disk(fd, offset, nbytes)\n\n"
 "Let the disk begin with a part of a file, so that a sync later on has less to wait for.");
@@ -607,7 +590,6 @@ static PyMethodDef methods[] = {
     {"sum_large", sum_large, METH_VARARGS, sum_large_doc},
     {"sum_small", sum_small, METH_VARARGS, sum_small_doc},
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn what zlib.crc32 does."},
-    {"allocate", allocate, METH_VARARGS, allocate_doc},
     {"start_disk", start_disk, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -26,7 +26,7 @@ from .formats.crc32 import combine
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
 from .formats.output import OutTensor
-from .formats.staged import write_at
+from .formats.staged import reserve, write_at
 from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, cut, kind_of
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(
     """
     with OpenFiles(stamps) as files:
         for out in outputs:
-            native.allocate(out.fd, out.plan.size, out.plan.name)
+            reserve(out.fd, 0, out.plan.size, out.plan.name)
         files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))

@@ -59,20 +59,6 @@ def start_disk(fd: int, offset: int, nbytes: int) -> None:
         _native.start_disk(fd, offset, nbytes)
 
 
-def allocate(fd: int, nbytes: int, name: str) -> None:
-    """Set the blocks of an output aside before they are written, so that neither a write has to look for them, nor a
-    full disk comes as a surprise.
-
-    Raises:
-        WriteError: the disk is full.
-    """
-    if _native is not None:
-        try:
-            _native.allocate(fd, nbytes)
-        except OSError as error:
-            raise write_failed(name, error.strerror) from error
-
-
 def fill(kind: Kind, part: Part, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
     """Sum a part of a kind that is known here, and write it.
 

@@ -158,25 +158,6 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
             )
 
 
-def test_a_disk_that_is_full_is_found_before_the_work(tmp_path: Path) -> None:
-    """The limit of a file's size stands in for the end of the disk: the system refuses both alike."""
-    script = f"""
-import os, resource
-from ckpt_tools import native
-from ckpt_tools.errors import WriteError
-fd = os.open({str(tmp_path / "out")!r}, os.O_WRONLY | os.O_CREAT)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-native.allocate(fd, 1 << 20, "out.pth")
-try:
-    native.allocate(fd, (1 << 20) + 1, "out.pth")
-except WriteError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("out.pth: writing failed: File too large.")
-    assert (tmp_path / "out").stat().st_blocks * 512 >= 1 << 20
-
-
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_a_processor_without_vectors_comes_to_the_same_bytes(tmp_path: Path) -> None:
     """The same source, compiled without what only x86-64 has; every kind of sum, and lengths that leave a rest."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptError, ReadError, WriteError
+from .staged import reserve
 
 BLOCK = 4096
 """Bytes; what moves, moves by multiples of it."""
@@ -74,7 +75,7 @@ def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], No
         if isinstance(piece, Span):
             for part in _filled(source, piece):
                 at = position + part.start - piece.start
-                _reserve(target, at, _length(part))
+                reserve(target, at, _length(part), f"the copy of {splice.source}")
                 copy(splice.source, source, part, target, at, on_bytes)
         else:
             put(target, piece, position)
@@ -99,17 +100,6 @@ def _filled(fd: int, span: Span) -> Iterator[Span]:
             return
         if start < span.stop:
             yield Span(start, min(position, span.stop))
-
-
-def _reserve(fd: int, position: int, count: int) -> None:
-    """Claim space at once, which is quicker than block by block, where the file system has a call for it.
-
-    That of Python falls back to writing into each block where there is none.
-    """
-    with suppress(AttributeError, OSError):
-        import ctypes
-
-        ctypes.CDLL(None).fallocate(fd, 0, ctypes.c_int64(position), ctypes.c_int64(count))
 
 
 def _write_out(fd: int, position: int, count: int) -> None:

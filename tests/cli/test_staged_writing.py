@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -347,3 +349,23 @@ def test_free_space_is_asked_of_the_disk_of_the_target(here: Path, monkeypatch: 
     with pytest.raises(WriteError, match=r"there/a\.pth: needs 11 bytes, and .*/there has 10 left"):
         check("there/a.pth", nbytes=11)
     assert asked == [here / "there"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets blocks aside")
+def test_a_disk_that_is_full_is_found_before_the_work(here: Path) -> None:
+    """The limit of a file's size stands in for the end of the disk: the system refuses both alike."""
+    script = """
+import os, resource
+from ckpt_tools.formats.staged import reserve
+from ckpt_tools.errors import WriteError
+fd = os.open("out", os.O_WRONLY | os.O_CREAT)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+reserve(fd, 0, 1 << 20, "out.pth")
+try:
+    reserve(fd, 1 << 20, 1, "out.pth")
+except WriteError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("out.pth: writing failed: File too large.")
+    assert (here / "out").stat().st_blocks * 512 >= 1 << 20
