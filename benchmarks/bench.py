@@ -60,14 +60,14 @@ class Bench:
     options: argparse.Namespace
     results: dict[str, Any] = field(default_factory=dict)
 
-    def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = (), most_rounds: int = 99) -> None:
+    def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = ()) -> None:
         """Run the ways that were asked for, and keep the results at once: a long run may be broken off."""
         only = self.options.only
         ways = {name: way for name, way in ways.items() if only is None or name in only}
         if not ways:
             return
         say(key)
-        rounds = min(most_rounds, self.options.rounds)
+        rounds = self.options.rounds
         few_rounds = 2 if self.options.full else 1
         found, failed = interleave(ways, rounds=rounds, few=few, few_rounds=min(few_rounds, rounds), say=say)
         self.results["runs"][key] = {name: [asdict(each) for each in samples] for name, samples in found.items()}
@@ -195,9 +195,7 @@ def cold(bench: Bench, files: Files) -> None:
         cool(paths)
         return finish(run([*CKPT_COMMAND, "avg", *paths, "-o", out, "--force"])[0], out)
 
-    bench.measure(
-        f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours}, most_rounds=3 if bench.options.full else 1
-    )
+    bench.measure(f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours})
 
 
 def inspecting(bench: Bench, files: Files) -> None:

@@ -202,6 +202,7 @@ def facts(folder: Path) -> dict[str, str]:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith("model name")
     ]
+    reporting = Path("/sys/module/page_reporting/parameters/page_reporting_order")
     return {
         "processor": f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "memory": f"{memory_bytes() / GB:.1f} GB",
@@ -210,6 +211,7 @@ def facts(folder: Path) -> dict[str, str]:
         "versions": f"Python {platform.python_version()}, torch {installed('torch')}, numpy {installed('numpy')}, "
         f"safetensors {installed('safetensors')}, ckpt-tools {installed('ckpt-tools')}, "
         f"{run(['cp', '--version'])[1].splitlines()[0]}",
+        "page_reporting_order": reporting.read_text().strip() if reporting.exists() else "none",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "load at the start": f"{os.getloadavg()[0]:.1f}",
     }
