@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FLOATS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -28,16 +29,6 @@ from ckpt_tools.pieces import OutFile
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 Save = Callable[..., Path]
-FLOATS = [
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-]
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True)

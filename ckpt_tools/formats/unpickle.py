@@ -384,15 +384,20 @@ def run(unpickler: Any, *, where: str) -> Any:
 def tensors_in(tree: Any) -> Iterator[tuple[tuple[Any, ...], TensorSpec | UnsupportedTensor]]:
     """Walk a tree in order and yield (path of keys, tensor); a container met again is passed over."""
     seen: set[int] = set()
-    stack: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
-    while stack:
-        path, node = stack.pop()
-        if isinstance(node, (TensorSpec, UnsupportedTensor)):
-            yield path, node
-        elif id(node) not in seen:
-            seen.add(id(node))
-            children = list(_children(node))
-            stack.extend(((*path, key), child) for key, child in reversed(children))
+    path: list[Any] = []  # of one container at a time: together, the paths of nested ones are the square of the depth
+    walks = [iter([(None, tree)])]
+    while walks:
+        for key, node in walks[-1]:
+            if isinstance(node, (TensorSpec, UnsupportedTensor)):
+                yield (*path, key)[1:], node
+            elif id(node) not in seen:
+                seen.add(id(node))
+                path.append(key)
+                walks.append(_children(node))
+                break
+        else:
+            walks.pop()
+            del path[-1:]
 
 
 def _children(node: Any) -> Iterator[tuple[Any, Any]]:
