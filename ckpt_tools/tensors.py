@@ -201,6 +201,12 @@ class TensorSpec:
         """The boxes that it is put together from: the tensor itself, unless it is chunked."""
         return (((0,) * len(self.shape), self),)
 
+    def moved(self, path: Path) -> TensorSpec:
+        """Return the tensor at the same place of another file; of one that is not chunked."""
+        at = self.storage
+        storage = Storage(path, at.offset, at.nbytes, at.big_endian)
+        return TensorSpec(self.dtype, self.shape, self.stride, self.start, storage)
+
 
 @_unchanging
 class ChunkedSpec(TensorSpec):

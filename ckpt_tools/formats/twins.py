@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
-from ..tensors import Storage, TensorSpec, UnsupportedTensor
+from ..tensors import TensorSpec, UnsupportedTensor
 from .unpickle import SealedDict
 from .zip_records import CENTRAL, LOCAL, Archive
 
@@ -36,9 +36,7 @@ def moved(tree: Any, path: Path) -> Any:
     def copy(node: Any) -> Any:
         kind = type(node)
         if kind is TensorSpec:
-            at = node.storage
-            storage = Storage(path, at.offset, at.nbytes, at.big_endian)
-            return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
+            return node.moved(path)
         if kind in _ATOMS:
             return node
         if id(node) in copies:
