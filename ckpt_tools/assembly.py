@@ -62,7 +62,7 @@ class Assembly:
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
         return sum(
-            tensor.numel * sum([spec.dtype.itemsize for spec, _ in tensor.terms])
+            tensor.numel * sum([dtype.itemsize for dtype in tensor.dtypes])
             for plan in self.files
             for tensor, _ in plan.slots
         )

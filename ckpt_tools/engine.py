@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import chain, cycle
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,8 @@ def run(
     with OpenFiles(stamps) as files:
         for out in outputs:
             native.allocate(out.fd, out.plan.size, out.plan.name)
-        files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
+        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
+        files.open_all(chain.from_iterable(paths for _, paths in places))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices)

@@ -74,7 +74,7 @@ class Part(NamedTuple):
     @property
     def moved(self) -> int:
         """Bytes to read and to write."""
-        read = sum(spec.dtype.itemsize for spec, _ in self.tensor.terms)
+        read = sum([dtype.itemsize for dtype in self.tensor.dtypes])
         return (self.stop - self.start) * (read + self.tensor.dtype.itemsize)
 
 
@@ -96,12 +96,12 @@ def kind_of(tensor: OutTensor) -> Kind | None:
     """Tell what a tensor may be summed together with; None if its elements do not simply stand in line."""
     if not tensor.terms:
         return None
-    for spec, _ in tensor.terms:  # a chunked one is not contiguous
+    for spec, _ in tensor.places:  # a chunked one is not contiguous
         if not spec.contiguous or (spec.storage.big_endian and spec.dtype.word > 1):
             return None
     return Kind(
-        tuple([spec.dtype for spec, _ in tensor.terms]),
-        tuple([coefficient for _, coefficient in tensor.terms]),
+        tensor.dtypes,
+        tensor.coefficients,
         tensor.dtype,
         tensor.copied,
         tensor.finite and tensor.dtype.averaged,
