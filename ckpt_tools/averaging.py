@@ -227,7 +227,8 @@ def average(
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
         notes.append(f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}.")
-    gpus = devices.choose(device, assembly.bytes_read)
+    bytes_read = assembly.bytes_read
+    gpus = devices.choose(device, bytes_read)
     report = AverageReport(
         inputs=inputs,
         mode=mode,
@@ -239,7 +240,7 @@ def average(
         notes=tuple(notes),
         dropped=assembly.dropped,
         out=str(assembly.target),
-        bytes_read=assembly.bytes_read,
+        bytes_read=bytes_read,
         bytes_written=assembly.nbytes,
         memory=engine.memory_needed(unique, threads, gpus, gpu_bytes),
         device=", ".join(gpus) or "cpu",

@@ -27,7 +27,7 @@ from .formats.header import Stamp
 from .formats.opened import OpenFiles
 from .formats.output import OutTensor
 from .formats.staged import write_at
-from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, cut, kind_of
+from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, apart, cut, kind_of
 
 if TYPE_CHECKING:
     from .lanes import Lane, Size
@@ -241,7 +241,8 @@ class _Cpu:
             self._scratch = self._scratch or bytearray(native.SCRATCH)
             left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
         for part in left:
-            self._fill_by_torch(part)
+            for own in apart(part):
+                self._fill_by_torch(own)
 
     def _fill_large(self, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
         """Fill parts, and return those in which NaN or infinity was found."""

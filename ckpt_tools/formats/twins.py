@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +18,6 @@ from .unpickle import SealedDict
 from .zip_records import CENTRAL, LOCAL, Archive
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, UnsupportedTensor}
-_WINDOW = 1 << 16
-_DENSE = 1 << 14  # headers that are no further apart are read together with what stands between them
 
 
 class Unmovable(Exception):
@@ -154,15 +153,8 @@ def _number(data: bytes) -> int:
 
 def _pieces(file: IO[bytes], places: Sequence[tuple[int, int]]) -> bytes:
     """Read pieces of a file, in ascending order, and put them together."""
-    far = len(places) < 2 or (places[-1][0] - places[0][0]) // (len(places) - 1) > _DENSE
-    pieces = []
-    window, begin = b"", 0
-    for offset, nbytes in places:
-        if not begin <= offset <= begin + len(window) - nbytes:
-            file.seek(offset)
-            window, begin = file.read(nbytes if far else max(nbytes, _WINDOW)), offset
-        pieces.append(window[offset - begin : offset - begin + nbytes])
-    return b"".join(pieces)
+    fd = file.fileno()
+    return b"".join([os.pread(fd, nbytes, offset) for offset, nbytes in places])
 
 
 KNOWN: WeakValueDictionary[tuple[int, int], Known] = WeakValueDictionary()
