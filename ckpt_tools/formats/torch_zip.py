@@ -40,8 +40,7 @@ def read(path: Path) -> Header:
         NotACheckpointError: a zip without a torch pickle, or a TorchScript archive.
         CorruptError: truncated or damaged.
     """
-    # Not buffered: what is read of each record is a hundredth of what a buffer takes in.
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         stamp = Stamp.of(path, file.fileno())
         start, directory = usual_directory(file, stamp.nbytes)
         known = KNOWN.get((stamp.nbytes, start))
