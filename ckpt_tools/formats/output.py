@@ -78,6 +78,13 @@ class OutTensor:
         return tuple([spec.dtype for spec, _ in self.terms])
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that go into it."""
+        if type(self.terms) is TwinTerms:
+            return self.numel * self.terms.spec.dtype.itemsize * len(self.terms.paths)
+        return self.numel * sum([spec.dtype.itemsize for spec, _ in self.terms])
+
+    @property
     def coefficients(self) -> tuple[float, ...]:
         """Of the terms."""
         if type(self.terms) is TwinTerms:

@@ -182,7 +182,10 @@ def _read(file: IO[bytes], windows: Iterable[_Window]) -> bytes:
     found = []
     for offset, length, pieces in windows:
         window = os.pread(fd, length, offset)
-        found += [window[piece] for piece in pieces]
+        if len(pieces) == 1:
+            found.append(window)
+        else:
+            found += [window[piece] for piece in pieces]
     return b"".join(found)
 
 
