@@ -61,7 +61,7 @@ class Assembly:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
-        return sum(tensor.bytes_read for plan in self.files for tensor, _ in plan.slots)
+        return sum(tensor.numel * tensor.width for plan in self.files for tensor, _ in plan.slots)
 
     @property
     def names(self) -> list[str]:

@@ -200,10 +200,15 @@ class _Job:
     def done(self, part: Part, crc: int) -> None:
         if part.nbytes >= _WORTH_STARTING:
             self._written.put(part)
+        self.done_all([(part, crc)])
+
+    def done_all(self, written: Sequence[tuple[Part, int]]) -> None:
+        """Take note of parts that are written, and of their checksums."""
         with self.lock:
-            self.moved += part.moved
-            if part.out.plan.needs_crc:
-                self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
+            self.moved += sum([part.moved for part, _ in written])
+            for part, crc in written:
+                if part.out.plan.needs_crc:
+                    self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
 
     def checksum(self, tensor: OutTensor) -> int:
         total = 0
@@ -264,20 +269,23 @@ class _Cpu:
         out = parts[0].out
         run: list[bytes | memoryview] = []
         run_begin = run_end = at = 0
+        written = []
         for part, crc, refused in zip(parts, crcs, bad, strict=True):
+            nbytes = part.nbytes
             head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
-            position = part.position - len(head)
+            position = part.offset - len(head)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
                 run, run_begin, run_end = [], position, position
             if not refused:
-                run += (head, data[at : at + part.nbytes])
-                run_end = part.position + part.nbytes
-                self._job.done(part, crc)
+                run += (head, data[at : at + nbytes])
+                run_end = part.offset + nbytes
+                written.append((part, crc))
                 if head:
                     self._job.heads.add((out.fd, position))
-            at += part.nbytes
+            at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
+        self._job.done_all(written)
         return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
     def _fill_by_torch(self, part: Part) -> None:

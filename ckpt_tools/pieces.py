@@ -75,8 +75,7 @@ class Part(NamedTuple):
     @property
     def moved(self) -> int:
         """Bytes to read and to write."""
-        read = sum([dtype.itemsize for dtype in self.tensor.dtypes])
-        return (self.stop - self.start) * (read + self.tensor.dtype.itemsize)
+        return (self.stop - self.start) * (self.tensor.width + self.tensor.dtype.itemsize)
 
 
 class Batch(NamedTuple):

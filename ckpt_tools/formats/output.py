@@ -78,11 +78,11 @@ class OutTensor:
         return tuple([spec.dtype for spec, _ in self.terms])
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes of the inputs that go into it."""
+    def width(self) -> int:
+        """Bytes of the inputs that go into an element."""
         if type(self.terms) is TwinTerms:
-            return self.numel * self.terms.spec.dtype.itemsize * len(self.terms.paths)
-        return self.numel * sum([spec.dtype.itemsize for spec, _ in self.terms])
+            return self.terms.spec.dtype.itemsize * len(self.terms.paths)
+        return sum([spec.dtype.itemsize for spec, _ in self.terms])
 
     @property
     def coefficients(self) -> tuple[float, ...]:
