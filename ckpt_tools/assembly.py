@@ -61,11 +61,7 @@ class Assembly:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
-        return sum(
-            tensor.numel * sum([spec.dtype.itemsize for spec, _ in tensor.terms])
-            for plan in self.files
-            for tensor, _ in plan.slots
-        )
+        return sum(tensor.numel * tensor.width for plan in self.files for tensor, _ in plan.slots)
 
     @property
     def names(self) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,15 +12,15 @@ from . import devices, engine
 from .assembly import assemble, check_suffix, default_target
 from .errors import LayoutError, UsageError
 from .formats import SUFFIXES
-from .formats.output import OutTensor
 from .formats.sharded import parse_size
 from .formats.staged import check_replaceable, check_target
 from .keys import align, prefixes, unwrap
-from .layouts import StateDict, select
+from .layouts import StateDict, is_ema_by_name, select
 from .provenance import Input, averaged_inputs, provenance, short_names
+from .recipes import recipes
 from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, Series, find_series
-from .tensors import DType, Kind, TensorSpec, parse_dtype
+from .tensors import parse_dtype
 from .writing import only_noted, write
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ BUFFERS = ("average", "last")
 MAX_THREADS = 256
 """More would help no disk, and each holds its own buffers."""
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
-# Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
-_RUNNING = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +184,13 @@ def average(
     names = short_names([member.path for member in members])
     coefficients = _coefficients(schedule, series)
     notes = [*series.notes, *_remarks(schedule, members, coefficients)]
-    states = _select_all(members, names, state)
+    twins = _twins(members)
+    # What is in one of twins is in all of them, at the same place.
+    states = _select_all(members[-1:] if twins else members, names, state)
     renamed = [unwrap(s.tensors) for s in states]
     plan = align(
-        [{bare[name]: tensor for name, tensor in s.tensors.items()} for s, bare in zip(states, renamed, strict=True)],
-        names,
+        [dict(zip(bare.values(), s.tensors.values(), strict=True)) for s, bare in zip(states, renamed, strict=True)],
+        names[-len(states) :],
         keys=keys,
         match=match,
         mixed_dtypes=out_dtype is not None,
@@ -201,7 +199,7 @@ def average(
     if partial:
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
         notes.append(f"Not in every checkpoint, so taken from those that have them: '{partial[0]}'{more}.")
-    tensors = _out_tensors(plan.rows, coefficients, out_dtype, keep_running=buffers == "last")
+    tensors = recipes(plan.rows, coefficients, dtype=out_dtype, keep_running=buffers == "last", twins=twins)
     unique = dict.fromkeys(tensors.values())
     target = Path(out) if out is not None else default_target([member.header for member in members])
     with only_noted(notes, dry_run):
@@ -229,7 +227,8 @@ def average(
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
         notes.append(f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}.")
-    gpus = devices.choose(device, assembly.bytes_read)
+    bytes_read = assembly.bytes_read
+    gpus = devices.choose(device, bytes_read)
     report = AverageReport(
         inputs=inputs,
         mode=mode,
@@ -241,7 +240,7 @@ def average(
         notes=tuple(notes),
         dropped=assembly.dropped,
         out=str(assembly.target),
-        bytes_read=assembly.bytes_read,
+        bytes_read=bytes_read,
         bytes_written=assembly.nbytes,
         memory=engine.memory_needed(unique, threads, gpus, gpu_bytes),
         device=", ".join(gpus) or "cpu",
@@ -318,81 +317,33 @@ def _inputs(
     *,
     hashed: bool,
 ) -> tuple[Input, ...]:
+    """Describe the checkpoints; one state and one map of names are those of all."""
+    found = [
+        (chosen.label, tuple(prefixes(chosen.tensors)) if list(bare) != list(bare.values()) else ())
+        for chosen, bare in zip(states, renamed, strict=True)
+    ]
     return tuple(
         Input(
             path=str(member.path),
             name=name,
             step=member.step,
             coefficient=coefficient,
-            state=chosen.label,
+            state=label,
             nbytes=member.header.nbytes,
-            prefixes=tuple(prefixes(chosen.tensors)) if list(bare) != list(bare.values()) else (),
+            prefixes=wrappers,
             sha256={stamp.path.name: stamp.sha256() for stamp in member.header.files} if hashed else {},
         )
-        for member, name, coefficient, chosen, bare in zip(members, names, coefficients, states, renamed, strict=True)
+        for member, name, coefficient, (label, wrappers) in zip(
+            members, names, coefficients, found * (len(members) // len(found)), strict=True
+        )
     )
 
 
-def _out_tensors(
-    rows: Mapping[str, tuple[TensorSpec | None, ...]],
-    coefficients: Sequence[float],
-    dtype: DType | None,
-    *,
-    keep_running: bool,
-) -> dict[str, OutTensor]:
-    tensors: dict[str, OutTensor] = {}
-    # Names that are the same bytes in every file are tied, and stay so; those of one file tell most of them apart.
-    tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
-    times = Counter(row[-1] for row in rows.values())
-    for name, row in rows.items():
-        alone = times[row[-1]] == 1
-        tensor = None if alone else tied.get(row)
-        if tensor is None:
-            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
-            tensor = _out_tensor(name, row, coefficients, dtype, from_last=from_last)
-            if tensor.numel and not alone:
-                tied[row] = tensor
-        tensors[name] = tensor
-    return tensors
-
-
-def _out_tensor(
-    name: str,
-    row: Sequence[TensorSpec | None],
-    coefficients: Sequence[float],
-    dtype: DType | None,
-    *,
-    from_last: bool,
-) -> OutTensor:
-    """Decide what becomes of the tensors of one name: their average, or that of the last checkpoint that has it."""
-    present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
-    last = present[-1][0]
-    if last.dtype.kind is Kind.PACKED:
-        raise LayoutError(
-            f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their scales. "
-            "Average the checkpoints before they are quantized."
-        )
-    averaged = last.dtype.averaged and not from_last
-    terms = _scaled(name, present, coefficients) if averaged else ((last, 1.0),)
-    out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
-    return OutTensor(out_dtype, last.shape, terms, name)
-
-
-def _scaled(
-    name: str, present: Sequence[tuple[TensorSpec, float]], coefficients: Sequence[float]
-) -> tuple[tuple[TensorSpec, float], ...]:
-    """Leave out what weighs nothing, and give a tensor that some checkpoints lack the total weight of the others."""
-    scale = 1.0
-    if len(present) < len(coefficients):
-        have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
-        # A sum that is 0 but for rounding would blow the rounding up.
-        if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
-            raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use --keys intersection.")
-        scale = want / have
-    if scale == 1.0 and all(coefficients):
-        return tuple(present)
-    weighing = tuple((spec, c * scale) for spec, c in present if c != 0)
-    return weighing or ((present[-1][0], 0.0),)  # -0.0 would be another average
+def _twins(members: Sequence[Member]) -> tuple[Path, ...]:
+    """Return the files if their headers are equal, and their names tell the same; none if one is otherwise."""
+    headers = [member.header for member in members]
+    same = headers[0].pattern is not None and len({(id(each.pattern), is_ema_by_name(each)) for each in headers}) == 1
+    return tuple(each.files[0].path for each in headers) if same else ()
 
 
 def check_threads(threads: int | None) -> None:

@@ -92,7 +92,7 @@ def compare(
         ReadError: a file cannot be read, ends early, or changes meanwhile.
     """
     with OpenFiles(stamps) as files:
-        files.open_all(spec for pair in pairs for spec in pair)
+        files.open_all(path for pair in pairs for spec in pair for path in spec.paths)
         job = _Job([_Pair(a, b, files) for a, b in pairs], piece, rtol, atol)
         with one_thread_each():
             in_threads(

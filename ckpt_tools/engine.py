@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import chain, cycle
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from .formats.header import Stamp
 from .formats.opened import OpenFiles
 from .formats.output import OutTensor
 from .formats.staged import reserve, write_at
-from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, cut, kind_of
+from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, apart, cut, kind_of
 
 if TYPE_CHECKING:
     from .lanes import Lane, Size
@@ -92,7 +92,8 @@ def run(
     with OpenFiles(stamps) as files:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
-        files.open_all(spec for out in outputs for tensor, _ in out.plan.slots for spec, _ in tensor.terms)
+        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
+        files.open_all(chain.from_iterable(paths for _, paths in places))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices)
@@ -199,10 +200,15 @@ class _Job:
     def done(self, part: Part, crc: int) -> None:
         if part.nbytes >= _WORTH_STARTING:
             self._written.put(part)
+        self.done_all([(part, crc)])
+
+    def done_all(self, written: Sequence[tuple[Part, int]]) -> None:
+        """Take note of parts that are written, and of their checksums."""
         with self.lock:
-            self.moved += part.moved
-            if part.out.plan.needs_crc:
-                self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
+            self.moved += sum([part.moved for part, _ in written])
+            for part, crc in written:
+                if part.out.plan.needs_crc:
+                    self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
 
     def checksum(self, tensor: OutTensor) -> int:
         total = 0
@@ -240,7 +246,8 @@ class _Cpu:
             self._scratch = self._scratch or bytearray(native.SCRATCH)
             left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
         for part in left:
-            self._fill_by_torch(part)
+            for own in apart(part):
+                self._fill_by_torch(own)
 
     def _fill_large(self, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
         """Fill parts, and return those in which NaN or infinity was found."""
@@ -262,20 +269,23 @@ class _Cpu:
         out = parts[0].out
         run: list[bytes | memoryview] = []
         run_begin = run_end = at = 0
+        written = []
         for part, crc, refused in zip(parts, crcs, bad, strict=True):
+            nbytes = part.nbytes
             head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
-            position = part.position - len(head)
+            position = part.offset - len(head)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
                 run, run_begin, run_end = [], position, position
             if not refused:
-                run += (head, data[at : at + part.nbytes])
-                run_end = part.position + part.nbytes
-                self._job.done(part, crc)
+                run += (head, data[at : at + nbytes])
+                run_end = part.offset + nbytes
+                written.append((part, crc))
                 if head:
                     self._job.heads.add((out.fd, position))
-            at += part.nbytes
+            at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
+        self._job.done_all(written)
         return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
     def _fill_by_torch(self, part: Part) -> None:

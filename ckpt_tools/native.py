@@ -129,13 +129,13 @@ def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
         fds: descriptors known so far by the identity of their path, for comparing paths costs more than all the rest.
     """
     found: list[int] = []
-    for spec, _ in part.tensor.terms:
-        storage = spec.storage
-        key = id(storage.path)
-        fd = fds.get(key)
-        if fd is None:
-            fd = fds[key] = files[storage.path]
-        found += (fd, storage.offset + (spec.start + part.start) * spec.dtype.itemsize)
+    for spec, paths in part.tensor.places:
+        offset = spec.storage.offset + (spec.start + part.start) * spec.dtype.itemsize
+        for path in paths:
+            fd = fds.get(id(path))
+            if fd is None:
+                fd = fds[id(path)] = files[path]
+            found += (fd, offset)
     return found
 
 

@@ -217,7 +217,7 @@ def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
         ReadError: the file cannot be read, ends early, or is none of the stamped ones any more.
     """
     with OpenFiles(stamps) as files:
-        files.open_all([spec])
+        files.open_all(spec.paths)
         reader = Reader(spec.nbytes)
         reader.read(Source(spec, files), 0, spec.numel)
         # The buffer belongs to this tensor alone from here on.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
-from .formats.output import FilePlan, OutTensor
-from .tensors import DType
+from .formats.output import FilePlan, OutTensor, TwinTerms
+from .tensors import DType, Storage, TensorSpec
 
 PIECE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
@@ -74,8 +75,7 @@ class Part(NamedTuple):
     @property
     def moved(self) -> int:
         """Bytes to read and to write."""
-        read = sum(spec.dtype.itemsize for spec, _ in self.tensor.terms)
-        return (self.stop - self.start) * (read + self.tensor.dtype.itemsize)
+        return (self.stop - self.start) * (self.tensor.width + self.tensor.dtype.itemsize)
 
 
 class Batch(NamedTuple):
@@ -96,16 +96,108 @@ def kind_of(tensor: OutTensor) -> Kind | None:
     """Tell what a tensor may be summed together with; None if its elements do not simply stand in line."""
     if not tensor.terms:
         return None
-    for spec, _ in tensor.terms:  # a chunked one is not contiguous
+    for spec, _ in tensor.places:  # a chunked one is not contiguous
         if not spec.contiguous or (spec.storage.big_endian and spec.dtype.word > 1):
             return None
     return Kind(
-        tuple([spec.dtype for spec, _ in tensor.terms]),
-        tuple([coefficient for _, coefficient in tensor.terms]),
+        tensor.dtypes,
+        tensor.coefficients,
         tensor.dtype,
         tensor.copied,
         tensor.finite and tensor.dtype.averaged,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run(OutTensor):
+    """Tensors of one kind that follow each other without a gap, in every input and in the output, as one of them.
+
+    Attributes:
+        members: the tensors, each with its offset in the output.
+    """
+
+    members: tuple[tuple[OutTensor, int], ...] = ()
+
+
+def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int]]:
+    """Yield what is in the slots of a file, with neighbours put together where no checksum of each is wanted."""
+    if plan.needs_crc:
+        yield from plan.slots
+        return
+    members: list[tuple[OutTensor, int]] = []
+    for slot in plan.slots:
+        if members and not _follows(*members[-1], *slot):
+            yield _joined(members)
+            members = []
+        members.append(slot)
+    if members:
+        yield _joined(members)
+
+
+def _follows(before: OutTensor, position: int, tensor: OutTensor, offset: int) -> bool:
+    return (
+        position + before.nbytes == offset
+        and before.dtype is tensor.dtype
+        and before.finite == tensor.finite
+        and before.coefficients == tensor.coefficients
+        and len(before.places) == len(tensor.places) > 0
+        and all(map(_stands_behind, before.places, tensor.places))
+    )
+
+
+def _stands_behind(before: tuple[TensorSpec, tuple[Path, ...]], after: tuple[TensorSpec, tuple[Path, ...]]) -> bool:
+    (a, paths), (b, others) = before, after
+    return (
+        a.dtype is b.dtype
+        and _begin(a) + a.nbytes == _begin(b)
+        and paths == others
+        and a.contiguous
+        and b.contiguous
+        and a.storage.big_endian == b.storage.big_endian
+    )
+
+
+def _begin(spec: TensorSpec) -> int:
+    return spec.storage.offset + spec.start * spec.dtype.itemsize
+
+
+def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
+    first, offset = members[0]
+    if len(members) == 1:
+        return first, offset
+    numel = sum([tensor.numel for tensor, _ in members])
+
+    def whole(spec: TensorSpec) -> TensorSpec:
+        storage = Storage(spec.storage.path, _begin(spec), numel * spec.dtype.itemsize, spec.storage.big_endian)
+        return TensorSpec(spec.dtype, (numel,), (1,), 0, storage)
+
+    terms = first.terms
+    if isinstance(terms, TwinTerms):
+        all_terms: tuple[tuple[TensorSpec, float], ...] | TwinTerms = replace(terms, spec=whole(terms.spec))
+    else:
+        all_terms = tuple((whole(spec), coefficient) for spec, coefficient in terms)
+    return Run(first.dtype, (numel,), all_terms, first.name, first.finite, members=tuple(members)), offset
+
+
+def apart(part: Part) -> Iterator[Part]:
+    """Yield the parts of the tensors themselves."""
+    if not isinstance(part.tensor, Run):
+        yield part
+        return
+    for tensor, offset in part.tensor.members:
+        before = (offset - part.offset) // tensor.dtype.itemsize
+        start, stop = max(part.start - before, 0), min(part.stop - before, tensor.numel)
+        if start < stop:
+            yield Part(part.out, tensor, offset, start, stop)
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """Small tensors of one kind, and how many elements they have."""
+
+    widest: int
+    parts: list[Part] = field(default_factory=list)
+    elements: int = 0
 
 
 def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch]:
@@ -116,24 +208,28 @@ def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch
         alone: elements of a part that must be put together first.
     """
     for out in outputs:
-        gathered: dict[Kind, list[Part]] = {}
-        elements: dict[Kind, int] = {}
-        for tensor, offset in out.plan.slots:
+        kinds: dict[Kind, _Gathered] = {}
+        for tensor, offset in runs(out.plan):
             kind, numel = kind_of(tensor), tensor.numel
-            if kind is None or numel >= piece or not _is_small(kind, numel):
-                size = alone if kind is None else piece
-                for start in range(0, numel, size):
-                    yield Batch(kind, (Part(out, tensor, offset, start, min(start + size, numel)),))
+            if kind is None:
+                yield from _pieces(out, tensor, offset, None, alone)
+                continue
+            gathered = kinds.get(kind)
+            if gathered is None:
+                gathered = kinds[kind] = _Gathered(max(dtype.itemsize for dtype in kind.dtypes))
+            if numel >= piece or numel * gathered.widest > SMALL:
+                yield from _pieces(out, tensor, offset, kind, piece)
             elif numel:
-                parts = gathered.setdefault(kind, [])
-                parts.append(Part(out, tensor, offset, 0, numel))
-                elements[kind] = elements.get(kind, 0) + numel
-                if elements[kind] >= _GATHERED or len(parts) >= _MANY:
-                    yield Batch(kind, tuple(gathered.pop(kind)), small=True)
-                    del elements[kind]
-        for kind, parts in gathered.items():
-            yield Batch(kind, tuple(parts), small=True)
+                gathered.parts.append(Part(out, tensor, offset, 0, numel))
+                gathered.elements += numel
+                if gathered.elements >= _GATHERED or len(gathered.parts) >= _MANY:
+                    yield Batch(kind, tuple(gathered.parts), small=True)
+                    gathered.parts, gathered.elements = [], 0
+        for kind, gathered in kinds.items():
+            if gathered.parts:
+                yield Batch(kind, tuple(gathered.parts), small=True)
 
 
-def _is_small(kind: Kind, numel: int) -> bool:
-    return numel * max(dtype.itemsize for dtype in kind.dtypes) <= SMALL
+def _pieces(out: OutFile, tensor: OutTensor, offset: int, kind: Kind | None, size: int) -> Iterator[Batch]:
+    for start in range(0, tensor.numel, size):
+        yield Batch(kind, (Part(out, tensor, offset, start, min(start + size, tensor.numel)),))

@@ -334,4 +334,4 @@ def _measured(header: Header) -> dict[Any, Any]:
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
     logged = {key: e[key] for e in entries if e.get("step") == state.get("global_step") for key in e}
-    return logged | (header.tree if isinstance(header.tree, dict) else {})
+    return logged | (header.content if isinstance(header.content, dict) else {})

@@ -67,8 +67,9 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
 
 def _mappings(header: Header) -> list[dict[Any, Any]]:
     """Return where in the saved object counters may stand."""
-    nested = [header.tree.get(key) for key in _NESTED] if isinstance(header.tree, dict) else []
-    return [mapping for mapping in (header.tree, *nested) if isinstance(mapping, dict)]
+    tree = header.content
+    nested = [tree.get(key) for key in _NESTED] if isinstance(tree, dict) else []
+    return [mapping for mapping in (tree, *nested) if isinstance(mapping, dict)]
 
 
 def _parsed(text: str) -> float | None:

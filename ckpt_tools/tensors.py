@@ -201,6 +201,17 @@ class TensorSpec:
         """The boxes that it is put together from: the tensor itself, unless it is chunked."""
         return (((0,) * len(self.shape), self),)
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that it stands in."""
+        return (self.storage.path,)
+
+    def moved(self, path: Path) -> TensorSpec:
+        """Return the tensor at the same place of another file; of one that is not chunked."""
+        at = self.storage
+        storage = Storage(path, at.offset, at.nbytes, at.big_endian)
+        return TensorSpec(self.dtype, self.shape, self.stride, self.start, storage)
+
 
 @_unchanging
 class ChunkedSpec(TensorSpec):
@@ -223,6 +234,11 @@ class ChunkedSpec(TensorSpec):
     def parts(self) -> tuple[Part, ...]:
         """The boxes that it is put together from."""
         return self.chunks
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files that the chunks stand in."""
+        return tuple(chunk.storage.path for _, chunk in self.chunks)
 
 
 Part = tuple[tuple[int, ...], TensorSpec]

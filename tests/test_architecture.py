@@ -39,6 +39,7 @@ ROOMS = [
     "prefixes",
     "inspection",
     "provenance",
+    "recipes",
     "averaging",
     "diffing",
     "training_state",

@@ -373,7 +373,7 @@ def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
     size = lanes.sized(tensors.values(), 1, 10**6)
     assert size is not None
     with engine.OpenFiles() as files:
-        files.open_all(spec for tensor in tensors.values() for spec, _ in tensor.terms)
+        files.open_all(path for tensor in tensors.values() for spec, _ in tensor.terms for path in spec.paths)
         out = OutFile(safetensors.plan(tensors, metadata={}, name="out"), -1)
         part = Part(out, tensors["w0"], 0, 0, 100)
         with lanes.Lane(late, size, files, lambda *_: None, stop) as lane:

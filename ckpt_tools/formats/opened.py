@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import CorruptError, ReadError
-from ..tensors import TensorSpec
 from .header import Stamp
 
 
@@ -46,13 +45,10 @@ class OpenFiles:
         self._fds[path] = fd
         self._check(self._stamps.setdefault(path, Stamp.of(path, fd)))
 
-    def open_all(self, specs: Iterable[TensorSpec]) -> None:
-        """Open all files of these tensors, and let the process hold so many, as far as it may."""
-        seen: dict[int, Path] = {}  # by identity first, for to hash a path takes longer
-        for spec in specs:
-            for path in [spec.storage.path] if type(spec) is TensorSpec else [p.storage.path for _, p in spec.parts]:
-                seen[id(path)] = path
-        unique = dict.fromkeys(seen.values())
+    def open_all(self, paths: Iterable[Path]) -> None:
+        """Open all these files, and let the process hold so many, as far as it may."""
+        # By identity first, for to hash a path takes longer.
+        unique = dict.fromkeys({id(path): path for path in paths}.values())
         raise_file_limit(len(unique))
         for path in unique:
             self.open(path)

@@ -8,10 +8,35 @@ any order; the rest is patched in at the end, when checksums are known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..tensors import DType, TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TwinTerms:
+    """Terms at one place of several files whose headers are equal; the spec of each is made when it is asked for.
+
+    Attributes:
+        spec: of one of them.
+        paths: the files, in the order of summation; one tuple for all tensors of a job.
+        coefficients: float64, one a file; likewise.
+    """
+
+    spec: TensorSpec
+    paths: tuple[Path, ...]
+    coefficients: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[TensorSpec, float]:
+        return self.spec.moved(self.paths[index]), self.coefficients[index]
+
+    def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
+        return map(self.__getitem__, range(len(self)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +57,7 @@ class OutTensor:
 
     dtype: DType
     shape: tuple[int, ...]
-    terms: tuple[tuple[TensorSpec, float], ...]
+    terms: tuple[tuple[TensorSpec, float], ...] | TwinTerms
     name: str
     finite: bool = True
     data: bytes | None = None
@@ -44,6 +69,34 @@ class OutTensor:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def dtypes(self) -> tuple[DType, ...]:
+        """Of the terms."""
+        if type(self.terms) is TwinTerms:
+            return (self.terms.spec.dtype,) * len(self.terms)
+        return tuple([spec.dtype for spec, _ in self.terms])
+
+    @property
+    def width(self) -> int:
+        """Bytes of the inputs that go into an element."""
+        if type(self.terms) is TwinTerms:
+            return self.terms.spec.dtype.itemsize * len(self.terms.paths)
+        return sum([spec.dtype.itemsize for spec, _ in self.terms])
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Of the terms."""
+        if type(self.terms) is TwinTerms:
+            return self.terms.coefficients
+        return tuple([coefficient for _, coefficient in self.terms])
+
+    @property
+    def places(self) -> Sequence[tuple[TensorSpec, tuple[Path, ...]]]:
+        """Where the terms stand, in order: a place, and the files that have a term there (chunks have their own)."""
+        if type(self.terms) is TwinTerms:
+            return ((self.terms.spec, self.terms.paths),)
+        return [(spec, spec.paths) for spec, _ in self.terms]
 
     @property
     def copied(self) -> bool:

@@ -14,7 +14,6 @@ from ..errors import CorruptError, UnsupportedError
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
 from .header import PROVENANCE, Header, Stamp, parse_provenance
 from .output import FilePlan, OutTensor
-from .twins import moved
 
 MAX_HEADER = 100_000_000  # the library's own limit
 _PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter
@@ -49,11 +48,12 @@ def read(path: Path) -> Header:
     return Header(
         path,
         "safetensors",
-        moved(listing.tensors, path),
+        listing.tensors,
         (stamp,),
         metadata=metadata,
         provenance=provenance,
         pattern=listing,
+        lent=True,
     )
 
 

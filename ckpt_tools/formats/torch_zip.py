@@ -45,8 +45,8 @@ def read(path: Path) -> Header:
         start, directory = usual_directory(file, stamp.nbytes)
         known = KNOWN.get((stamp.nbytes, start))
         if known is not None and known.describes(file, directory):
-            tree = moved(known.tree, path)
-            return Header(path, "torch-zip", tree, (stamp,), Counter(known.foreign), pattern=known)
+            foreign = Counter(known.foreign)
+            return Header(path, "torch-zip", known.tree, (stamp,), foreign, pattern=known, lent=True)
         archive = Archive(file, 0, stamp.nbytes, where=str(path))
         root, tree, foreign, provenance = _read(archive, path, where=str(path))
     known = None

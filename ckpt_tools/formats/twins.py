@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,13 +13,18 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
-from ..tensors import Storage, TensorSpec, UnsupportedTensor
+from ..tensors import TensorSpec, UnsupportedTensor
 from .unpickle import SealedDict
 from .zip_records import CENTRAL, LOCAL, Archive
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, UnsupportedTensor}
-_WINDOW = 1 << 16
-_DENSE = 1 << 14  # headers that are no further apart are read together with what stands between them
+_WINDOW = 1 << 16  # bytes that are read at once, at most
+_DENSE = 1 << 10  # bytes between two headers that cost less to read than another call does
+# Offsets in a line of the directory: of the times, of the checksum behind them, and of the sizes behind that.
+_TIME, _CRC, _SIZES = 12, 16, 20
+_LENGTHS = 4  # bytes at the end of a local header: of the name, and of what stands between it and the content
+_CRC_SIZE = _SIZES - _CRC
+_MARK = 4  # bytes at the start of either
 
 
 class Unmovable(Exception):
@@ -36,9 +42,7 @@ def moved(tree: Any, path: Path) -> Any:
     def copy(node: Any) -> Any:
         kind = type(node)
         if kind is TensorSpec:
-            at = node.storage
-            storage = Storage(path, at.offset, at.nbytes, at.big_endian)
-            return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
+            return node.moved(path)
         if kind in _ATOMS:
             return node
         if id(node) in copies:
@@ -98,9 +102,9 @@ class Known:
             and root.count(b"/") == 1
             and not {*b"\0\\"} & {*root}
             and self._alike(directory, root, *self._directory)
-            and self._alike(_pieces(file, self._head_places), root, *self._heads)
-            and _pieces(file, self._content_places) == b"".join(self.archive.contents.values())
-            and all(directory[at : at + 4] in checksums for at, checksums in self._checksums)
+            and self._alike(_read(file, self._head_windows), root, *self._heads)
+            and _read(file, self._content_windows) == b"".join(self.archive.contents.values())
+            and all(directory[at : at + _CRC_SIZE] in checksums for at, checksums in self._checksums)
         )
 
     def _alike(self, theirs: bytes, root: bytes, pieces: Sequence[bytes], mask: int) -> bool:
@@ -111,7 +115,7 @@ class Known:
     @cached_property
     def _directory(self) -> tuple[list[bytes], int]:
         """Return its lines, cut where the root stands, and which bits count: not those of times and checksums."""
-        line = b"\xff" * 12 + bytes(8) + b"\xff" * (CENTRAL.size - 20)
+        line = b"\xff" * _TIME + bytes(_SIZES - _TIME) + b"\xff" * (CENTRAL.size - _SIZES)
         mask = b"".join(line + b"\xff" * len(record.name) for record in self.archive.records.values())
         lengths = [CENTRAL.size + len(record.name) for record in self.archive.records.values()]
         begins = [*accumulate(lengths, initial=0)][:-1]
@@ -126,18 +130,18 @@ class Known:
     def _heads(self) -> tuple[list[bytes], int]:
         """Return its local headers, cut likewise, and which bits count: of signature, the two lengths and the name."""
         heads = [head for _, head in sorted(self.archive.heads.items())]
-        line = b"\xff" * 4 + bytes(LOCAL.size - 8) + b"\xff" * 4
+        line = b"\xff" * _MARK + bytes(LOCAL.size - _MARK - _LENGTHS) + b"\xff" * _LENGTHS
         mask = b"".join(line + b"\xff" * (len(head) - LOCAL.size) for head in heads)
         begins = [*accumulate(map(len, heads), initial=0)][:-1]
         return self._without_root(b"".join(heads), [at + LOCAL.size for at in begins]), _number(mask)
 
     @cached_property
-    def _head_places(self) -> list[tuple[int, int]]:
-        return [(offset, len(head)) for offset, head in sorted(self.archive.heads.items())]
+    def _head_windows(self) -> list[_Window]:
+        return _windows((offset, len(head)) for offset, head in sorted(self.archive.heads.items()))
 
     @cached_property
-    def _content_places(self) -> list[tuple[int, int]]:
-        return [(offset, len(content)) for (_, offset), content in self.archive.contents.items()]
+    def _content_windows(self) -> list[_Window]:
+        return _windows((offset, len(content)) for (_, offset), content in self.archive.contents.items())
 
     @cached_property
     def _checksums(self) -> list[tuple[int, tuple[bytes, bytes]]]:
@@ -145,7 +149,7 @@ class Known:
         lines = accumulate((CENTRAL.size + len(record.name) for record in self.archive.records.values()), initial=0)
         at = dict(zip(self.archive.records, lines, strict=False))
         return [
-            (at[name] + 16, (zlib.crc32(content).to_bytes(4, "little"), bytes(4)))
+            (at[name] + _CRC, (zlib.crc32(content).to_bytes(_CRC_SIZE, "little"), bytes(_CRC_SIZE)))
             for (name, _), content in self.archive.contents.items()
         ]
 
@@ -154,17 +158,35 @@ def _number(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-def _pieces(file: IO[bytes], places: Sequence[tuple[int, int]]) -> bytes:
-    """Read pieces of a file, in ascending order, and put them together."""
-    far = len(places) < 2 or (places[-1][0] - places[0][0]) // (len(places) - 1) > _DENSE
-    pieces = []
-    window, begin = b"", 0
+_Window = tuple[int, int, list[slice]]  # offset, length, and where the pieces are in it
+
+
+def _windows(places: Iterable[tuple[int, int]]) -> list[_Window]:
+    """Put pieces, (offset, length) in ascending order, together that stand so close that one read brings them all."""
+    windows: list[_Window] = []
+    begin = end = -1
     for offset, nbytes in places:
-        if not begin <= offset <= begin + len(window) - nbytes:
-            file.seek(offset)
-            window, begin = file.read(nbytes if far else max(nbytes, _WINDOW)), offset
-        pieces.append(window[offset - begin : offset - begin + nbytes])
-    return b"".join(pieces)
+        if windows and end <= offset <= end + _DENSE and offset + nbytes <= begin + _WINDOW:
+            pieces = windows.pop()[2]
+        else:
+            begin, pieces = offset, []
+        end = offset + nbytes
+        pieces.append(slice(offset - begin, end - begin))
+        windows.append((begin, end - begin, pieces))
+    return windows
+
+
+def _read(file: IO[bytes], windows: Iterable[_Window]) -> bytes:
+    """Read pieces of a file, and put them together."""
+    fd = file.fileno()
+    found = []
+    for offset, length, pieces in windows:
+        window = os.pread(fd, length, offset)
+        if len(pieces) == 1:
+            found.append(window)
+        else:
+            found += [window[piece] for piece in pieces]
+    return b"".join(found)
 
 
 KNOWN: WeakValueDictionary[tuple[int, int], Known] = WeakValueDictionary()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .find import ema_config, states
+from .find import ema_config, is_ema_by_name, states
 from .forms import parameters
 from .select import select
 from .state import StateDict, dotted, is_buffer, is_optimizer, looks_like_training_state
@@ -16,6 +16,7 @@ __all__ = [
     "dotted",
     "ema_config",
     "is_buffer",
+    "is_ema_by_name",
     "is_optimizer",
     "looks_like_training_state",
     "parameters",

@@ -46,7 +46,7 @@ def states(header: Header, names: Mapping[str, Tensor] | None = None, *, by_name
         found = whole  # a flat state dict, one of whose modules has such a name
     elif not found and isinstance(tree, dict):
         found = _one_below(tree, names)
-    if by_name and list(found) == ["raw"] and _is_ema_by_name(header):
+    if by_name and list(found) == ["raw"] and is_ema_by_name(header):
         found = {"ema": replace(found["raw"], which="ema", layout=_layout_by_name(header))}
     return found
 
@@ -194,7 +194,7 @@ def state_dict(
     )  # fmt: skip
 
 
-def _is_ema_by_name(header: Header) -> bool:
+def is_ema_by_name(header: Header) -> bool:
     """True for a file or folder that holds an EMA alone, as its name or its configuration says."""
     return _EMA_FILE.fullmatch(header.path.name) is not None or "optimization_step" in ema_config(header)
 

@@ -74,7 +74,7 @@ def test_any_piece_of_any_tiling_is_that_of_the_whole(
     reader = Reader((stop - start + data.draw(st.integers(0, 100))) * spec.dtype.itemsize)
 
     with OpenFiles() as files:
-        files.open_all([spec])
+        files.open_all(spec.paths)
         nbytes = reader.read(Source(spec, files), start, stop)
     assert bytes(reader.buffer.bytes[:nbytes]) == raw_bytes(whole.reshape(-1)[start:stop])
     assert same(read_tensor(spec), whole)
@@ -163,7 +163,7 @@ def test_a_chunked_tensor_needs_no_more_memory_than_the_piece(tmp_path: Path) ->
     )
     reader = Reader(4 * 10)
     with OpenFiles() as files:
-        files.open_all([spec])
+        files.open_all(spec.paths)
         source = Source(spec, files)
         for start in range(0, spec.numel - 10, 10):
             reader.read(source, start, start + 10)

@@ -1,0 +1,94 @@
+"""Recipes: from tensors that line up and coefficients to what is summed for each name."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from .errors import LayoutError, UsageError
+from .formats.output import OutTensor, TwinTerms
+from .tensors import DType, Kind, TensorSpec
+
+# Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
+_RUNNING = ("running_mean", "running_var")
+_T = TypeVar("_T")
+
+
+def recipes(
+    rows: Mapping[str, tuple[TensorSpec | None, ...]],
+    coefficients: Sequence[float],
+    *,
+    dtype: DType | None,
+    keep_running: bool,
+    twins: Sequence[Path] = (),
+) -> dict[str, OutTensor]:
+    """Say what becomes of each name.
+
+    Args:
+        rows: name to one tensor a checkpoint, None where it lacks it; with `twins`, to that of the last alone.
+        coefficients: one a checkpoint.
+        dtype: of what is averaged and floating-point; as in the inputs if None.
+        keep_running: take BatchNorm's running statistics from the last checkpoint.
+        twins: the files, where all of them have each tensor at the same place.
+
+    Returns:
+        One OutTensor under all names that are tied in every checkpoint.
+
+    Raises:
+        LayoutError: packed codes.
+        UsageError: the checkpoints that have a tensor weigh nothing together.
+    """
+    tensors: dict[str, OutTensor] = {}
+    # Names that are the same bytes in every file are tied, and stay so; those of one file tell most of them apart.
+    tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
+    times = Counter([_begin(row[-1]) for row in rows.values()])
+    weighing = _weighing([*zip(twins, coefficients, strict=True)]) if twins else ()
+    paths, weights = tuple(path for path, _ in weighing), tuple(weight for _, weight in weighing)
+    for name, row in rows.items():
+        alone = times[_begin(row[-1])] == 1
+        tensor = None if alone else tied.get(row)
+        if tensor is None:
+            last = next(spec for spec in reversed(row) if spec is not None)
+            if last.dtype.kind is Kind.PACKED:
+                raise LayoutError(
+                    f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their "
+                    "scales. Average the checkpoints before they are quantized."
+                )
+            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
+            if from_last or not last.dtype.averaged:
+                terms: tuple[tuple[TensorSpec, float], ...] | TwinTerms = ((last, 1.0),)
+            else:
+                terms = TwinTerms(last, paths, weights) if twins else _scaled(name, row, coefficients)
+            out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
+            tensor = OutTensor(out_dtype, last.shape, terms, name)
+            if tensor.numel and not alone:
+                tied[row] = tensor
+        tensors[name] = tensor
+    return tensors
+
+
+def _begin(spec: TensorSpec | None) -> int:
+    return -1 if spec is None else spec.storage.offset + spec.start * spec.dtype.itemsize
+
+
+def _scaled(
+    name: str, row: Sequence[TensorSpec | None], coefficients: Sequence[float]
+) -> tuple[tuple[TensorSpec, float], ...]:
+    """Give a tensor that some checkpoints lack the total weight of the others."""
+    present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
+    weighing = tuple(present) if all(coefficients) else _weighing(present)
+    if len(present) == len(coefficients):
+        return weighing
+    have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
+    # A sum that is 0 but for rounding would blow the rounding up.
+    if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
+        raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use --keys intersection.")
+    return tuple((spec, c * (want / have)) for spec, c in weighing)
+
+
+def _weighing(terms: Sequence[tuple[_T, float]]) -> tuple[tuple[_T, float], ...]:
+    """Leave out what weighs nothing, but for the last where nothing else is left."""
+    return tuple(term for term in terms if term[1] != 0) or ((terms[-1][0], 0.0),)  # -0.0 would be another average

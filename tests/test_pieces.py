@@ -1,0 +1,104 @@
+"""Pieces: what is put together, and that it comes apart again where it must."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt_tools import engine
+from ckpt_tools.formats.output import FilePlan, OutTensor, TwinTerms
+from ckpt_tools.pieces import OutFile, Part, Run, apart, cut, runs
+from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
+
+A, B = Path("a"), Path("b")
+
+
+def tensor(
+    at: int, n: int, *, dtype: str = "float32", paths: tuple[Path, ...] = (A, B), big: bool = False
+) -> OutTensor:
+    known = DTYPES[dtype]
+    spec = TensorSpec(known, (n,), (1,), 0, Storage(paths[0], at, n * known.itemsize, big))
+    return OutTensor(known, (n,), TwinTerms(spec, paths, (0.5,) * len(paths)), f"at {at}")
+
+
+def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:
+    return FilePlan("out", 1 << 20, slots, lambda crcs: [], needs_crc)
+
+
+def lengths(found: FilePlan) -> list[tuple[int, int]]:
+    return [(offset, each.numel) for each, offset in runs(found)]
+
+
+def test_neighbours_in_every_file_are_one_run() -> None:
+    found = plan((tensor(100, 3), 8), (tensor(112, 5), 20), (tensor(132, 1), 40))
+    ((run, offset),) = runs(found)
+    assert (run.shape, offset) == ((9,), 8)
+    assert [(spec.storage.path, spec.storage.offset) for spec, _ in run.terms] == [(A, 100), (B, 100)]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        (tensor(113, 5), 20),  # a gap in the inputs
+        (tensor(112, 5), 21),  # a gap in the output
+        (tensor(100, 3), 20),  # the same again
+        (tensor(112, 5, dtype="float16"), 20),
+        (tensor(112, 5, paths=(A, Path("c"))), 20),
+        (tensor(112, 5, paths=(B, A)), 20),
+        (tensor(112, 5, paths=(A,)), 20),
+        (tensor(112, 5, big=True), 20),
+    ],
+)
+def test_what_does_not_follow_stands_alone(second: tuple[OutTensor, int]) -> None:
+    assert lengths(plan((tensor(100, 3), 8), second)) == [(8, 3), (second[1], second[0].numel)]
+
+
+def test_tensors_with_checksums_of_their_own_stand_alone() -> None:
+    assert lengths(plan((tensor(100, 3), 8), (tensor(112, 5), 20), needs_crc=True)) == [(8, 3), (20, 5)]
+
+
+@given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=12), piece=st.integers(1, 20))
+def test_the_parts_of_a_run_come_apart_into_every_element_of_every_tensor_once(sizes: list[int], piece: int) -> None:
+    begins = [4 * sum(sizes[:i]) for i in range(len(sizes))]
+    slots = [(tensor(1000 + begin, n), 8 + begin) for begin, n in zip(begins, sizes, strict=True)]
+    found = plan(*slots)
+    ((run, offset),) = runs(found)
+    assert isinstance(run, Run)
+    out = OutFile(found, -1)
+    seen = []
+    for start in range(0, run.numel, piece):
+        part = Part(out, run, offset, start, min(start + piece, run.numel))
+        own = list(apart(part))
+        assert sum(each.nbytes for each in own) == part.nbytes
+        assert own[0].position == part.position
+        seen += [(each.tensor, i) for each in own for i in range(each.start, each.stop)]
+    assert seen == [(each, i) for each, _ in slots for i in range(each.numel)]
+
+
+def test_each_element_of_a_job_is_in_one_batch() -> None:
+    slots, at = [], 0
+    for n in (70_000, 3, 0, 2_000_000, 5):
+        slots.append((tensor(64 + 2 * at, n), at))
+        at += 4 * n
+    found = plan(*slots)
+    parts = [part for batch in cut([OutFile(found, -1)], piece=1 << 20, alone=1000) for part in batch.parts]
+    assert sum(part.stop - part.start for part in parts) == sum(math.prod(each.shape) for each, _ in slots)
+    assert len({(id(part.tensor), part.start) for part in parts}) == len(parts)
+
+
+def test_a_run_of_big_endian_tensors_is_summed_right(tmp_path: Path) -> None:
+    """Big-endian words follow each other like others, and go through torch."""
+    values = torch.arange(24, dtype=torch.float32)
+    for path, factor in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / path).write_bytes((values * factor).numpy().astype(">f4").tobytes())
+    paths = (tmp_path / "a", tmp_path / "b")
+    slots = [(tensor(4 * begin, 8, paths=paths, big=True), 4 * begin) for begin in (0, 8, 16)]
+    with (tmp_path / "out").open("w+b") as file:
+        file.truncate(96)
+        engine.run([OutFile(FilePlan("out", 96, tuple(slots), lambda crcs: [], False), file.fileno())])
+        assert file.read() == (values * 2).numpy().tobytes()
