@@ -30,13 +30,13 @@ static int avx2; /* the processor has it, and F16C */
 #define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, FLOAT16, RAW };  /* as in native.py; RAW is never looked at */
-enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN };
+enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN };  /* as in native.py */
 
 #define READ (64 << 10)       /* bytes of an input that are read at once; four inputs and their sums stay in a cache */
 #define SPAN (256 << 10)      /* bytes that are read at once, of small parts */
 #define GAP 4096              /* bytes between two parts that cost less to read than another call does */
-#define WINDOW (512 << 10)    /* bytes of large parts that are written at once, up to a multiple of it in the file: the page
-                                 cache has large folios for them */
+#define WINDOW (512 << 10)    /* bytes of large parts that are written at once, up to a multiple of it in the file: the
+                                 page cache has large folios for them */
 
 /* ---- widening: exact for every dtype; element I of X ---- */
 
@@ -87,7 +87,7 @@ typedef struct {
 
 /* Add elements I to N of the terms to the sums. If they are the FIRST terms, nothing stands there yet; if they are
    PLAIN, all coefficients are 1. STEP elements at a time: what is left over at the end is not added. Returns where it
-   stopped. The compiler makes a loop for each case. */
+   stopped. The compiler makes a loop for each case: 1 to 4 terms, 4 more if they are not the first, 8 more if plain. */
 #define TERM(k, WIDEN) (plain ? WIDEN(x##k, i) : WIDEN(x##k, i) * c##k)
 #define CASE(NAME, k) case k: return NAME##_of(sum, terms, i, n, (k - 1) % 4 + 1, (k - 1) % 8 < 4, k > 8);
 #define ADD(NAME, TARGET, VALUE, WIDEN, STEP)                                                                          \
@@ -269,25 +269,28 @@ static int nonfinite_16(const uint16_t *x, size_t n, uint16_t exponent) {
 
 /* ---- checksum: CRC-32 of zip ---- */
 
-static uint32_t table[8][256];
+static uint32_t crc_table[8][256];
 
 static void make_table(void) {
     for (uint32_t i = 0; i < 256; i++) {
         uint32_t c = i;
         for (int k = 0; k < 8; k++) c = c & 1 ? (c >> 1) ^ 0xedb88320u : c >> 1;
-        table[0][i] = c;
+        crc_table[0][i] = c;
     }
     for (uint32_t i = 0; i < 256; i++)
-        for (int k = 1; k < 8; k++) table[k][i] = (table[k - 1][i] >> 8) ^ table[0][table[k - 1][i] & 0xff];
+        for (int k = 1; k < 8; k++) {
+            uint32_t c = crc_table[k - 1][i];
+            crc_table[k][i] = (c >> 8) ^ crc_table[0][c & 0xff];
+        }
 }
 
 static uint32_t crc_by_table(uint32_t crc, const unsigned char *p, size_t n) {
     for (; n >= 8; n -= 8, p += 8) {
         uint32_t a = crc ^ ((uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
-        crc = table[7][a & 0xff] ^ table[6][(a >> 8) & 0xff] ^ table[5][(a >> 16) & 0xff] ^ table[4][a >> 24] ^
-              table[3][p[4]] ^ table[2][p[5]] ^ table[1][p[6]] ^ table[0][p[7]];
+        crc = crc_table[7][a & 0xff] ^ crc_table[6][(a >> 8) & 0xff] ^ crc_table[5][(a >> 16) & 0xff] ^
+              crc_table[4][a >> 24] ^ crc_table[3][p[4]] ^ crc_table[2][p[5]] ^ crc_table[1][p[6]] ^ crc_table[0][p[7]];
     }
-    for (; n; n--) crc = (crc >> 8) ^ table[0][(crc ^ *p++) & 0xff];
+    for (; n; n--) crc = (crc >> 8) ^ crc_table[0][(crc ^ *p++) & 0xff];
     return crc;
 }
 
@@ -377,8 +380,8 @@ typedef struct {
     double limit;        /* magnitude from which on the rounded sum is infinite */
     int copied;          /* the one input is the output, byte for byte */
     int checked;         /* of what is copied: look for NaN and infinity */
-    int summed;          /* checksums are wanted */
-    const int64_t *table; /* a row for each part: elements, output, inputs */
+    int wants_crc;
+    const int64_t *rows; /* a row for each part: elements, output, inputs */
     size_t parts;
     uint32_t *crcs;      /* result, one for each part */
     unsigned char *bad;  /* result: parts with NaN or infinity, which were not written to the end */
@@ -426,7 +429,7 @@ static int run_large(Batch *b, char *x, double *sum, char *window) {
     for (size_t t = 0; t < b->count; t++) widest = SIZE[b->terms[t].dtype] > widest ? SIZE[b->terms[t].dtype] : widest;
     size_t block = READ / widest;
     for (b->part = 0; b->part < b->parts; b->part++) {
-        const int64_t *row = b->table + b->part * (3 + 2 * b->count);
+        const int64_t *row = b->rows + b->part * (3 + 2 * b->count);
         const Place *out = (const Place *)(row + 1), *in = (const Place *)(row + 3);
         size_t total = (size_t)row[0], n;
         uint32_t crc = 0;
@@ -441,7 +444,7 @@ static int run_large(Batch *b, char *x, double *sum, char *window) {
                 int status = b->copied ? copy_block(b, in, done + n, next, to, &bad)
                                        : sum_block(b, in, done + n, next, x, sum, to, &bad);
                 if (status != DONE) return status;
-                if (b->summed) crc = checksum(crc, to, next * size);
+                if (b->wants_crc) crc = checksum(crc, to, next * size);
                 n += next;
             }
             if (bad) b->bad[b->part] = 1;
@@ -460,11 +463,11 @@ static int run_small(Batch *b, char *span, double *sum, char *packed) {
         int64_t dtype = b->terms[t].dtype;
         size_t item = SIZE[dtype], at = 0;
         for (size_t p = 0; p < b->parts; p = after) {
-            const Place *in = (const Place *)(b->table + p * width + 1) + t;
-            int64_t start = in->offset & ~(int64_t)63, end = in->offset + b->table[p * width] * (int64_t)item;
+            const Place *in = (const Place *)(b->rows + p * width + 1) + t;
+            int64_t start = in->offset & ~(int64_t)63, end = in->offset + b->rows[p * width] * (int64_t)item;
             for (after = p + 1; after < b->parts; after++) {
-                const Place *next = (const Place *)(b->table + after * width + 1) + t;
-                int64_t stop = next->offset + b->table[after * width] * (int64_t)item;
+                const Place *next = (const Place *)(b->rows + after * width + 1) + t;
+                int64_t stop = next->offset + b->rows[after * width] * (int64_t)item;
                 if (next->fd != in->fd || next->offset < end || next->offset > end + GAP || stop > start + SPAN) break;
                 end = stop;
             }
@@ -475,8 +478,8 @@ static int run_small(Batch *b, char *span, double *sum, char *packed) {
                 return status;
             }
             for (size_t q = p; q < after; q++) {
-                const Place *place = (const Place *)(b->table + q * width + 1) + t;
-                size_t n = (size_t)b->table[q * width];
+                const Place *place = (const Place *)(b->rows + q * width + 1) + t;
+                size_t n = (size_t)b->rows[q * width];
                 char *x = span + (place->offset - start);
                 if (b->copied) memcpy(packed + at * size, x, n * size);
                 else {
@@ -489,40 +492,40 @@ static int run_small(Batch *b, char *span, double *sum, char *packed) {
         }
     }
     for (size_t p = 0, at = 0; p < b->parts; p++) {
-        size_t n = (size_t)b->table[p * width];
+        size_t n = (size_t)b->rows[p * width];
         char *to = packed + at * size;
         int bad = b->copied ? nonfinite(b, to, n) : narrow(b->out, to, sum + at, n, b->common, b->limit);
         b->bad[p] = (unsigned char)bad;
-        if (b->summed) b->crcs[p] = checksum(0, to, n * size);
+        if (b->wants_crc) b->crcs[p] = checksum(0, to, n * size);
         at += n;
     }
     return DONE;
 }
 
 PyDoc_STRVAR(sum_large_doc,
-"sum_large(terms, out, common, limit, copied, checked, summed, table, crcs, bad, scratch)\n\n"
+"sum_large(terms, out, common, limit, copied, checked, wants_crc, rows, crcs, bad, scratch)\n\n"
 "Fill parts of output files with weighted sums; see native.py, its one caller.\n"
 "Returns (status, part, term, errno).");
 
 PyDoc_STRVAR(sum_small_doc,
-"sum_small(terms, out, common, limit, copied, checked, summed, table, crcs, bad, scratch, packed)\n\n"
+"sum_small(terms, out, common, limit, copied, checked, wants_crc, rows, crcs, bad, scratch, packed)\n\n"
 "Put weighted sums of small parts one behind the other into memory; see native.py, its one caller.\n"
 "Returns (status, part, term, errno).");
 
 static PyObject *work(PyObject *args, int small) {
-    Py_buffer terms, rows, crcs, bad, scratch, packed = {0};
+    Py_buffer terms, table, crcs, bad, scratch, packed = {0};
     Batch b = {0};
     long long out;
     if (!PyArg_ParseTuple(args, small ? "y*Lddpppy*w*w*w*w*" : "y*Lddpppy*w*w*w*", &terms, &out, &b.common, &b.limit,
-                          &b.copied, &b.checked, &b.summed, &rows, &crcs, &bad, &scratch, &packed))
+                          &b.copied, &b.checked, &b.wants_crc, &table, &crcs, &bad, &scratch, &packed))
         return NULL;
     size_t width = 0, elements = 0, longest = 0;
     b.terms = terms.buf, b.count = (size_t)terms.len / sizeof(Term), b.out = out;
     width = (small ? 1 : 3) + 2 * b.count;
-    b.table = rows.buf, b.parts = (size_t)rows.len / sizeof(int64_t) / width;
+    b.rows = table.buf, b.parts = (size_t)table.len / sizeof(int64_t) / width;
     b.crcs = crcs.buf, b.bad = bad.buf;
     for (size_t p = 0; p < b.parts; p++) {
-        size_t n = (size_t)b.table[p * width];
+        size_t n = (size_t)b.rows[p * width];
         elements += n;
         longest = n > longest ? n : longest;
     }
@@ -549,7 +552,7 @@ static PyObject *work(PyObject *args, int small) {
     PyObject *result = NULL;
     if (!sound) PyErr_SetString(PyExc_ValueError, "_native: arguments that do not fit each other");
     else result = Py_BuildValue("(inni)", status, (Py_ssize_t)b.part, (Py_ssize_t)b.term, reason);
-    PyBuffer_Release(&terms), PyBuffer_Release(&rows), PyBuffer_Release(&crcs), PyBuffer_Release(&bad);
+    PyBuffer_Release(&terms), PyBuffer_Release(&table), PyBuffer_Release(&crcs), PyBuffer_Release(&bad);
     PyBuffer_Release(&scratch);
     if (small) PyBuffer_Release(&packed);
     return result;
@@ -572,7 +575,7 @@ static PyObject *crc32_of(PyObject *self, PyObject *data) {
 
 PyDoc_STRVAR(start_disk_doc,
 "start_disk(fd, offset, nbytes)\n\n"
-"Let the disk begin with a part of a file, so that a sync later on has less to wait for.");
+"Let the disk begin with a part of a file, so that a sync later on has less to wait for; 0 bytes: to its end.");
 
 static PyObject *start_disk(PyObject *self, PyObject *args) {
     int fd;

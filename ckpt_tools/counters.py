@@ -20,10 +20,9 @@ _CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16":
 def _number(header: Header, value: Any) -> float | None:
     """Read a counter: a number, or a tensor of one, which is too little to import torch for."""
     if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
-        place = value.storage.offset + value.start * value.dtype.itemsize
         with OpenFiles(header.files) as files:
             files.open(value.storage.path)
-            raw = os.pread(files[value.storage.path], value.dtype.itemsize, place)
+            raw = os.pread(files[value.storage.path], value.dtype.itemsize, value.begin)
         order = ">" if value.storage.big_endian else "<"
         value = struct.unpack(order + _CODES[value.dtype.name], raw)[0] if raw else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None

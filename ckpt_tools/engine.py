@@ -1,20 +1,22 @@
 """The engine: fills output files with their tensors, batch by batch, in several threads at once.
 
-Each thread takes a batch small enough to stay in its cache, reads it from every input in turn, adds
-it up in float64, rounds once, and writes it at its offset. An input byte crosses memory once, private
-memory depends on the piece and the thread count alone, and the threads run side by side, for reading,
-adding, checksums and writing all release the interpreter lock.
+Each thread takes a batch, reads it from every input in turn, adds it up in float64, rounds once, and writes it at its
+offset, in blocks small enough to stay in a cache. An input byte crosses memory once, private memory depends on the
+number of threads alone, and the threads run side by side, for reading, adding, checksums and writing all release the
+interpreter lock.
 
-Plain tensors go through C (`native`), without torch, or through GPUs (`lanes`); all others through torch (`summing`).
+Plain tensors go through C (`native`), without torch, or through GPUs (`lanes`); all others through torch (`summing`),
+as does what is not finite, for torch finds where it stands.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, cycle
 from queue import SimpleQueue
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from .summing import Recipe, Worker
 
 
-_WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up
+_WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up: a millisecond of its time
 
 
 def default_threads() -> int:
@@ -50,6 +52,8 @@ def memory_needed(
     gpu_memory: int = GPU_MEMORY,
 ) -> int:
     """Return the private bytes of the host that a run holds in buffers, whatever the size of the model.
+
+    Where torch is needed only for tensors that turn out not to be finite, its buffers come on top.
 
     Raises:
         UsageError: so little memory of the GPUs is too little.
@@ -77,7 +81,8 @@ def run(
         outputs: files of the planned size, open for writing.
         stamps: of the inputs, taken when their headers were read.
         threads: workers; as many as there are cores by default.
-        piece: elements a worker handles at a time. Changes no byte of the output.
+        piece: elements a worker handles at a time, in whatever way; the best for each way by default. Changes no byte
+            of the output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
         devices: that share the sums, as `devices.choose` returns them; the CPU if there are none.
         gpu_memory: bytes to take on each.
@@ -89,18 +94,15 @@ def run(
         ReadError: an input cannot be read, ends early, or changes meanwhile.
         WriteError: the output cannot be written.
     """
-    with OpenFiles(stamps) as files:
+    with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
         places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
         files.open_all(chain.from_iterable(paths for _, paths in places))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
-        job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices)
-        with (
-            job.disk_at_work(),
-            _one_thread_each(size is not None or any(_needs_torch(batch.parts[0].tensor) for batch in batches)),
-        ):
+        job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
+        with job.disk.at_work(job.stop):
             in_threads(
                 lambda: _work(job),
                 _workers(threads, devices),
@@ -140,6 +142,38 @@ def in_threads(
             stop.set()
 
 
+class _Disk:
+    """Lets the disk begin with what is written, beside the workers, whom a disk that is busy would hold up."""
+
+    def __init__(self) -> None:
+        self._ranges: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._small: Counter[int] = Counter()  # bytes by file that came in parts not worth it each
+
+    def written(self, fd: int, position: int, nbytes: int) -> None:
+        if nbytes < _WORTH_STARTING:
+            self._small[fd] += nbytes
+            if self._small[fd] < 4 * _WORTH_STARTING:
+                return
+            position = nbytes = self._small[fd] = 0  # all of the file
+        self._ranges.put((fd, position, nbytes))
+
+    @contextmanager
+    def at_work(self, stop: threading.Event) -> Iterator[None]:
+        def begin() -> None:
+            while (told := self._ranges.get()) is not None:
+                if not stop.is_set():  # for nothing else is worth waiting for the disk
+                    native.start_disk(*told)
+
+        thread = threading.Thread(target=begin, name="ckpt-disk")
+        try:
+            thread.start()
+            yield
+        finally:
+            self._ranges.put(None)
+            if thread.ident is not None:
+                thread.join()
+
+
 @dataclass(slots=True)
 class _Job:
     """What the workers share."""
@@ -150,23 +184,34 @@ class _Job:
     allow_nonfinite: bool
     size: Size | None  # of a lane on a device
     devices: Sequence[str]
+    torch_settings: ExitStack
     moved: int = 0  # bytes read and written
     heads: set[tuple[int, int]] = field(default_factory=set)  # files and offsets of patches that are written already
     stop: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    disk: _Disk = field(default_factory=_Disk)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _uses_torch: bool = False
     _waiting: Iterator[Batch] = field(init=False)
     _turn: Iterator[str] = field(init=False)
-    _written: SimpleQueue[Part | None] = field(default_factory=SimpleQueue)
     _crcs: dict[OutTensor, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting = iter(self.batches)
         self._turn = cycle(self.devices)
 
-    def next(self) -> Batch | None:
+    def next_batch(self) -> Batch | None:
         """Hand out the next batch; None when there is none, or when the job is stopped."""
-        with self.lock:
+        with self._lock:
             return None if self.stop.is_set() else next(self._waiting, None)
+
+    def use_torch(self) -> None:
+        """Let torch, from now to the end of the run, compute in the thread that asks; most jobs have no need of it."""
+        with self._lock:
+            if not self._uses_torch:
+                from .summing import one_thread_each
+
+                self.torch_settings.enter_context(one_thread_each())
+                self._uses_torch = True
 
     def lane(self) -> AbstractContextManager[Lane | None]:
         """Open a lane for one thread, on one device after the other; None where the CPU does it all."""
@@ -175,38 +220,20 @@ class _Job:
         from .lanes import Lane
         from .streams import opened
 
-        with self.lock:
+        self.use_torch()
+        with self._lock:
             name = next(self._turn)
         return Lane(opened(name), self.size, self.files, self.done, self.stop)
 
-    @contextmanager
-    def disk_at_work(self) -> Iterator[None]:
-        """Let the disk write what is complete, beside the workers, whom a disk that is busy would hold up."""
-
-        def begin() -> None:
-            while (part := self._written.get()) is not None:
-                if not self.stop.is_set():  # for nothing else is worth waiting for the disk
-                    native.start_disk(part.out.fd, part.position, part.nbytes)
-
-        thread = threading.Thread(target=begin, name="ckpt-disk")
-        try:
-            thread.start()
-            yield
-        finally:
-            self._written.put(None)
-            if thread.ident is not None:
-                thread.join()
-
     def done(self, part: Part, crc: int) -> None:
-        if part.nbytes >= _WORTH_STARTING:
-            self._written.put(part)
-        self.done_all([(part, crc)])
+        self.all_done([(part, crc)])
 
-    def done_all(self, written: Sequence[tuple[Part, int]]) -> None:
+    def all_done(self, written: Sequence[tuple[Part, int]]) -> None:
         """Take note of parts that are written, and of their checksums."""
-        with self.lock:
+        with self._lock:
             self.moved += sum([part.moved for part, _ in written])
             for part, crc in written:
+                self.disk.written(part.out.fd, part.position, part.nbytes)
                 if part.out.plan.needs_crc:
                     self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
 
@@ -221,7 +248,7 @@ def _work(job: _Job) -> None:
     try:
         cpu = _Cpu(job)
         with job.lane() as lane:
-            while (batch := job.next()) is not None:
+            while (batch := job.next_batch()) is not None:
                 for left in [batch] if lane is None else lane.fill(batch):
                     cpu.fill(left)
             for left in [] if lane is None else lane.finish():
@@ -273,19 +300,19 @@ class _Cpu:
         for part, crc, refused in zip(parts, crcs, bad, strict=True):
             nbytes = part.nbytes
             head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
-            position = part.offset - len(head)
+            position = part.position - len(head)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
                 run, run_begin, run_end = [], position, position
             if not refused:
                 run += (head, data[at : at + nbytes])
-                run_end = part.offset + nbytes
+                run_end = part.position + nbytes
                 written.append((part, crc))
                 if head:
                     self._job.heads.add((out.fd, position))
             at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
-        self._job.done_all(written)
+        self._job.all_done(written)
         return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
     def _fill_by_torch(self, part: Part) -> None:
@@ -304,6 +331,7 @@ class _Cpu:
         from .summing import Recipe, Worker
 
         if self._worker is None:
+            self._job.use_torch()
             self._worker = Worker(self._job.piece, allow_nonfinite=self._job.allow_nonfinite)
         if self._recipe is None or self._recipe[0] is not tensor:
             self._recipe = tensor, Recipe(tensor, self._job.files)
@@ -327,12 +355,3 @@ def _size(tensors: Iterable[OutTensor], threads: int | None, devices: Sequence[s
 def _needs_torch(tensor: OutTensor) -> bool:
     kind = kind_of(tensor)
     return tensor.data is None and (kind is None or not native.knows(kind))
-
-
-def _one_thread_each(needed: bool) -> AbstractContextManager[None]:
-    """Let torch, where it is needed, compute in the thread that asks."""
-    if not needed:
-        return nullcontext()
-    from .summing import one_thread_each  # imports torch, which most jobs have no need of
-
-    return one_thread_each()

@@ -229,10 +229,9 @@ class Lane:
         at = 0
         for part in parts:
             spec, _ = part.tensor.terms[term]
-            storage, item = spec.storage, spec.dtype.itemsize
+            path, item = spec.storage.path, spec.dtype.itemsize
             end = at + (part.stop - part.start) * item
-            offset = storage.offset + (spec.start + part.start) * item
-            read_at(self._files[storage.path], target[at:end], offset, storage.path)
+            read_at(self._files[path], target[at:end], spec.begin + part.start * item, path)
             at = end
 
     def _write(self) -> list[Batch]:

@@ -22,10 +22,10 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-MEMORY = 1 << 21
-"""Private bytes that a thread needs, at most: its scratch, and what is packed of small tensors."""
 SCRATCH = 3 << 19
-"""Bytes that a thread keeps for blocks, their sums, and what is written at once."""
+"""Bytes that a thread keeps for blocks, their sums, and what is written at once; `_native` refuses too little."""
+MEMORY = SCRATCH + (3 << 18)
+"""Private bytes that a thread needs, at most: its scratch, and what is packed of small tensors, twice."""
 PIECE = 1 << 20
 """Elements of a batch: enough to make the price of a call vanish, few enough to share a model out evenly."""
 
@@ -54,7 +54,7 @@ def crc32(data: bytes | memoryview) -> int:
 
 
 def start_disk(fd: int, offset: int, nbytes: int) -> None:
-    """Let the disk begin with a part of a file, so that the sync at the end has less to wait for."""
+    """Let the disk begin with a part of a file, so that the sync has less to wait for; 0 bytes: to its end."""
     if _native is not None:
         _native.start_disk(fd, offset, nbytes)
 
@@ -130,7 +130,7 @@ def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
     """
     found: list[int] = []
     for spec, paths in part.tensor.places:
-        offset = spec.storage.offset + (spec.start + part.start) * spec.dtype.itemsize
+        offset = spec.begin + part.start * spec.dtype.itemsize
         for path in paths:
             fd = fds.get(id(path))
             if fd is None:

@@ -32,9 +32,9 @@ class Source:
         self.chunks = _Chunks(spec, files) if isinstance(spec, ChunkedSpec) else None
         self.fd = files[spec.storage.path] if self.chunks is None else -1
         self.item = spec.dtype.itemsize
-        self.base = spec.storage.offset + spec.start * self.item
+        self.base = spec.begin
         self.contiguous = spec.contiguous
-        self.swapped = spec.storage.big_endian and spec.dtype.word > 1
+        self.swapped = spec.swapped
 
 
 class _Chunks:

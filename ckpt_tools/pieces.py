@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from .formats.output import FilePlan, OutTensor, TwinTerms
@@ -17,7 +16,9 @@ MEMORY = PIECE * 88
 """Private bytes that a thread needs for that, at most."""
 SMALL = 64 * 1024
 """Bytes in an input up to which a tensor is small: calls cost as much as moving it."""
-_GATHERED = 64 * 1024  # elements of small tensors that are summed in one go, about
+# Bytes of small tensors that are summed in one go, at most one tensor more; narrow ones count as four bytes an element,
+# for their sums. `native.SCRATCH` has to hold them.
+_GATHERED = 256 * 1024
 _MANY = 1024  # small tensors that are
 
 
@@ -97,7 +98,7 @@ def kind_of(tensor: OutTensor) -> Kind | None:
     if not tensor.terms:
         return None
     for spec, _ in tensor.places:  # a chunked one is not contiguous
-        if not spec.contiguous or (spec.storage.big_endian and spec.dtype.word > 1):
+        if not spec.contiguous or spec.swapped:
             return None
     return Kind(
         tensor.dtypes,
@@ -119,46 +120,30 @@ class Run(OutTensor):
     members: tuple[tuple[OutTensor, int], ...] = ()
 
 
-def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int]]:
-    """Yield what is in the slots of a file, with neighbours put together where no checksum of each is wanted."""
-    if plan.needs_crc:
-        yield from plan.slots
-        return
+def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, Kind | None]]:
+    """Yield what is in the slots of a file, and its kind; neighbours as one where no checksum of each is wanted."""
     members: list[tuple[OutTensor, int]] = []
-    for slot in plan.slots:
-        if members and not _follows(*members[-1], *slot):
-            yield _joined(members)
+    before: Kind | None = None
+    for tensor, offset in plan.slots:
+        kind = kind_of(tensor)
+        joins = kind is not None and kind == before and not plan.needs_crc
+        if members and not (joins and _follows(*members[-1], tensor, offset)):
+            yield *_joined(members), before
             members = []
-        members.append(slot)
+        members.append((tensor, offset))
+        before = kind
     if members:
-        yield _joined(members)
+        yield *_joined(members), before
 
 
 def _follows(before: OutTensor, position: int, tensor: OutTensor, offset: int) -> bool:
+    """Tell if a tensor of the same kind begins where another ends, in the output and in every input."""
+    places, others = before.places, tensor.places
     return (
         position + before.nbytes == offset
-        and before.dtype is tensor.dtype
-        and before.finite == tensor.finite
-        and before.coefficients == tensor.coefficients
-        and len(before.places) == len(tensor.places) > 0
-        and all(map(_stands_behind, before.places, tensor.places))
+        and len(places) == len(others)
+        and all(a.begin + a.nbytes == b.begin and p == q for (a, p), (b, q) in zip(places, others, strict=True))
     )
-
-
-def _stands_behind(before: tuple[TensorSpec, tuple[Path, ...]], after: tuple[TensorSpec, tuple[Path, ...]]) -> bool:
-    (a, paths), (b, others) = before, after
-    return (
-        a.dtype is b.dtype
-        and _begin(a) + a.nbytes == _begin(b)
-        and paths == others
-        and a.contiguous
-        and b.contiguous
-        and a.storage.big_endian == b.storage.big_endian
-    )
-
-
-def _begin(spec: TensorSpec) -> int:
-    return spec.storage.offset + spec.start * spec.dtype.itemsize
 
 
 def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
@@ -168,7 +153,7 @@ def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
     numel = sum([tensor.numel for tensor, _ in members])
 
     def whole(spec: TensorSpec) -> TensorSpec:
-        storage = Storage(spec.storage.path, _begin(spec), numel * spec.dtype.itemsize, spec.storage.big_endian)
+        storage = Storage(spec.storage.path, spec.begin, numel * spec.dtype.itemsize, spec.storage.big_endian)
         return TensorSpec(spec.dtype, (numel,), (1,), 0, storage)
 
     terms = first.terms
@@ -193,11 +178,11 @@ def apart(part: Part) -> Iterator[Part]:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Small tensors of one kind, and how many elements they have."""
+    """Small tensors of one kind, and how much they are, as `_GATHERED` counts."""
 
-    widest: int
+    widest: int  # bytes of an element of a term
     parts: list[Part] = field(default_factory=list)
-    elements: int = 0
+    size: int = 0
 
 
 def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch]:
@@ -209,8 +194,8 @@ def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch
     """
     for out in outputs:
         kinds: dict[Kind, _Gathered] = {}
-        for tensor, offset in runs(out.plan):
-            kind, numel = kind_of(tensor), tensor.numel
+        for tensor, offset, kind in runs(out.plan):
+            numel = tensor.numel
             if kind is None:
                 yield from _pieces(out, tensor, offset, None, alone)
                 continue
@@ -221,10 +206,10 @@ def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch
                 yield from _pieces(out, tensor, offset, kind, piece)
             elif numel:
                 gathered.parts.append(Part(out, tensor, offset, 0, numel))
-                gathered.elements += numel
-                if gathered.elements >= _GATHERED or len(gathered.parts) >= _MANY:
+                gathered.size += numel * max(gathered.widest, 4)
+                if gathered.size >= _GATHERED or len(gathered.parts) >= _MANY:
                     yield Batch(kind, tuple(gathered.parts), small=True)
-                    gathered.parts, gathered.elements = [], 0
+                    gathered.parts, gathered.size = [], 0
         for kind, gathered in kinds.items():
             if gathered.parts:
                 yield Batch(kind, tuple(gathered.parts), small=True)

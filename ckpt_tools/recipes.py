@@ -71,7 +71,7 @@ def recipes(
 
 
 def _begin(spec: TensorSpec | None) -> int:
-    return -1 if spec is None else spec.storage.offset + spec.start * spec.dtype.itemsize
+    return -1 if spec is None else spec.begin
 
 
 def _scaled(

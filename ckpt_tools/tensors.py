@@ -202,6 +202,16 @@ class TensorSpec:
         return (((0,) * len(self.shape), self),)
 
     @property
+    def begin(self) -> int:
+        """Where its first element stands in its file, in bytes; of one that is not chunked."""
+        return self.storage.offset + self.start * self.dtype.itemsize
+
+    @property
+    def swapped(self) -> bool:
+        """True if its bytes are in another order than this machine's, and ours."""
+        return self.storage.big_endian and self.dtype.word > 1
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The files that it stands in."""
         return (self.storage.path,)

@@ -80,8 +80,7 @@ def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
     sources: dict[Path, None] = {}
     for tensor, position in plan.slots:
         spec = tensor.terms[0][0]
-        start = spec.storage.offset + spec.start * spec.dtype.itemsize
-        pieces.append((position, Span(start, start + spec.nbytes)))
+        pieces.append((position, Span(spec.begin, spec.begin + spec.nbytes)))
         sources[spec.storage.path] = None
     if len(sources) > 1:
         return None

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ckpt_tools import engine, native
+from ckpt_tools import engine, native, summing
 from ckpt_tools.checkpoint import open_checkpoint
 from ckpt_tools.errors import CorruptError, NumericsError, ReadError, WriteError
 from ckpt_tools.formats import safetensors
@@ -299,13 +300,29 @@ def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, piece
     assert load_file(path)["w"].equal(values.view(10, 10))
 
 
-def test_threads_of_torch_are_given_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [0.0, float("inf")])
+def test_torch_computes_in_the_thread_that_asks_and_has_its_threads_back_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, value: float
+) -> None:
+    """What C finds infinite comes to torch when the job is under way."""
+    compute, seen = summing.Worker.compute, set()
+
+    def watched(*args: Any) -> memoryview:
+        seen.add(torch.get_num_threads())
+        return compute(*args)
+
+    monkeypatch.setattr(summing.Worker, "compute", watched)
     before = torch.get_num_threads()
-    average(tmp_path, [torch.zeros(3)], [0.5])
-    assert torch.get_num_threads() == before
-    with pytest.raises(NumericsError, match="NaN"):
-        average(tmp_path, [torch.tensor([float("nan")])], [0.5])
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(3)
+    try:
+        average(tmp_path, [torch.tensor([value, 1.0])], [0.5], allow_nonfinite=True)
+        assert seen == ({1} if value or way == "torch" else set())
+        assert torch.get_num_threads() == 3
+        with pytest.raises(NumericsError, match="NaN"):
+            average(tmp_path, [torch.tensor([float("nan")])], [0.5])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_workers_stop_where_not_all_of_them_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

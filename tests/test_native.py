@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_tools
-from ckpt_tools import native
+from ckpt_tools import native, summing
+from ckpt_tools.pieces import SMALL
+from ckpt_tools.tensors import DTYPES
 
 Save = Callable[..., Path]
 RELAXED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -73,7 +76,7 @@ def test_every_value_of_16_bits_is_widened_exactly(save: Save, tmp_path: Path, d
     dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]), min_size=1),
     suffix=st.sampled_from(["pth", "safetensors"]),
 )
-def test_small_tensors_in_any_neighbourhood(
+def test_small_tensors_are_averaged_and_copied_right_in_any_neighbourhood(
     tmp_path: Path, lengths: list[int], gap: int, dtypes: list[torch.dtype], suffix: str
 ) -> None:
     """Names in another order than the bytes, bytes of others between them, odd offsets."""
@@ -159,10 +162,10 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_a_processor_without_vectors_comes_to_the_same_bytes(tmp_path: Path) -> None:
+def test_c_with_and_without_vectors_and_torch_come_to_the_same_bytes(tmp_path: Path) -> None:
     """The same source, compiled without what only x86-64 has; every kind of sum, and lengths that leave a rest."""
     source = Path(native.__file__).with_name("_native.c")
-    for folder in ("portable", "vectors"):
+    for folder in ("portable", "vectors", "torch"):
         (tmp_path / folder).mkdir()
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-DPORTABLE", f"-I{sysconfig.get_path('include')}"]
@@ -188,18 +191,18 @@ import ckpt_tools
 from ckpt_tools import native
 path = {str(tmp_path / "portable" / "_native.so")!r}
 loader = importlib.machinery.ExtensionFileLoader("_native", path)
-native._native = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_native", path, loader=loader))
-loader.exec_module(native._native)
+portable = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_native", path, loader=loader))
+loader.exec_module(portable)
 paths = {[str(path) for path in paths]!r}
-for number, options in enumerate({_MODES!r}):
-    ckpt_tools.average(paths, out={str(tmp_path)!r} + f"/portable/{{number}}.safetensors", **options)
-assert "torch" not in sys.modules
+for way, native._native in (("vectors", native._native), ("portable", portable), ("torch", None)):
+    for number, options in enumerate({_MODES!r}):
+        ckpt_tools.average(paths, out=f"{tmp_path}/{{way}}/{{number}}.safetensors", **options)
+    assert ("torch" in sys.modules) == (way == "torch")
 """
     subprocess.run([sys.executable, "-c", script], check=True)
-    for number, options in enumerate(_MODES):
-        out = tmp_path / "vectors" / f"{number}.safetensors"
-        ckpt_tools.average(paths, out=out, **options)
-        assert out.read_bytes() == (tmp_path / "portable" / out.name).read_bytes()
+    for number, _ in enumerate(_MODES):
+        found = [(tmp_path / way / f"{number}.safetensors").read_bytes() for way in ("vectors", "portable", "torch")]
+        assert found[0] == found[1] == found[2]
 
 
 _MODES: list[dict[str, Any]] = [
@@ -207,3 +210,34 @@ _MODES: list[dict[str, Any]] = [
     {"mode": "ema", "decay": 0.9},
     {"mode": "weights", "weights": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "dtype": "float16"},
 ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_infinite_to_c_is_infinite_to_torch(dtype: str) -> None:
+    assert native._LIMITS[dtype] == summing.Formula.of((DTYPES[dtype],), (0.5,), DTYPES[dtype]).limit
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "I64", "U8"])
+def test_the_scratch_of_a_thread_holds_the_largest_batches_of_small_tensors(tmp_path: Path, dtype: str) -> None:
+    """As many bytes as are gathered at most: tensors that are just small enough, behind others that are not enough."""
+    item = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}[dtype]
+    lengths = [1, *[SMALL // item - 1] * 3, SMALL // item, SMALL // item, SMALL // item] * 3
+    header, payload, at = {}, bytearray(), 0
+    for i, length in enumerate(lengths):
+        data = (np.arange(length * item) % 64).astype(np.uint8).tobytes()  # a finite number in every dtype
+        # A gap between them keeps them apart, which safetensors itself would not write but for tensors in between.
+        for name, content in ((f"t{i}", data), (f"gap{i}", b"\x00" * item * 2)):
+            kind = dtype if name[0] == "t" else "U8"
+            shape = [len(content) // (item if kind == dtype else 1)]
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + len(content)]}
+            payload += content
+            at += len(content)
+    text = json.dumps(header).encode()
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + payload)
+    paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    ckpt_tools.average(paths, out=tmp_path / "out.safetensors")
+    expected, found = load_file(paths[0]), load_file(tmp_path / "out.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt_tools import engine
 from ckpt_tools.formats.output import FilePlan, OutTensor, TwinTerms
-from ckpt_tools.pieces import OutFile, Part, Run, apart, cut, runs
+from ckpt_tools.pieces import OutFile, Part, Run, apart, cut, kind_of, runs
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")
@@ -31,13 +31,14 @@ def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:
 
 
 def lengths(found: FilePlan) -> list[tuple[int, int]]:
-    return [(offset, each.numel) for each, offset in runs(found)]
+    return [(offset, each.numel) for each, offset, _ in runs(found)]
 
 
 def test_neighbours_in_every_file_are_one_run() -> None:
     found = plan((tensor(100, 3), 8), (tensor(112, 5), 20), (tensor(132, 1), 40))
-    ((run, offset),) = runs(found)
+    ((run, offset, kind),) = runs(found)
     assert (run.shape, offset) == ((9,), 8)
+    assert kind == kind_of(run)
     assert [(spec.storage.path, spec.storage.offset) for spec, _ in run.terms] == [(A, 100), (B, 100)]
 
 
@@ -67,8 +68,9 @@ def test_the_parts_of_a_run_come_apart_into_every_element_of_every_tensor_once(s
     begins = [4 * sum(sizes[:i]) for i in range(len(sizes))]
     slots = [(tensor(1000 + begin, n), 8 + begin) for begin, n in zip(begins, sizes, strict=True)]
     found = plan(*slots)
-    ((run, offset),) = runs(found)
+    ((run, offset, kind),) = runs(found)
     assert isinstance(run, Run)
+    assert kind == kind_of(run)
     out = OutFile(found, -1)
     seen = []
     for start in range(0, run.numel, piece):

@@ -109,8 +109,7 @@ class OutTensor:
         spec = self.terms[0][0] if self.copied else None
         if spec is None or (self.finite and self.dtype.averaged):
             return False
-        swapped = spec.storage.big_endian and spec.dtype.word > 1
-        return spec.contiguous and not swapped
+        return spec.contiguous and not spec.swapped
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -161,10 +161,10 @@ def test_a_checkpoint_without_a_state_dict(tree: Any, message: str) -> None:
 
 
 def test_the_wrong_set_of_weights_asked_for() -> None:
-    assert "c-1.pth: has no ema weights, only raw (the whole file). Use --state raw." in refused(
+    assert "c-3.pth: has no ema weights, only raw (the whole file). Use --state raw." in refused(
         Path(), "avg", *GOOD, "--state", "ema"
     )
-    assert "c-1.pth: nothing at 'model.teacher'. The top level holds: w, b, n." in refused(
+    assert "c-3.pth: nothing at 'model.teacher'. The top level holds: w, b, n." in refused(
         Path(), "avg", *GOOD, "--state", "model.teacher"
     )
 
