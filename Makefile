@@ -6,6 +6,8 @@ INSTALLED := $(VENV)/.installed
 SMOKE := build/smoke
 ECOSYSTEM := .venv-ecosystem
 MERGEKIT := .venv-mergekit
+# Where the version of torch is not what is tested: one that has a small build for CPUs.
+PLAIN_TORCH := 2.13.0
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
@@ -58,7 +60,7 @@ smoke: $(INSTALLED)
 	rm -rf $(SMOKE) build/wheel build/lib
 	$(BIN)/pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv $(SMOKE)
-	$(SMOKE)/bin/pip install -q torch==2.13.0 build/wheel/*.whl
+	$(SMOKE)/bin/pip install -q torch==$(PLAIN_TORCH) build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py
 
 bench: $(VENV)/.bench
@@ -75,7 +77,7 @@ $(VENV)/.bench: $(INSTALLED)
 # An older torch, and libraries that ckpt does not need, in an environment of their own.
 $(MERGEKIT)/.installed:
 	$(PYTHON) -m venv $(MERGEKIT)
-	$(MERGEKIT)/bin/pip install -q torch==2.13.0
+	$(MERGEKIT)/bin/pip install -q torch==$(PLAIN_TORCH)
 	$(MERGEKIT)/bin/pip install -q mergekit==0.1.5
 	touch $@
 

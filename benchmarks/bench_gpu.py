@@ -1,7 +1,7 @@
 """`ckpt avg` on the CPU and on a GPU, and the rates that bound it; needs torch and this checkout, nothing else.
 
-    PYTHONPATH=. python benchmarks/bench_gpu.py                 # 6 files of 1.2 GB; 10 GB of disk
-    PYTHONPATH=. python benchmarks/bench_gpu.py --scale 0.05 --device cpu --rounds 1   # does it run at all
+    python benchmarks/bench_gpu.py                 # 6 files of 1.2 GB; 10 GB of disk
+    python benchmarks/bench_gpu.py --scale 0.05 --device cpu --rounds 1   # does it run at all
 
 Rates are of the bytes of the inputs. `apart` leaves out the imports and the first use of the device; `whole` is the
 process from its start. The outputs of both devices must be equal, byte for byte: else the exit code is 1.

@@ -205,7 +205,7 @@ def render(results: dict[str, Any]) -> str:
     """All tables, as Markdown."""
     scale = "" if results["scale"] == 1 else f", at a scale of {results['scale']:g}"
     size = "full sizes" if results["full"] else "the sizes of `make bench`"
-    lines = [f"Medians of {results['rounds']} rounds (the slow ways: at most 2), {size}{scale}.", ""]
+    lines = [f"Medians of {results['rounds']} rounds (the slow ways: {results['few']}), {size}{scale}.", ""]
     sections = {
         "ckpt avg and the bytes alone": averages,
         "Other ways": others,

@@ -101,6 +101,8 @@ class Scratch(Protocol):
 class Arithmetic:
     """Weighted sums in scratch of one device: all steps that decide a bit of a result, in their order.
 
+    `_native.c` takes the same steps; a change here is one there, too, and `tests/test_native.py` compares the bytes.
+
     Args:
         scratch: makes some, of so many bytes.
         reals: floating-point numbers it is to hold.
