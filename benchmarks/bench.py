@@ -288,8 +288,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--update", action="store_true", help="keep what the results already hold of other series")
     parser.add_argument("--page", type=Path, help="a page whose generated part, and plot, is to be made anew")
     options = parser.parse_args(argv)
-    if options.scale <= 0 or options.rounds is not None and options.rounds < 1:
-        parser.error("--scale and --rounds must be positive")
+    if not 0 < options.scale <= 100 or not options.limit > 0 or options.rounds is not None and options.rounds < 1:
+        parser.error("--scale (at most 100), --rounds and --limit must be positive")
+    if options.page:
+        report.check(options.page)
     options.rounds = options.rounds or (5 if options.full else 3)
     options.part = options.part or PARTS
     options.mergekit = options.mergekit.absolute()  # not resolved: the link is what makes it a virtual environment
@@ -306,16 +308,27 @@ def run_all(bench: Bench, folder: Path) -> None:
         recalibration(bench)
 
 
+def earlier(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise BenchError(f"{path} holds no results: {error}.") from error
+    if not isinstance(found, dict):
+        raise BenchError(f"{path} holds no results.")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that gigabytes of files go, too
     started = time.monotonic()
     bench = Bench(options)
-    if options.update and options.json.exists():
-        bench.results = json.loads(options.json.read_text())
-    for key in ("series", "runs", "failed", "ulp"):
-        bench.results.setdefault(key, {})
     try:
+        if options.update and options.json.exists():
+            bench.results = earlier(options.json)
+        for key in ("series", "runs", "failed", "ulp"):
+            bench.results.setdefault(key, {})
+        bench.keep()
         run([*CKPT_COMMAND, "--version"])
         if options.folder:
             options.folder.mkdir(parents=True, exist_ok=True)
@@ -324,7 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.results |= {"facts": facts(folder), "rounds": options.rounds, "scale": options.scale}
             bench.results |= {"full": options.full, "few": FEW_FULL if options.full else FEW_QUICK}
             run_all(bench, folder)
-    except BenchError as problem:
+        if not any(bench.results["runs"].values()):
+            raise BenchError("Nothing was measured: no series and way is both in --part, --series and --only.")
+    except (BenchError, OSError) as problem:
         say(str(problem))
         return 2
     bench.results["minutes"] = (time.monotonic() - started) / 60

@@ -255,13 +255,22 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def update(results: dict[str, Any], page: Path) -> None:
-    """Put the tables between the marks of a page, and the plot beside it; all else on the page stays."""
-    drawn = page.with_suffix(".svg")
-    plot(results, drawn)
-    text = page.read_text()
+def check(page: Path) -> str:
+    """Return the text of a page that has a place for figures."""
+    try:
+        text = page.read_text()
+    except OSError as error:
+        raise SystemExit(f"{page}: {error.strerror}") from error
     if BEGIN not in text or END not in text:
         raise SystemExit(f"{page} lacks the lines {BEGIN} and {END}, between which the figures go.")
+    return text
+
+
+def update(results: dict[str, Any], page: Path) -> None:
+    """Put the tables between the marks of a page, and the plot beside it; all else on the page stays."""
+    text = check(page)
+    drawn = page.with_suffix(".svg")
+    plot(results, drawn)
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     image = f"![How long each way takes, beside the bytes alone]({drawn.name})"
     page.write_text(f"{before}{BEGIN}\n{image}\n\n{render(results)}\n{END}{after}")

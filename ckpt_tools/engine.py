@@ -15,8 +15,8 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain, cycle
 from queue import SimpleQueue
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from . import native
 from .devices import GPU_MEMORY
+from .errors import CkptError
 from .formats.crc32 import combine
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
@@ -127,11 +128,23 @@ def in_threads(
         threads: how many; `default_threads` if None.
         stop: set at the end, and when the caller is interrupted.
         on_tick: called in this thread, a few times a second.
+
+    Raises:
+        CkptError: the system allows no thread. With fewer than were asked for, the job takes longer.
     """
     threads = default_threads() if threads is None else threads
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
         try:
-            pending = {pool.submit(work) for _ in range(threads)}
+            pending: set[Future[None]] = set()
+            for _ in range(threads):
+                try:
+                    pending.add(pool.submit(work))
+                except RuntimeError as error:
+                    if not pending:
+                        raise CkptError(
+                            f"{str(error).capitalize()}: the system has no more of them, or of memory."
+                        ) from error
+                    break
             while pending:
                 done, pending = wait(pending, timeout=0.1)
                 if on_tick is not None:
@@ -166,7 +179,8 @@ class _Disk:
 
         thread = threading.Thread(target=begin, name="ckpt-disk")
         try:
-            thread.start()
+            with suppress(RuntimeError):  # no more threads: the sync does it all
+                thread.start()
             yield
         finally:
             self._ranges.put(None)

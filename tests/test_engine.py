@@ -7,7 +7,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import engine, native, summing
 from ckpt_tools.checkpoint import open_checkpoint
-from ckpt_tools.errors import CorruptError, NumericsError, ReadError, WriteError
+from ckpt_tools.errors import CkptError, CorruptError, NumericsError, ReadError, WriteError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.output import OutTensor
 from ckpt_tools.pieces import OutFile
@@ -325,20 +324,27 @@ def test_torch_computes_in_the_thread_that_asks_and_has_its_threads_back_afterwa
         torch.set_num_threads(before)
 
 
-def test_workers_stop_where_not_all_of_them_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    submit, stop = ThreadPoolExecutor.submit, threading.Event()
-    started: list[object] = []
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_a_job_goes_on_with_the_threads_that_the_system_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    start, started = threading.Thread.start, []
 
-    def refusing(pool: ThreadPoolExecutor, work: Callable[[], object]) -> object:
-        if len(started) == 2:
+    def scarce(thread: threading.Thread) -> None:
+        if len(started) == allowed:
             raise RuntimeError("can't start new thread")
-        started.append(work)
-        return submit(pool, work)
+        started.append(thread)
+        start(thread)
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", refusing)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        engine.in_threads(lambda: stop.wait(60), 3, stop)
-    assert stop.is_set()
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    tensors = [torch.randn(3000), torch.randn(3000)]
+    if allowed:
+        found = average(tmp_path, tensors, [0.5, 0.5], threads=8, piece=100)
+        assert torch.equal(found, ((tensors[0].double() + tensors[1].double()) * 0.5).float())
+        assert len(started) == allowed
+    else:
+        with pytest.raises(CkptError, match="Can't start new thread: the system has no more"):
+            average(tmp_path, tensors, [0.5, 0.5], threads=8)
 
 
 def test_a_job_that_fails_waits_for_no_disk(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:

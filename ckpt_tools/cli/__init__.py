@@ -85,18 +85,15 @@ class _Stopped(BaseException):
         self.number = number
 
 
-_STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 def _stop(number: int, _frame: FrameType | None) -> None:
-    for each in _STOPPING:  # once is enough: a second one would break off the cleaning up
+    for each in console.STOPPING:  # once is enough: a second one would break off the cleaning up
         signal.signal(each, lambda *_: None)
     raise _Stopped(number)
 
 
 def main() -> None:
     """Run `ckpt`; the one place where an error becomes a message and an exit code."""
-    for each in _STOPPING:
+    for each in console.STOPPING:
         if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(each, _stop)
     # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
@@ -111,10 +108,9 @@ def main() -> None:
         console.say(f"Error: {error}")
         sys.exit(error.exit_code)
     except _Stopped as stopped:
-        for each in _STOPPING:  # while Python shuts down, handlers written in it are gone
-            signal.signal(each, signal.SIG_IGN)
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
         console.say(f"{what}; nothing was written.")
         sys.exit(128 + stopped.number)
     finally:
+        console.let_end()
         gc.set_threshold(*thresholds)

@@ -148,7 +148,7 @@ def avg(
         # Small jobs take as long as importing torch takes.
         rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
         where = "" if report.device == "cpu" else f" on {report.device}"
-        console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{where}{rate}.")
+        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{where}{rate}.")
     if json:
         console.print_json(report.to_dict())
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -84,6 +85,22 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=False, emoji=False)
+
+
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals by which people and programs stop a run."""
+
+
+def let_end() -> None:
+    """Let the process come to its end: what it had to write is whole, or gone, and there is nothing more to stop."""
+    for each in STOPPING:
+        signal.signal(each, signal.SIG_IGN)
+
+
+def wrote(text: str) -> None:
+    """Say what was written, which no signal makes untrue from here on."""
+    let_end()
+    say(text)
 
 
 def say(*lines: str) -> None:

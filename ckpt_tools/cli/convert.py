@@ -98,7 +98,7 @@ def convert(
         )  # fmt: skip
     if report.written:
         seconds = time.perf_counter() - started
-        console.say(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
+        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
     if json:
         console.print_json(report.to_dict())
 

@@ -47,7 +47,7 @@ def fix_prefix(
         )  # fmt: skip
     if report.written:
         seconds = time.perf_counter() - started
-        console.say(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")
+        console.wrote(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")
     if json:
         console.print_json(report.to_dict())
 

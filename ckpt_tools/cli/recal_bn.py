@@ -146,7 +146,7 @@ def recal_bn(
         _show_statistics(report.statistics)
         _show_accuracy(report)
         console.say(*report.notes[len(plans[0].notes) :])
-        console.say(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
+        console.wrote(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
     if json and plans:  # of several processes only the first has one
         console.print_json(report.to_dict())
 

@@ -40,7 +40,7 @@ def strip(
             on_plan=_show, on_progress=on_progress,
         )  # fmt: skip
     if report.anything:
-        console.say(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
+        console.wrote(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
     if json:
         console.print_json(report.to_dict())
 

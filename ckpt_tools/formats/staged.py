@@ -157,6 +157,7 @@ def staged_files(
                 _sync_folder(stage)
             _put(stage, target, force)
             _sync_folder(stage.parent)
+            _clear(stage, fds)
         except OSError as error:
             if error.errno in _TAKEN:
                 raise WriteError(
@@ -168,12 +169,17 @@ def staged_files(
                 raise
             # An interruption that came too late: the target is in its place.
     finally:
-        for fd in fds:
-            os.close(fd)
-        if names is None:
-            stage.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(stage, ignore_errors=True)
+        _clear(stage, fds)
+
+
+def _clear(stage: Path, fds: list[int]) -> None:
+    """Remove what is left of the stage, wherever an interruption broke this off before."""
+    while fds:
+        os.close(fds.pop())
+    if stage.is_dir():
+        shutil.rmtree(stage, ignore_errors=True)
+    else:
+        stage.unlink(missing_ok=True)
 
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)

@@ -8,6 +8,7 @@ import pty
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import command, environment, run
+from safetensors.torch import load_file, save_file
 
 SIZE = 1 << 30
 """Bytes of an input. Its payload is a hole in the file: it takes time to average, and no room on the disk."""
@@ -84,6 +87,47 @@ def test_a_signal_stops_a_run_without_a_trace(number: signal.Signals, code: int,
     assert "Traceback" not in err
     assert files() == before
     assert Path("averaged.safetensors").read_text() == "old"
+
+
+def test_a_signal_that_comes_when_all_is_written_changes_nothing() -> None:
+    for path in Path().glob("c-?.safetensors"):
+        save_file({"w": torch.ones(3)}, path)
+    for delay in (0.0, 0.002, 0.01, 0.02):  # until Python has shut down
+        process = subprocess.Popen(
+            command(*ARGUMENTS, "-o", "out.safetensors"), env=environment(), stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        err = ""
+        while "Wrote" not in err:
+            err += process.stderr.readline() or pytest.fail(err)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        _, more = process.communicate(timeout=30)
+        assert (process.returncode, more) == (0, "")
+
+
+def test_a_signal_between_the_renaming_and_the_clearing_leaves_the_whole_file_alone() -> None:
+    """A descriptor is closed only when the target is in its place."""
+    close = (
+        "import os, runpy, signal, sys\n"
+        "close = os.close\n"
+        "def closing(fd):\n"
+        "    out = os.path.realpath(f'/proc/self/fd/{fd}').endswith(('out.safetensors', '.partial'))\n"
+        "    close(fd)\n"
+        "    if out: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.close = closing\n"
+        "sys.argv[0] = 'ckpt'\n"
+        "runpy.run_module('ckpt_tools', run_name='__main__')\n"
+    )
+    for path in Path().glob("c-?.safetensors"):
+        save_file({"w": torch.ones(3)}, path)
+    done = subprocess.run(
+        [sys.executable, "-c", close, *ARGUMENTS, "-o", "out.safetensors"], capture_output=True, text=True, check=False
+    )
+    assert load_file("out.safetensors")["w"].tolist() == [1.0] * 3
+    assert not list(Path().glob(".*"))
+    assert done.returncode == 0
+    assert "Wrote out.safetensors" in done.stderr
 
 
 def test_more_signals_do_not_break_off_the_cleaning_up() -> None:
