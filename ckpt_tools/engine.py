@@ -101,7 +101,7 @@ def run(
         places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
         files.open_all(chain.from_iterable(paths for _, paths in places))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
-        batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), alone=piece or PIECE))
+        batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
         with job.disk.at_work(job.stop):
             in_threads(

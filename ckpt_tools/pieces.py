@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a thread does in one go: a part, or small tensors of one kind that go to one file.
+    """What a thread does in one go: parts of one kind; a single one, unless they are small or go through a device.
 
     Attributes:
         kind: of the parts; None where the part must be put together first.
@@ -185,19 +185,19 @@ class _Gathered:
     size: int = 0
 
 
-def cut(outputs: Iterable[OutFile], *, piece: int, alone: int) -> Iterator[Batch]:
+def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch]:
     """Cut a job into batches: large tensors into pieces, small ones gathered by kind.
 
     Args:
-        piece: elements of a part.
-        alone: elements of a part that must be put together first.
+        piece: elements of a part of some kind, at most.
+        other: elements of a part of no kind.
     """
     for out in outputs:
         kinds: dict[Kind, _Gathered] = {}
         for tensor, offset, kind in runs(out.plan):
             numel = tensor.numel
             if kind is None:
-                yield from _pieces(out, tensor, offset, None, alone)
+                yield from _pieces(out, tensor, offset, None, other)
                 continue
             gathered = kinds.get(kind)
             if gathered is None:

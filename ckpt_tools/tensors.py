@@ -208,7 +208,7 @@ class TensorSpec:
 
     @property
     def swapped(self) -> bool:
-        """True if its bytes are in another order than this machine's, and ours."""
+        """True if its bytes stand the other way round than ours: big endian, and more than one to a number."""
         return self.storage.big_endian and self.dtype.word > 1
 
     @property

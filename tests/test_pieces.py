@@ -88,7 +88,7 @@ def test_each_element_of_a_job_is_in_one_batch() -> None:
         slots.append((tensor(64 + 2 * at, n), at))
         at += 4 * n
     found = plan(*slots)
-    parts = [part for batch in cut([OutFile(found, -1)], piece=1 << 20, alone=1000) for part in batch.parts]
+    parts = [part for batch in cut([OutFile(found, -1)], piece=1 << 20, other=1000) for part in batch.parts]
     assert sum(part.stop - part.start for part in parts) == sum(math.prod(each.shape) for each, _ in slots)
     assert len({(id(part.tensor), part.start) for part in parts}) == len(parts)
 
