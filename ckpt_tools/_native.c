@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)
+#include <cpuid.h>
 #include <immintrin.h>
 #define X86 1
 #define AVX2 __attribute__((target("avx2,f16c")))
@@ -602,7 +603,8 @@ static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, 
 PyMODINIT_FUNC PyInit__native(void) {
     make_table();
 #ifdef X86
-    avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c, d; /* older compilers cannot ask for F16C by its name */
+    avx2 = __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 #endif
     return PyModule_Create(&module);
 }
