@@ -715,6 +715,16 @@ def _mixtures(draw: st.DrawFn) -> dict[str, Any]:
     return {**tree, **draw(st.sampled_from([{}, {}, {"averaging_state": {"n_averaged": 4}}]))}
 
 
+def test_an_entry_that_would_make_the_raw_weights_the_averaged_ones_stays_behind(save: Save, tmp_path: Path) -> None:
+    """Lightning's swapped files are known by `current_model_state` and `averaging_state` beside `state_dict`."""
+    lost = {"current_model_state": {"ema": bn_weights(2), "other": 3}, "averaging_state": {"n_averaged": 4}}
+    source = save("in.pth", {"model": bn_weights(0), "ema": bn_weights(1), **lost})
+    report = ckpt_tools.convert(source, to="timm", out=tmp_path / "out.pth")
+    assert same_bits(opened(tmp_path / "out.pth"), bn_weights(1))
+    assert same_bits(opened(tmp_path / "out.pth", "raw"), bn_weights(0))
+    assert "current_model_state" in report.dropped
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(tree=_mixtures(), layout=st.sampled_from(PAIRS))
 def test_what_is_read_from_any_mixture_is_read_again_from_any_layout(

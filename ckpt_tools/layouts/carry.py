@@ -9,7 +9,7 @@ from ..tensors import Tensor
 from ..trees import follow, without
 from .build import keeps
 from .state import StateDict, dotted
-from .table import Layout
+from .table import SWAPPERS, Layout
 
 Sets = Mapping[str, StateDict]
 
@@ -22,7 +22,16 @@ def beside(tree: Any, sets: Sets) -> dict[Any, Any]:
     for each in sets.values():
         for place in (each.path, *each.places, *each.counters):
             rest = without(rest, place, prune=True)
+    for place in _misleading(tree, sets):
+        rest = without(rest, place, prune=True)
     return rest
+
+
+def _misleading(tree: Any, sets: Sets) -> Iterator[tuple[Any, ...]]:
+    """Find what is none of the sets, and would say of one beside it that it is another."""
+    known = {place[:1] for each in sets.values() for place in (each.path, *each.places, *each.counters)}
+    if isinstance(tree, dict) and all(each.path for each in sets.values()):
+        yield from ((key,) for key in SWAPPERS if key in tree and (key,) not in known)
 
 
 def left_behind(tree: Any, sets: Sets, layout: Layout, *, nested: bool) -> list[str]:
@@ -40,6 +49,7 @@ def left_behind(tree: Any, sets: Sets, layout: Layout, *, nested: bool) -> list[
     left = [path for root in roots for path in _left(tree, root, carried, written)]
     if nested:
         left += _overwritten(beside(tree, sets), layout, pair=len(sets) == 2)
+        left += _misleading(tree, sets)
     for each in sets.values():
         left += [(*each.path, key) for key in each.extras]
         if len(paths) == len(sets):  # else this is the other set

@@ -11,10 +11,8 @@ from ..formats.unpickle import Inert, tensors_in
 from ..tensors import Tensor
 from .find import set_at, state_dict, states
 from .state import StateDict, dotted, looks_like_training_state
-from .table import SET_KEYS
+from .table import SET_KEYS, SWAPPERS
 
-# Beside these, `state_dict` is not what its name says: mmengine and Lightning swap the sets on saving.
-_SWAPPERS = ("ema_state_dict", "current_model_state")
 _SWAPPING = ("mmengine", "lightning")
 
 
@@ -35,7 +33,7 @@ def select(header: Header, state: str = "auto", names: Mapping[str, Tensor] | No
     found = states(header, names, by_name=state != "raw")
     known = any(state.layout in _SWAPPING for state in found.values())
     if not known and isinstance(tree, dict) and _holds_tensors(tree.get("state_dict")):
-        swapper = next((key for key in _SWAPPERS if _holds_tensors(tree.get(key))), None)
+        swapper = next((key for key in SWAPPERS if _holds_tensors(tree.get(key))), None)
         if swapper is not None:
             raise LayoutError(
                 f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights, "

@@ -118,5 +118,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 RAW_PLACES: tuple[Path, ...] = (("state_dict",), ("model",), ("model_state_dict",))
 """Where weights stand that have no averaged ones beside them, in timm's order."""
+SWAPPERS = ("ema_state_dict", "current_model_state")
+"""Beside these, `state_dict` is not what its name says: mmengine and Lightning swap the sets on saving."""
 SET_KEYS = ("state_dict", "state_dict_ema", "model", "model_ema", "model_state_dict", "ema_state_dict")
 """Keys of which each has weights below it, in some layout, whatever form they have."""
