@@ -157,7 +157,7 @@ def average(
     out_dtype = parse_dtype(dtype)
     check_threads(threads)
     devices.check_name(device)
-    gpu_bytes = devices.GPU_MEMORY if gpu_memory is None else parse_size(gpu_memory)
+    gpu_bytes = devices.GPU_MEMORY if gpu_memory is None else parse_size(gpu_memory, "--gpu-memory")
     if out is not None:
         check_suffix(Path(out))
     shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)

@@ -142,7 +142,8 @@ def in_threads(
                 except RuntimeError as error:
                     if not pending:
                         raise CkptError(
-                            f"{str(error).capitalize()}: the system has no more of them, or of memory."
+                            f"{str(error).capitalize()}: the system has no more, or no memory for it. "
+                            "Allow more (ulimit -u, -v)."
                         ) from error
                     break
             while pending:

@@ -115,7 +115,7 @@ def test_an_average_says_what_did_the_sums(pair: list[Path], tmp_path: Path, mon
     ("options", "message"),
     [
         ({"device": "abacus"}, "--device abacus: write auto, cpu"),
-        ({"gpu_memory": "much"}, "'much' is no size"),
+        ({"gpu_memory": "much"}, "--gpu-memory: 'much' is no size"),
         ({"gpu_memory": 0}, "'?0'? is no size"),
         ({"gpu_memory": 1000, "threads": 1}, "--gpu-memory 1000: 1 thread needs at least 1MB"),
     ],

@@ -117,17 +117,20 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def parse_size(size: str | int) -> int:
+def parse_size(size: str | int, option: str = "--max-shard-size") -> int:
     """Return the bytes in '5GB' (decimal, as Hugging Face counts), '5GiB' or a number.
+
+    Args:
+        option: that it was given for; the message names it.
 
     Raises:
         UsageError: no such size, or less than one byte.
     """
-    match = re.fullmatch(r"\s*(\d{1,30}(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     base = 1024 if match and match[3] else 1000
     nbytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if nbytes < 1:
-        raise UsageError(f"{size!r} is no size; write one such as 5GB or 500MB.")
+        raise UsageError(f"{option}: {size!r} is no size; write one such as 5GB or 500MB.")
     return nbytes
 
 

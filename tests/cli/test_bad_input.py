@@ -322,7 +322,7 @@ def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str)
         (["--last", "0"], "--last 0: must be 1 or more."),
         (["--threads", "0"], "--threads 0: must be a whole number from 1 to 256."),
         (["--metric", "loss"], "--metric and --lower-is-better go with --best N."),
-        (["--max-shard-size", "5XB", "-o", "m"], "'5XB' is no size; write one such as 5GB or 500MB."),
+        (["--max-shard-size", "5XB", "-o", "m"], "--max-shard-size: '5XB' is no size; write one such as 5GB or 500MB."),
         (["--max-shard-size", "5GB"], "--max-shard-size needs a folder: give -o a name without suffix."),
         (["-o", ""], "-o '': there is no name in it. Is a variable of the shell unset?"),
         (["-o", "new/.pth"], "-o 'new/.pth': there is no name in it."),

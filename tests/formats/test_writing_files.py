@@ -548,7 +548,25 @@ def test_binary_sizes_are_powers_of_1024(text: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    ["", "GB", "-5GB", "0", "0GB", "0.1B", "5 5GB", "5XB", "1e9", "nan", "inf", "5GBs", "9" * 400 + "GB", 0, -5, True],
+    [
+        "",
+        "GB",
+        "-5GB",
+        "0",
+        "0GB",
+        "0.1B",
+        "5 5GB",
+        "5XB",
+        "1e9",
+        "nan",
+        "inf",
+        "5GBs",
+        "\u0663GB",
+        "9" * 400 + "GB",
+        0,
+        -5,
+        True,
+    ],
 )
 def test_what_is_no_size_is_refused(size: str | int) -> None:
     with pytest.raises(UsageError, match="is no size; write one such as 5GB or 500MB"):
