@@ -75,6 +75,7 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
     if floor > MAX_FLOOR_GB:
         raise BenchError(f"The benchmark itself has taken {floor:.2f} GB, which every peak of a child would hold, too.")
     env = dict(os.environ)
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start would compile, as it does nowhere else
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
     # Files, not pipes: nobody has to drain them while we wait.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from itertools import chain, cycle
+from itertools import chain, cycle, groupby
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -28,9 +28,9 @@ from .errors import CkptError
 from .formats.crc32 import combine
 from .formats.header import Stamp
 from .formats.opened import OpenFiles
-from .formats.output import OutTensor
+from .formats.output import OutTensor, SumKind
 from .formats.staged import reserve, write_at
-from .pieces import MEMORY, PIECE, Batch, Kind, OutFile, Part, apart, cut, kind_of
+from .pieces import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
 
 if TYPE_CHECKING:
     from .lanes import Lane, Size
@@ -60,7 +60,8 @@ def memory_needed(
         UsageError: so little memory of the GPUs is too little.
     """
     tensors = list(tensors)
-    each = MEMORY if any(map(_needs_torch, tensors)) else native.MEMORY
+    kinds = groupby(tensor.kind for tensor in tensors if tensor.data is None)
+    each = native.MEMORY if all(native.knows(kind) for kind, _ in kinds) else MEMORY
     size = _size(tensors, threads, devices, gpu_memory)
     return _workers(threads, devices) * (each + (size.on_host if size else 0))
 
@@ -99,7 +100,8 @@ def run(
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
         places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
-        files.open_all(chain.from_iterable(paths for _, paths in places))
+        # By identity first: twins share one tuple of all their files.
+        files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
@@ -291,7 +293,7 @@ class _Cpu:
             for own in apart(part):
                 self._fill_by_torch(own)
 
-    def _fill_large(self, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
+    def _fill_large(self, kind: SumKind, parts: Sequence[Part]) -> Sequence[Part]:
         """Fill parts, and return those in which NaN or infinity was found."""
         left = []
         for part in parts:
@@ -302,7 +304,7 @@ class _Cpu:
                 self._job.done(part, crc)
         return left
 
-    def _fill_small(self, kind: Kind, parts: Sequence[Part]) -> Sequence[Part]:
+    def _fill_small(self, kind: SumKind, parts: Sequence[Part]) -> Sequence[Part]:
         """Fill small parts of one file, and return those in which NaN or infinity was found.
 
         Neighbours in the file are written at once, with what stands between them.
@@ -365,8 +367,3 @@ def _size(tensors: Iterable[OutTensor], threads: int | None, devices: Sequence[s
     from .lanes import sized  # imports torch
 
     return sized(tensors, -(-_workers(threads, devices) // len(devices)), gpu_memory)
-
-
-def _needs_torch(tensor: OutTensor) -> bool:
-    kind = kind_of(tensor)
-    return tensor.data is None and (kind is None or not native.knows(kind))

@@ -20,9 +20,9 @@ import torch
 from . import native
 from .errors import UsageError
 from .formats.opened import OpenFiles, read_at
-from .formats.output import OutTensor
+from .formats.output import OutTensor, SumKind
 from .formats.staged import write_at
-from .pieces import Batch, Kind, Part, kind_of
+from .pieces import Batch, Part
 from .streams import Device, Event, bytes_of
 from .summing import Arithmetic, Formula, real_dtype
 
@@ -67,7 +67,7 @@ class Size:
         return Size(self.reals // 2, self.read, self.written)
 
 
-def fits(kind: Kind | None) -> bool:
+def fits(kind: SumKind | None) -> bool:
     """True if a lane can sum a batch of this kind."""
     return kind is not None and not kind.copied and kind.out.averaged and all(d.averaged for d in kind.dtypes)
 
@@ -83,7 +83,7 @@ def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
     Raises:
         UsageError: too little memory.
     """
-    kinds = [kind for kind in dict.fromkeys(map(kind_of, tensors)) if kind is not None and fits(kind)]
+    kinds = [kind for kind in dict.fromkeys(tensor.kind for tensor in tensors) if kind is not None and fits(kind)]
     if not kinds:
         return None
     read = max(real_dtype(dtype).itemsize for kind in kinds for dtype in kind.dtypes)

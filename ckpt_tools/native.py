@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from .formats.opened import OpenFiles, ended_early, read_failed
+from .formats.output import SumKind
 from .formats.staged import write_failed
-from .pieces import Kind, Part
+from .pieces import Part
 
 try:
     from . import _native
@@ -36,13 +37,13 @@ _LIMITS = {"float32": (2 - 2**-24) * 2.0**127, "bfloat16": (2 - 2**-8) * 2.0**12
 _NOT_READ, _ENDS_EARLY = 1, 2
 
 
-def knows(kind: Kind | None) -> bool:
+def knows(kind: SumKind | None) -> bool:
     """True if a batch of this kind can be summed here."""
     return _native is not None and sys.byteorder == "little" and kind is not None and _fits(kind)
 
 
 @lru_cache(maxsize=256)
-def _fits(kind: Kind) -> bool:
+def _fits(kind: SumKind) -> bool:
     if kind.copied and not kind.checked:
         return True
     return kind.out.name in _CODES and all(dtype.name in _CODES for dtype in kind.dtypes)
@@ -59,7 +60,7 @@ def start_disk(fd: int, offset: int, nbytes: int) -> None:
         _native.start_disk(fd, offset, nbytes)
 
 
-def fill(kind: Kind, part: Part, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
+def fill(kind: SumKind, part: Part, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
     """Sum a part of a kind that is known here, and write it.
 
     Args:
@@ -83,7 +84,7 @@ def fill(kind: Kind, part: Part, files: OpenFiles, scratch: bytearray) -> tuple[
 
 
 def pack(
-    kind: Kind, parts: Sequence[Part], files: OpenFiles, scratch: bytearray
+    kind: SumKind, parts: Sequence[Part], files: OpenFiles, scratch: bytearray
 ) -> tuple[memoryview, Sequence[int], bytes]:
     """Sum small parts of a kind that is known here into memory, one behind the other.
 
@@ -140,7 +141,7 @@ def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _terms(kind: Kind) -> tuple[bytes, int, int, float, float]:
+def _terms(kind: SumKind) -> tuple[bytes, int, int, float, float]:
     """Return (the terms as C has them, code of the output, its elements to one of ours, common coefficient, limit)."""
     if kind.copied and not kind.checked:
         return struct.pack("qd", _RAW, 1.0), _RAW, kind.out.itemsize, 1.0, 0.0

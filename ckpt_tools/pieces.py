@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
-from .formats.output import FilePlan, OutTensor, TwinTerms
-from .tensors import DType, Storage, TensorSpec
+from .formats.output import FilePlan, OutTensor, SumKind, TwinTerms
+from .tensors import Storage, TensorSpec
 
 PIECE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
@@ -28,24 +29,6 @@ class OutFile:
 
     plan: FilePlan
     fd: int
-
-
-class Kind(NamedTuple):
-    """What tensors have in common that are summed in one go. All stand contiguous in every input, little endian.
-
-    Attributes:
-        dtypes: of the terms.
-        coefficients: of the terms.
-        out: dtype of the result.
-        copied: the one term is the result, byte for byte.
-        checked: NaN and infinity in it are refused.
-    """
-
-    dtypes: tuple[DType, ...]
-    coefficients: tuple[float, ...]
-    out: DType
-    copied: bool
-    checked: bool
 
 
 class Part(NamedTuple):
@@ -88,25 +71,9 @@ class Batch(NamedTuple):
         small: these are small tensors, whole.
     """
 
-    kind: Kind | None
+    kind: SumKind | None
     parts: tuple[Part, ...]
     small: bool = False
-
-
-def kind_of(tensor: OutTensor) -> Kind | None:
-    """Tell what a tensor may be summed together with; None if its elements do not simply stand in line."""
-    if not tensor.terms:
-        return None
-    for spec, _ in tensor.places:  # a chunked one is not contiguous
-        if not spec.contiguous or spec.swapped:
-            return None
-    return Kind(
-        tensor.dtypes,
-        tensor.coefficients,
-        tensor.dtype,
-        tensor.copied,
-        tensor.finite and tensor.dtype.averaged,
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,30 +87,29 @@ class Run(OutTensor):
     members: tuple[tuple[OutTensor, int], ...] = ()
 
 
-def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, Kind | None]]:
+def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, SumKind | None]]:
     """Yield what is in the slots of a file, and its kind; neighbours as one where no checksum of each is wanted."""
     members: list[tuple[OutTensor, int]] = []
-    before: Kind | None = None
+    before: SumKind | None = None
+    ends: _Places = []  # of the last member
     for tensor, offset in plan.slots:
-        kind = kind_of(tensor)
-        joins = kind is not None and kind == before and not plan.needs_crc
-        if members and not (joins and _follows(*members[-1], tensor, offset)):
+        kind = tensor.kind
+        begins: _Places = []
+        if kind is not None and not plan.needs_crc:
+            begins = [(offset, None), *[(spec.begin, paths) for spec, paths in tensor.places]]
+        if members and not (begins and begins == ends and kind == before):
             yield *_joined(members), before
             members = []
         members.append((tensor, offset))
         before = kind
+        if begins:
+            sizes = [tensor.nbytes, *[spec.nbytes for spec, _ in tensor.places]]
+            ends = [(begin + size, paths) for (begin, paths), size in zip(begins, sizes, strict=True)]
     if members:
         yield *_joined(members), before
 
 
-def _follows(before: OutTensor, position: int, tensor: OutTensor, offset: int) -> bool:
-    """Tell if a tensor of the same kind begins where another ends, in the output and in every input."""
-    places, others = before.places, tensor.places
-    return (
-        position + before.nbytes == offset
-        and len(places) == len(others)
-        and all(a.begin + a.nbytes == b.begin and p == q for (a, p), (b, q) in zip(places, others, strict=True))
-    )
+_Places = list[tuple[int, tuple[Path, ...] | None]]  # in the output, then in the inputs: bytes, and the files
 
 
 def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
@@ -193,7 +159,7 @@ def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch
         other: elements of a part of no kind.
     """
     for out in outputs:
-        kinds: dict[Kind, _Gathered] = {}
+        kinds: dict[SumKind, _Gathered] = {}
         for tensor, offset, kind in runs(out.plan):
             numel = tensor.numel
             if kind is None:
@@ -215,6 +181,6 @@ def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch
                 yield Batch(kind, tuple(gathered.parts), small=True)
 
 
-def _pieces(out: OutFile, tensor: OutTensor, offset: int, kind: Kind | None, size: int) -> Iterator[Batch]:
+def _pieces(out: OutFile, tensor: OutTensor, offset: int, kind: SumKind | None, size: int) -> Iterator[Batch]:
     for start in range(0, tensor.numel, size):
         yield Batch(kind, (Part(out, tensor, offset, start, min(start + size, tensor.numel)),))

@@ -44,11 +44,12 @@ def recipes(
     tensors: dict[str, OutTensor] = {}
     # Names that are the same bytes in every file are tied, and stay so; those of one file tell most of them apart.
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
-    times = Counter([_begin(row[-1]) for row in rows.values()])
+    begins = [-1 if (spec := row[-1]) is None else spec.begin for row in rows.values()]
+    times = Counter(begins)
     weighing = _weighing([*zip(twins, coefficients, strict=True)]) if twins else ()
     paths, weights = tuple(path for path, _ in weighing), tuple(weight for _, weight in weighing)
-    for name, row in rows.items():
-        alone = times[_begin(row[-1])] == 1
+    for begin, (name, row) in zip(begins, rows.items(), strict=True):
+        alone = times[begin] == 1
         tensor = None if alone else tied.get(row)
         if tensor is None:
             last = next(spec for spec in reversed(row) if spec is not None)
@@ -68,10 +69,6 @@ def recipes(
                 tied[row] = tensor
         tensors[name] = tensor
     return tensors
-
-
-def _begin(spec: TensorSpec | None) -> int:
-    return -1 if spec is None else spec.begin
 
 
 def _scaled(

@@ -29,7 +29,7 @@ from ckpt_tools.checkpoint import open_checkpoint
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.output import FilePlan, OutTensor
-from ckpt_tools.pieces import OutFile, Part, kind_of
+from ckpt_tools.pieces import OutFile, Part
 from ckpt_tools.streams import Cpu
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
@@ -379,7 +379,7 @@ def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
         with lanes.Lane(late, size, files, lambda *_: None, stop) as lane:
             stream = late.streams[0]
             monkeypatch.setattr(stream, "wait_event", lambda event: (stop.set(), LateStream.wait_event(stream, event)))
-            assert lane.fill(lanes.Batch(kind_of(part.tensor), (part,))) == []
+            assert lane.fill(lanes.Batch(part.tensor.kind, (part,))) == []
             assert lane.finish() == []
             assert any(each.waiting for each in late.streams)
     assert not any(each.waiting for each in late.streams)

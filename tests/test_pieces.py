@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt_tools import engine
 from ckpt_tools.formats.output import FilePlan, OutTensor, TwinTerms
-from ckpt_tools.pieces import OutFile, Part, Run, apart, cut, kind_of, runs
+from ckpt_tools.pieces import OutFile, Part, Run, apart, cut, runs
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")
@@ -38,7 +38,7 @@ def test_neighbours_in_every_file_are_one_run() -> None:
     found = plan((tensor(100, 3), 8), (tensor(112, 5), 20), (tensor(132, 1), 40))
     ((run, offset, kind),) = runs(found)
     assert (run.shape, offset) == ((9,), 8)
-    assert kind == kind_of(run)
+    assert kind == run.kind
     assert [(spec.storage.path, spec.storage.offset) for spec, _ in run.terms] == [(A, 100), (B, 100)]
 
 
@@ -70,7 +70,7 @@ def test_the_parts_of_a_run_come_apart_into_every_element_of_every_tensor_once(s
     found = plan(*slots)
     ((run, offset, kind),) = runs(found)
     assert isinstance(run, Run)
-    assert kind == kind_of(run)
+    assert kind == run.kind
     out = OutFile(found, -1)
     seen = []
     for start in range(0, run.numel, piece):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ..tensors import DType, TensorSpec
 
@@ -37,6 +39,28 @@ class TwinTerms:
 
     def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
         return map(self.__getitem__, range(len(self)))
+
+
+class SumKind(NamedTuple):
+    """What tensors have in common that are summed in one go. All stand contiguous in every input, little endian.
+
+    Attributes:
+        dtypes: of the terms.
+        coefficients: of the terms.
+        out: dtype of the result.
+        copied: the one term is the result, byte for byte.
+        checked: NaN and infinity in it are refused.
+    """
+
+    dtypes: tuple[DType, ...]
+    coefficients: tuple[float, ...]
+    out: DType
+    copied: bool
+    checked: bool
+
+
+# One object for all tensors of a kind, for of these there are few, and of tensors many.
+_sum_kind = lru_cache(maxsize=1024)(SumKind)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +134,17 @@ class OutTensor:
         if spec is None or (self.finite and self.dtype.averaged):
             return False
         return spec.contiguous and not spec.swapped
+
+    @property
+    def kind(self) -> SumKind | None:
+        """What it may be summed together with; None if its elements do not simply stand in line."""
+        if not self.terms:
+            return None
+        for spec, _ in self.places:  # a chunked one is not contiguous
+            if not spec.contiguous or spec.swapped:
+                return None
+        checked = self.finite and self.dtype.averaged
+        return _sum_kind(self.dtypes, self.coefficients, self.dtype, self.copied, checked)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
