@@ -7,7 +7,6 @@ a .safetensors is flat; a folder is sharded. All of it is planned from headers; 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ReadError, UnsupportedError, UsageError
-from .formats import SUFFIXES, dcp, safetensors, sharded, torch_zip
+from .formats import dcp, safetensors, sharded, torch_zip
 from .formats.header import PROVENANCE, Header
 from .formats.output import FilePlan, OutTensor
-from .formats.unpickle import tensors_in
 from .layouts import StateDict, dotted, looks_like_training_state
+from .targets import TORCH_SUFFIXES, check_same_format, check_shard_size, check_suffix
 from .tensors import TensorSpec, UnsupportedTensor
-from .trees import holds, put, without
+from .trees import holds, put, tensors_in, without
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
-
-TORCH_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,49 +66,6 @@ class Assembly:
         return [*(plan.name for plan in self.files), *(path.name for path in self.companions)]
 
 
-def default_target(headers: list[Header]) -> Path:
-    """Name the output as its inputs suggest."""
-    if all(header.format == "sharded" for header in headers):
-        return Path("averaged")
-    if all(_is_safetensors(header) for header in headers):
-        return Path("averaged.safetensors")
-    return Path("averaged.pth")
-
-
-def named_after(source: Path, tail: str) -> Path:
-    """Name an output after its input, with something before the suffix: ``last-bn.pth``."""
-    suffix = next((s for s in (".pth.tar", *SUFFIXES) if source.name.endswith(s)), "")
-    return source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
-
-
-def _is_safetensors(header: Header) -> bool:
-    return header.format == "safetensors" or any(name.endswith(".safetensors") for name in header.shards.values())
-
-
-def check_suffix(target: Path) -> None:
-    """Refuse a suffix that says nothing about the format.
-
-    Raises:
-        UsageError: neither a known suffix nor none at all.
-    """
-    if target.suffix and not os.path.isdir(target) and not target.name.endswith(SUFFIXES):  # noqa: PTH112 - never raises
-        raise UsageError(f"{target}: the suffix should be one of {' '.join(SUFFIXES)}, or none for a folder of shards.")
-
-
-def check_same_format(base: Header, target: Path) -> None:
-    """Refuse a suffix that asks for another format than the checkpoint has.
-
-    Raises:
-        UsageError: it does.
-    """
-    check_suffix(target)
-    suffixes = TORCH_SUFFIXES if base.format.startswith("torch") else (".safetensors",)
-    folder = base.path.is_dir()
-    if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
-        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
-
-
 def assemble(
     tensors: Mapping[str, OutTensor],
     *,
@@ -146,16 +100,6 @@ def assemble(
         tensors, target=target, base=base, provenance=provenance,
         max_shard_size=max_shard_size, untie=untie, dropped=dropped,
     )  # fmt: skip
-
-
-def check_shard_size(target: Path, max_shard_size: int | None) -> None:
-    """Refuse a size of shards where there are none.
-
-    Raises:
-        UsageError: the target is one file.
-    """
-    if max_shard_size is not None and target.name.endswith(SUFFIXES):
-        raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
 
 
 def unkept_metadata(base: Header) -> list[str]:

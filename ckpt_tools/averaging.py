@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import devices, engine
-from .assembly import assemble, check_suffix, default_target
+from .assembly import assemble
 from .errors import LayoutError, UsageError
 from .formats import SUFFIXES
 from .formats.sharded import parse_size
-from .formats.staged import check_replaceable, check_target
 from .keys import align, prefixes, unwrap
 from .layouts import StateDict, is_ema_by_name, select
 from .provenance import Input, averaged_inputs, provenance, short_names
 from .recipes import recipes
 from .schedules import DEFAULT_DECAY, Schedule, dominant
 from .series import Member, Series, find_series
+from .targets import check_replaceable, check_suffix, check_target, default_target
 from .tensors import parse_dtype
 from .writing import only_noted, write
 

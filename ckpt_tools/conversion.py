@@ -9,17 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .assembly import (
-    TORCH_SUFFIXES,
-    Assembly,
-    check_shard_size,
-    check_suffix,
-    companions,
-    flat,
-    module_versions,
-    nested,
-    unkept_metadata,
-)
+from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
 from .averaging import check_threads
 from .counters import stored_decay, stored_settings, stored_updates
 from .errors import UnsupportedError, UsageError
@@ -27,12 +17,12 @@ from .formats import SUFFIXES, dcp, read_header
 from .formats.header import Header
 from .formats.output import OutTensor
 from .formats.sharded import parse_size
-from .formats.staged import check_replaceable, check_target
 from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
 from .layouts.build import Content, build, ema_settings
 from .layouts.carry import beside, left_behind
 from .naming import Naming, find_names, in_files
 from .provenance import provenance
+from .targets import TORCH_SUFFIXES, check_replaceable, check_shard_size, check_suffix, check_target
 from .tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .writing import only_noted, write
 

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .formats.header import Header
-from .formats.unpickle import tensors_in
 from .keys import prefixes
 from .layouts import StateDict, dotted, states
 from .optimizers import find_optimizers, kind_of
 from .series import metric_of
 from .steps import stored_counters
 from .tensors import Tensor, TensorSpec, UnsupportedTensor
+from .trees import tensors_in
 
 
 @dataclass(frozen=True, slots=True)

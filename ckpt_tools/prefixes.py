@@ -20,10 +20,11 @@ from .formats.opened import OpenFiles, raise_file_limit
 from .formats.renaming import Named, Renaming
 from .formats.sharded import INDEX_SUFFIXES, renamed_index
 from .formats.splice import Span, Splice
-from .formats.staged import check_replaceable, check_target, staged_files
+from .formats.staged import staged_files
 from .layouts import is_optimizer
 from .names import Change, StateNames, plan_changes, state_dicts
 from .paths import default_input
+from .targets import check_replaceable, check_target
 from .writing import only_noted
 
 

@@ -13,11 +13,11 @@ from typing import Any, SupportsIndex
 from .errors import ReadError, SeriesError, UsageError
 from .formats import read_header
 from .formats.header import Header
-from .formats.unpickle import tensors_in
 from .layouts import looks_like_training_state
 from .paths import find, keep_one, natural_key, numbered_first
 from .steps import named_places, stored_counters, stored_places, trainer_state, unread_tensors
 from .tensors import Storage, TensorSpec
+from .trees import tensors_in
 
 ORDERS = ("auto", "given", "natural", "mtime")
 

@@ -9,16 +9,17 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from .assembly import check_same_format, named_after, nested
+from .assembly import nested
 from .errors import LayoutError, UnsupportedError
 from .formats import read_header
 from .formats.header import Header
-from .formats.staged import check_replaceable, check_target
-from .formats.unpickle import Inert, tensors_in
+from .formats.unpickle import Inert
 from .layouts import StateDict, dotted, is_optimizer, select, states
 from .provenance import provenance
+from .targets import check_replaceable, check_same_format, check_target, named_after
 from .tensors import Storage, TensorSpec, UnsupportedTensor
 from .training_state import holds, leads, nodes, other_weights, training_state, without
+from .trees import tensors_in
 from .writing import only_noted, write
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."

@@ -1,9 +1,13 @@
-"""Trees: what stands where in nested dicts, by paths of keys. Nothing is changed in place; what stays is shared."""
+"""Trees: what stands where in a checkpoint, by paths of keys. Nothing is changed in place; what stays is shared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from .formats.unpickle import Inert
+from .tensors import Tensor
 
 Path = tuple[Any, ...]
 
@@ -45,3 +49,35 @@ def without(tree: Any, path: Path, *, prune: bool = False) -> Any:
     inner = without(tree[key], tuple(below), prune=prune) if below else None
     gone = not below or (prune and not inner)
     return {k: inner if k == key else value for k, value in tree.items() if k != key or not gone}
+
+
+def tensors_in(tree: Any) -> Iterator[tuple[Path, Tensor]]:
+    """Walk a tree in order and yield (path of keys, tensor); a container met again is passed over."""
+    seen: set[int] = set()
+    path: list[Any] = []  # of one container at a time: together, the paths of nested ones are the square of the depth
+    walks = [iter([(None, tree)])]
+    while walks:
+        for key, node in walks[-1]:
+            if isinstance(node, Tensor):
+                yield (*path, key)[1:], node
+            elif id(node) not in seen:
+                seen.add(id(node))
+                path.append(key)
+                walks.append(_children(node))
+                break
+        else:
+            walks.pop()
+            del path[-1:]
+
+
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, (list, tuple)):
+        yield from enumerate(node)
+    elif isinstance(node, argparse.Namespace):
+        yield from vars(node).items()
+    elif isinstance(node, Inert):
+        yield from enumerate(node.args)
+        yield "state", node.state
+        yield from enumerate(node.items)

@@ -32,6 +32,7 @@ ROOMS = [
     "lanes",
     "engine",
     "comparing",
+    "targets",
     "assembly",
     "writing",
     "optimizers",

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..assembly import Assembly, named_after, rewrite
+from ..assembly import Assembly, rewrite
 from ..checkpoint import Checkpoint
 from ..errors import NumericsError, UsageError
 from ..formats import read_header
 from ..formats.output import OutTensor
-from ..formats.staged import check_replaceable, check_target
 from ..paths import default_input
 from ..payload import torch_dtype
 from ..provenance import provenance
+from ..targets import check_replaceable, check_target, named_after
 from ..tensors import DTYPES, TensorSpec
 from ..writing import only_noted, write
 from .data import Batches, Loading, is_factory, open_data, resolve_preprocessing

@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CorruptError, ReadError, WriteError
-from .staged import reserve
+from ..errors import CorruptError, WriteError
+from .opened import read_failed
+from .staged import reserve, write_at
 
 BLOCK = 4096
 """Bytes; what moves, moves by multiples of it."""
@@ -70,15 +71,16 @@ def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], No
         CorruptError: the old file ends too early.
         ReadError, WriteError: the system refuses.
     """
+    name = _called(splice.source)
     position = 0
     for piece in splice.pieces:
         if isinstance(piece, Span):
             for part in _filled(source, piece):
                 at = position + part.start - piece.start
-                reserve(target, at, _length(part), f"the copy of {splice.source}")
+                reserve(target, at, _length(part), name)
                 copy(splice.source, source, part, target, at, on_bytes)
         else:
-            put(target, piece, position)
+            write_at(target, memoryview(piece), position, name)
             on_bytes(len(piece))
         position += _length(piece)
 
@@ -148,23 +150,13 @@ def _copy_through(path: Path, source: int, start: int, count: int, target: int, 
     try:
         block = os.pread(source, count, start)
     except OSError as error:
-        raise ReadError(f"{path}: reading failed ({error.strerror}).") from error
+        raise read_failed(path, error.strerror) from error
     if not block:
         raise CorruptError(f"{path}: ends before its header says. Get a fresh copy.")
-    put(target, block, position)
+    write_at(target, memoryview(block), position, _called(path))
     return len(block)
 
 
-def put(target: int, data: bytes, position: int) -> None:
-    """Write bytes at a position.
-
-    Raises:
-        WriteError: the system refuses.
-    """
-    try:
-        while data:
-            done = os.pwrite(target, data, position)
-            data = data[done:]
-            position += done
-    except OSError as error:
-        raise WriteError(f"writing failed ({error.strerror}). Nothing was left there.") from error
+def _called(source: Path) -> str:
+    """Name the new file in a message: it has no name of its own yet."""
+    return f"the copy of {source}"

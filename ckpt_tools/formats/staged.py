@@ -10,109 +10,12 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import ReadError, WriteError
-from .dcp import METADATA
-from .dcp import SUFFIX as DISTCP
+from ..errors import WriteError
 from .opened import raise_file_limit
-from .sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
-
-
-def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, folder: bool) -> None:
-    """Refuse a target before any work is done.
-
-    Args:
-        inputs: files and folders that must stay as they are.
-        nbytes: size of the output.
-        force: replace what is there.
-        folder: the target is a folder of shards.
-
-    Raises:
-        WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk.
-    """
-    with _looking_at(target):
-        parent = target.absolute().parent
-        if parent.exists() and not parent.is_dir():
-            raise WriteError(f"{target}: {parent} is a file, not a folder. Choose another place with -o.")
-        if not parent.is_dir():
-            raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
-        resolved = target.resolve()
-        for path in inputs:
-            source = path.resolve()
-            if resolved == source or _same_file(resolved, source):
-                raise WriteError(
-                    f"{target}: is one of the inputs, which are never changed. Choose another name with -o."
-                )
-            if source.is_dir() and source in resolved.parents:
-                raise WriteError(
-                    f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
-                )
-            if folder and resolved in source.parents:
-                raise WriteError(
-                    f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
-                )
-        if folder and resolved in (Path.cwd(), *Path.cwd().parents):
-            raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with -o.")
-        if target.exists() and target.is_dir() != folder:
-            kind = "a folder" if target.is_dir() else "a file"
-            raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
-        if target.exists() and not (folder or target.is_file()):
-            raise WriteError(f"{target}: is no regular file. Choose another name with -o.")
-        # A link is replaced itself, as any file is; what it leads to stays as it was.
-        if not force and os.path.lexists(target) and (not folder or target.is_symlink() or any(target.iterdir())):
-            raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
-        free = shutil.disk_usage(parent).free
-        if nbytes > free:
-            raise WriteError(
-                f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
-                "Free some space or choose another place with -o."
-            )
-
-
-@contextmanager
-def _looking_at(target: Path) -> Iterator[None]:
-    """Refuse a target that cannot even be looked at: a name too long, a loop of links, a zero byte, no rights."""
-    try:
-        yield
-    except (ReadError, OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with -o.") from error
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    try:
-        return a.samefile(b)
-    except OSError:
-        return False
-
-
-def check_replaceable(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to replace a folder that holds anything but what takes its place, or an older output of that kind.
-
-    Args:
-        names: files that the new folder will hold.
-
-    Raises:
-        WriteError: names a file that would be lost.
-    """
-    with _looking_at(folder):
-        if not folder.is_dir():
-            return
-        index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
-        known = {*names}
-        if METADATA in known:
-            known |= {child.name for child in folder.iterdir() if child.name.endswith(DISTCP)}
-        known |= {*SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
-        for child in sorted(folder.iterdir()):
-            if child.name not in known or not child.is_file():
-                raise WriteError(
-                    f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with -o."
-                )
 
 
 @contextmanager
@@ -165,7 +68,7 @@ def staged_files(
                 ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
         except BaseException:
-            if os.path.lexists(stage) and not _same_file(stage, target):
+            if os.path.lexists(stage) and not same_file(stage, target):
                 raise
             # An interruption that came too late: the target is in its place.
     finally:
@@ -180,6 +83,14 @@ def _clear(stage: Path, fds: list[int]) -> None:
         shutil.rmtree(stage, ignore_errors=True)
     else:
         stage.unlink(missing_ok=True)
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """True if both paths lead to one file that is there."""
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
 
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
@@ -255,7 +166,7 @@ def reserve(fd: int, offset: int, nbytes: int, name: object) -> None:
                 raise write_failed(name, os.strerror(reason))
 
 
-def write_at(fd: int, data: memoryview, offset: int, name: str) -> None:
+def write_at(fd: int, data: memoryview, offset: int, name: object) -> None:
     """Write all of some bytes at an offset.
 
     Raises:

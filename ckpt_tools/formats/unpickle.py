@@ -16,11 +16,11 @@ import copyreg
 import pickle
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from typing import IO, Any
 
 from ..errors import CkptError, CorruptError
-from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, make_spec
+from ..tensors import BY_STORAGE, DTYPES, DType, Storage, UnsupportedTensor, make_spec
 
 # Turns a persistent id of torch's (key, element type, element count, view) into bytes of the file.
 # The element type is None for untyped storage, whose count is in bytes.
@@ -379,35 +379,3 @@ def run(unpickler: Any, *, where: str) -> Any:
         ) from error
     finally:
         copyreg.clear_extension_cache()
-
-
-def tensors_in(tree: Any) -> Iterator[tuple[tuple[Any, ...], TensorSpec | UnsupportedTensor]]:
-    """Walk a tree in order and yield (path of keys, tensor); a container met again is passed over."""
-    seen: set[int] = set()
-    path: list[Any] = []  # of one container at a time: together, the paths of nested ones are the square of the depth
-    walks = [iter([(None, tree)])]
-    while walks:
-        for key, node in walks[-1]:
-            if isinstance(node, (TensorSpec, UnsupportedTensor)):
-                yield (*path, key)[1:], node
-            elif id(node) not in seen:
-                seen.add(id(node))
-                path.append(key)
-                walks.append(_children(node))
-                break
-        else:
-            walks.pop()
-            del path[-1:]
-
-
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, (list, tuple)):
-        yield from enumerate(node)
-    elif isinstance(node, argparse.Namespace):
-        yield from vars(node).items()
-    elif isinstance(node, Inert):
-        yield from enumerate(node.args)
-        yield "state", node.state
-        yield from enumerate(node.items)

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..errors import LayoutError
 from ..formats.header import Header
-from ..formats.unpickle import Inert, tensors_in
+from ..formats.unpickle import Inert
 from ..tensors import Tensor
+from ..trees import tensors_in
 from .find import set_at, state_dict, states
 from .state import StateDict, dotted, looks_like_training_state
 from .table import SET_KEYS, SWAPPERS

@@ -16,7 +16,8 @@ from cli_runner import contents
 
 from ckpt_tools.errors import WriteError
 from ckpt_tools.formats import staged
-from ckpt_tools.formats.staged import check_replaceable, check_target, staged_files
+from ckpt_tools.formats.staged import staged_files
+from ckpt_tools.targets import check_replaceable, check_target
 
 
 class Crash(BaseException):

@@ -25,9 +25,10 @@ from crafting import STORAGE, TENSOR, bounded_memory, same, torch_zip
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import read_header, unpickle
-from ckpt_tools.formats.unpickle import Inert, tensors_in
+from ckpt_tools.formats.unpickle import Inert
 from ckpt_tools.payload import read_tensor
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
+from ckpt_tools.trees import tensors_in
 
 # In protocol 0 to 2 a name is GLOBAL, in protocol 4 STACK_GLOBAL.
 NAMES = [
