@@ -114,10 +114,16 @@ def run(
             )
         files.check_unchanged()
     for out in outputs:
-        crcs = {tensor: job.checksum(tensor) for tensor, _ in out.plan.slots} if out.plan.needs_crc else {}
-        for offset, data in out.plan.patches(crcs):
-            if (out.fd, offset) not in job.heads:
-                write_at(out.fd, memoryview(data), offset, out.plan.name)
+        plan = out.plan
+        crcs = {tensor: job.checksum(tensor) for tensor, _ in plan.slots} if plan.needs_crc else {}
+        around = plan.patches(crcs)
+        if plan.head is not None:
+            for tensor, offset in plan.slots:
+                if (out.fd, tensor) not in job.headed:
+                    head = plan.head(tensor, crcs.get(tensor, 0))
+                    around.append((offset - len(head), head))
+        for offset, data in around:
+            write_at(out.fd, memoryview(data), offset, plan.name)
 
 
 def in_threads(
@@ -203,7 +209,7 @@ class _Job:
     devices: Sequence[str]
     torch_settings: ExitStack
     moved: int = 0  # bytes read and written
-    heads: set[tuple[int, int]] = field(default_factory=set)  # files and offsets of patches that are written already
+    headed: set[tuple[int, OutTensor]] = field(default_factory=set)  # files, and tensors whose heads are written
     stop: threading.Event = field(default_factory=threading.Event)
     disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -326,7 +332,7 @@ class _Cpu:
                 run_end = part.position + nbytes
                 written.append((part, crc))
                 if head:
-                    self._job.heads.add((out.fd, position))
+                    self._job.headed.add((out.fd, part.tensor))
             at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
         self._job.all_done(written)

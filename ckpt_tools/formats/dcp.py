@@ -193,9 +193,10 @@ def _joined(name: str, parts: Sequence[tuple[int, FilePlan]]) -> FilePlan:
     def patches(crcs: Mapping[OutTensor, int]) -> list[tuple[int, bytes]]:
         return [(start + offset, data) for start, part in parts for offset, data in part.patches(crcs)]
 
+    heads = {tensor: part.head for _, part in parts for tensor, _ in part.slots if part.head is not None}
     slots = tuple((tensor, start + offset) for start, part in parts for tensor, offset in part.slots)
     size = max((start + part.size for start, part in parts), default=0)
-    return FilePlan(name, size, slots, patches, needs_crc=True)
+    return FilePlan(name, size, slots, patches, needs_crc=True, head=lambda tensor, crc: heads[tensor](tensor, crc))
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -155,10 +155,10 @@ class FilePlan:
         name: file name.
         size: bytes in all.
         slots: (tensor, offset of its first byte), each tensor once.
-        patches: from CRC-32 by tensor to (offset, bytes) of all that is not payload.
-        needs_crc: True if `patches` looks at the checksums.
+        patches: from CRC-32 by tensor to (offset, bytes) of all that is neither payload nor head.
+        needs_crc: True if `patches` and `head` look at the checksums.
         head: from a tensor and its CRC-32 to what stands right before its payload, where that is of its own:
-            so many small tensors can be written in one go. `patches` has it, too.
+            so many small tensors can be written in one go.
     """
 
     name: str

@@ -149,10 +149,11 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
         entries = []
         for record in layout:
             body = record.body
-            crc = crcs.get(body, 0) if isinstance(body, OutTensor) else zlib.crc32(body)
-            pieces.append((record.offset, record.local_header(crc)))
-            if isinstance(body, bytes):
-                pieces.append((record.data, body))
+            if isinstance(body, OutTensor):
+                crc = crcs.get(body, 0)
+            else:
+                crc = zlib.crc32(body)
+                pieces.append((record.offset, record.local_header(crc) + body))
             entries.append(record.central_header(crc))
         return [*pieces, (directory, b"".join(entries) + _end(directory, entries))]
 
