@@ -95,13 +95,14 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
         if not parent.is_dir():
             raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
         resolved = target.resolve()
-        for path in inputs:
+        around, there = set(resolved.parents), resolved.exists()
+        for path in dict.fromkeys(inputs):
             source = path.resolve()
-            if resolved == source or same_file(resolved, source):
+            if resolved == source or (there and same_file(resolved, source)):
                 raise WriteError(
                     f"{target}: is one of the inputs, which are never changed. Choose another name with -o."
                 )
-            if source.is_dir() and source in resolved.parents:
+            if source in around:
                 raise WriteError(
                     f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
                 )

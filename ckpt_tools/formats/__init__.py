@@ -43,7 +43,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def _read_file(path: Path) -> Header:
-    if path.exists() and not path.is_file():
+    if not path.is_file() and path.exists():
         raise ReadError(f"{path}: neither a file nor a folder.")
     if path.name == dcp.METADATA or path.name.endswith(dcp.SUFFIX):
         raise UnsupportedError(
