@@ -63,14 +63,20 @@ class Bench:
     options: argparse.Namespace
     results: dict[str, Any] = field(default_factory=dict)
 
-    def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = ()) -> None:
-        """Run the ways that were asked for, and keep the results at once: a long run may be broken off."""
+    def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = (), rounds: int = 0) -> None:
+        """Run the ways that were asked for, and keep the results at once: a long run may be broken off.
+
+        Args:
+            key: what the results are kept under.
+            few: the slow ones, in fewer rounds.
+            rounds: for all others, if not what the options say.
+        """
         only = self.options.only
         ways = {name: way for name, way in ways.items() if only is None or name in only}
         if not ways:
             return
         say(key)
-        rounds = self.options.rounds
+        rounds = rounds or self.options.rounds
         few_rounds = min(FEW_FULL if self.options.full else FEW_QUICK, rounds)
         found, failed = interleave(ways, rounds=rounds, few=few, few_rounds=few_rounds, say=say)
         self.results["runs"][key] = {name: [asdict(each) for each in samples] for name, samples in found.items()}
@@ -198,7 +204,9 @@ def cold(bench: Bench, files: Files) -> None:
         cool(paths)
         return finish(run([*CKPT_COMMAND, "avg", *paths, "-o", out, "--force"])[0], out)
 
-    bench.measure(f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours})
+    # Of a disk that others share each round finds another one.
+    rounds = 2 * bench.options.rounds + 1
+    bench.measure(f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours}, rounds=rounds)
 
 
 def inspecting(bench: Bench, files: Files) -> None:

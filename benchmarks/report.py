@@ -41,11 +41,11 @@ def shown(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def span(samples: Samples | None) -> str:
+def span(samples: Samples | None, key: str = "seconds") -> str:
     """The median, and the least and most beside it."""
     if not samples:
         return ""
-    values = [each["seconds"] for each in samples]
+    values = [each[key] for each in samples]
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -149,14 +149,14 @@ def cold(results: dict[str, Any]) -> list[str]:
     rows = []
     for series, _, ways in part(results, "cold"):
         size = series["files"] * series["file_bytes"] / 1e9
-        times = {name: median(samples) for name, samples in ways.items()}
-        if INSIDE in ways:
-            times[INSIDE] = median(ways[INSIDE], "apart")
+        keys = {name: "apart" if name == INSIDE else "seconds" for name in ways}
+        times = {name: median(samples, keys[name]) for name, samples in ways.items()}
         for way, seconds in times.items():
             label = {CKPT: "ckpt avg, start-up included", INSIDE: "ckpt avg, start-up apart"}.get(way, way)
             share = shown(quotient(times.get(DD), seconds))
-            rows.append([*described(series)[:2], label, shown(seconds), shown(quotient(size, seconds)), share])
-    header = ["series", "format", "way", "seconds", "GB of input a second", "of the rate of dd"]
+            spread = span(ways[way], keys[way])
+            rows.append([*described(series)[:2], label, spread, shown(quotient(size, seconds)), share])
+    header = ["series", "format", "way", "seconds (least-most)", "GB of input a second", "of the rate of dd"]
     return table(header, rows, 3) if rows else []
 
 
