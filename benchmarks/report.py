@@ -43,9 +43,9 @@ def shown(value: float | None, digits: int = 2) -> str:
 
 def span(samples: Samples | None, key: str = "seconds") -> str:
     """The median, and the least and most beside it."""
-    if not samples:
+    values = [each[key] for each in samples or () if each[key] is not None]
+    if not values:
         return ""
-    values = [each[key] for each in samples]
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -156,8 +156,9 @@ def cold(results: dict[str, Any]) -> list[str]:
             share = shown(quotient(times.get(DD), seconds))
             spread = span(ways[way], keys[way])
             rows.append([*described(series)[:2], label, spread, shown(quotient(size, seconds)), share])
+        rounds = len(next(iter(ways.values())))
     header = ["series", "format", "way", "seconds (least-most)", "GB of input a second", "of the rate of dd"]
-    return table(header, rows, 3) if rows else []
+    return [f"Medians of {rounds} rounds.", "", *table(header, rows, 3)] if rows else []
 
 
 def small_times(results: dict[str, Any]) -> list[str]:

@@ -100,7 +100,7 @@ def run(
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
         places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
-        # By identity first: twins share one tuple of all their files.
+        # By identity first: twins share one tuple of all their files. (Kept while this lasts, so that none is reused.)
         files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))
@@ -119,8 +119,8 @@ def run(
         around = plan.patches(crcs)
         if plan.head is not None:
             for tensor, offset in plan.slots:
-                if (out.fd, tensor) not in job.headed:
-                    head = plan.head(tensor, crcs.get(tensor, 0))
+                if (out.fd, offset) not in job.headed:
+                    head = plan.head(offset, crcs.get(tensor, 0))
                     around.append((offset - len(head), head))
         for offset, data in around:
             write_at(out.fd, memoryview(data), offset, plan.name)
@@ -209,7 +209,7 @@ class _Job:
     devices: Sequence[str]
     torch_settings: ExitStack
     moved: int = 0  # bytes read and written
-    headed: set[tuple[int, OutTensor]] = field(default_factory=set)  # files, and tensors whose heads are written
+    headed: set[tuple[int, int]] = field(default_factory=set)  # files, and slots whose heads are written
     stop: threading.Event = field(default_factory=threading.Event)
     disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -322,7 +322,7 @@ class _Cpu:
         written = []
         for part, crc, refused in zip(parts, crcs, bad, strict=True):
             nbytes = part.nbytes
-            head = out.plan.head(part.tensor, crc) if out.plan.head is not None else b""
+            head = out.plan.head(part.position, crc) if out.plan.head is not None else b""
             position = part.position - len(head)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
@@ -332,7 +332,7 @@ class _Cpu:
                 run_end = part.position + nbytes
                 written.append((part, crc))
                 if head:
-                    self._job.headed.add((out.fd, part.tensor))
+                    self._job.headed.add((out.fd, part.position))
             at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
         self._job.all_done(written)

@@ -1,4 +1,4 @@
-"""Pieces: what a job is cut into, and what may be summed in one go."""
+"""Pieces: what a job is cut into."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, SumKind | None]]:
     """Yield what is in the slots of a file, and its kind; neighbours as one where no checksum of each is wanted."""
     members: list[tuple[OutTensor, int]] = []
     before: SumKind | None = None
-    ends: _Places = []  # of the last member
+    ends: _Edges = []  # of the last that can have a neighbour
     for tensor, offset in plan.slots:
         kind = tensor.kind
-        begins: _Places = []
+        begins: _Edges = []
         if kind is not None and not plan.needs_crc:
             begins = [(offset, None), *[(spec.begin, paths) for spec, paths in tensor.places]]
         if members and not (begins and begins == ends and kind == before):
@@ -109,7 +109,9 @@ def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, SumKind | None]]:
         yield *_joined(members), before
 
 
-_Places = list[tuple[int, tuple[Path, ...] | None]]  # in the output, then in the inputs: bytes, and the files
+_Edges = list[
+    tuple[int, tuple[Path, ...] | None]
+]  # of a tensor in the output, then in its inputs: a byte, and in which files
 
 
 def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:

@@ -102,7 +102,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
                 raise WriteError(
                     f"{target}: is one of the inputs, which are never changed. Choose another name with -o."
                 )
-            if source in around:
+            if source in around and source.is_dir():
                 raise WriteError(
                     f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
                 )

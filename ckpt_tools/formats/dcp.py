@@ -193,10 +193,15 @@ def _joined(name: str, parts: Sequence[tuple[int, FilePlan]]) -> FilePlan:
     def patches(crcs: Mapping[OutTensor, int]) -> list[tuple[int, bytes]]:
         return [(start + offset, data) for start, part in parts for offset, data in part.patches(crcs)]
 
-    heads = {tensor: part.head for _, part in parts for tensor, _ in part.slots if part.head is not None}
+    def head(offset: int, crc: int) -> bytes:
+        start, made = heads[offset]
+        return made(offset - start, crc)
+
+    # By place: a tensor may stand alone in one part, and beside others in the next.
+    heads = {start + at: (start, part.head) for start, part in parts for _, at in part.slots if part.head is not None}
     slots = tuple((tensor, start + offset) for start, part in parts for tensor, offset in part.slots)
     size = max((start + part.size for start, part in parts), default=0)
-    return FilePlan(name, size, slots, patches, needs_crc=True, head=lambda tensor, crc: heads[tensor](tensor, crc))
+    return FilePlan(name, size, slots, patches, needs_crc=True, head=head)
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -2,7 +2,8 @@
 
 A writer is a pure function from recipes to a `FilePlan`: how long the file is, where each
 payload goes, and which bytes stand around the payloads. The engine fills the payloads in, in
-any order; the rest is patched in at the end, when checksums are known.
+any order, small ones with the heads before them; the rest is patched in at the end, when all
+checksums are known.
 """
 
 from __future__ import annotations
@@ -154,11 +155,11 @@ class FilePlan:
     Attributes:
         name: file name.
         size: bytes in all.
-        slots: (tensor, offset of its first byte), each tensor once.
+        slots: (tensor, offset of its first byte); a tensor may have several.
         patches: from CRC-32 by tensor to (offset, bytes) of all that is neither payload nor head.
-        needs_crc: True if `patches` and `head` look at the checksums.
-        head: from a tensor and its CRC-32 to what stands right before its payload, where that is of its own:
-            so many small tensors can be written in one go.
+        needs_crc: True if `patches` and `head` look at the checksums; always where there are heads.
+        head: from the offset of a slot and the CRC-32 of its tensor to what stands right before its payload, where that
+            is of its own: so many small tensors can be written in one go.
     """
 
     name: str
@@ -166,4 +167,4 @@ class FilePlan:
     slots: tuple[tuple[OutTensor, int], ...]
     patches: Callable[[Mapping[OutTensor, int]], list[tuple[int, bytes]]]
     needs_crc: bool
-    head: Callable[[OutTensor, int], bytes] | None = None
+    head: Callable[[int, int], bytes] | None = None

@@ -136,7 +136,9 @@ def copy(path: Path, source: int, span: Span, target: int, position: int, on_byt
                 done = os.copy_file_range(source, target, count, start, position)
             except OSError as error:
                 if error.errno not in _NOT_BY_KERNEL:
-                    raise WriteError(f"copying {path} failed ({error.strerror}).") from error
+                    raise WriteError(
+                        f"copying {path} failed ({error.strerror}). Nothing was left at the target."
+                    ) from error
         if not done:  # some file systems say so instead of an error
             by_kernel = False
             done = _copy_through(path, source, start, min(count, _BUFFER), target, position)

@@ -157,7 +157,7 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
             entries.append(record.central_header(crc))
         return [*pieces, (directory, b"".join(entries) + _end(directory, entries))]
 
-    at = {record.body: record for record in layout if isinstance(record.body, OutTensor)}
+    at = {record.data: record for record in layout if isinstance(record.body, OutTensor)}
     end = directory + sum(record.central_size for record in layout)
     return FilePlan(
         name=name,
@@ -165,7 +165,7 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
         slots=tuple((record.body, record.data) for record in layout if isinstance(record.body, OutTensor)),
         patches=patches,
         needs_crc=True,
-        head=lambda tensor, crc: at[tensor].local_header(crc),
+        head=lambda offset, crc: at[offset].local_header(crc),
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
-from ckpt_tools import average, open_checkpoint
+from ckpt_tools import average, open_checkpoint, strip
 from ckpt_tools.assembly import Assembly
 from ckpt_tools.errors import CorruptError, ReadError, SeriesError, UnsupportedError, WriteError
 from ckpt_tools.formats import dcp as ours
@@ -666,6 +667,21 @@ def test_tied_tensors_are_stored_once_and_load_under_each_name(tmp_path: Path) -
     assert all(same(tensor, shared) for tensor in (theirs["a"], theirs["b"], theirs["n"][0], theirs["n"][1]["deep"]))
     tree = read_header(folder).tree
     assert tree["a"] == tree["b"] == tree["n"][0]
+
+
+def test_a_tensor_that_stands_in_an_entry_of_plain_data_too_is_written_in_both(tmp_path: Path) -> None:
+    first, second = torch.arange(3.0), torch.arange(5.0)
+    args = {"a": first, "b": (second, first), "c": "text", "none": torch.empty(0, 2), "last": ("more", first)}
+    optimizer = {"state": {}, "param_groups": []}
+    source = save({"model": {"w": second + 1}, "optimizer": optimizer, "args": Namespace(**args)}, tmp_path / "in")
+
+    folder = Path(strip(source, out=tmp_path / "out").out)
+    theirs = oracle(folder)["args"]
+    assert all(same(tensor, first) for tensor in (theirs["a"], theirs["b"][1], theirs["last"][1]))
+    assert same(theirs["b"][0], second)
+    assert same(theirs["none"], args["none"])
+    tree = read_header(folder).tree
+    assert same(read_tensor(tree["args"]["last"][1]), first)
 
 
 def test_older_versions_of_torch_can_read_the_properties(single: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ planned = nested(source.tree, target=Path("out.pth"), provenance={{"made": "here
 raw = bytearray(plan.size)
 for tensor, offset in plan.slots:
     at = tensor.terms[0][0].storage.offset
-    head = plan.head(tensor, 0)
+    head = plan.head(offset, 0)
     raw[offset - len(head) : offset] = head
     raw[offset : offset + tensor.nbytes] = Path(source.path).read_bytes()[at : at + tensor.nbytes]
 for offset, piece in plan.patches({{}}):

@@ -58,7 +58,7 @@ def sparse(plan: FilePlan, path: Path, crc: Mapping[OutTensor, int] | None = Non
     """Make the file of a plan without its payload, which stays a hole."""
     with path.open("wb") as file:
         file.truncate(plan.size)
-        heads = [(at, plan.head(tensor, (crc or {}).get(tensor, 0))) for tensor, at in plan.slots if plan.head]
+        heads = [(at, plan.head(at, (crc or {}).get(tensor, 0))) for tensor, at in plan.slots if plan.head]
         for offset, data in [*plan.patches(crc or {}), *((at - len(head), head) for at, head in heads)]:
             file.seek(offset)
             file.write(data)
