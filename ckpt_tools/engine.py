@@ -100,7 +100,7 @@ def run(
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
         places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
-        # By identity first: twins share one tuple of all their files. (Kept while this lasts, so that none is reused.)
+        # By identity first: twins share one tuple of all their files. The dict keeps the others alive, and so apart.
         files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))

@@ -109,9 +109,8 @@ def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, SumKind | None]]:
         yield *_joined(members), before
 
 
-_Edges = list[
-    tuple[int, tuple[Path, ...] | None]
-]  # of a tensor in the output, then in its inputs: a byte, and in which files
+# Where a tensor begins, or ends, in the output and then in its inputs: a byte, and in which files.
+_Edges = list[tuple[int, tuple[Path, ...] | None]]
 
 
 def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:

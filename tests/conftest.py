@@ -27,6 +27,27 @@ def runs() -> list[Path]:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's folder, which is the current one, too."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def old_folder(here: Path) -> Callable[..., Path]:
+    """Make an earlier output of shards in the current folder."""
+
+    def make(name: str = "out") -> Path:
+        folder = Path(name)
+        folder.mkdir()
+        for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json"):
+            (folder / file).write_text("old")
+        return folder
+
+    return make
+
+
+@pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
     """Write an object with torch.save under a name in the test's folder."""
 

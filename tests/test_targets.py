@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,27 +14,15 @@ from ckpt_tools.errors import WriteError
 from ckpt_tools.targets import check_replaceable, check_target
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def old_folder(name: str = "out") -> Path:
-    folder = Path(name)
-    folder.mkdir()
-    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json"):
-        (folder / file).write_text("old")
-    return folder
-
-
 def check(
     target: str, *, inputs: tuple[str, ...] = (), nbytes: int = 0, force: bool = False, folder: bool = False
 ) -> None:
     check_target(Path(target), map(Path, inputs), nbytes=nbytes, force=force, folder=folder)
 
 
-def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(here: Path) -> None:
+def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(
+    here: Path, old_folder: Callable[..., Path]
+) -> None:
     old_folder()
     with pytest.raises(WriteError, match="out: exists already. Pass --force"):
         check("out", folder=True)
@@ -41,7 +30,9 @@ def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(
 
 
 @pytest.mark.parametrize("stranger", ["train.py", "notes.txt", "other.pth", "runs", ".git"])
-def test_a_folder_with_anything_else_is_never_replaced(here: Path, stranger: str) -> None:
+def test_a_folder_with_anything_else_is_never_replaced(
+    here: Path, old_folder: Callable[..., Path], stranger: str
+) -> None:
     folder = old_folder()
     shards = {name: name for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -54,7 +45,7 @@ def test_a_folder_with_anything_else_is_never_replaced(here: Path, stranger: str
         check_replaceable(folder, ["model.safetensors", "config.json"])
 
 
-def test_a_folder_whose_index_cannot_be_read_is_refused_in_words(here: Path) -> None:
+def test_a_folder_whose_index_cannot_be_read_is_refused_in_words(here: Path, old_folder: Callable[..., Path]) -> None:
     index = old_folder() / "model.safetensors.index.json"
     index.write_text("no JSON")
     with pytest.raises(WriteError, match="out: cannot be a target .*no index of a sharded checkpoint"):
@@ -88,7 +79,7 @@ def test_an_input_is_refused_through_any_link(here: Path) -> None:
             check(one, inputs=(other,), force=True)
 
 
-def test_a_folder_within_or_around_an_input_is_refused(here: Path) -> None:
+def test_a_folder_within_or_around_an_input_is_refused(here: Path, old_folder: Callable[..., Path]) -> None:
     old_folder("in")
     with pytest.raises(WriteError, match="in/new: lies inside the input in"):
         check("in/new", inputs=("in",), folder=True)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,22 +24,8 @@ class Crash(BaseException):
     """What no handler of ours knows: a signal, say."""
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
-def old_folder(name: str = "out") -> Path:
-    folder = Path(name)
-    folder.mkdir()
-    for file in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "config.json"):
-        (folder / file).write_text("old")
-    return folder
 
 
 # One file
@@ -153,7 +140,9 @@ def test_an_interruption_after_the_rename_comes_too_late(here: Path, monkeypatch
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(here: Path, folder: bool) -> None:
+def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(
+    here: Path, old_folder: Callable[..., Path], folder: bool
+) -> None:
     shards = ["model.safetensors"] if folder else None
     old_folder("precious")
     for behind in ("precious" if folder else "precious/config.json", "nowhere"):
@@ -181,7 +170,7 @@ def test_a_folder_appears_whole_with_its_index(here: Path) -> None:
     assert names(here) == ["out", "out/a.bin", "out/config.json", "out/index.json"]
 
 
-def test_a_folder_is_replaced_as_a_whole(here: Path) -> None:
+def test_a_folder_is_replaced_as_a_whole(here: Path, old_folder: Callable[..., Path]) -> None:
     old_folder()
     with staged_files(Path("out"), ["model.safetensors"], [3], force=True) as (_, (fd,)):
         os.pwrite(fd, b"new", 0)
@@ -196,7 +185,7 @@ def test_an_empty_folder_is_filled(here: Path) -> None:
     assert names(here) == ["out", "out/model.safetensors"]
 
 
-def test_a_crash_in_the_block_leaves_the_old_folder(here: Path) -> None:
+def test_a_crash_in_the_block_leaves_the_old_folder(here: Path, old_folder: Callable[..., Path]) -> None:
     old_folder()
     before = contents(here)
     with pytest.raises(Crash, match="in the block"), staged_files(Path("out"), ["model.safetensors"], [3]):
@@ -204,7 +193,7 @@ def test_a_crash_in_the_block_leaves_the_old_folder(here: Path) -> None:
     assert contents(here) == before
 
 
-def test_a_folder_that_appears_meanwhile_stays(here: Path) -> None:
+def test_a_folder_that_appears_meanwhile_stays(here: Path, old_folder: Callable[..., Path]) -> None:
     with pytest.raises(WriteError, match="out: was made by another program meanwhile, and stays"):  # noqa: SIM117
         with staged_files(Path("out"), ["model.safetensors"], [3]):
             before = contents(old_folder())
@@ -214,7 +203,7 @@ def test_a_folder_that_appears_meanwhile_stays(here: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt("between the renames")])
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
-    here: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    here: Path, old_folder: Callable[..., Path], error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old_folder()
     before = contents(here)
@@ -234,7 +223,9 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     assert contents(here) == before
 
 
-def test_an_old_folder_that_cannot_come_back_is_kept_and_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_that_cannot_come_back_is_kept_and_named(
+    here: Path, old_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(old_folder())
     rename = Path.rename
 
