@@ -61,6 +61,7 @@ def _process(rank: int, folder: Path, work: Callable[[Path], None]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
     try:
         work(folder)
+        dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
 
