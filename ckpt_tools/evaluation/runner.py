@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CkptError, DataError, ModelError
-from .batches import images_of
-from .data import Batches
-from .evaluation import Accuracy, evaluate
+from ..evaluation.batches import images_of
+from ..evaluation.data import Batches
+from ..evaluation.scores import Accuracy, evaluate
 from .recalibrate import recalibrate_bn
 from .report import BatchNormReport
 
@@ -55,7 +55,7 @@ class Runner:
         return self._run(lambda: recalibrate_bn(self._network, fed, passes=passes, estimator=estimator, on_batch=show))
 
     def evaluate(self, what: str, batches: Batches, on_progress: Progress) -> Accuracy:
-        """Evaluate the network; see `ckpt_tools.batchnorm.evaluation.evaluate`."""
+        """Evaluate the network; see `ckpt_tools.evaluation.scores.evaluate`."""
         fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
         return self._run(lambda: evaluate(self._network, fed))
 
