@@ -15,7 +15,7 @@ DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train 
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py ckpt_tools/_native.c
+$(INSTALLED): pyproject.toml constraints.txt setup.py ckpt_tools/compute/csrc/module.c
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -37,7 +37,7 @@ test: $(INSTALLED)
 test-ecosystem: $(ECOSYSTEM)/.installed
 	$(ECOSYSTEM)/bin/pytest tests/ecosystem
 
-$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml setup.py ckpt_tools/_native.c
+$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml setup.py ckpt_tools/compute/csrc/module.c
 	$(PYTHON) -m venv $(ECOSYSTEM)
 	$(ECOSYSTEM)/bin/pip install -q -r tests/ecosystem/requirements.txt
 	$(ECOSYSTEM)/bin/pip install -q -c tests/ecosystem/requirements.txt -e .

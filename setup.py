@@ -5,8 +5,8 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "ckpt_tools._native",
-            ["ckpt_tools/_native.c"],
+            "ckpt_tools.compute._native",
+            ["ckpt_tools/compute/csrc/module.c"],
             # A fused multiply-add would round once where every other way rounds twice.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-fast-math"],
             # Without a compiler everything is computed by torch: slower, the same bytes.

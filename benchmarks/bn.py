@@ -43,7 +43,7 @@ def measure(way: str, count: int, device: str) -> dict[str, float]:
         with torch.no_grad():
             return timed(lambda data: update_bn_stats(network, data, num_iters=len(data)))
     from ckpt_tools.batchnorm import recalibrate_bn
-    from ckpt_tools.batchnorm.running import keep_large_blocks
+    from ckpt_tools.evaluation.runner import keep_large_blocks
 
     if device == "cpu":
         keep_large_blocks()

@@ -10,15 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .averaging import AverageReport, average
     from .batchnorm import BatchNormReport, recalibrate_bn
-    from .batchnorm.job import RecalibrationReport, recalibrate_checkpoint
-    from .checkpoint import Checkpoint, open_checkpoint
-    from .conversion import ConvertReport, convert
-    from .diffing import DiffReport, diff
+    from .checkpoints.open import Checkpoint, open_checkpoint
     from .errors import CkptError
-    from .prefixes import PrefixReport, fix_prefix
-    from .stripping import StripReport, strip
+    from .jobs.average import AverageReport, average
+    from .jobs.convert import ConvertReport, convert
+    from .jobs.diff import DiffReport, diff
+    from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
+    from .jobs.rename import PrefixReport, fix_prefix
+    from .jobs.strip import StripReport, strip
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,23 +43,23 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AverageReport": "averaging",
-    "average": "averaging",
+    "AverageReport": "jobs.average",
+    "average": "jobs.average",
     "BatchNormReport": "batchnorm",
     "recalibrate_bn": "batchnorm",
-    "RecalibrationReport": "batchnorm.job",
-    "recalibrate_checkpoint": "batchnorm.job",
-    "Checkpoint": "checkpoint",
-    "open_checkpoint": "checkpoint",
-    "DiffReport": "diffing",
-    "diff": "diffing",
+    "RecalibrationReport": "jobs.recalibrate",
+    "recalibrate_checkpoint": "jobs.recalibrate",
+    "Checkpoint": "checkpoints.open",
+    "open_checkpoint": "checkpoints.open",
+    "DiffReport": "jobs.diff",
+    "diff": "jobs.diff",
     "CkptError": "errors",
-    "ConvertReport": "conversion",
-    "convert": "conversion",
-    "StripReport": "stripping",
-    "strip": "stripping",
-    "PrefixReport": "prefixes",
-    "fix_prefix": "prefixes",
+    "ConvertReport": "jobs.convert",
+    "convert": "jobs.convert",
+    "StripReport": "jobs.strip",
+    "strip": "jobs.strip",
+    "PrefixReport": "jobs.rename",
+    "fix_prefix": "jobs.rename",
 }
 
 

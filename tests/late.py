@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_tools.streams import Cpu
+from ckpt_tools.compute.gpu.streams import Cpu
 
 
 class LateEvent:

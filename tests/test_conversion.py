@@ -22,9 +22,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ckpt_tools
+from ckpt_tools.checkpoints.layouts import LAYOUTS
 from ckpt_tools.errors import CkptError, LayoutError, NumericsError, UsageError, WriteError
-from ckpt_tools.formats import splice
-from ckpt_tools.layouts import LAYOUTS
+from ckpt_tools.storage import splice
 
 Save = Callable[..., Path]
 State = dict[str, torch.Tensor]

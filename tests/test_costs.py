@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckpt_tools import native
+from ckpt_tools.compute import native
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts a process's calls")
 
@@ -35,10 +35,10 @@ def fields(path):
 
 job, native = json.loads(sys.argv[1]), sys.argv[2] == "native"
 getattr(ckpt_tools, job["function"])  # imports what it needs
-importlib.import_module("ckpt_tools.engine")
+importlib.import_module("ckpt_tools.compute.engine")
 if not native:
-    importlib.import_module("ckpt_tools.native")._native = None
-    importlib.import_module("ckpt_tools.summing")
+    importlib.import_module("ckpt_tools.compute.native")._native = None
+    importlib.import_module("ckpt_tools.compute.torch_sums")
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 status, before = fields("/proc/self/status"), fields("/proc/self/io")
 getattr(ckpt_tools, job["function"])(*job["arguments"], **job["options"])

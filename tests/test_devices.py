@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import ckpt_tools
-from ckpt_tools import devices, engine
-from ckpt_tools.devices import check_name, choose
+from ckpt_tools.compute import engine
+from ckpt_tools.compute.gpu import devices
+from ckpt_tools.compute.gpu.devices import check_name, choose
 from ckpt_tools.errors import UsageError
 
 
@@ -92,7 +93,7 @@ def test_auto_is_the_cpu_where_torch_finds_no_gpu(
 
 def test_the_choice_of_the_cpu_does_not_import_torch() -> None:
     code = (
-        "import sys; from ckpt_tools.devices import choose\n"
+        "import sys; from ckpt_tools.compute.gpu.devices import choose\n"
         "assert choose('cpu', 10**15) == choose('auto', 10**6) == ()\n"
         "assert 'torch' not in sys.modules"
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_tools
-from ckpt_tools import comparing
+from ckpt_tools.compute import compare as comparing
 from ckpt_tools.errors import LayoutError, ReadError, UsageError
 
 Save = Callable[..., Path]

@@ -20,12 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ckpt_tools import engine, native, summing
-from ckpt_tools.checkpoint import open_checkpoint
+from ckpt_tools.checkpoints.open import open_checkpoint
+from ckpt_tools.compute import engine, native
+from ckpt_tools.compute import torch_sums as summing
+from ckpt_tools.compute.batches import OutFile
 from ckpt_tools.errors import CkptError, CorruptError, NumericsError, ReadError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.output import OutTensor
-from ckpt_tools.pieces import OutFile
+from ckpt_tools.formats.file_plan import OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 Save = Callable[..., Path]
@@ -180,7 +181,7 @@ def test_piece_size_and_threads_change_no_byte(
 def test_identical_checkpoints_come_back_bit_for_bit(
     tmp_path: Path, data: st.DataObject, dtype: str, n: int, decay: float
 ) -> None:
-    from ckpt_tools import schedules
+    from ckpt_tools.series import schedules
 
     kind = getattr(torch, dtype)
     item = {

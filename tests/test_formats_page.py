@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from ckpt_tools.layouts import LAYOUTS
+from ckpt_tools.checkpoints.layouts import LAYOUTS
 
 FOLDER = Path(__file__).parent / "ecosystem"
 

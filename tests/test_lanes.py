@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from late import Late, LateEvent, LateStream
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ckpt_tools import engine, lanes, streams
-from ckpt_tools.checkpoint import open_checkpoint
+from ckpt_tools.checkpoints.open import open_checkpoint
+from ckpt_tools.compute import engine
+from ckpt_tools.compute.batches import OutFile, Part
+from ckpt_tools.compute.gpu import lanes, streams
+from ckpt_tools.compute.gpu.streams import Cpu
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.output import FilePlan, OutTensor
-from ckpt_tools.pieces import OutFile, Part
-from ckpt_tools.streams import Cpu
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]

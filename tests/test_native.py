@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_tools
-from ckpt_tools import native, summing
-from ckpt_tools.pieces import SMALL
+from ckpt_tools.compute import native
+from ckpt_tools.compute import torch_sums as summing
+from ckpt_tools.compute.batches import SMALL
 from ckpt_tools.tensors import DTYPES
 
 Save = Callable[..., Path]
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.skipif(native._native is None, reason="installed withou
 @pytest.fixture(autouse=True)
 def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is not done by the other way."""
-    from ckpt_tools import summing
+    from ckpt_tools.compute import torch_sums as summing
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("torch was asked")
@@ -188,7 +189,7 @@ def test_c_with_and_without_vectors_and_torch_come_to_the_same_bytes(tmp_path: P
     script = f"""
 import importlib.machinery, importlib.util, sys
 import ckpt_tools
-from ckpt_tools import native
+from ckpt_tools.compute import native
 path = {str(tmp_path / "portable" / "_native.so")!r}
 loader = importlib.machinery.ExtensionFileLoader("_native", path)
 portable = importlib.util.module_from_spec(importlib.util.spec_from_file_location("_native", path, loader=loader))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ckpt_tools.formats import read_header
-from ckpt_tools.inspection import Description, describe
+from ckpt_tools.jobs.inspect import Description, describe
 
 Save = Callable[..., Path]
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tools import engine
-from ckpt_tools.formats.output import FilePlan, OutTensor, TwinTerms
-from ckpt_tools.pieces import OutFile, Part, Run, apart, cut, runs
+from ckpt_tools.compute import engine
+from ckpt_tools.compute.batches import OutFile, Part, Run, apart, cut, runs
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor, TwinTerms
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.errors import AlignmentError, LayoutError
-from ckpt_tools.formats import splice
+from ckpt_tools.storage import splice
 
 Save = Callable[..., Path]
 

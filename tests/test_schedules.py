@@ -13,8 +13,8 @@ from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ckpt_tools import schedules
 from ckpt_tools.errors import UsageError
+from ckpt_tools.series import schedules
 
 N = 7
 

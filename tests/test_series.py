@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools import average
+from ckpt_tools.checkpoints.steps import number_in_name, stored_counters
 from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
 from ckpt_tools.formats import read_header
-from ckpt_tools.paths import expand
-from ckpt_tools.series import Series, find_series
-from ckpt_tools.steps import number_in_name, stored_counters
+from ckpt_tools.series.find import Series, find_series
+from ckpt_tools.series.paths import expand
 
 Save = Callable[..., Path]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_tools.errors import WriteError
-from ckpt_tools.targets import check_replaceable, check_target
+from ckpt_tools.jobs.outputs import check_replaceable, check_target
 
 
 def check(

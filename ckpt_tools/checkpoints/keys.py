@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .errors import AlignmentError, UsageError
-from .tensors import Tensor, TensorSpec, UnsupportedTensor
+from ..errors import AlignmentError, UsageError
+from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""

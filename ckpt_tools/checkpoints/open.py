@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UnsupportedError
-from .formats import read_header
-from .formats.header import Header
+from ..errors import UnsupportedError
+from ..formats import read_header
+from ..formats.header import Header
+from ..tensors import Tensor, UnsupportedTensor
 from .layouts import select
 from .layouts import states as states_of
 from .steps import stored_counters
-from .tensors import Tensor, UnsupportedTensor
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         spec = self.state.tensors[name]
         if isinstance(spec, UnsupportedTensor):
             raise UnsupportedError(f"{self.path}: '{name}' is {spec.kind}, which is not read here.")
-        from .payload import read_tensor
+        from ..compute.payload import read_tensor
 
         return read_tensor(spec, self.header.files)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ..tensors import Tensor
 from .layouts import is_optimizer
-from .tensors import Tensor
 
 _DEEPEST = 4
 """Levels above an optimizer's state: a framework's own dict, a list of optimizers, their names."""

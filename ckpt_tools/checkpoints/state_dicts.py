@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .errors import AlignmentError, UsageError
-from .formats.unpickle import Inert
+from ..errors import AlignmentError, UsageError
+from ..formats.pickle_read import Inert
+from ..tensors import DTYPES, Tensor, TensorSpec
 from .keys import WRAPPERS, unwrapping
 from .layouts import dotted, is_optimizer, looks_like_training_state
-from .tensors import DTYPES, Tensor, TensorSpec
 
 COUNTERS = ("n_averaged", "steps")
 """What torch's AveragedModel and mmengine's count their updates in, beside names that all start with ``module.``."""

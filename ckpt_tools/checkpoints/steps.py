@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .errors import ReadError
-from .formats.header import Header
-from .formats.sharded import SINGLE
-from .tensors import TensorSpec
+from ..errors import ReadError
+from ..formats.header import Header
+from ..formats.sharded import SINGLE
+from ..tensors import TensorSpec
 
 # Finer counters first: a file that stores both a step and an epoch is placed by its step.
 _STEP_KEYS = (

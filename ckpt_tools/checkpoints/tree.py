@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .formats.unpickle import Inert
-from .tensors import Tensor
+from ..formats.pickle_read import Inert
+from ..tensors import Tensor
 
 Path = tuple[Any, ...]
 

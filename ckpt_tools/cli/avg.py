@@ -10,7 +10,7 @@ import typer
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..averaging import AverageReport
+    from ..jobs.average import AverageReport
 
 _SCHEDULE, _SELECTION = "How much each counts", "Which checkpoints"
 
@@ -128,7 +128,7 @@ def avg(
     Example: ckpt avg runs/*.pth --mode ema --decay 0.99
     """
     arguments.check_folder()
-    from ..averaging import average
+    from ..jobs.average import average
 
     started = time.perf_counter()
     with console.progress("averaging") as on_progress:

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..conversion import ConvertReport
+    from ..jobs.convert import ConvertReport
 
 _NAMES = "What the checkpoint does not say"
 
@@ -80,11 +80,11 @@ def convert(
     if out is None:
         raise UsageError("-o is missing: where to write, such as -o weights.safetensors.")
     arguments.check_folder()
-    from ..conversion import convert as run
+    from ..jobs.convert import convert as run
 
     kwargs = None
     if model_kwargs:
-        from ..batchnorm.models import parse_kwargs
+        from ..evaluation.models import parse_kwargs
 
         kwargs = parse_kwargs(model_kwargs)
     started = time.perf_counter()
@@ -116,7 +116,7 @@ def _show(report: ConvertReport) -> None:
 
 
 def _list(*, as_json: bool) -> None:
-    from ..layouts import LAYOUTS
+    from ..checkpoints.layouts import LAYOUTS
 
     if as_json:
         console.print_json([{"name": e.name, "about": e.about, "written": e.written} for e in LAYOUTS])

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..diffing import DiffReport, Side, TensorDiff
+    from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
 def diff(
@@ -33,7 +33,7 @@ def diff(
     if top < 0:
         raise UsageError(f"--top {top}: must be 0 or more.")
     arguments.check_folder()
-    from ..diffing import diff as compare
+    from ..jobs.diff import diff as compare
 
     with console.progress("comparing") as on_progress:
         report = compare(

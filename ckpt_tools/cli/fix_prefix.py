@@ -11,7 +11,7 @@ import typer
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..prefixes import PrefixReport
+    from ..jobs.rename import PrefixReport
 
 
 def fix_prefix(
@@ -36,7 +36,7 @@ def fix_prefix(
     Example: ckpt fix-prefix averaged.pth
     """
     arguments.check_folder()
-    from .. import prefixes
+    from ..jobs import rename as prefixes
 
     started = time.perf_counter()
     with console.progress("copying") as on_progress:

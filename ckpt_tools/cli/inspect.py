@@ -10,7 +10,7 @@ import typer
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..inspection import Description, WeightSet
+    from ..jobs.inspect import Description, WeightSet
 
 
 def inspect(
@@ -23,7 +23,7 @@ def inspect(
     Example: ckpt inspect averaged.pth
     """
     from ..formats import read_header
-    from ..inspection import describe
+    from ..jobs.inspect import describe
 
     description = describe(read_header(Path(arguments.path(path))))
     if json:

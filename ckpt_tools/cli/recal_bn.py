@@ -13,8 +13,8 @@ from ..errors import UsageError
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..batchnorm.job import RecalibrationReport
     from ..batchnorm.report import BatchNormReport
+    from ..jobs.recalibrate import RecalibrationReport
 
 _MODEL, _DATA, _STATISTICS = "The network", "The data", "The statistics"
 
@@ -123,8 +123,8 @@ def recal_bn(
     if not data:
         raise UsageError("--data is missing: the images to take the statistics from, such as --data imagenet/train.")
     arguments.check_folder()
-    from ..batchnorm.job import recalibrate_checkpoint
-    from ..batchnorm.models import parse_kwargs
+    from ..evaluation.models import parse_kwargs
+    from ..jobs.recalibrate import recalibrate_checkpoint
 
     plans: list[RecalibrationReport] = []
 

@@ -9,7 +9,7 @@ import typer
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..stripping import StripReport
+    from ..jobs.strip import StripReport
 
 
 def strip(
@@ -32,7 +32,7 @@ def strip(
     Example: ckpt strip checkpoint-300.pth.tar
     """
     arguments.check_folder()
-    from ..stripping import strip as without_training_state
+    from ..jobs.strip import strip as without_training_state
 
     with console.progress("stripping") as on_progress:
         report = without_training_state(

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .formats.output import FilePlan, OutTensor, SumKind, TwinTerms
-from .tensors import Storage, TensorSpec
+from ..formats.file_plan import FilePlan, OutTensor, SumKind, TwinTerms
+from ..tensors import Storage, TensorSpec
 
 PIECE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared

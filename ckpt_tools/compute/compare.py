@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..storage.opened import OpenFiles
+from ..storage.source import Stamp
+from ..tensors import DType, Kind, TensorSpec
+from .batches import PIECE
 from .engine import in_threads
-from .formats.header import Stamp
-from .formats.opened import OpenFiles
 from .payload import Buffer, Reader, Source, torch_dtype
-from .pieces import PIECE
-from .summing import one_thread_each, real_dtype
-from .tensors import DType, Kind, TensorSpec
+from .torch_sums import one_thread_each, real_dtype
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
 _LARGEST, _TINIEST = sys.float_info.max, math.ulp(0.0)

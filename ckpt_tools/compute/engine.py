@@ -22,19 +22,19 @@ from itertools import chain, cycle, groupby
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from ..errors import CkptError
+from ..formats.file_plan import OutTensor, SumKind
+from ..storage.opened import OpenFiles
+from ..storage.source import Stamp
+from ..storage.staged import reserve, write_at
 from . import native
-from .devices import GPU_MEMORY
-from .errors import CkptError
-from .formats.crc32 import combine
-from .formats.header import Stamp
-from .formats.opened import OpenFiles
-from .formats.output import OutTensor, SumKind
-from .formats.staged import reserve, write_at
-from .pieces import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
+from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
+from .crc32 import combine
+from .gpu.devices import GPU_MEMORY
 
 if TYPE_CHECKING:
-    from .lanes import Lane, Size
-    from .summing import Recipe, Worker
+    from .gpu.lanes import Lane, Size
+    from .torch_sums import Recipe, Worker
 
 
 _WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up: a millisecond of its time
@@ -231,7 +231,7 @@ class _Job:
         """Let torch, from now to the end of the run, compute in the thread that asks; most jobs have no need of it."""
         with self._lock:
             if not self._uses_torch:
-                from .summing import one_thread_each
+                from .torch_sums import one_thread_each
 
                 self.torch_settings.enter_context(one_thread_each())
                 self._uses_torch = True
@@ -240,8 +240,8 @@ class _Job:
         """Open a lane for one thread, on one device after the other; None where the CPU does it all."""
         if self.size is None:
             return nullcontext()
-        from .lanes import Lane
-        from .streams import opened
+        from .gpu.lanes import Lane
+        from .gpu.streams import opened
 
         self.use_torch()
         with self._lock:
@@ -351,7 +351,7 @@ class _Cpu:
         tensor, item = piece.tensor, piece.tensor.dtype.itemsize
         if tensor.data is not None:
             return memoryview(tensor.data)[piece.start * item : piece.stop * item]
-        from .summing import Recipe, Worker
+        from .torch_sums import Recipe, Worker
 
         if self._worker is None:
             self._job.use_torch()
@@ -370,6 +370,6 @@ def _size(tensors: Iterable[OutTensor], threads: int | None, devices: Sequence[s
     """Choose what the lane of a thread holds; None where there is no device, or nothing for it to do."""
     if not devices:
         return None
-    from .lanes import sized  # imports torch
+    from .gpu.lanes import sized  # imports torch
 
     return sized(tensors, -(-_workers(threads, devices) // len(devices)), gpu_memory)

@@ -13,10 +13,10 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .formats.opened import OpenFiles, ended_early, read_failed
-from .formats.output import SumKind
-from .formats.staged import write_failed
-from .pieces import Part
+from ..formats.file_plan import SumKind
+from ..storage.opened import OpenFiles, ended_early, read_failed
+from ..storage.staged import write_failed
+from .batches import Part
 
 try:
     from . import _native

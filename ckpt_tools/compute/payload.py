@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from .errors import ReadError
-from .formats.header import Stamp
-from .formats.opened import OpenFiles, read_at
-from .tensors import ChunkedSpec, DType, TensorSpec, is_dense
+from ..errors import ReadError
+from ..storage.opened import OpenFiles, read_at
+from ..storage.source import Stamp
+from ..tensors import ChunkedSpec, DType, TensorSpec, is_dense
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}

@@ -13,12 +13,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .errors import NumericsError
-from .formats.opened import OpenFiles
-from .formats.output import OutTensor
+from ..errors import NumericsError
+from ..formats.file_plan import OutTensor
+from ..storage.opened import OpenFiles
+from ..tensors import DTYPES, DType, Kind
+from .batches import Part
 from .payload import Buffer, Reader, Source, torch_dtype
-from .pieces import Part
-from .tensors import DTYPES, DType, Kind
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity

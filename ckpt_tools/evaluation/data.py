@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from ..batchnorm.batches import images_of
 from ..errors import DataError, UsageError
-from .batches import images_of
 from .models import INSTALL, load_factory
 
 DEFAULT_IMAGES = 8192

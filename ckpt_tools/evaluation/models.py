@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import Checkpoint
+from ..checkpoints.keys import unwrap
+from ..checkpoints.open import Checkpoint
 from ..errors import ModelError, UsageError
 from ..formats.header import Header
-from ..keys import unwrap
 from ..tensors import TensorSpec
 
 INSTALL = "pip install 'ckpt-tools[vision]'"

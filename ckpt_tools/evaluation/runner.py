@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.batches import images_of
+from ..batchnorm.recalibrate import recalibrate_bn
+from ..batchnorm.report import BatchNormReport
 from ..errors import CkptError, DataError, ModelError
-from ..evaluation.batches import images_of
-from ..evaluation.data import Batches
-from ..evaluation.scores import Accuracy, evaluate
-from .recalibrate import recalibrate_bn
-from .report import BatchNormReport
+from .data import Batches
+from .scores import Accuracy, evaluate
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]

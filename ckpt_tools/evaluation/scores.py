@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from ..batchnorm.batches import images_of
+from ..batchnorm.recalibrate import device_of
 from ..errors import DataError
-from .batches import images_of
-from .recalibrate import device_of
 
 
 @dataclass(frozen=True, slots=True)

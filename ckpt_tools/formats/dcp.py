@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError, WriteError
+from ..storage.source import Stamp
 from ..tensors import Part, TensorSpec, UnsupportedTensor, join
 from . import dcp_metadata, torch_zip
 from .dcp_metadata import Chunk, Metadata, TensorEntry, Window
-from .header import Header, Stamp, parse_provenance
-from .output import FilePlan, OutTensor
+from .file_plan import FilePlan, OutTensor
+from .header import Header, parse_provenance
 from .sharded import member
 
 METADATA = ".metadata"

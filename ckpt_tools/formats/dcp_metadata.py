@@ -14,9 +14,9 @@ from typing import IO, Any, NamedTuple, TypeGuard
 
 from ..errors import CorruptError, UnsupportedError, WriteError
 from ..tensors import DType, Storage
-from . import unpickle
+from . import pickle_read as unpickle
 from .header import PROVENANCE
-from .unpickle import Inert
+from .pickle_read import Inert
 
 _LIMIT = 1 << 63
 _MAX_AXES = 64  # as many as torch has

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import CorruptError, UnsupportedError
 from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
-from . import unpickle
+from . import pickle_read as unpickle
 
 
 class Spelled(str):

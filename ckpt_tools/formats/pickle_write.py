@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from ..errors import WriteError
 from ..tensors import TensorSpec, c_strides
-from .output import OutTensor
+from .file_plan import OutTensor
 
 _REBUILD, _REBUILD_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = ("torch.storage", "UntypedStorage")

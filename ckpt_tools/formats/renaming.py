@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import AlignmentError, CorruptError, UnsupportedError
+from ..storage.splice import Span, Splice, moved
 from . import rezip, safetensors, torch_legacy, torch_zip
 from .header import Header
-from .spelling import Spelling, differs, spell
-from .splice import Span, Splice, moved
+from .pickle_edit import Spelling, differs, spell
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from ..errors import CorruptError, UnsupportedError
-from .splice import Span, moved
+from ..storage.splice import Span, moved
 from .torch_zip import _PADDING_ID, _end
 from .zip_records import CENTRAL, LOCAL, MAX16, MAX32
 

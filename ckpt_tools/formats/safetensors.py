@@ -11,9 +11,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, UnsupportedError
+from ..storage.source import Stamp
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
-from .header import PROVENANCE, Header, Stamp, parse_provenance
-from .output import FilePlan, OutTensor
+from .file_plan import FilePlan, OutTensor
+from .header import PROVENANCE, Header, parse_provenance
 
 MAX_HEADER = 100_000_000  # the library's own limit
 _PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, NotACheckpointError, UsageError
-from .header import Header, Stamp
-from .output import OutTensor
+from ..storage.source import Stamp
+from .file_plan import OutTensor
+from .header import Header
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")

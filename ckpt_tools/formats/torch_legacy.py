@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorruptError
+from ..storage.source import Stamp
 from ..tensors import DType, Storage
-from . import unpickle
-from .header import Header, Stamp
+from . import pickle_read as unpickle
+from .header import Header
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorruptError, NotACheckpointError, UnsupportedError
+from ..storage.source import Stamp
 from ..tensors import DType, Storage
-from . import unpickle
-from .header import PROVENANCE, Header, Stamp, parse_provenance
-from .output import FilePlan, OutTensor
-from .torch_pickle import dump, plain
+from . import pickle_read as unpickle
+from .file_plan import FilePlan, OutTensor
+from .header import PROVENANCE, Header, parse_provenance
+from .pickle_write import dump, plain
 from .twins import KNOWN, Known, Unmovable, moved
 from .zip_records import CENTRAL, LOCAL, MAX16, MAX32, UTF8, Archive, Record, usual_directory
 

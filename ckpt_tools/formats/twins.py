@@ -14,7 +14,7 @@ from typing import IO, Any
 from weakref import WeakValueDictionary
 
 from ..tensors import TensorSpec, UnsupportedTensor
-from .unpickle import SealedDict
+from .pickle_read import SealedDict
 from .zip_records import CENTRAL, LOCAL, Archive
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, UnsupportedTensor}

@@ -16,14 +16,14 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from .errors import ReadError, UnsupportedError, UsageError
-from .formats import dcp, safetensors, sharded, torch_zip
-from .formats.header import PROVENANCE, Header
-from .formats.output import FilePlan, OutTensor
-from .layouts import StateDict, dotted, looks_like_training_state
-from .targets import TORCH_SUFFIXES, check_same_format, check_shard_size, check_suffix
-from .tensors import TensorSpec, UnsupportedTensor
-from .trees import holds, put, tensors_in, without
+from ..checkpoints.layouts import StateDict, dotted, looks_like_training_state
+from ..checkpoints.tree import holds, put, tensors_in, without
+from ..errors import ReadError, UnsupportedError, UsageError
+from ..formats import dcp, safetensors, sharded, torch_zip
+from ..formats.file_plan import FilePlan, OutTensor
+from ..formats.header import PROVENANCE, Header
+from ..tensors import TensorSpec, UnsupportedTensor
+from .outputs import TORCH_SUFFIXES, check_same_format, check_shard_size, check_suffix
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""

@@ -8,20 +8,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import devices, engine
+from ..checkpoints.keys import align, prefixes, unwrap
+from ..checkpoints.layouts import StateDict, is_ema_by_name, select
+from ..compute import engine
+from ..compute.gpu import devices
+from ..errors import LayoutError, UsageError
+from ..formats import SUFFIXES
+from ..formats.sharded import parse_size
+from ..series.find import Member, Series, find_series
+from ..series.rows import recipes
+from ..series.schedules import DEFAULT_DECAY, Schedule, dominant
+from ..tensors import parse_dtype
 from .assembly import assemble
-from .errors import LayoutError, UsageError
-from .formats import SUFFIXES
-from .formats.sharded import parse_size
-from .keys import align, prefixes, unwrap
-from .layouts import StateDict, is_ema_by_name, select
+from .outputs import check_replaceable, check_suffix, check_target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
-from .recipes import recipes
-from .schedules import DEFAULT_DECAY, Schedule, dominant
-from .series import Member, Series, find_series
-from .targets import check_replaceable, check_suffix, check_target, default_target
-from .tensors import parse_dtype
-from .writing import only_noted, write
+from .run import only_noted, write
 
 if TYPE_CHECKING:
     import torch
@@ -114,13 +115,13 @@ def average(
 
     Args:
         paths: files, globs, folders (of checkpoints, or sharded ones).
-        mode: ``uniform``, ``ema`` or ``weights``; see `ckpt_tools.schedules` for formulas.
+        mode: ``uniform``, ``ema`` or ``weights``; see `ckpt_tools.series.schedules` for formulas.
         decay: ema: for a checkpoint, or with `per_step` for a training step. 0.99 if not given.
         warmup: ema: ``litema`` or ``timm``.
         bias_correction: ema: start from zero and divide by 1 - decay^N.
         weights: one number a checkpoint, in the order of the series; divided by their sum if `normalize`.
         order, last, best, metric, lower_is_better, every, from_step, to_step, include_outputs:
-            which checkpoints, in which order; see `ckpt_tools.series.find_series`.
+            which checkpoints, in which order; see `ckpt_tools.series.find.find_series`.
         state: ``auto`` (the EMA where all have one), ``raw``, ``ema``, or a dotted path.
         match: ``name`` or ``order``.
         keys: ``strict``, ``intersection``, or ``union`` (a tensor that some lack is averaged over the others,

@@ -9,22 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.ema_updates import stored_decay, stored_settings, stored_updates
+from ..checkpoints.layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
+from ..checkpoints.layouts.build import Content, build, ema_settings
+from ..checkpoints.layouts.carry import beside, left_behind
+from ..errors import UnsupportedError, UsageError
+from ..formats import SUFFIXES, dcp, read_header
+from ..formats.file_plan import OutTensor
+from ..formats.header import Header
+from ..formats.sharded import parse_size
+from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
-from .averaging import check_threads
-from .counters import stored_decay, stored_settings, stored_updates
-from .errors import UnsupportedError, UsageError
-from .formats import SUFFIXES, dcp, read_header
-from .formats.header import Header
-from .formats.output import OutTensor
-from .formats.sharded import parse_size
-from .layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
-from .layouts.build import Content, build, ema_settings
-from .layouts.carry import beside, left_behind
-from .naming import Naming, find_names, in_files
+from .average import check_threads
+from .outputs import TORCH_SUFFIXES, check_replaceable, check_shard_size, check_suffix, check_target
+from .parameter_names import Naming, find_names, in_files
 from .provenance import provenance
-from .targets import TORCH_SUFFIXES, check_replaceable, check_shard_size, check_suffix, check_target
-from .tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
-from .writing import only_noted, write
+from .run import only_noted, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def convert(
 
     Args:
         path: a file or folder.
-        to: name of a layout, see `ckpt_tools.layouts.LAYOUTS`.
+        to: name of a layout, see `ckpt_tools.checkpoints.layouts.LAYOUTS`.
         out: target; the suffix picks the format, none means a folder of shards.
         state: ``auto`` (both sets where the layout keeps both, else the EMA where there is one), ``raw``, ``ema``,
             or a dotted path: that set alone.

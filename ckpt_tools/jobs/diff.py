@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .averaging import check_threads
-from .errors import UsageError
-from .formats import read_header
-from .formats.header import Header
-from .keys import prefixes, unwrap
-from .layouts import StateDict, select
+from ..checkpoints.keys import prefixes, unwrap
+from ..checkpoints.layouts import StateDict, select
+from ..errors import UsageError
+from ..formats import read_header
+from ..formats.header import Header
+from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
+from .average import check_threads
 from .provenance import short_names
-from .tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 
 if TYPE_CHECKING:
-    from .comparing import Distance
+    from ..compute.compare import Distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class TensorDiff:
         tied: further names of the same tensors.
         dtype: in a.
         values: how many numbers it holds; a complex element is two.
-        differing, beyond, nonfinite, max_abs, max_rel: see `ckpt_tools.comparing.Distance`.
+        differing, beyond, nonfinite, max_abs, max_rel: see `ckpt_tools.compute.compare.Distance`.
     """
 
     name: str
@@ -313,7 +313,7 @@ def _measured(
     """Read the pairs; return the names and the distance of each."""
     if not plan.pairs:
         return {}
-    from .comparing import compare  # imports torch, which headers alone have no need of
+    from ..compute.compare import compare  # imports torch, which headers alone have no need of
 
     distances = compare(
         list(plan.pairs),

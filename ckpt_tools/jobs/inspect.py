@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .formats.header import Header
-from .keys import prefixes
-from .layouts import StateDict, dotted, states
-from .optimizers import find_optimizers, kind_of
-from .series import metric_of
-from .steps import stored_counters
-from .tensors import Tensor, TensorSpec, UnsupportedTensor
-from .trees import tensors_in
+from ..checkpoints.keys import prefixes
+from ..checkpoints.layouts import StateDict, dotted, states
+from ..checkpoints.optimizers import find_optimizers, kind_of
+from ..checkpoints.steps import stored_counters
+from ..checkpoints.tree import tensors_in
+from ..formats.header import Header
+from ..series.find import metric_of
+from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ReadError, UsageError, WriteError
-from .formats import SUFFIXES
-from .formats.dcp import METADATA
-from .formats.dcp import SUFFIX as DISTCP
-from .formats.header import Header
-from .formats.sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
-from .formats.staged import same_file
+from ..errors import ReadError, UsageError, WriteError
+from ..formats import SUFFIXES
+from ..formats.dcp import METADATA
+from ..formats.dcp import SUFFIX as DISTCP
+from ..formats.header import Header
+from ..formats.sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
+from ..storage.staged import same_file
 
 TORCH_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
 """What files that torch writes are called."""

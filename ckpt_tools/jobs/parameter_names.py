@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
-from .formats import read_header
-from .formats.header import Header, Stamp
-from .layouts import select
-from .tensors import DTYPES, Storage, Tensor, TensorSpec, make_spec
+from ..checkpoints.layouts import select
+from ..errors import UsageError
+from ..formats import read_header
+from ..formats.header import Header
+from ..storage.source import Stamp
+from ..tensors import DTYPES, Storage, Tensor, TensorSpec, make_spec
 
 _NOWHERE = Path()
 
@@ -54,7 +55,7 @@ def find_names(header: Header, names_from: str | Path | None, model: str | None,
         return Naming()
     from torch.nn import Parameter
 
-    from .batchnorm.models import build_model
+    from ..evaluation.models import build_model
 
     network = build_model(model, header, kwargs, {})
     order = tuple(name for name, _ in network.named_parameters())

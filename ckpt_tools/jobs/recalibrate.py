@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import engine
-from ..assembly import Assembly, rewrite
-from ..checkpoint import Checkpoint
+from ..batchnorm.processes import Group, joined_group, local_device
+from ..batchnorm.recalibrate import check_options, find_layers
+from ..batchnorm.report import BatchNormReport
+from ..checkpoints.open import Checkpoint
+from ..compute import engine
+from ..compute.payload import torch_dtype
 from ..errors import NumericsError, UsageError
+from ..evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
+from ..evaluation.models import build_model, input_channels, load_weights, pick_device
+from ..evaluation.runner import Progress, Runner
+from ..evaluation.scores import Accuracy
 from ..formats import read_header
-from ..formats.output import OutTensor
-from ..paths import default_input
-from ..payload import torch_dtype
-from ..provenance import provenance
-from ..targets import check_replaceable, check_target, named_after
+from ..formats.file_plan import OutTensor
+from ..series.paths import default_input
 from ..tensors import DTYPES, TensorSpec
-from ..writing import only_noted, write
-from .data import Batches, Loading, is_factory, open_data, resolve_preprocessing
-from .evaluation import Accuracy
-from .models import build_model, input_channels, load_weights, pick_device
-from .processes import Group, joined_group, local_device
-from .recalibrate import check_options, find_layers
-from .report import BatchNormReport
-from .running import Progress, Runner
+from .assembly import Assembly, rewrite
+from .outputs import check_replaceable, check_target, named_after
+from .provenance import provenance
+from .run import only_noted, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ def recalibrate_checkpoint(
 
     Args:
         path: the checkpoint; ``averaged.pth`` or ``averaged.safetensors`` if not given.
-        data: see `ckpt_tools.batchnorm.data.open_data`.
-        model, model_kwargs: see `ckpt_tools.batchnorm.models.build_model`.
+        data: see `ckpt_tools.evaluation.data.open_data`.
+        model, model_kwargs: see `ckpt_tools.evaluation.models.build_model`.
         images: how many; 8192, or all where there are fewer, if not given; -1 for all.
         batch_size: images a batch (and a process).
         workers: processes that decode images; as many as cores, 8 at most, if not given.

@@ -13,19 +13,21 @@ from stat import S_IMODE
 from typing import Any
 from zipfile import BadZipFile
 
-from .errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
-from .formats import SUFFIXES, read_header, renaming, splice
-from .formats.header import Header, Stamp
-from .formats.opened import OpenFiles, raise_file_limit
-from .formats.renaming import Named, Renaming
-from .formats.sharded import INDEX_SUFFIXES, renamed_index
-from .formats.splice import Span, Splice
-from .formats.staged import staged_files
-from .layouts import is_optimizer
-from .names import Change, StateNames, plan_changes, state_dicts
-from .paths import default_input
-from .targets import check_replaceable, check_target
-from .writing import only_noted
+from ..checkpoints.layouts import is_optimizer
+from ..checkpoints.state_dicts import Change, StateNames, plan_changes, state_dicts
+from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
+from ..formats import SUFFIXES, read_header, renaming
+from ..formats.header import Header
+from ..formats.renaming import Named, Renaming
+from ..formats.sharded import INDEX_SUFFIXES, renamed_index
+from ..series.paths import default_input
+from ..storage import splice
+from ..storage.opened import OpenFiles, raise_file_limit
+from ..storage.source import Stamp
+from ..storage.splice import Span, Splice
+from ..storage.staged import staged_files
+from .outputs import check_replaceable, check_target
+from .run import only_noted
 
 
 @dataclass(frozen=True, slots=True)

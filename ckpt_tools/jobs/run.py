@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import engine
+from ..compute import engine
+from ..compute.batches import OutFile
+from ..compute.gpu.devices import GPU_MEMORY
+from ..errors import WriteError
+from ..formats.file_plan import FilePlan
+from ..storage import splice
+from ..storage.opened import OpenFiles
+from ..storage.source import Stamp
+from ..storage.splice import Span, Splice
+from ..storage.staged import staged_files
 from .assembly import Assembly
-from .devices import GPU_MEMORY
-from .errors import WriteError
-from .formats import splice
-from .formats.header import Stamp
-from .formats.opened import OpenFiles
-from .formats.output import FilePlan
-from .formats.splice import Span, Splice
-from .formats.staged import staged_files
-from .pieces import OutFile
 
 
 @contextmanager

@@ -9,18 +9,18 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.layouts import StateDict, dotted, is_optimizer, select, states
+from ..checkpoints.training_state import holds, leads, nodes, other_weights, training_state, without
+from ..checkpoints.tree import tensors_in
+from ..errors import LayoutError, UnsupportedError
+from ..formats import read_header
+from ..formats.header import Header
+from ..formats.pickle_read import Inert
+from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
-from .errors import LayoutError, UnsupportedError
-from .formats import read_header
-from .formats.header import Header
-from .formats.unpickle import Inert
-from .layouts import StateDict, dotted, is_optimizer, select, states
+from .outputs import check_replaceable, check_same_format, check_target, named_after
 from .provenance import provenance
-from .targets import check_replaceable, check_same_format, check_target, named_after
-from .tensors import Storage, TensorSpec, UnsupportedTensor
-from .training_state import holds, leads, nodes, other_weights, training_state, without
-from .trees import tensors_in
-from .writing import only_noted, write
+from .run import only_noted, write
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from .errors import ReadError, SeriesError, UsageError
-from .formats import read_header
-from .formats.header import Header
-from .layouts import looks_like_training_state
+from ..checkpoints.layouts import looks_like_training_state
+from ..checkpoints.steps import named_places, stored_counters, stored_places, trainer_state, unread_tensors
+from ..checkpoints.tree import tensors_in
+from ..errors import ReadError, SeriesError, UsageError
+from ..formats import read_header
+from ..formats.header import Header
+from ..tensors import Storage, TensorSpec
 from .paths import find, keep_one, natural_key, numbered_first
-from .steps import named_places, stored_counters, stored_places, trainer_state, unread_tensors
-from .tensors import Storage, TensorSpec
-from .trees import tensors_in
 
 ORDERS = ("auto", "given", "natural", "mtime")
 

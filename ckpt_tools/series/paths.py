@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from .errors import SeriesError, UsageError
-from .formats import SUFFIXES, is_checkpoint
+from ..errors import SeriesError, UsageError
+from ..formats import SUFFIXES, is_checkpoint
 
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from .errors import LayoutError, UsageError
-from .formats.output import OutTensor, TwinTerms
-from .tensors import DType, Kind, TensorSpec
+from ..errors import LayoutError, UsageError
+from ..formats.file_plan import OutTensor, TwinTerms
+from ..tensors import DType, Kind, TensorSpec
 
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
 _RUNNING = ("running_mean", "running_var")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-from .errors import UsageError
+from ..errors import UsageError
 
 MODES = ("uniform", "ema", "weights")
 DEFAULT_DECAY = 0.99

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ..errors import CorruptError, ReadError
-from .header import Stamp
+from .source import Stamp
 
 
 class OpenFiles:

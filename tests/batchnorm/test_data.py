@@ -16,7 +16,8 @@ from conftest import Photos
 from PIL import Image
 from timm.data import IterableImageDataset, create_transform, resolve_data_config
 
-from ckpt_tools.batchnorm.data import (
+from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.evaluation.data import (
     DEFAULT_IMAGES,
     Batches,
     Loading,
@@ -25,7 +26,6 @@ from ckpt_tools.batchnorm.data import (
     plan_batches,
     resolve_preprocessing,
 )
-from ckpt_tools.errors import DataError, UsageError
 
 PREPROCESSING: dict[str, Any] = {
     "input_size": (3, 32, 32),

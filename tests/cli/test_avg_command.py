@@ -20,8 +20,8 @@ import torch
 from cli_runner import contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import devices, streams
-from ckpt_tools.formats.opened import OpenFiles
+from ckpt_tools.compute.gpu import devices, streams
+from ckpt_tools.storage.opened import OpenFiles
 
 
 @pytest.fixture(autouse=True)

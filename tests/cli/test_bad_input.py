@@ -21,9 +21,9 @@ from cli_runner import refused, run, spawn
 from safetensors.torch import save_file
 from torch import nn
 
-from ckpt_tools import native
-from ckpt_tools.formats import staged
-from ckpt_tools.formats.opened import OpenFiles
+from ckpt_tools.compute import native
+from ckpt_tools.storage import staged
+from ckpt_tools.storage.opened import OpenFiles
 
 
 @pytest.fixture(autouse=True)

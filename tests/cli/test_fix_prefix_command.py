@@ -307,7 +307,7 @@ def large() -> Path:
 # Makes each call of the kernel a small one with a pause behind it, as a slow disk would.
 SLOWLY = """
 import os, sys, time
-from ckpt_tools.formats import splice
+from ckpt_tools.storage import splice
 splice._filled = lambda fd, span: [span]
 def slow(source, target, count, start, position):
     time.sleep(0.01)
@@ -351,7 +351,7 @@ def test_a_signal_leaves_the_old_file(
 
 
 def test_a_file_that_is_written_to_meanwhile_is_not_replaced(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckpt_tools.formats import splice
+    from ckpt_tools.storage import splice
 
     real = splice.write
 
@@ -372,7 +372,7 @@ def test_a_file_that_is_written_to_meanwhile_is_not_replaced(large: Path, monkey
 
 def test_a_file_that_is_replaced_meanwhile_is_not_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training saves its next checkpoint under the same name."""
-    from ckpt_tools.formats import splice
+    from ckpt_tools.storage import splice
 
     path = save("last.pth")
     real = splice.write
@@ -400,7 +400,7 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckpt_tools import prefixes
+    from ckpt_tools.jobs import rename as prefixes
 
     path = save("c.pth")
     real = prefixes.read_header

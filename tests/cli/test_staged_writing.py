@@ -15,9 +15,9 @@ import pytest
 from cli_runner import contents
 
 from ckpt_tools.errors import WriteError
-from ckpt_tools.formats import staged
-from ckpt_tools.formats.staged import staged_files
-from ckpt_tools.targets import check_target
+from ckpt_tools.jobs.outputs import check_target
+from ckpt_tools.storage import staged
+from ckpt_tools.storage.staged import staged_files
 
 
 class Crash(BaseException):
@@ -248,7 +248,7 @@ def test_a_disk_that_is_full_is_found_before_the_work(here: Path) -> None:
     """The limit of a file's size stands in for the end of the disk: the system refuses both alike."""
     script = """
 import os, resource
-from ckpt_tools.formats.staged import reserve
+from ckpt_tools.storage.staged import reserve
 from ckpt_tools.errors import WriteError
 fd = os.open("out", os.O_WRONLY | os.O_CREAT)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

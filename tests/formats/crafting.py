@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckpt_tools import engine
-from ckpt_tools.checkpoint import open_checkpoint
-from ckpt_tools.formats.output import FilePlan, OutTensor
-from ckpt_tools.pieces import OutFile
+from ckpt_tools.checkpoints.open import open_checkpoint
+from ckpt_tools.compute import engine
+from ckpt_tools.compute.batches import OutFile
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 # The dtypes that torch saves, spelled out: the table under test must not choose what is tested.

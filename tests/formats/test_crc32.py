@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tools.formats.crc32 import combine
+from ckpt_tools.compute.crc32 import combine
 
 
 @settings(deadline=None)

@@ -29,16 +29,16 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 from ckpt_tools import average, open_checkpoint, strip
-from ckpt_tools.assembly import Assembly
+from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, ReadError, SeriesError, UnsupportedError, WriteError
 from ckpt_tools.formats import dcp as ours
 from ckpt_tools.formats import read_header, torch_zip
-from ckpt_tools.formats.output import OutTensor
-from ckpt_tools.formats.unpickle import Inert
-from ckpt_tools.payload import read_tensor
-from ckpt_tools.series import find_series
+from ckpt_tools.formats.file_plan import OutTensor
+from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.jobs.assembly import Assembly
+from ckpt_tools.jobs.run import write
+from ckpt_tools.series.find import find_series
 from ckpt_tools.tensors import ChunkedSpec, TensorSpec
-from ckpt_tools.writing import write
 
 PROCESSES = 2
 
@@ -688,7 +688,7 @@ def test_older_versions_of_torch_can_read_the_properties(single: Path, tmp_path:
     # Up to 2.13 they are five; torch 2.15 writes six, on which the older ones fail.
     folder = written(single, tmp_path / "written")
     with (folder / ".metadata").open("rb") as file:
-        from ckpt_tools.formats import unpickle
+        from ckpt_tools.formats import pickle_read as unpickle
 
         tree, _ = unpickle.load(file, lambda *_: pytest.fail("no storage"), where="here", torch_values=False)
     tensors = [entry for entry in tree.state["state_dict_metadata"].values() if entry.state]

@@ -23,12 +23,13 @@ import torch
 from crafting import STORAGE, TENSOR, bounded_memory, same, torch_zip
 
 from ckpt_tools import average, open_checkpoint
+from ckpt_tools.checkpoints.tree import tensors_in
+from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
-from ckpt_tools.formats import read_header, unpickle
-from ckpt_tools.formats.unpickle import Inert
-from ckpt_tools.payload import read_tensor
+from ckpt_tools.formats import pickle_read as unpickle
+from ckpt_tools.formats import read_header
+from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
-from ckpt_tools.trees import tensors_in
 
 # In protocol 0 to 2 a name is GLOBAL, in protocol 4 STACK_GLOBAL.
 NAMES = [
@@ -44,7 +45,7 @@ NAMES = [
     "ctypes.CDLL", "collections.namedtuple", "codecs.open", "codecs.encode", "collections.OrderedDict.fromkeys",
     "collections.OrderedDict.__init__", "argparse.Namespace.__setattr__", "argparse.ArgumentParser",
     "torch.Size.__class__", "torch.float32.__class__", "torch.Tensor", "torch.os.system",
-    "ckpt_tools.formats.unpickle.load", "ckpt_tools.formats.unpickle._TABLE.clear", "builtins.set.__init__",
+    "ckpt_tools.formats.pickle_read.load", "ckpt_tools.formats.pickle_read._TABLE.clear", "builtins.set.__init__",
 ]  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from crafting import TORCH_DTYPES, random_tensor, raw_bytes, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckpt_tools.compute.payload import Reader, Source, boxes, read_tensor, torch_dtype
 from ckpt_tools.errors import CorruptError, ReadError
-from ckpt_tools.formats.opened import OpenFiles, raise_file_limit
-from ckpt_tools.payload import Reader, Source, boxes, read_tensor, torch_dtype
+from ckpt_tools.storage.opened import OpenFiles, raise_file_limit
 from ckpt_tools.tensors import DTYPES, DType, Kind, Storage, TensorSpec, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")

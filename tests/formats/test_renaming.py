@@ -28,10 +28,10 @@ from torch import nn
 
 from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.errors import AlignmentError, CkptError, CorruptError, UnsupportedError
-from ckpt_tools.formats import splice
 from ckpt_tools.formats import torch_zip as zips
-from ckpt_tools.formats.output import OutTensor
-from ckpt_tools.formats.spelling import spell
+from ckpt_tools.formats.file_plan import OutTensor
+from ckpt_tools.formats.pickle_edit import spell
+from ckpt_tools.storage import splice
 
 Save = Callable[..., Path]
 X = {"module.w": torch.arange(4.0), "module.b": torch.ones(2)}

@@ -15,8 +15,8 @@ import torch
 from crafting import TORCH_DTYPES, random_tensor
 
 from ckpt_tools.errors import WriteError
-from ckpt_tools.formats.output import OutTensor
-from ckpt_tools.formats.torch_pickle import dump
+from ckpt_tools.formats.file_plan import OutTensor
+from ckpt_tools.formats.pickle_write import dump
 from ckpt_tools.tensors import DTYPES
 
 
@@ -66,7 +66,7 @@ def test_headers_are_read_and_a_torch_file_is_planned_without_torch(tmp_path: Pa
     code = f"""
 import sys
 from pathlib import Path
-from ckpt_tools.assembly import nested
+from ckpt_tools.jobs.assembly import nested
 from ckpt_tools.formats import read_header
 source = read_header(Path({str(tmp_path / "in.pth")!r}))
 planned = nested(source.tree, target=Path("out.pth"), provenance={{"made": "here"}})

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools import open_checkpoint
+from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import read_header, torch_zip
 from ckpt_tools.formats.twins import KNOWN
-from ckpt_tools.payload import read_tensor
 
 Save = Callable[..., Path]
 

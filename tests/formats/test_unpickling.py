@@ -16,12 +16,12 @@ import torch
 from crafting import TENSOR, same, torch_zip
 
 from ckpt_tools import open_checkpoint
+from ckpt_tools.checkpoints.tree import tensors_in
+from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
 from ckpt_tools.formats import read_header
-from ckpt_tools.formats.unpickle import Inert
-from ckpt_tools.payload import read_tensor
+from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
-from ckpt_tools.trees import tensors_in
 
 Save = Callable[..., Path]
 PROTOCOLS = [2, 3, 4, 5]

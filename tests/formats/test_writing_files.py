@@ -28,7 +28,7 @@ from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import UnsupportedError, UsageError, WriteError
 from ckpt_tools.formats import read_header, torch_zip
 from ckpt_tools.formats import safetensors as st_format
-from ckpt_tools.formats.output import FilePlan, OutTensor
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.formats.sharded import index_json, parse_size, plan_shards
 from ckpt_tools.tensors import TensorSpec
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import LayoutError
-from ..formats.output import OutTensor
-from ..tensors import DTYPES
-from ..trees import put
+from ...errors import LayoutError
+from ...formats.file_plan import OutTensor
+from ...tensors import DTYPES
+from ..tree import put
 from .table import Layout
 
 Weights = Mapping[str, OutTensor]

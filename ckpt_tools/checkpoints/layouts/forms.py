@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..formats.unpickle import Inert
-from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from ...formats.pickle_read import Inert
+from ...tensors import Tensor, TensorSpec, UnsupportedTensor
 from .state import is_buffer
 
 MOST_NAMES = 300_000

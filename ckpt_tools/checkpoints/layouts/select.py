@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import LayoutError
-from ..formats.header import Header
-from ..formats.unpickle import Inert
-from ..tensors import Tensor
-from ..trees import tensors_in
+from ...errors import LayoutError
+from ...formats.header import Header
+from ...formats.pickle_read import Inert
+from ...tensors import Tensor
+from ..tree import tensors_in
 from .find import set_at, state_dict, states
 from .state import StateDict, dotted, looks_like_training_state
 from .table import SET_KEYS, SWAPPERS

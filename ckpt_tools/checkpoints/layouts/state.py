@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..tensors import Tensor, TensorSpec
+from ...tensors import Tensor, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

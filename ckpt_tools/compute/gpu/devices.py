@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from .errors import UsageError
+from ...errors import UsageError
 
 AUTO_FROM: float = math.inf
 """Bytes of input from which on `auto` takes the GPUs. They have to be worth 3 to 5 seconds of importing torch and

@@ -17,14 +17,14 @@ from types import TracebackType
 
 import torch
 
-from . import native
-from .errors import UsageError
-from .formats.opened import OpenFiles, read_at
-from .formats.output import OutTensor, SumKind
-from .formats.staged import write_at
-from .pieces import Batch, Part
+from ...errors import UsageError
+from ...formats.file_plan import OutTensor, SumKind
+from ...storage.opened import OpenFiles, read_at
+from ...storage.staged import write_at
+from .. import native
+from ..batches import Batch, Part
+from ..torch_sums import Arithmetic, Formula, real_dtype
 from .streams import Device, Event, bytes_of
-from .summing import Arithmetic, Formula, real_dtype
 
 RING = 3
 """Terms under way to the device at once: one is read, one is copied, one is added."""

@@ -1,0 +1,1 @@
+"""Checkpoints: what one checkpoint holds, whatever its file format."""

@@ -1,0 +1,1 @@
+"""Compute: sums, comparisons and checksums of payload."""

@@ -1,0 +1,1 @@
+"""GPU: sums on devices, behind one seam of the engine."""

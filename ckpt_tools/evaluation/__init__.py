@@ -1,0 +1,1 @@
+"""Evaluation: the user's model and data."""

@@ -1,0 +1,1 @@
+"""Jobs: one module a verb, and what the verbs share."""

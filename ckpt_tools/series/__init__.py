@@ -1,0 +1,1 @@
+"""Series: which checkpoints, in what order, and how much each counts."""
