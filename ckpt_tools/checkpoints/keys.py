@@ -1,21 +1,16 @@
-"""Keys: wrapper prefixes, and how the tensors of a series line up."""
+"""Keys: the prefixes that wrappers put before the names of tensors."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-from ..errors import AlignmentError, UsageError
-from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from ..errors import AlignmentError
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
 # The private names no model of its own uses, so they go wherever they stand; `module` only goes in front of all.
 _LEADING, *_ANYWHERE = WRAPPERS
-
-KEYS = ("strict", "intersection", "union")
-MATCHES = ("name", "order")
 
 
 def unwrap(names: Iterable[str]) -> dict[str, str]:
@@ -79,124 +74,3 @@ def prefixes(names: Iterable[str]) -> Counter[str]:
             if bare in parts if wrapper in _ANYWHERE else parts[:1] == [bare]:
                 counts[wrapper] += 1
     return counts
-
-
-@dataclass(frozen=True, slots=True)
-class KeyPlan:
-    """Which tensors are summed.
-
-    Attributes:
-        rows: output name to one tensor a checkpoint; None where a checkpoint lacks it (``union``).
-        left_out: names that some checkpoints have and the output does not.
-    """
-
-    rows: dict[str, tuple[TensorSpec | None, ...]]
-    left_out: tuple[str, ...]
-
-
-def align(
-    states: Sequence[Mapping[str, Tensor]],
-    files: Sequence[str],
-    *,
-    keys: str = "strict",
-    match: str = "name",
-    mixed_dtypes: bool = False,
-) -> KeyPlan:
-    """Line the tensors of N state dicts up.
-
-    Args:
-        states: names (already unwrapped) to tensors, oldest checkpoint first. Order and names of
-            the output are those of the last.
-        files: what to call each in messages.
-        keys: ``strict``: all have the same names; ``intersection``: what all share;
-            ``union``: a tensor is averaged over the checkpoints that have it.
-        match: ``name``, or ``order``: by position, as timm's ModelEmaV2 does.
-        mixed_dtypes: allow floating-point dtypes to differ.
-
-    Raises:
-        AlignmentError: names, shapes or dtypes differ, or nothing is left; names tensor and file.
-        UsageError: an unknown rule.
-    """
-    for option, value, known in (("--keys", keys, KEYS), ("--match", match, MATCHES)):
-        if value not in known:
-            raise UsageError(f"{option} is one of {', '.join(known)}, not {value!r}.")
-    if match == "order":
-        states = _by_order(states, files)
-    counts: Counter[str] = Counter()
-    for state in states:
-        counts.update(list(state))
-    names = [*states[-1], *(name for name in counts if name not in states[-1])]
-    partial = [name for name in names if counts[name] < len(states)]
-    if partial and keys == "strict":
-        raise AlignmentError(_missing(partial, counts, states, files))
-    if keys == "intersection":
-        names = [name for name in names if counts[name] == len(states)]
-        if not names:
-            raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect --tensors.")
-    columns = [map(state.get, names) for state in states]
-    rows = {
-        name: _checked(name, row, files, mixed_dtypes=mixed_dtypes)
-        for name, row in zip(names, zip(*columns, strict=True), strict=True)
-    }
-    return KeyPlan(rows, tuple(partial) if keys == "intersection" else ())
-
-
-def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> list[dict[str, Tensor]]:
-    last = list(states[-1])
-    for state, file in zip(states, files, strict=True):
-        if len(state) != len(last):
-            raise AlignmentError(
-                f"--match order: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. They do not pair off."
-            )
-    return [dict(zip(last, state.values(), strict=True)) for state in states]
-
-
-def _missing(
-    partial: Sequence[str], counts: Mapping[str, int], states: Sequence[Mapping[str, Tensor]], files: Sequence[str]
-) -> str:
-    name = partial[0]
-    lacking = [file for file, state in zip(files, states, strict=True) if name not in state]
-    more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
-    return (
-        f"{lacking[0]} lacks '{name}', which {counts[name]} of {len(states)} files have.{more} "
-        "Use --keys intersection to average what all share."
-    )
-
-
-def _checked(
-    name: str, row: tuple[Tensor | None, ...], files: Sequence[str], *, mixed_dtypes: bool
-) -> tuple[TensorSpec | None, ...]:
-    model = row[0]
-    if isinstance(model, TensorSpec) and all(
-        type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in row
-    ):
-        return row  # type: ignore[return-value]
-    checked: list[TensorSpec | None] = []
-    first: tuple[TensorSpec, str] | None = None
-    for tensor, file in zip(row, files, strict=True):
-        if isinstance(tensor, UnsupportedTensor):
-            raise AlignmentError(
-                f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. "
-                "Save it as a dense tensor with data first."
-            )
-        checked.append(tensor)
-        if tensor is None:
-            continue
-        first = first or (tensor, file)
-        model, where = first
-        if tensor.shape != model.shape:
-            raise AlignmentError(
-                f"'{name}' has shape {list(model.shape)} in {where} but {list(tensor.shape)} in {file}. "
-                "These are not checkpoints of one model."
-            )
-        both_float = tensor.dtype.averaged and tensor.dtype.kind is model.dtype.kind
-        if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
-            advice = (
-                "Say which the average should have, such as --dtype float32."
-                if both_float
-                else "They cannot be averaged."
-            )
-            raise AlignmentError(
-                f"'{name}' is {model.dtype.name} in {where} but {tensor.dtype.name} in {file}. {advice}"
-            )
-    return tuple(checked)

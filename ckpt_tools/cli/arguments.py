@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,3 +84,21 @@ def numbers(option: str, text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(f"{option} {text!r}: write numbers with commas, such as 1,2,3.") from error
+
+
+def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn ``["num_classes=10", "act=relu"]`` into keyword arguments; what is no Python literal is text.
+
+    Raises:
+        UsageError: one without ``=``.
+    """
+    kwargs: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise UsageError(f"--model-kwargs {pair!r}: write name=value.")
+        try:
+            kwargs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            kwargs[key] = text
+    return kwargs

@@ -84,9 +84,7 @@ def convert(
 
     kwargs = None
     if model_kwargs:
-        from ..evaluation.models import parse_kwargs
-
-        kwargs = parse_kwargs(model_kwargs)
+        kwargs = arguments.parse_kwargs(model_kwargs)
     started = time.perf_counter()
     with console.progress("converting") as on_progress:
         report = run(

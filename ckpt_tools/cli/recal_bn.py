@@ -123,7 +123,6 @@ def recal_bn(
     if not data:
         raise UsageError("--data is missing: the images to take the statistics from, such as --data imagenet/train.")
     arguments.check_folder()
-    from ..evaluation.models import parse_kwargs
     from ..jobs.recalibrate import recalibrate_checkpoint
 
     plans: list[RecalibrationReport] = []
@@ -135,7 +134,7 @@ def recal_bn(
     with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
         report = recalibrate_checkpoint(
             None if checkpoint is None else arguments.path(checkpoint),
-            data=data, model=model, model_kwargs=parse_kwargs(model_kwargs or []), images=_count(images),
+            data=data, model=model, model_kwargs=arguments.parse_kwargs(model_kwargs or []), images=_count(images),
             batch_size=batch_size, workers=workers, split=split, data_root=data_root, img_size=img_size,
             crop_pct=crop_pct, interpolation=interpolation, mean=arguments.numbers("--mean", mean),
             std=arguments.numbers("--std", std), state=state, device=device, amp=amp, channels_last=channels_last,

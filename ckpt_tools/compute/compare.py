@@ -18,8 +18,8 @@ from ..storage.opened import OpenFiles
 from ..storage.source import Stamp
 from ..tensors import DType, Kind, TensorSpec
 from .batches import PIECE
-from .engine import in_threads
 from .payload import Buffer, Reader, Source, torch_dtype
+from .threads import in_threads
 from .torch_sums import one_thread_each, real_dtype
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised

@@ -11,18 +11,15 @@ as does what is not finite, for torch finds where it stands.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain, cycle, groupby
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from ..errors import CkptError
 from ..formats.file_plan import OutTensor, SumKind
 from ..storage.opened import OpenFiles
 from ..storage.source import Stamp
@@ -31,6 +28,7 @@ from . import native
 from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
 from .crc32 import combine
 from .gpu.devices import GPU_MEMORY
+from .threads import default_threads, in_threads
 
 if TYPE_CHECKING:
     from .gpu.lanes import Lane, Size
@@ -38,12 +36,6 @@ if TYPE_CHECKING:
 
 
 _WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up: a millisecond of its time
-
-
-def default_threads() -> int:
-    """Count the cores that this process may use; 16 at most, for each has its buffers, and disks end sooner."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
 
 
 def memory_needed(
@@ -124,44 +116,6 @@ def run(
                     around.append((offset - len(head), head))
         for offset, data in around:
             write_at(out.fd, memoryview(data), offset, plan.name)
-
-
-def in_threads(
-    work: Callable[[], None], threads: int | None, stop: threading.Event, *, on_tick: Callable[[], None] | None = None
-) -> None:
-    """Run a function in several threads at once until all have returned.
-
-    Args:
-        work: called in each; sets `stop` where it fails.
-        threads: how many; `default_threads` if None.
-        stop: set at the end, and when the caller is interrupted.
-        on_tick: called in this thread, a few times a second.
-
-    Raises:
-        CkptError: the system allows no thread. With fewer than were asked for, the job takes longer.
-    """
-    threads = default_threads() if threads is None else threads
-    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
-        try:
-            pending: set[Future[None]] = set()
-            for _ in range(threads):
-                try:
-                    pending.add(pool.submit(work))
-                except RuntimeError as error:
-                    if not pending:
-                        raise CkptError(
-                            f"{str(error).capitalize()}: the system has no more, or no memory for it. "
-                            "Allow more (ulimit -u, -v)."
-                        ) from error
-                    break
-            while pending:
-                done, pending = wait(pending, timeout=0.1)
-                if on_tick is not None:
-                    on_tick()
-                for future in done:
-                    future.result()
-        finally:
-            stop.set()
 
 
 class _Disk:

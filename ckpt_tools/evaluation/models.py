@@ -6,13 +6,12 @@ What a checkpoint says is only ever looked up as a timm name; it never decides w
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,24 +26,6 @@ from ..formats.header import Header
 from ..tensors import TensorSpec
 
 INSTALL = "pip install 'ckpt-tools[vision]'"
-
-
-def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Turn ``["num_classes=10", "act=relu"]`` into keyword arguments; what is no Python literal is text.
-
-    Raises:
-        UsageError: one without ``=``.
-    """
-    kwargs: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not (equals and key.isidentifier()):
-            raise UsageError(f"--model-kwargs {pair!r}: write name=value.")
-        try:
-            kwargs[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            kwargs[key] = text
-    return kwargs
 
 
 def load_factory(spec: str, option: str) -> Any:

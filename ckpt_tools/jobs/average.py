@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.keys import align, prefixes, unwrap
+from ..checkpoints.keys import prefixes, unwrap
 from ..checkpoints.layouts import StateDict, is_ema_by_name, select
 from ..compute import engine
 from ..compute.gpu import devices
+from ..compute.threads import check_threads
 from ..errors import LayoutError, UsageError
 from ..formats import SUFFIXES
 from ..formats.sharded import parse_size
+from ..series.align import align
 from ..series.find import Member, Series, find_series
 from ..series.rows import recipes
 from ..series.schedules import DEFAULT_DECAY, Schedule, dominant
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     import torch
 
 BUFFERS = ("average", "last")
-MAX_THREADS = 256
-"""More would help no disk, and each holds its own buffers."""
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
@@ -345,13 +345,3 @@ def _twins(members: Sequence[Member]) -> tuple[Path, ...]:
     headers = [member.header for member in members]
     same = headers[0].pattern is not None and len({(id(each.pattern), is_ema_by_name(each)) for each in headers}) == 1
     return tuple(each.files[0].path for each in headers) if same else ()
-
-
-def check_threads(threads: int | None) -> None:
-    """Refuse a number of workers that makes no sense.
-
-    Raises:
-        UsageError: it is none from 1 to MAX_THREADS.
-    """
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")

@@ -13,6 +13,7 @@ from ..checkpoints.ema_updates import stored_decay, stored_settings, stored_upda
 from ..checkpoints.layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
 from ..checkpoints.layouts.build import Content, build, ema_settings
 from ..checkpoints.layouts.carry import beside, left_behind
+from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
 from ..formats import SUFFIXES, dcp, read_header
 from ..formats.file_plan import OutTensor
@@ -20,7 +21,6 @@ from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
-from .average import check_threads
 from .outputs import TORCH_SUFFIXES, check_replaceable, check_shard_size, check_suffix, check_target
 from .parameter_names import Naming, find_names, in_files
 from .provenance import provenance

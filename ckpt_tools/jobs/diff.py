@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.keys import prefixes, unwrap
 from ..checkpoints.layouts import StateDict, select
+from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
-from .average import check_threads
 from .provenance import short_names
 
 if TYPE_CHECKING:

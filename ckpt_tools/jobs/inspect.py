@@ -12,7 +12,7 @@ from ..checkpoints.optimizers import find_optimizers, kind_of
 from ..checkpoints.steps import stored_counters
 from ..checkpoints.tree import tensors_in
 from ..formats.header import Header
-from ..series.find import metric_of
+from ..series.metrics import metric_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 
 

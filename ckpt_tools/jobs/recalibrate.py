@@ -16,8 +16,8 @@ from ..batchnorm.processes import Group, joined_group, local_device
 from ..batchnorm.recalibrate import check_options, find_layers
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.open import Checkpoint
-from ..compute import engine
 from ..compute.payload import torch_dtype
+from ..compute.threads import default_threads
 from ..errors import NumericsError, UsageError
 from ..evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
 from ..evaluation.models import build_model, input_channels, load_weights, pick_device
@@ -331,7 +331,7 @@ def _unseen(what: str, done: int, total: int | None) -> None:
 def _workers(asked: int | None) -> int:
     if asked is not None and (type(asked) is not int or asked < 0):
         raise UsageError(f"--workers {asked}: must be 0 or more.")
-    return min(8, engine.default_threads()) if asked is None else asked
+    return min(8, default_threads()) if asked is None else asked
 
 
 def _same(data: str, other: str) -> bool:

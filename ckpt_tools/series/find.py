@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..checkpoints.layouts import looks_like_training_state
-from ..checkpoints.steps import named_places, stored_counters, stored_places, trainer_state, unread_tensors
+from ..checkpoints.steps import named_places, stored_counters, stored_places, unread_tensors
 from ..checkpoints.tree import tensors_in
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..tensors import Storage, TensorSpec
+from .metrics import measured, metric_of, stored_under
 from .paths import find, keep_one, natural_key, numbered_first
 
 ORDERS = ("auto", "given", "natural", "mtime")
@@ -297,41 +298,12 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
 
 def _unranked(header: Header, key: str) -> str:
     """Say why a checkpoint has no rank, and what to do."""
-    known = [k for k in _measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
+    known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
     what = f"has no number under '{key}'"
     advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
-    stored = _stored_under(header, key)
+    stored = stored_under(header, key)
     if isinstance(stored, TensorSpec):
         what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
     elif isinstance(stored, float):
         what, advice = f"its '{key}' is NaN", "Leave this file out."
     return f"{header.path}: {what}, so --best cannot rank it. {advice}"
-
-
-def metric_of(header: Header, key: str) -> float | None:
-    """Return a number stored in a checkpoint under a key, dotted if nested; None if there is none."""
-    value = _stored_under(header, key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return None if math.isnan(value) else float(value)
-    except OverflowError:  # an integer beyond all floats
-        return None
-
-
-def _stored_under(header: Header, key: str) -> Any:
-    node: Any = _measured(header)
-    for part in [key] if key in node else key.split("."):
-        if not isinstance(node, dict):
-            return None
-        node = node.get(part)
-    return node
-
-
-def _measured(header: Header) -> dict[Any, Any]:
-    """Return what a checkpoint says about itself, and what Hugging Face's Trainer logged at its step."""
-    state = trainer_state(header)
-    log = state.get("log_history")
-    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
-    logged = {key: e[key] for e in entries if e.get("step") == state.get("global_step") for key in e}
-    return logged | (header.content if isinstance(header.content, dict) else {})

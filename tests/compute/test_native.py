@@ -165,7 +165,7 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_c_with_and_without_vectors_and_torch_come_to_the_same_bytes(tmp_path: Path) -> None:
     """The same source, compiled without what only x86-64 has; every kind of sum, and lengths that leave a rest."""
-    source = Path(native.__file__).with_name("_native.c")
+    source = Path(native.__file__).with_name("csrc") / "module.c"
     for folder in ("portable", "vectors", "torch"):
         (tmp_path / folder).mkdir()
     subprocess.run(

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ckpt_tools import open_checkpoint
+from ckpt_tools.cli.arguments import parse_kwargs
 from ckpt_tools.errors import ModelError, UsageError
-from ckpt_tools.evaluation.models import build_model, input_channels, load_weights, parse_kwargs, pick_device
+from ckpt_tools.evaluation.models import build_model, input_channels, load_weights, pick_device
 
 Save = Callable[..., Path]
 

@@ -1,0 +1,67 @@
+"""Threads: how many a job uses, and how it runs in them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from ..errors import CkptError, UsageError
+
+MAX_THREADS = 256
+"""More would help no disk, and each holds its own buffers."""
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of workers that makes no sense.
+
+    Raises:
+        UsageError: it is none from 1 to MAX_THREADS.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
+
+
+def default_threads() -> int:
+    """Count the cores that this process may use; 16 at most, for each has its buffers, and disks end sooner."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
+
+
+def in_threads(
+    work: Callable[[], None], threads: int | None, stop: threading.Event, *, on_tick: Callable[[], None] | None = None
+) -> None:
+    """Run a function in several threads at once until all have returned.
+
+    Args:
+        work: called in each; sets `stop` where it fails.
+        threads: how many; `default_threads` if None.
+        stop: set at the end, and when the caller is interrupted.
+        on_tick: called in this thread, a few times a second.
+
+    Raises:
+        CkptError: the system allows no thread. With fewer than were asked for, the job takes longer.
+    """
+    threads = default_threads() if threads is None else threads
+    with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
+        try:
+            pending: set[Future[None]] = set()
+            for _ in range(threads):
+                try:
+                    pending.add(pool.submit(work))
+                except RuntimeError as error:
+                    if not pending:
+                        raise CkptError(
+                            f"{str(error).capitalize()}: the system has no more, or no memory for it. "
+                            "Allow more (ulimit -u, -v)."
+                        ) from error
+                    break
+            while pending:
+                done, pending = wait(pending, timeout=0.1)
+                if on_tick is not None:
+                    on_tick()
+                for future in done:
+                    future.result()
+        finally:
+            stop.set()
