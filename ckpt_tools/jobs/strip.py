@@ -206,7 +206,7 @@ def _unseen_bytes(tree: Any) -> int:
 
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse what could not be written again, or would leave nothing worth writing."""
-    if header.format != "dcp" and (not header.format.startswith("torch") or header.path.is_dir()):
+    if not header.format.nests or header.path.is_dir() != header.format.folder:
         raise UnsupportedError(f"{header.path}: only torch files and folders of DCP are stripped. See ckpt convert.")
     if not holds(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")

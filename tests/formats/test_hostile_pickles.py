@@ -518,7 +518,7 @@ def test_a_pickle_cannot_reach_the_files_of_the_reader_by_its_persistent_ids(tmp
     ]
     for pid in pids:
         with pytest.raises(
-            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such record"
+            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such entry"
         ):
             read(tmp_path, b"\x80\2" + pid + b"Q")
 
