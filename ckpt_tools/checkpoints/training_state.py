@@ -13,12 +13,12 @@ from operator import getitem
 from typing import Any
 
 from ..formats.header import Header
+from ..formats.tree import tensors_in
 from ..tensors import Tensor
 from .keys import unwrapping
 from .layouts import StateDict, dotted, is_optimizer, looks_like_training_state
 from .optimizers import SLOTS, find_optimizers
 from .state_dicts import state_dicts
-from .tree import tensors_in
 
 Path = tuple[Any, ...]
 """Keys that lead to a place in a checkpoint."""

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, dotted, looks_like_training_state
-from ..checkpoints.tree import holds, put, tensors_in, without
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import dcp, safetensors, sharded, torch_zip
 from ..formats.file_plan import FilePlan, OutTensor
 from ..formats.header import PROVENANCE, Header
+from ..formats.tree import holds, put, tensors_in, without
 from ..tensors import TensorSpec, UnsupportedTensor
 from .outputs import TORCH_SUFFIXES, check_same_format, check_shard_size, check_suffix
 

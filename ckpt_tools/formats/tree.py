@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..formats.pickle_read import Inert
 from ..tensors import Tensor
+from .pickle_read import Inert
 
 Path = tuple[Any, ...]
 
