@@ -1,15 +1,134 @@
-"""Trees: what stands where in a checkpoint, by paths of keys. Nothing is changed in place; what stays is shared."""
+"""Trees: the objects of a checkpoint, nested in one another; walks, copies, and access by paths of keys.
+
+Nothing is changed in place. A copy shares with the tree what did not change.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
-from ..tensors import Tensor
+from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .pickle_read import Inert
 
 Path = tuple[Any, ...]
+"""Keys that lead from the top of a tree to an entry."""
+
+ITEM = "[]"
+"""In a path of `map_tree`: an item of a list, tuple or set."""
+LEFT_OUT = object()
+"""What `map_tree` leaves out of the copy."""
+
+
+def contents(node: Any) -> Iterable[tuple[Any, Any]]:
+    """Return what a container holds as (key, value): dicts, lists, tuples, namespaces and pickled objects."""
+    if isinstance(node, (TensorSpec, UnsupportedTensor, str, int)):  # by far the most, so tested first
+        return ()
+    if isinstance(node, dict):
+        return node.items()
+    if isinstance(node, (list, tuple)):
+        return enumerate(node)
+    if isinstance(node, argparse.Namespace):
+        return vars(node).items()
+    if isinstance(node, Inert):
+        return chain(enumerate(node.args), [("state", node.state)], enumerate(node.items))
+    return ()
+
+
+def entries(node: Any) -> Collection[tuple[Any, Any]]:
+    """Return what a dict, list or tuple holds as (key, value); empty for anything else."""
+    if isinstance(node, dict):
+        return node.items()
+    return list(enumerate(node)) if isinstance(node, (list, tuple)) else ()
+
+
+def walk(
+    tree: Any, children: Callable[[list[Any], Any], Iterable[tuple[Any, Any]]] = lambda path, node: contents(node)
+) -> Iterator[tuple[list[Any], Any]]:
+    """Walk a tree depth first and yield (path, node), a container before its contents.
+
+    A container in several places is yielded at each, but its contents once. The memory in use is linear in the depth.
+
+    Args:
+        children: what to visit below a node, given its path: (key, value) pairs in order.
+
+    Yields:
+        The path is one list, which changes as the walk goes on: copy it to keep it.
+    """
+    path: list[Any] = []
+    yield path, tree
+    seen = {id(tree)}
+    levels = [iter(children(path, tree))]
+    while levels:
+        for key, node in levels[-1]:
+            path.append(key)
+            yield path, node
+            below = children(path, node)
+            if below and id(node) not in seen:
+                seen.add(id(node))
+                levels.append(iter(below))
+                break
+            path.pop()
+        else:
+            levels.pop()
+            del path[-1:]
+
+
+def tensors_in(tree: Any) -> Iterator[tuple[Path, Tensor]]:
+    """Walk a tree in order and yield (path, tensor)."""
+    kinds = (TensorSpec, UnsupportedTensor)  # a union takes longer to test
+    return ((tuple(path), node) for path, node in walk(tree) if isinstance(node, kinds))
+
+
+def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
+    """Copy a tree; a container in several places, or inside itself, is so in the copy.
+
+    Dicts, namespaces, lists, tuples and sets become new dicts, lists, tuples and sets. An OrderedDict stays one, and
+    keeps the ``_metadata`` that torch sets on a state dict.
+
+    Args:
+        replace: called with (path, node) for every node, and returns what the copy has for it: LEFT_OUT for
+            nothing, NotImplemented for a copy of a container. The path is one list, as that of `walk`, with ITEM for
+            each item of a list, tuple or set.
+
+    Raises:
+        RecursionError: nested deeper than Python can follow.
+    """
+    path: list[Any] = []
+    copies: dict[int, Any] = {}
+
+    def copy(node: Any) -> Any:
+        replaced = replace(path, node)
+        if replaced is not NotImplemented:
+            return replaced
+        if id(node) in copies:
+            return copies[id(node)]
+        if isinstance(node, (dict, argparse.Namespace)):
+            mapping: Any = OrderedDict() if isinstance(node, OrderedDict) else {}
+            copies[id(node)] = mapping
+            for key, value in contents(node):
+                path.append(key)
+                if (replaced := copy(value)) is not LEFT_OUT:
+                    mapping[key] = replaced
+                path.pop()
+            metadata = getattr(node, "_metadata", None) if isinstance(node, OrderedDict) else None
+            if metadata is not None and (replaced := copy(metadata)) is not LEFT_OUT:
+                mapping._metadata = replaced
+            return mapping
+        path.append(ITEM)
+        items: list[Any] = []
+        if isinstance(node, list):
+            copies[id(node)] = items
+        items += [replaced for value in node if (replaced := copy(value)) is not LEFT_OUT]
+        path.pop()
+        # A tuple that holds itself, by way of a list, has been copied further in.
+        made = items if isinstance(node, list) else tuple(items) if isinstance(node, tuple) else set(items)
+        return copies.setdefault(id(node), made)
+
+    return copy(tree)
 
 
 def follow(tree: Any, path: Path | None) -> Any:
@@ -49,35 +168,3 @@ def without(tree: Any, path: Path, *, prune: bool = False) -> Any:
     inner = without(tree[key], tuple(below), prune=prune) if below else None
     gone = not below or (prune and not inner)
     return {k: inner if k == key else value for k, value in tree.items() if k != key or not gone}
-
-
-def tensors_in(tree: Any) -> Iterator[tuple[Path, Tensor]]:
-    """Walk a tree in order and yield (path of keys, tensor); a container met again is passed over."""
-    seen: set[int] = set()
-    path: list[Any] = []  # of one container at a time: together, the paths of nested ones are the square of the depth
-    walks = [iter([(None, tree)])]
-    while walks:
-        for key, node in walks[-1]:
-            if isinstance(node, Tensor):
-                yield (*path, key)[1:], node
-            elif id(node) not in seen:
-                seen.add(id(node))
-                path.append(key)
-                walks.append(_children(node))
-                break
-        else:
-            walks.pop()
-            del path[-1:]
-
-
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, (list, tuple)):
-        yield from enumerate(node)
-    elif isinstance(node, argparse.Namespace):
-        yield from vars(node).items()
-    elif isinstance(node, Inert):
-        yield from enumerate(node.args)
-        yield "state", node.state
-        yield from enumerate(node.items)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +15,11 @@ from weakref import WeakValueDictionary
 
 from ..tensors import TensorSpec, UnsupportedTensor
 from .pickle_read import SealedDict
+from .tree import map_tree
 from .zip_records import CENTRAL, LOCAL, Archive
 
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, UnsupportedTensor}
+_CONTAINERS = {dict, SealedDict, OrderedDict, list, tuple}
 _WINDOW = 1 << 16  # bytes that are read at once, at most
 _DENSE = 1 << 10  # bytes between two headers that cost less to read than another call does
 # Offsets in a line of the directory: of the times, of the checksum behind them, and of the sizes behind that.
@@ -37,38 +39,21 @@ def moved(tree: Any, path: Path) -> Any:
     Raises:
         Unmovable: it holds more than dicts, lists, tuples and plain values.
     """
-    copies: dict[int, Any] = {}
 
-    def copy(node: Any) -> Any:
+    def relocated(where: list[Any], node: Any) -> Any:
+        if where and type(where[-1]) not in _ATOMS:
+            raise Unmovable
         kind = type(node)
         if kind is TensorSpec:
             return node.moved(path)
         if kind in _ATOMS:
             return node
-        if id(node) in copies:
-            return copies[id(node)]
-        if kind is dict or kind is SealedDict:
-            mapping: Any = kind()
-            copies[id(node)] = mapping
-            if not _ATOMS.issuperset(map(type, node)):
-                raise Unmovable
-            for key, value in node.items():
-                mapping[key] = copy(value)
-            if kind is SealedDict and (metadata := getattr(node, "_metadata", None)) is not None:
-                mapping._metadata = copy(metadata)
-            return mapping
-        if kind is list:
-            items = copies[id(node)] = []
-            items.extend(map(copy, node))
-            return items
-        if kind is tuple:
-            # One that holds itself, by way of a list, is made further in.
-            values = tuple(map(copy, node))
-            return copies.setdefault(id(node), values)
-        raise Unmovable
+        if kind not in _CONTAINERS:
+            raise Unmovable
+        return NotImplemented
 
     try:
-        return copy(tree)
+        return map_tree(tree, relocated)
     except RecursionError as error:
         raise Unmovable from error
 
