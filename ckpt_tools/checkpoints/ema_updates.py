@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..formats.header import Header
+from ..formats.tree import follow
 from ..storage.source import OpenFiles, read_at
 from ..tensors import TensorSpec
 from .layouts import StateDict, ema_config
 from .layouts.build import SETTINGS
-from .tree import follow
 
 _CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
 

@@ -18,6 +18,7 @@ from typing import Any
 from ..storage.source import InputFile
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .pickle_read import SealedDict
+from .tree import map_tree
 from .zip import CENTRAL_SIZE, LOCAL_SIZE, Archive
 
 Places = Mapping[Path, tuple[Path, int]]
@@ -71,39 +72,19 @@ def relocated(content: Any, places: Places) -> Any:
         content: of a template that is shareable.
         places: where the files of the template have gone; tensors in other files keep their place.
     """
-    copies: dict[int, Any] = {}
     storages: dict[int, Storage] = {}
 
-    def copy(node: Any) -> Any:
-        cls = type(node)
-        if cls is TensorSpec:
-            old = node.storage
-            storage = storages.get(id(old))
-            if storage is None:
-                path, shift = places.get(old.path, (old.path, 0))
-                storage = storages[id(old)] = Storage(path, old.offset + shift, old.nbytes, old.big_endian)
-            return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
-        if cls in _ATOMS:
-            return node
-        if id(node) in copies:
-            return copies[id(node)]
-        if cls is dict or cls is SealedDict:
-            mapping: Any = cls()
-            copies[id(node)] = mapping
-            for key, value in node.items():
-                mapping[key] = copy(value)
-            if cls is SealedDict and (metadata := getattr(node, "_metadata", None)) is not None:
-                mapping._metadata = copy(metadata)
-            return mapping
-        if cls is list:
-            items = copies[id(node)] = []
-            items.extend(map(copy, node))
-            return items
-        # A tuple that contains itself, by way of a list, is made further in.
-        values = tuple(map(copy, node))
-        return copies.setdefault(id(node), values)
+    def place(_: object, node: Any) -> Any:
+        if type(node) is not TensorSpec:
+            return node if type(node) in _ATOMS else NotImplemented
+        old = node.storage
+        storage = storages.get(id(old))
+        if storage is None:
+            path, shift = places.get(old.path, (old.path, 0))
+            storage = storages[id(old)] = Storage(path, old.offset + shift, old.nbytes, old.big_endian)
+        return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
 
-    return copy(content)
+    return map_tree(content, place)
 
 
 # Offsets in a line of the central directory: of the times, of the checksum, and of the sizes behind it.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, dotted, looks_like_training_state
-from ..checkpoints.tree import holds, put, tensors_in, without
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import format_of
 from ..formats.dcp import DCP_FOLDER
@@ -26,6 +25,7 @@ from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
 from ..formats.sharded import INDEX_SUFFIXES, SHARDED
+from ..formats.tree import holds, put, tensors_in, without
 from ..tensors import TensorSpec, UnsupportedTensor
 from .outputs import check_same_format, check_shard_size, check_suffix
 

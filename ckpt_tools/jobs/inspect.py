@@ -10,8 +10,8 @@ from ..checkpoints.keys import prefixes
 from ..checkpoints.layouts import StateDict, dotted, states
 from ..checkpoints.optimizers import find_optimizers, kind_of
 from ..checkpoints.steps import stored_counters
-from ..checkpoints.tree import tensors_in
 from ..formats.header import Header
+from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 

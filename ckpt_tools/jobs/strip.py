@@ -11,11 +11,11 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict, dotted, is_optimizer, select, states
 from ..checkpoints.training_state import holds, leads, nodes, other_weights, training_state, without
-from ..checkpoints.tree import tensors_in
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
+from ..formats.tree import tensors_in
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
 from .outputs import check_replaceable, check_same_format, check_target, named_after

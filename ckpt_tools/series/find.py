@@ -12,10 +12,10 @@ from typing import Any, SupportsIndex
 
 from ..checkpoints.layouts import looks_like_training_state
 from ..checkpoints.steps import named_places, stored_counters, stored_places, unread_tensors
-from ..checkpoints.tree import tensors_in
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
+from ..formats.tree import tensors_in
 from ..storage.source import OpenFiles, read_at
 from ..tensors import TensorSpec
 from .metrics import measured, metric_of, stored_under

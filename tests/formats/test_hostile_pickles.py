@@ -23,12 +23,12 @@ import torch
 from crafting import STORAGE, TENSOR, bounded_memory, same, torch_zip
 
 from ckpt_tools import average, open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import pickle_read as unpickle
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
 # In protocol 0 to 2 a name is GLOBAL, in protocol 4 STACK_GLOBAL.

@@ -15,11 +15,11 @@ import torch
 from crafting import STORAGE, TENSOR, TORCH_DTYPES, random_tensor, same
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, NotACheckpointError
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.tree import tensors_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
 
