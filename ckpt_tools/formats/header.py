@@ -69,6 +69,11 @@ class Header:
         return relocated(self.content, self.places)
 
     @property
+    def to_read(self) -> Any:
+        """What was saved, as `tree`, but not to be changed: where the content is this checkpoint's own, no copy."""
+        return self.tree if self.places else self.content
+
+    @property
     def file_format(self) -> Format:
         """The format of the files: that of the shards if it is sharded."""
         return self.shard_format or self.format

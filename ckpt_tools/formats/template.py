@@ -74,9 +74,7 @@ def relocated(content: Any, places: Places) -> Any:
     """
     storages: dict[int, Storage] = {}
 
-    def place(_: object, node: Any) -> Any:
-        if type(node) is not TensorSpec:
-            return node if type(node) in _ATOMS else NotImplemented
+    def place(node: TensorSpec) -> TensorSpec:
         old = node.storage
         storage = storages.get(id(old))
         if storage is None:
@@ -84,7 +82,12 @@ def relocated(content: Any, places: Places) -> Any:
             storage = storages[id(old)] = Storage(path, old.offset + shift, old.nbytes, old.big_endian)
         return TensorSpec(node.dtype, node.shape, node.stride, node.start, storage)
 
-    return map_tree(content, place)
+    if type(content) is dict and {TensorSpec}.issuperset(map(type, content.values())):  # the usual case, and large
+        return {name: place(spec) for name, spec in content.items()} if places else dict(content)
+    return map_tree(
+        content,
+        lambda _, node: place(node) if type(node) is TensorSpec else node if type(node) in _ATOMS else NotImplemented,
+    )
 
 
 # Offsets in a line of the central directory: of the times, of the checksum, and of the sizes behind it.

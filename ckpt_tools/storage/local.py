@@ -61,6 +61,32 @@ class LocalStore:
     def real_path(self, path: Path) -> Path:
         return Path(os.path.realpath(path))
 
+    def identity(self, path: Path) -> object:
+        stat = path.stat()
+        return stat.st_dev, stat.st_ino
+
+    def find(self, pattern: Path) -> list[Path]:
+        # A folder that exists is taken by its name, so that brackets in it are not a pattern.
+        folder = next((parent for parent in pattern.parents if parent.is_dir()), Path())
+        return sorted(_glob(folder, str(pattern.relative_to(folder))))
+
+
+def _glob(folder: Path, pattern: str) -> set[Path]:
+    """Expand a pattern without hidden names; ** follows no links, since they may lead round in circles."""
+    import glob  # 3 ms that a file without a pattern has no need of
+
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return {folder / name for name in glob.glob(pattern, root_dir=folder)}  # noqa: PTH207 - hides hidden names
+    at = parts.index("**")
+    rest = str(Path(*parts[at + 1 :])) if parts[at + 1 :] else "*"
+    found: set[Path] = set()
+    for start in _glob(folder, str(Path(*parts[:at]))) if at else {folder}:
+        for inner, folders, _ in os.walk(start):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found |= _glob(Path(inner), rest)
+    return found
+
 
 def read_once(fd: int, view: memoryview, offset: int) -> int:
     """Read at an offset, once, into a buffer; return how many bytes came."""

@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 class Store(Protocol):
-    """A place that has files and folders. All methods raise OSError where the system fails."""
+    """A place that has files and folders. All methods may raise OSError."""
 
     def open(self, path: Path) -> Source:
         """Open a file for reading."""
@@ -79,6 +79,12 @@ class Store(Protocol):
 
     def real_path(self, path: Path) -> Path:
         """Return the path that links lead to; the path itself where there are no links."""
+
+    def identity(self, path: Path) -> object:
+        """Return what two names of one file, or of one folder, have in common: device and inode of a local one."""
+
+    def find(self, pattern: Path) -> list[Path]:
+        """Return what matches a glob pattern; hidden names do not."""
 
 
 LOCAL: Store = LocalStore()
