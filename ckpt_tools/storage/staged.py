@@ -50,7 +50,7 @@ def staged_files(
                 os.truncate(fds[-1], size)
         except OSError as error:
             raise WriteError(
-                f"{target}: cannot be written ({error.strerror}). Choose another place with -o."
+                f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
         yield stage, fds
         try:
@@ -64,7 +64,7 @@ def staged_files(
         except OSError as error:
             if error.errno in _TAKEN:
                 raise WriteError(
-                    f"{target}: was made by another program meanwhile, and stays. Choose another name with -o."
+                    f"{target}: was made by another program meanwhile, and stays. Choose another name with `out`."
                 ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
         except BaseException:
@@ -139,7 +139,11 @@ def _exchange(stage: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # it may be written but not read; the file is in its place by now, whatever the folder allows
+        os.sync()
+        return
     try:
         with suppress(OSError):  # some network file systems cannot
             os.fsync(fd)
@@ -184,5 +188,5 @@ def write_failed(name: object, reason: str | None) -> WriteError:
     """Make the error for an output that the system does not let us write."""
     return WriteError(
         f"{name}: writing failed: {reason}. Nothing was left at the target. "
-        "Free some space or choose another place with -o."
+        "Free some space or choose another place with `out`."
     )
