@@ -24,10 +24,11 @@ from ..formats.file_plan import FilePlan, OutTensor, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
-from ..formats.sharded import INDEX_SUFFIXES, SHARDED
+from ..formats.sharded import INDEX_SUFFIXES
 from ..formats.tree import holds, put, tensors_in, without
+from ..storage.source import stamp_at, store_of
 from ..tensors import TensorSpec, UnsupportedTensor
-from .outputs import check_same_format, check_shard_size, check_suffix
+from .outputs import Target, check_same_format, check_shard_size
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
@@ -57,7 +58,7 @@ class Assembly:
     @property
     def nbytes(self) -> int:
         """Size of the output in bytes."""
-        return sum(plan.size for plan in self.files) + sum(path.stat().st_size for path in self.companions)
+        return sum(plan.size for plan in self.files) + sum(stamp_at(path).nbytes for path in self.companions)
 
     @property
     def bytes_read(self) -> int:
@@ -73,7 +74,7 @@ class Assembly:
 def assemble(
     tensors: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
@@ -92,14 +93,12 @@ def assemble(
         max_shard_size: bytes a shard.
         untie: write tied tensors under each name where the format cannot tie.
     """
-    check_suffix(target)
     check_shard_size(target, max_shard_size)
     dropped = unkept_metadata(base)
-    form = format_of(target)
-    if form.nests:
+    if target.format.nests:
         tree, kept = _container(tensors, base, state, renamed, dropped)
-        files = form.plan(tree, Writing(name=target.name, provenance=provenance))
-        return Assembly(target, files, folder=form.folder, dropped=tuple(dropped), kept=kept)
+        files = target.format.plan(tree, Writing(name=target.name, provenance=provenance))
+        return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
     dropped += beside(base.tree, state)
     return flat(
         tensors, target=target, base=base, provenance=provenance,
@@ -115,7 +114,7 @@ def unkept_metadata(base: Header) -> list[str]:
 def flat(
     tensors: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     base: Header,
     provenance: Mapping[str, Any],
     max_shard_size: int | None = None,
@@ -132,18 +131,17 @@ def flat(
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
         stem: how the shards are called, ``model`` or as the input's if not given.
     """
-    form = format_of(target)
     writing = Writing(
         name=target.name, provenance=provenance, untie=untie, max_bytes=max_shard_size, like=base, stem=stem
     )
-    files = form.plan(tensors, writing)
-    if not form.folder:
-        return Assembly(target, files, folder=False, dropped=tuple(dropped))
+    files = target.format.plan(tensors, writing)
+    if not target.folder:
+        return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
     beside_them = companions(base)
     if config is not None:
         files += (whole_file("config.json", _with_config(beside_them, config)),)
         beside_them = [path for path in beside_them if path.name != "config.json"]
-    return Assembly(target, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
 def nested(
@@ -183,12 +181,13 @@ def beside(tree: Any, state: StateDict) -> list[str]:
 
 def companions(base: Header) -> list[Path]:
     """Find what `from_pretrained` wants beside the weights, and training does not own."""
-    if not base.path.is_dir():
+    store = store_of(base.path)
+    if not store.is_folder(base.path):
         return []
     return [
         path
-        for path in sorted(base.path.iterdir())
-        if path.is_file()
+        for path in (base.path / name for name in store.names(base.path))
+        if store.is_file(path)
         and path.name.endswith(COMPANIONS)
         and not path.name.endswith(INDEX_SUFFIXES)
         and path.name != "trainer_state.json"
@@ -282,7 +281,7 @@ def rewrite(
     state: StateDict,
     changed: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     provenance: Mapping[str, Any],
 ) -> Assembly:
     """Lay out a checkpoint as it is, in its own format, but for some tensors of one set of weights.
@@ -301,7 +300,7 @@ def rewrite(
     if state.keys is None:
         raise UsageError(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
-            "of them changed. Make plain weights of it first: ckpt convert --to plain."
+            "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     folder = base.path.is_dir()
@@ -309,17 +308,17 @@ def rewrite(
         copies = Copies()
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
-            files = SHARDED.plan(tensors, Writing(name=target.name, provenance=provenance, like=base))
-            return Assembly(target, files, folder=True, companions=tuple(companions(base)))
+            files = target.format.plan(tensors, Writing(name=target.name, provenance=provenance, like=base))
+            return Assembly(target.path, files, folder=True, companions=tuple(companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
         files = base.format.plan(tensors, Writing(name=target.name, metadata=kept, provenance=provenance))
-        return Assembly(target, files, folder=False)
+        return Assembly(target.path, files, folder=False)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
     tree = put(base.tree, state.path, weights)
-    return nested(tree, target=target, provenance=provenance, folder=folder)
+    return nested(tree, target=target.path, provenance=provenance, folder=folder)
 
 
 def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:

@@ -315,6 +315,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def stamp_at(path: Path) -> Stamp:
+    """Return the stamp of the file at a path.
+
+    Raises:
+        ReadError: it cannot be opened.
+    """
+    with InputFile(path) as file:
+        return file.stamp
+
+
 def read_failed(path: object, reason: str | None) -> ReadError:
     """Make the error for an input that the system cannot read."""
     return ReadError(f"{path}: reading failed ({reason}).")
