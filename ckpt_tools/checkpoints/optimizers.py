@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ..formats.tree import Path, entries, walk
 from ..tensors import Tensor
 from .layouts import is_optimizer
 
@@ -31,22 +32,18 @@ SLOTS = frozenset().union(*(names for names, _ in _SLOTS)) - {"ax"}
 """All of these; but for ASGD's average, which are weights."""
 
 
-def find_optimizers(tree: Any, weights: Collection[tuple[Any, ...]] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple[Path, Any]]:
     """Yield (path, state) of what torch's optimizers have saved, at the top level and in dicts and lists below.
 
     Args:
         weights: paths of sets of weights, in which there are none.
     """
-    seen: set[int] = set()
-    stack: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
-    while stack:
-        path, node = stack.pop()
-        if is_optimizer(node):
-            yield path, node
-        elif len(path) < _DEEPEST and id(node) not in seen and (not path or path not in weights):
-            seen.add(id(node))
-            inner = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
-            stack += [((*path, key), child) for key, child in reversed(inner)]
+
+    def below(path: list[Any], node: Any) -> Collection[tuple[Any, Any]]:
+        deeper = len(path) < _DEEPEST and isinstance(node, (dict, list)) and not is_optimizer(node)
+        return entries(node) if deeper and (not path or tuple(path) not in weights) else ()
+
+    return ((tuple(path), node) for path, node in walk(tree, below) if is_optimizer(node))
 
 
 def kind_of(optimizer: Mapping[Any, Any]) -> str:

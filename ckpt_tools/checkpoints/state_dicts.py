@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import AlignmentError, UsageError
 from ..formats.pickle_read import Inert
+from ..formats.tree import Path, entries, walk
 from ..tensors import DTYPES, Tensor, TensorSpec
 from .keys import WRAPPERS, unwrapping
 from .layouts import dotted, is_optimizer, looks_like_training_state
@@ -20,9 +21,6 @@ _OWN = "module."
 
 Rule = Callable[[str], str]
 """From a name to what it becomes."""
-
-Path = tuple[Any, ...]
-"""Keys that lead to a place in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +75,19 @@ def state_dicts(tree: Any) -> dict[Path, dict[Any, Any]]:
     """Find the dicts whose text keys hold tensors, by path, in order; those of optimizers are passed over."""
     found: dict[Path, dict[Any, Any]] = {}
     seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [] if is_optimizer(tree) else [((), tree)]
-    while stack:
-        path, node = stack.pop()
-        if id(node) in seen or not isinstance(node, (dict, list, tuple)):
+    for path, node in walk(tree, _outside_training_state):
+        if not isinstance(node, dict) or id(node) in seen or is_optimizer(node):
             continue
         seen.add(id(node))
         # Of callbacks, Lightning's StochasticWeightAveraging holds weights; others, a best score or two.
-        if isinstance(node, dict) and _tensors(node) and ("callbacks" not in path or path[-1] == "average_model_state"):
-            found[path] = node
-        children = list(node.items() if isinstance(node, dict) else enumerate(node))
-        stack += [((*path, key), child) for key, child in reversed(children) if not _is_private(key, child)]
+        if _tensors(node) and ("callbacks" not in path or path[-1] == "average_model_state"):
+            found[tuple(path)] = node
     return found
+
+
+def _outside_training_state(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
+    inside = () if is_optimizer(node) else entries(node)
+    return [(key, child) for key, child in inside if not _is_private(key, child)]
 
 
 def _tensors(node: Mapping[Any, Any]) -> dict[str, Tensor]:

@@ -13,15 +13,12 @@ from operator import getitem
 from typing import Any
 
 from ..formats.header import Header
+from ..formats.tree import Path, entries, tensors_in, walk
 from ..tensors import Tensor
 from .keys import unwrapping
 from .layouts import StateDict, dotted, is_optimizer, looks_like_training_state
 from .optimizers import SLOTS, find_optimizers
 from .state_dicts import state_dicts
-from .tree import tensors_in
-
-Path = tuple[Any, ...]
-"""Keys that lead to a place in a checkpoint."""
 
 # Averages that a callback or an optimizer keeps; not `exp_avg`, which is Adam's.
 _AVERAGES = re.compile(r"(.*_)?(ema|swa|shadow|averaged?)(_(?!sq$).*)?|.*average_model.*")
@@ -52,7 +49,7 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
         seen.add(id(node))
         # Among weights there may be a module that is called like a scheduler.
         weights = any(each.path == outer for each in sets)
-        for key, value in children(node):
+        for key, value in entries(node):
             path = (*outer, key)
             if isinstance(value, Tensor) and (weights or "." in str(key)):
                 continue
@@ -68,7 +65,7 @@ def _goes(key: Any, value: Any) -> bool:
     plain = value is None or isinstance(value, (bool, int, float, str))
     if empty or plain or key == "metric":
         return False
-    inside = children(value)
+    inside = entries(value)
     optimizers = len(inside) > 0 and all(is_optimizer(child) for _, child in inside)
     return optimizers or looks_like_training_state(key, value)
 
@@ -108,7 +105,7 @@ def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
     if not any(leads(path, to) for to in kept):
         yield path
         return
-    for key, child in children(value):
+    for key, child in entries(value):
         yield from _around((*path, key), child, kept)
 
 
@@ -141,7 +138,7 @@ def without(node: Any, gone: Collection[Path], path: Path = ()) -> Any:
     """Copy a tree as far as something in it goes; the rest is shared."""
     if not any(leads(path, other) for other in gone):
         return node
-    kept = [(key, without(child, gone, (*path, key))) for key, child in children(node) if (*path, key) not in gone]
+    kept = [(key, without(child, gone, (*path, key))) for key, child in entries(node) if (*path, key) not in gone]
     if isinstance(node, (list, tuple)):
         return type(node)(child for _, child in kept)
     copy: Any = OrderedDict(kept) if isinstance(node, OrderedDict) else dict(kept)
@@ -160,26 +157,15 @@ def holds(tree: Any) -> bool:
     return any(True for _ in tensors_in(tree))
 
 
-def children(value: Any) -> Collection[tuple[Any, Any]]:
-    """Return what stands in a dict or list, by key."""
-    if isinstance(value, dict):
-        return value.items()
-    return list(enumerate(value)) if isinstance(value, (list, tuple)) else ()
-
-
 def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
-    """Walk dicts and lists, but not what torch's optimizers keep for each parameter."""
-    seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), value)]
-    while stack:
-        path, node = stack.pop()
-        yield path, node
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
+    """Walk dicts and lists, the last entries first, but not what torch's optimizers keep for each parameter."""
+
+    def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         own = ("state", "param_groups") if is_optimizer(node) else ()
-        if len(path) < _DEEPEST:
-            stack += [((*path, key), child) for key, child in children(node) if key not in own]
+        inside = entries(node) if len(path) < _DEEPEST else ()
+        return [(key, child) for key, child in inside if key not in own][::-1]
+
+    return ((tuple(path), node) for path, node in walk(value, below))
 
 
 def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:

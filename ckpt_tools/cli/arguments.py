@@ -57,12 +57,12 @@ def target(text: str | None) -> str | None:
     """
     if text is None:
         return None
-    from ..formats import SUFFIXES
+    from ..formats import suffixes
 
     name = Path(text).name
-    if not text or name in SUFFIXES:
+    if not text or name in suffixes():
         raise UsageError(f"-o {text!r}: there is no name in it. Is a variable of the shell unset?")
-    if name.endswith(SUFFIXES) and os.path.basename(text) != name:  # noqa: PTH119
+    if name.endswith(suffixes()) and os.path.basename(text) != name:  # noqa: PTH119
         raise UsageError(f"-o {text}: the suffix asks for a file, the slash for a folder. Leave one of them out.")
     return path(text)
 

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
-from ..storage.opened import OpenFiles
+from ..storage.source import OpenFiles
 from ..tensors import DTYPES, DType, Kind
 from .batches import Part
 from .payload import Buffer, Reader, Source, torch_dtype

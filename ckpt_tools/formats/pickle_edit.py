@@ -12,7 +12,7 @@ import io
 import pickle
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import CorruptError, UnsupportedError
 from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
 from . import pickle_read as unpickle
+from .format import Renaming
 
 
 class Spelled(str):
@@ -251,3 +252,28 @@ def _parts(node: Any, names: Mapping[str, str]) -> list[Any]:
     if isinstance(node, unpickle.Inert):
         return [type(node).global_name, *node.args, node.state, *node.items]
     return list(node)
+
+
+def renamed(spelling: Spelling, renamings: Sequence[Renaming], path: Path) -> bytes:
+    """Write a pickle with other names for the tensors in it.
+
+    Raises:
+        UnsupportedError: the names are written in a way that cannot be followed.
+    """
+    wanted = []
+    changed: dict[int, dict[str, str]] = {}
+    for renaming in renamings:
+        metadata = getattr(renaming.state, "_metadata", None)
+        for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
+            if isinstance(mapping, dict) and names:
+                wanted += [(key, names[key]) for key in spelling.keys(mapping) if key in names]
+                changed.setdefault(id(mapping), {}).update(names)
+    try:
+        pickled = spelling.respelled(wanted)
+    except (CorruptError, UnsupportedError) as error:
+        raise UnsupportedError(f"{path}: {error} Load and save it with torch once.") from error
+    if differs(spelling.tree, spell(pickled, where=str(path)).tree, changed):
+        raise UnsupportedError(
+            f"{path}: its pickle does not let names be changed one by one. Load and save it with torch once."
+        )
+    return pickled

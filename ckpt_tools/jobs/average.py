@@ -14,12 +14,14 @@ from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
 from ..errors import LayoutError, UsageError
-from ..formats import SUFFIXES
+from ..formats import format_of
+from ..formats.file_plan import Files
 from ..formats.sharded import parse_size
 from ..series.align import align
 from ..series.find import Member, Series, find_series
 from ..series.rows import recipes
 from ..series.schedules import DEFAULT_DECAY, Schedule, dominant
+from ..storage.source import sha256
 from ..tensors import parse_dtype
 from .assembly import assemble
 from .outputs import check_replaceable, check_suffix, check_target, default_target
@@ -185,9 +187,9 @@ def average(
     names = short_names([member.path for member in members])
     coefficients = _coefficients(schedule, series)
     notes = [*series.notes, *_remarks(schedule, members, coefficients)]
-    twins = _twins(members)
-    # What is in one of twins is in all of them, at the same place.
-    states = _select_all(members[-1:] if twins else members, names, state)
+    shared = _shared(members)
+    # What is in one of several files with identical headers is in all of them.
+    states = _select_all(members[-1:] if shared else members, names, state)
     renamed = [unwrap(s.tensors) for s in states]
     plan = align(
         [dict(zip(bare.values(), s.tensors.values(), strict=True)) for s, bare in zip(states, renamed, strict=True)],
@@ -200,7 +202,7 @@ def average(
     if partial:
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
         notes.append(f"Not in every checkpoint, so taken from those that have them: '{partial[0]}'{more}.")
-    tensors = recipes(plan.rows, coefficients, dtype=out_dtype, keep_running=buffers == "last", twins=twins)
+    tensors = recipes(plan.rows, coefficients, dtype=out_dtype, keep_running=buffers == "last", shared=shared)
     unique = dict.fromkeys(tensors.values())
     target = Path(out) if out is not None else default_target([member.header for member in members])
     with only_noted(notes, dry_run):
@@ -209,7 +211,7 @@ def average(
             [*series.given, *(stamp.path for stamp in stamps)],
             nbytes=sum(tensor.nbytes for tensor in unique),
             force=force,
-            folder=not target.name.endswith(SUFFIXES),
+            folder=format_of(target).folder,
         )
     inputs = _inputs(members, names, coefficients, states, renamed, hashed=hash and not dry_run)
     assembly = assemble(
@@ -332,7 +334,7 @@ def _inputs(
             state=label,
             nbytes=member.header.nbytes,
             prefixes=wrappers,
-            sha256={stamp.path.name: stamp.sha256() for stamp in member.header.files} if hashed else {},
+            sha256={stamp.path.name: sha256(stamp.path) for stamp in member.header.files} if hashed else {},
         )
         for member, name, coefficient, (label, wrappers) in zip(
             members, names, coefficients, found * (len(members) // len(found)), strict=True
@@ -340,8 +342,20 @@ def _inputs(
     )
 
 
-def _twins(members: Sequence[Member]) -> tuple[Path, ...]:
-    """Return the files if their headers are equal, and their names tell the same; none if one is otherwise."""
+def _shared(members: Sequence[Member]) -> dict[Path, Files]:
+    """Return, for each file of the last checkpoint, the files in its place in all checkpoints of identical headers.
+
+    Empty if one is not, or if the names of the files do not say the same about an EMA.
+    """
     headers = [member.header for member in members]
-    same = headers[0].pattern is not None and len({(id(each.pattern), is_ema_by_name(each)) for each in headers}) == 1
-    return tuple(each.files[0].path for each in headers) if same else ()
+    template = headers[-1].template
+    if template is None or any(each.template is not template for each in headers):
+        return {}
+    if len({is_ema_by_name(each) for each in headers}) > 1:
+        return {}
+    shared = {}
+    for file in template.files:
+        places = [each.places.get(file, (file, 0)) for each in headers]
+        last, before = places[-1]
+        shared[last] = tuple((path, shift - before) for path, shift in places)
+    return shared

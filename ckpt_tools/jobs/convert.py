@@ -15,13 +15,13 @@ from ..checkpoints.layouts.build import Content, build, ema_settings
 from ..checkpoints.layouts.carry import beside, left_behind
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
-from ..formats import SUFFIXES, dcp, read_header
+from ..formats import dcp, format_of, read_header
 from ..formats.file_plan import OutTensor
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
-from .outputs import TORCH_SUFFIXES, check_replaceable, check_shard_size, check_suffix, check_target
+from .outputs import check_replaceable, check_shard_size, check_suffix, check_target
 from .parameter_names import Naming, find_names, in_files
 from .provenance import provenance
 from .run import only_noted, write
@@ -137,11 +137,11 @@ def convert(
         check_target(
             target, [header.path, *(stamp.path for stamp in (*header.files, *naming.files))],
             nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
-            force=force, folder=not target.name.endswith(SUFFIXES),
+            force=force, folder=format_of(target).folder,
         )  # fmt: skip
-    nested_too = bool(layout.home) and target.name.endswith(TORCH_SUFFIXES)
+    nested_too = bool(layout.home) and format_of(target).nests
     dropped = [*unkept_metadata(header), *left_behind(header.tree, sets, layout, nested=nested_too)]
-    if target.name.endswith(SUFFIXES):
+    if not format_of(target).folder:
         dropped += [path.name for path in companions(header)]
     assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, untie)
     if assembly.folder:
@@ -150,7 +150,7 @@ def convert(
     report = ConvertReport(
         path=str(header.path),
         layout=next(iter(sets.values())).layout,
-        format=header.format,
+        format=header.format.name,
         to=to,
         state=tuple(each.label for each in sets.values()),
         placed=tuple(_placed(layout, sets, target)),
@@ -191,11 +191,11 @@ def find_layout(name: str) -> Layout:
 
 
 def _check_format(layout: Layout, target: Path) -> None:
-    if layout.name == "dcp" and target.name.endswith(SUFFIXES):
+    if layout.name == "dcp" and not format_of(target).folder:
         raise UsageError(f"{target}: --to dcp makes a folder. Give -o a name without suffix.")
-    if target.name.endswith(TORCH_SUFFIXES) or layout.flat:
+    if format_of(target).nests or layout.flat:
         return
-    if target.name.endswith(".safetensors") or layout.name != "diffusers":
+    if not format_of(target).folder or layout.name != "diffusers":
         what = "a folder of safetensors" if not target.suffix else "safetensors"
         folder = ", and a folder" if layout.name == "diffusers" else ""
         raise UsageError(
@@ -319,7 +319,7 @@ def _assembled(
     if layout.name == "dcp":
         files = dcp.plan(content.raw, max_bytes=shard_bytes, provenance=said)
         return Assembly(target, tuple(files), folder=True, dropped=tuple(dropped))
-    if target.name.endswith(TORCH_SUFFIXES):
+    if format_of(target).nests:
         return nested(build(layout, content), target=target, provenance=said, dropped=dropped)
     if layout.name == "diffusers":
         return flat(
@@ -338,7 +338,7 @@ def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Path) -> list
     # A flat file has no places, but a nested one would.
     where = {"raw": layout.raw, "ema": layout.ema}
     places = {which: dotted(path) or whole for which, path in where.items() if path is not None}
-    if not target.name.endswith(TORCH_SUFFIXES):
+    if not format_of(target).nests:
         places = dict.fromkeys(places, whole)
     if len(sets) == 2:
         return [f"{sets[which].label} → {place}" for which, place in places.items()]

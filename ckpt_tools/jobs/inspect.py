@@ -10,8 +10,8 @@ from ..checkpoints.keys import prefixes
 from ..checkpoints.layouts import StateDict, dotted, states
 from ..checkpoints.optimizers import find_optimizers, kind_of
 from ..checkpoints.steps import stored_counters
-from ..checkpoints.tree import tensors_in
 from ..formats.header import Header
+from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 
@@ -98,7 +98,7 @@ def describe(header: Header) -> Description:
     sets = states(header)
     return Description(
         path=str(header.path),
-        format=header.format,
+        format=header.format.name,
         nbytes=header.nbytes,
         files=len(header.files),
         sets=tuple(_weight_set(state) for state in sets.values()),

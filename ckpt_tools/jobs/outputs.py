@@ -12,34 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ReadError, UsageError, WriteError
-from ..formats import SUFFIXES
+from ..formats import format_of, suffixes
 from ..formats.dcp import METADATA
 from ..formats.dcp import SUFFIX as DISTCP
 from ..formats.header import Header
 from ..formats.sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
 from ..storage.staged import same_file
 
-TORCH_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
-"""What files that torch writes are called."""
-
 
 def default_target(headers: list[Header]) -> Path:
     """Name the output as its inputs suggest."""
-    if all(header.format == "sharded" for header in headers):
+    if all(header.shards for header in headers):
         return Path("averaged")
-    if all(_is_safetensors(header) for header in headers):
-        return Path("averaged.safetensors")
-    return Path("averaged.pth")
+    usual = {header.file_format.usual_suffix for header in headers}
+    return Path("averaged" + (usual.pop() if len(usual) == 1 else ".pth"))
 
 
 def named_after(source: Path, tail: str) -> Path:
     """Name an output after its input, with something before the suffix: ``last-bn.pth``."""
-    suffix = next((s for s in (".pth.tar", *SUFFIXES) if source.name.endswith(s)), "")
+    suffix = next((s for s in (".pth.tar", *suffixes()) if source.name.endswith(s)), "")
     return source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
-
-
-def _is_safetensors(header: Header) -> bool:
-    return header.format == "safetensors" or any(name.endswith(".safetensors") for name in header.shards.values())
 
 
 def check_suffix(target: Path) -> None:
@@ -48,8 +40,10 @@ def check_suffix(target: Path) -> None:
     Raises:
         UsageError: neither a known suffix nor none at all.
     """
-    if target.suffix and not os.path.isdir(target) and not target.name.endswith(SUFFIXES):  # noqa: PTH112 - never raises
-        raise UsageError(f"{target}: the suffix should be one of {' '.join(SUFFIXES)}, or none for a folder of shards.")
+    if target.suffix and not os.path.isdir(target) and not target.name.endswith(suffixes()):  # noqa: PTH112 - never raises
+        raise UsageError(
+            f"{target}: the suffix should be one of {' '.join(suffixes())}, or none for a folder of shards."
+        )
 
 
 def check_same_format(base: Header, target: Path) -> None:
@@ -59,10 +53,10 @@ def check_same_format(base: Header, target: Path) -> None:
         UsageError: it does.
     """
     check_suffix(target)
-    suffixes = TORCH_SUFFIXES if base.format.startswith("torch") else (".safetensors",)
+    wanted_suffixes = base.format.written_as.suffixes
     folder = base.path.is_dir()
-    if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
+    if folder != format_of(target).folder or not (folder or target.name.endswith(wanted_suffixes)):
+        wanted = "a folder" if folder else f"a file named *{' or *'.join(wanted_suffixes)}"
         raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
 
 
@@ -72,7 +66,7 @@ def check_shard_size(target: Path, max_shard_size: int | None) -> None:
     Raises:
         UsageError: the target is one file.
     """
-    if max_shard_size is not None and target.name.endswith(SUFFIXES):
+    if max_shard_size is not None and not format_of(target).folder:
         raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
 
 

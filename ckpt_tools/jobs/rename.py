@@ -16,14 +16,14 @@ from zipfile import BadZipFile
 from ..checkpoints.layouts import is_optimizer
 from ..checkpoints.state_dicts import Change, StateNames, plan_changes, state_dicts
 from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
-from ..formats import SUFFIXES, read_header, renaming
+from ..formats import format_of, read_header, suffixes
+from ..formats.format import Named, Renaming
 from ..formats.header import Header
-from ..formats.renaming import Named, Renaming
 from ..formats.sharded import INDEX_SUFFIXES, renamed_index
 from ..series.paths import default_input
 from ..storage import splice
-from ..storage.opened import OpenFiles, raise_file_limit
-from ..storage.source import Stamp
+from ..storage.local import raise_file_limit
+from ..storage.source import InputFile, OpenFiles, Stamp
 from ..storage.splice import Span, Splice
 from ..storage.staged import staged_files
 from .outputs import check_replaceable, check_target
@@ -105,8 +105,8 @@ def fix_prefix(
         )
     header = read_header(source)
     notes: list[str] = []
-    target = Path(out) if out is not None else header.path if header.format == "sharded" else header.files[0].path
-    folder = header.format == "sharded" if out is None else _stays(header, target)
+    target = Path(out) if out is not None else header.path if header.format.folder else header.files[0].path
+    folder = header.format.folder if out is None else _stays(header, target)
     stamps = list(header.files)
     with _undisturbed(source):
         changes, splices = _renamed(header, strip, add, notes)
@@ -117,7 +117,7 @@ def fix_prefix(
         path=str(source),
         out=str(target),
         in_place=out is None,
-        format=header.format,
+        format=header.format.name,
         states=tuple(change.report for change in changes),
         nbytes=sum(part.size for part in splices.values()),
     )
@@ -154,15 +154,15 @@ def _renamed(
     header: Header, strip: Sequence[str], add: Sequence[str], notes: list[str]
 ) -> tuple[list[Change], dict[str, Splice]]:
     """Plan the names of a checkpoint, and from them its files, the index of a sharded one last."""
-    if header.format != "sharded":
-        file = renaming.read(header)
+    if not header.format.folder:
+        file = header.format.rename(header)
         states = state_dicts(file.tree)
         if not states:
             raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
         changes = plan_changes(states, strip, add, where=str(header.path), notes=notes)
         return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
     index, *shards = (stamp.path for stamp in header.files)
-    files = [renaming.read(read_header(path)) for path in shards]
+    files = [each.format.rename(each) for each in map(read_header, shards)]
     # One state dict in many files: what all names carry, all names in all files carry.
     whole = {name: tensor for file in files for name, tensor in file.tree.items()}
     (change,) = plan_changes({(): whole}, strip, add, where=str(header.path), notes=notes)
@@ -197,11 +197,11 @@ def _stays(header: Header, target: Path) -> bool:
     Raises:
         UsageError: its suffix asks for something else.
     """
-    torch = header.format.startswith("torch")
-    suffixes = tuple(suffix for suffix in SUFFIXES if (suffix == ".safetensors") != torch)
-    folder = header.format == "sharded" or (header.path.is_dir() and not target.name.endswith(suffixes))
-    if target.name.endswith(SUFFIXES) if folder else not target.name.endswith(suffixes):
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
+    wanted_suffixes = header.format.written_as.suffixes
+    named_so = target.name.endswith(wanted_suffixes or ("\0",))
+    folder = header.format.folder or (header.path.is_dir() and not named_so)
+    if not format_of(target).folder if folder else not named_so:
+        wanted = "a folder" if folder else f"a file named *{' or *'.join(wanted_suffixes)}"
         raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
     return folder
 
@@ -212,14 +212,14 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
     for path in sorted(_home(header).iterdir()):
         if path.name in splices or path.name.startswith("."):
             continue
-        if not path.is_file() or path.name.endswith((*SUFFIXES, *INDEX_SUFFIXES)):
+        if not path.is_file() or path.name.endswith((*suffixes(), *INDEX_SUFFIXES)):
             left_out.append(path.name)
             continue
         try:
-            with path.open("rb") as file:
-                stamps.append(Stamp.of(path, file.fileno()))
-        except OSError as error:
-            raise ReadError(f"{path}: cannot be read ({error.strerror}). It belongs into the new folder.") from error
+            with InputFile(path) as file:
+                stamps.append(file.stamp)
+        except ReadError as error:
+            raise ReadError(f"{error} It belongs into the new folder.") from error
         splices[path.name] = _copy(path)
     if left_out:
         notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
@@ -232,7 +232,7 @@ def _refuse_itself(header: Header, target: Path) -> None:
 
 
 def _check_in_place(header: Header, target: Path, nbytes: int, notes: list[str]) -> None:
-    if header.format == "sharded":
+    if header.format.folder:
         raise WriteError(
             f"{header.path}: no single rename can replace a folder of shards. Say where the new one goes: -o NEWFOLDER"
         )
@@ -276,7 +276,7 @@ def _write(
         for part, fd in zip(splices.values(), fds, strict=True):
             files.open(part.source)
             if in_place:
-                _like(fd, files[part.source])  # before there is something to read in it
+                _like(fd, files.descriptor(part.source))  # before there is something to read in it
             splice.write(part, files[part.source], fd, count)
         if in_place:
             os.fsync(fds[0])  # now, so that little time is left for others between the next lines and the rename
@@ -300,9 +300,9 @@ def _like(fd: int, old: int) -> None:
 def _check_same(path: Path, stamp: Stamp) -> None:
     """Refuse to replace a file that another one has replaced meanwhile."""
     try:
-        with path.open("rb") as file:
-            same = Stamp.of(path, file.fileno()) == stamp
-    except OSError:
+        with InputFile(path) as file:
+            same = file.stamp == stamp
+    except ReadError:
         same = False
     if not same:
         raise CorruptError(f"{path}: was replaced by another file meanwhile, which stays. Try again.")

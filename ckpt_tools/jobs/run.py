@@ -13,8 +13,7 @@ from ..compute.gpu.devices import GPU_MEMORY
 from ..errors import WriteError
 from ..formats.file_plan import FilePlan
 from ..storage import splice
-from ..storage.opened import OpenFiles
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp
 from ..storage.splice import Span, Splice
 from ..storage.staged import staged_files
 from .assembly import Assembly
@@ -74,11 +73,11 @@ def write(
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
     """Describe a file whose tensors stand in one other file, as they are; None for any other."""
-    if plan.needs_crc or not all(tensor.verbatim for tensor, _ in plan.slots):
+    if plan.needs_checksums or not all(tensor.verbatim for tensor, _ in plan.payloads):
         return None
-    pieces: list[tuple[int, bytes | Span]] = [*plan.patches({})]
+    pieces: list[tuple[int, bytes | Span]] = [(each.offset, each.make(())) for each in plan.computed]
     sources: dict[Path, None] = {}
-    for tensor, position in plan.slots:
+    for tensor, position in plan.payloads:
         spec = tensor.terms[0][0]
         pieces.append((position, Span(spec.begin, spec.begin + spec.nbytes)))
         sources[spec.storage.path] = None

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict, dotted, is_optimizer, select, states
 from ..checkpoints.training_state import holds, leads, nodes, other_weights, training_state, without
-from ..checkpoints.tree import tensors_in
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
+from ..formats.tree import tensors_in
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
 from .outputs import check_replaceable, check_same_format, check_target, named_after
@@ -206,7 +206,7 @@ def _unseen_bytes(tree: Any) -> int:
 
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse what could not be written again, or would leave nothing worth writing."""
-    if header.format != "dcp" and (not header.format.startswith("torch") or header.path.is_dir()):
+    if not header.format.nests or header.path.is_dir() != header.format.folder:
         raise UnsupportedError(f"{header.path}: only torch files and folders of DCP are stripped. See ckpt convert.")
     if not holds(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")

@@ -12,11 +12,12 @@ from typing import Any, SupportsIndex
 
 from ..checkpoints.layouts import looks_like_training_state
 from ..checkpoints.steps import named_places, stored_counters, stored_places, unread_tensors
-from ..checkpoints.tree import tensors_in
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
-from ..tensors import Storage, TensorSpec
+from ..formats.tree import tensors_in
+from ..storage.source import OpenFiles, read_at
+from ..tensors import TensorSpec
 from .metrics import measured, metric_of, stored_under
 from .paths import find, keep_one, natural_key, numbered_first
 
@@ -169,37 +170,43 @@ def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
 
 def _outlines(header: Header) -> object:
     """Read nothing."""
-    specs = ((path, s.dtype.name, s.shape, s.stride, s.start, s.storage.big_endian) for path, s in _weights(header))
+    specs = ((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
     return frozenset(specs), frozenset(stored_counters(header).items())
 
 
 def _middles(header: Header) -> object:
     """Read a little of each tensor: one at least moves from checkpoint to checkpoint."""
-    return frozenset(
-        (path, b"".join(_blocks(spec.storage, spec.storage.nbytes // 2, 64))) for path, spec in _weights(header)
-    )
+    with OpenFiles() as files:
+        return frozenset(
+            (path, b"".join(_blocks(files, spec, spec.extent // 2, 64))) for path, spec in _weights(header)
+        )
 
 
 def _values(header: Header) -> object:
     """Read everything."""
-    digests: dict[Storage, bytes] = {}
-    for _, spec in _weights(header):
-        if spec.storage not in digests:
-            digest = hashlib.sha256()
-            for block in _blocks(spec.storage, 0, spec.storage.nbytes):
-                digest.update(block)
-            digests[spec.storage] = digest.digest()
-    return frozenset((path, digests[spec.storage]) for path, spec in _weights(header))
+    digests: dict[tuple[Path, int, int], bytes] = {}
+    found = set()
+    with OpenFiles() as files:
+        for path, spec in _weights(header):
+            where = spec.storage.path, spec.begin, spec.extent
+            if where not in digests:
+                digest = hashlib.sha256()
+                for block in _blocks(files, spec, 0, spec.extent):
+                    digest.update(block)
+                digests[where] = digest.digest()
+            found.add((path, digests[where]))
+    return frozenset(found)
 
 
-def _blocks(storage: Storage, start: int, nbytes: int) -> Iterator[bytes]:
-    """Read a part of a storage, a megabyte at a time."""
-    left = min(nbytes, storage.nbytes - start)
-    with storage.path.open("rb", buffering=0) as file:
-        file.seek(storage.offset + start)
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            left -= len(block)
-            yield block
+def _blocks(files: OpenFiles, spec: TensorSpec, start: int, nbytes: int) -> Iterator[memoryview]:
+    """Read some of the bytes between the first and the last element of a tensor, a megabyte at a time."""
+    path, stop = spec.storage.path, min(start + nbytes, spec.extent)
+    files.open(path)
+    while start < stop:
+        block = memoryview(bytearray(min(stop - start, 1 << 20)))
+        read_at(files[path], block, spec.begin + start, path)
+        yield block
+        start += len(block)
 
 
 def _is_average(made: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import SeriesError, UsageError
-from ..formats import SUFFIXES, is_checkpoint
+from ..formats import is_checkpoint, suffixes
 
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
@@ -109,7 +109,7 @@ def _in_folder(folder: Path) -> list[Path]:
     found = _checkpoints(folder)
     if not found:
         raise SeriesError(
-            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
+            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in suffixes())})."
             f"{_hint_below(folder)}"
         )
     return found
@@ -123,7 +123,7 @@ def _checkpoints(folder: Path) -> list[Path]:
         for child in sorted(folder.iterdir(), key=natural_key)
         if not child.name.startswith(".")
         and (
-            (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
+            (child.is_file() and child.name.endswith(suffixes()) and not _NOT_WEIGHTS.search(child.name))
             or (child.is_dir() and is_checkpoint(child) and not _OPTIMIZER_FOLDER.fullmatch(child.name))
         )
     ]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import WriteError
-from .opened import raise_file_limit
+from .local import raise_file_limit, write_once
 
 
 @contextmanager
@@ -139,6 +139,8 @@ def _exchange(stage: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot
@@ -175,7 +177,7 @@ def write_at(fd: int, data: memoryview, offset: int, name: object) -> None:
     done = 0
     while done < len(data):
         try:
-            done += os.pwrite(fd, data[done:], offset + done)
+            done += write_once(fd, data[done:] if done else data, offset + done)
         except OSError as error:
             raise write_failed(name, error.strerror) from error
 

@@ -21,7 +21,7 @@ from cli_runner import contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.compute.gpu import devices, streams
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 
 @pytest.fixture(autouse=True)

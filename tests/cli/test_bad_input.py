@@ -23,7 +23,7 @@ from torch import nn
 
 from ckpt_tools.compute import native
 from ckpt_tools.storage import staged
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 
 @pytest.fixture(autouse=True)

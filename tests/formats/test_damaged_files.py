@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError, NotACheckpointError, ReadError, UnsupportedError
 from ckpt_tools.formats import read_header
+from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

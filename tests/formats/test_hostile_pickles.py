@@ -22,13 +22,13 @@ import torch
 from crafting import STORAGE, TENSOR, bounded_memory, bounded_resident, same, torch_legacy, torch_zip
 
 from ckpt_tools import average, open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import pickle_read as unpickle
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_edit import spell
 from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
 # In protocol 0 to 2 a name is GLOBAL, in protocol 4 STACK_GLOBAL.
@@ -540,7 +540,7 @@ def test_a_pickle_cannot_reach_the_files_of_the_reader_by_its_persistent_ids(tmp
     ]
     for pid in pids:
         with pytest.raises(
-            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such record"
+            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such entry"
         ):
             read(tmp_path, b"\x80\2" + pid + b"Q")
 

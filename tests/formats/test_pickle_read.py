@@ -16,11 +16,11 @@ import torch
 from crafting import TENSOR, same, torch_zip
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
 Save = Callable[..., Path]

@@ -24,7 +24,7 @@ from torch import nn
 
 import ckpt_tools
 from ckpt_tools.errors import CorruptError, LayoutError, NumericsError, UsageError, WriteError
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 Save = Callable[..., Path]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...errors import LayoutError
 from ...formats.file_plan import OutTensor
+from ...formats.tree import put
 from ...tensors import DTYPES
-from ..tree import put
 from .table import Layout
 
 Weights = Mapping[str, OutTensor]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ...formats.tree import follow, without
 from ...tensors import Tensor
-from ..tree import follow, without
 from .build import keeps
 from .state import StateDict, dotted
 from .table import SWAPPERS, Layout

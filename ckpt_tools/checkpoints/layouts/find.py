@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from ...formats.header import Header
+from ...formats.tree import follow
 from ...tensors import Tensor
-from ..tree import follow
 from . import forms
 from .state import StateDict, is_buffer, is_optimizer
 from .table import BY_NAME, LAYOUTS, RAW_PLACES, SET_KEYS, Layout

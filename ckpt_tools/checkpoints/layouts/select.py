@@ -8,8 +8,8 @@ from typing import Any
 from ...errors import LayoutError
 from ...formats.header import Header
 from ...formats.pickle_read import Inert
+from ...formats.tree import tensors_in
 from ...tensors import Tensor
-from ..tree import tensors_in
 from .find import set_at, state_dict, states
 from .state import StateDict, dotted, looks_like_training_state
 from .table import SET_KEYS, SWAPPERS
