@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,14 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         self.read(8)
         self.frames.append((start, self.pickled.tell()))
 
+    def load_bytearray8(self) -> None:
+        # The base class allocates the length that the pickle claims, before it reads.
+        (length,) = struct.unpack("<Q", self.read(8))
+        raw = self.read(length)
+        if len(raw) < length:
+            raise pickle.UnpicklingError("pickle data was truncated")
+        self.append(bytearray(raw))
+
     def load_stack_global(self) -> None:
         # The base class takes exact texts only.
         self.stack[-2:] = [str(part) if isinstance(part, Spelled) else part for part in self.stack[-2:]]
@@ -173,6 +182,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.FRAME[0]: load_frame,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.STACK_GLOBAL[0]: load_stack_global,
         **{
             opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=True)

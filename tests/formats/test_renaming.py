@@ -73,6 +73,13 @@ def test_only_the_opcodes_of_names_change() -> None:
         }
 
 
+def test_spell_reads_bytearrays() -> None:
+    tree = {"module.w": [bytearray(b"raw"), bytearray()]}
+    spelling = spell(pickle.dumps(tree, 5), where="test")
+    assert spelling.tree == tree
+    assert pickle.loads(spelling.respelled([(next(iter(spelling.tree)), "w")])) == {"w": tree["module.w"]}  # noqa: S301
+
+
 def test_a_pickle_without_wishes_is_the_same_bytes() -> None:
     raw = pickle.dumps({"a": "b", "c": ["a", "b"]}, 5)
     assert spell(raw, where="test").respelled([]) == raw
