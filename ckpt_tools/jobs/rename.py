@@ -13,7 +13,7 @@ from stat import S_IMODE
 from typing import Any
 from zipfile import BadZipFile
 
-from ..checkpoints.layouts import is_optimizer
+from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.state_dicts import Change, StateNames, plan_changes, state_dicts
 from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
 from ..formats import SUFFIXES, read_header, renaming

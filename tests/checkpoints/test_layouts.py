@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.layouts import looks_like_training_state, select, states
+from ckpt_tools.checkpoints.layouts import select, states
+from ckpt_tools.checkpoints.optimizers import looks_like_training_state
 from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
 from ckpt_tools.tensors import TensorSpec
