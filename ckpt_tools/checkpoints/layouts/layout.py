@@ -147,6 +147,11 @@ ENCODINGS: list[Encoding] = []
 """All encodings; the first that is detected in an object is taken."""
 
 
+def encoding_of(node: Any) -> Encoding | None:
+    """Return the encoding of an object of the tree; None where none is detected."""
+    return next((encoding for encoding in ENCODINGS if encoding.detect(node)), None)
+
+
 def read_sets(node: Any, names: Names = None, raw: Names = None) -> Sets:
     """Read the sets of weights that an object is, or holds by its encoding.
 
@@ -155,7 +160,7 @@ def read_sets(node: Any, names: Names = None, raw: Names = None) -> Sets:
         names: a state dict of the same model.
         raw: the raw weights beside it, which have names, too, and what an average leaves out.
     """
-    encoding = next((each for each in ENCODINGS if each.detect(node)), None)
+    encoding = encoding_of(node)
     if encoding is None:
         return {}
     found = encoding.read(node, names, raw)
@@ -354,15 +359,15 @@ class Layout:
             tree: of the checkpoint.
             names: a state dict of the same model.
         """
-        if not self.ema or follow(tree, self.ema) is None:
+        if not self.ema or (node := follow(tree, self.ema)) is None:
+            return {}
+        if self.ema_encoding is not PLAIN_ENCODING and self.ema_encoding is not encoding_of(node):
             return {}
         raws = ((path, set_at(tree, path, "raw", names)) for path in self.raw_at if path not in (None, self.ema))
         raw_path, raw = next(((path or (), raw) for path, raw in raws if raw is not None), (self.ema, None))
-        sets = read_sets(follow(tree, self.ema), names, None if raw is None else raw.tensors)
+        sets = read_sets(node, names, None if raw is None else raw.tensors)
         ema = one_of(sets, "ema")
-        if ema is None or self.ema_encoding is not PLAIN_ENCODING and self.ema_encoding.name != ema.layout:
-            return {}
-        if raw is not None and raw_path != self.raw and not _of_one_model(raw.tensors, ema.tensors):
+        if ema is None or (raw is not None and raw_path != self.raw and not _of_one_model(raw.tensors, ema.tensors)):
             return {}
         if raw is None and "ema" in sets:  # an encoding that may hold both
             raw = sets.get("raw")
@@ -448,7 +453,7 @@ def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:
     value = above[path[-1]]
     if isinstance(value, dict) and (path[-1] in set_keys() or any(isinstance(v, _TENSORS) for v in value.values())):
         return True
-    return value is None or any(encoding.detect(value) for encoding in ENCODINGS)
+    return value is None or encoding_of(value) is not None
 
 
 # Known layouts
