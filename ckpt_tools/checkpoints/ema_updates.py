@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 from ..formats.header import Header
-from ..formats.tree import follow
 from ..storage.source import OpenFiles, read_at
 from ..tensors import TensorSpec
-from .layouts import StateDict, ema_config
-from .layouts.build import SETTINGS
+from .layouts import StateDict
 
 _CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
 
@@ -34,8 +31,7 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
     if state.which == "raw":  # the average's counter is not of these
         return len(inputs) if isinstance(inputs, list) else None
-    value = state.updates if state.updates is not None else ema_config(header).get("optimization_step")
-    number = _number(header, value)
+    number = _number(header, state.updates)
     if number is None and isinstance(inputs, list):
         return len(inputs)
     return int(number) if number is not None and 0 <= number < 1 << 63 else None  # LitEma's -1 means unknown
@@ -43,13 +39,5 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
 
 def stored_decay(header: Header, state: StateDict) -> float | None:
     """Read the decay of an average."""
-    value = state.decay if state.decay is not None else ema_config(header).get("decay")
-    number = _number(header, value)
+    number = _number(header, state.decay)
     return number if number is not None and 0 <= number <= 1 else None
-
-
-def stored_settings(header: Header, state: StateDict) -> Mapping[str, Any]:
-    """Read what else diffusers' EMAModel keeps beside its counter."""
-    beside_it = follow(header.tree, state.path) if state.keys is None else ema_config(header)
-    known = beside_it if isinstance(beside_it, Mapping) and "optimization_step" in beside_it else {}
-    return {key: known[key] for key in SETTINGS if isinstance(known.get(key), (int, float))}

@@ -1,13 +1,13 @@
-"""Optimizers: where their states stand in a checkpoint, and which optimizer each is of."""
+"""Optimizers and other training state: which entries of a checkpoint they are, and which optimizer a state is of."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ..formats.tree import Path, entries, walk
 from ..tensors import Tensor
-from .layouts import is_optimizer
 
 _DEEPEST = 4
 """Levels above an optimizer's state: a framework's own dict, a list of optimizers, their names."""
@@ -30,6 +30,28 @@ _SLOTS = (
 
 SLOTS = frozenset().union(*(names for names, _ in _SLOTS)) - {"ax"}
 """All of these; but for ASGD's average, which are weights."""
+
+
+# Names of entries that only a running training needs.
+_TRAINING_STATE = re.compile(
+    r"optim|optims?_.*|optimizer.*"  # optimizers of other forms than torch's, and lists of them
+    r"|(lr_|param_|opt_param_)?scheduler.*|lr_sched"
+    r"|amp|(amp_|grad_|loss_)?scaler(_state_dict)?|loss_scale|native_amp_scaling_state"
+    r"|rng(_.*)?|\w+_rng_states?|random_states"
+    r"|loops|callbacks|saver|metric|train_state|dataloaders?"
+)
+
+
+def is_optimizer(value: Any) -> bool:
+    """True for what torch's optimizers give as their state."""
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
+
+
+def looks_like_training_state(key: Any, value: Any) -> bool:
+    """True for what a run needs to go on and finished weights do not: optimizers, scalers, random states."""
+    if is_optimizer(value):
+        return True
+    return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
 
 
 def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple[Path, Any]]:

@@ -13,7 +13,8 @@ from ..formats.pickle_read import Inert
 from ..formats.tree import Path, entries, walk
 from ..tensors import DTYPES, Tensor, TensorSpec
 from .keys import WRAPPERS, unwrapping
-from .layouts import dotted, is_optimizer, looks_like_training_state
+from .layouts import dotted
+from .optimizers import is_optimizer, looks_like_training_state
 
 COUNTERS = ("n_averaged", "steps")
 """What torch's AveragedModel and mmengine's count their updates in, beside names that all start with ``module.``."""

@@ -16,7 +16,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted, looks_like_training_state
+from ..checkpoints.layouts import StateDict, dotted
+from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import format_of
 from ..formats.dcp import DCP_FOLDER
@@ -175,7 +176,7 @@ def beside(tree: Any, state: StateDict) -> list[str]:
     for depth, key in enumerate(state.path):
         others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
         tree = tree[key]
-    within = [*((*state.path, key) for key in (*state.extras, *state.rest)), *state.counters]
+    within = [*((*state.path, key) for key in (*state.other_entries, *state.other_set)), *state.ema_paths]
     return [*others, *(dotted(path) for path in within if path[: len(state.path)] == state.path)]
 
 
@@ -213,9 +214,9 @@ def _container(
     metadata = _renamed_modules(module_versions(base, state), stored)
     if metadata is not None:
         weights._metadata = metadata
-    weights.update(state.extras)
-    dropped += [dotted((*state.path, rest)) for rest in state.rest]
-    dropped += [dotted(place) for place in state.counters if place[: len(state.path)] == state.path]
+    weights.update(state.other_entries)
+    dropped += [dotted((*state.path, words)) for words in state.other_set]
+    dropped += [dotted(path) for path in state.ema_paths if path[: len(state.path)] == state.path]
     tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
@@ -243,7 +244,7 @@ def _put_in_place(
     if not state.path:
         return weights, ()
     placed = dict(tree)
-    for place in sorted(state.places, key=len):
+    for place in sorted(state.set_paths, key=len):
         if place not in (state.home, state.home[:1]) and holds(placed, place):
             placed = without(placed, place)
             dropped.append(dotted(place))

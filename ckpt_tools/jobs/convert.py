@@ -9,14 +9,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.ema_updates import stored_decay, stored_settings, stored_updates
-from ..checkpoints.layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
-from ..checkpoints.layouts.build import Content, build, ema_settings
-from ..checkpoints.layouts.carry import beside, left_behind
+from ..checkpoints.ema_updates import stored_decay, stored_updates
+from ..checkpoints.layouts import (
+    LAYOUTS,
+    Content,
+    Layout,
+    StateDict,
+    dotted,
+    left_behind,
+    other_entries,
+    parameters,
+    select,
+    states,
+)
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
-from ..formats import dcp, read_header
+from ..formats import read_header
+from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import OutTensor
+from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
@@ -96,7 +107,7 @@ def convert(
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
     notes = list(_remarks(found, sets, naming))
-    if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
+    if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
     content = _content(header, sets, dtype, naming, notes, updates=missing.updates, decay=missing.decay)
     said = provenance(
@@ -144,7 +155,7 @@ def find_layout(name: str) -> Layout:
     Raises:
         UsageError: there is none, or none that is written; offers the nearest.
     """
-    layout = BY_NAME.get(name)
+    layout = next((layout for layout in LAYOUTS if layout.name == name), None)
     written = [layout.name for layout in LAYOUTS if layout.written]
     if layout is None:
         near = difflib.get_close_matches(name, written, n=2)
@@ -156,17 +167,17 @@ def find_layout(name: str) -> Layout:
 
 
 def _check_format(layout: Layout, target: Target) -> None:
-    if layout.name == "dcp" and not target.folder:
-        raise UsageError(f"{target.path}: `to='dcp'` makes a folder. Give `out` a name without suffix.")
-    if target.format.nests or layout.flat:
+    output = "folder" if target.folder else "torch" if target.format.nests else "safetensors"
+    if output in layout.files:
         return
-    if not target.folder or layout.name != "diffusers":
-        what = "a folder of safetensors" if target.folder else "safetensors"
-        folder = ", and a folder" if layout.name == "diffusers" else ""
-        raise UsageError(
-            f"{target.path}: `to={layout.name!r}` nests its weights, which {what} cannot hold. "
-            f"Give `out` a name that ends in .pth{folder}, or choose `to='plain'`."
-        )
+    if layout.files == ("folder",):
+        raise UsageError(f"{target.path}: `to={layout.name!r}` makes a folder. Give `out` a name without suffix.")
+    what = "a folder of safetensors" if target.folder else "safetensors"
+    folder = ", and a folder" if "folder" in layout.files else ""
+    raise UsageError(
+        f"{target.path}: `to={layout.name!r}` nests its weights, which {what} cannot hold. "
+        f"Give `out` a name that ends in .pth{folder}, or choose `to='plain'`."
+    )
 
 
 def _check_counters(updates: int | None, decay: float | None) -> None:
@@ -187,8 +198,7 @@ def _chosen(
     first = select(header, state, naming.names)
     found = states(header, naming.names)
     sets = {first.which: first}
-    both = layout.raw is not None and layout.ema is not None
-    if state == "auto" and both and len(found) == 2 and found["raw"].fault is None:
+    if state == "auto" and layout.pair and len(found) == 2 and found["raw"].fault is None:
         sets["raw"] = select(header, "raw", naming.names)
     return found, {which: replace(each, tensors=in_files(each.tensors)) for which, each in sets.items()}
 
@@ -244,8 +254,8 @@ def _content(
         parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
         updates=updates if updates is not None else stored_updates(header, averaged),
         decay=decay if decay is not None else stored_decay(header, averaged),
-        settings=stored_settings(header, averaged),
-        rest=beside(header.tree, sets),
+        settings=averaged.settings,
+        other_entries=other_entries(header.tree, sets),
         notes=notes,
     )
 
@@ -281,20 +291,16 @@ def _assembled(
     shard_bytes: int | None,
     untie: bool,
 ) -> Assembly:
-    if layout.name == "dcp":
-        files = dcp.plan(content.raw, max_bytes=shard_bytes, provenance=said)
-        return Assembly(target.path, tuple(files), folder=True, dropped=tuple(dropped))
     if target.format.nests:
-        return nested(build(layout, content), target=target.path, provenance=said, dropped=dropped)
-    if layout.name == "diffusers":
-        return flat(
-            content.ema, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
-            dropped=dropped, config=ema_settings(content), stem="diffusion_pytorch_model",
-        )  # fmt: skip
-    tree = build(replace(layout, home=(), raw=None if layout.ema is not None else layout.raw), content)
+        return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
+    whole = layout.flatten(content)
+    if whole.dcp:
+        files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
+        return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     return flat(
-        tree, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie, dropped=dropped
-    )
+        whole.tensors, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
+        dropped=dropped, config=whole.config, stem=whole.stem,
+    )  # fmt: skip
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Target) -> list[str]:

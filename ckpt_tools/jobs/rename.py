@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from ..checkpoints.layouts import is_optimizer
+from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.state_dicts import Change, StateNames, plan_changes, state_dicts
 from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
 from ..formats import read_header, suffixes

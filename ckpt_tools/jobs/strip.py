@@ -9,7 +9,8 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted, is_optimizer, select, states
+from ..checkpoints.layouts import StateDict, dotted, select, states
+from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.training_state import holds, leads, nodes, other_weights, training_state, without
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from ..checkpoints.layouts import looks_like_training_state
+from ..checkpoints.optimizers import looks_like_training_state
 from ..checkpoints.steps import named_places, stored_counters, stored_places, unread_tensors
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import load, same_bits
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.layouts import looks_like_training_state, select, states
-from ckpt_tools.errors import LayoutError
+import ckpt_tools
+from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools.checkpoints.layouts import LAYOUTS, Encoding, Layout, StateDict, register, select, states, unregister
+from ckpt_tools.checkpoints.layouts.layout import DETECTED, ENCODINGS
+from ckpt_tools.checkpoints.optimizers import looks_like_training_state
+from ckpt_tools.errors import LayoutError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.tensors import TensorSpec
 
@@ -318,3 +323,84 @@ def test_the_teacher_of_another_model_is_no_average_of_it(save: Save, teacher: A
     assert (chosen.which, chosen.path) == ("raw", ("model",))
     chosen = select(read_header(save("mean.pth", {"model": {"a": torch.ones(2)}, "teacher": {"a": torch.zeros(2)}})))
     assert (chosen.which, chosen.path) == ("ema", ("teacher",))
+
+
+# Layouts from outside
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[Layout], Layout]]:
+    """Register layouts for the time of a test."""
+    known: list[Layout] = []
+
+    def add(layout: Layout) -> Layout:
+        register(layout)
+        known.append(layout)
+        return layout
+
+    yield add
+    for layout in known:
+        unregister(layout)
+
+
+def test_register_makes_two_paths_a_layout_that_is_read_and_written(
+    save: Save, tmp_path: Path, registered: Callable[[Layout], Layout]
+) -> None:
+    source = save("c.pth", {"net": weights(1.0), "net_avg": weights(3.0), "epoch": 4})
+    other = save("d.pth", {"net": weights(1.0), "net_avg": weights(6.0), "epoch": 5})
+    with pytest.raises(LayoutError, match="in no known layout"):
+        open_checkpoint(source)
+    registered(Layout("toy", "my loop: net and net_avg", raw=("net",), ema=("net_avg",)))
+
+    assert open_checkpoint(source).state.layout == "toy"
+    average([source, other], out=tmp_path / "avg.pth")
+    found = load(tmp_path / "avg.pth")
+    assert (list(found), found["net"]["w"].tolist()) == (["net", "epoch"], [4.5, 4.5])
+    convert(source, to="timm", out=tmp_path / "timm.pth")
+    convert(tmp_path / "timm.pth", to="toy", out=tmp_path / "toy.pth")
+    found = load(tmp_path / "toy.pth")
+    assert found.keys() == {"net", "net_avg", "epoch"}
+    assert same_bits(found["net"], weights(1.0))
+    assert same_bits(found["net_avg"], weights(3.0))
+
+
+def test_register_makes_an_encoding_known_that_is_read_and_written(
+    save: Save, tmp_path: Path, registered: Callable[[Layout], Layout]
+) -> None:
+    halves = Encoding(
+        "toy",
+        lambda node: isinstance(node, dict) and isinstance(node.get("averages"), list),
+        lambda node, names, raw: {"ema": StateDict({name: tensor for name, tensor in node["averages"]})},
+        lambda weights, content: {"averages": [(name, tensor) for name, tensor in weights.items()]},
+        flat=False,
+    )
+    registered(Layout("toy", "pairs in a list", ema=(), ema_encoding=halves))
+    source = save("c.pth", {"averages": list(weights(3).items())})
+
+    assert open_checkpoint(source).state.label == "ema (the whole file)"
+    convert(source, to="plain", out=tmp_path / "plain.safetensors")
+    convert(tmp_path / "plain.safetensors", to="toy", out=tmp_path / "toy.pth")
+    assert same_bits(dict(load(tmp_path / "toy.pth")["averages"]), weights(3))
+    with pytest.raises(UsageError, match=r"`to=.toy.` nests its weights, which safetensors cannot hold"):
+        convert(source, to="toy", out=tmp_path / "toy.safetensors")
+
+
+def test_unregister_leaves_nothing_behind(save: Save) -> None:
+    before = (list(LAYOUTS), list(DETECTED), list(ENCODINGS))
+    own = Encoding("toy", lambda node: False, lambda node, names, raw: {})
+    toy = Layout("toy", "", raw=("net",), ema=("net_avg",), ema_encoding=own)
+    register(toy)
+    assert (DETECTED[0], ENCODINGS[0]) == (toy, own)
+    with pytest.raises(ValueError, match="there is a layout named 'toy' already"):
+        register(toy)
+    unregister(toy)
+    assert (list(LAYOUTS), list(DETECTED), list(ENCODINGS)) == before
+
+
+def test_layouts_are_named_in_no_module_but_their_own() -> None:
+    folder = Path(ckpt_tools.__file__).parent
+    code = {path: path.read_text() for path in folder.rglob("*.py")}
+    named = [
+        f"{path}: {match}" for path, text in code.items() for match in re.findall(r"\blayout(?:\.name)? [!=]= .*", text)
+    ]
+    assert [line for line in named if '"' in line] == []
