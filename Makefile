@@ -15,7 +15,7 @@ DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train 
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py ckpt_tools/compute/csrc/module.c
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard ckpt_tools/compute/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -37,7 +37,7 @@ test: $(INSTALLED)
 test-ecosystem: $(ECOSYSTEM)/.installed
 	$(ECOSYSTEM)/bin/pytest tests/ecosystem
 
-$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml setup.py ckpt_tools/compute/csrc/module.c
+$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml setup.py $(wildcard ckpt_tools/compute/csrc/*)
 	$(PYTHON) -m venv $(ECOSYSTEM)
 	$(ECOSYSTEM)/bin/pip install -q -r tests/ecosystem/requirements.txt
 	$(ECOSYSTEM)/bin/pip install -q -c tests/ecosystem/requirements.txt -e .
@@ -58,7 +58,7 @@ fix: $(INSTALLED)
 # The wheel alone, with nothing but what it asks for: no timm, torchvision, pillow, numpy.
 smoke: $(INSTALLED)
 	rm -rf $(SMOKE) build/wheel build/lib
-	$(BIN)/pip wheel -q --no-deps -w build/wheel .
+	CKPT_TOOLS_REQUIRE_NATIVE=1 $(BIN)/pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv $(SMOKE)
 	$(SMOKE)/bin/pip install -q torch==$(PLAIN_TORCH) build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py

@@ -169,7 +169,7 @@ def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch
             gathered = kinds.get(kind)
             if gathered is None:
                 gathered = kinds[kind] = _Gathered(max(dtype.itemsize for dtype in kind.dtypes))
-            if numel >= piece or numel * gathered.widest > SMALL:
+            if numel >= piece or numel * max(gathered.widest, 2) > SMALL:  # two bytes: for the sums of 8-bit floats
                 yield from _pieces(out, tensor, offset, kind, piece)
             elif numel:
                 gathered.parts.append(Part(out, tensor, offset, 0, numel))

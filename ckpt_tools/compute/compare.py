@@ -18,9 +18,10 @@ from ..storage.opened import OpenFiles
 from ..storage.source import Stamp
 from ..tensors import DType, Kind, TensorSpec
 from .batches import PIECE
+from .formula import real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 from .threads import in_threads
-from .torch_sums import one_thread_each, real_dtype
+from .torch_sums import one_thread_each
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
 _LARGEST, _TINIEST = sys.float_info.max, math.ulp(0.0)

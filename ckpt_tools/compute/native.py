@@ -6,7 +6,6 @@ Where no compiler was at hand when this package was installed, there is none, an
 from __future__ import annotations
 
 import os
-import struct
 import sys
 import zlib
 from array import array
@@ -17,24 +16,19 @@ from ..formats.file_plan import SumKind
 from ..storage.opened import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
 from .batches import Part
+from .formula import Steps
 
 try:
     from . import _native
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-SCRATCH = 3 << 19
-"""Bytes that a thread keeps for blocks, their sums, and what is written at once; `_native` refuses too little."""
+SCRATCH = 0 if _native is None else _native.SCRATCH
+"""Bytes that a thread provides for blocks, their sums, and the bytes of one write."""
 MEMORY = SCRATCH + (3 << 18)
-"""Private bytes that a thread needs, at most: its scratch, and what is packed of small tensors, twice."""
+"""Private bytes that a thread needs, at most: its scratch, and packed small tensors, twice."""
 PIECE = 1 << 20
 """Elements of a batch: enough to make the price of a call vanish, few enough to share a model out evenly."""
-
-_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
-_RAW = 3
-# The smallest magnitude that rounds beyond the largest value: half a step above it.
-_LIMITS = {"float32": (2 - 2**-24) * 2.0**127, "bfloat16": (2 - 2**-8) * 2.0**127, "float16": (2 - 2**-11) * 2.0**15}
-_NOT_READ, _ENDS_EARLY = 1, 2
 
 
 def knows(kind: SumKind | None) -> bool:
@@ -46,7 +40,7 @@ def knows(kind: SumKind | None) -> bool:
 def _fits(kind: SumKind) -> bool:
     if kind.copied and not kind.checked:
         return True
-    return kind.out.name in _CODES and all(dtype.name in _CODES for dtype in kind.dtypes)
+    return all(dtype.name in _native.LIMITS and dtype.kind is kind.out.kind for dtype in (kind.out, *kind.dtypes))
 
 
 def crc32(data: bytes | memoryview) -> int:
@@ -73,19 +67,15 @@ def fill(kind: SumKind, part: Part, files: OpenFiles, scratch: bytearray) -> tup
         ReadError: an input cannot be read, or ends early.
         WriteError: the output cannot be written.
     """
-    terms, out, item, common, limit = _terms(kind)
-    row = array("q", [(part.stop - part.start) * item, part.out.fd, part.position, *_inputs(part, files, {})])
-    crcs, bad = array("I", [0]), bytearray(1)
-    told = _native.sum_large(
-        terms, out, common, limit, kind.copied, kind.checked, part.out.plan.needs_crc, row, crcs, bad, scratch
-    )
-    _raise_failure(told, (part,))
-    return crcs[0], bool(bad[0])
+    row = array("q", [part.stop - part.start, part.out.fd, part.position, *_inputs(part, files, {})])
+    failure, crc, bad = _formula(kind).fill(row, scratch, part.out.plan.needs_crc)
+    _raise_failure(failure, (part,))
+    return crc, bad
 
 
 def pack(
     kind: SumKind, parts: Sequence[Part], files: OpenFiles, scratch: bytearray
-) -> tuple[memoryview, Sequence[int], bytes]:
+) -> tuple[memoryview, Sequence[int], Sequence[int]]:
     """Sum small parts of a kind that is known here into memory, one behind the other.
 
     Args:
@@ -97,30 +87,14 @@ def pack(
     Raises:
         ReadError: an input cannot be read, or ends early.
     """
-    terms, out, item, common, limit = _terms(kind)
     rows = array("q")
     fds: dict[int, int] = {}
     for part in parts:
-        rows.append((part.stop - part.start) * item)
+        rows.append(part.stop - part.start)
         rows.extend(_inputs(part, files, fds))
-    crcs, bad = array("I", bytes(4 * len(parts))), bytearray(len(parts))
-    packed = bytearray(sum(part.nbytes for part in parts))
-    told = _native.sum_small(
-        terms,
-        out,
-        common,
-        limit,
-        kind.copied,
-        kind.checked,
-        parts[0].out.plan.needs_crc,
-        rows,
-        crcs,
-        bad,
-        scratch,
-        packed,
-    )
-    _raise_failure(told, parts)
-    return memoryview(packed), crcs, bytes(bad)
+    failure, packed, crcs, bad = _formula(kind).pack(rows, scratch, parts[0].out.plan.needs_crc)
+    _raise_failure(failure, parts)
+    return memoryview(packed), memoryview(crcs).cast("I"), bad
 
 
 def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
@@ -141,27 +115,29 @@ def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _terms(kind: SumKind) -> tuple[bytes, int, int, float, float]:
-    """Return (the terms as C has them, code of the output, its elements to one of ours, common coefficient, limit)."""
-    if kind.copied and not kind.checked:
-        return struct.pack("qd", _RAW, 1.0), _RAW, kind.out.itemsize, 1.0, 0.0
-    coefficients = kind.coefficients
-    common = coefficients[0] if len(set(coefficients)) == 1 else None
-    packed = b"".join(
-        struct.pack("qd", _CODES[dtype.name], c if common is None else 1.0)
-        for dtype, c in zip(kind.dtypes, coefficients, strict=True)
+def _formula(kind: SumKind) -> _native.Formula:
+    looked_at = kind.checked or not kind.copied
+    common, anchored = Steps.of(kind.dtypes, kind.coefficients)
+    return _native.Formula(
+        dtypes=tuple(dtype.name for dtype in kind.dtypes),
+        coefficients=kind.coefficients if common is None else (1.0,) * len(kind.coefficients),
+        out=kind.out.name if looked_at else None,
+        itemsize=kind.out.itemsize,
+        common=1.0 if common is None else common,
+        anchored=anchored,
+        copied=kind.copied,
+        checked=kind.checked,
     )
-    return packed, _CODES[kind.out.name], 1, 1.0 if common is None else common, _LIMITS[kind.out.name]
 
 
-def _raise_failure(told: tuple[int, int, int, int], parts: Sequence[Part]) -> None:
-    status, at, term, reason = told
-    if not status:
+def _raise_failure(failure: tuple[int, int, int, int] | None, parts: Sequence[Part]) -> None:
+    if failure is None:
         return
+    status, at, term, reason = failure
     part = parts[at]
     source = part.tensor.terms[term][0].storage.path
-    if status == _ENDS_EARLY:
+    if status == _native.ENDS_EARLY:
         raise ended_early(source)
-    if status == _NOT_READ:
+    if status == _native.NOT_READ:
         raise read_failed(source, os.strerror(reason))
     raise write_failed(part.out.plan.name, os.strerror(reason))

@@ -7,7 +7,7 @@ make an element depend on where a piece begins or on which device it is computed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -16,13 +16,13 @@ import torch
 from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
 from ..storage.opened import OpenFiles
-from ..tensors import DTYPES, DType, Kind
+from ..tensors import DType, Kind
 from .batches import Part
+from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
-_REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 # What is kept of a float64 before it is narrowed to 16 or 8 bits: 12 of the 52 bits of the mantissa.
 _DISCARDED = (1 << 40) - 1
 
@@ -46,10 +46,7 @@ class Formula(NamedTuple):
         reals: floating-point numbers an element: 2 for complex.
         real: their dtype in the output.
         limit: magnitude from which on a sum overflows that dtype.
-        common: the coefficient, where all are equal: the sum is then multiplied once, instead of every term.
-        anchored: sum up differences from the first term. The products of float64 values are rounded, so
-            that N equal values would sum up to a neighbour; x_1 + sum c_i (x_i - x_1) is the same average,
-            and exact when all are equal. Narrower dtypes have bits to spare and need no such care.
+        common, anchored: see `Steps`.
     """
 
     terms: tuple[tuple[torch.dtype, float], ...]
@@ -60,14 +57,11 @@ class Formula(NamedTuple):
     anchored: bool
 
     @classmethod
-    def of(cls, dtypes: Iterable[DType], coefficients: Sequence[float], out: DType) -> Formula:
+    def of(cls, dtypes: Sequence[DType], coefficients: Sequence[float], out: DType) -> Formula:
         """Choose the steps for terms of these dtypes and an output of that one."""
         terms = tuple((torch_dtype(real_dtype(d)), c) for d, c in zip(dtypes, coefficients, strict=True))
         real = torch_dtype(real_dtype(out))
-        wide = any(dtype is torch.float64 for dtype, _ in terms)
-        # float64 has no room for a sum larger than its average.
-        common = coefficients[0] if not wide and len(set(coefficients)) == 1 else None
-        anchored = wide and abs(math.fsum(coefficients) - 1.0) <= 1e-12
+        common, anchored = Steps.of(dtypes, coefficients)
         return cls(terms, 2 if out.kind is Kind.COMPLEX else 1, real, _overflow(real), common, anchored)
 
 
@@ -101,7 +95,7 @@ class Scratch(Protocol):
 class Arithmetic:
     """Weighted sums in scratch of one device: all steps that decide a bit of a result, in their order.
 
-    `_native.c` takes the same steps; a change here is one there, too, and `tests/test_native.py` compares the bytes.
+    `csrc/sum.c` takes the same steps; change both together. `tests/compute/test_native.py` compares the bytes.
 
     Args:
         scratch: makes some, of so many bytes.
@@ -252,11 +246,6 @@ class Worker:
                 else "Are these the right files?"
             )
         )
-
-
-def real_dtype(dtype: DType) -> DType:
-    """Return the dtype of the numbers that an element consists of: its own, or that of a complex one's parts."""
-    return DTYPES[_REAL.get(dtype.name, dtype.name)]
 
 
 def _overflow(dtype: torch.dtype) -> float:

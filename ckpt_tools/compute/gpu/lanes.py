@@ -23,7 +23,8 @@ from ...storage.opened import OpenFiles, read_at
 from ...storage.staged import write_at
 from .. import native
 from ..batches import Batch, Part
-from ..torch_sums import Arithmetic, Formula, real_dtype
+from ..formula import real_dtype
+from ..torch_sums import Arithmetic, Formula
 from .streams import Device, Event, bytes_of
 
 RING = 3
