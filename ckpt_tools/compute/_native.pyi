@@ -6,6 +6,10 @@ NOT_WRITTEN: int
 """Statuses of a failure."""
 SCRATCH: int
 """Bytes of scratch that a thread provides."""
+TILE_SCRATCH: int
+"""The same for tiles."""
+AXES: int
+"""Axes of a tile, at most."""
 LIMITS: dict[str, float]
 """The dtypes that can be summed, by name: the smallest magnitude that overflows each."""
 
@@ -56,6 +60,22 @@ class Formula:
         Returns:
             (failure, results one behind the other, 32-bit CRC of each, 1 for each with NaN or infinity).
         """
+
+    def fill_tile(
+        self, sizes: array[int], strides: array[int], places: array[int], scratch: bytearray, wants_crc: bool, /
+    ) -> tuple[_Failure | None, int, bool]:
+        """Sum a tile from the inputs to the output.
+
+        Args:
+            sizes: 64-bit: elements along each axis.
+            strides: 64-bit, in elements: of each axis in the output, then in each term.
+            places: 64-bit: descriptor and offset of the first element in the output, then in each term.
+
+        Returns:
+            (failure, what it contributes to the CRC-32 of all bytes up to its end, True if NaN or infinity was found).
+        """
+    def largest_tile(self, one_order: bool, /) -> int:
+        """Return the number of elements that a tile may have; fewer if terms differ in their order."""
 
 def crc32(data: bytes | memoryview, /) -> int: ...
 def start_disk(fd: int, offset: int, nbytes: int, /) -> None: ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..formats.file_plan import FilePlan, OutTensor, SumKind, TwinTerms
-from ..tensors import Storage, TensorSpec
+from ..tensors import Storage, TensorSpec, c_strides
+from .tiles import Axes, Tile, cut_tile, storage_order, storage_orders, tiles
 
 PIECE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
@@ -32,13 +33,14 @@ class OutFile:
 
 
 class Part(NamedTuple):
-    """Elements [start, stop) of a tensor, in C order.
+    """Elements [start, stop) of a tensor, in C order; or a tile of it, which begins and ends there.
 
     Attributes:
         out: the file they go to.
         tensor: what they are part of.
         offset: of the whole tensor in that file, in bytes.
         start, stop: in elements.
+        tile: None for all elements from start to stop.
     """
 
     out: OutFile
@@ -46,6 +48,12 @@ class Part(NamedTuple):
     offset: int
     start: int
     stop: int
+    tile: Tile | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return self.stop - self.start if self.tile is None else self.tile.numel
 
     @property
     def position(self) -> int:
@@ -54,12 +62,12 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return (self.stop - self.start) * self.tensor.dtype.itemsize
+        return self.numel * self.tensor.dtype.itemsize
 
     @property
     def moved(self) -> int:
         """Bytes to read and to write."""
-        return (self.stop - self.start) * (self.tensor.width + self.tensor.dtype.itemsize)
+        return self.numel * (self.tensor.width + self.tensor.dtype.itemsize)
 
 
 class Batch(NamedTuple):
@@ -133,7 +141,7 @@ def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
 
 def apart(part: Part) -> Iterator[Part]:
     """Yield the parts of the tensors themselves."""
-    if not isinstance(part.tensor, Run):
+    if part.tile is not None or not isinstance(part.tensor, Run):
         yield part
         return
     for tensor, offset in part.tensor.members:
@@ -152,19 +160,29 @@ class _Gathered:
     size: int = 0
 
 
-def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch]:
+def cut(
+    outputs: Iterable[OutFile], *, piece: int, other: int, tile: Callable[[SumKind, bool], int] | None = None
+) -> Iterator[Batch]:
     """Cut a job into batches: large tensors into pieces, small ones gathered by kind.
 
     Args:
         piece: elements of a part of some kind, at most.
         other: elements of a part of no kind.
+        tile: elements of a tile of some kind, and whether all terms have one order; `other` if not given.
     """
     for out in outputs:
         kinds: dict[SumKind, _Gathered] = {}
         for tensor, offset, kind in runs(out.plan):
             numel = tensor.numel
             if kind is None:
-                yield from _pieces(out, tensor, offset, None, other)
+                orders = orders_of(tensor)
+                if orders is None:
+                    yield from _pieces(out, tensor, offset, None, other)
+                    continue
+                swapped = any(spec.swapped for spec, _ in tensor.places)
+                numel = other if tile is None or swapped else tile(tensor.formula, one_order(tensor))
+                for each in tiles(tensor.shape, orders, numel):
+                    yield Batch(None if swapped else tensor.formula, (tile_part(out, tensor, offset, each),))
                 continue
             gathered = kinds.get(kind)
             if gathered is None:
@@ -180,6 +198,34 @@ def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch
         for kind, gathered in kinds.items():
             if gathered.parts:
                 yield Batch(kind, tuple(gathered.parts), small=True)
+
+
+def orders_of(tensor: OutTensor) -> list[Axes] | None:
+    """Return the orders in which its elements stand in the inputs and in the output; None if tiles are no use."""
+    return storage_orders([spec for spec, _ in tensor.places]) if tensor.terms else None
+
+
+def one_order(tensor: OutTensor) -> bool:
+    """True if all terms have one order."""
+    return len({storage_order(tensor.shape, spec.stride) for spec, _ in tensor.places}) == 1
+
+
+def tile_part(out: OutFile, tensor: OutTensor, offset: int, tile: Tile) -> Part:
+    """Make the part of a tile of a tensor."""
+    strides = c_strides(tensor.shape)
+    return Part(out, tensor, offset, tile.begin(strides), tile.last(strides) + 1, tile)
+
+
+def divided(part: Part, numel: int) -> Iterator[Part]:
+    """Yield parts of a part, of at most so many elements."""
+    if part.tile is None:
+        for start in range(part.start, part.stop, numel):
+            yield part._replace(start=start, stop=min(start + numel, part.stop))
+    elif part.tile.numel <= numel:
+        yield part
+    else:
+        for tile in cut_tile(part.tile, orders_of(part.tensor) or [], numel):
+            yield tile_part(part.out, part.tensor, part.offset, tile)
 
 
 def _pieces(out: OutFile, tensor: OutTensor, offset: int, kind: SumKind | None, size: int) -> Iterator[Batch]:

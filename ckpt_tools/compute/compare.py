@@ -21,10 +21,15 @@ from .batches import PIECE
 from .formula import real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 from .threads import in_threads
+from .tiles import Tile, in_storage_order, storage_orders, tiles
 from .torch_sums import one_thread_each
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
 _LARGEST, _TINIEST = sys.float_info.max, math.ulp(0.0)
+
+
+Piece = range | Tile
+"""Elements in C order, or a tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +112,18 @@ def compare(
 
 
 class _Pair:
-    """What the pieces of one pair have in common: where they are read, and as what they are compared."""
+    """What the slices of one pair have in common: where they are read, and as what they are compared.
 
-    __slots__ = ("a", "b", "kind", "reals", "same_dtype")
+    Attributes:
+        orders: of tiles, if it is compared tile by tile.
+    """
+
+    __slots__ = ("a", "b", "kind", "orders", "reals", "same_dtype")
 
     def __init__(self, a: TensorSpec, b: TensorSpec, files: OpenFiles) -> None:
+        if a.stride == b.stride:
+            a, b = in_storage_order(a), in_storage_order(b)
+        self.orders = storage_orders([a, b])
         self.a, self.b = Source(a, files), Source(b, files)
         self.same_dtype = a.dtype is b.dtype
         kinds = {a.dtype.kind, b.dtype.kind}
@@ -134,18 +146,14 @@ class _Job:
     stop: threading.Event = field(default_factory=threading.Event)
     found: list[Distance] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _pieces: Iterator[tuple[int, int, int]] = field(init=False)
+    _pieces: Iterator[tuple[int, Piece]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.found = [Distance(0, pair.same_dtype) for pair in self.pairs]
-        self._pieces = (
-            (i, start, min(start + self.piece, pair.a.spec.numel))
-            for i, pair in enumerate(self.pairs)
-            for start in range(0, pair.a.spec.numel, self.piece)
-        )
+        self._pieces = ((i, piece) for i, pair in enumerate(self.pairs) for piece in _cut(pair, self.piece))
 
-    def next(self) -> tuple[int, int, int] | None:
-        """Hand out (pair, first, last element) of the next piece; None when there is none, or the job is stopped."""
+    def next(self) -> tuple[int, Piece] | None:
+        """Hand out the next piece of a pair; None when there is none, or the job is stopped."""
         with self._lock:
             return None if self.stop.is_set() else next(self._pieces, None)
 
@@ -155,12 +163,22 @@ class _Job:
             self.found[pair] = self.found[pair].joined(distance)
 
 
+def _cut(pair: _Pair, numel: int) -> Iterator[Piece]:
+    """Cut a pair into pieces of at most so many elements."""
+    shape = pair.a.spec.shape
+    if pair.orders is not None:
+        yield from tiles(shape, pair.orders, numel)
+        return
+    whole = math.prod(shape)
+    yield from (range(start, min(start + numel, whole)) for start in range(0, whole, numel))
+
+
 def _work(job: _Job) -> None:
     try:
         worker = _Worker(job.piece, job.rtol, job.atol)
-        while (piece := job.next()) is not None:
-            i, start, stop = piece
-            job.done(i, *worker.compare(job.pairs[i], start, stop))
+        while (found := job.next()) is not None:
+            i, piece = found
+            job.done(i, *worker.compare(job.pairs[i], piece))
     except BaseException:
         job.stop.set()
         raise
@@ -175,17 +193,25 @@ class _Worker:
         self._wide = [Buffer(16 * piece) for _ in range(3)]
         self._rtol, self._atol = rtol, atol
 
-    def compare(self, pair: _Pair, start: int, stop: int) -> tuple[Distance, int]:
-        """Return (the distance over elements [start, stop), bytes read)."""
-        nbytes = self._a.read(pair.a, start, stop)
-        read = nbytes + self._b.read(pair.b, start, stop)
+    def compare(self, pair: _Pair, piece: Piece) -> tuple[Distance, int]:
+        """Return (the distance over a piece, bytes read)."""
+        if isinstance(piece, Tile):
+            count = piece.numel
+            nbytes, more = self._a.read_tile(pair.a, piece), self._b.read_tile(pair.b, piece)
+        else:
+            count = len(piece)
+            nbytes, more = (
+                reader.read(source, piece.start, piece.stop)
+                for reader, source in ((self._a, pair.a), (self._b, pair.b))
+            )
+        read = nbytes + more
         if pair.same_dtype and self._same_bytes(nbytes):
-            return Distance((stop - start) * pair.reals), read
+            return Distance(count * pair.reals), read
         if pair.kind is Kind.PACKED:
             return self._codes(nbytes, pair.a.item), read
         if pair.kind is Kind.INTEGER:
-            return self._integers(pair, stop - start), read
-        return self._floats(pair, (stop - start) * pair.reals), read
+            return self._integers(pair, count), read
+        return self._floats(pair, count * pair.reals), read
 
     def _same_bytes(self, nbytes: int) -> bool:
         # By torch, which lets go of the interpreter and takes eight bytes at a time; memoryviews do neither.

@@ -24,11 +24,13 @@ from ..formats.file_plan import OutTensor, SumKind
 from ..storage.opened import OpenFiles
 from ..storage.source import Stamp
 from ..storage.staged import reserve, write_at
+from ..tensors import c_strides
 from . import native
-from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
+from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut, divided, orders_of
 from .crc32 import combine
 from .gpu.devices import GPU_MEMORY
 from .threads import default_threads, in_threads
+from .tiles import Tile, rows
 
 if TYPE_CHECKING:
     from .gpu.lanes import Lane, Size
@@ -52,8 +54,11 @@ def memory_needed(
         UsageError: so little memory of the GPUs is too little.
     """
     tensors = list(tensors)
-    kinds = groupby(tensor.kind for tensor in tensors if tensor.data is None)
+    tiled = [tensor for tensor in tensors if tensor.kind is None and tensor.data is None]
+    kinds = groupby(tensor.kind for tensor in tensors if tensor.kind is not None)
     each = native.MEMORY if all(native.knows(kind) for kind, _ in kinds) else MEMORY
+    if tiled:
+        each = max(each, native.MEMORY + native.TILE_SCRATCH if all(map(_tiled_by_native, tiled)) else MEMORY)
     size = _size(tensors, threads, devices, gpu_memory)
     return _workers(threads, devices) * (each + (size.on_host if size else 0))
 
@@ -95,7 +100,14 @@ def run(
         # By identity first: twins share one tuple of all their files. The dict keeps the others alive, and so apart.
         files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
         size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
-        batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))
+        other = piece or PIECE
+
+        def tile(kind: SumKind, one_order: bool) -> int:
+            largest = native.largest_tile(kind, one_order) if native.knows(kind) else other
+            return min(largest, piece or largest)
+
+        each = piece or (size.reals if size else native.PIECE)
+        batches = list(cut(outputs, piece=each, other=other, tile=tile))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
         with job.disk.at_work(job.stop):
             in_threads(
@@ -125,7 +137,10 @@ class _Disk:
         self._ranges: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
         self._small: Counter[int] = Counter()  # bytes by file that came in parts not worth it each
 
-    def written(self, fd: int, position: int, nbytes: int) -> None:
+    def written(self, part: Part) -> None:
+        fd, position, nbytes = part.out.fd, part.position, part.nbytes
+        if part.numel < part.stop - part.start:  # the next tile writes to the same pages: it would wait for the disk
+            return
         if nbytes < _WORTH_STARTING:
             self._small[fd] += nbytes
             if self._small[fd] < 4 * _WORTH_STARTING:
@@ -170,7 +185,8 @@ class _Job:
     _uses_torch: bool = False
     _waiting: Iterator[Batch] = field(init=False)
     _turn: Iterator[str] = field(init=False)
-    _crcs: dict[OutTensor, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    # By tensor and end, in bytes: the CRC-32 of a part; of a tile, what it adds to that of all bytes up to its end.
+    _crcs: dict[OutTensor, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting = iter(self.batches)
@@ -210,14 +226,15 @@ class _Job:
         with self._lock:
             self.moved += sum([part.moved for part, _ in written])
             for part, crc in written:
-                self.disk.written(part.out.fd, part.position, part.nbytes)
+                self.disk.written(part)
                 if part.out.plan.needs_crc:
-                    self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
+                    self._crcs.setdefault(part.tensor, {})[part.stop * part.tensor.dtype.itemsize] = crc
 
     def checksum(self, tensor: OutTensor) -> int:
-        total = 0
-        for start, (crc, length) in sorted(self._crcs.get(tensor, {}).items()):
-            total = combine(total, crc, length) if start else crc
+        total = before = 0
+        for end, crc in sorted(self._crcs.get(tensor, {}).items()):
+            total = combine(total, crc, end - before) if before else crc
+            before = end
         return total
 
 
@@ -241,14 +258,19 @@ class _Cpu:
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._scratch = bytearray()
+        self._tile_scratch = bytearray()
         self._worker: Worker | None = None
         self._recipe: tuple[OutTensor, Recipe] | None = None
 
     def fill(self, batch: Batch) -> None:
         left: Sequence[Part] = batch.parts
-        if batch.kind is not None and native.knows(batch.kind):
-            self._scratch = self._scratch or bytearray(native.SCRATCH)
-            left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
+        tile = batch.parts[0].tile
+        if batch.kind is not None and native.knows(batch.kind, 0 if tile is None else len(tile.sizes)):
+            if tile is not None:
+                left = self._fill_tile(batch.kind, batch.parts[0], tile)
+            else:
+                self._scratch = self._scratch or bytearray(native.SCRATCH)
+                left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
         for part in left:
             for own in apart(part):
                 self._fill_by_torch(own)
@@ -292,14 +314,37 @@ class _Cpu:
         self._job.all_done(written)
         return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
+    def _fill_tile(self, kind: SumKind, part: Part, tile: Tile) -> Sequence[Part]:
+        """Fill a tile, and return it if NaN or infinity was found in it."""
+        self._tile_scratch = self._tile_scratch or bytearray(native.TILE_SCRATCH)
+        crc, bad = native.fill_tile(kind, part, tile, self._job.files, self._tile_scratch)
+        if bad:
+            return [part]
+        self._job.done(part, crc)
+        return []
+
     def _fill_by_torch(self, part: Part) -> None:
         """Fill a part of any kind; find what is not finite, and where, or let it pass."""
-        for start in range(part.start, part.stop, self._job.piece):
-            piece = part._replace(start=start, stop=min(start + self._job.piece, part.stop))
+        for piece in divided(part, self._job.piece):
             data = self._bytes(piece)
-            crc = native.crc32(data) if piece.out.plan.needs_crc else 0
-            write_at(piece.out.fd, data, piece.position, piece.out.plan.name)
+            crc = self._write_rows(piece, piece.tile, data) if piece.tile else self._write(piece.position, piece, data)
             self._job.done(piece, crc)
+
+    def _write(self, position: int, piece: Part, data: memoryview) -> int:
+        """Write bytes, and return their CRC-32 if it is needed."""
+        write_at(piece.out.fd, data, position, piece.out.plan.name)
+        return native.crc32(data) if piece.out.plan.needs_crc else 0
+
+    def _write_rows(self, piece: Part, tile: Tile, data: memoryview) -> int:
+        """Write a tile, and return what it adds to the CRC-32 of all bytes up to its end."""
+        row, begins = rows(tile.sizes, c_strides(piece.tensor.shape))
+        item = piece.tensor.dtype.itemsize
+        nbytes, crc, before = row * item, 0, 0
+        for i, begin in enumerate(begins):
+            own = self._write(piece.position + begin * item, piece, data[i * nbytes : (i + 1) * nbytes])
+            crc = combine(crc, own, (begin - before) * item)
+            before = begin
+        return crc
 
     def _bytes(self, piece: Part) -> memoryview:
         tensor, item = piece.tensor, piece.tensor.dtype.itemsize
@@ -313,6 +358,13 @@ class _Cpu:
         if self._recipe is None or self._recipe[0] is not tensor:
             self._recipe = tensor, Recipe(tensor, self._job.files)
         return self._worker.compute(piece, self._recipe[1])
+
+
+def _tiled_by_native(tensor: OutTensor) -> bool:
+    """True if tiles of a tensor are summed in C."""
+    swapped = any(spec.swapped for spec, _ in tensor.places)
+    fits = not swapped and native.knows(tensor.formula, len(tensor.shape))
+    return fits and orders_of(tensor) is not None
 
 
 def _workers(threads: int | None, devices: Sequence[str]) -> int:

@@ -15,8 +15,10 @@ from functools import lru_cache
 from ..formats.file_plan import SumKind
 from ..storage.opened import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
+from ..tensors import c_strides
 from .batches import Part
 from .formula import Steps
+from .tiles import Tile
 
 try:
     from . import _native
@@ -25,15 +27,19 @@ except ImportError:
 
 SCRATCH = 0 if _native is None else _native.SCRATCH
 """Bytes that a thread provides for blocks, their sums, and the bytes of one write."""
+TILE_SCRATCH = 0 if _native is None else _native.TILE_SCRATCH
+"""The same for tiles."""
 MEMORY = SCRATCH + (3 << 18)
 """Private bytes that a thread needs, at most: its scratch, and packed small tensors, twice."""
 PIECE = 1 << 20
 """Elements of a batch: enough to make the price of a call vanish, few enough to share a model out evenly."""
 
 
-def knows(kind: SumKind | None) -> bool:
-    """True if a batch of this kind can be summed here."""
-    return _native is not None and sys.byteorder == "little" and kind is not None and _fits(kind)
+def knows(kind: SumKind | None, axes: int = 0) -> bool:
+    """True if a batch of this kind can be summed here; if it is a tile, with so many axes."""
+    if _native is None or sys.byteorder != "little" or kind is None:
+        return False
+    return axes <= _native.AXES and _fits(kind)
 
 
 @lru_cache(maxsize=256)
@@ -69,6 +75,43 @@ def fill(kind: SumKind, part: Part, files: OpenFiles, scratch: bytearray) -> tup
     """
     row = array("q", [part.stop - part.start, part.out.fd, part.position, *_inputs(part, files, {})])
     failure, crc, bad = _formula(kind).fill(row, scratch, part.out.plan.needs_crc)
+    _raise_failure(failure, (part,))
+    return crc, bad
+
+
+def largest_tile(kind: SumKind, one_order: bool) -> int:
+    """Return the number of elements that a tile of a kind that is known here may have.
+
+    Args:
+        one_order: the elements of all terms stand in one order.
+    """
+    return _formula(kind).largest_tile(one_order)
+
+
+def fill_tile(kind: SumKind, part: Part, tile: Tile, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
+    """Sum a tile of a kind that is known here, and write it.
+
+    Args:
+        tile: of the part.
+        scratch: `TILE_SCRATCH` bytes that no other thread uses.
+
+    Returns:
+        (what it adds to the CRC-32 of all bytes up to its end, True if NaN or infinity was found; the tile is not
+        written then).
+
+    Raises:
+        ReadError, WriteError: see `fill`.
+    """
+    strides = array("q", c_strides(part.tensor.shape))
+    places = array("q", [part.out.fd, part.position])
+    for spec, paths in part.tensor.places:
+        offset = spec.begin + tile.begin(spec.stride) * spec.dtype.itemsize
+        for path in paths:
+            strides.extend(spec.stride)
+            places.extend((files[path], offset))
+    failure, crc, bad = _formula(kind).fill_tile(
+        array("q", tile.sizes), strides, places, scratch, part.out.plan.needs_crc
+    )
     _raise_failure(failure, (part,))
     return crc, bad
 

@@ -20,6 +20,7 @@ from ..tensors import DType, Kind
 from .batches import Part
 from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
+from .tiles import Tile
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
@@ -193,9 +194,9 @@ class Worker:
         """
         formula, buffer = recipe.formula, self._reader.buffer
         if piece.tensor.copied or formula is None:
-            self._reader.read(recipe.sources[0], piece.start, piece.stop)
+            self._read(recipe.sources[0], piece)
             if formula is not None and recipe.checked and not self._allow_nonfinite:
-                values = buffer.view(formula.real, (piece.stop - piece.start) * formula.reals)
+                values = buffer.view(formula.real, piece.numel * formula.reals)
                 whole = values.dtype in _FULL_RANGE
                 self._check(piece, recipe, formula, values if whole else self._arithmetic.as_single(values))
             return buffer.bytes[: piece.nbytes]
@@ -213,11 +214,17 @@ class Worker:
             self._check(piece, recipe, formula, telling)
         return buffer.bytes[: piece.nbytes]
 
+    def _read(self, source: Source, piece: Part) -> None:
+        if piece.tile is None:
+            self._reader.read(source, piece.start, piece.stop)
+        else:
+            self._reader.read_tile(source, piece.tile)
+
     def _add_up(self, piece: Part, recipe: Recipe, formula: Formula) -> torch.Tensor:
-        count = (piece.stop - piece.start) * formula.reals
+        count = piece.numel * formula.reals
         self._arithmetic.begin(formula, count)
         for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
-            self._reader.read(source, piece.start, piece.stop)
+            self._read(source, piece)
             self._arithmetic.add(self._reader.buffer.view(dtype, count))
         return self._arithmetic.total()
 
@@ -228,12 +235,11 @@ class Worker:
             return
         tensor, reals = piece.tensor, formula.reals
         for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
-            self._reader.read(source, piece.start, piece.stop)
+            self._read(source, piece)
             found = self._reader.buffer.view(dtype, values.numel()).to(torch.float64)
             bad = ~torch.isfinite(found)
             if bad.any():
-                at = torch.tensor(piece.start + int(bad.nonzero()[0]) // reals)
-                index = [int(i) for i in torch.unravel_index(at, tensor.shape)] if tensor.shape else []
+                index = _index(piece, int(bad.nonzero()[0]) // reals)
                 raise NumericsError(
                     f"{source.spec.storage.path}: '{tensor.name}' holds {_word(found[bad][0].item())} at {index}. "
                     "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
@@ -246,6 +252,15 @@ class Worker:
                 else "Are these the right files?"
             )
         )
+
+
+def _index(piece: Part, at: int) -> list[int]:
+    """Return the index, in its tensor, of an element of a piece."""
+    tile = piece.tile or Tile((0,) * len(piece.tensor.shape), piece.tensor.shape)
+    if not tile.sizes:
+        return []
+    place = torch.unravel_index(torch.tensor(at if piece.tile else piece.start + at), tile.sizes)
+    return [low + int(i) for low, i in zip(tile.low, place, strict=True)]
 
 
 def _overflow(dtype: torch.dtype) -> float:

@@ -144,6 +144,11 @@ class OutTensor:
         for spec, _ in self.places:  # a chunked one is not contiguous
             if not spec.contiguous or spec.swapped:
                 return None
+        return self.formula
+
+    @property
+    def formula(self) -> SumKind:
+        """How its elements are computed, wherever they stand; it has terms."""
         checked = self.finite and self.dtype.averaged
         return _sum_kind(self.dtypes, self.coefficients, self.dtype, self.copied, checked)
 

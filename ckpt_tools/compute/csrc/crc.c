@@ -73,3 +73,27 @@ uint32_t checksum(uint32_t crc, const void *data, size_t n) {
     return ~crc_by_table(crc, p, n);
 }
 
+
+/* ---- polynomials over GF(2), modulo that of zip; the highest bit of a number is x^0 ---- */
+
+static uint32_t multiply(uint32_t a, uint32_t b) {
+    uint32_t product = 0;
+    for (uint32_t bit = (uint32_t)1 << 31; bit; bit >>= 1) {
+        product ^= a & bit ? b : 0;
+        b = b >> 1 ^ (b & 1 ? 0xedb88320u : 0);
+    }
+    return product;
+}
+
+uint32_t crc_shift(uint32_t crc, uint64_t nbytes) {
+    static _Thread_local uint64_t last;
+    static _Thread_local uint32_t power = (uint32_t)1 << 31; /* x^(8 * last): rows are as far apart as the last ones */
+    if (!crc) return 0;
+    if (nbytes != last) {
+        uint32_t square = (uint32_t)1 << 23; /* x^8 */
+        power = (uint32_t)1 << 31;
+        for (last = nbytes; nbytes; nbytes >>= 1, square = multiply(square, square))
+            if (nbytes & 1) power = multiply(square, power);
+    }
+    return multiply(power, crc);
+}

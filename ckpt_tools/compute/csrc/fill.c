@@ -18,10 +18,39 @@ static size_t block_of(const Formula *f) {
     return READ / (f->widest < 2 ? 2 : f->widest) / f->out->reals;
 }
 
-/* Sum elements [done, done + n) of a slice: from the files to TO. X has room for a block of four terms, SUM for its
-   sums and, if anchored, the first values. */
-static Result sum_block(const Formula *f, const Place *in, size_t done, size_t n, char *x, double *sum, void *to,
-                        int *bad) {
+/* A box of a tile, as large as a block. */
+typedef struct {
+    Tile box;
+    int64_t begin[AXES], sizes[AXES]; /* in the tile */
+    int64_t packed[AXES]; /* strides of the block in memory: the order of the first term, in which it is summed */
+    char *spare;          /* for a term that has another order */
+} Block;
+
+static int64_t inner_product(size_t n, const int64_t *a, const int64_t *b) {
+    int64_t sum = 0;
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* Read elements [done, done + n) of a term of a slice, or a block of a tile. */
+static Status read_term(const Block *block, size_t term, Place in, size_t item, size_t done, size_t n, char *to) {
+    if (!block) return read_all(in.fd, to, n * item, in.offset + (int64_t)(done * item));
+    size_t axes = block->box.axes;
+    const int64_t *strides = block->box.strides + (1 + term) * axes;
+    int64_t packed[AXES];
+    pack_strides(&block->box, strides, packed);
+    in.offset += inner_product(axes, block->begin, strides) * (int64_t)item;
+    if (memcmp(packed, block->packed, axes * sizeof *packed) == 0)
+        return read_tile(&block->box, strides, in, item, to);
+    Status status = read_tile(&block->box, strides, in, item, block->spare);
+    if (status == DONE) permute(&block->box, item, packed, block->packed, block->spare, to);
+    return status;
+}
+
+/* Sum elements [done, done + n) of a slice, or a block of N elements of a tile, from the files to TO. X has room for four
+   terms, SUM for their sums and, if anchored, the first values. */
+static Result sum_block(const Formula *f, const Block *block, const Place *in, size_t done, size_t n, char *x,
+                        double *sum, void *to, int *bad) {
     size_t reals = n * f->out->reals;
     double *first = sum + reals;
     for (size_t t = 0; t < f->count;) {
@@ -30,7 +59,7 @@ static Result sum_block(const Formula *f, const Place *in, size_t done, size_t n
         Terms terms = {.count = 0};
         for (; terms.count < (f->anchored ? 1 : 4) && t < f->count && f->terms[t].dtype == dtype; t++, terms.count++) {
             char *term = x + (size_t)terms.count * READ;
-            Status status = read_all(in[t].fd, term, n * item, in[t].offset + (int64_t)(done * item));
+            Status status = read_term(block, t, in[t], item, done, n, term);
             if (status != DONE) return failed(status, 0, t);
             terms.x[terms.count] = term;
             terms.c[terms.count] = f->terms[t].coefficient;
@@ -51,8 +80,9 @@ static int refused(const Formula *f, const void *x, size_t n) {
     return f->checked && nonfinite(f->out->code, x, n * f->out->reals);
 }
 
-static Result copy_block(const Formula *f, const Place *in, size_t done, size_t n, void *to, int *bad) {
-    Status status = read_all(in->fd, to, n * f->item, in->offset + (int64_t)(done * f->item));
+static Result copy_block(const Formula *f, const Block *block, const Place *in, size_t done, size_t n, void *to,
+                         int *bad) {
+    Status status = read_term(block, 0, *in, f->item, done, n, to);
     *bad = status == DONE && refused(f, to, n);
     return failed(status, 0, 0);
 }
@@ -70,8 +100,8 @@ Result fill_large(const Formula *f, size_t n, const Place *out, const Place *in,
         for (filled = 0; filled < stop;) {
             size_t next = stop - filled < block ? stop - filled : block;
             char *to = window + filled * f->item;
-            Result result = f->copied ? copy_block(f, in, done + filled, next, to, bad)
-                                      : sum_block(f, in, done + filled, next, x, sum, to, bad);
+            Result result = f->copied ? copy_block(f, NULL, in, done + filled, next, to, bad)
+                                      : sum_block(f, NULL, in, done + filled, next, x, sum, to, bad);
             if (result.status != DONE || *bad) return result;
             if (wants_crc) *crc = checksum(*crc, to, next * f->item);
             filled += next;
@@ -136,4 +166,53 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *rows, char *sc
         at += n;
     }
     return failed(DONE, 0, 0);
+}
+
+size_t largest_tile(const Formula *f, int one_order) {
+    size_t most = TILE / f->item, block = block_of(f);
+    return one_order || block > most ? most : block;
+}
+
+/* Choose the sizes of a tile's blocks of at most MOST elements: whole along the inner axes of the order that strides are
+   given for. */
+static void choose_block(const Tile *tile, const int64_t *packed, size_t most, int64_t *sizes) {
+    for (size_t a = 0; a < tile->axes; a++) sizes[a] = 1;
+    for (int64_t inner = 1, size; most > 1 && inner < (int64_t)tile_elements(tile); inner *= size) {
+        size_t a = 0;
+        while (packed[a] != inner || tile->sizes[a] == 1) a++;
+        size = tile->sizes[a];
+        sizes[a] = size < (int64_t)most ? size : (int64_t)most;
+        most /= (size_t)size;
+    }
+}
+
+Result fill_tile(const Formula *f, const Tile *tile, const Place *out, const Place *in, char *scratch, int wants_crc,
+                 uint32_t *crc, int *bad) {
+    char *x = scratch, *summed = scratch + 9 * READ, *written = summed + 4 * READ;
+    double *sum = (double *)(scratch + 4 * READ);
+    int64_t order[AXES], target[AXES], whole[AXES];
+    Block block = {.box = {tile->axes, block.sizes, tile->strides}, .spare = scratch + 8 * READ};
+    pack_strides(tile, tile->strides, target);
+    pack_strides(tile, tile->strides + tile->axes, order);
+    choose_block(tile, order, block_of(f), whole);
+    *crc = 0, *bad = 0;
+    for (size_t a = 0; a < tile->axes;) { /* counts BEGIN up to the end of the tile */
+        for (a = 0; a < tile->axes; a++) {
+            int64_t left = tile->sizes[a] - block.begin[a];
+            block.sizes[a] = left < whole[a] ? left : whole[a];
+        }
+        size_t n = tile_elements(&block.box);
+        pack_strides(&block.box, tile->strides + tile->axes, block.packed);
+        Result result = f->copied ? copy_block(f, &block, in, 0, n, summed, bad)
+                                  : sum_block(f, &block, in, 0, n, x, sum, summed, bad);
+        if (result.status != DONE || *bad) return result;
+        permute(&block.box, f->item, block.packed, target, summed,
+                written + inner_product(tile->axes, block.begin, target) * (int64_t)f->item);
+        for (a = 0; a < tile->axes; a++) {
+            block.begin[a] += whole[a];
+            if (block.begin[a] < tile->sizes[a]) break;
+            block.begin[a] = 0;
+        }
+    }
+    return failed(write_tile(tile, tile->strides, *out, f->item, written, wants_crc, crc), 0, 0);
 }

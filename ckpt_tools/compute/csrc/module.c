@@ -147,9 +147,52 @@ static PyObject *formula_pack(PyObject *self, PyObject *args) {
     return result;
 }
 
+PyDoc_STRVAR(fill_tile_doc, "fill_tile(sizes, strides, places, scratch, wants_crc)\n\nSum a tile from the inputs to the output; see _native.pyi.");
+
+static PyObject *formula_fill_tile(PyObject *self, PyObject *args) {
+    const Formula *f = ((FormulaObject *)self)->formula;
+    Py_buffer sizes, strides, places, scratch;
+    int wants_crc, bad = 0, one_order = 1;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*p", &sizes, &strides, &places, &scratch, &wants_crc)) return NULL;
+    PyObject *result = NULL;
+    Tile tile = {(size_t)sizes.len / sizeof(int64_t), sizes.buf, strides.buf};
+    char *memory = scratch_of(&scratch, TILE_SCRATCH - 64);
+    int sound = tile.axes <= AXES && (size_t)strides.len == (1 + f->count) * tile.axes * sizeof(int64_t) &&
+                (size_t)places.len == (1 + f->count) * sizeof(Place);
+    size_t n = 1, most = TILE / f->item;
+    for (size_t a = 0; sound && a < tile.axes; a++) {
+        sound = tile.sizes[a] > 0 && (size_t)tile.sizes[a] <= most / n;
+        n *= sound ? (size_t)tile.sizes[a] : 1;
+    }
+    int64_t first[AXES], packed[AXES];
+    for (size_t t = 0; sound && t < f->count; t++) {
+        pack_strides(&tile, tile.strides + (1 + t) * tile.axes, t ? packed : first);
+        if (t && memcmp(first, packed, tile.axes * sizeof *first)) one_order = 0;
+    }
+    if (memory && sound && n <= largest_tile(f, one_order)) {
+        const Place *all = places.buf;
+        Result done;
+        uint32_t crc;
+        Py_BEGIN_ALLOW_THREADS
+        done = fill_tile(f, &tile, all, all + 1, memory, wants_crc, &crc, &bad);
+        Py_END_ALLOW_THREADS
+        result = Py_BuildValue("(NkO)", failure_of(done), (unsigned long)crc, bad ? Py_True : Py_False);
+    } else if (memory) PyErr_SetString(PyExc_ValueError, "_native: a tile that does not fit the formula");
+    PyBuffer_Release(&sizes), PyBuffer_Release(&strides), PyBuffer_Release(&places), PyBuffer_Release(&scratch);
+    return result;
+}
+
+PyDoc_STRVAR(largest_tile_doc, "largest_tile(one_order)\n\nReturn the number of elements that a tile may have; see _native.pyi.");
+
+static PyObject *formula_largest_tile(PyObject *self, PyObject *one_order) {
+    return PyLong_FromSize_t(largest_tile(((FormulaObject *)self)->formula, one_order == Py_True));
+}
+
 static PyMethodDef formula_methods[] = {
     {"fill", formula_fill, METH_VARARGS, fill_doc},
     {"pack", formula_pack, METH_VARARGS, pack_doc},
+    {"fill_tile", formula_fill_tile, METH_VARARGS, fill_tile_doc},
+    {"largest_tile", formula_largest_tile, METH_O, largest_tile_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -222,6 +265,7 @@ PyMODINIT_FUNC PyInit__native(void) {
     PyObject *module = PyModule_Create(&definition);
     if (module && (PyModule_AddIntMacro(module, NOT_READ) < 0 || PyModule_AddIntMacro(module, ENDS_EARLY) < 0 ||
                    PyModule_AddIntMacro(module, NOT_WRITTEN) < 0 || PyModule_AddIntMacro(module, SCRATCH) < 0 ||
+                   PyModule_AddIntMacro(module, TILE_SCRATCH) < 0 || PyModule_AddIntMacro(module, AXES) < 0 ||
                    add_object(module, "LIMITS", limits()) < 0 ||
                    add_object(module, "Formula", PyType_FromSpec(&formula_spec)) < 0))
         Py_CLEAR(module);

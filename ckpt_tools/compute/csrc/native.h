@@ -17,6 +17,9 @@
 #define WINDOW (512 << 10) /* bytes of a large slice written in one call, up to a multiple of it in the file: the page
                               cache has large folios for them */
 #define SCRATCH (3 << 19) /* bytes that a thread provides */
+#define TILE (4 << 20)    /* bytes of the results of a tile: rows of two pages, if there are as many columns */
+#define TILE_SCRATCH (13 * READ + TILE + 64) /* bytes that a thread provides for tiles */
+#define AXES 16           /* of a tile, at most */
 
 /* ---- dtypes ---- */
 
@@ -79,6 +82,9 @@ void crc_init(void);
 /* Continue a checksum (0 at the start) over more bytes. */
 uint32_t checksum(uint32_t crc, const void *data, size_t n);
 
+/* Return the part of a checksum of A + B that is due to A, from that of A and the number of bytes in B. */
+uint32_t crc_shift(uint32_t crc, uint64_t nbytes);
+
 /* ---- io.c: files ---- */
 
 typedef enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN } Status;
@@ -88,6 +94,34 @@ Status write_all(int64_t fd, const void *from, size_t n, int64_t offset);
 
 /* Start to write bytes of a file to the disk, without waiting; 0 bytes: up to its end. */
 void start_disk(int fd, int64_t offset, int64_t nbytes);
+
+/* ---- tile.c: boxes of a tensor, from the order of one storage to that of another ---- */
+
+typedef struct {
+    int64_t fd, offset;
+} Place;
+
+typedef struct {
+    size_t axes;
+    const int64_t *sizes;   /* of each axis */
+    const int64_t *strides; /* in elements, of each axis: in the output, then in each term */
+} Tile;
+
+size_t tile_elements(const Tile *tile);
+
+/* Find the strides of a tile that has nothing but its elements, in the order of a storage with these strides. */
+void pack_strides(const Tile *tile, const int64_t *strides, int64_t *packed);
+
+/* Read a tile in the order of the storage. */
+Status read_tile(const Tile *tile, const int64_t *strides, Place in, size_t item, char *to);
+
+/* Write a tile in the order of the storage. CRC: what it contributes to the checksum of all bytes up to its end. */
+Status write_tile(const Tile *tile, const int64_t *strides, Place out, size_t item, const char *from, int wants_crc,
+                  uint32_t *crc);
+
+/* Copy a tile from one order to another. */
+void permute(const Tile *tile, size_t item, const int64_t *from_strides, const int64_t *to_strides, const char *from,
+             char *to);
 
 /* ---- fill.c: weighted sums from files to files ---- */
 
@@ -109,10 +143,6 @@ typedef struct {
 } Formula; /* one for all tensors that are summed alike */
 
 typedef struct {
-    int64_t fd, offset;
-} Place;
-
-typedef struct {
     Status status;
     size_t slice, term; /* where it failed */
     int reason;         /* errno */
@@ -127,5 +157,13 @@ Result fill_large(const Formula *formula, size_t n, const Place *out, const Plac
    elements and then a Place for each term; CRCS and BAD have one entry for each. */
 Result fill_small(const Formula *formula, size_t slices, const int64_t *rows, char *scratch, int wants_crc,
                   char *packed, uint32_t *crcs, unsigned char *bad);
+
+/* Sum a tile from the inputs IN, one a term, to a place in the output. Unless the terms have one order, the tile must
+   fit into a block. CRC: as of write_tile. */
+Result fill_tile(const Formula *formula, const Tile *tile, const Place *out, const Place *in, char *scratch,
+                 int wants_crc, uint32_t *crc, int *bad);
+
+/* Return the number of elements that a tile may have; FALSE for terms of several orders. */
+size_t largest_tile(const Formula *formula, int one_order);
 
 #endif

@@ -145,7 +145,7 @@ class Lane:
         while waiting and not self._stop.is_set():
             batch = waiting.popleft()
             kind = batch.kind
-            if self._memory is None or kind is None or not fits(kind):
+            if self._memory is None or kind is None or batch.parts[0].tile is not None or not fits(kind):
                 left.append(batch)
                 continue
             formula = Formula.of(kind.dtypes, kind.coefficients, kind.out)
