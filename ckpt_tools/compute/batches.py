@@ -32,6 +32,26 @@ class OutFile:
     fd: int
 
 
+@dataclass(slots=True)
+class Band:
+    """Adjacent bytes of the output to which several tiles write, row by row.
+
+    Zeros are written to it first, for the page cache keeps bytes that come row by row in small folios, which cost more.
+    The disk starts with it when all tiles are done, for a page under way to the disk cannot be written to.
+
+    Attributes:
+        position: of its first byte in the file.
+        nbytes: its length.
+        missing: elements not written yet.
+        cleared: the zeros are written.
+    """
+
+    position: int
+    nbytes: int
+    missing: int
+    cleared: bool = False
+
+
 class Part(NamedTuple):
     """Elements [start, stop) of a tensor, in C order; or a tile of it, which begins and ends there.
 
@@ -41,6 +61,7 @@ class Part(NamedTuple):
         offset: of the whole tensor in that file, in bytes.
         start, stop: in elements.
         tile: None for all elements from start to stop.
+        band: of the tile, if there are others in it.
     """
 
     out: OutFile
@@ -49,6 +70,7 @@ class Part(NamedTuple):
     start: int
     stop: int
     tile: Tile | None = None
+    band: Band | None = None
 
     @property
     def numel(self) -> int:
@@ -181,8 +203,9 @@ def cut(
                     continue
                 swapped = any(spec.swapped for spec, _ in tensor.places)
                 numel = other if tile is None or swapped else tile(tensor.formula, one_order(tensor))
-                for each in tiles(tensor.shape, orders, numel):
-                    yield Batch(None if swapped else tensor.formula, (tile_part(out, tensor, offset, each),))
+                parts = [tile_part(out, tensor, offset, each) for each in tiles(tensor.shape, orders, numel)]
+                for part in _in_bands(parts):
+                    yield Batch(None if swapped else tensor.formula, (part,))
                 continue
             gathered = kinds.get(kind)
             if gathered is None:
@@ -216,6 +239,21 @@ def tile_part(out: OutFile, tensor: OutTensor, offset: int, tile: Tile) -> Part:
     return Part(out, tensor, offset, tile.begin(strides), tile.last(strides) + 1, tile)
 
 
+def _in_bands(parts: Sequence[Part]) -> Iterator[Part]:
+    """Yield the tiles of a tensor; those that write to the same bytes with their band."""
+    begin = 0
+    while begin < len(parts):
+        stop, end = begin, parts[begin].stop
+        while stop < len(parts) and parts[stop].start < end:
+            end = max(end, parts[stop].stop)
+            stop += 1
+        own = parts[begin:stop]
+        item, missing = own[0].tensor.dtype.itemsize, sum([part.numel for part in own])
+        band = Band(own[0].position, (end - own[0].start) * item, missing) if len(own) > 1 else None
+        yield from [part._replace(band=band) for part in own]
+        begin = stop
+
+
 def divided(part: Part, numel: int) -> Iterator[Part]:
     """Yield parts of a part, of at most so many elements."""
     if part.tile is None:
@@ -225,7 +263,7 @@ def divided(part: Part, numel: int) -> Iterator[Part]:
         yield part
     else:
         for tile in cut_tile(part.tile, orders_of(part.tensor) or [], numel):
-            yield tile_part(part.out, part.tensor, part.offset, tile)
+            yield tile_part(part.out, part.tensor, part.offset, tile)._replace(band=part.band)
 
 
 def _pieces(out: OutFile, tensor: OutTensor, offset: int, kind: SumKind | None, size: int) -> Iterator[Batch]:

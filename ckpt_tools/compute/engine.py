@@ -14,9 +14,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain, cycle, groupby
+from itertools import chain, groupby
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -26,17 +26,18 @@ from ..storage.source import Stamp
 from ..storage.staged import reserve, write_at
 from ..tensors import c_strides
 from . import native
-from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut, divided, orders_of
+from .batches import MEMORY, PIECE, Band, Batch, OutFile, Part, apart, cut, divided, orders_of
 from .crc32 import combine
+from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
-from .threads import default_threads, in_threads
+from .threads import in_threads
 from .tiles import Tile, rows
 
 if TYPE_CHECKING:
-    from .gpu.lanes import Lane, Size
     from .torch_sums import Recipe, Worker
 
 
+_ZEROS = 512 << 10  # bytes of one write
 _WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up: a millisecond of its time
 
 
@@ -59,8 +60,8 @@ def memory_needed(
     each = native.MEMORY if all(native.knows(kind) for kind, _ in kinds) else MEMORY
     if tiled:
         each = max(each, native.MEMORY + native.TILE_SCRATCH if all(map(_tiled_by_native, tiled)) else MEMORY)
-    size = _size(tensors, threads, devices, gpu_memory)
-    return _workers(threads, devices) * (each + (size.on_host if size else 0))
+    gpus = Accelerator(tensors, threads, devices, gpu_memory)
+    return gpus.threads * (each + gpus.host_memory)
 
 
 def run(
@@ -99,20 +100,21 @@ def run(
         places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
         # By identity first: twins share one tuple of all their files. The dict keeps the others alive, and so apart.
         files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
-        size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
+        tensors = (tensor for out in outputs for tensor, _ in out.plan.slots)
+        gpus = Accelerator(tensors, threads, devices, gpu_memory)
         other = piece or PIECE
 
         def tile(kind: SumKind, one_order: bool) -> int:
             largest = native.largest_tile(kind, one_order) if native.knows(kind) else other
             return min(largest, piece or largest)
 
-        each = piece or (size.reals if size else native.PIECE)
+        each = piece or gpus.elements or native.PIECE
         batches = list(cut(outputs, piece=each, other=other, tile=tile))
-        job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
+        job = _Job(batches, files, piece or PIECE, allow_nonfinite, gpus, torch_settings)
         with job.disk.at_work(job.stop):
             in_threads(
                 lambda: _work(job),
-                _workers(threads, devices),
+                gpus.threads,
                 job.stop,
                 on_tick=None if on_progress is None else lambda: on_progress(job.moved),
             )
@@ -139,8 +141,11 @@ class _Disk:
 
     def written(self, part: Part) -> None:
         fd, position, nbytes = part.out.fd, part.position, part.nbytes
-        if part.numel < part.stop - part.start:  # the next tile writes to the same pages: it would wait for the disk
-            return
+        if part.band is not None:
+            part.band.missing -= part.numel
+            if part.band.missing:
+                return
+            position, nbytes = part.band.position, part.band.nbytes
         if nbytes < _WORTH_STARTING:
             self._small[fd] += nbytes
             if self._small[fd] < 4 * _WORTH_STARTING:
@@ -174,8 +179,7 @@ class _Job:
     files: OpenFiles
     piece: int  # elements that torch handles at a time
     allow_nonfinite: bool
-    size: Size | None  # of a lane on a device
-    devices: Sequence[str]
+    gpus: Accelerator
     torch_settings: ExitStack
     moved: int = 0  # bytes read and written
     headed: set[tuple[int, int]] = field(default_factory=set)  # files, and slots whose heads are written
@@ -184,18 +188,20 @@ class _Job:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _uses_torch: bool = False
     _waiting: Iterator[Batch] = field(init=False)
-    _turn: Iterator[str] = field(init=False)
     # By tensor and end, in bytes: the CRC-32 of a part; of a tile, what it adds to that of all bytes up to its end.
     _crcs: dict[OutTensor, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting = iter(self.batches)
-        self._turn = cycle(self.devices)
 
     def next_batch(self) -> Batch | None:
         """Hand out the next batch; None when there is none, or when the job is stopped."""
         with self._lock:
-            return None if self.stop.is_set() else next(self._waiting, None)
+            batch = None if self.stop.is_set() else next(self._waiting, None)
+            band = batch.parts[0].band if batch is not None else None
+            if batch is not None and band is not None and not band.cleared:
+                _clear(batch.parts[0].out, band)
+            return batch
 
     def use_torch(self) -> None:
         """Let torch, from now to the end of the run, compute in the thread that asks; most jobs have no need of it."""
@@ -205,18 +211,6 @@ class _Job:
 
                 self.torch_settings.enter_context(one_thread_each())
                 self._uses_torch = True
-
-    def lane(self) -> AbstractContextManager[Lane | None]:
-        """Open a lane for one thread, on one device after the other; None where the CPU does it all."""
-        if self.size is None:
-            return nullcontext()
-        from .gpu.lanes import Lane
-        from .gpu.streams import opened
-
-        self.use_torch()
-        with self._lock:
-            name = next(self._turn)
-        return Lane(opened(name), self.size, self.files, self.done, self.stop)
 
     def done(self, part: Part, crc: int) -> None:
         self.all_done([(part, crc)])
@@ -238,14 +232,23 @@ class _Job:
         return total
 
 
+def _clear(out: OutFile, band: Band) -> None:
+    """Write zeros to a band, in long pieces."""
+    zeros = memoryview(bytes(min(_ZEROS, band.nbytes)))
+    end = band.position + band.nbytes
+    for position in range(band.position, end, _ZEROS):
+        write_at(out.fd, zeros[: end - position], position, out.plan.name)
+    band.cleared = True
+
+
 def _work(job: _Job) -> None:
     try:
         cpu = _Cpu(job)
-        with job.lane() as lane:
+        with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
             while (batch := job.next_batch()) is not None:
-                for left in [batch] if lane is None else lane.fill(batch):
+                for left in gpu.fill(batch):
                     cpu.fill(left)
-            for left in [] if lane is None else lane.finish():
+            for left in gpu.finish():
                 cpu.fill(left)
     except BaseException:
         job.stop.set()
@@ -365,17 +368,3 @@ def _tiled_by_native(tensor: OutTensor) -> bool:
     swapped = any(spec.swapped for spec, _ in tensor.places)
     fits = not swapped and native.knows(tensor.formula, len(tensor.shape))
     return fits and orders_of(tensor) is not None
-
-
-def _workers(threads: int | None, devices: Sequence[str]) -> int:
-    """Count the threads of a job: no device goes without one."""
-    return max(default_threads() if threads is None else threads, len(devices))
-
-
-def _size(tensors: Iterable[OutTensor], threads: int | None, devices: Sequence[str], gpu_memory: int) -> Size | None:
-    """Choose what the lane of a thread holds; None where there is no device, or nothing for it to do."""
-    if not devices:
-        return None
-    from .gpu.lanes import sized  # imports torch
-
-    return sized(tensors, -(-_workers(threads, devices) // len(devices)), gpu_memory)

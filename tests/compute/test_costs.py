@@ -149,7 +149,7 @@ def test_transposed_tensors_are_read_once_in_long_rows_without_torch(tmp_path: P
     found = cost(function, source, out=tmp_path / "out.safetensors", **options)
     inputs = sum(map(payload, paths))
     assert inputs * 0.99 < found.read < inputs * 1.04
-    assert payload(paths[0]) * 0.99 < found.written < payload(paths[0]) * 1.01
+    assert payload(paths[0]) * 1.99 < found.written < payload(paths[0]) * 2.01  # zeros first
     assert found.reads < 7000 * files  # 6 tiles of 1,024 rows; element by element it would be 6 million
     assert found.writes < 7000
     assert found.memory < 14e6

@@ -39,7 +39,7 @@ _ALIGNED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class ChunkSize:
     """What a lane holds.
 
     Attributes:
@@ -64,8 +64,8 @@ class Size:
         return self.reals * (RING * self.read + RESULTS * self.written)
 
     @property
-    def half(self) -> Size:
-        return Size(self.reals // 2, self.read, self.written)
+    def half(self) -> ChunkSize:
+        return ChunkSize(self.reals // 2, self.read, self.written)
 
 
 def fits(kind: SumKind | None) -> bool:
@@ -73,7 +73,7 @@ def fits(kind: SumKind | None) -> bool:
     return kind is not None and not kind.copied and kind.out.averaged and all(d.averaged for d in kind.dtypes)
 
 
-def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
+def choose_chunk(tensors: Iterable[OutTensor], pipelines: int, memory: int) -> ChunkSize | None:
     """Choose what each of some lanes on one device holds; None if they have nothing to do.
 
     Args:
@@ -88,20 +88,20 @@ def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
     if not kinds:
         return None
     read = max(real_dtype(dtype).itemsize for kind in kinds for dtype in kind.dtypes)
-    size = Size(MOST, read, max(real_dtype(kind.out).itemsize for kind in kinds))
+    size = ChunkSize(MOST, read, max(real_dtype(kind.out).itemsize for kind in kinds))
     while size.reals >= LEAST:
-        if size.on_device * lanes <= memory:
+        if size.on_device * pipelines <= memory:
             return size
         size = size.half
-    least = Size(LEAST, size.read, size.written).on_device * lanes
+    least = ChunkSize(LEAST, size.read, size.written).on_device * pipelines
     raise UsageError(
-        f"--gpu-memory {memory}: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
+        f"--gpu-memory {memory}: {pipelines} thread{'s need' if pipelines > 1 else ' needs'} at least "
         f"{-(-least // 10**6)}MB on a GPU. "
         "Give more, or fewer --threads."
     )
 
 
-class Lane:
+class StagingPipeline:
     """What one thread holds on one device; a context manager.
 
     Args:
@@ -113,15 +113,20 @@ class Lane:
     """
 
     def __init__(
-        self, device: Device, size: Size, files: OpenFiles, done: Callable[[Part, int], None], stop: threading.Event
+        self,
+        device: Device,
+        size: ChunkSize,
+        files: OpenFiles,
+        done: Callable[[Part, int], None],
+        stop: threading.Event,
     ) -> None:
         self._device, self._files, self._done, self._stop = device, files, done, stop
         self._in, self._sum, self._out = device.stream(), device.stream(), device.stream()
-        self._size: Size = size
+        self._size: ChunkSize = size
         self._memory: _Memory | None = None
         self._under_way: deque[tuple[Batch, float, _Result]] = deque()  # loads handed to the device, with their limits
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> StagingPipeline:
         self._take()
         return self
 
@@ -267,7 +272,7 @@ def take(parts: Sequence[Part], elements: int) -> tuple[tuple[Part, ...], tuple[
 class _Memory:
     """All that a lane takes: one block on the device, for allocators round up, and buffers of the host."""
 
-    def __init__(self, device: Device, size: Size) -> None:
+    def __init__(self, device: Device, size: ChunkSize) -> None:
         block = _Block(device.empty(size.on_device))
         self.arithmetic = Arithmetic(block.cut, size.reals)
         slots = [_Slot(device, block.cut(size.reals * size.read).memory) for _ in range(RING)]
