@@ -1,7 +1,7 @@
-"""Sums by torch: any dtype, any strides, in pieces that stay in a core's cache.
+"""Sums by torch: any dtype, any strides, in slices that stay in a core's cache.
 
 Multiplication and addition are separate operations of torch, so that no fused multiply-add can
-make an element depend on where a piece begins or on which device it is computed.
+make an element depend on where a slice begins or on which device it is computed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
 from ..storage.opened import OpenFiles
 from ..tensors import DType, Kind
-from .batches import Part
 from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 from .tiles import Tile
+from .work_units import Slice
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
@@ -30,7 +30,7 @@ _DISCARDED = (1 << 40) - 1
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Let torch compute in the thread that asks, for ours are the parallelism."""
+    """Let torch compute in the calling thread alone: the job has threads of its own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -40,7 +40,7 @@ def one_thread_each() -> Iterator[None]:
 
 
 class Formula(NamedTuple):
-    """How a weighted sum is computed, wherever its elements stand.
+    """How torch computes a weighted sum.
 
     Attributes:
         terms: (real dtype, coefficient), in the order of summation.
@@ -67,12 +67,12 @@ class Formula(NamedTuple):
 
 
 class Recipe:
-    """What the pieces of one tensor have in common.
+    """How to compute the slices of one tensor.
 
     Attributes:
         sources: where to read each term.
-        checked: NaN and infinity in it are refused.
-        formula: None for what is only copied, unseen: torch need not know its dtype.
+        checked: NaN and infinity are refused.
+        formula: None if bytes are copied and not looked at: torch need not know the dtype.
     """
 
     __slots__ = ("checked", "formula", "sources")
@@ -179,67 +179,67 @@ class Arithmetic:
 class Worker:
     """One thread's buffers, and sums in them from file to bytes."""
 
-    def __init__(self, piece: int, *, allow_nonfinite: bool) -> None:
+    def __init__(self, numel: int, *, allow_nonfinite: bool) -> None:
         # A complex element is two reals, hence twice the length.
-        self._reader = Reader(16 * piece)
-        self._arithmetic = Arithmetic(Buffer, 2 * piece)
+        self._reader = Reader(16 * numel)
+        self._arithmetic = Arithmetic(Buffer, 2 * numel)
         self._allow_nonfinite = allow_nonfinite
 
-    def compute(self, piece: Part, recipe: Recipe) -> memoryview:
-        """Return the bytes to write for a piece of at most `PIECE` elements; the next call overwrites them.
+    def compute(self, slice_: Slice, recipe: Recipe) -> memoryview:
+        """Return the bytes to write for a slice of at most `numel` elements; the next call overwrites them.
 
         Raises:
             NumericsError: an input is not finite, or the result overflows.
             ReadError: an input cannot be read.
         """
         formula, buffer = recipe.formula, self._reader.buffer
-        if piece.tensor.copied or formula is None:
-            self._read(recipe.sources[0], piece)
+        if slice_.tensor.copied or formula is None:
+            self._read(recipe.sources[0], slice_)
             if formula is not None and recipe.checked and not self._allow_nonfinite:
-                values = buffer.view(formula.real, piece.numel * formula.reals)
+                values = buffer.view(formula.real, slice_.numel * formula.reals)
                 whole = values.dtype in _FULL_RANGE
-                self._check(piece, recipe, formula, values if whole else self._arithmetic.as_single(values))
-            return buffer.bytes[: piece.nbytes]
-        total = self._add_up(piece, recipe, formula)
+                self._check(slice_, recipe, formula, values if whole else self._arithmetic.as_single(values))
+            return buffer.bytes[: slice_.nbytes]
+        total = self._add_up(slice_, recipe, formula)
         if formula.anchored:
             finite = torch.isfinite(total)
             if not finite.all():
                 # The difference of two infinities is none, and that of two large numbers may overflow.
                 kept = total.clone()
-                total = self._add_up(piece, recipe, formula._replace(anchored=False))
+                total = self._add_up(slice_, recipe, formula._replace(anchored=False))
                 total.copy_(torch.where(finite, kept, total))
         # All terms have been read, so the reader's buffer is free for the result.
         telling = self._arithmetic.round(total, buffer.view(formula.real, total.numel()))
         if not self._allow_nonfinite:
-            self._check(piece, recipe, formula, telling)
-        return buffer.bytes[: piece.nbytes]
+            self._check(slice_, recipe, formula, telling)
+        return buffer.bytes[: slice_.nbytes]
 
-    def _read(self, source: Source, piece: Part) -> None:
-        if piece.tile is None:
-            self._reader.read(source, piece.start, piece.stop)
+    def _read(self, source: Source, slice_: Slice) -> None:
+        if slice_.tile is None:
+            self._reader.read(source, slice_.start, slice_.stop)
         else:
-            self._reader.read_tile(source, piece.tile)
+            self._reader.read_tile(source, slice_.tile)
 
-    def _add_up(self, piece: Part, recipe: Recipe, formula: Formula) -> torch.Tensor:
-        count = piece.numel * formula.reals
+    def _add_up(self, slice_: Slice, recipe: Recipe, formula: Formula) -> torch.Tensor:
+        count = slice_.numel * formula.reals
         self._arithmetic.begin(formula, count)
         for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
-            self._read(source, piece)
+            self._read(source, slice_)
             self._arithmetic.add(self._reader.buffer.view(dtype, count))
         return self._arithmetic.total()
 
-    def _check(self, piece: Part, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
+    def _check(self, slice_: Slice, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
         """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the result."""
         low, high = (value.item() for value in torch.aminmax(values))
         if max(-low, high) < formula.limit:  # false for a NaN
             return
-        tensor, reals = piece.tensor, formula.reals
+        tensor, reals = slice_.tensor, formula.reals
         for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
-            self._read(source, piece)
+            self._read(source, slice_)
             found = self._reader.buffer.view(dtype, values.numel()).to(torch.float64)
             bad = ~torch.isfinite(found)
             if bad.any():
-                index = _index(piece, int(bad.nonzero()[0]) // reals)
+                index = _index(slice_, int(bad.nonzero()[0]) // reals)
                 raise NumericsError(
                     f"{source.spec.storage.path}: '{tensor.name}' holds {_word(found[bad][0].item())} at {index}. "
                     "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
@@ -254,12 +254,12 @@ class Worker:
         )
 
 
-def _index(piece: Part, at: int) -> list[int]:
-    """Return the index, in its tensor, of an element of a piece."""
-    tile = piece.tile or Tile((0,) * len(piece.tensor.shape), piece.tensor.shape)
+def _index(slice_: Slice, at: int) -> list[int]:
+    """Return the index in its tensor of an element of a slice."""
+    tile = slice_.tile or Tile((0,) * len(slice_.tensor.shape), slice_.tensor.shape)
     if not tile.sizes:
         return []
-    place = torch.unravel_index(torch.tensor(at if piece.tile else piece.start + at), tile.sizes)
+    place = torch.unravel_index(torch.tensor(at if slice_.tile else slice_.start + at), tile.sizes)
     return [low + int(i) for low, i in zip(tile.low, place, strict=True)]
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_tools
 from ckpt_tools.compute import native
-from ckpt_tools.compute.batches import SMALL
+from ckpt_tools.compute.work_units import SMALL
 
 Save = Callable[..., Path]
 RELAXED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

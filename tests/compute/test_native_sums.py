@@ -22,7 +22,7 @@ import torch
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
-from ckpt_tools.compute.batches import OutFile
+from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import NumericsError
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec

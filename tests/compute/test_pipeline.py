@@ -26,9 +26,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.batches import OutFile, Part
 from ckpt_tools.compute.gpu import pipeline, streams
 from ckpt_tools.compute.gpu.streams import Cpu
+from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
@@ -126,7 +126,7 @@ def test_a_device_writes_the_bytes_of_the_cpu(
             tensors,
             checksums=checksums,
             threads=data.draw(st.integers(1, 3)),
-            piece=data.draw(st.one_of(st.none(), st.integers(1, 100))),
+            slice_size=data.draw(st.one_of(st.none(), st.integers(1, 100))),
             devices=(device,) * data.draw(st.integers(1, 2)),
             gpu_memory=data.draw(st.sampled_from([20_000, 50_000, 10**6])),
         )
@@ -300,7 +300,7 @@ def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: 
     held: list[StorageWeakRef] = []
     opened: Any = use(monkeypatch, lambda: Exact(10**9, [20]))
     tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(50_000,)]), [0.2] * 5)
-    found = written(tmp_path, tensors, devices=("gpu",), threads=1, piece=10_000, gpu_memory=10**6)
+    found = written(tmp_path, tensors, devices=("gpu",), threads=1, slice_size=10_000, gpu_memory=10**6)
     assert found == written(tmp_path, tensors)
     before, after = opened[0].taken
     assert before == 2 * after - 11 * 256  # half the reals
@@ -376,11 +376,11 @@ def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
     with engine.OpenFiles() as files:
         files.open_all(path for tensor in tensors.values() for spec, _ in tensor.terms for path in spec.paths)
         out = OutFile(safetensors.plan(tensors, metadata={}, name="out"), -1)
-        part = Part(out, tensors["w0"], 0, 0, 100)
+        part = Slice(out, tensors["w0"], 0, 0, 100)
         with pipeline.StagingPipeline(late, size, files, lambda *_: None, stop) as staging:
             stream = late.streams[0]
             monkeypatch.setattr(stream, "wait_event", lambda event: (stop.set(), LateStream.wait_event(stream, event)))
-            assert staging.fill(pipeline.Batch(part.tensor.kind, (part,))) == []
+            assert staging.fill(pipeline.WorkUnit(part.tensor.group_key, (part,))) == []
             assert staging.finish() == []
             assert any(each.waiting for each in late.streams)
     assert not any(each.waiting for each in late.streams)
@@ -405,7 +405,7 @@ def test_a_wait_that_is_left_out_shows_in_the_bytes(
 def test_parts_are_divided_in_order_and_none_is_lost(lengths: list[int], room: int) -> None:
     tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
     out = OutFile(FilePlan("out", 0, (), lambda _: [], needs_crc=False), -1)
-    rest = tuple(Part(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
+    rest = tuple(Slice(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []
     while rest:
         load, rest = pipeline.take(rest, room)

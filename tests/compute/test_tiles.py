@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
-from ckpt_tools.compute.batches import OutFile
 from ckpt_tools.compute.compare import compare
 from ckpt_tools.compute.tiles import Tile, cut_tile, packed_strides, rows, storage_order, storage_orders, tiles
+from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CorruptError, NumericsError
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, Kind, Storage, TensorSpec, c_strides, make_spec
@@ -184,7 +184,10 @@ def test_a_copy_in_any_order_has_the_bytes_of_the_contiguous_tensor(
 ) -> None:
     values = numbers(dtype, shape, seed=math.prod(shape))
     spec = stored(tmp_path / "0", values, data.draw(strides_of(shape)), big_endian=data.draw(st.booleans()))
-    options = {"threads": data.draw(st.integers(1, 3)), "piece": data.draw(st.one_of(st.none(), st.integers(1, 90)))}
+    options = {
+        "threads": data.draw(st.integers(1, 3)),
+        "slice_size": data.draw(st.one_of(st.none(), st.integers(1, 90))),
+    }
     assert written(tmp_path, [(spec, 1.0)], dtype, **options) == raw_bytes(values)
 
 
@@ -209,7 +212,10 @@ def test_a_sum_of_tensors_in_any_order_has_the_bytes_of_the_contiguous_sum(
         swapped = data.draw(st.integers(0, 9)) == 0
         terms.append((stored(tmp_path / f"{i}", values, strides, big_endian=swapped), coefficient))
         plain.append((stored(tmp_path / f"{i}.plain", values, c_strides(shape)), coefficient))
-    options = {"threads": data.draw(st.integers(1, 3)), "piece": data.draw(st.one_of(st.none(), st.integers(1, 90)))}
+    options = {
+        "threads": data.draw(st.integers(1, 3)),
+        "slice_size": data.draw(st.one_of(st.none(), st.integers(1, 90))),
+    }
     assert written(tmp_path, terms, out, **options) == written(tmp_path, plain, out)
 
 
@@ -218,7 +224,7 @@ def test_a_sum_of_tensors_in_any_order_has_the_bytes_of_the_contiguous_sum(
 def test_large_matrices_have_the_bytes_of_the_contiguous_sum(
     tmp_path: Path, way: str, dtype: str, orders: list[tuple[int, int]]
 ) -> None:
-    """Larger than a tile, with sizes that leave a rest; in one piece and in many."""
+    """Larger than a tile, with sizes that leave a rest; in one slice and in many."""
     shape = (1187, 1301)
     terms, plain = [], []
     for i, order in enumerate(orders):
@@ -228,7 +234,7 @@ def test_large_matrices_have_the_bytes_of_the_contiguous_sum(
         plain.append((stored(tmp_path / f"{i}.plain", values, c_strides(shape)), 0.2))
     expected = written(tmp_path, plain, dtype)
     assert written(tmp_path, terms, dtype, threads=2) == expected
-    assert written(tmp_path, terms, dtype, threads=2, piece=77_777) == expected
+    assert written(tmp_path, terms, dtype, threads=2, slice_size=77_777) == expected
 
 
 def test_tiles_are_summed_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +259,10 @@ def test_a_tensor_with_more_axes_than_c_handles_is_left_to_torch(tmp_path: Path,
     assert written(tmp_path, [(spec, 1.0)], "float32") == raw_bytes(values)
 
 
-@pytest.mark.parametrize("piece", [None, 64])
+@pytest.mark.parametrize("slice_size", [None, 64])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "complex64"])
 def test_nan_in_a_tile_is_named_by_its_index_or_let_pass(
-    tmp_path: Path, way: str, dtype: str, piece: int | None
+    tmp_path: Path, way: str, dtype: str, slice_size: int | None
 ) -> None:
     rounds = []
     for strides in ((1, 30), c_strides((30, 40))):
@@ -268,8 +274,8 @@ def test_nan_in_a_tile_is_named_by_its_index_or_let_pass(
             terms.append((stored(tmp_path / f"{i}.pth", values, strides), 0.5))
         for chosen in (terms, [(terms[1][0], 1.0)]):  # summed, and copied
             with pytest.raises(NumericsError, match=r"1\.pth: 'w' holds NaN at \[17, 23\]"):
-                written(tmp_path, chosen, dtype, piece=piece)
-        rounds.append(written(tmp_path, terms, dtype, piece=piece, allow_nonfinite=True))
+                written(tmp_path, chosen, dtype, slice_size=slice_size)
+        rounds.append(written(tmp_path, terms, dtype, slice_size=slice_size, allow_nonfinite=True))
     assert rounds[0] == rounds[1]
 
 
@@ -304,5 +310,5 @@ def test_the_distance_of_tensors_in_any_order_is_that_of_contiguous_ones(
     swapped = data.draw(st.booleans())
     pair = stored(tmp_path / "a", a, one), stored(tmp_path / "b", b, other, big_endian=swapped)
     plain = stored(tmp_path / "a.plain", a, c_strides(shape)), stored(tmp_path / "b.plain", b, c_strides(shape))
-    piece = data.draw(st.integers(1, 500))
-    assert compare([pair], piece=piece, rtol=0.1) == compare([plain], rtol=0.1)
+    slice_size = data.draw(st.integers(1, 500))
+    assert compare([pair], slice_size=slice_size, rtol=0.1) == compare([plain], rtol=0.1)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from ...formats.file_plan import OutTensor
 from ...storage.opened import OpenFiles
-from ..batches import Batch, Part
 from ..threads import default_threads
+from ..work_units import Slice, WorkUnit
 
 if TYPE_CHECKING:
     from .pipeline import ChunkSize
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 class Filler(Protocol):
     """What one thread uses to fill work units on a GPU."""
 
-    def fill(self, batch: Batch) -> Sequence[Batch]:
-        """Fill a batch, perhaps later; return those left to the CPU."""
+    def fill(self, unit: WorkUnit) -> Sequence[WorkUnit]:
+        """Fill a unit, perhaps later; return those left to the CPU."""
 
-    def finish(self) -> Sequence[Batch]:
+    def finish(self) -> Sequence[WorkUnit]:
         """Fill all that is under way; return those left to the CPU."""
 
 
 class _Nobody:
     """Leaves everything to the CPU."""
 
-    def fill(self, batch: Batch) -> Sequence[Batch]:
-        return (batch,)
+    def fill(self, unit: WorkUnit) -> Sequence[WorkUnit]:
+        return (unit,)
 
-    def finish(self) -> Sequence[Batch]:
+    def finish(self) -> Sequence[WorkUnit]:
         return ()
 
 
@@ -74,7 +74,7 @@ class Accelerator:
     def filler(
         self,
         files: OpenFiles,
-        done: Callable[[Part, int], None],
+        done: Callable[[Slice, int], None],
         stop: threading.Event,
         use_torch: Callable[[], None],
     ) -> AbstractContextManager[Filler]:
