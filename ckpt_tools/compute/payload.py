@@ -15,6 +15,7 @@ import torch
 from ..errors import ReadError
 from ..storage.source import OpenFiles, Stamp, read_at
 from ..tensors import ChunkedSpec, DType, TensorSpec, is_dense
+from .tiles import Tile, packed_strides, rows
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -106,10 +107,43 @@ class Reader:
             self._join(source, source.chunks, start, stop)
         else:
             self._gather(source, start, stop)
+        self._swap(source, nbytes)
+        return nbytes
+
+    def read_tile(self, source: Source, tile: Tile) -> int:
+        """Bring a tile of a tensor, in C order and native byte order, to the start of the buffer.
+
+        The tensor has rows (see `storage_order`): each is read in one call.
+
+        Returns:
+            Bytes read.
+
+        Raises:
+            CorruptError: the file ends before them.
+        """
+        strides, item, count = source.spec.stride, source.item, tile.numel
+        packed = packed_strides(tile.sizes, strides)
+        direct = is_dense(tile.sizes, tuple(packed))
+        target = self.buffer if direct else self._second_buffer()
+        row, begins = rows(tile.sizes, strides)
+        first = tile.begin(strides)
+        for at, begin in enumerate(begins):
+            _read(source, first + begin, target.bytes[at * row * item : (at + 1) * row * item])
+        if not direct:
+            found = target.view(_BITS[item], count).as_strided(tile.sizes, packed)
+            self.buffer.view(_BITS[item], count).view(tile.sizes).copy_(found)
+        self._swap(source, count * item)
+        return count * item
+
+    def _second_buffer(self) -> Buffer:
+        if self._gathered is None:
+            self._gathered = Buffer(len(self.buffer.bytes))
+        return self._gathered
+
+    def _swap(self, source: Source, nbytes: int) -> None:
         if source.swapped:
             words = self.buffer.view(torch.uint8, nbytes).view(-1, source.spec.dtype.word)
             words.copy_(words.flip(1))
-        return nbytes
 
     def _gather(self, source: Source, start: int, stop: int) -> None:
         """Collect elements of a view with gaps or permuted strides, box by box."""
@@ -151,10 +185,9 @@ class Reader:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         dense = math.prod(sizes) * 8 >= extent
         if extent * item <= len(self.buffer.bytes) and (dense or extent * item <= _WORTH):
-            if self._gathered is None:
-                self._gathered = Buffer(len(self.buffer.bytes))
-            _read(source, first, self._gathered.bytes[: extent * item])
-            out.copy_(self._gathered.view(_BITS[item], extent).as_strided(sizes, strides))
+            gathered = self._second_buffer()
+            _read(source, first, gathered.bytes[: extent * item])
+            out.copy_(gathered.view(_BITS[item], extent).as_strided(sizes, strides))
             return
         # Too wide, or mostly gaps: halve it where that saves most.
         axis = max(range(len(sizes)), key=lambda i: (sizes[i] - 1) * strides[i])

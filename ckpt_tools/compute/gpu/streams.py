@@ -30,7 +30,7 @@ class Stream(Protocol):
 
 
 class Device(Protocol):
-    """What a lane asks of a device."""
+    """What a pipeline needs of a device."""
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Take memory on the device.
