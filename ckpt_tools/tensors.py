@@ -127,7 +127,7 @@ def parse_dtype(dtype: object) -> DType | None:
     text = str(dtype).removeprefix("torch.")
     name = _ALIASES.get(text, text)
     if name not in FLOAT_DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
+        raise UsageError(f"`dtype` is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
     return DTYPES[name]
 
 

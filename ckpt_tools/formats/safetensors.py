@@ -185,7 +185,7 @@ def plan(
         if tensor.dtype.safetensors is None:
             raise UnsupportedError(
                 f"'{key}' is {tensor.dtype.name}, which safetensors does not have. "
-                "Write a .pth file instead (-o NAME.pth)."
+                "Write a .pth file instead, with `out`."
             )
     entries: dict[str, Any] = {"__metadata__": {**metadata, **aliases}}
     # Large elements first, as the library itself does, so that every tensor is aligned to its own size.

@@ -118,11 +118,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return dict(weight_map)
 
 
-def parse_size(size: str | int, option: str = "--max-shard-size") -> int:
+def parse_size(size: str | int, name: str = "max_shard_size") -> int:
     """Return the bytes in '5GB' (decimal, as Hugging Face counts), '5GiB' or a number.
 
     Args:
-        option: that it was given for; the message names it.
+        name: of the parameter, for the message.
 
     Raises:
         UsageError: no such size, or less than one byte.
@@ -131,7 +131,7 @@ def parse_size(size: str | int, option: str = "--max-shard-size") -> int:
     base = 1024 if match and match[3] else 1000
     nbytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if nbytes < 1:
-        raise UsageError(f"{option}: {size!r} is no size; write one such as 5GB or 500MB.")
+        raise UsageError(f"`{name}={size!r}` is not a size; use e.g. 5GB or 500MB.")
     return nbytes
 
 

@@ -23,7 +23,7 @@ from ..formats import dcp, safetensors, sharded, torch_zip
 from ..formats.file_plan import FilePlan, OutTensor
 from ..formats.header import PROVENANCE, Header
 from ..tensors import TensorSpec, UnsupportedTensor
-from .outputs import TORCH_SUFFIXES, check_same_format, check_shard_size, check_suffix
+from .outputs import TORCH_SUFFIXES, Target, check_same_format, check_shard_size
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
@@ -69,7 +69,7 @@ class Assembly:
 def assemble(
     tensors: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
@@ -88,13 +88,12 @@ def assemble(
         max_shard_size: bytes a shard.
         untie: write tied tensors under each name where the format cannot tie.
     """
-    check_suffix(target)
     check_shard_size(target, max_shard_size)
     dropped = unkept_metadata(base)
-    if target.name.endswith(TORCH_SUFFIXES):
+    if target.torch:
         tree, kept = _container(tensors, base, state, renamed, dropped)
         plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
-        return Assembly(target, (plan,), folder=False, dropped=tuple(dropped), kept=kept)
+        return Assembly(target.path, (plan,), folder=False, dropped=tuple(dropped), kept=kept)
     dropped += beside(base.tree, state)
     return flat(
         tensors, target=target, base=base, provenance=provenance,
@@ -110,7 +109,7 @@ def unkept_metadata(base: Header) -> list[str]:
 def flat(
     tensors: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     base: Header,
     provenance: Mapping[str, Any],
     max_shard_size: int | None = None,
@@ -127,15 +126,15 @@ def flat(
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
         stem: how the shards are called, ``model`` or as the input's if not given.
     """
-    if target.name.endswith(".safetensors"):
+    if target.safetensors:
         plan = safetensors.plan(tensors, name=target.name, provenance=provenance, untie=untie)
-        return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
+        return Assembly(target.path, (plan,), folder=False, dropped=tuple(dropped))
     files = _sharded(tensors, base, provenance, max_shard_size, untie, stem)
     beside_them = companions(base)
     if config is not None:
         files += (_whole_file("config.json", _with_config(beside_them, config)),)
         beside_them = [path for path in beside_them if path.name != "config.json"]
-    return Assembly(target, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
 def nested(
@@ -307,7 +306,7 @@ def rewrite(
     state: StateDict,
     changed: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     provenance: Mapping[str, Any],
 ) -> Assembly:
     """Lay out a checkpoint as it is, in its own format, but for some tensors of one set of weights.
@@ -326,7 +325,7 @@ def rewrite(
     if state.keys is None:
         raise UsageError(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
-            "of them changed. Make plain weights of it first: ckpt convert --to plain."
+            "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     folder = base.path.is_dir()
@@ -335,16 +334,16 @@ def rewrite(
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = _sharded(tensors, base, provenance, None, untie=False)
-            return Assembly(target, files, folder=True, companions=tuple(companions(base)))
+            return Assembly(target.path, files, folder=True, companions=tuple(companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
         plan = safetensors.plan(tensors, name=target.name, metadata=kept, provenance=provenance)
-        return Assembly(target, (plan,), folder=False)
+        return Assembly(target.path, (plan,), folder=False)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
     tree = put(base.tree, state.path, weights)
-    return nested(tree, target=target, provenance=provenance, folder=folder)
+    return nested(tree, target=target.path, provenance=provenance, folder=folder)
 
 
 def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:

@@ -90,16 +90,16 @@ def find_series(
         UsageError, SeriesError: an impossible selection; nothing found or left.
         ReadError: a file is no checkpoint.
     """
-    counts = {"--last": last, "--best": best, "--every": every}
-    for name, value in (counts | {"--from-step": from_step, "--to-step": to_step}).items():
+    counts = {"last": last, "best": best, "every": every}
+    for name, value in (counts | {"from_step": from_step, "to_step": to_step}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
-            raise UsageError(f"{name} is a whole number, not {value!r}.")
+            raise UsageError(f"`{name}` is a whole number, not {value!r}.")
         if value is not None and name in counts and value < 1:
-            raise UsageError(f"{name} {value}: must be 1 or more.")
+            raise UsageError(f"`{name}={value}`: must be 1 or more.")
     if order not in ORDERS:
-        raise UsageError(f"--order is one of {', '.join(ORDERS)}, not {order!r}.")
+        raise UsageError(f"`order` is one of {', '.join(ORDERS)}, not {order!r}.")
     if best is None and (lower_is_better or metric != "metric"):
-        raise UsageError("--metric and --lower-is-better go with --best N.")
+        raise UsageError("`metric` and `lower_is_better` go with `best`.")
     notes: list[str] = []
     found = find(paths, notes)
     headers = [read_header(path) for path in found]
@@ -114,7 +114,7 @@ def find_series(
         members = members[::-1][::every][::-1]
     if last is not None:
         if last > len(members):
-            notes.append(f"--last {last}: there are only {len(members)}; all are used.")
+            notes.append(f"`last={last}`: there are only {len(members)}; all are used.")
         members = members[-last:]
     return Series(tuple(members), given, ordered_by, tuple(notes))
 
@@ -216,7 +216,7 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     if len(ours) == len({header.path for header in headers}):
         return set()
     notes.extend(
-        f"{path.name} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
+        f"{path.name} was written by ckpt-tools itself: left out (`include_outputs` takes it in)."
         for path in sorted(ours, key=natural_key)
     )
     return ours
@@ -243,7 +243,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     if nameless and len(members) > 1:
         notes.append(
             f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "
-            "Give the files in order, with --order given, if it should be another."
+            "Give the files in order, with `order='given'`, if it should be another."
         )
         return by_name, "the names"
     notes.extend(places.remarks)
@@ -265,7 +265,7 @@ def _note_ties(members: Sequence[Member], key_of: dict[Path, tuple[float, ...]],
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
-    asked = [f"{o} {n}" for o, n in (("--from-step", from_step), ("--to-step", to_step)) if n is not None]
+    asked = [f"`{o}={n}`" for o, n in (("from_step", from_step), ("to_step", to_step)) if n is not None]
     if not asked:
         return members
     placed = [(member.step, member) for member in members if member.step is not None]
@@ -289,9 +289,9 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
             raise SeriesError(_unranked(member.header, key))
         values[member] = value
     if best > len(members):
-        notes.append(f"--best {best}: there are only {len(members)}; all are used.")
+        notes.append(f"`best={best}`: there are only {len(members)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
-        notes.append(f"--best takes the highest '{key}'; if lower is better, say --lower-is-better.")
+        notes.append(f"`best` takes the highest '{key}'; if lower is better, say `lower_is_better`.")
     chosen = set(sorted(values, key=values.__getitem__, reverse=not lower_is_better)[:best])
     return [member for member in members if member in chosen]
 
@@ -300,10 +300,10 @@ def _unranked(header: Header, key: str) -> str:
     """Say why a checkpoint has no rank, and what to do."""
     known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
     what = f"has no number under '{key}'"
-    advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
+    advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It has none at all."
     stored = stored_under(header, key)
     if isinstance(stored, TensorSpec):
         what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
     elif isinstance(stored, float):
         what, advice = f"its '{key}' is NaN", "Leave this file out."
-    return f"{header.path}: {what}, so --best cannot rank it. {advice}"
+    return f"{header.path}: {what}, so `best` cannot rank it. {advice}"

@@ -82,7 +82,7 @@ def _scaled(
     have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
     # A sum that is 0 but for rounding would blow the rounding up.
     if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
-        raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use --keys intersection.")
+        raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
     return tuple((spec, c * (want / have)) for spec, c in weighing)
 
 

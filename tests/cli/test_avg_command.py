@@ -323,6 +323,6 @@ def test_devices_that_cannot_be_had_are_refused(pair: list[Path], monkeypatch: p
     for options, message in [
         (["--device", "abacus"], "--device abacus: write auto, cpu"),
         (["--device", "cuda"], "say --device cpu"),
-        (["--gpu-memory", "much"], "--gpu-memory: 'much' is no size"),
+        (["--gpu-memory", "much"], "--gpu-memory much is not a size"),
     ]:
         assert message in refused(Path(), "avg", *pair, *options, code=2)

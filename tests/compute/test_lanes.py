@@ -351,7 +351,7 @@ def test_the_memory_that_is_reported_is_that_of_the_host(tmp_path: Path, monkeyp
 
 def test_too_little_memory_of_a_gpu_is_refused_and_the_least_is_said(tmp_path: Path) -> None:
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10,)]), [0.5, 0.5])
-    with pytest.raises(UsageError, match=r"--gpu-memory 1000: 8 threads need at least 2MB on a GPU"):
+    with pytest.raises(UsageError, match=r"`gpu_memory=1000`: 8 threads need at least 2MB on a GPU"):
         engine.memory_needed(tensors.values(), 8, ("cuda:0",), 1000)
     assert engine.memory_needed(tensors.values(), 8, ("cuda:0",), 2 * 10**6) > 0
 

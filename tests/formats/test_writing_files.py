@@ -570,7 +570,7 @@ def test_binary_sizes_are_powers_of_1024(text: str, size: int) -> None:
     ],
 )
 def test_what_is_no_size_is_refused(size: str | int) -> None:
-    with pytest.raises(UsageError, match="is no size; write one such as 5GB or 500MB"):
+    with pytest.raises(UsageError, match="is not a size; use e.g. 5GB or 500MB"):
         parse_size(size)
 
 

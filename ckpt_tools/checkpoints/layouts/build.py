@@ -99,7 +99,7 @@ def _write(form: str, weights: Weights, content: Content) -> dict[str, Any]:
 def _lit_ema(weights: Weights, content: Content) -> dict[str, Any]:
     taken = next((name for name in content.raw if name.startswith("model_ema.")), None)
     if taken is not None:
-        raise LayoutError(f"'{taken}' stands where LitEma keeps its averages. Rename it: ckpt fix-prefix --strip.")
+        raise LayoutError(f"'{taken}' stands where LitEma keeps its averages. Rename it: ckpt fix-prefix.")
     # Latent diffusion averages its `model` alone, and leaves that out of the names.
     head = "model." if any(name.startswith("model.") for name in content.raw) else ""
     short: dict[str, str] = {}
@@ -115,7 +115,7 @@ def _lit_ema(weights: Weights, content: Content) -> dict[str, Any]:
     if strange is not None:
         raise LayoutError(
             f"'{strange}' is the name of an averaged weight and of no raw one, so LitEma could not find it. "
-            "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: --state ema."
+            "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: `state='ema'`."
         )
     counter = next((short[key] for key in ("decay", "num_updates") if key in short), None)
     if counter is not None:
@@ -179,7 +179,7 @@ def _step(content: Content) -> int:
     if step <= _UPDATE_AFTER_STEP:
         content.notes.append(
             f"ema-pytorch replaces the average until its step, {step} here, is above its update_after_step "
-            f"({_UPDATE_AFTER_STEP} if you set none): set that lower, or give --updates."
+            f"({_UPDATE_AFTER_STEP} if you set none): set that lower, or give `updates`."
         )
     return step
 
@@ -191,14 +191,14 @@ def _needed(content: Content, who: str) -> int:
     if content.updates is None:
         raise LayoutError(
             f"{who} counts its updates (with a count of 0 the next one replaces the average), and the checkpoint "
-            "does not say how many there were. Give --updates N."
+            "does not say how many there were. Give `updates`."
         )
     return content.updates
 
 
 def _decay(content: Content) -> float:
     if content.decay is None:
-        note = "The decay is not known: 0.9999, the default of these classes, is written. --decay sets another."
+        note = "The decay is not known: 0.9999, the default of these classes, is written. `decay` sets another."
         if note not in content.notes:
             content.notes.append(note)
         return 0.9999

@@ -145,7 +145,7 @@ def _undotted(
     if not reference:
         return {}, (
             f"a LitEma: its {len(spoilt)} names have lost their dots, and no raw weights stand beside them. "
-            "Give --names-from CKPT, or --model."
+            "Give `names_from`, or `model`."
         )
     model = prefix.removesuffix("_ema.")
     heads = [f"{model}.", "", *(f"{head}." for head in dict.fromkeys(name.partition(".")[0] for name in reference))]
@@ -172,7 +172,7 @@ def _undotted(
         if len(found) > 1:
             return {}, (
                 f"ambiguous: '{prefix}{short}' may be '{found[0]}' or '{found[1]}': without dots both are spelt so. "
-                "Rename one of them in the model, or take --state raw."
+                "Rename one of them in the model, or take `state='raw'`."
             )
         mapping[found[0]] = short
     return mapping, None
@@ -221,19 +221,19 @@ def name_list(shadow: Sequence[Tensor], names: Mapping[str, Tensor] | None) -> t
         (every name that the tensor goes by, to it; what is wrong).
     """
     if names is None:
-        return {}, f"a list of {len(shadow)} tensors without names. Give --names-from CKPT, or --model."
+        return {}, f"a list of {len(shadow)} tensors without names. Give `names_from`, or `model`."
     own = parameters(names)
     if len(own) != len(shadow):
         return {}, (
             f"a list of {len(shadow)} tensors; the model whose names it should get has {len(own)} parameters. "
-            "Give --names-from a checkpoint of the same model, or --model."
+            "Give `names_from`, a checkpoint of the same model, or `model`."
         )
     for (name, tensor), averaged in zip(own.items(), shadow, strict=True):
         want, have = (list(getattr(each, "shape", ())) for each in (tensor, averaged))
         if want != have:
             return {}, (
                 f"a list, in which a tensor of shape {have} would be '{name}', which has shape {want}. "
-                "Give --names-from a checkpoint of the same model, or --model."
+                "Give `names_from`, a checkpoint of the same model, or `model`."
             )
     given = dict(zip(own.values(), shadow, strict=True))
     return {name: given[tensor] for name, tensor in names.items() if tensor in given}, None

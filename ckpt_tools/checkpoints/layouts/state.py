@@ -52,7 +52,7 @@ class StateDict:
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """Write a path of keys as ``--state`` takes it."""
+    """Write a path of keys as the parameter `state` takes it."""
     try:
         return ".".join(map(str, path))
     except ValueError:  # Python writes no integer of more than 4300 digits out

@@ -12,8 +12,8 @@ class Layout:
     """Where one family of training scripts keeps its weights, raw and averaged.
 
     Attributes:
-        name: as ``ckpt convert --to`` takes it.
-        about: a line for ``ckpt convert --list``.
+        name: as the parameter `to` of `convert` takes it.
+        about: a line for the list of layouts.
         raw, ema: where the sets stand; None where a layout has none, or keeps it beside the other in one dict.
         raw_form, ema_form: how they are written there, see `forms`.
         home: where a checkpoint of these scripts keeps weights when there is one set alone.

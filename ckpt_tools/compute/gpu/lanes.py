@@ -94,9 +94,9 @@ def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
         size = size.half
     least = Size(LEAST, size.read, size.written).on_device * lanes
     raise UsageError(
-        f"--gpu-memory {memory}: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
+        f"`gpu_memory={memory}`: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
         f"{-(-least // 10**6)}MB on a GPU. "
-        "Give more, or fewer --threads."
+        "Give more, or fewer `threads`."
     )
 
 
