@@ -33,16 +33,16 @@ Portion = range | Tile
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far two tensors are apart; a complex element counts as two values.
+    """The distance between two tensors; a complex element counts as two values.
 
     Attributes:
-        values: how many there are.
+        values: number of values.
         same_bytes: every byte is the same.
-        differing: values that differ. NaN is equal to NaN, and 0 to -0.
-        beyond: those of them that differ by more than the tolerance.
-        nonfinite: those of them with NaN or infinity on either side; none of these is within any tolerance.
-        max_abs: the largest |a - b| over finite values, at most that of float64; None for packed codes, which are no
-            numbers.
+        differing: number of values that differ. NaN equals NaN, and 0 equals -0.
+        beyond: number of values that differ by more than the tolerance.
+        nonfinite: number of differing values with NaN or infinity on either side; no tolerance covers them.
+        max_abs: the largest |a - b| over finite values, capped at the largest float64; None for packed codes, which are
+            not numbers.
         max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
     """
 
@@ -111,10 +111,10 @@ def compare(
 
 
 class _Pair:
-    """What the slices of one pair have in common: where they are read, and as what they are compared.
+    """How to read and compare the slices of one pair of tensors.
 
     Attributes:
-        orders: of tiles, if it is compared tile by tile.
+        orders: axis orders to cut tiles for; None to compare elements in C order.
     """
 
     __slots__ = ("a", "b", "kind", "orders", "reals", "same_dtype")

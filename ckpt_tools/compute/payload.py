@@ -1,6 +1,6 @@
-"""Payload: from a spec to the values, by plain reads into reused buffers.
+"""Payload: read the values of a tensor into reused buffers.
 
-Nothing is mapped: a truncated file is an error here, not a signal, and reading costs no page faults.
+Nothing is mapped into memory: a truncated file is an error here, not a signal, and reading costs no page faults.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from .tiles import Tile, packed_strides, rows
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-_WORTH = 16 * 1024  # bytes that cost no more to read than the call itself
+_WORTH = 16 * 1024  # reading so many bytes costs no more than the call itself
 
 
 class Source:
-    """A tensor of an open file: what a piece of it costs is one call, worked out beforehand."""
+    """A tensor of an open file, with all that a read needs worked out once."""
 
     __slots__ = ("base", "chunks", "contiguous", "file", "item", "spec", "swapped")
 
@@ -38,7 +38,7 @@ class Source:
 
 
 class _Chunks:
-    """The boxes of a chunked tensor, found by where they stand along its first axis."""
+    """The boxes of a chunked tensor, found by their begin along its first axis."""
 
     __slots__ = ("_begins", "_longest", "_parts")
 
@@ -66,7 +66,7 @@ Cut = tuple[int, int, int]
 
 
 class Buffer:
-    """Page-aligned private memory, seen as bytes and as tensors of any dtype."""
+    """Page-aligned private memory, as bytes and as tensors of any dtype."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
@@ -76,7 +76,7 @@ class Buffer:
     def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
         view = self._views.get(dtype)
-        # Kept from call to call, for most pieces are of one size, and making a view costs as much as a small sum.
+        # Kept from call to call: most slices have one size, and making a view costs as much as a small sum.
         if view is None or view.numel() != count:
             # frombuffer refuses a count of 0.
             view = torch.frombuffer(self._memory, dtype=dtype, count=max(count, 1))[:count]
@@ -85,14 +85,14 @@ class Buffer:
 
 
 class Reader:
-    """Reads pieces of tensors into one buffer that the next read overwrites; one a thread."""
+    """Reads slices of tensors into one buffer, which the next read overwrites; each thread has its own."""
 
     def __init__(self, nbytes: int) -> None:
         self.buffer = Buffer(nbytes)
         self._gathered: Buffer | None = None
 
     def read(self, source: Source, start: int, stop: int) -> int:
-        """Bring elements [start, stop) of a tensor, in C order and native byte order, to the start of the buffer.
+        """Read elements [start, stop) of a tensor to the start of the buffer, in C order and native byte order.
 
         Returns:
             Bytes read.
@@ -111,9 +111,9 @@ class Reader:
         return nbytes
 
     def read_tile(self, source: Source, tile: Tile) -> int:
-        """Bring a tile of a tensor, in C order and native byte order, to the start of the buffer.
+        """Read a tile of a tensor to the start of the buffer, in C order and native byte order.
 
-        The tensor has rows (see `storage_order`): each is read in one call.
+        Each row of the tile in storage is read in one call; see `storage_order` for the tensors that have rows.
 
         Returns:
             Bytes read.
@@ -146,7 +146,7 @@ class Reader:
             words.copy_(words.flip(1))
 
     def _gather(self, source: Source, start: int, stop: int) -> None:
-        """Collect elements of a view with gaps or permuted strides, box by box."""
+        """Read elements of a view with gaps or permuted strides, box by box."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
         done = 0
@@ -156,7 +156,7 @@ class Reader:
             done += count
 
     def _join(self, source: Source, chunks: _Chunks, start: int, stop: int) -> None:
-        """Collect elements of a chunked tensor, from each chunk that holds some of them."""
+        """Read elements of a chunked tensor, from each chunk that has some of them."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
         done = 0
@@ -189,7 +189,7 @@ class Reader:
             _read(source, first, gathered.bytes[: extent * item])
             out.copy_(gathered.view(_BITS[item], extent).as_strided(sizes, strides))
             return
-        # Too wide, or mostly gaps: halve it where that saves most.
+        # Too wide, or mostly gaps: halve it along the axis that spans most.
         axis = max(range(len(sizes)), key=lambda i: (sizes[i] - 1) * strides[i])
         half = sizes[axis] // 2
         for begin, size in ((0, half), (half, sizes[axis] - half)):
@@ -231,7 +231,7 @@ def boxes(
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Return the torch dtype of this name.
+    """Return the torch dtype of the same name.
 
     Raises:
         ReadError: the installed torch is too old to have it.
@@ -246,7 +246,7 @@ def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
     """Read a whole tensor into new memory, contiguous.
 
     Raises:
-        ReadError: the file cannot be read, ends early, or is none of the stamped ones any more.
+        ReadError: the file cannot be read, ends early, or has changed since its stamp was taken.
     """
     with OpenFiles(stamps) as files:
         files.open_all(spec.paths)

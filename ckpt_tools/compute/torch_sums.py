@@ -87,24 +87,24 @@ class Recipe:
 
 
 class Scratch(Protocol):
-    """Memory on a device, seen as tensors of any dtype."""
+    """Memory on a device, as tensors of any dtype."""
 
     def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
 
 
 class Arithmetic:
-    """Weighted sums in scratch of one device: all steps that decide a bit of a result, in their order.
+    """Weighted sums in scratch memory of one device: all steps that a bit of a result depends on, in their order.
 
     `csrc/sum.c` takes the same steps; change both together. `tests/compute/test_native.py` compares the bytes.
 
     Args:
-        scratch: makes some, of so many bytes.
-        reals: floating-point numbers it is to hold.
+        scratch: allocates scratch memory of so many bytes.
+        reals: floating-point numbers in a sum, at most.
     """
 
     BYTES = 8 + 8 + 8 + 4
-    """Of scratch, for each real."""
+    """Bytes of scratch memory for each real."""
 
     def __init__(self, scratch: Callable[[int], Scratch], reals: int) -> None:
         self._sum = scratch(8 * reals)
@@ -120,7 +120,7 @@ class Arithmetic:
         self._begun = False
 
     def add(self, values: torch.Tensor) -> None:
-        """Add the next term, of which these are the values, in its real dtype."""
+        """Add the values of the next term, given in its real dtype."""
         _, coefficient = next(self._coefficients)
         total, begun = self._total, self._begun
         self._begun = True
@@ -140,10 +140,10 @@ class Arithmetic:
             total.add_(target)
 
     def total(self) -> torch.Tensor:
-        """Return the sum of all terms, in float64; where differences overflowed on the way, it is not finite."""
+        """Return the sum of all terms in float64; NaN or infinity where differences overflowed on the way."""
         total, count = self._total, self._total.numel()
         if self._formula.anchored:
-            # Where nothing differs the first value itself, for a sum would lose the sign of a zero.
+            # The first value itself where nothing differs: a sum would lose the sign of a zero.
             first, same = self._first.view(torch.float64, count), self._single.view(torch.bool, count)
             both = torch.add(first, total, out=self._term.view(torch.float64, count))
             torch.where(torch.eq(total, 0, out=same), first, both, out=total)
@@ -155,7 +155,7 @@ class Arithmetic:
         """Round float64 once to the output's dtype, to nearest, ties to even.
 
         Returns:
-            Values whose extremes tell whether a result is NaN, infinite, or beyond its dtype.
+            Values whose extremes show whether a result is NaN, infinite, or beyond its dtype.
         """
         if out.dtype in _FULL_RANGE:
             return out.copy_(total)
@@ -168,16 +168,16 @@ class Arithmetic:
         return total
 
     def as_single(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values as float32, for torch has no other operations on the narrowest dtypes."""
+        """Return values as float32: torch has no other operations on the narrowest dtypes."""
         return self._single.view(torch.float32, values.numel()).copy_(values)
 
     def _widen(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Bring values into a float64 tensor; exact for every dtype."""
+        """Copy values into a float64 tensor; exact for every dtype."""
         target.copy_(values if values.dtype in _DIRECT else self.as_single(values))
 
 
 class Worker:
-    """One thread's buffers, and sums in them from file to bytes."""
+    """The buffers of one thread, and sums from files to bytes in them."""
 
     def __init__(self, numel: int, *, allow_nonfinite: bool) -> None:
         # A complex element is two reals, hence twice the length.
@@ -204,7 +204,7 @@ class Worker:
         if formula.anchored:
             finite = torch.isfinite(total)
             if not finite.all():
-                # The difference of two infinities is none, and that of two large numbers may overflow.
+                # The difference of two infinities is NaN, and that of two large numbers may overflow.
                 kept = total.clone()
                 total = self._add_up(slice_, recipe, formula._replace(anchored=False))
                 total.copy_(torch.where(finite, kept, total))
@@ -229,7 +229,7 @@ class Worker:
         return self._arithmetic.total()
 
     def _check(self, slice_: Slice, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
-        """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the result."""
+        """Refuse NaN and infinity; the extremes show both, in one pass over the result."""
         low, high = (value.item() for value in torch.aminmax(values))
         if max(-low, high) < formula.limit:  # false for a NaN
             return

@@ -1,4 +1,4 @@
-"""Lanes: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
+"""Staging pipeline: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
 
 A CPU stands in for the device, as it is and as one that does nothing until it is waited for (`late`); the same tests
 run on a GPU where there is one: `pytest -m cuda`.
@@ -214,7 +214,7 @@ def test_progress_counts_every_byte_once(tmp_path: Path, device: str) -> None:
     assert seen[-1] == 4 * (10_000 * 4 + 3 * 8)
 
 
-def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+def test_an_interrupt_stops_all_pipelines_and_nothing_hangs(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32"], [(300_000,)]), [0.2, 0.3, 0.5])
 
     def interrupt(_: int) -> None:
@@ -226,7 +226,7 @@ def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: 
 
 
 def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
-    """Let lanes use such devices, and return those that they open."""
+    """Let pipelines use such devices, and return those that they open."""
     opened: list[Cpu] = []
 
     def open_one(_: str) -> Cpu:
@@ -289,7 +289,7 @@ def test_memory_that_runs_out_in_the_middle_costs_no_byte(
 
 
 def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a lane that has to shrink shrinks once."""
+    """So that a pipeline that has to shrink shrinks once."""
 
     class Exact(Scarce):
         def empty(self, nbytes: int) -> torch.Tensor:
@@ -323,7 +323,7 @@ def test_several_devices_share_the_work_one_thread_each_at_least(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
 @pytest.mark.parametrize("memory", [20 * 10**6, 300 * 10**6])
-def test_lanes_take_no_more_of_a_device_than_they_may(
+def test_pipelines_take_no_more_of_a_device_than_they_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, memory: int
 ) -> None:
     opened: Any = use(monkeypatch, lambda: Scarce(memory))
@@ -365,7 +365,7 @@ def test_no_device_is_opened_where_nothing_is_summed(tmp_path: Path, monkeypatch
     assert opened == []
 
 
-def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
+def test_a_pipeline_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Buffers are freed only after the device has done with them: all streams are empty at the end."""

@@ -112,7 +112,7 @@ Result fill_large(const Formula *f, size_t n, const Place *out, const Place *in,
     return failed(DONE, 0, 0);
 }
 
-/* Slices next to each other are read in one call, with what stands between them. */
+/* Neighbouring slices are read in one call, with the bytes between them. */
 Result fill_small(const Formula *f, size_t slices, const int64_t *rows, char *scratch, int wants_crc, char *packed,
                   uint32_t *crcs, unsigned char *bad) {
     char *span = scratch;

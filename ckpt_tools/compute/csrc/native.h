@@ -69,7 +69,7 @@ void add_differences(Code code, double *sum, const double *first, const void *x,
 void add_first(double *sum, const double *first, size_t n);
 
 /* Multiply the sums by C and round them once, to nearest, ties to even. Returns 1 if a result is NaN or infinite in the
-   dtype; what stands in OUT for it means nothing in the dtypes of 8 bits. */
+   dtype; its code in OUT is meaningless in the dtypes of 8 bits. */
 int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c);
 
 /* Return 1 if a number is infinity or NaN. */

@@ -82,7 +82,7 @@ INLINE double from_float32(const void *x, size_t i) { return ((const float *)x)[
 INLINE double from_bfloat16(const void *x, size_t i) { return from_bits((uint32_t)((const uint16_t *)x)[i] << 16); }
 
 INLINE double from_float16(const void *x, size_t i) {
-    /* Exponent and mantissa moved to where float32 has them; 2^112 makes up for the other bias, subnormals too. */
+    /* Exponent and fraction go to their place in float32; 2^112 corrects the bias, of subnormal numbers, too. */
     uint16_t bits = ((const uint16_t *)x)[i];
     uint32_t moved = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
     float scaled;
@@ -116,9 +116,9 @@ AVX2 INLINE Four four_float16(const void *x, size_t i) {
 
 /* ---- adding ---- */
 
-/* Add elements I to N of the terms to the sums. If they are the FIRST terms, nothing stands there yet; if they are
-   PLAIN, all coefficients are 1. STEP elements at a time: what is left over at the end is not added. Returns where it
-   stopped. The compiler makes a loop for each case: 1 to 4 terms, 4 more if they are not the first, 8 more if plain. */
+/* Add elements I to N of the terms to the sums. If they are the FIRST terms, the sums hold nothing yet; if they are
+   PLAIN, all coefficients are 1. Takes STEP elements at a time, and returns the index of the first one that is left. The
+   compiler makes a loop for each case: 1 to 4 terms, 4 more if they are not the first, 8 more if plain. */
 #define TERM(k, WIDEN) (plain ? WIDEN(x##k, i) : WIDEN(x##k, i) * c##k)
 #define CASE(NAME, k) case k: return NAME##_of(sum, terms, i, n, (k - 1) % 4 + 1, (k - 1) % 8 < 4, k > 8);
 #define ADD(NAME, TARGET, VALUE, WIDEN, STEP)                                                                          \
@@ -266,7 +266,7 @@ INLINE uint8_t to_float8(double value, int k) {
     return (uint8_t)(code | sign_of(value, 7));
 }
 
-/* Multiply elements I to N of the sums by C and round them; tell whether one is infinite then, or NaN. */
+/* Multiply elements I to N of the sums by C and round them. Returns 1 if a result is NaN or infinite. */
 #define NARROW(NAME, TYPE)                                                                                             \
     static int narrow_##NAME(void *restrict out, const double *restrict sum, size_t i, size_t n, double c, double limit) { \
         TYPE *restrict to = out;                                                                                       \

@@ -29,9 +29,9 @@ from ..work_units import Slice, WorkUnit
 from .streams import Device, Event, bytes_of
 
 RING = 3
-"""Terms under way to the device at once: one is read, one is copied, one is added."""
+"""Terms on their way to the device: one is read, one is copied, one is added."""
 RESULTS = 2
-"""Results: one is computed, one is written."""
+"""Results on their way back: one is computed, one is written."""
 MOST = 4 << 20
 """Reals of a chunk, at most: 16 MB of float32 keep a bus busy; more would only take longer to start and to finish."""
 LEAST = 4096
@@ -288,7 +288,7 @@ class _Memory:
 
 
 class _Block:
-    """Memory of a device, of which slices are cut."""
+    """A block of device memory that is handed out part by part."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -304,7 +304,7 @@ class _Block:
 
 
 class _Slot:
-    """A term on its way to the device.
+    """A buffer of the ring: a term on its way to the device.
 
     Attributes:
         host, bytes: where it is read to; free once `copied`.
