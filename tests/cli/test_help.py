@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli_runner import environment, run
+from cli_runner import PATIENCE, environment, run
 from typer.main import get_command
 
 import ckpt_tools
@@ -52,7 +52,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path, arguments: lis
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert done.stdout.splitlines()[-1] == f"exit {code} False"

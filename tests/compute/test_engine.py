@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch as safetensors_library
 import torch
 from conftest import FLOATS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.checkpoints.open import open_checkpoint
@@ -40,7 +40,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-RELAXED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=40)
 
 
 def average(

@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import FLOATS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from late import Late, LateEvent, LateStream
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,7 +36,7 @@ from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=30)
 CUDA = pytest.param(
     "cuda:0",
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")],
