@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import Any
 
 from ..formats.header import Header
-from ..storage.opened import OpenFiles
+from ..storage.source import OpenFiles, read_at
 from ..tensors import TensorSpec
 from .layouts import StateDict
 
@@ -19,9 +18,10 @@ def _number(header: Header, value: Any) -> float | None:
     if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
         with OpenFiles(header.files) as files:
             files.open(value.storage.path)
-            raw = os.pread(files[value.storage.path], value.dtype.itemsize, value.begin)
+            raw = bytearray(value.dtype.itemsize)
+            read_at(files[value.storage.path], memoryview(raw), value.begin, value.storage.path)
         order = ">" if value.storage.big_endian else "<"
-        value = struct.unpack(order + _CODES[value.dtype.name], raw)[0] if raw else None
+        value = struct.unpack(order + _CODES[value.dtype.name], raw)[0]
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 

@@ -136,7 +136,7 @@ def plan_changes(
             lost = _carried(names, strip)
             got = dict.fromkeys(added, len(names))
         else:
-            rule = _unwrapping(tensors, place or where, where, notes)
+            rule = _unwrapping(tensors, place or where, notes)
             lost = {wrapper: n for wrapper in WRAPPERS if (n := sum(_loses(name, rule, wrapper) for name in names))}
             got = {}
         carried.update(lost)
@@ -181,7 +181,7 @@ def _loses(name: str, rule: Rule, wrapper: str) -> bool:
     return name.split(".")[:-1].count(part) > rule(name).split(".")[:-1].count(part)
 
 
-def _unwrapping(tensors: Mapping[str, Tensor], label: str, where: str, notes: list[str]) -> Rule:
+def _unwrapping(tensors: Mapping[str, Tensor], label: str, notes: list[str]) -> Rule:
     """Make the rule of `keys.unwrap` for a state dict; where an average owns a prefix, that stays."""
     outer = _with_dotless(unwrapping(tensors))
     bare = {outer(name): tensor for name, tensor in tensors.items()}
@@ -191,12 +191,12 @@ def _unwrapping(tensors: Mapping[str, Tensor], label: str, where: str, notes: li
         if 2 * len(inside) > len(bare):
             notes.append(
                 f"{label}: {len(inside)} of {len(bare)} names start with '{_OWN}', but not all, so it may be the "
-                f"model's own, and stays. To take it off: --strip {_OWN}"
+                f"model's own, and stays. To take it off: `strip={_OWN!r}`."
             )
         return outer
     notes.append(
         f"{label}: the names of an averaged model, which owns one '{_OWN}' beside its {counter}; that stays. "
-        f"For plain weights: ckpt convert {where} --to plain"
+        f"For plain weights: `convert(to='plain')`."
     )
     inner = unwrapping(inside)
 

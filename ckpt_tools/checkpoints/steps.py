@@ -150,7 +150,7 @@ def named_places(paths: Sequence[Path]) -> Places:
         steps = [number_in_name(Path(name)) for name in names]
         remarks = [
             f"The numbers of {first} and {other} do not line up, so those behind a word, or else the last ones, "
-            "decide. Give the files in order, with --order given, if it should be another."
+            "decide. Give the files in order, with `order='given'`, if it should be another."
             for first, other in pairwise(list(forms.values())[:2])
         ]
         return Places([() if step is None else (step,) for step in steps], steps, "name", by, remarks)

@@ -121,7 +121,7 @@ def other_weights(
         if each.path == chosen.path and not own.issuperset(each.tensors.values()):
             notes.append(
                 f"{each.label} stands in the same dict as {chosen.label}, and stays. "
-                "To take one of them out: ckpt convert --to plain."
+                "To take one of them out: `convert(to='plain')`."
             )
     found += [path for path, node in nodes(header.tree) if names.of(node)]
     elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.tree)))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
-from ..formats.file_plan import FilePlan, OutTensor, SumKind, TwinTerms
+from ..formats.file_plan import Computed, FilePlan, Files, OutTensor, SharedTerms, SumKind
 from ..tensors import Storage, TensorSpec
 
 PIECE = 128 * 1024
@@ -39,6 +38,7 @@ class Part(NamedTuple):
         tensor: what they are part of.
         offset: of the whole tensor in that file, in bytes.
         start, stop: in elements.
+        header: of a whole tensor, the segment before it that is written together with it.
     """
 
     out: OutFile
@@ -46,6 +46,7 @@ class Part(NamedTuple):
     offset: int
     start: int
     stop: int
+    header: Computed | None = None
 
     @property
     def position(self) -> int:
@@ -88,14 +89,14 @@ class Run(OutTensor):
 
 
 def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, SumKind | None]]:
-    """Yield what is in the slots of a file, and its kind; neighbours as one where no checksum of each is wanted."""
+    """Yield (tensor, offset, group key) for each payload; coalesce neighbours that need no checksum each."""
     members: list[tuple[OutTensor, int]] = []
     before: SumKind | None = None
     ends: _Edges = []  # of the last that can have a neighbour
-    for tensor, offset in plan.slots:
+    for tensor, offset in plan.payloads:
         kind = tensor.kind
         begins: _Edges = []
-        if kind is not None and not plan.needs_crc:
+        if kind is not None and not plan.needs_checksums:
             begins = [(offset, None), *[(spec.begin, paths) for spec, paths in tensor.places]]
         if members and not (begins and begins == ends and kind == before):
             yield *_joined(members), before
@@ -110,7 +111,7 @@ def runs(plan: FilePlan) -> Iterator[tuple[OutTensor, int, SumKind | None]]:
 
 
 # Where a tensor begins, or ends, in the output and then in its inputs: a byte, and in which files.
-_Edges = list[tuple[int, tuple[Path, ...] | None]]
+_Edges = list[tuple[int, Files | None]]
 
 
 def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
@@ -124,8 +125,8 @@ def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
         return TensorSpec(spec.dtype, (numel,), (1,), 0, storage)
 
     terms = first.terms
-    if isinstance(terms, TwinTerms):
-        all_terms: tuple[tuple[TensorSpec, float], ...] | TwinTerms = replace(terms, spec=whole(terms.spec))
+    if isinstance(terms, SharedTerms):
+        all_terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms = replace(terms, spec=whole(terms.spec))
     else:
         all_terms = tuple((whole(spec), coefficient) for spec, coefficient in terms)
     return Run(first.dtype, (numel,), all_terms, first.name, first.finite, members=tuple(members)), offset
@@ -161,6 +162,7 @@ def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch
     """
     for out in outputs:
         kinds: dict[SumKind, _Gathered] = {}
+        headers = {payload.offset: header for payload, header in out.plan.with_headers() if header is not None}
         for tensor, offset, kind in runs(out.plan):
             numel = tensor.numel
             if kind is None:
@@ -172,7 +174,7 @@ def cut(outputs: Iterable[OutFile], *, piece: int, other: int) -> Iterator[Batch
             if numel >= piece or numel * gathered.widest > SMALL:
                 yield from _pieces(out, tensor, offset, kind, piece)
             elif numel:
-                gathered.parts.append(Part(out, tensor, offset, 0, numel))
+                gathered.parts.append(Part(out, tensor, offset, 0, numel, headers.get(offset)))
                 gathered.size += numel * max(gathered.widest, 4)
                 if gathered.size >= _GATHERED or len(gathered.parts) >= _MANY:
                     yield Batch(kind, tuple(gathered.parts), small=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..storage.opened import OpenFiles
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp
 from ..tensors import DType, Kind, TensorSpec
 from .batches import PIECE
 from .payload import Buffer, Reader, Source, torch_dtype

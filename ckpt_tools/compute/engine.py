@@ -21,8 +21,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from ..formats.file_plan import OutTensor, SumKind
-from ..storage.opened import OpenFiles
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp
 from ..storage.staged import reserve, write_at
 from . import native
 from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
@@ -91,10 +90,11 @@ def run(
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
-        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
-        # By identity first: twins share one tuple of all their files. The dict keeps the others alive, and so apart.
-        files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
-        size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
+        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.payloads)
+        # By identity first: tensors of a shared template have one tuple of files. The dict keeps all tuples alive.
+        shared = {id(each): each for _, each in places}
+        files.open_all(path for each in shared.values() for path, _ in each)
+        size = _size((tensor for out in outputs for tensor, _ in out.plan.payloads), threads, devices, gpu_memory)
         batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))
         job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
         with job.disk.at_work(job.stop):
@@ -107,15 +107,11 @@ def run(
         files.check_unchanged()
     for out in outputs:
         plan = out.plan
-        crcs = {tensor: job.checksum(tensor) for tensor, _ in plan.slots} if plan.needs_crc else {}
-        around = plan.patches(crcs)
-        if plan.head is not None:
-            for tensor, offset in plan.slots:
-                if (out.fd, offset) not in job.headed:
-                    head = plan.head(offset, crcs.get(tensor, 0))
-                    around.append((offset - len(head), head))
-        for offset, data in around:
-            write_at(out.fd, memoryview(data), offset, plan.name)
+        crcs = {tensor: job.checksum(tensor) for tensor, _ in plan.payloads} if plan.needs_checksums else {}
+        for segment in plan.computed:
+            if id(segment) not in job.written_early:
+                data = segment.make([crcs[tensor] for tensor in segment.needs])
+                write_at(out.fd, memoryview(data), segment.offset, plan.name)
 
 
 class _Disk:
@@ -163,17 +159,19 @@ class _Job:
     devices: Sequence[str]
     torch_settings: ExitStack
     moved: int = 0  # bytes read and written
-    headed: set[tuple[int, int]] = field(default_factory=set)  # files, and slots whose heads are written
+    written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
     stop: threading.Event = field(default_factory=threading.Event)
     disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _uses_torch: bool = False
+    has_descriptors: bool = field(init=False)  # of the inputs, which the C extension reads from
     _waiting: Iterator[Batch] = field(init=False)
     _turn: Iterator[str] = field(init=False)
     _crcs: dict[OutTensor, dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting = iter(self.batches)
+        self.has_descriptors = self.files.have_descriptors
         self._turn = cycle(self.devices)
 
     def next_batch(self) -> Batch | None:
@@ -211,7 +209,7 @@ class _Job:
             self.moved += sum([part.moved for part, _ in written])
             for part, crc in written:
                 self.disk.written(part.out.fd, part.position, part.nbytes)
-                if part.out.plan.needs_crc:
+                if part.out.plan.needs_checksums:
                     self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
 
     def checksum(self, tensor: OutTensor) -> int:
@@ -246,7 +244,7 @@ class _Cpu:
 
     def fill(self, batch: Batch) -> None:
         left: Sequence[Part] = batch.parts
-        if batch.kind is not None and native.knows(batch.kind):
+        if batch.kind is not None and self._job.has_descriptors and native.knows(batch.kind):
             self._scratch = self._scratch or bytearray(native.SCRATCH)
             left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
         for part in left:
@@ -276,17 +274,17 @@ class _Cpu:
         written = []
         for part, crc, refused in zip(parts, crcs, bad, strict=True):
             nbytes = part.nbytes
-            head = out.plan.head(part.position, crc) if out.plan.head is not None else b""
-            position = part.position - len(head)
+            header = b"" if part.header is None else part.header.make((crc,))
+            position = part.position - len(header)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
                 run, run_begin, run_end = [], position, position
             if not refused:
-                run += (head, data[at : at + nbytes])
+                run += (header, data[at : at + nbytes])
                 run_end = part.position + nbytes
                 written.append((part, crc))
-                if head:
-                    self._job.headed.add((out.fd, part.position))
+                if part.header is not None:
+                    self._job.written_early.add(id(part.header))
             at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
         self._job.all_done(written)
@@ -297,7 +295,7 @@ class _Cpu:
         for start in range(part.start, part.stop, self._job.piece):
             piece = part._replace(start=start, stop=min(start + self._job.piece, part.stop))
             data = self._bytes(piece)
-            crc = native.crc32(data) if piece.out.plan.needs_crc else 0
+            crc = native.crc32(data) if piece.out.plan.needs_checksums else 0
             write_at(piece.out.fd, data, piece.position, piece.out.plan.name)
             self._job.done(piece, crc)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from ..formats.file_plan import SumKind
-from ..storage.opened import OpenFiles, ended_early, read_failed
+from ..storage.source import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
 from .batches import Part
 
@@ -77,7 +77,7 @@ def fill(kind: SumKind, part: Part, files: OpenFiles, scratch: bytearray) -> tup
     row = array("q", [(part.stop - part.start) * item, part.out.fd, part.position, *_inputs(part, files, {})])
     crcs, bad = array("I", [0]), bytearray(1)
     told = _native.sum_large(
-        terms, out, common, limit, kind.copied, kind.checked, part.out.plan.needs_crc, row, crcs, bad, scratch
+        terms, out, common, limit, kind.copied, kind.checked, part.out.plan.needs_checksums, row, crcs, bad, scratch
     )
     _raise_failure(told, (part,))
     return crcs[0], bool(bad[0])
@@ -112,7 +112,7 @@ def pack(
         limit,
         kind.copied,
         kind.checked,
-        parts[0].out.plan.needs_crc,
+        parts[0].out.plan.needs_checksums,
         rows,
         crcs,
         bad,
@@ -130,13 +130,13 @@ def _inputs(part: Part, files: OpenFiles, fds: dict[int, int]) -> list[int]:
         fds: descriptors known so far by the identity of their path, for comparing paths costs more than all the rest.
     """
     found: list[int] = []
-    for spec, paths in part.tensor.places:
+    for spec, places in part.tensor.places:
         offset = spec.begin + part.start * spec.dtype.itemsize
-        for path in paths:
+        for path, shift in places:
             fd = fds.get(id(path))
             if fd is None:
-                fd = fds[id(path)] = files[path]
-            found += (fd, offset)
+                fd = fds[id(path)] = files.descriptor(path)
+            found += (fd, offset + shift)
     return found
 
 

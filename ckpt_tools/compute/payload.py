@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..errors import ReadError
-from ..storage.opened import OpenFiles, read_at
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp, read_at
 from ..tensors import ChunkedSpec, DType, TensorSpec, is_dense
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
@@ -25,12 +24,12 @@ _WORTH = 16 * 1024  # bytes that cost no more to read than the call itself
 class Source:
     """A tensor of an open file: what a piece of it costs is one call, worked out beforehand."""
 
-    __slots__ = ("base", "chunks", "contiguous", "fd", "item", "spec", "swapped")
+    __slots__ = ("base", "chunks", "contiguous", "file", "item", "spec", "swapped")
 
     def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
         self.spec = spec
         self.chunks = _Chunks(spec, files) if isinstance(spec, ChunkedSpec) else None
-        self.fd = files[spec.storage.path] if self.chunks is None else -1
+        self.file = files[spec.paths[0]]
         self.item = spec.dtype.itemsize
         self.base = spec.begin
         self.contiguous = spec.contiguous
@@ -166,7 +165,7 @@ class Reader:
 
 
 def _read(source: Source, start: int, target: memoryview) -> None:
-    read_at(source.fd, target, source.base + start * source.item, source.spec.storage.path)
+    read_at(source.file, target, source.base + start * source.item, source.spec.storage.path)
 
 
 def boxes(

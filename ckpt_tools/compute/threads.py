@@ -20,7 +20,7 @@ def check_threads(threads: int | None) -> None:
         UsageError: it is none from 1 to MAX_THREADS.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
+        raise UsageError(f"`threads={threads!r}`: must be a whole number from 1 to {MAX_THREADS}.")
 
 
 def default_threads() -> int:

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
-from ..storage.opened import OpenFiles
+from ..storage.source import OpenFiles
 from ..tensors import DTYPES, DType, Kind
 from .batches import Part
 from .payload import Buffer, Reader, Source, torch_dtype
@@ -242,12 +242,12 @@ class Worker:
                 index = [int(i) for i in torch.unravel_index(at, tensor.shape)] if tensor.shape else []
                 raise NumericsError(
                     f"{source.spec.storage.path}: '{tensor.name}' holds {_word(found[bad][0].item())} at {index}. "
-                    "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
+                    "Leave this file out, or pass `allow_nonfinite` if the value belongs there (a mask, say)."
                 )
         raise NumericsError(
             f"the average of '{tensor.name}' overflows {tensor.dtype.name}. "
             + (
-                "Choose a wider one, such as --dtype float32."
+                "Choose a wider one, such as `dtype='float32'`."
                 if tensor.dtype.itemsize < 4
                 else "Are these the right files?"
             )

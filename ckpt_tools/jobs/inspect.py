@@ -98,7 +98,7 @@ def describe(header: Header) -> Description:
     sets = states(header)
     return Description(
         path=str(header.path),
-        format=header.format,
+        format=header.format.name,
         nbytes=header.nbytes,
         files=len(header.files),
         sets=tuple(_weight_set(state) for state in sets.values()),

@@ -67,7 +67,7 @@ def test_names_of_the_last_checkpoint_set_the_order() -> None:
 def test_a_missing_name_says_which_file_lacks_it_and_how_many_have_it() -> None:
     states = [{"a": tensor(), "head.bias": tensor()}] * 4 + [{"a": tensor()}]
     with pytest.raises(
-        AlignmentError, match=r"^e\.pth lacks 'head\.bias', which 4 of 5 files have\. Use --keys intersection"
+        AlignmentError, match=r"^e\.pth lacks 'head\.bias', which 4 of 5 files have\. Use `keys='intersection'`"
     ):
         align(states, ["a.pth", "b.pth", "c.pth", "d.pth", "e.pth"])
 
@@ -96,7 +96,7 @@ def test_shapes_that_would_broadcast_are_refused(shapes: tuple[tuple[int, ...], 
 
 def test_a_changing_dtype_is_refused_unless_an_output_dtype_is_chosen() -> None:
     states = [{"w": tensor()}, {"w": tensor(dtype="float16")}]
-    with pytest.raises(AlignmentError, match=r"float32 in 1 but float16 in 2\. .*--dtype float32"):
+    with pytest.raises(AlignmentError, match=r"float32 in 1 but float16 in 2\. .*`dtype='float32'`"):
         align(states, ["1", "2"])
     assert list(align(states, ["1", "2"], mixed_dtypes=True).rows) == ["w"]
 

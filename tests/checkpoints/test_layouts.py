@@ -86,7 +86,7 @@ def test_a_buffer_called_n_averaged_stays_in_other_models(save: Save) -> None:
 @pytest.mark.parametrize("other", ["ema_state_dict", "current_model_state"])
 def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, other: str) -> None:
     header = read_header(save("c.pth", {"state_dict": weights(1), other: weights(2)}))
-    with pytest.raises(LayoutError, match=f"--state state_dict or --state {other}"):
+    with pytest.raises(LayoutError, match=f"`state='state_dict'` or `state='{other}'`"):
         select(header)
     assert select(header, "state_dict").path == ("state_dict",)
 
@@ -94,20 +94,20 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
 @pytest.mark.parametrize(
     ("tree", "state", "message"),
     [
-        ({"state_dict": weights()}, "ema", r"has no ema weights, only raw \(state_dict\)\. Use --state raw"),
+        ({"state_dict": weights()}, "ema", r"has no ema weights, only raw \(state_dict\)\. Use `state='raw'`"),
         (
             {"actor": weights(), "critic": weights()},
             "auto",
-            r"Tensors stand in actor, critic\. Choose with --state actor\. Each .* by a run of its own",
+            r"Tensors stand in actor, critic\. Choose with `state='actor'`\. Each .* by a run of its own",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
         (
             {"model": {"encoder": weights(), "decoder": weights()}, "optimizer": {"state": {0: weights()}}},
             "auto",
-            r"Tensors stand in model\.encoder, model\.decoder\. Choose with --state model\.encoder\. Each of these",
+            r"Tensors stand in model\.encoder, model\.decoder\. Choose with `state='model\.encoder'`\. Each of these",
         ),
-        ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* --state model\.encoder\.$"),
+        ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* `state='model\.encoder'`\.$"),
         ({"nets": [weights()]}, "auto", r"Tensors stand in nets\.0\. Save the weights as one dict"),
         ({"optimizer": {"state": {0: weights()}, "param_groups": []}}, "auto", "no tensor inside"),
         ({"a": {"b": 1}}, "a.c", r"nothing at 'a\.c'\. a holds: b"),
@@ -166,7 +166,7 @@ def test_a_module_that_holds_itself_many_times_over_ends(save: Save) -> None:
 )
 def test_a_stray_tensor_beside_the_weights_is_not_taken_for_them(save: Save, tree: Any, place: str) -> None:
     header = read_header(save("c.pth", tree))
-    with pytest.raises(LayoutError, match=rf"not clear which are the weights\. Choose with --state {place}\.$"):
+    with pytest.raises(LayoutError, match=rf"not clear which are the weights\. Choose with `state='{place}'`\.$"):
         select(header)
     assert list(select(header, place).tensors) == ["w", "b"]
 
@@ -178,7 +178,7 @@ def test_a_list_of_tensors_beside_the_weights_is_no_place_to_choose(save: Save) 
 
 def test_a_path_reaches_sets_that_are_numbered(save: Save) -> None:
     header = read_header(save("c.pth", {0: weights(0), 1: {"net": weights(1)}}))
-    with pytest.raises(LayoutError, match=r"Tensors stand in 0, 1\.net\. Choose with --state 0\."):
+    with pytest.raises(LayoutError, match=r"Tensors stand in 0, 1\.net\. Choose with `state='0'`\."):
         select(header)
     assert (select(header, "0").label, select(header, "0").path) == ("0", (0,))
     assert select(header, "1.net").path == (1, "net")
@@ -303,7 +303,7 @@ def test_a_checkpoint_one_level_below_is_found_where_it_is_the_only_one(save: Sa
     inside = {"model": weights(1), "optim": optimizer}
     chosen = select(read_header(save("c.pth", {"app": inside, "step": 3})))
     assert (chosen.path, chosen.home, chosen.layout) == (("app", "model"), ("app", "model"), "model")
-    with pytest.raises(LayoutError, match=r"Choose with --state G\.model"):
+    with pytest.raises(LayoutError, match=r"Choose with `state='G\.model'`"):
         select(read_header(save("gan.pth", {"G": inside, "D": inside})))
 
 
@@ -381,7 +381,7 @@ def test_register_makes_an_encoding_known_that_is_read_and_written(
     convert(source, to="plain", out=tmp_path / "plain.safetensors")
     convert(tmp_path / "plain.safetensors", to="toy", out=tmp_path / "toy.pth")
     assert same_bits(dict(load(tmp_path / "toy.pth")["averages"]), weights(3))
-    with pytest.raises(UsageError, match=r"--to toy nests its weights, which safetensors cannot hold"):
+    with pytest.raises(UsageError, match=r"`to='toy'` nests its weights, which safetensors cannot hold"):
         convert(source, to="toy", out=tmp_path / "toy.safetensors")
 
 

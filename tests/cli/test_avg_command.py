@@ -21,7 +21,7 @@ from cli_runner import contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.compute.gpu import devices, streams
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 
 @pytest.fixture(autouse=True)
@@ -323,6 +323,6 @@ def test_devices_that_cannot_be_had_are_refused(pair: list[Path], monkeypatch: p
     for options, message in [
         (["--device", "abacus"], "--device abacus: write auto, cpu"),
         (["--device", "cuda"], "say --device cpu"),
-        (["--gpu-memory", "much"], "--gpu-memory: 'much' is no size"),
+        (["--gpu-memory", "much"], "--gpu-memory much is not a size"),
     ]:
         assert message in refused(Path(), "avg", *pair, *options, code=2)

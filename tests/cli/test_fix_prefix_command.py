@@ -172,7 +172,7 @@ def test_prefixes_by_hand_go_to_another_file() -> None:
         ("c.safetensors", 2, "c.safetensors: the checkpoint is a file named *.pth or *.pt or *.bin"),
         ("folder", 2, "folder: the checkpoint is a file named *.pth"),
         ("there.pth", 1, "there.pth: exists already. Pass --force to replace it"),
-        ("c.pth", 1, "c.pth: is the checkpoint itself. Leave -o out to replace it"),
+        ("c.pth", 1, "c.pth: is the checkpoint itself. Omit -o to replace it"),
         ("gone/d.pth", 1, "gone/d.pth: there is no folder"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_folder_is_not_replaced() -> None:
     shards()
     message = refused(Path(), "fix-prefix", "model")
     assert message == (
-        "Error: model: no single rename can replace a folder of shards. Say where the new one goes: -o NEWFOLDER"
+        "Error: model: no single rename can replace a folder of shards. Say where the new one goes, with -o."
     )
 
 
@@ -393,7 +393,8 @@ def test_a_file_that_is_replaced_meanwhile_is_not_replaced_again(monkeypatch: py
 def test_torch_is_not_needed(tmp_path: Path) -> None:
     save()
     script = (
-        "import sys\nfrom ckpt_tools import fix_prefix\nassert fix_prefix().written\nassert 'torch' not in sys.modules"
+        "import sys\nfrom ckpt_tools import fix_prefix\n"
+        "assert fix_prefix('averaged.pth').written\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], env=environment(), cwd=tmp_path, check=True)
     assert spawn("fix-prefix", cwd=tmp_path).returncode == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt_tools.compute import engine
 from ckpt_tools.compute.batches import OutFile, Part, Run, apart, cut, runs
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor, TwinTerms
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, SharedTerms
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")
@@ -23,11 +23,16 @@ def tensor(
 ) -> OutTensor:
     known = DTYPES[dtype]
     spec = TensorSpec(known, (n,), (1,), 0, Storage(paths[0], at, n * known.itemsize, big))
-    return OutTensor(known, (n,), TwinTerms(spec, paths, (0.5,) * len(paths)), f"at {at}")
+    return OutTensor(
+        known, (n,), SharedTerms(spec, tuple((path, 0) for path in paths), (0.5,) * len(paths)), f"at {at}"
+    )
 
 
 def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:
-    return FilePlan("out", 1 << 20, slots, lambda crcs: [], needs_crc)
+    segments: list[Segment] = [Payload(*slot) for slot in slots]
+    if needs_crc:
+        segments.append(Computed(1 << 20, 0, tuple(each for each, _ in slots), lambda crcs: b""))
+    return FilePlan("out", 1 << 20, tuple(segments))
 
 
 def lengths(found: FilePlan) -> list[tuple[int, int]]:
@@ -102,5 +107,5 @@ def test_a_run_of_big_endian_tensors_is_summed_right(tmp_path: Path) -> None:
     slots = [(tensor(4 * begin, 8, paths=paths, big=True), 4 * begin) for begin in (0, 8, 16)]
     with (tmp_path / "out").open("w+b") as file:
         file.truncate(96)
-        engine.run([OutFile(FilePlan("out", 96, tuple(slots), lambda crcs: [], False), file.fileno())])
+        engine.run([OutFile(FilePlan("out", 96, tuple(Payload(*slot) for slot in slots)), file.fileno())])
         assert file.read() == (values * 2).numpy().tobytes()

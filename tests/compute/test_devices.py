@@ -44,13 +44,13 @@ def test_cuda_is_all_gpus_and_a_number_is_one_of_them() -> None:
     assert choose("cuda", 1) == ("cuda:0", "cuda:1")
     assert choose("cuda:1", 1) == ("cuda:1",)
     assert choose("cpu", 10**15) == ()
-    with pytest.raises(UsageError, match="--device cuda:7: there are 2 GPUs, cuda:0 to cuda:1"):
+    with pytest.raises(UsageError, match="`device='cuda:7'`: there are 2 GPUs, cuda:0 to cuda:1"):
         choose("cuda:7", 1)
 
 
 def test_a_number_beyond_the_only_gpu_is_refused(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="--device cuda:1: there is 1 GPU, cuda:0"):
+    with pytest.raises(UsageError, match="`device='cuda:1'`: there is 1 GPU, cuda:0"):
         choose("cuda:1", 1)
 
 
@@ -65,10 +65,10 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_torch_lacks(
     no_gpu: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    with pytest.raises(UsageError, match=rf"--device {name}: torch \S+ is a build without CUDA.*say --device cpu"):
+    with pytest.raises(UsageError, match=rf"`device='{name}'`: torch \S+ is a build without CUDA.*say `device='cpu'`"):
         choose(name, 1)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    with pytest.raises(UsageError, match=rf"--device {name}: torch \S+ finds no GPU.*nvidia-smi.*say --device cpu"):
+    with pytest.raises(UsageError, match=rf"`device='{name}'`: torch \S+ finds no GPU.*nvidia-smi.*say `device='cpu'`"):
         choose(name, 1)
 
 
@@ -115,10 +115,10 @@ def test_an_average_says_what_did_the_sums(pair: list[Path], tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "abacus"}, "--device abacus: write auto, cpu"),
-        ({"gpu_memory": "much"}, "--gpu-memory: 'much' is no size"),
-        ({"gpu_memory": 0}, "'?0'? is no size"),
-        ({"gpu_memory": 1000, "threads": 1}, "--gpu-memory 1000: 1 thread needs at least 1MB"),
+        ({"device": "abacus"}, "`device='abacus'`: write auto, cpu"),
+        ({"gpu_memory": "much"}, "`gpu_memory='much'` is not a size"),
+        ({"gpu_memory": 0}, "`gpu_memory=0` is not a size"),
+        ({"gpu_memory": 1000, "threads": 1}, "`gpu_memory=1000`: 1 thread needs at least 1MB"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_written(

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors_library
 import torch
 from conftest import FLOATS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine, native
@@ -70,7 +70,7 @@ def average(
         engine.run([OutFile(plan, fd)], threads=threads, piece=piece, allow_nonfinite=allow_nonfinite)
     finally:
         os.close(fd)
-    return open_checkpoint(path)["w"]
+    return safetensors_library.load(path.read_bytes())["w"]
 
 
 def exact(tensors: Sequence[torch.Tensor], coefficients: Sequence[float]) -> list[Fraction]:
@@ -252,7 +252,7 @@ def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path: Path, save: 
         with pytest.raises(CorruptError, match="ends before its tensors do"):
             engine.run([OutFile(plan, fd)])
         path.unlink()
-        with pytest.raises(ReadError, match=r"a\.pth: cannot be read"):
+        with pytest.raises(ReadError, match=r"a\.pth: no such file"):
             engine.run([OutFile(plan, fd)])
     finally:
         os.close(fd)
@@ -297,7 +297,7 @@ def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, piece
         engine.run([OutFile(plan, fd)], piece=piece, threads=2)
     finally:
         os.close(fd)
-    assert load_file(path)["w"].equal(values.view(10, 10))
+    assert safetensors_library.load_file(path)["w"].equal(values.view(10, 10))
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf")])

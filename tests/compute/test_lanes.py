@@ -31,7 +31,7 @@ from ckpt_tools.compute.gpu import lanes, streams
 from ckpt_tools.compute.gpu.streams import Cpu
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
@@ -73,13 +73,15 @@ def written(path: Path, tensors: dict[str, OutTensor], *, checksums: bool = Fals
     """Run the engine and return the bytes of all tensors, and their checksums if they are asked for."""
     kept: list[bytes] = []
 
-    def patches(crcs: Any) -> list[tuple[int, bytes]]:
-        kept.append(repr([crcs[tensor] for tensor in tensors.values()]).encode())
-        return []
+    def keep(crcs: Sequence[int]) -> bytes:
+        kept.append(repr(list(crcs)).encode())
+        return b""
 
     ends = list(itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
-    slots = tuple(zip(tensors.values(), ends[:-1], strict=True))
-    plan = FilePlan("out", ends[-1], slots, patches if checksums else lambda _: [], checksums)
+    segments: list[Segment] = [Payload(*slot) for slot in zip(tensors.values(), ends[:-1], strict=True)]
+    if checksums:
+        segments.append(Computed(ends[-1], 0, tuple(tensors.values()), keep))
+    plan = FilePlan("out", ends[-1], tuple(segments))
     fd = os.open(path / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         os.truncate(fd, plan.size)
@@ -351,7 +353,7 @@ def test_the_memory_that_is_reported_is_that_of_the_host(tmp_path: Path, monkeyp
 
 def test_too_little_memory_of_a_gpu_is_refused_and_the_least_is_said(tmp_path: Path) -> None:
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10,)]), [0.5, 0.5])
-    with pytest.raises(UsageError, match=r"--gpu-memory 1000: 8 threads need at least 2MB on a GPU"):
+    with pytest.raises(UsageError, match=r"`gpu_memory=1000`: 8 threads need at least 2MB on a GPU"):
         engine.memory_needed(tensors.values(), 8, ("cuda:0",), 1000)
     assert engine.memory_needed(tensors.values(), 8, ("cuda:0",), 2 * 10**6) > 0
 
@@ -404,7 +406,7 @@ def test_a_wait_that_is_left_out_shows_in_the_bytes(
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10), room=st.integers(1, 40))
 def test_parts_are_divided_in_order_and_none_is_lost(lengths: list[int], room: int) -> None:
     tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
-    out = OutFile(FilePlan("out", 0, (), lambda _: [], needs_crc=False), -1)
+    out = OutFile(FilePlan("out", 0, ()), -1)
     rest = tuple(Part(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []
     while rest:

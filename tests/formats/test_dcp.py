@@ -32,7 +32,7 @@ from ckpt_tools import average, open_checkpoint, strip
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, ReadError, SeriesError, UnsupportedError, WriteError
 from ckpt_tools.formats import dcp as ours
-from ckpt_tools.formats import read_header, torch_zip
+from ckpt_tools.formats import pickle_write, read_header
 from ckpt_tools.formats.file_plan import OutTensor
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.jobs.assembly import Assembly
@@ -208,7 +208,7 @@ def written(source: Path, target: Path, **options: Any) -> Path:
     def copy(spec: TensorSpec) -> OutTensor:
         return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "w", finite=False))
 
-    tree = torch_zip.plain(header.tree, [], copy)
+    tree = pickle_write.plain(header.tree, [], copy)
     write(Assembly(target, tuple(ours.plan(tree, **options)), folder=True), header.files)
     return target
 
@@ -221,7 +221,7 @@ def test_a_folder_is_read_as_torch_reads_it(single: Path) -> None:
     assert mine[0] == pair[0]
     assert same(read_tensor(mine[1]), pair[1])
     agree(header.tree, theirs, header.files)
-    assert header.format == "dcp"
+    assert header.format.name == "dcp"
     assert {stamp.path.name for stamp in header.files} == {".metadata", "__0_0.distcp"}
     assert header.nbytes == sum(path.stat().st_size for path in single.iterdir())
     assert {name.rpartition(".")[2] for name in header.foreign} == {"PosixPath"}

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import textwrap
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from crafting import STORAGE, TENSOR, bounded_memory, same, torch_zip
+from crafting import STORAGE, TENSOR, bounded_memory, bounded_resident, same, torch_legacy, torch_zip
 
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import pickle_read as unpickle
 from ckpt_tools.formats import read_header
+from ckpt_tools.formats.pickle_edit import spell
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
@@ -377,19 +377,43 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("case", LENGTHS)
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
-def test_lengths_and_opcodes_that_lie_are_refused_at_once(case: str, new: bool, tmp_path: Path) -> None:
-    started = time.monotonic()
-    path = tmp_path / "a.pth"
-    if new:
-        torch_zip(path, b"\x80\4" + LENGTHS[case] + b".")
-    else:
-        torch.save({}, path, _use_new_zipfile_serialization=False)
-        path.write_bytes(path.read_bytes()[:-20] + b"\x80\4" + LENGTHS[case] + b".")
+@pytest.mark.parametrize("make", [torch_zip, torch_legacy], ids=["zip", "legacy"])
+def test_lengths_and_opcodes_that_lie_are_refused(case: str, make: Callable[..., Path], tmp_path: Path) -> None:
+    path = make(tmp_path / "a.pth", b"\x80\4" + LENGTHS[case] + b".")
 
-    with pytest.raises(CorruptError, match=r"its pickle cannot be read|its list of storages"):
+    with bounded_resident(), pytest.raises(CorruptError, match="its pickle cannot be read"):
         read_header(path)
-    assert time.monotonic() - started < 5
+
+
+GIB = 1 << 30
+# Lengths that a system with some memory to spare grants.
+CLAIMS = {
+    "BINBYTES": b"B" + struct.pack("<I", GIB),
+    "BINBYTES8": b"\x8e" + struct.pack("<Q", GIB),
+    "BINUNICODE": b"X" + struct.pack("<I", GIB),
+    "BINUNICODE8": b"\x8d" + struct.pack("<Q", GIB),
+    "BYTEARRAY8": b"\x96" + struct.pack("<Q", GIB),
+    "BINSTRING": b"T" + struct.pack("<i", GIB),
+    "LONG4": b"\x8b" + struct.pack("<i", GIB),
+    "FRAME": b"\x95" + struct.pack("<Q", GIB),
+}
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+@pytest.mark.parametrize("make", [torch_zip, torch_legacy], ids=["zip", "legacy"])
+def test_read_header_takes_no_memory_for_a_length_beyond_the_end(
+    case: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make(tmp_path / "a.pth", b"\x80\4" + CLAIMS[case] + b"few bytes.")
+
+    with bounded_resident(), pytest.raises(CorruptError, match="its pickle cannot be read"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("case", CLAIMS)
+def test_spell_takes_no_memory_for_a_length_beyond_the_end(case: str) -> None:
+    with bounded_resident(), pytest.raises(CorruptError, match="its pickle cannot be read"):
+        spell(b"\x80\4" + CLAIMS[case] + b"few bytes.", where="a")
 
 
 def doubled(depth: int) -> bytes:
@@ -415,14 +439,12 @@ def doubled(depth: int) -> bytes:
     ids=["key", "size", "stride", "start", "dtype", "numpy", "codec", "Size", "device", "unknown", "itself"],
 )
 def test_a_few_bytes_that_unfold_to_the_size_of_the_universe_are_not_written_out(place: bytes, tmp_path: Path) -> None:
-    started = time.monotonic()
     try:
         with bounded_memory():
             read(tmp_path, b"\x80\2" + place.replace(b"%s", doubled(60)))
     except CorruptError as error:
         assert "MemoryError" not in str(error)  # noqa: PT017 - there may well be none
         assert len(str(error)) < 2000  # noqa: PT017
-    assert time.monotonic() - started < 5
 
 
 def test_a_list_of_storages_that_unfolds_is_not_written_out(tmp_path: Path) -> None:
@@ -518,7 +540,7 @@ def test_a_pickle_cannot_reach_the_files_of_the_reader_by_its_persistent_ids(tmp
     ]
     for pid in pids:
         with pytest.raises(
-            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such record"
+            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such entry"
         ):
             read(tmp_path, b"\x80\2" + pid + b"Q")
 

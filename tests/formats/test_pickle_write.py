@@ -72,13 +72,12 @@ source = read_header(Path({str(tmp_path / "in.pth")!r}))
 planned = nested(source.tree, target=Path("out.pth"), provenance={{"made": "here"}})
 (plan,) = planned.files
 raw = bytearray(plan.size)
-for tensor, offset in plan.slots:
+for tensor, offset in plan.payloads:
     at = tensor.terms[0][0].storage.offset
-    head = plan.head(offset, 0)
-    raw[offset - len(head) : offset] = head
     raw[offset : offset + tensor.nbytes] = Path(source.path).read_bytes()[at : at + tensor.nbytes]
-for offset, piece in plan.patches({{}}):
-    raw[offset : offset + len(piece)] = piece
+for segment in plan.computed:
+    piece = segment.make([0] * len(segment.needs))
+    raw[segment.offset : segment.offset + len(piece)] = piece
 Path({str(tmp_path / "out.pth")!r}).write_bytes(raw)
 assert not [name for name in sys.modules if name.split(".")[0] == "torch" or name[:32].isalnum() and len(name) > 32]
 """

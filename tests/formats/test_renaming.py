@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from torch import nn
 
 from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.errors import AlignmentError, CkptError, CorruptError, UnsupportedError
-from ckpt_tools.formats import torch_zip as zips
 from ckpt_tools.formats.file_plan import OutTensor
 from ckpt_tools.formats.pickle_edit import spell
+from ckpt_tools.formats.zip import NewEntry, end_of
 from ckpt_tools.storage import splice
+from ckpt_tools.storage.local import LocalFile
 
 Save = Callable[..., Path]
 X = {"module.w": torch.arange(4.0), "module.b": torch.ones(2)}
@@ -69,6 +71,13 @@ def test_only_the_opcodes_of_names_change() -> None:
             "state": {"w": 1, "b": (2.5, None)},
             "same": ["module.w", b"raw", 1 << 70],
         }
+
+
+def test_spell_reads_bytearrays() -> None:
+    tree = {"module.w": [bytearray(b"raw"), bytearray()]}
+    spelling = spell(pickle.dumps(tree, 5), where="test")
+    assert spelling.tree == tree
+    assert pickle.loads(spelling.respelled([(next(iter(spelling.tree)), "w")])) == {"w": tree["module.w"]}  # noqa: S301
 
 
 def test_a_pickle_without_wishes_is_the_same_bytes() -> None:
@@ -187,16 +196,20 @@ def test_a_file_that_torch_wrote_without_checksums(save: Save) -> None:
 
 def sparse(path: Path, records: list[tuple[str, bytes | OutTensor]]) -> Path:
     """Write a zip whose storages are holes."""
-    layout, directory = zips._lay_out(records)
-    crcs = [zlib.crc32(record.body) if isinstance(record.body, bytes) else 0 for record in layout]
-    entries = [record.central_header(crc) for record, crc in zip(layout, crcs, strict=True)]
+    end, lines = 0, []
     with path.open("wb") as file:
-        for record, crc in zip(layout, crcs, strict=True):
-            file.seek(record.offset)
-            file.write(record.local_header(crc))
-            file.write(record.body if isinstance(record.body, bytes) else b"")
-        file.seek(directory)
-        file.write(b"".join(entries) + zips._end(directory, entries))
+        for name, content in records:
+            crc = zlib.crc32(content) if isinstance(content, bytes) else 0
+            size = len(content) if isinstance(content, bytes) else content.nbytes
+            entry = NewEntry(f"archive/{name}".encode(), size, end)
+            file.seek(entry.offset)
+            file.write(entry.local_header(crc))
+            file.write(content if isinstance(content, bytes) else b"")
+            lines.append(entry.line(crc))
+            end = entry.end
+        file.seek(end)
+        directory = b"".join(lines)
+        file.write(directory + end_of(end, len(directory), len(lines)))
     return path
 
 
@@ -260,7 +273,7 @@ def test_records_that_overlap_are_refused(place: str, tmp_path: Path) -> None:
     path.write_bytes(with_directory(blob, {b"a/data.pkl": (start, len(pickled)), b"a/data/0": (at, 16)}))
     before = path.read_bytes()
     assert names_of(path) == ["module.w"]
-    with pytest.raises(CorruptError, match=r"c\.pth: its records overlap\. The file is damaged"):
+    with pytest.raises(CorruptError, match=r"c\.pth: its entries overlap\. The file is damaged"):
         fix_prefix(path)
     assert path.read_bytes() == before
 
@@ -404,10 +417,10 @@ def test_an_error_of_the_disk_leaves_everything_as_it_was(
 def test_a_source_that_ends_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
     (tmp_path / "a").write_bytes(b"short")
-    with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("wb") as target:
+    with closing(LocalFile(tmp_path / "a")) as source, (tmp_path / "b").open("wb") as target:
         part = splice.Splice(tmp_path / "a", (splice.Span(0, 9),))
         with pytest.raises(CorruptError, match="ends before its header says"):
-            splice.write(part, source.fileno(), target.fileno())
+            splice.write(part, source, target.fileno())
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9000), st.integers(0, 9000)), max_size=6))
@@ -417,8 +430,8 @@ def test_pieces_come_in_order(pieces: list[tuple[bool, int, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").write_bytes(data)
         splicing = splice.Splice(Path(folder) / "a", parts)
-        with (Path(folder) / "a").open("rb") as source, (Path(folder) / "b").open("wb") as target:
-            splice.write(splicing, source.fileno(), target.fileno())
+        with closing(LocalFile(Path(folder) / "a")) as source, (Path(folder) / "b").open("wb") as target:
+            splice.write(splicing, source, target.fileno())
         want = b"".join(data[p.start : p.stop] if isinstance(p, splice.Span) else p for p in parts)
         assert (Path(folder) / "b").read_bytes() == want
         assert splicing.size == len(want)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import UnsupportedError, UsageError, WriteError
-from ckpt_tools.formats import read_header, torch_zip
+from ckpt_tools.formats import pickle_write, read_header, torch_zip
 from ckpt_tools.formats import safetensors as st_format
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.formats.sharded import index_json, parse_size, plan_shards
@@ -58,10 +58,9 @@ def sparse(plan: FilePlan, path: Path, crc: Mapping[OutTensor, int] | None = Non
     """Make the file of a plan without its payload, which stays a hole."""
     with path.open("wb") as file:
         file.truncate(plan.size)
-        heads = [(at, plan.head(at, (crc or {}).get(tensor, 0))) for tensor, at in plan.slots if plan.head]
-        for offset, data in [*plan.patches(crc or {}), *((at - len(head), head) for at, head in heads)]:
-            file.seek(offset)
-            file.write(data)
+        for segment in plan.computed:
+            file.seek(segment.offset)
+            file.write(segment.make([(crc or {}).get(tensor, 0) for tensor in segment.needs]))
     assert path.stat().st_size == plan.size
     return path
 
@@ -181,7 +180,7 @@ def test_what_refers_to_itself_is_copied_as_it_is(save: Save, tmp_path: Path) ->
     tree: dict[str, Any] = {"shared": [1], "n": 3}
     tree |= {"itself": tree, "twice": tree["shared"]}
     header = read_header(save("in.pth", {"cycle": tree, "w": torch.ones(2)}))
-    plain = torch_zip.plain(header.tree, [], copied)
+    plain = pickle_write.plain(header.tree, [], copied)
     loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
     assert loaded["cycle"]["itself"] is loaded["cycle"]
     assert loaded["cycle"]["twice"] is loaded["cycle"]["shared"]
@@ -198,7 +197,7 @@ def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Sa
     header = read_header(path)
     dropped: list[str] = []
     out = copies(path)
-    plain = torch_zip.plain({**header.tree, "state_dict": out}, dropped, copied)
+    plain = pickle_write.plain({**header.tree, "state_dict": out}, dropped, copied)
 
     loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
     assert loaded["args"] == {"lr": 0.1, "nested": {"a": 1}}
@@ -209,7 +208,7 @@ def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Sa
 def test_the_metadata_of_a_state_dict_survives_plain(save: Save) -> None:
     state = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).state_dict()
     header = read_header(save("in.pth", state))
-    plain = torch_zip.plain(header.tree, [], copied)
+    plain = pickle_write.plain(header.tree, [], copied)
 
     assert type(plain) is OrderedDict
     assert plain._metadata == state._metadata
@@ -570,7 +569,7 @@ def test_binary_sizes_are_powers_of_1024(text: str, size: int) -> None:
     ],
 )
 def test_what_is_no_size_is_refused(size: str | int) -> None:
-    with pytest.raises(UsageError, match="is no size; write one such as 5GB or 500MB"):
+    with pytest.raises(UsageError, match="is not a size; use e.g. 5GB or 500MB"):
         parse_size(size)
 
 

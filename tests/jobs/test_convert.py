@@ -161,7 +161,7 @@ def test_lit_ema_gets_its_dots_back_from_the_raw_names(save: Save, tmp_path: Pat
 def test_lit_ema_alone_takes_its_names_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
     net = Diffusion()
     source = save("ema.pth", net.model_ema.state_dict())
-    with pytest.raises(LayoutError, match="names have lost their dots, .* Give --names-from CKPT, or --model"):
+    with pytest.raises(LayoutError, match="names have lost their dots, .* Give `names_from`, or `model`"):
         ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
     names = save("model.pth", net.model.state_dict())
     ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth", names_from=names)
@@ -178,7 +178,7 @@ def test_a_list_of_parameters_gets_its_names_back(save: Save, tmp_path: Path, to
     assert all(map(torch.equal, found["shadow_params"], parameters))
     assert (found["decay"], found.get("num_updates", found.get("optimization_step"))) == (0.5, 4)
     assert any("'1.running_mean' and 2 more are lost: the list holds parameters alone" in note for note in report.notes)
-    with pytest.raises(LayoutError, match="a list of 6 tensors without names. Give --names-from CKPT, or --model"):
+    with pytest.raises(LayoutError, match="a list of 6 tensors without names. Give `names_from`, or `model`"):
         ckpt_tools.convert(tmp_path / "list.pth", to="plain", out=tmp_path / "out.pth")
     ckpt_tools.convert(
         tmp_path / "list.pth", to="plain", names_from=save("raw.pth", weights(1)), out=tmp_path / "out.pth"
@@ -326,21 +326,21 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
 @pytest.mark.parametrize(
     ("tree", "options", "error", "message"),
     [
-        ({"w": torch.ones(1)}, {"to": "tmm"}, UsageError, r"--to tmm: no such layout\. Did you mean timm"),
-        ({"w": torch.ones(1)}, {"to": "qqqq"}, UsageError, r"no such layout\. ckpt convert --list shows"),
+        ({"w": torch.ones(1)}, {"to": "tmm"}, UsageError, r"`to='tmm'`: no such layout\. Did you mean timm"),
+        ({"w": torch.ones(1)}, {"to": "qqqq"}, UsageError, r"no such layout\. There are plain, "),
         ({"w": torch.ones(1)}, {"to": "ultralytics"}, UsageError, "is read, but not written"),
-        ({"w": torch.ones(1)}, {"to": "ema-pytorch"}, LayoutError, r"how many there were\. Give --updates N"),
+        ({"w": torch.ones(1)}, {"to": "ema-pytorch"}, LayoutError, r"how many there were\. Give `updates`"),
         ({"w": torch.ones(1)}, {"to": "plain", "state": "ema"}, LayoutError, "has no ema weights, only raw"),
-        ({"w": torch.ones(1)}, {"to": "plain", "updates": -1}, UsageError, "--updates -1: must be a whole number"),
-        ({"w": torch.ones(1)}, {"to": "plain", "decay": 1.5}, UsageError, "--decay 1.5: must be from 0 to 1"),
-        ({"w": torch.ones(1)}, {"to": "plain", "max_shard_size": "5GB"}, UsageError, "--max-shard-size needs a folder"),
+        ({"w": torch.ones(1)}, {"to": "plain", "updates": -1}, UsageError, "`updates=-1`: must be a whole number"),
+        ({"w": torch.ones(1)}, {"to": "plain", "decay": 1.5}, UsageError, "`decay=1.5`: must be from 0 to 1"),
+        ({"w": torch.ones(1)}, {"to": "plain", "max_shard_size": "5GB"}, UsageError, "`max_shard_size` needs a folder"),
         ({"w": torch.ones(1)}, {"to": "plain", "names_from": "x", "model": "y"}, UsageError, "Leave one of them out"),
         ({"w": torch.ones(1)}, {"to": "plain", "out": "in.pth"}, WriteError, "is one of the inputs"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out.safetensors"}, UsageError, "nests its weights"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out"}, UsageError, "a folder of safetensors cannot hold"),
-        ({"w": torch.ones(1)}, {"to": "plain", "threads": 0}, UsageError, "--threads 0: must be a whole number"),
-        ({"w": torch.ones(1)}, {"to": "dcp"}, UsageError, "--to dcp makes a folder"),
-        ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "--dtype is one of"),
+        ({"w": torch.ones(1)}, {"to": "plain", "threads": 0}, UsageError, "`threads=0`: must be a whole number"),
+        ({"w": torch.ones(1)}, {"to": "dcp"}, UsageError, "`to='dcp'` makes a folder"),
+        ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "`dtype` is one of"),
         ({"w": torch.ones(1).to_sparse()}, {"to": "plain"}, CkptError, "'w' is sparse, which cannot be written"),
         (
             {"a.b.c": torch.ones(1), "ab.c": torch.ones(1)}, {"to": "litema"}, LayoutError,

@@ -248,9 +248,9 @@ def test_progress_counts_the_bytes_of_both(save: Save) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rtol": -1.0}, r"--rtol -1\.0: must be a number, 0 or more"),
-        ({"atol": NAN}, r"--atol nan: must be a number"),
-        ({"threads": 0}, r"--threads 0: must be a whole number from 1"),
+        ({"rtol": -1.0}, r"`rtol=-1\.0`: must be a number, 0 or more"),
+        ({"atol": NAN}, r"`atol=nan`: must be a number"),
+        ({"threads": 0}, r"`threads=0`: must be a whole number from 1"),
     ],
 )
 def test_tolerances_and_threads_that_make_no_sense_are_refused(

@@ -327,7 +327,7 @@ def test_weights_that_would_be_lost_are_refused(
 def test_targets_that_must_not_be_are_refused(save: Save, tmp_path: Path) -> None:
     path = save("c.pth", {"model": {"w": torch.ones(2)}, "optimizer": OPTIMIZER})
     save("c-stripped.pth", {"mine": 1})
-    with pytest.raises(WriteError, match=r"c-stripped\.pth: exists already\. Pass --force"):
+    with pytest.raises(WriteError, match=r"c-stripped\.pth: exists already\. Pass `force=True`"):
         ckpt_tools.strip(path)
     with pytest.raises(WriteError, match="is one of the inputs"):
         ckpt_tools.strip(path, out=path, force=True)

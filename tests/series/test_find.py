@@ -120,7 +120,7 @@ def test_without_any_number_the_names_decide_and_a_note_says_so(plain: Callable[
     assert (names(series), series.ordered_by) == (["early.pth", "late.pth"], "the names")
     assert len(series.notes) == 1
     assert series.notes[0].startswith("early.pth tells no step, inside or in its name, so the names decide the order.")
-    assert "--order given" in series.notes[0]
+    assert "`order='given'`" in series.notes[0]
 
 
 def test_given_keeps_the_order_of_the_arguments(plain: Callable[..., list[Path]]) -> None:
@@ -393,7 +393,7 @@ def test_own_outputs_are_left_out_and_it_is_said() -> None:
     series = find_series(["."])
     assert names(series) == ["a-1.pth", "a-2.pth"]
     assert series.notes == tuple(
-        f"averaged.{suffix} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
+        f"averaged.{suffix} was written by ckpt-tools itself: left out (`include_outputs` takes it in)."
         for suffix in ("pth", "safetensors")
     )
 
@@ -412,14 +412,14 @@ def test_own_outputs_are_taken_where_asked_for_or_where_there_is_nothing_else() 
 def test_last_takes_the_newest_and_says_if_there_are_fewer(scored: list[Path]) -> None:
     assert names(find_series(scored, last=2)) == ["e4.pth", "e5.pth"]
     more = find_series(scored, last=9)
-    assert (len(more.members), more.notes) == (5, ("--last 9: there are only 5; all are used.",))
+    assert (len(more.members), more.notes) == (5, ("`last=9`: there are only 5; all are used.",))
 
 
 def test_best_keeps_the_order_of_training_and_the_earlier_of_two_equals(scored: list[Path]) -> None:
     assert names(find_series(scored, best=1)) == ["e2.pth"]
     assert names(find_series(scored, best=2)) == ["e2.pth", "e4.pth"]
     assert names(find_series(scored, best=3)) == ["e2.pth", "e4.pth", "e5.pth"]
-    assert find_series(scored, best=8).notes == ("--best 8: there are only 5; all are used.",)
+    assert find_series(scored, best=8).notes == ("`best=8`: there are only 5; all are used.",)
 
 
 def test_lower_is_better_turns_the_ranking_round(scored: list[Path]) -> None:
@@ -432,7 +432,7 @@ def test_a_metric_may_be_nested_and_a_loss_gets_a_hint(save: Save) -> None:
     assert names(find_series(["a-*.pth"], best=1, metric="val.loss", lower_is_better=True)) == ["a-2.pth"]
     wrong_way = find_series(["a-*.pth"], best=1, metric="val.loss")
     assert names(wrong_way) == ["a-1.pth"]
-    assert wrong_way.notes == ("--best takes the highest 'val.loss'; if lower is better, say --lower-is-better.",)
+    assert wrong_way.notes == ("`best` takes the highest 'val.loss'; if lower is better, say `lower_is_better`.",)
 
 
 def test_a_missing_metric_names_the_file_and_what_it_has(scored: list[Path], save: Save) -> None:
@@ -444,14 +444,14 @@ def test_a_missing_metric_names_the_file_and_what_it_has(scored: list[Path], sav
 @pytest.mark.parametrize("metric", ["90", True, None, 10**400])
 def test_what_is_no_number_ranks_nothing(save: Save, metric: Any) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match="has no number under 'metric', so --best cannot rank it. It has none at all"):
+    with pytest.raises(SeriesError, match="has no number under 'metric', so `best` cannot rank it. It has none at all"):
         find_series(["a.pth"], best=1)
 
 
 @pytest.mark.parametrize(("metric", "what"), [(float("nan"), "is NaN"), (torch.tensor(1.0), "is a tensor")])
 def test_a_metric_that_cannot_be_ranked_is_called_what_it_is(save: Save, metric: Any, what: str) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so --best cannot rank it"):
+    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so `best` cannot rank it"):
         find_series(["a.pth"], best=1)
 
 
@@ -493,32 +493,32 @@ def test_selections_combine_in_the_documented_order(scored: list[Path]) -> None:
 
 
 def test_steps_that_no_checkpoint_has_are_refused_with_those_there_are(scored: list[Path]) -> None:
-    with pytest.raises(SeriesError, match="--from-step 6 --to-step 9: no checkpoint there; they go from epoch 1 to 5"):
+    with pytest.raises(SeriesError, match="`from_step=6` `to_step=9`: no checkpoint there; they go from epoch 1 to 5"):
         find_series(scored, from_step=6, to_step=9)
 
 
 def test_a_step_that_is_unknown_cannot_be_placed(plain: Callable[..., list[Path]]) -> None:
-    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so --to-step 3 cannot place it"):
+    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so `to_step=3` cannot place it"):
         find_series(plain("best.pth"), to_step=3)
 
 
 @pytest.mark.parametrize("option", ["last", "best", "every"])
 def test_counts_below_one_are_wrong_usage(scored: list[Path], option: str) -> None:
-    with pytest.raises(UsageError, match=f"--{option} 0: must be 1 or more"):
+    with pytest.raises(UsageError, match=f"`{option}=0`: must be 1 or more"):
         find_series(scored, **{option: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["last", "best", "every", "from_step", "to_step"])
 @pytest.mark.parametrize("value", [1.5, True, "2"])
 def test_what_is_no_whole_number_is_wrong_usage(scored: list[Path], option: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is a whole number, not {value!r}"):
+    with pytest.raises(UsageError, match=f"`{option}` is a whole number, not {value!r}"):
         find_series(scored, **{option: value})
 
 
 def test_a_metric_without_best_and_an_unknown_order_are_wrong_usage(scored: list[Path]) -> None:
-    with pytest.raises(UsageError, match="go with --best"):
+    with pytest.raises(UsageError, match="go with `best`"):
         find_series(scored, metric="loss")
-    with pytest.raises(UsageError, match="--order is one of auto, given, natural, mtime, not 'time'"):
+    with pytest.raises(UsageError, match="`order` is one of auto, given, natural, mtime, not 'time'"):
         find_series(scored, order="time")
 
 

@@ -31,8 +31,8 @@ def saved(folder: Path, suffix: str, make: Callable[[int], Any] = tensors) -> li
     for i, path in enumerate(paths):
         save_file(make(i), path) if suffix == ".safetensors" else torch.save(make(i), path)
     headers = [read_header(path) for path in paths]
-    assert len({header.pattern for header in headers}) == 1
-    assert headers[0].pattern is not None
+    assert len({header.template for header in headers}) == 1
+    assert headers[0].template is not None
     return paths
 
 
@@ -75,7 +75,7 @@ def test_a_file_that_is_no_twin_changes_nothing_but_the_way(suffix: str, tmp_pat
         torch.save(state, paths[1])
     else:
         save_file(state, paths[1], metadata={"another": "header"})
-    assert read_header(paths[1]).pattern is not read_header(paths[0]).pattern
+    assert read_header(paths[1]).template is not read_header(paths[0]).template
     report = average(paths, out=tmp_path / f"others{suffix}")
     twins, others = loaded(tmp_path / f"twins{suffix}"), loaded(tmp_path / f"others{suffix}")
     assert all(torch.equal(twins[name], others[name]) for name in (*twins, *others))

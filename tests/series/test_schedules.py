@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cli_runner import run
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ckpt_tools import average
 from ckpt_tools.errors import UsageError
 from ckpt_tools.series import schedules
+from ckpt_tools.series.schedules import Option, Schedule
 
 N = 7
 
@@ -178,3 +184,70 @@ def test_impossible_schedules_are_refused() -> None:
         schedules.ema(3, decay=1.0, bias_correction=True)
     with pytest.raises(UsageError, match="litema, timm"):
         schedules.ema_warmup(3, decay=0.9, warmup="cosine")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule from outside the package: the last checkpoint counts `share`, the others the rest in equal parts."""
+    monkeypatch.setattr(schedules, "SCHEDULES", dict(schedules.SCHEDULES))
+
+    def favour(steps: Sequence[int | None], *, share: float) -> list[float]:
+        others = len(steps) - 1
+        return [(1 - share) / others] * others + [share]
+
+    schedules.register("favour", favour, Option("share", float, 0.5, "favour: what the last checkpoint counts."))
+
+
+def test_register_adds_a_rule_that_average_and_the_command_line_know(toy: None, here: Path) -> None:
+    for i in range(3):
+        torch.save({"w": torch.eye(3, dtype=torch.float64)[i]}, f"c-{i}.pth")
+    files = [f"c-{i}.pth" for i in range(3)]
+    report = average(files, mode="favour", share=0.75, out="a.pth")
+    assert [i.coefficient for i in report.inputs] == [0.125, 0.125, 0.75]
+    assert torch.load("a.pth")["w"].tolist() == [0.125, 0.125, 0.75]
+    average(files, mode="favour", out="b.pth")
+    assert torch.load("b.pth")["w"].tolist() == [0.25, 0.25, 0.5]
+    assert run("avg", *files, "--mode", "favour", "--share", "0.75", "-o", "c.pth").code == 0
+    assert Path("c.pth").read_bytes() == Path("a.pth").read_bytes()
+    assert "--share" in run("avg", "--help").out
+    assert "share 0.75" in run("inspect", "a.pth").err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.9}, "`share` goes with `mode='favour'`"),
+        ({"mode": "favour", "decay": 0.9}, "`decay` goes with `mode='ema'`"),
+        ({"mode": "favour", "share": "much"}, "`share` takes numbers, not 'much'"),
+        ({"mode": "best"}, "`mode` is one of uniform, ema, weights, favour, not 'best'"),
+    ],
+)
+def test_options_of_another_rule_are_rejected(toy: None, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        average(["gone.pth"], **options)
+
+
+def test_options_at_their_defaults_go_with_any_mode() -> None:
+    for mode, own in (("uniform", {}), ("ema", {}), ("weights", {"weights": [1]})):
+        options = {"decay": None, "per_step": False, "warmup": None, "weights": None, "normalize": True} | own
+        Schedule(mode, **options).check()
+
+
+def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None:
+    parameters = inspect.signature(average).parameters
+    assert list(parameters)[0] == "paths"
+    assert {p.kind for name, p in parameters.items() if name != "paths"} == {inspect.Parameter.KEYWORD_ONLY}
+    defaults = {name: p.default for name, p in parameters.items()}
+    expected = {
+        "mode": "uniform", "decay": None, "per_step": False, "warmup": None, "bias_correction": False,
+        "weights": None, "normalize": True, "order": "auto", "last": None, "best": None, "metric": "metric",
+        "lower_is_better": False, "every": None, "from_step": None, "to_step": None, "include_outputs": False,
+        "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
+        "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
+        "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
+        "on_progress": None,
+    }  # fmt: skip
+    assert defaults == expected | {"paths": inspect.Parameter.empty}
+    assert all(f"\n        {name}: " in (average.__doc__ or "") for name in defaults)
+    with pytest.raises(TypeError, match=r"average\(\) got an unexpected keyword argument 'mod'"):
+        average(["gone.pth"], mod="ema")

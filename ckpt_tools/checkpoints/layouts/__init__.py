@@ -40,7 +40,7 @@ from .plain import DCP, PLAIN
 from .select import is_ema_by_name, select, states
 from .ultralytics import MODULE_ENCODING, ULTRALYTICS
 
-# As `ckpt convert --list` shows them. Raw weights alone are looked for in this order, too, which is timm's.
+# As the list of layouts shows them. Raw weights alone are looked for in this order, too, which is timm's.
 LAYOUTS += [
     PLAIN, TIMM, TIMM_EMA, DEIT, TORCHVISION, MODEL_STATE_DICT, AVERAGED_MODEL, LITEMA, LIGHTNING, LIGHTNING_SWA, NEMO,
     MMENGINE, ULTRALYTICS, D2GO, EMA_PYTORCH, DIT, ICEFALL, DINO, FAIRSEQ, DIFFUSERS, PYTORCH_EMA, DCP,

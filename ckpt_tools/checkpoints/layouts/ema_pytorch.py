@@ -42,7 +42,7 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     if step <= _UPDATE_AFTER_STEP:
         content.notes.append(
             f"ema-pytorch replaces the average until its step, {step} here, is above its update_after_step "
-            f"({_UPDATE_AFTER_STEP} if you set none): set that lower, or give --updates."
+            f"({_UPDATE_AFTER_STEP} if you set none): set that lower, or give `updates`."
         )
     return OrderedDict(
         {

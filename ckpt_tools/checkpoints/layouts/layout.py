@@ -71,7 +71,7 @@ class StateDict:
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """Write a path of keys as ``--state`` takes it."""
+    """Write a path of keys as the parameter `state` takes it."""
     try:
         return ".".join(map(str, path))
     except ValueError:  # Python writes no integer of more than 4300 digits out
@@ -227,14 +227,14 @@ class Content:
         if self.updates is None:
             raise LayoutError(
                 f"{library} counts its updates (with a count of 0 the next one replaces the average), and the "
-                "checkpoint does not say how many there were. Give --updates N."
+                "checkpoint does not say how many there were. Give `updates`."
             )
         return self.updates
 
     def known_decay(self) -> float:
         """Return the decay, or the default of the classes that keep one."""
         if self.decay is None:
-            self.note("The decay is not known: 0.9999, the default of these classes, is written. --decay sets another.")
+            self.note("The decay is not known: 0.9999, the default of these classes, is written. `decay` sets another.")
             return 0.9999
         return self.decay
 
@@ -285,15 +285,15 @@ class Layout:
     Most layouts are two paths and need nothing else. Where a library does more, a subclass overrides a method.
 
     Attributes:
-        name: as ``ckpt convert --to`` takes it.
-        about: a line for ``ckpt convert --list``.
+        name: as the parameter `to` of `convert` takes it.
+        about: a line for the list of layouts.
         raw, ema: paths of the sets; None where a layout has none, or keeps it beside the other in one dict.
         raw_encoding, ema_encoding: how they are encoded there. An average in another encoding is another layout's,
             unless this one is plain.
         single: which of the two paths has the weights of a checkpoint with one set.
         updates: path of the EMA update count, if the encoding has none.
         alone: what raw weights without averaged ones are called; empty if this layout always has both.
-        written: ``ckpt convert`` writes it.
+        written: `convert` writes it.
     """
 
     name: str
@@ -338,10 +338,10 @@ class Layout:
         return not self.pair or self.raw == self.ema
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Which outputs can hold it: ``torch``, ``safetensors``, ``folder``."""
+    def outputs(self) -> tuple[str, ...]:
+        """What can hold it: ``nested``, a file of nested objects; ``flat``, one of names and tensors; ``folder``."""
         flat = self._one_dict and all(each.flat for each in self.encodings)
-        return ("torch", "safetensors", "folder") if flat else ("torch",)
+        return ("nested", "flat", "folder") if flat else ("nested",)
 
     def keeps(self, what: str) -> bool:
         """True if it stores the ``updates``, ``decay`` or ``settings`` of an average."""
@@ -459,7 +459,7 @@ def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:
 # Known layouts
 
 LAYOUTS: list[Layout] = []
-"""All layouts, as ``ckpt convert --list`` shows them."""
+"""All layouts, in the order of the list for users."""
 DETECTED: list[Layout] = []
 """Layouts with averaged weights, in the order in which they are tried."""
 

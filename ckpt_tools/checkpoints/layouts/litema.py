@@ -74,7 +74,7 @@ def _undotted(
     if not reference:
         return {}, (
             f"a LitEma: its {len(averages)} names have lost their dots, and no raw weights stand beside them. "
-            "Give --names-from CKPT, or --model."
+            "Give `names_from`, or `model`."
         )
     model = prefix.removesuffix("_ema.")
     leads = [f"{model}.", "", *(f"{lead}." for lead in dict.fromkeys(name.partition(".")[0] for name in reference))]
@@ -101,7 +101,7 @@ def _undotted(
         if len(found) > 1:
             return {}, (
                 f"ambiguous: '{prefix}{short}' may be '{found[0]}' or '{found[1]}': without dots both are spelt so. "
-                "Rename one of them in the model, or take --state raw."
+                "Rename one of them in the model, or take `state='raw'`."
             )
         mapping[found[0]] = short
     return mapping, None
@@ -110,7 +110,7 @@ def _undotted(
 def _write(weights: Weights, content: Content) -> dict[str, Any]:
     taken = next((name for name in content.raw if name.startswith("model_ema.")), None)
     if taken is not None:
-        raise LayoutError(f"'{taken}' stands where LitEma keeps its averages. Rename it: ckpt fix-prefix --strip.")
+        raise LayoutError(f"'{taken}' stands where LitEma keeps its averages. Rename it: ckpt fix-prefix.")
     # Latent diffusion averages its `model` alone, and leaves that out of the names.
     lead = "model." if any(name.startswith("model.") for name in content.raw) else ""
     short: dict[str, str] = {}
@@ -126,7 +126,7 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     if strange is not None:
         raise LayoutError(
             f"'{strange}' is the name of an averaged weight and of no raw one, so LitEma could not find it. "
-            "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: --state ema."
+            "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: `state='ema'`."
         )
     counter = next((short[key] for key in _COUNTS if key in short), None)
     if counter is not None:

@@ -69,19 +69,19 @@ def _named(shadow: Sequence[Tensor], names: Names) -> tuple[dict[str, Tensor], s
         (every name that the tensor goes by, to it; what is wrong).
     """
     if names is None:
-        return {}, f"a list of {len(shadow)} tensors without names. Give --names-from CKPT, or --model."
+        return {}, f"a list of {len(shadow)} tensors without names. Give `names_from`, or `model`."
     own = parameters(names)
     if len(own) != len(shadow):
         return {}, (
             f"a list of {len(shadow)} tensors; the model whose names it should get has {len(own)} parameters. "
-            "Give --names-from a checkpoint of the same model, or --model."
+            "Give `names_from`, a checkpoint of the same model, or `model`."
         )
     for (name, tensor), averaged in zip(own.items(), shadow, strict=True):
         want, have = (list(getattr(each, "shape", ())) for each in (tensor, averaged))
         if want != have:
             return {}, (
                 f"a list, in which a tensor of shape {have} would be '{name}', which has shape {want}. "
-                "Give --names-from a checkpoint of the same model, or --model."
+                "Give `names_from`, a checkpoint of the same model, or `model`."
             )
     given = dict(zip(own.values(), shadow, strict=True))
     return {name: given[tensor] for name, tensor in names.items() if tensor in given}, None
@@ -113,8 +113,8 @@ class Diffusers(Layout):
     """A list in a file, or a folder of weights whose ``config.json`` has the settings of the EMAModel."""
 
     @property
-    def files(self) -> tuple[str, ...]:
-        return ("torch", "folder")
+    def outputs(self) -> tuple[str, ...]:
+        return ("nested", "folder")
 
     def flatten(self, content: Content) -> Flat:
         return Flat(content.ema, stem="diffusion_pytorch_model", config=_config(content))

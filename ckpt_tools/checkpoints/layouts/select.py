@@ -104,7 +104,7 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
         if swapper is not None:
             raise LayoutError(
                 f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights, "
-                f"so say which you mean: --state state_dict or --state {swapper}."
+                f"so say which you mean: `state='state_dict'` or `state={swapper!r}`."
             )
     which = ("ema" if "ema" in found else "raw") if state == "auto" else state
     if which in found:
@@ -163,7 +163,7 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     if first is None:
         return "Save the weights as one dict of names to tensors."
     each = " Each of these is averaged by a run of its own." if any(reached) else ""
-    return f"Choose with --state {first}.{each}"
+    return f"Choose with `state={first!r}`.{each}"
 
 
 def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
@@ -173,7 +173,7 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
         twin = next((path for path in files if path is not None and path.is_file()), None)
         if twin is not None:
             return f"has no ema weights; those are in {twin}, beside it."
-        return f"has no {which} weights, only {other.label}. Use --state {other.which}."
+        return f"has no {which} weights, only {other.label}. Use `state={other.which!r}`."
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
     if isinstance(header.tree, Inert):
         return f"{_in_words(header.tree)}, {from_code}"

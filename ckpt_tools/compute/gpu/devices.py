@@ -24,7 +24,7 @@ def check_name(device: str) -> None:
         UsageError: it is none of auto, cpu, cuda, cuda:N.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", str(device), re.ASCII):
-        raise UsageError(f"--device {device}: write auto, cpu, cuda (all GPUs), or cuda:1 (that one).")
+        raise UsageError(f"`device={device!r}`: write auto, cpu, cuda (all GPUs), or cuda:1 (that one).")
 
 
 def choose(device: str, nbytes: int) -> tuple[str, ...]:
@@ -49,11 +49,11 @@ def choose(device: str, nbytes: int) -> tuple[str, ...]:
         built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
         lack = "finds no GPU that it can use" if built else "is a build without CUDA"
         advice = "Look at nvidia-smi and CUDA_VISIBLE_DEVICES" if built else "Install one with CUDA"
-        raise UsageError(f"--device {device}: torch {torch.__version__} {lack}. {advice}, or say --device cpu.")
+        raise UsageError(f"`device={device!r}`: torch {torch.__version__} {lack}. {advice}, or say `device='cpu'`.")
     index = int(device.removeprefix("cuda:"))
     if index >= count:
         there = "is 1 GPU, cuda:0" if count == 1 else f"are {count} GPUs, cuda:0 to {every[-1]}"
-        raise UsageError(f"--device {device}: there {there}.")
+        raise UsageError(f"`device={device!r}`: there {there}.")
     return (every[index],)
 
 

@@ -19,7 +19,7 @@ import torch
 
 from ...errors import UsageError
 from ...formats.file_plan import OutTensor, SumKind
-from ...storage.opened import OpenFiles, read_at
+from ...storage.source import OpenFiles, read_at
 from ...storage.staged import write_at
 from .. import native
 from ..batches import Batch, Part
@@ -94,9 +94,9 @@ def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
         size = size.half
     least = Size(LEAST, size.read, size.written).on_device * lanes
     raise UsageError(
-        f"--gpu-memory {memory}: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
+        f"`gpu_memory={memory}`: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
         f"{-(-least // 10**6)}MB on a GPU. "
-        "Give more, or fewer --threads."
+        "Give more, or fewer `threads`."
     )
 
 
@@ -245,7 +245,7 @@ class Lane:
         for part in batch.parts:
             data = result.bytes[at : at + part.nbytes]
             at += part.nbytes
-            crc = native.crc32(data) if part.out.plan.needs_crc else 0
+            crc = native.crc32(data) if part.out.plan.needs_checksums else 0
             write_at(part.out.fd, data, part.position, part.out.plan.name)
             self._done(part, crc)
         return []

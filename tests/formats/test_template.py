@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from ckpt_tools import open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
-from ckpt_tools.formats import read_header, torch_zip
-from ckpt_tools.formats.twins import KNOWN
+from ckpt_tools.formats import read_header
+from ckpt_tools.formats.torch_zip import KNOWN, TORCH_ZIP
 
 Save = Callable[..., Path]
 
@@ -79,7 +79,7 @@ def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Sav
     second.foreign["changed"] += 1
     third = read_header(paths[2])
 
-    assert first.pattern is second.pattern is third.pattern is not None
+    assert first.template is second.template is third.template is not None
     assert list(third.tree) == ["w", "n"] or list(third.tree) == ["n", "w"]
     assert {spec.storage.path for spec in third.tree.values()} == {paths[2]}
     assert "changed" not in third.metadata.values()
@@ -90,7 +90,7 @@ def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Sav
 
 def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save: Save) -> None:
     header = read_header(save("a.pth", weights(0)))
-    assert list(KNOWN.values()) == [header.pattern]
+    assert list(KNOWN.values()) == [header.template]
     del header
     assert not KNOWN
 
@@ -118,7 +118,7 @@ def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[st
 def test_a_pickle_that_says_something_else_is_read_itself(other: dict[str, Any], save: Save) -> None:
     first = read_header(save("x.pth", {"w": torch.ones(3, 4), "lr": 0.1}))
     second = read_header(save("y.pth", other))
-    assert first.pattern is not second.pattern
+    assert first.template is not second.template
     assert second.tree["lr"] == other["lr"]
     check(second.path, {name: value for name, value in other.items() if name != "lr"})
 
@@ -131,7 +131,7 @@ def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(s
         return {"model": model, "log": log, "again": log, "pair": (model, 2.5), "args": {"lr": None}}
 
     first, second = (read_header(save(f"{seed}.pth", tree(seed))) for seed in (0, 1))
-    assert first.pattern is second.pattern is not None
+    assert first.template is second.template is not None
     log, own = first.tree["log"], second.tree["log"]
     assert own is second.tree["again"] is own[2]
     assert own is not log
@@ -145,7 +145,7 @@ def test_a_pair_of_pairs_of_pairs_is_not_written_out(save: Save) -> None:
     for _ in range(60):
         pairs = (pairs, pairs)
     first, second = (read_header(save(f"{seed}.pth", {"w": torch.ones(2), "pairs": pairs})) for seed in (0, 1))
-    assert first.pattern is second.pattern is not None
+    assert first.template is second.template is not None
     assert second.tree["pairs"][0] is second.tree["pairs"][1]
 
 
@@ -168,17 +168,17 @@ def test_objects_that_are_no_plain_containers_are_read_for_each_file(odd: Any, s
 def test_a_local_header_that_lies_is_refused_whatever_was_read_before(save: Save) -> None:
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
-    assert read_header(path).pattern is keep.pattern
+    assert read_header(path).template is keep.template
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"y/data/2", b"y/data/7", 1))  # the local header stands before the directory
-    with pytest.raises(CorruptError, match=r"y\.pth: its directory points at no record for y/data/2"):
+    with pytest.raises(CorruptError, match=r"y\.pth: its directory points at no entry for y/data/2"):
         read_header(path)
 
 
 def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_before(save: Save) -> None:
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
-    assert read_header(path).pattern is keep.pattern
+    assert read_header(path).template is keep.template
     raw = bytearray(path.read_bytes())
     line = raw.rindex(b"y/data.pkl") - 46
     assert raw[line : line + 4] == b"PK\1\2"
@@ -194,7 +194,7 @@ def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data
     KNOWN.clear()
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
-    assert read_header(path).pattern is keep.pattern
+    assert read_header(path).template is keep.template
     raw = bytearray(path.read_bytes())
     marks = [i for i in range(len(raw)) if raw.startswith((b"PK", b"y/"), i)]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -202,14 +202,14 @@ def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data
         raw[min(near, len(raw) - 1)] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
 
-    assert keep.pattern in KNOWN.values()
+    assert keep.template in KNOWN.values()
     assert outcome(path) == alone(path)
 
 
 def test_a_twin_in_a_row_of_records_far_apart_is_read_right(save: Save) -> None:
     tensors = [{f"w{i}": torch.randn(20_000) for i in range(4)} for _ in range(2)]
     first, second = (read_header(save(f"{i}.pth", tensors[i])) for i in range(2))
-    assert first.pattern is second.pattern is not None
+    assert first.template is second.template is not None
     check(second.path, tensors[1])
 
 
@@ -244,6 +244,6 @@ def test_bytes_of_an_offset_that_look_like_the_root_are_no_root(tmp_path: Path) 
 
     honest = write("x/", [(0x2F78, 1.0)], 0x2F78)
     hostile = write("A/", [(0x2F78, 666.0), (0x2F41, 2.0)], 0x2F41)
-    first = torch_zip.read(honest)
-    assert torch.equal(read_tensor(torch_zip.read(hostile).tree["w"]), torch.load(hostile, weights_only=True)["w"])
+    first = TORCH_ZIP.read(honest)
+    assert torch.equal(read_tensor(TORCH_ZIP.read(hostile).tree["w"]), torch.load(hostile, weights_only=True)["w"])
     assert torch.equal(read_tensor(first.tree["w"]), torch.ones(4))
