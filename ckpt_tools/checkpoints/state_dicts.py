@@ -12,9 +12,9 @@ from ..errors import AlignmentError, UsageError
 from ..formats.pickle_read import Inert
 from ..formats.tree import Path, entries, walk
 from ..tensors import DTYPES, Tensor, TensorSpec
-from .keys import WRAPPERS, unwrapping
 from .layouts import dotted
 from .optimizers import is_optimizer, looks_like_training_state
+from .prefixes import WRAPPERS, unwrapping
 
 COUNTERS = ("n_averaged", "steps")
 """What torch's AveragedModel and mmengine's count their updates in, beside names that all start with ``module.``."""
@@ -182,7 +182,7 @@ def _loses(name: str, rule: Rule, wrapper: str) -> bool:
 
 
 def _unwrapping(tensors: Mapping[str, Tensor], label: str, notes: list[str]) -> Rule:
-    """Make the rule of `keys.unwrap` for a state dict; where an average owns a prefix, that stays."""
+    """Make the rule of `prefixes.unwrap` for a state dict; where an average owns a prefix, that stays."""
     outer = _with_dotless(unwrapping(tensors))
     bare = {outer(name): tensor for name, tensor in tensors.items()}
     counter = next((name for name in COUNTERS if name in bare), None)

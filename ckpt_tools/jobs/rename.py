@@ -66,7 +66,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     """Take wrapper prefixes from the names in a checkpoint; everything else stays as it is, byte for byte.
 
     Every state dict inside is treated by itself: raw weights, averaged ones, any dict of names to tensors, but no
-    optimizer. Without `strip` and `add`, the prefixes of `keys.WRAPPERS` go, as `average` takes them off. Of several
+    optimizer. Without `strip` and `add`, the prefixes of `prefixes.WRAPPERS` go, as `average` takes them off. Of several
     prefixes, each is taken off, or put in front, after the one before it.
 
     Args:
