@@ -1,4 +1,4 @@
-"""Keys: prefixes come off to a fixpoint, and only where they are wrappers; tensors line up or are refused."""
+"""Prefixes: they come off to a fixpoint, and only where they are wrappers; tensors line up or are refused."""
 
 from __future__ import annotations
 

@@ -28,8 +28,10 @@ from .layout import (
     Layout,
     StateDict,
     dotted,
+    has_tensors,
     is_buffer,
     register,
+    split,
     unregister,
 )
 from .lightning import LIGHTNING, LIGHTNING_SWA, NEMO
@@ -65,6 +67,7 @@ __all__ = [
     "Layout",
     "StateDict",
     "dotted",
+    "has_tensors",
     "is_buffer",
     "is_ema_by_name",
     "left_behind",
@@ -72,6 +75,7 @@ __all__ = [
     "parameters",
     "register",
     "select",
+    "split",
     "states",
     "unregister",
 ]

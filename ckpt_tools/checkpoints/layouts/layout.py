@@ -129,7 +129,7 @@ def has_tensors(node: Any) -> bool:
     return isinstance(node, dict) and any(isinstance(k, str) and isinstance(v, _TENSORS) for k, v in node.items())
 
 
-def split(node: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[Any, Any]]:
+def split(node: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[Any, Any]]:
     """Split a dict into tensors with names, and other entries."""
     tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, _TENSORS)}
     return tensors, {k: v for k, v in node.items() if k not in tensors} if len(tensors) < len(node) else {}
