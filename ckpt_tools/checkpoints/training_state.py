@@ -15,9 +15,9 @@ from typing import Any
 from ..formats.header import Header
 from ..formats.tree import Path, entries, tensors_in, walk
 from ..tensors import Tensor
-from .keys import unwrapping
 from .layouts import StateDict, dotted
 from .optimizers import SLOTS, find_optimizers, is_optimizer, looks_like_training_state
+from .prefixes import unwrapping
 from .state_dicts import state_dicts
 
 # Averages that a callback or an optimizer keeps; not `exp_avg`, which is Adam's.

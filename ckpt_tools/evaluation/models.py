@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.keys import unwrap
 from ..checkpoints.open import Checkpoint
+from ..checkpoints.prefixes import unwrap
 from ..errors import ModelError, UsageError
 from ..formats.header import Header
 from ..tensors import TensorSpec

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.keys import prefixes, unwrap
 from ..checkpoints.layouts import StateDict, is_ema_by_name, select
+from ..checkpoints.prefixes import prefixes, unwrap
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads

@@ -167,13 +167,13 @@ def find_layout(name: str) -> Layout:
 
 
 def _check_format(layout: Layout, target: Target) -> None:
-    output = "folder" if target.folder else "torch" if target.format.nests else "safetensors"
-    if output in layout.files:
+    output = "folder" if target.folder else "nested" if target.format.nests else "flat"
+    if output in layout.outputs:
         return
-    if layout.files == ("folder",):
+    if layout.outputs == ("folder",):
         raise UsageError(f"{target.path}: `to={layout.name!r}` makes a folder. Give `out` a name without suffix.")
     what = "a folder of safetensors" if target.folder else "safetensors"
-    folder = ", and a folder" if "folder" in layout.files else ""
+    folder = ", and a folder" if "folder" in layout.outputs else ""
     raise UsageError(
         f"{target.path}: `to={layout.name!r}` nests its weights, which {what} cannot hold. "
         f"Give `out` a name that ends in .pth{folder}, or choose `to='plain'`."

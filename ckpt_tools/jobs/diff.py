@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.keys import prefixes, unwrap
 from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.prefixes import prefixes, unwrap
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoints.keys import prefixes
 from ..checkpoints.layouts import StateDict, dotted, states
 from ..checkpoints.optimizers import find_optimizers, kind_of
+from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
 from ..formats.header import Header
 from ..formats.tree import tensors_in

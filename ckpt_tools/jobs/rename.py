@@ -12,7 +12,8 @@ from typing import Any
 from zipfile import BadZipFile
 
 from ..checkpoints.optimizers import is_optimizer
-from ..checkpoints.state_dicts import Change, StateNames, plan_changes, state_dicts
+from ..checkpoints.prefixes import NewNames, StateNames, plan_names
+from ..checkpoints.state_dicts import state_dicts
 from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
 from ..formats import read_header, suffixes
 from ..formats.format import Named, Renaming
@@ -66,7 +67,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     """Take wrapper prefixes from the names in a checkpoint; everything else stays as it is, byte for byte.
 
     Every state dict inside is treated by itself: raw weights, averaged ones, any dict of names to tensors, but no
-    optimizer. Without `strip` and `add`, the prefixes of `keys.WRAPPERS` go, as `average` takes them off. Of several
+    optimizer. Without `strip` and `add`, those of `prefixes.WRAPPERS` go, as `average` takes them off. Of several
     prefixes, each is taken off, or put in front, after the one before it.
 
     Args:
@@ -151,26 +152,26 @@ def _undisturbed(source: Path) -> Iterator[None]:
 
 def _renamed(
     header: Header, strip: Sequence[str], add: Sequence[str], notes: list[str]
-) -> tuple[list[Change], dict[str, Splice]]:
+) -> tuple[list[NewNames], dict[str, Splice]]:
     """Plan the names of a checkpoint, and from them its files, the index of a sharded one last."""
     if not header.format.folder:
         file = header.format.rename(header)
         states = state_dicts(file.tree)
         if not states:
             raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
-        changes = plan_changes(states, strip, add, where=str(header.path), notes=notes)
+        changes = plan_names(states, strip, add, where=str(header.path), notes=notes)
         return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
     index, *shards = (stamp.path for stamp in header.files)
     files = [each.format.rename(each) for each in map(read_header, shards)]
     # One state dict in many files: what all names carry, all names in all files carry.
     whole = {name: tensor for file in files for name, tensor in file.tree.items()}
-    (change,) = plan_changes({(): whole}, strip, add, where=str(header.path), notes=notes)
+    (change,) = plan_names({(): whole}, strip, add, where=str(header.path), notes=notes)
     splices = {file.path.name: _splice(file, [(file.tree, change)]) for file in files}
     splices[index.name] = Splice(index, (renamed_index(index, change.names),)) if change.names else _copy(index)
     return [change], splices
 
 
-def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], Change]]) -> Splice:
+def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], NewNames]]) -> Splice:
     if not any(change.names for _, change in states):
         return _copy(file.path)
     return file.renamed([Renaming(state, change.names, change.modules(state)) for state, change in states])

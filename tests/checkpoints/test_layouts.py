@@ -381,7 +381,7 @@ def test_register_makes_an_encoding_known_that_is_read_and_written(
     convert(source, to="plain", out=tmp_path / "plain.safetensors")
     convert(tmp_path / "plain.safetensors", to="toy", out=tmp_path / "toy.pth")
     assert same_bits(dict(load(tmp_path / "toy.pth")["averages"]), weights(3))
-    with pytest.raises(UsageError, match=r"`to=.toy.` nests its weights, which safetensors cannot hold"):
+    with pytest.raises(UsageError, match=r"`to='toy'` nests its weights, which safetensors cannot hold"):
         convert(source, to="toy", out=tmp_path / "toy.safetensors")
 
 

@@ -28,8 +28,10 @@ from .layout import (
     Layout,
     StateDict,
     dotted,
+    has_tensors,
     is_buffer,
     register,
+    split,
     unregister,
 )
 from .lightning import LIGHTNING, LIGHTNING_SWA, NEMO
@@ -40,7 +42,7 @@ from .plain import DCP, PLAIN
 from .select import is_ema_by_name, select, states
 from .ultralytics import MODULE_ENCODING, ULTRALYTICS
 
-# As `ckpt convert --list` shows them. Raw weights alone are looked for in this order, too, which is timm's.
+# As the list of layouts shows them. Raw weights alone are looked for in this order, too, which is timm's.
 LAYOUTS += [
     PLAIN, TIMM, TIMM_EMA, DEIT, TORCHVISION, MODEL_STATE_DICT, AVERAGED_MODEL, LITEMA, LIGHTNING, LIGHTNING_SWA, NEMO,
     MMENGINE, ULTRALYTICS, D2GO, EMA_PYTORCH, DIT, ICEFALL, DINO, FAIRSEQ, DIFFUSERS, PYTORCH_EMA, DCP,
@@ -65,6 +67,7 @@ __all__ = [
     "Layout",
     "StateDict",
     "dotted",
+    "has_tensors",
     "is_buffer",
     "is_ema_by_name",
     "left_behind",
@@ -72,6 +75,7 @@ __all__ = [
     "parameters",
     "register",
     "select",
+    "split",
     "states",
     "unregister",
 ]

@@ -10,6 +10,9 @@ from ...formats.tree import follow
 from ...tensors import TensorSpec, UnsupportedTensor
 from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, split
 
+COUNTS = ("n_averaged", "steps")
+"""Keys of the update count: torch's, and mmengine's."""
+
 
 def _encoding(name: str, count: str) -> Encoding:
     """Make the encoding of a class.
@@ -39,8 +42,8 @@ def _encoding(name: str, count: str) -> Encoding:
     return Encoding(name, detect, read, write, frozenset({"updates"}))
 
 
-AVERAGED_MODEL_ENCODING = _encoding("averaged-model", "n_averaged")
-MMENGINE_ENCODING = _encoding("mmengine", "steps")
+AVERAGED_MODEL_ENCODING = _encoding("averaged-model", COUNTS[0])
+MMENGINE_ENCODING = _encoding("mmengine", COUNTS[1])
 
 AVERAGED_MODEL = Layout(
     "averaged-model", "torch's AveragedModel: module.* and n_averaged",

@@ -129,7 +129,7 @@ def has_tensors(node: Any) -> bool:
     return isinstance(node, dict) and any(isinstance(k, str) and isinstance(v, _TENSORS) for k, v in node.items())
 
 
-def split(node: dict[Any, Any]) -> tuple[dict[str, Tensor], dict[Any, Any]]:
+def split(node: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[Any, Any]]:
     """Split a dict into tensors with names, and other entries."""
     tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, _TENSORS)}
     return tensors, {k: v for k, v in node.items() if k not in tensors} if len(tensors) < len(node) else {}
@@ -285,15 +285,15 @@ class Layout:
     Most layouts are two paths and need nothing else. Where a library does more, a subclass overrides a method.
 
     Attributes:
-        name: as ``ckpt convert --to`` takes it.
-        about: a line for ``ckpt convert --list``.
+        name: as the parameter `to` of `convert` takes it.
+        about: a line for the list of layouts.
         raw, ema: paths of the sets; None where a layout has none, or keeps it beside the other in one dict.
         raw_encoding, ema_encoding: how they are encoded there. An average in another encoding is another layout's,
             unless this one is plain.
         single: which of the two paths has the weights of a checkpoint with one set.
         updates: path of the EMA update count, if the encoding has none.
         alone: what raw weights without averaged ones are called; empty if this layout always has both.
-        written: ``ckpt convert`` writes it.
+        written: `convert` writes it.
     """
 
     name: str
@@ -338,10 +338,10 @@ class Layout:
         return not self.pair or self.raw == self.ema
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Which outputs can hold it: ``torch``, ``safetensors``, ``folder``."""
+    def outputs(self) -> tuple[str, ...]:
+        """What can hold it: ``nested``, a file of nested objects; ``flat``, one of names and tensors; ``folder``."""
         flat = self._one_dict and all(each.flat for each in self.encodings)
-        return ("torch", "safetensors", "folder") if flat else ("torch",)
+        return ("nested", "flat", "folder") if flat else ("nested",)
 
     def keeps(self, what: str) -> bool:
         """True if it stores the ``updates``, ``decay`` or ``settings`` of an average."""
@@ -459,7 +459,7 @@ def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:
 # Known layouts
 
 LAYOUTS: list[Layout] = []
-"""All layouts, in the order in which `convert` lists them."""
+"""All layouts, in the order of the list for users."""
 DETECTED: list[Layout] = []
 """Layouts with averaged weights, in the order in which they are tried."""
 

@@ -113,8 +113,8 @@ class Diffusers(Layout):
     """A list in a file, or a folder of weights whose ``config.json`` has the settings of the EMAModel."""
 
     @property
-    def files(self) -> tuple[str, ...]:
-        return ("torch", "folder")
+    def outputs(self) -> tuple[str, ...]:
+        return ("nested", "folder")
 
     def flatten(self, content: Content) -> Flat:
         return Flat(content.ema, stem="diffusion_pytorch_model", config=_config(content))

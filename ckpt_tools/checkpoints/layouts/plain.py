@@ -25,7 +25,7 @@ class Dcp(Layout):
     """A folder, and nothing else."""
 
     @property
-    def files(self) -> tuple[str, ...]:
+    def outputs(self) -> tuple[str, ...]:
         return ("folder",)
 
     def flatten(self, content: Content) -> Flat:

@@ -1,4 +1,4 @@
-"""Keys: prefixes come off to a fixpoint, and only where they are wrappers; tensors line up or are refused."""
+"""Prefixes: they come off to a fixpoint, and only where they are wrappers; tensors line up or are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_tools.checkpoints.keys import prefixes, unwrap
+from ckpt_tools.checkpoints.prefixes import prefixes, unwrap
 from ckpt_tools.errors import AlignmentError, UsageError
 from ckpt_tools.series.align import align
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec, UnsupportedTensor, make_spec
