@@ -14,6 +14,7 @@ from ..formats.tree import Path
 from ..tensors import DTYPES, Tensor, TensorSpec
 from .layouts import dotted, split
 from .layouts.averaged_model import COUNTS
+from .layouts.layout import Unchanged
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
@@ -21,7 +22,7 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapp
 _LEADING, *_ANYWHERE = WRAPPERS
 
 
-def unwrap(names: Iterable[str]) -> dict[str, str]:
+def unwrap(names: Iterable[str]) -> Mapping[str, str]:
     """Map each name to the one without wrapper prefixes.
 
     A leading prefix goes only where every name carries it, until none is left, in whatever order they were
@@ -30,10 +31,11 @@ def unwrap(names: Iterable[str]) -> dict[str, str]:
     Raises:
         AlignmentError: two names become one.
     """
+    known = names if isinstance(names, Mapping) else dict.fromkeys(names)
     names = list(names)
     text = "\n".join(names)
     if not any(wrapper in text for wrapper in _ANYWHERE) and not (names and names[0].startswith(_LEADING)):
-        return dict(zip(names, names, strict=True))
+        return Unchanged(known)
     strip = unwrapping(names)
     mapping = {name: strip(name) for name in names}
     taken: dict[str, str] = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import NotACheckpointError, ReadError
@@ -27,6 +30,18 @@ def format_of(target: Path) -> Format:
     return next((each for each in FORMATS if each.writes and target.name.endswith(each.suffixes or ("\0",))), SHARDED)
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep the garbage collector from looking at a hundred thousand new specs again and again; none is garbage."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def read_header(path: Path) -> Header:
     """Read what a checkpoint says about itself, without its payload.
 
@@ -37,6 +52,11 @@ def read_header(path: Path) -> Header:
     Raises:
         ReadError: missing, of no known format, or damaged.
     """
+    with without_collector():
+        return _read_header(path)
+
+
+def _read_header(path: Path) -> Header:
     try:
         store = store_of(path)
         if not store.is_folder(path):

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..tensors import DType, TensorSpec
+from ..tensors import DType, TensorSpec, c_strides
 
 Files = tuple[tuple[Path, int], ...]
 """Files with identical headers: the path of each, and by how many bytes its payload begins later than in the first."""
@@ -42,6 +42,28 @@ class SharedTerms:
 
     def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
         return map(self.__getitem__, range(len(self)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Terms:
+    """Terms as one tuple of tensors, and one of coefficients that all tensors of a job share.
+
+    Attributes:
+        specs: in the order of summation.
+        coefficients: float64, one a tensor.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    coefficients: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __getitem__(self, index: int) -> tuple[TensorSpec, float]:
+        return self.specs[index], self.coefficients[index]
+
+    def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
+        return zip(self.specs, self.coefficients, strict=True)
 
 
 class GroupKey(NamedTuple):
@@ -84,7 +106,7 @@ class OutTensor:
 
     dtype: DType
     shape: tuple[int, ...]
-    terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms
+    terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms | Terms
     name: str
     finite: bool = True
     data: bytes | None = None
@@ -102,28 +124,33 @@ class OutTensor:
         """Of the terms."""
         if type(self.terms) is SharedTerms:
             return (self.terms.spec.dtype,) * len(self.terms)
-        return tuple([spec.dtype for spec, _ in self.terms])
+        return tuple([spec.dtype for spec in self.specs])
 
     @property
     def width(self) -> int:
         """Bytes of the inputs that go into an element."""
         if type(self.terms) is SharedTerms:
             return self.terms.spec.dtype.itemsize * len(self.terms.files)
-        return sum([spec.dtype.itemsize for spec, _ in self.terms])
+        return sum([spec.dtype.itemsize for spec in self.specs])
 
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Of the terms."""
-        if type(self.terms) is SharedTerms:
-            return self.terms.coefficients
-        return tuple([coefficient for _, coefficient in self.terms])
+        if type(self.terms) is tuple:
+            return tuple([coefficient for _, coefficient in self.terms])
+        return self.terms.coefficients  # type: ignore[union-attr]
+
+    @property
+    def specs(self) -> Sequence[TensorSpec]:
+        """Of the terms."""
+        return self.terms.specs if type(self.terms) is Terms else [spec for spec, _ in self.terms]
 
     @property
     def places(self) -> Sequence[tuple[TensorSpec, Files]]:
         """Return (spec, files that have a term there) in the order of the terms."""
         if type(self.terms) is SharedTerms:
             return ((self.terms.spec, self.terms.files),)
-        return [(spec, tuple([(path, 0) for path in spec.paths])) for spec, _ in self.terms]
+        return [(spec, tuple([(path, 0) for path in spec.paths])) for spec in self.specs]
 
     @property
     def copied(self) -> bool:
@@ -143,8 +170,10 @@ class OutTensor:
         """Its key if it may share a work unit: it is contiguous in every input, and little endian; None otherwise."""
         if not self.terms:
             return None
-        for spec, _ in self.places:  # a chunked one is not contiguous
-            if not spec.contiguous or spec.swapped:
+        strides = c_strides(self.shape)
+        for spec in [self.terms.spec] if type(self.terms) is SharedTerms else self.specs:
+            plain = type(spec) is TensorSpec and (spec.stride == strides or spec.contiguous)
+            if not plain or (spec.storage.big_endian and spec.swapped):
                 return None
         return self.tile_key
 

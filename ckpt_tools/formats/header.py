@@ -69,8 +69,8 @@ class Header:
         return relocated(self.content, self.places)
 
     @property
-    def to_read(self) -> Any:
-        """What was saved, as `tree`, but not to be changed: where the content is this checkpoint's own, no copy."""
+    def view(self) -> Any:
+        """What was saved, with tensors of this very checkpoint; shared with others, so not to be changed."""
         return self.tree if self.places else self.content
 
     @property

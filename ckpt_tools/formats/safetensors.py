@@ -60,8 +60,9 @@ class Safetensors(Format):
                     f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy."
                 )
             raw = file.read(8, length)
-        template, metadata = _template(path, raw)
-        position, payload = template.end, size - 8 - length
+        payload = size - 8 - length
+        template, metadata = _template(path, raw, payload)
+        position = template.end
         if position != payload:
             what = "truncated" if position > payload else "longer than its header says"
             raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
@@ -113,7 +114,7 @@ _KNOWN: WeakValueDictionary[tuple[str, tuple[tuple[str, str], ...]], _Template] 
 """Templates by what follows the metadata of a header, and the ties in the metadata; as long as a header uses one."""
 
 
-def _template(path: Path, raw: bytes) -> tuple[_Template, dict[str, str]]:
+def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str, str]]:
     """Return what a header says of tensors, shared with equal headers, and its metadata."""
     try:
         text = raw.decode()
@@ -136,7 +137,7 @@ def _template(path: Path, raw: bytes) -> tuple[_Template, dict[str, str]]:
             _check_metadata(path, metadata)
         elif _METADATA in entries:
             raise CorruptError(f"{path}: its header has two entries of the name {_METADATA}. The file is damaged.")
-        tensors, end = _tensors(path, entries, base=8 + len(raw))
+        tensors, end = _tensors(path, entries, base=8 + len(raw), nbytes=payload)
         for alias, kept in metadata.items():
             if alias not in tensors and kept in entries and _is_tie(alias, kept):
                 tensors[alias] = tensors[kept]
@@ -193,13 +194,18 @@ def _is_tie(alias: str, kept: str) -> bool:
     return "." in alias or alias == kept.rpartition(".")[2]
 
 
-def _tensors(path: Path, entries: Mapping[str, Any], *, base: int) -> tuple[Tensors, int]:
-    """Make the spec of each entry, and check that the data have no holes; return how long they are, too."""
+def _tensors(path: Path, entries: Mapping[str, Any], *, base: int, nbytes: int) -> tuple[Tensors, int]:
+    """Make the spec of each entry, and check that the data have no holes; return how long they are, too.
+
+    Args:
+        base: where the data begin in the file.
+        nbytes: how long they are in this file; another with the same header may be shorter.
+    """
     tensors: Tensors = {}
     in_order = True
     shapes: dict[tuple[Any, ...] | None, tuple[DType, tuple[int, ...], tuple[int, ...], int]] = {}
     position = 0
-    whole = Storage(path, base, sum(_length(entry) for entry in entries.values()))
+    whole = Storage(path, base, nbytes)
     for name, entry in entries.items():
         name = sys.intern(name)  # the next header has it, too
         try:
@@ -224,15 +230,6 @@ def _tensors(path: Path, entries: Mapping[str, Any], *, base: int) -> tuple[Tens
 
 
 _INTEGERS = {int}
-
-
-def _length(entry: Any) -> int:
-    """Return how many bytes an entry claims; 0 where it is not an entry, which is found out later."""
-    try:
-        begin, end = entry["data_offsets"]
-        return end - begin if type(begin) is int and type(end) is int else 0
-    except (TypeError, KeyError, ValueError):
-        return 0
 
 
 def _check_spans(path: Path, entries: Mapping[str, Any]) -> int:

@@ -126,7 +126,7 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
             places=places,
         )
     tree: dict[str, Any] = {}
-    trees = {name: header.to_read for name, header in headers.items()}
+    trees = {name: header.view for name, header in headers.items()}
     for key, name in weight_map.items():
         tensors = trees[name]
         if not isinstance(tensors, dict) or key not in tensors:

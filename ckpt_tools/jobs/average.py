@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, is_ema_by_name, select
+from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.prefixes import prefixes, unwrap
 from ..compute import engine
 from ..compute.gpu import devices
@@ -21,7 +22,7 @@ from ..series.find import Member, Series, find_series
 from ..series.rows import recipes
 from ..series.schedules import Schedule, dominant
 from ..storage.source import sha256
-from ..tensors import DType, TensorSpec, parse_dtype
+from ..tensors import DType, Tensor, TensorSpec, parse_dtype
 from .assembly import Assembly, assemble
 from .options import AveragedOutput, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
@@ -214,7 +215,7 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     states = _select_all(members[-1:] if shared else members, names, matching.state)
     renamed = [unwrap(s.tensors) for s in states]
     plan = align(
-        [dict(zip(bare.values(), s.tensors.values(), strict=True)) for s, bare in zip(states, renamed, strict=True)],
+        [_renamed(s.tensors, bare) for s, bare in zip(states, renamed, strict=True)],
         names[-len(states) :],
         keys=matching.keys,
         match=matching.match,
@@ -226,6 +227,10 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
         notes.append(f"Not in every checkpoint, so taken from those that have them: '{partial[0]}'{more}.")
     return _LinedUp(states, renamed, plan.rows, plan.left_out, shared, tuple(notes))
+
+
+def _renamed(tensors: Mapping[str, Tensor], bare: Mapping[str, str]) -> Mapping[str, Tensor]:
+    return tensors if isinstance(bare, Unchanged) else dict(zip(bare.values(), tensors.values(), strict=True))
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:
@@ -279,7 +284,7 @@ def _inputs(
 ) -> tuple[Input, ...]:
     """Describe the checkpoints; one set of weights and one map of names are those of all."""
     found = [
-        (chosen.label, tuple(prefixes(chosen.tensors)) if list(bare) != list(bare.values()) else ())
+        (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
         for chosen, bare in zip(weights.states, weights.renamed, strict=True)
     ]
     return tuple(

@@ -158,10 +158,10 @@ def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
     """List the tensors by place, each chunk on its own, without those that only a running training needs."""
-    tree = header.tree if isinstance(header.tree, dict) else {}
+    tree = header.view if isinstance(header.view, dict) else {}
     return [
         ((*path, *offsets), part)
-        for path, spec in tensors_in(header.tree)
+        for path, spec in tensors_in(header.view)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         for offsets, part in spec.parts

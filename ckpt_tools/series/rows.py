@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import LayoutError, UsageError
-from ..formats.file_plan import Files, OutTensor, SharedTerms
+from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
 from ..tensors import DType, Kind, TensorSpec
 
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
@@ -50,6 +50,7 @@ def recipes(
         path: tuple(file for file, _ in _weighing([*zip(files, coefficients, strict=True)]))
         for path, files in (shared or {}).items()
     }
+    coefficients, weigh = tuple(coefficients), all(coefficients)
     weights = tuple(weight for _, weight in _weighing([(None, weight) for weight in coefficients]))
     for begin, (name, row) in zip(begins, rows.items(), strict=True):
         alone = times[begin] == 1
@@ -63,10 +64,10 @@ def recipes(
                 )
             from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
             if from_last or not last.dtype.averaged:
-                terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms = ((last, 1.0),)
+                terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms | Terms = ((last, 1.0),)
             else:
                 files = counted.get(last.storage.path)
-                terms = SharedTerms(last, files, weights) if files else _scaled(name, row, coefficients)
+                terms = SharedTerms(last, files, weights) if files else _scaled(name, row, coefficients, weigh=weigh)
             out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
             tensor = OutTensor(out_dtype, last.shape, terms, name)
             if tensor.numel and not alone:
@@ -76,9 +77,11 @@ def recipes(
 
 
 def _scaled(
-    name: str, row: Sequence[TensorSpec | None], coefficients: Sequence[float]
-) -> tuple[tuple[TensorSpec, float], ...]:
+    name: str, row: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool
+) -> tuple[tuple[TensorSpec, float], ...] | Terms:
     """Give a tensor that some checkpoints lack the total weight of the others."""
+    if weigh and None not in row:
+        return Terms(tuple(row), coefficients)  # type: ignore[arg-type]
     present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
     weighing = tuple(present) if all(coefficients) else _weighing(present)
     if len(present) == len(coefficients):

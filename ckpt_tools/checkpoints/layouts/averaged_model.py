@@ -31,10 +31,9 @@ def _encoding(name: str, count: str) -> Encoding:
 
     def read(node: Any, names: Names, raw: Names) -> Sets:
         tensors, others = split(node)
-        updates = tensors.pop(count)
-        keys = {key.removeprefix("module."): key for key in tensors}
+        keys = {key.removeprefix("module."): key for key in tensors if key != count}
         weights = {name: tensors[key] for name, key in keys.items()}
-        return {"ema": StateDict(weights, keys, others, ema_paths=((count,),), updates=updates)}
+        return {"ema": StateDict(weights, keys, others, ema_paths=((count,),), updates=tensors[count])}
 
     def write(weights: Weights, content: Content) -> dict[str, Any]:
         return OrderedDict({count: content.count(), **{f"module.{name}": t for name, t in weights.items()}})

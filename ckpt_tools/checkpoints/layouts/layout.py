@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -39,7 +39,7 @@ class StateDict:
         set_paths: paths of all sets of weights and of what belongs to them, this one among them.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     keys: Mapping[str, str] | None = None
     other_entries: dict[Any, Any] = field(default_factory=dict)
     other_set: tuple[str, ...] = ()
@@ -121,6 +121,24 @@ def _not_written() -> dict[str, Any]:
     raise NotImplementedError("an encoding that is read, but not written")
 
 
+class Unchanged(Mapping[str, str]):
+    """Names, each mapped to itself; a dict of a hundred thousand would take 10 MB."""
+
+    def __init__(self, names: Mapping[str, object]) -> None:
+        self._names = names
+
+    def __getitem__(self, name: str) -> str:
+        if name not in self._names:
+            raise KeyError(name)
+        return name
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 _TENSORS = (TensorSpec, UnsupportedTensor)  # a union takes longer to test
 
 
@@ -129,15 +147,17 @@ def has_tensors(node: Any) -> bool:
     return isinstance(node, dict) and any(isinstance(k, str) and isinstance(v, _TENSORS) for k, v in node.items())
 
 
-def split(node: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[Any, Any]]:
-    """Split a dict into tensors with names, and other entries."""
+def split(node: Mapping[Any, Any]) -> tuple[Mapping[str, Tensor], dict[Any, Any]]:
+    """Split a dict into tensors with names, and other entries; a dict of tensors alone is returned as it is."""
+    if {str}.issuperset(map(type, node)) and {TensorSpec}.issuperset(map(type, node.values())):
+        return node, {}
     tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, _TENSORS)}
     return tensors, {k: v for k, v in node.items() if k not in tensors} if len(tensors) < len(node) else {}
 
 
 def _read_plain(node: Any, names: Names, raw: Names) -> Sets:
     tensors, others = split(node)
-    return {"raw": StateDict(tensors, dict(zip(tensors, tensors, strict=True)), others)}
+    return {"raw": StateDict(tensors, Unchanged(tensors), others)}
 
 
 PLAIN_ENCODING = Encoding("plain", has_tensors, _read_plain, lambda weights, content: OrderedDict(weights))
