@@ -30,7 +30,14 @@ class Commands(typer.core.TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.rich_markup_mode = None
+        self._help: _Option | None = None
         self.commands = {name: typer.core.TyperCommand(name) for name in NAMES}  # what Typer guesses slips from
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return --help with a quick value; the same one each time."""
+        if self._help is None:
+            self._help = _Option(super().get_help_option(ctx), bool)
+        return self._help
 
     def get_command(self, ctx: Any, name: str) -> Any:
         """Return the command of this name; None if there is none."""
@@ -57,6 +64,13 @@ class _Command(typer.core.TyperCommand):
         ]
         super().__init__(name, callback=callback, params=quick, **options)
         self.rich_markup_mode = None
+        self._help: _Option | None = None
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return --help with a quick value; the same one each time."""
+        if self._help is None:
+            self._help = _Option(super().get_help_option(ctx), bool)
+        return self._help
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, as wide as the terminal."""
@@ -79,11 +93,13 @@ class _Command(typer.core.TyperCommand):
 
 def _process_value(self: Any, ctx: Any, value: Any) -> Any:
     if value is None and not self.required:
-        return () if self.multiple or self.nargs == -1 else None
-    try:
-        return _read(value, self.plain_type)
-    except ValueError:
-        return super(type(self), self).process_value(ctx, value)
+        value = () if self.multiple or self.nargs == -1 else None
+    else:
+        try:
+            value = _read(value, self.plain_type)
+        except ValueError:
+            return super(type(self), self).process_value(ctx, value)
+    return value if self.callback is None else self.callback(ctx, self, value)
 
 
 def _read(value: Any, type_: Any) -> Any:

@@ -44,8 +44,8 @@ class SharedTerms:
         return map(self.__getitem__, range(len(self)))
 
 
-class SumKind(NamedTuple):
-    """What tensors have in common that are summed in one go. All stand contiguous in every input, little endian.
+class GroupKey(NamedTuple):
+    """How the elements of a tensor are computed; tensors with equal keys may share a work unit.
 
     Attributes:
         dtypes: of the terms.
@@ -62,8 +62,8 @@ class SumKind(NamedTuple):
     checked: bool
 
 
-# One object for all tensors of a kind, for of these there are few, and of tensors many.
-_sum_kind = lru_cache(maxsize=1024)(SumKind)
+# One object for all tensors with equal keys: there are few keys, and many tensors.
+_group_key = lru_cache(maxsize=1024)(GroupKey)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,15 +139,20 @@ class OutTensor:
         return spec.contiguous and not spec.swapped
 
     @property
-    def kind(self) -> SumKind | None:
-        """What it may be summed together with; None if its elements do not simply stand in line."""
+    def group_key(self) -> GroupKey | None:
+        """Its key if it may share a work unit: it is contiguous in every input, and little endian; None otherwise."""
         if not self.terms:
             return None
         for spec, _ in self.places:  # a chunked one is not contiguous
             if not spec.contiguous or spec.swapped:
                 return None
+        return self.tile_key
+
+    @property
+    def tile_key(self) -> GroupKey:
+        """Its key wherever its elements stand in the inputs; only for a tensor that has terms."""
         checked = self.finite and self.dtype.averaged
-        return _sum_kind(self.dtypes, self.coefficients, self.dtype, self.copied, checked)
+        return _group_key(self.dtypes, self.coefficients, self.dtype, self.copied, checked)
 
 
 class Payload(NamedTuple):

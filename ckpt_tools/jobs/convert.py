@@ -24,8 +24,10 @@ from ..checkpoints.layouts import (
 )
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
-from ..formats import dcp, read_header
+from ..formats import read_header
+from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import OutTensor
+from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
@@ -293,8 +295,8 @@ def _assembled(
         return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
     whole = layout.flatten(content)
     if whole.dcp:
-        files = dcp.plan(whole.tensors, max_bytes=shard_bytes, provenance=said)
-        return Assembly(target.path, tuple(files), folder=True, dropped=tuple(dropped))
+        files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
+        return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     return flat(
         whole.tensors, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
         dropped=dropped, config=whole.config, stem=whole.stem,

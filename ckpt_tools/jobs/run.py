@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..compute import engine
-from ..compute.batches import OutFile
 from ..compute.gpu.devices import GPU_MEMORY
+from ..compute.work_units import OutFile
 from ..errors import WriteError
 from ..formats.file_plan import FilePlan
 from ..storage import splice

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
-from cli_runner import contents, environment, refused, run
+from cli_runner import PATIENCE, contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.compute.gpu import devices, streams
@@ -64,7 +64,7 @@ def test_the_line_of_the_readme_works_as_it_stands(runs: list[Path]) -> None:
     Path("runs").symlink_to(runs[0].parent)
     line = "ckpt avg runs/*.pth --mode ema --decay 0.99"
     done = subprocess.run(
-        ["bash", "-c", line], env=environment(), capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", line], env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

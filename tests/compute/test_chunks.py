@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from crafting import random_tensor, raw_bytes, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.compute.payload import OpenFiles, Reader, Source, read_tensor
 from ckpt_tools.errors import CorruptError
 from ckpt_tools.tensors import DTYPES, ChunkedSpec, Part, Storage, TensorSpec, join, make_spec
 
-RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=150)
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 

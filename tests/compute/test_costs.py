@@ -135,3 +135,22 @@ def test_a_look_reads_the_header_alone(series: list[Path]) -> None:
     assert found.read < 1e6
     assert found.reads < 100
     assert not found.torch
+
+
+@needs_native
+@pytest.mark.parametrize(("function", "files"), [("average", 3), ("convert", 1)])
+def test_transposed_tensors_are_read_once_in_long_rows_without_torch(tmp_path: Path, function: str, files: int) -> None:
+    paths = [tmp_path / f"step-{i}.pth" for i in range(files)]
+    for i, path in enumerate(paths):
+        torch.manual_seed(i)
+        torch.save({"w": torch.randn(2048, 3072).t()}, path)
+    options = {"to": "plain"} if function == "convert" else {"threads": 2}
+    source = paths[0] if function == "convert" else paths
+    found = cost(function, source, out=tmp_path / "out.safetensors", **options)
+    inputs = sum(map(payload, paths))
+    assert inputs * 0.99 < found.read < inputs * 1.04
+    assert payload(paths[0]) * 1.99 < found.written < payload(paths[0]) * 2.01  # zeros first
+    assert found.reads < 7000 * files  # 6 tiles of 1,024 rows; element by element it would be 6 million
+    assert found.writes < 7000
+    assert found.memory < 14e6
+    assert not found.torch

@@ -6,13 +6,12 @@ import random
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tools.compute.crc32 import combine
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=8))
 def test_the_parts_of_any_split_combine_to_the_whole(parts: list[bytes]) -> None:
     total = 0
@@ -22,7 +21,6 @@ def test_the_parts_of_any_split_combine_to_the_whole(parts: list[bytes]) -> None
     assert total == zlib.crc32(b"".join(parts))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=200), st.binary(max_size=200))
 def test_parts_may_be_grouped_in_any_way(a: bytes, b: bytes, c: bytes) -> None:
     left = combine(combine(zlib.crc32(a), zlib.crc32(b), len(b)), zlib.crc32(c), len(c))

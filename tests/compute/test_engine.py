@@ -1,4 +1,4 @@
-"""The engine: exact sums, one rounding, the same bytes for any piece size and thread count."""
+"""The engine: exact sums, one rounding, the same bytes for any slice size and thread count."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 import safetensors.torch as safetensors_library
 import torch
 from conftest import FLOATS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
-from ckpt_tools.compute.batches import OutFile
+from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CkptError, CorruptError, NumericsError, ReadError, WriteError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.file_plan import OutTensor
@@ -40,7 +40,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-RELAXED = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=40)
 
 
 def average(
@@ -49,7 +49,7 @@ def average(
     coefficients: Sequence[float],
     *,
     dtype: str | None = None,
-    piece: int | None = None,
+    slice_size: int | None = None,
     threads: int = 2,
     allow_nonfinite: bool = False,
 ) -> torch.Tensor:
@@ -67,7 +67,7 @@ def average(
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         os.truncate(fd, plan.size)
-        engine.run([OutFile(plan, fd)], threads=threads, piece=piece, allow_nonfinite=allow_nonfinite)
+        engine.run([OutFile(plan, fd)], threads=threads, slice_size=slice_size, allow_nonfinite=allow_nonfinite)
     finally:
         os.close(fd)
     return safetensors_library.load(path.read_bytes())["w"]
@@ -151,7 +151,7 @@ def test_ties_and_subnormals_are_rounded_once_not_twice(tmp_path: Path, dtype: s
     n=st.integers(1, 6),
     numel=st.integers(1, 300),
 )
-def test_piece_size_and_threads_change_no_byte(
+def test_slice_size_and_threads_change_no_byte(
     tmp_path: Path, data: st.DataObject, dtype: str, n: int, numel: int
 ) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
@@ -164,7 +164,7 @@ def test_piece_size_and_threads_change_no_byte(
         tmp_path,
         tensors,
         coefficients,
-        piece=data.draw(st.integers(1, 350)),
+        slice_size=data.draw(st.integers(1, 350)),
         threads=data.draw(st.integers(1, 4)),
         dtype=None if dtype != "complex128" else "complex64",
     )
@@ -213,7 +213,7 @@ def test_a_value_that_is_not_finite_names_file_tensor_and_place(tmp_path: Path, 
     tensors = [torch.zeros(3, 50, dtype=getattr(torch, dtype)) for _ in range(3)]
     tensors[1][2, 7] = value
     with pytest.raises(NumericsError, match=r"1\.pth: 'w' holds (NaN|-?infinity) at \[2, 7\]"):
-        average(tmp_path, tensors, [0.5, 0.0, 0.5], piece=16)
+        average(tmp_path, tensors, [0.5, 0.0, 0.5], slice_size=16)
     found = average(tmp_path, tensors, [1 / 3] * 3, allow_nonfinite=True)
     assert not torch.isfinite(found[2, 7])
 
@@ -285,8 +285,8 @@ def test_a_file_written_to_meanwhile_is_an_error(tmp_path: Path, save: Save) -> 
         os.close(fd)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, piece: int) -> None:
+@pytest.mark.parametrize("slice_size", [1, 7, 1000])
+def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, slice_size: int) -> None:
     values = torch.arange(100, dtype=torch.float32)
     out = OutTensor(DTYPES["float32"], (10, 10), (), "w", data=bytes(values.view(torch.uint8).tolist()))
     plan = safetensors.plan({"w": out}, metadata={}, name="out")
@@ -294,7 +294,7 @@ def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, piece
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         os.truncate(fd, plan.size)
-        engine.run([OutFile(plan, fd)], piece=piece, threads=2)
+        engine.run([OutFile(plan, fd)], slice_size=slice_size, threads=2)
     finally:
         os.close(fd)
     assert safetensors_library.load_file(path)["w"].equal(values.view(10, 10))
@@ -340,7 +340,7 @@ def test_a_job_goes_on_with_the_threads_that_the_system_allows(
     monkeypatch.setattr(threading.Thread, "start", scarce)
     tensors = [torch.randn(3000), torch.randn(3000)]
     if allowed:
-        found = average(tmp_path, tensors, [0.5, 0.5], threads=8, piece=100)
+        found = average(tmp_path, tensors, [0.5, 0.5], threads=8, slice_size=100)
         assert torch.equal(found, ((tensors[0].double() + tensors[1].double()) * 0.5).float())
         assert len(started) == allowed
     else:
@@ -371,7 +371,7 @@ def test_a_job_that_fails_waits_for_no_disk(tmp_path: Path, save: Save, monkeypa
     try:
         os.truncate(fd, plan.size)
         with pytest.raises(NumericsError, match="'bad' holds NaN"):
-            engine.run([OutFile(plan, fd)], threads=1, piece=600_000)
+            engine.run([OutFile(plan, fd)], threads=1, slice_size=600_000)
     finally:
         os.close(fd)
     assert len(begun) == 1  # the one that was under way

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from crafting import TORCH_DTYPES, random_tensor, raw_bytes, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.compute.payload import Reader, Source, boxes, read_tensor, torch_dtype
@@ -23,7 +23,7 @@ from ckpt_tools.storage.source import OpenFiles
 from ckpt_tools.tensors import DTYPES, DType, Kind, Storage, TensorSpec, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
-RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=150)
 
 
 @st.composite

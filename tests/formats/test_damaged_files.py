@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from crafting import bounded_memory, records_of, same, zip_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
@@ -30,7 +30,7 @@ from ckpt_tools.formats import read_header
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec
 
-FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150)
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.float16), "n": torch.tensor(3)}
 
 

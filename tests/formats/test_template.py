@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from crafting import same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -188,7 +188,7 @@ def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_befor
         read_header(path)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data: st.DataObject) -> None:
     KNOWN.clear()

@@ -263,7 +263,7 @@ def test_more_records_than_16_bits_can_count_are_written_and_read(tmp_path: Path
     assert reader.get_record("data/65999") == b"\0"
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(0, 200), st.sampled_from(["int8", "float16", "float64"])), max_size=8),
     st.text(max_size=40),
@@ -475,7 +475,6 @@ def named_tensors(draw: st.DrawFn) -> dict[str, OutTensor]:
     return {f"n{i}": tensor for i, tensor in enumerate(chosen)}
 
 
-@settings(deadline=None)
 @given(named_tensors(), st.one_of(st.none(), st.integers(1, 150)))
 def test_shards_hold_each_name_once_within_the_limit_and_keep_ties_together(
     tensors: dict[str, OutTensor], limit: int | None
@@ -496,7 +495,6 @@ def test_shards_hold_each_name_once_within_the_limit_and_keep_ties_together(
         assert list(shards) == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
 
 
-@settings(deadline=None)
 @given(named_tensors())
 def test_the_layout_of_an_input_is_kept_when_it_names_every_tensor(tensors: dict[str, OutTensor]) -> None:
     like = {name: f"part-{i % 3}.bin" for i, name in enumerate(tensors)} | {"other": "part-9.bin"}

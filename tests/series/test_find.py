@@ -249,7 +249,7 @@ def test_what_is_no_whole_number_is_no_counter(save: Save, value: Any) -> None:
     assert stored_counters(read_header(save("a.pth", {"state_dict": weights(), "epoch": value}))) == {}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_permuting_the_arguments_changes_no_byte(
     runs: list[Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -18,7 +18,7 @@ import torch
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.batches import OutFile
+from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec
 

@@ -1,4 +1,4 @@
-"""Lanes: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
+"""Staging pipeline: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
 
 A CPU stands in for the device, as it is and as one that does nothing until it is waited for (`late`); the same tests
 run on a GPU where there is one: `pytest -m cuda`.
@@ -19,16 +19,16 @@ from unittest import mock
 import pytest
 import torch
 from conftest import FLOATS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from late import Late, LateEvent, LateStream
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.batches import OutFile, Part
-from ckpt_tools.compute.gpu import lanes, streams
+from ckpt_tools.compute.gpu import pipeline, streams
 from ckpt_tools.compute.gpu.streams import Cpu
+from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment
@@ -36,7 +36,7 @@ from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=30)
 CUDA = pytest.param(
     "cuda:0",
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")],
@@ -49,8 +49,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """The name of a device, with loads so small that a few tensors make many."""
     opened: Open = streams.opened
     monkeypatch.setattr(streams, "opened", lambda name: Late() if name == "late" else opened(name))
-    monkeypatch.setattr(lanes, "LEAST", 8)
-    monkeypatch.setattr(lanes, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
     return str(request.param)
 
 
@@ -122,13 +122,13 @@ def test_a_device_writes_the_bytes_of_the_cpu(
     tensors["data"] = OutTensor(DTYPES["uint8"], (9,), (), "data", data=b"123456789")
     checksums = data.draw(st.booleans())
     expected = written(tmp_path, tensors, checksums=checksums)
-    with mock.patch.object(lanes, "RING", data.draw(st.integers(1, 4))):
+    with mock.patch.object(pipeline, "RING", data.draw(st.integers(1, 4))):
         found = written(
             tmp_path,
             tensors,
             checksums=checksums,
             threads=data.draw(st.integers(1, 3)),
-            piece=data.draw(st.one_of(st.none(), st.integers(1, 100))),
+            slice_size=data.draw(st.one_of(st.none(), st.integers(1, 100))),
             devices=(device,) * data.draw(st.integers(1, 2)),
             gpu_memory=data.draw(st.sampled_from([20_000, 50_000, 10**6])),
         )
@@ -152,7 +152,7 @@ def test_rounding_to_another_dtype_gives_the_bytes_of_the_cpu(
 
 def test_large_tensors_have_the_bytes_of_the_cpu(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With loads as large as in earnest, so that a device has time to be behind."""
-    monkeypatch.setattr(lanes, "MOST", 1 << 20)
+    monkeypatch.setattr(pipeline, "MOST", 1 << 20)
     series = series_of(
         3, 0, ["float32", "bfloat16", "float64", "float32"], [(3_000_000,), (1500, 1000), (1_000_000,), (9,)]
     )
@@ -214,7 +214,7 @@ def test_progress_counts_every_byte_once(tmp_path: Path, device: str) -> None:
     assert seen[-1] == 4 * (10_000 * 4 + 3 * 8)
 
 
-def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+def test_an_interrupt_stops_all_pipelines_and_nothing_hangs(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32"], [(300_000,)]), [0.2, 0.3, 0.5])
 
     def interrupt(_: int) -> None:
@@ -226,7 +226,7 @@ def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: 
 
 
 def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
-    """Let lanes use such devices, and return those that they open."""
+    """Let pipelines use such devices, and return those that they open."""
     opened: list[Cpu] = []
 
     def open_one(_: str) -> Cpu:
@@ -263,8 +263,8 @@ class Scarce(Late):
 def test_where_a_device_has_less_memory_pieces_shrink_and_at_last_the_cpu_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int
 ) -> None:
-    monkeypatch.setattr(lanes, "LEAST", 16)
-    monkeypatch.setattr(lanes, "MOST", 1024)
+    monkeypatch.setattr(pipeline, "LEAST", 16)
+    monkeypatch.setattr(pipeline, "MOST", 1024)
     opened: Any = use(monkeypatch, lambda: Scarce(nbytes))
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32", "float16"], [(5000,), (30,)]), [0.2, 0.3, 0.5])
     assert written(tmp_path, tensors, devices=("gpu",), threads=2) == written(tmp_path, tensors)
@@ -278,8 +278,8 @@ def test_memory_that_runs_out_in_the_middle_costs_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: set[int]
 ) -> None:
     """Of several kinds, so that what is under way when it happens is of another kind than what comes next."""
-    monkeypatch.setattr(lanes, "LEAST", 8)
-    monkeypatch.setattr(lanes, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
     use(monkeypatch, lambda: Scarce(10**9, sorted(moments)))
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32", "float16", "float64"], [(200,)] * 3), [0.2, 0.3])
     seen: list[int] = []
@@ -289,7 +289,7 @@ def test_memory_that_runs_out_in_the_middle_costs_no_byte(
 
 
 def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a lane that has to shrink shrinks once."""
+    """So that a pipeline that has to shrink shrinks once."""
 
     class Exact(Scarce):
         def empty(self, nbytes: int) -> torch.Tensor:
@@ -302,7 +302,7 @@ def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: 
     held: list[StorageWeakRef] = []
     opened: Any = use(monkeypatch, lambda: Exact(10**9, [20]))
     tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(50_000,)]), [0.2] * 5)
-    found = written(tmp_path, tensors, devices=("gpu",), threads=1, piece=10_000, gpu_memory=10**6)
+    found = written(tmp_path, tensors, devices=("gpu",), threads=1, slice_size=10_000, gpu_memory=10**6)
     assert found == written(tmp_path, tensors)
     before, after = opened[0].taken
     assert before == 2 * after - 11 * 256  # half the reals
@@ -323,7 +323,7 @@ def test_several_devices_share_the_work_one_thread_each_at_least(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
 @pytest.mark.parametrize("memory", [20 * 10**6, 300 * 10**6])
-def test_lanes_take_no_more_of_a_device_than_they_may(
+def test_pipelines_take_no_more_of_a_device_than_they_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, memory: int
 ) -> None:
     opened: Any = use(monkeypatch, lambda: Scarce(memory))
@@ -332,7 +332,7 @@ def test_lanes_take_no_more_of_a_device_than_they_may(
     taken = sum(sum(each.taken) for each in opened)
     assert len(opened) == 3
     assert taken <= memory
-    assert taken > memory / 2.1 or taken > 3 * lanes.MOST * 40  # as many reals as a power of two allows
+    assert taken > memory / 2.1 or taken > 3 * pipeline.MOST * 40  # as many reals as a power of two allows
 
 
 def test_the_memory_that_is_reported_is_that_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,25 +365,25 @@ def test_no_device_is_opened_where_nothing_is_summed(tmp_path: Path, monkeypatch
     assert opened == []
 
 
-def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
+def test_a_pipeline_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Buffers are freed only after the device has done with them: all streams are empty at the end."""
-    monkeypatch.setattr(lanes, "MOST", 64)
-    monkeypatch.setattr(lanes, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
     tensors = out_tensors(tmp_path, series_of(4, 0, ["float32"], [(1000,)]), [0.25] * 4)
     late, stop = Late(), threading.Event()
-    size = lanes.sized(tensors.values(), 1, 10**6)
+    size = pipeline.choose_chunk(tensors.values(), 1, 10**6)
     assert size is not None
     with engine.OpenFiles() as files:
         files.open_all(path for tensor in tensors.values() for spec, _ in tensor.terms for path in spec.paths)
         out = OutFile(safetensors.plan(tensors, metadata={}, name="out"), -1)
-        part = Part(out, tensors["w0"], 0, 0, 100)
-        with lanes.Lane(late, size, files, lambda *_: None, stop) as lane:
+        part = Slice(out, tensors["w0"], 0, 0, 100)
+        with pipeline.StagingPipeline(late, size, files, lambda *_: None, stop) as staging:
             stream = late.streams[0]
             monkeypatch.setattr(stream, "wait_event", lambda event: (stop.set(), LateStream.wait_event(stream, event)))
-            assert lane.fill(lanes.Batch(part.tensor.kind, (part,))) == []
-            assert lane.finish() == []
+            assert staging.fill(pipeline.WorkUnit(part.tensor.group_key, (part,))) == []
+            assert staging.finish() == []
             assert any(each.waiting for each in late.streams)
     assert not any(each.waiting for each in late.streams)
 
@@ -393,8 +393,8 @@ def test_a_wait_that_is_left_out_shows_in_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: type, what: str
 ) -> None:
     """That the late device is as late as a GPU may be."""
-    monkeypatch.setattr(lanes, "MOST", 64)
-    monkeypatch.setattr(lanes, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
     use(monkeypatch, Late)
     tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(1000,)]), [0.3, 0.1, 0.2, 0.3, 0.1])
     expected = written(tmp_path, tensors)
@@ -407,10 +407,10 @@ def test_a_wait_that_is_left_out_shows_in_the_bytes(
 def test_parts_are_divided_in_order_and_none_is_lost(lengths: list[int], room: int) -> None:
     tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
     out = OutFile(FilePlan("out", 0, ()), -1)
-    rest = tuple(Part(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
+    rest = tuple(Slice(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []
     while rest:
-        load, rest = lanes.take(rest, room)
+        load, rest = pipeline.take(rest, room)
         assert 0 < sum(part.stop - part.start for part in load) <= room
         seen += [(part.tensor.name, i) for part in load for i in range(part.start, part.stop)]
     assert seen == [(str(i), j) for i, n in enumerate(lengths) for j in range(n)]
