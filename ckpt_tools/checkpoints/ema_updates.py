@@ -1,4 +1,4 @@
-"""Counters: how often an average was updated, and with which decay, as far as its checkpoint says."""
+"""EMA updates: how many an average has had, and its decay, as its checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16":
 
 
 def _number(header: Header, value: Any) -> float | None:
-    """Read a counter: a number, or a tensor of one, which is too little to import torch for."""
+    """Read a number, or a tensor of one element, for which torch need not be imported."""
     if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
         with OpenFiles(header.files) as files:
             files.open(value.storage.path)
@@ -26,10 +26,10 @@ def _number(header: Header, value: Any) -> float | None:
 
 
 def stored_updates(header: Header, state: StateDict) -> int | None:
-    """Read how often the average was updated: its own counter, a configuration, or how many files `avg` took."""
+    """Read how often the average was updated: its own count, or the number of files that `avg` took."""
     said = header.provenance or {}
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
-    if state.which == "raw":  # the average's counter is not of these
+    if state.which == "raw":  # the count is of the average
         return len(inputs) if isinstance(inputs, list) else None
     number = _number(header, state.updates)
     if number is None and isinstance(inputs, list):

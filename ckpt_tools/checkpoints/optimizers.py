@@ -58,7 +58,7 @@ def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple
     """Yield (path, state) of what torch's optimizers have saved, at the top level and in dicts and lists below.
 
     Args:
-        weights: paths of sets of weights, in which there are none.
+        weights: paths of sets of weights, which are not searched.
     """
 
     def below(path: list[Any], node: Any) -> Collection[tuple[Any, Any]]:
@@ -68,7 +68,7 @@ def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple
     return ((tuple(path), node) for path, node in walk(tree, below) if is_optimizer(node))
 
 
-def kind_of(optimizer: Mapping[Any, Any]) -> str:
+def optimizer_name(optimizer: Mapping[Any, Any]) -> str:
     """Name an optimizer by what it keeps for each parameter and by the options of its groups."""
     kept, groups = _kept(optimizer.get("state")), _groups(optimizer.get("param_groups"))
     options = {key for group in groups for key in group if isinstance(key, str)}

@@ -18,7 +18,7 @@ from .layouts.layout import Unchanged
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
-# The private names no model of its own uses, so they go wherever they stand; `module` only goes in front of all.
+# No model uses the private names, so they go anywhere in a name; `module` goes in front only, and from all names.
 _LEADING, *_ANYWHERE = WRAPPERS
 
 
@@ -86,10 +86,8 @@ def prefixes(names: Iterable[str]) -> Counter[str]:
     return counts
 
 
-# Renaming
-
 _OWN = "module."
-"""What averaged models own, beside their update count."""
+"""Averaged models keep the model under this name."""
 
 Rename = Callable[[str], str]
 """From a name to what it becomes."""
@@ -129,14 +127,14 @@ class NewNames:
     report: StateNames
 
     def modules(self, state: Mapping[Any, Any]) -> dict[str, str]:
-        """Return what becomes of the modules in the ``_metadata`` that torch keeps beside a state dict."""
+        """Return what becomes of the modules in the ``_metadata`` of a state dict, as torch sets it."""
         metadata = getattr(state, "_metadata", None)
         old = [key for key in metadata if isinstance(key, str)] if isinstance(metadata, dict) and self.names else []
         return {module: new for module in old if (new := _module(module, self.rule)) != module}
 
 
 def _module(name: str, rule: Rename) -> str:
-    """Rename a module as what stands in it is renamed; the model itself has the empty name."""
+    """Rename a module as its tensors are renamed; the model itself has the empty name."""
     inside = rule(f"{name}.\0" if name else "\0").removesuffix("\0")
     if inside and not inside.endswith("."):  # a prefix without a dot joins names, and makes no module
         return name
@@ -146,16 +144,16 @@ def _module(name: str, rule: Rename) -> str:
 def plan_names(
     states: Mapping[Path, Mapping[Any, Any]], strip: Sequence[str], add: Sequence[str], *, where: str, notes: list[str]
 ) -> list[NewNames]:
-    """Say what becomes of the names in each state dict.
+    """Plan the new names in each state dict.
 
     Args:
         states: by path.
         strip, add: see `fix_prefix`; without either, wrapper prefixes go.
         where: the file's name, for messages.
-        notes: receives what is worth saying aloud.
+        notes: receives notes for the user.
 
     Raises:
-        AlignmentError: two names become one, or a prefix to strip is nowhere.
+        AlignmentError: two names become one, or no name has a prefix to strip.
         UsageError: a prefix to strip ends before a dot.
     """
     changes = []
@@ -163,11 +161,11 @@ def plan_names(
     for path, state in states.items():
         place = dotted(path)
         tensors = split(state)[0]
-        # What is no tensor but stands for a part of a module, such as the scale of a quantized layer.
+        # Entries of modules that are not tensors, such as the scale of a quantized layer.
         others = [key for key, value in state.items() if key not in tensors and _is_name(key, value)]
         names = [*tensors, *others]
         if strip or add:
-            # A stray tensor beside whole state dicts, such as best_acc, belongs to no module.
+            # A stray tensor next to whole state dicts, such as best_acc, belongs to no module.
             stray = any(len(other) > len(path) and other[: len(path)] == path for other in states) and not any(
                 "." in name for name in tensors
             )
@@ -225,9 +223,9 @@ def _unwrapping(tensors: Mapping[str, Tensor], label: str, notes: list[str]) -> 
     """Make the rule of `prefixes.unwrap` for a state dict; where an average owns a prefix, that stays."""
     outer = _with_dotless(unwrapping(tensors))
     bare = {outer(name): tensor for name, tensor in tensors.items()}
-    counter = next((name for name in COUNTS if name in bare), None)
+    count = next((name for name in COUNTS if name in bare), None)
     inside = [name.removeprefix(_OWN) for name in bare if name.startswith(_OWN) and name != _OWN]
-    if counter is None or not _counts(bare[counter]) or not inside or len(inside) != len(bare) - 1:
+    if count is None or not _counts(bare[count]) or not inside or len(inside) != len(bare) - 1:
         if 2 * len(inside) > len(bare):
             notes.append(
                 f"{label}: {len(inside)} of {len(bare)} names start with '{_OWN}', but not all, so it may be the "
@@ -235,7 +233,7 @@ def _unwrapping(tensors: Mapping[str, Tensor], label: str, notes: list[str]) -> 
             )
         return outer
     notes.append(
-        f"{label}: the names of an averaged model, which owns one '{_OWN}' beside its {counter}; that stays. "
+        f"{label}: the names of an averaged model, which owns one '{_OWN}' and its {count}; that stays. "
         f"For plain weights: `convert(to='plain')`."
     )
     inner = unwrapping(inside)
@@ -252,11 +250,11 @@ def _with_dotless(rule: Rename) -> Rename:
 
     def extended(name: str) -> str:
         name = rule(name)
-        module, _, rest = name.partition(".")
-        if module.endswith("_ema") and "." not in rest:
+        module, _, inner = name.partition(".")
+        if module.endswith("_ema") and "." not in inner:
             for wrapper in WRAPPERS[1:]:  # `module` is a part of common words
-                rest = rest.replace(wrapper.removesuffix("."), "")
-            return f"{module}.{rest}" if rest else name
+                inner = inner.replace(wrapper.removesuffix("."), "")
+            return f"{module}.{inner}" if inner else name
         return name
 
     return extended

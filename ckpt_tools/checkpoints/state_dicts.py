@@ -29,7 +29,7 @@ def _outside_training_state(path: list[Any], node: Any) -> list[tuple[Any, Any]]
 
 
 def _is_private(key: Any, value: Any) -> bool:
-    """True for what a training or a module keeps to itself, and what has names of its own kind."""
+    """True for training state, and for the extra state of a module: their names are not those of weights."""
     if key == "callbacks":
         return False
     own = isinstance(key, str) and key.endswith("_extra_state")

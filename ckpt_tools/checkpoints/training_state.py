@@ -1,6 +1,6 @@
-"""Training state: what of a checkpoint only a running training needs, and the weights that stand in it.
+"""Training state: the entries that only a running training needs, to be stripped, and the weights inside them.
 
-What goes is a set of paths in the object tree; no set of weights is among what goes.
+What is stripped is a set of paths in the object tree; it never includes a set of weights.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _DEEPEST = 8
 
 
 def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, alone: bool) -> Iterator[Path]:
-    """Find what goes: at the top level, and beside optimizers wherever else they stand.
+    """Find entries to strip: at the top level, and at every level that holds optimizers.
 
     Args:
         tree: of the header.
-        sets: of weights, that stay wherever they stand.
-        notes: receives what is worth saying aloud.
-        alone: of weights, nothing stays but these.
+        sets: of weights, which stay wherever they are.
+        notes: receives notes for the user.
+        alone: no other weights stay.
     """
     known = None
     if not alone:
@@ -60,7 +60,7 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
 
 
 def _goes(key: Any, value: Any) -> bool:
-    """True for training state that takes room: a number, such as the metric, is worth keeping."""
+    """True for training state of some size: numbers, such as the metric, are kept."""
     empty = isinstance(value, (dict, list, tuple, set)) and not value
     plain = value is None or isinstance(value, (bool, int, float, str))
     if empty or plain or key == "metric":
@@ -73,18 +73,20 @@ def _goes(key: Any, value: Any) -> bool:
 def _all_but_weights(
     path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_Names] | None, notes: list[str]
 ) -> Iterator[Path]:
-    """Yield the path of an entry; where weights stand in it, the paths of all that stands around them."""
+    """Yield the path of an entry; if it holds weights, the paths of all that is in it but them."""
     inside = [each.path for each in sets if leads(path, each.path)]
-    # What stands beside a set that a layout knows belongs to it, such as its counter.
-    kept = [place[: max(len(path) + 1, len(place) - 1)] for place in inside]
+    # Entries next to a set of a known layout belong to it, such as its EMA update count.
+    kept = [each[: max(len(path) + 1, len(each) - 1)] for each in inside]
     found = () if known is None else [(*path, *inner) for inner in _weights_in(value, known)]
-    kept += [place for place in found if not any(leads(outer, place) for outer in kept)]
+    kept += [each for each in found if not any(leads(outer, each) for outer in kept)]
     if kept:
-        notes.append(f"Weights stand in '{dotted(path)}', and stay there: {', '.join(map(dotted, kept))}.")
+        notes.append(f"'{dotted(path)}' holds weights, which stay: {', '.join(map(dotted, kept))}.")
     masters = (inner for inner, node in nodes(value) if inner and _MASTERS.fullmatch(str(inner[-1])) and holds(node))
     if (inner := next(masters, None)) is not None:
-        place = dotted((*path, *inner))
-        notes.append(f"'{place}' looks like a float32 copy of the weights, which optimizers keep. It goes, too.")
+        notes.append(
+            f"'{dotted((*path, *inner))}' looks like a float32 copy of the weights, which optimizers keep. "
+            "It goes, too."
+        )
     if any(_schedule_free(optimizer) for _, optimizer in find_optimizers(value)):
         notes.append(
             f"'{dotted(path)}' is of a schedule-free optimizer that was training: the averaged weights are made from "
@@ -94,7 +96,7 @@ def _all_but_weights(
 
 
 def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
-    """True if the weights beside it are those of training, as the schedulefree library says in each group."""
+    """True if it was saved in training mode, as the schedulefree library notes in each group."""
     groups = optimizer["param_groups"]
     return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
 
@@ -120,7 +122,7 @@ def other_weights(
         found.append(each.path)
         if each.path == chosen.path and not own.issuperset(each.tensors.values()):
             notes.append(
-                f"{each.label} stands in the same dict as {chosen.label}, and stays. "
+                f"{each.label} is in the same dict as {chosen.label}, and stays. "
                 "To take one of them out: `convert(to='plain')`."
             )
     found += [path for path, node in nodes(header.view) if names.of(node)]
@@ -135,7 +137,7 @@ def other_weights(
 
 
 def without(node: Any, gone: Collection[Path], path: Path = ()) -> Any:
-    """Copy a tree as far as something in it goes; the rest is shared."""
+    """Copy a tree without the entries at these paths; what did not change is shared."""
     if not any(leads(path, other) for other in gone):
         return node
     kept = [(key, without(child, gone, (*path, key))) for key, child in entries(node) if (*path, key) not in gone]
@@ -153,7 +155,7 @@ def leads(path: Path, to: Path) -> bool:
 
 
 def holds(tree: Any) -> bool:
-    """True if a tensor stands anywhere in a tree."""
+    """True if there is a tensor anywhere in a tree."""
     return any(True for _ in tensors_in(tree))
 
 
@@ -181,7 +183,7 @@ def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
 
 
 class _Names:
-    """The names of some weights, whatever stands before them: a wrapper, or the attribute that holds the model."""
+    """The names of some weights, whatever their prefix: a wrapper, or the attribute that holds the model."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.bare = _bare(names)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, dotted, states
-from ..checkpoints.optimizers import find_optimizers, kind_of
+from ..checkpoints.optimizers import find_optimizers, optimizer_name
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
 from ..formats.header import Header
@@ -157,4 +157,4 @@ def _optimizers(header: Header, sets: Mapping[str, StateDict]) -> Iterator[Optim
     for path, state in find_optimizers(header.view, [each.path for each in sets.values()]):
         nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
         place = dotted(path) or "the whole file"
-        yield Optimizer(place, kind_of(state), nbytes, nbytes / parameters if parameters else None)
+        yield Optimizer(place, optimizer_name(state), nbytes, nbytes / parameters if parameters else None)

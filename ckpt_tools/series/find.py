@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..checkpoints.optimizers import looks_like_training_state
-from ..checkpoints.steps import named_places, stored_counters, stored_places, unread_tensors
+from ..checkpoints.steps import named_positions, stored_counters, stored_positions, unread_tensors
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
@@ -230,9 +230,9 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
 
 
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:
-    stored = stored_places(headers)
+    stored = stored_positions(headers)
     notes.extend(unread_tensors(headers, stored))
-    places = stored or named_places([header.path for header in headers])
+    places = stored or named_positions([header.path for header in headers])
     members = [
         Member(header.path, header, step, None if step is None else places.counter)
         for header, step in zip(headers, places.steps, strict=True)

@@ -98,17 +98,17 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
         (
             {"actor": weights(), "critic": weights()},
             "auto",
-            r"Tensors stand in actor, critic\. Choose with `state='actor'`\. Each .* by a run of its own",
+            r"There are tensors in actor, critic\. Choose with `state='actor'`\. Each .* by a run of its own",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
         (
             {"model": {"encoder": weights(), "decoder": weights()}, "optimizer": {"state": {0: weights()}}},
             "auto",
-            r"Tensors stand in model\.encoder, model\.decoder\. Choose with `state='model\.encoder'`\. Each of these",
+            r"tensors in model\.encoder, model\.decoder\. Choose with `state='model\.encoder'`\. Each of these",
         ),
         ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* `state='model\.encoder'`\.$"),
-        ({"nets": [weights()]}, "auto", r"Tensors stand in nets\.0\. Save the weights as one dict"),
+        ({"nets": [weights()]}, "auto", r"There are tensors in nets\.0\. Save the weights as one dict"),
         ({"optimizer": {"state": {0: weights()}, "param_groups": []}}, "auto", "no tensor inside"),
         ({"a": {"b": 1}}, "a.c", r"nothing at 'a\.c'\. a holds: b"),
         ({"a": {"b": 1}}, "a", "'a' is no state dict"),
@@ -178,7 +178,7 @@ def test_a_list_of_tensors_beside_the_weights_is_no_place_to_choose(save: Save) 
 
 def test_a_path_reaches_sets_that_are_numbered(save: Save) -> None:
     header = read_header(save("c.pth", {0: weights(0), 1: {"net": weights(1)}}))
-    with pytest.raises(LayoutError, match=r"Tensors stand in 0, 1\.net\. Choose with `state='0'`\."):
+    with pytest.raises(LayoutError, match=r"There are tensors in 0, 1\.net\. Choose with `state='0'`\."):
         select(header)
     assert (select(header, "0").label, select(header, "0").path) == ("0", (0,))
     assert select(header, "1.net").path == (1, "net")
@@ -241,7 +241,7 @@ def test_the_ema_of_nemo_stands_in_a_file_beside_it(save: Save) -> None:
     twin = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
     assert select(header).which == "raw"
     assert (select(read_header(twin)).which, select(read_header(twin)).layout) == ("ema", "nemo")
-    with pytest.raises(LayoutError, match=rf"has no ema weights; those are in {twin}, beside it"):
+    with pytest.raises(LayoutError, match=rf"has no ema weights; they are in {twin}"):
         select(header, "ema")
     assert select(read_header(twin), "raw").which == "raw"
 

@@ -144,7 +144,7 @@ def test_a_folder_or_file_that_may_not_be_read() -> None:
         ({"state_dict": {}, "epoch": 3}, "bad.pth: its 'state_dict' holds no tensor. Nothing to average."),
         (
             {"net": {"encoder": {"w": torch.zeros(2)}}},
-            "bad.pth: in no known layout. Tensors stand in net.encoder. Choose with --state net.encoder.",
+            "bad.pth: in no known layout. There are tensors in net.encoder. Choose with --state net.encoder.",
         ),
         (
             nn.ReLU(),

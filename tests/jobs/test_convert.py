@@ -346,8 +346,8 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
             {"a.b.c": torch.ones(1), "ab.c": torch.ones(1)}, {"to": "litema"}, LayoutError,
             r"'a\.b\.c' and 'ab\.c' are both 'model_ema\.abc' without their dots",
         ),
-        ({"model_ema.x": torch.ones(1)}, {"to": "litema"}, LayoutError, "stands where LitEma keeps its averages"),
-        ({"model.decay": torch.ones(1)}, {"to": "litema"}, LayoutError, "would stand where LitEma keeps its counters"),
+        ({"model_ema.x": torch.ones(1)}, {"to": "litema"}, LayoutError, "the prefix that LitEma gives its averages"),
+        ({"model.decay": torch.ones(1)}, {"to": "litema"}, LayoutError, "a name that LitEma gives an entry"),
         (
             {"model": {"module.a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}, {"to": "litema"}, LayoutError,
             "'a' is the name of an averaged weight and of no raw one, so LitEma could not find it",
@@ -547,7 +547,7 @@ def test_the_settings_of_diffusers_stay(save: Save, tmp_path: Path, out: str) ->
         (1 << 40, "litema", (1 << 31) - 1, None),
         (7, "ema-pytorch", 7, r"replaces the average until its step, 7 here"),
         (101, "ema-pytorch", 101, None),
-        (-1, "averaged-model", 1, "number of updates is not known"),
+        (-1, "averaged-model", 1, "EMA update count is not known"),
     ],
 )
 def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word(
@@ -563,7 +563,7 @@ def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word
         if name.rpartition(".")[2] in ("n_averaged", "steps", "step", "num_updates")
     ]
     assert counters == [written]
-    assert [text for text in report.notes if "updates is" in text or "replace" in text] == (
+    assert [text for text in report.notes if "update count is not" in text or "replace" in text] == (
         [] if note is None else [next(text for text in report.notes if note in text)]
     )
 

@@ -28,14 +28,14 @@ def _paths(sets: Sets) -> list[Path]:
 
 
 def _misleading(tree: Any, sets: Sets) -> Iterator[Path]:
-    """Find entries of no set that would make one beside them look like another set."""
+    """Find entries of no set that would make the sets of the output look like others."""
     known = {path[:1] for path in _paths(sets)}
     if isinstance(tree, dict) and all(each.path for each in sets.values()):
         yield from ((key,) for key in swapped_keys() if key in tree and (key,) not in known)
 
 
 def left_behind(tree: Any, sets: Sets, layout: Layout, *, nested: bool) -> list[str]:
-    """List what of a checkpoint has no place in a layout, by dotted path.
+    """List the entries of a checkpoint that a layout cannot hold, by dotted path.
 
     Args:
         sets: those that go along.

@@ -31,11 +31,11 @@ class StateDict:
         updates: EMA update count, as it is stored: a number, a tensor of one, or what a damaged file has.
         decay: of the EMA, likewise.
         settings: of diffusers' EMAModel.
-        fault: why it cannot be taken, in words; None if it can.
+        fault: why it cannot be used, in words; None if it can.
         path: keys that lead to it from the top of the checkpoint; empty for the whole of it.
-        which: ``raw``, ``ema``, or the dotted path that was asked for, where nothing there says which it is.
+        which: ``raw``, ``ema``, or the dotted path that was asked for, if it is unknown which it is.
         layout: name of the layout.
-        home: path at which the layout keeps weights that have no second set beside them.
+        home: path at which the layout keeps the weights of a checkpoint with one set.
         set_paths: paths of all sets of weights and of what belongs to them, this one among them.
     """
 
@@ -85,9 +85,6 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def is_buffer(name: str, tensor: Tensor) -> bool:
     """Tell a buffer from a parameter by dtype and name, which is all that a state dict has: integers, BatchNorm's."""
     return not isinstance(tensor, TensorSpec) or not tensor.dtype.averaged or name.rpartition(".")[2] in _BUFFERS
-
-
-# Encodings
 
 
 Sets = dict[str, StateDict]
@@ -202,9 +199,6 @@ def is_scalar(value: Any, *dtypes: str) -> bool:
     return isinstance(value, TensorSpec) and value.numel == 1 and (not dtypes or value.dtype.name in dtypes)
 
 
-# What is written
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Content:
     """What goes into a checkpoint.
@@ -233,9 +227,9 @@ class Content:
     def count(self) -> OutTensor:
         """Return the EMA update count as an int64 tensor, 1 where it is not known or 0."""
         if self.updates is None:
-            self.note("The number of updates is not known: the counter is 1, so that a further update averages.")
+            self.note("The EMA update count is not known: 1 is written, so that a further update averages.")
         elif self.updates == 0:
-            self.notes.append("The counter is 1: with 0 the next update would replace the average.")
+            self.notes.append("The EMA update count is written as 1: with 0 the next update would replace the average.")
         return scalar("int64", "q", self.updates or 1)
 
     def known_updates(self, library: str) -> int:
@@ -275,7 +269,7 @@ class Content:
 
 def scalar(dtype: str, code: str, value: float) -> OutTensor:
     """Make a tensor without dimensions of a number of our own."""
-    return OutTensor(DTYPES[dtype], (), (), "a counter", finite=False, data=struct.pack(f"<{code}", value))
+    return OutTensor(DTYPES[dtype], (), (), "an EMA value", finite=False, data=struct.pack(f"<{code}", value))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -295,9 +289,6 @@ class Flat:
     dcp: bool = False
 
 
-# Layouts
-
-
 @dataclass(frozen=True)
 class Layout:
     """Where one family of training scripts keeps its weights, raw and averaged: reads and writes them there.
@@ -307,7 +298,7 @@ class Layout:
     Attributes:
         name: as the parameter `to` of `convert` takes it.
         about: a line for the list of layouts.
-        raw, ema: paths of the sets; None where a layout has none, or keeps it beside the other in one dict.
+        raw, ema: paths of the sets; None for a set that a layout does not have.
         raw_encoding, ema_encoding: how they are encoded there. An average in another encoding is another layout's,
             unless this one is plain.
         single: which of the two paths has the weights of a checkpoint with one set.
@@ -456,7 +447,7 @@ class Layout:
 
 
 def _of_one_model(raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> bool:
-    """False if an average cannot be of these weights: a teacher beside the model that learns from it."""
+    """False if an average cannot be of these weights: the teacher of a model that distils it."""
     shapes = {name.removeprefix("module."): getattr(tensor, "shape", None) for name, tensor in raw.items()}
     shared = [
         shapes[name] == getattr(tensor, "shape", None)
@@ -475,8 +466,6 @@ def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:
         return True
     return value is None or encoding_of(value) is not None
 
-
-# Known layouts
 
 LAYOUTS: list[Layout] = []
 """All layouts, in the order of the list for users."""

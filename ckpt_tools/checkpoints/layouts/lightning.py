@@ -48,7 +48,7 @@ class StochasticWeightAveraging(Layout):
 
 
 def _with_raw_buffers(found: Sets) -> Sets:
-    """Take the raw buffers: those beside the average are stale."""
+    """Take the raw buffers: those of the average are stale."""
     raw, ema = found.get("raw"), found["ema"]
     if raw is not None and raw.tensors.keys() == ema.tensors.keys():
         mixed = {name: raw.tensors[name] if is_buffer(name, tensor) else tensor for name, tensor in ema.tensors.items()}

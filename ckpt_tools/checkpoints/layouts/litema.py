@@ -1,4 +1,4 @@
-"""LitEma of latent diffusion: the averages of the parameters, their names without dots, beside the model."""
+"""LitEma of latent diffusion: the averages of the parameters, their names without dots, among the raw weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _detect(node: Any) -> bool:
     return bool(short) and not any("." in name for name in short)
 
 
-def _read(node: Any, names: Names, raw_beside: Names) -> Sets:
+def _read(node: Any, names: Names, raw_weights: Names) -> Sets:
     tensors, others = split(node)
     prefix = _prefix(node) or ""
     decay, updates = (tensors[prefix + key] for key in _COUNTS)
@@ -52,15 +52,15 @@ def _read(node: Any, names: Names, raw_beside: Names) -> Sets:
     averages = {name: tensors[key] for name, key in keys.items()}
     ema_paths = tuple((prefix + key,) for key in _COUNTS)
     raw = {key: value for key, value in tensors.items() if not key.startswith(prefix)} if prefix else {}
-    beside = {"raw": StateDict(raw, {name: name for name in raw}, others, (f"{prefix}*",))} if raw else {}
-    reference = raw or (names if names is not None else raw_beside) or {}
+    raw_set = {"raw": StateDict(raw, {name: name for name in raw}, others, (f"{prefix}*",))} if raw else {}
+    reference = raw or (names if names is not None else raw_weights) or {}
     short, fault = _undotted(averages, reference, prefix)
     if fault is not None:
-        return {"ema": StateDict(averages, keys, others, (), ema_paths, updates, decay, fault=fault), **beside}
+        return {"ema": StateDict(averages, keys, others, (), ema_paths, updates, decay, fault=fault), **raw_set}
     weights = {name: averages[short[name]] if name in short else tensor for name, tensor in reference.items()}
     stored = {name: keys[short[name]] if name in short else name for name in weights} if raw else None
     other_set = ("* (raw)",) if raw else ()
-    return {"ema": StateDict(weights, stored, others, other_set, ema_paths, updates, decay), **beside}
+    return {"ema": StateDict(weights, stored, others, other_set, ema_paths, updates, decay), **raw_set}
 
 
 def _undotted(
@@ -73,7 +73,7 @@ def _undotted(
     """
     if not reference:
         return {}, (
-            f"a LitEma: its {len(averages)} names have lost their dots, and no raw weights stand beside them. "
+            f"a LitEma: its {len(averages)} names have lost their dots, and there are no raw weights with them. "
             "Give `names_from`, or `model`."
         )
     model = prefix.removesuffix("_ema.")
@@ -110,7 +110,7 @@ def _undotted(
 def _write(weights: Weights, content: Content) -> dict[str, Any]:
     taken = next((name for name in content.raw if name.startswith("model_ema.")), None)
     if taken is not None:
-        raise LayoutError(f"'{taken}' stands where LitEma keeps its averages. Rename it: ckpt fix-prefix.")
+        raise LayoutError(f"'{taken}' has the prefix that LitEma gives its averages. Rename it: ckpt fix-prefix.")
     # Latent diffusion averages its `model` alone, and leaves that out of the names.
     lead = "model." if any(name.startswith("model.") for name in content.raw) else ""
     short: dict[str, str] = {}
@@ -128,15 +128,15 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
             f"'{strange}' is the name of an averaged weight and of no raw one, so LitEma could not find it. "
             "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: `state='ema'`."
         )
-    counter = next((short[key] for key in _COUNTS if key in short), None)
-    if counter is not None:
-        raise LayoutError(f"'{counter}' would stand where LitEma keeps its counters. Choose another layout.")
+    taken = next((short[key] for key in _COUNTS if key in short), None)
+    if taken is not None:
+        raise LayoutError(f"'{taken}' would have a name that LitEma gives an entry of its own. Choose another layout.")
     content.note_lost(
         set(short.values()), "LitEma averages parameters" + (" of 'model.'" if lead else ""), raw_stays=True
     )
     updates = -1 if content.updates is None else min(content.updates, (1 << 31) - 1)
     if content.updates is None:
-        content.notes.append("The number of updates is not known: num_updates is -1, LitEma's sign for no warm-up.")
+        content.notes.append("The EMA update count is not known: num_updates is -1, which LitEma takes for no warm-up.")
     return OrderedDict(
         {
             **content.raw,

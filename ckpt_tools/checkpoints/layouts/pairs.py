@@ -26,7 +26,7 @@ DINO = Layout("dino", "DINO: student and teacher, which is the average", ("stude
 
 
 class Fairseq(Layout):
-    """Parameters of a float16 average are in float32, too, in a dict beside it."""
+    """Parameters of a float16 average are in float32, too, in another dict."""
 
     exact: Path = ("extra_state", "ema_fp32_params")
 

@@ -104,7 +104,7 @@ def _write_diffusers(weights: Weights, content: Content) -> dict[str, Any]:
 
 
 def _config(content: Content) -> dict[str, Any]:
-    """Return what diffusers' EMAModel keeps beside the parameters, in its state dict and in ``config.json``."""
+    """Return the settings and counts of diffusers' EMAModel, in its state dict and in ``config.json``."""
     counts = {"decay": content.known_decay(), "optimization_step": content.known_updates("diffusers")}
     return {**SETTINGS, **content.settings, **counts}
 

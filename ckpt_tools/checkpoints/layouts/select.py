@@ -1,4 +1,4 @@
-"""Sets of weights: those that a checkpoint holds, and which was meant; what misleads or loses an entry is refused."""
+"""Sets of weights in a checkpoint: all of them, or the one that was asked for, unless it misleads or loses tensors."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
 
 
 def _fault(node: Mapping[Any, Any], path: tuple[Any, ...]) -> str | None:
-    """Say what in a dict of weights is no tensor with a name, and so would be lost without a word."""
+    """Describe an entry of a dict of weights that is not a tensor with a name, and so would be lost silently."""
     for key, value in node.items():
         if isinstance(value, Tensor) and not isinstance(key, str):
             return f"the tensor '{dotted((*path, key))}' has a name that is no text. Save it under a text."
@@ -139,19 +139,19 @@ _ARRAYS = (
 
 
 def _refuse_nested(header: Header, state: StateDict) -> None:
-    """Refuse a dict where more than the weights was found: a stray tensor beside them, such as best_acc beside net."""
+    """Refuse a dict that holds stray tensors, not the weights, which are further in: best_acc next to net."""
     fault = _fault(state.other_entries, state.path)
     if fault is not None:
         raise LayoutError(f"{header.path}: {fault}")
     for key, value in state.other_entries.items():
         if looks_like_training_state(key, value) or str(key).endswith("_extra_state"):
             continue
-        place = (*state.path, key)
-        below = [(*place, *path) for path, _ in tensors_in(value)]
+        outer = (*state.path, key)
+        below = [(*outer, *path) for path, _ in tensors_in(value)]
         if below:
             raise LayoutError(
-                f"{header.path}: tensors stand both in {dotted(state.path) or 'the top level'} and below "
-                f"'{dotted(place)}', so it is not clear which are the weights. {_choice(header, below)}"
+                f"{header.path}: tensors are both in {dotted(state.path) or 'the top level'} and below "
+                f"'{dotted(outer)}', so it is not clear which are the weights. {_choice(header, below)}"
             )
 
 
@@ -170,9 +170,9 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if found:
         other = next(iter(found.values()))
         files = (layout.ema_file_of(header.path) for layout in LAYOUTS if which == "ema")
-        twin = next((path for path in files if path is not None and path.is_file()), None)
-        if twin is not None:
-            return f"has no ema weights; those are in {twin}, beside it."
+        other_file = next((path for path in files if path is not None and path.is_file()), None)
+        if other_file is not None:
+            return f"has no ema weights; they are in {other_file}."
         return f"has no {which} weights, only {other.label}. Use `state={other.which!r}`."
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
     if isinstance(header.view, Inert):
@@ -195,7 +195,7 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     places = list(dict.fromkeys(dotted(path[:-1]) for path in tensors if len(path) > 1))
     if places:
         shown = ", ".join(places[:6]) + (", ..." if len(places) > 6 else "")
-        return f"in no known layout. Tensors stand in {shown}. {_choice(header, tensors)}"
+        return f"in no known layout. There are tensors in {shown}. {_choice(header, tensors)}"
     fault = _fault(top, ())
     if fault is not None:
         return fault
@@ -223,7 +223,7 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     fault = _fault(node, path) if isinstance(node, dict) else None
     if fault is None and found is None:
         below = [(*path, *inner) for inner, _ in tensors_in(node)]
-        fault = f"'{asked}' is no state dict: no tensor stands directly in it. {_choice(header, below)}"
+        fault = f"'{asked}' is no state dict: no tensor is directly in it. {_choice(header, below)}"
     if fault is None and found is not None and found.fault is not None:
         fault = f"'{asked}' is {found.fault}"
     if fault is not None or found is None:
@@ -236,7 +236,7 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:
-    """Follow a dotted path as far as it leads: the keys, what stands there, and the rest of it."""
+    """Follow a dotted path as far as it leads: the keys, the object there, and the remainder of the text."""
     node, rest = tree, asked
     path: tuple[Any, ...] = ()
     while rest and isinstance(node, dict):
