@@ -60,7 +60,7 @@ fix: $(INSTALLED)
 smoke: $(INSTALLED)
 	rm -rf $(SMOKE) build/wheel build/lib
 	mkdir -p build
-	CKPT_TOOLS_REQUIRE_NATIVE=1 $(BIN)/python -m build -o build/wheel . > build/wheel.log || (cat build/wheel.log; exit 1)
+	CKPT_TOOLS_REQUIRE_NATIVE=1 $(BIN)/python -m build -o build/wheel . > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
 	$(PYTHON) -m venv $(SMOKE)
 	$(SMOKE)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py

@@ -101,7 +101,7 @@ def nearest_even(value: Fraction, dtype: torch.dtype) -> set[float]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_mean_is_the_float64_sum_rounded_once(tmp_path: Path, dtype: str) -> None:
+def test_run_rounds_the_float64_sum_of_a_mean_once(tmp_path: Path, dtype: str) -> None:
     rng = np.random.default_rng(0)
     tensors = [torch.from_numpy(rng.normal(size=(37, 11))).to(getattr(torch, dtype)) for _ in range(5)]
     coefficients = [0.1, 0.2, 0.3, 0.15, 0.25]
@@ -118,7 +118,7 @@ def test_a_mean_is_the_float64_sum_rounded_once(tmp_path: Path, dtype: str) -> N
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
-def test_ties_and_subnormals_are_rounded_once_not_twice(tmp_path: Path, dtype: str) -> None:
+def test_run_rounds_ties_and_subnormals_once(tmp_path: Path, dtype: str) -> None:
     """Midway between neighbours, and a hair to either side, in normal and subnormal range: where rounding
     by way of float32 goes wrong."""
     torch_dtype = getattr(torch, dtype)
@@ -151,7 +151,7 @@ def test_ties_and_subnormals_are_rounded_once_not_twice(tmp_path: Path, dtype: s
     n=st.integers(1, 6),
     numel=st.integers(1, 300),
 )
-def test_slice_size_and_threads_change_no_byte(
+def test_run_writes_the_same_bytes_for_any_slice_size_and_threads(
     tmp_path: Path, data: st.DataObject, dtype: str, n: int, numel: int
 ) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
@@ -178,7 +178,7 @@ def test_slice_size_and_threads_change_no_byte(
     n=st.integers(1, 12),
     decay=st.floats(0, 1),
 )
-def test_identical_checkpoints_come_back_bit_for_bit(
+def test_run_returns_identical_checkpoints_bit_for_bit(
     tmp_path: Path, data: st.DataObject, dtype: str, n: int, decay: float
 ) -> None:
     from ckpt_tools.series import schedules
@@ -199,7 +199,7 @@ def test_identical_checkpoints_come_back_bit_for_bit(
     assert found.view(item).equal(tensor.view(item))
 
 
-def test_float64_sums_are_close_to_the_exact_ones(tmp_path: Path) -> None:
+def test_run_sums_float64_close_to_exact(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(9)]
     found = average(tmp_path, tensors, [1 / 9] * 9)
@@ -209,7 +209,9 @@ def test_float64_sums_are_close_to_the_exact_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "float64"])
-def test_a_value_that_is_not_finite_names_file_tensor_and_place(tmp_path: Path, value: float, dtype: str) -> None:
+def test_run_names_file_tensor_and_place_of_a_value_that_is_not_finite(
+    tmp_path: Path, value: float, dtype: str
+) -> None:
     tensors = [torch.zeros(3, 50, dtype=getattr(torch, dtype)) for _ in range(3)]
     tensors[1][2, 7] = value
     with pytest.raises(NumericsError, match=r"1\.pth: 'w' holds (NaN|-?infinity) at \[2, 7\]"):
@@ -219,20 +221,20 @@ def test_a_value_that_is_not_finite_names_file_tensor_and_place(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "complex64"])
-def test_masks_of_infinity_stay_infinity_where_they_are_allowed(tmp_path: Path, dtype: str) -> None:
+def test_run_keeps_infinity_where_it_is_allowed(tmp_path: Path, dtype: str) -> None:
     values = torch.tensor([[1.0, -math.inf, math.inf], [2.0, -math.inf, math.inf]], dtype=getattr(torch, dtype))
     found = average(tmp_path, list(values), [0.5, 0.5], allow_nonfinite=True)
     real = torch.view_as_real(found)[:, 0] if found.is_complex() else found
     assert real.tolist() == [1.5, -math.inf, math.inf]
 
 
-def test_float64_of_opposite_signs_does_not_overflow_on_the_way(tmp_path: Path) -> None:
+def test_run_does_not_overflow_on_float64_of_opposite_signs(tmp_path: Path) -> None:
     tensors = [torch.tensor([1.7e308, 1.0], dtype=torch.float64), torch.tensor([-1.7e308, 3.0], dtype=torch.float64)]
     assert average(tmp_path, tensors, [0.5, 0.5]).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32"])
-def test_a_result_beyond_the_output_dtype_is_an_error(tmp_path: Path, dtype: str) -> None:
+def test_run_rejects_a_result_beyond_the_output_dtype(tmp_path: Path, dtype: str) -> None:
     largest = torch.finfo(getattr(torch, dtype)).max
     tensors = [torch.tensor([largest, 0.0], dtype=torch.float64)]
     with pytest.raises(NumericsError, match=f"average of 'w' overflows {dtype}"):
@@ -240,7 +242,7 @@ def test_a_result_beyond_the_output_dtype_is_an_error(tmp_path: Path, dtype: str
     assert average(tmp_path, tensors, [1.0], dtype=dtype).double().tolist() == [largest, 0.0]
 
 
-def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path: Path, save: Save) -> None:
+def test_run_rejects_a_file_cut_after_its_header_was_read(tmp_path: Path, save: Save) -> None:
     path = save("a.pth", {"w": torch.zeros(100_000)})
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
@@ -258,7 +260,7 @@ def test_a_file_cut_after_its_header_was_read_is_an_error(tmp_path: Path, save: 
         os.close(fd)
 
 
-def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path, save: Save) -> None:
+def test_run_names_the_output_on_a_full_disk(tmp_path: Path, save: Save) -> None:
     spec = open_checkpoint(save("a.pth", {"w": torch.ones(100_000)})).specs["w"]
     assert isinstance(spec, TensorSpec)
     out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), "w")
@@ -271,7 +273,7 @@ def test_a_full_disk_is_an_error_that_names_the_output(tmp_path: Path, save: Sav
         os.close(fd)
 
 
-def test_a_file_written_to_meanwhile_is_an_error(tmp_path: Path, save: Save) -> None:
+def test_run_rejects_a_file_that_changes_meanwhile(tmp_path: Path, save: Save) -> None:
     path = save("a.pth", {"w": torch.zeros(3_000_000)})
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
@@ -286,7 +288,7 @@ def test_a_file_written_to_meanwhile_is_an_error(tmp_path: Path, save: Save) -> 
 
 
 @pytest.mark.parametrize("slice_size", [1, 7, 1000])
-def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, slice_size: int) -> None:
+def test_run_writes_bytes_that_no_input_holds(tmp_path: Path, slice_size: int) -> None:
     values = torch.arange(100, dtype=torch.float32)
     out = OutTensor(DTYPES["float32"], (10, 10), (), "w", data=bytes(values.view(torch.uint8).tolist()))
     plan = safetensors.plan({"w": out}, metadata={}, name="out")
@@ -301,7 +303,7 @@ def test_bytes_that_no_input_holds_are_written_as_they_are(tmp_path: Path, slice
 
 
 @pytest.mark.parametrize("value", [0.0, float("inf")])
-def test_torch_computes_in_the_thread_that_asks_and_has_its_threads_back_afterwards(
+def test_run_computes_with_one_torch_thread_and_restores_the_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, value: float
 ) -> None:
     """What C finds infinite comes to torch when the job is under way."""
@@ -326,7 +328,7 @@ def test_torch_computes_in_the_thread_that_asks_and_has_its_threads_back_afterwa
 
 
 @pytest.mark.parametrize("allowed", [0, 2])
-def test_a_job_goes_on_with_the_threads_that_the_system_allows(
+def test_run_goes_on_with_the_threads_that_the_system_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
     start, started = threading.Thread.start, []
@@ -348,7 +350,7 @@ def test_a_job_goes_on_with_the_threads_that_the_system_allows(
             average(tmp_path, tensors, [0.5, 0.5], threads=8)
 
 
-def test_a_job_that_fails_waits_for_no_disk(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_waits_for_no_disk_when_it_fails(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed is not worth writing out, however much of it there is."""
     begun: list[int] = []
 

@@ -39,7 +39,7 @@ def lengths(found: FilePlan) -> list[tuple[int, int]]:
     return [(offset, each.numel) for each, offset, _ in coalesced(found)]
 
 
-def test_neighbours_in_every_file_are_one_run() -> None:
+def test_coalesced_joins_neighbours_in_every_file() -> None:
     found = plan((tensor(100, 3), 8), (tensor(112, 5), 20), (tensor(132, 1), 40))
     ((run, offset, kind),) = coalesced(found)
     assert (run.shape, offset) == ((9,), 8)
@@ -60,18 +60,16 @@ def test_neighbours_in_every_file_are_one_run() -> None:
         (tensor(112, 5, big=True), 20),
     ],
 )
-def test_what_does_not_follow_stands_alone(second: tuple[OutTensor, int]) -> None:
+def test_coalesced_keeps_tensors_apart_that_are_no_neighbours(second: tuple[OutTensor, int]) -> None:
     assert lengths(plan((tensor(100, 3), 8), second)) == [(8, 3), (second[1], second[0].numel)]
 
 
-def test_tensors_with_checksums_of_their_own_stand_alone() -> None:
+def test_coalesced_keeps_tensors_with_checksums_apart() -> None:
     assert lengths(plan((tensor(100, 3), 8), (tensor(112, 5), 20), needs_crc=True)) == [(8, 3), (20, 5)]
 
 
 @given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=12), slice_size=st.integers(1, 20))
-def test_the_parts_of_a_run_come_apart_into_every_element_of_every_tensor_once(
-    sizes: list[int], slice_size: int
-) -> None:
+def test_of_tensors_gives_every_element_of_a_run_once(sizes: list[int], slice_size: int) -> None:
     begins = [4 * sum(sizes[:i]) for i in range(len(sizes))]
     slots = [(tensor(1000 + begin, n), 8 + begin) for begin, n in zip(begins, sizes, strict=True)]
     found = plan(*slots)
@@ -89,7 +87,7 @@ def test_the_parts_of_a_run_come_apart_into_every_element_of_every_tensor_once(
     assert seen == [(each, i) for each, _ in slots for i in range(each.numel)]
 
 
-def test_each_element_of_a_job_is_in_one_work_unit() -> None:
+def test_cut_puts_each_element_in_one_work_unit() -> None:
     slots, at = [], 0
     for n in (70_000, 3, 0, 2_000_000, 5):
         slots.append((tensor(64 + 2 * at, n), at))
@@ -100,7 +98,7 @@ def test_each_element_of_a_job_is_in_one_work_unit() -> None:
     assert len({(id(part.tensor), part.start) for part in parts}) == len(parts)
 
 
-def test_a_run_of_big_endian_tensors_is_summed_right(tmp_path: Path) -> None:
+def test_engine_run_sums_a_run_of_big_endian_tensors(tmp_path: Path) -> None:
     """Big-endian words follow each other like others, and go through torch."""
     values = torch.arange(24, dtype=torch.float32)
     for path, factor in (("a", 1.0), ("b", 3.0)):

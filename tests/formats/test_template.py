@@ -66,7 +66,9 @@ def outcome(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["step_{}.pth", "step_{}.safetensors"])
-def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Save, tmp_path: Path) -> None:
+def test_read_header_parses_equal_headers_once_and_keeps_them_independent(
+    name: str, save: Save, tmp_path: Path
+) -> None:
     paths = [tmp_path / name.format(i) for i in range(3)]
     for i, path in enumerate(paths):
         tensors = {"w": torch.full((2, 3), float(i)), "n": torch.tensor(i)}
@@ -88,7 +90,7 @@ def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Sav
     check(paths[2], {name: torch.tensor(2) if name == "n" else torch.full((2, 3), 2.0) for name in third.tree})
 
 
-def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save: Save) -> None:
+def test_read_header_forgets_a_template_with_its_last_header(save: Save) -> None:
     header = read_header(save("a.pth", weights(0)))
     assert list(KNOWN.values()) == [header.template]
     del header
@@ -98,7 +100,7 @@ def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save:
 @pytest.mark.parametrize(
     "names", [("step_1.pth", "step_2.pth"), ("step_9.pth", "step_10.pth"), ("a.pth", "b.pth"), ("b.pth", "a.pth")]
 )
-def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[str, str], save: Save) -> None:
+def test_read_header_reads_files_with_records_of_other_names(names: tuple[str, str], save: Save) -> None:
     keep = [read_header(save(name, weights(seed))) for seed, name in enumerate(names)]
     for seed, header in enumerate(keep):
         check(header.path, weights(seed))
@@ -115,7 +117,7 @@ def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[st
         {"w": torch.ones(3, 4).int(), "lr": 0.1},
     ],
 )
-def test_a_pickle_that_says_something_else_is_read_itself(other: dict[str, Any], save: Save) -> None:
+def test_read_header_reads_another_pickle_without_the_template(other: dict[str, Any], save: Save) -> None:
     first = read_header(save("x.pth", {"w": torch.ones(3, 4), "lr": 0.1}))
     second = read_header(save("y.pth", other))
     assert first.template is not second.template
@@ -123,7 +125,7 @@ def test_a_pickle_that_says_something_else_is_read_itself(other: dict[str, Any],
     check(second.path, {name: value for name, value in other.items() if name != "lr"})
 
 
-def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(save: Save) -> None:
+def test_read_header_keeps_shared_containers_apart_for_each_file(save: Save) -> None:
     def tree(seed: int) -> Any:
         log: list[Any] = [1, "x"]
         log.append(log)
@@ -140,7 +142,7 @@ def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(s
     assert second.tree["model"]._metadata is not first.tree["model"]._metadata
 
 
-def test_a_pair_of_pairs_of_pairs_is_not_written_out(save: Save) -> None:
+def test_read_header_does_not_unfold_pairs_of_pairs(save: Save) -> None:
     pairs: Any = (1, 2)
     for _ in range(60):
         pairs = (pairs, pairs)
@@ -149,7 +151,7 @@ def test_a_pair_of_pairs_of_pairs_is_not_written_out(save: Save) -> None:
     assert second.tree["pairs"][0] is second.tree["pairs"][1]
 
 
-def test_a_tuple_that_holds_itself_does_so_in_every_file(save: Save) -> None:
+def test_read_header_keeps_a_tuple_that_holds_itself(save: Save) -> None:
     items: list[Any] = []
     ring = (items,)
     items.append(ring)
@@ -158,14 +160,14 @@ def test_a_tuple_that_holds_itself_does_so_in_every_file(save: Save) -> None:
 
 
 @pytest.mark.parametrize("odd", [Namespace(lr=0.1), {1, 2}, torch.float16, torch.nn.Identity()])
-def test_objects_that_are_no_plain_containers_are_read_for_each_file(odd: Any, save: Save) -> None:
+def test_read_header_reads_other_objects_for_each_file(odd: Any, save: Save) -> None:
     first, second = (read_header(save(f"{seed}.pth", weights(seed) | {"odd": odd})) for seed in (0, 1))
     assert first.tree["odd"] is not second.tree["odd"] or isinstance(odd, torch.dtype)
     assert type(first.tree["odd"]).__name__ == type(second.tree["odd"]).__name__
     assert second.tree["a"].storage.path == second.path
 
 
-def test_a_local_header_that_lies_is_refused_whatever_was_read_before(save: Save) -> None:
+def test_read_header_rejects_a_wrong_local_header_despite_a_template(save: Save) -> None:
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
     assert read_header(path).template is keep.template
@@ -175,7 +177,7 @@ def test_a_local_header_that_lies_is_refused_whatever_was_read_before(save: Save
         read_header(path)
 
 
-def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_before(save: Save) -> None:
+def test_read_header_rejects_a_wrong_checksum_despite_a_template(save: Save) -> None:
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
     assert read_header(path).template is keep.template
@@ -190,7 +192,7 @@ def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_befor
 
 @settings(max_examples=300)
 @given(data=st.data())
-def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data: st.DataObject) -> None:
+def test_read_header_treats_a_damaged_twin_as_it_does_alone(save: Save, data: st.DataObject) -> None:
     KNOWN.clear()
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
@@ -206,14 +208,14 @@ def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data
     assert outcome(path) == alone(path)
 
 
-def test_a_twin_in_a_row_of_records_far_apart_is_read_right(save: Save) -> None:
+def test_read_header_reads_twins_with_records_far_apart(save: Save) -> None:
     tensors = [{f"w{i}": torch.randn(20_000) for i in range(4)} for _ in range(2)]
     first, second = (read_header(save(f"{i}.pth", tensors[i])) for i in range(2))
     assert first.template is second.template is not None
     check(second.path, tensors[1])
 
 
-def test_bytes_of_an_offset_that_look_like_the_root_are_no_root(tmp_path: Path) -> None:
+def test_read_header_takes_no_bytes_of_an_offset_for_the_root(tmp_path: Path) -> None:
     """With roots `x/` and `A/`, storages at 0x2f78 and 0x2f41: numbers that read as these names, little endian."""
     saved = io.BytesIO()
     torch.save({"w": torch.zeros(4)}, saved)
