@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Without compiling all modules at once: Python compiles those that it imports.
+PIP_INSTALL := pip install -q --no-compile
 INSTALLED := $(VENV)/.installed
+ECOSYSTEM := $(VENV)/.ecosystem
 SMOKE := build/smoke
-ECOSYSTEM := .venv-ecosystem
 MERGEKIT := .venv-mergekit
 # Where the version of torch is not what is tested: one that has a small build for CPUs.
 PLAIN_TORCH := 2.13.0
@@ -15,9 +17,9 @@ DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train 
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py ckpt_tools/compute/csrc/module.c
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard ckpt_tools/compute/csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -30,17 +32,16 @@ demo: $(INSTALLED)
 		"average of 12, as it is=build/average.pth" "average of 12, recal-bn=build/average-bn.pth" \
 		"EMA of 12 (0.8), recal-bn=build/ema-bn.pth"
 
+# Some tests, without coverage: make test PYTEST_ARGS="tests/series -x"
 test: $(INSTALLED)
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest -n logical --dist worksteal $(or $(PYTEST_ARGS),--cov --cov-report=term:skip-covered)
 
-# With the real libraries, which agree on an older torch, in an environment of their own.
-test-ecosystem: $(ECOSYSTEM)/.installed
-	$(ECOSYSTEM)/bin/pytest tests/ecosystem
+# With the real libraries, beside which all other tests pass too.
+test-ecosystem: $(ECOSYSTEM)
+	$(BIN)/pytest -n logical --dist worksteal tests/ecosystem
 
-$(ECOSYSTEM)/.installed: tests/ecosystem/requirements.txt pyproject.toml setup.py ckpt_tools/compute/csrc/module.c
-	$(PYTHON) -m venv $(ECOSYSTEM)
-	$(ECOSYSTEM)/bin/pip install -q -r tests/ecosystem/requirements.txt
-	$(ECOSYSTEM)/bin/pip install -q -c tests/ecosystem/requirements.txt -e .
+$(ECOSYSTEM): $(INSTALLED) tests/ecosystem/requirements.txt
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt -r tests/ecosystem/requirements.txt
 	touch $@
 
 formats-table:
@@ -55,12 +56,13 @@ fix: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The wheel alone, with nothing but what it asks for: no timm, torchvision, pillow, numpy.
+# The wheel alone, built from the source distribution, with nothing but what it asks for: no timm, torchvision, numpy.
 smoke: $(INSTALLED)
 	rm -rf $(SMOKE) build/wheel build/lib
-	$(BIN)/pip wheel -q --no-deps -w build/wheel .
+	mkdir -p build
+	CKPT_TOOLS_REQUIRE_NATIVE=1 $(BIN)/python -m build -o build/wheel . > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
 	$(PYTHON) -m venv $(SMOKE)
-	$(SMOKE)/bin/pip install -q torch==$(PLAIN_TORCH) build/wheel/*.whl
+	$(SMOKE)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py
 
 bench: $(VENV)/.bench
@@ -71,15 +73,15 @@ bench-full: $(VENV)/.bench $(MERGEKIT)/.installed
 	$(BIN)/python benchmarks/bench.py --full --page docs/performance.md
 
 $(VENV)/.bench: $(INSTALLED)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,bench]'
+	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[dev,bench]'
 	touch $@
 
 # An older torch, and libraries that ckpt does not need, in an environment of their own.
 $(MERGEKIT)/.installed:
 	$(PYTHON) -m venv $(MERGEKIT)
-	$(MERGEKIT)/bin/pip install -q torch==$(PLAIN_TORCH)
-	$(MERGEKIT)/bin/pip install -q mergekit==0.1.5
+	$(MERGEKIT)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH)
+	$(MERGEKIT)/bin/$(PIP_INSTALL) mergekit==0.1.5
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) $(MERGEKIT) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(MERGEKIT) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,18 +44,17 @@ def measure(way: str, count: int, device: str) -> dict[str, float]:
         with torch.no_grad():
             return timed(lambda data: update_bn_stats(network, data, num_iters=len(data)))
     from ckpt_tools.batchnorm import recalibrate_bn
-    from ckpt_tools.evaluation.runner import keep_large_blocks
+    from ckpt_tools.evaluation.runner import large_blocks_kept
 
-    if device == "cpu":
-        keep_large_blocks()
     network.to(memory_format=torch.channels_last)
     batches = [batch.contiguous(memory_format=torch.channels_last) for batch in batches]
     if way == "forward":
         network.eval()
-        with torch.no_grad():
+        with torch.no_grad(), large_blocks_kept() if device == "cpu" else nullcontext():
             return timed(lambda data: [network(batch) for batch in data])
     passes = 2 if way.endswith("2 passes") else 1
-    return timed(lambda data: recalibrate_bn(network, data, passes=passes), passes)
+    with large_blocks_kept() if device == "cpu" else nullcontext():
+        return timed(lambda data: recalibrate_bn(network, data, passes=passes), passes)
 
 
 if __name__ == "__main__":

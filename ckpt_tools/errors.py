@@ -13,6 +13,9 @@ CkptError                 exit 1: refused or failed; says what, where, and the n
 ├── ModelError            no such model, or the weights do not fit it
 ├── DataError             images or batches are missing or unusable
 └── WriteError            the target cannot, or must not, be written
+
+A message names parameters in backticks: `force`, `threads=0`, or a call such as `convert(to='plain')`. The command line
+shows options in their place.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def parse_dtype(dtype: object) -> DType | None:
     text = str(dtype).removeprefix("torch.")
     name = _ALIASES.get(text, text)
     if name not in FLOAT_DTYPES:
-        raise UsageError(f"--dtype is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
+        raise UsageError(f"`dtype` is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
     return DTYPES[name]
 
 
@@ -207,6 +207,11 @@ class TensorSpec:
         return self.storage.offset + self.start * self.dtype.itemsize
 
     @property
+    def extent(self) -> int:
+        """Bytes from its first element to behind its last one in the file; of one that is not chunked."""
+        return max(_extent(self.shape, self.stride), 0) * self.dtype.itemsize
+
+    @property
     def swapped(self) -> bool:
         """True if its bytes stand the other way round than ours: big endian, and more than one to a number."""
         return self.storage.big_endian and self.dtype.word > 1
@@ -216,10 +221,10 @@ class TensorSpec:
         """The files that it stands in."""
         return (self.storage.path,)
 
-    def moved(self, path: Path) -> TensorSpec:
-        """Return the tensor at the same place of another file; of one that is not chunked."""
+    def relocated(self, path: Path, shift: int = 0) -> TensorSpec:
+        """Return the same tensor of another file, `shift` bytes further on; of one that is not chunked."""
         at = self.storage
-        storage = Storage(path, at.offset, at.nbytes, at.big_endian)
+        storage = Storage(path, at.offset + shift, at.nbytes, at.big_endian)
         return TensorSpec(self.dtype, self.shape, self.stride, self.start, storage)
 
 

@@ -5,6 +5,7 @@ Run by `make smoke` with that environment's Python; not collected by pytest.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,7 +17,8 @@ import warnings
 from pathlib import Path
 
 CKPT = str(Path(sys.executable).parent / "ckpt")
-RUNS = Path(__file__).parent.parent / "fixtures" / "runs"
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "fixtures" / "runs"
 # The whole process stays below the first; where torch alone comes near it (builds with CUDA do), the second counts.
 MAX_RSS = 0.40e9
 MAX_RSS_BESIDE_TORCH = 0.15e9
@@ -37,6 +39,18 @@ def peak_rss(program: str, *arguments: str) -> int:
     if status:
         raise SystemExit(f"{program} {' '.join(arguments)} failed")
     return usage.ru_maxrss * 1024
+
+
+def check_files() -> None:
+    """The wheel holds every module and the compiled extension, but not its sources."""
+    files = {str(path) for path in importlib.metadata.files("ckpt-tools") or ()}
+    missing = {str(path.relative_to(ROOT)) for path in (ROOT / "ckpt_tools").rglob("*.py")} - files
+    if missing or "ckpt_tools/py.typed" not in files:
+        raise SystemExit(f"the wheel lacks {sorted(missing) or 'py.typed'}")
+    if importlib.util.find_spec("ckpt_tools.compute._native") is None:
+        raise SystemExit("the wheel lacks the compiled extension")
+    if sources := [name for name in files if name.endswith((".c", ".h")) or "csrc" in name]:
+        raise SystemExit(f"the wheel holds {sources}")
 
 
 NETS = """
@@ -81,6 +95,7 @@ def main() -> None:
     for name in ("timm", "torchvision", "PIL", "numpy"):
         if importlib.util.find_spec(name) is not None:
             raise SystemExit(f"{name} is installed, so this proves nothing")
+    check_files()
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 

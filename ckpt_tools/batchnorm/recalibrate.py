@@ -114,9 +114,9 @@ def check_options(passes: int, estimator: str) -> None:
         UsageError: a number of passes below 1, or an unknown estimator.
     """
     if type(passes) is not int or passes < 1:
-        raise UsageError(f"--passes {passes!r}: must be a whole number from 1 on.")
+        raise UsageError(f"`passes={passes!r}`: must be a whole number from 1 on.")
     if estimator not in ESTIMATORS:
-        raise UsageError(f"--estimator is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
+        raise UsageError(f"`estimator` is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
 
 
 def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str, str], ...]]:

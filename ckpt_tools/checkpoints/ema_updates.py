@@ -1,41 +1,37 @@
-"""Counters: how often an average was updated, and with which decay, as far as its checkpoint says."""
+"""EMA updates: how many an average has had, and its decay, as its checkpoint stores them."""
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Mapping
 from typing import Any
 
 from ..formats.header import Header
-from ..storage.opened import OpenFiles
+from ..storage.source import OpenFiles, read_at
 from ..tensors import TensorSpec
-from .layouts import StateDict, ema_config
-from .layouts.build import SETTINGS
-from .tree import follow
+from .layouts import StateDict
 
 _CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
 
 
 def _number(header: Header, value: Any) -> float | None:
-    """Read a counter: a number, or a tensor of one, which is too little to import torch for."""
+    """Read a number, or a tensor of one element, for which torch need not be imported."""
     if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
         with OpenFiles(header.files) as files:
             files.open(value.storage.path)
-            raw = os.pread(files[value.storage.path], value.dtype.itemsize, value.begin)
+            raw = bytearray(value.dtype.itemsize)
+            read_at(files[value.storage.path], memoryview(raw), value.begin, value.storage.path)
         order = ">" if value.storage.big_endian else "<"
-        value = struct.unpack(order + _CODES[value.dtype.name], raw)[0] if raw else None
+        value = struct.unpack(order + _CODES[value.dtype.name], raw)[0]
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 def stored_updates(header: Header, state: StateDict) -> int | None:
-    """Read how often the average was updated: its own counter, a configuration, or how many files `avg` took."""
+    """Read how often the average was updated: its own count, or the number of files that `avg` took."""
     said = header.provenance or {}
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
-    if state.which == "raw":  # the average's counter is not of these
+    if state.which == "raw":  # the count is of the average
         return len(inputs) if isinstance(inputs, list) else None
-    value = state.updates if state.updates is not None else ema_config(header).get("optimization_step")
-    number = _number(header, value)
+    number = _number(header, state.updates)
     if number is None and isinstance(inputs, list):
         return len(inputs)
     return int(number) if number is not None and 0 <= number < 1 << 63 else None  # LitEma's -1 means unknown
@@ -43,13 +39,5 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
 
 def stored_decay(header: Header, state: StateDict) -> float | None:
     """Read the decay of an average."""
-    value = state.decay if state.decay is not None else ema_config(header).get("decay")
-    number = _number(header, value)
+    number = _number(header, state.decay)
     return number if number is not None and 0 <= number <= 1 else None
-
-
-def stored_settings(header: Header, state: StateDict) -> Mapping[str, Any]:
-    """Read what else diffusers' EMAModel keeps beside its counter."""
-    beside_it = follow(header.tree, state.path) if state.keys is None else ema_config(header)
-    known = beside_it if isinstance(beside_it, Mapping) and "optimization_step" in beside_it else {}
-    return {key: known[key] for key in SETTINGS if isinstance(known.get(key), (int, float))}

@@ -37,7 +37,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def specs(self) -> Mapping[str, Tensor]:
-        """Dtype, shape and place of every tensor, without reading it."""
+        """Dtype, shape and position in the file of every tensor, without reading it."""
         return self.state.tensors
 
     @property

@@ -1,12 +1,13 @@
-"""Optimizers: where their states stand in a checkpoint, and which optimizer each is of."""
+"""Optimizers and other training state: which entries of a checkpoint they are, and which optimizer a state is of."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from ..formats.tree import Path, entries, walk
 from ..tensors import Tensor
-from .layouts import is_optimizer
 
 _DEEPEST = 4
 """Levels above an optimizer's state: a framework's own dict, a list of optimizers, their names."""
@@ -31,25 +32,43 @@ SLOTS = frozenset().union(*(names for names, _ in _SLOTS)) - {"ax"}
 """All of these; but for ASGD's average, which are weights."""
 
 
-def find_optimizers(tree: Any, weights: Collection[tuple[Any, ...]] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+# Names of entries that only a running training needs.
+_TRAINING_STATE = re.compile(
+    r"optim|optims?_.*|optimizer.*"  # optimizers of other forms than torch's, and lists of them
+    r"|(lr_|param_|opt_param_)?scheduler.*|lr_sched"
+    r"|amp|(amp_|grad_|loss_)?scaler(_state_dict)?|loss_scale|native_amp_scaling_state"
+    r"|rng(_.*)?|\w+_rng_states?|random_states"
+    r"|loops|callbacks|saver|metric|train_state|dataloaders?"
+)
+
+
+def is_optimizer(value: Any) -> bool:
+    """True for what torch's optimizers give as their state."""
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
+
+
+def looks_like_training_state(key: Any, value: Any) -> bool:
+    """True for what a run needs to go on and finished weights do not: optimizers, scalers, random states."""
+    if is_optimizer(value):
+        return True
+    return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
+
+
+def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple[Path, Any]]:
     """Yield (path, state) of what torch's optimizers have saved, at the top level and in dicts and lists below.
 
     Args:
-        weights: paths of sets of weights, in which there are none.
+        weights: paths of sets of weights, which are not searched.
     """
-    seen: set[int] = set()
-    stack: list[tuple[tuple[Any, ...], Any]] = [((), tree)]
-    while stack:
-        path, node = stack.pop()
-        if is_optimizer(node):
-            yield path, node
-        elif len(path) < _DEEPEST and id(node) not in seen and (not path or path not in weights):
-            seen.add(id(node))
-            inner = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
-            stack += [((*path, key), child) for key, child in reversed(inner)]
+
+    def below(path: list[Any], node: Any) -> Collection[tuple[Any, Any]]:
+        deeper = len(path) < _DEEPEST and isinstance(node, (dict, list)) and not is_optimizer(node)
+        return entries(node) if deeper and (not path or tuple(path) not in weights) else ()
+
+    return ((tuple(path), node) for path, node in walk(tree, below) if is_optimizer(node))
 
 
-def kind_of(optimizer: Mapping[Any, Any]) -> str:
+def optimizer_name(optimizer: Mapping[Any, Any]) -> str:
     """Name an optimizer by what it keeps for each parameter and by the options of its groups."""
     kept, groups = _kept(optimizer.get("state")), _groups(optimizer.get("param_groups"))
     options = {key for group in groups for key in group if isinstance(key, str)}

@@ -1,4 +1,4 @@
-"""Steps: where in training checkpoints stand, by the counters that they store or the numbers in their names."""
+"""Training steps of checkpoints, by the training counters that they store or the numbers in their names."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..formats.header import Header
 from ..formats.sharded import SINGLE
 from ..tensors import TensorSpec
 
-# Finer counters first: a file that stores both a step and an epoch is placed by its step.
+# Finer counters first: a file that stores both a step and an epoch is ordered by its step.
 _STEP_KEYS = (
     "global_step", "global_steps", "step", "num_steps", "iteration", "iter", "iter_num", "num_updates",
     "batch_idx_train", "epoch",
 )  # fmt: skip
-_NESTED = ("meta", "trainer_state")  # mmengine keeps its counters one level down
+_NESTED = ("meta", "trainer_state")  # mmengine keeps its training counters one level down
 # Coarse to fine. A decimal is a metric (acc0.91), not a counter, unless it counts thousands or millions.
 _WORDS = ("epoch", "iter", "step")
 _NUMBER = re.compile(
@@ -29,14 +29,14 @@ _NUMBER = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Where checkpoints stand.
+class Positions:
+    """Positions of checkpoints in a training run.
 
     Attributes:
         keys: to sort by; empty where nothing tells.
         steps: as in Member.
         counter: as in Member.
-        by: what it is, in words.
+        by: what tells the position, in words.
         remarks: notes, if the series is ordered by it.
     """
 
@@ -66,7 +66,7 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
 
 
 def _mappings(header: Header) -> list[dict[Any, Any]]:
-    """Return where in the saved object counters may stand."""
+    """Return the dicts of the saved object that may hold training counters."""
     tree = header.content
     nested = [tree.get(key) for key in _NESTED] if isinstance(tree, dict) else []
     return [mapping for mapping in (tree, *nested) if isinstance(mapping, dict)]
@@ -80,7 +80,7 @@ def _parsed(text: str) -> float | None:
 
 
 def trainer_state(header: Header) -> dict[str, Any]:
-    """Return what Hugging Face's Trainer keeps beside the weights, its step among it; empty if there is nothing.
+    """Return the state file of Hugging Face's Trainer, with its step; empty if there is none.
 
     Raises:
         ReadError: it is there and cannot be read.
@@ -112,8 +112,8 @@ def number_in_name(path: Path) -> int | None:
     return (named or [numbers[-1][1]])[0] if numbers else None
 
 
-def stored_places(headers: Sequence[Header]) -> Places | None:
-    """Place checkpoints by a counter that all of them store."""
+def stored_positions(headers: Sequence[Header]) -> Positions | None:
+    """Order checkpoints by a training counter that all of them store."""
     counters = [_stored_numbers(header) for header in headers]
     shared = [key for key in _STEP_KEYS if all(key in c for c in counters)]
     # A counter that never moves (a default of 0, say) orders nothing.
@@ -122,11 +122,11 @@ def stored_places(headers: Sequence[Header]) -> Places | None:
         return None
     values = [c[key] for c in counters]
     steps = [value if isinstance(value, int) else None for value in values]
-    return Places([(value,) for value in values], steps, key, f"the {key} stored in the files")
+    return Positions([(value,) for value in values], steps, key, f"the {key} stored in the files")
 
 
-def named_places(paths: Sequence[Path]) -> Places:
-    """Place checkpoints by the numbers in their names.
+def named_positions(paths: Sequence[Path]) -> Positions:
+    """Order checkpoints by the numbers in their names.
 
     Where the numbers of all names line up, those that vary decide: the ones behind a word, the coarser first
     (iterations may start anew in each epoch), or else all of them from left to right.
@@ -135,7 +135,7 @@ def named_places(paths: Sequence[Path]) -> Places:
     levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
     names = next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
     rows = [_numbers_in(name) for name in names]
-    # One name for each form that there is: which words stand before its numbers.
+    # One name for each sequence of words before the numbers.
     forms = {tuple(word for word, _ in row): name for row, name in sorted(zip(rows, names, strict=True), reverse=True)}
     columns = list(zip(*rows, strict=True)) if len(forms) == 1 else []
     varying = [
@@ -150,13 +150,13 @@ def named_places(paths: Sequence[Path]) -> Places:
         steps = [number_in_name(Path(name)) for name in names]
         remarks = [
             f"The numbers of {first} and {other} do not line up, so those behind a word, or else the last ones, "
-            "decide. Give the files in order, with --order given, if it should be another."
+            "decide. Give the files in order, with `order='given'`, if it should be another."
             for first, other in pairwise(list(forms.values())[:2])
         ]
-        return Places([() if step is None else (step,) for step in steps], steps, "name", by, remarks)
+        return Positions([() if step is None else (step,) for step in steps], steps, "name", by, remarks)
     keys = list(zip(*deciding, strict=True))
     if len(deciding) > 1 and not named:
-        return Places(keys, [None] * len(keys), "name", f"{by}, from left to right")
+        return Positions(keys, [None] * len(keys), "name", f"{by}, from left to right")
     order = sorted(range(len(keys)), key=lambda i: keys[i])
     agreeing = [numbers for numbers in deciding if all(numbers[a] <= numbers[b] for a, b in pairwise(order))]
     remarks = [
@@ -164,11 +164,11 @@ def named_places(paths: Sequence[Path]) -> Places:
         for word, numbers in named
         if numbers not in agreeing
     ]
-    return Places(keys, agreeing[-1], "name", by, remarks)
+    return Positions(keys, agreeing[-1], "name", by, remarks)
 
 
-def unread_tensors(headers: Sequence[Header], stored: Places | None) -> list[str]:
-    """Say it where a counter that would have decided is a tensor, whose value stands in no header."""
+def unread_tensors(headers: Sequence[Header], stored: Positions | None) -> list[str]:
+    """Note a training counter that would have decided, but is a tensor, whose value no header has."""
     finer = _STEP_KEYS if stored is None else _STEP_KEYS[: _STEP_KEYS.index(stored.counter)]
     for header in headers:
         for mapping in _mappings(header):

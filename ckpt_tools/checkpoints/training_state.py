@@ -1,6 +1,6 @@
-"""Training state: what of a checkpoint only a running training needs, and the weights that stand in it.
+"""Training state: the entries that only a running training needs, to be stripped, and the weights inside them.
 
-What goes is a set of paths in the object tree; no set of weights is among what goes.
+What is stripped is a set of paths in the object tree; it never includes a set of weights.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from operator import getitem
 from typing import Any
 
 from ..formats.header import Header
+from ..formats.tree import Path, entries, tensors_in, walk
 from ..tensors import Tensor
-from .keys import unwrapping
-from .layouts import StateDict, dotted, is_optimizer, looks_like_training_state
-from .optimizers import SLOTS, find_optimizers
+from .layouts import StateDict, dotted
+from .optimizers import SLOTS, find_optimizers, is_optimizer, looks_like_training_state
+from .prefixes import unwrapping
 from .state_dicts import state_dicts
-from .tree import tensors_in
-
-Path = tuple[Any, ...]
-"""Keys that lead to a place in a checkpoint."""
 
 # Averages that a callback or an optimizer keeps; not `exp_avg`, which is Adam's.
 _AVERAGES = re.compile(r"(.*_)?(ema|swa|shadow|averaged?)(_(?!sq$).*)?|.*average_model.*")
@@ -31,13 +28,13 @@ _DEEPEST = 8
 
 
 def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, alone: bool) -> Iterator[Path]:
-    """Find what goes: at the top level, and beside optimizers wherever else they stand.
+    """Find entries to strip: at the top level, and at every level that holds optimizers.
 
     Args:
         tree: of the header.
-        sets: of weights, that stay wherever they stand.
-        notes: receives what is worth saying aloud.
-        alone: of weights, nothing stays but these.
+        sets: of weights, which stay wherever they are.
+        notes: receives notes for the user.
+        alone: no other weights stay.
     """
     known = None
     if not alone:
@@ -52,7 +49,7 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
         seen.add(id(node))
         # Among weights there may be a module that is called like a scheduler.
         weights = any(each.path == outer for each in sets)
-        for key, value in children(node):
+        for key, value in entries(node):
             path = (*outer, key)
             if isinstance(value, Tensor) and (weights or "." in str(key)):
                 continue
@@ -63,12 +60,12 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
 
 
 def _goes(key: Any, value: Any) -> bool:
-    """True for training state that takes room: a number, such as the metric, is worth keeping."""
+    """True for training state of some size: numbers, such as the metric, are kept."""
     empty = isinstance(value, (dict, list, tuple, set)) and not value
     plain = value is None or isinstance(value, (bool, int, float, str))
     if empty or plain or key == "metric":
         return False
-    inside = children(value)
+    inside = entries(value)
     optimizers = len(inside) > 0 and all(is_optimizer(child) for _, child in inside)
     return optimizers or looks_like_training_state(key, value)
 
@@ -76,18 +73,20 @@ def _goes(key: Any, value: Any) -> bool:
 def _all_but_weights(
     path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_Names] | None, notes: list[str]
 ) -> Iterator[Path]:
-    """Yield the path of an entry; where weights stand in it, the paths of all that stands around them."""
+    """Yield the path of an entry; if it holds weights, the paths of all that is in it but them."""
     inside = [each.path for each in sets if leads(path, each.path)]
-    # What stands beside a set that a layout knows belongs to it, such as its counter.
-    kept = [place[: max(len(path) + 1, len(place) - 1)] for place in inside]
+    # Entries next to a set of a known layout belong to it, such as its EMA update count.
+    kept = [each[: max(len(path) + 1, len(each) - 1)] for each in inside]
     found = () if known is None else [(*path, *inner) for inner in _weights_in(value, known)]
-    kept += [place for place in found if not any(leads(outer, place) for outer in kept)]
+    kept += [each for each in found if not any(leads(outer, each) for outer in kept)]
     if kept:
-        notes.append(f"Weights stand in '{dotted(path)}', and stay there: {', '.join(map(dotted, kept))}.")
+        notes.append(f"'{dotted(path)}' holds weights, which stay: {', '.join(map(dotted, kept))}.")
     masters = (inner for inner, node in nodes(value) if inner and _MASTERS.fullmatch(str(inner[-1])) and holds(node))
     if (inner := next(masters, None)) is not None:
-        place = dotted((*path, *inner))
-        notes.append(f"'{place}' looks like a float32 copy of the weights, which optimizers keep. It goes, too.")
+        notes.append(
+            f"'{dotted((*path, *inner))}' looks like a float32 copy of the weights, which optimizers keep. "
+            "It goes, too."
+        )
     if any(_schedule_free(optimizer) for _, optimizer in find_optimizers(value)):
         notes.append(
             f"'{dotted(path)}' is of a schedule-free optimizer that was training: the averaged weights are made from "
@@ -97,7 +96,7 @@ def _all_but_weights(
 
 
 def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
-    """True if the weights beside it are those of training, as the schedulefree library says in each group."""
+    """True if it was saved in training mode, as the schedulefree library notes in each group."""
     groups = optimizer["param_groups"]
     return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
 
@@ -108,7 +107,7 @@ def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
     if not any(leads(path, to) for to in kept):
         yield path
         return
-    for key, child in children(value):
+    for key, child in entries(value):
         yield from _around((*path, key), child, kept)
 
 
@@ -123,25 +122,25 @@ def other_weights(
         found.append(each.path)
         if each.path == chosen.path and not own.issuperset(each.tensors.values()):
             notes.append(
-                f"{each.label} stands in the same dict as {chosen.label}, and stays. "
-                "To take one of them out: ckpt convert --to plain."
+                f"{each.label} is in the same dict as {chosen.label}, and stays. "
+                "To take one of them out: `convert(to='plain')`."
             )
-    found += [path for path, node in nodes(header.tree) if names.of(node)]
-    elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.tree)))
+    found += [path for path, node in nodes(header.view) if names.of(node)]
+    elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.view)))
     for path in dict.fromkeys(found):
         if leads(path, chosen.path) or leads(chosen.path, path) or any(leads(other, path) for other in gone):
             continue
-        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
+        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.view))):
             yield path
         else:
             notes.append(f"'{dotted(path)}' stays: {chosen.label} takes tensors from it that it lacks itself.")
 
 
 def without(node: Any, gone: Collection[Path], path: Path = ()) -> Any:
-    """Copy a tree as far as something in it goes; the rest is shared."""
+    """Copy a tree without the entries at these paths; what did not change is shared."""
     if not any(leads(path, other) for other in gone):
         return node
-    kept = [(key, without(child, gone, (*path, key))) for key, child in children(node) if (*path, key) not in gone]
+    kept = [(key, without(child, gone, (*path, key))) for key, child in entries(node) if (*path, key) not in gone]
     if isinstance(node, (list, tuple)):
         return type(node)(child for _, child in kept)
     copy: Any = OrderedDict(kept) if isinstance(node, OrderedDict) else dict(kept)
@@ -156,30 +155,19 @@ def leads(path: Path, to: Path) -> bool:
 
 
 def holds(tree: Any) -> bool:
-    """True if a tensor stands anywhere in a tree."""
+    """True if there is a tensor anywhere in a tree."""
     return any(True for _ in tensors_in(tree))
 
 
-def children(value: Any) -> Collection[tuple[Any, Any]]:
-    """Return what stands in a dict or list, by key."""
-    if isinstance(value, dict):
-        return value.items()
-    return list(enumerate(value)) if isinstance(value, (list, tuple)) else ()
-
-
 def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
-    """Walk dicts and lists, but not what torch's optimizers keep for each parameter."""
-    seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), value)]
-    while stack:
-        path, node = stack.pop()
-        yield path, node
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
+    """Walk dicts and lists, the last entries first, but not what torch's optimizers keep for each parameter."""
+
+    def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         own = ("state", "param_groups") if is_optimizer(node) else ()
-        if len(path) < _DEEPEST:
-            stack += [((*path, key), child) for key, child in children(node) if key not in own]
+        inside = entries(node) if len(path) < _DEEPEST else ()
+        return [(key, child) for key, child in inside if key not in own][::-1]
+
+    return ((tuple(path), node) for path, node in walk(value, below))
 
 
 def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
@@ -195,7 +183,7 @@ def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
 
 
 class _Names:
-    """The names of some weights, whatever stands before them: a wrapper, or the attribute that holds the model."""
+    """The names of some weights, whatever their prefix: a wrapper, or the attribute that holds the model."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.bare = _bare(names)

@@ -6,59 +6,24 @@ import gc
 import signal
 import sys
 import warnings
-from functools import partial
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import typer.core
 
 from ..errors import CkptError
-from . import console
-from .avg import avg
-from .convert import convert
-from .diff import diff
-from .fix_prefix import fix_prefix
-from .inspect import inspect
-from .recal_bn import recal_bn
-from .strip import strip
-
-
-class _PlainList(typer.core.TyperGroup):
-    """`ckpt --help` as plain text: the panels of rich, which each command has, cost as much time as all the rest."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.rich_markup_mode = None
-
-
-class _Command(typer.core.TyperCommand):
-    """Help in panels, where they fit: in fewer columns they would cut the names of options short."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        if console.columns() < 80:
-            self.rich_markup_mode = None
-            formatter.width = console.columns()
-            formatter.write_dl = partial(formatter.write_dl, col_max=console.columns() // 3)
-        super().format_help(ctx, formatter)
-
+from . import arguments, console
+from .commands import Commands
 
 app = typer.Typer(
     name="ckpt",
-    cls=_PlainList,
+    cls=Commands,
     help="Average, convert, rename, recalibrate, strip, compare and inspect saved PyTorch checkpoints. No code in a "
     "checkpoint is ever run; no input is ever changed (fix-prefix replaces its own, in one rename, without -o).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(cls=_Command)(avg)
-app.command(cls=_Command)(convert)
-app.command("fix-prefix", cls=_Command)(fix_prefix)
-app.command(cls=_Command)(inspect)
-app.command(cls=_Command)(diff)
-app.command(cls=_Command)(strip)
-app.command("recal-bn", cls=_Command)(recal_bn)
 
 
 def _version(asked: bool) -> None:
@@ -105,7 +70,7 @@ def main() -> None:
     try:
         app()
     except CkptError as error:
-        console.say(f"Error: {error}")
+        console.say(f"Error: {arguments.spelled(str(error))}")
         sys.exit(error.exit_code)
     except _Stopped as stopped:
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"

@@ -1,40 +1,158 @@
-"""Arguments: the options that commands share, and what a shell hands over, read as the library takes it."""
+"""Arguments: the options of a command, made of the groups that the library declares, and their values.
+
+Messages of the library name parameters in backticks, such as `threads=0`; `spelled` turns them into options.
+"""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from ..errors import UsageError, WriteError
+from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
+from ..series.schedules import Numbers, Option
 
-WEIGHTS, OUTPUT, RUNNING = "Which weights", "Output", "Running"
-"""Panels of the help that several commands have."""
+SPELLINGS = {
+    "out": ("--out", "-o"),
+    "batch_size": ("--batch-size", "-b"),
+    "workers": ("--workers", "-j"),
+    "eval_data": ("--eval",),
+}
+"""Options that are not called like their parameters, or have a short name."""
+Reader = Callable[[Any], Any]
 
-State = Annotated[
-    str,
-    typer.Option(help="auto (the EMA where there is one), raw, ema, or a dotted path.", rich_help_panel=WEIGHTS),
+Json = Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=Running.title)]
+
+Averaged = Annotated[
+    str | None,
+    typer.Argument(metavar="CKPT", help="The checkpoint.", show_default="averaged.pth, or averaged.safetensors"),
 ]
-MaxShardSize = Annotated[str | None, typer.Option(help="Such as 5GB, for a folder.", rich_help_panel=OUTPUT)]
-Untie = Annotated[
-    bool,
-    typer.Option("--untie", help="safetensors: write tied tensors under each name.", rich_help_panel=OUTPUT),
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing target.", rich_help_panel=OUTPUT)]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.", rich_help_panel=RUNNING)]
-Json = Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=RUNNING)]
-Threads = Annotated[
-    int | None, typer.Option(help="Workers.", show_default="the cores, 16 at most", rich_help_panel=RUNNING)
-]
+"""A checkpoint that is what `ckpt avg` writes if none is given."""
 
 
-def out(meaning: str, *, default: str | bool) -> Any:
-    """Return the option -o of a command, with what it means there and what it is if not given."""
-    return typer.Option("--out", "-o", metavar="PATH", help=meaning, show_default=default, rich_help_panel=OUTPUT)
+@dataclass(frozen=True)
+class Command:
+    """A command: a function, and the groups whose options it takes as ``**options``, as the library takes them.
+
+    Attributes:
+        readers: for options whose value the command line writes otherwise; called with text.
+    """
+
+    function: Callable[..., None]
+    groups: tuple[type[Group], ...]
+    readers: Mapping[str, Reader]
+
+    def for_typer(self) -> Callable[..., None]:
+        """Return the function with a parameter for each option, as Typer wants it."""
+        options = [(group.title, o) for group in self.groups for o in group.options() if not o.name.startswith("on_")]
+
+        @wraps(self.function)
+        def call(**given: Any) -> None:
+            for _, option in options:
+                value = _read(option, given[option.name])
+                given[option.name] = self.readers[option.name](value) if option.name in self.readers else value
+            self.function(**given)
+
+        signature = inspect.signature(self.function, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if option.default in (REQUIRED, ()) else option.default,
+                annotation=_annotation(title, option, as_text=option.name in self.readers),
+            )
+            for title, option in options
+        ]
+        arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+        parameters = [*arguments, *made, *own[len(arguments) :]]
+        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+
+
+def takes(*groups: type[Group], **readers: Reader) -> Callable[[Callable[..., None]], Command]:
+    """Make a command of a function; see `Command`."""
+    return lambda function: Command(function, groups, readers)
+
+
+def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
+    kind = _kind(option)
+    many = kind in (Words, Pairs)
+    type_ = bool if kind is bool else list[str] if many else kind if kind in (int, float) and not as_text else str
+    name = option.name.replace("_", "-")
+    names = SPELLINGS.get(option.name, (f"--{name}",))
+    if kind is bool and option.default:
+        names = (f"--{name}/--no-{name}",)
+    default: Any = option.default not in (REQUIRED, None, (), False)
+    if option.implied is not None:
+        default = spelled(str(option.implied))
+    info = typer.Option(
+        *names,
+        help=spelled(option.help.rstrip(".") + "; repeatable." if many else option.help),
+        metavar=option.metavar,
+        show_default=default,
+        rich_help_panel=title,
+    )
+    return Annotated[type_ if option.default not in (REQUIRED, None, ()) else type_ | None, info]
+
+
+def _kind(option: Option) -> Any:
+    """Return the type of an option's value as the command line reads it: without None, and text where that is one."""
+    kinds = (option.type, *get_args(option.type))
+    return next((kind for kind in (Numbers, Words, Pairs, str, bool, int, float) if kind in kinds), str)
+
+
+def _read(option: Option, value: Any) -> Any:
+    kind = _kind(option)
+    if value is None:
+        return None if option.default is REQUIRED else option.default
+    if kind is Numbers:
+        return numbers(option.name, value)
+    if kind is Pairs:
+        return parse_kwargs(value)
+    return path(value) if Path in get_args(option.type) else value
+
+
+def spelled(text: str) -> str:
+    """Turn the parameters that a message of the library names into options.
+
+    `name` becomes --name, `name=value` --name value, `name=True` --name, `name=False` --no-name, and
+    `function(name=value)` the command that does it.
+    """
+    return re.sub(r"`(?:(\w+)\()?(\w+)(?:=([^`]*?))?(\)?)`", _option, text)
+
+
+def _option(match: re.Match[str]) -> str:
+    function, name, text, _ = match.groups()
+    option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
+    command = "" if function is None else f"ckpt {function.replace('_', '-')} "
+    if text is None or text == "True":
+        return command + option
+    if text == "False":
+        return f"{command}--no-{option.removeprefix('--')}"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    from shlex import quote
+
+    return f"{command}{option} {quote(value) if isinstance(value, str) else value}"
+
+
+def plain(report: Any) -> dict[str, Any]:
+    """Return a report as plain data, with options in its notes instead of parameters."""
+    data: dict[str, Any] = report.to_dict()
+    return data | {"notes": [spelled(note) for note in data["notes"]]}
 
 
 def check_folder() -> None:
@@ -49,22 +167,17 @@ def check_folder() -> None:
         raise WriteError("the current folder is gone, and torch cannot start in it. cd to another folder.") from error
 
 
-def target(text: str | None) -> str | None:
-    """Read what -o says; a Path would not tell 'a.pth/' from 'a.pth', nor '' from '.'.
+def averaged(checkpoint: str | None) -> Path:
+    """Return a checkpoint given as an argument, or what `ckpt avg` writes by default.
 
     Raises:
-        UsageError: no name, or one that asks for a file and a folder at once.
+        UsageError: neither is there.
     """
-    if text is None:
-        return None
-    from ..formats import SUFFIXES
+    if checkpoint is not None:
+        return Path(path(checkpoint))
+    from ..series.paths import default_input
 
-    name = Path(text).name
-    if not text or name in SUFFIXES:
-        raise UsageError(f"-o {text!r}: there is no name in it. Is a variable of the shell unset?")
-    if name.endswith(SUFFIXES) and os.path.basename(text) != name:  # noqa: PTH119
-        raise UsageError(f"-o {text}: the suffix asks for a file, the slash for a folder. Leave one of them out.")
-    return path(text)
+    return default_input()
 
 
 def path(text: str | Path) -> str:
@@ -72,21 +185,19 @@ def path(text: str | Path) -> str:
     return os.path.expanduser(text)  # noqa: PTH111
 
 
-def numbers(option: str, text: str | None) -> list[float] | None:
+def numbers(name: str, text: str) -> list[float]:
     """Read numbers with commas between them.
 
     Raises:
-        UsageError: something else; names the option.
+        UsageError: something else; names the parameter.
     """
-    if text is None:
-        return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"{option} {text!r}: write numbers with commas, such as 1,2,3.") from error
+        raise UsageError(f"`{name}={text!r}`: write numbers with commas, such as 1,2,3.") from error
 
 
-def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_kwargs(pairs: Sequence[str]) -> Mapping[str, Any]:
     """Turn ``["num_classes=10", "act=relu"]`` into keyword arguments; what is no Python literal is text.
 
     Raises:
@@ -96,7 +207,7 @@ def parse_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not (equals and key.isidentifier()):
-            raise UsageError(f"--model-kwargs {pair!r}: write name=value.")
+            raise UsageError(f"`model_kwargs={pair!r}`: write name=value.")
         try:
             kwargs[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

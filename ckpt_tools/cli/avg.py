@@ -3,125 +3,27 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..jobs.options import AveragedOutput, Matching, Selection, Summing
+from ..series.schedules import Schedule
 from . import arguments, console
+from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.average import AverageReport
 
-_SCHEDULE, _SELECTION = "How much each counts", "Which checkpoints"
 
-
+@arguments.takes(Schedule, Selection, Matching, AveragedOutput, Summing)
 def avg(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
     ],
-    mode: Annotated[str, typer.Option(help="uniform, ema or weights.", rich_help_panel=_SCHEDULE)] = "uniform",
-    decay: Annotated[
-        float | None,
-        typer.Option(
-            help="ema: for a checkpoint; with --per-step, for a training step.",
-            show_default="0.99",
-            rich_help_panel=_SCHEDULE,
-        ),
-    ] = None,
-    per_step: Annotated[
-        bool, typer.Option("--per-step", help="ema: decay^(step gap).", rich_help_panel=_SCHEDULE)
-    ] = False,
-    warmup: Annotated[
-        str | None, typer.Option(help="ema: litema or timm; the decay grows.", rich_help_panel=_SCHEDULE)
-    ] = None,
-    bias_correction: Annotated[
-        bool,
-        typer.Option("--bias-correction", help="ema: start from zero, divide by 1-d^N.", rich_help_panel=_SCHEDULE),
-    ] = False,
-    weights: Annotated[
-        str | None, typer.Option(help="With --mode weights: 1,2,3, oldest first.", rich_help_panel=_SCHEDULE)
-    ] = None,
-    normalize: Annotated[bool, typer.Option(help="Divide --weights by their sum.", rich_help_panel=_SCHEDULE)] = True,
-    last: Annotated[int | None, typer.Option(help="The last N.", metavar="N", rich_help_panel=_SELECTION)] = None,
-    best: Annotated[
-        int | None, typer.Option(help="The best N by --metric.", metavar="N", rich_help_panel=_SELECTION)
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="Key in the files, dotted if nested.", metavar="KEY", rich_help_panel=_SELECTION)
-    ] = "metric",
-    lower_is_better: Annotated[
-        bool, typer.Option("--lower-is-better", help="For a loss.", rich_help_panel=_SELECTION)
-    ] = False,
-    every: Annotated[
-        int | None, typer.Option(help="Every K-th, counted from the last.", metavar="K", rich_help_panel=_SELECTION)
-    ] = None,
-    from_step: Annotated[
-        int | None, typer.Option(help="From this step (or epoch) on.", rich_help_panel=_SELECTION)
-    ] = None,
-    to_step: Annotated[int | None, typer.Option(help="Up to this step (or epoch).", rich_help_panel=_SELECTION)] = None,
-    order: Annotated[
-        str,
-        typer.Option(
-            help="auto (stored step or epoch, else numbers in names), given, natural, mtime.",
-            rich_help_panel=_SELECTION,
-        ),
-    ] = "auto",
-    include_outputs: Annotated[
-        bool,
-        typer.Option("--include-outputs", help="Take files that ckpt wrote itself, too.", rich_help_panel=_SELECTION),
-    ] = False,
-    state: Annotated[
-        str,
-        typer.Option(
-            help="auto (EMA where all have one), raw, ema, or a dotted path.", rich_help_panel=arguments.WEIGHTS
-        ),
-    ] = "auto",
-    match: Annotated[str, typer.Option(help="name or order.", rich_help_panel=arguments.WEIGHTS)] = "name",
-    keys: Annotated[
-        str, typer.Option(help="strict, intersection or union.", rich_help_panel=arguments.WEIGHTS)
-    ] = "strict",
-    buffers: Annotated[
-        str,
-        typer.Option(
-            help="average, or last: BatchNorm statistics of the last checkpoint.", rich_help_panel=arguments.WEIGHTS
-        ),
-    ] = "average",
-    out: Annotated[
-        str | None,
-        arguments.out(
-            "The suffix picks the format; none: a folder of shards.", default="averaged.pth, or as the inputs are"
-        ),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the output: same, float32, bfloat16, ...", rich_help_panel=arguments.OUTPUT)
-    ] = "same",
-    max_shard_size: arguments.MaxShardSize = None,
-    untie: arguments.Untie = False,
-    hash_: Annotated[
-        bool, typer.Option("--hash", help="Record the SHA-256 of the inputs.", rich_help_panel=arguments.OUTPUT)
-    ] = False,
-    force: arguments.Force = False,
-    threads: arguments.Threads = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="auto, cpu, cuda (all GPUs), cuda:1 (that one). Same bytes.", rich_help_panel=arguments.RUNNING
-        ),
-    ] = "auto",
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="To take on each GPU, such as 2GB.",
-            metavar="SIZE",
-            show_default="1GB",
-            rich_help_panel=arguments.RUNNING,
-        ),
-    ] = None,
-    dry_run: arguments.DryRun = False,
+    *,
     json: arguments.Json = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Let NaN and infinity pass.", rich_help_panel=arguments.RUNNING)
-    ] = False,
+    **options: Any,
 ) -> None:
     """Average a series of checkpoints into one set of weights.
 
@@ -130,18 +32,10 @@ def avg(
     arguments.check_folder()
     from ..jobs.average import average
 
+    show = _show_table if options["dry_run"] else _show_summary
     started = time.perf_counter()
     with console.progress("averaging") as on_progress:
-        report = average(
-            paths, mode=mode, decay=decay, per_step=per_step, warmup=warmup, bias_correction=bias_correction,
-            weights=arguments.numbers("--weights", weights), normalize=normalize, last=last, best=best, metric=metric,
-            lower_is_better=lower_is_better, every=every, from_step=from_step, to_step=to_step, order=order,
-            include_outputs=include_outputs, state=state, match=match, keys=keys, buffers=buffers,
-            out=arguments.target(out), dtype=dtype, max_shard_size=max_shard_size, untie=untie,
-            hash=hash_, force=force, threads=threads, device=device, gpu_memory=gpu_memory, dry_run=dry_run,
-            allow_nonfinite=allow_nonfinite,
-            on_plan=_show_table if dry_run else _show_summary, on_progress=on_progress,
-        )  # fmt: skip
+        report = average(paths, **options, on_plan=show, on_progress=on_progress)
     if report.written:
         seconds = time.perf_counter() - started
         moved = report.bytes_read + report.bytes_written
@@ -150,7 +44,7 @@ def avg(
         where = "" if report.device == "cpu" else f" on {report.device}"
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{where}{rate}.")
     if json:
-        console.print_json(report.to_dict())
+        console.print_json(arguments.plain(report))
 
 
 def _show_summary(report: AverageReport) -> None:
@@ -159,7 +53,7 @@ def _show_summary(report: AverageReport) -> None:
     span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
     console.say(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.")
     _show_dropped(report)
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))
 
 
 def _show_dropped(report: AverageReport) -> None:
@@ -201,7 +95,7 @@ def _show_table(report: AverageReport) -> None:
         f"at most {console.size(report.memory)} of buffers{where}.",
     )
     _show_dropped(report)
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))
 
 
 def _prefixes(report: AverageReport) -> list[str]:

@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from ..errors import WriteError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 NARROWEST = 40
 """Columns that a table needs; in fewer, rich would leave parts of it out, where a terminal only wraps them."""
@@ -107,6 +107,8 @@ def say(*lines: str) -> None:
     """Write plain lines to stderr; nothing in them steers the terminal, and a terminal breaks none of their words."""
     for line in map(visible, lines):
         if sys.stderr.isatty() and len(line) > columns():
+            import textwrap
+
             indent = " " * (len(line) - len(line.lstrip()) + 2)
             line = textwrap.fill(
                 line, columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -197,10 +199,33 @@ def counting(unit: str | None) -> Iterator[Callable[[str, int, int | None], None
     Yields:
         A function to call with (what is being done, how many are done, how many there are, if known).
     """
-    console = stderr()
-    if not console.is_interactive or console.width < 60:  # in fewer columns it breaks in two
+    # In fewer columns the bar breaks in two.
+    if not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown") or columns() < 60:
         yield _plain_counting(unit)
         return
+    shown: Progress | None = None
+    task: Any = None
+    current = ""
+
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal shown, current, task
+        if shown is None:  # the plan stands above it by now
+            shown = _bar(unit)
+            shown.start()
+            task = shown.add_task("", total=None)
+        if what != current:  # its own clock
+            shown.reset(task)
+            current = what
+        shown.update(task, description=what, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if shown is not None:
+            shown.stop()
+
+
+def _bar(unit: str | None) -> Progress:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -212,23 +237,8 @@ def counting(unit: str | None) -> Iterator[Callable[[str, int, int | None], None
     )
 
     figures = (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit))
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), *figures, TimeRemainingColumn())
-    shown = Progress(*columns, console=console, transient=True)
-    task = shown.add_task("", total=None)
-    current = ""
-
-    def show(what: str, done: int, total: int | None) -> None:
-        nonlocal current
-        shown.start()  # the plan stands above it by now
-        if what != current:  # its own clock
-            shown.reset(task)
-            current = what
-        shown.update(task, description=what, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        shown.stop()
+    parts = (TextColumn("{task.description}"), BarColumn(bar_width=None), *figures, TimeRemainingColumn())
+    return Progress(*parts, console=stderr(), transient=True)
 
 
 @contextmanager

@@ -3,70 +3,30 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
+from ..jobs.options import Computing, ConvertedOutput, ConvertedState, Missing
 from . import arguments, console
+from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.convert import ConvertReport
 
-_NAMES = "What the checkpoint does not say"
 
-
+@arguments.takes(ConvertedOutput, ConvertedState, Missing, Computing)
 def convert(
     checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="CKPT", help="A file, or a folder.", show_default=False)
+        str | None, typer.Argument(metavar="CKPT", help="A file, or a folder.", show_default=False)
     ] = None,
-    to: Annotated[
-        str,
-        typer.Option(metavar="LAYOUT", help="plain, timm-ema, averaged-model, ...", rich_help_panel=arguments.OUTPUT),
-    ] = "plain",
-    out: Annotated[
-        str | None, arguments.out("The suffix picks the format; none: a folder of shards.", default=False)
-    ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="List the layouts.", rich_help_panel=arguments.OUTPUT)] = False,
-    state: Annotated[
-        str,
-        typer.Option(
-            help="auto (both where LAYOUT keeps both, else the EMA), raw, ema, or a dotted path.",
-            rich_help_panel=arguments.WEIGHTS,
-        ),
-    ] = "auto",
-    names_from: Annotated[
-        str | None,
-        typer.Option(metavar="CKPT", help="A checkpoint of the same model, for names.", rich_help_panel=_NAMES),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Instead: timm name, module:factory or file.py:factory.", rich_help_panel=_NAMES),
-    ] = None,
-    model_kwargs: Annotated[
-        list[str] | None,
-        typer.Option(help="Such as num_classes=10; repeatable.", metavar="K=V", rich_help_panel=_NAMES),
-    ] = None,
-    updates: Annotated[
-        int | None, typer.Option(metavar="N", help="How often the average was updated.", rich_help_panel=_NAMES)
-    ] = None,
-    decay: Annotated[float | None, typer.Option(help="Of the EMA.", rich_help_panel=_NAMES)] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: same, float32, bfloat16, ...", rich_help_panel=arguments.OUTPUT)
-    ] = "same",
-    max_shard_size: arguments.MaxShardSize = None,
-    untie: arguments.Untie = False,
-    force: arguments.Force = False,
-    threads: arguments.Threads = None,
-    dry_run: arguments.DryRun = False,
-    json: arguments.Json = False,
-    allow_nonfinite: Annotated[
-        bool,
-        typer.Option(
-            "--allow-nonfinite", help="With --dtype: let NaN and infinity pass.", rich_help_panel=arguments.RUNNING
-        ),
+    *,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the layouts.", rich_help_panel=ConvertedOutput.title)
     ] = False,
+    json: arguments.Json = False,
+    **options: Any,
 ) -> None:
     """Write a checkpoint in another layout, file format or dtype.
 
@@ -77,28 +37,19 @@ def convert(
         return
     if checkpoint is None:
         raise UsageError("CKPT is missing: the checkpoint to convert. ckpt convert --list shows the layouts.")
-    if out is None:
+    if options["out"] is None:
         raise UsageError("-o is missing: where to write, such as -o weights.safetensors.")
     arguments.check_folder()
     from ..jobs.convert import convert as run
 
-    kwargs = None
-    if model_kwargs:
-        kwargs = arguments.parse_kwargs(model_kwargs)
     started = time.perf_counter()
     with console.progress("converting") as on_progress:
-        report = run(
-            arguments.path(checkpoint),
-            to=to, out=arguments.target(out) or out, state=state, dtype=dtype, max_shard_size=max_shard_size,
-            names_from=names_from, model=model, model_kwargs=kwargs, updates=updates, decay=decay, untie=untie,
-            threads=threads, allow_nonfinite=allow_nonfinite, force=force, dry_run=dry_run,
-            on_plan=_show, on_progress=on_progress,
-        )  # fmt: skip
+        report = run(arguments.path(checkpoint), **options, on_plan=_show, on_progress=on_progress)
     if report.written:
         seconds = time.perf_counter() - started
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
     if json:
-        console.print_json(report.to_dict())
+        console.print_json(arguments.plain(report))
 
 
 def _show(report: ConvertReport) -> None:
@@ -110,7 +61,7 @@ def _show(report: ConvertReport) -> None:
         shown = ", ".join(report.dropped[:6])
         more = f" and {len(report.dropped) - 6} more" if len(report.dropped) > 6 else ""
         console.say(f"Not carried over: {shown}{more}.")
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))
 
 
 def _list(*, as_json: bool) -> None:

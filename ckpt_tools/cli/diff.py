@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
+from ..jobs.options import Comparison, Reading, Tolerance
 from . import arguments, console
+from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
+@arguments.takes(Comparison, Tolerance, Reading)
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
-    state: arguments.State = "auto",
-    state_b: Annotated[
-        str | None, typer.Option(help="The same for B.", show_default="as --state", rich_help_panel=arguments.WEIGHTS)
-    ] = None,
-    rtol: Annotated[float, typer.Option(help="Values may differ by ATOL + RTOL * |B|.")] = 0.0,
-    atol: Annotated[float, typer.Option(help="As in torch.allclose.")] = 0.0,
+    *,
     top: Annotated[int, typer.Option(help="Show the N tensors that differ most.", metavar="N")] = 10,
     json: arguments.Json = False,
-    threads: arguments.Threads = None,
+    **options: Any,
 ) -> None:
     """Show what differs between two checkpoints.
 
     Example: ckpt diff averaged.pth averaged-bn.pth
     """
     if top < 0:
-        raise UsageError(f"--top {top}: must be 0 or more.")
+        raise UsageError(f"`top={top}`: must be 0 or more.")
     arguments.check_folder()
     from ..jobs.diff import diff as compare
 
     with console.progress("comparing") as on_progress:
-        report = compare(
-            arguments.path(a), arguments.path(b), state=state, state_b=state_b, rtol=rtol, atol=atol,
-            threads=threads, on_progress=on_progress,
-        )  # fmt: skip
+        report = compare(arguments.path(a), arguments.path(b), **options, on_progress=on_progress)
     _show(report, top)
     if json:
-        console.print_json(report.to_dict())
+        console.print_json(arguments.plain(report))
     if report.verdict == "different":
         raise typer.Exit(1)
 
@@ -51,7 +46,7 @@ def _show(report: DiffReport, top: int) -> None:
     for side in (report.a, report.b):
         lost = f", compared without {' and '.join(repr(p) for p in side.prefixes)}" if side.prefixes else ""
         console.say(f"{side.name}: {side.state}, {console.plural(side.tensors, 'tensor')}{lost}")
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))
     _show_names(report.a, report.only_a, top)
     _show_names(report.b, report.only_b, top)
     for what, changes in (("shape", report.shapes), ("dtype", report.dtypes)):

@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from ..jobs.options import Prefixes, RenamedOutput, Running
 from . import arguments, console
+from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.rename import PrefixReport
 
 
-def fix_prefix(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="CKPT", help="The checkpoint.", show_default="averaged.pth, or averaged.safetensors"),
-    ] = None,
-    strip: Annotated[
-        list[str] | None,
-        typer.Option(help="Take this off instead; repeatable.", metavar="P", show_default="what wrappers put on"),
-    ] = None,
-    add: Annotated[list[str] | None, typer.Option(help="Put this before all names; repeatable.", metavar="P")] = None,
-    out: Annotated[str | None, arguments.out("The target.", default="CKPT itself, in one rename")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing target of -o.", rich_help_panel=arguments.OUTPUT)
-    ] = False,
-    dry_run: arguments.DryRun = False,
-    json: arguments.Json = False,
-) -> None:
+@arguments.takes(Prefixes, RenamedOutput, Running)
+def fix_prefix(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Take wrapper prefixes off the names; nothing else changes.
 
     Example: ckpt fix-prefix averaged.pth
     """
     arguments.check_folder()
-    from ..jobs import rename as prefixes
+    from ..jobs import rename
 
     started = time.perf_counter()
     with console.progress("copying") as on_progress:
-        report = prefixes.fix_prefix(
-            None if checkpoint is None else arguments.path(checkpoint),
-            strip=strip or (), add=add or (), out=arguments.target(out), force=force, dry_run=dry_run,
-            on_plan=_show, on_progress=on_progress,
-        )  # fmt: skip
+        report = rename.fix_prefix(arguments.averaged(checkpoint), **options, on_plan=_show, on_progress=on_progress)
     if report.written:
         seconds = time.perf_counter() - started
         console.wrote(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")
     if json:
-        console.print_json(report.to_dict())
+        console.print_json(arguments.plain(report))
 
 
 def _show(report: PrefixReport) -> None:
@@ -63,4 +43,4 @@ def _show(report: PrefixReport) -> None:
         console.say(f"  {place}: {done}.")
     if not report.changed:
         console.say(f"Nothing to fix; it {'stays' if report.in_place else 'is copied'} as it is.")
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ..jobs.inspect import Description, WeightSet
 
 
+@arguments.takes()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint.")],
+    path: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json: Annotated[bool, typer.Option("--json", help="The description on stdout.")] = False,
 ) -> None:

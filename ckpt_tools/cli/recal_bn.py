@@ -4,123 +4,33 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..jobs.options import Images, Inference, Measuring, Network, RecalibratedOutput, State
 from . import arguments, console
+from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..batchnorm.report import BatchNormReport
     from ..jobs.recalibrate import RecalibrationReport
 
-_MODEL, _DATA, _STATISTICS = "The network", "The data", "The statistics"
+
+def _count(text: str | None) -> int | None:
+    if text is None or text == "all":
+        return None if text is None else -1
+    if not text.isdecimal() or int(text) < 2:
+        raise UsageError(f"`images={text!r}`: a number, 2 or more, or all.")
+    return int(text)
 
 
-def recal_bn(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="CKPT", help="The checkpoint.", show_default="averaged.pth, or averaged.safetensors"),
-    ] = None,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Folder of images, tar, timm dataset (hfds/...), or file.py:factory.",
-            metavar="DATA",
-            rich_help_panel=_DATA,
-        ),
-    ] = "",
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="timm name, module:factory or file.py:factory.",
-            show_default="arch in the checkpoint",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None,
-    model_kwargs: Annotated[
-        list[str] | None,
-        typer.Option(help="Such as num_classes=10; repeatable.", metavar="K=V", rich_help_panel=_MODEL),
-    ] = None,
-    state: arguments.State = "auto",
-    images: Annotated[
-        str | None,
-        typer.Option(
-            help="How many, at random: a number, or all.",
-            metavar="N",
-            show_default="8192, or all if fewer",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Images a batch.", rich_help_panel=_DATA)] = 64,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            "-j",
-            help="Processes that decode images.",
-            show_default="the cores, 8 at most",
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    img_size: Annotated[
-        int | None, typer.Option(help="Side of the images.", show_default="the model's", rich_help_panel=_DATA)
-    ] = None,
-    crop_pct: Annotated[
-        float | None,
-        typer.Option(help="Part of the image that the crop keeps.", show_default="the model's", rich_help_panel=_DATA),
-    ] = None,
-    interpolation: Annotated[
-        str | None, typer.Option(help="bilinear, bicubic, ...", show_default="the model's", rich_help_panel=_DATA)
-    ] = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(help="0.5 or 0.485,0.456,0.406.", show_default="the model's", rich_help_panel=_DATA),
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="As --mean.", show_default="the model's", rich_help_panel=_DATA)
-    ] = None,
-    split: Annotated[str, typer.Option(help="Of a named dataset.", rich_help_panel=_DATA)] = "validation",
-    data_root: Annotated[
-        str | None, typer.Option(help="Where a named dataset is.", metavar="DIR", rich_help_panel=_DATA)
-    ] = None,
-    passes: Annotated[
-        int,
-        typer.Option(
-            help="1: by batch statistics; more: again, with those just found in use.", rich_help_panel=_STATISTICS
-        ),
-    ] = 1,
-    estimator: Annotated[
-        str, typer.Option(help="population or batch-mean.", rich_help_panel=_STATISTICS)
-    ] = "population",
-    seed: Annotated[int, typer.Option(help="Of the random subset.", rich_help_panel=_STATISTICS)] = 0,
-    eval_: Annotated[
-        str | None,
-        typer.Option("--eval", help="Accuracy on these before and after.", metavar="DATA", rich_help_panel=_STATISTICS),
-    ] = None,
-    require_gain: Annotated[
-        bool,
-        typer.Option("--require-gain", help="Write nothing if that loss gets worse.", rich_help_panel=_STATISTICS),
-    ] = False,
-    out: Annotated[str | None, arguments.out("The target.", default="CKPT with -bn")] = None,
-    force: arguments.Force = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1.", rich_help_panel=arguments.RUNNING)] = "auto",
-    amp: Annotated[
-        bool, typer.Option("--amp", help="Mixed precision, bfloat16.", rich_help_panel=arguments.RUNNING)
-    ] = False,
-    channels_last: Annotated[
-        bool, typer.Option(help="Memory order of the images.", rich_help_panel=arguments.RUNNING)
-    ] = True,
-    dry_run: arguments.DryRun = False,
-    json: arguments.Json = False,
-) -> None:
+@arguments.takes(Network, State, Images, Measuring, RecalibratedOutput, Inference, images=_count)
+def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Recalibrate the BatchNorm statistics of averaged weights.
 
     Example: ckpt recal-bn averaged.pth --data imagenet/train
     """
-    if not data:
+    if options["data"] is None:
         raise UsageError("--data is missing: the images to take the statistics from, such as --data imagenet/train.")
     arguments.check_folder()
     from ..jobs.recalibrate import recalibrate_checkpoint
@@ -133,29 +43,15 @@ def recal_bn(
 
     with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
         report = recalibrate_checkpoint(
-            None if checkpoint is None else arguments.path(checkpoint),
-            data=data, model=model, model_kwargs=arguments.parse_kwargs(model_kwargs or []), images=_count(images),
-            batch_size=batch_size, workers=workers, split=split, data_root=data_root, img_size=img_size,
-            crop_pct=crop_pct, interpolation=interpolation, mean=arguments.numbers("--mean", mean),
-            std=arguments.numbers("--std", std), state=state, device=device, amp=amp, channels_last=channels_last,
-            passes=passes, estimator=estimator, seed=seed, eval_data=eval_, require_gain=require_gain,
-            out=arguments.target(out), force=force, dry_run=dry_run, on_plan=show_plan, on_progress=on_progress,
-        )  # fmt: skip
+            arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress
+        )
     if report.statistics is not None and report.written:
         _show_statistics(report.statistics)
         _show_accuracy(report)
-        console.say(*report.notes[len(plans[0].notes) :])
+        console.say(*map(spelled, report.notes[len(plans[0].notes) :]))
         console.wrote(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
     if json and plans:  # of several processes only the first has one
-        console.print_json(report.to_dict())
-
-
-def _count(text: str | None) -> int | None:
-    if text is None or text == "all":
-        return None if text is None else -1
-    if not text.isdecimal() or int(text) < 2:
-        raise UsageError(f"--images {text}: a number, 2 or more, or all.")
-    return int(text)
+        console.print_json(arguments.plain(report))
 
 
 def _show_plan(report: RecalibrationReport) -> None:
@@ -173,7 +69,7 @@ def _show_plan(report: RecalibrationReport) -> None:
         )
     if report.dropped:
         console.say(f"Not carried over: {', '.join(report.dropped[:6])}.")
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..jobs.options import KeptState, Running, StrippedOutput
 from . import arguments, console
+from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.strip import StripReport
 
 
+@arguments.takes(KeptState, StrippedOutput, Running)
 def strip(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder of DCP; it is not changed.")],
-    state: Annotated[
-        str | None,
-        typer.Option(
-            help="Keep only these: auto, raw, ema, or a dotted path.",
-            show_default="all of them",
-            rich_help_panel=arguments.WEIGHTS,
-        ),
-    ] = None,
-    out: Annotated[str | None, arguments.out("The target.", default="CKPT with -stripped")] = None,
-    force: arguments.Force = False,
-    dry_run: arguments.DryRun = False,
+    *,
     json: arguments.Json = False,
+    **options: Any,
 ) -> None:
     """Drop the optimizer and the rest of the training state.
 
@@ -35,19 +29,16 @@ def strip(
     from ..jobs.strip import strip as without_training_state
 
     with console.progress("stripping") as on_progress:
-        report = without_training_state(
-            arguments.path(checkpoint), out=arguments.target(out), state=state, force=force, dry_run=dry_run,
-            on_plan=_show, on_progress=on_progress,
-        )  # fmt: skip
+        report = without_training_state(arguments.path(checkpoint), **options, on_plan=_show, on_progress=on_progress)
     if report.anything:
         console.wrote(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
     if json:
-        console.print_json(report.to_dict())
+        console.print_json(arguments.plain(report))
 
 
 def _show(report: StripReport) -> None:
     if not report.anything:
-        console.say(f"{report.path}: nothing to strip. Nothing was written.", *report.notes)
+        console.say(f"{report.path}: nothing to strip. Nothing was written.", *map(spelled, report.notes))
         return
     rows = [(entry.place, entry.nbytes) for entry in report.entries]
     if report.compacted > 0:
@@ -60,7 +51,7 @@ def _show(report: StripReport) -> None:
     console.say(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
     if report.dropped:
         console.say(f"Not carried over, for it is no plain data: {', '.join(report.dropped)}.")
-    console.say(*report.notes)
+    console.say(*map(spelled, report.notes))
 
 
 def _sizes(report: StripReport) -> str:

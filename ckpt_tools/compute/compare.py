@@ -1,7 +1,7 @@
-"""Comparing: how far pairs of tensors are apart, piece by piece, in float64.
+"""Comparing: how far pairs of tensors are apart, slice by slice, in float64.
 
-Worker threads read a piece of both sides, and look no further where the bytes are the same. Memory is two
-buffers for reading and three for computing a thread, whatever the size of the tensors.
+Worker threads read a slice of both sides, and compute nothing if the bytes are the same. Each thread has two buffers
+for reading and three for computing, whatever the size of the tensors.
 """
 
 from __future__ import annotations
@@ -14,30 +14,35 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..storage.opened import OpenFiles
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp
 from ..tensors import DType, Kind, TensorSpec
-from .batches import PIECE
+from .formula import real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 from .threads import in_threads
-from .torch_sums import one_thread_each, real_dtype
+from .tiles import Tile, in_storage_order, storage_orders, tiles
+from .torch_sums import one_thread_each
+from .work_units import SLICE
 
 _DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
 _LARGEST, _TINIEST = sys.float_info.max, math.ulp(0.0)
 
 
+Portion = range | Tile
+"""A slice of a tensor: elements in C order, or a tile."""
+
+
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far two tensors are apart; a complex element counts as two values.
+    """The distance between two tensors; a complex element counts as two values.
 
     Attributes:
-        values: how many there are.
+        values: number of values.
         same_bytes: every byte is the same.
-        differing: values that differ. NaN is equal to NaN, and 0 to -0.
-        beyond: those of them that differ by more than the tolerance.
-        nonfinite: those of them with NaN or infinity on either side; none of these is within any tolerance.
-        max_abs: the largest |a - b| over finite values, at most that of float64; None for packed codes, which are no
-            numbers.
+        differing: number of values that differ. NaN equals NaN, and 0 equals -0.
+        beyond: number of values that differ by more than the tolerance.
+        nonfinite: number of differing values with NaN or infinity on either side; no tolerance covers them.
+        max_abs: the largest |a - b| over finite values, capped at the largest float64; None for packed codes, which are
+            not numbers.
         max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
     """
 
@@ -73,7 +78,7 @@ def compare(
     atol: float = 0.0,
     stamps: Iterable[Stamp] = (),
     threads: int | None = None,
-    piece: int = PIECE,
+    slice_size: int = SLICE,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Distance]:
     """Compare pairs of tensors of one shape and of comparable dtypes.
@@ -82,7 +87,7 @@ def compare(
         rtol, atol: floating-point values may differ by atol + rtol * |b|, as in torch.allclose; integers by nothing.
         stamps: of the files, taken when their headers were read.
         threads: workers; as many as there are cores by default.
-        piece: elements a worker handles at a time. Changes no result.
+        slice_size: elements a worker handles at a time. Changes no result.
         on_progress: called in this thread, a few times a second, with the bytes read so far.
 
     Returns:
@@ -93,24 +98,31 @@ def compare(
     """
     with OpenFiles(stamps) as files:
         files.open_all(path for pair in pairs for spec in pair for path in spec.paths)
-        job = _Job([_Pair(a, b, files) for a, b in pairs], piece, rtol, atol)
+        job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol)
         with one_thread_each():
             in_threads(
                 lambda: _work(job),
                 threads,
                 job.stop,
-                on_tick=None if on_progress is None else lambda: on_progress(job.moved),
+                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
             )
         files.check_unchanged()
     return job.found
 
 
 class _Pair:
-    """What the pieces of one pair have in common: where they are read, and as what they are compared."""
+    """How to read and compare the slices of one pair of tensors.
 
-    __slots__ = ("a", "b", "kind", "reals", "same_dtype")
+    Attributes:
+        orders: axis orders to cut tiles for; None to compare elements in C order.
+    """
+
+    __slots__ = ("a", "b", "kind", "orders", "reals", "same_dtype")
 
     def __init__(self, a: TensorSpec, b: TensorSpec, files: OpenFiles) -> None:
+        if a.stride == b.stride:
+            a, b = in_storage_order(a), in_storage_order(b)
+        self.orders = storage_orders([a, b])
         self.a, self.b = Source(a, files), Source(b, files)
         self.same_dtype = a.dtype is b.dtype
         kinds = {a.dtype.kind, b.dtype.kind}
@@ -126,40 +138,46 @@ class _Job:
     """What the workers share."""
 
     pairs: Sequence[_Pair]
-    piece: int
+    slice_size: int
     rtol: float
     atol: float
-    moved: int = 0
+    bytes_done: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     found: list[Distance] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _pieces: Iterator[tuple[int, int, int]] = field(init=False)
+    _slices: Iterator[tuple[int, Portion]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.found = [Distance(0, pair.same_dtype) for pair in self.pairs]
-        self._pieces = (
-            (i, start, min(start + self.piece, pair.a.spec.numel))
-            for i, pair in enumerate(self.pairs)
-            for start in range(0, pair.a.spec.numel, self.piece)
-        )
+        self._slices = ((i, portion) for i, pair in enumerate(self.pairs) for portion in _cut(pair, self.slice_size))
 
-    def next(self) -> tuple[int, int, int] | None:
-        """Hand out (pair, first, last element) of the next piece; None when there is none, or the job is stopped."""
+    def next(self) -> tuple[int, Portion] | None:
+        """Return (number of a pair, its next slice); None if there is none, or if the job is stopped."""
         with self._lock:
-            return None if self.stop.is_set() else next(self._pieces, None)
+            return None if self.stop.is_set() else next(self._slices, None)
 
     def done(self, pair: int, distance: Distance, read: int) -> None:
         with self._lock:
-            self.moved += read
+            self.bytes_done += read
             self.found[pair] = self.found[pair].joined(distance)
+
+
+def _cut(pair: _Pair, numel: int) -> Iterator[Portion]:
+    """Cut a pair into slices of at most so many elements."""
+    shape = pair.a.spec.shape
+    if pair.orders is not None:
+        yield from tiles(shape, pair.orders, numel)
+        return
+    whole = math.prod(shape)
+    yield from (range(start, min(start + numel, whole)) for start in range(0, whole, numel))
 
 
 def _work(job: _Job) -> None:
     try:
-        worker = _Worker(job.piece, job.rtol, job.atol)
-        while (piece := job.next()) is not None:
-            i, start, stop = piece
-            job.done(i, *worker.compare(job.pairs[i], start, stop))
+        worker = _Worker(job.slice_size, job.rtol, job.atol)
+        while (found := job.next()) is not None:
+            i, portion = found
+            job.done(i, *worker.compare(job.pairs[i], portion))
     except BaseException:
         job.stop.set()
         raise
@@ -168,23 +186,31 @@ def _work(job: _Job) -> None:
 class _Worker:
     """One thread's buffers, and the arithmetic on them."""
 
-    def __init__(self, piece: int, rtol: float, atol: float) -> None:
+    def __init__(self, slice_size: int, rtol: float, atol: float) -> None:
         # A complex element is two reals, hence twice the length.
-        self._a, self._b = Reader(16 * piece), Reader(16 * piece)
-        self._wide = [Buffer(16 * piece) for _ in range(3)]
+        self._a, self._b = Reader(16 * slice_size), Reader(16 * slice_size)
+        self._wide = [Buffer(16 * slice_size) for _ in range(3)]
         self._rtol, self._atol = rtol, atol
 
-    def compare(self, pair: _Pair, start: int, stop: int) -> tuple[Distance, int]:
-        """Return (the distance over elements [start, stop), bytes read)."""
-        nbytes = self._a.read(pair.a, start, stop)
-        read = nbytes + self._b.read(pair.b, start, stop)
+    def compare(self, pair: _Pair, portion: Portion) -> tuple[Distance, int]:
+        """Return (the distance over a slice, bytes read)."""
+        if isinstance(portion, Tile):
+            count = portion.numel
+            nbytes, more = self._a.read_tile(pair.a, portion), self._b.read_tile(pair.b, portion)
+        else:
+            count = len(portion)
+            nbytes, more = (
+                reader.read(source, portion.start, portion.stop)
+                for reader, source in ((self._a, pair.a), (self._b, pair.b))
+            )
+        read = nbytes + more
         if pair.same_dtype and self._same_bytes(nbytes):
-            return Distance((stop - start) * pair.reals), read
+            return Distance(count * pair.reals), read
         if pair.kind is Kind.PACKED:
             return self._codes(nbytes, pair.a.item), read
         if pair.kind is Kind.INTEGER:
-            return self._integers(pair, stop - start), read
-        return self._floats(pair, (stop - start) * pair.reals), read
+            return self._integers(pair, count), read
+        return self._floats(pair, count * pair.reals), read
 
     def _same_bytes(self, nbytes: int) -> bool:
         # By torch, which lets go of the interpreter and takes eight bytes at a time; memoryviews do neither.

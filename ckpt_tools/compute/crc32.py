@@ -1,6 +1,6 @@
-"""CRC-32 of a whole from the CRC-32 of its parts, so that threads can sum up parts in any order.
+"""CRC-32 of joined bytes from the CRC-32 of each, so that threads can compute checksums in any order.
 
-A CRC is a remainder of polynomials over GF(2); appending n bytes multiplies what stands before
+A CRC is the remainder of a polynomial over GF(2); appending n bytes multiplies the polynomial of the bytes before
 by x^(8n). The method is that of zlib's crc32_combine, which Python does not expose.
 """
 

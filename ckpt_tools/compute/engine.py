@@ -1,12 +1,12 @@
-"""The engine: fills output files with their tensors, batch by batch, in several threads at once.
+"""The engine: fills output files with their tensors, in several threads at once.
 
-Each thread takes a batch, reads it from every input in turn, adds it up in float64, rounds once, and writes it at its
-offset, in blocks small enough to stay in a cache. An input byte crosses memory once, private memory depends on the
-number of threads alone, and the threads run side by side, for reading, adding, checksums and writing all release the
-interpreter lock.
+Each thread takes a work unit, reads its slices from every input in turn, adds them up in float64, rounds once, and
+writes the result at its offset, in blocks small enough to stay in a cache. Each input byte crosses memory once. Private
+memory depends on the number of threads alone. Threads run in parallel: reading, adding, checksums and writing all
+release the interpreter lock.
 
-Plain tensors go through C (`native`), without torch, or through GPUs (`lanes`); all others through torch (`summing`),
-as does what is not finite, for torch finds where it stands.
+Most slices are summed in C (`native`), without torch, or on GPUs (`gpu`). Torch (`torch_sums`) takes the others, and
+those with NaN or infinity, for it finds the first one.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain, cycle, groupby
+from itertools import chain, groupby
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from ..formats.file_plan import OutTensor, SumKind
-from ..storage.opened import OpenFiles
-from ..storage.source import Stamp
+from ..formats.file_plan import GroupKey, OutTensor
+from ..storage.source import OpenFiles, Stamp
 from ..storage.staged import reserve, write_at
+from ..tensors import c_strides
 from . import native
-from .batches import MEMORY, PIECE, Batch, OutFile, Part, apart, cut
 from .crc32 import combine
+from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
-from .threads import default_threads, in_threads
+from .threads import in_threads
+from .tiles import Tile, rows
+from .work_units import MEMORY, SLICE, Band, OutFile, Slice, WorkUnit, cut, divided, of_tensors, orders_of
 
 if TYPE_CHECKING:
-    from .gpu.lanes import Lane, Size
     from .torch_sums import Recipe, Worker
 
 
-_WORTH_STARTING = 1 << 20  # bytes for which it is worth to wake the disk up: a millisecond of its time
+_ZEROS = 512 << 10  # bytes of one write
+_WORTH_STARTING = 1 << 20  # bytes that are worth a call to start the disk: it needs a millisecond for them
 
 
 def memory_needed(
@@ -44,18 +46,21 @@ def memory_needed(
     devices: Sequence[str] = (),
     gpu_memory: int = GPU_MEMORY,
 ) -> int:
-    """Return the private bytes of the host that a run holds in buffers, whatever the size of the model.
+    """Return the private bytes of host memory that a run takes for buffers; they do not depend on the model's size.
 
-    Where torch is needed only for tensors that turn out not to be finite, its buffers come on top.
+    Torch's buffers come on top if it is needed only for tensors that turn out to hold NaN or infinity.
 
     Raises:
-        UsageError: so little memory of the GPUs is too little.
+        UsageError: `gpu_memory` is too little.
     """
     tensors = list(tensors)
-    kinds = groupby(tensor.kind for tensor in tensors if tensor.data is None)
-    each = native.MEMORY if all(native.knows(kind) for kind, _ in kinds) else MEMORY
-    size = _size(tensors, threads, devices, gpu_memory)
-    return _workers(threads, devices) * (each + (size.on_host if size else 0))
+    tiled = [tensor for tensor in tensors if tensor.group_key is None and tensor.data is None]
+    keys = groupby(tensor.group_key for tensor in tensors if tensor.group_key is not None)
+    each = native.MEMORY if all(native.knows(key) for key, _ in keys) else MEMORY
+    if tiled:
+        each = max(each, native.MEMORY + native.TILE_SCRATCH if all(map(_tiled_by_native, tiled)) else MEMORY)
+    gpus = Accelerator(tensors, threads, devices, gpu_memory)
+    return gpus.threads * (each + gpus.host_memory)
 
 
 def run(
@@ -63,27 +68,26 @@ def run(
     *,
     stamps: Iterable[Stamp] = (),
     threads: int | None = None,
-    piece: int | None = None,
+    slice_size: int | None = None,
     allow_nonfinite: bool = False,
     devices: Sequence[str] = (),
     gpu_memory: int = GPU_MEMORY,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Fill output files with their tensors and with what stands around them.
+    """Fill output files with their tensors and with the bytes around them.
 
     Args:
         outputs: files of the planned size, open for writing.
         stamps: of the inputs, taken when their headers were read.
         threads: workers; as many as there are cores by default.
-        piece: elements a worker handles at a time, in whatever way; the best for each way by default. Changes no byte
-            of the output.
+        slice_size: elements a worker handles at a time; the best number for each way by default. Changes no byte of the
+            output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
-        devices: that share the sums, as `devices.choose` returns them; the CPU if there are none.
-        gpu_memory: bytes to take on each.
+        devices, gpu_memory: see `Accelerator`.
         on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
     Raises:
-        UsageError: too little memory of the GPUs.
+        UsageError: `gpu_memory` is too little.
         NumericsError: an input is not finite, or a result overflows its dtype; names tensor and file.
         ReadError: an input cannot be read, ends early, or changes meanwhile.
         WriteError: the output cannot be written.
@@ -91,58 +95,69 @@ def run(
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
-        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.slots)
-        # By identity first: twins share one tuple of all their files. The dict keeps the others alive, and so apart.
-        files.open_all(chain.from_iterable({id(paths): paths for _, paths in places}.values()))
-        size = _size((tensor for out in outputs for tensor, _ in out.plan.slots), threads, devices, gpu_memory)
-        batches = list(cut(outputs, piece=piece or (size.reals if size else native.PIECE), other=piece or PIECE))
-        job = _Job(batches, files, piece or PIECE, allow_nonfinite, size, devices, torch_settings)
+        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.payloads)
+        # By identity first: tensors of a shared template have one tuple of files. The dict keeps all tuples alive.
+        shared = {id(each): each for _, each in places}
+        files.open_all(path for each in shared.values() for path, _ in each)
+        tensors = (tensor for out in outputs for tensor, _ in out.plan.payloads)
+        gpus = Accelerator(tensors, threads, devices, gpu_memory)
+        other = slice_size or SLICE
+
+        def tile(key: GroupKey, one_order: bool) -> int:
+            largest = native.largest_tile(key, one_order) if native.knows(key) else other
+            return min(largest, slice_size or largest)
+
+        each = slice_size or gpus.elements or native.SLICE
+        units = list(cut(outputs, slice_size=each, other=other, tile=tile))
+        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings)
         with job.disk.at_work(job.stop):
             in_threads(
                 lambda: _work(job),
-                _workers(threads, devices),
+                gpus.threads,
                 job.stop,
-                on_tick=None if on_progress is None else lambda: on_progress(job.moved),
+                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
             )
         files.check_unchanged()
     for out in outputs:
         plan = out.plan
-        crcs = {tensor: job.checksum(tensor) for tensor, _ in plan.slots} if plan.needs_crc else {}
-        around = plan.patches(crcs)
-        if plan.head is not None:
-            for tensor, offset in plan.slots:
-                if (out.fd, offset) not in job.headed:
-                    head = plan.head(offset, crcs.get(tensor, 0))
-                    around.append((offset - len(head), head))
-        for offset, data in around:
-            write_at(out.fd, memoryview(data), offset, plan.name)
+        crcs = {tensor: job.checksum(tensor) for tensor, _ in plan.payloads} if plan.needs_checksums else {}
+        for segment in plan.computed:
+            if id(segment) not in job.written_early:
+                data = segment.make([crcs[tensor] for tensor in segment.needs])
+                write_at(out.fd, memoryview(data), segment.offset, plan.name)
 
 
 class _Disk:
-    """Lets the disk begin with what is written, beside the workers, whom a disk that is busy would hold up."""
+    """Starts to write results to the disk, in a thread of its own: a busy disk would hold the workers up."""
 
     def __init__(self) -> None:
         self._ranges: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
-        self._small: Counter[int] = Counter()  # bytes by file that came in parts not worth it each
+        self._small: Counter[int] = Counter()  # by file: bytes in slices below `_WORTH_STARTING`
 
-    def written(self, fd: int, position: int, nbytes: int) -> None:
+    def written(self, slice_: Slice) -> None:
+        fd, position, nbytes = slice_.out.fd, slice_.position, slice_.nbytes
+        if slice_.band is not None:
+            slice_.band.missing -= slice_.numel
+            if slice_.band.missing:
+                return
+            position, nbytes = slice_.band.position, slice_.band.nbytes
         if nbytes < _WORTH_STARTING:
             self._small[fd] += nbytes
             if self._small[fd] < 4 * _WORTH_STARTING:
                 return
-            position = nbytes = self._small[fd] = 0  # all of the file
+            position = nbytes = self._small[fd] = 0  # the whole file
         self._ranges.put((fd, position, nbytes))
 
     @contextmanager
     def at_work(self, stop: threading.Event) -> Iterator[None]:
         def begin() -> None:
             while (told := self._ranges.get()) is not None:
-                if not stop.is_set():  # for nothing else is worth waiting for the disk
+                if not stop.is_set():  # a job that failed does not wait for the disk
                     native.start_disk(*told)
 
         thread = threading.Thread(target=begin, name="ckpt-disk")
         try:
-            with suppress(RuntimeError):  # no more threads: the sync does it all
+            with suppress(RuntimeError):  # no more threads: the final sync writes everything
                 thread.start()
             yield
         finally:
@@ -155,34 +170,38 @@ class _Disk:
 class _Job:
     """What the workers share."""
 
-    batches: Sequence[Batch]
+    units: Sequence[WorkUnit]
     files: OpenFiles
-    piece: int  # elements that torch handles at a time
+    torch_slice: int  # elements that torch handles at a time
     allow_nonfinite: bool
-    size: Size | None  # of a lane on a device
-    devices: Sequence[str]
+    gpus: Accelerator
     torch_settings: ExitStack
-    moved: int = 0  # bytes read and written
-    headed: set[tuple[int, int]] = field(default_factory=set)  # files, and slots whose heads are written
+    bytes_done: int = 0  # read and written
+    written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
     stop: threading.Event = field(default_factory=threading.Event)
     disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _uses_torch: bool = False
-    _waiting: Iterator[Batch] = field(init=False)
-    _turn: Iterator[str] = field(init=False)
-    _crcs: dict[OutTensor, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    has_descriptors: bool = field(init=False)  # of the inputs, which the C extension reads from
+    _waiting: Iterator[WorkUnit] = field(init=False)
+    # By tensor and end in bytes: the CRC-32 of a slice; of a tile, what it adds to that of all bytes up to its end.
+    _crcs: dict[OutTensor, dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._waiting = iter(self.batches)
-        self._turn = cycle(self.devices)
+        self._waiting = iter(self.units)
+        self.has_descriptors = self.files.have_descriptors
 
-    def next_batch(self) -> Batch | None:
-        """Hand out the next batch; None when there is none, or when the job is stopped."""
+    def next_unit(self) -> WorkUnit | None:
+        """Return the next work unit; None if there is none, or if the job is stopped."""
         with self._lock:
-            return None if self.stop.is_set() else next(self._waiting, None)
+            unit = None if self.stop.is_set() else next(self._waiting, None)
+            band = unit.slices[0].band if unit is not None else None
+            if unit is not None and band is not None and not band.cleared:
+                _clear(unit.slices[0].out, band)
+            return unit
 
     def use_torch(self) -> None:
-        """Let torch, from now to the end of the run, compute in the thread that asks; most jobs have no need of it."""
+        """Let torch compute in the calling thread until the run ends; most jobs do without torch."""
         with self._lock:
             if not self._uses_torch:
                 from .torch_sums import one_thread_each
@@ -190,45 +209,43 @@ class _Job:
                 self.torch_settings.enter_context(one_thread_each())
                 self._uses_torch = True
 
-    def lane(self) -> AbstractContextManager[Lane | None]:
-        """Open a lane for one thread, on one device after the other; None where the CPU does it all."""
-        if self.size is None:
-            return nullcontext()
-        from .gpu.lanes import Lane
-        from .gpu.streams import opened
+    def done(self, slice_: Slice, crc: int) -> None:
+        self.all_done([(slice_, crc)])
 
-        self.use_torch()
+    def all_done(self, written: Sequence[tuple[Slice, int]]) -> None:
+        """Record slices that are written, and their checksums."""
         with self._lock:
-            name = next(self._turn)
-        return Lane(opened(name), self.size, self.files, self.done, self.stop)
-
-    def done(self, part: Part, crc: int) -> None:
-        self.all_done([(part, crc)])
-
-    def all_done(self, written: Sequence[tuple[Part, int]]) -> None:
-        """Take note of parts that are written, and of their checksums."""
-        with self._lock:
-            self.moved += sum([part.moved for part, _ in written])
-            for part, crc in written:
-                self.disk.written(part.out.fd, part.position, part.nbytes)
-                if part.out.plan.needs_crc:
-                    self._crcs.setdefault(part.tensor, {})[part.start] = (crc, part.nbytes)
+            self.bytes_done += sum([slice_.bytes_moved for slice_, _ in written])
+            for slice_, crc in written:
+                self.disk.written(slice_)
+                if slice_.out.plan.needs_checksums:
+                    self._crcs.setdefault(slice_.tensor, {})[slice_.stop * slice_.tensor.dtype.itemsize] = crc
 
     def checksum(self, tensor: OutTensor) -> int:
-        total = 0
-        for start, (crc, length) in sorted(self._crcs.get(tensor, {}).items()):
-            total = combine(total, crc, length) if start else crc
+        total = before = 0
+        for end, crc in sorted(self._crcs.get(tensor, {}).items()):
+            total = combine(total, crc, end - before) if before else crc
+            before = end
         return total
+
+
+def _clear(out: OutFile, band: Band) -> None:
+    """Write zeros to a band, in few calls."""
+    zeros = memoryview(bytes(min(_ZEROS, band.nbytes)))
+    end = band.position + band.nbytes
+    for position in range(band.position, end, _ZEROS):
+        write_at(out.fd, zeros[: end - position], position, out.plan.name)
+    band.cleared = True
 
 
 def _work(job: _Job) -> None:
     try:
         cpu = _Cpu(job)
-        with job.lane() as lane:
-            while (batch := job.next_batch()) is not None:
-                for left in [batch] if lane is None else lane.fill(batch):
+        with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
+            while (unit := job.next_unit()) is not None:
+                for left in gpu.fill(unit):
                     cpu.fill(left)
-            for left in [] if lane is None else lane.finish():
+            for left in gpu.finish():
                 cpu.fill(left)
     except BaseException:
         job.stop.set()
@@ -236,94 +253,119 @@ def _work(job: _Job) -> None:
 
 
 class _Cpu:
-    """Fills batches in one thread, and has the buffers for it: in C what is plain and finite, by torch all else."""
+    """Fills work units in one thread, in C where that can be and by torch otherwise; owns the buffers for it."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._scratch = bytearray()
+        self._tile_scratch = bytearray()
         self._worker: Worker | None = None
         self._recipe: tuple[OutTensor, Recipe] | None = None
 
-    def fill(self, batch: Batch) -> None:
-        left: Sequence[Part] = batch.parts
-        if batch.kind is not None and native.knows(batch.kind):
-            self._scratch = self._scratch or bytearray(native.SCRATCH)
-            left = (self._fill_small if batch.small else self._fill_large)(batch.kind, batch.parts)
-        for part in left:
-            for own in apart(part):
+    def fill(self, unit: WorkUnit) -> None:
+        left: Sequence[Slice] = unit.slices
+        tile = unit.slices[0].tile
+        if (
+            unit.key is not None
+            and self._job.has_descriptors
+            and native.knows(unit.key, 0 if tile is None else len(tile.sizes))
+        ):
+            if tile is not None:
+                left = self._fill_tile(unit.key, unit.slices[0], tile)
+            else:
+                self._scratch = self._scratch or bytearray(native.SCRATCH)
+                left = (self._fill_small if unit.small else self._fill_large)(unit.key, unit.slices)
+        for slice_ in left:
+            for own in of_tensors(slice_):
                 self._fill_by_torch(own)
 
-    def _fill_large(self, kind: SumKind, parts: Sequence[Part]) -> Sequence[Part]:
-        """Fill parts, and return those in which NaN or infinity was found."""
+    def _fill_large(self, key: GroupKey, slices: Sequence[Slice]) -> Sequence[Slice]:
+        """Fill slices, and return those in which NaN or infinity was found."""
         left = []
-        for part in parts:
-            crc, bad = native.fill(kind, part, self._job.files, self._scratch)
+        for slice_ in slices:
+            crc, bad = native.fill(key, slice_, self._job.files, self._scratch)
             if bad:
-                left.append(part)
+                left.append(slice_)
             else:
-                self._job.done(part, crc)
+                self._job.done(slice_, crc)
         return left
 
-    def _fill_small(self, kind: SumKind, parts: Sequence[Part]) -> Sequence[Part]:
-        """Fill small parts of one file, and return those in which NaN or infinity was found.
+    def _fill_small(self, key: GroupKey, parts: Sequence[Slice]) -> Sequence[Slice]:
+        """Fill small slices of one file, and return those in which NaN or infinity was found.
 
         Neighbours in the file are written at once, with what stands between them.
         """
-        data, crcs, bad = native.pack(kind, parts, self._job.files, self._scratch)
+        data, crcs, bad = native.pack(key, parts, self._job.files, self._scratch)
         out = parts[0].out
         run: list[bytes | memoryview] = []
         run_begin = run_end = at = 0
         written = []
         for part, crc, refused in zip(parts, crcs, bad, strict=True):
             nbytes = part.nbytes
-            head = out.plan.head(part.position, crc) if out.plan.head is not None else b""
-            position = part.position - len(head)
+            header = b"" if part.header is None else part.header.make((crc,))
+            position = part.position - len(header)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
                 run, run_begin, run_end = [], position, position
             if not refused:
-                run += (head, data[at : at + nbytes])
+                run += (header, data[at : at + nbytes])
                 run_end = part.position + nbytes
                 written.append((part, crc))
-                if head:
-                    self._job.headed.add((out.fd, part.position))
+                if part.header is not None:
+                    self._job.written_early.add(id(part.header))
             at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
         self._job.all_done(written)
         return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
-    def _fill_by_torch(self, part: Part) -> None:
-        """Fill a part of any kind; find what is not finite, and where, or let it pass."""
-        for start in range(part.start, part.stop, self._job.piece):
-            piece = part._replace(start=start, stop=min(start + self._job.piece, part.stop))
-            data = self._bytes(piece)
-            crc = native.crc32(data) if piece.out.plan.needs_crc else 0
-            write_at(piece.out.fd, data, piece.position, piece.out.plan.name)
-            self._job.done(piece, crc)
+    def _fill_tile(self, key: GroupKey, slice_: Slice, tile: Tile) -> Sequence[Slice]:
+        """Fill a tile, and return it if NaN or infinity was found in it."""
+        self._tile_scratch = self._tile_scratch or bytearray(native.TILE_SCRATCH)
+        crc, bad = native.fill_tile(key, slice_, tile, self._job.files, self._tile_scratch)
+        if bad:
+            return [slice_]
+        self._job.done(slice_, crc)
+        return []
 
-    def _bytes(self, piece: Part) -> memoryview:
-        tensor, item = piece.tensor, piece.tensor.dtype.itemsize
+    def _fill_by_torch(self, slice_: Slice) -> None:
+        """Fill any slice; refuse NaN and infinity by their index, or let them pass."""
+        for each in divided(slice_, self._job.torch_slice):
+            data = self._bytes(each)
+            crc = self._write_rows(each, each.tile, data) if each.tile else self._write(each.position, each, data)
+            self._job.done(each, crc)
+
+    def _write(self, position: int, slice_: Slice, data: memoryview) -> int:
+        """Write bytes, and return their CRC-32 if it is needed."""
+        write_at(slice_.out.fd, data, position, slice_.out.plan.name)
+        return native.crc32(data) if slice_.out.plan.needs_checksums else 0
+
+    def _write_rows(self, slice_: Slice, tile: Tile, data: memoryview) -> int:
+        """Write a tile, and return what it adds to the CRC-32 of all bytes up to its end."""
+        row, begins = rows(tile.sizes, c_strides(slice_.tensor.shape))
+        item = slice_.tensor.dtype.itemsize
+        nbytes, crc, before = row * item, 0, 0
+        for i, begin in enumerate(begins):
+            own = self._write(slice_.position + begin * item, slice_, data[i * nbytes : (i + 1) * nbytes])
+            crc = combine(crc, own, (begin - before) * item)
+            before = begin
+        return crc
+
+    def _bytes(self, slice_: Slice) -> memoryview:
+        tensor, item = slice_.tensor, slice_.tensor.dtype.itemsize
         if tensor.data is not None:
-            return memoryview(tensor.data)[piece.start * item : piece.stop * item]
+            return memoryview(tensor.data)[slice_.start * item : slice_.stop * item]
         from .torch_sums import Recipe, Worker
 
         if self._worker is None:
             self._job.use_torch()
-            self._worker = Worker(self._job.piece, allow_nonfinite=self._job.allow_nonfinite)
+            self._worker = Worker(self._job.torch_slice, allow_nonfinite=self._job.allow_nonfinite)
         if self._recipe is None or self._recipe[0] is not tensor:
             self._recipe = tensor, Recipe(tensor, self._job.files)
-        return self._worker.compute(piece, self._recipe[1])
+        return self._worker.compute(slice_, self._recipe[1])
 
 
-def _workers(threads: int | None, devices: Sequence[str]) -> int:
-    """Count the threads of a job: no device goes without one."""
-    return max(default_threads() if threads is None else threads, len(devices))
-
-
-def _size(tensors: Iterable[OutTensor], threads: int | None, devices: Sequence[str], gpu_memory: int) -> Size | None:
-    """Choose what the lane of a thread holds; None where there is no device, or nothing for it to do."""
-    if not devices:
-        return None
-    from .gpu.lanes import sized  # imports torch
-
-    return sized(tensors, -(-_workers(threads, devices) // len(devices)), gpu_memory)
+def _tiled_by_native(tensor: OutTensor) -> bool:
+    """Return True if the tiles of a tensor are summed in C."""
+    swapped = any(spec.swapped for spec, _ in tensor.places)
+    fits = not swapped and native.knows(tensor.tile_key, len(tensor.shape))
+    return fits and orders_of(tensor) is not None

@@ -1,6 +1,6 @@
-"""Payload: from a spec to the values, by plain reads into reused buffers.
+"""Payload: read the values of a tensor into reused buffers.
 
-Nothing is mapped: a truncated file is an error here, not a signal, and reading costs no page faults.
+Nothing is mapped into memory: a truncated file is an error here, not a signal, and reading costs no page faults.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from ..errors import ReadError
-from ..storage.opened import OpenFiles, read_at
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp, read_at
 from ..tensors import ChunkedSpec, DType, TensorSpec, is_dense
+from .tiles import Tile, packed_strides, rows
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-_WORTH = 16 * 1024  # bytes that cost no more to read than the call itself
+_WORTH = 16 * 1024  # reading so many bytes costs no more than the call itself
 
 
 class Source:
-    """A tensor of an open file: what a piece of it costs is one call, worked out beforehand."""
+    """A tensor of an open file, with all that a read needs worked out once."""
 
-    __slots__ = ("base", "chunks", "contiguous", "fd", "item", "spec", "swapped")
+    __slots__ = ("base", "chunks", "contiguous", "file", "item", "spec", "swapped")
 
     def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
         self.spec = spec
         self.chunks = _Chunks(spec, files) if isinstance(spec, ChunkedSpec) else None
-        self.fd = files[spec.storage.path] if self.chunks is None else -1
+        self.file = files[spec.paths[0]]
         self.item = spec.dtype.itemsize
         self.base = spec.begin
         self.contiguous = spec.contiguous
@@ -38,7 +38,7 @@ class Source:
 
 
 class _Chunks:
-    """The boxes of a chunked tensor, found by where they stand along its first axis."""
+    """The boxes of a chunked tensor, found by their begin along its first axis."""
 
     __slots__ = ("_begins", "_longest", "_parts")
 
@@ -66,7 +66,7 @@ Cut = tuple[int, int, int]
 
 
 class Buffer:
-    """Page-aligned private memory, seen as bytes and as tensors of any dtype."""
+    """Page-aligned private memory, as bytes and as tensors of any dtype."""
 
     def __init__(self, nbytes: int) -> None:
         self._memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
@@ -76,7 +76,7 @@ class Buffer:
     def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
         view = self._views.get(dtype)
-        # Kept from call to call, for most pieces are of one size, and making a view costs as much as a small sum.
+        # Kept from call to call: most slices have one size, and making a view costs as much as a small sum.
         if view is None or view.numel() != count:
             # frombuffer refuses a count of 0.
             view = torch.frombuffer(self._memory, dtype=dtype, count=max(count, 1))[:count]
@@ -85,14 +85,14 @@ class Buffer:
 
 
 class Reader:
-    """Reads pieces of tensors into one buffer that the next read overwrites; one a thread."""
+    """Reads slices of tensors into one buffer, which the next read overwrites; each thread has its own."""
 
     def __init__(self, nbytes: int) -> None:
         self.buffer = Buffer(nbytes)
         self._gathered: Buffer | None = None
 
     def read(self, source: Source, start: int, stop: int) -> int:
-        """Bring elements [start, stop) of a tensor, in C order and native byte order, to the start of the buffer.
+        """Read elements [start, stop) of a tensor to the start of the buffer, in C order and native byte order.
 
         Returns:
             Bytes read.
@@ -107,13 +107,46 @@ class Reader:
             self._join(source, source.chunks, start, stop)
         else:
             self._gather(source, start, stop)
+        self._swap(source, nbytes)
+        return nbytes
+
+    def read_tile(self, source: Source, tile: Tile) -> int:
+        """Read a tile of a tensor to the start of the buffer, in C order and native byte order.
+
+        Each row of the tile in storage is read in one call; see `storage_order` for the tensors that have rows.
+
+        Returns:
+            Bytes read.
+
+        Raises:
+            CorruptError: the file ends before them.
+        """
+        strides, item, count = source.spec.stride, source.item, tile.numel
+        packed = packed_strides(tile.sizes, strides)
+        direct = is_dense(tile.sizes, tuple(packed))
+        target = self.buffer if direct else self._second_buffer()
+        row, begins = rows(tile.sizes, strides)
+        first = tile.begin(strides)
+        for at, begin in enumerate(begins):
+            _read(source, first + begin, target.bytes[at * row * item : (at + 1) * row * item])
+        if not direct:
+            found = target.view(_BITS[item], count).as_strided(tile.sizes, packed)
+            self.buffer.view(_BITS[item], count).view(tile.sizes).copy_(found)
+        self._swap(source, count * item)
+        return count * item
+
+    def _second_buffer(self) -> Buffer:
+        if self._gathered is None:
+            self._gathered = Buffer(len(self.buffer.bytes))
+        return self._gathered
+
+    def _swap(self, source: Source, nbytes: int) -> None:
         if source.swapped:
             words = self.buffer.view(torch.uint8, nbytes).view(-1, source.spec.dtype.word)
             words.copy_(words.flip(1))
-        return nbytes
 
     def _gather(self, source: Source, start: int, stop: int) -> None:
-        """Collect elements of a view with gaps or permuted strides, box by box."""
+        """Read elements of a view with gaps or permuted strides, box by box."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
         done = 0
@@ -123,7 +156,7 @@ class Reader:
             done += count
 
     def _join(self, source: Source, chunks: _Chunks, start: int, stop: int) -> None:
-        """Collect elements of a chunked tensor, from each chunk that holds some of them."""
+        """Read elements of a chunked tensor, from each chunk that has some of them."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
         done = 0
@@ -152,12 +185,11 @@ class Reader:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         dense = math.prod(sizes) * 8 >= extent
         if extent * item <= len(self.buffer.bytes) and (dense or extent * item <= _WORTH):
-            if self._gathered is None:
-                self._gathered = Buffer(len(self.buffer.bytes))
-            _read(source, first, self._gathered.bytes[: extent * item])
-            out.copy_(self._gathered.view(_BITS[item], extent).as_strided(sizes, strides))
+            gathered = self._second_buffer()
+            _read(source, first, gathered.bytes[: extent * item])
+            out.copy_(gathered.view(_BITS[item], extent).as_strided(sizes, strides))
             return
-        # Too wide, or mostly gaps: halve it where that saves most.
+        # Too wide, or mostly gaps: halve it along the axis that spans most.
         axis = max(range(len(sizes)), key=lambda i: (sizes[i] - 1) * strides[i])
         half = sizes[axis] // 2
         for begin, size in ((0, half), (half, sizes[axis] - half)):
@@ -166,7 +198,7 @@ class Reader:
 
 
 def _read(source: Source, start: int, target: memoryview) -> None:
-    read_at(source.fd, target, source.base + start * source.item, source.spec.storage.path)
+    read_at(source.file, target, source.base + start * source.item, source.spec.storage.path)
 
 
 def boxes(
@@ -199,7 +231,7 @@ def boxes(
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """Return the torch dtype of this name.
+    """Return the torch dtype of the same name.
 
     Raises:
         ReadError: the installed torch is too old to have it.
@@ -214,7 +246,7 @@ def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
     """Read a whole tensor into new memory, contiguous.
 
     Raises:
-        ReadError: the file cannot be read, ends early, or is none of the stamped ones any more.
+        ReadError: the file cannot be read, ends early, or has changed since its stamp was taken.
     """
     with OpenFiles(stamps) as files:
         files.open_all(spec.paths)

@@ -14,17 +14,17 @@ MAX_THREADS = 256
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse a number of workers that makes no sense.
+    """Refuse an invalid number of worker threads.
 
     Raises:
-        UsageError: it is none from 1 to MAX_THREADS.
+        UsageError: not an integer from 1 to MAX_THREADS.
     """
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise UsageError(f"--threads {threads!r}: must be a whole number from 1 to {MAX_THREADS}.")
+        raise UsageError(f"`threads={threads!r}`: must be a whole number from 1 to {MAX_THREADS}.")
 
 
 def default_threads() -> int:
-    """Count the cores that this process may use; 16 at most, for each has its buffers, and disks end sooner."""
+    """Return the number of cores that this process may use, at most 16: more would wait for the disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)
 
@@ -32,7 +32,7 @@ def default_threads() -> int:
 def in_threads(
     work: Callable[[], None], threads: int | None, stop: threading.Event, *, on_tick: Callable[[], None] | None = None
 ) -> None:
-    """Run a function in several threads at once until all have returned.
+    """Run a function in several threads and wait until all have returned.
 
     Args:
         work: called in each; sets `stop` where it fails.
@@ -41,7 +41,7 @@ def in_threads(
         on_tick: called in this thread, a few times a second.
 
     Raises:
-        CkptError: the system allows no thread. With fewer than were asked for, the job takes longer.
+        CkptError: the system cannot start a thread. With fewer threads than asked for, the job takes longer.
     """
     threads = default_threads() if threads is None else threads
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:

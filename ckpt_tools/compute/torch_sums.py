@@ -1,13 +1,13 @@
-"""Sums by torch: any dtype, any strides, in pieces that stay in a core's cache.
+"""Sums by torch: any dtype, any strides, in slices that stay in a core's cache.
 
 Multiplication and addition are separate operations of torch, so that no fused multiply-add can
-make an element depend on where a piece begins or on which device it is computed.
+make an element depend on where a slice begins or on which device it is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -15,21 +15,22 @@ import torch
 
 from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
-from ..storage.opened import OpenFiles
-from ..tensors import DTYPES, DType, Kind
-from .batches import Part
+from ..storage.source import OpenFiles
+from ..tensors import DType, Kind
+from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
+from .tiles import Tile
+from .work_units import Slice
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
-_REAL = {"complex128": "float64", "complex64": "float32", "complex32": "float16"}
 # What is kept of a float64 before it is narrowed to 16 or 8 bits: 12 of the 52 bits of the mantissa.
 _DISCARDED = (1 << 40) - 1
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Let torch compute in the thread that asks, for ours are the parallelism."""
+    """Let torch compute in the calling thread alone: the job has threads of its own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -39,17 +40,14 @@ def one_thread_each() -> Iterator[None]:
 
 
 class Formula(NamedTuple):
-    """How a weighted sum is computed, wherever its elements stand.
+    """How torch computes a weighted sum.
 
     Attributes:
         terms: (real dtype, coefficient), in the order of summation.
         reals: floating-point numbers an element: 2 for complex.
         real: their dtype in the output.
         limit: magnitude from which on a sum overflows that dtype.
-        common: the coefficient, where all are equal: the sum is then multiplied once, instead of every term.
-        anchored: sum up differences from the first term. The products of float64 values are rounded, so
-            that N equal values would sum up to a neighbour; x_1 + sum c_i (x_i - x_1) is the same average,
-            and exact when all are equal. Narrower dtypes have bits to spare and need no such care.
+        common, anchored: see `Steps`.
     """
 
     terms: tuple[tuple[torch.dtype, float], ...]
@@ -60,24 +58,21 @@ class Formula(NamedTuple):
     anchored: bool
 
     @classmethod
-    def of(cls, dtypes: Iterable[DType], coefficients: Sequence[float], out: DType) -> Formula:
+    def of(cls, dtypes: Sequence[DType], coefficients: Sequence[float], out: DType) -> Formula:
         """Choose the steps for terms of these dtypes and an output of that one."""
         terms = tuple((torch_dtype(real_dtype(d)), c) for d, c in zip(dtypes, coefficients, strict=True))
         real = torch_dtype(real_dtype(out))
-        wide = any(dtype is torch.float64 for dtype, _ in terms)
-        # float64 has no room for a sum larger than its average.
-        common = coefficients[0] if not wide and len(set(coefficients)) == 1 else None
-        anchored = wide and abs(math.fsum(coefficients) - 1.0) <= 1e-12
+        common, anchored = Steps.of(dtypes, coefficients)
         return cls(terms, 2 if out.kind is Kind.COMPLEX else 1, real, _overflow(real), common, anchored)
 
 
 class Recipe:
-    """What the pieces of one tensor have in common.
+    """How to compute the slices of one tensor.
 
     Attributes:
         sources: where to read each term.
-        checked: NaN and infinity in it are refused.
-        formula: None for what is only copied, unseen: torch need not know its dtype.
+        checked: NaN and infinity are refused.
+        formula: None if bytes are copied and not looked at: torch need not know the dtype.
     """
 
     __slots__ = ("checked", "formula", "sources")
@@ -92,24 +87,24 @@ class Recipe:
 
 
 class Scratch(Protocol):
-    """Memory on a device, seen as tensors of any dtype."""
+    """Memory on a device, as tensors of any dtype."""
 
     def view(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Return the first `count` elements as a 1-d tensor of a dtype; nothing is copied."""
 
 
 class Arithmetic:
-    """Weighted sums in scratch of one device: all steps that decide a bit of a result, in their order.
+    """Weighted sums in scratch memory of one device: all steps that a bit of a result depends on, in their order.
 
-    `_native.c` takes the same steps; a change here is one there, too, and `tests/test_native.py` compares the bytes.
+    `csrc/sum.c` takes the same steps; change both together. `tests/compute/test_native.py` compares the bytes.
 
     Args:
-        scratch: makes some, of so many bytes.
-        reals: floating-point numbers it is to hold.
+        scratch: allocates scratch memory of so many bytes.
+        reals: floating-point numbers in a sum, at most.
     """
 
     BYTES = 8 + 8 + 8 + 4
-    """Of scratch, for each real."""
+    """Bytes of scratch memory for each real."""
 
     def __init__(self, scratch: Callable[[int], Scratch], reals: int) -> None:
         self._sum = scratch(8 * reals)
@@ -125,7 +120,7 @@ class Arithmetic:
         self._begun = False
 
     def add(self, values: torch.Tensor) -> None:
-        """Add the next term, of which these are the values, in its real dtype."""
+        """Add the values of the next term, given in its real dtype."""
         _, coefficient = next(self._coefficients)
         total, begun = self._total, self._begun
         self._begun = True
@@ -145,10 +140,10 @@ class Arithmetic:
             total.add_(target)
 
     def total(self) -> torch.Tensor:
-        """Return the sum of all terms, in float64; where differences overflowed on the way, it is not finite."""
+        """Return the sum of all terms in float64; NaN or infinity where differences overflowed on the way."""
         total, count = self._total, self._total.numel()
         if self._formula.anchored:
-            # Where nothing differs the first value itself, for a sum would lose the sign of a zero.
+            # The first value itself where nothing differs: a sum would lose the sign of a zero.
             first, same = self._first.view(torch.float64, count), self._single.view(torch.bool, count)
             both = torch.add(first, total, out=self._term.view(torch.float64, count))
             torch.where(torch.eq(total, 0, out=same), first, both, out=total)
@@ -160,7 +155,7 @@ class Arithmetic:
         """Round float64 once to the output's dtype, to nearest, ties to even.
 
         Returns:
-            Values whose extremes tell whether a result is NaN, infinite, or beyond its dtype.
+            Values whose extremes show whether a result is NaN, infinite, or beyond its dtype.
         """
         if out.dtype in _FULL_RANGE:
             return out.copy_(total)
@@ -173,73 +168,78 @@ class Arithmetic:
         return total
 
     def as_single(self, values: torch.Tensor) -> torch.Tensor:
-        """Return values as float32, for torch has no other operations on the narrowest dtypes."""
+        """Return values as float32: torch has no other operations on the narrowest dtypes."""
         return self._single.view(torch.float32, values.numel()).copy_(values)
 
     def _widen(self, values: torch.Tensor, target: torch.Tensor) -> None:
-        """Bring values into a float64 tensor; exact for every dtype."""
+        """Copy values into a float64 tensor; exact for every dtype."""
         target.copy_(values if values.dtype in _DIRECT else self.as_single(values))
 
 
 class Worker:
-    """One thread's buffers, and sums in them from file to bytes."""
+    """The buffers of one thread, and sums from files to bytes in them."""
 
-    def __init__(self, piece: int, *, allow_nonfinite: bool) -> None:
+    def __init__(self, numel: int, *, allow_nonfinite: bool) -> None:
         # A complex element is two reals, hence twice the length.
-        self._reader = Reader(16 * piece)
-        self._arithmetic = Arithmetic(Buffer, 2 * piece)
+        self._reader = Reader(16 * numel)
+        self._arithmetic = Arithmetic(Buffer, 2 * numel)
         self._allow_nonfinite = allow_nonfinite
 
-    def compute(self, piece: Part, recipe: Recipe) -> memoryview:
-        """Return the bytes to write for a piece of at most `PIECE` elements; the next call overwrites them.
+    def compute(self, slice_: Slice, recipe: Recipe) -> memoryview:
+        """Return the bytes to write for a slice of at most `numel` elements; the next call overwrites them.
 
         Raises:
             NumericsError: an input is not finite, or the result overflows.
             ReadError: an input cannot be read.
         """
         formula, buffer = recipe.formula, self._reader.buffer
-        if piece.tensor.copied or formula is None:
-            self._reader.read(recipe.sources[0], piece.start, piece.stop)
+        if slice_.tensor.copied or formula is None:
+            self._read(recipe.sources[0], slice_)
             if formula is not None and recipe.checked and not self._allow_nonfinite:
-                values = buffer.view(formula.real, (piece.stop - piece.start) * formula.reals)
+                values = buffer.view(formula.real, slice_.numel * formula.reals)
                 whole = values.dtype in _FULL_RANGE
-                self._check(piece, recipe, formula, values if whole else self._arithmetic.as_single(values))
-            return buffer.bytes[: piece.nbytes]
-        total = self._add_up(piece, recipe, formula)
+                self._check(slice_, recipe, formula, values if whole else self._arithmetic.as_single(values))
+            return buffer.bytes[: slice_.nbytes]
+        total = self._add_up(slice_, recipe, formula)
         if formula.anchored:
             finite = torch.isfinite(total)
             if not finite.all():
-                # The difference of two infinities is none, and that of two large numbers may overflow.
+                # The difference of two infinities is NaN, and that of two large numbers may overflow.
                 kept = total.clone()
-                total = self._add_up(piece, recipe, formula._replace(anchored=False))
+                total = self._add_up(slice_, recipe, formula._replace(anchored=False))
                 total.copy_(torch.where(finite, kept, total))
         # All terms have been read, so the reader's buffer is free for the result.
         telling = self._arithmetic.round(total, buffer.view(formula.real, total.numel()))
         if not self._allow_nonfinite:
-            self._check(piece, recipe, formula, telling)
-        return buffer.bytes[: piece.nbytes]
+            self._check(slice_, recipe, formula, telling)
+        return buffer.bytes[: slice_.nbytes]
 
-    def _add_up(self, piece: Part, recipe: Recipe, formula: Formula) -> torch.Tensor:
-        count = (piece.stop - piece.start) * formula.reals
+    def _read(self, source: Source, slice_: Slice) -> None:
+        if slice_.tile is None:
+            self._reader.read(source, slice_.start, slice_.stop)
+        else:
+            self._reader.read_tile(source, slice_.tile)
+
+    def _add_up(self, slice_: Slice, recipe: Recipe, formula: Formula) -> torch.Tensor:
+        count = slice_.numel * formula.reals
         self._arithmetic.begin(formula, count)
         for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
-            self._reader.read(source, piece.start, piece.stop)
+            self._read(source, slice_)
             self._arithmetic.add(self._reader.buffer.view(dtype, count))
         return self._arithmetic.total()
 
-    def _check(self, piece: Part, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
-        """Refuse NaN and infinity; the extremes tell both, at the price of one pass over the result."""
+    def _check(self, slice_: Slice, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
+        """Refuse NaN and infinity; the extremes show both, in one pass over the result."""
         low, high = (value.item() for value in torch.aminmax(values))
         if max(-low, high) < formula.limit:  # false for a NaN
             return
-        tensor, reals = piece.tensor, formula.reals
+        tensor, reals = slice_.tensor, formula.reals
         for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
-            self._reader.read(source, piece.start, piece.stop)
+            self._read(source, slice_)
             found = self._reader.buffer.view(dtype, values.numel()).to(torch.float64)
             bad = ~torch.isfinite(found)
             if bad.any():
-                at = torch.tensor(piece.start + int(bad.nonzero()[0]) // reals)
-                index = [int(i) for i in torch.unravel_index(at, tensor.shape)] if tensor.shape else []
+                index = _index(slice_, int(bad.nonzero()[0]) // reals)
                 raise NumericsError(
                     f"{source.spec.storage.path}: '{tensor.name}' holds {_word(found[bad][0].item())} at {index}. "
                     "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
@@ -254,9 +254,13 @@ class Worker:
         )
 
 
-def real_dtype(dtype: DType) -> DType:
-    """Return the dtype of the numbers that an element consists of: its own, or that of a complex one's parts."""
-    return DTYPES[_REAL.get(dtype.name, dtype.name)]
+def _index(slice_: Slice, at: int) -> list[int]:
+    """Return the index in its tensor of an element of a slice."""
+    tile = slice_.tile or Tile((0,) * len(slice_.tensor.shape), slice_.tensor.shape)
+    if not tile.sizes:
+        return []
+    place = torch.unravel_index(torch.tensor(at if slice_.tile else slice_.start + at), tile.sizes)
+    return [low + int(i) for low, i in zip(tile.low, place, strict=True)]
 
 
 def _overflow(dtype: torch.dtype) -> float:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from ..batchnorm.batches import images_of
 from ..errors import DataError, UsageError
-from .models import INSTALL, load_factory
+from .models import INSTALL, importable, load_factory
 
 DEFAULT_IMAGES = 8192
 MOST_BROKEN = 0.01
@@ -114,7 +114,7 @@ class Batches:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise DataError(f"a process that reads images died ({error}). Try fewer with --workers.") from error
+            raise DataError(f"a process that reads images died ({error}). Try fewer with `workers`.") from error
 
     def _given(self) -> Iterator[Any]:
         """Pass on batches as they come, up to the number of images, each to one of the processes."""
@@ -132,7 +132,7 @@ class Batches:
             if number % self._loading.world == self._loading.rank:
                 yield batch
         if asked is not None and seen < asked:
-            raise DataError(f"--images {asked}: the data end after {seen}. Ask for fewer, or for all.")
+            raise DataError(f"`images={asked}`: the data end after {seen}. Ask for fewer, or for all.")
 
 
 class _Careful(Dataset[Any]):
@@ -190,21 +190,22 @@ def open_data(
         UsageError: a number that makes no sense.
     """
     if is_factory(source):
-        factory = load_factory(source, "--data")
+        factory = load_factory(source, "data")
         try:
-            made = factory()
+            with importable(source):
+                made = factory()
         except (Exception, SystemExit) as error:  # the user's own code
-            raise DataError(f"--data {source}: failed ({type(error).__name__}: {error}).") from error
+            raise DataError(f"`data={source!r}`: failed ({type(error).__name__}: {error}).") from error
         return Batches(_item_batches(made, loading), loading)
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
     named = source.lower().startswith(_NAMED) and not path.exists()
     if not named and not path.exists():
-        raise DataError(f"--data {source}: no such folder, tar or dataset. See ckpt recal-bn --help.")
+        raise DataError(f"`data={source!r}`: no such folder, tar or dataset.")
     try:
         from timm.data import create_dataset, create_transform
         from timm.data.readers import create_reader
     except ImportError as error:
-        raise DataError(f"--data {source}: images need timm and torchvision. Run: {INSTALL}") from error
+        raise DataError(f"`data={source!r}`: images need timm and torchvision. Run: {INSTALL}") from error
     settings = dict(preprocessing or {})
     transform = create_transform(**settings, is_training=False)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
@@ -222,10 +223,10 @@ def open_data(
         # The cache that timm keeps beside large tars is a pickle, and a pickle can run code.
         options = {"cache_tarinfo": False} if path.is_file() else {}
         if path.is_file() and path.suffix != ".tar":
-            raise DataError(f"--data {source}: a file that is neither a .tar nor a factory (file.py:name).")
+            raise DataError(f"`data={source!r}`: a file that is neither a .tar nor a factory (file.py:name).")
         return Batches(FolderImages(create_reader("", root=str(path), **options), transform, mode), loading)
     except (RuntimeError, ValueError, AssertionError, ImportError, OSError) as error:
-        raise DataError(f"--data {source}: {str(error) or type(error).__name__}") from error
+        raise DataError(f"`data={source!r}`: {str(error) or type(error).__name__}") from error
 
 
 def is_factory(source: str) -> bool:
@@ -253,7 +254,7 @@ def resolve_preprocessing(model: Any, channels: int, options: Mapping[str, Any])
     for key in ("mean", "std"):
         given = options.get(key)
         if given is not None and len(given) not in (1, channels):
-            raise UsageError(f"--{key} has {len(given)} numbers for images of {channels} channels.")
+            raise UsageError(f"`{key}` has {len(given)} numbers for images of {channels} channels.")
     given = {key: value for key, value in options.items() if value is not None}
     config = dict(resolve_data_config({"in_chans": channels, **given}, model=model, use_test_size=True))
     size = config["input_size"]
@@ -282,7 +283,7 @@ def _count(available: int, asked: int | None) -> int:
     if available == 0:
         raise DataError("the data hold no image.")
     if asked is not None and asked > available:
-        raise DataError(f"--images {asked}: there are only {available}. Ask for fewer, or for all.")
+        raise DataError(f"`images={asked}`: there are only {available}. Ask for fewer, or for all.")
     if asked is None:
         return min(DEFAULT_IMAGES, available)
     return available if asked < 0 else asked

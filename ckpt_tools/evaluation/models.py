@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.keys import unwrap
 from ..checkpoints.open import Checkpoint
+from ..checkpoints.prefixes import unwrap
 from ..errors import ModelError, UsageError
 from ..formats.header import Header
 from ..tensors import TensorSpec
@@ -28,21 +29,43 @@ from ..tensors import TensorSpec
 INSTALL = "pip install 'ckpt-tools[vision]'"
 
 
-def load_factory(spec: str, option: str) -> Any:
+@contextmanager
+def importable(*specs: str | None) -> Iterator[None]:
+    """Let the code of the user find its neighbours: the folder of each factory leads `sys.path` meanwhile.
+
+    Modules that were imported stay in `sys.modules`, where their classes are found again by name.
+
+    Args:
+        specs: ``module:name`` or ``path/to/file.py:name``; anything else is passed over.
+    """
+    # A console script does not look into the current folder by itself.
+    places = [spec.rpartition(":")[0] for spec in specs if spec is not None and ":" in spec]
+    folders = [str(Path(place).resolve().parent) if place.endswith(".py") else "" for place in places]
+    sys.path[:0] = folders
+    try:
+        yield
+    finally:
+        for folder in folders:
+            with suppress(ValueError):  # the user's own code may have taken it out
+                sys.path.remove(folder)
+
+
+def load_factory(spec: str, parameter: str) -> Any:
     """Import what ``module:name`` or ``path/to/file.py:name`` names; only ever from the user's own arguments.
 
     Raises:
-        UsageError: no such file, module or name; names the option that asked for it.
+        UsageError: no such file, module or name; names the parameter that asked for it.
     """
     place, _, name = spec.rpartition(":")
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+        with importable(spec):
+            module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # a user's own code fails as it likes
-        raise UsageError(f"{option} {spec}: cannot be imported ({type(error).__name__}: {error}).") from error
+        raise UsageError(f"`{parameter}={spec!r}`: cannot be imported ({type(error).__name__}: {error}).") from error
     if not hasattr(module, name):
         known = difflib.get_close_matches(name, dir(module), n=3)
         hint = f" Did you mean {' or '.join(known)}?" if known else ""
-        raise UsageError(f"{option} {spec}: {place} has no '{name}'.{hint}")
+        raise UsageError(f"`{parameter}={spec!r}`: {place} has no '{name}'.{hint}")
     return getattr(module, name)
 
 
@@ -56,15 +79,9 @@ def _import_file(path: Path) -> ModuleType:
     if found is None or found.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(found)
-    sys.path.insert(0, str(path.parent))  # for its neighbours
     sys.modules[found.name] = module
     found.loader.exec_module(module)
     return module
-
-
-def _import_module(name: str) -> ModuleType:
-    sys.path.insert(0, "")  # a console script does not look into the current folder by itself
-    return importlib.import_module(name)
 
 
 def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], specs: Mapping[str, Any]) -> nn.Module:
@@ -82,12 +99,13 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
     """
     said = stored_arguments(header)
     if spec is not None and ":" in spec:
-        factory = load_factory(spec, "--model")
-        return _made(spec, lambda: factory(**kwargs))
+        factory = load_factory(spec, "model")
+        with importable(spec):
+            return _made(spec, lambda: factory(**kwargs))
     name = spec if spec is not None else said.get("arch")
     if name is None:
         raise ModelError(
-            f"{header.path}: does not say which model it is. Use --model, with a timm name or path/to/file.py:factory."
+            f"{header.path}: does not say which model it is. Use `model`, with a timm name or path/to/file.py:factory."
         )
     try:
         import timm
@@ -95,11 +113,13 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
         raise ModelError(f"'{name}' is a timm model, and timm is not installed. Run: {INSTALL}") from error
     if not timm.is_model(name):
         if spec is None:  # nobody typed it, so that it is no slip
-            raise ModelError(f"{header.path}: its arch '{name}' is no timm model. Use --model path/to/file.py:factory.")
+            raise ModelError(
+                f"{header.path}: its arch '{name}' is no timm model. Use `model='path/to/file.py:factory'`."
+            )
         known = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(known)}?" if known else ""
-        advice = "" if known else " Use --model path/to/file.py:factory for a model of your own."
-        raise UsageError(f"--model {name}: timm has no such model.{hint}{advice}")
+        advice = "" if known else " Use `model='path/to/file.py:factory'` for a model of your own."
+        raise UsageError(f"`model={name!r}`: timm has no such model.{hint}{advice}")
     # What timm itself does with a model (load a file, say) is for its user to ask, not for the checkpoint.
     own = inspect.signature(timm.create_model).parameters
     stored = {key: value for key, value in said.items() if name == said.get("arch") and key not in ("arch", *own)}
@@ -111,7 +131,7 @@ def _made(name: str, make: Any) -> nn.Module:
     try:
         model = make()
     except (Exception, SystemExit) as error:  # a user's own code
-        raise ModelError(f"{name}: cannot be made ({type(error).__name__}: {error}). See --model-kwargs.") from error
+        raise ModelError(f"{name}: cannot be made ({type(error).__name__}: {error}). See `model_kwargs`.") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module.")
     return model
@@ -119,7 +139,7 @@ def _made(name: str, make: Any) -> nn.Module:
 
 def stored_arguments(header: Header) -> dict[str, Any]:
     """Return what a checkpoint says about its model: ``arch``, ``num_classes``, ``in_chans`` and the like."""
-    tree = header.tree if isinstance(header.tree, dict) else {}
+    tree = header.view if isinstance(header.view, dict) else {}
     args = tree.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     arch = next((a for a in (tree.get("arch"), args.get("model"), args.get("arch")) if isinstance(a, str)), None)
@@ -174,7 +194,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         ]
         raise ModelError(
             f"{checkpoint.path}: the weights do not fit {type(model).__name__}: {'; '.join(parts)}. "
-            "Is it the right --model, with the right --model-kwargs (num_classes=..., in_chans=...)?"
+            "Is it the right `model`, with the right `model_kwargs` (num_classes=..., in_chans=...)?"
         )
     state = {own[name]: checkpoint[stored[name]] for name in own if name in stored}
     model.load_state_dict(state, strict=False)
@@ -199,5 +219,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: not usable here ({str(error).splitlines()[0]}).") from error
+        raise UsageError(f"`device={name!r}`: not usable here ({str(error).splitlines()[0]}).") from error
     return device

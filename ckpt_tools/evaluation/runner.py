@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -36,8 +36,14 @@ class Runner:
         self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
         self._channels_last = channels_last
         self._shape: list[int] | None = None  # of the batch at work, for messages
-        if device.type == "cpu":
-            keep_large_blocks()
+        self._blocks: AbstractContextManager[None] = large_blocks_kept() if device.type == "cpu" else nullcontext()
+
+    def __enter__(self) -> Runner:
+        self._blocks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._blocks.__exit__(*error)
 
     def recalibrate(self, batches: Batches, passes: int, estimator: str, on_progress: Progress) -> BatchNormReport:
         """Measure the statistics of the network; see `recalibrate_bn`.
@@ -70,7 +76,7 @@ class Runner:
             shape = "" if self._shape is None else f" on a batch of shape {self._shape}"
             raise ModelError(
                 f"{type(self._network).__name__} failed{shape} ({type(error).__name__}: {error}). "
-                "Do the images fit the model (--img-size, --data)?"
+                "Do the images fit the model (`img_size`, `data`)?"
             ) from error
 
     def _prepare(self, images: Tensor) -> Tensor:
@@ -108,14 +114,31 @@ class _Fed:
                 self._on_images(done)
 
 
-def keep_large_blocks() -> None:
-    """Let glibc keep the memory of large activations for the next batch.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Settings of glibc's allocator, by mallopt(3)."""
+_DEFAULT_THRESHOLD = 128 * 1024
+
+
+@contextmanager
+def large_blocks_kept() -> Iterator[None]:
+    """Let glibc keep the memory of large activations for the next batch; afterwards it does as by default.
 
     By default it gives blocks above 32 MB back to the system at once, and the page faults of fresh memory then
-    take longer than a normalisation does (mallopt(3): M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD is -1).
+    take longer than a normalisation does. Two things stay: glibc cannot tell which thresholds were set before, so
+    those become its defaults, and it no longer adapts them to the blocks that it sees.
     """
+    _set_thresholds(1 << 30, (1 << 31) - 1)
+    try:
+        yield
+    finally:
+        _set_thresholds(_DEFAULT_THRESHOLD, _DEFAULT_THRESHOLD, trim_now=True)
+
+
+def _set_thresholds(mmap: int, trim: int, *, trim_now: bool = False) -> None:
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):  # another C library
             libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 30)
-            libc.mallopt(-1, (1 << 31) - 1)
+            libc.mallopt(_M_MMAP_THRESHOLD, mmap)
+            libc.mallopt(_M_TRIM_THRESHOLD, trim)
+            if trim_now:
+                libc.malloc_trim(0)

@@ -58,8 +58,8 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
                 or not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]
             ):
                 raise DataError(
-                    f"--eval: labels from {int(labels.min())} to {int(labels.max())} do not fit an output of shape "
-                    f"{list(logits.shape)}. The folders should be the classes of the model, in its order."
+                    f"`eval_data`: labels from {int(labels.min())} to {int(labels.max())} do not fit an output of "
+                    f"shape {list(logits.shape)}. The folders should be the classes of the model, in its order."
                 )
             labels = labels.to(device)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -73,12 +73,12 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
         dist.all_reduce(sums)
     right, among, loss_sum, images = sums.tolist()
     if not images:
-        raise DataError("--eval: the data hold no labelled image.")
+        raise DataError("`eval_data`: the data hold no labelled image.")
     return Accuracy(100 * right / images, 100 * among / images, loss_sum / images, int(images))
 
 
 def _labels(batch: Any) -> Tensor:
     labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or (labels < 0).any():
-        raise DataError("--eval needs images with labels: folders named by class, or batches of (images, labels).")
+        raise DataError("`eval_data` needs images with labels: folders named by class, or batches of (images, labels).")
     return labels

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import CorruptError, NotACheckpointError, ReadError, UnsupportedError
-from . import dcp, safetensors, sharded, torch_legacy, torch_zip
+from ..errors import NotACheckpointError, ReadError
+from ..storage.source import store_of
+from .dcp import DCP_FOLDER
+from .format import FORMATS, Format, read_single
 from .header import Header
+from .safetensors import SAFETENSORS
+from .sharded import SHARDED
+from .torch_legacy import TORCH_LEGACY
+from .torch_zip import TORCH_ZIP
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
-"""What files with weights are called; used to look through folders, never to choose a reader."""
+FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS]
+
+
+def suffixes() -> tuple[str, ...]:
+    """Return the suffixes of files with weights; for looking through folders, never to choose a reader."""
+    return tuple(suffix for each in FORMATS for suffix in each.suffixes)
+
+
+def format_of(target: Path) -> Format:
+    """Return the format that the name of an output asks for: by its suffix, or shards if it has none."""
+    return next((each for each in FORMATS if each.writes and target.name.endswith(each.suffixes or ("\0",))), SHARDED)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Keep the garbage collector from looking at a hundred thousand new specs again and again; none is garbage."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def read_header(path: Path) -> Header:
@@ -22,64 +52,32 @@ def read_header(path: Path) -> Header:
     Raises:
         ReadError: missing, of no known format, or damaged.
     """
+    with without_collector():
+        return _read_header(path)
+
+
+def _read_header(path: Path) -> Header:
     try:
-        if path.is_dir():
-            as_dcp = sharded.checkpoint_inside(path) is None and dcp.is_folder(path)
-            return dcp.read(path) if as_dcp else sharded.read_folder(path, _read_file)
-        if path.name.endswith(sharded.INDEX_SUFFIXES):
-            return sharded.read_index(path, path, _read_file)
-        return _read_file(path)
-    except FileNotFoundError as error:
-        raise ReadError(f"{error.filename or path}: no such file.") from error
-    except ValueError as error:  # a NUL byte
-        raise ReadError(f"{str(path)!r}: no path ({error}).") from error
+        store = store_of(path)
+        if not store.is_folder(path):
+            if not store.is_file(path) and path.exists():
+                raise ReadError(f"{path}: neither a file nor a folder.")
+            return read_single(path)
+        for each in FORMATS:
+            if each.folder and each.sniff(path, b""):
+                return each.read(path)
+        files = any(store.is_file(path / name) for name in store.names(path))
+        raise NotACheckpointError(
+            f"{path}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."
+            + (" Give one of its files." if files else "")
+        )
     except OSError as error:
         raise ReadError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is one checkpoint, rather than a place where checkpoints may stand."""
-    return sharded.checkpoint_inside(folder) is not None or dcp.is_folder(folder)
+    """Return whether a folder is one checkpoint, rather than a place where checkpoints may be."""
+    return any(each.folder and each.sniff(folder, b"") for each in FORMATS)
 
 
-def _read_file(path: Path) -> Header:
-    if not path.is_file() and path.exists():
-        raise ReadError(f"{path}: neither a file nor a folder.")
-    if path.name == dcp.METADATA or path.name.endswith(dcp.SUFFIX):
-        raise UnsupportedError(
-            f"{path}: one file of the checkpoint that the folder holds. Give the folder: {path.parent}"
-        )
-    with path.open("rb") as file:
-        start = file.read(len(torch_legacy.MAGIC))
-        file.seek(257)
-        tar = file.read(5) == b"ustar"
-    if not start:
-        raise CorruptError(f"{path}: empty file. Get a fresh copy.")
-    if start.startswith(b"PK\3\4"):
-        return torch_zip.read(path)
-    if start == torch_legacy.MAGIC:
-        return torch_legacy.read(path)
-    if start[8:9] == b"{":
-        return safetensors.read(path)
-    if torch_legacy.MAGIC.startswith(start) or start.startswith(torch_legacy.MAGIC[:15]):
-        raise CorruptError(f"{path}: truncated after {len(start)} bytes. Get a fresh copy.")
-    if tar:
-        raise UnsupportedError(
-            f"{path}: a tar file; torch has not written any since 0.1.10. Load and save it with torch once."
-        )
-    raise NotACheckpointError(
-        f"{path}: not a checkpoint: neither a torch file (zip or legacy) nor safetensors.{_hint(start)}"
-    )
-
-
-def _hint(start: bytes) -> str:
-    if start.startswith(b"version https"):
-        return " It is a Git LFS pointer; run git lfs pull."
-    if start.startswith(b"\x80"):
-        return " It is a pickle that torch.save did not write."
-    if start.startswith(b"\x89HDF"):
-        return " It is an HDF5 file."
-    return ""
-
-
-__all__ = ["SUFFIXES", "Header", "is_checkpoint", "read_header"]
+__all__ = ["FORMATS", "Format", "Header", "format_of", "is_checkpoint", "read_header", "suffixes"]

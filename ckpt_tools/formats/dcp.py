@@ -7,21 +7,24 @@ what ``torch.save`` writes.
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError, WriteError
-from ..storage.source import Stamp
+from ..storage.source import InputFile, read_file, store_of
 from ..tensors import Part, TensorSpec, UnsupportedTensor, join
 from . import dcp_metadata, torch_zip
 from .dcp_metadata import Chunk, Metadata, TensorEntry, Window
-from .file_plan import FilePlan, OutTensor
+from .file_plan import FilePlan, OutTensor, joined, whole_file
+from .format import Format, Writing
 from .header import Header, parse_provenance
-from .sharded import member
+from .sharded import members
+from .zip import ALIGNMENT, Archive
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
@@ -29,7 +32,39 @@ SUFFIX = ".distcp"
 
 def is_folder(folder: Path) -> bool:
     """Return whether a folder holds what processes saved: whether it is one checkpoint, complete or not."""
-    return any(child.name.endswith(SUFFIX) for child in folder.iterdir())
+    return any(name.endswith(SUFFIX) for name in store_of(folder).names(folder))
+
+
+class DCP(Format):
+    """A folder that torch.distributed.checkpoint wrote."""
+
+    name = "dcp"
+    folder = True
+    nests = True
+    writes = True
+
+    def sniff(self, path: Path, start: bytes) -> bool:
+        if start:
+            return path.name == METADATA or path.name.endswith(SUFFIX)
+        return is_folder(path)
+
+    def read(self, path: Path) -> Header:
+        """Read the header; see `read`.
+
+        Raises:
+            ReadError: incomplete, damaged, or a single file of the folder.
+        """
+        if path.name == METADATA or path.name.endswith(SUFFIX):
+            raise UnsupportedError(
+                f"{path}: one file of the checkpoint that the folder holds. Give the folder: {path.parent}"
+            )
+        return read(path)
+
+    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
+        return tuple(plan(content, max_bytes=writing.max_bytes, provenance=writing.provenance))
+
+
+DCP_FOLDER = DCP()
 
 
 def read(folder: Path) -> Header:
@@ -40,8 +75,9 @@ def read(folder: Path) -> Header:
         UnsupportedError: it was written with compression, or by another storage.
     """
     index = folder / METADATA
-    if not index.is_file():
-        if any(child.name.endswith(METADATA) for child in folder.iterdir()):
+    store = store_of(folder)
+    if not store.is_file(index):
+        if any(name.endswith(METADATA) for name in store.names(folder)):
             raise UnsupportedError(
                 f"{folder}: each rank saved its own {METADATA}, so no file says how the parts fit together. "
                 "Load it with torch.distributed.checkpoint and save it with collectives."
@@ -50,38 +86,37 @@ def read(folder: Path) -> Header:
             f"{folder}: holds {SUFFIX} files and no {METADATA}, which is written last: the save was interrupted, "
             "or is under way. Get a complete copy."
         )
-    with index.open("rb") as file:
-        stamp = Stamp.of(index, file.fileno())
-        metadata = dcp_metadata.load(file, index)
+    raw, stamp = read_file(index)
+    metadata = dcp_metadata.load(io.BytesIO(raw), index)
     foreign = Counter(metadata.foreign)
     objects: dict[Window, Any] = {}
     stamps = [stamp]
-    for name, windows in groupby(metadata.windows(), key=lambda window: window.file):
-        path = member(folder, name, index)
-        with path.open("rb") as file:
-            stamps.append(Stamp.of(path, file.fileno()))
-            for window in windows:
+    windows_of = {name: list(each) for name, each in groupby(metadata.windows(), key=lambda window: window.file)}
+    for name, path in members(index, windows_of).items():
+        with InputFile(path) as file:
+            stamps.append(file.stamp)
+            for window in windows_of[name]:
                 if window.offset + window.length > stamps[-1].nbytes:
                     raise CorruptError(
                         f"{path}: truncated: {METADATA} says that an entry ends at byte "
                         f"{window.offset + window.length}, the file at {stamps[-1].nbytes}. Get a complete copy."
                     )
-                file.seek(window.offset)
-                if file.read(9)[8:] == b"{":  # how safetensors begins
+                if file.read(window.offset, 9)[8:] == b"{":  # how safetensors begins
                     raise UnsupportedError(
                         f"{path}: its entries were written as safetensors, which torch itself reads in no such folder. "
                         "Save it again with the serialization format that FileSystemWriter has by default."
                     )
-                objects[window], unknown, _ = torch_zip.read_window(
-                    file, path, window.offset, window.length, where=f"{path}: the entry at byte {window.offset}"
-                )
-                foreign.update(unknown)
+                where = f"{path}: the entry at byte {window.offset}"
+                archive = Archive(file, window.offset, window.length, where=where)
+                saved = torch_zip.read_archive(archive, path, where=where)
+                objects[window] = saved.tree
+                foreign.update(saved.foreign)
     leaves = (
         (metadata.paths.get(name, (name,)), _value(folder, index, name, entry, objects))
         for name, entry in metadata.entries.items()
     )
     provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
-    return Header(folder, "dcp", _nest(index, leaves), tuple(stamps), foreign, provenance=provenance)
+    return Header(folder, DCP_FOLDER, _nest(index, leaves), tuple(stamps), foreign, provenance=provenance)
 
 
 def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Window, objects: Mapping[Window, Any]) -> Any:
@@ -138,7 +173,7 @@ def plan(
     """Lay out a folder that torch.distributed.checkpoint loads into any number of processes.
 
     Args:
-        tree: plain data (see `torch_zip.plain`) with OutTensors, as a training script would save it: names to
+        tree: plain data (see `pickle_write.plain`) with OutTensors, as a training script would save it: names to
             tensors, or nested such as ``{"model": {...}, "step": 7}``. A tensor is one chunk; one OutTensor under
             several names is stored once.
         max_bytes: the largest file; a tensor larger than that has a file of its own.
@@ -166,7 +201,7 @@ def plan(
         window = places.get(value) if isinstance(value, OutTensor) else None
         if window is None:
             part = torch_zip.plan(value, name=name)
-            start = end + -end % torch_zip.ALIGNMENT
+            start = end + -end % ALIGNMENT
             if max_bytes is not None and start and start + part.size > max_bytes:
                 files.append([])
                 start = 0
@@ -183,26 +218,9 @@ def plan(
     text = None if provenance is None else json.dumps(provenance, indent=1)
     index = dcp_metadata.dump(Metadata(entries, paths, text))
     return [
-        *(_joined(f"__0_{number}{SUFFIX}", parts) for number, parts in enumerate(files)),
-        FilePlan(METADATA, len(index), (), lambda crcs: [(0, index)], needs_crc=False),
+        *(joined(f"__0_{number}{SUFFIX}", parts) for number, parts in enumerate(files)),
+        whole_file(METADATA, index),
     ]
-
-
-def _joined(name: str, parts: Sequence[tuple[int, FilePlan]]) -> FilePlan:
-    """Put plans into one file, each at its offset."""
-
-    def patches(crcs: Mapping[OutTensor, int]) -> list[tuple[int, bytes]]:
-        return [(start + offset, data) for start, part in parts for offset, data in part.patches(crcs)]
-
-    def head(offset: int, crc: int) -> bytes:
-        start, made = heads[offset]
-        return made(offset - start, crc)
-
-    # By place: a tensor may stand alone in one part, and beside others in the next.
-    heads = {start + at: (start, part.head) for start, part in parts for _, at in part.slots if part.head is not None}
-    slots = tuple((tensor, start + offset) for start, part in parts for tensor, offset in part.slots)
-    size = max((start + part.size for start, part in parts), default=0)
-    return FilePlan(name, size, slots, patches, needs_crc=True, head=head)
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -219,6 +237,3 @@ def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
 
 def _is_container(node: Any) -> bool:
     return isinstance(node, (Mapping, OutTensor)) or (isinstance(node, list) and any(map(_is_container, node)))
-
-
-__all__ = ["METADATA", "SUFFIX", "is_folder", "plan", "read"]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from ..errors import CorruptError, UnsupportedError
 from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
 from . import pickle_read as unpickle
+from .format import Renaming
 
 
 class Spelled(str):
@@ -150,6 +152,14 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         self.read(8)
         self.frames.append((start, self.pickled.tell()))
 
+    def load_bytearray8(self) -> None:
+        # The base class allocates the length that the pickle claims, before it reads.
+        (length,) = struct.unpack("<Q", self.read(8))
+        raw = self.read(length)
+        if len(raw) < length:
+            raise pickle.UnpicklingError("pickle data was truncated")
+        self.append(bytearray(raw))
+
     def load_stack_global(self) -> None:
         # The base class takes exact texts only.
         self.stack[-2:] = [str(part) if isinstance(part, Spelled) else part for part in self.stack[-2:]]
@@ -172,6 +182,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.FRAME[0]: load_frame,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
         pickle.STACK_GLOBAL[0]: load_stack_global,
         **{
             opcode[0]: _noting(_Base.dispatch[opcode[0]], literal=True)
@@ -241,3 +252,28 @@ def _parts(node: Any, names: Mapping[str, str]) -> list[Any]:
     if isinstance(node, unpickle.Inert):
         return [type(node).global_name, *node.args, node.state, *node.items]
     return list(node)
+
+
+def renamed(spelling: Spelling, renamings: Sequence[Renaming], path: Path) -> bytes:
+    """Write a pickle with other names for the tensors in it.
+
+    Raises:
+        UnsupportedError: the names are written in a way that cannot be followed.
+    """
+    wanted = []
+    changed: dict[int, dict[str, str]] = {}
+    for renaming in renamings:
+        metadata = getattr(renaming.state, "_metadata", None)
+        for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
+            if isinstance(mapping, dict) and names:
+                wanted += [(key, names[key]) for key in spelling.keys(mapping) if key in names]
+                changed.setdefault(id(mapping), {}).update(names)
+    try:
+        pickled = spelling.respelled(wanted)
+    except (CorruptError, UnsupportedError) as error:
+        raise UnsupportedError(f"{path}: {error} Load and save it with torch once.") from error
+    if differs(spelling.tree, spell(pickled, where=str(path)).tree, changed):
+        raise UnsupportedError(
+            f"{path}: its pickle does not let names be changed one by one. Load and save it with torch once."
+        )
+    return pickled

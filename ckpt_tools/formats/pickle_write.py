@@ -21,6 +21,7 @@ from typing import IO, Any
 from ..errors import WriteError
 from ..tensors import TensorSpec, c_strides
 from .file_plan import OutTensor
+from .tree import ITEM, LEFT_OUT, map_tree
 
 _REBUILD, _REBUILD_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = ("torch.storage", "UntypedStorage")
@@ -144,47 +145,29 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
 
         atoms += (torch.Size, torch.dtype, torch.device)
     keys = (str, int, float, bool, tuple, type(None))
-    copies: dict[int, Any] = {}
+    containers = (dict, argparse.Namespace, list, tuple, set, frozenset)
 
-    def copy(node: Any, where: str) -> Any:
-        if node is None or isinstance(node, atoms):
-            return node
-        if isinstance(node, TensorSpec):
-            return convert(node)
-        if id(node) in copies:
-            return copies[id(node)]
-        if isinstance(node, (dict, argparse.Namespace)):
-            mapping: Any = OrderedDict() if isinstance(node, OrderedDict) else {}
-            copies[id(node)] = mapping
-            for key, value in (node if isinstance(node, dict) else vars(node)).items():
-                place = f"{where}.{key if isinstance(key, keys) else type(key).__name__}".lstrip(".")
-                if not isinstance(key, keys):
-                    dropped.append(place)
-                    continue
-                found = copy(value, place)
-                if found is not _LEFT_OUT:
-                    mapping[key] = found
-            metadata = getattr(node, "_metadata", None)
-            if isinstance(node, OrderedDict) and metadata is not None:
-                mapping._metadata = copy(metadata, where)
-            return mapping
-        if isinstance(node, list):
-            copies[id(node)] = items = []
-            items += [value for value in (copy(v, f"{where}[]") for v in node) if value is not _LEFT_OUT]
-            return items
-        if isinstance(node, (tuple, set, frozenset)):
-            values = [value for value in (copy(v, f"{where}[]") for v in node) if value is not _LEFT_OUT]
-            copies[id(node)] = tuple(values) if isinstance(node, tuple) else set(values)
-            return copies[id(node)]
-        dropped.append(where or "the object itself")
-        return _LEFT_OUT
+    def place(path: list[Any]) -> str:
+        where = ""
+        for key in path:
+            text = key if isinstance(key, keys) else type(key).__name__
+            where = where + ITEM if key is ITEM else f"{where}.{text}".lstrip(".")
+        return where or "the object itself"
+
+    def replace(path: list[Any], node: Any) -> Any:
+        if not path or isinstance(path[-1], keys):
+            if node is None or isinstance(node, atoms):
+                return node
+            if isinstance(node, TensorSpec):
+                return convert(node)
+            if isinstance(node, containers):
+                return NotImplemented
+        dropped.append(place(path))
+        return LEFT_OUT
 
     try:
-        return copy(tree, "")
+        return map_tree(tree, replace)
     except RecursionError as error:
         raise WriteError(
             "what stands beside the weights is nested too deeply to be copied. Write a .safetensors file instead."
         ) from error
-
-
-_LEFT_OUT = object()

@@ -3,87 +3,151 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..errors import CorruptError, UnsupportedError
-from ..storage.source import Stamp
-from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
-from .file_plan import FilePlan, OutTensor
+from ..errors import AlignmentError, CorruptError, UnsupportedError
+from ..storage.source import InputFile
+from ..storage.splice import Span, Splice, relocated
+from ..tensors import BY_SAFETENSORS, DType, Storage, TensorSpec, UnsupportedTensor, c_strides, make_spec
+from .file_plan import FilePlan, OutTensor, Payload, constant
+from .format import Format, Named, Renaming, Writing
 from .header import PROVENANCE, Header, parse_provenance
+from .template import Template
 
-MAX_HEADER = 100_000_000  # the library's own limit
+MAX_HEADER = 100_000_000
+"""Bytes; the library's own limit."""
 _PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter
-MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
+_MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
+_METADATA = "__metadata__"
+_METADATA_FIRST = re.compile(r'\{\s*"__metadata__"\s*:\s*')  # how headers begin that the library wrote
+
+Tensors = dict[str, TensorSpec | UnsupportedTensor]
 
 
-def read(path: Path) -> Header:
-    """Read the header of a safetensors file, trusting none of its numbers.
+class Safetensors(Format):
+    """The safetensors format."""
 
-    What ``__metadata__`` says of tied tensors is taken up: see `_is_tie`.
+    name = "safetensors"
+    suffixes = (".safetensors",)
+    usual_suffix = ".safetensors"
+    writes = True
 
-    Raises:
-        CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
-        UnsupportedError: the tensors in it are parts of larger ones.
-    """
-    with path.open("rb") as file:
-        stamp = Stamp.of(path, file.fileno())
-        size = stamp.nbytes
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if size < 8 or length > MAX_HEADER or 8 + length > size:
-            raise CorruptError(f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy.")
-        raw = file.read(length)
-    listing = _KNOWN.get(raw)
-    if listing is None:
-        listing = _KNOWN[raw] = _listing(path, raw)
-    position, payload = listing.end, size - 8 - length
-    if position != payload:
-        what = "truncated" if position > payload else "longer than its header says"
-        raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
-    metadata = dict(listing.metadata)
-    provenance = parse_provenance(metadata.get(PROVENANCE))
-    return Header(
-        path,
-        "safetensors",
-        listing.tensors,
-        (stamp,),
-        metadata=metadata,
-        provenance=provenance,
-        pattern=listing,
-        lent=True,
-    )
+    def sniff(self, path: Path, start: bytes) -> bool:
+        return start[8:9] == b"{"
+
+    def read(self, path: Path) -> Header:
+        """Read the header of a safetensors file.
+
+        What ``__metadata__`` says of tied tensors is taken up: see `_is_tie`.
+
+        Raises:
+            CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
+            UnsupportedError: the tensors in it are parts of larger ones.
+        """
+        with InputFile(path) as file:
+            size = file.stamp.nbytes
+            (length,) = struct.unpack("<Q", file.read(0, 8).ljust(8, b"\0"))
+            if size < 8 or length > MAX_HEADER or 8 + length > size:
+                raise CorruptError(
+                    f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy."
+                )
+            raw = file.read(8, length)
+        payload = size - 8 - length
+        template, metadata = _template(path, raw, payload)
+        position = template.end
+        if position != payload:
+            what = "truncated" if position > payload else "longer than its header says"
+            raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
+        shift = 8 + length - template.base
+        return Header(
+            path,
+            self,
+            template.content,
+            (file.stamp,),
+            metadata=metadata,
+            provenance=parse_provenance(metadata.get(PROVENANCE)),
+            template=template,
+            places={template.files[0]: (path, shift)} if shift or template.files[0] != path else {},
+        )
+
+    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
+        return (
+            plan(
+                content,
+                name=writing.name,
+                metadata=writing.metadata,
+                provenance=writing.provenance,
+                untie=writing.untie,
+            ),
+        )
+
+    def rename(self, header: Header) -> Named:
+        return _Named(header)
 
 
-@dataclass(frozen=True, eq=False)
-class _Listing:
-    """What a header says, in whichever file it stands: what its bytes alone decide.
+SAFETENSORS = Safetensors()
+
+
+class _Template(Template):
+    """The tensors of a header, in whichever file it is.
 
     Attributes:
-        tensors: by name, in the file that it was read from first.
-        end: how long the data are.
+        content: tensors by name, in the file that was parsed.
+        base: where its data begin, in bytes.
+        end: how many bytes the data have.
     """
 
-    tensors: dict[str, TensorSpec | UnsupportedTensor]
-    metadata: dict[str, str]
-    end: int
+    def __init__(self, content: Tensors, path: Path, base: int, end: int) -> None:
+        super().__init__(content, (path,))
+        self.base, self.end = base, end
 
 
-# The files of a series mostly have the same header, byte for byte; it is known as long as one of them is in use.
-_KNOWN: WeakValueDictionary[bytes, _Listing] = WeakValueDictionary()
+_KNOWN: WeakValueDictionary[tuple[str, tuple[tuple[str, str], ...]], _Template] = WeakValueDictionary()
+"""Templates by what follows the metadata of a header, and the ties in the metadata; as long as a header uses one."""
 
 
-def _listing(path: Path, raw: bytes) -> _Listing:
+def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str, str]]:
+    """Return what a header says of tensors, shared with equal headers, and its metadata."""
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=_checked)
+        text = raw.decode()
+        metadata: Any = {}
+        at = 0
+        if (first := _METADATA_FIRST.match(text)) is not None:
+            metadata, at = _STRICT.raw_decode(text, first.end())
+        rest = text[at:].rstrip(" ")
+        if at and not rest.startswith((",", "}")):
+            raise ValueError("its __metadata__ ends without a comma")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
-    if not isinstance(entries, dict):
-        raise CorruptError(f"{path}: its header is no JSON object. The file is damaged.")
-    metadata = entries.pop("__metadata__", {})
+    _check_metadata(path, metadata)
+    ties = tuple((alias, kept) for alias, kept in metadata.items() if _is_tie(alias, kept))
+    template = _KNOWN.get((rest, ties))
+    if template is None:
+        entries = _entries(path, rest if not at else "{" + rest.removeprefix(","))
+        if not at:
+            metadata = entries.pop(_METADATA, {})
+            _check_metadata(path, metadata)
+        elif _METADATA in entries:
+            raise CorruptError(f"{path}: its header has two entries of the name {_METADATA}. The file is damaged.")
+        tensors, end = _tensors(path, entries, base=8 + len(raw), nbytes=payload)
+        for alias, kept in metadata.items():
+            if alias not in tensors and kept in entries and _is_tie(alias, kept):
+                tensors[alias] = tensors[kept]
+        template = _Template(tensors, path, 8 + len(raw), end)
+        if at or not metadata:  # else the metadata are in the middle of the rest
+            _KNOWN[rest, ties] = template
+    return template, dict(metadata)
+
+
+def _check_metadata(path: Path, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
     if _PARTS in metadata:
@@ -92,30 +156,21 @@ def _listing(path: Path, raw: bytes) -> _Listing:
             "Put the parts together first: consolidate_safetensors_files of torch.distributed.checkpoint does it, "
             "or enable_consolidation where they are saved."
         )
-    tensors: dict[str, TensorSpec | UnsupportedTensor] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in entries.items():
-        tensors[name], begin, end = _parse(path, name, entry, base=8 + len(raw))
-        spans.append((begin, end, name))
-    position = 0
-    for begin, end, name in sorted(spans):
-        if begin != position:
-            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
-        position = end
-    for alias, kept in metadata.items():
-        if alias not in tensors and kept in entries and _is_tie(alias, kept):
-            tensors[alias] = tensors[kept]
-    return _Listing(tensors, metadata, position)
 
 
-def _is_tie(alias: str, kept: str) -> bool:
-    """True if an entry of ``__metadata__`` is a tensor left out, with the name of the one it was tied to.
-
-    So ``safetensors.torch.save_model`` records it. ``license``, ``author`` and the like are no names of tensors,
-    whatever stands in them: an alias has a dot, or ends as the other name does.
-    """
-    return "." in alias or alias == kept.rpartition(".")[2]
+def _entries(path: Path, text: str) -> dict[str, Any]:
+    """Parse a header. A name that is there twice is refused, on either level."""
+    try:
+        entries = json.loads(text)
+        if not isinstance(entries, dict):
+            raise CorruptError(f"{path}: its header is no JSON object. The file is damaged.")
+        # Each pair of a name and a value has a colon, so this count holds only if none has replaced another.
+        pairs = len(entries) + sum([len(entry) for entry in entries.values() if type(entry) is dict])
+        if text.count(":") != pairs or "\\u" in text or not text.isascii():
+            entries = _STRICT.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
+    return entries  # type: ignore[no-any-return]
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,24 +182,90 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _parse(path: Path, name: str, entry: Any, *, base: int) -> tuple[TensorSpec | UnsupportedTensor, int, int]:
-    try:
-        code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise CorruptError(f"{path}: the entry of '{name}' is incomplete. The file is damaged.") from error
-    whole = isinstance(shape, list) and {type(begin), type(end), *map(type, shape)} == {int}
-    if not whole or not 0 <= begin <= end or len(shape) > MAX_DIMENSIONS:
+_STRICT = JSONDecoder(object_pairs_hook=_checked)
+
+
+def _is_tie(alias: str, kept: str) -> bool:
+    """True if an entry of ``__metadata__`` is a tensor left out, with the name of the one it was tied to.
+
+    So ``safetensors.torch.save_model`` records it. ``license``, ``author`` and the like are no names of tensors,
+    whatever their text: an alias has a dot, or ends as the other name does.
+    """
+    return "." in alias or alias == kept.rpartition(".")[2]
+
+
+def _tensors(path: Path, entries: Mapping[str, Any], *, base: int, nbytes: int) -> tuple[Tensors, int]:
+    """Make the spec of each entry, and check that the data have no holes; return how long they are, too.
+
+    Args:
+        base: where the data begin in the file.
+        nbytes: how long they are in this file; another with the same header may be shorter.
+    """
+    tensors: Tensors = {}
+    in_order = True
+    shapes: dict[tuple[Any, ...] | None, tuple[DType, tuple[int, ...], tuple[int, ...], int]] = {}
+    position = 0
+    whole = Storage(path, base, nbytes)
+    for name, entry in entries.items():
+        name = sys.intern(name)  # the next header has it, too
+        try:
+            code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise CorruptError(f"{path}: the entry of '{name}' is incomplete. The file is damaged.") from error
+        key = None
+        if type(code) is str and type(shape) is list and _INTEGERS.issuperset(map(type, (begin, end, *shape))):
+            key = (code, *shape)
+        known = shapes.get(key)
+        if known is not None and end - begin == known[3] and not begin % known[0].itemsize and begin >= 0:
+            dtype, sizes, strides, _ = known
+            tensors[name] = TensorSpec(dtype, sizes, strides, begin // dtype.itemsize, whole)
+        else:
+            spec, begin, end = _parse(path, name, entry, whole)
+            tensors[name] = spec
+            if type(spec) is TensorSpec:
+                shapes[key] = spec.dtype, spec.shape, c_strides(spec.shape), end - begin
+        in_order = in_order and begin == position
+        position = end
+    return tensors, position if in_order else _check_spans(path, entries)
+
+
+_INTEGERS = {int}
+
+
+def _check_spans(path: Path, entries: Mapping[str, Any]) -> int:
+    """Refuse data that overlap or leave holes; return how long they are."""
+    position = 0
+    for begin, end, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
+        position = end
+    return position
+
+
+def _parse(path: Path, name: str, entry: Any, whole: Storage) -> tuple[TensorSpec | UnsupportedTensor, int, int]:
+    """Make the spec of an entry that may be anything.
+
+    Args:
+        whole: all data of the file.
+    """
+    code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sound = isinstance(shape, list) and {type(begin), type(end), *map(type, shape)} == {int}
+    if not sound or not 0 <= begin <= end or len(shape) > _MAX_DIMENSIONS:
         raise CorruptError(f"{path}: the entry of '{name}' holds impossible numbers. The file is damaged.")
     dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
     if dtype is None or dtype.name == "float4_e2m1fn_x2":
         return UnsupportedTensor(f"of dtype {code}"), begin, end
-    spec = make_spec(dtype, tuple(shape), Storage(path, base + begin, end - begin))
+    storage = Storage(path, whole.offset + begin, end - begin)
+    spec = make_spec(dtype, tuple(shape), storage)
     if spec.nbytes != end - begin:
         raise CorruptError(
             f"{path}: '{name}' of shape {shape} and dtype {code} needs {spec.nbytes} bytes, its header gives "
             f"{end - begin}. The file is damaged; get a fresh copy."
         )
-    return spec, begin, end
+    if begin % dtype.itemsize or end > whole.nbytes:
+        return spec, begin, end
+    return TensorSpec(dtype, spec.shape, spec.stride, begin // dtype.itemsize, whole), begin, end
 
 
 def plan(
@@ -175,7 +296,7 @@ def plan(
     aliases: dict[str, str] = {}
     unique: dict[str, OutTensor] = {}
     for key, tensor in tensors.items():
-        if key == "__metadata__":
+        if key == _METADATA:
             raise UnsupportedError(f"{name}: '{key}' cannot name a tensor in safetensors. Write a .pth file instead.")
         if not untie and tensor in kept and key not in metadata and _is_tie(key, kept[tensor]):
             aliases[key] = kept[tensor]
@@ -185,13 +306,13 @@ def plan(
         if tensor.dtype.safetensors is None:
             raise UnsupportedError(
                 f"'{key}' is {tensor.dtype.name}, which safetensors does not have. "
-                "Write a .pth file instead (-o NAME.pth)."
+                "Write a .pth file instead, with `out`."
             )
-    entries: dict[str, Any] = {"__metadata__": {**metadata, **aliases}}
+    entries: dict[str, Any] = {_METADATA: {**metadata, **aliases}}
     # Large elements first, as the library itself does, so that every tensor is aligned to its own size.
     ordered = sorted(unique.items(), key=lambda item: -item[1].dtype.itemsize)
     position = 0
-    slots: list[tuple[OutTensor, int]] = []
+    offsets: list[tuple[OutTensor, int]] = []
     for key, tensor in ordered:
         end = position + tensor.nbytes
         entries[key] = {
@@ -199,7 +320,7 @@ def plan(
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
-        slots.append((tensor, position))
+        offsets.append((tensor, position))
         position = end
     try:
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
@@ -211,11 +332,58 @@ def plan(
             f"{name}: a header of {len(header)} bytes is over the limit of {MAX_HEADER}. Write a .pth file instead."
         )
     base = 8 + len(header)
-    head = struct.pack("<Q", len(header)) + header
-    return FilePlan(
-        name=name,
-        size=base + position,
-        slots=tuple((tensor, base + offset) for tensor, offset in slots),
-        patches=lambda crcs: [(0, head)],
-        needs_crc=False,
-    )
+    payloads = [Payload(tensor, base + offset) for tensor, offset in offsets]
+    return FilePlan(name, base + position, (constant(0, struct.pack("<Q", len(header)) + header), *payloads))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Named:
+    header: Header
+
+    @property
+    def path(self) -> Path:
+        return self.header.files[0].path
+
+    @property
+    def tree(self) -> Any:
+        return self.header.tree
+
+    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
+        path = self.path
+        names = renamings[0].names
+        with InputFile(path) as file:
+            (length,) = struct.unpack("<Q", file.read(0, 8))
+            entries = json.loads(file.read(8, length))
+        metadata = entries.get(_METADATA, {})
+        # A tensor that was left out, with the name of the one that it was tied to.
+        ties = {key for key in metadata if key in self.header.tree and key not in entries}
+        renamed = {names.get(key, key): value for key, value in entries.items()}
+        if _METADATA in names.values():
+            raise UnsupportedError(f"{path}: '{_METADATA}' cannot name a tensor in safetensors.")
+        if metadata:
+            aliases = {
+                names.get(key, key) if key in ties else key: names.get(value, value) if key in ties else value
+                for key, value in metadata.items()
+            }
+            if len(aliases) != len(metadata):
+                raise AlignmentError(
+                    f"{path}: a tied tensor would have the name of another entry of {_METADATA}. Rename it first."
+                )
+            renamed[_METADATA] = aliases
+        head = _padded(_json(renamed), length)
+        if len(head) > MAX_HEADER:
+            raise UnsupportedError(f"{path}: its header would be over the limit of {MAX_HEADER} bytes.")
+        return Splice(path, (struct.pack("<Q", len(head)), head, Span(8 + length, self.header.nbytes)))
+
+
+def _json(entries: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a character in __metadata__, which JSON can only spell
+        return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def _padded(head: bytes, length: int) -> bytes:
+    """Pad a header so that the data keep their place, or move by whole blocks where there is room for that."""
+    wanted = length + relocated(len(head) - length)
+    return head.ljust(wanted if wanted <= MAX_HEADER else len(head) + -len(head) % 8)

@@ -1,78 +1,139 @@
-"""Sharded checkpoints: an index that maps tensor names to files beside it."""
+"""Sharded checkpoints: an index that maps tensor names to files in the same folder."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-from ..errors import CorruptError, NotACheckpointError, UsageError
-from ..storage.source import Stamp
-from .file_plan import OutTensor
+from ..errors import CorruptError, UsageError
+from ..storage.source import read_file, store_of
+from .file_plan import FilePlan, OutTensor, whole_file
+from .format import Format, Writing, read_single
 from .header import Header
+from .safetensors import SAFETENSORS
+from .template import Template
+from .torch_zip import TORCH_ZIP
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
 """A folder with one of these is one checkpoint in the manner of Hugging Face."""
 _INDEXES = tuple(f"{stem}.index.json" for stem in SINGLE)
 
-ReadFile = Callable[[Path], Header]
+
+class Sharded(Format):
+    """A folder of safetensors or torch files with an index, or with a single file of a usual name."""
+
+    name = "sharded"
+    folder = True
+    writes = True
+
+    def sniff(self, path: Path, start: bytes) -> bool:
+        if start:
+            return path.name.endswith(INDEX_SUFFIXES)
+        return store_of(path).is_folder(path) and checkpoint_inside(path) is not None
+
+    def read(self, path: Path) -> Header:
+        """Read the header of a folder, or of the folder of an index.
+
+        Raises:
+            CorruptError: the index is not an index, points outside its folder, or its shards hold other names.
+        """
+        inside = checkpoint_inside(path) if store_of(path).is_folder(path) else path
+        if inside is not None and inside.name.endswith(INDEX_SUFFIXES):
+            return _read_index(self, inside, path)
+        return replace(read_single(inside or path), path=path)
+
+    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
+        like, stem = writing.like, writing.stem
+        shards_like = like.shards if like is not None else {}
+        as_torch = stem is None and any(name.endswith(TORCH_ZIP.suffixes) for name in shards_like.values())
+        suffix = ".bin" if as_torch else ".safetensors"
+        single = "" if like is None else like.files[0].path.name.removesuffix(".index.json")
+        if stem is None:
+            stem = "pytorch_model" if as_torch else "model"
+        if single in SINGLE and single.endswith(suffix):
+            stem = single.removesuffix(suffix)  # diffusers and PEFT look for other names
+        shards = plan_shards(content, max_bytes=writing.max_bytes, stem=stem, suffix=suffix, like=shards_like or None)
+        inner = TORCH_ZIP if as_torch else SAFETENSORS
+        plans: list[FilePlan] = []
+        for name, keys in shards.items():
+            plans += inner.plan(OrderedDict((key, content[key]) for key in keys), replace(writing, name=name))
+        if list(shards) != [stem + suffix]:
+            plans.append(whole_file(f"{stem}{suffix}.index.json", index_json(shards, content)))
+        return tuple(plans)
+
+
+SHARDED = Sharded()
 
 
 def checkpoint_inside(folder: Path) -> Path | None:
     """Return the index, or the single file, that makes a folder one checkpoint; None if it is none."""
+    store = store_of(folder)
     for name in (*_INDEXES, *SINGLE):
-        if (folder / name).is_file():
+        if store.is_file(folder / name):
             return folder / name
-    indexes = sorted(p for p in folder.iterdir() if p.name.endswith(INDEX_SUFFIXES))
-    return indexes[0] if len(indexes) == 1 else None
+    indexes = [name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES)]
+    return folder / indexes[0] if len(indexes) == 1 else None
 
 
-def read_folder(folder: Path, read_file: ReadFile) -> Header:
-    """Read the header of a folder that is one checkpoint.
+class _Template(Template):
+    """The tensors of all shards of a checkpoint.
 
-    Raises:
-        NotACheckpointError: nothing in it says so.
+    Attributes:
+        weight_map: what the index says.
+        shards: the template of each shard, by file name, in the order of `files`.
     """
-    inside = checkpoint_inside(folder)
-    if inside is None:
-        files = any(child.is_file() for child in folder.iterdir())
-        raise NotACheckpointError(
-            f"{folder}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."
-            + (" Give one of its files." if files else "")
+
+    def __init__(
+        self, content: Any, files: tuple[Path, ...], weight_map: dict[str, str], shards: Mapping[str, Template]
+    ) -> None:
+        super().__init__(content, files)
+        self.weight_map, self.shards = weight_map, shards
+
+
+_KNOWN: WeakValueDictionary[bytes, _Template] = WeakValueDictionary()
+"""Templates by the bytes of the index; as long as a header uses one."""
+
+
+def _read_index(sharded: Format, index: Path, path: Path) -> Header:
+    raw, stamp = read_file(index)
+    known = _KNOWN.get(raw)
+    weight_map = read_weight_map(index, raw) if known is None else known.weight_map
+    headers = {name: read_single(shard) for name, shard in members(index, dict.fromkeys(weight_map.values())).items()}
+    files = (stamp, *(file for header in headers.values() for file in header.files))
+    first = next(iter(headers.values()))
+    if known is not None and all(headers[name].template is shard for name, shard in known.shards.items()):
+        places = {}
+        for file, header in zip(known.files, headers.values(), strict=True):
+            shift = next(iter(header.places.values()), (file, 0))[1]
+            places[file] = (header.files[0].path, shift)
+        return Header(
+            path,
+            sharded,
+            known.content,
+            files,
+            metadata=first.metadata,
+            provenance=first.provenance,
+            shards=weight_map,
+            shard_format=first.format,
+            template=known,
+            places=places,
         )
-    if inside.name.endswith(INDEX_SUFFIXES):
-        return read_index(inside, folder, read_file)
-    return replace(read_file(inside), path=folder)
-
-
-def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
-    """Read the headers of all shards that an index names.
-
-    Raises:
-        CorruptError: the index is no index, points outside its folder, or its shards hold other names.
-    """
-    with index.open("rb") as file:
-        stamp = Stamp.of(index, file.fileno())
-    weight_map = read_weight_map(index)
-    folder = index.parent
-    headers = {}
-    for name in dict.fromkeys(weight_map.values()):
-        shard = member(folder, name, index)
-        headers[name] = read_file(shard)
     tree: dict[str, Any] = {}
+    trees = {name: header.view for name, header in headers.items()}
     for key, name in weight_map.items():
-        tensors = headers[name].tree
+        tensors = trees[name]
         if not isinstance(tensors, dict) or key not in tensors:
             raise CorruptError(f"{index}: says that {name} holds '{key}'; it does not. Get a fresh copy.")
         tree[key] = tensors[key]
     for name, header in headers.items():
-        extra = [key for key in header.tree if weight_map.get(key) != name and key not in header.metadata]
+        extra = [key for key in trees[name] if weight_map.get(key) != name and key not in header.metadata]
         if extra:
             raise CorruptError(
                 f"{index}: does not list '{extra[0]}', which stands in {name}. The index is stale; rewrite it."
@@ -80,49 +141,70 @@ def read_index(index: Path, path: Path, read_file: ReadFile) -> Header:
     foreign: Counter[str] = Counter()
     for header in headers.values():
         foreign.update(header.foreign)
-    first = next(iter(headers.values()))
-    files = (stamp, *(file for header in headers.values() for file in header.files))
-    return Header(path, "sharded", tree, files, foreign, first.metadata, first.provenance, shards=weight_map)
+    template = None
+    shards = {name: header.template for name, header in headers.items() if header.template is not None}
+    if len(shards) == len(headers):
+        template = _KNOWN[raw] = _Template(tree, tuple(file.path for file in files[1:]), weight_map, shards)
+    return Header(
+        path,
+        sharded,
+        tree,
+        files,
+        foreign,
+        first.metadata,
+        first.provenance,
+        shards=weight_map,
+        shard_format=first.format,
+        template=template,
+    )
 
 
-def member(folder: Path, name: str, index: Path) -> Path:
-    """Return a file that an index names, if it stands in the folder.
+def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[str, Path]:
+    """Return the files that an index names, if they are in its folder.
 
     Raises:
-        CorruptError: it is missing, or stands elsewhere.
+        CorruptError: one is missing, or elsewhere.
     """
-    if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
-        raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
-    file = folder / name
+    folder, store = index.parent, store_of(index)
+    real_folder = store.real_path(folder)
     # A symlink may leave the folder only as the Hugging Face cache lays its files out: to ../../blobs.
-    target = Path(os.path.realpath(file))
-    if target.parent != folder.resolve() and target.parent != (folder.resolve() / "../../blobs").resolve():
-        raise CorruptError(f"{index}: its shard {name!r} is a link out of the folder ({target}); refused.")
-    if not file.is_file():
-        raise CorruptError(f"{index}: its shard {name!r} is missing. Get a complete copy.")
-    return file
+    allowed = (real_folder, store.real_path(real_folder / "../../blobs"))
+    found = {}
+    for name in names:
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
+        file = found[name] = folder / name
+        target = store.real_path(file)
+        if target.parent not in allowed:
+            raise CorruptError(f"{index}: its shard {name!r} is a link out of the folder ({target}); refused.")
+        if not store.is_file(file):
+            raise CorruptError(f"{index}: its shard {name!r} is missing. Get a complete copy.")
+    return found
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
     """Return which file each tensor is in, as an index says.
 
+    Args:
+        raw: its content, if it has been read already.
+
     Raises:
-        CorruptError: it is no index.
+        CorruptError: it is not an index.
     """
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        weight_map = json.loads(read_file(index)[0] if raw is None else raw)["weight_map"]
+        if not weight_map or not {*map(type, weight_map.values())} <= {str}:
             raise TypeError("weight_map should map tensor names to file names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptError(f"{index}: no index of a sharded checkpoint ({type(error).__name__}: {error}).") from error
     return dict(weight_map)
 
 
-def parse_size(size: str | int, option: str = "--max-shard-size") -> int:
+def parse_size(size: str | int, name: str = "max_shard_size") -> int:
     """Return the bytes in '5GB' (decimal, as Hugging Face counts), '5GiB' or a number.
 
     Args:
-        option: that it was given for; the message names it.
+        name: of the parameter, for the message.
 
     Raises:
         UsageError: no such size, or less than one byte.
@@ -131,7 +213,7 @@ def parse_size(size: str | int, option: str = "--max-shard-size") -> int:
     base = 1024 if match and match[3] else 1000
     nbytes = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if nbytes < 1:
-        raise UsageError(f"{option}: {size!r} is no size; write one such as 5GB or 500MB.")
+        raise UsageError(f"`{name}={size!r}` is not a size; use e.g. 5GB or 500MB.")
     return nbytes
 
 
@@ -187,6 +269,6 @@ def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTen
 
 def renamed_index(index: Path, names: Mapping[str, str]) -> bytes:
     """Write an index again, with other names for some tensors."""
-    content = json.loads(index.read_bytes())
+    content = json.loads(read_file(index)[0])
     content["weight_map"] = {names.get(name, name): file for name, file in content["weight_map"].items()}
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -9,47 +9,96 @@ from __future__ import annotations
 import pickle
 import struct
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorruptError
-from ..storage.source import Stamp
+from ..storage.source import InputFile
+from ..storage.splice import Span, Splice
 from ..tensors import DType, Storage
-from . import pickle_read as unpickle
+from . import pickle_edit, pickle_read
+from .format import Format, Named, Renaming
 from .header import Header
+from .torch_zip import TORCH_ZIP
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
-def read(path: Path) -> Header:
-    """Read the header of a legacy torch file.
+class TorchLegacy(Format):
+    """The torch format before 1.6; it is not written."""
 
-    Raises:
-        CorruptError: truncated or damaged.
-    """
-    with path.open("rb") as file:
-        stamp = Stamp.of(path, file.fileno())
-        size = stamp.nbytes
-        declared = _declared_storages(path, file, size)
-        offsets = _storage_offsets(path, file, size, declared)
-        file.seek(0)
-        for _ in range(3):  # magic number, protocol, system facts
-            unpickle.load(file, _refuse, where=str(path))
+    name = "torch-legacy"
+    nests = True
 
-        # The storages stand behind the pickle that refers to them, so it is read a second time
-        # now that their places are known.
-        def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-            item = dtype.itemsize if dtype else 1
-            whole = Storage(path, offsets[key], declared[key])
-            if view is None:
-                return whole
-            _, first, count = view
-            if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= numel:
-                raise CorruptError(f"{path}: a storage view reaches beyond its storage. The file is damaged.")
-            return Storage(path, whole.offset + first * item, count * item)
+    @property
+    def written_as(self) -> Format:
+        return TORCH_ZIP
 
-        tree, foreign = unpickle.load(file, locate, where=str(path))
-    return Header(path, "torch-legacy", tree, (stamp,), foreign)
+    def sniff(self, path: Path, start: bytes) -> bool:
+        if start != MAGIC and (MAGIC.startswith(start) or start.startswith(MAGIC[:15])) and not start.startswith(MAGIC):
+            raise CorruptError(f"{path}: truncated after {len(start)} bytes. Get a fresh copy.")
+        return start.startswith(MAGIC)
+
+    def read(self, path: Path) -> Header:
+        """Read the header of a legacy torch file.
+
+        Raises:
+            CorruptError: truncated or damaged.
+        """
+        with InputFile(path) as source, source.as_file() as file:
+            tree, foreign = _read(path, file, source.stamp.nbytes)
+            return Header(path, self, tree, (source.stamp,), foreign)
+
+    def rename(self, header: Header) -> Named:
+        path = header.files[0].path
+        with InputFile(path) as source, source.as_file() as file:
+            start, end = object_span(file, where=str(path))
+            spelling = pickle_edit.spell(source.read(start, end - start), where=str(path))
+        return _Named(path, spelling, Span(start, end), header.nbytes)
+
+
+TORCH_LEGACY = TorchLegacy()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Named:
+    path: Path
+    spelling: pickle_edit.Spelling
+    span: Span
+    size: int
+
+    @property
+    def tree(self) -> Any:
+        return self.spelling.tree
+
+    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
+        pickled = pickle_edit.renamed(self.spelling, renamings, self.path)
+        return Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size)))
+
+
+def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
+    declared = _declared_storages(path, file, size)
+    offsets = _storage_offsets(path, file, size, declared)
+    file.seek(0)
+    for _ in range(3):  # magic number, protocol, system facts
+        pickle_read.load(file, _refuse, where=str(path))
+
+    # The storages stand behind the pickle that refers to them, so it is read a second time
+    # now that their places are known.
+    def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+        item = dtype.itemsize if dtype else 1
+        whole = Storage(path, offsets[key], declared[key])
+        if view is None:
+            return whole
+        _, first, count = view
+        if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= numel:
+            raise CorruptError(f"{path}: a storage view reaches beyond its storage. The file is damaged.")
+        return Storage(path, whole.offset + first * item, count * item)
+
+    return pickle_read.load(file, locate, where=str(path))
 
 
 def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
@@ -60,9 +109,9 @@ def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
 
     file.seek(0)
     for _ in range(3):
-        unpickle.load(file, _refuse, where=where)
+        pickle_read.load(file, _refuse, where=where)
     start = file.tell()
-    unpickle.load(file, anywhere, where=where)
+    pickle_read.load(file, anywhere, where=where)
     return start, file.tell()
 
 
@@ -83,13 +132,13 @@ def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]
         return Storage(path, 0, nbytes)
 
     for _ in range(3):
-        unpickle.load(file, _refuse, where=str(path))
-    unpickle.load(file, locate, where=str(path))
+        pickle_read.load(file, _refuse, where=str(path))
+    pickle_read.load(file, locate, where=str(path))
     return declared
 
 
 def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str, int]) -> dict[str, int]:
-    keys, _ = unpickle.load(file, _refuse, where=str(path))
+    keys, _ = pickle_read.load(file, _refuse, where=str(path))
     if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(declared):
         raise CorruptError(f"{path}: its list of storages does not fit its contents. The file is damaged.")
     offsets = {}

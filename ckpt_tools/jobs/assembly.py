@@ -16,14 +16,20 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted, looks_like_training_state
-from ..checkpoints.tree import holds, put, tensors_in, without
+from ..checkpoints.layouts import StateDict, dotted
+from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
-from ..formats import dcp, safetensors, sharded, torch_zip
-from ..formats.file_plan import FilePlan, OutTensor
+from ..formats import format_of
+from ..formats.dcp import DCP_FOLDER
+from ..formats.file_plan import FilePlan, OutTensor, whole_file
+from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
+from ..formats.pickle_write import plain
+from ..formats.sharded import INDEX_SUFFIXES
+from ..formats.tree import holds, put, tensors_in, without
+from ..storage.source import stamp_at, store_of
 from ..tensors import TensorSpec, UnsupportedTensor
-from .outputs import TORCH_SUFFIXES, check_same_format, check_shard_size, check_suffix
+from .outputs import Target, check_same_format, check_shard_size
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
@@ -53,12 +59,12 @@ class Assembly:
     @property
     def nbytes(self) -> int:
         """Size of the output in bytes."""
-        return sum(plan.size for plan in self.files) + sum(path.stat().st_size for path in self.companions)
+        return sum(plan.size for plan in self.files) + sum(stamp_at(path).nbytes for path in self.companions)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
-        return sum(tensor.numel * tensor.width for plan in self.files for tensor, _ in plan.slots)
+        return sum(tensor.numel * tensor.width for plan in self.files for tensor, _ in plan.payloads)
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +75,7 @@ class Assembly:
 def assemble(
     tensors: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
@@ -88,14 +94,13 @@ def assemble(
         max_shard_size: bytes a shard.
         untie: write tied tensors under each name where the format cannot tie.
     """
-    check_suffix(target)
     check_shard_size(target, max_shard_size)
     dropped = unkept_metadata(base)
-    if target.name.endswith(TORCH_SUFFIXES):
+    if target.format.nests:
         tree, kept = _container(tensors, base, state, renamed, dropped)
-        plan = torch_zip.plan(tree, name=target.name, provenance=provenance)
-        return Assembly(target, (plan,), folder=False, dropped=tuple(dropped), kept=kept)
-    dropped += beside(base.tree, state)
+        files = target.format.plan(tree, Writing(name=target.name, provenance=provenance))
+        return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
+    dropped += beside(base.view, state)
     return flat(
         tensors, target=target, base=base, provenance=provenance,
         max_shard_size=max_shard_size, untie=untie, dropped=dropped,
@@ -104,13 +109,13 @@ def assemble(
 
 def unkept_metadata(base: Header) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
-    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
+    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.view)]
 
 
 def flat(
     tensors: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     base: Header,
     provenance: Mapping[str, Any],
     max_shard_size: int | None = None,
@@ -127,15 +132,17 @@ def flat(
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
         stem: how the shards are called, ``model`` or as the input's if not given.
     """
-    if target.name.endswith(".safetensors"):
-        plan = safetensors.plan(tensors, name=target.name, provenance=provenance, untie=untie)
-        return Assembly(target, (plan,), folder=False, dropped=tuple(dropped))
-    files = _sharded(tensors, base, provenance, max_shard_size, untie, stem)
+    writing = Writing(
+        name=target.name, provenance=provenance, untie=untie, max_bytes=max_shard_size, like=base, stem=stem
+    )
+    files = target.format.plan(tensors, writing)
+    if not target.folder:
+        return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
     beside_them = companions(base)
     if config is not None:
-        files += (_whole_file("config.json", _with_config(beside_them, config)),)
+        files += (whole_file("config.json", _with_config(beside_them, config)),)
         beside_them = [path for path in beside_them if path.name != "config.json"]
-    return Assembly(target, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
 def nested(
@@ -146,15 +153,10 @@ def nested(
     What is no plain data is dropped.
     """
     left_out = list(dropped)
-    plain = torch_zip.plain(tree, left_out, Copies().__getitem__)
-    if folder:
-        return Assembly(target, tuple(dcp.plan(plain, provenance=provenance)), folder=True, dropped=tuple(left_out))
-    plan = torch_zip.plan(plain, name=target.name, provenance=provenance)
-    return Assembly(target, (plan,), folder=False, dropped=tuple(left_out))
-
-
-def _whole_file(name: str, data: bytes) -> FilePlan:
-    return FilePlan(name, len(data), (), lambda crcs: [(0, data)], needs_crc=False)
+    content = plain(tree, left_out, Copies().__getitem__)
+    form: Format = DCP_FOLDER if folder else format_of(target)
+    files = form.plan(content, Writing(name=target.name, provenance=provenance))
+    return Assembly(target, files, folder=folder, dropped=tuple(left_out))
 
 
 def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
@@ -174,48 +176,21 @@ def beside(tree: Any, state: StateDict) -> list[str]:
     for depth, key in enumerate(state.path):
         others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
         tree = tree[key]
-    within = [*((*state.path, key) for key in (*state.extras, *state.rest)), *state.counters]
+    within = [*((*state.path, key) for key in (*state.other_entries, *state.other_set)), *state.ema_paths]
     return [*others, *(dotted(path) for path in within if path[: len(state.path)] == state.path)]
-
-
-def _sharded(
-    tensors: Mapping[str, OutTensor],
-    base: Header,
-    provenance: Mapping[str, Any],
-    max_shard_size: int | None,
-    untie: bool,
-    stem: str | None = None,
-) -> tuple[FilePlan, ...]:
-    as_torch = stem is None and any(name.endswith(TORCH_SUFFIXES) for name in base.shards.values())
-    suffix = ".bin" if as_torch else ".safetensors"
-    single = base.files[0].path.name.removesuffix(".index.json")
-    if stem is None:
-        stem = "pytorch_model" if as_torch else "model"
-    if single in sharded.SINGLE and single.endswith(suffix):
-        stem = single.removesuffix(suffix)  # diffusers and PEFT look for other names
-    shards = sharded.plan_shards(tensors, max_bytes=max_shard_size, stem=stem, suffix=suffix, like=base.shards or None)
-    plans = []
-    for name, keys in shards.items():
-        part = {key: tensors[key] for key in keys}
-        if as_torch:
-            plans.append(torch_zip.plan(OrderedDict(part), name=name, provenance=provenance))
-        else:
-            plans.append(safetensors.plan(part, name=name, provenance=provenance, untie=untie))
-    if list(shards) != [stem + suffix]:
-        plans.append(_whole_file(f"{stem}{suffix}.index.json", sharded.index_json(shards, tensors)))
-    return tuple(plans)
 
 
 def companions(base: Header) -> list[Path]:
     """Find what `from_pretrained` wants beside the weights, and training does not own."""
-    if not base.path.is_dir():
+    store = store_of(base.path)
+    if not store.is_folder(base.path):
         return []
     return [
         path
-        for path in sorted(base.path.iterdir())
-        if path.is_file()
+        for path in (base.path / name for name in store.names(base.path))
+        if store.is_file(path)
         and path.name.endswith(COMPANIONS)
-        and not path.name.endswith(sharded.INDEX_SUFFIXES)
+        and not path.name.endswith(INDEX_SUFFIXES)
         and path.name != "trainer_state.json"
     ]
 
@@ -232,29 +207,29 @@ def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
     weights: Any = OrderedDict(tensors)
-    if not base.format.startswith("torch"):
-        dropped += beside(base.tree, state)
+    if base.format.folder or not base.format.nests:
+        dropped += beside(base.view, state)
         return weights, {}
     stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
     metadata = _renamed_modules(module_versions(base, state), stored)
     if metadata is not None:
         weights._metadata = metadata
-    weights.update(state.extras)
-    dropped += [dotted((*state.path, rest)) for rest in state.rest]
-    dropped += [dotted(place) for place in state.counters if place[: len(state.path)] == state.path]
-    tree, home = _put_in_place(weights, base.tree, state, dropped)
+    weights.update(state.other_entries)
+    dropped += [dotted((*state.path, words)) for words in state.other_set]
+    dropped += [dotted(path) for path in state.ema_paths if path[: len(state.path)] == state.path]
+    tree, home = _put_in_place(weights, base.view, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
             dropped.append(dotted([key]))
             del tree[key]
     copies = Copies()
-    out = torch_zip.plain(tree, dropped, copies.__getitem__)
+    out = plain(tree, dropped, copies.__getitem__)
     return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
 
 
 def module_versions(base: Header, state: StateDict) -> Any:
     """Find the module versions that torch keeps beside a state dict; None where there are none."""
-    metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
+    metadata = getattr(reduce(getitem, state.path, base.view), "_metadata", None)
     return metadata if isinstance(metadata, dict) else None
 
 
@@ -269,7 +244,7 @@ def _put_in_place(
     if not state.path:
         return weights, ()
     placed = dict(tree)
-    for place in sorted(state.places, key=len):
+    for place in sorted(state.set_paths, key=len):
         if place not in (state.home, state.home[:1]) and holds(placed, place):
             placed = without(placed, place)
             dropped.append(dotted(place))
@@ -307,7 +282,7 @@ def rewrite(
     state: StateDict,
     changed: Mapping[str, OutTensor],
     *,
-    target: Path,
+    target: Target,
     provenance: Mapping[str, Any],
 ) -> Assembly:
     """Lay out a checkpoint as it is, in its own format, but for some tensors of one set of weights.
@@ -326,25 +301,25 @@ def rewrite(
     if state.keys is None:
         raise UsageError(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
-            "of them changed. Make plain weights of it first: ckpt convert --to plain."
+            "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     folder = base.path.is_dir()
-    if (folder and base.format != "dcp") or base.format == "safetensors":
+    if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
-        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
+        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.view.items()}
         if folder:
-            files = _sharded(tensors, base, provenance, None, untie=False)
-            return Assembly(target, files, folder=True, companions=tuple(companions(base)))
+            files = target.format.plan(tensors, Writing(name=target.name, provenance=provenance, like=base))
+            return Assembly(target.path, files, folder=True, companions=tuple(companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
-        plan = safetensors.plan(tensors, name=target.name, metadata=kept, provenance=provenance)
-        return Assembly(target, (plan,), folder=False)
-    old = reduce(getitem, state.path, base.tree)
+        files = base.format.plan(tensors, Writing(name=target.name, metadata=kept, provenance=provenance))
+        return Assembly(target.path, files, folder=False)
+    old = reduce(getitem, state.path, base.view)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
-    tree = put(base.tree, state.path, weights)
-    return nested(tree, target=target, provenance=provenance, folder=folder)
+    tree = put(base.view, state.path, weights)
+    return nested(tree, target=target.path, provenance=provenance, folder=folder)
 
 
 def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.ema_updates import stored_decay, stored_settings, stored_updates
-from ..checkpoints.layouts import BY_NAME, LAYOUTS, Layout, StateDict, dotted, parameters, select, states
-from ..checkpoints.layouts.build import Content, build, ema_settings
-from ..checkpoints.layouts.carry import beside, left_behind
+from ..checkpoints.ema_updates import stored_decay, stored_updates
+from ..checkpoints.layouts import (
+    LAYOUTS,
+    Content,
+    Layout,
+    StateDict,
+    dotted,
+    left_behind,
+    other_entries,
+    parameters,
+    select,
+    states,
+)
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
-from ..formats import SUFFIXES, dcp, read_header
+from ..formats import read_header
+from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import OutTensor
+from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
 from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
-from .outputs import TORCH_SUFFIXES, check_replaceable, check_shard_size, check_suffix, check_target
+from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
+from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
 from .provenance import provenance
-from .run import only_noted, write
+from .run import produce
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,46 +76,18 @@ class ConvertReport:
         return asdict(self)
 
 
+@takes(ConvertedOutput, ConvertedState, Missing, Computing)
 def convert(
-    path: str | Path,
-    *,
-    to: str,
-    out: str | Path,
-    state: str = "auto",
-    dtype: Any = None,
-    max_shard_size: str | int | None = None,
-    names_from: str | Path | None = None,
-    model: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    updates: int | None = None,
-    decay: float | None = None,
-    untie: bool = False,
-    threads: int | None = None,
-    allow_nonfinite: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[ConvertReport], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    path: str | Path, output: ConvertedOutput, which: ConvertedState, missing: Missing, running: Computing
 ) -> ConvertReport:
     """Write a checkpoint in another layout, file format or dtype, in bounded memory.
 
+    `ckpt_tools.checkpoints.layouts.LAYOUTS` has the layouts. Both sets of weights go in if the layout keeps both and
+    `state` is ``auto``; NaN and infinity matter only where the dtype changes.
+
     Args:
         path: a file or folder.
-        to: name of a layout, see `ckpt_tools.checkpoints.layouts.LAYOUTS`.
-        out: target; the suffix picks the format, none means a folder of shards.
-        state: ``auto`` (both sets where the layout keeps both, else the EMA where there is one), ``raw``, ``ema``,
-            or a dotted path: that set alone.
-        dtype: of the floating-point tensors among the weights; as they are if not given.
-        max_shard_size: bytes, or text such as ``5GB``.
-        names_from: a checkpoint of the same model, where this one's averages have no names.
-        model, model_kwargs: a timm name or a factory (see `recalibrate_checkpoint`) that gives the names instead.
-        updates, decay: of the average, where the checkpoint does not say.
-        untie: in safetensors, write tied tensors under each of their names.
-        threads, allow_nonfinite: as for `average`; NaN and infinity matter only where the dtype changes.
-        force: replace the target if it exists.
-        dry_run: plan and check, write nothing.
-        on_plan: called with the plan before the work.
-        on_progress: called in this thread with (bytes done, bytes in all).
+        {options}
 
     Returns:
         What was converted, and what it lost.
@@ -111,66 +95,58 @@ def convert(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    layout = find_layout(to)
-    target = Path(out)
-    check_suffix(target)
-    shard_bytes = None if max_shard_size is None else parse_size(max_shard_size)
+    layout = find_layout(output.to)
+    target = Target.of(output.out)
+    shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
     check_shard_size(target, shard_bytes)
     _check_format(layout, target)
-    _check_counters(updates, decay)
-    out_dtype = parse_dtype(dtype)
-    check_threads(threads)
+    _check_counters(missing.updates, missing.decay)
+    dtype = parse_dtype(output.dtype)
+    check_threads(running.threads)
     header = read_header(Path(path))
-    naming = find_names(header, names_from, model, model_kwargs or {})
-    found, sets = _chosen(header, layout, state, naming)
+    naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
+    found, sets = _chosen(header, layout, which.state, naming)
     notes = list(_remarks(found, sets, naming))
-    if len(sets) == 1 and layout.raw is not None and layout.ema is not None and not layout.alone:
+    if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("One set of weights stands for both, the raw and the averaged ones.")
-    content = _content(header, sets, out_dtype, naming, notes, updates=updates, decay=decay)
+    content = _content(header, sets, dtype, naming, notes, updates=missing.updates, decay=missing.decay)
     said = provenance(
         "convert",
-        {"to": to, "dtype": out_dtype and out_dtype.name},
+        {"to": output.to, "dtype": dtype and dtype.name},
         state=" and ".join(each.label for each in sets.values()),
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    with only_noted(notes, dry_run):
-        check_target(
-            target, [header.path, *(stamp.path for stamp in (*header.files, *naming.files))],
-            nbytes=sum(tensor.nbytes for tensor in {*content.raw.values(), *content.ema.values()}),
-            force=force, folder=not target.name.endswith(SUFFIXES),
-        )  # fmt: skip
-    nested_too = bool(layout.home) and target.name.endswith(TORCH_SUFFIXES)
-    dropped = [*unkept_metadata(header), *left_behind(header.tree, sets, layout, nested=nested_too)]
-    if target.name.endswith(SUFFIXES):
+    dropped = [
+        *unkept_metadata(header),
+        *left_behind(header.view, sets, layout, nested=bool(layout.home) and target.format.nests),
+    ]
+    if not target.folder:
         dropped += [path.name for path in companions(header)]
-    assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, untie)
-    if assembly.folder:
-        with only_noted(notes, dry_run):
-            check_replaceable(target, assembly.names)
+    assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, output.untie)
     report = ConvertReport(
         path=str(header.path),
         layout=next(iter(sets.values())).layout,
-        format=header.format,
-        to=to,
+        format=header.format.name,
+        to=output.to,
         state=tuple(each.label for each in sets.values()),
         placed=tuple(_placed(layout, sets, target)),
         tensors=len(content.ema),
         dropped=assembly.dropped,
         notes=tuple(notes),
-        out=str(target),
+        out=str(target.path),
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
     )
-    if on_plan is not None:
-        on_plan(report)
-    if not dry_run:
-        total = report.bytes_read + report.bytes_written
-        write(
-            assembly, (*header.files, *naming.files), force=force, threads=threads, allow_nonfinite=allow_nonfinite,
-            on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
-        )  # fmt: skip
-        report = replace(report, written=True)
-    return report
+    return produce(
+        report,
+        assembly,
+        (*header.files, *naming.files),
+        output,
+        running,
+        inputs=[header.path],
+        threads=running.threads,
+        allow_nonfinite=running.allow_nonfinite,
+    )
 
 
 def find_layout(name: str) -> Layout:
@@ -179,36 +155,36 @@ def find_layout(name: str) -> Layout:
     Raises:
         UsageError: there is none, or none that is written; offers the nearest.
     """
-    layout = BY_NAME.get(name)
+    layout = next((layout for layout in LAYOUTS if layout.name == name), None)
     written = [layout.name for layout in LAYOUTS if layout.written]
     if layout is None:
         near = difflib.get_close_matches(name, written, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UsageError(f"--to {name}: no such layout.{hint} ckpt convert --list shows what there is.")
+        raise UsageError(f"`to={name!r}`: no such layout.{hint} There are {', '.join(written)}.")
     if not layout.written:
-        raise UsageError(f"--to {name}: is read, but not written. ckpt convert --list shows what is.")
+        raise UsageError(f"`to={name!r}`: is read, but not written. Written are {', '.join(written)}.")
     return layout
 
 
-def _check_format(layout: Layout, target: Path) -> None:
-    if layout.name == "dcp" and target.name.endswith(SUFFIXES):
-        raise UsageError(f"{target}: --to dcp makes a folder. Give -o a name without suffix.")
-    if target.name.endswith(TORCH_SUFFIXES) or layout.flat:
+def _check_format(layout: Layout, target: Target) -> None:
+    output = "folder" if target.folder else "nested" if target.format.nests else "flat"
+    if output in layout.outputs:
         return
-    if target.name.endswith(".safetensors") or layout.name != "diffusers":
-        what = "a folder of safetensors" if not target.suffix else "safetensors"
-        folder = ", and a folder" if layout.name == "diffusers" else ""
-        raise UsageError(
-            f"{target}: --to {layout.name} nests its weights, which {what} cannot hold. "
-            f"Give -o a name that ends in .pth{folder}, or choose --to plain."
-        )
+    if layout.outputs == ("folder",):
+        raise UsageError(f"{target.path}: `to={layout.name!r}` makes a folder. Give `out` a name without suffix.")
+    what = "a folder of safetensors" if target.folder else "safetensors"
+    folder = ", and a folder" if "folder" in layout.outputs else ""
+    raise UsageError(
+        f"{target.path}: `to={layout.name!r}` nests its weights, which {what} cannot hold. "
+        f"Give `out` a name that ends in .pth{folder}, or choose `to='plain'`."
+    )
 
 
 def _check_counters(updates: int | None, decay: float | None) -> None:
     if updates is not None and (type(updates) is not int or not 0 <= updates < 1 << 63):
-        raise UsageError(f"--updates {updates!r}: must be a whole number from 0 on.")
+        raise UsageError(f"`updates={updates!r}`: must be a whole number from 0 on.")
     if decay is not None and not 0 <= decay <= 1:
-        raise UsageError(f"--decay {decay!r}: must be from 0 to 1.")
+        raise UsageError(f"`decay={decay!r}`: must be from 0 to 1.")
 
 
 def _chosen(
@@ -222,8 +198,7 @@ def _chosen(
     first = select(header, state, naming.names)
     found = states(header, naming.names)
     sets = {first.which: first}
-    both = layout.raw is not None and layout.ema is not None
-    if state == "auto" and both and len(found) == 2 and found["raw"].fault is None:
+    if state == "auto" and layout.pair and len(found) == 2 and found["raw"].fault is None:
         sets["raw"] = select(header, "raw", naming.names)
     return found, {which: replace(each, tensors=in_files(each.tensors)) for which, each in sets.items()}
 
@@ -279,8 +254,8 @@ def _content(
         parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
         updates=updates if updates is not None else stored_updates(header, averaged),
         decay=decay if decay is not None else stored_decay(header, averaged),
-        settings=stored_settings(header, averaged),
-        rest=beside(header.tree, sets),
+        settings=averaged.settings,
+        other_entries=other_entries(header.view, sets),
         notes=notes,
     )
 
@@ -310,35 +285,31 @@ def _assembled(
     layout: Layout,
     content: Content,
     header: Header,
-    target: Path,
+    target: Target,
     said: Mapping[str, Any],
     dropped: Sequence[str],
     shard_bytes: int | None,
     untie: bool,
 ) -> Assembly:
-    if layout.name == "dcp":
-        files = dcp.plan(content.raw, max_bytes=shard_bytes, provenance=said)
-        return Assembly(target, tuple(files), folder=True, dropped=tuple(dropped))
-    if target.name.endswith(TORCH_SUFFIXES):
-        return nested(build(layout, content), target=target, provenance=said, dropped=dropped)
-    if layout.name == "diffusers":
-        return flat(
-            content.ema, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
-            dropped=dropped, config=ema_settings(content), stem="diffusion_pytorch_model",
-        )  # fmt: skip
-    tree = build(replace(layout, home=(), raw=None if layout.ema is not None else layout.raw), content)
+    if target.format.nests:
+        return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
+    whole = layout.flatten(content)
+    if whole.dcp:
+        files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
+        return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     return flat(
-        tree, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie, dropped=dropped
-    )
+        whole.tensors, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
+        dropped=dropped, config=whole.config, stem=whole.stem,
+    )  # fmt: skip
 
 
-def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Path) -> list[str]:
+def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Target) -> list[str]:
     """Say where the weights stand now."""
-    whole = "the whole file" if target.suffix else "the whole folder"
+    whole = "the whole folder" if target.folder else "the whole file"
     # A flat file has no places, but a nested one would.
     where = {"raw": layout.raw, "ema": layout.ema}
     places = {which: dotted(path) or whole for which, path in where.items() if path is not None}
-    if not target.name.endswith(TORCH_SUFFIXES):
+    if not target.format.nests:
         places = dict.fromkeys(places, whole)
     if len(sets) == 2:
         return [f"{sets[which].label} → {place}" for which, place in places.items()]

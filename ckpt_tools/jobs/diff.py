@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.keys import prefixes, unwrap
 from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.prefixes import prefixes, unwrap
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
+from .options import Comparison, Reading, Tolerance, takes
 from .provenance import short_names
 
 if TYPE_CHECKING:
@@ -153,17 +154,8 @@ def _largest(found: Iterable[tuple[float | None, str]]) -> tuple[float, str]:
     return max(numbers, key=lambda pair: pair[0], default=(0.0, ""))
 
 
-def diff(
-    a: str | Path,
-    b: str | Path,
-    *,
-    state: str = "auto",
-    state_b: str | None = None,
-    rtol: float = 0.0,
-    atol: float = 0.0,
-    threads: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> DiffReport:
+@takes(Comparison, Tolerance, Reading)
+def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, running: Reading) -> DiffReport:
     """Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
 
     Names are compared without wrapper prefixes, and floating-point values in float64; integers must be equal
@@ -171,11 +163,7 @@ def diff(
 
     Args:
         a, b: files, or folders with a sharded checkpoint.
-        state: which weights: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path.
-        state_b: which of b; as `state` if not given.
-        rtol, atol: |a - b| <= atol + rtol * |b| is no difference, as in torch.allclose.
-        threads: workers; one a core if not given. Changes no result.
-        on_progress: called in this thread with (bytes read, bytes in all).
+        {options}
 
     Returns:
         What differs, and by how much; its ``verdict`` sums up.
@@ -183,13 +171,17 @@ def diff(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`.
     """
-    for option, value in (("--rtol", rtol), ("--atol", atol)):
+    rtol, atol = tolerance.rtol, tolerance.atol
+    for name, value in (("rtol", rtol), ("atol", atol)):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            raise UsageError(f"{option} {value!r}: must be a number, 0 or more.")
-    check_threads(threads)
+            raise UsageError(f"`{name}={value!r}`: must be a number, 0 or more.")
+    check_threads(running.threads)
     headers = read_header(Path(a)), read_header(Path(b))
     names = short_names([header.path for header in headers])
-    chosen = select(headers[0], state), select(headers[1], state if state_b is None else state_b)
+    chosen = (
+        select(headers[0], which.state),
+        select(headers[1], which.state if which.state_b is None else which.state_b),
+    )
     bare = unwrap(chosen[0].tensors), unwrap(chosen[1].tensors)
     plan = _plan(
         _renamed(chosen[0], bare[0]),
@@ -197,7 +189,7 @@ def diff(
         headers=headers,
         same_place=chosen[0].path == chosen[1].path,
     )
-    found = _measured(plan, headers, rtol, atol, threads, on_progress)
+    found = _measured(plan, headers, rtol, atol, running.threads, running.on_progress)
     differing = [_tensor_diff(a, tied, how) for (a, _), (tied, how) in found.items() if not how.same_bytes]
     return DiffReport(
         a=_side(headers[0], names[0], chosen[0], bare[0]),
@@ -212,7 +204,7 @@ def diff(
         compared=plan.same + sum(len(tied) for tied in plan.pairs.values()),
         identical=plan.same + sum(len(tied) for tied, how in found.values() if how.same_bytes),
         tensors=tuple(sorted(differing, key=_rank)),
-        notes=tuple(_remarks(chosen, names) if state == "auto" and state_b is None else ()),
+        notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
     )
 
@@ -231,7 +223,7 @@ def _remarks(chosen: Sequence[StateDict], names: Sequence[str]) -> Iterator[str]
     if a != b:
         yield (
             f"The {a} weights of {names[0]} are compared with the {b} weights of {names[1]}, for not both have an EMA. "
-            "Choose with --state and --state-b."
+            "Choose with `state` and `state_b`."
         )
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoints.keys import prefixes
 from ..checkpoints.layouts import StateDict, dotted, states
-from ..checkpoints.optimizers import find_optimizers, kind_of
+from ..checkpoints.optimizers import find_optimizers, optimizer_name
+from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
-from ..checkpoints.tree import tensors_in
 from ..formats.header import Header
+from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 
@@ -98,7 +98,7 @@ def describe(header: Header) -> Description:
     sets = states(header)
     return Description(
         path=str(header.path),
-        format=header.format,
+        format=header.format.name,
         nbytes=header.nbytes,
         files=len(header.files),
         sets=tuple(_weight_set(state) for state in sets.values()),
@@ -144,7 +144,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     if any(not state.path for state in sets.values()):
         return {}
     counts: dict[str, int] = {}
-    for path, _ in tensors_in(header.tree):
+    for path, _ in tensors_in(header.view):
         key = str(path[0]) if path else "the object itself"
         if key not in taken:
             counts[key] = counts.get(key, 0) + 1
@@ -154,7 +154,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
 def _optimizers(header: Header, sets: Mapping[str, StateDict]) -> Iterator[Optimizer]:
     weights = sets.get("raw") or next(iter(sets.values()), None)
     parameters = 0 if weights is None else _nbytes(weights)
-    for path, state in find_optimizers(header.tree, [each.path for each in sets.values()]):
+    for path, state in find_optimizers(header.view, [each.path for each in sets.values()]):
         nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
         place = dotted(path) or "the whole file"
-        yield Optimizer(place, kind_of(state), nbytes, nbytes / parameters if parameters else None)
+        yield Optimizer(place, optimizer_name(state), nbytes, nbytes / parameters if parameters else None)

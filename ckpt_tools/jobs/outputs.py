@@ -5,75 +5,104 @@ All of it is found out before any work is done; see `formats.staged` for the wri
 
 from __future__ import annotations
 
+import difflib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ReadError, UsageError, WriteError
-from ..formats import SUFFIXES
+from ..formats import format_of, suffixes
 from ..formats.dcp import METADATA
 from ..formats.dcp import SUFFIX as DISTCP
+from ..formats.format import Format
 from ..formats.header import Header
-from ..formats.sharded import INDEX_SUFFIXES, SINGLE, read_weight_map
-from ..storage.staged import same_file
-
-TORCH_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".safetensors")
-"""What files that torch writes are called."""
+from ..formats.sharded import INDEX_SUFFIXES, SHARDED, SINGLE, read_weight_map
+from ..storage.staged import is_writable, same_file
 
 
-def default_target(headers: list[Header]) -> Path:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an output goes.
+
+    Attributes:
+        path: of the file or folder.
+        folder: True for a folder, whatever its name.
+    """
+
+    path: Path
+    folder: bool
+
+    @classmethod
+    def of(cls, out: str | Path) -> Target:
+        """Read what the user says: a known suffix means a file; all else, and a slash at the end, a folder.
+
+        Raises:
+            UsageError: no name, or a suffix that is a slip of a known one.
+        """
+        text, name, known = os.fspath(out), Path(out).name, suffixes()
+        if not text or name in known:
+            raise UsageError(f"`out={text!r}`: there is no name in it. Is a variable of the shell unset?")
+        path = Path(out)
+        slash = os.path.basename(text) != name  # noqa: PTH119 - a Path would not tell
+        if not slash and not name.endswith(known) and not os.path.isdir(path):  # noqa: PTH112 - never raises
+            near = difflib.get_close_matches(path.suffix, known, n=2, cutoff=0.7)
+            if near:
+                raise UsageError(
+                    f"{text}: {path.suffix} is not a known suffix. Did you mean {' or '.join(near)}? "
+                    f"If a folder should have this name, end it in a slash: {text}/"
+                )
+        return cls(path, folder=slash or not name.endswith(known))
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.name
+
+    @property
+    def format(self) -> Format:
+        """The format that the name asks for; shards for a folder."""
+        return SHARDED if self.folder else format_of(self.path)
+
+
+def default_target(headers: list[Header]) -> Target:
     """Name the output as its inputs suggest."""
-    if all(header.format == "sharded" for header in headers):
-        return Path("averaged")
-    if all(_is_safetensors(header) for header in headers):
-        return Path("averaged.safetensors")
-    return Path("averaged.pth")
+    if all(header.shards for header in headers):
+        return Target.of("averaged")
+    usual = {header.file_format.usual_suffix for header in headers}
+    return Target.of("averaged" + (usual.pop() if len(usual) == 1 else ".pth"))
 
 
-def named_after(source: Path, tail: str) -> Path:
+def named_after(source: Path, tail: str) -> Target:
     """Name an output after its input, with something before the suffix: ``last-bn.pth``."""
-    suffix = next((s for s in (".pth.tar", *SUFFIXES) if source.name.endswith(s)), "")
-    return source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
+    suffix = next((s for s in (".pth.tar", *suffixes()) if source.name.endswith(s)), "")
+    path = source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
+    return Target(path, folder=source.is_dir() or not suffix)
 
 
-def _is_safetensors(header: Header) -> bool:
-    return header.format == "safetensors" or any(name.endswith(".safetensors") for name in header.shards.values())
-
-
-def check_suffix(target: Path) -> None:
-    """Refuse a suffix that says nothing about the format.
+def check_same_format(base: Header, target: Target) -> None:
+    """Refuse a target of another format than the checkpoint has.
 
     Raises:
-        UsageError: neither a known suffix nor none at all.
+        UsageError: it is.
     """
-    if target.suffix and not os.path.isdir(target) and not target.name.endswith(SUFFIXES):  # noqa: PTH112 - never raises
-        raise UsageError(f"{target}: the suffix should be one of {' '.join(SUFFIXES)}, or none for a folder of shards.")
-
-
-def check_same_format(base: Header, target: Path) -> None:
-    """Refuse a suffix that asks for another format than the checkpoint has.
-
-    Raises:
-        UsageError: it does.
-    """
-    check_suffix(target)
-    suffixes = TORCH_SUFFIXES if base.format.startswith("torch") else (".safetensors",)
     folder = base.path.is_dir()
-    if folder == target.name.endswith(SUFFIXES) or not (folder or target.name.endswith(suffixes)):
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
-        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
+    if target.folder if folder else target.format is base.format.written_as:
+        return
+    wanted = "a folder" if folder else f"a file named *{' or *'.join(base.format.written_as.suffixes)}"
+    raise UsageError(f"{target.path}: the checkpoint is {wanted}, and stays one. Choose another name with `out`.")
 
 
-def check_shard_size(target: Path, max_shard_size: int | None) -> None:
+def check_shard_size(target: Target, max_shard_size: int | None) -> None:
     """Refuse a size of shards where there are none.
 
     Raises:
         UsageError: the target is one file.
     """
-    if max_shard_size is not None and target.name.endswith(SUFFIXES):
-        raise UsageError("--max-shard-size needs a folder: give -o a name without suffix.")
+    if max_shard_size is not None and not target.folder:
+        raise UsageError("`max_shard_size` needs a folder: give `out` a name without suffix.")
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, folder: bool) -> None:
@@ -91,7 +120,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
     with _looking_at(target):
         parent = target.absolute().parent
         if parent.exists() and not parent.is_dir():
-            raise WriteError(f"{target}: {parent} is a file, not a folder. Choose another place with -o.")
+            raise WriteError(f"{target}: {parent} is a file, not a folder. Choose another place with `out`.")
         if not parent.is_dir():
             raise WriteError(f"{target}: there is no folder {parent}. Make it first: mkdir -p {parent}")
         resolved = target.resolve()
@@ -100,33 +129,35 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
             source = path.resolve()
             if resolved == source or (there and same_file(resolved, source)):
                 raise WriteError(
-                    f"{target}: is one of the inputs, which are never changed. Choose another name with -o."
+                    f"{target}: is one of the inputs, which are never changed. Choose another name with `out`."
                 )
             if source in around and source.is_dir():
                 raise WriteError(
-                    f"{target}: lies inside the input {path}, which is never changed. Choose another place with -o."
+                    f"{target}: lies inside the input {path}, which is never changed. Choose another place with `out`."
                 )
             if folder and resolved in source.parents:
                 raise WriteError(
-                    f"{target}: holds the input {path}, which is never changed. Choose another folder with -o."
+                    f"{target}: holds the input {path}, which is never changed. Choose another folder with `out`."
                 )
         if folder and resolved in (Path.cwd(), *Path.cwd().parents):
-            raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with -o.")
+            raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with `out`.")
         if target.exists() and target.is_dir() != folder:
             kind = "a folder" if target.is_dir() else "a file"
-            raise WriteError(f"{target}: is {kind} already. Choose another name with -o.")
+            raise WriteError(f"{target}: is {kind} already. Choose another name with `out`.")
         if target.exists() and not (folder or target.is_file()):
-            raise WriteError(f"{target}: is no regular file. Choose another name with -o.")
+            raise WriteError(f"{target}: is no regular file. Choose another name with `out`.")
         # A link is replaced itself, as any file is; what it leads to stays as it was.
         if not force and os.path.lexists(target) and (not folder or target.is_symlink() or any(target.iterdir())):
-            raise WriteError(f"{target}: exists already. Pass --force to replace it, or choose another name with -o.")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with -o.")
+            raise WriteError(
+                f"{target}: exists already. Pass `force=True` to replace it, or choose another name with `out`."
+            )
+        if not is_writable(parent):
+            raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with `out`.")
         free = shutil.disk_usage(parent).free
         if nbytes > free:
             raise WriteError(
                 f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
-                "Free some space or choose another place with -o."
+                "Free some space or choose another place with `out`."
             )
 
 
@@ -137,7 +168,7 @@ def _looking_at(target: Path) -> Iterator[None]:
         yield
     except (ReadError, OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with -o.") from error
+        raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with `out`.") from error
 
 
 def check_replaceable(folder: Path, names: Iterable[str]) -> None:
@@ -160,5 +191,5 @@ def check_replaceable(folder: Path, names: Iterable[str]) -> None:
         for child in sorted(folder.iterdir()):
             if child.name not in known or not child.is_file():
                 raise WriteError(
-                    f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with -o."
+                    f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with `out`."
                 )

@@ -46,7 +46,7 @@ def find_names(header: Header, names_from: str | Path | None, model: str | None,
         UsageError: both are given, or no such model.
     """
     if names_from is not None and model is not None:
-        raise UsageError("--names-from and --model both give names. Leave one of them out.")
+        raise UsageError("`names_from` and `model` both give names. Leave one of them out.")
     if names_from is not None:
         other = read_header(Path(names_from))
         chosen = select(other)

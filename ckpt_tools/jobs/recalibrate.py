@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,17 @@ from ..compute.payload import torch_dtype
 from ..compute.threads import default_threads
 from ..errors import NumericsError, UsageError
 from ..evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
-from ..evaluation.models import build_model, input_channels, load_weights, pick_device
+from ..evaluation.models import build_model, importable, input_channels, load_weights, pick_device
 from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy
 from ..formats import read_header
 from ..formats.file_plan import OutTensor
-from ..series.paths import default_input
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
-from .outputs import check_replaceable, check_target, named_after
+from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, replaced, takes
+from .outputs import Target, named_after
 from .provenance import provenance
-from .run import only_noted, write
+from .run import check_output, run, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class RecalibrationReport:
         layers: BatchNorm layers to recalibrate.
         statistics: what was found; None in a plan.
         broken: images that could not be read.
-        before, after: accuracy on the data of `--eval`.
+        before, after: accuracy on the data of `eval_data`.
         notes: decisions worth knowing; warnings among them.
         dropped: what of the checkpoint could not be written again.
         written: True once the new checkpoint is there.
@@ -78,63 +79,25 @@ class RecalibrationReport:
         return plain | {"statistics": None if self.statistics is None else self.statistics.to_dict()}
 
 
+@takes(Network, State, Images, Measuring, RecalibratedOutput, Inference)
 def recalibrate_checkpoint(
-    path: str | Path | None = None,
-    *,
-    data: str,
-    model: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
-    images: int | None = None,
-    batch_size: int = 64,
-    workers: int | None = None,
-    split: str = "validation",
-    data_root: str | None = None,
-    img_size: int | None = None,
-    crop_pct: float | None = None,
-    interpolation: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    state: str = "auto",
-    device: str = "auto",
-    amp: bool = False,
-    channels_last: bool = True,
-    passes: int = 1,
-    estimator: str = "population",
-    seed: int = 0,
-    eval_data: str | None = None,
-    require_gain: bool = False,
-    out: str | Path | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[RecalibrationReport], None] | None = None,
-    on_progress: Progress | None = None,
+    path: str | Path,
+    which: Network,
+    weights: State,
+    images: Images,
+    measuring: Measuring,
+    output: RecalibratedOutput,
+    running: Inference,
 ) -> RecalibrationReport:
     """Give the weights in a checkpoint the BatchNorm statistics of some data, and write it anew.
 
-    Everything but the buffers of the BatchNorm layers stays as it is, byte for byte.
+    Everything but the buffers of the BatchNorm layers stays as it is, byte for byte. `build_model` in
+    `ckpt_tools.evaluation.models` says what a model may be, `open_data` in `ckpt_tools.evaluation.data` what data may
+    be, and `recalibrate_bn` what is measured.
 
     Args:
-        path: the checkpoint; ``averaged.pth`` or ``averaged.safetensors`` if not given.
-        data: see `ckpt_tools.evaluation.data.open_data`.
-        model, model_kwargs: see `ckpt_tools.evaluation.models.build_model`.
-        images: how many; 8192, or all where there are fewer, if not given; -1 for all.
-        batch_size: images a batch (and a process).
-        workers: processes that decode images; as many as cores, 8 at most, if not given.
-        split, data_root: of a named dataset.
-        img_size, crop_pct, interpolation, mean, std: of the images; as the model says if not given.
-        state: which weights, as for `average`.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``.
-        amp: run the network in bfloat16 where torch's autocast holds that safe.
-        channels_last: keep images in channels-last order, which is the quicker one.
-        passes, estimator: see `recalibrate_bn`.
-        seed: of the random subset.
-        eval_data: labelled data to evaluate on, before and after; all of them.
-        require_gain: write nothing if the loss on them gets worse.
-        out: target; the checkpoint's name with ``-bn`` if not given.
-        force: replace it if it exists.
-        dry_run: build the model and look at the data, run nothing, write nothing.
-        on_plan: called with the plan before the work.
-        on_progress: called with (what, images done, images in all).
+        path: the checkpoint.
+        {options}
 
     Returns:
         What was done. A model without BatchNorm gives a report without layers, and nothing is written.
@@ -142,132 +105,136 @@ def recalibrate_checkpoint(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    if type(batch_size) is not int or batch_size < 2:
-        raise UsageError(f"--batch-size {batch_size}: must be 2 or more; one image cannot be normalised.")
-    if images is not None and (type(images) is not int or images < -1 or images in (0, 1)):
-        raise UsageError(f"--images {images}: must be 2 or more, or all.")
-    check_options(passes, estimator)
-    if require_gain and eval_data is None:
-        raise UsageError("--require-gain goes with --eval.")
-    source = Path(path) if path is not None else default_input()
-    checkpoint = Checkpoint(read_header(source), state)
-    target = Path(out) if out is not None else named_after(source, "-bn")
-    where = local_device(pick_device(device))
-    with joined_group(where) as group:
-        network = build_model(model, checkpoint.header, model_kwargs or {}, checkpoint.specs)
+    _check(images, measuring)
+    source = Path(path)
+    checkpoint = Checkpoint(read_header(source), weights.state)
+    target = Target.of(output.out) if output.out is not None else named_after(source, "-bn")
+    device = local_device(pick_device(running.device))
+    factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]
+    with importable(*factories), joined_group(device) as group:
+        network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
         stored = load_weights(network, checkpoint)
         found, skipped = find_layers(network)
-        network.to(where)
-        if channels_last:
+        network.to(device)
+        if running.channels_last:
             network.to(memory_format=torch.channels_last)
-        loading = Loading(
-            images, batch_size, _workers(workers), seed, group.rank, group.world, pin_memory=where.type == "cuda"
-        )
-        options = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
-        notes: list[str] = []
-        opened = _opened(
-            network, data, eval_data, loading, options, notes, split=split, root=data_root, wanted=bool(found)
-        )
-        batches, preprocessing = opened.batches, opened.preprocessing
-        if batches is not None and batches.once and passes > 1:
-            raise UsageError(f"--passes {passes} needs data that can be read again: the factory gives an iterator.")
+        opened = _opened(network, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found))
+        batches = opened.batches
+        if batches is not None and batches.once and measuring.passes > 1:
+            raise UsageError(
+                f"`passes={measuring.passes}` needs data that can be read again: the factory gives an iterator."
+            )
         report = RecalibrationReport(
             path=str(source),
-            out=str(target),
+            out=str(target.path),
             state=checkpoint.state.label,
             model=type(network).__name__,
-            device=str(where),
-            data=data,
+            device=str(device),
+            data=images.data,
             images=None if batches is None else batches.images,
-            preprocessing={} if is_factory(data) else preprocessing,
+            preprocessing={} if is_factory(images.data) else opened.preprocessing,
             layers=len(found),
-            passes=passes,
-            notes=tuple(notes),
+            passes=measuring.passes,
+            notes=opened.notes,
         )
+        if not group.first:  # it neither speaks nor writes
+            running = replaced(running, on_plan=None, on_progress=None)
         if batches is None:
-            notes += [f"Left as it is: {name or 'the model'} ({kind}), {reason}." for name, kind, reason in skipped]
-            report = replace(report, notes=(*notes, "The model has no BatchNorm statistics; nothing to do."))
-            if on_plan is not None and group.first:
-                on_plan(report)
-            return report
+            left = [f"Left as it is: {name or 'the model'} ({kind}), {reason}." for name, kind, reason in skipped]
+            notes = (*report.notes, *left, "The model has no BatchNorm statistics; nothing to do.")
+            return run(replace(report, notes=notes), running)
         arguments = {
-            "data": data,
+            "data": images.data,
             "images": batches.images,
-            "seed": seed,
-            "passes": passes,
-            "estimator": estimator,
-            "batch_size": batch_size,
-            "amp": amp or None,
-            **({"preprocessing": preprocessing} if preprocessing else {}),
+            "seed": measuring.seed,
+            "passes": measuring.passes,
+            "estimator": measuring.estimator,
+            "batch_size": images.batch_size,
+            "amp": running.amp or None,
+            **({"preprocessing": opened.preprocessing} if opened.preprocessing else {}),
         }
         plan = _laid_out(checkpoint, target, arguments, {})
-        if group.first:
-            with only_noted(notes, dry_run):
-                _check(plan, checkpoint, force=force)
-        report = replace(report, dropped=plan.dropped, notes=tuple(notes))
-        if on_plan is not None and group.first:
-            on_plan(report)
-        if dry_run:
+        header = checkpoint.header
+
+        def check() -> None:
+            check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
+
+        def work(report: RecalibrationReport) -> RecalibrationReport:
+            with Runner(network, device, amp=running.amp, channels_last=running.channels_last) as runner:
+                progress = running.on_progress or _unseen
+                report = _measured(report, runner, batches, opened.held_out, measuring.estimator, group, progress)
+            if measuring.require_gain:
+                _check_gain(report, measuring.eval_data)
+            if group.first and report.statistics is not None:
+                buffers = _new_buffers(network, report.statistics, stored, checkpoint.specs)
+                seen = {} if batches.images else {"images": report.statistics.images}
+                write(_laid_out(checkpoint, target, arguments | seen, buffers), header.files, force=output.force)
             return report
-        runner = Runner(network, where, amp=amp, channels_last=channels_last)
-        progress = on_progress if on_progress is not None and group.first else _unseen
-        report = _measured(report, runner, batches, opened.held_out, estimator, group, progress)
-        if require_gain:
-            _check_gain(report, eval_data)
-        if group.first and report.statistics is not None:
-            buffers = _new_buffers(network, report.statistics, stored, checkpoint.specs)
-            seen = {} if batches.images else {"images": report.statistics.images}
-            write(_laid_out(checkpoint, target, arguments | seen, buffers), checkpoint.header.files, force=force)
-        return replace(report, written=group.first)
+
+        done = run(replace(report, dropped=plan.dropped), running, check=check if group.first else None, work=work)
+        return done if group.first else replace(done, written=False)
+
+
+def _check(images: Images, measuring: Measuring) -> None:
+    """Refuse what makes no sense before anything is read."""
+    if type(images.batch_size) is not int or images.batch_size < 2:
+        raise UsageError(f"`batch_size={images.batch_size!r}`: must be 2 or more; one image cannot be normalised.")
+    if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
+        raise UsageError(f"`images={images.images!r}`: must be 2 or more, or all (-1).")
+    if images.workers is not None and (type(images.workers) is not int or images.workers < 0):
+        raise UsageError(f"`workers={images.workers!r}`: must be 0 or more.")
+    check_options(measuring.passes, measuring.estimator)
+    if measuring.require_gain and measuring.eval_data is None:
+        raise UsageError("`require_gain` goes with `eval_data`.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Images:
+class _Opened:
     """The images that a job looks at.
 
     Attributes:
         batches: which the statistics come from; None where there are no statistics.
         held_out: which the accuracy is measured on.
         preprocessing: empty where the user's code prepares the images.
+        notes: decisions worth knowing.
     """
 
     batches: Batches | None
     held_out: Batches | None
     preprocessing: Mapping[str, Any]
+    notes: tuple[str, ...]
 
 
 def _opened(
-    network: nn.Module,
-    data: str,
-    eval_data: str | None,
-    loading: Loading,
-    options: Mapping[str, Any],
-    notes: list[str],
-    *,
-    split: str,
-    root: str | None,
-    wanted: bool,
-) -> _Images:
+    network: nn.Module, images: Images, measuring: Measuring, group: Group, *, pin_memory: bool, wanted: bool
+) -> _Opened:
     """Open the data, as the model wants its images unless the options say otherwise."""
+    data, eval_data = images.data, measuring.eval_data
+    workers = min(8, default_threads()) if images.workers is None else images.workers
+    loading = Loading(
+        images.images, images.batch_size, workers, measuring.seed, group.rank, group.world, pin_memory=pin_memory
+    )
+    options = {name: getattr(images, name) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
     own = is_factory(data) and (eval_data is None or is_factory(eval_data))
     preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
+    open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
+    notes = []
     if is_factory(data) and any(value is not None for value in options.values()):
-        notes.append("--data is a factory, which prepares its images itself: size, crop, mean and std are its own.")
-    batches = open_data(data, loading, preprocessing=preprocessing, split=split, root=root) if wanted else None
+        notes.append("`data` is a factory, which prepares its images itself: size, crop, mean and std are its own.")
+    batches = open_batches(data, loading) if wanted else None
     held_out = None
     if eval_data is not None:
-        everything = replace(loading, images=-1)
-        held_out = open_data(eval_data, everything, preprocessing=preprocessing, split=split, root=root)
+        held_out = open_batches(eval_data, replace(loading, images=-1))
         if _same(data, eval_data):
             notes.append(
-                "--eval is the data that the statistics come from, so the accuracy after it is "
+                "`eval_data` is the data that the statistics come from, so the accuracy after it is "
                 "higher than on images that the network has not seen."
             )
-    return _Images(batches, held_out, preprocessing)
+    return _Opened(batches, held_out, preprocessing, tuple(notes))
 
 
 def _laid_out(
-    checkpoint: Checkpoint, target: Path, arguments: dict[str, Any], buffers: Mapping[str, OutTensor]
+    checkpoint: Checkpoint, target: Target, arguments: dict[str, Any], buffers: Mapping[str, OutTensor]
 ) -> Assembly:
     return rewrite(
         checkpoint.header,
@@ -303,7 +270,7 @@ def _measured(
         notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
     unseen = [] if held_out is None else _everyones(held_out.broken, group)
     if unseen:
-        notes.append(f"{len(unseen)} images of --eval could not be read, such as {unseen[0]}.")
+        notes.append(f"{len(unseen)} images of `eval_data` could not be read, such as {unseen[0]}.")
     return replace(
         report,
         images=statistics.images,
@@ -320,18 +287,12 @@ def _check_gain(report: RecalibrationReport, eval_data: str | None) -> None:
     if before and after and (after.loss > before.loss or math.isnan(after.loss)):
         raise NumericsError(
             f"the loss on {eval_data} went from {before.loss:.4f} to {after.loss:.4f}; nothing was written "
-            "(--require-gain). Are these the images, size and mean that the network was trained with?"
+            "(`require_gain`). Are these the images, size and mean that the network was trained with?"
         )
 
 
 def _unseen(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
-
-
-def _workers(asked: int | None) -> int:
-    if asked is not None and (type(asked) is not int or asked < 0):
-        raise UsageError(f"--workers {asked}: must be 0 or more.")
-    return min(8, default_threads()) if asked is None else asked
 
 
 def _same(data: str, other: str) -> bool:
@@ -374,14 +335,6 @@ def _new_buffers(
 def _bytes(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor, without NumPy, which the base installation lacks."""
     return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
-
-
-def _check(plan: Assembly, checkpoint: Checkpoint, *, force: bool) -> None:
-    header = checkpoint.header
-    inputs = [header.path, *(stamp.path for stamp in header.files)]
-    check_target(plan.target, inputs, nbytes=plan.nbytes, force=force, folder=plan.folder)
-    if plan.folder:
-        check_replaceable(plan.target, plan.names)
 
 
 def _everyones(broken: list[str], group: Group) -> list[str]:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from json import JSONDecodeError
 from pathlib import Path
-from stat import S_IMODE
 from typing import Any
 from zipfile import BadZipFile
 
-from ..checkpoints.layouts import is_optimizer
-from ..checkpoints.state_dicts import Change, StateNames, plan_changes, state_dicts
+from ..checkpoints.optimizers import is_optimizer
+from ..checkpoints.prefixes import NewNames, StateNames, plan_names
+from ..checkpoints.state_dicts import state_dicts
 from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
-from ..formats import SUFFIXES, read_header, renaming
+from ..formats import read_header, suffixes
+from ..formats.format import Named, Renaming
 from ..formats.header import Header
-from ..formats.renaming import Named, Renaming
 from ..formats.sharded import INDEX_SUFFIXES, renamed_index
-from ..series.paths import default_input
 from ..storage import splice
-from ..storage.opened import OpenFiles, raise_file_limit
-from ..storage.source import Stamp
+from ..storage.local import raise_file_limit
+from ..storage.source import OpenFiles, Stamp, stamp_at
 from ..storage.splice import Span, Splice
-from ..storage.staged import staged_files
-from .outputs import check_replaceable, check_target
-from .run import only_noted
+from ..storage.staged import flush, is_writable, keep_attributes, staged_files
+from .options import Prefixes, RenamedOutput, Running, takes
+from .outputs import Target, check_replaceable, check_target
+from .run import run
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +62,17 @@ class PrefixReport:
         return asdict(self) | {"changed": self.changed}
 
 
-def fix_prefix(
-    path: str | Path | None = None,
-    *,
-    out: str | Path | None = None,
-    strip: Sequence[str] = (),
-    add: Sequence[str] = (),
-    force: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[PrefixReport], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> PrefixReport:
+@takes(Prefixes, RenamedOutput, Running)
+def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, running: Running) -> PrefixReport:
     """Take wrapper prefixes from the names in a checkpoint; everything else stays as it is, byte for byte.
 
     Every state dict inside is treated by itself: raw weights, averaged ones, any dict of names to tensors, but no
-    optimizer. Without `strip` and `add`, the prefixes of `keys.WRAPPERS` go, as `average` takes them off.
+    optimizer. Without `strip` and `add`, those of `prefixes.WRAPPERS` go, as `average` takes them off. Of several
+    prefixes, each is taken off, or put in front, after the one before it.
 
     Args:
-        path: the checkpoint; ``averaged.pth`` or ``averaged.safetensors`` if not given.
-        out: where the new one goes. If not given, it takes the place of the old one, in one rename.
-        strip: prefixes to take from the names that start with them, one after the other.
-        add: prefixes to put before all names then, one after the other.
-        force: replace `out` if it exists.
-        dry_run: write nothing.
-        on_plan: called with the plan before the work.
-        on_progress: called with (bytes written, bytes in all).
+        path: the checkpoint, which is replaced if `out` is not given.
+        {options}
 
     Returns:
         What was done. If no name changes, nothing is written, or, with `out`, a copy.
@@ -95,50 +80,65 @@ def fix_prefix(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; the checkpoint is as it was then.
     """
-    for option, prefixes in (("--strip", strip), ("--add", add)):
-        if isinstance(prefixes, str) or not all(isinstance(prefix, str) and prefix for prefix in prefixes):
-            raise UsageError(f"{option} takes prefixes such as 'model.', not {prefixes!r}.")
-    source = Path(path) if path is not None else default_input()
+    for name, given in (("strip", prefixes.strip), ("add", prefixes.add)):
+        if isinstance(given, str) or not all(isinstance(prefix, str) and prefix for prefix in given):
+            raise UsageError(f"`{name}` takes prefixes such as 'model.', not {given!r}.")
+    source = Path(path)
     if source.is_dir() and (source / ".metadata").is_file():
         raise UnsupportedError(
             f"{source}: a DCP checkpoint, whose names stand in many places. Make one file of it first: ckpt convert."
         )
     header = read_header(source)
     notes: list[str] = []
-    target = Path(out) if out is not None else header.path if header.format == "sharded" else header.files[0].path
-    folder = header.format == "sharded" if out is None else _stays(header, target)
+    in_place = output.out is None
+    sharded = header.format.folder
+    if output.out is not None:
+        chosen = Target.of(output.out)
+        target, folder = chosen.path, _stays(header, chosen)
+    else:
+        target, folder = header.path if sharded else header.files[0].path, sharded
     stamps = list(header.files)
     with _undisturbed(source):
-        changes, splices = _renamed(header, strip, add, notes)
-        if folder and out is not None:
+        changes, splices = _renamed(header, prefixes.strip, prefixes.add, notes)
+        if folder and not in_place:
             stamps += _add_companions(header, splices, notes)
-    changed = any(change.names for change in changes)
+    nbytes = sum(part.size for part in splices.values())
+    idle = in_place and not any(change.names for change in changes)
+    if in_place and not idle and target.stat().st_nlink > 1 and not sharded:
+        notes.append(_other_names(target))
     report = PrefixReport(
         path=str(source),
         out=str(target),
-        in_place=out is None,
-        format=header.format,
+        in_place=in_place,
+        format=header.format.name,
         states=tuple(change.report for change in changes),
-        nbytes=sum(part.size for part in splices.values()),
+        nbytes=nbytes,
+        notes=tuple(notes),
     )
-    idle = out is None and not changed
-    if not idle:
-        with only_noted(notes, dry_run):
-            if out is None:
-                _check_in_place(header, target, report.nbytes, notes)
-            else:
-                _refuse_itself(header, target)
-                inputs = [*([_home(header)] if folder else []), *(stamp.path for stamp in header.files)]
-                check_target(target, inputs, nbytes=report.nbytes, force=force, folder=folder)
-                if folder:
-                    check_replaceable(target, splices)
-    report = replace(report, notes=tuple(notes))
-    if on_plan is not None:
-        on_plan(report)
-    if dry_run or idle:
-        return report
-    _write(target, splices, stamps, in_place=out is None, folder=folder, force=force, on_progress=on_progress)
-    return replace(report, written=True)
+
+    def check() -> None:
+        if in_place:
+            _check_in_place(header, target, nbytes)
+            return
+        _refuse_itself(header, target)
+        inputs = [*([_home(header)] if folder else []), *(stamp.path for stamp in header.files)]
+        check_target(target, inputs, nbytes=nbytes, force=output.force, folder=folder)
+        if folder:
+            check_replaceable(target, splices)
+
+    def work(plan: PrefixReport) -> PrefixReport:
+        _write(
+            target,
+            splices,
+            stamps,
+            in_place=in_place,
+            folder=folder,
+            force=output.force,
+            on_progress=running.on_progress,
+        )
+        return plan
+
+    return run(report, running) if idle else run(report, running, check=check, work=work)
 
 
 @contextmanager
@@ -152,26 +152,26 @@ def _undisturbed(source: Path) -> Iterator[None]:
 
 def _renamed(
     header: Header, strip: Sequence[str], add: Sequence[str], notes: list[str]
-) -> tuple[list[Change], dict[str, Splice]]:
+) -> tuple[list[NewNames], dict[str, Splice]]:
     """Plan the names of a checkpoint, and from them its files, the index of a sharded one last."""
-    if header.format != "sharded":
-        file = renaming.read(header)
+    if not header.format.folder:
+        file = header.format.rename(header)
         states = state_dicts(file.tree)
         if not states:
             raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
-        changes = plan_changes(states, strip, add, where=str(header.path), notes=notes)
+        changes = plan_names(states, strip, add, where=str(header.path), notes=notes)
         return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
     index, *shards = (stamp.path for stamp in header.files)
-    files = [renaming.read(read_header(path)) for path in shards]
+    files = [each.format.rename(each) for each in map(read_header, shards)]
     # One state dict in many files: what all names carry, all names in all files carry.
     whole = {name: tensor for file in files for name, tensor in file.tree.items()}
-    (change,) = plan_changes({(): whole}, strip, add, where=str(header.path), notes=notes)
+    (change,) = plan_names({(): whole}, strip, add, where=str(header.path), notes=notes)
     splices = {file.path.name: _splice(file, [(file.tree, change)]) for file in files}
     splices[index.name] = Splice(index, (renamed_index(index, change.names),)) if change.names else _copy(index)
     return [change], splices
 
 
-def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], Change]]) -> Splice:
+def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], NewNames]]) -> Splice:
     if not any(change.names for _, change in states):
         return _copy(file.path)
     return file.renamed([Renaming(state, change.names, change.modules(state)) for state, change in states])
@@ -191,18 +191,18 @@ def _no_names(tree: Any) -> str:
     return "holds no dict of names to tensors. Save the model's state_dict(), not the model."
 
 
-def _stays(header: Header, target: Path) -> bool:
+def _stays(header: Header, target: Target) -> bool:
     """Return whether the target is a folder, as the checkpoint is.
 
     Raises:
         UsageError: its suffix asks for something else.
     """
-    torch = header.format.startswith("torch")
-    suffixes = tuple(suffix for suffix in SUFFIXES if (suffix == ".safetensors") != torch)
-    folder = header.format == "sharded" or (header.path.is_dir() and not target.name.endswith(suffixes))
-    if target.name.endswith(SUFFIXES) if folder else not target.name.endswith(suffixes):
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(suffixes)}"
-        raise UsageError(f"{target}: the checkpoint is {wanted}, and stays one. Choose another name with -o.")
+    written_as = header.format.written_as
+    file = target.format is written_as
+    folder = header.format.folder or (header.path.is_dir() and not file)
+    if not target.folder if folder else not file:
+        wanted = "a folder" if folder else f"a file named *{' or *'.join(written_as.suffixes)}"
+        raise UsageError(f"{target.path}: the checkpoint is {wanted}, and stays one. Choose another name with `out`.")
     return folder
 
 
@@ -212,14 +212,13 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
     for path in sorted(_home(header).iterdir()):
         if path.name in splices or path.name.startswith("."):
             continue
-        if not path.is_file() or path.name.endswith((*SUFFIXES, *INDEX_SUFFIXES)):
+        if not path.is_file() or path.name.endswith((*suffixes(), *INDEX_SUFFIXES)):
             left_out.append(path.name)
             continue
         try:
-            with path.open("rb") as file:
-                stamps.append(Stamp.of(path, file.fileno()))
-        except OSError as error:
-            raise ReadError(f"{path}: cannot be read ({error.strerror}). It belongs into the new folder.") from error
+            stamps.append(stamp_at(path))
+        except ReadError as error:
+            raise ReadError(f"{error} It belongs into the new folder.") from error
         splices[path.name] = _copy(path)
     if left_out:
         notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
@@ -228,26 +227,26 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
 
 def _refuse_itself(header: Header, target: Path) -> None:
     if target.exists() and any(target.samefile(stamp.path) for stamp in header.files):
-        raise WriteError(f"{target}: is the checkpoint itself. Leave -o out to replace it, or choose another name.")
+        raise WriteError(f"{target}: is the checkpoint itself. Omit `out` to replace it, or choose another name.")
 
 
-def _check_in_place(header: Header, target: Path, nbytes: int, notes: list[str]) -> None:
-    if header.format == "sharded":
+def _check_in_place(header: Header, target: Path, nbytes: int) -> None:
+    if header.format.folder:
         raise WriteError(
-            f"{header.path}: no single rename can replace a folder of shards. Say where the new one goes: -o NEWFOLDER"
+            f"{header.path}: no single rename can replace a folder of shards. Say where the new one goes, with `out`."
         )
     if target.is_symlink():
         raise WriteError(
-            f"{target}: is a symbolic link. Name the file itself, {target.resolve()}, or a new one with -o."
+            f"{target}: is a symbolic link. Name the file itself, {target.resolve()}, or a new one with `out`."
         )
-    if not os.access(target, os.W_OK):
-        raise WriteError(f"{target}: is write-protected. Lift that (chmod u+w), or name a new file with -o.")
-    others = target.stat().st_nlink - 1
-    if others:
-        notes.append(
-            f"{target} has {others} more {'name' if others == 1 else 'names'} (hard links); there the old file stays."
-        )
+    if not is_writable(target):
+        raise WriteError(f"{target}: is write-protected. Lift that (chmod u+w), or name a new file with `out`.")
     check_target(target, [], nbytes=nbytes, force=True, folder=False)
+
+
+def _other_names(target: Path) -> str:
+    others = target.stat().st_nlink - 1
+    return f"{target} has {others} more {'name' if others == 1 else 'names'} (hard links); there the old file stays."
 
 
 def _write(
@@ -276,33 +275,20 @@ def _write(
         for part, fd in zip(splices.values(), fds, strict=True):
             files.open(part.source)
             if in_place:
-                _like(fd, files[part.source])  # before there is something to read in it
+                keep_attributes(fd, files.descriptor(part.source))  # before there is something to read in it
             splice.write(part, files[part.source], fd, count)
         if in_place:
-            os.fsync(fds[0])  # now, so that little time is left for others between the next lines and the rename
+            flush(fds[0])  # now, so that little time is left for others between the next lines and the rename
         files.check_unchanged()
         if in_place:
             _check_same(target, stamps[0])
 
 
-def _like(fd: int, old: int) -> None:
-    """Give a new file the owner, the attributes (access lists among them) and the mode bits of the old one."""
-    stat = os.fstat(old)
-    with suppress(OSError):
-        os.fchown(fd, stat.st_uid, stat.st_gid)
-    with suppress(OSError, AttributeError):  # a system or a file system without attributes
-        for name in os.listxattr(old):
-            with suppress(OSError):  # one that only the system sets
-                os.setxattr(fd, name, os.getxattr(old, name))
-    os.fchmod(fd, S_IMODE(stat.st_mode))
-
-
 def _check_same(path: Path, stamp: Stamp) -> None:
     """Refuse to replace a file that another one has replaced meanwhile."""
     try:
-        with path.open("rb") as file:
-            same = Stamp.of(path, file.fileno()) == stamp
-    except OSError:
+        same = stamp_at(path) == stamp
+    except ReadError:
         same = False
     if not same:
         raise CorruptError(f"{path}: was replaced by another file meanwhile, which stays. Try again.")

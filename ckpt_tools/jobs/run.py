@@ -1,34 +1,107 @@
-"""Writing: from an assembly to files, whole or not at all."""
+"""Running: a planned job is checked, shown and carried out; its output is whole or not there."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ..compute import engine
-from ..compute.batches import OutFile
 from ..compute.gpu.devices import GPU_MEMORY
+from ..compute.work_units import OutFile
 from ..errors import WriteError
 from ..formats.file_plan import FilePlan
 from ..storage import splice
-from ..storage.opened import OpenFiles
-from ..storage.source import Stamp
+from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
 from ..storage.staged import staged_files
 from .assembly import Assembly
+from .options import Output, Running
+from .outputs import check_replaceable, check_target
+
+R = TypeVar("R")
 
 
-@contextmanager
-def only_noted(notes: list[str], dry_run: bool) -> Iterator[None]:
-    """In a dry run, say that the target would be refused, and go on."""
+def run(
+    report: R,
+    running: Running,
+    *,
+    check: Callable[[], None] | None = None,
+    work: Callable[[R], R] | None = None,
+) -> R:
+    """Check a planned job, show it, and carry it out.
+
+    Args:
+        report: the plan; a frozen dataclass with `notes` and `written`.
+        check: refuses the target. In a dry run the refusal becomes a note.
+        work: writes the output and returns the report of what was done. None if there is nothing to do.
+
+    Returns:
+        The report; `written` is True if there was work, and it was done.
+
+    Raises:
+        WriteError: the target is refused.
+    """
+    plan: Any = report
     try:
-        yield
+        if check is not None:
+            check()
     except WriteError as error:
-        if not dry_run:
+        if not running.dry_run:
             raise
-        notes.append(f"Without --dry-run this would be refused: {error}")
+        plan = replace(plan, notes=(*plan.notes, f"Without `dry_run` this would be refused: {error}"))
+    if running.on_plan is not None:
+        running.on_plan(plan)
+    if running.dry_run or work is None:
+        return plan  # type: ignore[no-any-return]
+    done: Any = work(plan)
+    return replace(done, written=True)  # type: ignore[no-any-return]
+
+
+def produce(
+    report: R,
+    assembly: Assembly,
+    stamps: Sequence[Stamp],
+    output: Output,
+    running: Running,
+    *,
+    inputs: Iterable[Path] = (),
+    finish: Callable[[R], tuple[R, Assembly]] | None = None,
+    **options: Any,
+) -> R:
+    """Run a job whose output is an assembly; see `run`.
+
+    Args:
+        stamps: of the input files, taken when their headers were read.
+        inputs: further files and folders that the target must not be.
+        finish: called after the plan is shown; returns the report and the assembly to write instead.
+        options: of `write`.
+    """
+
+    def check() -> None:
+        check_output(assembly, [*inputs, *(stamp.path for stamp in stamps)], force=output.force)
+
+    def work(plan: R) -> R:
+        done, final = (plan, assembly) if finish is None else finish(plan)
+        total = final.bytes_read + final.nbytes
+        show = running.on_progress
+        on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
+        write(final, stamps, force=output.force, on_progress=on_bytes, **options)
+        return done
+
+    return run(report, running, check=check, work=work)
+
+
+def check_output(assembly: Assembly, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse a target before any work is done.
+
+    Raises:
+        WriteError: see `check_target` and `check_replaceable`.
+    """
+    check_target(assembly.target, inputs, nbytes=assembly.nbytes, force=force, folder=assembly.folder)
+    if assembly.folder:
+        check_replaceable(assembly.target, assembly.names)
 
 
 def write(
@@ -69,16 +142,16 @@ def write(
                 on_progress=on_progress,
             )
         for companion in assembly.companions:
-            shutil.copyfile(companion, stage / companion.name)
+            (stage / companion.name).write_bytes(read_file(companion)[0])
 
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
     """Describe a file whose tensors stand in one other file, as they are; None for any other."""
-    if plan.needs_crc or not all(tensor.verbatim for tensor, _ in plan.slots):
+    if plan.needs_checksums or not all(tensor.verbatim for tensor, _ in plan.payloads):
         return None
-    pieces: list[tuple[int, bytes | Span]] = [*plan.patches({})]
+    pieces: list[tuple[int, bytes | Span]] = [(each.offset, each.make(())) for each in plan.computed]
     sources: dict[Path, None] = {}
-    for tensor, position in plan.slots:
+    for tensor, position in plan.payloads:
         spec = tensor.terms[0][0]
         pieces.append((position, Span(spec.begin, spec.begin + spec.nbytes)))
         sources[spec.storage.path] = None

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted, is_optimizer, select, states
+from ..checkpoints.layouts import StateDict, dotted, select, states
+from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.training_state import holds, leads, nodes, other_weights, training_state, without
-from ..checkpoints.tree import tensors_in
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
+from ..formats.tree import tensors_in
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
-from .outputs import check_replaceable, check_same_format, check_target, named_after
+from .options import KeptState, Running, StrippedOutput, takes
+from .outputs import Target, check_same_format, named_after
 from .provenance import provenance
-from .run import only_noted, write
+from .run import produce, run
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
 
@@ -80,28 +82,15 @@ class StripReport:
         return asdict(self)
 
 
-def strip(
-    path: str | Path,
-    *,
-    out: str | Path | None = None,
-    state: str | None = None,
-    force: bool = False,
-    dry_run: bool = False,
-    on_plan: Callable[[StripReport], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> StripReport:
+@takes(KeptState, StrippedOutput, Running)
+def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: Running) -> StripReport:
     """Write a checkpoint without optimizers, schedulers, scalers, random states and the like.
 
     All sets of weights stay, byte for byte, wherever they stand; so do ``arch``, ``epoch``, ``args`` and all else.
 
     Args:
         path: a file, or a folder of DCP; safetensors and folders of shards have nothing to strip, and are told so.
-        out: target; the checkpoint's name with ``-stripped`` if not given.
-        state: keep only these weights: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path.
-        force: replace the target if it exists.
-        dry_run: plan and check, write nothing.
-        on_plan: called with the plan before the work.
-        on_progress: called in this thread with (bytes done, bytes in all).
+        {options}
 
     Returns:
         What was stripped; with nothing to strip, nothing is written.
@@ -110,64 +99,42 @@ def strip(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     header = read_header(Path(path))
-    if is_optimizer(header.tree):
+    if is_optimizer(header.view):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
-    target = Path(out) if out is not None else named_after(header.path, "-stripped")
+    target = Target.of(output.out) if output.out is not None else named_after(header.path, "-stripped")
     found = states(header)
-    chosen = None if state is None else select(header, state)
+    chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]
     notes: list[str] = []
-    gone = list(training_state(header.tree, sets, notes, alone=chosen is not None))
+    gone = list(training_state(header.view, sets, notes, alone=chosen is not None))
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
-    tree = without(header.tree, gone)
+    tree = without(header.view, gone)
     report = StripReport(
         path=str(header.path),
-        out=str(target),
+        out=str(target.path),
         kept=tuple(each.label for each in sets),
         beside=_beside(tree, sets),
-        entries=_entries(header.tree, tree, gone),
+        entries=_entries(header.view, tree, gone),
         compacted=_unseen_bytes(tree),
         dropped=(),
         notes=tuple(notes),
         nbytes=header.nbytes,
     )
     if not report.anything:
-        if on_plan is not None:
-            on_plan(report)
-        return report
+        return run(report, running)
     _check_kept(header, tree, sets)
     check_same_format(header, target)
     said = provenance(
         "strip",
-        {"state": state},
+        {"state": which.state},
         state=" and ".join(report.kept) or "all weights",
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    assembly = nested(tree, target=target, provenance=said, folder=header.path.is_dir())
-    with only_noted(notes, dry_run):
-        inputs = [header.path, *(stamp.path for stamp in header.files)]
-        check_target(target, inputs, nbytes=assembly.nbytes, force=force, folder=assembly.folder)
-        if assembly.folder:
-            check_replaceable(target, assembly.names)
-    report = replace(
-        report,
-        dropped=assembly.dropped,
-        notes=tuple(notes),
-        bytes_read=assembly.bytes_read,
-        bytes_written=assembly.nbytes,
-    )
-    if on_plan is not None:
-        on_plan(report)
-    if dry_run:
-        return report
-    total = report.bytes_read + report.bytes_written
-    write(
-        assembly, header.files, force=force, allow_nonfinite=True,
-        on_progress=None if on_progress is None else lambda moved: on_progress(moved, total),
-    )  # fmt: skip
-    return replace(report, written=True)
+    assembly = nested(tree, target=target.path, provenance=said, folder=header.path.is_dir())
+    report = replace(report, dropped=assembly.dropped, bytes_read=assembly.bytes_read, bytes_written=assembly.nbytes)
+    return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 
 
 def _beside(tree: Any, sets: Iterable[StateDict]) -> tuple[str, ...]:
@@ -206,7 +173,7 @@ def _unseen_bytes(tree: Any) -> int:
 
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse what could not be written again, or would leave nothing worth writing."""
-    if header.format != "dcp" and (not header.format.startswith("torch") or header.path.is_dir()):
+    if not header.format.nests or header.path.is_dir() != header.format.folder:
         raise UnsupportedError(f"{header.path}: only torch files and folders of DCP are stripped. See ckpt convert.")
     if not holds(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
@@ -219,5 +186,5 @@ def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
         if holds(node) or any(each.path and leads(each.path, path) for each in sets):
             raise LayoutError(
                 f"{header.path}: '{dotted(path) or 'the whole file'}' is a pickled object ({type(node).global_name}), "
-                "which is not written again, and weights may be in it. Take them out first: ckpt convert --to plain."
+                "which is not written again, and weights may be in it. Take them out first: `convert(to='plain')`."
             )

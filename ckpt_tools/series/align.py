@@ -49,9 +49,9 @@ def align(
         AlignmentError: names, shapes or dtypes differ, or nothing is left; names tensor and file.
         UsageError: an unknown rule.
     """
-    for option, value, known in (("--keys", keys, KEYS), ("--match", match, MATCHES)):
+    for name, value, known in (("keys", keys, KEYS), ("match", match, MATCHES)):
         if value not in known:
-            raise UsageError(f"{option} is one of {', '.join(known)}, not {value!r}.")
+            raise UsageError(f"`{name}` is one of {', '.join(known)}, not {value!r}.")
     if match == "order":
         states = _by_order(states, files)
     counts: Counter[str] = Counter()
@@ -64,7 +64,7 @@ def align(
     if keys == "intersection":
         names = [name for name in names if counts[name] == len(states)]
         if not names:
-            raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect --tensors.")
+            raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect.")
     columns = [map(state.get, names) for state in states]
     rows = {
         name: _checked(name, row, files, mixed_dtypes=mixed_dtypes)
@@ -78,7 +78,7 @@ def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> l
     for state, file in zip(states, files, strict=True):
         if len(state) != len(last):
             raise AlignmentError(
-                f"--match order: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. They do not pair off."
+                f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. They do not pair off."
             )
     return [dict(zip(last, state.values(), strict=True)) for state in states]
 
@@ -91,7 +91,7 @@ def _missing(
     more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
     return (
         f"{lacking[0]} lacks '{name}', which {counts[name]} of {len(states)} files have.{more} "
-        "Use --keys intersection to average what all share."
+        "Use `keys='intersection'` to average what all share."
     )
 
 
@@ -124,7 +124,7 @@ def _checked(
         both_float = tensor.dtype.averaged and tensor.dtype.kind is model.dtype.kind
         if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
             advice = (
-                "Say which the average should have, such as --dtype float32."
+                "Say which the average should have, such as `dtype='float32'`."
                 if both_float
                 else "They cannot be averaged."
             )

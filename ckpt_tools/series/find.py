@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from ..checkpoints.layouts import looks_like_training_state
-from ..checkpoints.steps import named_places, stored_counters, stored_places, unread_tensors
-from ..checkpoints.tree import tensors_in
+from ..checkpoints.optimizers import looks_like_training_state
+from ..checkpoints.steps import named_positions, stored_counters, stored_positions, unread_tensors
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
-from ..tensors import Storage, TensorSpec
+from ..formats.tree import tensors_in
+from ..storage.source import OpenFiles, read_at
+from ..tensors import TensorSpec
 from .metrics import measured, metric_of, stored_under
 from .paths import find, keep_one, natural_key, numbered_first
 
@@ -90,16 +91,16 @@ def find_series(
         UsageError, SeriesError: an impossible selection; nothing found or left.
         ReadError: a file is no checkpoint.
     """
-    counts = {"--last": last, "--best": best, "--every": every}
-    for name, value in (counts | {"--from-step": from_step, "--to-step": to_step}).items():
+    counts = {"last": last, "best": best, "every": every}
+    for name, value in (counts | {"from_step": from_step, "to_step": to_step}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
-            raise UsageError(f"{name} is a whole number, not {value!r}.")
+            raise UsageError(f"`{name}` is a whole number, not {value!r}.")
         if value is not None and name in counts and value < 1:
-            raise UsageError(f"{name} {value}: must be 1 or more.")
+            raise UsageError(f"`{name}={value}`: must be 1 or more.")
     if order not in ORDERS:
-        raise UsageError(f"--order is one of {', '.join(ORDERS)}, not {order!r}.")
+        raise UsageError(f"`order` is one of {', '.join(ORDERS)}, not {order!r}.")
     if best is None and (lower_is_better or metric != "metric"):
-        raise UsageError("--metric and --lower-is-better go with --best N.")
+        raise UsageError("`metric` and `lower_is_better` go with `best`.")
     notes: list[str] = []
     found = find(paths, notes)
     headers = [read_header(path) for path in found]
@@ -114,7 +115,7 @@ def find_series(
         members = members[::-1][::every][::-1]
     if last is not None:
         if last > len(members):
-            notes.append(f"--last {last}: there are only {len(members)}; all are used.")
+            notes.append(f"`last={last}`: there are only {len(members)}; all are used.")
         members = members[-last:]
     return Series(tuple(members), given, ordered_by, tuple(notes))
 
@@ -157,10 +158,10 @@ def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
     """List the tensors by place, each chunk on its own, without those that only a running training needs."""
-    tree = header.tree if isinstance(header.tree, dict) else {}
+    tree = header.view if isinstance(header.view, dict) else {}
     return [
         ((*path, *offsets), part)
-        for path, spec in tensors_in(header.tree)
+        for path, spec in tensors_in(header.view)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         for offsets, part in spec.parts
@@ -169,37 +170,43 @@ def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
 
 def _outlines(header: Header) -> object:
     """Read nothing."""
-    specs = ((path, s.dtype.name, s.shape, s.stride, s.start, s.storage.big_endian) for path, s in _weights(header))
+    specs = ((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
     return frozenset(specs), frozenset(stored_counters(header).items())
 
 
 def _middles(header: Header) -> object:
     """Read a little of each tensor: one at least moves from checkpoint to checkpoint."""
-    return frozenset(
-        (path, b"".join(_blocks(spec.storage, spec.storage.nbytes // 2, 64))) for path, spec in _weights(header)
-    )
+    with OpenFiles() as files:
+        return frozenset(
+            (path, b"".join(_blocks(files, spec, spec.extent // 2, 64))) for path, spec in _weights(header)
+        )
 
 
 def _values(header: Header) -> object:
     """Read everything."""
-    digests: dict[Storage, bytes] = {}
-    for _, spec in _weights(header):
-        if spec.storage not in digests:
-            digest = hashlib.sha256()
-            for block in _blocks(spec.storage, 0, spec.storage.nbytes):
-                digest.update(block)
-            digests[spec.storage] = digest.digest()
-    return frozenset((path, digests[spec.storage]) for path, spec in _weights(header))
+    digests: dict[tuple[Path, int, int], bytes] = {}
+    found = set()
+    with OpenFiles() as files:
+        for path, spec in _weights(header):
+            where = spec.storage.path, spec.begin, spec.extent
+            if where not in digests:
+                digest = hashlib.sha256()
+                for block in _blocks(files, spec, 0, spec.extent):
+                    digest.update(block)
+                digests[where] = digest.digest()
+            found.add((path, digests[where]))
+    return frozenset(found)
 
 
-def _blocks(storage: Storage, start: int, nbytes: int) -> Iterator[bytes]:
-    """Read a part of a storage, a megabyte at a time."""
-    left = min(nbytes, storage.nbytes - start)
-    with storage.path.open("rb", buffering=0) as file:
-        file.seek(storage.offset + start)
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            left -= len(block)
-            yield block
+def _blocks(files: OpenFiles, spec: TensorSpec, start: int, nbytes: int) -> Iterator[memoryview]:
+    """Read some of the bytes between the first and the last element of a tensor, a megabyte at a time."""
+    path, stop = spec.storage.path, min(start + nbytes, spec.extent)
+    files.open(path)
+    while start < stop:
+        block = memoryview(bytearray(min(stop - start, 1 << 20)))
+        read_at(files[path], block, spec.begin + start, path)
+        yield block
+        start += len(block)
 
 
 def _is_average(made: Any) -> bool:
@@ -216,16 +223,16 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     if len(ours) == len({header.path for header in headers}):
         return set()
     notes.extend(
-        f"{path.name} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
+        f"{path.name} was written by ckpt-tools itself: left out (`include_outputs` takes it in)."
         for path in sorted(ours, key=natural_key)
     )
     return ours
 
 
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:
-    stored = stored_places(headers)
+    stored = stored_positions(headers)
     notes.extend(unread_tensors(headers, stored))
-    places = stored or named_places([header.path for header in headers])
+    places = stored or named_positions([header.path for header in headers])
     members = [
         Member(header.path, header, step, None if step is None else places.counter)
         for header, step in zip(headers, places.steps, strict=True)
@@ -243,7 +250,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     if nameless and len(members) > 1:
         notes.append(
             f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "
-            "Give the files in order, with --order given, if it should be another."
+            "Give the files in order, with `order='given'`, if it should be another."
         )
         return by_name, "the names"
     notes.extend(places.remarks)
@@ -265,7 +272,7 @@ def _note_ties(members: Sequence[Member], key_of: dict[Path, tuple[float, ...]],
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
-    asked = [f"{o} {n}" for o, n in (("--from-step", from_step), ("--to-step", to_step)) if n is not None]
+    asked = [f"`{o}={n}`" for o, n in (("from_step", from_step), ("to_step", to_step)) if n is not None]
     if not asked:
         return members
     placed = [(member.step, member) for member in members if member.step is not None]
@@ -289,9 +296,9 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
             raise SeriesError(_unranked(member.header, key))
         values[member] = value
     if best > len(members):
-        notes.append(f"--best {best}: there are only {len(members)}; all are used.")
+        notes.append(f"`best={best}`: there are only {len(members)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
-        notes.append(f"--best takes the highest '{key}'; if lower is better, say --lower-is-better.")
+        notes.append(f"`best` takes the highest '{key}'; if lower is better, say `lower_is_better`.")
     chosen = set(sorted(values, key=values.__getitem__, reverse=not lower_is_better)[:best])
     return [member for member in members if member in chosen]
 
@@ -300,10 +307,10 @@ def _unranked(header: Header, key: str) -> str:
     """Say why a checkpoint has no rank, and what to do."""
     known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
     what = f"has no number under '{key}'"
-    advice = f"Name another with --metric; it has {', '.join(known[:8])}." if known else "It has none at all."
+    advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It has none at all."
     stored = stored_under(header, key)
     if isinstance(stored, TensorSpec):
         what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
     elif isinstance(stored, float):
         what, advice = f"its '{key}' is NaN", "Leave this file out."
-    return f"{header.path}: {what}, so --best cannot rank it. {advice}"
+    return f"{header.path}: {what}, so `best` cannot rank it. {advice}"

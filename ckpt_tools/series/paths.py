@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import SeriesError, UsageError
-from ..formats import SUFFIXES, is_checkpoint
+from ..formats import is_checkpoint, suffixes
+from ..storage.source import store_of
 
+_MAGIC = re.compile("[*?[]")
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
@@ -71,45 +72,29 @@ def _find(given: str | Path) -> list[Path]:
     if given == "":
         raise SeriesError("an empty path. Is a variable of the shell unset?")
     path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps a ~user that is none
-    if path.is_dir():
+    store = store_of(path)
+    if store.is_folder(path):
         return _in_folder(path)
-    if path.exists():
+    if store.is_file(path) or path.exists():
         return [path]
     if path.is_symlink():
         raise SeriesError(_dangling(path))
-    if not glob.has_magic(str(path)):
+    if not _MAGIC.search(str(path)):
         raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
-    # A folder that exists is taken by its name, so that brackets in it are no pattern.
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    pattern = str(path.relative_to(folder))
-    matches = sorted(_glob(folder, pattern), key=natural_key)
+    matches = sorted(store.find(path), key=natural_key)
     if not matches:
         if (missing := _missing_folder(path)) is not None:
             raise SeriesError(f"no file matches '{given}'.{missing}")
+        folder = next((parent for parent in path.parents if parent.is_dir()), Path())
         raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
-    return [found for match in matches for found in (_in_folder(match) if match.is_dir() else [match])]
-
-
-def _glob(folder: Path, pattern: str) -> set[Path]:
-    """Expand a pattern, hidden names left out; ** follows no links, since they may lead round in circles."""
-    parts = Path(pattern).parts
-    if "**" not in parts:
-        return {folder / name for name in glob.glob(pattern, root_dir=folder)}  # noqa: PTH207 - hides hidden names
-    at = parts.index("**")
-    rest = str(Path(*parts[at + 1 :])) if parts[at + 1 :] else "*"
-    found: set[Path] = set()
-    for start in _glob(folder, str(Path(*parts[:at]))) if at else {folder}:
-        for inner, folders, _ in os.walk(start):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found |= _glob(Path(inner), rest)
-    return found
+    return [found for match in matches for found in (_in_folder(match) if store.is_folder(match) else [match])]
 
 
 def _in_folder(folder: Path) -> list[Path]:
     found = _checkpoints(folder)
     if not found:
         raise SeriesError(
-            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in SUFFIXES)})."
+            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in suffixes())})."
             f"{_hint_below(folder)}"
         )
     return found
@@ -118,21 +103,25 @@ def _in_folder(folder: Path) -> list[Path]:
 def _checkpoints(folder: Path) -> list[Path]:
     if is_checkpoint(folder):
         return [folder]
+    store, known = store_of(folder), suffixes()
     return [
         child
-        for child in sorted(folder.iterdir(), key=natural_key)
-        if not child.name.startswith(".")
-        and (
-            (child.is_file() and child.name.endswith(SUFFIXES) and not _NOT_WEIGHTS.search(child.name))
-            or (child.is_dir() and is_checkpoint(child) and not _OPTIMIZER_FOLDER.fullmatch(child.name))
-        )
+        for child in _children(folder)
+        if (store.is_file(child) and child.name.endswith(known) and not _NOT_WEIGHTS.search(child.name))
+        or (store.is_folder(child) and is_checkpoint(child) and not _OPTIMIZER_FOLDER.fullmatch(child.name))
     ]
+
+
+def _children(folder: Path) -> list[Path]:
+    """Return what is in a folder and not hidden, in the order of the numbers in the names."""
+    names = store_of(folder).names(folder)
+    return sorted((folder / name for name in names if not name.startswith(".")), key=natural_key)
 
 
 def _hint_below(folder: Path) -> str:
     """Accelerate and Hugging Face's Trainer put a folder of weights into the folder of each checkpoint."""
-    for child in sorted(folder.iterdir(), key=natural_key):
-        if child.is_dir() and not child.name.startswith(".") and _checkpoints(child):
+    for child in _children(folder):
+        if store_of(child).is_folder(child) and _checkpoints(child):
             return f" There are some in {child}; say '{_like(child)}'."
     return ""
 
@@ -154,7 +143,7 @@ def _did_you_mean(path: Path) -> str:
 def _missing_folder(path: Path) -> str | None:
     """Say which folder above a path, or a pattern, does not exist; None if all do, up to one that is a pattern."""
     for folder in reversed(path.parents):
-        if glob.has_magic(folder.name):
+        if _MAGIC.search(folder.name):
             return None
         if not folder.exists():
             return f" The folder {folder} does not exist.{_near(folder, only=Path.is_dir)}"
@@ -172,12 +161,11 @@ def _near(path: Path, only: Callable[[Path], bool] = Path.exists) -> str:
 
 def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
     """Count hard links, symlinks and repeated arguments once."""
-    groups: dict[tuple[int, int], dict[Path, Path]] = {}
+    groups: dict[object, dict[Path, Path]] = {}
     for path in paths:
         if path.is_symlink() and not path.exists():
             raise SeriesError(_dangling(path))
-        stat = path.stat()
-        groups.setdefault((stat.st_dev, stat.st_ino), {})[path.absolute()] = path
+        groups.setdefault(store_of(path).identity(path), {})[path.absolute()] = path
     return [keep_one(names.values(), "under another name", notes) for names in groups.values()]
 
 
@@ -195,7 +183,9 @@ def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
 def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
     """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
     for path in paths:
-        inner = [c for c in path.iterdir() if c.is_dir() and is_checkpoint(c)] if path.is_dir() else []
+        store = store_of(path)
+        inside = _children(path) if store.is_folder(path) else []
+        inner = [child for child in inside if store.is_folder(child) and is_checkpoint(child)]
         if inner:
             notes.append(
                 f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{_like(inner[0])}'."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import LayoutError, UsageError
-from ..formats.file_plan import OutTensor, TwinTerms
+from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
 from ..tensors import DType, Kind, TensorSpec
 
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
@@ -23,16 +23,16 @@ def recipes(
     *,
     dtype: DType | None,
     keep_running: bool,
-    twins: Sequence[Path] = (),
+    shared: Mapping[Path, Files] | None = None,
 ) -> dict[str, OutTensor]:
     """Say what becomes of each name.
 
     Args:
-        rows: name to one tensor a checkpoint, None where it lacks it; with `twins`, to that of the last alone.
+        rows: name to one tensor a checkpoint, None where it lacks it; with `shared`, to that of the last alone.
         coefficients: one a checkpoint.
         dtype: of what is averaged and floating-point; as in the inputs if None.
         keep_running: take BatchNorm's running statistics from the last checkpoint.
-        twins: the files, where all of them have each tensor at the same place.
+        shared: for checkpoints with identical headers, each file of the last to the files in its place in all of them.
 
     Returns:
         One OutTensor under all names that are tied in every checkpoint.
@@ -46,8 +46,12 @@ def recipes(
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
     begins = [-1 if (spec := row[-1]) is None else spec.begin for row in rows.values()]
     times = Counter(begins)
-    weighing = _weighing([*zip(twins, coefficients, strict=True)]) if twins else ()
-    paths, weights = tuple(path for path, _ in weighing), tuple(weight for _, weight in weighing)
+    counted = {
+        path: tuple(file for file, _ in _weighing([*zip(files, coefficients, strict=True)]))
+        for path, files in (shared or {}).items()
+    }
+    coefficients, weigh = tuple(coefficients), all(coefficients)
+    weights = tuple(weight for _, weight in _weighing([(None, weight) for weight in coefficients]))
     for begin, (name, row) in zip(begins, rows.items(), strict=True):
         alone = times[begin] == 1
         tensor = None if alone else tied.get(row)
@@ -60,9 +64,10 @@ def recipes(
                 )
             from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
             if from_last or not last.dtype.averaged:
-                terms: tuple[tuple[TensorSpec, float], ...] | TwinTerms = ((last, 1.0),)
+                terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms | Terms = ((last, 1.0),)
             else:
-                terms = TwinTerms(last, paths, weights) if twins else _scaled(name, row, coefficients)
+                files = counted.get(last.storage.path)
+                terms = SharedTerms(last, files, weights) if files else _scaled(name, row, coefficients, weigh=weigh)
             out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
             tensor = OutTensor(out_dtype, last.shape, terms, name)
             if tensor.numel and not alone:
@@ -72,9 +77,11 @@ def recipes(
 
 
 def _scaled(
-    name: str, row: Sequence[TensorSpec | None], coefficients: Sequence[float]
-) -> tuple[tuple[TensorSpec, float], ...]:
+    name: str, row: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool
+) -> tuple[tuple[TensorSpec, float], ...] | Terms:
     """Give a tensor that some checkpoints lack the total weight of the others."""
+    if weigh and None not in row:
+        return Terms(tuple(row), coefficients)  # type: ignore[arg-type]
     present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
     weighing = tuple(present) if all(coefficients) else _weighing(present)
     if len(present) == len(coefficients):
@@ -82,7 +89,7 @@ def _scaled(
     have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
     # A sum that is 0 but for rounding would blow the rounding up.
     if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
-        raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use --keys intersection.")
+        raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
     return tuple((spec, c * (want / have)) for spec, c in weighing)
 
 

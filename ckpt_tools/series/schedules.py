@@ -3,40 +3,105 @@
 Every rule is a pure function to N float64 coefficients, oldest checkpoint first; the average is
 the sum of coefficient times tensor. A recursion v_n = d_n v_(n-1) + (1 - d_n) x_n unrolls to
 c_i = (1 - d_i) * prod_{j>i} d_j, with c_1 = prod_{j>1} d_j for a start from the first checkpoint.
+
+A new rule is a function from training steps to coefficients, and a row of `SCHEDULES` with its options, which
+`average` and `ckpt avg` take from there. Code outside the package adds one with `register`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any, ClassVar
 
 from ..errors import UsageError
 
-MODES = ("uniform", "ema", "weights")
 DEFAULT_DECAY = 0.99
+Numbers = Sequence[float]
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """A parameter of a public function, and the option of its command.
+
+    Attributes:
+        name: of the parameter.
+        type: of its values, such as ``float`` or ``Numbers``; None is allowed where it is the default.
+        default: the value if the option is not given.
+        help: one line; names other parameters in backticks, as messages do.
+        implied: what a default of None stands for, as a value or in words.
+        metavar: a word for the value, in the help of the command.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    implied: Any = None
+    metavar: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of averaging.
+
+    Attributes:
+        coefficients: called with the training steps (None where unknown) of the checkpoints, oldest first, and with
+            the rule's options as keyword arguments; returns one coefficient a checkpoint.
+        options: that the rule takes.
+        check: called with the options before any file is read; raises UsageError.
+        advice: what spreads an average that is mostly the oldest checkpoint, or mostly the newest; None to say nothing.
+    """
+
+    coefficients: Callable[..., Sequence[float]]
+    options: tuple[Option, ...] = ()
+    check: Callable[..., object] | None = None
+    advice: tuple[str, str] | None = None
+
+
 class Schedule:
     """A rule and its options, as a user gives them.
 
-    Attributes:
-        mode: ``uniform``, ``ema`` or ``weights``.
-        decay: ema: for a checkpoint, or with `per_step` for a training step; 0.99 when None.
-        per_step, warmup, bias_correction: ema: see the functions below; one of them at most.
-        weights: with mode ``weights``, one number a checkpoint; divided by their sum if `normalize`.
+    Args:
+        mode: name of a rule in `SCHEDULES`.
+        options: of the rule; those that are not given have their defaults.
     """
 
-    mode: str = "uniform"
-    decay: float | None = None
-    per_step: bool = False
-    warmup: str | None = None
-    bias_correction: bool = False
-    weights: tuple[float, ...] | None = None
-    normalize: bool = True
+    title: ClassVar[str] = "How much each checkpoint counts"
+
+    def __init__(self, mode: str = "uniform", **options: Any) -> None:
+        self.mode = mode
+        self._given = {name: _fixed(value) for name, value in options.items()}
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """Return `mode`, and the options of all rules."""
+        *most, last = SCHEDULES
+        mode = Option("mode", str, "uniform", f"{', '.join(most)} or {last}.")
+        found = {option.name: option for rule in SCHEDULES.values() for option in rule.options}
+        return (mode, *found.values())
+
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """The options of the rule, all of them."""
+        values = {}
+        for option in SCHEDULES[self.mode].options:
+            value = self._given.get(option.name, option.default)
+            values[option.name] = option.implied if value is None else value
+        return values
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The options that are worth recording; lists of numbers are not, for the coefficients say the same."""
+        defaults = {option.name: option.default for option in SCHEDULES[self.mode].options}
+        return {
+            name: value
+            for name, value in self.values.items()
+            if value != defaults[name] and isinstance(value, (str, int, float))
+        }
 
     def check(self) -> None:
         """Refuse what no series could make sense of, before any file is read.
@@ -44,30 +109,23 @@ class Schedule:
         Raises:
             UsageError: an unknown mode, an option of another mode, or a number out of range.
         """
-        numbers = [] if self.weights is None else list(self.weights)
-        for option, value in (("--decay", self.decay), *(("--weights", number) for number in numbers)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-                raise UsageError(f"{option} takes numbers, not {value!r}.")
-        if self.mode not in MODES:
-            raise UsageError(f"--mode is one of {', '.join(MODES)}, not {self.mode!r}.")
-        variants = {
-            "--per-step": self.per_step,
-            "--warmup": self.warmup is not None,
-            "--bias-correction": self.bias_correction,
-        }
-        ema_options = {"--decay": self.decay is not None, **variants}
-        weights_options = {"--weights": self.weights is not None, "--no-normalize": not self.normalize}
-        for belongs, options in (("ema", ema_options), ("weights", weights_options)):
-            for option, given in options.items():
-                if given and self.mode != belongs:
-                    raise UsageError(f"{option} goes with --mode {belongs}.")
-        chosen = [option for option, given in variants.items() if given]
-        if len(chosen) > 1:
-            raise UsageError(f"{' and '.join(chosen)} cannot go together.")
-        if self.mode == "weights" and self.weights is None:
-            raise UsageError("--mode weights needs --weights, one number a checkpoint.")
-        # A series as short as can be finds an impossible decay, warm-up or sum of weights.
-        self.coefficients([0, 1] if self.weights is None else [None] * len(self.weights))
+        every = {option.name: option for option in self.options()}
+        for name, value in self._given.items():
+            numbers = value if every[name].type is Numbers and value is not None else [value]
+            if every[name].type in (float, Numbers):
+                for number in numbers:
+                    if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
+                        raise UsageError(f"`{name}` takes numbers, not {number!r}.")
+        if self.mode not in SCHEDULES:
+            raise UsageError(f"`mode` is one of {', '.join(SCHEDULES)}, not {self.mode!r}.")
+        rule = SCHEDULES[self.mode]
+        for name, value in self._given.items():
+            if value != every[name].default and every[name] not in rule.options:
+                given = f"`{name}=False`" if value is False else f"`{name}`"
+                takers = [f"`mode={mode!r}`" for mode, other in SCHEDULES.items() if every[name] in other.options]
+                raise UsageError(f"{given} goes with {' or '.join(takers)}.")
+        if rule.check is not None:
+            rule.check(**self.values)
 
     def coefficients(self, steps: Sequence[int | None]) -> tuple[float, ...]:
         """Return the coefficients for checkpoints at these training steps, oldest first.
@@ -75,27 +133,16 @@ class Schedule:
         Raises:
             UsageError: the rule does not fit the series.
         """
-        n = len(steps)
-        decay = DEFAULT_DECAY if self.decay is None else self.decay
-        if self.mode == "uniform":
-            return uniform(n)
-        if self.mode == "weights":
-            given = self.weights or ()
-            if len(given) != n:
-                raise UsageError(
-                    f"--weights has {len(given)} numbers for {n} checkpoints. See their order with --dry-run."
-                )
-            return weights(given, normalize=self.normalize)
-        if self.per_step:
-            known = [step for step in steps if step is not None]
-            if len(known) < n:
-                raise UsageError(
-                    "--per-step: a checkpoint tells no step, neither inside nor in its name; see --dry-run."
-                )
-            return ema_per_step(known, decay=decay)
-        if self.warmup is not None:
-            return ema_warmup(n, decay=decay, warmup=self.warmup)
-        return ema(n, decay=decay, bias_correction=self.bias_correction)
+        return tuple(SCHEDULES[self.mode].coefficients(steps, **self.values))
+
+    @property
+    def advice(self) -> tuple[str, str] | None:
+        """What spreads an average that is mostly the oldest checkpoint, or mostly the newest."""
+        return SCHEDULES[self.mode].advice
+
+
+def _fixed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def uniform(n: int) -> tuple[float, ...]:
@@ -119,7 +166,7 @@ def ema(n: int, *, decay: float, bias_correction: bool = False) -> tuple[float, 
     if not bias_correction:
         return _unroll([decay] * (n - 1))
     if decay == 1.0:
-        raise UsageError("--bias-correction divides by 1 - decay^N, which is 0 for a decay of 1. Choose a smaller one.")
+        raise UsageError("`bias_correction` divides by 1 - decay^N, which is 0 for a decay of 1. Choose a smaller one.")
     total = 1.0 - decay**n
     return tuple((1.0 - decay) * decay ** (n - i) / total for i in range(1, n + 1))
 
@@ -137,7 +184,7 @@ def ema_per_step(steps: Sequence[int], *, decay: float) -> tuple[float, ...]:
     _check_decay(decay)
     gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
     if any(gap <= 0 for gap in gaps):
-        raise UsageError("--per-step needs steps that increase from file to file; see them with --dry-run.")
+        raise UsageError("`per_step` needs steps that increase from file to file; see them with `dry_run`.")
     return _unroll([decay**gap for gap in gaps])
 
 
@@ -176,15 +223,15 @@ def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, 
         UsageError: a number that is not finite, or a sum of 0 that is to be normalised.
     """
     if not all(math.isfinite(value) for value in values):
-        raise UsageError("--weights must be finite numbers.")
+        raise UsageError("`weights` must be finite numbers.")
     if len(values) * max(map(abs, values), default=0.0) > sys.float_info.max:
-        raise UsageError("--weights are too large to be summed. Divide them all by the largest.")
+        raise UsageError("`weights` are too large to be summed. Divide them all by the largest.")
     if not normalize:
         return tuple(float(value) for value in values)
     total = math.fsum(values)
     # A sum that is 0 but for rounding would blow the rounding up.
     if abs(total) <= 1e-12 * math.fsum(map(abs, values)):
-        raise UsageError("--weights sum to 0 and cannot be normalised. Change them, or add --no-normalize.")
+        raise UsageError("`weights` sum to 0 and cannot be normalised. Change them, or add `normalize=False`.")
     return tuple(value / total for value in values)
 
 
@@ -213,3 +260,83 @@ def _unroll(decays: Sequence[float]) -> tuple[float, ...]:
         coefficients.append((1.0 - decay) * kept)
         kept *= decay
     return (kept, *reversed(coefficients))
+
+
+def _uniform(steps: Sequence[int | None]) -> tuple[float, ...]:
+    return uniform(len(steps))
+
+
+def _ema(
+    steps: Sequence[int | None], *, decay: float, per_step: bool, warmup: str | None, bias_correction: bool
+) -> tuple[float, ...]:
+    variants = {"per_step": per_step, "warmup": warmup is not None, "bias_correction": bias_correction}
+    chosen = [f"`{name}`" for name, given in variants.items() if given]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} cannot go together.")
+    if per_step:
+        known = [step for step in steps if step is not None]
+        if len(known) < len(steps):
+            raise UsageError("`per_step`: a checkpoint has no step, neither inside nor in its name; see `dry_run`.")
+        return ema_per_step(known, decay=decay)
+    if warmup is not None:
+        return ema_warmup(len(steps), decay=decay, warmup=warmup)
+    return ema(len(steps), decay=decay, bias_correction=bias_correction)
+
+
+def _check_ema(**options: Any) -> None:
+    _ema((0, 1), **options)  # a series as short as can be finds an impossible decay or warm-up
+
+
+def _weights(steps: Sequence[int | None], *, weights: Numbers | None, normalize: bool) -> tuple[float, ...]:
+    if weights is None:
+        raise UsageError("`mode='weights'` needs `weights`, one number a checkpoint.")
+    if len(weights) != len(steps):
+        raise UsageError(
+            f"`weights` has {len(weights)} numbers for {len(steps)} checkpoints. See their order with `dry_run`."
+        )
+    return _divided(weights, normalize=normalize)
+
+
+def _check_weights(*, weights: Numbers | None, normalize: bool) -> None:
+    _weights((None,) * len(weights or ()), weights=weights, normalize=normalize)
+
+
+_divided = weights  # whose name is an option's, too
+
+SCHEDULES: dict[str, Rule] = {
+    "uniform": Rule(_uniform),
+    "ema": Rule(
+        _ema,
+        (
+            Option("decay", float, None, "ema: for a checkpoint; with `per_step`, for a training step.", DEFAULT_DECAY),
+            Option("per_step", bool, False, "ema: the decay between two checkpoints is decay^(step gap)."),
+            Option("warmup", str, None, f"ema: {' or '.join(WARMUPS)}; the decay grows."),
+            Option("bias_correction", bool, False, "ema: start from zero, divide by 1 - decay^N."),
+        ),
+        check=_check_ema,
+        advice=(
+            "A smaller `decay`, `per_step` or `bias_correction` spreads it.",
+            "A larger `decay` spreads it.",
+        ),
+    ),
+    "weights": Rule(
+        _weights,
+        (
+            Option("weights", Numbers, None, "With `mode='weights'`: one number a checkpoint, oldest first."),
+            Option("normalize", bool, True, "Divide `weights` by their sum."),
+        ),
+        check=_check_weights,
+    ),
+}
+"""Mode to rule: what `average` and `ckpt avg` know."""
+
+
+def register(mode: str, coefficients: Callable[..., Sequence[float]], *options: Option, **more: Any) -> None:
+    """Add a rule of averaging.
+
+    Args:
+        mode: its name; one that is there is replaced.
+        coefficients, options: see `Rule`.
+        more: `check` and `advice`, see `Rule`.
+    """
+    SCHEDULES[mode] = Rule(coefficients, options, **more)

@@ -1,8 +1,7 @@
-"""Splicing: a file written anew with some bytes of it changed, the rest copied by the kernel.
+"""Splicing: copies with edits. A new file is made of new bytes and of spans of an old one.
 
-The kernel moves the bytes without a detour through this process, and on file systems that share
-blocks between files (btrfs, XFS) it moves none at all, provided that they stand in the new file at
-the same place within a block.
+The kernel copies the spans where it can. On file systems that share blocks between files (btrfs, XFS) it then copies
+nothing at all, provided that the bytes keep their place within a block.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptError, WriteError
-from .opened import read_failed
+from .source import Source, read_some
 from .staged import reserve, write_at
 
 BLOCK = 4096
-"""Bytes; what moves, moves by multiples of it."""
-_AT_ONCE = 64 << 20  # bytes a call: many, but a signal is heeded, and progress shown, between two calls
+"""Bytes; bytes that are relocated move by a multiple of it."""
+_AT_ONCE = 64 << 20  # bytes a call: many, but signals are handled and progress is shown between two calls
 _BUFFER = 1 << 20
 
 
@@ -38,7 +37,7 @@ class Splice:
 
     Attributes:
         source: the old file.
-        pieces: what stands in the new one, in order: new bytes, and spans of the old file.
+        pieces: the content of the new one, in order: new bytes, and spans of the old file.
     """
 
     source: Path
@@ -54,16 +53,16 @@ def _length(piece: bytes | Span) -> int:
     return piece.stop - piece.start if isinstance(piece, Span) else len(piece)
 
 
-def moved(grown: int) -> int:
-    """Return by how much to move what stands behind bytes that have grown by so many: by whole blocks."""
+def relocated(grown: int) -> int:
+    """Return by how many bytes to move what follows bytes that have grown by so many: by whole blocks."""
     return -(-grown // BLOCK) * BLOCK
 
 
-def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
     """Write the new file.
 
     Args:
-        source: descriptor of the old file.
+        source: the old file.
         target: descriptor of the new one, which has its size already and holds nothing.
         on_bytes: called with the number of bytes just written.
 
@@ -75,7 +74,7 @@ def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], No
     position = 0
     for piece in splice.pieces:
         if isinstance(piece, Span):
-            for part in _filled(source, piece):
+            for part in _without_holes(source, piece):
                 at = position + part.start - piece.start
                 reserve(target, at, _length(part), name)
                 copy(splice.source, source, part, target, at, on_bytes)
@@ -85,10 +84,14 @@ def write(splice: Splice, source: int, target: int, on_bytes: Callable[[int], No
         position += _length(piece)
 
 
-def _filled(fd: int, span: Span) -> Iterator[Span]:
-    """Yield the parts of a span that are no holes; where the new file is not written it is one, too."""
+def _without_holes(source: Source, span: Span) -> Iterator[Span]:
+    """Yield the parts of a span that hold data; the new file has holes where the old one has them."""
+    fd = source.fileno()
+    if fd is None or not hasattr(os, "SEEK_DATA"):
+        yield span
+        return
     stat = os.fstat(fd)
-    if stat.st_blocks * 512 >= stat.st_size:  # not sparse: some file systems are wrong about holes in new files
+    if stat.st_blocks * 512 >= stat.st_size:  # not sparse: some file systems report holes in new files wrongly
         yield span
         return
     position = span.start
@@ -113,11 +116,11 @@ def _write_out(fd: int, position: int, count: int) -> None:
 _NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
 
 
-def copy(path: Path, source: int, span: Span, target: int, position: int, on_bytes: Callable[[int], None]) -> None:
+def copy(path: Path, source: Source, span: Span, target: int, position: int, on_bytes: Callable[[int], None]) -> None:
     """Copy bytes of an open file, by the kernel where it can.
 
     Args:
-        path, source: the old file and its descriptor.
+        path, source: the old file.
         target, position: descriptor of the new one, and where the bytes go.
         on_bytes: called with the number of bytes just copied.
 
@@ -126,21 +129,21 @@ def copy(path: Path, source: int, span: Span, target: int, position: int, on_byt
         ReadError, WriteError: the system refuses.
     """
     start = span.start
-    by_kernel = hasattr(os, "copy_file_range")
+    fd = source.fileno() if hasattr(os, "copy_file_range") else None
     while start < span.stop:
         # The first call ends where a block does, so that the others can share blocks.
         count = min(span.stop - start, _AT_ONCE - start % BLOCK)
         done = 0
-        if by_kernel:
+        if fd is not None:
             try:
-                done = os.copy_file_range(source, target, count, start, position)
+                done = os.copy_file_range(fd, target, count, start, position)
             except OSError as error:
                 if error.errno not in _NOT_BY_KERNEL:
                     raise WriteError(
                         f"copying {path} failed ({error.strerror}). Nothing was left at the target."
                     ) from error
-        if not done:  # some file systems say so instead of an error
-            by_kernel = False
+        if not done:  # some file systems return 0 in place of an error
+            fd = None
             done = _copy_through(path, source, start, min(count, _BUFFER), target, position)
         _write_out(target, position, done)
         start += done
@@ -148,15 +151,13 @@ def copy(path: Path, source: int, span: Span, target: int, position: int, on_byt
         on_bytes(done)
 
 
-def _copy_through(path: Path, source: int, start: int, count: int, target: int, position: int) -> int:
-    try:
-        block = os.pread(source, count, start)
-    except OSError as error:
-        raise read_failed(path, error.strerror) from error
-    if not block:
+def _copy_through(path: Path, source: Source, start: int, count: int, target: int, position: int) -> int:
+    block = memoryview(bytearray(count))
+    done = read_some(source, block, start, path)
+    if not done:
         raise CorruptError(f"{path}: ends before its header says. Get a fresh copy.")
-    write_at(target, memoryview(block), position, _called(path))
-    return len(block)
+    write_at(target, block[:done], position, _called(path))
+    return done
 
 
 def _called(source: Path) -> str:

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 
 from ..errors import WriteError
-from .opened import raise_file_limit
+from .local import raise_file_limit, write_once
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def staged_files(
                 os.truncate(fds[-1], size)
         except OSError as error:
             raise WriteError(
-                f"{target}: cannot be written ({error.strerror}). Choose another place with -o."
+                f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
         yield stage, fds
         try:
@@ -64,7 +65,7 @@ def staged_files(
         except OSError as error:
             if error.errno in _TAKEN:
                 raise WriteError(
-                    f"{target}: was made by another program meanwhile, and stays. Choose another name with -o."
+                    f"{target}: was made by another program meanwhile, and stays. Choose another name with `out`."
                 ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
         except BaseException:
@@ -108,8 +109,8 @@ def _put(stage: Path, target: Path, force: bool) -> None:
     else:
         try:
             os.link(stage, target)  # which, unlike rename, replaces nothing; the other name goes with the stage
-        except OSError as error:
-            if error.errno == errno.EEXIST or os.path.lexists(target):
+        except (OSError, AttributeError) as error:
+            if getattr(error, "errno", None) == errno.EEXIST or os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, "exists") from error
             stage.rename(target)  # a file system without hard links
 
@@ -139,7 +140,11 @@ def _exchange(stage: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # it may be written but not read; the file is in its place by now, whatever the folder allows
+        os.sync()
+        return
     try:
         with suppress(OSError):  # some network file systems cannot
             os.fsync(fd)
@@ -175,7 +180,7 @@ def write_at(fd: int, data: memoryview, offset: int, name: object) -> None:
     done = 0
     while done < len(data):
         try:
-            done += os.pwrite(fd, data[done:], offset + done)
+            done += write_once(fd, data[done:] if done else data, offset + done)
         except OSError as error:
             raise write_failed(name, error.strerror) from error
 
@@ -184,5 +189,28 @@ def write_failed(name: object, reason: str | None) -> WriteError:
     """Make the error for an output that the system does not let us write."""
     return WriteError(
         f"{name}: writing failed: {reason}. Nothing was left at the target. "
-        "Free some space or choose another place with -o."
+        "Free some space or choose another place with `out`."
     )
+
+
+def keep_attributes(fd: int, old: int) -> None:
+    """Give a new file the owner, the attributes (access lists among them) and the mode bits of the old one."""
+    stat = os.fstat(old)
+    with suppress(OSError, AttributeError):  # Windows has neither owners nor mode bits
+        os.fchown(fd, stat.st_uid, stat.st_gid)
+    with suppress(OSError, AttributeError):  # a system or a file system without attributes
+        for name in os.listxattr(old):
+            with suppress(OSError):  # one that only the system sets
+                os.setxattr(fd, name, os.getxattr(old, name))
+    if hasattr(os, "fchmod"):
+        os.fchmod(fd, S_IMODE(stat.st_mode))
+
+
+def flush(fd: int) -> None:
+    """Wait until the disk has what was written to a file."""
+    os.fsync(fd)
+
+
+def is_writable(path: Path) -> bool:
+    """True if this process may write to a file, or make files in a folder."""
+    return os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK)

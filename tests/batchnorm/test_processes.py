@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_runner import PATIENCE
 from torch import nn
 
 Save = Callable[..., Path]
@@ -50,7 +51,7 @@ def launch(folder: Path, processes: int, *args: str) -> subprocess.CompletedProc
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -435,9 +435,9 @@ def test_a_model_that_passes_all_its_layers_by_is_refused() -> None:
 
 def test_impossible_options_are_refused() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(UsageError, match="--passes 0"):
+    with pytest.raises(UsageError, match="`passes=0`"):
         recalibrate_bn(model, [], passes=0)
-    with pytest.raises(UsageError, match="--estimator is one of"):
+    with pytest.raises(UsageError, match="`estimator` is one of"):
         recalibrate_bn(model, [], estimator="median")
     with pytest.raises(UsageError, match="can be read again"):
         recalibrate_bn(model, iter([images(4, 3)]), passes=2)

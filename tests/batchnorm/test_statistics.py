@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tools.batchnorm import statistics
@@ -51,7 +51,6 @@ def test_a_mean_of_3000_sigma_costs_the_variance_nothing(channels_last: bool) ->
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 2**31), st.floats(-1e6, 1e6))
-@settings(deadline=None)
 def test_any_split_merges_to_the_whole(sizes: list[int], seed: int, offset: float) -> None:
     values = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
     whole, parts = measure(values), merge([measure(part) for part in values.split(sizes)])

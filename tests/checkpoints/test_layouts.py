@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import load, same_bits
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.layouts import looks_like_training_state, select, states
-from ckpt_tools.errors import LayoutError
+import ckpt_tools
+from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools.checkpoints.layouts import LAYOUTS, Encoding, Layout, StateDict, register, select, states, unregister
+from ckpt_tools.checkpoints.layouts.layout import DETECTED, ENCODINGS
+from ckpt_tools.checkpoints.optimizers import looks_like_training_state
+from ckpt_tools.errors import LayoutError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.tensors import TensorSpec
 
@@ -81,7 +86,7 @@ def test_a_buffer_called_n_averaged_stays_in_other_models(save: Save) -> None:
 @pytest.mark.parametrize("other", ["ema_state_dict", "current_model_state"])
 def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, other: str) -> None:
     header = read_header(save("c.pth", {"state_dict": weights(1), other: weights(2)}))
-    with pytest.raises(LayoutError, match=f"--state state_dict or --state {other}"):
+    with pytest.raises(LayoutError, match=f"`state='state_dict'` or `state='{other}'`"):
         select(header)
     assert select(header, "state_dict").path == ("state_dict",)
 
@@ -89,21 +94,21 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
 @pytest.mark.parametrize(
     ("tree", "state", "message"),
     [
-        ({"state_dict": weights()}, "ema", r"has no ema weights, only raw \(state_dict\)\. Use --state raw"),
+        ({"state_dict": weights()}, "ema", r"has no ema weights, only raw \(state_dict\)\. Use `state='raw'`"),
         (
             {"actor": weights(), "critic": weights()},
             "auto",
-            r"Tensors stand in actor, critic\. Choose with --state actor\. Each .* by a run of its own",
+            r"There are tensors in actor, critic\. Choose with `state='actor'`\. Each .* by a run of its own",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
         (
             {"model": {"encoder": weights(), "decoder": weights()}, "optimizer": {"state": {0: weights()}}},
             "auto",
-            r"Tensors stand in model\.encoder, model\.decoder\. Choose with --state model\.encoder\. Each of these",
+            r"tensors in model\.encoder, model\.decoder\. Choose with `state='model\.encoder'`\. Each of these",
         ),
-        ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* --state model\.encoder\.$"),
-        ({"nets": [weights()]}, "auto", r"Tensors stand in nets\.0\. Save the weights as one dict"),
+        ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* `state='model\.encoder'`\.$"),
+        ({"nets": [weights()]}, "auto", r"There are tensors in nets\.0\. Save the weights as one dict"),
         ({"optimizer": {"state": {0: weights()}, "param_groups": []}}, "auto", "no tensor inside"),
         ({"a": {"b": 1}}, "a.c", r"nothing at 'a\.c'\. a holds: b"),
         ({"a": {"b": 1}}, "a", "'a' is no state dict"),
@@ -161,7 +166,7 @@ def test_a_module_that_holds_itself_many_times_over_ends(save: Save) -> None:
 )
 def test_a_stray_tensor_beside_the_weights_is_not_taken_for_them(save: Save, tree: Any, place: str) -> None:
     header = read_header(save("c.pth", tree))
-    with pytest.raises(LayoutError, match=rf"not clear which are the weights\. Choose with --state {place}\.$"):
+    with pytest.raises(LayoutError, match=rf"not clear which are the weights\. Choose with `state='{place}'`\.$"):
         select(header)
     assert list(select(header, place).tensors) == ["w", "b"]
 
@@ -173,7 +178,7 @@ def test_a_list_of_tensors_beside_the_weights_is_no_place_to_choose(save: Save) 
 
 def test_a_path_reaches_sets_that_are_numbered(save: Save) -> None:
     header = read_header(save("c.pth", {0: weights(0), 1: {"net": weights(1)}}))
-    with pytest.raises(LayoutError, match=r"Tensors stand in 0, 1\.net\. Choose with --state 0\."):
+    with pytest.raises(LayoutError, match=r"There are tensors in 0, 1\.net\. Choose with `state='0'`\."):
         select(header)
     assert (select(header, "0").label, select(header, "0").path) == ("0", (0,))
     assert select(header, "1.net").path == (1, "net")
@@ -236,7 +241,7 @@ def test_the_ema_of_nemo_stands_in_a_file_beside_it(save: Save) -> None:
     twin = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
     assert select(header).which == "raw"
     assert (select(read_header(twin)).which, select(read_header(twin)).layout) == ("ema", "nemo")
-    with pytest.raises(LayoutError, match=rf"has no ema weights; those are in {twin}, beside it"):
+    with pytest.raises(LayoutError, match=rf"has no ema weights; they are in {twin}"):
         select(header, "ema")
     assert select(read_header(twin), "raw").which == "raw"
 
@@ -298,7 +303,7 @@ def test_a_checkpoint_one_level_below_is_found_where_it_is_the_only_one(save: Sa
     inside = {"model": weights(1), "optim": optimizer}
     chosen = select(read_header(save("c.pth", {"app": inside, "step": 3})))
     assert (chosen.path, chosen.home, chosen.layout) == (("app", "model"), ("app", "model"), "model")
-    with pytest.raises(LayoutError, match=r"Choose with --state G\.model"):
+    with pytest.raises(LayoutError, match=r"Choose with `state='G\.model'`"):
         select(read_header(save("gan.pth", {"G": inside, "D": inside})))
 
 
@@ -318,3 +323,84 @@ def test_the_teacher_of_another_model_is_no_average_of_it(save: Save, teacher: A
     assert (chosen.which, chosen.path) == ("raw", ("model",))
     chosen = select(read_header(save("mean.pth", {"model": {"a": torch.ones(2)}, "teacher": {"a": torch.zeros(2)}})))
     assert (chosen.which, chosen.path) == ("ema", ("teacher",))
+
+
+# Layouts from outside
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[Layout], Layout]]:
+    """Register layouts for the time of a test."""
+    known: list[Layout] = []
+
+    def add(layout: Layout) -> Layout:
+        register(layout)
+        known.append(layout)
+        return layout
+
+    yield add
+    for layout in known:
+        unregister(layout)
+
+
+def test_register_makes_two_paths_a_layout_that_is_read_and_written(
+    save: Save, tmp_path: Path, registered: Callable[[Layout], Layout]
+) -> None:
+    source = save("c.pth", {"net": weights(1.0), "net_avg": weights(3.0), "epoch": 4})
+    other = save("d.pth", {"net": weights(1.0), "net_avg": weights(6.0), "epoch": 5})
+    with pytest.raises(LayoutError, match="in no known layout"):
+        open_checkpoint(source)
+    registered(Layout("toy", "my loop: net and net_avg", raw=("net",), ema=("net_avg",)))
+
+    assert open_checkpoint(source).state.layout == "toy"
+    average([source, other], out=tmp_path / "avg.pth")
+    found = load(tmp_path / "avg.pth")
+    assert (list(found), found["net"]["w"].tolist()) == (["net", "epoch"], [4.5, 4.5])
+    convert(source, to="timm", out=tmp_path / "timm.pth")
+    convert(tmp_path / "timm.pth", to="toy", out=tmp_path / "toy.pth")
+    found = load(tmp_path / "toy.pth")
+    assert found.keys() == {"net", "net_avg", "epoch"}
+    assert same_bits(found["net"], weights(1.0))
+    assert same_bits(found["net_avg"], weights(3.0))
+
+
+def test_register_makes_an_encoding_known_that_is_read_and_written(
+    save: Save, tmp_path: Path, registered: Callable[[Layout], Layout]
+) -> None:
+    halves = Encoding(
+        "toy",
+        lambda node: isinstance(node, dict) and isinstance(node.get("averages"), list),
+        lambda node, names, raw: {"ema": StateDict({name: tensor for name, tensor in node["averages"]})},
+        lambda weights, content: {"averages": [(name, tensor) for name, tensor in weights.items()]},
+        flat=False,
+    )
+    registered(Layout("toy", "pairs in a list", ema=(), ema_encoding=halves))
+    source = save("c.pth", {"averages": list(weights(3).items())})
+
+    assert open_checkpoint(source).state.label == "ema (the whole file)"
+    convert(source, to="plain", out=tmp_path / "plain.safetensors")
+    convert(tmp_path / "plain.safetensors", to="toy", out=tmp_path / "toy.pth")
+    assert same_bits(dict(load(tmp_path / "toy.pth")["averages"]), weights(3))
+    with pytest.raises(UsageError, match=r"`to='toy'` nests its weights, which safetensors cannot hold"):
+        convert(source, to="toy", out=tmp_path / "toy.safetensors")
+
+
+def test_unregister_leaves_nothing_behind(save: Save) -> None:
+    before = (list(LAYOUTS), list(DETECTED), list(ENCODINGS))
+    own = Encoding("toy", lambda node: False, lambda node, names, raw: {})
+    toy = Layout("toy", "", raw=("net",), ema=("net_avg",), ema_encoding=own)
+    register(toy)
+    assert (DETECTED[0], ENCODINGS[0]) == (toy, own)
+    with pytest.raises(ValueError, match="there is a layout named 'toy' already"):
+        register(toy)
+    unregister(toy)
+    assert (list(LAYOUTS), list(DETECTED), list(ENCODINGS)) == before
+
+
+def test_layouts_are_named_in_no_module_but_their_own() -> None:
+    folder = Path(ckpt_tools.__file__).parent
+    code = {path: path.read_text() for path in folder.rglob("*.py")}
+    named = [
+        f"{path}: {match}" for path, text in code.items() for match in re.findall(r"\blayout(?:\.name)? [!=]= .*", text)
+    ]
+    assert [line for line in named if '"' in line] == []

@@ -66,7 +66,7 @@ def described(save: Save, tree: Any) -> Description:
         (Lion, {}, "Lion or alike", 1),
     ],
 )
-def test_optimizers_of_torch_are_named_and_weighed(
+def test_describe_names_and_weighs_optimizers_of_torch(
     save: Save, make: Any, options: dict[str, Any], kind: str, multiple: int
 ) -> None:
     model, state = trained(make, **options)
@@ -79,7 +79,7 @@ def test_optimizers_of_torch_are_named_and_weighed(
     assert optimizer.nbytes == sum(t.nbytes for t in held)
 
 
-def test_without_the_option_that_tells_them_apart_adamw_is_not_guessed(save: Save) -> None:
+def test_describe_does_not_guess_adamw_without_its_option(save: Save) -> None:
     model, state = trained(torch.optim.AdamW)
     for group in state["param_groups"]:
         group.pop("decoupled_weight_decay", None)
@@ -89,7 +89,7 @@ def test_without_the_option_that_tells_them_apart_adamw_is_not_guessed(save: Sav
     assert described(save, {"model": model.state_dict(), "opt": state}).optimizers[0].kind == "Adam family"
 
 
-def test_a_momentum_that_is_none_is_no_momentum(save: Save) -> None:
+def test_describe_counts_no_momentum_that_is_none(save: Save) -> None:
     state = {"state": {0: {"momentum_buffer": None}}, "param_groups": [{"momentum": 0, "dampening": 0}]}
     assert described(save, {"model": {"w": torch.ones(2)}, "optimizer": state}).optimizers[0].kind == "SGD"
 
@@ -103,7 +103,7 @@ def test_a_momentum_that_is_none_is_no_momentum(save: Save) -> None:
         (torch.optim.Rprop, {}, "without state"),
     ],
 )
-def test_an_optimizer_before_its_first_step_is_not_called_plain(
+def test_describe_does_not_call_an_optimizer_plain_before_its_first_step(
     save: Save, make: Any, options: dict[str, Any], kind: str
 ) -> None:
     state = make([nn.Parameter(torch.ones(3))], **options).state_dict()
@@ -123,7 +123,7 @@ def test_an_optimizer_before_its_first_step_is_not_called_plain(
         (lambda o: {"optimizer": {"optimizer": o, "fp32": [1]}}, ["optimizer.optimizer"]),
     ],
 )
-def test_optimizers_are_found_where_libraries_put_them(save: Save, around: Any, places: list[str]) -> None:
+def test_describe_finds_optimizers_where_libraries_put_them(save: Save, around: Any, places: list[str]) -> None:
     model, state = trained(torch.optim.AdamW)
     copies = iter([state, trained(torch.optim.AdamW)[1]])
     tree = around(state)
@@ -134,12 +134,12 @@ def test_optimizers_are_found_where_libraries_put_them(save: Save, around: Any, 
     assert all(optimizer.multiple == pytest.approx(2, abs=1e-3) for optimizer in found)
 
 
-def test_a_file_with_an_optimizer_alone_tells_it_without_a_multiple(save: Save) -> None:
+def test_describe_takes_a_file_with_an_optimizer_alone(save: Save) -> None:
     (found,) = described(save, trained(torch.optim.Adagrad)[1]).optimizers
     assert (found.place, found.kind, found.multiple) == ("the whole file", "Adagrad", None)
 
 
-def test_a_strangers_state_is_no_reason_to_fail(save: Save) -> None:
+def test_describe_accepts_an_unknown_state(save: Save) -> None:
     for state in ({"state": 3, "param_groups": None}, {"state": {0: [1]}, "param_groups": [3, {1: 2}]}):
         (found,) = described(save, {"model": {"w": torch.ones(2)}, "optimizer": state}).optimizers
         assert (found.kind, found.nbytes) == ("without state", 0)

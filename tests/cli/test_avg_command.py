@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
-from cli_runner import contents, environment, refused, run
+from cli_runner import PATIENCE, contents, environment, refused, run
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.compute.gpu import devices, streams
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_the_line_of_the_readme_works_as_it_stands(runs: list[Path]) -> None:
     Path("runs").symlink_to(runs[0].parent)
     line = "ckpt avg runs/*.pth --mode ema --decay 0.99"
     done = subprocess.run(
-        ["bash", "-c", line], env=environment(), capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", line], env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
@@ -323,6 +323,6 @@ def test_devices_that_cannot_be_had_are_refused(pair: list[Path], monkeypatch: p
     for options, message in [
         (["--device", "abacus"], "--device abacus: write auto, cpu"),
         (["--device", "cuda"], "say --device cpu"),
-        (["--gpu-memory", "much"], "--gpu-memory: 'much' is no size"),
+        (["--gpu-memory", "much"], "--gpu-memory much is not a size"),
     ]:
         assert message in refused(Path(), "avg", *pair, *options, code=2)

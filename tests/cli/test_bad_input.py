@@ -23,7 +23,7 @@ from torch import nn
 
 from ckpt_tools.compute import native
 from ckpt_tools.storage import staged
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_a_folder_or_file_that_may_not_be_read() -> None:
         ({"state_dict": {}, "epoch": 3}, "bad.pth: its 'state_dict' holds no tensor. Nothing to average."),
         (
             {"net": {"encoder": {"w": torch.zeros(2)}}},
-            "bad.pth: in no known layout. Tensors stand in net.encoder. Choose with --state net.encoder.",
+            "bad.pth: in no known layout. There are tensors in net.encoder. Choose with --state net.encoder.",
         ),
         (
             nn.ReLU(),
@@ -321,15 +321,13 @@ def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str)
         (["--dtype", "int8"], "not 'int8'"),
         (["--last", "0"], "--last 0: must be 1 or more."),
         (["--threads", "0"], "--threads 0: must be a whole number from 1 to 256."),
-        (["--metric", "loss"], "--metric and --lower-is-better go with --best N."),
-        (["--max-shard-size", "5XB", "-o", "m"], "--max-shard-size: '5XB' is no size; write one such as 5GB or 500MB."),
+        (["--metric", "loss"], "--metric and --lower-is-better go with --best."),
+        (["--max-shard-size", "5XB", "-o", "m"], "--max-shard-size 5XB is not a size; use e.g. 5GB or 500MB."),
         (["--max-shard-size", "5GB"], "--max-shard-size needs a folder: give -o a name without suffix."),
         (["-o", ""], "-o '': there is no name in it. Is a variable of the shell unset?"),
-        (["-o", "new/.pth"], "-o 'new/.pth': there is no name in it."),
-        (["-o", "new.pth/"], "-o new.pth/: the suffix asks for a file, the slash for a folder."),
-        (["-o", "new.pth/."], "-o new.pth/.: the suffix asks for a file, the slash for a folder."),
-        (["--max-shard-size", "9" * 400 + "GB", "-o", "m"], "is no size"),
-        (["-o", "averaged.txt"], "averaged.txt: the suffix should be one of .pth .pt"),
+        (["-o", "new/.pth"], "-o new/.pth: there is no name in it."),
+        (["--max-shard-size", "9" * 400 + "GB", "-o", "m"], "is not a size"),
+        (["-o", "averaged.pht"], "averaged.pht: .pht is not a known suffix. Did you mean .pt or .pth?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -416,15 +414,31 @@ def test_the_folder_of_the_target_is_not_writable() -> None:
     )
 
 
+@needs_permissions
+def test_a_target_in_a_folder_that_cannot_be_listed_is_written() -> None:
+    Path("blind").mkdir()
+    Path("blind").chmod(0o777)
+    reference = spawn("avg", *GOOD, "-o", "blind/a.pth", cwd=Path(), first=UNPRIVILEGED)
+    assert reference.returncode == 0
+    Path("blind").chmod(0o333)
+    done = spawn("avg", *GOOD, "-o", "blind/b.pth", cwd=Path(), first=UNPRIVILEGED)
+    assert (done.returncode, "Wrote blind/b.pth" in done.stderr) == (0, True)
+    Path("blind").chmod(0o777)
+    assert Path("blind/b.pth").read_bytes() == Path("blind/a.pth").read_bytes()
+
+
 # A full disk
 
 
 def test_a_disk_too_small_is_noticed_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("avg", *GOOD).code == 0
+    size = Path("averaged.pth").stat().st_size
+    Path("averaged.pth").unlink()
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(staged.shutil, "disk_usage", lambda _: usage._replace(free=50))
     monkeypatch.setattr(OpenFiles, "open", lambda *_: pytest.fail("payload was read"))
     refusal = refused(Path(), "avg", *GOOD)
-    assert refusal.startswith(f"Error: averaged.pth: needs 72 bytes, and {Path().absolute()} has 50 left.")
+    assert refusal.startswith(f"Error: averaged.pth: needs {size:,} bytes, and {Path().absolute()} has 50 left.")
 
 
 @pytest.mark.parametrize("target", ["averaged.pth", "averaged.safetensors", "averaged"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import BIN, environment, run, spawn
+from cli_runner import BIN, PATIENCE, environment, run, spawn
 
 from ckpt_tools.cli import console
 
@@ -155,7 +155,7 @@ def shell(line: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[
         env=environment(**extra),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -224,6 +224,6 @@ def test_a_terminal_breaks_lines_between_words(runs: list[Path]) -> None:
 
 def test_the_module_runs_as_the_script_does(tmp_path: Path) -> None:
     for command in ([sys.executable, "-m", "ckpt_tools"], [str(BIN / "ckpt")]):
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE)
         assert done.stdout.startswith("ckpt-tools ")
     assert spawn("--version", cwd=tmp_path).returncode == 0

@@ -62,7 +62,7 @@ def test_the_layouts_are_listed() -> None:
         (("c.pth",), "-o is missing: where to write"),
         (("c.pth", "--to", "litemma", "-o", "x.pth"), "--to litemma: no such layout. Did you mean litema?"),
         (("c.pth", "--to", "timm", "-o", "x.safetensors"), "nests its weights, which safetensors cannot hold"),
-        (("c.pth", "-o", "x.pt2"), "the suffix should be one of"),
+        (("c.pth", "-o", "x.pt2"), "x.pt2: .pt2 is not a known suffix. Did you mean .pt"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], message: str) -> None:

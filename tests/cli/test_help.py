@@ -1,4 +1,4 @@
-"""Help: quick, in panels, ending in an example that works; and usage errors that point to it."""
+"""Help: quick, in groups, ending in an example that works; and usage errors that point to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from cli_runner import environment, run
+from cli_runner import PATIENCE, environment, run
 from typer.main import get_command
 
 import ckpt_tools
@@ -52,10 +52,78 @@ def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path, arguments: lis
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     assert done.stdout.splitlines()[-1] == f"exit {code} False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "jobs"),
+    [
+        (["avg", "--help"], set()),
+        (["avg", "RUN", "-o", "a.pth", "--force", "--mode", "ema", "--decay", "0.9"], {"average"}),
+        (["fix-prefix", "RUN", "-o", "b.pth", "--add", "model."], {"rename"}),
+        (["strip", "RUN", "-o", "c.pth"], {"strip"}),
+    ],
+)
+def test_a_command_imports_nothing_that_it_does_not_need(
+    runs: list[Path], tmp_path: Path, arguments: list[str], jobs: set[str]
+) -> None:
+    """pydantic alone, which Typer reads values with, takes as long to import as all that an average needs."""
+    script = PROBE.replace('"torch" in sys.modules)', "sorted(sys.modules))")
+    given = [str(runs[0]) if text == "RUN" else text for text in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *given],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    line = next(line for line in done.stdout.splitlines() if line.startswith("exit"))
+    loaded = set(re.findall(r"'([\w.]+)'", line))
+    assert not loaded & {"pydantic", "rich", "torch", "numpy"}
+    verbs = {"average", "convert", "diff", "inspect", "recalibrate", "rename", "strip"}
+    assert {name for name in verbs if f"ckpt_tools.jobs.{name}" in loaded} == jobs
+    assert (
+        len([name for name in loaded if re.fullmatch(r"ckpt_tools\.cli\.(avg|convert|diff|fix_prefix|strip)", name)])
+        == 1
+    )
+
+
+def test_help_shows_options_in_groups_with_their_defaults() -> None:
+    lines = run("avg", "--help").out.splitlines()
+    assert "avg [OPTIONS]" in lines[0]
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == [
+        "Arguments:",
+        "How much each checkpoint counts:",
+        "Which checkpoints:",
+        "Which weights:",
+        "Output:",
+        "Running:",
+        "Options:",
+    ]
+    text = " ".join(" ".join(lines).split())
+    assert "--gpu-memory SIZE To take on each GPU, such as 2GB. [default: (1GB)]" in text
+    assert "ema: for a checkpoint; with --per-step, for a training step. [default: (0.99)]" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--last", "1.5"], "Invalid value for '--last'"),
+        (["--decay", "much"], "Invalid value for '--decay'"),
+        (["--last", ""], "Invalid value for '--last'"),
+    ],
+)
+def test_typer_has_the_words_for_a_value_that_cannot_be_read(
+    arguments: list[str], message: str, runs: list[Path]
+) -> None:
+    result = run("avg", runs[0], *arguments)
+    assert (result.code, message in result.err) == (2, True)
 
 
 def test_version_is_that_of_the_package() -> None:

@@ -13,7 +13,7 @@ import torch
 from cli_runner import contents, refused, run
 from safetensors.torch import save_file
 
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import command, contents, environment, refused, run
+from cli_runner import PATIENCE, command, contents, environment, refused, run
 from conftest import FIXTURES
 
 DIGITS = ("--model", f"{FIXTURES}/digits_net.py:DigitsNet", "--img-size", "8", "--crop-pct", "1")
@@ -162,9 +161,8 @@ def test_a_signal_stops_it_without_a_trace(
         os.killpg(process.pid, number)  # a terminal sends it to workers, too
     else:
         process.send_signal(number)
-    deadline = time.monotonic() + 30
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() < deadline
+    out, err = process.communicate(timeout=PATIENCE)
+    assert out.count(".") < 1000  # it did not go on to the end
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert err.splitlines()[-1].endswith("nothing was written.")

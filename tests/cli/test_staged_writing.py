@@ -70,7 +70,7 @@ def test_a_new_file_replaces_the_old_one_with_its_name_alone(here: Path) -> None
 
 
 def test_what_cannot_be_created_is_refused_in_words(here: Path) -> None:
-    with pytest.raises(WriteError, match=r"out\.pth: cannot be written \(.*\)\. Choose another place with -o"):  # noqa: SIM117
+    with pytest.raises(WriteError, match=r"out\.pth: cannot be written \(.*\)\. Choose another place with `out`"):  # noqa: SIM117
         with staged_files(Path("gone/out.pth"), None, [1]):
             pytest.fail("the block was entered")
     assert names(here) == []
@@ -147,7 +147,7 @@ def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(
     old_folder("precious")
     for behind in ("precious" if folder else "precious/config.json", "nowhere"):
         Path("out").symlink_to(behind)
-        with pytest.raises(WriteError, match="out: exists already. Pass --force"):
+        with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
             check_target(Path("out"), [], nbytes=0, force=False, folder=folder)
         check_target(Path("out"), [], nbytes=0, force=True, folder=folder)
         with staged_files(Path("out"), shards, [3], force=True):
@@ -261,3 +261,24 @@ except WriteError as error:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("out.pth: writing failed: File too large.")
     assert (here / "out").stat().st_blocks * 512 >= 1 << 20
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_staged_files_finishes_in_a_folder_that_cannot_be_opened(
+    here: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    """A folder with mode 0300 may be written but not read; the error would come when the file is in its place."""
+    real, synced = os.open, []
+
+    def closed(path: object, flags: int, *mode: int, **more: int) -> int:
+        if Path(str(path)) == here and not flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *mode, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", closed)
+    monkeypatch.setattr(os, "sync", lambda: synced.append(names(here)))
+    with staged_files(Path("out.pth"), None, [5], force=force) as (_, (fd,)):
+        os.pwrite(fd, b"hello", 0)
+    assert Path("out.pth").read_bytes() == b"hello"
+    assert names(here) == ["out.pth"]
+    assert "out.pth" in synced[0]

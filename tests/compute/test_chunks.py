@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from crafting import random_tensor, raw_bytes, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.compute.payload import OpenFiles, Reader, Source, read_tensor
 from ckpt_tools.errors import CorruptError
 from ckpt_tools.tensors import DTYPES, ChunkedSpec, Part, Storage, TensorSpec, join, make_spec
 
-RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=150)
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -57,7 +57,7 @@ def stored(folder: Path, whole: torch.Tensor, tiles: list[Box], *, transposed: b
 
 @RELAXED
 @given(tilings(), st.sampled_from(["float32", "int8", "bfloat16", "float64"]), st.booleans(), st.booleans(), st.data())
-def test_any_piece_of_any_tiling_is_that_of_the_whole(
+def test_reader_reads_any_piece_of_any_tiling(
     tmp_path: Path,
     tiling: tuple[tuple[int, ...], list[Box]],
     dtype: str,
@@ -83,7 +83,7 @@ def test_any_piece_of_any_tiling_is_that_of_the_whole(
 
 @RELAXED
 @given(st.data())
-def test_only_boxes_that_cover_each_element_once_are_a_tensor(tmp_path: Path, data: st.DataObject) -> None:
+def test_join_accepts_only_boxes_that_cover_each_element_once(tmp_path: Path, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
     parts = []
     covered = np.zeros(shape, int)
@@ -117,28 +117,28 @@ def part(begin: tuple[int, ...], sizes: tuple[int, ...], *, big_endian: bool = F
         ([part((0, 0), (2, 3)), part((2, 0), (1, 3), big_endian=True)], "they differ in byte order"),
     ],
 )
-def test_what_is_wrong_with_chunks_is_said(parts: list[Part], message: str) -> None:
+def test_join_says_what_is_wrong_with_chunks(parts: list[Part], message: str) -> None:
     with pytest.raises(CorruptError, match=message):
         join(Path("run"), "w", DTYPES["int8"], (3, 3), parts)
 
 
-def test_scalars_in_two_chunks_overlap() -> None:
+def test_join_rejects_a_scalar_in_two_chunks() -> None:
     with pytest.raises(CorruptError, match=r"those at \[\] and \[\] overlap"):
         join(Path("run"), "w", DTYPES["int8"], (), [part((), ()), part((), ())])
 
 
-def test_one_chunk_is_the_tensor_itself() -> None:
+def test_join_of_one_chunk_is_the_tensor_itself() -> None:
     alone = part((0, 0), (3, 3))
     assert join(Path("run"), "w", DTYPES["int8"], (3, 3), [alone, part((3, 0), (0, 3))]) is alone[1]
     assert join(Path("run"), "w", DTYPES["int8"], (0, 3), [part((0, 0), (0, 2)), part((0, 2), (0, 1))]).shape == (0, 3)
 
 
-def test_a_plain_tensor_is_its_own_part() -> None:
+def test_parts_of_a_plain_tensor_are_the_tensor_itself() -> None:
     spec = part((0, 0), (3, 3))[1]
     assert spec.parts == (((0, 0), spec),)
 
 
-def test_thousands_of_chunks_are_told_apart_along_any_axis(tmp_path: Path) -> None:
+def test_join_tells_thousands_of_chunks_apart_along_any_axis(tmp_path: Path) -> None:
     # A comparison of all pairs would take minutes.
     (tmp_path / "file").write_bytes(bytes(range(200)) * 100)
     for axis in range(2):
@@ -154,7 +154,7 @@ def test_thousands_of_chunks_are_told_apart_along_any_axis(tmp_path: Path) -> No
         assert len(spec.chunks) == 20_000
 
 
-def test_a_chunked_tensor_needs_no_more_memory_than_the_piece(tmp_path: Path) -> None:
+def test_reader_needs_no_more_memory_than_the_piece_of_a_chunked_tensor(tmp_path: Path) -> None:
     shape = (64, 64)
     whole = random_tensor("float32", shape)
     tiles = [((i, j), (16, 32)) for i, j in itertools.product(range(0, 64, 16), range(0, 64, 32))]

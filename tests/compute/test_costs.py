@@ -94,7 +94,7 @@ def average(series: list[Path], tmp_path: Path, *, way: str = "native") -> Cost:
 
 
 @needs_native
-def test_an_average_moves_each_byte_once_in_few_calls_and_without_torch(series: list[Path], tmp_path: Path) -> None:
+def test_average_moves_each_byte_once_in_few_calls_and_without_torch(series: list[Path], tmp_path: Path) -> None:
     inputs, output = sum(map(payload, series)), payload(series[0])
     found = average(series, tmp_path)
     assert inputs * 0.99 < found.read < inputs * 1.04
@@ -105,7 +105,7 @@ def test_an_average_moves_each_byte_once_in_few_calls_and_without_torch(series: 
     assert not found.torch
 
 
-def test_an_average_by_torch_moves_each_byte_once_in_bounded_memory(series: list[Path], tmp_path: Path) -> None:
+def test_average_by_torch_moves_each_byte_once_in_bounded_memory(series: list[Path], tmp_path: Path) -> None:
     inputs, output = sum(map(payload, series)), payload(series[0])
     found = average(series, tmp_path, way="torch")
     assert inputs * 0.99 < found.read < inputs * 1.04
@@ -116,7 +116,7 @@ def test_an_average_by_torch_moves_each_byte_once_in_bounded_memory(series: list
 
 
 @pytest.mark.parametrize(("function", "options"), [("fix_prefix", {}), ("convert", {"to": "plain"})])
-def test_a_copy_moves_each_byte_once_without_torch(
+def test_fix_prefix_and_convert_move_each_byte_once_without_torch(
     series: list[Path], tmp_path: Path, function: str, options: dict[str, str]
 ) -> None:
     suffix = series[0].suffix if function == "fix_prefix" else ".safetensors"
@@ -130,8 +130,29 @@ def test_a_copy_moves_each_byte_once_without_torch(
     assert not found.torch
 
 
-def test_a_look_reads_the_header_alone(series: list[Path]) -> None:
+def test_open_checkpoint_reads_the_header_alone(series: list[Path]) -> None:
     found = cost("open_checkpoint", series[0])
     assert found.read < 1e6
     assert found.reads < 100
+    assert not found.torch
+
+
+@needs_native
+@pytest.mark.parametrize(("function", "files"), [("average", 3), ("convert", 1)])
+def test_average_reads_transposed_tensors_once_in_long_rows_without_torch(
+    tmp_path: Path, function: str, files: int
+) -> None:
+    paths = [tmp_path / f"step-{i}.pth" for i in range(files)]
+    for i, path in enumerate(paths):
+        torch.manual_seed(i)
+        torch.save({"w": torch.randn(2048, 3072).t()}, path)
+    options = {"to": "plain"} if function == "convert" else {"threads": 2}
+    source = paths[0] if function == "convert" else paths
+    found = cost(function, source, out=tmp_path / "out.safetensors", **options)
+    inputs = sum(map(payload, paths))
+    assert inputs * 0.99 < found.read < inputs * 1.04
+    assert payload(paths[0]) * 1.99 < found.written < payload(paths[0]) * 2.01  # zeros first
+    assert found.reads < 7000 * files  # 6 tiles of 1,024 rows; element by element it would be 6 million
+    assert found.writes < 7000
+    assert found.memory < 14e6
     assert not found.torch

@@ -6,15 +6,14 @@ import random
 import zlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tools.compute.crc32 import combine
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=8))
-def test_the_parts_of_any_split_combine_to_the_whole(parts: list[bytes]) -> None:
+def test_combine_joins_any_split_to_the_whole(parts: list[bytes]) -> None:
     total = 0
     for part in parts:
         total = combine(total, zlib.crc32(part), len(part))
@@ -22,9 +21,8 @@ def test_the_parts_of_any_split_combine_to_the_whole(parts: list[bytes]) -> None
     assert total == zlib.crc32(b"".join(parts))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=200), st.binary(max_size=200))
-def test_parts_may_be_grouped_in_any_way(a: bytes, b: bytes, c: bytes) -> None:
+def test_combine_groups_parts_in_any_way(a: bytes, b: bytes, c: bytes) -> None:
     left = combine(combine(zlib.crc32(a), zlib.crc32(b), len(b)), zlib.crc32(c), len(c))
     right = combine(zlib.crc32(a), combine(zlib.crc32(b), zlib.crc32(c), len(c)), len(b) + len(c))
 
@@ -32,14 +30,14 @@ def test_parts_may_be_grouped_in_any_way(a: bytes, b: bytes, c: bytes) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 255, 256, 65536, 1_000_003])
-def test_empty_parts_change_nothing(length: int) -> None:
+def test_combine_ignores_empty_parts(length: int) -> None:
     whole = zlib.crc32(random.Random(length).randbytes(length))
 
     assert combine(whole, zlib.crc32(b""), 0) == whole
     assert combine(zlib.crc32(b""), whole, length) == whole
 
 
-def test_lengths_beyond_32_bits_combine() -> None:
+def test_combine_takes_lengths_beyond_32_bits() -> None:
     head, block = zlib.crc32(b"head"), bytes(1 << 26)
     whole, zeros = zlib.crc32(block, head), zlib.crc32(block)
     assert combine(head, zeros, 1 << 26) == whole

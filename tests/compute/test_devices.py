@@ -40,39 +40,39 @@ def pair(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.usefixtures("gpus")
-def test_cuda_is_all_gpus_and_a_number_is_one_of_them() -> None:
+def test_choose_takes_all_gpus_for_cuda_and_one_for_a_number() -> None:
     assert choose("cuda", 1) == ("cuda:0", "cuda:1")
     assert choose("cuda:1", 1) == ("cuda:1",)
     assert choose("cpu", 10**15) == ()
-    with pytest.raises(UsageError, match="--device cuda:7: there are 2 GPUs, cuda:0 to cuda:1"):
+    with pytest.raises(UsageError, match="`device='cuda:7'`: there are 2 GPUs, cuda:0 to cuda:1"):
         choose("cuda:7", 1)
 
 
-def test_a_number_beyond_the_only_gpu_is_refused(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_rejects_a_number_beyond_the_only_gpu(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UsageError, match="--device cuda:1: there is 1 GPU, cuda:0"):
+    with pytest.raises(UsageError, match="`device='cuda:1'`: there is 1 GPU, cuda:0"):
         choose("cuda:1", 1)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "", "mps", "cuda:1\n", "cuda:٣"])
-def test_a_name_of_no_device_is_refused(name: str) -> None:
+def test_check_name_rejects_an_unknown_device(name: str) -> None:
     with pytest.raises(UsageError, match=r"write auto, cpu, cuda \(all GPUs\), or cuda:1"):
         check_name(name)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_a_gpu_that_is_not_there_is_refused_with_what_torch_lacks(
+def test_choose_rejects_a_missing_gpu_and_says_what_torch_lacks(
     no_gpu: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
-    with pytest.raises(UsageError, match=rf"--device {name}: torch \S+ is a build without CUDA.*say --device cpu"):
+    with pytest.raises(UsageError, match=rf"`device='{name}'`: torch \S+ is a build without CUDA.*say `device='cpu'`"):
         choose(name, 1)
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    with pytest.raises(UsageError, match=rf"--device {name}: torch \S+ finds no GPU.*nvidia-smi.*say --device cpu"):
+    with pytest.raises(UsageError, match=rf"`device='{name}'`: torch \S+ finds no GPU.*nvidia-smi.*say `device='cpu'`"):
         choose(name, 1)
 
 
-def test_auto_takes_gpus_for_large_jobs_where_there_is_a_driver(
+def test_choose_auto_takes_gpus_for_large_jobs_where_there_is_a_driver(
     gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(devices, "AUTO_FROM", 1000)
@@ -83,7 +83,7 @@ def test_auto_takes_gpus_for_large_jobs_where_there_is_a_driver(
     assert choose("auto", 1000) == ()
 
 
-def test_auto_is_the_cpu_where_torch_finds_no_gpu(
+def test_choose_auto_takes_the_cpu_where_torch_finds_no_gpu(
     no_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(devices, "AUTO_FROM", 0)
@@ -91,7 +91,7 @@ def test_auto_is_the_cpu_where_torch_finds_no_gpu(
     assert choose("auto", 1) == ()
 
 
-def test_the_choice_of_the_cpu_does_not_import_torch() -> None:
+def test_choose_does_not_import_torch_for_the_cpu() -> None:
     code = (
         "import sys; from ckpt_tools.compute.gpu.devices import choose\n"
         "assert choose('cpu', 10**15) == choose('auto', 10**6) == ()\n"
@@ -100,7 +100,7 @@ def test_the_choice_of_the_cpu_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_average_says_what_did_the_sums(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_reports_its_devices(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ckpt_tools.average(pair, out=tmp_path / "a.safetensors", device="cpu").device == "cpu"
     seen = []
     monkeypatch.setattr(devices, "choose", lambda name, nbytes: seen.append((name, nbytes)) or ("cpu", "cpu"))
@@ -115,13 +115,13 @@ def test_an_average_says_what_did_the_sums(pair: list[Path], tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "abacus"}, "--device abacus: write auto, cpu"),
-        ({"gpu_memory": "much"}, "--gpu-memory: 'much' is no size"),
-        ({"gpu_memory": 0}, "'?0'? is no size"),
-        ({"gpu_memory": 1000, "threads": 1}, "--gpu-memory 1000: 1 thread needs at least 1MB"),
+        ({"device": "abacus"}, "`device='abacus'`: write auto, cpu"),
+        ({"gpu_memory": "much"}, "`gpu_memory='much'` is not a size"),
+        ({"gpu_memory": 0}, "`gpu_memory=0` is not a size"),
+        ({"gpu_memory": 1000, "threads": 1}, "`gpu_memory=1000`: 1 thread needs at least 1MB"),
     ],
 )
-def test_what_makes_no_sense_is_refused_before_anything_is_written(
+def test_average_rejects_senseless_devices_before_it_writes(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
 ) -> None:
     monkeypatch.setattr(devices, "choose", lambda name, nbytes: ("cpu",))
@@ -133,7 +133,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
-def test_a_real_series_averaged_on_gpus_is_the_file_that_the_cpu_writes(runs: list[Path], tmp_path: Path) -> None:
+def test_average_on_gpus_writes_the_file_of_the_cpu(runs: list[Path], tmp_path: Path) -> None:
     for device in ("cpu", "cuda"):
         (tmp_path / device).mkdir()
         report = ckpt_tools.average(

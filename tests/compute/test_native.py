@@ -24,9 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_tools
 from ckpt_tools.compute import native
-from ckpt_tools.compute import torch_sums as summing
-from ckpt_tools.compute.batches import SMALL
-from ckpt_tools.tensors import DTYPES
+from ckpt_tools.compute.work_units import SMALL
 
 Save = Callable[..., Path]
 RELAXED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,29 +146,59 @@ def test_an_average_of_plain_files_needs_no_torch(save: Save, tmp_path: Path) ->
     assert found["n"].item() == 3
 
 
-def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
-    one_term, row = struct.pack("qd", 0, 1.0), [1, 0, 0, 0, 0]
-    for terms, table, scratch in (
-        (b"", row, native.SCRATCH),
-        (struct.pack("qd", 9, 1.0), row, native.SCRATCH),
-        (one_term, row, 1000),
-    ):
-        with pytest.raises(ValueError, match="do not fit"):
-            native._native.sum_large(
-                *(terms, 0, 1.0, 1.0, False, True, True),
-                *(array("q", table), array("I", [0]), bytearray(1), bytearray(scratch)),
-            )
+def formula(**changes: Any) -> Any:
+    """The formula of the mean of two float32 tensors, with changes."""
+    usual: dict[str, Any] = {"dtypes": ("float32", "float32"), "coefficients": (1.0, 1.0), "out": "float32"}
+    usual |= {"itemsize": 4, "common": 0.5, "anchored": False, "copied": False, "checked": True}
+    return native._native.Formula(**usual | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtypes": (), "coefficients": ()},
+        {"coefficients": (1.0,)},
+        {"itemsize": 2},
+        {"itemsize": 0},
+        {"out": None},
+        {"copied": True},
+        {"dtypes": ("float32", "complex64")},
+        {"dtypes": ("float32",), "coefficients": (1.0,), "copied": True, "out": "bfloat16", "itemsize": 2},
+        {"dtypes": ("int64",), "coefficients": (1.0,), "out": None, "itemsize": 1000, "copied": True, "checked": False},
+    ],
+)
+def test_formula_rejects_parts_that_do_not_fit_each_other(changes: dict[str, Any]) -> None:
+    formula()
+    with pytest.raises(ValueError, match="do not fit"):
+        formula(**changes)
+
+
+def test_formula_rejects_a_dtype_that_is_not_summed() -> None:
+    with pytest.raises(ValueError, match="no dtype int64"):
+        formula(dtypes=("float32", "int64"))
+
+
+def test_formula_rejects_too_little_scratch_and_rows_of_another_length() -> None:
+    mean, row = formula(), [1, 0, 0, 0, 0, 0, 0]
+    for method in (mean.fill, mean.pack):
+        with pytest.raises(ValueError, match="too little scratch"):
+            method(array("q", row), bytearray(1000), True)
+    for wrong in ([], row[:-1], [*row, 0], [-1, *row[1:]]):
+        with pytest.raises(ValueError, match="does not fit"):
+            mean.fill(array("q", wrong), bytearray(native.SCRATCH), True)
+    with pytest.raises(ValueError, match="not small"):
+        mean.pack(array("q", [1 << 20, 0, 0, 0, 0]), bytearray(native.SCRATCH), True)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_c_with_and_without_vectors_and_torch_come_to_the_same_bytes(tmp_path: Path) -> None:
     """The same source, compiled without what only x86-64 has; every kind of sum, and lengths that leave a rest."""
-    source = Path(native.__file__).with_name("csrc") / "module.c"
+    sources = Path(native.__file__).with_name("csrc").glob("*.c")
     for folder in ("portable", "vectors", "torch"):
         (tmp_path / folder).mkdir()
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-O1", "-ffp-contract=off", "-DPORTABLE", f"-I{sysconfig.get_path('include')}"]
-        + [str(source), "-o", str(tmp_path / "portable" / "_native.so")],
+        + [*map(str, sources), "-o", str(tmp_path / "portable" / "_native.so"), "-lm"],
         check=True,
     )
     generator = torch.Generator().manual_seed(1)
@@ -213,16 +241,12 @@ _MODES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_infinite_to_c_is_infinite_to_torch(dtype: str) -> None:
-    assert native._LIMITS[dtype] == summing.Formula.of((DTYPES[dtype],), (0.5,), DTYPES[dtype]).limit
-
-
-@pytest.mark.parametrize("dtype", ["F32", "BF16", "F16", "I64", "U8"])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "F16", "F8_E4M3", "C64", "I64", "U8"])
 def test_the_scratch_of_a_thread_holds_the_largest_batches_of_small_tensors(tmp_path: Path, dtype: str) -> None:
     """As many bytes as are gathered at most: tensors that are just small enough, behind others that are not enough."""
-    item = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "U8": 1}[dtype]
-    lengths = [1, *[SMALL // item - 1] * 3, SMALL // item, SMALL // item, SMALL // item] * 3
+    item = {"F64": 8, "C64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}[dtype]
+    small = SMALL // max(item, 2)
+    lengths = [1, *[small - 1] * 3, small, small, small] * 3
     header, payload, at = {}, bytearray(), 0
     for i, length in enumerate(lengths):
         data = (np.arange(length * item) % 64).astype(np.uint8).tobytes()  # a finite number in every dtype

@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 from crafting import TORCH_DTYPES, random_tensor, raw_bytes, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.compute.payload import Reader, Source, boxes, read_tensor, torch_dtype
 from ckpt_tools.errors import CorruptError, ReadError
-from ckpt_tools.storage.opened import OpenFiles, raise_file_limit
+from ckpt_tools.storage.local import raise_file_limit
+from ckpt_tools.storage.source import OpenFiles
 from ckpt_tools.tensors import DTYPES, DType, Kind, Storage, TensorSpec, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
-RELAXED = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=150)
 
 
 @st.composite
@@ -53,7 +54,7 @@ def file_of(
 
 @RELAXED
 @given(layouts(), st.sampled_from(["float32", "int8", "bfloat16", "float64", "complex128"]), st.data())
-def test_any_piece_of_any_view_is_what_as_strided_gives(
+def test_reader_reads_any_piece_of_any_view_as_as_strided_does(
     tmp_path: Path, layout: tuple[tuple[int, ...], tuple[int, ...], int], dtype: str, data: st.DataObject
 ) -> None:
     spec, oracle = file_of(tmp_path / "file", DTYPES[dtype], layout, before=data.draw(st.integers(0, 9)))
@@ -70,7 +71,7 @@ def test_any_piece_of_any_view_is_what_as_strided_gives(
 
 @RELAXED
 @given(layouts(wide=9000))
-def test_views_far_wider_than_the_buffer_are_read(
+def test_read_tensor_reads_views_far_wider_than_the_buffer(
     tmp_path: Path, layout: tuple[tuple[int, ...], tuple[int, ...], int]
 ) -> None:
     spec, oracle = file_of(tmp_path / "file", DTYPES["int16"], layout)
@@ -100,7 +101,7 @@ def test_boxes_name_each_element_of_a_piece_once_and_in_order(
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4, 5)])
-def test_a_piece_needs_at_most_two_boxes_a_dimension(shape: tuple[int, ...]) -> None:
+def test_boxes_gives_at_most_two_boxes_a_dimension(shape: tuple[int, ...]) -> None:
     stride = tuple(reversed([7**i for i in range(len(shape))]))
     numel = math.prod(shape)
 
@@ -110,7 +111,7 @@ def test_a_piece_needs_at_most_two_boxes_a_dimension(shape: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("big_endian", [False, True], ids=["little", "big"])
-def test_every_dtype_is_read_in_either_byte_order(dtype: str, big_endian: bool, tmp_path: Path) -> None:
+def test_read_tensor_reads_every_dtype_in_either_byte_order(dtype: str, big_endian: bool, tmp_path: Path) -> None:
     kind = DTYPES[dtype]
     word = kind.itemsize // 2 if kind.kind is Kind.COMPLEX else kind.itemsize
     for shape, stride, start in [
@@ -131,7 +132,7 @@ def test_every_dtype_is_read_in_either_byte_order(dtype: str, big_endian: bool, 
         assert same(read_tensor(spec), torch.as_strided(base, shape, stride, start))
 
 
-def test_a_mostly_empty_view_is_not_read_whole(tmp_path: Path) -> None:
+def test_read_tensor_does_not_read_the_gaps_of_a_sparse_view(tmp_path: Path) -> None:
     # One element in 2**20, of a sparse file of 64 GB: reading what lies between would take minutes.
     path = tmp_path / "file"
     with path.open("wb") as file:
@@ -144,7 +145,7 @@ def test_a_mostly_empty_view_is_not_read_whole(tmp_path: Path) -> None:
     assert read_tensor(spec).tolist() == list(range(1, 65))
 
 
-def test_a_tensor_is_read_into_memory_of_its_own(tmp_path: Path) -> None:
+def test_read_tensor_returns_memory_of_its_own(tmp_path: Path) -> None:
     spec, oracle = file_of(tmp_path / "file", DTYPES["float32"], ((3, 3), (3, 1), 0))
     first, second = read_tensor(spec), read_tensor(spec)
     first.zero_()
@@ -153,7 +154,7 @@ def test_a_tensor_is_read_into_memory_of_its_own(tmp_path: Path) -> None:
     assert raw_bytes(oracle) == spec.storage.path.read_bytes()
 
 
-def test_a_file_that_ends_early_is_an_error_and_no_signal(tmp_path: Path) -> None:
+def test_read_tensor_rejects_a_truncated_file_without_a_signal(tmp_path: Path) -> None:
     spec, _ = file_of(tmp_path / "file", DTYPES["float32"], ((300, 3), (3, 1), 0))
     os.truncate(spec.storage.path, 1000)
 
@@ -161,15 +162,15 @@ def test_a_file_that_ends_early_is_an_error_and_no_signal(tmp_path: Path) -> Non
         read_tensor(spec)
 
 
-def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_read_tensor_names_a_missing_file(tmp_path: Path) -> None:
     spec, _ = file_of(tmp_path / "file", DTYPES["float32"], ((3,), (1,), 0))
     spec.storage.path.unlink()
 
-    with pytest.raises(ReadError, match=r"file: cannot be read \(No such file"):
+    with pytest.raises(ReadError, match=r"file: no such file"):
         read_tensor(spec)
 
 
-def test_a_file_that_cannot_be_read_at_an_offset_is_named(tmp_path: Path) -> None:
+def test_read_tensor_names_a_file_that_cannot_be_read_at_an_offset(tmp_path: Path) -> None:
     spec = make_spec(DTYPES["uint8"], (1,), Storage(tmp_path, 0, 1))  # a folder opens, but does not read
 
     with pytest.raises(ReadError, match=r"reading failed \(Is a directory"):
@@ -177,7 +178,7 @@ def test_a_file_that_cannot_be_read_at_an_offset_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("change", ["content", "size"])
-def test_a_file_written_to_meanwhile_is_noticed(change: str, tmp_path: Path) -> None:
+def test_check_unchanged_notices_a_file_that_changed(change: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"abcd")
     with OpenFiles() as files:
@@ -193,19 +194,19 @@ def test_open_files_close_each_file_once(tmp_path: Path) -> None:
     path.write_bytes(b"abcd")
     with OpenFiles() as files:
         files.open(path)
-        fd = files[path]
+        fd = files.descriptor(path)
         files.open(path)
-        assert files[path] == fd
+        assert files.descriptor(path) == fd
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
 
 
-def test_a_dtype_that_this_torch_lacks_is_named() -> None:
+def test_torch_dtype_names_a_dtype_that_this_torch_lacks() -> None:
     with pytest.raises(ReadError, match="has no dtype float2_e1m0. Install a newer torch"):
         torch_dtype(DType("float2_e1m0", 1, Kind.FLOAT))
 
 
-def test_the_limit_on_open_files_is_raised_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raise_file_limit_raises_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -236,7 +237,7 @@ def test_the_limit_on_open_files_is_raised_no_further_than_needed(monkeypatch: p
         ({"shape": (1 << 62, 1 << 62), "stride": (0, 1)}, "reaches beyond its storage of 16 bytes"),
     ],
 )
-def test_a_spec_outside_its_storage_cannot_be_made(numbers: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_make_spec_rejects_a_tensor_outside_its_storage(numbers: dict[str, Any], message: str, tmp_path: Path) -> None:
     make: Callable[..., TensorSpec] = make_spec
     with pytest.raises(CorruptError, match=message):
         make(DTYPES["float32"], numbers.pop("shape"), Storage(tmp_path / "a", 0, 16), **numbers)
@@ -244,7 +245,7 @@ def test_a_spec_outside_its_storage_cannot_be_made(numbers: dict[str, Any], mess
 
 @RELAXED
 @given(layouts())
-def test_contiguous_means_what_torch_means_by_it(layout: tuple[tuple[int, ...], tuple[int, ...], int]) -> None:
+def test_tensor_spec_contiguous_agrees_with_torch(layout: tuple[tuple[int, ...], tuple[int, ...], int]) -> None:
     shape, stride, start = layout
     spec = TensorSpec(DTYPES["uint8"], shape, stride, start, Storage(Path("a"), 0, 1))
     count = start + 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -193,7 +193,7 @@ def test_a_factory_gives_a_dataset_or_batches(tmp_path: Path, name: str) -> None
         assert sorted(images[0, 0].item() for part, _ in batches for images in part) == list(range(10))
     some = opened(f"{tmp_path}/mine.py:{name}", batch_size=4, images=7)
     assert sum(len(images) for images, _ in some) == 7
-    with pytest.raises(DataError, match="--images 11"):
+    with pytest.raises(DataError, match="`images=11`"):
         list(opened(f"{tmp_path}/mine.py:{name}", images=11))
 
 
@@ -230,7 +230,7 @@ def test_a_list_of_batches_is_dealt_out_to_processes(tmp_path: Path) -> None:
         ("mine.py:nothing", "gives a NoneType: neither"),
         ("mine.py:broken", "failed \\(KeyError: 'path'\\)"),
         ("mine.py:leaves", "failed \\(SystemExit: 0\\)"),
-        ("hfds/nobody/nothing", "--data hfds/nobody/nothing: "),
+        ("hfds/nobody/nothing", "`data='hfds/nobody/nothing'`: "),
     ],
 )
 def test_unusable_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
@@ -265,7 +265,7 @@ def test_a_factory_that_is_not_there_is_a_usage_error(
 
 def test_more_images_than_there_are_is_refused_by_number_only(photos: Photos) -> None:
     folder = photos()
-    with pytest.raises(DataError, match="--images 13: there are only 12"):
+    with pytest.raises(DataError, match="`images=13`: there are only 12"):
         opened(folder, images=13)
     assert opened(folder, images=-1).images == 12
 
@@ -300,7 +300,7 @@ def test_preprocessing_is_the_models_but_for_options() -> None:
     gray = resolve_preprocessing(torchvision.models.resnet18(), 1, {})
     assert gray["input_size"] == (1, 224, 224)
     np.testing.assert_allclose(gray["mean"], [np.mean([0.485, 0.456, 0.406])])
-    with pytest.raises(UsageError, match="--mean has 2 numbers for images of 3 channels"):
+    with pytest.raises(UsageError, match="`mean` has 2 numbers for images of 3 channels"):
         resolve_preprocessing(model, 3, {"mean": [0.1, 0.2]})
 
 

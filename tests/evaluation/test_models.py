@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,23 @@ def test_arguments_in_the_checkpoint_count_and_those_given_go_before(save: Save)
         built(path, num_classes=8)
 
 
+def test_a_factory_leaves_sys_path_as_it_was(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factory that imports its neighbour only when it is called, too."""
+    (tmp_path / "late_net.py").write_text(
+        "from torch import nn\ndef net():\n    from late_width import WIDTH\n    return nn.Linear(WIDTH, 2)\n"
+    )
+    (tmp_path / "late_width.py").write_text("WIDTH = 3\n")
+    path = save("a.pth", nn.Linear(3, 2).state_dict())
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    for spec in (f"{tmp_path}/late_net.py:net", "late_net:net"):
+        assert built(path, spec).in_features == 3
+        assert sys.path == before
+    with pytest.raises(UsageError, match="cannot be imported"):
+        built(path, "no_such_module_here:net")
+    assert sys.path == before
+
+
 def test_a_factory_of_the_users_own_needs_no_timm(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\nfrom neighbour import WIDTH\ndef net(width=WIDTH): return nn.Linear(width, 2)\n"
@@ -68,7 +86,7 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef main(): pass\n")
     for arch in ("evil.py:main", "evil:main", "hf-hub:nobody/nothing", "local-dir:evil"):
         path = save("a.pth", {"arch": arch, "state_dict": {"w": torch.zeros(2)}})
-        with pytest.raises(ModelError, match=rf"a\.pth: its arch '{arch}' is no timm model\. Use --model path/to/file"):
+        with pytest.raises(ModelError, match=rf"a\.pth: its arch '{arch}' is no timm model\. Use `model='path/to/file"):
             built(path)
     assert not (tmp_path / "ran").exists()
     asks = {"checkpoint_path": "evil.pth", "pretrained": True, "cache_dir": "evil"}
@@ -80,7 +98,7 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
 def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
     path = save("a.pth", {"arch": "resnet81", "state_dict": {"w": torch.zeros(2)}})
     with pytest.raises(
-        ModelError, match=r"its arch 'resnet81' is no timm model\. Use --model path/to/file.py:factory\.$"
+        ModelError, match=r"its arch 'resnet81' is no timm model\. Use `model='path/to/file.py:factory'`\.$"
     ):
         built(path)
 
@@ -88,12 +106,12 @@ def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ("resnet81", UsageError, r"--model resnet81: timm has no such model. Did you mean .*resnet18"),
-        ("nothing_like_it_at_all", UsageError, "Use --model path/to/file.py:factory"),
+        ("resnet81", UsageError, r"`model='resnet81'`: timm has no such model. Did you mean .*resnet18"),
+        ("nothing_like_it_at_all", UsageError, "Use `model='path/to/file.py:factory'`"),
         ("torch.nn:Lienar", UsageError, "torch.nn has no 'Lienar'. Did you mean Linear"),
         ("torch.nn:Linear", ModelError, r"cannot be made \(TypeError"),
         ("builtins:dict", ModelError, "gives a dict, not a torch.nn.Module"),
-        (None, ModelError, "does not say which model it is. Use --model"),
+        (None, ModelError, "does not say which model it is. Use `model`"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused(save: Save, spec: str | None, error: Any, message: str) -> None:
@@ -130,5 +148,5 @@ def test_model_arguments_are_python_literals_or_text() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert pick_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:99"):
-        with pytest.raises(UsageError, match=f"--device {name}: not usable here"):
+        with pytest.raises(UsageError, match=f"`device='{name}'`: not usable here"):
             pick_device(name)

@@ -19,18 +19,18 @@ import numpy as np
 import pytest
 import torch
 from crafting import bounded_memory, records_of, same, zip_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_bytes
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError, NotACheckpointError, ReadError, UnsupportedError
 from ckpt_tools.formats import read_header
+from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec
 
-FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150)
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.float16), "n": torch.tensor(3)}
 
 
@@ -83,7 +83,7 @@ def flips(raw: bytes, *, start: int = 0) -> st.SearchStrategy[bytes]:
     return st.lists(change, min_size=1, max_size=6).map(apply)
 
 
-def test_a_zip_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_a_zip_cut_anywhere(tmp_path: Path) -> None:
     whole, cut = WHOLE["zip"], tmp_path / "cut.pth"
     for length in range(len(whole)):
         cut.write_bytes(whole[:length])
@@ -95,7 +95,7 @@ def test_a_zip_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 @FUZZ
 @given(flips(WHOLE["zip"]))
-def test_a_damaged_zip_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_read_header_reads_or_rejects_a_damaged_zip(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.pth").write_bytes(raw)
     with bounded_memory():
         assert reads_or_is_refused(tmp_path / "a.pth")
@@ -103,7 +103,7 @@ def test_a_damaged_zip_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None:
 
 @FUZZ
 @given(flips(WHOLE["zip"][-700:]))
-def test_a_damaged_zip_directory_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_read_header_reads_or_rejects_a_damaged_zip_directory(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.pth").write_bytes(WHOLE["zip"][:-700] + raw)
     with bounded_memory():
         assert reads_or_is_refused(tmp_path / "a.pth")
@@ -118,7 +118,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @FUZZ
 @given(data=st.data())
-def test_a_damaged_pickle_in_a_sound_zip_reads_or_is_refused(
+def test_read_header_reads_or_rejects_a_damaged_pickle_in_a_sound_zip(
     tmp_path: Path, records: dict[str, bytes], data: st.DataObject
 ) -> None:
     name = next(name for name in records if name.endswith("data.pkl"))
@@ -129,7 +129,7 @@ def test_a_damaged_pickle_in_a_sound_zip_reads_or_is_refused(
 
 @FUZZ
 @given(flips(WHOLE["legacy"]))
-def test_a_damaged_legacy_file_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_read_header_reads_or_rejects_a_damaged_legacy_file(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.pth").write_bytes(raw)
     with bounded_memory():
         assert reads_or_is_refused(tmp_path / "a.pth")
@@ -137,7 +137,7 @@ def test_a_damaged_legacy_file_reads_or_is_refused(tmp_path: Path, raw: bytes) -
 
 @FUZZ
 @given(flips(WHOLE["safetensors"]))
-def test_a_damaged_safetensors_file_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_read_header_reads_or_rejects_a_damaged_safetensors_file(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(raw)
     with bounded_memory():
         assert reads_or_is_refused(tmp_path / "a.safetensors")
@@ -145,7 +145,7 @@ def test_a_damaged_safetensors_file_reads_or_is_refused(tmp_path: Path, raw: byt
 
 @FUZZ
 @given(flips(json.dumps({"metadata": {"total_size": 1}, "weight_map": {"w": "a.safetensors", "n": "b.bin"}}).encode()))
-def test_a_damaged_index_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None:
+def test_read_header_reads_or_rejects_a_damaged_index(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(safetensors_bytes({"w": torch.ones(1)}))
     torch.save({"n": torch.ones(1)}, tmp_path / "b.bin")
     index = tmp_path / "model.safetensors.index.json"
@@ -159,7 +159,7 @@ def test_a_damaged_index_reads_or_is_refused(tmp_path: Path, raw: bytes) -> None
     st.binary(max_size=200),
     st.sampled_from([b"", b"PK\3\4", WHOLE["legacy"][:19], b"\x40\0\0\0\0\0\0\0{", b"\x80\2", WHOLE["zip"][:64]]),
 )
-def test_any_bytes_at_all_are_refused(tmp_path: Path, raw: bytes, start: bytes) -> None:
+def test_read_header_rejects_any_bytes(tmp_path: Path, raw: bytes, start: bytes) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(start + raw)
     with bounded_memory(), pytest.raises(ReadError, match=r"a\.pth"):
@@ -201,7 +201,7 @@ NO_CHECKPOINTS: dict[str, tuple[bytes, type[ReadError], str]] = {
 
 
 @pytest.mark.parametrize("case", NO_CHECKPOINTS)
-def test_what_is_no_checkpoint_is_told_by_its_content(case: str, tmp_path: Path) -> None:
+def test_read_header_says_what_a_file_is_that_is_no_checkpoint(case: str, tmp_path: Path) -> None:
     raw, kind, message = NO_CHECKPOINTS[case]
     path = tmp_path / "model.pth"
     path.write_bytes(raw)
@@ -212,14 +212,14 @@ def test_what_is_no_checkpoint_is_told_by_its_content(case: str, tmp_path: Path)
     assert str(path) in str(raised.value)
 
 
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_read_header_rejects_a_pipe_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pth")
 
     with pytest.raises(ReadError, match="neither a file nor a folder"):
         read_header(tmp_path / "pipe.pth")
 
 
-def test_a_device_and_a_socket_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_header_rejects_a_device_and_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the names of sockets must be short
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("sock.pth")
@@ -228,13 +228,13 @@ def test_a_device_and_a_socket_are_refused(tmp_path: Path, monkeypatch: pytest.M
                 read_header(path)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_read_header_names_a_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pth", tmp_path / "none" / "none.pth", tmp_path / "x.safetensors.index.json"):
         with pytest.raises(ReadError, match=rf"{path.name}: no such file"):
             read_header(path)
 
 
-def test_a_link_to_nowhere_and_a_link_to_itself_are_named(tmp_path: Path) -> None:
+def test_read_header_names_a_link_to_nowhere_and_a_link_to_itself(tmp_path: Path) -> None:
     (tmp_path / "dangling.pth").symlink_to("nowhere")
     (tmp_path / "loop.pth").symlink_to("loop.pth")
 
@@ -245,7 +245,7 @@ def test_a_link_to_nowhere_and_a_link_to_itself_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
+def test_read_header_names_a_file_without_read_permission(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(WHOLE["zip"])
     path.chmod(0)
@@ -254,21 +254,21 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_a_file_below_a_file_is_named(tmp_path: Path) -> None:
+def test_read_header_names_a_path_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(WHOLE["zip"])
 
     with pytest.raises(ReadError, match="cannot be read|no such file"):
         read_header(tmp_path / "a.pth" / "b.pth")
 
 
-def test_a_numpy_archive_is_no_checkpoint(tmp_path: Path) -> None:
+def test_read_header_rejects_a_numpy_archive(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", w=np.ones(3))
 
     with pytest.raises(NotACheckpointError, match=r"no data\.pkl inside"):
         read_header(tmp_path / "a.npz")
 
 
-def test_a_file_within_a_file_is_not_mistaken_for_it(tmp_path: Path) -> None:
+def test_open_checkpoint_ignores_a_zip_inside_a_payload(tmp_path: Path) -> None:
     # A payload may itself be a zip; the directory at the end of the file is the one that counts.
     inner = torch.frombuffer(bytearray(WHOLE["zip"]), dtype=torch.uint8)
     make: Callable[..., None] = torch.save

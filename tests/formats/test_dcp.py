@@ -32,7 +32,7 @@ from ckpt_tools import average, open_checkpoint, strip
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, ReadError, SeriesError, UnsupportedError, WriteError
 from ckpt_tools.formats import dcp as ours
-from ckpt_tools.formats import read_header, torch_zip
+from ckpt_tools.formats import pickle_write, read_header
 from ckpt_tools.formats.file_plan import OutTensor
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.jobs.assembly import Assembly
@@ -208,12 +208,12 @@ def written(source: Path, target: Path, **options: Any) -> Path:
     def copy(spec: TensorSpec) -> OutTensor:
         return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "w", finite=False))
 
-    tree = torch_zip.plain(header.tree, [], copy)
+    tree = pickle_write.plain(header.tree, [], copy)
     write(Assembly(target, tuple(ours.plan(tree, **options)), folder=True), header.files)
     return target
 
 
-def test_a_folder_is_read_as_torch_reads_it(single: Path) -> None:
+def test_read_header_reads_a_folder_as_torch_does(single: Path) -> None:
     header = read_header(single)
 
     theirs = oracle(single)
@@ -221,13 +221,13 @@ def test_a_folder_is_read_as_torch_reads_it(single: Path) -> None:
     assert mine[0] == pair[0]
     assert same(read_tensor(mine[1]), pair[1])
     agree(header.tree, theirs, header.files)
-    assert header.format == "dcp"
+    assert header.format.name == "dcp"
     assert {stamp.path.name for stamp in header.files} == {".metadata", "__0_0.distcp"}
     assert header.nbytes == sum(path.stat().st_size for path in single.iterdir())
     assert {name.rpartition(".")[2] for name in header.foreign} == {"PosixPath"}
 
 
-def test_a_folder_opens_as_a_mapping(single: Path) -> None:
+def test_open_checkpoint_opens_a_folder_as_a_mapping(single: Path) -> None:
     checkpoint = open_checkpoint(single, state="model")
 
     assert checkpoint.counters == {"step": 7}
@@ -236,7 +236,7 @@ def test_a_folder_opens_as_a_mapping(single: Path) -> None:
     assert all(same(checkpoint[name], tensor) for name, tensor in model.items())
 
 
-def test_a_flat_state_dict_is_read(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_a_flat_state_dict(tmp_path: Path) -> None:
     model, _ = trained()
     folder = save(model.state_dict(), tmp_path / "flat")
 
@@ -245,7 +245,7 @@ def test_a_flat_state_dict_is_read(tmp_path: Path) -> None:
     assert all(same(checkpoint[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_what_processes_shared_out_is_read_as_torch_gathers_it(shared: Path) -> None:
+def test_read_header_reads_sharded_tensors_as_torch_gathers_them(shared: Path) -> None:
     for folder in (shared / "run" / "step-9", shared / "deep", shared / "kinds"):
         header = read_header(folder)
         agree(header.tree, oracle(folder), header.files)
@@ -257,14 +257,12 @@ def test_what_processes_shared_out_is_read_as_torch_gathers_it(shared: Path) -> 
     assert chunked == {"rows", "columns", "last"}
 
 
-def test_tensors_come_in_the_order_of_the_model(shared: Path) -> None:
+def test_open_checkpoint_keeps_the_order_of_the_model(shared: Path) -> None:
     assert list(open_checkpoint(shared / "run" / "step-9", state="model")) == list(network().state_dict())
 
 
 @pytest.mark.parametrize("state", ["model", "optim.state.0.weight"])
-def test_the_average_of_shared_out_checkpoints_is_that_of_the_whole_ones(
-    shared: Path, state: str, tmp_path: Path
-) -> None:
+def test_average_of_sharded_checkpoints_is_that_of_the_whole_ones(shared: Path, state: str, tmp_path: Path) -> None:
     gathered = [oracle(shared / "run" / f"step-{step}") for step in (9, 10)]
     if state == "model":
         trees = [tree["model"] for tree in gathered]
@@ -286,7 +284,7 @@ def test_the_average_of_shared_out_checkpoints_is_that_of_the_whole_ones(
         assert np.array_equal(tensor.numpy(), expected)
 
 
-def test_weights_one_level_deeper_are_averaged_by_their_path(shared: Path, tmp_path: Path) -> None:
+def test_average_takes_weights_one_level_deeper_by_their_path(shared: Path, tmp_path: Path) -> None:
     average([shared / "deep"], state="app.model", out=tmp_path / "out.pth")
 
     theirs = oracle(shared / "deep")["app"]["model"]
@@ -294,7 +292,7 @@ def test_weights_one_level_deeper_are_averaged_by_their_path(shared: Path, tmp_p
     assert all(same(mine[name], tensor) for name, tensor in theirs.items())
 
 
-def test_a_checkpoint_and_its_copy_are_one(shared: Path, tmp_path: Path) -> None:
+def test_find_series_counts_a_checkpoint_and_its_copy_once(shared: Path, tmp_path: Path) -> None:
     for name in ("step-10", "last"):
         shutil.copytree(shared / "run" / "step-10", tmp_path / name)
     shutil.copytree(shared / "run" / "step-9", tmp_path / "step-9")
@@ -302,7 +300,7 @@ def test_a_checkpoint_and_its_copy_are_one(shared: Path, tmp_path: Path) -> None
     assert [member.path.name for member in find_series([tmp_path]).members] == ["step-9", "step-10"]
 
 
-def test_a_list_keeps_its_places_where_torch_saved_nothing_of_an_empty_dict(tmp_path: Path) -> None:
+def test_read_header_keeps_the_places_of_a_list_with_an_empty_dict(tmp_path: Path) -> None:
     folder = save({"list": [{}, torch.ones(2)]}, tmp_path / "gap")
 
     first, second = read_header(folder).tree["list"]
@@ -313,13 +311,13 @@ def test_a_list_keeps_its_places_where_torch_saved_nothing_of_an_empty_dict(tmp_
 # Finding them
 
 
-def test_a_part_of_a_checkpoint_names_its_folder(single: Path) -> None:
+def test_read_header_of_a_part_names_its_folder(single: Path) -> None:
     for name in ("__0_0.distcp", ".metadata"):
         with pytest.raises(UnsupportedError, match=f"one file of the checkpoint.*Give the folder: {single}"):
             read_header(single / name)
 
 
-def test_the_optimizer_that_accelerate_saves_beside_the_model_is_no_checkpoint(single: Path, tmp_path: Path) -> None:
+def test_find_series_ignores_the_optimizer_that_accelerate_saves_beside_the_model(single: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     shutil.copytree(single, tmp_path / "checkpoint" / "pytorch_model_fsdp_0")
     shutil.copytree(single, tmp_path / "checkpoint" / "optimizer_0")
@@ -328,7 +326,7 @@ def test_the_optimizer_that_accelerate_saves_beside_the_model_is_no_checkpoint(s
     assert member.path.name == "pytorch_model_fsdp_0"
 
 
-def test_checkpoints_one_folder_deeper_are_pointed_at(single: Path, tmp_path: Path) -> None:
+def test_find_series_points_at_checkpoints_one_folder_deeper(single: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for step in (2, 10):
         shutil.copytree(single, runs / f"checkpoint-{step}" / "pytorch_model_fsdp_0")
@@ -340,7 +338,7 @@ def test_checkpoints_one_folder_deeper_are_pointed_at(single: Path, tmp_path: Pa
     assert len(find_series([pattern]).members) == 2
 
 
-def test_a_folder_of_nothing_that_was_saved_is_no_checkpoint(tmp_path: Path) -> None:
+def test_find_series_rejects_a_folder_without_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(SeriesError, match="no checkpoints in this folder"):
         find_series([tmp_path])
@@ -357,19 +355,19 @@ def edit(folder: Path, change: Callable[[Any], None]) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
-def test_a_save_that_was_interrupted_is_told(single: Path) -> None:
+def test_read_header_recognizes_an_interrupted_save(single: Path) -> None:
     (single / ".metadata").unlink()
     with pytest.raises(CorruptError, match=r"no \.metadata, which is written last: the save was interrupted"):
         read_header(single)
 
 
-def test_a_save_of_each_rank_on_its_own_is_told(single: Path) -> None:
+def test_read_header_recognizes_a_save_of_each_rank_on_its_own(single: Path) -> None:
     (single / ".metadata").rename(single / "__0.metadata")
     with pytest.raises(UnsupportedError, match=r"each rank saved its own \.metadata"):
         read_header(single)
 
 
-def test_a_truncated_metadata_is_told_at_every_length(single: Path) -> None:
+def test_read_header_rejects_metadata_cut_anywhere(single: Path) -> None:
     path = single / ".metadata"
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 97), len(whole) - 1]:
@@ -379,7 +377,7 @@ def test_a_truncated_metadata_is_told_at_every_length(single: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 7, [1], {}, torch.Size([1]), Path("x"), b"data", {"state_dict_metadata": {}}])
-def test_another_pickle_is_no_metadata(value: Any, single: Path) -> None:
+def test_read_header_rejects_another_pickle_as_metadata(value: Any, single: Path) -> None:
     (single / ".metadata").write_bytes(pickle.dumps(value))
     with pytest.raises(CorruptError, match="where a Metadata belongs"):
         read_header(single)
@@ -393,7 +391,7 @@ class Evil:
         return os.system, (f"touch '{self.path}'",)
 
 
-def test_nothing_that_a_checkpoint_names_is_run(single: Path, tmp_path: Path) -> None:
+def test_read_header_runs_nothing_that_a_checkpoint_names(single: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     edit(single, lambda metadata: metadata.__dict__.update(evil=Evil(made)))
     assert read_header(single).foreign["posix.system"] == 1
@@ -431,7 +429,7 @@ def test_nothing_that_a_checkpoint_names_is_run(single: Path, tmp_path: Path) ->
         ("transform_descriptors", ["zstd"], r"'step' is compressed or otherwise transformed"),
     ],
 )
-def test_a_place_that_is_none_is_refused(field: str, value: Any, message: str, single: Path) -> None:
+def test_read_header_rejects_an_impossible_place(field: str, value: Any, message: str, single: Path) -> None:
     edit(single, lambda metadata: setattr(metadata.storage_data[MetadataIndex("step")], field, value))
     with pytest.raises(ReadError, match=message):
         read_header(single)
@@ -514,19 +512,19 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_metadata_that_contradicts_itself_is_refused(change: str, single: Path) -> None:
+def test_read_header_rejects_metadata_that_contradicts_itself(change: str, single: Path) -> None:
     change_it, message = CHANGES[change]
     edit(single, change_it)
     with pytest.raises(ReadError, match=message):
         read_header(single)
 
 
-def test_a_list_with_a_far_index_takes_no_memory(single: Path) -> None:
+def test_read_header_takes_no_memory_for_a_list_with_a_far_index(single: Path) -> None:
     edit(single, lambda metadata: metadata.planner_data.update(name=("far", (1 << 62))))
     assert read_header(single).tree["far"] == {1 << 62: "a text"}
 
 
-def test_entries_in_safetensors_which_torch_itself_does_not_read_are_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_entries_in_safetensors(tmp_path: Path) -> None:
     if not hasattr(filesystem, "SerializationFormat"):
         pytest.skip("this torch writes no such entries")
     how = filesystem.SerializationFormat.SAFETENSORS
@@ -538,7 +536,7 @@ def test_entries_in_safetensors_which_torch_itself_does_not_read_are_refused(tmp
         read_header(tmp_path / "other")
 
 
-def test_the_parts_of_tensors_that_ranks_wrote_as_safetensors_are_no_series(tmp_path: Path) -> None:
+def test_find_series_rejects_parts_of_tensors_that_ranks_wrote_as_safetensors(tmp_path: Path) -> None:
     if not hasattr(dcp, "HuggingFaceStorageWriter"):
         pytest.skip("this torch writes no such parts")
     folder = tmp_path / "parts"
@@ -555,7 +553,7 @@ def test_the_parts_of_tensors_that_ranks_wrote_as_safetensors_are_no_series(tmp_
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_missing_or_shortened_file_is_told(single: Path) -> None:
+def test_read_header_names_a_missing_or_truncated_file(single: Path) -> None:
     path = single / "__0_0.distcp"
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CorruptError, match="truncated: .metadata says that an entry ends at byte"):
@@ -566,14 +564,14 @@ def test_a_missing_or_shortened_file_is_told(single: Path) -> None:
         read_header(single)
 
 
-def test_a_link_out_of_the_folder_is_refused(single: Path, tmp_path: Path) -> None:
+def test_read_header_rejects_a_link_out_of_the_folder(single: Path, tmp_path: Path) -> None:
     (single / "__0_0.distcp").rename(tmp_path / "elsewhere")
     (single / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptError, match=r"'__0_0\.distcp' is a link out of the folder"):
         read_header(single)
 
 
-def test_a_refused_checkpoint_stays_as_it_is_and_leaves_nothing(single: Path, tmp_path: Path) -> None:
+def test_average_changes_nothing_when_it_rejects_a_checkpoint(single: Path, tmp_path: Path) -> None:
     edit(single, lambda metadata: chunks_of(metadata).append(chunks_of(metadata)[0]))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(CorruptError, match="overlap"):
@@ -584,7 +582,7 @@ def test_a_refused_checkpoint_stays_as_it_is_and_leaves_nothing(single: Path, tm
 # Writing
 
 
-def test_torch_reads_what_is_written(single: Path, tmp_path: Path) -> None:
+def test_plan_makes_a_folder_that_torch_reads(single: Path, tmp_path: Path) -> None:
     for max_bytes in (None, 20_000, 1):
         folder = written(single, tmp_path / f"written-{max_bytes}", max_bytes=max_bytes, provenance={"made": "here"})
         theirs, expected = oracle(folder), oracle(single)
@@ -607,7 +605,7 @@ def read_entries(folder: Path) -> Any:
     return pickle.loads((folder / ".metadata").read_bytes()).state_dict_metadata  # noqa: S301 - torch wrote it
 
 
-def test_every_entry_is_a_sound_zip_at_an_aligned_place(single: Path, tmp_path: Path) -> None:
+def test_plan_makes_every_entry_a_sound_zip_at_an_aligned_place(single: Path, tmp_path: Path) -> None:
     import io
     import zipfile
 
@@ -620,7 +618,7 @@ def test_every_entry_is_a_sound_zip_at_an_aligned_place(single: Path, tmp_path: 
             assert archive.testzip() is None
 
 
-def test_one_process_loads_what_is_written(shared: Path) -> None:
+def test_plan_makes_a_folder_that_one_process_loads(shared: Path) -> None:
     source = torch.load(shared / "source.pth", weights_only=True)
     zeros = {
         "kinds": {name: torch.zeros_like(tensor) for name, tensor in source["kinds"].items()},
@@ -633,7 +631,7 @@ def test_one_process_loads_what_is_written(shared: Path) -> None:
     assert_equal(zeros, source)
 
 
-def test_two_processes_load_what_is_written_shared_out_as_they_wish(shared: Path) -> None:
+def test_plan_makes_a_folder_that_two_processes_load_sharded(shared: Path) -> None:
     assert_equal(
         torch.load(shared / "loaded.pth", weights_only=True), torch.load(shared / "source.pth", weights_only=True)
     )
@@ -646,7 +644,7 @@ def assert_equal(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         assert all(same(found[part][name], tensor) for name, tensor in expected[part].items())
 
 
-def test_the_bytes_are_the_same_every_time(single: Path, tmp_path: Path) -> None:
+def test_plan_makes_the_same_bytes_every_time(single: Path, tmp_path: Path) -> None:
     # The second is written from another file, whose texts are other objects.
     torch.save(oracle(single), tmp_path / "again.pth")
     first = written(single, tmp_path / "first")
@@ -657,7 +655,7 @@ def test_the_bytes_are_the_same_every_time(single: Path, tmp_path: Path) -> None
     assert {p.name for p in second.iterdir()} == {p.name for p in first.iterdir()}
 
 
-def test_tied_tensors_are_stored_once_and_load_under_each_name(tmp_path: Path) -> None:
+def test_plan_stores_tied_tensors_once_under_each_name(tmp_path: Path) -> None:
     shared = torch.arange(100_000.0)
     torch.save({"a": shared, "b": shared, "n": [shared, {"deep": shared}]}, tmp_path / "tied.pth")
 
@@ -669,7 +667,7 @@ def test_tied_tensors_are_stored_once_and_load_under_each_name(tmp_path: Path) -
     assert tree["a"] == tree["b"] == tree["n"][0]
 
 
-def test_a_tensor_that_stands_in_an_entry_of_plain_data_too_is_written_in_both(tmp_path: Path) -> None:
+def test_strip_writes_a_tensor_also_in_an_entry_of_plain_data(tmp_path: Path) -> None:
     first, second = torch.arange(3.0), torch.arange(5.0)
     args = {"a": first, "b": (second, first), "c": "text", "none": torch.empty(0, 2), "last": ("more", first)}
     optimizer = {"state": {}, "param_groups": []}
@@ -684,7 +682,7 @@ def test_a_tensor_that_stands_in_an_entry_of_plain_data_too_is_written_in_both(t
     assert same(read_tensor(tree["args"]["last"][1]), first)
 
 
-def test_older_versions_of_torch_can_read_the_properties(single: Path, tmp_path: Path) -> None:
+def test_plan_writes_properties_that_older_versions_of_torch_read(single: Path, tmp_path: Path) -> None:
     # Up to 2.13 they are five; torch 2.15 writes six, on which the older ones fail.
     folder = written(single, tmp_path / "written")
     with (folder / ".metadata").open("rb") as file:
@@ -695,11 +693,11 @@ def test_older_versions_of_torch_can_read_the_properties(single: Path, tmp_path:
     assert {len(entry.state["properties"].state) for entry in tensors} == {5}
 
 
-def test_names_that_torch_cannot_tell_apart_are_refused() -> None:
+def test_plan_rejects_names_that_torch_cannot_tell_apart() -> None:
     with pytest.raises(WriteError, match=r"two entries would be called 'a\.b'"):
         ours.plan({"a.b": 1, "a": {"b": 2}})
 
 
-def test_an_entry_that_is_no_plain_data_is_refused() -> None:
+def test_plan_rejects_an_entry_that_is_no_plain_data() -> None:
     with pytest.raises(WriteError, match="a.b: what stands beside the weights cannot be written"):
         ours.plan({"a": {"b": threading.Lock()}})

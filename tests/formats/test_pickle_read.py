@@ -16,11 +16,11 @@ import torch
 from crafting import TENSOR, same, torch_zip
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
 Save = Callable[..., Path]
@@ -71,7 +71,7 @@ class Block(torch.nn.Module):
     ],
     ids=repr,
 )  # fmt: skip
-def test_plain_values_come_out_as_they_are(value: Any, protocol: int, save: Save) -> None:
+def test_read_header_returns_plain_values_unchanged(value: Any, protocol: int, save: Save) -> None:
     header = read_header(save("a.pth", {"value": value}, pickle_protocol=protocol))
 
     # Counter and defaultdict are mappings without their methods; all else is of its own type.
@@ -83,7 +83,7 @@ def test_plain_values_come_out_as_they_are(value: Any, protocol: int, save: Save
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_namespace_keeps_its_attributes(protocol: int, save: Save) -> None:
+def test_read_header_keeps_the_attributes_of_a_namespace(protocol: int, save: Save) -> None:
     args = argparse.Namespace(lr=0.1, opt="sgd", nested=argparse.Namespace(a=[1, None]), size=torch.Size([3]))
     header = read_header(save("a.pth", {"args": args, "w": torch.ones(1)}, pickle_protocol=protocol))
 
@@ -101,7 +101,7 @@ NUMPY = [
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("value", NUMPY, ids=repr)
-def test_numpy_scalars_become_python_numbers_of_the_same_value(value: Any, protocol: int, save: Save) -> None:
+def test_read_header_turns_numpy_scalars_into_python_numbers(value: Any, protocol: int, save: Save) -> None:
     header = read_header(save("a.pth", {"best": value}, pickle_protocol=protocol))
 
     assert type(header.tree["best"]) is type(value.item())
@@ -111,7 +111,7 @@ def test_numpy_scalars_become_python_numbers_of_the_same_value(value: Any, proto
 
 @pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
 @pytest.mark.parametrize(("order", "kind"), [(b"<", "<f8"), (b">", ">f8")])
-def test_numpy_scalars_of_both_module_paths_and_byte_orders_are_read(
+def test_read_header_reads_numpy_scalars_of_both_module_paths_and_byte_orders(
     module: bytes, order: bytes, kind: str, tmp_path: Path
 ) -> None:
     # As Python 2 wrote it: the raw bytes as a SHORT_BINSTRING, which is text in Python 3.
@@ -124,14 +124,14 @@ def test_numpy_scalars_of_both_module_paths_and_byte_orders_are_read(
 @pytest.mark.parametrize(
     "value", [np.complex64(1 + 2j), np.str_("text"), np.datetime64("2020-01-01"), np.longdouble(1)]
 )
-def test_numpy_scalars_that_are_no_plain_numbers_stay_inert(value: Any, save: Save) -> None:
+def test_read_header_keeps_other_numpy_scalars_inert(value: Any, save: Save) -> None:
     header = read_header(save("a.pth", {"best": value, "w": torch.ones(1)}))
 
     assert isinstance(header.tree["best"], Inert)
     assert list(open_checkpoint(header.path)) == ["w"]
 
 
-def test_numpy_arrays_stay_inert_and_are_listed(save: Save) -> None:
+def test_read_header_keeps_numpy_arrays_inert_and_lists_them(save: Save) -> None:
     header = read_header(save("a.pth", {"rng": np.arange(4), "w": torch.ones(1)}))
 
     assert isinstance(header.tree["rng"], Inert)
@@ -154,7 +154,9 @@ def test_numpy_arrays_stay_inert_and_are_listed(save: Save) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_objects_of_unknown_classes_stay_inert_and_are_listed(value: Any, protocol: int, save: Save) -> None:
+def test_read_header_keeps_objects_of_unknown_classes_inert_and_lists_them(
+    value: Any, protocol: int, save: Save
+) -> None:
     header = read_header(save("a.pth", {"value": value, "w": torch.ones(1)}, pickle_protocol=protocol))
 
     kept = header.tree["value"]
@@ -163,7 +165,7 @@ def test_objects_of_unknown_classes_stay_inert_and_are_listed(value: Any, protoc
     assert same(open_checkpoint(header.path)["w"], torch.ones(1))
 
 
-def test_an_inert_object_keeps_its_name_arguments_state_and_items(save: Save) -> None:
+def test_inert_keeps_name_arguments_state_and_items(save: Save) -> None:
     header = read_header(
         save("a.pth", {"thing": Thing(a=1), "names": Names([1, 2]), "table": Table(k="v"), "color": Color.RED})
     )
@@ -177,7 +179,7 @@ def test_an_inert_object_keeps_its_name_arguments_state_and_items(save: Save) ->
     assert header.foreign == {f"{here}.{name}": 1 for name in ("Thing", "Names", "Table", "Color")}
 
 
-def test_tensors_inside_unknown_objects_are_found(save: Save) -> None:
+def test_open_checkpoint_finds_tensors_inside_unknown_objects(save: Save) -> None:
     tensors = [torch.full((2,), float(i)) for i in range(4)]
     thing = Thing(a=tensors[0], b=[tensors[1], {"c": Names([tensors[2]])}], d=argparse.Namespace(e=tensors[3]))
     header = read_header(save("a.pth", thing))
@@ -192,7 +194,7 @@ def test_tensors_inside_unknown_objects_are_found(save: Save) -> None:
 @pytest.mark.parametrize(
     "model", [Block, lambda: torch.nn.TransformerEncoderLayer(8, 2, 16), lambda: torch.nn.LSTM(3, 4)]
 )
-def test_a_whole_pickled_module_is_inert_and_all_its_tensors_are_found(model: Callable[[], Any], save: Save) -> None:
+def test_tensors_in_finds_all_tensors_of_a_pickled_module(model: Callable[[], Any], save: Save) -> None:
     module = model()
     header = read_header(save("a.pth", module))
 
@@ -203,13 +205,13 @@ def test_a_whole_pickled_module_is_inert_and_all_its_tensors_are_found(model: Ca
     assert f"{type(module).__module__}.{type(module).__name__}" in header.foreign
 
 
-def test_a_module_beside_a_state_dict_does_not_hide_it(save: Save) -> None:
+def test_open_checkpoint_finds_a_state_dict_beside_a_module(save: Save) -> None:
     path = save("a.pth", {"model": torch.nn.Linear(2, 2).state_dict(), "module": Block(), "optimizer": Thing(lr=1)})
 
     assert list(open_checkpoint(path, state="model")) == ["weight", "bias"]
 
 
-def test_optimizers_schedulers_and_scalers_are_read(save: Save) -> None:
+def test_read_header_reads_optimizers_schedulers_and_scalers(save: Save) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 2)).sum().backward()
@@ -249,7 +251,7 @@ def test_optimizers_schedulers_and_scalers_are_read(save: Save) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")  # torch calls half of these prototypes, and the other half deprecated
-def test_a_tensor_that_cannot_be_averaged_is_refused_by_its_kind(
+def test_open_checkpoint_names_the_kind_of_an_unsupported_tensor(
     make: Callable[[], torch.Tensor], kind: str, new: bool, save: Save
 ) -> None:
     path = save("a.pth", {"w": torch.ones(2), "odd": make()}, _use_new_zipfile_serialization=new)
@@ -261,14 +263,14 @@ def test_a_tensor_that_cannot_be_averaged_is_refused_by_its_kind(
     assert same(checkpoint["w"], torch.ones(2))
 
 
-def test_a_conjugate_that_was_resolved_is_an_ordinary_tensor(save: Save) -> None:
+def test_open_checkpoint_reads_a_resolved_conjugate(save: Save) -> None:
     tensor = torch.tensor([1 + 2j, 3 - 1j]).conj().resolve_conj()
     path = save("a.pth", {"w": tensor})
 
     assert same(open_checkpoint(path)["w"], tensor)
 
 
-def test_a_subclass_of_tensor_with_plain_data_is_read(save: Save) -> None:
+def test_open_checkpoint_reads_a_subclass_of_tensor_with_plain_data(save: Save) -> None:
     path = save("a.pth", {"w": torch.arange(4.0).as_subclass(Marked)})
 
     assert open_checkpoint(path)["w"].tolist() == [0, 1, 2, 3]
@@ -278,7 +280,7 @@ class Marked(torch.Tensor):
     pass
 
 
-def test_the_names_of_storages_on_other_devices_are_known(tmp_path: Path) -> None:
+def test_read_header_knows_storages_of_other_devices(tmp_path: Path) -> None:
     for name in (b"torch.cuda\nFloatStorage", b"torch\nFloatStorage"):
         path = torch_zip(
             tmp_path / "a.pth", b"\x80\2}X\1\0\0\0w" + TENSOR.replace(b"torch\nFloatStorage", name) + b"s."
@@ -286,7 +288,7 @@ def test_the_names_of_storages_on_other_devices_are_known(tmp_path: Path) -> Non
         assert open_checkpoint(path)["w"].tolist() == [0, 1, 2, 3]
 
 
-def test_a_pickle_of_a_newer_protocol_than_this_python_knows_is_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_a_protocol_newer_than_this_python_knows(tmp_path: Path) -> None:
     path = torch_zip(tmp_path / "a.pth", bytes([0x80, pickle.HIGHEST_PROTOCOL + 1]) + b"N.")
 
     with pytest.raises(CorruptError, match="unsupported pickle protocol"):

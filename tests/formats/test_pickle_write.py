@@ -34,12 +34,12 @@ def of_torch(tree: Any) -> bytes:
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("shape", [(), (3,), (0, 2), (2, 3, 4)])
-def test_a_tensor_is_pickled_as_torch_does(dtype: str, shape: tuple[int, ...]) -> None:
+def test_dump_pickles_a_tensor_as_torch_does(dtype: str, shape: tuple[int, ...]) -> None:
     tensor = random_tensor(dtype, shape)
     assert dump({"w": out(tensor)}, name="a.pth")[0] == of_torch({"w": tensor})
 
 
-def test_a_tree_is_pickled_as_torch_does() -> None:
+def test_dump_pickles_a_tree_as_torch_does() -> None:
     tied, half, codes = torch.ones(2, 2), torch.ones(3).half(), torch.ones(2).to(torch.float8_e5m2)
 
     def tree(tied: Any, half: Any, codes: Any) -> Any:
@@ -52,7 +52,7 @@ def test_a_tree_is_pickled_as_torch_does() -> None:
     assert [tensor.dtype.name for tensor in storages] == ["float32", "float16", "float8_e5m2"]
 
 
-def test_no_module_is_left_behind() -> None:
+def test_dump_leaves_no_module_behind() -> None:
     before = set(sys.modules)
     dump({"w": out(torch.ones(1)), "f": out(torch.ones(1).to(torch.float8_e4m3fn))}, name="a.pth")
     with pytest.raises(WriteError, match=r"a\.pth: what stands beside the weights cannot be written"):
@@ -60,7 +60,7 @@ def test_no_module_is_left_behind() -> None:
     assert set(sys.modules) == before
 
 
-def test_headers_are_read_and_a_torch_file_is_planned_without_torch(tmp_path: Path) -> None:
+def test_plan_and_read_header_do_not_import_torch(tmp_path: Path) -> None:
     tensors = {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)}
     torch.save({"model": tensors, "epoch": 1}, tmp_path / "in.pth")
     code = f"""
@@ -72,13 +72,12 @@ source = read_header(Path({str(tmp_path / "in.pth")!r}))
 planned = nested(source.tree, target=Path("out.pth"), provenance={{"made": "here"}})
 (plan,) = planned.files
 raw = bytearray(plan.size)
-for tensor, offset in plan.slots:
+for tensor, offset in plan.payloads:
     at = tensor.terms[0][0].storage.offset
-    head = plan.head(offset, 0)
-    raw[offset - len(head) : offset] = head
     raw[offset : offset + tensor.nbytes] = Path(source.path).read_bytes()[at : at + tensor.nbytes]
-for offset, piece in plan.patches({{}}):
-    raw[offset : offset + len(piece)] = piece
+for segment in plan.computed:
+    piece = segment.make([0] * len(segment.needs))
+    raw[segment.offset : segment.offset + len(piece)] = piece
 Path({str(tmp_path / "out.pth")!r}).write_bytes(raw)
 assert not [name for name in sys.modules if name.split(".")[0] == "torch" or name[:32].isalnum() and len(name) > 32]
 """

@@ -31,7 +31,7 @@ def entry(begin: Any = 0, end: Any = 8, *, shape: Any = (2,), dtype: Any = "F32"
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_every_dtype_of_the_library_is_read_bit_for_bit(code: str, tmp_path: Path) -> None:
+def test_open_checkpoint_reads_every_dtype_of_the_library_bit_for_bit(code: str, tmp_path: Path) -> None:
     tensors = {
         name: random_tensor(CODES[code], shape) for name, shape in (("w", (3, 5)), ("scalar", ()), ("empty", (0, 2)))
     }
@@ -46,9 +46,7 @@ def test_every_dtype_of_the_library_is_read_bit_for_bit(code: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("code", "nbytes"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6), ("X99", 5)])
-def test_a_packed_or_unknown_dtype_is_refused_by_name_and_the_rest_is_read(
-    code: str, nbytes: int, tmp_path: Path
-) -> None:
+def test_open_checkpoint_rejects_a_packed_or_unknown_dtype_by_name(code: str, nbytes: int, tmp_path: Path) -> None:
     header = {"odd": entry(0, nbytes, shape=(8,), dtype=code), "w": entry(nbytes, nbytes + 8)}
     path = safetensors_file(tmp_path / "a.safetensors", header, b"\1" * nbytes + struct.pack("<2f", 1, 2))
 
@@ -59,7 +57,7 @@ def test_a_packed_or_unknown_dtype_is_refused_by_name_and_the_rest_is_read(
     assert checkpoint["w"].tolist() == [1, 2]
 
 
-def test_the_order_of_the_header_need_not_be_that_of_the_data(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_a_header_in_another_order_than_the_data(tmp_path: Path) -> None:
     header = {"b": entry(8, 16), "none": entry(8, 8, shape=(0,)), "a": entry(0, 8)}
     path = safetensors_file(tmp_path / "a.safetensors", header, struct.pack("<4f", 1, 2, 3, 4))
 
@@ -68,7 +66,7 @@ def test_the_order_of_the_header_need_not_be_that_of_the_data(tmp_path: Path) ->
     assert {name: tensor.tolist() for name, tensor in checkpoint.items()} == {n: t.tolist() for n, t in oracle.items()}
 
 
-def test_tied_tensors_of_save_model_are_read_under_all_their_names(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_tied_tensors_of_save_model_under_all_names(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[2].weight = model[0].weight
     model[1].bias = model[2].bias
@@ -81,7 +79,7 @@ def test_tied_tensors_of_save_model_are_read_under_all_their_names(tmp_path: Pat
     assert checkpoint.specs["1.bias"] == checkpoint.specs["2.bias"]
 
 
-def test_metadata_that_reads_like_a_tie_but_is_none_makes_no_tensor(tmp_path: Path) -> None:
+def test_read_header_makes_no_tensor_of_metadata_that_only_looks_like_a_tie(tmp_path: Path) -> None:
     metadata = {"format": "pt", "author": "nobody", "chain": "author", "w": "pt", "license": "w", "a.b": "author"}
     path = safetensors_file(
         tmp_path / "a.safetensors", {"__metadata__": metadata, "pt": entry(0, 8), "w": entry(8, 16)}, b"\0" * 16
@@ -90,14 +88,14 @@ def test_metadata_that_reads_like_a_tie_but_is_none_makes_no_tensor(tmp_path: Pa
     assert set(open_checkpoint(path)) == {"pt", "w"}
 
 
-def test_unicode_names_are_read(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_unicode_names(tmp_path: Path) -> None:
     tensors = {"gewicht.ä": torch.ones(1), "重み": torch.zeros(2), "🙂": torch.ones(2), 'a"b\\c\n': torch.ones(3)}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
 
     assert open_checkpoint(tmp_path / "a.safetensors").keys() == tensors.keys()
 
 
-def test_an_empty_file_of_safetensors_holds_nothing(tmp_path: Path) -> None:
+def test_read_header_reads_an_empty_safetensors_file(tmp_path: Path) -> None:
     safetensors.torch.save_file({}, tmp_path / "a.safetensors")
 
     assert read_header(tmp_path / "a.safetensors").tree == {}
@@ -154,7 +152,7 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_lying_header_is_refused(lie: str, tmp_path: Path) -> None:
+def test_read_header_rejects_a_wrong_header(lie: str, tmp_path: Path) -> None:
     header, data, message = LIES[lie]
     path = safetensors_file(tmp_path / "a.safetensors", header, data)
 
@@ -165,7 +163,7 @@ def test_a_lying_header_is_refused(lie: str, tmp_path: Path) -> None:
             safetensors.torch.load_file(path)
 
 
-def test_a_dtype_that_is_no_text_is_refused_when_it_is_needed(tmp_path: Path) -> None:
+def test_read_header_rejects_a_dtype_that_is_no_text(tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "a.safetensors", {"a": entry(dtype=["F32"])}, b"\0" * 8)
 
     with pytest.raises(UnsupportedError, match="of dtype"):
@@ -173,7 +171,7 @@ def test_a_dtype_that_is_no_text_is_refused_when_it_is_needed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("length", [3, 1 << 20, 100_000_001, 1 << 62, (1 << 64) - 1])
-def test_a_lying_header_length_is_refused_without_reading_so_much(length: int, tmp_path: Path) -> None:
+def test_read_header_rejects_a_wrong_header_length_without_reading_so_much(length: int, tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "a.safetensors", {"a": entry()}, b"\0" * 8)
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
 
@@ -182,12 +180,12 @@ def test_a_lying_header_length_is_refused_without_reading_so_much(length: int, t
 
 
 @pytest.mark.parametrize("header", [b"[]", b"null", b'"text"', b" {}"])
-def test_a_header_that_is_no_object_is_no_checkpoint(header: bytes, tmp_path: Path) -> None:
+def test_read_header_rejects_a_header_that_is_no_object(header: bytes, tmp_path: Path) -> None:
     with pytest.raises(NotACheckpointError, match="neither a torch file"):
         read_header(safetensors_file(tmp_path / "a.safetensors", header))
 
 
-def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_a_safetensors_file_cut_anywhere(tmp_path: Path) -> None:
     tensors = {"w": torch.arange(3.0), "half": torch.ones(2, 2, dtype=torch.float16), "n": torch.tensor(3)}
     safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
     raw = (tmp_path / "a.safetensors").read_bytes()
@@ -201,7 +199,7 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '"x"', "\\ud800", "[" * 100_000])
-def test_provenance_that_is_no_object_is_passed_over(text: str, tmp_path: Path) -> None:
+def test_read_header_ignores_provenance_that_is_no_object(text: str, tmp_path: Path) -> None:
     path = safetensors_file(tmp_path / "a.safetensors", {"__metadata__": {"ckpt_tools": text}, "w": entry()}, b"\0" * 8)
 
     try:

@@ -58,17 +58,17 @@ def point(folder: Path, name: str, file: Any) -> None:
     write_index(index, json.loads(index.read_text())["weight_map"] | {name: file})
 
 
-def test_shards_are_one_mapping_in_the_order_of_the_index(folder: Path) -> None:
+def test_open_checkpoint_reads_shards_in_the_order_of_the_index(folder: Path) -> None:
     for path in (folder, index_of(folder)):
         checkpoint = open_checkpoint(path)
-        assert checkpoint.header.format == "sharded"
+        assert checkpoint.header.format.name == "sharded"
         assert list(checkpoint) == list(STATE)
         assert all(torch.equal(checkpoint[name], tensor) for name, tensor in STATE.items())
     assert {stamp.path.name for stamp in checkpoint.header.files} == {path.name for path in folder.iterdir()}
     assert checkpoint.header.nbytes == sum(path.stat().st_size for path in folder.iterdir())
 
 
-def test_what_hugging_face_writes_is_read(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_shards_of_hugging_face(tmp_path: Path) -> None:
     state = {f"layer.{i}.weight": torch.full((50, 10), float(i)) for i in range(12)}
     save_torch_state_dict(state, tmp_path, max_shard_size="5KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -78,16 +78,16 @@ def test_what_hugging_face_writes_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(checkpoint[name], tensor) for name, tensor in state.items())
 
 
-def test_a_single_file_in_a_folder_is_the_checkpoint(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_the_single_file_of_a_folder(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
 
     header = read_header(tmp_path)
-    assert (header.path, header.format) == (tmp_path, "safetensors")
+    assert (header.path, header.format.name) == (tmp_path, "safetensors")
     assert open_checkpoint(tmp_path).keys() == STATE.keys()
 
 
-def test_a_folder_without_a_checkpoint_is_none(tmp_path: Path) -> None:
+def test_read_header_rejects_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing here")
 
     with pytest.raises(NotACheckpointError, match=r"a folder without model\.safetensors, an index\.json or \*\.distcp"):
@@ -108,7 +108,7 @@ def test_a_folder_without_a_checkpoint_is_none(tmp_path: Path) -> None:
         "\ud800",
     ],
 )
-def test_an_index_that_points_outside_its_folder_is_refused(name: str, folder: Path) -> None:
+def test_read_header_rejects_an_index_that_points_outside_its_folder(name: str, folder: Path) -> None:
     save_file(STATE, folder.parent / "outside.safetensors")
     point(folder, "n", name)
 
@@ -117,7 +117,7 @@ def test_an_index_that_points_outside_its_folder_is_refused(name: str, folder: P
 
 
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_link_out_of_the_folder_is_refused(absolute: bool, folder: Path) -> None:
+def test_read_header_rejects_a_link_out_of_the_folder(absolute: bool, folder: Path) -> None:
     save_file(STATE, folder.parent / "outside.safetensors")
     target = folder.parent / "outside.safetensors" if absolute else Path("../outside.safetensors")
     (folder / "link.safetensors").symlink_to(target)
@@ -127,7 +127,7 @@ def test_a_link_out_of_the_folder_is_refused(absolute: bool, folder: Path) -> No
         read_header(folder)
 
 
-def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
+def test_read_header_follows_a_link_within_the_folder(folder: Path) -> None:
     shard = next(folder.glob("one.*"))
     shard.rename(folder / "real")
     shard.symlink_to("real")
@@ -135,7 +135,7 @@ def test_a_link_within_the_folder_is_followed(folder: Path) -> None:
     assert list(open_checkpoint(folder)) == list(STATE)
 
 
-def test_the_links_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> None:
+def test_read_header_follows_the_links_of_the_hugging_face_cache(tmp_path: Path) -> None:
     (tmp_path / "models--x" / "snapshots").mkdir(parents=True)
     (tmp_path / "models--x" / "blobs").mkdir()
     folder = sharded(tmp_path / "models--x" / "snapshots" / "0123abc", ".safetensors")
@@ -146,7 +146,7 @@ def test_the_links_of_the_hugging_face_cache_are_followed(tmp_path: Path) -> Non
     assert list(open_checkpoint(folder)) == list(STATE)
 
 
-def test_a_link_to_itself_is_a_missing_shard(folder: Path) -> None:
+def test_read_header_takes_a_link_to_itself_as_a_missing_shard(folder: Path) -> None:
     (folder / "loop").symlink_to("loop")
     point(folder, "n", "loop")
 
@@ -154,7 +154,7 @@ def test_a_link_to_itself_is_a_missing_shard(folder: Path) -> None:
         read_header(folder)
 
 
-def test_a_missing_shard_is_named(folder: Path) -> None:
+def test_read_header_names_a_missing_shard(folder: Path) -> None:
     shard = next(folder.glob("two.*"))
     shard.unlink()
 
@@ -162,14 +162,14 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
         read_header(folder)
 
 
-def test_a_shard_of_an_impossible_name_is_refused(folder: Path) -> None:
+def test_read_header_rejects_a_shard_of_an_impossible_name(folder: Path) -> None:
     point(folder, "n", "x" * 5000)
 
     with pytest.raises(ReadError, match="cannot be read|is missing"):
         read_header(folder)
 
 
-def test_a_shard_that_lacks_a_tensor_is_named(folder: Path) -> None:
+def test_read_header_names_a_shard_that_lacks_a_tensor(folder: Path) -> None:
     two = next(folder.glob("two.*"))
     point(folder, "c.weight", two.name)
 
@@ -177,7 +177,7 @@ def test_a_shard_that_lacks_a_tensor_is_named(folder: Path) -> None:
         read_header(folder)
 
 
-def test_an_index_that_does_not_list_a_tensor_is_stale(folder: Path) -> None:
+def test_read_header_rejects_an_index_that_does_not_list_a_tensor(folder: Path) -> None:
     index = index_of(folder)
     weight_map = json.loads(index.read_text())["weight_map"]
     del weight_map["n"]
@@ -187,7 +187,7 @@ def test_an_index_that_does_not_list_a_tensor_is_stale(folder: Path) -> None:
         read_header(folder)
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_a_tensor_in_two_shards(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model", ".safetensors")
     save_file(SHARDS["two"] | {"n": torch.tensor(4)}, folder / "two.safetensors")
 
@@ -195,7 +195,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         read_header(folder)
 
 
-def test_a_damaged_shard_is_named(folder: Path) -> None:
+def test_read_header_names_a_damaged_shard(folder: Path) -> None:
     shard = next(folder.glob("two.*"))
     shard.write_bytes(shard.read_bytes()[:-20])
 
@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_named(folder: Path) -> None:
         read_header(folder)
 
 
-def test_a_shard_that_is_no_checkpoint_is_refused(folder: Path) -> None:
+def test_read_header_rejects_a_shard_that_is_no_checkpoint(folder: Path) -> None:
     (folder / "notes.txt").write_text("some notes, long enough")
     point(folder, "n", "notes.txt")
 
@@ -220,14 +220,14 @@ def test_a_shard_that_is_no_checkpoint_is_refused(folder: Path) -> None:
     ],
     ids=range(19),
 )  # fmt: skip
-def test_an_index_that_is_none_is_refused(text: str, folder: Path) -> None:
+def test_read_header_rejects_an_invalid_index(text: str, folder: Path) -> None:
     index_of(folder).write_text(text)
 
     with pytest.raises(CorruptError, match="no index of a sharded checkpoint"):
         read_header(folder)
 
 
-def test_tied_tensors_of_a_shard_need_not_stand_in_the_index(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_tied_tensors_that_the_index_does_not_list(tmp_path: Path) -> None:
     # transformers lists the kept name alone; the shard's metadata tells the other
     folder = sharded(tmp_path / "model", ".safetensors")
     save_file(SHARDS["two"], folder / "two.safetensors", metadata={"format": "pt", "head.bias": "a.bias"})

@@ -15,11 +15,11 @@ import torch
 from crafting import STORAGE, TENSOR, TORCH_DTYPES, random_tensor, same
 
 from ckpt_tools import open_checkpoint
-from ckpt_tools.checkpoints.tree import tensors_in
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, NotACheckpointError
 from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.tree import tensors_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
 
@@ -45,7 +45,7 @@ def stored(*values: float) -> bytes:
 
 def assert_reads_as_torch(path: Path) -> None:
     checkpoint = open_checkpoint(path)
-    assert checkpoint.header.format == "torch-legacy"
+    assert checkpoint.header.format.name == "torch-legacy"
     oracle = torch.load(path, weights_only=True)
     assert list(checkpoint) == list(oracle)
     for name, tensor in oracle.items():
@@ -53,7 +53,9 @@ def assert_reads_as_torch(path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
-def test_every_dtype_of_a_legacy_file_is_read_bit_for_bit(dtype: str, legacy: Callable[..., Path]) -> None:
+def test_open_checkpoint_reads_every_dtype_of_a_legacy_file_bit_for_bit(
+    dtype: str, legacy: Callable[..., Path]
+) -> None:
     whole = random_tensor(dtype, (6, 4))
     tensors = {"w": whole, "view": whole[1::2, 1:3], "empty": random_tensor(dtype, (0, 2)), "scalar": whole[1, 2]}
 
@@ -63,7 +65,7 @@ def test_every_dtype_of_a_legacy_file_is_read_bit_for_bit(dtype: str, legacy: Ca
         assert same(checkpoint[name], tensor), name
 
 
-def test_views_and_shared_storages_of_a_legacy_file_are_read(legacy: Callable[..., Path]) -> None:
+def test_open_checkpoint_reads_views_and_shared_storages_of_a_legacy_file(legacy: Callable[..., Path]) -> None:
     base = torch.arange(60.0)
     path = legacy("a.pth", {
         "base": base, "again": base, "offset": base[7:], "transposed": base.view(6, 10).t(),
@@ -78,7 +80,7 @@ def test_views_and_shared_storages_of_a_legacy_file_are_read(legacy: Callable[..
     assert specs["base"].storage == specs["transposed"].storage != specs["other"].storage
 
 
-def test_a_state_dict_of_a_legacy_file_keeps_its_metadata(legacy: Callable[..., Path]) -> None:
+def test_read_header_keeps_the_metadata_of_a_state_dict_in_a_legacy_file(legacy: Callable[..., Path]) -> None:
     state = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).state_dict()
     path = legacy("a.pth", {"model": state, "epoch": 3, "names": ["a", {"b": (1, None)}]})
 
@@ -88,11 +90,11 @@ def test_a_state_dict_of_a_legacy_file_keeps_its_metadata(legacy: Callable[..., 
     assert (tree["epoch"], tree["names"]) == (3, ["a", {"b": (1, None)}])
 
 
-def test_a_legacy_file_without_tensors_is_read(legacy: Callable[..., Path]) -> None:
+def test_read_header_reads_a_legacy_file_without_tensors(legacy: Callable[..., Path]) -> None:
     assert read_header(legacy("a.pth", {"epoch": 3})).tree == {"epoch": 3}
 
 
-def test_a_whole_legacy_module_is_inert_and_its_tensors_are_found(legacy: Callable[..., Path]) -> None:
+def test_tensors_in_finds_all_tensors_of_a_legacy_module(legacy: Callable[..., Path]) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     header = read_header(legacy("a.pth", module))
 
@@ -102,7 +104,7 @@ def test_a_whole_legacy_module_is_inert_and_its_tensors_are_found(legacy: Callab
     assert all(any(same(tensor, other) for other in found) for tensor in module.state_dict().values())
 
 
-def test_a_storage_view_of_an_old_legacy_file_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_a_storage_view_as_torch_does(tmp_path: Path) -> None:
     # torch 0.3 and before: (view key, offset, size), in elements of the whole storage
     viewed = TENSOR.replace(STORAGE, STORAGE.replace(b"K\4tQ", b"K\6(X\1\0\0\0vK\2K\4ttQ"))
     path = by_hand(tmp_path / "a.pth", b"}X\1\0\0\0w" + viewed + b"s", ["0"], stored(0, 1, 2, 3, 4, 5))
@@ -114,7 +116,7 @@ def test_a_storage_view_of_an_old_legacy_file_is_read_as_torch_reads_it(tmp_path
 @pytest.mark.parametrize(
     "view", [b"K\3K\4", b"K\0K\7", b"J\xff\xff\xff\xffK\4", b"K\0J\xff\xff\xff\xff", b"NK\4", b"K\0G?\xf0\0\0\0\0\0\0"]
 )
-def test_a_storage_view_beyond_its_storage_is_refused(view: bytes, tmp_path: Path) -> None:
+def test_read_header_rejects_a_storage_view_beyond_its_storage(view: bytes, tmp_path: Path) -> None:
     viewed = TENSOR.replace(STORAGE, STORAGE.replace(b"K\4tQ", b"K\6(X\1\0\0\0v" + view + b"ttQ"))
     path = by_hand(tmp_path / "a.pth", viewed, ["0"], stored(0, 1, 2, 3, 4, 5))
 
@@ -122,7 +124,7 @@ def test_a_storage_view_beyond_its_storage_is_refused(view: bytes, tmp_path: Pat
         read_header(path)
 
 
-def test_a_python_2_pickle_is_read(tmp_path: Path) -> None:
+def test_open_checkpoint_reads_a_pickle_of_python_2(tmp_path: Path) -> None:
     # Python 2 wrote its text as SHORT_BINSTRING (U), keys and persistent ids included.
     old = (
         TENSOR.replace(b"X\7\0\0\0storage", b"U\7storage")
@@ -150,7 +152,7 @@ def test_a_python_2_pickle_is_read(tmp_path: Path) -> None:
         (["0"], b"\xff" * 8 + stored(0, 1, 2, 3)[8:], "storage 0 has another size than its tensors say"),
     ],
 )
-def test_storages_that_do_not_fit_the_object_are_refused(
+def test_read_header_rejects_storages_that_do_not_fit_the_object(
     keys: Any, storages: bytes, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CorruptError, match=message):
@@ -158,7 +160,7 @@ def test_storages_that_do_not_fit_the_object_are_refused(
 
 
 @pytest.mark.parametrize("count", [-1, 1 << 40, 1 << 62, 10**5000], ids=["-1", "2^40", "2^62", "10^5000"])
-def test_a_storage_of_impossible_size_is_refused(count: int, tmp_path: Path) -> None:
+def test_read_header_rejects_a_storage_of_impossible_size(count: int, tmp_path: Path) -> None:
     raw = pickle.encode_long(count)
     lying = TENSOR.replace(b"K\4tQ", b"\x8b" + struct.pack("<i", len(raw)) + raw + b"tQ")
 
@@ -166,14 +168,14 @@ def test_a_storage_of_impossible_size_is_refused(count: int, tmp_path: Path) -> 
         read_header(by_hand(tmp_path / "a.pth", lying, ["0"], stored(0, 1, 2, 3)))
 
 
-def test_one_storage_of_two_sizes_is_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_one_storage_of_two_sizes(tmp_path: Path) -> None:
     other = TENSOR.replace(b"K\4tQ", b"K\5tQ")
 
     with pytest.raises(CorruptError, match="storage 0 has two sizes"):
         read_header(by_hand(tmp_path / "a.pth", TENSOR + other + b"\x86", ["0"], stored(0, 1, 2, 3)))
 
 
-def test_a_storage_before_the_object_is_refused(tmp_path: Path) -> None:
+def test_read_header_rejects_a_storage_before_the_object(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     path.write_bytes(pickle.dumps(MAGIC, protocol=2) + b"\x80\2" + STORAGE + b".")
 
@@ -181,7 +183,7 @@ def test_a_storage_before_the_object_is_refused(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_a_legacy_file_cut_anywhere_is_refused(legacy: Callable[..., Path], tmp_path: Path) -> None:
+def test_read_header_rejects_a_legacy_file_cut_anywhere(legacy: Callable[..., Path], tmp_path: Path) -> None:
     raw = legacy("a.pth", {"w": torch.arange(4.0), "n": torch.tensor(3), "lr": 0.1}).read_bytes()
     cut = tmp_path / "cut.pth"
     for length in range(len(raw)):
@@ -192,7 +194,7 @@ def test_a_legacy_file_cut_anywhere_is_refused(legacy: Callable[..., Path], tmp_
     assert same(open_checkpoint(cut)["w"], torch.arange(4.0))
 
 
-def test_bytes_behind_the_last_storage_are_no_damage(legacy: Callable[..., Path]) -> None:
+def test_read_header_accepts_bytes_behind_the_last_storage(legacy: Callable[..., Path]) -> None:
     path = legacy("a.pth", {"w": torch.arange(4.0)})
     torch.save({"second": torch.ones(1)}, buffer := io.BytesIO(), _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes() + buffer.getvalue())  # torch allows several objects in one file

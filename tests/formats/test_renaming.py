@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from torch import nn
 
 from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.errors import AlignmentError, CkptError, CorruptError, UnsupportedError
-from ckpt_tools.formats import torch_zip as zips
 from ckpt_tools.formats.file_plan import OutTensor
 from ckpt_tools.formats.pickle_edit import spell
+from ckpt_tools.formats.zip import NewEntry, end_of
 from ckpt_tools.storage import splice
+from ckpt_tools.storage.local import LocalFile
 
 Save = Callable[..., Path]
 X = {"module.w": torch.arange(4.0), "module.b": torch.ones(2)}
@@ -54,7 +56,7 @@ def names_of(path: Path) -> list[str]:
 # The pickle
 
 
-def test_only_the_opcodes_of_names_change() -> None:
+def test_respelled_changes_only_the_opcodes_of_names() -> None:
     """What Python's own disassembler shows of the new pickle is the old one, with other arguments here and there."""
     tree = {"state": {"module.w": 1, "b": (2.5, None)}, "same": ["module.w", b"raw", 1 << 70]}
     for protocol in (0, 1, 2, 3):
@@ -71,7 +73,14 @@ def test_only_the_opcodes_of_names_change() -> None:
         }
 
 
-def test_a_pickle_without_wishes_is_the_same_bytes() -> None:
+def test_spell_reads_bytearrays() -> None:
+    tree = {"module.w": [bytearray(b"raw"), bytearray()]}
+    spelling = spell(pickle.dumps(tree, 5), where="test")
+    assert spelling.tree == tree
+    assert pickle.loads(spelling.respelled([(next(iter(spelling.tree)), "w")])) == {"w": tree["module.w"]}  # noqa: S301
+
+
+def test_respelled_without_changes_returns_the_same_bytes() -> None:
     raw = pickle.dumps({"a": "b", "c": ["a", "b"]}, 5)
     assert spell(raw, where="test").respelled([]) == raw
 
@@ -80,7 +89,7 @@ def test_a_pickle_without_wishes_is_the_same_bytes() -> None:
     "key",
     [b"U\x08module.w", b"T\x08\0\0\0module.w", b"S'module.w'\n", b"Vmodule.w\n", b"\x8c\x08module.w", text("module.w")],
 )
-def test_texts_of_every_age(key: bytes, tmp_path: Path) -> None:
+def test_fix_prefix_renames_texts_of_every_protocol(key: bytes, tmp_path: Path) -> None:
     """Python 2 wrote text in bytes, protocol 0 in lines; used a second time by each of the three ways to refer."""
     for put, get in ((b"p0\n", b"g0\n"), (b"q\0", b"h\0"), (b"r\0\0\0\0", b"j\0\0\0\0")):
         pickled = b"\x80\2}(" + key + put + TENSOR + text("name") + get + text("in") + b"}" + get + TENSOR + b"su."
@@ -93,7 +102,7 @@ def test_texts_of_every_age(key: bytes, tmp_path: Path) -> None:
         check_zip(path)
 
 
-def test_an_ordered_dict_of_python_2(tmp_path: Path) -> None:
+def test_fix_prefix_renames_an_ordered_dict_of_python_2(tmp_path: Path) -> None:
     """It was made of a list of pairs."""
     pairs = b"](](" + b"U\x08module.w" + TENSOR + b"ee"
     path = torch_zip(tmp_path / "c.pth", b"\x80\2ccollections\nOrderedDict\n(" + pairs + b"tR.")
@@ -105,7 +114,7 @@ PAIR = b"](" + text("module.w") + TENSOR + b"eq\2"
 ORDERED = b"ccollections\nOrderedDict\n("
 
 
-def test_a_key_that_is_set_twice_changes_twice(tmp_path: Path) -> None:
+def test_fix_prefix_renames_a_key_that_is_set_twice(tmp_path: Path) -> None:
     pickled = (
         b"\x80\2}(" + text("module.w") + TENSOR + text("module.w") + TENSOR + b"u" + text("module.w") + TENSOR + b"s."
     )
@@ -114,7 +123,7 @@ def test_a_key_that_is_set_twice_changes_twice(tmp_path: Path) -> None:
     assert list(torch.load(path)) == ["w"]
 
 
-def test_a_pair_that_is_in_two_dicts_is_refused_where_only_one_is_to_change(tmp_path: Path) -> None:
+def test_fix_prefix_rejects_a_pair_in_two_dicts_of_which_one_changes(tmp_path: Path) -> None:
     """Of which one has another name beside it. No pickler writes this."""
     pickled = b"](" + ORDERED + b"](" + PAIR + b"etR" + ORDERED + b"](h\2](" + text("c") + TENSOR + b"eetRe."
     path = torch_zip(tmp_path / "c.pth", b"\x80\2" + pickled)
@@ -125,7 +134,7 @@ def test_a_pair_that_is_in_two_dicts_is_refused_where_only_one_is_to_change(tmp_
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
-def test_damage_is_an_error_of_ours_or_none(noise: bytes, at: int) -> None:
+def test_spell_reads_or_rejects_a_damaged_pickle(noise: bytes, at: int) -> None:
     raw = bytearray(pickle.dumps({"module.w": ["module.w"] * 3, "b": {"module.w": 1.5}}, 4))
     raw[at % len(raw) : at % len(raw) + len(noise)] = noise
     try:
@@ -135,7 +144,7 @@ def test_damage_is_an_error_of_ours_or_none(noise: bytes, at: int) -> None:
     assert spelling.respelled([]) == bytes(raw)
 
 
-def test_no_code_of_the_pickle_runs(tmp_path: Path) -> None:
+def test_fix_prefix_runs_no_code_of_the_pickle(tmp_path: Path) -> None:
     sentinel = tmp_path / "sentinel"
     evil = b"cos\nsystem\n(" + text(f"touch {sentinel}") + b"tR"
     path = torch_zip(tmp_path / "c.pth", b"\x80\2}(" + text("evil") + evil + text("module.w") + TENSOR + b"u.")
@@ -148,7 +157,7 @@ def test_no_code_of_the_pickle_runs(tmp_path: Path) -> None:
 # The zip
 
 
-def test_a_zip_of_another_writer_has_no_padding_and_nothing_behind_its_records(tmp_path: Path) -> None:
+def test_fix_prefix_renames_in_a_zip_of_another_writer(tmp_path: Path) -> None:
     pickled = b"\x80\2}(" + text("module.w") + TENSOR + b"u."
     for length in range(1, 40):  # what is left over may be less than a field of padding takes
         path = torch_zip(tmp_path / "c.pth", pickled)
@@ -157,7 +166,7 @@ def test_a_zip_of_another_writer_has_no_padding_and_nothing_behind_its_records(t
         assert raw_bytes(torch.load(path)["a" * length + ".module.w"]) == PAYLOAD
 
 
-def test_the_object_may_stand_behind_its_storages(tmp_path: Path) -> None:
+def test_fix_prefix_renames_an_object_behind_its_storages(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.comment = b"kept"
@@ -175,7 +184,7 @@ def test_the_object_may_stand_behind_its_storages(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="older torch always has checksums")
-def test_a_file_that_torch_wrote_without_checksums(save: Save) -> None:
+def test_fix_prefix_renames_in_a_file_without_checksums(save: Save) -> None:
     torch.serialization.set_crc32_options(False)
     try:
         path = save("c.pth", X)
@@ -187,22 +196,26 @@ def test_a_file_that_torch_wrote_without_checksums(save: Save) -> None:
 
 def sparse(path: Path, records: list[tuple[str, bytes | OutTensor]]) -> Path:
     """Write a zip whose storages are holes."""
-    layout, directory = zips._lay_out(records)
-    crcs = [zlib.crc32(record.body) if isinstance(record.body, bytes) else 0 for record in layout]
-    entries = [record.central_header(crc) for record, crc in zip(layout, crcs, strict=True)]
+    end, lines = 0, []
     with path.open("wb") as file:
-        for record, crc in zip(layout, crcs, strict=True):
-            file.seek(record.offset)
-            file.write(record.local_header(crc))
-            file.write(record.body if isinstance(record.body, bytes) else b"")
-        file.seek(directory)
-        file.write(b"".join(entries) + zips._end(directory, entries))
+        for name, content in records:
+            crc = zlib.crc32(content) if isinstance(content, bytes) else 0
+            size = len(content) if isinstance(content, bytes) else content.nbytes
+            entry = NewEntry(f"archive/{name}".encode(), size, end)
+            file.seek(entry.offset)
+            file.write(entry.local_header(crc))
+            file.write(content if isinstance(content, bytes) else b"")
+            lines.append(entry.line(crc))
+            end = entry.end
+        file.seek(end)
+        directory = b"".join(lines)
+        file.write(directory + end_of(end, len(directory), len(lines)))
     return path
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("grown", [0, 64, 4096])
-def test_files_above_4_gb(order: str, grown: int, tmp_path: Path) -> None:
+def test_fix_prefix_renames_in_files_above_4_gb(order: str, grown: int, tmp_path: Path) -> None:
     """Offsets and sizes beyond 32 bits; with `grown`, a record that moves across that border. All of it holes."""
     count = (1 << 30) + 7 if grown == 0 else ((1 << 32) - 1 - 2 * grown) // 4
     storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuJ" + struct.pack("<i", count) + b"tQ"
@@ -245,7 +258,7 @@ def with_directory(blob: bytes, records: dict[bytes, tuple[int, int]]) -> bytes:
 
 
 @pytest.mark.parametrize("place", ["inside", "around"])
-def test_records_that_overlap_are_refused(place: str, tmp_path: Path) -> None:
+def test_fix_prefix_rejects_records_that_overlap(place: str, tmp_path: Path) -> None:
     """A storage may be said to stand in the pickle, or to reach into its header; moving bytes would break one."""
     storage = head(b"a/data/0", 16)
     pickled = b"\x80\3}(" + text("module.w") + TENSOR
@@ -260,12 +273,12 @@ def test_records_that_overlap_are_refused(place: str, tmp_path: Path) -> None:
     path.write_bytes(with_directory(blob, {b"a/data.pkl": (start, len(pickled)), b"a/data/0": (at, 16)}))
     before = path.read_bytes()
     assert names_of(path) == ["module.w"]
-    with pytest.raises(CorruptError, match=r"c\.pth: its records overlap\. The file is damaged"):
+    with pytest.raises(CorruptError, match=r"c\.pth: its entries overlap\. The file is damaged"):
         fix_prefix(path)
     assert path.read_bytes() == before
 
 
-def test_a_zip_behind_something_else_is_refused(tmp_path: Path) -> None:
+def test_fix_prefix_rejects_a_zip_behind_something_else(tmp_path: Path) -> None:
     path = torch_zip(tmp_path / "c.pth", b"\x80\2}(" + text("module.w") + TENSOR + b"u.")
     path.write_bytes(b"PK\3\4" + bytes(60) + path.read_bytes())
     before = path.read_bytes()
@@ -277,7 +290,7 @@ def test_a_zip_behind_something_else_is_refused(tmp_path: Path) -> None:
 # The format before zip
 
 
-def test_a_legacy_file(save: Save) -> None:
+def test_fix_prefix_renames_in_a_legacy_file(save: Save) -> None:
     whole = torch.arange(6.0)
     tree = {"model": OrderedDict({"module.w": whole[1:3], "module.v": whole, "module.n": torch.tensor(3)}), "epoch": 1}
     path = save("c.pth", tree, _use_new_zipfile_serialization=False)
@@ -292,7 +305,7 @@ def test_a_legacy_file(save: Save) -> None:
 # safetensors
 
 
-def test_a_safetensors_file_keeps_its_data_where_they_were(tmp_path: Path) -> None:
+def test_fix_prefix_keeps_the_data_of_a_safetensors_file_in_place(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     save_file(X, path, metadata={"format": "pt", "license": "module.w"})
     before = path.read_bytes()
@@ -316,7 +329,7 @@ def test_a_safetensors_file_keeps_its_data_where_they_were(tmp_path: Path) -> No
     assert offsets[0] == offsets[1]
 
 
-def test_longer_names_move_the_data_by_a_block(tmp_path: Path) -> None:
+def test_fix_prefix_moves_the_data_by_a_block_for_longer_names(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     save_file(X, path)
     size = path.stat().st_size
@@ -327,7 +340,7 @@ def test_longer_names_move_the_data_by_a_block(tmp_path: Path) -> None:
     assert load_file(path)["model.model.module.w"].equal(X["module.w"])
 
 
-def test_names_of_tied_tensors_change_on_both_sides(tmp_path: Path) -> None:
+def test_fix_prefix_renames_tied_tensors_on_both_sides(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict(embed=nn.Linear(3, 3, bias=False), head=nn.Linear(3, 3, bias=False)))
     model.head.weight = model.embed.weight
     path = tmp_path / "c.safetensors"
@@ -349,7 +362,7 @@ def test_names_of_tied_tensors_change_on_both_sides(tmp_path: Path) -> None:
         ({"strip": ["y."]}, AlignmentError, "a tied tensor would have the name of another entry"),
     ],
 )
-def test_names_that_safetensors_cannot_have(
+def test_fix_prefix_rejects_names_that_safetensors_cannot_have(
     options: dict[str, Any], error: type[CkptError], message: str, tmp_path: Path
 ) -> None:
     entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -366,7 +379,7 @@ def test_names_that_safetensors_cannot_have(
 
 
 @pytest.mark.parametrize("reason", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, None])
-def test_where_the_kernel_does_not_copy_it_is_read_and_written(
+def test_fix_prefix_reads_and_writes_where_the_kernel_does_not_copy(
     reason: int | None, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Across file systems, on old kernels, in some containers; and some file systems copy nothing without a word."""
@@ -386,7 +399,7 @@ def test_where_the_kernel_does_not_copy_it_is_read_and_written(
     check_zip(path)
 
 
-def test_an_error_of_the_disk_leaves_everything_as_it_was(
+def test_fix_prefix_leaves_everything_unchanged_after_an_error_of_the_disk(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> int:
@@ -401,24 +414,24 @@ def test_an_error_of_the_disk_leaves_everything_as_it_was(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_source_that_ends_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splice_write_rejects_a_source_that_ends_too_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
     (tmp_path / "a").write_bytes(b"short")
-    with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("wb") as target:
+    with closing(LocalFile(tmp_path / "a")) as source, (tmp_path / "b").open("wb") as target:
         part = splice.Splice(tmp_path / "a", (splice.Span(0, 9),))
         with pytest.raises(CorruptError, match="ends before its header says"):
-            splice.write(part, source.fileno(), target.fileno())
+            splice.write(part, source, target.fileno())
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9000), st.integers(0, 9000)), max_size=6))
-def test_pieces_come_in_order(pieces: list[tuple[bool, int, int]]) -> None:
+def test_splice_write_keeps_pieces_in_order(pieces: list[tuple[bool, int, int]]) -> None:
     data = os.urandom(9000)
     parts = tuple(splice.Span(min(a, b), max(a, b)) if old else data[:a] for old, a, b in pieces)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "a").write_bytes(data)
         splicing = splice.Splice(Path(folder) / "a", parts)
-        with (Path(folder) / "a").open("rb") as source, (Path(folder) / "b").open("wb") as target:
-            splice.write(splicing, source.fileno(), target.fileno())
+        with closing(LocalFile(Path(folder) / "a")) as source, (Path(folder) / "b").open("wb") as target:
+            splice.write(splicing, source, target.fileno())
         want = b"".join(data[p.start : p.stop] if isinstance(p, splice.Span) else p for p in parts)
         assert (Path(folder) / "b").read_bytes() == want
         assert splicing.size == len(want)

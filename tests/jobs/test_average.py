@@ -24,7 +24,7 @@ from torch import nn
 
 import ckpt_tools
 from ckpt_tools.errors import CorruptError, LayoutError, NumericsError, UsageError, WriteError
-from ckpt_tools.storage.opened import OpenFiles
+from ckpt_tools.storage.source import OpenFiles
 
 Save = Callable[..., Path]
 
@@ -385,7 +385,7 @@ def test_entries_beside_the_weights_are_kept_bit_for_bit(tmp_path: Path, save: S
 def test_a_mixture_of_raw_and_ema_is_refused(tmp_path: Path, save: Save) -> None:
     w = {"w": torch.ones(1)}
     paths = [save("1.pth", {"state_dict": w, "state_dict_ema": w}), save("2.pth", {"state_dict": w})]
-    with pytest.raises(LayoutError, match=r"1\.pth holds EMA weights, 2\.pth does not \(1 of 2 do\).*--state raw"):
+    with pytest.raises(LayoutError, match=r"1\.pth holds EMA weights, 2\.pth does not \(1 of 2 do\).*`state='raw'`"):
         ckpt_tools.average(paths, out=tmp_path / "out.pth")
 
 
@@ -486,14 +486,14 @@ def test_a_dry_run_reads_no_payload_and_writes_nothing(
     ("options", "message"),
     [
         ({"mode": "median"}, "uniform, ema, weights"),
-        ({"decay": 0.9}, "--decay goes with --mode ema"),
+        ({"decay": 0.9}, "`decay` goes with `mode='ema'`"),
         ({"mode": "ema", "decay": 1.5}, r"outside \[0, 1\]"),
         ({"mode": "ema", "per_step": True, "warmup": "timm"}, "cannot go together"),
-        ({"mode": "weights"}, "needs --weights"),
+        ({"mode": "weights"}, "needs `weights`"),
         ({"mode": "weights", "weights": [1, 2]}, "2 numbers for 12 checkpoints"),
         ({"mode": "weights", "weights": [1, -1]}, "sum to 0"),
         ({"buffers": "first"}, "average, last"),
-        ({"dtype": "int8"}, "--dtype is one of"),
+        ({"dtype": "int8"}, "`dtype` is one of"),
         ({"threads": 0}, "whole number from 1 to 256"),
         ({"threads": 100_000}, "whole number from 1 to 256"),
         ({"threads": 1.5}, "whole number from 1 to 256"),
@@ -501,8 +501,8 @@ def test_a_dry_run_reads_no_payload_and_writes_nothing(
         ({"mode": "weights", "weights": [1e308] * 12}, "too large to be summed"),
         ({"mode": "weights", "weights": [1e308] * 12, "normalize": False}, "too large to be summed"),
         ({"mode": "ema", "decay": "0.9"}, "takes numbers, not '0.9'"),
-        ({"max_shard_size": "many"}, "is no size"),
-        ({"out": "x.npz"}, "suffix should be one of"),
+        ({"max_shard_size": "many"}, "is not a size"),
+        ({"out": "x.pht"}, r"\.pht is not a known suffix\. Did you mean \.pt or \.pth\?"),
         ({"out": "x.pth", "max_shard_size": "1GB"}, "needs a folder"),
     ],
 )

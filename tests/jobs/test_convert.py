@@ -161,7 +161,7 @@ def test_lit_ema_gets_its_dots_back_from_the_raw_names(save: Save, tmp_path: Pat
 def test_lit_ema_alone_takes_its_names_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
     net = Diffusion()
     source = save("ema.pth", net.model_ema.state_dict())
-    with pytest.raises(LayoutError, match="names have lost their dots, .* Give --names-from CKPT, or --model"):
+    with pytest.raises(LayoutError, match="names have lost their dots, .* Give `names_from`, or `model`"):
         ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
     names = save("model.pth", net.model.state_dict())
     ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth", names_from=names)
@@ -178,7 +178,7 @@ def test_a_list_of_parameters_gets_its_names_back(save: Save, tmp_path: Path, to
     assert all(map(torch.equal, found["shadow_params"], parameters))
     assert (found["decay"], found.get("num_updates", found.get("optimization_step"))) == (0.5, 4)
     assert any("'1.running_mean' and 2 more are lost: the list holds parameters alone" in note for note in report.notes)
-    with pytest.raises(LayoutError, match="a list of 6 tensors without names. Give --names-from CKPT, or --model"):
+    with pytest.raises(LayoutError, match="a list of 6 tensors without names. Give `names_from`, or `model`"):
         ckpt_tools.convert(tmp_path / "list.pth", to="plain", out=tmp_path / "out.pth")
     ckpt_tools.convert(
         tmp_path / "list.pth", to="plain", names_from=save("raw.pth", weights(1)), out=tmp_path / "out.pth"
@@ -326,28 +326,28 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
 @pytest.mark.parametrize(
     ("tree", "options", "error", "message"),
     [
-        ({"w": torch.ones(1)}, {"to": "tmm"}, UsageError, r"--to tmm: no such layout\. Did you mean timm"),
-        ({"w": torch.ones(1)}, {"to": "qqqq"}, UsageError, r"no such layout\. ckpt convert --list shows"),
+        ({"w": torch.ones(1)}, {"to": "tmm"}, UsageError, r"`to='tmm'`: no such layout\. Did you mean timm"),
+        ({"w": torch.ones(1)}, {"to": "qqqq"}, UsageError, r"no such layout\. There are plain, "),
         ({"w": torch.ones(1)}, {"to": "ultralytics"}, UsageError, "is read, but not written"),
-        ({"w": torch.ones(1)}, {"to": "ema-pytorch"}, LayoutError, r"how many there were\. Give --updates N"),
+        ({"w": torch.ones(1)}, {"to": "ema-pytorch"}, LayoutError, r"how many there were\. Give `updates`"),
         ({"w": torch.ones(1)}, {"to": "plain", "state": "ema"}, LayoutError, "has no ema weights, only raw"),
-        ({"w": torch.ones(1)}, {"to": "plain", "updates": -1}, UsageError, "--updates -1: must be a whole number"),
-        ({"w": torch.ones(1)}, {"to": "plain", "decay": 1.5}, UsageError, "--decay 1.5: must be from 0 to 1"),
-        ({"w": torch.ones(1)}, {"to": "plain", "max_shard_size": "5GB"}, UsageError, "--max-shard-size needs a folder"),
+        ({"w": torch.ones(1)}, {"to": "plain", "updates": -1}, UsageError, "`updates=-1`: must be a whole number"),
+        ({"w": torch.ones(1)}, {"to": "plain", "decay": 1.5}, UsageError, "`decay=1.5`: must be from 0 to 1"),
+        ({"w": torch.ones(1)}, {"to": "plain", "max_shard_size": "5GB"}, UsageError, "`max_shard_size` needs a folder"),
         ({"w": torch.ones(1)}, {"to": "plain", "names_from": "x", "model": "y"}, UsageError, "Leave one of them out"),
         ({"w": torch.ones(1)}, {"to": "plain", "out": "in.pth"}, WriteError, "is one of the inputs"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out.safetensors"}, UsageError, "nests its weights"),
         ({"w": torch.ones(1)}, {"to": "timm", "out": "out"}, UsageError, "a folder of safetensors cannot hold"),
-        ({"w": torch.ones(1)}, {"to": "plain", "threads": 0}, UsageError, "--threads 0: must be a whole number"),
-        ({"w": torch.ones(1)}, {"to": "dcp"}, UsageError, "--to dcp makes a folder"),
-        ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "--dtype is one of"),
+        ({"w": torch.ones(1)}, {"to": "plain", "threads": 0}, UsageError, "`threads=0`: must be a whole number"),
+        ({"w": torch.ones(1)}, {"to": "dcp"}, UsageError, "`to='dcp'` makes a folder"),
+        ({"w": torch.ones(1)}, {"to": "plain", "dtype": "int8"}, UsageError, "`dtype` is one of"),
         ({"w": torch.ones(1).to_sparse()}, {"to": "plain"}, CkptError, "'w' is sparse, which cannot be written"),
         (
             {"a.b.c": torch.ones(1), "ab.c": torch.ones(1)}, {"to": "litema"}, LayoutError,
             r"'a\.b\.c' and 'ab\.c' are both 'model_ema\.abc' without their dots",
         ),
-        ({"model_ema.x": torch.ones(1)}, {"to": "litema"}, LayoutError, "stands where LitEma keeps its averages"),
-        ({"model.decay": torch.ones(1)}, {"to": "litema"}, LayoutError, "would stand where LitEma keeps its counters"),
+        ({"model_ema.x": torch.ones(1)}, {"to": "litema"}, LayoutError, "the prefix that LitEma gives its averages"),
+        ({"model.decay": torch.ones(1)}, {"to": "litema"}, LayoutError, "a name that LitEma gives an entry"),
         (
             {"model": {"module.a": torch.ones(1)}, "ema": {"a": torch.ones(1)}}, {"to": "litema"}, LayoutError,
             "'a' is the name of an averaged weight and of no raw one, so LitEma could not find it",
@@ -547,7 +547,7 @@ def test_the_settings_of_diffusers_stay(save: Save, tmp_path: Path, out: str) ->
         (1 << 40, "litema", (1 << 31) - 1, None),
         (7, "ema-pytorch", 7, r"replaces the average until its step, 7 here"),
         (101, "ema-pytorch", 101, None),
-        (-1, "averaged-model", 1, "number of updates is not known"),
+        (-1, "averaged-model", 1, "EMA update count is not known"),
     ],
 )
 def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word(
@@ -563,7 +563,7 @@ def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word
         if name.rpartition(".")[2] in ("n_averaged", "steps", "step", "num_updates")
     ]
     assert counters == [written]
-    assert [text for text in report.notes if "updates is" in text or "replace" in text] == (
+    assert [text for text in report.notes if "update count is not" in text or "replace" in text] == (
         [] if note is None else [next(text for text in report.notes if note in text)]
     )
 

@@ -47,12 +47,12 @@ def test_differences_are_those_of_numpy_in_float64(save: Save, dtype: str, rtol:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("piece", [7, 64, 100_000])
-def test_no_result_depends_on_pieces_or_threads(save: Save, threads: int, piece: int) -> None:
+@pytest.mark.parametrize("slice_size", [7, 64, 100_000])
+def test_no_result_depends_on_slices_or_threads(save: Save, threads: int, slice_size: int) -> None:
     a, b = {"w": torch.randn(50, 33), "n": torch.arange(99)}, {"w": torch.randn(50, 33), "n": torch.arange(99) * 3}
     files = [ckpt_tools.open_checkpoint(save(f"{n}.pth", s)) for n, s in (("a", a), ("b", b))]
     pairs = [(files[0].specs[name], files[1].specs[name]) for name in a]
-    w, n = comparing.compare(pairs, threads=threads, piece=piece)  # type: ignore[arg-type]
+    w, n = comparing.compare(pairs, threads=threads, slice_size=slice_size)  # type: ignore[arg-type]
     assert (w.differing, w.max_abs, w.max_rel) == tuple(
         oracle(a["w"].double().numpy(), b["w"].double().numpy(), 0, 0)[i] for i in (0, 2, 3)
     )
@@ -248,9 +248,9 @@ def test_progress_counts_the_bytes_of_both(save: Save) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rtol": -1.0}, r"--rtol -1\.0: must be a number, 0 or more"),
-        ({"atol": NAN}, r"--atol nan: must be a number"),
-        ({"threads": 0}, r"--threads 0: must be a whole number from 1"),
+        ({"rtol": -1.0}, r"`rtol=-1\.0`: must be a number, 0 or more"),
+        ({"atol": NAN}, r"`atol=nan`: must be a number"),
+        ({"threads": 0}, r"`threads=0`: must be a whole number from 1"),
     ],
 )
 def test_tolerances_and_threads_that_make_no_sense_are_refused(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_tools.errors import WriteError
-from ckpt_tools.jobs.outputs import check_replaceable, check_target
+from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools.errors import UsageError, WriteError
+from ckpt_tools.jobs.outputs import Target, check_replaceable, check_target
 
 
 def check(
@@ -24,7 +25,7 @@ def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(
     here: Path, old_folder: Callable[..., Path]
 ) -> None:
     old_folder()
-    with pytest.raises(WriteError, match="out: exists already. Pass --force"):
+    with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
         check("out", folder=True)
     check("out", folder=True, force=True)
 
@@ -112,3 +113,50 @@ def test_free_space_is_asked_of_the_disk_of_the_target(here: Path, monkeypatch: 
     with pytest.raises(WriteError, match=r"there/a\.pth: needs 11 bytes, and .*/there has 10 left"):
         check("there/a.pth", nbytes=11)
     assert asked == [here / "there"] * 2
+
+
+@pytest.mark.parametrize(
+    ("out", "folder"),
+    [
+        ("Llama-3.1-8B-avg", True),
+        ("run.v2", True),
+        ("averaged.npz", True),
+        ("averaged.pth/", True),
+        ("averaged.pth/.", True),
+        ("averaged", True),
+        ("runs.old/averaged.pth", False),
+        ("model.safetensors", False),
+        ("last.pth.tar", False),
+        (Path("run.v2"), True),
+    ],
+)
+def test_target_is_a_folder_unless_its_suffix_is_a_known_one(out: str | Path, folder: bool) -> None:
+    assert Target.of(out) == Target(Path(out), folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("out", "meant"), [("a.pht", ".pt or .pth"), ("a.safetensor", ".safetensors"), ("a.pt2", ".pt or .pth")]
+)
+def test_target_rejects_a_slip_in_a_suffix(here: Path, out: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=rf"not a known suffix\. Did you mean {re.escape(meant)}\?.* slash: {out}/"):
+        Target.of(out)
+    assert Target.of(f"{out}/").folder
+    Path(out).mkdir()
+    assert Target.of(out).folder
+
+
+def test_target_rejects_a_path_without_a_name() -> None:
+    with pytest.raises(UsageError, match="`out=''`: there is no name in it"):
+        Target.of("")
+
+
+@pytest.mark.parametrize("out", ["Llama-3.1-8B-avg", "run.v2", "averaged.pth/"])
+def test_average_and_convert_write_shards_into_a_folder_whose_name_has_a_dot(
+    here: Path, runs: list[Path], out: str
+) -> None:
+    average(runs[:2], out="reference")
+    average(runs[:2], out=out)
+    assert [path.name for path in Path(out).iterdir()] == ["model.safetensors"]
+    assert (Path(out) / "model.safetensors").read_bytes() == Path("reference/model.safetensors").read_bytes()
+    convert(runs[0], out=f"converted-{out}")
+    assert dict(open_checkpoint(f"converted-{out}").specs).keys() == dict(open_checkpoint("reference").specs).keys()

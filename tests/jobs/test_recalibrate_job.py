@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ import safetensors
 import timm
 import torch
 import torch.distributed.checkpoint as dcp
+from cli_runner import run
 from conftest import Photos
 from safetensors.torch import load_file, save_file, save_model
 from timm.data import create_transform, resolve_data_config
@@ -62,8 +64,13 @@ def assert_only_buffers_changed(before: Mapping[str, torch.Tensor], after: Mappi
     assert list(before) == list(after)
     for name in before:
         assert before[name].dtype == after[name].dtype
-        same = before[name].view(torch.uint8).equal(after[name].view(torch.uint8)) if before[name].dim() else None
-        assert same is not False or name.endswith(BUFFERS), name
+        old, new = (each[name].contiguous().reshape(-1).view(torch.uint8) for each in (before, after))
+        assert old.equal(new) or name.endswith(BUFFERS), name
+
+
+def test_the_comparison_of_these_tests_sees_a_changed_scalar() -> None:
+    with pytest.raises(AssertionError, match="scale"):
+        assert_only_buffers_changed({"scale": torch.tensor(1.0)}, {"scale": torch.tensor(2.0)})
 
 
 def test_a_timm_checkpoint_keeps_all_but_the_buffers(save: Save, photos: Photos) -> None:
@@ -183,15 +190,46 @@ def test_legacy_files_become_zip_files(save: Save, photos: Photos) -> None:
     assert_only_buffers_changed(network().state_dict(), load(path.with_name("old-bn.pth")))
 
 
-def test_the_default_input_is_what_avg_writes(
+def test_recalibrate_checkpoint_requires_a_path(
+    save: Save, photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `ckpt avg` writes is the default of the command alone."""
+    monkeypatch.chdir(tmp_path)
+    save("averaged.pth", network().state_dict())
+    with pytest.raises(TypeError, match=r"recalibrate_checkpoint\(\) missing a required argument: 'path'"):
+        recalibrate_checkpoint(data=str(photos()), model="test_resnet", **QUICK)
+    assert not Path("averaged-bn.pth").exists()
+
+
+def test_recal_bn_reads_what_avg_writes_by_default(
     save: Save, photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    folder = str(photos())
-    with pytest.raises(UsageError, match=r"no averaged\.pth or averaged\.safetensors here"):
-        recalibrate_checkpoint(data=folder, **QUICK)
+    arguments = ["--data", str(photos()), "--model", "test_resnet", "--img-size", "32", "-b", "4", "-j", "0"]
+    missing = run("recal-bn", *arguments)
+    assert (missing.code, "no averaged.pth or averaged.safetensors here" in missing.err) == (2, True)
     save("averaged.pth", network().state_dict())
-    assert recalibrate_checkpoint(data=folder, model="test_resnet", **QUICK).out == "averaged-bn.pth"
+    assert run("recal-bn", *arguments).code == 0
+    assert Path("averaged-bn.pth").exists()
+
+
+def test_recalibrate_checkpoint_leaves_sys_path_as_it_was(save: Save, photos: Photos, tmp_path: Path) -> None:
+    """User code may import its neighbours as late as in the forward pass."""
+    (tmp_path / "latenet.py").write_text(
+        "import timm\n"
+        "def net():\n"
+        "    model = timm.create_model('test_resnet', num_classes=3)\n"
+        "    def late(*_):\n"
+        "        import lateneighbour\n"
+        "    model.register_forward_pre_hook(late)\n"
+        "    return model\n"
+    )
+    (tmp_path / "lateneighbour.py").touch()
+    before = list(sys.path)
+    path = save("a.pth", network().state_dict())
+    recalibrate_checkpoint(path, data=str(photos()), model=f"{tmp_path}/latenet.py:net", **QUICK)
+    assert "lateneighbour" in sys.modules
+    assert sys.path == before
 
 
 def test_accuracy_is_that_of_torch_before_and_after(save: Save, photos: Photos) -> None:
@@ -231,7 +269,7 @@ def test_without_a_gain_nothing_is_written_where_one_is_required(save: Save, pho
     assert report.after is not None
     assert report.after.loss > report.before.loss
     target.unlink()
-    with pytest.raises(NumericsError, match=r"the loss on .* went from .* nothing was written \(--require-gain\)"):
+    with pytest.raises(NumericsError, match=r"the loss on .* went from .* nothing was written \(`require_gain`\)"):
         recalibrate_checkpoint(path, **wrong, require_gain=True, out=target)
     assert not target.exists()
     right = wrong | {"data": str(folder)}
@@ -334,20 +372,20 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
     ("change", "options", "error", "message"),
     [
         ({}, {"data": "missing"}, DataError, "no such folder"),
-        ({}, {"images": 99}, DataError, "--images 99: there are only 12"),
-        ({}, {"images": 1}, UsageError, "--images 1: must be 2 or more"),
-        ({}, {"batch_size": 1}, UsageError, "--batch-size 1: must be 2 or more"),
-        ({}, {"workers": -1}, UsageError, "--workers -1"),
-        ({}, {"passes": 0}, UsageError, "--passes 0"),
-        ({}, {"estimator": "mode"}, UsageError, "--estimator is one of"),
+        ({}, {"images": 99}, DataError, "`images=99`: there are only 12"),
+        ({}, {"images": 1}, UsageError, "`images=1`: must be 2 or more"),
+        ({}, {"batch_size": 1}, UsageError, "`batch_size=1`: must be 2 or more"),
+        ({}, {"workers": -1}, UsageError, "`workers=-1`"),
+        ({}, {"passes": 0}, UsageError, "`passes=0`"),
+        ({}, {"estimator": "mode"}, UsageError, "`estimator` is one of"),
         ({}, {"model": "tset_resnet"}, UsageError, "Did you mean test_resnet"),
         ({}, {"state": "ema"}, LayoutError, "has no ema weights"),
-        ({}, {"device": "abacus"}, UsageError, "--device abacus"),
-        ({}, {"require_gain": True}, UsageError, "--require-gain goes with --eval"),
+        ({}, {"device": "abacus"}, UsageError, "`device='abacus'`"),
+        ({}, {"require_gain": True}, UsageError, "`require_gain` goes with `eval_data`"),
         ({}, {"out": "a.pth"}, WriteError, "is one of the inputs"),
         ({}, {"out": "x.safetensors"}, UsageError, "stays one"),
         ({}, {"out": "no/x.pth"}, WriteError, "there is no folder"),
-        ({}, {"mean": [0.5, 0.5]}, UsageError, "--mean has 2 numbers"),
+        ({}, {"mean": [0.5, 0.5]}, UsageError, "`mean` has 2 numbers"),
         ({"fc.weight": torch.zeros(3, 5)}, {}, ModelError, "of another shape"),
         ({"extra": torch.zeros(3)}, {}, ModelError, "1 unexpected"),
         ({"conv1.0.weight": None}, {}, NumericsError, r"batch 1: the input of 'conv1\.1' holds NaN"),
@@ -356,7 +394,7 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
         ({}, {"data": "mine.py:nothing"}, DataError, "yield no batch"),
         ({}, {"data": "mine.py:fails"}, DataError, r"the data failed after .* \(OSError: disk gone\)"),
         ({}, {"data": "mine.py:once", "passes": 2}, UsageError, "can be read again"),
-        ({}, {"eval_data": "flat"}, DataError, "--eval"),
+        ({}, {"eval_data": "flat"}, DataError, "`eval_data`"),
         ({}, {"model": "mine.py:unmade"}, ModelError, r"cannot be made \(AttributeError: torch\)"),
         ({}, {"model": "mine.py:leaves"}, ModelError, r"cannot be made \(SystemExit: 0\)"),
         ({}, {"data": "mine.py:leaves_later"}, DataError, r"the data failed after 4 images \(SystemExit: 0\)"),

@@ -169,8 +169,7 @@ def test_an_averaged_model_keeps_its_own_module(counter: str, save: Save) -> Non
     report = fix_prefix(path)
     found = torch.load(path, weights_only=True)["model_ema"]
     assert list(found) == [counter, *(f"module.{name}" for name in net().state_dict())]
-    assert "ckpt convert" in report.notes[0]
-    assert "--to plain" in report.notes[0]
+    assert "`convert(to='plain')`" in report.notes[0]
     if counter == "n_averaged":
         AveragedModel(net()).load_state_dict(found)
     again = fix_prefix(path)
@@ -366,8 +365,8 @@ def test_a_stray_tensor_beside_the_weights_gets_no_prefix(save: Save) -> None:
         ({"strip": ["net."]}, AlignmentError, r"starts with 'net\.'\. The first one is 'module\.a\.w'"),
         ({"strip": ["module"]}, UsageError, r"would be '\.a\.w', which is no name\. Prefixes end in a dot"),
         ({"strip": ["module.a.", "module.b."]}, AlignmentError, r"'module\.a\.w' and 'module\.b\.w' would both be 'w'"),
-        ({"strip": [""]}, UsageError, "--strip takes prefixes such as 'model.'"),
-        ({"add": "model."}, UsageError, "--add takes prefixes such as 'model.'"),
+        ({"strip": [""]}, UsageError, "`strip` takes prefixes such as 'model.'"),
+        ({"add": "model."}, UsageError, "`add` takes prefixes such as 'model.'"),
     ],
 )  # fmt: skip
 def test_prefixes_that_do_not_fit(
@@ -386,6 +385,16 @@ def test_two_names_that_become_one_are_refused(other: Any, tmp_path: Path, save:
     before = contents(tmp_path)
     with pytest.raises(AlignmentError, match=r"c\.pth: in net: 'a\._orig_mod\.w' and 'a\.w' would both be 'a\.w'"):
         fix_prefix(path)
+    assert contents(tmp_path) == before
+
+
+def test_fix_prefix_requires_a_path(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """./averaged.pth, which it would rewrite, is the default of the command alone."""
+    save("averaged.pth", {"module.w": torch.ones(1)})
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(TypeError, match=r"fix_prefix\(\) missing a required argument: 'path'"):
+        fix_prefix()
     assert contents(tmp_path) == before
 
 

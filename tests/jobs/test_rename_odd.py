@@ -86,7 +86,7 @@ def test_a_prefix_on_most_names_is_spoken_of(save: Save) -> None:
     assert not report.changed
     assert report.notes == (
         f"{path}: 2 of 3 names start with 'module.', but not all, so it may be the model's own, and stays. "
-        "To take it off: --strip module.",
+        "To take it off: `strip='module.'`.",
     )
     fix_prefix(path, strip=["module."])
     assert list(torch.load(path)) == ["a", "b", "c"]

@@ -184,7 +184,7 @@ def test_lightnings_swa_keeps_its_average_and_what_tells_that_it_is_one(save: Sa
     assert set(new["callbacks"]) == {"StochasticWeightAveraging"}
     assert new["callbacks"]["StochasticWeightAveraging"]["n_averaged"] == 3
     assert same_bits(new["callbacks"]["StochasticWeightAveraging"]["average_model_state"], average)
-    assert any("Weights stand in 'callbacks', and stay there" in note for note in report.notes)
+    assert any("'callbacks' holds weights, which stay: " in note for note in report.notes)
     assert ckpt_tools.open_checkpoint(report.out, state="ema").keys() == average.keys()
     # The average has parameters alone, so that the buffers, which are the raw ones', must not go.
     alone = ckpt_tools.strip(path, state="ema", out=path.with_name("ema.ckpt"))
@@ -205,7 +205,7 @@ def test_averages_that_an_optimizer_keeps_stay_and_are_named(save: Save) -> None
     new = load(Path(report.out))
     assert [list(entry) for entry in new["optimizer_states"]] == [["ema"]]
     assert all(a.equal(b) for a, b in zip(new["optimizer_states"][0]["ema"], shadow, strict=True))
-    assert report.notes[0] == "Weights stand in 'optimizer_states', and stay there: optimizer_states.0.ema."
+    assert report.notes[0] == "'optimizer_states' holds weights, which stay: optimizer_states.0.ema."
 
 
 def test_weights_without_a_telling_place_are_known_by_their_names(save: Save) -> None:
@@ -327,7 +327,7 @@ def test_weights_that_would_be_lost_are_refused(
 def test_targets_that_must_not_be_are_refused(save: Save, tmp_path: Path) -> None:
     path = save("c.pth", {"model": {"w": torch.ones(2)}, "optimizer": OPTIMIZER})
     save("c-stripped.pth", {"mine": 1})
-    with pytest.raises(WriteError, match=r"c-stripped\.pth: exists already\. Pass --force"):
+    with pytest.raises(WriteError, match=r"c-stripped\.pth: exists already\. Pass `force=True`"):
         ckpt_tools.strip(path)
     with pytest.raises(WriteError, match="is one of the inputs"):
         ckpt_tools.strip(path, out=path, force=True)
@@ -368,7 +368,7 @@ def test_weights_in_a_callback_stay_whatever_stands_before_their_names(lead: str
         },
     )
     report = ckpt_tools.strip(path)
-    assert report.notes == ("Weights stand in 'callbacks', and stay there: callbacks.Mine.w.",)
+    assert report.notes == ("'callbacks' holds weights, which stay: callbacks.Mine.w.",)
     new = load(Path(report.out))
     assert set(new) == {"state_dict", "callbacks"}
     assert same_bits(new["callbacks"]["Mine"]["w"], kept)

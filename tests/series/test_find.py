@@ -77,7 +77,7 @@ def trainer_folder(folder: Path, step: int) -> Path:
 # Order
 
 
-def test_the_real_series_is_ordered_by_its_epochs(runs: list[Path]) -> None:
+def test_find_series_orders_the_real_series_by_epoch(runs: list[Path]) -> None:
     series = find_series(sorted(runs))
     assert [member.path for member in series.members] == runs
     assert [member.step for member in series.members] == list(range(8, 20))
@@ -85,13 +85,13 @@ def test_the_real_series_is_ordered_by_its_epochs(runs: list[Path]) -> None:
     assert series.notes == ()
 
 
-def test_a_stored_step_outranks_the_name(save: Save) -> None:
+def test_find_series_prefers_a_stored_step_to_the_name(save: Save) -> None:
     late = save("checkpoint-1.pth", {"state_dict": weights(1), "epoch": 7})
     early = save("checkpoint-2.pth", {"state_dict": weights(2), "epoch": 3})
     assert names(find_series([late, early])) == ["checkpoint-2.pth", "checkpoint-1.pth"]
 
 
-def test_a_step_outranks_an_epoch_and_a_counter_that_never_moves_orders_nothing(save: Save) -> None:
+def test_find_series_prefers_a_step_to_an_epoch_and_ignores_a_constant_counter(save: Save) -> None:
     for name, step in (("b.pth", 10), ("a.pth", 20)):
         save(name, {"state_dict": weights(step), "global_step": step, "epoch": 1})
     assert find_series(["a.pth", "b.pth"]).ordered_by == "the global_step stored in the files"
@@ -101,47 +101,47 @@ def test_a_step_outranks_an_epoch_and_a_counter_that_never_moves_orders_nothing(
     assert (names(series), series.ordered_by) == (["b.pth", "a.pth"], "the epoch stored in the files")
 
 
-def test_without_counters_the_numbers_in_the_names_decide(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_orders_by_numbers_in_names_without_counters(plain: Callable[..., list[Path]]) -> None:
     series = find_series(plain("checkpoint-10.pth", "checkpoint-2.pth", "checkpoint-1.pth"))
     assert names(series) == ["checkpoint-1.pth", "checkpoint-2.pth", "checkpoint-10.pth"]
     assert series.ordered_by == "the numbers in the names"
 
 
-def test_a_counter_that_one_file_lacks_orders_nothing(save: Save) -> None:
+def test_find_series_ignores_a_counter_that_one_file_lacks(save: Save) -> None:
     save("a-2.pth", {"state_dict": weights(), "epoch": 1})
     save("a-1.pth", weights(1))
     series = find_series(["a-2.pth", "a-1.pth"])
     assert (names(series), series.ordered_by) == (["a-1.pth", "a-2.pth"], "the numbers in the names")
 
 
-def test_without_any_number_the_names_decide_and_a_note_says_so(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_orders_by_names_without_numbers_and_says_so(plain: Callable[..., list[Path]]) -> None:
     plain("late.pth", "early.pth")
     series = find_series(["late.pth", "early.pth"])
     assert (names(series), series.ordered_by) == (["early.pth", "late.pth"], "the names")
     assert len(series.notes) == 1
     assert series.notes[0].startswith("early.pth tells no step, inside or in its name, so the names decide the order.")
-    assert "--order given" in series.notes[0]
+    assert "`order='given'`" in series.notes[0]
 
 
-def test_given_keeps_the_order_of_the_arguments(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_by_given_keeps_the_order_of_the_arguments(plain: Callable[..., list[Path]]) -> None:
     plain("a-1.pth", "a-2.pth", "a-10.pth")
     assert names(find_series(["a-2.pth", "a-10.pth", "a-1.pth"], order="given")) == ["a-2.pth", "a-10.pth", "a-1.pth"]
     assert names(find_series(["a-*.pth"], order="given")) == ["a-1.pth", "a-2.pth", "a-10.pth"]
 
 
-def test_natural_goes_by_names_though_the_files_store_an_epoch(save: Save) -> None:
+def test_find_series_by_natural_orders_by_names_despite_a_stored_epoch(save: Save) -> None:
     for name, epoch in (("a-2.pth", 9), ("a-10.pth", 1)):
         save(name, {"state_dict": weights(epoch), "epoch": epoch})
     assert names(find_series(["a-*.pth"], order="natural")) == ["a-2.pth", "a-10.pth"]
 
 
-def test_mtime_goes_by_modification_time(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_by_mtime_orders_by_modification_time(plain: Callable[..., list[Path]]) -> None:
     for path, time in zip(plain("a-1.pth", "a-2.pth", "a-3.pth"), (300, 100, 200), strict=True):
         os.utime(path, (time, time))
     assert names(find_series(["a-*.pth"], order="mtime")) == ["a-2.pth", "a-3.pth", "a-1.pth"]
 
 
-def test_equal_steps_are_said_aloud_once(save: Save) -> None:
+def test_find_series_notes_equal_steps_once(save: Save) -> None:
     for i in (3, 1, 2):
         save(f"a-{i}.pth", {"state_dict": weights(i), "epoch": 5})
     series = find_series(["a-*.pth"])
@@ -162,7 +162,7 @@ def test_equal_steps_are_said_aloud_once(save: Save) -> None:
         ("checkpoint-500", 500),
     ],
 )
-def test_a_name_tells_its_step(name: str, number: int | None) -> None:
+def test_number_in_name_finds_the_step(name: str, number: int | None) -> None:
     assert number_in_name(Path("run-7") / name) == number
 
 
@@ -184,7 +184,7 @@ def test_a_name_tells_its_step(name: str, number: int | None) -> None:
     ],
     ids=lambda value: str(value[0]),
 )
-def test_the_number_that_varies_is_the_step_and_several_go_from_left_to_right(
+def test_find_series_takes_the_numbers_that_vary_from_left_to_right(
     plain: Callable[..., list[Path]], in_order: list[str], steps: list[int | None]
 ) -> None:
     series = find_series(reversed(plain(*(f"{name}.pth" for name in in_order))))
@@ -196,7 +196,7 @@ def test_the_number_that_varies_is_the_step_and_several_go_from_left_to_right(
     )
 
 
-def test_names_whose_numbers_do_not_line_up_are_said_to_be_guessed_at(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_notes_a_guess_where_numbers_in_names_do_not_line_up(plain: Callable[..., list[Path]]) -> None:
     paths = plain("checkpoint1.pt", "checkpoint2.pt", "checkpoint_1_500.pt")
     series = find_series(paths)
     assert [member.step for member in series.members] == [1, 2, 500]
@@ -206,18 +206,18 @@ def test_names_whose_numbers_do_not_line_up_are_said_to_be_guessed_at(plain: Cal
 
 
 @pytest.mark.parametrize("key", ["iter_num", "global_steps"])
-def test_the_counters_of_nanogpt_and_deepspeed_count(save: Save, key: str) -> None:
+def test_find_series_reads_the_counters_of_nanogpt_and_deepspeed(save: Save, key: str) -> None:
     for name, step in (("1", 2000), ("2", 500)):
         save(f"{name}/ckpt.pt", {"model": weights(step), key: step})
     assert [member.step for member in find_series(["*/ckpt.pt"]).members] == [500, 2000]
 
 
-def test_the_folders_tell_where_all_files_have_one_name_with_a_number(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_orders_by_folders_where_all_files_have_one_name(plain: Callable[..., list[Path]]) -> None:
     paths = plain("iter_9/mp_rank_00/model_optim_rng.pt", "iter_10/mp_rank_00/model_optim_rng.pt")
     assert [member.step for member in find_series(paths[::-1]).members] == [9, 10]
 
 
-def test_a_stored_fraction_orders_though_it_is_no_step(save: Save) -> None:
+def test_find_series_orders_by_a_stored_fraction(save: Save) -> None:
     for name, epoch in (("a.pth", 1.5), ("b.pth", 0.5), ("c.pth", 1.0)):
         save(name, {"state_dict": weights(epoch), "epoch": epoch})
     series = find_series(["*.pth"])
@@ -225,7 +225,7 @@ def test_a_stored_fraction_orders_though_it_is_no_step(save: Save) -> None:
     assert (series.ordered_by, series.notes) == ("the epoch stored in the files", ())
 
 
-def test_a_step_that_is_a_tensor_is_said_to_be_unread(save: Save) -> None:
+def test_find_series_notes_a_step_in_a_tensor_as_unread(save: Save) -> None:
     for name, step in (("a-1.pth", 2), ("a-2.pth", 1)):
         save(name, {"state_dict": weights(step), "step": torch.tensor(step), "epoch": 3 - step})
     series = find_series(["*.pth"])
@@ -236,7 +236,7 @@ def test_a_step_that_is_a_tensor_is_said_to_be_unread(save: Save) -> None:
 
 
 @pytest.mark.parametrize("key", ["step", "global_step", "epoch"])
-def test_the_metadata_of_safetensors_tell_the_step(key: str) -> None:
+def test_find_series_reads_the_step_in_the_metadata_of_safetensors(key: str) -> None:
     for name, step in (("a", "500"), ("b", "60")):
         save_file(weights(float(step)), f"{name}.safetensors", metadata={key: step, "iteration": "nan", "iter": "many"})
     series = find_series(["*.safetensors"])
@@ -245,13 +245,13 @@ def test_the_metadata_of_safetensors_tell_the_step(key: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, True, "3", None, 1 << 5000])
-def test_what_is_no_whole_number_is_no_counter(save: Save, value: Any) -> None:
+def test_stored_counters_ignores_what_is_no_whole_number(save: Save, value: Any) -> None:
     assert stored_counters(read_header(save("a.pth", {"state_dict": weights(), "epoch": value}))) == {}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
-def test_permuting_the_arguments_changes_no_byte(
+def test_average_writes_the_same_bytes_for_any_order_of_arguments(
     runs: list[Path], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     out = tmp_path_factory.mktemp("permuted") / "average.pth"
@@ -265,7 +265,7 @@ def test_permuting_the_arguments_changes_no_byte(
 
 
 @pytest.mark.parametrize("order", ["auto", "natural", "mtime"])
-def test_permuting_links_and_copies_changes_nothing(save: Save, order: str) -> None:
+def test_find_series_finds_the_same_for_any_order_of_links_and_copies(save: Save, order: str) -> None:
     paths = [save(f"c-{i}.pth", {"state_dict": weights(i), "epoch": i}) for i in (1, 2)]
     Path("last.pth").hardlink_to(paths[1])
     Path("best.pth").symlink_to(paths[1])
@@ -279,7 +279,7 @@ def test_permuting_links_and_copies_changes_nothing(save: Save, order: str) -> N
 # The same content under several names
 
 
-def test_hard_links_and_symlinks_are_counted_once_under_the_numbered_name(save: Save) -> None:
+def test_find_series_counts_links_once_under_the_numbered_name(save: Save) -> None:
     save("checkpoint-3.pth.tar", weights())
     Path("last.pth.tar").hardlink_to("checkpoint-3.pth.tar")
     Path("model_best.pth.tar").symlink_to("checkpoint-3.pth.tar")
@@ -291,7 +291,7 @@ def test_hard_links_and_symlinks_are_counted_once_under_the_numbered_name(save: 
     )
 
 
-def test_copies_are_counted_once_under_the_numbered_name(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_counts_copies_once_under_the_numbered_name(plain: Callable[..., list[Path]]) -> None:
     plain("checkpoint-1.pth", "checkpoint-2.pth")
     shutil.copy2("checkpoint-2.pth", "last.pth")
     series = find_series(["last.pth", "checkpoint-1.pth", "checkpoint-2.pth"])
@@ -300,7 +300,7 @@ def test_copies_are_counted_once_under_the_numbered_name(plain: Callable[..., li
 
 
 @pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "folder", "sharded"])
-def test_copies_of_every_format_are_counted_once_and_one_flipped_bit_is_no_copy(save: Save, write: str) -> None:
+def test_find_series_counts_copies_of_every_format_once_but_for_a_flipped_bit(save: Save, write: str) -> None:
     """All tensors but one stand still, as where only a small head is trained."""
     for i in (1, 2):
         state = {"a": torch.ones(5000), "head": torch.full((5,), float(i)), "z": torch.ones(5000)}
@@ -325,7 +325,7 @@ def test_copies_of_every_format_are_counted_once_and_one_flipped_bit_is_no_copy(
     assert series.notes[0] == "last is c-2 again (the same weights): counted once."
 
 
-def test_a_checkpoint_that_was_saved_twice_is_counted_once(save: Save) -> None:
+def test_find_series_counts_a_checkpoint_saved_twice_once(save: Save) -> None:
     """torchvision and Lightning save `checkpoint` and `last` anew, so that their bytes are others."""
 
     def lightning(step: int, last: str) -> dict[str, Any]:
@@ -344,14 +344,14 @@ def test_a_checkpoint_that_was_saved_twice_is_counted_once(save: Save) -> None:
     assert series.notes == ("pl/last.ckpt is pl/epoch=2.ckpt again (the same weights): counted once.",)
 
 
-def test_equal_weights_at_another_step_are_no_copies(save: Save) -> None:
+def test_find_series_keeps_equal_weights_at_another_step(save: Save) -> None:
     for name, step in (("checkpoint-500", 500), ("final", 1000)):
         save_file(weights(), trainer_folder(Path(name), step) / "model.safetensors")
     assert names(find_series(["."])) == ["checkpoint-500", "final"]
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_numbered_names_are_different_checkpoints_even_if_nothing_was_learned(save: Save, suffix: str) -> None:
+def test_find_series_keeps_equal_files_with_other_numbers(save: Save, suffix: str) -> None:
     first = save("tmp.pth", weights())
     if suffix == "safetensors":
         save_file(weights(), first)
@@ -362,7 +362,7 @@ def test_numbered_names_are_different_checkpoints_even_if_nothing_was_learned(sa
     assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same weights): counted once.",)
 
 
-def test_files_that_differ_in_one_value_are_no_copies(save: Save) -> None:
+def test_find_series_keeps_files_that_differ_in_one_value(save: Save) -> None:
     state = {f"w{i}": torch.zeros(100) for i in range(5)}
     save("a-1.pth", state)
     state["w3"] = torch.zeros(100)
@@ -371,7 +371,7 @@ def test_files_that_differ_in_one_value_are_no_copies(save: Save) -> None:
     assert names(find_series(["a-*.pth"])) == ["a-1.pth", "a-2.pth"]
 
 
-def test_the_same_argument_twice_is_counted_once_without_a_word(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_counts_the_same_argument_once_without_a_note(plain: Callable[..., list[Path]]) -> None:
     paths = plain("a-1.pth", "a-2.pth")
     series = find_series([*paths, "a-1.pth", "./a-2.pth", "*.pth", "."])
     assert (names(series), series.notes) == (["a-1.pth", "a-2.pth"], ())
@@ -389,17 +389,17 @@ def with_output(plain: Callable[..., list[Path]]) -> list[Path]:
 
 
 @pytest.mark.usefixtures("with_output")
-def test_own_outputs_are_left_out_and_it_is_said() -> None:
+def test_find_series_leaves_out_own_outputs_and_says_so() -> None:
     series = find_series(["."])
     assert names(series) == ["a-1.pth", "a-2.pth"]
     assert series.notes == tuple(
-        f"averaged.{suffix} was written by ckpt-tools itself: left out (--include-outputs takes it in)."
+        f"averaged.{suffix} was written by ckpt-tools itself: left out (`include_outputs` takes it in)."
         for suffix in ("pth", "safetensors")
     )
 
 
 @pytest.mark.usefixtures("with_output")
-def test_own_outputs_are_taken_where_asked_for_or_where_there_is_nothing_else() -> None:
+def test_find_series_takes_own_outputs_by_name_or_where_nothing_else_is() -> None:
     everything = ["a-1.pth", "a-2.pth", "averaged.pth", "averaged.safetensors"]
     assert sorted(names(find_series(["."], include_outputs=True))) == everything
     alone = find_series(["averaged.pth", "averaged.safetensors"])
@@ -409,53 +409,53 @@ def test_own_outputs_are_taken_where_asked_for_or_where_there_is_nothing_else() 
 # Selection
 
 
-def test_last_takes_the_newest_and_says_if_there_are_fewer(scored: list[Path]) -> None:
+def test_find_series_with_last_takes_the_newest_and_says_if_there_are_fewer(scored: list[Path]) -> None:
     assert names(find_series(scored, last=2)) == ["e4.pth", "e5.pth"]
     more = find_series(scored, last=9)
-    assert (len(more.members), more.notes) == (5, ("--last 9: there are only 5; all are used.",))
+    assert (len(more.members), more.notes) == (5, ("`last=9`: there are only 5; all are used.",))
 
 
-def test_best_keeps_the_order_of_training_and_the_earlier_of_two_equals(scored: list[Path]) -> None:
+def test_find_series_with_best_keeps_the_order_of_training_and_the_earlier_of_two_equals(scored: list[Path]) -> None:
     assert names(find_series(scored, best=1)) == ["e2.pth"]
     assert names(find_series(scored, best=2)) == ["e2.pth", "e4.pth"]
     assert names(find_series(scored, best=3)) == ["e2.pth", "e4.pth", "e5.pth"]
-    assert find_series(scored, best=8).notes == ("--best 8: there are only 5; all are used.",)
+    assert find_series(scored, best=8).notes == ("`best=8`: there are only 5; all are used.",)
 
 
-def test_lower_is_better_turns_the_ranking_round(scored: list[Path]) -> None:
+def test_find_series_with_lower_is_better_reverses_the_ranking(scored: list[Path]) -> None:
     assert names(find_series(scored, best=2, lower_is_better=True)) == ["e1.pth", "e3.pth"]
 
 
-def test_a_metric_may_be_nested_and_a_loss_gets_a_hint(save: Save) -> None:
+def test_find_series_takes_a_nested_metric_and_hints_at_a_loss(save: Save) -> None:
     for i, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
         save(f"a-{i}.pth", {"state_dict": weights(i), "val": {"loss": loss}})
     assert names(find_series(["a-*.pth"], best=1, metric="val.loss", lower_is_better=True)) == ["a-2.pth"]
     wrong_way = find_series(["a-*.pth"], best=1, metric="val.loss")
     assert names(wrong_way) == ["a-1.pth"]
-    assert wrong_way.notes == ("--best takes the highest 'val.loss'; if lower is better, say --lower-is-better.",)
+    assert wrong_way.notes == ("`best` takes the highest 'val.loss'; if lower is better, say `lower_is_better`.",)
 
 
-def test_a_missing_metric_names_the_file_and_what_it_has(scored: list[Path], save: Save) -> None:
+def test_find_series_names_the_file_without_a_metric_and_what_it_has(scored: list[Path], save: Save) -> None:
     save("e6.pth", {"state_dict": weights(), "epoch": 6, "top1": 50.0})
     with pytest.raises(SeriesError, match=r"e6\.pth: has no number under 'metric'.*it has epoch, top1\."):
         find_series([*scored, "e6.pth"], best=2)
 
 
 @pytest.mark.parametrize("metric", ["90", True, None, 10**400])
-def test_what_is_no_number_ranks_nothing(save: Save, metric: Any) -> None:
+def test_find_series_rejects_a_metric_that_is_no_number(save: Save, metric: Any) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match="has no number under 'metric', so --best cannot rank it. It has none at all"):
+    with pytest.raises(SeriesError, match="has no number under 'metric', so `best` cannot rank it. It has none at all"):
         find_series(["a.pth"], best=1)
 
 
 @pytest.mark.parametrize(("metric", "what"), [(float("nan"), "is NaN"), (torch.tensor(1.0), "is a tensor")])
-def test_a_metric_that_cannot_be_ranked_is_called_what_it_is(save: Save, metric: Any, what: str) -> None:
+def test_find_series_says_what_a_metric_is_that_cannot_be_ranked(save: Save, metric: Any, what: str) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so --best cannot rank it"):
+    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so `best` cannot rank it"):
         find_series(["a.pth"], best=1)
 
 
-def test_the_metrics_of_trainer_folders_are_those_logged_at_their_step() -> None:
+def test_find_series_takes_the_metrics_of_trainer_folders_at_their_step() -> None:
     log = []
     for step, loss in ((500, 0.3), (1000, 0.1), (1500, 0.2)):
         folder = trainer_folder(Path(f"checkpoint-{step}"), step)
@@ -470,62 +470,62 @@ def test_the_metrics_of_trainer_folders_are_those_logged_at_their_step() -> None
         find_series(["checkpoint-*"], best=1)
 
 
-def test_an_infinite_loss_ranks_last(save: Save) -> None:
+def test_find_series_ranks_an_infinite_loss_last(save: Save) -> None:
     for i, loss in ((1, float("inf")), (2, 0.1)):
         save(f"a-{i}.pth", {"state_dict": weights(i), "loss": loss})
     assert names(find_series(["a-*.pth"], best=1, metric="loss", lower_is_better=True)) == ["a-2.pth"]
 
 
-def test_every_is_counted_from_the_last(scored: list[Path]) -> None:
+def test_find_series_with_every_counts_from_the_last(scored: list[Path]) -> None:
     assert names(find_series(scored, every=2)) == ["e1.pth", "e3.pth", "e5.pth"]
     assert names(find_series(scored, every=3)) == ["e2.pth", "e5.pth"]
     assert names(find_series(scored, every=3, last=1)) == ["e5.pth"]
 
 
-def test_from_and_to_step_are_inclusive(scored: list[Path]) -> None:
+def test_find_series_includes_from_step_and_to_step(scored: list[Path]) -> None:
     assert names(find_series(scored, from_step=2, to_step=4)) == ["e2.pth", "e3.pth", "e4.pth"]
     assert names(find_series(scored, from_step=4)) == ["e4.pth", "e5.pth"]
     assert names(find_series(scored, to_step=1)) == ["e1.pth"]
 
 
-def test_selections_combine_in_the_documented_order(scored: list[Path]) -> None:
+def test_find_series_combines_selections_in_the_documented_order(scored: list[Path]) -> None:
     assert names(find_series(scored, from_step=2, best=3, every=2, last=1)) == ["e5.pth"]
 
 
-def test_steps_that_no_checkpoint_has_are_refused_with_those_there_are(scored: list[Path]) -> None:
-    with pytest.raises(SeriesError, match="--from-step 6 --to-step 9: no checkpoint there; they go from epoch 1 to 5"):
+def test_find_series_rejects_missing_steps_and_names_those_there_are(scored: list[Path]) -> None:
+    with pytest.raises(SeriesError, match="`from_step=6` `to_step=9`: no checkpoint there; they go from epoch 1 to 5"):
         find_series(scored, from_step=6, to_step=9)
 
 
-def test_a_step_that_is_unknown_cannot_be_placed(plain: Callable[..., list[Path]]) -> None:
-    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so --to-step 3 cannot place it"):
+def test_find_series_rejects_a_range_of_steps_for_an_unknown_step(plain: Callable[..., list[Path]]) -> None:
+    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so `to_step=3` cannot place it"):
         find_series(plain("best.pth"), to_step=3)
 
 
 @pytest.mark.parametrize("option", ["last", "best", "every"])
-def test_counts_below_one_are_wrong_usage(scored: list[Path], option: str) -> None:
-    with pytest.raises(UsageError, match=f"--{option} 0: must be 1 or more"):
+def test_find_series_rejects_counts_below_one(scored: list[Path], option: str) -> None:
+    with pytest.raises(UsageError, match=f"`{option}=0`: must be 1 or more"):
         find_series(scored, **{option: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["last", "best", "every", "from_step", "to_step"])
 @pytest.mark.parametrize("value", [1.5, True, "2"])
-def test_what_is_no_whole_number_is_wrong_usage(scored: list[Path], option: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is a whole number, not {value!r}"):
+def test_find_series_rejects_counts_that_are_no_whole_numbers(scored: list[Path], option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"`{option}` is a whole number, not {value!r}"):
         find_series(scored, **{option: value})
 
 
-def test_a_metric_without_best_and_an_unknown_order_are_wrong_usage(scored: list[Path]) -> None:
-    with pytest.raises(UsageError, match="go with --best"):
+def test_find_series_rejects_a_metric_without_best_and_an_unknown_order(scored: list[Path]) -> None:
+    with pytest.raises(UsageError, match="go with `best`"):
         find_series(scored, metric="loss")
-    with pytest.raises(UsageError, match="--order is one of auto, given, natural, mtime, not 'time'"):
+    with pytest.raises(UsageError, match="`order` is one of auto, given, natural, mtime, not 'time'"):
         find_series(scored, order="time")
 
 
 # Folders
 
 
-def test_a_timm_output_folder_gives_each_checkpoint_once(save: Save) -> None:
+def test_find_series_takes_each_checkpoint_of_a_timm_folder_once(save: Save) -> None:
     for i in (2, 10, 9):
         save(f"out/checkpoint-{i}.pth.tar", {"state_dict": weights(i), "epoch": i})
     Path("out/last.pth.tar").hardlink_to("out/checkpoint-10.pth.tar")
@@ -537,7 +537,7 @@ def test_a_timm_output_folder_gives_each_checkpoint_once(save: Save) -> None:
     assert len(series.notes) == 2
 
 
-def test_optimizers_hidden_files_and_dangling_links_of_a_folder_are_no_checkpoints(save: Save) -> None:
+def test_expand_leaves_out_optimizers_hidden_files_and_dangling_links(save: Save) -> None:
     for name in ("model-1.pt", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", ".model-1.pt.77.partial.pt"):
         save(f"out/{name}", weights())
     Path("out/gone.pt").symlink_to("nowhere.pt")
@@ -545,7 +545,7 @@ def test_optimizers_hidden_files_and_dangling_links_of_a_folder_are_no_checkpoin
     assert [path.name for path in expand(["out"])] == ["model-1.pt"]
 
 
-def test_a_sharded_folder_is_one_checkpoint_and_a_folder_of_them_a_series() -> None:
+def test_find_series_takes_a_sharded_folder_as_one_checkpoint() -> None:
     for i in (2, 10):
         sharded(Path(f"all/step-{i}"), i)
     one = find_series(["all/step-2"])
@@ -555,7 +555,7 @@ def test_a_sharded_folder_is_one_checkpoint_and_a_folder_of_them_a_series() -> N
 
 
 @pytest.mark.parametrize("pattern", ["out", "out/checkpoint-*", "out/checkpoint-*/model.safetensors"])
-def test_trainer_folders_are_ordered_by_the_step_in_trainer_state(pattern: str) -> None:
+def test_find_series_orders_trainer_folders_by_the_step_in_trainer_state(pattern: str) -> None:
     for step in (500, 1000, 1500):
         trainer_folder(Path(f"out/checkpoint-{step}"), step)
     series = find_series([pattern])
@@ -563,13 +563,13 @@ def test_trainer_folders_are_ordered_by_the_step_in_trainer_state(pattern: str) 
     assert series.ordered_by == "the global_step stored in the files"
 
 
-def test_files_of_one_name_are_ordered_by_the_numbers_of_their_folders(save: Save) -> None:
+def test_find_series_orders_files_of_one_name_by_the_numbers_of_their_folders(save: Save) -> None:
     paths = [save(f"epoch_{i}/weights.pt", weights(i)) for i in (10, 9)]
     series = find_series(paths)
     assert [(member.step, member.path) for member in series.members] == [(9, paths[1]), (10, paths[0])]
 
 
-def test_a_trainer_folder_with_final_weights_says_how_to_reach_its_checkpoints() -> None:
+def test_find_series_says_how_to_reach_the_checkpoints_of_a_trainer_folder() -> None:
     trainer_folder(Path("out"), 1000)
     for step in (500, 1000):
         trainer_folder(Path(f"out/checkpoint-{step}"), step)
@@ -579,7 +579,7 @@ def test_a_trainer_folder_with_final_weights_says_how_to_reach_its_checkpoints()
     assert len(find_series(["out/checkpoint-*"]).members) == 2
 
 
-def test_loose_shards_are_no_series() -> None:
+def test_find_series_rejects_loose_shards() -> None:
     sharded(Path("model"), 0.0)
     with pytest.raises(SeriesError, match="are shards of one checkpoint, not two. Give the folder"):
         find_series(["model/*.safetensors"])
@@ -599,7 +599,7 @@ def test_loose_shards_are_no_series() -> None:
         "layer_0{}-model_00-model_states.pt",
     ],
 )
-def test_the_ranks_of_one_checkpoint_are_no_series_but_one_rank_of_each_step_is(
+def test_find_series_rejects_the_ranks_of_one_checkpoint_but_takes_one_rank_of_each_step(
     plain: Callable[..., list[Path]], pattern: str
 ) -> None:
     paths = plain(*(f"{folder}/{pattern.format(rank)}" for folder in ("iter_9", "iter_10") for rank in (0, 1)))
@@ -608,7 +608,7 @@ def test_the_ranks_of_one_checkpoint_are_no_series_but_one_rank_of_each_step_is(
     assert [member.path for member in find_series([paths[2], paths[0]]).members] == [paths[0], paths[2]]
 
 
-def test_a_folder_without_checkpoints_says_what_was_looked_for() -> None:
+def test_find_series_says_what_it_looked_for_in_a_folder_without_checkpoints() -> None:
     Path("logs").mkdir()
     Path("logs/events.txt").touch()
     with pytest.raises(SeriesError, match=r"logs: no checkpoints in this folder \(looked for \*\.pth"):
@@ -618,19 +618,19 @@ def test_a_folder_without_checkpoints_says_what_was_looked_for() -> None:
 # Globs and names
 
 
-def test_a_quoted_glob_is_expanded_here(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_expands_a_quoted_glob(plain: Callable[..., list[Path]]) -> None:
     plain("runs/a-1.pth", "runs/a-2.pth", "runs/a-10.pth", "runs/b-1.pth")
     assert names(find_series(["runs/a-*.pth"])) == ["a-1.pth", "a-2.pth", "a-10.pth"]
     assert names(find_series([f"{Path.cwd()}/runs/a-[12].pth"])) == ["a-1.pth", "a-2.pth"]
     assert names(find_series(["runs/?-1.pth"], order="natural")) == ["a-1.pth", "b-1.pth"]
 
 
-def test_two_stars_reach_into_folders_but_not_into_hidden_ones(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_expands_two_stars_into_folders_but_not_hidden_ones(plain: Callable[..., list[Path]]) -> None:
     plain("runs/a-1.pth", "runs/deep/er/a-2.pth", "runs/.old/a-3.pth")
     assert names(find_series(["runs/**/*.pth"])) == ["a-1.pth", "a-2.pth"]
 
 
-def test_links_that_lead_round_in_circles_are_passed_over(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_ignores_links_in_circles(plain: Callable[..., list[Path]]) -> None:
     """Two of them made 2^40 paths."""
     plain("runs/one/a-1.pth", "runs/two/a-2.pth")
     for run in ("one", "two"):
@@ -640,18 +640,18 @@ def test_links_that_lead_round_in_circles_are_passed_over(plain: Callable[..., l
         assert (names(series), series.notes) == (["a-1.pth", "a-2.pth"], ())
 
 
-def test_two_stars_at_the_end_are_all_files_below(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_expands_two_stars_at_the_end_to_all_files_below(plain: Callable[..., list[Path]]) -> None:
     plain("runs/a-1.pth", "runs/deep/a-2.pth")
     assert names(find_series(["runs/**"])) == ["a-1.pth", "a-2.pth"]
 
 
-def test_brackets_in_the_name_of_a_file_or_folder_are_taken_as_they_are(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_takes_brackets_in_a_name_literally(plain: Callable[..., list[Path]]) -> None:
     plain("lr=[1]/run[1].pth", "lr=[1]/run[2].pth", "run1.pth")
     assert names(find_series(["lr=[1]/run[1].pth"])) == ["run[1].pth"]
     assert names(find_series(["lr=[1]/*.pth"])) == ["run[1].pth", "run[2].pth"]
 
 
-def test_a_glob_that_matches_nothing_says_where_to_look() -> None:
+def test_find_series_says_where_to_look_for_a_glob_that_matches_nothing() -> None:
     Path("runs").mkdir()
     with pytest.raises(SeriesError, match=r"no file matches 'runs/\*\.pth'. Look at the folder: ls runs"):
         find_series(["runs/*.pth"])
@@ -667,14 +667,14 @@ def test_a_glob_that_matches_nothing_says_where_to_look() -> None:
         find_series(["runs.pth/*.pth"])
 
 
-def test_a_glob_that_takes_in_other_files_is_refused_by_name(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_names_other_files_that_a_glob_matches(plain: Callable[..., list[Path]]) -> None:
     plain("runs/a-1.pth")
     Path("runs/summary.csv").write_text("epoch,loss\n1,0.5\n")
     with pytest.raises(NotACheckpointError, match=r"runs/summary\.csv: not a checkpoint"):
         find_series(["runs/*"])
 
 
-def test_a_missing_file_gets_a_suggestion(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_suggests_a_name_for_a_missing_file(plain: Callable[..., list[Path]]) -> None:
     plain("runs/checkpoint-12.pth")
     with pytest.raises(SeriesError, match=r"no such file or folder\. Did you mean runs/checkpoint-12\.pth\?"):
         find_series(["runs/checkpont-12.pth"])
@@ -682,9 +682,7 @@ def test_a_missing_file_gets_a_suggestion(plain: Callable[..., list[Path]]) -> N
         find_series(["rums/checkpoint-12.pth"])
 
 
-def test_home_is_understood_where_the_shell_left_it(
-    plain: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_series_expands_home(plain: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(Path.cwd()))
     plain("runs/a-1.pth", "runs/a-2.pth")
     assert names(find_series(["~/runs/*.pth"])) == names(find_series(["~/runs"])) == ["a-1.pth", "a-2.pth"]
@@ -703,7 +701,7 @@ def test_home_is_understood_where_the_shell_left_it(
         ("a-1.pth/b.pth", "no such file or folder"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_refused_in_words(
+def test_find_series_rejects_a_path_that_leads_nowhere(
     plain: Callable[..., list[Path]], path: str, message: str
 ) -> None:
     plain("a-1.pth")
@@ -713,19 +711,19 @@ def test_a_path_that_leads_nowhere_is_refused_in_words(
         find_series([path])
 
 
-def test_nothing_at_all_is_refused() -> None:
+def test_find_series_rejects_no_arguments() -> None:
     nothing: Sequence[Path] = []
     with pytest.raises(SeriesError, match="no checkpoint given"):
         find_series(nothing)
 
 
 @pytest.mark.parametrize("paths", [None, [None], [b"x"], b"x", "a.pth", 3])
-def test_what_is_no_path_is_wrong_usage(paths: Any) -> None:
+def test_find_series_rejects_what_is_no_path(paths: Any) -> None:
     with pytest.raises(UsageError, match="paths is a list of paths, not|a path is text, not"):
         find_series(paths)
 
 
-def test_names_that_are_no_unicode_have_an_order(plain: Callable[..., list[Path]]) -> None:
+def test_find_series_orders_names_that_are_no_unicode(plain: Callable[..., list[Path]]) -> None:
     plain(*(os.fsdecode(b"\xff-%d.pth" % i) for i in (10, 2)))
     assert [member.step for member in find_series(["*.pth"]).members] == [2, 10]
     assert [member.step for member in find_series(["."], order="natural").members] == [2, 10]

@@ -31,8 +31,8 @@ def saved(folder: Path, suffix: str, make: Callable[[int], Any] = tensors) -> li
     for i, path in enumerate(paths):
         save_file(make(i), path) if suffix == ".safetensors" else torch.save(make(i), path)
     headers = [read_header(path) for path in paths]
-    assert len({header.pattern for header in headers}) == 1
-    assert headers[0].pattern is not None
+    assert len({header.template for header in headers}) == 1
+    assert headers[0].template is not None
     return paths
 
 
@@ -50,9 +50,7 @@ def mean(name: str, weights: list[float]) -> Tensor:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("weights", [[0.25] * 4, [0.5, 0.0, 0.375, 0.125], [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
-def test_an_average_of_twins_is_the_weighted_sum_of_what_each_holds(
-    suffix: str, weights: list[float], tmp_path: Path
-) -> None:
+def test_average_of_twins_is_the_weighted_sum(suffix: str, weights: list[float], tmp_path: Path) -> None:
     paths, out = saved(tmp_path, suffix), tmp_path / f"out{suffix}"
     report = average(paths, mode="weights", weights=weights, normalize=False, buffers="last", out=out)
     found = loaded(out)
@@ -66,7 +64,7 @@ def test_an_average_of_twins_is_the_weighted_sum_of_what_each_holds(
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_that_is_no_twin_changes_nothing_but_the_way(suffix: str, tmp_path: Path) -> None:
+def test_average_writes_the_same_with_a_file_that_is_no_twin(suffix: str, tmp_path: Path) -> None:
     """The same weights, once in equal files, once with the names of one file in another order."""
     paths = saved(tmp_path, suffix)
     average(paths, out=tmp_path / f"twins{suffix}")
@@ -75,14 +73,14 @@ def test_a_file_that_is_no_twin_changes_nothing_but_the_way(suffix: str, tmp_pat
         torch.save(state, paths[1])
     else:
         save_file(state, paths[1], metadata={"another": "header"})
-    assert read_header(paths[1]).pattern is not read_header(paths[0]).pattern
+    assert read_header(paths[1]).template is not read_header(paths[0]).template
     report = average(paths, out=tmp_path / f"others{suffix}")
     twins, others = loaded(tmp_path / f"twins{suffix}"), loaded(tmp_path / f"others{suffix}")
     assert all(torch.equal(twins[name], others[name]) for name in (*twins, *others))
     assert report.inputs[1].prefixes == ()
 
 
-def test_wrapped_tied_and_strided_tensors_of_twins(tmp_path: Path) -> None:
+def test_average_of_twins_takes_wrapped_tied_and_strided_tensors(tmp_path: Path) -> None:
     def make(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         tied = torch.randn(4, 3)
@@ -100,21 +98,21 @@ def test_wrapped_tied_and_strided_tensors_of_twins(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, expected, rtol=2**-23, atol=0)
 
 
-def test_twins_of_which_one_is_an_average_by_its_name_do_not_mix(tmp_path: Path) -> None:
+def test_average_rejects_twins_of_which_one_is_an_average_by_its_name(tmp_path: Path) -> None:
     for i, name in enumerate(["ema_0.999_1.pt", "model_2.pt"]):
         torch.save(tensors(i), tmp_path / name)
     with pytest.raises(LayoutError, match=r"ema_0\.999_1\.pt holds EMA weights, model_2\.pt does not"):
         average(sorted(tmp_path.glob("*.pt")), out=tmp_path / "out.pth")
 
 
-def test_what_cannot_be_averaged_is_refused_in_twins_too(tmp_path: Path) -> None:
+def test_average_rejects_unsupported_tensors_of_twins(tmp_path: Path) -> None:
     paths = saved(tmp_path, ".pth", lambda i: {"w": torch.ones(2), "s": torch.ones(2).to_sparse()})
     with pytest.raises(AlignmentError, match=r"step_\d\.pth: 's' is .*sparse.*cannot be averaged"):
         average(paths, out=tmp_path / "out.pth")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_not_finite_is_named_by_tensor_and_file(suffix: str, tmp_path: Path) -> None:
+def test_average_names_tensor_and_file_of_a_value_that_is_not_finite(suffix: str, tmp_path: Path) -> None:
     def make(seed: int) -> dict[str, Tensor]:
         made = tensors(seed)
         if seed == 2:

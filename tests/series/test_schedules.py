@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cli_runner import run
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ckpt_tools import average
 from ckpt_tools.errors import UsageError
 from ckpt_tools.series import schedules
+from ckpt_tools.series.schedules import Option, Schedule
 
 N = 7
 
@@ -36,7 +42,7 @@ def assert_same(coefficients: Sequence[float], reference: torch.Tensor) -> None:
     assert torch.tensor(coefficients, dtype=torch.float64) == pytest.approx(reference.detach(), rel=1e-13, abs=1e-15)
 
 
-def test_uniform_is_torchs_averaged_model() -> None:
+def test_uniform_agrees_with_torchs_averaged_model() -> None:
     models = checkpoints()
     swa = AveragedModel(models[0])
     for model in models:
@@ -44,7 +50,7 @@ def test_uniform_is_torchs_averaged_model() -> None:
     assert_same(schedules.uniform(N), swa.module.w)
 
 
-def test_ema_is_torchs_averaged_model_with_ema() -> None:
+def test_ema_agrees_with_torchs_averaged_model() -> None:
     models = checkpoints()
     ema = AveragedModel(models[0], multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for model in models:
@@ -53,7 +59,7 @@ def test_ema_is_torchs_averaged_model_with_ema() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999, 1.0])
-def test_ema_is_timms_model_ema(decay: float) -> None:
+def test_ema_agrees_with_timms_model_ema(decay: float) -> None:
     models = checkpoints()
     first = ModelEma(models[0], decay=decay)
     second = ModelEmaV2(models[0], decay=decay)
@@ -68,7 +74,7 @@ def test_ema_is_timms_model_ema(decay: float) -> None:
     assert_same(coefficients, third.module.w)
 
 
-def test_timm_warmup_is_model_ema_v3_with_warmup() -> None:
+def test_timm_warmup_agrees_with_model_ema_v3() -> None:
     models = checkpoints(30)
     ema = ModelEmaV3(models[0], decay=0.8, use_warmup=True, foreach=False)
     for update, model in enumerate(models[1:], 1):
@@ -90,7 +96,7 @@ class LitEma:
         self.shadow -= (1.0 - decay) * (self.shadow - model.w.detach())
 
 
-def test_litema_warmup_is_litema() -> None:
+def test_litema_warmup_agrees_with_litema() -> None:
     models = checkpoints(30)
     ema = LitEma(models[0], decay=0.6)
     for model in models[1:]:
@@ -98,7 +104,7 @@ def test_litema_warmup_is_litema() -> None:
     assert_same(schedules.ema_warmup(30, decay=0.6, warmup="litema"), ema.shadow)
 
 
-def test_per_step_is_an_ema_updated_at_every_step() -> None:
+def test_ema_per_step_is_an_ema_updated_at_every_step() -> None:
     """Between two checkpoints the weights stand still, so that an update a step is known."""
     steps = [10, 13, 14, 30]
     models = checkpoints(4)
@@ -109,7 +115,7 @@ def test_per_step_is_an_ema_updated_at_every_step() -> None:
     assert_same(schedules.ema_per_step(steps, decay=0.9), ema.module.w)
 
 
-def test_bias_correction_starts_from_zero_and_divides() -> None:
+def test_ema_with_bias_correction_starts_from_zero_and_divides() -> None:
     value = torch.zeros(N, dtype=torch.float64)
     for model in checkpoints():
         value = 0.9 * value + 0.1 * model.w.detach()
@@ -121,7 +127,7 @@ def test_bias_correction_starts_from_zero_and_divides() -> None:
     st.floats(0, 1),
     st.sampled_from(["plain", "litema", "timm", "per step"]),
 )
-def test_coefficients_of_any_ema_sum_to_one(n: int, decay: float, kind: str) -> None:
+def test_ema_coefficients_sum_to_one(n: int, decay: float, kind: str) -> None:
     if kind == "plain":
         coefficients = schedules.ema(n, decay=decay)
     elif kind == "per step":
@@ -134,29 +140,29 @@ def test_coefficients_of_any_ema_sum_to_one(n: int, decay: float, kind: str) -> 
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20).filter(lambda w: abs(sum(w)) > 1e-3))
-def test_given_weights_are_divided_by_their_sum(weights: list[float]) -> None:
+def test_weights_divides_by_their_sum(weights: list[float]) -> None:
     total = math.fsum(weights)
     assert schedules.weights(weights) == pytest.approx([w / total for w in weights])
     assert schedules.weights(weights, normalize=False) == tuple(weights)
 
 
-def test_a_weight_of_zero_counts_as_zero() -> None:
+def test_weights_takes_a_weight_of_zero() -> None:
     assert schedules.weights([0, 1, 3]) == (0.0, 0.25, 0.75)
 
 
-def test_a_decay_near_one_leaves_the_oldest_checkpoint_dominant() -> None:
+def test_dominant_finds_the_oldest_checkpoint_for_a_decay_near_one() -> None:
     index, share = schedules.dominant(schedules.ema(10, decay=0.9999)) or (None, 0.0)
     assert index == 0
     assert share == pytest.approx(0.9999**9)
 
 
-def test_an_even_average_is_dominated_by_none() -> None:
+def test_dominant_finds_none_in_an_even_average() -> None:
     assert schedules.dominant(schedules.uniform(10)) is None
     assert schedules.dominant(schedules.ema(10, decay=0.9, bias_correction=True)) is None
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan, math.inf])
-def test_a_decay_outside_0_1_is_refused(decay: float) -> None:
+def test_ema_rejects_a_decay_outside_0_1(decay: float) -> None:
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
         schedules.ema(3, decay=decay)
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
@@ -165,7 +171,7 @@ def test_a_decay_outside_0_1_is_refused(decay: float) -> None:
         schedules.ema_warmup(3, decay=decay, warmup="timm")
 
 
-def test_impossible_schedules_are_refused() -> None:
+def test_ema_and_weights_reject_impossible_options() -> None:
     with pytest.raises(UsageError, match="sum to 0"):
         schedules.weights([1, -1])
     with pytest.raises(UsageError, match="sum to 0"):
@@ -178,3 +184,70 @@ def test_impossible_schedules_are_refused() -> None:
         schedules.ema(3, decay=1.0, bias_correction=True)
     with pytest.raises(UsageError, match="litema, timm"):
         schedules.ema_warmup(3, decay=0.9, warmup="cosine")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule from outside the package: the last checkpoint counts `share`, the others the rest in equal parts."""
+    monkeypatch.setattr(schedules, "SCHEDULES", dict(schedules.SCHEDULES))
+
+    def favour(steps: Sequence[int | None], *, share: float) -> list[float]:
+        others = len(steps) - 1
+        return [(1 - share) / others] * others + [share]
+
+    schedules.register("favour", favour, Option("share", float, 0.5, "favour: what the last checkpoint counts."))
+
+
+def test_register_adds_a_rule_that_average_and_the_command_line_know(toy: None, here: Path) -> None:
+    for i in range(3):
+        torch.save({"w": torch.eye(3, dtype=torch.float64)[i]}, f"c-{i}.pth")
+    files = [f"c-{i}.pth" for i in range(3)]
+    report = average(files, mode="favour", share=0.75, out="a.pth")
+    assert [i.coefficient for i in report.inputs] == [0.125, 0.125, 0.75]
+    assert torch.load("a.pth")["w"].tolist() == [0.125, 0.125, 0.75]
+    average(files, mode="favour", out="b.pth")
+    assert torch.load("b.pth")["w"].tolist() == [0.25, 0.25, 0.5]
+    assert run("avg", *files, "--mode", "favour", "--share", "0.75", "-o", "c.pth").code == 0
+    assert Path("c.pth").read_bytes() == Path("a.pth").read_bytes()
+    assert "--share" in run("avg", "--help").out
+    assert "share 0.75" in run("inspect", "a.pth").err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.9}, "`share` goes with `mode='favour'`"),
+        ({"mode": "favour", "decay": 0.9}, "`decay` goes with `mode='ema'`"),
+        ({"mode": "favour", "share": "much"}, "`share` takes numbers, not 'much'"),
+        ({"mode": "best"}, "`mode` is one of uniform, ema, weights, favour, not 'best'"),
+    ],
+)
+def test_average_rejects_options_of_another_rule(toy: None, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        average(["gone.pth"], **options)
+
+
+def test_schedule_check_accepts_options_at_their_defaults_with_any_mode() -> None:
+    for mode, own in (("uniform", {}), ("ema", {}), ("weights", {"weights": [1]})):
+        options = {"decay": None, "per_step": False, "warmup": None, "weights": None, "normalize": True} | own
+        Schedule(mode, **options).check()
+
+
+def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None:
+    parameters = inspect.signature(average).parameters
+    assert list(parameters)[0] == "paths"
+    assert {p.kind for name, p in parameters.items() if name != "paths"} == {inspect.Parameter.KEYWORD_ONLY}
+    defaults = {name: p.default for name, p in parameters.items()}
+    expected = {
+        "mode": "uniform", "decay": None, "per_step": False, "warmup": None, "bias_correction": False,
+        "weights": None, "normalize": True, "order": "auto", "last": None, "best": None, "metric": "metric",
+        "lower_is_better": False, "every": None, "from_step": None, "to_step": None, "include_outputs": False,
+        "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
+        "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
+        "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
+        "on_progress": None,
+    }  # fmt: skip
+    assert defaults == expected | {"paths": inspect.Parameter.empty}
+    assert all(f"\n        {name}: " in (average.__doc__ or "") for name in defaults)
+    with pytest.raises(TypeError, match=r"average\(\) got an unexpected keyword argument 'mod'"):
+        average(["gone.pth"], mod="ema")

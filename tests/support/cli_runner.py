@@ -18,6 +18,8 @@ from ckpt_tools.cli import main
 BIN = Path(sys.executable).parent
 # What a test machine may set, and what changes what is shown.
 _FOREIGN = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONIOENCODING")
+# Seconds until a process that hangs is ended; a slow machine takes far less.
+PATIENCE = 600
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -72,7 +74,7 @@ def spawn(*args: str | Path, cwd: Path, first: str = "") -> subprocess.Completed
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 

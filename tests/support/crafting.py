@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,7 @@ import torch
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.batches import OutFile
+from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
@@ -74,6 +76,14 @@ def torch_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None =
     )
 
 
+def torch_legacy(path: Path, pickled: bytes) -> Path:
+    """Write a torch file of the format before zip around any pickle; it has no storages."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer, _use_new_zipfile_serialization=False)
+    path.write_bytes(buffer.getvalue().replace(pickle.dumps({}, 2), pickled))
+    return path
+
+
 def records_of(path: Path) -> dict[str, bytes]:
     """Read all records of a zip."""
     with zipfile.ZipFile(path) as archive:
@@ -127,3 +137,23 @@ def bounded_memory(extra: int = 512 << 20) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@contextmanager
+def bounded_resident(extra: int = 64 << 20) -> Iterator[None]:
+    """Fail if this process came to hold more than `extra` further bytes, where the system counts them.
+
+    Memory that is asked for and never touched does not count; it does in `bounded_memory`.
+    """
+    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def kilobytes(field: str) -> int:
+        return int(status.read_text().partition(f"{field}:")[2].split()[0])
+
+    counted = forget.exists()
+    if counted:
+        forget.write_text("5")  # the peak so far
+        before = kilobytes("VmRSS")
+    yield
+    if counted:
+        assert 1024 * (kilobytes("VmHWM") - before) <= extra

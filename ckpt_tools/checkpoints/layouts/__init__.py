@@ -1,25 +1,81 @@
-"""Layouts: where the weights are inside a checkpoint, raw and averaged, in which form."""
+"""Layouts: where the weights are inside a checkpoint, raw and averaged, and how they are encoded there.
+
+A layout of a library is a `Layout` in one of the modules here. One from outside takes a few lines, and all commands
+know it then::
+
+    from ckpt_tools.checkpoints.layouts import Layout, register
+
+    register(Layout("mine", "my loop: net and net_avg", raw=("net",), ema=("net_avg",)))
+
+Where a library keeps more than names and tensors, give the layout an `Encoding` with functions that detect, read and
+write it, as `averaged_model` does; where finding the sets takes more than two paths, override `Layout.read`, as
+`lightning` does. `unregister` takes a layout out again.
+"""
 
 from __future__ import annotations
 
-from .find import ema_config, is_ema_by_name, states
-from .forms import parameters
-from .select import select
-from .state import StateDict, dotted, is_buffer, is_optimizer, looks_like_training_state
-from .table import BY_NAME, LAYOUTS, Layout
+from .averaged_model import AVERAGED_MODEL, AVERAGED_MODEL_ENCODING, MMENGINE, MMENGINE_ENCODING, TORCHVISION
+from .ema_pytorch import EMA_PYTORCH, EMA_PYTORCH_ENCODING
+from .entries import left_behind, other_entries
+from .layout import (
+    DETECTED,
+    ENCODINGS,
+    LAYOUTS,
+    PLAIN_ENCODING,
+    Content,
+    Encoding,
+    Flat,
+    Layout,
+    StateDict,
+    dotted,
+    has_tensors,
+    is_buffer,
+    register,
+    split,
+    unregister,
+)
+from .lightning import LIGHTNING, LIGHTNING_SWA, NEMO
+from .litema import LITEMA, LITEMA_ENCODING
+from .pairs import D2GO, DEIT, DINO, DIT, FAIRSEQ, ICEFALL, MODEL_STATE_DICT, TIMM, TIMM_EMA
+from .parameter_lists import DIFFUSERS, DIFFUSERS_ENCODING, PYTORCH_EMA, PYTORCH_EMA_ENCODING, parameters
+from .plain import DCP, PLAIN
+from .select import is_ema_by_name, select, states
+from .ultralytics import MODULE_ENCODING, ULTRALYTICS
+
+# As the list of layouts shows them. Raw weights alone are looked for in this order, too, which is timm's.
+LAYOUTS += [
+    PLAIN, TIMM, TIMM_EMA, DEIT, TORCHVISION, MODEL_STATE_DICT, AVERAGED_MODEL, LITEMA, LIGHTNING, LIGHTNING_SWA, NEMO,
+    MMENGINE, ULTRALYTICS, D2GO, EMA_PYTORCH, DIT, ICEFALL, DINO, FAIRSEQ, DIFFUSERS, PYTORCH_EMA, DCP,
+]  # fmt: skip
+# The order of detection of averaged weights: what is known for certain goes first, then timm's order. Where two
+# layouts differ in the encoding of the average alone, the plain one is the second.
+DETECTED += [
+    LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL, DINO, FAIRSEQ,
+    LIGHTNING_SWA,
+]  # fmt: skip
+# The order of detection of encodings: the plain one takes any tensors with names, so it is the last.
+ENCODINGS += [
+    MODULE_ENCODING, DIFFUSERS_ENCODING, PYTORCH_EMA_ENCODING, AVERAGED_MODEL_ENCODING, MMENGINE_ENCODING,
+    EMA_PYTORCH_ENCODING, LITEMA_ENCODING, PLAIN_ENCODING,
+]  # fmt: skip
 
 __all__ = [
-    "BY_NAME",
     "LAYOUTS",
+    "Content",
+    "Encoding",
+    "Flat",
     "Layout",
     "StateDict",
     "dotted",
-    "ema_config",
+    "has_tensors",
     "is_buffer",
     "is_ema_by_name",
-    "is_optimizer",
-    "looks_like_training_state",
+    "left_behind",
+    "other_entries",
     "parameters",
+    "register",
     "select",
+    "split",
     "states",
+    "unregister",
 ]

@@ -1,44 +1,110 @@
-"""Selecting: which set of weights was meant; what misleads, or would lose an entry, is refused."""
+"""Sets of weights in a checkpoint: all of them, or the one that was asked for, unless it misleads or loses tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ...errors import LayoutError
 from ...formats.header import Header
 from ...formats.pickle_read import Inert
+from ...formats.tree import tensors_in
 from ...tensors import Tensor
-from ..tree import tensors_in
-from .find import set_at, state_dict, states
-from .state import StateDict, dotted, looks_like_training_state
-from .table import SET_KEYS, SWAPPERS
+from ..optimizers import is_optimizer, looks_like_training_state
+from .layout import (
+    DETECTED,
+    LAYOUTS,
+    Names,
+    Sets,
+    StateDict,
+    dotted,
+    has_tensors,
+    one_of,
+    read_sets,
+    set_keys,
+    swapped_keys,
+)
 
-_SWAPPING = ("mmengine", "lightning")
+
+def states(header: Header, names: Names = None, *, by_name: bool = True) -> Sets:
+    """Return the sets of weights that a checkpoint holds in a known layout: ``raw``, ``ema`` or both.
+
+    Args:
+        names: a state dict of the same model, for encodings that keep no names (lists) or change them (LitEma's).
+        by_name: let the name of a file with one set say that it is an EMA.
+    """
+    tree = header.view
+    whole = read_sets(tree, names)
+    found = _in_layouts(tree, names) if isinstance(tree, dict) else {}
+    if whole and found.keys() <= {"ema"}:
+        found = whole  # a flat state dict, one of whose modules has such a name
+    elif not found and isinstance(tree, dict):
+        found = _one_below(tree, names)
+    if list(found) == ["raw"]:
+        for layout in LAYOUTS:
+            facts = layout.ema_file(header)
+            if facts is not None:
+                raw = replace(found["raw"], **facts)
+                return {"ema": replace(raw, which="ema", layout=layout.name)} if by_name else {"raw": raw}
+    return found
 
 
-def select(header: Header, state: str = "auto", names: Mapping[str, Tensor] | None = None) -> StateDict:
+def _in_layouts(tree: Mapping[Any, Any], names: Names) -> Sets:
+    """Read an average with its raw weights, or else raw weights alone."""
+    for read in (*(layout.read for layout in DETECTED), *(layout.read_alone for layout in LAYOUTS)):
+        found = read(tree, names)
+        if found:
+            return found
+    return {}
+
+
+def _one_below(tree: Mapping[Any, Any], names: Names) -> Sets:
+    """Look into the one entry that is a checkpoint itself, as torch's recipe for FSDP has it: app.model, app.optim."""
+    inside = {
+        key: found
+        for key, value in tree.items()
+        if isinstance(value, dict) and not is_optimizer(value) and (found := _in_layouts(value, names))
+    }
+    if len(inside) != 1:
+        return {}
+    ((key, found),) = inside.items()
+    return {
+        which: replace(
+            each, path=(key, *each.path), home=(key, *each.home), set_paths=tuple((key, *p) for p in each.set_paths)
+        )
+        for which, each in found.items()
+    }
+
+
+def is_ema_by_name(header: Header) -> bool:
+    """True for a file or folder that holds an EMA alone, as its name or its configuration says."""
+    return any(layout.ema_file(header) is not None for layout in LAYOUTS)
+
+
+def select(header: Header, state: str = "auto", names: Names = None) -> StateDict:
     """Find a set of weights in a checkpoint.
 
     Args:
-        names: a state dict of the same model, for forms that keep no names (lists) or spoil them (LitEma's).
+        names: a state dict of the same model, for encodings that keep no names (lists) or change them (LitEma's).
         state: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path such as ``model.teacher``.
 
     Raises:
         LayoutError: it is not there, is empty, or would lose an entry; or the layout's names mislead.
     """
-    tree = header.tree
+    tree = header.view
     if state not in ("auto", "raw", "ema"):
         return _at_path(header, state, names)
     # A name may mislead, so what is asked for goes before it.
     found = states(header, names, by_name=state != "raw")
-    known = any(state.layout in _SWAPPING for state in found.values())
-    if not known and isinstance(tree, dict) and _holds_tensors(tree.get("state_dict")):
-        swapper = next((key for key in SWAPPERS if _holds_tensors(tree.get(key))), None)
+    swaps = {layout.name for layout in LAYOUTS if layout.swaps}
+    known = any(each.layout in swaps for each in found.values())
+    if not known and isinstance(tree, dict) and has_tensors(tree.get("state_dict")):
+        swapper = next((key for key in swapped_keys() if has_tensors(tree.get(key))), None)
         if swapper is not None:
             raise LayoutError(
                 f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights, "
-                f"so say which you mean: --state state_dict or --state {swapper}."
+                f"so say which you mean: `state='state_dict'` or `state={swapper!r}`."
             )
     which = ("ema" if "ema" in found else "raw") if state == "auto" else state
     if which in found:
@@ -50,7 +116,7 @@ def select(header: Header, state: str = "auto", names: Mapping[str, Tensor] | No
 
 
 def _fault(node: Mapping[Any, Any], path: tuple[Any, ...]) -> str | None:
-    """Say what in a dict of weights is no tensor with a name, and so would be lost without a word."""
+    """Describe an entry of a dict of weights that is not a tensor with a name, and so would be lost silently."""
     for key, value in node.items():
         if isinstance(value, Tensor) and not isinstance(key, str):
             return f"the tensor '{dotted((*path, key))}' has a name that is no text. Save it under a text."
@@ -73,45 +139,46 @@ _ARRAYS = (
 
 
 def _refuse_nested(header: Header, state: StateDict) -> None:
-    """Refuse a dict where more than the weights was found: a stray tensor beside them, such as best_acc beside net."""
-    fault = _fault(state.extras, state.path)
+    """Refuse a dict that holds stray tensors, not the weights, which are further in: best_acc next to net."""
+    fault = _fault(state.other_entries, state.path)
     if fault is not None:
         raise LayoutError(f"{header.path}: {fault}")
-    for key, value in state.extras.items():
+    for key, value in state.other_entries.items():
         if looks_like_training_state(key, value) or str(key).endswith("_extra_state"):
             continue
-        place = (*state.path, key)
-        below = [(*place, *path) for path, _ in tensors_in(value)]
+        outer = (*state.path, key)
+        below = [(*outer, *path) for path, _ in tensors_in(value)]
         if below:
             raise LayoutError(
-                f"{header.path}: tensors stand both in {dotted(state.path) or 'the top level'} and below "
-                f"'{dotted(place)}', so it is not clear which are the weights. {_choice(header, below)}"
+                f"{header.path}: tensors are both in {dotted(state.path) or 'the top level'} and below "
+                f"'{dotted(outer)}', so it is not clear which are the weights. {_choice(header, below)}"
             )
 
 
 def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     """Say how to choose among the dicts that hold these tensors."""
     places = dict.fromkeys(dotted(path[:-1]) for path in tensors)
-    reached = (place for place in places if place and _holds_tensors(_follow(header.tree, place)[1]))
+    reached = (place for place in places if place and has_tensors(_follow(header.view, place)[1]))
     first = next(reached, None)
     if first is None:
         return "Save the weights as one dict of names to tensors."
     each = " Each of these is averaged by a run of its own." if any(reached) else ""
-    return f"Choose with --state {first}.{each}"
+    return f"Choose with `state={first!r}`.{each}"
 
 
 def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if found:
         other = next(iter(found.values()))
-        twin = header.path.with_name(f"{header.path.stem}-EMA{header.path.suffix}")
-        if which == "ema" and twin.is_file():
-            return f"has no ema weights; those are in {twin}, beside it."
-        return f"has no {which} weights, only {other.label}. Use --state {other.which}."
+        files = (layout.ema_file_of(header.path) for layout in LAYOUTS if which == "ema")
+        other_file = next((path for path in files if path is not None and path.is_file()), None)
+        if other_file is not None:
+            return f"has no ema weights; they are in {other_file}."
+        return f"has no {which} weights, only {other.label}. Use `state={other.which!r}`."
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
-    if isinstance(header.tree, Inert):
-        return f"{_in_words(header.tree)}, {from_code}"
-    top = header.tree if isinstance(header.tree, dict) else {}
-    for key in SET_KEYS:
+    if isinstance(header.view, Inert):
+        return f"{_in_words(header.view)}, {from_code}"
+    top = header.view if isinstance(header.view, dict) else {}
+    for key in set_keys():
         value = top.get(key)
         if isinstance(value, Inert):
             return f"its '{key}' is {_in_words(value)}, {from_code}"
@@ -122,13 +189,13 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
             return f"its '{key}' holds no tensor. Nothing to average."
     tensors = [
         path
-        for path, _ in tensors_in(header.tree)
+        for path, _ in tensors_in(header.view)
         if not path or path[0] not in top or not looks_like_training_state(path[0], top[path[0]])
     ]
     places = list(dict.fromkeys(dotted(path[:-1]) for path in tensors if len(path) > 1))
     if places:
         shown = ", ".join(places[:6]) + (", ..." if len(places) > 6 else "")
-        return f"in no known layout. Tensors stand in {shown}. {_choice(header, tensors)}"
+        return f"in no known layout. There are tensors in {shown}. {_choice(header, tensors)}"
     fault = _fault(top, ())
     if fault is not None:
         return fault
@@ -137,11 +204,12 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     return "no tensor inside. It is a checkpoint file, but holds no weights."
 
 
-def _at_path(header: Header, asked: str, names: Mapping[str, Tensor] | None) -> StateDict:
-    path, node, rest = _follow(header.tree, asked)
+def _at_path(header: Header, asked: str, names: Names) -> StateDict:
+    path, node, rest = _follow(header.view, asked)
     here = dotted(path)
-    reading = None if rest else set_at(node, (), "ema", names)
-    if reading is None and not isinstance(node, dict):
+    sets = {} if rest else read_sets(node, names)
+    found = one_of(sets, "ema")
+    if found is None and not isinstance(node, dict):
         where = f"'{here}'" if path else "it"
         missing = f"nothing at '{asked}': " if rest else ""
         raise LayoutError(
@@ -153,22 +221,22 @@ def _at_path(header: Header, asked: str, names: Mapping[str, Tensor] | None) -> 
         known = ", ".join(names_here[:8]) + (f" and {len(names_here) - 8} more" if len(names_here) > 8 else "")
         raise LayoutError(f"{header.path}: nothing at '{asked}'. {here or 'The top level'} holds: {known}.")
     fault = _fault(node, path) if isinstance(node, dict) else None
-    if fault is None and reading is None:
+    if fault is None and found is None:
         below = [(*path, *inner) for inner, _ in tensors_in(node)]
-        fault = f"'{asked}' is no state dict: no tensor stands directly in it. {_choice(header, below)}"
-    if fault is None and reading is not None and reading.fault is not None:
-        fault = f"'{asked}' is {reading.fault}"
-    if fault is not None or reading is None:
+        fault = f"'{asked}' is no state dict: no tensor is directly in it. {_choice(header, below)}"
+    if fault is None and found is not None and found.fault is not None:
+        fault = f"'{asked}' is {found.fault}"
+    if fault is not None or found is None:
         raise LayoutError(f"{header.path}: {fault}")
-    found = states(header, names)
+    others = states(header, names).values()
     # What is found without a path would be found again in an output, and taken for its weights.
-    places = dict.fromkeys((path, *(place for each in found.values() for place in each.places)))
-    which, layout = (asked, "dotted path") if reading.form in ("plain", "module") else ("ema", reading.form)
-    return state_dict(reading, path, which, layout, path, tuple(places))
+    set_paths = tuple(dict.fromkeys((path, *(p for each in others for p in each.set_paths))))
+    which, layout = ("ema", found.layout) if "ema" in sets else (asked, "dotted path")
+    return found.below(path, which=which, layout=layout, home=path, set_paths=set_paths)
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:
-    """Follow a dotted path as far as it leads: the keys, what stands there, and the rest of it."""
+    """Follow a dotted path as far as it leads: the keys, the object there, and the remainder of the text."""
     node, rest = tree, asked
     path: tuple[Any, ...] = ()
     while rest and isinstance(node, dict):
@@ -199,9 +267,3 @@ _WORDS: tuple[tuple[Any, str], ...] = (
     ((list, tuple, set, frozenset), "a list"),
     (type(None), "None"),
 )
-
-
-def _holds_tensors(node: Any) -> bool:
-    return isinstance(node, dict) and any(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in node.items()
-    )

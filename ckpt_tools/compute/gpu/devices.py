@@ -1,4 +1,4 @@
-"""Devices: which does the sums, decided without torch where that can be."""
+"""Devices: whether the CPU or GPUs compute the sums, decided without importing torch if possible."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from ...errors import UsageError
 
 AUTO_FROM: float = math.inf
-"""Bytes of input from which on `auto` takes the GPUs. They have to be worth 3 to 5 seconds of importing torch and
-starting CUDA, beside a CPU that moves gigabytes a second; nowhere has a GPU been measured to win yet."""
+"""Bytes of input from which on `auto` takes the GPUs. Importing torch and starting CUDA takes 3 to 5 seconds, in which
+the CPU sums tens of gigabytes; no measurement so far has a GPU ahead."""
 GPU_MEMORY = 10**9
 """Bytes that a job takes on each GPU, at most; CUDA itself takes some hundred MB more."""
 
@@ -18,24 +18,24 @@ _DRIVER = (Path("/dev/nvidia0"), Path("/dev/nvidiactl"))
 
 
 def check_name(device: str) -> None:
-    """Refuse what names no device.
+    """Refuse an unknown device name.
 
     Raises:
-        UsageError: it is none of auto, cpu, cuda, cuda:N.
+        UsageError: not one of auto, cpu, cuda, cuda:N.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", str(device), re.ASCII):
-        raise UsageError(f"--device {device}: write auto, cpu, cuda (all GPUs), or cuda:1 (that one).")
+        raise UsageError(f"`device={device!r}`: write auto, cpu, cuda (all GPUs), or cuda:1 (that one).")
 
 
 def choose(device: str, nbytes: int) -> tuple[str, ...]:
-    """Return the GPUs that share a job: none, where the CPU does it.
+    """Return the names of the GPUs that share a job; none if the CPU does it.
 
     Args:
-        device: a name that `check_name` lets pass.
-        nbytes: of the inputs, together.
+        device: a name that `check_name` accepts.
+        nbytes: total size of the inputs.
 
     Raises:
-        UsageError: a GPU is asked for that is not there.
+        UsageError: the GPU asked for does not exist.
     """
     if device == "cpu" or (device == "auto" and not _worth_it(nbytes)):
         return ()
@@ -49,11 +49,11 @@ def choose(device: str, nbytes: int) -> tuple[str, ...]:
         built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
         lack = "finds no GPU that it can use" if built else "is a build without CUDA"
         advice = "Look at nvidia-smi and CUDA_VISIBLE_DEVICES" if built else "Install one with CUDA"
-        raise UsageError(f"--device {device}: torch {torch.__version__} {lack}. {advice}, or say --device cpu.")
+        raise UsageError(f"`device={device!r}`: torch {torch.__version__} {lack}. {advice}, or say `device='cpu'`.")
     index = int(device.removeprefix("cuda:"))
     if index >= count:
         there = "is 1 GPU, cuda:0" if count == 1 else f"are {count} GPUs, cuda:0 to {every[-1]}"
-        raise UsageError(f"--device {device}: there {there}.")
+        raise UsageError(f"`device={device!r}`: there {there}.")
     return (every[index],)
 
 

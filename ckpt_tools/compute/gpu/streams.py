@@ -1,4 +1,4 @@
-"""Streams: work that a device does in order, beside other work; and a CPU that stands in for a device."""
+"""Streams: queues of work on a device, in parallel with each other; and a CPU in place of a device, for tests."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ class Event(Protocol):
     """A point in a stream."""
 
     def synchronize(self) -> None:
-        """Wait in this thread until the device is there; at once if it was never recorded."""
+        """Block this thread until the device has reached the event; return at once if it was never recorded."""
 
 
 class Stream(Protocol):
-    """Work that a device does in the order in which it is handed over."""
+    """A queue of work on a device, done in order."""
 
     def record_event(self, event: Any) -> object:
-        """Let an event stand for all work handed over so far."""
+        """Mark the end of all work queued so far with an event."""
 
     def wait_event(self, event: Any) -> object:
-        """Let all later work wait for an event."""
+        """Make all work queued later wait for an event."""
 
     def synchronize(self) -> None:
-        """Wait in this thread until all is done."""
+        """Block this thread until all work is done."""
 
 
 class Device(Protocol):
-    """What a lane asks of a device."""
+    """What a pipeline needs of a device."""
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Take memory on the device.
+        """Allocate memory on the device.
 
         Raises:
-            torch.cuda.OutOfMemoryError: there is not so much.
+            torch.cuda.OutOfMemoryError: not enough memory.
         """
 
     def pinned(self, nbytes: int) -> torch.Tensor:
-        """Take memory of the host that the device can copy from and to by itself."""
+        """Allocate host memory that the device can copy from and to by itself."""
 
     def stream(self) -> Stream:
         """Make a stream."""
@@ -49,10 +49,10 @@ class Device(Protocol):
         """Make an event."""
 
     def using(self, stream: Stream) -> AbstractContextManager[object]:
-        """Hand the work of a block over to a stream."""
+        """Queue the work of a `with` block on a stream."""
 
     def release(self) -> None:
-        """Give back memory that nothing holds any more."""
+        """Return unused memory to the device."""
 
 
 class Cuda:
@@ -68,14 +68,14 @@ class Cuda:
         with torch.cuda.device(self._device):
             try:
                 return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # the system lets no more be pinned; copies from common memory are slower, not wrong
+            except RuntimeError:  # no more memory may be pinned; copies from ordinary memory are slower, not wrong
                 return torch.empty(nbytes, dtype=torch.uint8)
 
     def stream(self) -> Stream:
         return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def event(self) -> Event:
-        # Who waits for it sleeps, and the other threads read meanwhile.
+        # A thread that waits for it sleeps, and the other threads read meanwhile.
         return torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def using(self, stream: Any) -> AbstractContextManager[object]:
@@ -87,7 +87,7 @@ class Cuda:
 
 
 class Cpu:
-    """The CPU in place of a GPU: everything is done at once, and nothing is to be waited for."""
+    """The CPU in place of a GPU: all work is done when it is queued."""
 
     def empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -109,7 +109,7 @@ class Cpu:
 
 
 class _Done:
-    """A stream or an event of what is done already."""
+    """A stream or an event whose work is already done."""
 
     def record_event(self, event: Event) -> None:
         pass
@@ -122,7 +122,7 @@ class _Done:
 
 
 def opened(name: str) -> Device:
-    """Return the device of a name: `cpu`, or `cuda:0`."""
+    """Return the device with a name such as `cpu` or `cuda:0`."""
     return Cpu() if name == "cpu" else Cuda(name)
 
 

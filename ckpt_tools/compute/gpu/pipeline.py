@@ -1,9 +1,10 @@
-"""Lanes: weighted sums on a device, with reading, copying, adding and writing under way at once.
+"""Staging pipeline: weighted sums on a device, with reading, copying, adding and writing at the same time.
 
-A thread owns a lane. It reads term after term into a ring of pinned buffers; a stream copies each to the device, a
-second one adds it up there, a third brings results back, and the thread writes a result while the next is computed.
-All memory is taken at the start. The steps of a sum are those of `summing.Arithmetic`, so that the bytes are the CPU's.
-What is not finite is left to the CPU, which says where it is, or lets it pass: NaNs differ from device to device.
+Each thread has a pipeline of its own. It reads one term after the other, a chunk at a time, into a ring of pinned
+buffers. One stream copies each chunk to the device, a second one adds it up there, a third copies results back, and
+the thread writes a result while the next is computed. All memory is taken at the start. The steps of a sum are those of
+`torch_sums.Arithmetic`, so that the bytes are those of the CPU. Chunks with NaN or infinity are left to the CPU, which
+names the first one, or lets them pass: NaNs differ from device to device.
 """
 
 from __future__ import annotations
@@ -18,31 +19,32 @@ from types import TracebackType
 import torch
 
 from ...errors import UsageError
-from ...formats.file_plan import OutTensor, SumKind
-from ...storage.opened import OpenFiles, read_at
+from ...formats.file_plan import GroupKey, OutTensor
+from ...storage.source import OpenFiles, read_at
 from ...storage.staged import write_at
 from .. import native
-from ..batches import Batch, Part
-from ..torch_sums import Arithmetic, Formula, real_dtype
+from ..formula import real_dtype
+from ..torch_sums import Arithmetic, Formula
+from ..work_units import Slice, WorkUnit
 from .streams import Device, Event, bytes_of
 
 RING = 3
-"""Terms under way to the device at once: one is read, one is copied, one is added."""
+"""Terms on their way to the device: one is read, one is copied, one is added."""
 RESULTS = 2
-"""Results: one is computed, one is written."""
+"""Results on their way back: one is computed, one is written."""
 MOST = 4 << 20
-"""Reals of a load, at most: 16 MB of float32 keep a bus busy; more would only take longer to begin and to end."""
+"""Reals of a chunk, at most: 16 MB of float32 keep a bus busy; more would only take longer to start and to finish."""
 LEAST = 4096
-"""Reals of a load, at least: with fewer, a device only costs time."""
+"""Reals of a chunk, at least: with fewer, a device only costs time."""
 _ALIGNED = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """What a lane holds.
+class ChunkSize:
+    """Size of the chunks of a pipeline, and so of its memory.
 
     Attributes:
-        reals: of a load: floating-point numbers that are summed in one go; a power of two.
+        reals: floating-point numbers in a chunk; a power of two.
         read: bytes of the widest real in an input.
         written: bytes of the widest real in the output.
     """
@@ -63,64 +65,71 @@ class Size:
         return self.reals * (RING * self.read + RESULTS * self.written)
 
     @property
-    def half(self) -> Size:
-        return Size(self.reals // 2, self.read, self.written)
+    def half(self) -> ChunkSize:
+        return ChunkSize(self.reals // 2, self.read, self.written)
 
 
-def fits(kind: SumKind | None) -> bool:
-    """True if a lane can sum a batch of this kind."""
-    return kind is not None and not kind.copied and kind.out.averaged and all(d.averaged for d in kind.dtypes)
+def fits(key: GroupKey | None) -> bool:
+    """Return True if a pipeline can sum work units with this key."""
+    return key is not None and not key.copied and key.out.averaged and all(d.averaged for d in key.dtypes)
 
 
-def sized(tensors: Iterable[OutTensor], lanes: int, memory: int) -> Size | None:
-    """Choose what each of some lanes on one device holds; None if they have nothing to do.
+def choose_chunk(tensors: Iterable[OutTensor], pipelines: int, memory: int) -> ChunkSize | None:
+    """Choose the chunks of the pipelines on one device; None if they have nothing to do.
 
     Args:
         tensors: of the job.
-        lanes: on one device.
+        pipelines: number of them on one device.
         memory: bytes on that device, for all of them.
 
     Raises:
         UsageError: too little memory.
     """
-    kinds = [kind for kind in dict.fromkeys(tensor.kind for tensor in tensors) if kind is not None and fits(kind)]
-    if not kinds:
+    keys = [key for key in dict.fromkeys(tensor.group_key for tensor in tensors) if key is not None and fits(key)]
+    if not keys:
         return None
-    read = max(real_dtype(dtype).itemsize for kind in kinds for dtype in kind.dtypes)
-    size = Size(MOST, read, max(real_dtype(kind.out).itemsize for kind in kinds))
+    read = max(real_dtype(dtype).itemsize for key in keys for dtype in key.dtypes)
+    size = ChunkSize(MOST, read, max(real_dtype(key.out).itemsize for key in keys))
     while size.reals >= LEAST:
-        if size.on_device * lanes <= memory:
+        if size.on_device * pipelines <= memory:
             return size
         size = size.half
-    least = Size(LEAST, size.read, size.written).on_device * lanes
+    least = ChunkSize(LEAST, size.read, size.written).on_device * pipelines
     raise UsageError(
-        f"--gpu-memory {memory}: {lanes} thread{'s need' if lanes > 1 else ' needs'} at least "
+        f"`gpu_memory={memory}`: {pipelines} thread{'s need' if pipelines > 1 else ' needs'} at least "
         f"{-(-least // 10**6)}MB on a GPU. "
-        "Give more, or fewer --threads."
+        "Give more, or fewer `threads`."
     )
 
 
-class Lane:
-    """What one thread holds on one device; a context manager.
+class StagingPipeline:
+    """The memory and streams that one thread has on one device; a context manager.
 
     Args:
-        device: does the sums.
-        size: the memory to take; less, if the device has not so much.
+        device: computes the sums.
+        size: of a chunk; halved until the device has enough memory.
         files: the inputs, open.
-        done: called with each part written, and its CRC-32 (0 if its file needs none).
-        stop: when set, the lane does no more.
+        done: called with each slice written, and its CRC-32 (0 if its file needs none).
+        stop: when set, the pipeline does nothing more.
     """
 
     def __init__(
-        self, device: Device, size: Size, files: OpenFiles, done: Callable[[Part, int], None], stop: threading.Event
+        self,
+        device: Device,
+        size: ChunkSize,
+        files: OpenFiles,
+        done: Callable[[Slice, int], None],
+        stop: threading.Event,
     ) -> None:
         self._device, self._files, self._done, self._stop = device, files, done, stop
         self._in, self._sum, self._out = device.stream(), device.stream(), device.stream()
-        self._size: Size = size
+        self._size: ChunkSize = size
         self._memory: _Memory | None = None
-        self._under_way: deque[tuple[Batch, float, _Result]] = deque()  # loads handed to the device, with their limits
+        self._under_way: deque[tuple[WorkUnit, float, _Result]] = (
+            deque()
+        )  # chunks handed to the device, with their limits
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> StagingPipeline:
         self._take()
         return self
 
@@ -129,37 +138,37 @@ class Lane:
     ) -> None:
         self._give_back()
 
-    def fill(self, batch: Batch) -> list[Batch]:
-        """Sum a batch; the last of its results is written in the next call.
+    def fill(self, unit: WorkUnit) -> list[WorkUnit]:
+        """Sum a work unit; its last results are written in the next call.
 
         Returns:
-            What is left to the CPU, of this batch or an earlier one.
+            Work units left to the CPU, from this call or an earlier one.
 
         Raises:
             ReadError: an input cannot be read, or ends early.
             WriteError: the output cannot be written.
         """
-        left: list[Batch] = []
-        waiting = deque([batch])
+        left: list[WorkUnit] = []
+        waiting = deque([unit])
         while waiting and not self._stop.is_set():
-            batch = waiting.popleft()
-            kind = batch.kind
-            if self._memory is None or kind is None or not fits(kind):
-                left.append(batch)
+            unit = waiting.popleft()
+            key = unit.key
+            if self._memory is None or key is None or unit.slices[0].tile is not None or not fits(key):
+                left.append(unit)
                 continue
-            formula = Formula.of(kind.dtypes, kind.coefficients, kind.out)
-            load, rest = take(batch.parts, self._size.reals // formula.reals)
+            formula = Formula.of(key.dtypes, key.coefficients, key.out)
+            chunk, rest = take(unit.slices, self._size.reals // formula.reals)
             if rest:
-                waiting.appendleft(Batch(kind, rest))
+                waiting.appendleft(WorkUnit(key, rest))
             try:
-                self._hand_over(self._memory, Batch(kind, load), formula)
+                self._hand_over(self._memory, WorkUnit(key, chunk), formula)
             except torch.cuda.OutOfMemoryError:
-                again = [Batch(kind, load)]
+                again = [WorkUnit(key, chunk)]
             else:
                 while len(self._under_way) >= RESULTS:
                     left += self._write()
                 continue
-            # Outside of the handler, for the exception holds on to the memory that is to be given back.
+            # Not in the handler: the exception holds on to the memory that is to be given back.
             again = [*(each for each, _, _ in self._under_way), *again]
             self._give_back()
             self._size = self._size.half
@@ -167,8 +176,8 @@ class Lane:
             waiting.extendleft(reversed(again))
         return left
 
-    def finish(self) -> list[Batch]:
-        """Write what is still under way, and return what is left to the CPU."""
+    def finish(self) -> list[WorkUnit]:
+        """Write all results still under way, and return the work units left to the CPU."""
         left = []
         while self._under_way and not self._stop.is_set():
             left += self._write()
@@ -191,8 +200,8 @@ class Lane:
         self._memory = None
         self._device.release()
 
-    def _hand_over(self, memory: _Memory, batch: Batch, formula: Formula) -> None:
-        count = sum(part.stop - part.start for part in batch.parts) * formula.reals
+    def _hand_over(self, memory: _Memory, unit: WorkUnit, formula: Formula) -> None:
+        count = sum(slice_.stop - slice_.start for slice_ in unit.slices) * formula.reals
         memory.arithmetic.begin(formula, count)
         for term, (dtype, _) in enumerate(formula.terms):
             if self._stop.is_set():
@@ -200,7 +209,7 @@ class Lane:
             slot = next(memory.ring)
             nbytes = count * dtype.itemsize
             slot.copied.synchronize()
-            self._read(batch.parts, term, slot.bytes)
+            self._read(unit.slices, term, slot.bytes)
             with self._device.using(self._in):
                 self._in.wait_event(slot.added)
                 slot.staged[:nbytes].copy_(slot.host[:nbytes], non_blocking=True)
@@ -222,51 +231,51 @@ class Lane:
             result.host[:nbytes].copy_(result.staged[:nbytes], non_blocking=True)
             result.extremes_host.copy_(result.extremes, non_blocking=True)
             self._out.record_event(result.fetched)
-        self._under_way.append((batch, formula.limit, result))
+        self._under_way.append((unit, formula.limit, result))
 
-    def _read(self, parts: Sequence[Part], term: int, target: memoryview) -> None:
-        """Bring a term of some parts into a buffer, one part behind the other."""
+    def _read(self, slices: Sequence[Slice], term: int, target: memoryview) -> None:
+        """Read a term of some slices into a buffer, one behind the other."""
         at = 0
-        for part in parts:
-            spec, _ = part.tensor.terms[term]
+        for slice_ in slices:
+            spec, _ = slice_.tensor.terms[term]
             path, item = spec.storage.path, spec.dtype.itemsize
-            end = at + (part.stop - part.start) * item
-            read_at(self._files[path], target[at:end], spec.begin + part.start * item, path)
+            end = at + (slice_.stop - slice_.start) * item
+            read_at(self._files[path], target[at:end], spec.begin + slice_.start * item, path)
             at = end
 
-    def _write(self) -> list[Batch]:
-        """Write the oldest result; one that is not finite is left to the CPU."""
-        batch, limit, result = self._under_way.popleft()
+    def _write(self) -> list[WorkUnit]:
+        """Write the oldest result; one with NaN or infinity is left to the CPU."""
+        unit, limit, result = self._under_way.popleft()
         result.fetched.synchronize()
         low, high = result.extremes_host.tolist()
         if not max(-low, high) < limit:  # true for a NaN
-            return [batch]
+            return [unit]
         at = 0
-        for part in batch.parts:
-            data = result.bytes[at : at + part.nbytes]
-            at += part.nbytes
-            crc = native.crc32(data) if part.out.plan.needs_crc else 0
-            write_at(part.out.fd, data, part.position, part.out.plan.name)
-            self._done(part, crc)
+        for slice_ in unit.slices:
+            data = result.bytes[at : at + slice_.nbytes]
+            at += slice_.nbytes
+            crc = native.crc32(data) if slice_.out.plan.needs_checksums else 0
+            write_at(slice_.out.fd, data, slice_.position, slice_.out.plan.name)
+            self._done(slice_, crc)
         return []
 
 
-def take(parts: Sequence[Part], elements: int) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """Divide parts into those of so many elements together, at most, and the rest; the last one may be cut."""
+def take(slices: Sequence[Slice], elements: int) -> tuple[tuple[Slice, ...], tuple[Slice, ...]]:
+    """Divide slices into those with at most so many elements together, and the rest; the last one may be cut."""
     room = elements
-    for i, part in enumerate(parts):
-        if part.stop - part.start > room:
-            middle = part.start + room
-            head = (part._replace(stop=middle),) if room else ()
-            return (*parts[:i], *head), (part._replace(start=middle), *parts[i + 1 :])
-        room -= part.stop - part.start
-    return tuple(parts), ()
+    for i, slice_ in enumerate(slices):
+        if slice_.stop - slice_.start > room:
+            middle = slice_.start + room
+            head = (slice_._replace(stop=middle),) if room else ()
+            return (*slices[:i], *head), (slice_._replace(start=middle), *slices[i + 1 :])
+        room -= slice_.stop - slice_.start
+    return tuple(slices), ()
 
 
 class _Memory:
-    """All that a lane takes: one block on the device, for allocators round up, and buffers of the host."""
+    """All memory of a pipeline: one block on the device, because allocators round up, and buffers of the host."""
 
-    def __init__(self, device: Device, size: Size) -> None:
+    def __init__(self, device: Device, size: ChunkSize) -> None:
         block = _Block(device.empty(size.on_device))
         self.arithmetic = Arithmetic(block.cut, size.reals)
         slots = [_Slot(device, block.cut(size.reals * size.read).memory) for _ in range(RING)]
@@ -279,7 +288,7 @@ class _Memory:
 
 
 class _Block:
-    """Memory of a device, of which slices are cut."""
+    """A block of device memory that is handed out part by part."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -295,7 +304,7 @@ class _Block:
 
 
 class _Slot:
-    """A term on its way to the device.
+    """A buffer of the ring: a term on its way to the device.
 
     Attributes:
         host, bytes: where it is read to; free once `copied`.

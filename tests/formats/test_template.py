@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 from crafting import same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools import open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
-from ckpt_tools.formats import read_header, torch_zip
-from ckpt_tools.formats.twins import KNOWN
+from ckpt_tools.formats import read_header
+from ckpt_tools.formats.torch_zip import KNOWN, TORCH_ZIP
 
 Save = Callable[..., Path]
 
@@ -66,7 +66,9 @@ def outcome(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["step_{}.pth", "step_{}.safetensors"])
-def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Save, tmp_path: Path) -> None:
+def test_read_header_parses_equal_headers_once_and_keeps_them_independent(
+    name: str, save: Save, tmp_path: Path
+) -> None:
     paths = [tmp_path / name.format(i) for i in range(3)]
     for i, path in enumerate(paths):
         tensors = {"w": torch.full((2, 3), float(i)), "n": torch.tensor(i)}
@@ -79,7 +81,7 @@ def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Sav
     second.foreign["changed"] += 1
     third = read_header(paths[2])
 
-    assert first.pattern is second.pattern is third.pattern is not None
+    assert first.template is second.template is third.template is not None
     assert list(third.tree) == ["w", "n"] or list(third.tree) == ["n", "w"]
     assert {spec.storage.path for spec in third.tree.values()} == {paths[2]}
     assert "changed" not in third.metadata.values()
@@ -88,9 +90,9 @@ def test_equal_headers_are_parsed_once_and_stay_independent(name: str, save: Sav
     check(paths[2], {name: torch.tensor(2) if name == "n" else torch.full((2, 3), 2.0) for name in third.tree})
 
 
-def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save: Save) -> None:
+def test_read_header_forgets_a_template_with_its_last_header(save: Save) -> None:
     header = read_header(save("a.pth", weights(0)))
-    assert list(KNOWN.values()) == [header.pattern]
+    assert list(KNOWN.values()) == [header.template]
     del header
     assert not KNOWN
 
@@ -98,7 +100,7 @@ def test_what_was_parsed_is_forgotten_with_the_last_header_that_came_of_it(save:
 @pytest.mark.parametrize(
     "names", [("step_1.pth", "step_2.pth"), ("step_9.pth", "step_10.pth"), ("a.pth", "b.pth"), ("b.pth", "a.pth")]
 )
-def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[str, str], save: Save) -> None:
+def test_read_header_reads_files_with_records_of_other_names(names: tuple[str, str], save: Save) -> None:
     keep = [read_header(save(name, weights(seed))) for seed, name in enumerate(names)]
     for seed, header in enumerate(keep):
         check(header.path, weights(seed))
@@ -115,15 +117,15 @@ def test_files_whose_records_are_called_otherwise_are_read_right(names: tuple[st
         {"w": torch.ones(3, 4).int(), "lr": 0.1},
     ],
 )
-def test_a_pickle_that_says_something_else_is_read_itself(other: dict[str, Any], save: Save) -> None:
+def test_read_header_reads_another_pickle_without_the_template(other: dict[str, Any], save: Save) -> None:
     first = read_header(save("x.pth", {"w": torch.ones(3, 4), "lr": 0.1}))
     second = read_header(save("y.pth", other))
-    assert first.pattern is not second.pattern
+    assert first.template is not second.template
     assert second.tree["lr"] == other["lr"]
     check(second.path, {name: value for name, value in other.items() if name != "lr"})
 
 
-def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(save: Save) -> None:
+def test_read_header_keeps_shared_containers_apart_for_each_file(save: Save) -> None:
     def tree(seed: int) -> Any:
         log: list[Any] = [1, "x"]
         log.append(log)
@@ -131,7 +133,7 @@ def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(s
         return {"model": model, "log": log, "again": log, "pair": (model, 2.5), "args": {"lr": None}}
 
     first, second = (read_header(save(f"{seed}.pth", tree(seed))) for seed in (0, 1))
-    assert first.pattern is second.pattern is not None
+    assert first.template is second.template is not None
     log, own = first.tree["log"], second.tree["log"]
     assert own is second.tree["again"] is own[2]
     assert own is not log
@@ -140,16 +142,16 @@ def test_containers_that_are_shared_stay_so_and_those_of_two_files_are_not_one(s
     assert second.tree["model"]._metadata is not first.tree["model"]._metadata
 
 
-def test_a_pair_of_pairs_of_pairs_is_not_written_out(save: Save) -> None:
+def test_read_header_does_not_unfold_pairs_of_pairs(save: Save) -> None:
     pairs: Any = (1, 2)
     for _ in range(60):
         pairs = (pairs, pairs)
     first, second = (read_header(save(f"{seed}.pth", {"w": torch.ones(2), "pairs": pairs})) for seed in (0, 1))
-    assert first.pattern is second.pattern is not None
+    assert first.template is second.template is not None
     assert second.tree["pairs"][0] is second.tree["pairs"][1]
 
 
-def test_a_tuple_that_holds_itself_does_so_in_every_file(save: Save) -> None:
+def test_read_header_keeps_a_tuple_that_holds_itself(save: Save) -> None:
     items: list[Any] = []
     ring = (items,)
     items.append(ring)
@@ -158,27 +160,27 @@ def test_a_tuple_that_holds_itself_does_so_in_every_file(save: Save) -> None:
 
 
 @pytest.mark.parametrize("odd", [Namespace(lr=0.1), {1, 2}, torch.float16, torch.nn.Identity()])
-def test_objects_that_are_no_plain_containers_are_read_for_each_file(odd: Any, save: Save) -> None:
+def test_read_header_reads_other_objects_for_each_file(odd: Any, save: Save) -> None:
     first, second = (read_header(save(f"{seed}.pth", weights(seed) | {"odd": odd})) for seed in (0, 1))
     assert first.tree["odd"] is not second.tree["odd"] or isinstance(odd, torch.dtype)
     assert type(first.tree["odd"]).__name__ == type(second.tree["odd"]).__name__
     assert second.tree["a"].storage.path == second.path
 
 
-def test_a_local_header_that_lies_is_refused_whatever_was_read_before(save: Save) -> None:
+def test_read_header_rejects_a_wrong_local_header_despite_a_template(save: Save) -> None:
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
-    assert read_header(path).pattern is keep.pattern
+    assert read_header(path).template is keep.template
     raw = path.read_bytes()
     path.write_bytes(raw.replace(b"y/data/2", b"y/data/7", 1))  # the local header stands before the directory
-    with pytest.raises(CorruptError, match=r"y\.pth: its directory points at no record for y/data/2"):
+    with pytest.raises(CorruptError, match=r"y\.pth: its directory points at no entry for y/data/2"):
         read_header(path)
 
 
-def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_before(save: Save) -> None:
+def test_read_header_rejects_a_wrong_checksum_despite_a_template(save: Save) -> None:
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
-    assert read_header(path).pattern is keep.pattern
+    assert read_header(path).template is keep.template
     raw = bytearray(path.read_bytes())
     line = raw.rindex(b"y/data.pkl") - 46
     assert raw[line : line + 4] == b"PK\1\2"
@@ -188,13 +190,13 @@ def test_a_pickle_whose_checksum_does_not_fit_is_refused_whatever_was_read_befor
         read_header(path)
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.data())
-def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data: st.DataObject) -> None:
+def test_read_header_treats_a_damaged_twin_as_it_does_alone(save: Save, data: st.DataObject) -> None:
     KNOWN.clear()
     keep = read_header(save("x.pth", weights(0)))
     path = save("y.pth", weights(1))
-    assert read_header(path).pattern is keep.pattern
+    assert read_header(path).template is keep.template
     raw = bytearray(path.read_bytes())
     marks = [i for i in range(len(raw)) if raw.startswith((b"PK", b"y/"), i)]
     for _ in range(data.draw(st.integers(1, 3))):
@@ -202,18 +204,18 @@ def test_a_damaged_twin_is_read_or_refused_as_if_it_stood_alone(save: Save, data
         raw[min(near, len(raw) - 1)] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
 
-    assert keep.pattern in KNOWN.values()
+    assert keep.template in KNOWN.values()
     assert outcome(path) == alone(path)
 
 
-def test_a_twin_in_a_row_of_records_far_apart_is_read_right(save: Save) -> None:
+def test_read_header_reads_twins_with_records_far_apart(save: Save) -> None:
     tensors = [{f"w{i}": torch.randn(20_000) for i in range(4)} for _ in range(2)]
     first, second = (read_header(save(f"{i}.pth", tensors[i])) for i in range(2))
-    assert first.pattern is second.pattern is not None
+    assert first.template is second.template is not None
     check(second.path, tensors[1])
 
 
-def test_bytes_of_an_offset_that_look_like_the_root_are_no_root(tmp_path: Path) -> None:
+def test_read_header_takes_no_bytes_of_an_offset_for_the_root(tmp_path: Path) -> None:
     """With roots `x/` and `A/`, storages at 0x2f78 and 0x2f41: numbers that read as these names, little endian."""
     saved = io.BytesIO()
     torch.save({"w": torch.zeros(4)}, saved)
@@ -244,6 +246,6 @@ def test_bytes_of_an_offset_that_look_like_the_root_are_no_root(tmp_path: Path) 
 
     honest = write("x/", [(0x2F78, 1.0)], 0x2F78)
     hostile = write("A/", [(0x2F78, 666.0), (0x2F41, 2.0)], 0x2F41)
-    first = torch_zip.read(honest)
-    assert torch.equal(read_tensor(torch_zip.read(hostile).tree["w"]), torch.load(hostile, weights_only=True)["w"])
+    first = TORCH_ZIP.read(honest)
+    assert torch.equal(read_tensor(TORCH_ZIP.read(hostile).tree["w"]), torch.load(hostile, weights_only=True)["w"])
     assert torch.equal(read_tensor(first.tree["w"]), torch.ones(4))

@@ -1,4 +1,4 @@
-"""Lanes: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
+"""Staging pipeline: the bytes of the CPU, whatever the device, its memory, the ring, the threads; and nothing hangs.
 
 A CPU stands in for the device, as it is and as one that does nothing until it is waited for (`late`); the same tests
 run on a GPU where there is one: `pytest -m cuda`.
@@ -19,24 +19,24 @@ from unittest import mock
 import pytest
 import torch
 from conftest import FLOATS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from late import Late, LateEvent, LateStream
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.batches import OutFile, Part
-from ckpt_tools.compute.gpu import lanes, streams
+from ckpt_tools.compute.gpu import pipeline, streams
 from ckpt_tools.compute.gpu.streams import Cpu
+from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=30)
 CUDA = pytest.param(
     "cuda:0",
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")],
@@ -49,8 +49,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """The name of a device, with loads so small that a few tensors make many."""
     opened: Open = streams.opened
     monkeypatch.setattr(streams, "opened", lambda name: Late() if name == "late" else opened(name))
-    monkeypatch.setattr(lanes, "LEAST", 8)
-    monkeypatch.setattr(lanes, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
     return str(request.param)
 
 
@@ -73,13 +73,15 @@ def written(path: Path, tensors: dict[str, OutTensor], *, checksums: bool = Fals
     """Run the engine and return the bytes of all tensors, and their checksums if they are asked for."""
     kept: list[bytes] = []
 
-    def patches(crcs: Any) -> list[tuple[int, bytes]]:
-        kept.append(repr([crcs[tensor] for tensor in tensors.values()]).encode())
-        return []
+    def keep(crcs: Sequence[int]) -> bytes:
+        kept.append(repr(list(crcs)).encode())
+        return b""
 
     ends = list(itertools.accumulate((tensor.nbytes for tensor in tensors.values()), initial=0))
-    slots = tuple(zip(tensors.values(), ends[:-1], strict=True))
-    plan = FilePlan("out", ends[-1], slots, patches if checksums else lambda _: [], checksums)
+    segments: list[Segment] = [Payload(*slot) for slot in zip(tensors.values(), ends[:-1], strict=True)]
+    if checksums:
+        segments.append(Computed(ends[-1], 0, tuple(tensors.values()), keep))
+    plan = FilePlan("out", ends[-1], tuple(segments))
     fd = os.open(path / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
         os.truncate(fd, plan.size)
@@ -104,7 +106,7 @@ def series_of(n: int, seed: int, dtypes: Sequence[str], shapes: Sequence[Sequenc
 
 @RELAXED
 @given(data=st.data(), n=st.integers(1, 5), seed=st.integers(0, 10**6))
-def test_a_device_writes_the_bytes_of_the_cpu(
+def test_run_on_a_device_writes_the_bytes_of_the_cpu(
     tmp_path: Path, device: str, data: st.DataObject, n: int, seed: int
 ) -> None:
     dtypes = data.draw(st.lists(st.sampled_from(DTYPE_NAMES), min_size=1, max_size=6))
@@ -120,13 +122,13 @@ def test_a_device_writes_the_bytes_of_the_cpu(
     tensors["data"] = OutTensor(DTYPES["uint8"], (9,), (), "data", data=b"123456789")
     checksums = data.draw(st.booleans())
     expected = written(tmp_path, tensors, checksums=checksums)
-    with mock.patch.object(lanes, "RING", data.draw(st.integers(1, 4))):
+    with mock.patch.object(pipeline, "RING", data.draw(st.integers(1, 4))):
         found = written(
             tmp_path,
             tensors,
             checksums=checksums,
             threads=data.draw(st.integers(1, 3)),
-            piece=data.draw(st.one_of(st.none(), st.integers(1, 100))),
+            slice_size=data.draw(st.one_of(st.none(), st.integers(1, 100))),
             devices=(device,) * data.draw(st.integers(1, 2)),
             gpu_memory=data.draw(st.sampled_from([20_000, 50_000, 10**6])),
         )
@@ -135,7 +137,7 @@ def test_a_device_writes_the_bytes_of_the_cpu(
 
 @pytest.mark.parametrize("out", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS[:4])
-def test_rounding_to_another_dtype_gives_the_bytes_of_the_cpu(
+def test_run_on_a_device_rounds_to_another_dtype_as_the_cpu_does(
     tmp_path: Path, device: str, dtype: str, out: str
 ) -> None:
     """Midway between neighbours too, and among subnormals: the mean of neighbours in the narrower of both dtypes."""
@@ -148,9 +150,11 @@ def test_rounding_to_another_dtype_gives_the_bytes_of_the_cpu(
     assert written(tmp_path, tensors, devices=(device,)) == written(tmp_path, tensors)
 
 
-def test_large_tensors_have_the_bytes_of_the_cpu(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_on_a_device_writes_large_tensors_as_the_cpu_does(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With loads as large as in earnest, so that a device has time to be behind."""
-    monkeypatch.setattr(lanes, "MOST", 1 << 20)
+    monkeypatch.setattr(pipeline, "MOST", 1 << 20)
     series = series_of(
         3, 0, ["float32", "bfloat16", "float64", "float32"], [(3_000_000,), (1500, 1000), (1_000_000,), (9,)]
     )
@@ -161,7 +165,7 @@ def test_large_tensors_have_the_bytes_of_the_cpu(tmp_path: Path, device: str, mo
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "complex64", "float64"])
-def test_a_value_that_is_not_finite_is_named_or_let_pass_as_on_the_cpu(
+def test_run_on_a_device_treats_values_that_are_not_finite_as_the_cpu_does(
     tmp_path: Path, device: str, dtype: str, value: float
 ) -> None:
     series = series_of(3, 0, [dtype, dtype], [(20,), (3, 50)])
@@ -173,28 +177,28 @@ def test_a_value_that_is_not_finite_is_named_or_let_pass_as_on_the_cpu(
     assert written(tmp_path, tensors, allow_nonfinite=True, devices=(device,)) == expected
 
 
-def test_a_result_beyond_its_dtype_is_an_error_as_on_the_cpu(tmp_path: Path, device: str) -> None:
+def test_run_on_a_device_rejects_a_result_beyond_its_dtype_as_the_cpu_does(tmp_path: Path, device: str) -> None:
     largest = torch.finfo(torch.float16).max
     tensors = out_tensors(tmp_path, [{"w": torch.full((3,), largest, dtype=torch.float16)}], [1.5])
     with pytest.raises(NumericsError, match="average of 'w' overflows float16"):
         written(tmp_path, tensors, devices=(device,))
 
 
-def test_differences_that_overflow_on_the_way_do_not_show(tmp_path: Path, device: str) -> None:
+def test_run_on_a_device_hides_differences_that_overflow_on_the_way(tmp_path: Path, device: str) -> None:
     series = [{"w": torch.tensor([sign * 1.7e308, 2.0 - sign], dtype=torch.float64)} for sign in (1, -1)]
     tensors = out_tensors(tmp_path, series, [0.5, 0.5])
     found = written(tmp_path, tensors, devices=(device,))
     assert torch.frombuffer(bytearray(found), dtype=torch.float64).tolist() == [0.0, 2.0]
 
 
-def test_a_file_that_ends_early_is_an_error_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+def test_run_on_a_device_rejects_a_truncated_file_and_ends(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32"], [(10_000,)]), [0.5, 0.25, 0.25])
     os.truncate(tmp_path / "1.pth", 9000)
     with pytest.raises(CorruptError, match=r"1\.pth: ends before its tensors do"):
         written(tmp_path, tensors, devices=(device, device), threads=4)
 
 
-def test_an_output_that_cannot_be_written_is_an_error_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+def test_run_on_a_device_rejects_an_output_that_cannot_be_written_and_ends(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10_000,)]), [0.5, 0.25])
     plan = safetensors.plan(tensors, metadata={}, name="out")
     fd = os.open(tmp_path / "0.pth", os.O_RDONLY)
@@ -205,14 +209,14 @@ def test_an_output_that_cannot_be_written_is_an_error_and_nothing_hangs(tmp_path
         os.close(fd)
 
 
-def test_progress_counts_every_byte_once(tmp_path: Path, device: str) -> None:
+def test_run_on_a_device_counts_every_byte_once(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32", "float64"], [(10_000,), (3,)]), [0.2, 0.3, 0.5])
     seen: list[int] = []
     written(tmp_path, tensors, devices=(device,), on_progress=seen.append)
     assert seen[-1] == 4 * (10_000 * 4 + 3 * 8)
 
 
-def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: str) -> None:
+def test_run_on_a_device_stops_all_pipelines_on_an_interrupt(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32"], [(300_000,)]), [0.2, 0.3, 0.5])
 
     def interrupt(_: int) -> None:
@@ -224,7 +228,7 @@ def test_an_interrupt_stops_all_lanes_and_nothing_hangs(tmp_path: Path, device: 
 
 
 def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
-    """Let lanes use such devices, and return those that they open."""
+    """Let pipelines use such devices, and return those that they open."""
     opened: list[Cpu] = []
 
     def open_one(_: str) -> Cpu:
@@ -258,11 +262,11 @@ class Scarce(Late):
 
 
 @pytest.mark.parametrize("nbytes", [10**9, 10_000, 5000, 4000, 0])
-def test_where_a_device_has_less_memory_pieces_shrink_and_at_last_the_cpu_goes_on(
+def test_run_on_a_device_shrinks_pieces_and_ends_on_the_cpu_for_lack_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int
 ) -> None:
-    monkeypatch.setattr(lanes, "LEAST", 16)
-    monkeypatch.setattr(lanes, "MOST", 1024)
+    monkeypatch.setattr(pipeline, "LEAST", 16)
+    monkeypatch.setattr(pipeline, "MOST", 1024)
     opened: Any = use(monkeypatch, lambda: Scarce(nbytes))
     tensors = out_tensors(tmp_path, series_of(3, 0, ["float32", "float16"], [(5000,), (30,)]), [0.2, 0.3, 0.5])
     assert written(tmp_path, tensors, devices=("gpu",), threads=2) == written(tmp_path, tensors)
@@ -272,12 +276,12 @@ def test_where_a_device_has_less_memory_pieces_shrink_and_at_last_the_cpu_goes_o
 
 @RELAXED
 @given(moments=st.sets(st.integers(1, 60), max_size=4))
-def test_memory_that_runs_out_in_the_middle_costs_no_byte(
+def test_run_on_a_device_loses_no_byte_when_memory_runs_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: set[int]
 ) -> None:
     """Of several kinds, so that what is under way when it happens is of another kind than what comes next."""
-    monkeypatch.setattr(lanes, "LEAST", 8)
-    monkeypatch.setattr(lanes, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
     use(monkeypatch, lambda: Scarce(10**9, sorted(moments)))
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32", "float16", "float64"], [(200,)] * 3), [0.2, 0.3])
     seen: list[int] = []
@@ -286,8 +290,8 @@ def test_memory_that_runs_out_in_the_middle_costs_no_byte(
     assert seen[-1] == 3 * 200 * (4 + 2 + 8)
 
 
-def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a lane that has to shrink shrinks once."""
+def test_run_on_a_device_frees_memory_before_it_takes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a pipeline that has to shrink shrinks once."""
 
     class Exact(Scarce):
         def empty(self, nbytes: int) -> torch.Tensor:
@@ -300,15 +304,13 @@ def test_memory_is_given_back_before_less_is_taken(tmp_path: Path, monkeypatch: 
     held: list[StorageWeakRef] = []
     opened: Any = use(monkeypatch, lambda: Exact(10**9, [20]))
     tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(50_000,)]), [0.2] * 5)
-    found = written(tmp_path, tensors, devices=("gpu",), threads=1, piece=10_000, gpu_memory=10**6)
+    found = written(tmp_path, tensors, devices=("gpu",), threads=1, slice_size=10_000, gpu_memory=10**6)
     assert found == written(tmp_path, tensors)
     before, after = opened[0].taken
     assert before == 2 * after - 11 * 256  # half the reals
 
 
-def test_several_devices_share_the_work_one_thread_each_at_least(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_shares_the_work_among_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
     monkeypatch.setattr(streams, "opened", lambda name: names.append(name) or Cpu())
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(1000,)]), [0.5, 0.5])
@@ -321,7 +323,7 @@ def test_several_devices_share_the_work_one_thread_each_at_least(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
 @pytest.mark.parametrize("memory", [20 * 10**6, 300 * 10**6])
-def test_lanes_take_no_more_of_a_device_than_they_may(
+def test_run_takes_no_more_of_a_device_than_allowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, memory: int
 ) -> None:
     opened: Any = use(monkeypatch, lambda: Scarce(memory))
@@ -330,10 +332,10 @@ def test_lanes_take_no_more_of_a_device_than_they_may(
     taken = sum(sum(each.taken) for each in opened)
     assert len(opened) == 3
     assert taken <= memory
-    assert taken > memory / 2.1 or taken > 3 * lanes.MOST * 40  # as many reals as a power of two allows
+    assert taken > memory / 2.1 or taken > 3 * pipeline.MOST * 40  # as many reals as a power of two allows
 
 
-def test_the_memory_that_is_reported_is_that_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_needed_reports_the_memory_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counting(Cpu):
         pins = 0
 
@@ -349,50 +351,48 @@ def test_the_memory_that_is_reported_is_that_of_the_host(tmp_path: Path, monkeyp
     assert 0 <= Counting.pins - (needed - without) < 1000  # a few numbers beside the buffers
 
 
-def test_too_little_memory_of_a_gpu_is_refused_and_the_least_is_said(tmp_path: Path) -> None:
+def test_memory_needed_rejects_too_little_memory_of_a_gpu_and_says_the_least(tmp_path: Path) -> None:
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10,)]), [0.5, 0.5])
-    with pytest.raises(UsageError, match=r"--gpu-memory 1000: 8 threads need at least 2MB on a GPU"):
+    with pytest.raises(UsageError, match=r"`gpu_memory=1000`: 8 threads need at least 2MB on a GPU"):
         engine.memory_needed(tensors.values(), 8, ("cuda:0",), 1000)
     assert engine.memory_needed(tensors.values(), 8, ("cuda:0",), 2 * 10**6) > 0
 
 
-def test_no_device_is_opened_where_nothing_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_opens_no_device_where_nothing_is_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = use(monkeypatch, Cpu)
     tensors = out_tensors(tmp_path, [{"n": torch.arange(10)}], [1.0])
     assert written(tmp_path, tensors, devices=("gpu",), gpu_memory=1) == torch.arange(10).numpy().tobytes()
     assert opened == []
 
 
-def test_a_lane_that_is_stopped_hands_nothing_over_and_leaves_nothing_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pipeline_hands_nothing_over_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers are freed only after the device has done with them: all streams are empty at the end."""
-    monkeypatch.setattr(lanes, "MOST", 64)
-    monkeypatch.setattr(lanes, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
     tensors = out_tensors(tmp_path, series_of(4, 0, ["float32"], [(1000,)]), [0.25] * 4)
     late, stop = Late(), threading.Event()
-    size = lanes.sized(tensors.values(), 1, 10**6)
+    size = pipeline.choose_chunk(tensors.values(), 1, 10**6)
     assert size is not None
     with engine.OpenFiles() as files:
         files.open_all(path for tensor in tensors.values() for spec, _ in tensor.terms for path in spec.paths)
         out = OutFile(safetensors.plan(tensors, metadata={}, name="out"), -1)
-        part = Part(out, tensors["w0"], 0, 0, 100)
-        with lanes.Lane(late, size, files, lambda *_: None, stop) as lane:
+        part = Slice(out, tensors["w0"], 0, 0, 100)
+        with pipeline.StagingPipeline(late, size, files, lambda *_: None, stop) as staging:
             stream = late.streams[0]
             monkeypatch.setattr(stream, "wait_event", lambda event: (stop.set(), LateStream.wait_event(stream, event)))
-            assert lane.fill(lanes.Batch(part.tensor.kind, (part,))) == []
-            assert lane.finish() == []
+            assert staging.fill(pipeline.WorkUnit(part.tensor.group_key, (part,))) == []
+            assert staging.finish() == []
             assert any(each.waiting for each in late.streams)
     assert not any(each.waiting for each in late.streams)
 
 
 @pytest.mark.parametrize(("where", "what"), [(LateStream, "wait_event"), (LateEvent, "synchronize")])
-def test_a_wait_that_is_left_out_shows_in_the_bytes(
+def test_late_device_shows_a_missing_wait_in_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: type, what: str
 ) -> None:
     """That the late device is as late as a GPU may be."""
-    monkeypatch.setattr(lanes, "MOST", 64)
-    monkeypatch.setattr(lanes, "LEAST", 8)
+    monkeypatch.setattr(pipeline, "MOST", 64)
+    monkeypatch.setattr(pipeline, "LEAST", 8)
     use(monkeypatch, Late)
     tensors = out_tensors(tmp_path, series_of(5, 0, ["float32"], [(1000,)]), [0.3, 0.1, 0.2, 0.3, 0.1])
     expected = written(tmp_path, tensors)
@@ -402,13 +402,13 @@ def test_a_wait_that_is_left_out_shows_in_the_bytes(
 
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10), room=st.integers(1, 40))
-def test_parts_are_divided_in_order_and_none_is_lost(lengths: list[int], room: int) -> None:
+def test_take_divides_parts_in_order_and_loses_none(lengths: list[int], room: int) -> None:
     tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
-    out = OutFile(FilePlan("out", 0, (), lambda _: [], needs_crc=False), -1)
-    rest = tuple(Part(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
+    out = OutFile(FilePlan("out", 0, ()), -1)
+    rest = tuple(Slice(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []
     while rest:
-        load, rest = lanes.take(rest, room)
+        load, rest = pipeline.take(rest, room)
         assert 0 < sum(part.stop - part.start for part in load) <= room
         seen += [(part.tensor.name, i) for part in load for i in range(part.start, part.stop)]
     assert seen == [(str(i), j) for i, n in enumerate(lengths) for j in range(n)]

@@ -1,4 +1,4 @@
-"""Pieces: what is put together, and that it comes apart again where it must."""
+"""Work units: which tensors are coalesced, and that each is told from the others again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.batches import OutFile, Part, Run, apart, cut, runs
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor, TwinTerms
+from ckpt_tools.compute.work_units import CoalescedRange, OutFile, Slice, coalesced, cut, of_tensors
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, SharedTerms
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")
@@ -23,22 +23,27 @@ def tensor(
 ) -> OutTensor:
     known = DTYPES[dtype]
     spec = TensorSpec(known, (n,), (1,), 0, Storage(paths[0], at, n * known.itemsize, big))
-    return OutTensor(known, (n,), TwinTerms(spec, paths, (0.5,) * len(paths)), f"at {at}")
+    return OutTensor(
+        known, (n,), SharedTerms(spec, tuple((path, 0) for path in paths), (0.5,) * len(paths)), f"at {at}"
+    )
 
 
 def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:
-    return FilePlan("out", 1 << 20, slots, lambda crcs: [], needs_crc)
+    segments: list[Segment] = [Payload(*slot) for slot in slots]
+    if needs_crc:
+        segments.append(Computed(1 << 20, 0, tuple(each for each, _ in slots), lambda crcs: b""))
+    return FilePlan("out", 1 << 20, tuple(segments))
 
 
 def lengths(found: FilePlan) -> list[tuple[int, int]]:
-    return [(offset, each.numel) for each, offset, _ in runs(found)]
+    return [(offset, each.numel) for each, offset, _ in coalesced(found)]
 
 
-def test_neighbours_in_every_file_are_one_run() -> None:
+def test_coalesced_joins_neighbours_in_every_file() -> None:
     found = plan((tensor(100, 3), 8), (tensor(112, 5), 20), (tensor(132, 1), 40))
-    ((run, offset, kind),) = runs(found)
+    ((run, offset, kind),) = coalesced(found)
     assert (run.shape, offset) == ((9,), 8)
-    assert kind == run.kind
+    assert kind == run.group_key
     assert [(spec.storage.path, spec.storage.offset) for spec, _ in run.terms] == [(A, 100), (B, 100)]
 
 
@@ -55,45 +60,45 @@ def test_neighbours_in_every_file_are_one_run() -> None:
         (tensor(112, 5, big=True), 20),
     ],
 )
-def test_what_does_not_follow_stands_alone(second: tuple[OutTensor, int]) -> None:
+def test_coalesced_keeps_tensors_apart_that_are_no_neighbours(second: tuple[OutTensor, int]) -> None:
     assert lengths(plan((tensor(100, 3), 8), second)) == [(8, 3), (second[1], second[0].numel)]
 
 
-def test_tensors_with_checksums_of_their_own_stand_alone() -> None:
+def test_coalesced_keeps_tensors_with_checksums_apart() -> None:
     assert lengths(plan((tensor(100, 3), 8), (tensor(112, 5), 20), needs_crc=True)) == [(8, 3), (20, 5)]
 
 
-@given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=12), piece=st.integers(1, 20))
-def test_the_parts_of_a_run_come_apart_into_every_element_of_every_tensor_once(sizes: list[int], piece: int) -> None:
+@given(sizes=st.lists(st.integers(0, 9), min_size=2, max_size=12), slice_size=st.integers(1, 20))
+def test_of_tensors_gives_every_element_of_a_run_once(sizes: list[int], slice_size: int) -> None:
     begins = [4 * sum(sizes[:i]) for i in range(len(sizes))]
     slots = [(tensor(1000 + begin, n), 8 + begin) for begin, n in zip(begins, sizes, strict=True)]
     found = plan(*slots)
-    ((run, offset, kind),) = runs(found)
-    assert isinstance(run, Run)
-    assert kind == run.kind
+    ((run, offset, kind),) = coalesced(found)
+    assert isinstance(run, CoalescedRange)
+    assert kind == run.group_key
     out = OutFile(found, -1)
     seen = []
-    for start in range(0, run.numel, piece):
-        part = Part(out, run, offset, start, min(start + piece, run.numel))
-        own = list(apart(part))
+    for start in range(0, run.numel, slice_size):
+        part = Slice(out, run, offset, start, min(start + slice_size, run.numel))
+        own = list(of_tensors(part))
         assert sum(each.nbytes for each in own) == part.nbytes
         assert own[0].position == part.position
         seen += [(each.tensor, i) for each in own for i in range(each.start, each.stop)]
     assert seen == [(each, i) for each, _ in slots for i in range(each.numel)]
 
 
-def test_each_element_of_a_job_is_in_one_batch() -> None:
+def test_cut_puts_each_element_in_one_work_unit() -> None:
     slots, at = [], 0
     for n in (70_000, 3, 0, 2_000_000, 5):
         slots.append((tensor(64 + 2 * at, n), at))
         at += 4 * n
     found = plan(*slots)
-    parts = [part for batch in cut([OutFile(found, -1)], piece=1 << 20, other=1000) for part in batch.parts]
+    parts = [part for unit in cut([OutFile(found, -1)], slice_size=1 << 20, other=1000) for part in unit.slices]
     assert sum(part.stop - part.start for part in parts) == sum(math.prod(each.shape) for each, _ in slots)
     assert len({(id(part.tensor), part.start) for part in parts}) == len(parts)
 
 
-def test_a_run_of_big_endian_tensors_is_summed_right(tmp_path: Path) -> None:
+def test_engine_run_sums_a_run_of_big_endian_tensors(tmp_path: Path) -> None:
     """Big-endian words follow each other like others, and go through torch."""
     values = torch.arange(24, dtype=torch.float32)
     for path, factor in (("a", 1.0), ("b", 3.0)):
@@ -102,5 +107,5 @@ def test_a_run_of_big_endian_tensors_is_summed_right(tmp_path: Path) -> None:
     slots = [(tensor(4 * begin, 8, paths=paths, big=True), 4 * begin) for begin in (0, 8, 16)]
     with (tmp_path / "out").open("w+b") as file:
         file.truncate(96)
-        engine.run([OutFile(FilePlan("out", 96, tuple(slots), lambda crcs: [], False), file.fileno())])
+        engine.run([OutFile(FilePlan("out", 96, tuple(Payload(*slot) for slot in slots)), file.fileno())])
         assert file.read() == (values * 2).numpy().tobytes()

@@ -1,0 +1,169 @@
+/* What the parts of the C extension share. Python reads every number that it needs from the module (module.c), so that
+   each is defined here alone. Nothing but module.c needs the headers of Python. */
+
+#ifndef CKPT_NATIVE_H
+#define CKPT_NATIVE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(PORTABLE)
+#define X86 1
+#endif
+
+#define READ (64 << 10)   /* bytes of one input in a block: those of four inputs and their sums stay in a core's cache */
+#define SPAN (256 << 10)  /* bytes read in one call, of small slices */
+#define GAP 4096          /* bytes between two small slices: reading them costs less than another call */
+#define WINDOW (512 << 10) /* bytes of a large slice written in one call, up to a multiple of it in the file: the page
+                              cache has large folios for them */
+#define SCRATCH (3 << 19) /* bytes that a thread provides */
+#define TILE (4 << 20)    /* bytes of the results of a tile: rows of two pages, if there are as many columns */
+#define TILE_SCRATCH (13 * READ + TILE + 64) /* bytes that a thread provides for tiles */
+#define AXES 16           /* of a tile, at most */
+
+/* ---- dtypes ---- */
+
+typedef enum {
+    RAW, /* bytes that are only copied */
+    FLOAT64,
+    FLOAT32,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT8_E4M3FN,
+    FLOAT8_E5M2,
+    FLOAT8_E4M3FNUZ,
+    FLOAT8_E5M2FNUZ,
+} Code;
+
+typedef struct {
+    const char *name; /* in torch; NULL: bytes that are only copied */
+    Code code;        /* of the real numbers in an element */
+    size_t size;      /* bytes of a real number */
+    size_t reals;     /* real numbers in an element: 2 for complex dtypes */
+    double limit;     /* the smallest magnitude that rounds beyond the largest number: half a step above it */
+} Dtype;
+
+extern const Dtype DTYPES[]; /* the last one has no name */
+
+/* ---- sum.c: arithmetic on arrays in memory ---- */
+
+typedef struct {
+    const void *x[4];
+    double c[4];
+    int count;
+} Terms; /* of one dtype, added in one pass, so that the sums go through the cache a quarter as often */
+
+/* Fill tables and look at the processor; once, before anything else. */
+void sum_init(void);
+
+/* Add terms to the sums; if they are the FIRST ones, the sums hold nothing yet. */
+void add(Code code, double *sum, const Terms *terms, size_t n, int first);
+
+/* Convert an array to float64, without rounding. */
+void widen(Code code, double *to, const void *x, size_t n);
+
+/* Add a term's differences from the first term, times the coefficient, to the sums. */
+void add_differences(Code code, double *sum, const double *first, const void *x, double coefficient, size_t n);
+
+/* Turn sums of differences into sums of values. */
+void add_first(double *sum, const double *first, size_t n);
+
+/* Multiply the sums by C and round them once, to nearest, ties to even. Returns 1 if a result is NaN or infinite in the
+   dtype; its code in OUT is meaningless in the dtypes of 8 bits. */
+int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c);
+
+/* Return 1 if a number is infinity or NaN. */
+int nonfinite(Code code, const void *x, size_t n);
+
+/* ---- crc.c: CRC-32 as zip has it ---- */
+
+void crc_init(void);
+
+/* Continue a checksum (0 at the start) over more bytes. */
+uint32_t checksum(uint32_t crc, const void *data, size_t n);
+
+/* Return the part of a checksum of A + B that is due to A, from that of A and the number of bytes in B. */
+uint32_t crc_shift(uint32_t crc, uint64_t nbytes);
+
+/* ---- io.c: files ---- */
+
+typedef enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN } Status;
+
+Status read_all(int64_t fd, void *to, size_t n, int64_t offset);
+Status write_all(int64_t fd, const void *from, size_t n, int64_t offset);
+
+/* Start to write bytes of a file to the disk, without waiting; 0 bytes: up to its end. */
+void start_disk(int fd, int64_t offset, int64_t nbytes);
+
+/* ---- tile.c: boxes of a tensor, from the order of one storage to that of another ---- */
+
+typedef struct {
+    int64_t fd, offset;
+} Place;
+
+typedef struct {
+    size_t axes;
+    const int64_t *sizes;   /* of each axis */
+    const int64_t *strides; /* in elements, of each axis: in the output, then in each term */
+} Tile;
+
+size_t tile_elements(const Tile *tile);
+
+/* Find the strides of a tile that has nothing but its elements, in the order of a storage with these strides. */
+void pack_strides(const Tile *tile, const int64_t *strides, int64_t *packed);
+
+/* Read a tile in the order of the storage. */
+Status read_tile(const Tile *tile, const int64_t *strides, Place in, size_t item, char *to);
+
+/* Write a tile in the order of the storage. CRC: what it contributes to the checksum of all bytes up to its end. */
+Status write_tile(const Tile *tile, const int64_t *strides, Place out, size_t item, const char *from, int wants_crc,
+                  uint32_t *crc);
+
+/* Copy a tile from one order to another. */
+void permute(const Tile *tile, size_t item, const int64_t *from_strides, const int64_t *to_strides, const char *from,
+             char *to);
+
+/* ---- fill.c: weighted sums from files to files ---- */
+
+typedef struct {
+    const Dtype *dtype;
+    double coefficient;
+} Term;
+
+typedef struct {
+    const Dtype *out;
+    size_t item;   /* bytes of an element of the output */
+    size_t widest; /* bytes of the widest real number in a term */
+    double common; /* the sum is multiplied by this */
+    int anchored;  /* sum up differences from the first term: float64 has no bits to spare for the sum of equal values */
+    int copied;    /* the one input is the output, byte for byte */
+    int checked;   /* if copied: look for NaN and infinity */
+    size_t count;  /* of terms */
+    Term terms[];
+} Formula; /* one for all tensors that are summed alike */
+
+typedef struct {
+    Status status;
+    size_t slice, term; /* where it failed */
+    int reason;         /* errno */
+} Result;
+
+/* Sum a slice of N elements from the inputs IN, one a term, to a place in the output. BAD: NaN or infinity was found,
+   and the slice is not written to its end. */
+Result fill_large(const Formula *formula, size_t n, const Place *out, const Place *in, char *scratch, int wants_crc,
+                  uint32_t *crc, int *bad);
+
+/* Sum SLICES small slices, and put the results one behind the other into PACKED. ROWS has, for each, its number of
+   elements and then a Place for each term; CRCS and BAD have one entry for each. */
+Result fill_small(const Formula *formula, size_t slices, const int64_t *rows, char *scratch, int wants_crc,
+                  char *packed, uint32_t *crcs, unsigned char *bad);
+
+/* Sum a tile from the inputs IN, one a term, to a place in the output. Unless the terms have one order, the tile must
+   fit into a block. CRC: as of write_tile. */
+Result fill_tile(const Formula *formula, const Tile *tile, const Place *out, const Place *in, char *scratch,
+                 int wants_crc, uint32_t *crc, int *bad);
+
+/* Return the number of elements that a tile may have; FALSE for terms of several orders. */
+size_t largest_tile(const Formula *formula, int one_order);
+
+#endif

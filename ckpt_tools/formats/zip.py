@@ -1,0 +1,474 @@
+"""Zip: an archive of uncompressed entries, read without trust, written as torch writes it, and edited in place.
+
+An entry is a local file header, the content, and sometimes a data descriptor; the central directory at the end has a
+line for each. The format is PKWARE's APPNOTE.TXT; the names of fields here are those of its sections 4.3.7 and 4.3.12.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import CorruptError, UnsupportedError
+from ..storage.source import InputFile
+from ..storage.splice import Span, relocated
+
+ALIGNMENT = 64
+"""Bytes; torch aligns the contents of its entries to it, so that they can be mapped."""
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+LOCAL_SIZE, CENTRAL_SIZE = _LOCAL.size, _CENTRAL.size
+_LENGTHS = struct.Struct("<2H")  # the last fields of a local header: length of the name, length of the extra fields
+_MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
+_UTF8, _ENCRYPTED, _DESCRIPTOR = 1 << 11, 1 << 0, 1 << 3  # general purpose flags
+_NEWEST = 63  # version of the format that zipfile reads
+_ZIP64_FIELD, _PADDING_FIELD = 1, 0x4246  # extra fields: long sizes; what torch pads with
+_DATE_1980 = 0x21  # the first day of the format's calendar: the same bytes whenever it is written
+_ONE, _SEVERAL = 1 << 10, 1 << 13  # bytes that are read at once for a local header, or for several close together
+# Fields of a line of the directory, after the signature.
+_VERSION, _FLAGS, _METHOD, _CRC, _PACKED, _SIZE = 1, 2, 3, 6, 7, 8
+_NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH, _OFFSET = 9, 10, 11, 15
+
+
+class Entry(NamedTuple):
+    """A line of the central directory.
+
+    Attributes:
+        name: as it is in the local header, too.
+        offset: of the local header, in bytes from the start of the archive.
+        size: of the content, in bytes.
+        crc: CRC-32 of the content; 0 where torch was told to leave checksums out.
+        packed: bytes that the content takes up in the archive.
+        fields: all fields of the line as they are; long sizes and offsets are in the extra fields instead.
+        extra: the extra fields but for the long sizes.
+        comment: as it is.
+    """
+
+    name: bytes
+    offset: int
+    size: int
+    crc: int
+    packed: int
+    fields: tuple[int, ...]
+    extra: bytes
+    comment: bytes
+
+    @property
+    def stored(self) -> bool:
+        """True if the content is neither compressed nor encrypted."""
+        return not self.fields[_METHOD] and not self.fields[_FLAGS] & _ENCRYPTED
+
+
+class Archive:
+    """An archive in a range of a file.
+
+    Attributes:
+        entries: by name.
+        directory: the lines of the central directory, as they are.
+        limit: where the directory begins, in bytes from the start of the archive.
+        comment: of the archive.
+        shift: bytes before the archive that its offsets do not count.
+        usual: True if it ends as torch ends it, and its directory has names alone, without extra fields and comments.
+        headers: the local headers that were read, by offset.
+        contents: (offset from the start of the archive, content) of the entries that were read, by name.
+
+    Args:
+        file: open for reading.
+        start, length: the range, in bytes; the rest of the file by default.
+        where: for messages.
+
+    Raises:
+        CorruptError: its directory cannot be read, or two entries have one name.
+    """
+
+    def __init__(self, file: InputFile, start: int = 0, length: int | None = None, *, where: str) -> None:
+        self.file, self._start, self._where = file, start, where
+        length = file.stamp.nbytes - start if length is None else length
+        self.limit, self.directory = find_directory(file, start, length)
+        self.comment, self.shift = b"", 0
+        self.usual = bool(self.directory)
+        self._window = 0, b""
+        self.headers: dict[int, bytes] = {}
+        self.contents: dict[str, tuple[int, bytes]] = {}
+        if not self.usual:
+            self._find_by_zipfile(length)
+        self.entries = self._by_name(_parse_directory(self.directory, where, self.shift))
+        plain = len(self.directory) == sum(CENTRAL_SIZE + len(entry.name) for entry in self.entries.values())
+        self.usual = self.usual and plain
+
+    def _find_by_zipfile(self, length: int) -> None:
+        import zipfile  # loads compressors, which a file as torch writes it does not need
+
+        with self.file.as_file(self._start, length) as window:
+            try:
+                archive = zipfile.ZipFile(window)
+            except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
+                raise CorruptError(
+                    f"{self._where}: truncated or damaged: its zip directory cannot be read ({error}). "
+                    "Get a fresh copy."
+                ) from error
+            infos = archive.infolist()
+            self.limit, self.comment = archive.start_dir, archive.comment
+            self.directory = self.file.read(self._start + self.limit, length - self.limit)
+            entries = _parse_directory(self.directory, self._where, 0, count=len(infos))
+            self.directory = self.directory[: sum(map(_line_size, entries))]
+            self.shift = infos[0].header_offset - entries[0].offset if infos else 0
+
+    def _by_name(self, entries: Sequence[Entry]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for entry in entries:
+            try:
+                name = entry.name.decode("utf-8" if entry.fields[_FLAGS] & _UTF8 or entry.name.isascii() else "cp437")
+            except UnicodeDecodeError as error:
+                raise CorruptError(f"{self._where}: the name of an entry is not text. The file is damaged.") from error
+            found[name] = entry
+        if len(found) != len(entries):
+            raise CorruptError(f"{self._where}: two entries have one name. The file is damaged.")
+        return found
+
+    def local_header(self, entry: Entry) -> tuple[bytes, int]:
+        """Return the local header of an entry up to its name, and the offset of its content.
+
+        Raises:
+            CorruptError: the directory points at no header of this entry.
+        """
+        header = b""
+        wanted = LOCAL_SIZE + len(entry.name)
+        if 0 <= entry.offset < self.limit:
+            begin, window = self._window
+            at = entry.offset - begin
+            if not 0 <= at <= len(window) - wanted:
+                ahead = _SEVERAL if 0 <= at < _SEVERAL else _ONE
+                begin, window = self._window = entry.offset, self.file.read(self._start + entry.offset, ahead)
+                at = 0
+            header = window[at : at + wanted]
+        if header[:4] != b"PK\3\4" or header[LOCAL_SIZE:] != entry.name:
+            name = entry.name.decode("utf-8", "replace")
+            raise CorruptError(f"{self._where}: its directory points at no entry for {name}. The file is damaged.")
+        self.headers[entry.offset] = header
+        name_length, extra_length = _LENGTHS.unpack_from(header, LOCAL_SIZE - _LENGTHS.size)
+        return header, entry.offset + LOCAL_SIZE + name_length + extra_length
+
+    def offset_of(self, name: str) -> int:
+        """Return the offset of the content of an entry, in bytes from the start of the file.
+
+        Raises:
+            UnsupportedError: it is compressed or encrypted.
+            CorruptError: its local header is missing, or it reaches beyond the archive.
+        """
+        entry = self.entries[name]
+        if not entry.stored:
+            raise UnsupportedError(
+                f"{self._where}: its entries are compressed or encrypted, so another program has repacked it. "
+                "Load and save it with torch once."
+            )
+        _, offset = self.local_header(entry)
+        if entry.packed != entry.size or offset + entry.size > self.limit:
+            raise CorruptError(f"{self._where}: the entry {name} reaches beyond the file. Get a fresh copy.")
+        return self._start + offset
+
+    def read(self, name: str) -> bytes:
+        """Return the content of an entry.
+
+        Raises:
+            UnsupportedError, CorruptError: see `offset_of`; or its checksum does not fit.
+        """
+        entry = self.entries[name]
+        offset = self.offset_of(name)
+        content = self.file.read(offset, entry.size)
+        if entry.crc and zlib.crc32(content) != entry.crc:
+            short = name.partition("/")[2]
+            raise CorruptError(f"{self._where}: the checksum of its {short} does not fit. The file is damaged.")
+        self.contents[name] = offset - self._start, content
+        return content
+
+
+def find_directory(file: InputFile, start: int, length: int) -> tuple[int, bytes]:
+    """Find the central directory of an archive that ends as torch ends it.
+
+    Args:
+        start, length: the range of the file that is the archive, in bytes.
+
+    Returns:
+        (where it begins, from the start of the archive; its lines); (0, b"") if the archive ends in another way.
+    """
+    nothing = 0, b""
+    tails = _END64.size + _LOCATOR.size + _END.size
+    if length < tails:
+        return nothing
+    tail = file.read(start + length - tails, tails)
+    if len(tail) < tails:
+        return nothing
+    signature, *_, size, at, comment = _END.unpack_from(tail, tails - _END.size)
+    end = length - _END.size
+    if signature != b"PK\5\6" or comment:
+        return nothing
+    signature, disk, _, disks = _LOCATOR.unpack_from(tail, _END64.size)
+    if signature == b"PK\6\7":
+        signature, *_, size, at = _END64.unpack_from(tail)
+        end = length - tails
+        if signature != b"PK\6\6" or disk or disks != 1:
+            return nothing
+    if at + size != end:
+        return nothing
+    return at, file.read(start + at, size)
+
+
+def _parse_directory(data: bytes, where: str, shift: int, count: int | None = None) -> list[Entry]:
+    """Read the lines of a central directory.
+
+    Args:
+        shift: added to each offset.
+        count: how many lines; as many as there are if None.
+    """
+    entries: list[Entry] = []
+    at, end = 0, len(data)
+    unpack, size = _CENTRAL.unpack_from, _CENTRAL.size
+    while at < end if count is None else len(entries) < count:
+        fields: tuple[Any, ...] = unpack(data, at) if at + size <= end else (b"",)
+        if fields[0] != b"PK\1\2" or fields[_VERSION + 1] > _NEWEST:
+            raise CorruptError(f"{where}: truncated or damaged: its zip directory cannot be read. Get a fresh copy.")
+        fields = fields[1:]
+        name_end = at + size + fields[_NAME_LENGTH]
+        name = data[at + size : name_end]
+        if not name or b"\0" in name or b"\\" in name:
+            raise CorruptError(f"{where}: an entry of the zip has an impossible name. The file is damaged.")
+        length, packed, offset = fields[_SIZE], fields[_PACKED], fields[_OFFSET]
+        extra = comment = b""
+        at = name_end + fields[_EXTRA_LENGTH] + fields[_COMMENT_LENGTH]
+        if at != name_end:
+            extra, comment = data[name_end : at - fields[_COMMENT_LENGTH]], data[at - fields[_COMMENT_LENGTH] : at]
+            long = _field(extra, _ZIP64_FIELD)
+            values = []
+            for value in (length, packed, offset):
+                if value == _MAX32 and len(long) >= 8:
+                    value, long = int.from_bytes(long[:8], "little"), long[8:]
+                values.append(value)
+            length, packed, offset = values
+            extra = _without(extra, _ZIP64_FIELD)
+        entries.append(Entry(name, offset + shift, length, fields[_CRC], packed, fields, extra, comment))
+    if at > end:
+        raise CorruptError(f"{where}: truncated or damaged: its zip directory cannot be read. Get a fresh copy.")
+    return entries
+
+
+def _line_size(entry: Entry) -> int:
+    return CENTRAL_SIZE + sum(entry.fields[i] for i in (_NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH))
+
+
+class NewEntry:
+    """An entry to be written: where it goes, and its two headers.
+
+    Args:
+        name: as it is to be called.
+        size: of the content, in bytes.
+        offset: of the local header.
+
+    Attributes:
+        offset: of the local header.
+        data: of the content, a multiple of `ALIGNMENT`.
+        end: behind the content.
+    """
+
+    __slots__ = ("_central_extra", "_local_extra", "_padding", "_size", "data", "end", "name", "offset")
+
+    def __init__(self, name: bytes, size: int, offset: int) -> None:
+        self.name, self._size, self.offset = name, size, offset
+        big, far = size >= _MAX32, offset >= _MAX32
+        self._local_extra = struct.pack("<2H2Q", _ZIP64_FIELD, 16, size, size) if big else b""
+        self._central_extra = b""
+        if big or far:
+            values = ([size, size] if big else []) + ([offset] if far else [])
+            self._central_extra = struct.pack(f"<2H{len(values)}Q", _ZIP64_FIELD, 8 * len(values), *values)
+        header = offset + LOCAL_SIZE + len(name) + len(self._local_extra) + 4
+        self._padding = -header % ALIGNMENT
+        self.data = header + self._padding
+        self.end = self.data + size
+
+    @property
+    def line_size(self) -> int:
+        """Bytes of its line of the directory."""
+        return CENTRAL_SIZE + len(self.name) + len(self._central_extra)
+
+    def _common(self, crc: int) -> tuple[int, ...]:
+        size = _MAX32 if self._local_extra else self._size
+        return (_UTF8, 0, 0, _DATE_1980, crc, size, size, len(self.name))
+
+    def local_header(self, crc: int) -> bytes:
+        """Return the bytes from `offset` to `data`."""
+        extra = self._local_extra + struct.pack("<2H", _PADDING_FIELD, self._padding) + b"Z" * self._padding
+        version = 45 if self._local_extra else 20
+        return _LOCAL.pack(b"PK\3\4", version, *self._common(crc), len(extra)) + self.name + extra
+
+    def line(self, crc: int) -> bytes:
+        """Return its line of the directory."""
+        version = 45 if self._central_extra else 20
+        offset = min(self.offset, _MAX32)
+        line = _CENTRAL.pack(
+            b"PK\1\2", version, version, *self._common(crc), len(self._central_extra), 0, 0, 0, 0, offset
+        )  # fmt: skip
+        return line + self.name + self._central_extra
+
+
+END_SIZE = _END64.size + _LOCATOR.size + _END.size
+"""Bytes of what closes an archive."""
+
+
+def end_of(start: int, size: int, count: int, comment: bytes = b"") -> bytes:
+    """Return what closes an archive; always with the zip64 parts, which lift the limits on count and size.
+
+    Args:
+        start, size: of the central directory, in bytes.
+        count: of entries.
+    """
+    end64 = _END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = _LOCATOR.pack(b"PK\6\7", 0, start + size, 1)
+    few, near = min(count, _MAX16), min(start, _MAX32)
+    return end64 + locator + _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), near, len(comment)) + comment
+
+
+# A data descriptor, in descending order of likelihood: with and without a signature, with short and long sizes.
+_DESCRIPTORS = ("<4s3L", "<4sL2Q", "<3L", "<L2Q")
+
+
+def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[bytes | Span, ...]:
+    """Describe the archive with another content of one entry; all other entries keep their bytes.
+
+    The difference in length goes into the padding of the entry, up to whole blocks; the entries behind it move by
+    whole blocks, so that their contents stay aligned.
+
+    Args:
+        archive: a whole file.
+        name: of the entry, which is stored without compression.
+        body: its new content.
+        where: for messages.
+
+    Returns:
+        The pieces of the new file: new bytes, and spans of the old one.
+
+    Raises:
+        CorruptError: entries overlap.
+        UnsupportedError: the archive has a form that torch does not write.
+    """
+    if archive.shift:
+        raise UnsupportedError(
+            f"{where}: something stands before its zip, which torch cannot read either. Load and save it with torch."
+        )
+    old = archive.entries[name]
+    fields, extra = _local_fields(archive, old)
+    begin = old.offset + LOCAL_SIZE + len(old.name) + len(extra)
+    end = begin + old.packed
+    descriptor = _descriptor(archive.file, end, old) if old.fields[_FLAGS] & _DESCRIPTOR else ""
+    end += struct.calcsize(descriptor) if descriptor else 0
+    for entry in archive.entries.values():
+        before = archive.local_header(entry)[1] + entry.packed <= old.offset
+        if entry is not old and not (end <= entry.offset < archive.limit or before):
+            raise CorruptError(f"{where}: its entries overlap. The file is damaged; get a fresh copy.")
+    if end > archive.limit or len(body) >= _MAX32:
+        raise CorruptError(f"{where}: its entries overlap its directory. The file is damaged; get a fresh copy.")
+
+    crc, size = zlib.crc32(body), len(body)
+    kept = _resized(_without(extra, _PADDING_FIELD), old.packed, size)
+    slack = len(extra) - len(kept) - 4  # a field takes 4 bytes for itself
+    shift = relocated(size - old.packed - slack)
+    slack += shift - (size - old.packed)
+    extra = kept + struct.pack("<2H", _PADDING_FIELD, slack) + b"Z" * slack
+    if len(extra) > _MAX16:
+        raise UnsupportedError(f"{where}: the header of its {name} has no room left. Load and save it with torch once.")
+    lines = [
+        _changed_line(entry, crc, size, entry.offset)
+        if entry is old
+        else _changed_line(entry, entry.crc, None, entry.offset + (shift if entry.offset > old.offset else 0))
+        for entry in archive.entries.values()
+    ]
+    directory = b"".join(lines)
+    pieces = (
+        Span(0, old.offset),
+        _changed_local(fields, crc, size, len(extra)) + old.name + extra,
+        body,
+        struct.pack(descriptor, *(b"PK\7\10",) * ("s" in descriptor), crc, size, size) if descriptor else b"",
+        Span(end, archive.limit),
+        directory + end_of(archive.limit + shift, len(directory), len(lines), archive.comment),
+    )
+    return tuple(piece for piece in pieces if piece and piece != Span(0, 0))
+
+
+def _changed_line(entry: Entry, crc: int, size: int | None, offset: int) -> bytes:
+    """Write a line of the directory; a number is a long one where it was, or has to be."""
+    fields = list(entry.fields)
+    long = b""
+    for i, value in (
+        (_SIZE, entry.size if size is None else size),
+        (_PACKED, entry.packed if size is None else size),
+        (_OFFSET, offset),
+    ):
+        wide = fields[i] == _MAX32 or value >= _MAX32
+        fields[i] = _MAX32 if wide else value
+        long += struct.pack("<Q", value) if wide else b""
+    extra = (struct.pack("<2H", _ZIP64_FIELD, len(long)) + long if long else b"") + entry.extra
+    fields[_CRC], fields[_EXTRA_LENGTH] = crc, len(extra)
+    return _CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
+
+
+def _local_fields(archive: Archive, entry: Entry) -> tuple[tuple[int, ...], bytes]:
+    """Return the fields of a local header after its signature, and its extra fields."""
+    header, data = archive.local_header(entry)
+    begin = entry.offset + len(header)
+    return _LOCAL.unpack_from(header)[1:], archive.file.read(begin, data - begin)
+
+
+def _changed_local(fields: tuple[int, ...], crc: int, size: int, extra: int) -> bytes:
+    """Write a local header up to the name; fields: version, flags, method, time, date, checksum, sizes, lengths."""
+    changed = list(fields)
+    for i, value in ((5, crc), (6, size), (7, size)):
+        in_descriptor = fields[1] & _DESCRIPTOR and fields[i] == 0
+        in_extra = i > 5 and fields[i] == _MAX32
+        changed[i] = fields[i] if in_descriptor or in_extra else value
+    changed[9] = extra
+    return _LOCAL.pack(b"PK\3\4", *changed)
+
+
+def _descriptor(file: InputFile, position: int, entry: Entry) -> str:
+    """Return the form of the data descriptor behind a content; "" if there is none."""
+    raw = file.read(position, 24)
+    for form in _DESCRIPTORS:
+        length = struct.calcsize(form)
+        if len(raw) < length:
+            continue
+        *signature, _crc, packed, size = struct.unpack(form, raw[:length])
+        if (packed, size) == (entry.packed, entry.packed) and signature in ([], [b"PK\7\10"]):
+            return form
+    return ""
+
+
+def _fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position + 4 <= len(extra):
+        identifier, length = struct.unpack_from("<2H", extra, position)
+        yield identifier, extra[position + 4 : position + 4 + length]
+        position += 4 + length
+
+
+def _field(extra: bytes, wanted: int) -> bytes:
+    return next((data for identifier, data in _fields(extra) if identifier == wanted), b"")
+
+
+def _without(extra: bytes, unwanted: int) -> bytes:
+    return b"".join(struct.pack("<2H", i, len(data)) + data for i, data in _fields(extra) if i != unwanted)
+
+
+def _resized(extra: bytes, old: int, new: int) -> bytes:
+    """Put the new size where the long form of a local header has the old one."""
+    long = _field(extra, _ZIP64_FIELD)
+    if not long:
+        return extra
+    sizes = struct.pack("<Q", old)
+    changed = b"".join(
+        struct.pack("<Q", new) if long[i : i + 8] == sizes else long[i : i + 8] for i in range(0, len(long), 8)
+    )
+    return struct.pack("<2H", _ZIP64_FIELD, len(long)) + changed + _without(extra, _ZIP64_FIELD)

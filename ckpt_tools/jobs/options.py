@@ -1,0 +1,340 @@
+"""Options: the keyword arguments of the public functions in groups, each said once for library and command line.
+
+`takes` gives a function the flat keyword signature of its groups; the command line makes its options of the same ones.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, get_args
+
+from ..series.schedules import Numbers, Option
+
+R = TypeVar("R")
+REQUIRED = inspect.Parameter.empty
+Size = str | int
+Words = Sequence[str]
+Pairs = Mapping[str, Any]
+
+
+class Group(Protocol):
+    """Options that belong together, with a title for the help; an instance holds their values."""
+
+    title: ClassVar[str]
+
+    def __init__(self, **values: Any) -> None: ...
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """Return the options, in the order of the help."""
+
+
+def option(help: str, default: Any = REQUIRED, *, implied: Any = None, metavar: str | None = None) -> Any:  # noqa: A002
+    """Declare an option of a group; see `Option`. Without a default it is required."""
+    return Option("", None, default, help, implied, metavar)
+
+
+class Options:
+    """A group that is declared like a dataclass: frozen, keyword-only.
+
+    It is none, for a dataclass compiles code: a dozen of them would take a tenth of the start-up of `ckpt avg`.
+    """
+
+    title: ClassVar[str]
+    _options: ClassVar[Mapping[str, Option]] = {}
+
+    def __init_subclass__(cls) -> None:
+        declared = {name: (vars(cls)[name], type_) for name, type_ in inspect.get_annotations(cls).items()}
+        own = {
+            name: Option(name, type_, o.default, o.help, o.implied, o.metavar) for name, (o, type_) in declared.items()
+        }
+        cls._options = {**cls._options, **own}
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update({name: values.get(name, option.default) for name, option in self._options.items()})
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{type(self).__name__}.{name} cannot be changed")
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """Return the options, in the order of the help."""
+        return tuple(cls._options.values())
+
+
+G = TypeVar("G", bound=Options)
+
+
+def replaced(group: G, **changes: Any) -> G:
+    """Return a group with other values, as `dataclasses.replace` does."""
+    return type(group)(**{**vars(group), **changes})
+
+
+def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]]:
+    """Let a function whose last parameters are groups take the options of these as keyword arguments instead.
+
+    The line ``{options}`` in its docstring becomes a line for each option.
+    """
+
+    def flat(function: Callable[..., R]) -> Callable[..., R]:
+        @wraps(function)
+        def call(*arguments: Any, **given: Any) -> R:
+            filled = []
+            for group in groups:
+                options = group.options()
+                for option in options:
+                    if option.default is REQUIRED and option.name not in given:
+                        raise TypeError(f"{function.__name__}() lacks the keyword argument '{option.name}'")
+                filled.append(group(**{o.name: given.pop(o.name) for o in options if o.name in given}))
+            try:
+                positional = signature.bind(*arguments, **given).args
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
+            return function(*positional, *filled)
+
+        full = inspect.signature(function)
+        parameters = list(full.parameters.values())[: -len(groups)]
+        signature = full.replace(parameters=parameters)
+        options = [option for group in groups for option in group.options()]
+        keywords = [
+            inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=o.default, annotation=_annotation(o))
+            for o in options
+        ]
+        call.__signature__ = full.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
+        lines = [o.help if o.implied is None else f"{o.help} If None: {o.implied}." for o in options]
+        text = "\n        ".join(f"{o.name}: {line}" for o, line in zip(options, lines, strict=True))
+        call.__doc__ = (function.__doc__ or "").replace("{options}", text)
+        return call
+
+    return flat
+
+
+def _annotation(option: Option) -> Any:
+    return option.type | None if option.default is None and type(None) not in get_args(option.type) else option.type
+
+
+class Selection(Options):
+    """Which checkpoints, in which order; see `ckpt_tools.series.find.find_series`."""
+
+    title = "Which checkpoints"
+
+    last: int | None = option("The last N.", None, metavar="N")
+    best: int | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
+    metric: str = option("Key in the files, dotted if nested.", "metric", metavar="KEY")
+    lower_is_better: bool = option("For a loss.", False)
+    every: int | None = option("Every K-th, counted from the last.", None, metavar="K")
+    from_step: int | None = option("From this step (or epoch) on.", None, metavar="N")
+    to_step: int | None = option("Up to this step (or epoch).", None, metavar="N")
+    order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
+    include_outputs: bool = option("Take files that ckpt wrote itself, too.", False)
+
+
+class Matching(Options):
+    """Which weights of each checkpoint, and how their tensors line up."""
+
+    title = "Which weights"
+
+    state: str = option("auto (the EMA where all have one), raw, ema, or a dotted path.", "auto")
+    match: str = option("name or order.", "name")
+    keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
+    buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
+
+
+class State(Options):
+    """Which weights of one checkpoint."""
+
+    title = "Which weights"
+
+    state: str = option("auto (the EMA where there is one), raw, ema, or a dotted path.", "auto")
+
+
+class Output(Options):
+    """Where the output goes."""
+
+    title = "Output"
+
+    out: str | Path | None = option("The target.", None, metavar="PATH")
+    force: bool = option("Replace an existing target.", False)
+
+
+class Encoding(Output):
+    """Where the output goes, and in which encoding."""
+
+    dtype: Any = option("Of the output: float32, bfloat16, ...", None, implied="same")
+    max_shard_size: Size | None = option("Such as 5GB, for a folder.", None, metavar="SIZE")
+    untie: bool = option("safetensors: write tied tensors under each name.", False)
+
+
+class AveragedOutput(Encoding):
+    """Where an average goes, in which encoding, and what is recorded in it."""
+
+    out: str | Path | None = option(
+        "The suffix picks the format; none, or a slash at the end: a folder of shards.",
+        None,
+        implied="averaged.pth, or as the inputs are",
+        metavar="PATH",
+    )
+    hash: bool = option("Record the SHA-256 of the inputs.", False)
+
+
+class ConvertedOutput(Encoding):
+    """Where a converted checkpoint goes, in which layout and encoding."""
+
+    to: str = option("plain, timm-ema, averaged-model, ...", "plain", metavar="LAYOUT")
+    out: str | Path = option(
+        "The suffix picks the format; none, or a slash at the end: a folder of shards.", metavar="PATH"
+    )
+
+
+class StrippedOutput(Output):
+    """Where a stripped checkpoint goes."""
+
+    out: str | Path | None = option("The target.", None, implied="CKPT with -stripped", metavar="PATH")
+
+
+class RenamedOutput(Output):
+    """Where a checkpoint with other names goes."""
+
+    out: str | Path | None = option("The target.", None, implied="CKPT itself, in one rename", metavar="PATH")
+
+
+class RecalibratedOutput(Output):
+    """Where a recalibrated checkpoint goes."""
+
+    out: str | Path | None = option("The target.", None, implied="CKPT with -bn", metavar="PATH")
+
+
+class Running(Options):
+    """How a job runs."""
+
+    title = "Running"
+
+    dry_run: bool = option("Show the plan, write nothing.", False)
+    on_plan: Callable[[Any], None] | None = option("Called with the report of the plan before the work.", None)
+    on_progress: Callable[..., None] | None = option(
+        "Called in this thread with (bytes done, bytes in all), read and written.", None
+    )
+
+
+class Computing(Running):
+    """How a job runs that computes with the tensors."""
+
+    threads: int | None = option("Workers; the result is the same.", None, implied="the cores, 16 at most")
+    allow_nonfinite: bool = option("Let NaN and infinity pass.", False)
+
+
+class Summing(Computing):
+    """How a job runs that sums tensors."""
+
+    device: str = option("auto, cpu, cuda (all GPUs), cuda:1 (that one). Same bytes.", "auto")
+    gpu_memory: Size | None = option("To take on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE")
+
+
+class KeptState(Options):
+    """Which weights of one checkpoint stay."""
+
+    title = "Which weights"
+
+    state: str | None = option("Keep only these: auto, raw, ema, or a dotted path.", None, implied="all of them")
+
+
+class ConvertedState(State):
+    """Which weights of one checkpoint are converted."""
+
+    state: str = option("auto (both where LAYOUT keeps both, else the EMA), raw, ema, or a dotted path.", "auto")
+
+
+class Missing(Options):
+    """What a checkpoint does not say about its averages."""
+
+    title = "What the checkpoint does not say"
+
+    names_from: str | Path | None = option("A checkpoint of the same model, for names.", None, metavar="CKPT")
+    model: str | None = option("Instead: timm name, module:factory or file.py:factory.", None)
+    model_kwargs: Pairs | None = option("Arguments of the factory.", None, metavar="K=V")
+    updates: int | None = option("How often the average was updated.", None, metavar="N")
+    decay: float | None = option("Of the EMA.", None)
+
+
+class Comparison(State):
+    """Which weights are compared."""
+
+    state_b: str | None = option("The same for B.", None, implied="as `state`")
+
+
+class Tolerance(Options):
+    """Which differences count."""
+
+    title = "Which differences count"
+
+    rtol: float = option("Values may differ by atol + rtol * |b|.", 0.0)
+    atol: float = option("As in torch.allclose.", 0.0)
+
+
+class Reading(Options):
+    """How a job runs that only reads."""
+
+    title = "Running"
+
+    threads: int | None = option("Workers; the result is the same.", None, implied="the cores, 16 at most")
+    on_progress: Callable[[int, int], None] | None = option(
+        "Called in this thread with (bytes read, bytes in all).", None
+    )
+
+
+class Prefixes(Options):
+    """Which prefixes go, and which come."""
+
+    title = "Prefixes"
+
+    strip: Words = option("Take this off instead.", (), implied="what wrappers put on", metavar="P")
+    add: Words = option("Put this before all names.", (), metavar="P")
+
+
+class Network(Options):
+    """The network that weights belong to."""
+
+    title = "The network"
+
+    model: str | None = option("timm name, module:factory or file.py:factory.", None, implied="arch in the checkpoint")
+    model_kwargs: Pairs | None = option("Arguments of the factory, such as num_classes=10.", None, metavar="K=V")
+
+
+class Images(Options):
+    """The images that a network sees, as timm's validate.py prepares them."""
+
+    title = "The data"
+
+    data: str = option("Folder of images, tar, timm dataset (hfds/...), or file.py:factory.", metavar="DATA")
+    images: int | None = option("How many, at random; -1 for all.", None, implied="8192, or all if fewer", metavar="N")
+    batch_size: int = option("Images a batch, and a process.", 64)
+    workers: int | None = option("Processes that decode images.", None, implied="the cores, 8 at most")
+    img_size: int | None = option("Side of the images.", None, implied="the model's")
+    crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the model's")
+    interpolation: str | None = option("bilinear, bicubic, ...", None, implied="the model's")
+    mean: Numbers | None = option("0.5 or 0.485,0.456,0.406.", None, implied="the model's")
+    std: Numbers | None = option("As `mean`.", None, implied="the model's")
+    split: str = option("Of a named dataset.", "validation")
+    data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
+
+
+class Measuring(Options):
+    """How BatchNorm statistics are measured, and whether they are an improvement."""
+
+    title = "The statistics"
+
+    passes: int = option("1: by batch statistics; more: again, with those just found in use.", 1)
+    estimator: str = option("population or batch-mean.", "population")
+    seed: int = option("Of the random subset.", 0)
+    eval_data: str | None = option("Accuracy on these before and after.", None, metavar="DATA")
+    require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
+
+
+class Inference(Running):
+    """How a job runs that shows images to a network."""
+
+    on_progress: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+    device: str = option("auto, cpu, cuda, cuda:1.", "auto")
+    amp: bool = option("Mixed precision, bfloat16.", False)
+    channels_last: bool = option("Memory order of the images.", True)

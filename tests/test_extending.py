@@ -1,0 +1,125 @@
+"""A rule, a layout, a file format and a store from outside the package, each in a few lines, in one average."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory_store import MemoryStore
+
+from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools.checkpoints.layouts import Layout, register, unregister
+from ckpt_tools.errors import UsageError
+from ckpt_tools.formats import FORMATS
+from ckpt_tools.formats.file_plan import FilePlan, Payload, constant
+from ckpt_tools.formats.format import Format, Writing
+from ckpt_tools.formats.header import Header
+from ckpt_tools.series import schedules
+from ckpt_tools.storage.source import STORES, InputFile
+from ckpt_tools.tensors import DTYPES, Storage, make_spec
+
+
+class Toy(Format):
+    """A toy file format: one line of JSON, padded to 4 kB, then the elements."""
+
+    name, suffixes, usual_suffix, writes = "toy", (".toy",), ".toy", True
+
+    def sniff(self, path: Path, start: bytes) -> bool:
+        return start.startswith(b'{"toy"')
+
+    def read(self, path: Path) -> Header:
+        with InputFile(path) as file:
+            entries, stamp = json.loads(file.read(0, 4096))["toy"], file.stamp
+        tensors = {
+            name: make_spec(DTYPES[dtype], tuple(shape), Storage(path, offset, stamp.nbytes - offset))
+            for name, (dtype, shape, offset) in entries.items()
+        }
+        return Header(path, self, tensors, (stamp,))
+
+    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
+        payloads, entries, end = [], {}, 4096
+        for name, tensor in content.items():
+            payloads.append(Payload(tensor, end))
+            entries[name] = (tensor.dtype.name, tensor.shape, end)
+            end += tensor.nbytes
+        head = constant(0, json.dumps({"toy": entries}).encode().ljust(4096))
+        return (FilePlan(writing.name, end, (head, *payloads)),)
+
+
+@contextmanager
+def a_format() -> Iterator[None]:
+    toy = Toy()
+    FORMATS.insert(0, toy)  # before safetensors, which would take its ninth byte for a header
+    yield
+    FORMATS.remove(toy)
+
+
+@contextmanager
+def a_layout() -> Iterator[None]:
+    layout = Layout("toy", "a toy: net and net_avg", raw=("net",), ema=("net_avg",))
+    register(layout)
+    yield
+    unregister(layout)
+
+
+@contextmanager
+def a_rule() -> Iterator[None]:
+    """The two ends of the series alone."""
+    rule = lambda steps, *, share: [1 - share, *[0.0] * (len(steps) - 2), share]  # noqa: E731
+    schedules.register("ends", rule, schedules.Option("share", float, 0.5, "ends: the weight of the last checkpoint."))
+    yield
+    del schedules.SCHEDULES["ends"]
+
+
+@contextmanager
+def a_store(files: dict[Path, bytes]) -> Iterator[None]:
+    STORES["mem"] = MemoryStore(files)
+    yield
+    del STORES["mem"]
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"w": torch.randn(20, 30, generator=generator), "b": torch.randn(7, generator=generator).double()}
+
+
+def test_average_takes_a_rule_a_layout_a_format_and_a_store_from_outside(tmp_path: Path) -> None:
+    files: dict[Path, bytes] = {}
+    for step in (1, 2, 3):
+        tree = {"net": weights(10 + step), "net_avg": weights(step), "step": step}
+        torch.save(tree, tmp_path / "a.pth")
+        files[Path(f"mem://runs/{step}.pth")] = (tmp_path / "a.pth").read_bytes()
+    with ExitStack() as extended:
+        for each in (a_format(), a_layout(), a_rule(), a_store(files)):
+            extended.enter_context(each)
+        report = average("mem://runs", mode="ends", share=0.25, out=tmp_path / "out.toy")
+
+        assert [each.state for each in report.inputs] == ["ema (net_avg)"] * 3
+        assert [each.coefficient for each in report.inputs] == [0.75, 0, 0.25]
+        averaged = open_checkpoint(tmp_path / "out.toy")
+        for name, tensor in averaged.items():
+            mean = 0.75 * weights(1)[name].double().numpy() + 0.25 * weights(3)[name].double().numpy()
+            if tensor.dtype is torch.float64:  # summed as differences from the first: another last bit
+                np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-15, atol=1e-16)
+            else:
+                assert np.array_equal(tensor.numpy(), mean.astype(np.float32))
+        convert(tmp_path / "out.toy", to="toy", out=tmp_path / "out.pth")
+        assert list(torch.load(tmp_path / "out.pth", weights_only=True)["net"]) == ["w", "b"]
+
+
+def test_average_of_a_format_from_outside_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with a_format():
+        for step in (1, 2):
+            torch.save(weights(step), tmp_path / "a.pth")
+            convert(tmp_path / "a.pth", to="plain", out=tmp_path / f"run-{step}.toy")
+        report = average([tmp_path / "run-1.toy", tmp_path / "run-2.toy"])
+        assert report.out == "averaged.toy"
+    with pytest.raises(UsageError, match="ends"):
+        average([tmp_path / "run-1.toy"], mode="ends")
