@@ -1,4 +1,4 @@
-"""Naming: names for averages that have none, from another checkpoint or from a model."""
+"""Parameter names: for averages that are stored without them, from another checkpoint or from a model."""
 
 from __future__ import annotations
 
