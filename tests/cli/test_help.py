@@ -79,7 +79,7 @@ def test_a_command_imports_nothing_that_it_does_not_need(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     line = next(line for line in done.stdout.splitlines() if line.startswith("exit"))

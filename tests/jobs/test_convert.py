@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import load, same_bits
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
@@ -290,7 +290,7 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(state=_states(), layouts=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=3))
 def test_any_chain_of_layouts_ends_where_it_began(scratch: Path, state: State, layouts: list[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
@@ -307,7 +307,7 @@ def test_any_chain_of_layouts_ends_where_it_began(scratch: Path, state: State, l
     assert same_bits(found["state_dict_ema"], ema)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(state=_states(), formats=st.lists(st.sampled_from([".pth", ".safetensors", ""]), min_size=1, max_size=3))
 def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: State, formats: list[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
@@ -725,7 +725,7 @@ def test_an_entry_that_would_make_the_raw_weights_the_averaged_ones_stays_behind
     assert "current_model_state" in report.dropped
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(tree=_mixtures(), layout=st.sampled_from(PAIRS))
 def test_what_is_read_from_any_mixture_is_read_again_from_any_layout(
     scratch: Path, tree: dict[str, Any], layout: str
