@@ -31,11 +31,10 @@ def unwrap(names: Iterable[str]) -> Mapping[str, str]:
     Raises:
         AlignmentError: two names become one.
     """
-    known = names if isinstance(names, Mapping) else dict.fromkeys(names)
-    names = list(names)
+    names = names if isinstance(names, Mapping) else dict.fromkeys(names)
     text = "\n".join(names)
-    if not any(wrapper in text for wrapper in _ANYWHERE) and not (names and names[0].startswith(_LEADING)):
-        return Unchanged(known)
+    if not any(wrapper in text for wrapper in _ANYWHERE) and not next(iter(names), "").startswith(_LEADING):
+        return Unchanged(names)
     strip = unwrapping(names)
     mapping = {name: strip(name) for name in names}
     taken: dict[str, str] = {}

@@ -242,12 +242,12 @@ class Worker:
                 index = _index(slice_, int(bad.nonzero()[0]) // reals)
                 raise NumericsError(
                     f"{source.spec.storage.path}: '{tensor.name}' holds {_word(found[bad][0].item())} at {index}. "
-                    "Leave this file out, or pass --allow-nonfinite if the value belongs there (a mask, say)."
+                    "Leave this file out, or pass `allow_nonfinite=True` if the value belongs there (a mask, say)."
                 )
         raise NumericsError(
             f"the average of '{tensor.name}' overflows {tensor.dtype.name}. "
             + (
-                "Choose a wider one, such as --dtype float32."
+                "Choose a wider one, such as `dtype='float32'`."
                 if tensor.dtype.itemsize < 4
                 else "Are these the right files?"
             )
