@@ -26,7 +26,8 @@ MAX_HEADER = 100_000_000
 _PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter
 _MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
 _METADATA = "__metadata__"
-_METADATA_FIRST = re.compile(r'\{\s*"__metadata__"\s*:\s*')  # how headers begin that the library wrote
+_SPACE = " \t\n\r"  # of JSON
+_METADATA_FIRST = re.compile(r'\{[ \t\n\r]*"__metadata__"[ \t\n\r]*:[ \t\n\r]*')  # how headers begin that the library wrote
 
 Tensors = dict[str, TensorSpec | UnsupportedTensor]
 
@@ -121,9 +122,10 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
         at = 0
         if (first := _METADATA_FIRST.match(text)) is not None:
             metadata, at = _STRICT.raw_decode(text, first.end())
-        rest = text[at:].rstrip(" ")
-        if at and not rest.startswith((",", "}")):
-            raise ValueError("its __metadata__ ends without a comma")
+        rest = text[at:].strip(_SPACE)
+        if at and rest != "}":
+            if rest[:1] != "," or rest[1:].lstrip(_SPACE)[:1] == "}":
+                raise ValueError("no entry follows its __metadata__")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
     _check_metadata(path, metadata)

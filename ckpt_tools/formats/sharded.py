@@ -88,13 +88,20 @@ class _Template(Template):
     Attributes:
         weight_map: what the index says.
         shards: the template of each shard, by file name, in the order of `files`.
+        shifts: by how many bytes the payload of each file begins later than in the template of its shard, which may
+            have been parsed for a checkpoint with another index.
     """
 
     def __init__(
-        self, content: Any, files: tuple[Path, ...], weight_map: dict[str, str], shards: Mapping[str, Template]
+        self,
+        content: Any,
+        files: tuple[Path, ...],
+        weight_map: dict[str, str],
+        shards: Mapping[str, Template],
+        shifts: tuple[int, ...],
     ) -> None:
         super().__init__(content, files)
-        self.weight_map, self.shards = weight_map, shards
+        self.weight_map, self.shards, self.shifts = weight_map, shards, shifts
 
 
 _KNOWN: WeakValueDictionary[bytes, _Template] = WeakValueDictionary()
@@ -109,10 +116,10 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
     files = (stamp, *(file for header in headers.values() for file in header.files))
     first = next(iter(headers.values()))
     if known is not None and all(headers[name].template is shard for name, shard in known.shards.items()):
-        places = {}
-        for file, header in zip(known.files, headers.values(), strict=True):
-            shift = next(iter(header.places.values()), (file, 0))[1]
-            places[file] = (header.files[0].path, shift)
+        places = {
+            file: (header.files[0].path, _shift(header) - before)
+            for file, before, header in zip(known.files, known.shifts, headers.values(), strict=True)
+        }
         return Header(
             path,
             sharded,
@@ -148,7 +155,8 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
     template = None
     shards = {name: header.template for name, header in headers.items() if header.template is not None}
     if len(shards) == len(headers):
-        template = _KNOWN[raw] = _Template(tree, tuple(file.path for file in files[1:]), weight_map, shards)
+        shifts = tuple(map(_shift, headers.values()))
+        template = _KNOWN[raw] = _Template(tree, tuple(file.path for file in files[1:]), weight_map, shards, shifts)
     return Header(
         path,
         sharded,
@@ -161,6 +169,11 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
         shard_format=first.format,
         template=template,
     )
+
+
+def _shift(header: Header) -> int:
+    """Return by how many bytes the payload of a shard begins later than in its template."""
+    return next((shift for _, shift in header.places.values()), 0)
 
 
 def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[str, Path]:

@@ -48,7 +48,7 @@ class Target:
         path = Path(out)
         slash = os.path.basename(text) != name  # noqa: PTH119 - a Path would not tell
         if not slash and not name.endswith(known) and not os.path.isdir(path):  # noqa: PTH112 - never raises
-            near = difflib.get_close_matches(path.suffix, known, n=2, cutoff=0.7)
+            near = difflib.get_close_matches(path.suffix.lower(), known, n=2, cutoff=0.7)
             if near:
                 raise UsageError(
                     f"{text}: {path.suffix} is not a known suffix. Did you mean {' or '.join(near)}? "

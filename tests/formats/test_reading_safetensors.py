@@ -95,6 +95,17 @@ def test_open_checkpoint_reads_unicode_names(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "a.safetensors").keys() == tensors.keys()
 
 
+@pytest.mark.parametrize("space", ["", " ", "\n", "\r\n\t"])
+def test_read_header_reads_a_header_with_spaces_between_its_parts(space: str, tmp_path: Path) -> None:
+    parts = ["{", '"__metadata__"', ":", '{"x":"y"}', ",", '"w"', ":", json.dumps(entry()), "}"]
+    path = safetensors_file(tmp_path / "a.safetensors", space.join(parts).encode() + space.encode(), b"\0" * 8)
+    only = safetensors_file(tmp_path / "b.safetensors", space.join([*parts[:4], "}"]).encode())
+
+    assert (read_header(path).tree.keys(), read_header(path).metadata) == ({"w"}, {"x": "y"})
+    assert (read_header(only).tree, read_header(only).metadata) == ({}, {"x": "y"})
+    assert safetensors.torch.load_file(path).keys() == {"w"}
+
+
 def test_read_header_reads_an_empty_safetensors_file(tmp_path: Path) -> None:
     safetensors.torch.save_file({}, tmp_path / "a.safetensors")
 
@@ -146,6 +157,8 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "bad JSON": (b"{'a': 1}", b"", "no valid JSON"),
     "half JSON": (b'{"a":', b"", "no valid JSON"),
     "JSON and more": (b"{} {}", b"", "no valid JSON"),
+    "comma and no entry": (b'{"__metadata__":{}, }', b"", "no valid JSON"),
+    "no-break space": ('{\u00a0"__metadata__":{}}'.encode(), b"", "no valid JSON"),
     "deep JSON": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"", "no valid JSON"),
     "long number": (json.dumps({"a": entry(shape=(777,))}).encode().replace(b"777", b"7" * 5000), b"", "no valid JSON"),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
 from ckpt_tools import open_checkpoint
+from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, NotACheckpointError, ReadError
 from ckpt_tools.formats import read_header
 
@@ -235,3 +236,24 @@ def test_open_checkpoint_reads_tied_tensors_that_the_index_does_not_list(tmp_pat
     assert list(open_checkpoint(folder)) == list(STATE)
     point(folder, "head.bias", "two.safetensors")
     assert torch.equal(open_checkpoint(folder)["head.bias"], STATE["a.bias"])
+
+
+def test_open_checkpoint_reads_shards_whose_headers_are_those_of_another_index(tmp_path: Path) -> None:
+    """The template of an index may have been parsed from shards that are moved against the templates of the shards."""
+    kept, saved = [], {}
+    for name, index, length in [("a", "1", 9), ("b", "2", 99), ("c", "2", 9), ("d", "2", 99), ("e", "2", 200)]:
+        (tmp_path / name).mkdir()
+        weight_map = {}
+        for file in ("one", "two"):
+            tensors = {f"{file}.w": torch.randn(5), f"{file}.b": torch.randn(3)}
+            saved |= {(name, key): tensor for key, tensor in tensors.items()}
+            save_file(tensors, tmp_path / name / f"{file}.safetensors", metadata={"x": "y" * length})
+            weight_map |= dict.fromkeys(tensors, f"{file}.safetensors")
+        (tmp_path / name / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"version": index}, "weight_map": weight_map})
+        )
+        kept.append(read_header(tmp_path / name))
+
+    for header in kept:
+        for key, spec in header.tree.items():
+            assert torch.equal(read_tensor(spec), saved[header.path.name, key])
