@@ -197,7 +197,7 @@ def opened(path: str) -> dict[str, Callable[[], Tensor]]:
 def verify(out: str, *paths: str) -> dict[str, float | None]:
     """Return the largest distance of OUT from a NumPy float64 mean, in ulp of the inputs' dtype.
 
-    It is measured on a sample of the tensors. None if OUT has another dtype, or integers that are not those of the last file.
+    It is measured on a sample of the tensors. None if OUT has another dtype, or other integers than the last file.
     """
     import numpy as np
     import torch
