@@ -1,4 +1,4 @@
-"""BatchNorm: exact statistics for weights that have none of their own, such as averages."""
+"""BatchNorm: exact statistics for averaged weights."""
 
 from .recalibrate import recalibrate_bn
 from .report import BatchNormReport, LayerReport

@@ -1,4 +1,4 @@
-"""Batches: the images in what a loader gives, never a single one."""
+"""Batches: the images of a batch, at least two of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import DataError
 
 INPUT_KEYS = ("image", "images", "pixel_values", "input", "inputs", "x", "data")
-"""Where the images are in a batch that is a dict."""
+"""Keys of the images in a batch that is a dict."""
 
 
 def images_of(batch: Any) -> Tensor:
@@ -21,7 +21,7 @@ def images_of(batch: Any) -> Tensor:
         batch: a tensor, a tuple or list that starts with one, or a dict with one under a usual name.
 
     Raises:
-        DataError: it holds none.
+        DataError: there are no images in it.
     """
     images = batch
     if isinstance(batch, Mapping):
@@ -38,7 +38,7 @@ def images_of(batch: Any) -> Tensor:
 
 
 def joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Join a batch of one image to a neighbour: a single value a channel cannot be normalised."""
+    """Join a batch of one image to its neighbour: a single value per channel cannot be normalised."""
     waiting: Tensor | None = None
     for images in batches:
         if len(images) == 0:

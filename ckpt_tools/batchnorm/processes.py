@@ -1,4 +1,4 @@
-"""Processes: the group that torchrun starts, if it did."""
+"""Processes: the group that torchrun starts, if there is one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import distributed as dist
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Which process this is, and of how many."""
+    """Index of this process, and number of processes."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """True for the one that speaks and writes."""
+        """True for the process that reports and writes."""
         return self.rank == 0
 
 
@@ -33,9 +33,9 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined_group(device: torch.device) -> Iterator[Group]:
-    """Join the processes that torchrun started, by its environment; alone where there are none.
+    """Join the processes that torchrun started, if it did; its environment variables tell.
 
-    After an error the group is left as it is: torchrun ends the others as soon as one has ended.
+    After an error the group is not closed: torchrun ends the others when one has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
         yield Group()

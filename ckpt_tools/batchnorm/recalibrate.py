@@ -1,7 +1,7 @@
-"""Recalibration: the statistics that BatchNorm layers see in use, measured in passes over data.
+"""Recalibration: the statistics of the inputs of BatchNorm layers, measured in passes over data.
 
-The whole model stays in eval mode, so dropout and drop-path are off and no layer changes a buffer by
-itself. A hook in front of each BatchNorm layer measures its input. In pass 1 it also hands the layer the
+The model is in eval mode, so dropout and drop-path are off and no layer changes its buffers. A hook before
+each BatchNorm layer measures its input. In pass 1 it also hands the layer the
 mean and the biased variance of that batch, which is what the layer would normalise by in train mode; in
 later passes the layers use the statistics of the pass before.
 """
@@ -108,7 +108,7 @@ def recalibrate_bn(
 
 
 def check_options(passes: int, estimator: str) -> None:
-    """Refuse what makes no sense, before any data are read.
+    """Refuse impossible options before any data are read.
 
     Raises:
         UsageError: a number of passes below 1, or an unknown estimator.
@@ -120,7 +120,7 @@ def check_options(passes: int, estimator: str) -> None:
 
 
 def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str, str], ...]]:
-    """Find the layers whose statistics can be measured, and those that look alike but are left alone.
+    """Find the layers whose statistics can be measured, and similar layers that are left out.
 
     Returns:
         (name to layer, in the order of the model; (name, class, reason) of the others).
@@ -152,12 +152,12 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str,
     return layers, tuple(skipped)
 
 
-class _Reached(BaseException):  # no Exception, which a model's own forward might catch
-    """The last layer has been measured; what follows it is of no use."""
+class _Reached(BaseException):  # not an Exception, which the forward of a model might catch
+    """The last layer has been measured; the rest of the forward pass is not needed."""
 
 
 class _Pass:
-    """Pass `number` over the data: the hooks' view of it."""
+    """One pass over the data, as the hooks see it."""
 
     def __init__(self, layers: Mapping[str, Any], number: int) -> None:
         self.layers = layers
@@ -171,10 +171,10 @@ class _Pass:
         self._finite: list[Tensor] = []
 
     def see(self, name: str, values: Tensor) -> None:
-        """Take the input of a layer that is about to run."""
+        """Measure the input of a layer that is about to run."""
         layer = self.layers[name]
         if values.dim() < 2 or values.shape[1] != len(self.states[name].population.mean):
-            return  # the layer itself has the better words for it
+            return  # the layer itself raises the better error
         moments = measure(values)
         self.states[name].add(moments)
         self._calls.append(name)
@@ -191,7 +191,7 @@ class _Pass:
             NumericsError: a layer saw something that is not finite.
         """
         self.batches += 1
-        # One look for all layers, for each is a wait for the device.
+        # One look for all layers, because each look waits for the device.
         finite = torch.stack(self._finite).tolist() if self._finite else []
         if not all(finite):
             name = self._calls[finite.index(False)]
@@ -205,7 +205,7 @@ class _Pass:
         self._calls, self._finite = [], []
 
     def join_processes(self, device: torch.device) -> None:
-        """Merge what all processes of a group have measured; nothing to do in a single one."""
+        """Merge the measurements of all processes of a group."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
         sets = [m for state in self.states.values() for m in (state.population, state.means, state.variances)]
@@ -229,11 +229,11 @@ class _Pass:
 
 @contextmanager
 def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
-    """Put a model into eval mode; give modes back in any case, and the buffers after an error."""
+    """Put a model into eval mode; restore its modes afterwards, and its buffers after an error."""
     modes = {module: module.training for module in model.modules()}
     buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
     copies = [buffer.clone() for buffer in buffers]
-    # What torch.compile made of the model before knows nothing of hooks that come later.
+    # A model that torch.compile compiled before does not call hooks added later.
     uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     try:
         model.eval()

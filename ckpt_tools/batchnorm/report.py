@@ -1,4 +1,4 @@
-"""Report: what a recalibration found, and how far it moved each layer."""
+"""Report: new statistics, and the change of each layer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class LayerReport:
     Attributes:
         name, kind: in the model, and its class.
         channels: C.
-        count: values a channel that were measured: images times positions, over all uses.
+        count: measured values per channel: images times positions, over all calls.
         mean_before, mean_after: largest magnitude over channels.
         variance_before, variance_after: largest over channels.
         mean_moved: largest change of a mean, in standard deviations.
         variance_moved: largest factor between old and new variance, 1 or more.
-        mean_error: largest standard error of a new mean, in standard deviations, from how the batches
-            scatter; None for a single batch.
-        variance_error: the same of a new variance, relative to it.
+        mean_error: largest standard error of a new mean, in standard deviations, estimated from the variation
+            between batches; None for a single batch.
+        variance_error: the same for a new variance, relative to it.
         Non-finite values of the old buffers count as moved by infinity.
     """
 
@@ -50,7 +50,7 @@ class BatchNormReport:
 
     Attributes:
         layers: those with new statistics, in the order of the model.
-        skipped: (name, class, reason) of layers that were left as they are.
+        skipped: (name, class, reason) of layers that were left out.
         images, batches: measured in the last pass, over all processes.
         passes, estimator: as asked for.
         seconds: of all passes, in this process.
@@ -112,5 +112,5 @@ def compare(
 
 
 def _largest(values: Tensor) -> float:
-    """Return the largest magnitude; infinity where something is no number."""
+    """Return the largest magnitude; infinity if there is a NaN."""
     return values.abs().nan_to_num(nan=float("inf")).max().item() if values.numel() else 0.0

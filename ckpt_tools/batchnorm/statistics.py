@@ -1,8 +1,8 @@
 """Statistics: count, mean and M2 of each channel, merged exactly, in float64.
 
 M2 is the sum of squared differences from the mean. Sets are merged by the pairwise formula of
-Chan, Golub and LeVeque (1979), so nothing is lost at large means, and the result is that of one
-set whatever the split.
+Chan, Golub and LeVeque (1979), so nothing is lost at large means, and the result does not depend on
+the split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Moments:
     """Mean and M2 of a set of values for each channel.
 
     Attributes:
-        count: values a channel.
+        count: values per channel.
         mean: float64 [C]; 0 where there is no value.
         m2: float64 [C], sum of squared differences from the mean.
     """
@@ -118,7 +118,7 @@ def _centred(wide: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class LayerMoments:
-    """What has been measured of one layer."""
+    """The measurements of one layer."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         none = Moments.none(channels, device)

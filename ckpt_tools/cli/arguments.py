@@ -156,10 +156,10 @@ def plain(report: Any) -> dict[str, Any]:
 
 
 def check_folder() -> None:
-    """Refuse to start in a folder that is gone.
+    """Refuse to start in a folder that was deleted.
 
     Raises:
-        WriteError: it is.
+        WriteError: it was.
     """
     try:
         Path.cwd()
@@ -181,7 +181,7 @@ def averaged(checkpoint: str | None) -> Path:
 
 
 def path(text: str | Path) -> str:
-    """Read a path, of which a shell leaves the ~ when it stands in quotes; a ~user that is none stays as it is."""
+    """Expand the ~ that a shell leaves in quotes; the ~ of an unknown user is kept."""
     return os.path.expanduser(text)  # noqa: PTH111
 
 
@@ -189,7 +189,7 @@ def numbers(name: str, text: str) -> list[float]:
     """Read numbers with commas between them.
 
     Raises:
-        UsageError: something else; names the parameter.
+        UsageError: the text is something else; names the parameter.
     """
     try:
         return [float(part) for part in text.split(",")]
@@ -198,7 +198,7 @@ def numbers(name: str, text: str) -> list[float]:
 
 
 def parse_kwargs(pairs: Sequence[str]) -> Mapping[str, Any]:
-    """Turn ``["num_classes=10", "act=relu"]`` into keyword arguments; what is no Python literal is text.
+    """Turn ``["num_classes=10", "act=relu"]`` into keyword arguments; other values than Python literals are text.
 
     Raises:
         UsageError: one without ``=``.

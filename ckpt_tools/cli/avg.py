@@ -58,7 +58,7 @@ def _show_summary(report: AverageReport) -> None:
 
 def _show_dropped(report: AverageReport) -> None:
     if report.left_out:
-        console.say(f"Left out, for some checkpoints lack them: {_some(report.left_out)}.")
+        console.say(f"Left out, because some checkpoints do not have them: {_some(report.left_out)}.")
     if report.dropped:
         console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
 
@@ -99,7 +99,7 @@ def _show_table(report: AverageReport) -> None:
 
 
 def _prefixes(report: AverageReport) -> list[str]:
-    """Say which names lose their wrapper prefixes."""
+    """Describe which names lose wrapper prefixes."""
     wrapped: dict[str, list[str]] = {}
     for i in report.inputs:
         if i.prefixes:

@@ -3,7 +3,7 @@
 Three things differ from what Typer does by itself, each for the time that it takes. Only the command that runs is
 imported. Its help is plain text in groups: rich would need 400 modules to draw boxes around them. And a value that is
 right is read here: Typer (0.29) makes a pydantic adapter for each option, and pydantic takes as long to import as all
-of an average. What is wrong goes to Typer, which has the words for it.
+of an average. A wrong value goes to Typer, which has the message.
 """
 
 from __future__ import annotations

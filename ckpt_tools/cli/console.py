@@ -1,4 +1,4 @@
-"""What a person sees: tables, bars and progress on stderr; JSON, for programs, on stdout."""
+"""Console: tables, bars and progress on stderr for people; JSON on stdout for programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NARROWEST = 40
 
 
 class _Stderr(io.FileIO):
-    """Where nothing can be said (a pipe without a reader, a full disk), the work goes on all the same."""
+    """If stderr cannot be written (a pipe without a reader, a full disk), the work goes on."""
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
@@ -36,7 +36,7 @@ class _Stderr(io.FileIO):
 
 
 class _Stdout(io.FileIO):
-    """A result that goes nowhere is an error."""
+    """A result that cannot be written is an error."""
 
     def write(self, data: Any) -> int:
         try:
@@ -51,7 +51,7 @@ class _Stdout(io.FileIO):
 
 
 def open_streams() -> None:
-    """Make the standard streams behave whatever stands behind them: a terminal, a file, a broken pipe, nothing."""
+    """Make the standard streams behave the same for a terminal, a file, a broken pipe, or nothing."""
     # The number of a closed stream would go to the next file opened, and what C code prints would go into that.
     while (spare := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
@@ -71,7 +71,7 @@ def _text(raw: io.FileIO, like: TextIO | None, errors: str) -> TextIO:
 
 
 def columns() -> int:
-    """Return the width that COLUMNS asks for, or that the terminal behind stderr has, or 80."""
+    """Return the width in COLUMNS, or of the terminal at stderr, or 80."""
     with suppress(ValueError):
         if (asked := int(os.environ.get("COLUMNS", ""))) > 0:
             return asked
@@ -92,19 +92,19 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 def let_end() -> None:
-    """Let the process come to its end: what it had to write is whole, or gone, and there is nothing more to stop."""
+    """Ignore signals to stop from here on: the output is complete, or gone."""
     for each in STOPPING:
         signal.signal(each, signal.SIG_IGN)
 
 
 def wrote(text: str) -> None:
-    """Say what was written, which no signal makes untrue from here on."""
+    """Report the output; signals to stop come too late from here on."""
     let_end()
     say(text)
 
 
 def say(*lines: str) -> None:
-    """Write plain lines to stderr; nothing in them steers the terminal, and a terminal breaks none of their words."""
+    """Write plain lines to stderr, without control characters; on a terminal they wrap between words."""
     for line in map(visible, lines):
         if sys.stderr.isatty() and len(line) > columns():
             import textwrap
@@ -118,7 +118,7 @@ def say(*lines: str) -> None:
 
 
 def visible(text: str) -> str:
-    """Write control characters out: a tensor may be called anything, and the file may be a stranger's."""
+    """Escape control characters: names in a file of unknown origin may contain any."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -130,14 +130,14 @@ def print_json(data: Any) -> None:
     """
     try:
         text = json.dumps(_plain(data), indent=2, allow_nan=False)
-    except RecursionError as error:  # what a stranger's file says of its origin, for one
+    except RecursionError as error:  # such as the provenance in a file of unknown origin
         raise WriteError("nested too deeply to be shown as JSON.") from error
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def _plain(data: Any) -> Any:
-    """Keep to what JSON and UTF-8 have: null for NaN and infinity, U+FFFD for bytes of a name that are no text."""
+    """Replace what JSON and UTF-8 do not have: NaN and infinity by null, bytes that are not text by U+FFFD."""
     if isinstance(data, dict):
         return {_plain(key): _plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -172,7 +172,7 @@ def plural(number: int, noun: str, several: str | None = None) -> str:
 
 
 def bar(value: float, largest: float, width: int = 20) -> str:
-    """Draw a value as a bar; the largest one fills the width, and what is not zero is seen."""
+    """Draw a value as a bar; the largest fills the width, and any value but zero is visible."""
     if largest <= 0 or value == 0:
         return ""
     eighths = max(1, round(abs(value) / largest * width * 8))
@@ -184,17 +184,17 @@ def bar(value: float, largest: float, width: int = 20) -> str:
     return drawn
 
 
-def bar_width(beside: int) -> int:
-    """Return how long bars may be that stand in a line with so much text."""
-    return max(2, min(20, columns() - beside))
+def bar_width(text: int) -> int:
+    """Return the width of bars in a line with this much text."""
+    return max(2, min(20, columns() - text))
 
 
 @contextmanager
 def counting(unit: str | None) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show how much is done, on a terminal that is wide enough; a plain line every ten seconds elsewhere.
+    """Show progress: a bar on a terminal that is wide enough, otherwise a line every ten seconds.
 
     Args:
-        unit: what is counted; None for bytes, of which the rate is shown, too.
+        unit: what is counted; None for bytes, with their rate.
 
     Yields:
         A function to call with (what is being done, how many are done, how many there are, if known).

@@ -100,7 +100,7 @@ def _show_table(tensors: list[TensorDiff]) -> None:
 
 
 def _verdict(report: DiffReport) -> str:
-    """Say in one line what is the same and what is not, claiming no more than was compared."""
+    """Summarize in one line, claiming no more than was compared."""
     weights = console.plural(report.compared, "tensor")
     if report.verdict == "identical":
         return f"Identical: {weights}, the same bit for bit."

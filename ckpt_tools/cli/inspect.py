@@ -1,4 +1,4 @@
-"""`ckpt inspect`: what a checkpoint holds, in milliseconds."""
+"""`ckpt inspect`: read the header, show."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _show(d: Description) -> None:
     files = f" in {d.files} files" if d.files > 1 else ""
     console.say(f"{d.path}: {d.format}, {console.size(d.nbytes)}{files}")
     if not d.sets:
-        console.say("  no weights in a known layout; choose a place with --state where a command takes it")
+        console.say("  no weights in a known layout; other commands can be told the place with --state")
     for weights in d.sets:
         console.say(
             f"  {weights.label}: {console.plural(len(weights.tensors), 'tensor')}, "
@@ -66,7 +66,7 @@ def _show(d: Description) -> None:
         console.say(f"  {optimizer.place}: {optimizer.kind}, {console.size(optimizer.nbytes)}{multiple}")
     for place, number in d.other.items():
         if place not in {o.place.split(".")[0] for o in d.optimizers}:
-            console.say(f"  {place}: {console.plural(number, 'tensor')} beside the weights")
+            console.say(f"  {place}: {console.plural(number, 'other tensor')}")
     if d.foreign:
         names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in d.foreign.items())
         console.say(f"  not understood, so neither imported nor run: {names}")

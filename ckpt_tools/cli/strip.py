@@ -42,7 +42,7 @@ def _show(report: StripReport) -> None:
         return
     rows = [(entry.place, entry.nbytes) for entry in report.entries]
     if report.compacted > 0:
-        rows.append(("what no tensor shows", report.compacted))
+        rows.append(("unused parts of storages", report.compacted))
     names = max(len(place) for place, _ in rows)
     width = console.bar_width(names + 14)
     largest = max(nbytes for _, nbytes in rows)
@@ -50,7 +50,7 @@ def _show(report: StripReport) -> None:
         console.say(f"  {place:<{names}} {console.size(nbytes):>9}  {console.bar(nbytes, largest, width)}".rstrip())
     console.say(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
     if report.dropped:
-        console.say(f"Not carried over, for it is no plain data: {', '.join(report.dropped)}.")
+        console.say(f"Not carried over, because it is not plain data: {', '.join(report.dropped)}.")
     console.say(*map(spelled, report.notes))
 
 

@@ -1,7 +1,7 @@
-"""Data: from a folder, a tar, a named dataset or a factory of the user's to batches of images.
+"""Data: batches of images from a folder, a tar, a named dataset or a factory of the user.
 
-Images are a seeded random subset, never the first ones of sorted classes. Batches are planned for all
-processes together and dealt out, so that the same batches are fed however many processes there are.
+Images are a seeded random subset, so that they do not all come from the first classes. Batches are planned for all
+processes together and dealt out, so that the batches are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _NAMED = ("hfds/", "hfids/", "tfds/", "wds/", "torch/")
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How data are read.
+    """How to read data.
 
     Attributes:
-        images: how many; None for 8192 or all that there are, -1 for all.
-        batch_size: images a batch.
-        workers: processes that decode images; 0 for this one.
+        images: number of images; None for 8192, or all if there are fewer; -1 for all.
+        batch_size: images per batch.
+        workers: number of processes that decode images; 0 to use this one.
         seed: of the random subset.
-        rank, world: which process this is, of how many.
+        rank, world: index of this process, and number of processes.
         pin_memory: for copies to a GPU.
     """
 
@@ -61,9 +61,9 @@ class Batches:
     """Batches of images with labels, to be read any number of times.
 
     Attributes:
-        images: how many are asked for, over all processes; None where the data do not say.
-        broken: images that could not be decoded, with the reason; known once the data have been read.
-        once: the data end when they have been read, as an iterator does.
+        images: number of images over all processes; None if the data have no length.
+        broken: images that could not be decoded, with the reason; complete after a pass.
+        once: the data can be read only once, as from an iterator.
     """
 
     def __init__(self, source: Any, loading: Loading) -> None:
@@ -81,7 +81,7 @@ class Batches:
         return self._from_items() if _is_map(self._source) else self._given()
 
     def check(self, broken: Sequence[str]) -> None:
-        """Refuse data of which too many images are broken, in one process or in all together.
+        """Refuse data with too many broken images, in one process or in all together.
 
         Raises:
             DataError: more than 1 % of them.
@@ -117,7 +117,7 @@ class Batches:
             raise DataError(f"a process that reads images died ({error}). Try fewer with `workers`.") from error
 
     def _given(self) -> Iterator[Any]:
-        """Pass on batches as they come, up to the number of images, each to one of the processes."""
+        """Yield batches as they come, up to the number of images; each goes to one of the processes."""
         asked = self._loading.images
         most = DEFAULT_IMAGES if asked is None else asked
         seen = 0
@@ -136,7 +136,7 @@ class Batches:
 
 
 class _Careful(Dataset[Any]):
-    """Items of a dataset, or what is wrong with them."""
+    """Items of a dataset; a `_Broken` in place of one that fails."""
 
     def __init__(self, source: Any) -> None:
         self._source = source
@@ -152,7 +152,7 @@ class _Careful(Dataset[Any]):
 
 
 class FolderImages(Dataset[Any]):
-    """Images of one of timm's readers, transformed; a broken one raises, where timm would give its neighbour."""
+    """Transformed images of a timm reader; a broken one raises (timm would return its neighbour)."""
 
     def __init__(self, reader: Any, transform: Any, mode: str) -> None:
         self._reader = reader
@@ -176,7 +176,7 @@ class FolderImages(Dataset[Any]):
 def open_data(
     source: str, loading: Loading, *, preprocessing: Mapping[str, Any] | None, split: str, root: str | None
 ) -> Batches:
-    """Open data by what the user calls them.
+    """Open data.
 
     Args:
         source: a folder of images (classes in folders, or flat), a tar of them, a name for
@@ -186,8 +186,8 @@ def open_data(
         split, root: of a named dataset.
 
     Raises:
-        DataError: nothing there, no image in it, or fewer than asked for by number.
-        UsageError: a number that makes no sense.
+        DataError: no such data, no images, or fewer than asked for.
+        UsageError: the factory cannot be imported.
     """
     if is_factory(source):
         factory = load_factory(source, "data")
@@ -239,13 +239,13 @@ def resolve_preprocessing(model: Any, channels: int, options: Mapping[str, Any])
     """Resolve size, crop, interpolation, mean and std as timm's validate.py does.
 
     Args:
-        model: its ``pretrained_cfg`` decides what no option says.
+        model: its ``pretrained_cfg`` has the values that no option sets.
         channels: of its images.
         options: ``img_size``, ``crop_pct``, ``interpolation``, ``mean``, ``std``; None where not given.
 
     Raises:
         DataError: timm is not installed.
-        UsageError: as many numbers for mean or std as make no sense.
+        UsageError: mean or std has the wrong number of values.
     """
     try:
         from timm.data import resolve_data_config
@@ -267,9 +267,9 @@ def resolve_preprocessing(model: Any, channels: int, options: Mapping[str, Any])
 
 
 def plan_batches(available: int, images: int, loading: Loading) -> list[list[int]]:
-    """Choose a random subset and cut it into batches; return those of this process.
+    """Return the batches of this process, of a random subset.
 
-    The last batch takes in a single image that would be left over.
+    A single image left over is added to the last batch.
     """
     generator = torch.Generator().manual_seed(loading.seed)
     chosen = torch.randperm(available, generator=generator)[:images].tolist()
@@ -281,7 +281,7 @@ def plan_batches(available: int, images: int, loading: Loading) -> list[list[int
 
 def _count(available: int, asked: int | None) -> int:
     if available == 0:
-        raise DataError("the data hold no image.")
+        raise DataError("the data have no images.")
     if asked is not None and asked > available:
         raise DataError(f"`images={asked}`: there are only {available}. Ask for fewer, or for all.")
     if asked is None:
@@ -314,7 +314,7 @@ _STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 @contextmanager
 def _stops_held() -> Iterator[None]:
-    """Hold signals to stop back while workers start, which would otherwise inherit what answers them here."""
+    """Hold back signals to stop while workers start, so that they do not inherit our handlers."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
@@ -323,7 +323,7 @@ def _stops_held() -> Iterator[None]:
 
 
 def _leave_stops(worker: int, then: Callable[[int], None] | None = None) -> None:
-    """Leave Ctrl-C to the process that reads, which ends its workers; a terminal sends it to all."""
+    """Leave Ctrl-C to the main process, which ends its workers; a terminal sends it to all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
@@ -340,7 +340,7 @@ def _name(source: Any, index: int) -> str:
 
 
 def _first(batch: Any, count: int) -> Any:
-    """Cut a batch down to its first images; labels with them."""
+    """Cut a batch down to its first images, with their labels."""
     if isinstance(batch, Mapping):
         return {key: _first(value, count) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

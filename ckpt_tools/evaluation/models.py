@@ -1,6 +1,6 @@
-"""Models: from a name, a factory of the user's, or what the checkpoint says, to the network with its weights.
+"""Models: the network of a checkpoint, from a timm name or a factory of the user.
 
-What a checkpoint says is only ever looked up as a timm name; it never decides what code runs.
+A name in a checkpoint is only looked up as a timm name; it never decides what code runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def importable(*specs: str | None) -> Iterator[None]:
 
 
 def load_factory(spec: str, parameter: str) -> Any:
-    """Import what ``module:name`` or ``path/to/file.py:name`` names; only ever from the user's own arguments.
+    """Import ``module:name`` or ``path/to/file.py:name``, which only arguments of the user name, never a checkpoint.
 
     Raises:
         UsageError: no such file, module or name; names the parameter that asked for it.
@@ -85,17 +85,17 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], specs: Mapping[str, Any]) -> nn.Module:
-    """Make the network that weights belong to, without weights.
+    """Make the network of a checkpoint, without its weights.
 
     Args:
         spec: a timm name, ``module:factory`` or ``path/to/file.py:factory``; the ``arch`` of the checkpoint if None.
         header: of the checkpoint.
-        kwargs: for the factory; they go before what the checkpoint says.
-        specs: the tensors of the checkpoint by name, which tell the number of classes where nothing else does.
+        kwargs: for the factory; they override arguments in the checkpoint.
+        specs: the tensors of the checkpoint by name; their shapes give the number of classes if nothing else does.
 
     Raises:
         UsageError: no such model or factory.
-        ModelError: nothing says which model it is, or it cannot be made.
+        ModelError: the model is unknown, or cannot be made.
     """
     said = stored_arguments(header)
     if spec is not None and ":" in spec:
@@ -105,22 +105,22 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
     name = spec if spec is not None else said.get("arch")
     if name is None:
         raise ModelError(
-            f"{header.path}: does not say which model it is. Use `model`, with a timm name or path/to/file.py:factory."
+            f"{header.path}: does not record its model. Use `model`, with a timm name or path/to/file.py:factory."
         )
     try:
         import timm
     except ImportError as error:
         raise ModelError(f"'{name}' is a timm model, and timm is not installed. Run: {INSTALL}") from error
     if not timm.is_model(name):
-        if spec is None:  # nobody typed it, so that it is no slip
+        if spec is None:  # nobody typed it, so do not suggest another
             raise ModelError(
-                f"{header.path}: its arch '{name}' is no timm model. Use `model='path/to/file.py:factory'`."
+                f"{header.path}: its arch '{name}' is not a timm model. Use `model='path/to/file.py:factory'`."
             )
         known = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" Did you mean {', '.join(known)}?" if known else ""
         advice = "" if known else " Use `model='path/to/file.py:factory'` for a model of your own."
         raise UsageError(f"`model={name!r}`: timm has no such model.{hint}{advice}")
-    # What timm itself does with a model (load a file, say) is for its user to ask, not for the checkpoint.
+    # Options of timm itself (such as a file to load) are for the user to set, not for the checkpoint.
     own = inspect.signature(timm.create_model).parameters
     stored = {key: value for key, value in said.items() if name == said.get("arch") and key not in ("arch", *own)}
     arguments = {**_shapes(timm.get_pretrained_cfg(name), specs), **stored, **kwargs}
@@ -138,7 +138,7 @@ def _made(name: str, make: Any) -> nn.Module:
 
 
 def stored_arguments(header: Header) -> dict[str, Any]:
-    """Return what a checkpoint says about its model: ``arch``, ``num_classes``, ``in_chans`` and the like."""
+    """Return the arguments of the model in a checkpoint: ``arch``, ``num_classes``, ``in_chans`` and others."""
     tree = header.view if isinstance(header.view, dict) else {}
     args = tree.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
@@ -153,7 +153,7 @@ def stored_arguments(header: Header) -> dict[str, Any]:
 
 
 def _shapes(cfg: Any, specs: Mapping[str, Any]) -> dict[str, int]:
-    """Read the number of classes and of input channels off the weights of a timm model."""
+    """Return the numbers of classes and of input channels, from the shapes of the weights of a timm model."""
     bare = {new: specs[old] for old, new in unwrap(specs).items()}
     found = {}
     for key, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
@@ -168,10 +168,10 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Fill a model with the weights of a checkpoint, strictly.
 
     Returns:
-        Name in the model to name in the checkpoint, which differ by wrapper prefixes.
+        Names in the model to names in the checkpoint; they differ by wrapper prefixes.
 
     Raises:
-        ModelError: names or shapes differ; names the first of each kind.
+        ModelError: names or shapes differ; the message has the first of each.
     """
     stored = {bare: name for name, bare in unwrap(checkpoint).items()}
     own = {bare: name for name, bare in unwrap(model.state_dict()).items()}
@@ -202,7 +202,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return how many channels the images of a model have, as its first convolution says; 3 if it has none."""
+    """Return the number of input channels of the first convolution; 3 if there is none."""
     first = next((m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)), None)
     return 3 if first is None else first.in_channels
 

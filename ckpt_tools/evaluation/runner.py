@@ -1,4 +1,4 @@
-"""Running: a network over batches, with progress, mixed precision, and words for what goes wrong."""
+"""Running: a network over batches, with progress, mixed precision, and messages for errors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Progress = Callable[[str, int, "int | None"], None]
 
 
 class Runner:
-    """Runs one network on one device.
+    """Runs one network on one device; a context that sets the allocator of glibc meanwhile.
 
     Args:
         network: on that device.
-        amp: in bfloat16, where torch's autocast holds that safe.
-        channels_last: hand images over in channels-last order.
+        amp: use bfloat16 where torch.autocast does.
+        channels_last: pass images in channels-last order.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, *, amp: bool, channels_last: bool) -> None:
@@ -72,7 +72,7 @@ class Runner:
                 return work()
         except CkptError:
             raise
-        except (Exception, SystemExit) as error:  # the user's own code raises what it likes
+        except (Exception, SystemExit) as error:  # the code of the user may raise anything
             shape = "" if self._shape is None else f" on a batch of shape {self._shape}"
             raise ModelError(
                 f"{type(self._network).__name__} failed{shape} ({type(error).__name__}: {error}). "
@@ -86,7 +86,7 @@ class Runner:
 
 
 class _Fed:
-    """Batches on their way to the network, any number of times."""
+    """Prepared batches for the network; can be iterated any number of times if the data can."""
 
     def __init__(
         self, batches: Batches, prepare: Callable[[Tensor], Tensor], on_images: Callable[[int], None] | None = None

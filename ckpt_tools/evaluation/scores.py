@@ -1,4 +1,4 @@
-"""Evaluation: top-1, top-5 and loss of a classifier, so that a gain is seen and not believed."""
+"""Scores: top-1, top-5 and loss of a classifier."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How well a classifier does.
+    """Accuracy of a classifier.
 
     Attributes:
-        top1, top5: percent of the images whose label is the likeliest, or among the five likeliest.
+        top1, top5: percentage of images whose label has the highest score, or one of the five highest.
         loss: mean cross entropy, in nats.
-        images: how many.
+        images: number of images.
     """
 
     top1: float
@@ -34,13 +34,13 @@ class Accuracy:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
-    """Run a classifier over labelled images, in eval mode; processes of a group put their parts together.
+    """Run a classifier over labelled images, in eval mode; the processes of a group add up their sums.
 
     Args:
         batches: of (images, labels), labels int64 [N].
 
     Raises:
-        DataError: a batch without labels, or with labels that the model has no class for.
+        DataError: a batch has no labels, or labels out of range.
     """
     device = device_of(model)
     modes = {module: module.training for module in model.modules()}

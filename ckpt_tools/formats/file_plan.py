@@ -141,6 +141,13 @@ class OutTensor:
         return self.terms.coefficients  # type: ignore[union-attr]
 
     @property
+    def origin(self) -> object:
+        """The tensor of the last input, or this one where there is no input."""
+        if type(self.terms) is SharedTerms:
+            return self.terms.spec
+        return self.terms[-1][0] if self.terms else self
+
+    @property
     def specs(self) -> Sequence[TensorSpec]:
         """Of the terms."""
         return self.terms.specs if type(self.terms) is Terms else [spec for spec, _ in self.terms]

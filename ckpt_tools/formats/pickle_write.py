@@ -75,6 +75,7 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: IO[bytes], names: _Names) -> None:
         super().__init__(file, protocol=2)  # the one that torch's restricted loader knows
         self.storages: list[OutTensor] = []
+        self._shapes: dict[int, tuple[int, ...]] = {}
         self._names = names
 
     def persistent_id(self, obj: Any) -> Any:
@@ -90,10 +91,12 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         storage = _StorageOut(obj, str(len(self.storages)))
         self.storages.append(obj)
-        # A tuple of its own: what a pickler meets again, it does not write again.
+        # What a pickler meets again, it does not write again: so torch's tuples are own ones, but for two names of one
+        # tensor of an input.
+        shape = self._shapes.setdefault(id(obj.origin), (*obj.shape,))
         stride = (*c_strides(obj.shape),)
         hooks: OrderedDict[Any, Any] = OrderedDict()
-        args = (storage, 0, obj.shape, stride, False, hooks)
+        args = (storage, 0, shape, stride, False, hooks)
         if obj.dtype.storage is None:
             return self._names[_REBUILD_WITH_DTYPE], (*args, self._names["torch", obj.dtype.name])
         return self._names[_REBUILD], args

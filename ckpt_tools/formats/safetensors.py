@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecoder
@@ -207,7 +206,6 @@ def _tensors(path: Path, entries: Mapping[str, Any], *, base: int, nbytes: int) 
     position = 0
     whole = Storage(path, base, nbytes)
     for name, entry in entries.items():
-        name = sys.intern(name)  # the next header has it, too
         try:
             code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:

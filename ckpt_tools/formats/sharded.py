@@ -103,7 +103,7 @@ _KNOWN: WeakValueDictionary[bytes, _Template] = WeakValueDictionary()
 
 def _read_index(sharded: Format, index: Path, path: Path) -> Header:
     raw, stamp = read_file(index)
-    known = _KNOWN.get(raw)
+    known = _KNOWN.get(raw)  # the last one with this index, whatever its shards are
     weight_map = read_weight_map(index, raw) if known is None else known.weight_map
     headers = {name: read_single(shard) for name, shard in members(index, dict.fromkeys(weight_map.values())).items()}
     files = (stamp, *(file for header in headers.values() for file in header.files))
@@ -125,6 +125,10 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
             template=known,
             places=places,
         )
+    names = {name: name for name in weight_map}
+    for header in headers.values():
+        if header.template is not None and not header.places:  # parsed just now; its names are those of the index
+            header.template.content = {names.get(key, key): spec for key, spec in header.content.items()}
     tree: dict[str, Any] = {}
     trees = {name: header.view for name, header in headers.items()}
     for key, name in weight_map.items():

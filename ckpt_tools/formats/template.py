@@ -84,10 +84,14 @@ def relocated(content: Any, places: Places) -> Any:
 
     if type(content) is dict and {TensorSpec}.issuperset(map(type, content.values())):  # the usual case, and large
         return {name: place(spec) for name, spec in content.items()} if places else dict(content)
-    return map_tree(
-        content,
-        lambda _, node: place(node) if type(node) is TensorSpec else node if type(node) in _ATOMS else NotImplemented,
-    )
+    placed: dict[int, TensorSpec] = {}  # a tensor under two names stays one object
+
+    def replace(_: object, node: Any) -> Any:
+        if type(node) is TensorSpec:
+            return placed.get(id(node)) or placed.setdefault(id(node), place(node))
+        return node if type(node) in _ATOMS else NotImplemented
+
+    return map_tree(content, replace)
 
 
 # Offsets in a line of the central directory: of the times, of the checksum, and of the sizes behind it.

@@ -1,4 +1,4 @@
-"""Averaging: ties series, layouts, keys, schedules, formats and engine together."""
+"""Averaging: from paths to one file or folder with the weighted sum of the checkpoints."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class AverageReport:
-    """What an average is made of; the same before the work (the plan) and after it.
+    """What an average consists of; the plan before the work, and the result after it.
 
     Attributes:
         inputs: oldest first.
         mode: the schedule.
-        ordered_by: what put the inputs in order.
-        averaged, copied: names of output tensors that are summed, or taken from the last checkpoint as they are.
+        ordered_by: what the order of the inputs is taken from, in words.
+        averaged, copied: names of output tensors that are summed, or copied from the last checkpoint.
         left_out: names that only some checkpoints have, with ``keys="intersection"``.
         tied: names that share their tensor with an earlier one.
-        notes: decisions worth knowing; warnings among them.
-        dropped: what of the last checkpoint's container is not carried over.
+        notes: decisions and warnings, in words.
+        dropped: entries of the last checkpoint that are not in the output.
         out: the target.
         bytes_read, bytes_written: of the whole job.
-        memory: private bytes of buffers it needs, without those on GPUs.
-        device: what does the sums: `cpu`, or GPUs such as `cuda:0`, with commas between them.
+        memory: bytes of private buffers in host memory.
+        device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
         written: False for a plan.
     """
 
@@ -177,7 +177,7 @@ def average(
 
 
 def _arguments(schedule: Schedule, matching: Matching, dtype: DType | None, running: Summing) -> dict[str, Any]:
-    """Collect the options that the output records; None for those that are not worth it."""
+    """Return the options to record in the output; None for those at their defaults."""
     return {
         **schedule.arguments,
         "match": None if matching.match == "name" else matching.match,
@@ -211,7 +211,7 @@ class _LinedUp:
 
 def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching, *, mixed_dtypes: bool) -> _LinedUp:
     shared = _shared(members)
-    # What is in one of several files with identical headers is in all of them.
+    # Files with identical headers have the same tensors.
     states = _select_all(members[-1:] if shared else members, names, matching.state)
     renamed = [unwrap(s.tensors) for s in states]
     plan = align(
@@ -225,7 +225,7 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     partial = [name for name, row in plan.rows.items() if not all(row)]
     if partial:
         more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
-        notes.append(f"Not in every checkpoint, so taken from those that have them: '{partial[0]}'{more}.")
+        notes.append(f"Not in every checkpoint, so averaged over those that have them: '{partial[0]}'{more}.")
     return _LinedUp(states, renamed, plan.rows, plan.left_out, shared, tuple(notes))
 
 
@@ -234,10 +234,10 @@ def _renamed(tensors: Mapping[str, Tensor], bare: Mapping[str, str]) -> Mapping[
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:
-    """Note the weights beside the average that are those of the last checkpoint."""
+    """Report other sets of weights that are copied from the last checkpoint."""
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
-        yield f"Kept beside the weights as the last checkpoint has it, not averaged: {sets}."
+        yield f"Copied from the last checkpoint, not averaged: {sets}."
 
 
 def _coefficients(schedule: Schedule, series: Series) -> tuple[float, ...]:
@@ -248,7 +248,7 @@ def _coefficients(schedule: Schedule, series: Series) -> tuple[float, ...]:
 
 
 def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequence[float]) -> Iterator[str]:
-    """Say what a user of this schedule is likely not to expect."""
+    """Report results that a user of this schedule may not expect."""
     if schedule.values.get("per_step") and members[0].counter in ("epoch", "name"):
         what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
         yield f"`per_step` counts gaps in {what}, for the files store no step."
@@ -267,14 +267,14 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
         lacking = [name for name, s in zip(names, states, strict=True) if s.which != "ema"]
         raise LayoutError(
             f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
-            "Raw and averaged weights do not mix: say `state='raw'`, or leave the others out."
+            "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
         )
     marked = [name for name in names if _EMA_NAME.search(name)]
     if state == "auto" and kinds == {"raw"} and 0 < len(marked) < len(names):
         raise LayoutError(
-            f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is none "
-            f"({len(marked)} of {len(names)} are). Raw and averaged weights do not mix: leave the others out, "
-            "or say `state='raw'` if the names mislead."
+            f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
+            f"({len(marked)} of {len(names)} are). Raw and averaged weights cannot be mixed: leave the others out, "
+            "or use `state='raw'` if the names are wrong."
         )
     return states
 
@@ -282,7 +282,7 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
 def _inputs(
     members: Sequence[Member], names: Sequence[str], coefficients: Sequence[float], weights: _LinedUp
 ) -> tuple[Input, ...]:
-    """Describe the checkpoints; one set of weights and one map of names are those of all."""
+    """Describe the checkpoints; a single set of weights stands for all of them."""
     found = [
         (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
         for chosen, bare in zip(weights.states, weights.renamed, strict=True)

@@ -41,17 +41,17 @@ from .run import produce
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What a conversion does; the same before the work (the plan) and after it.
+    """What a conversion does; the plan before the work, and the result after it.
 
     Attributes:
         path: the checkpoint.
-        layout, format: of it.
+        layout, format: of the checkpoint.
         to: layout of the output.
-        state: which weights went in, such as ``raw (state_dict)``; one or two.
-        placed: where each stands in the output: ``raw (state_dict) → model``.
-        tensors: in the output's sets of weights.
-        dropped: what is not carried over.
-        notes: what is lost or made up.
+        state: the sets of weights that are converted, such as ``raw (state_dict)``; one or two.
+        placed: where each is in the output: ``raw (state_dict) → model``.
+        tensors: in one set of weights of the output.
+        dropped: entries that are not in the output.
+        notes: what is lost, and what is filled in.
         out: the target.
         bytes_read, bytes_written: of the whole job.
         written: False for a plan.
@@ -108,7 +108,7 @@ def convert(
     found, sets = _chosen(header, layout, which.state, naming)
     notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.pair and not layout.alone:
-        notes.append("One set of weights stands for both, the raw and the averaged ones.")
+        notes.append("The only set of weights is used for both, raw and averaged.")
     content = _content(header, sets, dtype, naming, notes, updates=missing.updates, decay=missing.decay)
     said = provenance(
         "convert",
@@ -153,7 +153,7 @@ def find_layout(name: str) -> Layout:
     """Return the layout of this name.
 
     Raises:
-        UsageError: there is none, or none that is written; offers the nearest.
+        UsageError: there is no such layout, or it can only be read; the message suggests similar names.
     """
     layout = next((layout for layout in LAYOUTS if layout.name == name), None)
     written = [layout.name for layout in LAYOUTS if layout.written]
@@ -162,7 +162,7 @@ def find_layout(name: str) -> Layout:
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UsageError(f"`to={name!r}`: no such layout.{hint} There are {', '.join(written)}.")
     if not layout.written:
-        raise UsageError(f"`to={name!r}`: is read, but not written. Written are {', '.join(written)}.")
+        raise UsageError(f"`to={name!r}`: can be read, but not written. These can be written: {', '.join(written)}.")
     return layout
 
 
@@ -190,10 +190,10 @@ def _check_counters(updates: int | None, decay: float | None) -> None:
 def _chosen(
     header: Header, layout: Layout, state: str, naming: Naming
 ) -> tuple[dict[str, StateDict], dict[str, StateDict]]:
-    """Choose the sets that go in: both, where both places are there for them and nobody asked for one.
+    """Choose the sets to convert: both, if the layout keeps both and `state` is ``auto``.
 
     Returns:
-        (all sets of the checkpoint, those that go in).
+        (all sets of the checkpoint, those to convert).
     """
     first = select(header, state, naming.names)
     found = states(header, naming.names)
@@ -204,12 +204,12 @@ def _chosen(
 
 
 def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], naming: Naming) -> Iterator[str]:
-    """Say where names of averages and of raw weights differ, and which values among the averages are none."""
+    """Report names that only one set has, and tensors of the averaged set that are not averages."""
     ema, raw = sets.get("ema"), found["raw"].tensors if "raw" in found else {}
     if ema is None:
         return
     if raw and {*raw.values()} == {*ema.tensors.values()}:
-        yield "The averaged weights are the raw ones: both stand for the same bytes. Was the EMA ever updated?"
+        yield "The averaged weights and the raw ones are the same bytes. Was the EMA ever updated?"
         return
     if raw:
         for one, other, who in ((raw, ema.tensors, "lack"), (ema.tensors, raw, "hold")):
@@ -224,7 +224,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], nami
             if names.get(name) is tensor and isinstance(tensor, TensorSpec) and tensor.dtype.averaged
         ]
         if borrowed:
-            yield f"No averages, but from {whose}: {_some(borrowed)}."
+            yield f"Not averaged, but taken from {whose}: {_some(borrowed)}."
 
 
 def _some(names: Sequence[str]) -> str:
@@ -304,7 +304,7 @@ def _assembled(
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Target) -> list[str]:
-    """Say where the weights stand now."""
+    """Describe where each set of weights is in the output."""
     whole = "the whole folder" if target.folder else "the whole file"
     # A flat file has no places, but a nested one would.
     where = {"raw": layout.raw, "ema": layout.ema}

@@ -1,4 +1,4 @@
-"""Diffing: what is different between the weights of two checkpoints."""
+"""Diffing: the differences between the weights of two checkpoints."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Side:
         path: the file or folder.
         name: a short name, distinct from the other's where the paths are.
         state: which weights are compared, such as ``ema (state_dict_ema)``.
-        tensors: how many these are.
-        prefixes: wrapper prefixes that its names are compared without.
+        tensors: number of tensors.
+        prefixes: wrapper prefixes that are ignored in its names.
     """
 
     path: str
@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A shape or a dtype that is not the same on both sides, in words."""
+    """A shape or a dtype that differs, in words."""
 
     name: str
     a: str
@@ -58,7 +58,7 @@ class TensorDiff:
         name: without wrapper prefixes.
         tied: further names of the same tensors.
         dtype: in a.
-        values: how many numbers it holds; a complex element is two.
+        values: number of values; a complex element is two.
         differing, beyond, nonfinite, max_abs, max_rel: see `ckpt_tools.compute.compare.Distance`.
     """
 
@@ -80,19 +80,19 @@ class TensorDiff:
 
 @dataclass(frozen=True, slots=True)
 class DiffReport:
-    """What is different between two sets of weights.
+    """The differences between two sets of weights.
 
     Attributes:
         a, b: the checkpoints; b is the reference of the tolerance.
         rtol, atol: values may differ by atol + rtol * |b|.
-        only_a, only_b: names that the other lacks.
+        only_a, only_b: names that the other does not have.
         shapes: tensors whose shapes differ; their values are not compared.
         dtypes: tensors whose dtypes differ.
-        not_compared: names that no values can be compared of, and why.
-        compared: how many names were compared by value.
-        identical: how many of them are the same, byte for byte.
+        not_compared: names whose values cannot be compared, and why.
+        compared: number of names whose values were compared.
+        identical: number of them with the same bytes.
         tensors: the others, with the largest differences first.
-        notes: decisions worth knowing.
+        notes: decisions, in words.
         bytes_read: of both.
     """
 
@@ -129,17 +129,17 @@ class DiffReport:
 
     @property
     def max_abs(self) -> tuple[float, str]:
-        """The largest absolute difference between finite values, and the tensor that it is in."""
+        """The largest absolute difference between finite values, and its tensor."""
         return _largest((t.max_abs, t.name) for t in self.tensors)
 
     @property
     def max_rel(self) -> tuple[float, str]:
-        """The largest relative difference between finite values, and the tensor that it is in."""
+        """The largest relative difference between finite values, and its tensor."""
         return _largest((t.max_rel, t.name) for t in self.tensors)
 
     @property
     def nonfinite(self) -> int:
-        """How many values differ where one of the two is NaN or infinity."""
+        """Number of values that differ because one of the two is NaN or infinity."""
         return sum(t.nonfinite for t in self.tensors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         {options}
 
     Returns:
-        What differs, and by how much; its ``verdict`` sums up.
+        The differences; ``verdict`` summarizes them.
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`.
@@ -222,18 +222,18 @@ def _remarks(chosen: Sequence[StateDict], names: Sequence[str]) -> Iterator[str]
     a, b = (weights.which for weights in chosen)
     if a != b:
         yield (
-            f"The {a} weights of {names[0]} are compared with the {b} weights of {names[1]}, for not both have an EMA. "
+            f"The {a} weights of {names[0]} are compared with the {b} weights of {names[1]}: only one has an EMA. "
             "Choose with `state` and `state_b`."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is to be read, and what the headers tell without reading.
+    """What to read, and what is known from the headers.
 
     Attributes:
-        pairs: two tensors to all names under which they stand; each pair is read once.
-        same: names whose tensors are the very same bytes of one file.
+        pairs: two tensors to all of their names; each pair is read once.
+        same: number of names whose two tensors are the same bytes of one file.
         nbytes: to read.
     """
 
@@ -251,10 +251,10 @@ class _Plan:
 
 
 def _plan(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, headers: Sequence[Header], same_place: bool) -> _Plan:
-    """Pair the tensors off.
+    """Pair the tensors by name.
 
     Args:
-        same_place: both sets of weights stand at one place in their files.
+        same_place: both sets of weights have the same path in their files.
     """
     # One file under two names is one file.
     known = {stamp.identity: stamp.path for stamp in headers[0].files}
@@ -305,7 +305,7 @@ def _measured(
     """Read the pairs; return the names and the distance of each."""
     if not plan.pairs:
         return {}
-    from ..compute.compare import compare  # imports torch, which headers alone have no need of
+    from ..compute.compare import compare  # imports torch
 
     distances = compare(
         list(plan.pairs),

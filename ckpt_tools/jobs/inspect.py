@@ -1,4 +1,4 @@
-"""Inspection: what a checkpoint holds, from its header alone."""
+"""Inspection: the contents of a checkpoint, from its header."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor, as a list of tensors shows it."""
+    """A tensor in the list of tensors."""
 
     name: str
     dtype: str
@@ -28,15 +28,15 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class WeightSet:
-    """One set of weights: how many tensors and elements, of which dtypes, with which prefixes.
+    """A set of weights.
 
     Attributes:
         which: ``raw`` or ``ema``.
-        label: with the place in the file.
+        label: `which`, with the path in the file.
         layout: name of the layout.
-        elements: parameters and buffers, in elements.
+        elements: of all parameters and buffers.
         dtypes: name to (tensors, bytes), the largest first.
-        prefixes: wrapper prefix to how many names carry it.
+        prefixes: wrapper prefix to the number of names with it.
         tensors: all of them, in order.
     """
 
@@ -52,7 +52,7 @@ class WeightSet:
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """An optimizer's state: what it looks like, and its memory in multiples of the parameters."""
+    """The state of an optimizer: its name, and its memory in multiples of the parameters."""
 
     place: str
     kind: str
@@ -62,18 +62,18 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What `ckpt inspect` shows.
+    """The contents of a checkpoint.
 
     Attributes:
         path, format, nbytes: of the file or folder.
-        files: how many files it consists of.
+        files: number of its files.
         sets: the weights in known layouts.
-        other: places with tensors beside these (top-level entry to tensor count).
+        other: other top-level entries with tensors, and the number of tensors.
         counters: step, epoch and the like.
         metric: timm's ``metric``, if there is one.
         optimizers: their states.
-        foreign: Python names that were not understood, and so not run.
-        provenance: what ckpt-tools wrote about its own output.
+        foreign: unknown Python names; they were neither imported nor run.
+        provenance: the record of ckpt-tools in its own outputs.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Options: the keyword arguments of the public functions in groups, each said once for library and command line.
+"""Options: the keyword arguments of the public functions in groups, declared once for library and command line.
 
 `takes` gives a function the flat keyword signature of its groups; the command line makes its options of the same ones.
 """
@@ -38,7 +38,7 @@ def option(help: str, default: Any = REQUIRED, *, implied: Any = None, metavar: 
 class Options:
     """A group that is declared like a dataclass: frozen, keyword-only.
 
-    It is none, for a dataclass compiles code: a dozen of them would take a tenth of the start-up of `ckpt avg`.
+    It is not one, because a dataclass compiles code: a dozen of them would be a tenth of the start-up of `ckpt avg`.
     """
 
     title: ClassVar[str]
@@ -127,7 +127,7 @@ class Selection(Options):
     from_step: int | None = option("From this step (or epoch) on.", None, metavar="N")
     to_step: int | None = option("Up to this step (or epoch).", None, metavar="N")
     order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
-    include_outputs: bool = option("Take files that ckpt wrote itself, too.", False)
+    include_outputs: bool = option("Include files that ckpt wrote.", False)
 
 
 class Matching(Options):
@@ -170,7 +170,7 @@ class AveragedOutput(Encoding):
     """Where an average goes, in which encoding, and what is recorded in it."""
 
     out: str | Path | None = option(
-        "The suffix picks the format; none, or a slash at the end: a folder of shards.",
+        "A known suffix chooses the format; other names, and a slash at the end, mean a folder of shards.",
         None,
         implied="averaged.pth, or as the inputs are",
         metavar="PATH",
@@ -183,7 +183,8 @@ class ConvertedOutput(Encoding):
 
     to: str = option("plain, timm-ema, averaged-model, ...", "plain", metavar="LAYOUT")
     out: str | Path = option(
-        "The suffix picks the format; none, or a slash at the end: a folder of shards.", metavar="PATH"
+        "A known suffix chooses the format; other names, and a slash at the end, mean a folder of shards.",
+        metavar="PATH",
     )
 
 
@@ -220,15 +221,15 @@ class Running(Options):
 class Computing(Running):
     """How a job runs that computes with the tensors."""
 
-    threads: int | None = option("Workers; the result is the same.", None, implied="the cores, 16 at most")
-    allow_nonfinite: bool = option("Let NaN and infinity pass.", False)
+    threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
+    allow_nonfinite: bool = option("Allow NaN and infinity.", False)
 
 
 class Summing(Computing):
     """How a job runs that sums tensors."""
 
-    device: str = option("auto, cpu, cuda (all GPUs), cuda:1 (that one). Same bytes.", "auto")
-    gpu_memory: Size | None = option("To take on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE")
+    device: str = option("auto, cpu, cuda (all GPUs), or one such as cuda:1; the result is the same.", "auto")
+    gpu_memory: Size | None = option("Memory to use on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE")
 
 
 class KeptState(Options):
@@ -236,7 +237,9 @@ class KeptState(Options):
 
     title = "Which weights"
 
-    state: str | None = option("Keep only these: auto, raw, ema, or a dotted path.", None, implied="all of them")
+    state: str | None = option(
+        "Keep only these weights: auto, raw, ema, or a dotted path.", None, implied="all of them"
+    )
 
 
 class ConvertedState(State):
@@ -246,9 +249,9 @@ class ConvertedState(State):
 
 
 class Missing(Options):
-    """What a checkpoint does not say about its averages."""
+    """What a checkpoint may not record about its averages."""
 
-    title = "What the checkpoint does not say"
+    title = "If the checkpoint does not record it"
 
     names_from: str | Path | None = option("A checkpoint of the same model, for names.", None, metavar="CKPT")
     model: str | None = option("Instead: timm name, module:factory or file.py:factory.", None)
@@ -260,13 +263,13 @@ class Missing(Options):
 class Comparison(State):
     """Which weights are compared."""
 
-    state_b: str | None = option("The same for B.", None, implied="as `state`")
+    state_b: str | None = option("The same, of B.", None, implied="as `state`")
 
 
 class Tolerance(Options):
-    """Which differences count."""
+    """Which differences are tolerated."""
 
-    title = "Which differences count"
+    title = "Tolerance"
 
     rtol: float = option("Values may differ by atol + rtol * |b|.", 0.0)
     atol: float = option("As in torch.allclose.", 0.0)
@@ -277,7 +280,7 @@ class Reading(Options):
 
     title = "Running"
 
-    threads: int | None = option("Workers; the result is the same.", None, implied="the cores, 16 at most")
+    threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
     on_progress: Callable[[int, int], None] | None = option(
         "Called in this thread with (bytes read, bytes in all).", None
     )
@@ -288,7 +291,7 @@ class Prefixes(Options):
 
     title = "Prefixes"
 
-    strip: Words = option("Take this off instead.", (), implied="what wrappers put on", metavar="P")
+    strip: Words = option("Remove this prefix instead.", (), implied="those of wrappers", metavar="P")
     add: Words = option("Put this before all names.", (), metavar="P")
 
 
@@ -307,8 +310,10 @@ class Images(Options):
     title = "The data"
 
     data: str = option("Folder of images, tar, timm dataset (hfds/...), or file.py:factory.", metavar="DATA")
-    images: int | None = option("How many, at random; -1 for all.", None, implied="8192, or all if fewer", metavar="N")
-    batch_size: int = option("Images a batch, and a process.", 64)
+    images: int | None = option(
+        "Number of images, chosen at random; -1 for all.", None, implied="8192, or all if fewer", metavar="N"
+    )
+    batch_size: int = option("Images per batch.", 64)
     workers: int | None = option("Processes that decode images.", None, implied="the cores, 8 at most")
     img_size: int | None = option("Side of the images.", None, implied="the model's")
     crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the model's")
@@ -324,10 +329,12 @@ class Measuring(Options):
 
     title = "The statistics"
 
-    passes: int = option("1: by batch statistics; more: again, with those just found in use.", 1)
+    passes: int = option(
+        "1: with batch statistics; each further one measures again with the statistics of the one before.", 1
+    )
     estimator: str = option("population or batch-mean.", "population")
     seed: int = option("Of the random subset.", 0)
-    eval_data: str | None = option("Accuracy on these before and after.", None, metavar="DATA")
+    eval_data: str | None = option("Labelled images, to measure the accuracy before and after.", None, metavar="DATA")
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
 
 

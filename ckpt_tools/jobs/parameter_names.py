@@ -1,4 +1,4 @@
-"""Naming: names for averages that have none, from another checkpoint or from a model."""
+"""Parameter names: for averages without names, from another checkpoint or from a model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NOWHERE = Path()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Naming:
-    """Names for what has none.
+    """Names for parameters without names.
 
     Attributes:
-        names: a state dict of the model; empty where nobody gave one.
-        order: which of them are parameters, in their order; None where a state dict cannot tell for certain.
-        files: of the checkpoint that they are from, whose buffers may be needed.
-        label: what to call it.
+        names: a state dict of the model; None if none was given.
+        order: names of the parameters, in their order; None if unknown.
+        files: of the checkpoint that has the names; its buffers may be used.
+        label: description for messages.
     """
 
     names: Mapping[str, Tensor] | None = None
@@ -35,12 +35,12 @@ class Naming:
 
 
 def find_names(header: Header, names_from: str | Path | None, model: str | None, kwargs: Mapping[str, Any]) -> Naming:
-    """Read names where the user says they are.
+    """Read names from where the user asks.
 
     Args:
-        header: of the checkpoint that needs them.
+        header: of the checkpoint that needs names.
         names_from: another checkpoint of the same model.
-        model, kwargs: or a timm name or a factory, and what it is called with.
+        model, kwargs: or a timm name or a factory, and its arguments.
 
     Raises:
         UsageError: both are given, or no such model.
@@ -59,7 +59,7 @@ def find_names(header: Header, names_from: str | Path | None, model: str | None,
 
     network = build_model(model, header, kwargs, {})
     order = tuple(name for name, _ in network.named_parameters())
-    # Each parameter at a place of its own, so that only those that the model ties are tied.
+    # A storage for each parameter, so that only those that the model ties are tied.
     places: dict[int, int] = {}
     names = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
@@ -72,7 +72,7 @@ def find_names(header: Header, names_from: str | Path | None, model: str | None,
 
 
 def in_files(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what a model has only given its name for: its buffers stand in no file."""
+    """Leave out tensors of a model, which are in no file."""
     return {
         name: tensor
         for name, tensor in tensors.items()

@@ -1,4 +1,4 @@
-"""Provenance: what an output says about where it came from."""
+"""Provenance: the record in an output of its inputs and options."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Input:
     Attributes:
         path: the file or folder.
         name: a short name, distinct within the series.
-        step: where in training it stands, None if unknown.
+        step: training step, or epoch; None if unknown.
         coefficient: its weight in the sum.
-        state: which weights are taken, such as ``ema (state_dict_ema)``.
+        state: the set of weights, such as ``ema (state_dict_ema)``.
         nbytes: size on disk.
         prefixes: wrapper prefixes that were removed from its names.
-        sha256: of each of its files, if asked for.
+        sha256: of each of its files; empty unless `hash` was given.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Input:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Name files as shortly as keeps them apart; folders above them are nobody's business."""
+    """Return the shortest distinct names; outputs do not record the folders above them."""
     depth = 1
     while True:
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -46,7 +46,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def provenance(command: str, arguments: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """Say which command made an output, with which arguments (None is left out), and what else is worth keeping."""
+    """Return a record of the command, its arguments (without those that are None), and further facts."""
     return {
         "tool": "ckpt-tools",
         "version": __version__,
@@ -57,7 +57,7 @@ def provenance(command: str, arguments: dict[str, Any], **facts: Any) -> dict[st
 
 
 def averaged_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
-    """Say which checkpoints an average is made of, and in which proportions."""
+    """Return a record of the checkpoints of an average and their coefficients."""
     return [
         {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}
         | ({"sha256": i.sha256} if i.sha256 else {})

@@ -36,21 +36,21 @@ from .run import check_output, run, write
 
 @dataclass(frozen=True, slots=True)
 class RecalibrationReport:
-    """What a recalibration is, or was; the same before the work (the plan) and after it.
+    """What a recalibration does; the plan before the work, and the result after it.
 
     Attributes:
-        path, out: the checkpoint, and where the new one goes.
+        path, out: the checkpoint, and the new one.
         state: which weights, such as ``raw (state_dict)``.
-        model, device: class of the network, and where it runs.
+        model, device: class of the network, and its device.
         data: as given.
-        images: how many, None where the data do not say before they end.
+        images: number of images; None in a plan if the data have no length.
         preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
         layers: BatchNorm layers to recalibrate.
-        statistics: what was found; None in a plan.
+        statistics: the new statistics; None in a plan.
         broken: images that could not be read.
         before, after: accuracy on the data of `eval_data`.
-        notes: decisions worth knowing; warnings among them.
-        dropped: what of the checkpoint could not be written again.
+        notes: decisions and warnings, in words.
+        dropped: entries of the checkpoint that cannot be written.
         written: True once the new checkpoint is there.
     """
 
@@ -91,16 +91,16 @@ def recalibrate_checkpoint(
 ) -> RecalibrationReport:
     """Give the weights in a checkpoint the BatchNorm statistics of some data, and write it anew.
 
-    Everything but the buffers of the BatchNorm layers stays as it is, byte for byte. `build_model` in
-    `ckpt_tools.evaluation.models` says what a model may be, `open_data` in `ckpt_tools.evaluation.data` what data may
-    be, and `recalibrate_bn` what is measured.
+    Everything but the buffers of the BatchNorm layers is kept byte for byte. See `build_model` in
+    `ckpt_tools.evaluation.models` for models, `open_data` in `ckpt_tools.evaluation.data` for data, and
+    `recalibrate_bn` for the statistics. The folders of factories are on `sys.path` meanwhile.
 
     Args:
         path: the checkpoint.
         {options}
 
     Returns:
-        What was done. A model without BatchNorm gives a report without layers, and nothing is written.
+        What was done. For a model without BatchNorm, the report has no layers, and nothing is written.
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
@@ -176,7 +176,7 @@ def recalibrate_checkpoint(
 
 
 def _check(images: Images, measuring: Measuring) -> None:
-    """Refuse what makes no sense before anything is read."""
+    """Refuse impossible options before anything is read."""
     if type(images.batch_size) is not int or images.batch_size < 2:
         raise UsageError(f"`batch_size={images.batch_size!r}`: must be 2 or more; one image cannot be normalised.")
     if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
@@ -190,13 +190,13 @@ def _check(images: Images, measuring: Measuring) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Opened:
-    """The images that a job looks at.
+    """The images of a job.
 
     Attributes:
-        batches: which the statistics come from; None where there are no statistics.
-        held_out: which the accuracy is measured on.
-        preprocessing: empty where the user's code prepares the images.
-        notes: decisions worth knowing.
+        batches: for the statistics; None if the model has none.
+        held_out: for the accuracy; None if not asked for.
+        preprocessing: empty if the code of the user prepares the images.
+        notes: decisions and warnings, in words.
     """
 
     batches: Batches | None
@@ -208,7 +208,7 @@ class _Opened:
 def _opened(
     network: nn.Module, images: Images, measuring: Measuring, group: Group, *, pin_memory: bool, wanted: bool
 ) -> _Opened:
-    """Open the data, as the model wants its images unless the options say otherwise."""
+    """Open the data, preprocessed as the model expects unless options change it."""
     data, eval_data = images.data, measuring.eval_data
     workers = min(8, default_threads()) if images.workers is None else images.workers
     loading = Loading(
@@ -220,15 +220,15 @@ def _opened(
     open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
     notes = []
     if is_factory(data) and any(value is not None for value in options.values()):
-        notes.append("`data` is a factory, which prepares its images itself: size, crop, mean and std are its own.")
+        notes.append("`data` is a factory, which prepares its images itself; size, crop, mean and std have no effect.")
     batches = open_batches(data, loading) if wanted else None
     held_out = None
     if eval_data is not None:
         held_out = open_batches(eval_data, replace(loading, images=-1))
         if _same(data, eval_data):
             notes.append(
-                "`eval_data` is the data that the statistics come from, so the accuracy after it is "
-                "higher than on images that the network has not seen."
+                "`eval_data` is the same as `data`, so the accuracy afterwards is higher than on images that were not "
+                "used for the statistics."
             )
     return _Opened(batches, held_out, preprocessing, tuple(notes))
 
@@ -259,7 +259,7 @@ def _measured(
     group: Group,
     progress: Progress,
 ) -> RecalibrationReport:
-    """Run the network over the images; return the report with what was found."""
+    """Run the network over the images; return the report with statistics and accuracy."""
     before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
     statistics = runner.recalibrate(batches, report.passes, estimator, progress)
     after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
@@ -292,7 +292,7 @@ def _check_gain(report: RecalibrationReport, eval_data: str | None) -> None:
 
 
 def _unseen(what: str, done: int, total: int | None) -> None:
-    """Progress that nobody watches."""
+    """Show nothing."""
 
 
 def _same(data: str, other: str) -> bool:
@@ -304,11 +304,11 @@ def _same(data: str, other: str) -> bool:
 def _new_buffers(
     network: nn.Module, found: BatchNormReport, stored: Mapping[str, str], specs: Mapping[str, Any]
 ) -> dict[str, OutTensor]:
-    """Make the tensors that change, under their names in the checkpoint and in its dtypes."""
+    """Return the tensors that change, with their names and dtypes in the checkpoint."""
     measured = {network.get_submodule(layer): layer for layer in found.statistics}
     buffers: dict[str, Tensor] = {}
     counter = torch.tensor(found.batches)
-    for name, module in network.named_modules(remove_duplicate=False):  # a layer in two places stands under two names
+    for name, module in network.named_modules(remove_duplicate=False):  # a layer in two places has two names
         if module not in measured:
             continue
         mean, variance = found.statistics[measured[module]]

@@ -1,4 +1,4 @@
-"""Prefixes: the job behind `ckpt fix-prefix`, which changes names of tensors and moves no payload through memory."""
+"""Renaming: names of tensors change, and the kernel copies the payload."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from .run import run
 
 @dataclass(frozen=True, slots=True)
 class PrefixReport:
-    """What a change of names is, or was; the same before the work (the plan) and after it.
+    """What a change of names does; the plan before the work, and the result after it.
 
     Attributes:
-        path, out: the checkpoint, and where the new one goes.
-        in_place: the new one takes the place of the old.
+        path, out: the checkpoint, and the new one.
+        in_place: the new one replaces the old.
         format: of both.
         states: each state dict inside.
         nbytes: size of the new checkpoint.
-        notes: decisions worth knowing; warnings among them.
+        notes: decisions and warnings, in words.
         written: True once the new checkpoint is there.
     """
 
@@ -54,7 +54,7 @@ class PrefixReport:
 
     @property
     def changed(self) -> bool:
-        """True if any name is another one afterwards."""
+        """True if any name changes."""
         return any(state.example for state in self.states)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,11 +64,11 @@ class PrefixReport:
 
 @takes(Prefixes, RenamedOutput, Running)
 def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, running: Running) -> PrefixReport:
-    """Take wrapper prefixes from the names in a checkpoint; everything else stays as it is, byte for byte.
+    """Remove wrapper prefixes from the names in a checkpoint; everything else is kept byte for byte.
 
-    Every state dict inside is treated by itself: raw weights, averaged ones, any dict of names to tensors, but no
-    optimizer. Without `strip` and `add`, those of `prefixes.WRAPPERS` go, as `average` takes them off. Of several
-    prefixes, each is taken off, or put in front, after the one before it.
+    Each state dict is handled separately: raw weights, averaged weights, any dict of names to tensors, but no
+    optimizer. Without `strip` and `add`, the prefixes of `prefixes.WRAPPERS` are removed, as in `average`. Several
+    prefixes are applied one after the other.
 
     Args:
         path: the checkpoint, which is replaced if `out` is not given.
@@ -86,7 +86,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     source = Path(path)
     if source.is_dir() and (source / ".metadata").is_file():
         raise UnsupportedError(
-            f"{source}: a DCP checkpoint, whose names stand in many places. Make one file of it first: ckpt convert."
+            f"{source}: a DCP checkpoint, with names in many places. Convert it to one file first: ckpt convert."
         )
     header = read_header(source)
     notes: list[str] = []
@@ -143,7 +143,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
 
 @contextmanager
 def _undisturbed(source: Path) -> Iterator[None]:
-    """Say what it means that a file whose header was read just now cannot be read once more."""
+    """Report a file that cannot be read a second time as changed."""
     try:
         yield
     except (OSError, BadZipFile, JSONDecodeError, struct.error) as error:
@@ -187,7 +187,7 @@ def _home(header: Header) -> Path:
 
 def _no_names(tree: Any) -> str:
     if is_optimizer(tree):
-        return "is the state of an optimizer, whose names are no wrapper's. The weights stand in another file."
+        return "is the state of an optimizer, which has no wrapper prefixes. The weights are in another file."
     return "holds no dict of names to tensors. Save the model's state_dict(), not the model."
 
 
@@ -207,7 +207,7 @@ def _stays(header: Header, target: Target) -> bool:
 
 
 def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]) -> list[Stamp]:
-    """Make the folder a complete model again: all files beside the weights but other weights; return their stamps."""
+    """Add the other files of the folder, but no other weights; return their stamps."""
     left_out, stamps = [], []
     for path in sorted(_home(header).iterdir()):
         if path.name in splices or path.name.startswith("."):
@@ -218,7 +218,7 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
         try:
             stamps.append(stamp_at(path))
         except ReadError as error:
-            raise ReadError(f"{error} It belongs into the new folder.") from error
+            raise ReadError(f"{error} It belongs in the new folder.") from error
         splices[path.name] = _copy(path)
     if left_out:
         notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
@@ -275,7 +275,7 @@ def _write(
         for part, fd in zip(splices.values(), fds, strict=True):
             files.open(part.source)
             if in_place:
-                keep_attributes(fd, files.descriptor(part.source))  # before there is something to read in it
+                keep_attributes(fd, files.descriptor(part.source))  # before it holds anything to read
             splice.write(part, files[part.source], fd, count)
         if in_place:
             flush(fds[0])  # now, so that little time is left for others between the next lines and the rename
@@ -285,7 +285,7 @@ def _write(
 
 
 def _check_same(path: Path, stamp: Stamp) -> None:
-    """Refuse to replace a file that another one has replaced meanwhile."""
+    """Refuse to replace a file that is not the one that was read."""
     try:
         same = stamp_at(path) == stamp
     except ReadError:

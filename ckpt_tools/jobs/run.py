@@ -115,7 +115,7 @@ def write(
     gpu_memory: int = GPU_MEMORY,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Carry an assembly out, beside its target, and put it in its place at the end.
+    """Write an assembly next to its target, and move it into place at the end.
 
     Args:
         stamps: of the inputs, taken when their headers were read.
@@ -146,7 +146,7 @@ def write(
 
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
-    """Describe a file whose tensors stand in one other file, as they are; None for any other."""
+    """Return a file as a copy of one other file with edits; None if it is not."""
     if plan.needs_checksums or not all(tensor.verbatim for tensor, _ in plan.payloads):
         return None
     pieces: list[tuple[int, bytes | Span]] = [(each.offset, each.make(())) for each in plan.computed]
@@ -165,7 +165,7 @@ def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
 def _splice(
     splices: Sequence[Splice], fds: Sequence[int], stamps: Sequence[Stamp], on_progress: Callable[[int], None] | None
 ) -> None:
-    """Let the kernel move payloads of which not a bit changes."""
+    """Let the kernel copy payloads that do not change."""
     moved = 0
 
     def count(nbytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Stripping: a checkpoint without what only a running training needs; all else stays as it is."""
+"""Stripping: a checkpoint without its training state; everything else is kept."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
 
 @dataclass(frozen=True, slots=True)
 class Stripped:
-    """An entry that goes.
+    """An entry that is removed.
 
     Attributes:
         place: dotted path.
-        tensors: how many are in it.
-        nbytes: of storages that nothing else needs.
+        tensors: number of tensors in it.
+        nbytes: of storages that no other entry uses.
     """
 
     place: str
@@ -44,16 +44,16 @@ class Stripped:
 
 @dataclass(frozen=True, slots=True)
 class StripReport:
-    """What is stripped from a checkpoint; the same before the work (the plan) and after it.
+    """What is stripped from a checkpoint; the plan before the work, and the result after it.
 
     Attributes:
-        path, out: the checkpoint, and where the new one goes.
-        kept: the sets of weights that stay.
-        beside: the other entries that stay, at the top level.
-        entries: what goes, the largest first.
-        compacted: bytes of storages that no tensor shows, such as the rest of what a view was cut from.
-        dropped: what stays no more because it is no plain data, by dotted path.
-        notes: decisions worth knowing.
+        path, out: the checkpoint, and the new one.
+        kept: the sets of weights that are kept.
+        beside: other entries at the top level that are kept.
+        entries: what is removed, the largest first.
+        compacted: bytes of storages that belong to no tensor, such as the rest of a storage behind a view.
+        dropped: entries that cannot be written because they are not plain data, by dotted path.
+        notes: decisions and warnings, in words.
         nbytes: size of the checkpoint.
         bytes_read, bytes_written: of the job; 0 where there is nothing to strip.
         written: True once the new checkpoint is there.
@@ -86,14 +86,14 @@ class StripReport:
 def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: Running) -> StripReport:
     """Write a checkpoint without optimizers, schedulers, scalers, random states and the like.
 
-    All sets of weights stay, byte for byte, wherever they stand; so do ``arch``, ``epoch``, ``args`` and all else.
+    All sets of weights are kept byte for byte, with ``arch``, ``epoch``, ``args`` and all other entries.
 
     Args:
-        path: a file, or a folder of DCP; safetensors and folders of shards have nothing to strip, and are told so.
+        path: a torch file or a DCP folder. Safetensors and folders of shards have nothing to strip.
         {options}
 
     Returns:
-        What was stripped; with nothing to strip, nothing is written.
+        What was stripped. If there is nothing to strip, nothing is written.
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
@@ -144,7 +144,7 @@ def _beside(tree: Any, sets: Iterable[StateDict]) -> tuple[str, ...]:
 
 
 def _specs(tree: Any) -> set[TensorSpec]:
-    """Collect what is stored of the tensors in a tree: of a chunked one, its chunks."""
+    """Return the specs of the tensors in a tree; of a chunked tensor, those of its chunks."""
     found = (tensor for _, tensor in tensors_in(tree) if isinstance(tensor, TensorSpec))
     return {part for tensor in found for _, part in tensor.parts}
 
@@ -166,15 +166,15 @@ def _entries(before: Any, after: Any, gone: Iterable[tuple[Any, ...]]) -> tuple[
 
 
 def _unseen_bytes(tree: Any) -> int:
-    """Count what writing each tensor by itself gains; negative where tensors overlap without being the same."""
+    """Count the bytes saved by writing each tensor by itself; negative if tensors overlap without being tied."""
     specs = _specs(tree)
     return sum(storage.nbytes for storage in {spec.storage for spec in specs}) - sum(spec.nbytes for spec in specs)
 
 
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
-    """Refuse what could not be written again, or would leave nothing worth writing."""
+    """Refuse a checkpoint that cannot be written again, or that would be left without weights."""
     if not header.format.nests or header.path.is_dir() != header.format.folder:
-        raise UnsupportedError(f"{header.path}: only torch files and folders of DCP are stripped. See ckpt convert.")
+        raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See ckpt convert.")
     if not holds(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     for path, tensor in tensors_in(tree):
@@ -186,5 +186,5 @@ def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
         if holds(node) or any(each.path and leads(each.path, path) for each in sets):
             raise LayoutError(
                 f"{header.path}: '{dotted(path) or 'the whole file'}' is a pickled object ({type(node).global_name}), "
-                "which is not written again, and weights may be in it. Take them out first: `convert(to='plain')`."
+                "which cannot be written, and it may contain weights. Take them out first: `convert(to='plain')`."
             )

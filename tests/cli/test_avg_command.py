@@ -253,9 +253,9 @@ def test_tensors_that_some_checkpoints_lack_are_said_aloud(pair: list[Path]) -> 
     torch.save({"state_dict": {"w": torch.zeros(4), "head": torch.zeros(1)}, "epoch": 3}, "c-3.pth")
     for plan in (["--dry-run"], []):
         result = run("avg", *pair, "c-3.pth", "--keys", "intersection", *plan)
-        assert "Left out, for some checkpoints lack them: head, n." in result.err
+        assert "Left out, because some checkpoints do not have them: head, n." in result.err
     result = run("avg", *pair, "c-3.pth", "--keys", "union", "-o", "union.pth")
-    assert "Not in every checkpoint, so taken from those that have them: 'head' and 1 more." in result.err
+    assert "Not in every checkpoint, so averaged over those that have them: 'head' and 1 more." in result.err
 
 
 # What lies there afterwards

@@ -79,7 +79,7 @@ def test_a_command_imports_nothing_that_it_does_not_need(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     line = next(line for line in done.stdout.splitlines() if line.startswith("exit"))
@@ -107,7 +107,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
         "Options:",
     ]
     text = " ".join(" ".join(lines).split())
-    assert "--gpu-memory SIZE To take on each GPU, such as 2GB. [default: (1GB)]" in text
+    assert "--gpu-memory SIZE Memory to use on each GPU, such as 2GB. [default: (1GB)]" in text
     assert "ema: for a checkpoint; with --per-step, for a training step. [default: (0.99)]" in text
 
 

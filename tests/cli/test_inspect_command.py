@@ -109,7 +109,7 @@ def test_a_file_without_known_weights_is_told_all_the_same() -> None:
     result = run("inspect", "c.pth")
     assert result.code == 0
     assert "no weights in a known layout" in result.err
-    assert "student: 1 tensor beside the weights" in result.err
+    assert "student: 1 other tensor" in result.err
 
 
 def test_a_sharded_folder_is_told_as_one_checkpoint() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +27,7 @@ from ckpt_tools.compute import native
 from ckpt_tools.compute.work_units import SMALL
 
 Save = Callable[..., Path]
-RELAXED = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=25)
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="installed without a C compiler")
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from crafting import random_tensor, raw_bytes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_tools.compute import engine, native
@@ -26,7 +26,7 @@ from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload
 from ckpt_tools.tensors import DTYPES, Kind, Storage, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=60)
 
 
 @pytest.fixture(params=["native", "torch"])

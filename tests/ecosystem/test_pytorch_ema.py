@@ -119,7 +119,7 @@ def test_a_buffer_that_looks_like_a_parameter_is_told_by_the_model_alone(tmp_pat
     with ema.average_parameters():
         expected = weights_of(model)
     path = save(tmp_path / "both.pth", {"model": model.state_dict(), "ema": ema.state_dict()})
-    with pytest.raises(ckpt_tools.CkptError, match="--model"):
+    with pytest.raises(ckpt_tools.CkptError, match="or `model`"):
         ckpt_tools.open_checkpoint(path, state="ema")
     out = tmp_path / "named.pth"
     ckpt_tools.convert(path, to="plain", state="ema", model=f"{__file__}:Scaled", out=out)

@@ -86,7 +86,7 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef main(): pass\n")
     for arch in ("evil.py:main", "evil:main", "hf-hub:nobody/nothing", "local-dir:evil"):
         path = save("a.pth", {"arch": arch, "state_dict": {"w": torch.zeros(2)}})
-        with pytest.raises(ModelError, match=rf"a\.pth: its arch '{arch}' is no timm model\. Use `model='path/to/file"):
+        with pytest.raises(ModelError, match=rf"a\.pth: its arch '{arch}' is not a timm model\. Use `model='path/to"):
             built(path)
     assert not (tmp_path / "ran").exists()
     asks = {"checkpoint_path": "evil.pth", "pretrained": True, "cache_dir": "evil"}
@@ -98,7 +98,7 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
 def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
     path = save("a.pth", {"arch": "resnet81", "state_dict": {"w": torch.zeros(2)}})
     with pytest.raises(
-        ModelError, match=r"its arch 'resnet81' is no timm model\. Use `model='path/to/file.py:factory'`\.$"
+        ModelError, match=r"its arch 'resnet81' is not a timm model\. Use `model='path/to/file.py:factory'`\.$"
     ):
         built(path)
 
@@ -111,7 +111,7 @@ def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
         ("torch.nn:Lienar", UsageError, "torch.nn has no 'Lienar'. Did you mean Linear"),
         ("torch.nn:Linear", ModelError, r"cannot be made \(TypeError"),
         ("builtins:dict", ModelError, "gives a dict, not a torch.nn.Module"),
-        (None, ModelError, "does not say which model it is. Use `model`"),
+        (None, ModelError, "does not record its model. Use `model`"),
     ],
 )
 def test_a_model_that_cannot_be_made_is_refused(save: Save, spec: str | None, error: Any, message: str) -> None:

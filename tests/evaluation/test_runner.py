@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cli_runner import PATIENCE
 from torch import nn
 
 from ckpt_tools.evaluation.runner import Runner
@@ -36,7 +37,7 @@ print(within, freed())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
 def test_runner_gives_the_settings_of_the_allocator_back() -> None:
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=PATIENCE)
     within, after = map(float, done.stdout.split())
     assert after < 50
     assert within > 200  # or nothing was borrowed

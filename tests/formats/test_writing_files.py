@@ -441,9 +441,7 @@ def test_average_keeps_and_names_other_weights(save: Save, tmp_path: Path) -> No
     }  # fmt: skip
     path = save("in.pth", tree)
     report = average([path], out=tmp_path / "out.pth")
-    assert report.notes == (
-        "Kept beside the weights as the last checkpoint has it, not averaged: g_ema (1 tensor), ema (3 tensors).",
-    )
+    assert report.notes == ("Copied from the last checkpoint, not averaged: g_ema (1 tensor), ema (3 tensors).",)
     assert torch.load(tmp_path / "out.pth", weights_only=True)["g_ema"]["w"].tolist() == [2, 2]
     report = average([path], out=tmp_path / "out2.pth", state="ema.shadow")
     assert [note.partition(": ")[2] for note in report.notes] == ["g_ema (1 tensor)."]

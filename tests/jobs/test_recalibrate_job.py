@@ -239,7 +239,7 @@ def test_accuracy_is_that_of_torch_before_and_after(save: Save, photos: Photos) 
     )
     assert report.before is not None
     assert report.after is not None
-    assert any("the accuracy after it is higher than" in note for note in report.notes)
+    assert any("so the accuracy afterwards is higher than" in note for note in report.notes)
     from PIL import Image
 
     transform = create_transform(**resolve_data_config({"img_size": 32}, model=network()), is_training=False)

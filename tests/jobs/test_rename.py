@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -301,7 +301,7 @@ def with_prefix(tree: Any, prefix: str) -> Any:
     return [with_prefix(value, prefix) for value in tree] if isinstance(tree, list) else tree
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(trees(), st.sampled_from([2, 3, 4, 5, None]))
 def test_random_trees_come_out_as_if_renamed_in_python(pair: tuple[Any, Any], protocol: int | None) -> None:
     """A file of each protocol, and one of the format before zip."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -81,10 +82,15 @@ def test_a_store_that_lacks_a_file_names_it(memory: dict[Path, bytes]) -> None:
 
 
 # The calls of the system that others than Linux lack, each taken away in turn.
-@pytest.fixture(params=["nothing", "preadv", "preadv pread", "pwrite", "copy_file_range", "posix_fadvise", "link"])
+@pytest.fixture(
+    params=["nothing", "preadv", "preadv pread", "pwrite", "copy_file_range", "posix_fadvise", "link", "fchown fchmod"]
+)
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name in request.param.split() if request.param != "nothing" else ():
-        monkeypatch.delattr(os, name)
+    if request.param == "fallocate":  # of the C library
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    elif request.param != "nothing":
+        for name in request.param.split():
+            monkeypatch.delattr(os, name)
     return str(request.param)
 
 

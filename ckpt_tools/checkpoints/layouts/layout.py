@@ -100,8 +100,8 @@ class Encoding:
     Attributes:
         name: of the layout that an object in this encoding is by itself.
         detect: from an object of the tree to whether it is in this encoding.
-        read: from the object, names for it, and raw weights beside it to its sets of weights.
-        write: from a set of weights and all that is to be written to a dict.
+        read: from the object, names for it, and the raw weights with it to its sets of weights.
+        write: from a set of weights and the whole content to a dict.
         keeps: what it stores of an average: ``updates``, ``decay``, ``settings``.
         flat: it is a dict of names to tensors and nothing else, so that any file format can hold it.
     """
@@ -175,7 +175,7 @@ def read_sets(node: Any, names: Names = None, raw: Names = None) -> Sets:
     Args:
         node: of the object tree.
         names: a state dict of the same model.
-        raw: the raw weights beside it, which have names, too, and what an average leaves out.
+        raw: the raw weights with it, which have names, and the buffers that an average may leave out.
     """
     encoding = encoding_of(node)
     if encoding is None:
@@ -360,7 +360,7 @@ class Layout:
 
     @property
     def raw_at(self) -> tuple[Path | None, ...]:
-        """Paths at which raw weights may be beside an average: here, or where another layout has them."""
+        """Paths at which the raw weights of an average may be: here, or where another layout has them."""
         return (self.raw, *raw_paths())
 
     def read(self, tree: Mapping[Any, Any], names: Names) -> Sets:
@@ -392,7 +392,7 @@ class Layout:
         return found
 
     def read_alone(self, tree: Mapping[Any, Any], names: Names) -> Sets:
-        """Read raw weights that have no average beside them; empty if there are none."""
+        """Read raw weights without an average; empty if there are none."""
         sets = read_sets(follow(tree, self.raw), names) if self.alone and self.raw else {}
         known = {"home": self.raw, "set_paths": self.set_paths(tree)} if sets else {}
         return {
