@@ -1,7 +1,7 @@
-"""Measure `ckpt` beside the bytes alone and other ways of doing the same work.
+"""Measure `ckpt` against the bytes alone and against other ways to do the same work.
 
 python benchmarks/bench.py                                 # a quarter of an hour; --full: an hour, larger series
-python benchmarks/bench.py --scale 0.05 --rounds 2         # a quick look
+python benchmarks/bench.py --scale 0.05 --rounds 2         # a quick test
 python benchmarks/bench.py --part avg --series vit-l --only "ckpt avg" --only cat --only cp
 """
 
@@ -43,33 +43,33 @@ from series import BY_NAME, SERIES, Series
 
 PARTS = ("start-up", "avg", "copies", "cold", "inspect", "recal-bn")
 SINGLE_FILES = ("vit-l", "vit-l-st")
-"""The series for the parts about one file."""
+"""Series of which a single file is copied and inspected."""
 COLD_SERIES, COLD_QUICK = ("vit-l", "vit-l-bf16"), ("vit-l-bf16",)
-"""Where the inputs are read from the disk, in full and otherwise: that takes long."""
+"""Series that are read from the disk, with --full and without: this takes long."""
 SLOW_SERIES = ("vit-l",)
-"""Where the slow ways run if not in full."""
+"""Series on which the slow ways run without --full."""
 BN_WAYS = ("forward", "update_bn", "fvcore", "ckpt", "ckpt, 2 passes")
 FEW_FULL, FEW_QUICK = 2, 1
 """Rounds of the slow ways."""
 MAX_ULP = 0.51
-"""Half a step is correct rounding; the oracle, a NumPy float64 mean, is itself rounded."""
+"""0.5 is correct rounding; the oracle, a NumPy float64 mean, is rounded itself."""
 CKPT_COMMAND = [sys.executable, "-m", "ckpt_tools"]
 
 
 @dataclass
 class Bench:
-    """The options, and all results so far."""
+    """The options, and the results so far."""
 
     options: argparse.Namespace
     results: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, key: str, ways: dict[str, Way], few: Sequence[str] = (), rounds: int = 0) -> None:
-        """Run the ways that were asked for, and keep the results at once: a long run may be broken off.
+        """Run the chosen ways, and write the results at once, because a long run may be interrupted.
 
         Args:
-            key: what the results are kept under.
-            few: the slow ones, in fewer rounds.
-            rounds: for all others, if not what the options say.
+            key: of the results.
+            few: the slow ways, which run in fewer rounds.
+            rounds: for all others; as the options say if 0.
         """
         only = self.options.only
         ways = {name: way for name, way in ways.items() if only is None or name in only}
@@ -90,7 +90,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Files:
-    """A series on the disk, and a place for outputs of its kind."""
+    """A series on the disk, and a path for outputs in its format."""
 
     series: Series
     paths: list[str]
@@ -102,7 +102,7 @@ def say(text: str) -> None:
 
 
 def copy(source: str, out: str) -> Way:
-    """`cp`, and how long the kernel then needs to write it; a reflink would copy no bytes at all."""
+    """Return a way that runs `cp` and then times the write to the disk; a reflink would copy no bytes."""
 
     def go() -> Sample:
         done, _ = run(["cp", "-r", "--reflink=never", source, out])
@@ -112,14 +112,14 @@ def copy(source: str, out: str) -> Way:
 
 
 def finish(done: Sample, out: str) -> Sample:
-    """Time what was left to the kernel to write; every way starts without an output."""
+    """Time the write to the disk that the process left to the kernel, and remove the output."""
     sync, _ = run(["sync", *contents([out])])
     remove(out)
     return replace(done, sync=sync.seconds)
 
 
 def averaging(bench: Bench, files: Files) -> None:
-    """`ckpt avg` beside the bytes alone and the other ways; the first output of each is compared with the oracle."""
+    """Measure `ckpt avg`, the bytes alone and the other ways; compare the first output of each with the oracle."""
     series, paths = files.series, files.paths
     ulp = bench.results["ulp"].setdefault(series.name, {})
     device = bench.options.device
@@ -145,7 +145,7 @@ def averaging(bench: Bench, files: Files) -> None:
         return checked(name, run_job(job, files.out, *paths, limit=bench.options.limit)[0])
 
     def mergekit() -> Sample:
-        # It writes a folder, and reads no folder.
+        # It writes a folder, but cannot read one.
         python, limit = str(bench.options.mergekit), bench.options.limit
         done, _ = run_job("mergekit", files.out, *paths, python=python, limit=limit)
         return checked(MERGEKIT, done, f"{files.out}/model.safetensors")
@@ -166,7 +166,7 @@ def averaging(bench: Bench, files: Files) -> None:
 
 
 def copies(bench: Bench, files: Files) -> None:
-    """`fix-prefix` and `convert` beside `cp` of the same file; both sync what they wrote before they rename it."""
+    """Measure `fix-prefix` and `convert`, which sync their output before they rename it, and `cp` of the same file."""
     source, out = files.paths[0], files.out
     other = str(Path(out).with_suffix(".pth" if out.endswith(".safetensors") else ".safetensors"))
 
@@ -174,7 +174,7 @@ def copies(bench: Bench, files: Files) -> None:
         return lambda: finish(run([*CKPT_COMMAND, *words])[0], to)
 
     def in_place() -> Sample:
-        os.link(source, out)  # so that the source stays when this name gets the new file
+        os.link(source, out)  # the source stays when the new file takes this name
         return finish(run([*CKPT_COMMAND, "fix-prefix", out, "--add", "module."])[0], out)
 
     warm([source])
@@ -188,7 +188,7 @@ def copies(bench: Bench, files: Files) -> None:
 
 
 def cold(bench: Bench, files: Files) -> None:
-    """Files that are not in the page cache: `ckpt avg` beside `dd`, one file after the other."""
+    """Measure `ckpt avg`, and `dd` of one file after the other, on files that are not in the page cache."""
     paths, out = files.paths, files.out
 
     def dd() -> Sample:
@@ -204,13 +204,13 @@ def cold(bench: Bench, files: Files) -> None:
         cool(paths)
         return finish(run([*CKPT_COMMAND, "avg", *paths, "-o", out, "--force"])[0], out)
 
-    # Of a disk that others share each round finds another one.
+    # The speed of a shared disk changes from round to round.
     rounds = 2 * bench.options.rounds + 1
     bench.measure(f"cold/{files.series.name}", {DD: dd, CKPT: command, INSIDE: ours}, rounds=rounds)
 
 
 def inspecting(bench: Bench, files: Files) -> None:
-    """`ckpt inspect` of one file, start-up included."""
+    """Measure `ckpt inspect` of one file, start-up included."""
     bench.measure(
         f"inspect/{files.series.name}",
         {INSPECT: lambda: run([*CKPT_COMMAND, "inspect", files.paths[0]])[0]},
@@ -218,7 +218,7 @@ def inspecting(bench: Bench, files: Files) -> None:
 
 
 def start_up(bench: Bench) -> None:
-    """What every figure of a command holds before it does any work, and what torch alone takes."""
+    """Measure the start-up of a command, which each of its figures includes, and the import of torch."""
     ways: dict[str, Way] = {
         TORCH: lambda: run([sys.executable, "-c", "import torch"])[0],
         VERSION: lambda: run([*CKPT_COMMAND, "--version"])[0],
@@ -227,7 +227,7 @@ def start_up(bench: Bench) -> None:
 
 
 def recalibration(bench: Bench) -> None:
-    """BatchNorm statistics beside torch's `update_bn`, fvcore and the forward pass alone."""
+    """Measure BatchNorm statistics by `ckpt`, by torch's `update_bn`, by fvcore, and the forward pass alone."""
     device = bench.options.device or "cpu"
     batches = "2" if bench.options.scale < 1 else "4"
     ways: dict[str, Way] = {
@@ -242,7 +242,7 @@ def scale_of(bench: Bench, series: Series) -> float:
 
 
 def parts_of(bench: Bench, series: Series) -> list[Callable[[Bench, Files], None]]:
-    """What was asked for and is measured with this series."""
+    """Return the chosen parts that use this series."""
     options = bench.options
     if options.series is not None and series.name not in options.series:
         return []
@@ -255,11 +255,11 @@ def parts_of(bench: Bench, series: Series) -> list[Callable[[Bench, Files], None
 
 
 def with_files(bench: Bench, series: Series, folder: Path) -> None:
-    """Write a series where it is not there yet, run its parts, and make room for the next one."""
+    """Write the missing files of a series, run its parts, and remove the files."""
     scale = scale_of(bench, series)
     paths = series.paths(folder, scale)
     missing = [path for path in paths if not Path(path).exists()]
-    # Three more: outputs, and the temporary file that a safe writer needs beside one.
+    # Three more: outputs, and the temporary file of a safe writer.
     require_disk(folder, series.file_bytes(scale) * (len(missing) + 3))
     if missing:
         say(f"{series.name}: writing {len(missing)} files of {series.file_bytes(scale) / GB:.3g} GB")
@@ -282,19 +282,19 @@ def with_files(bench: Bench, series: Series, folder: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the full sizes, and the slow ways wherever memory allows")
-    parser.add_argument("--part", action="append", choices=PARTS, help="this part alone; repeatable")
-    parser.add_argument("--series", action="append", choices=BY_NAME, help="this series alone; repeatable")
-    parser.add_argument("--only", action="append", metavar="WAY", help="this way alone, as it is named in the tables")
-    parser.add_argument("--rounds", type=int, help="besides the one that warms up (default: 3; 5 with --full)")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the bytes of all files")
+    parser.add_argument("--full", action="store_true", help="full size, and the slow ways if memory allows")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; repeatable")
+    parser.add_argument("--series", action="append", choices=BY_NAME, help="only this series; repeatable")
+    parser.add_argument("--only", action="append", metavar="WAY", help="only this way, by its name in the tables")
+    parser.add_argument("--rounds", type=int, help="without the warm-up (default: 3; 5 with --full)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the size of all files")
     parser.add_argument("--folder", type=Path, help="keep the series here (default: a temporary folder)")
-    parser.add_argument("--device", help="passed on to ckpt, and for recal-bn")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that a run of a slow way may take")
+    parser.add_argument("--device", help="for ckpt, and for all ways of recal-bn")
+    parser.add_argument("--limit", type=float, default=300, help="seconds after which a slow way is ended")
     parser.add_argument("--mergekit", type=Path, default=HERE.parent / ".venv-mergekit/bin/python")
     parser.add_argument("--json", type=Path, default=HERE.parent / "build/bench.json", help="the results")
-    parser.add_argument("--update", action="store_true", help="keep what the results already hold of other series")
-    parser.add_argument("--page", type=Path, help="a page whose generated part, and plot, is to be made anew")
+    parser.add_argument("--update", action="store_true", help="keep the earlier results of other series")
+    parser.add_argument("--page", type=Path, help="write the figures and the plot of this page again")
     options = parser.parse_args(argv)
     if not 0 < options.scale <= 100 or not options.limit > 0 or options.rounds is not None and options.rounds < 1:
         parser.error("--scale (at most 100), --rounds and --limit must be positive")
@@ -328,7 +328,7 @@ def earlier(path: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that gigabytes of files go, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary files are removed
     started = time.monotonic()
     bench = Bench(options)
     try:
@@ -346,7 +346,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             bench.results |= {"full": options.full, "few": FEW_FULL if options.full else FEW_QUICK}
             run_all(bench, folder)
         if not any(bench.results["runs"].values()):
-            raise BenchError("Nothing was measured: no series and way is both in --part, --series and --only.")
+            raise BenchError(
+                "Nothing was measured: no series and way match --part, --series and --only. Drop one of these options."
+            )
     except (BenchError, OSError) as problem:
         say(str(problem))
         return 2
@@ -357,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.update(bench.results, options.page)
     worst = max((found.get(way, 0) for found in bench.results["ulp"].values() for way in (CKPT, INSIDE)), default=0)
     if worst > MAX_ULP:
-        say(f"WRONG: ckpt is {worst} steps from the exact mean; at most {MAX_ULP} is right.")
+        say(f"WRONG: ckpt is {worst} ulp from the exact mean; at most {MAX_ULP} is right.")
     return 0 if worst <= MAX_ULP else 1
 
 

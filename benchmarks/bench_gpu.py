@@ -1,10 +1,10 @@
-"""`ckpt avg` on the CPU and on a GPU, and the rates that bound it; needs torch and this checkout, nothing else.
+"""Measure `ckpt avg` on the CPU and on a GPU, and the rates that bound it; needs only torch and this checkout.
 
     python benchmarks/bench_gpu.py                 # 6 files of 1.2 GB; 10 GB of disk
-    python benchmarks/bench_gpu.py --scale 0.05 --device cpu --rounds 1   # does it run at all
+    python benchmarks/bench_gpu.py --scale 0.05 --device cpu --rounds 1   # a test of the script
 
-Rates are of the bytes of the inputs. `apart` leaves out the imports and the first use of the device; `whole` is the
-process from its start. The outputs of both devices must be equal, byte for byte: else the exit code is 1.
+Rates count the bytes of the inputs. `without start-up` leaves out the imports and the first use of the device; `whole`
+is the whole process. The exit code is 1 if the outputs of the devices differ in a byte.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from harness import GB, cool, facts, run, run_job, warm
 from series import BY_NAME
 
-PIECE = 4 << 20
+CHUNK = 4 << 20
 
 
 def pinned(device: str) -> None:
@@ -48,11 +48,11 @@ def pinned(device: str) -> None:
 
 def read(paths: list[str]) -> float:
     """Return GB/s of plain reads into reused buffers, one thread for each core that this process may use."""
-    places = iter([(path, at) for path in paths for at in range(0, Path(path).stat().st_size, PIECE)])
+    places = iter([(path, at) for path in paths for at in range(0, Path(path).stat().st_size, CHUNK)])
     lock, done = threading.Lock(), []
 
     def work() -> None:
-        buffer, opened, count = bytearray(PIECE), {path: os.open(path, os.O_RDONLY) for path in paths}, 0
+        buffer, opened, count = bytearray(CHUNK), {path: os.open(path, os.O_RDONLY) for path in paths}, 0
         while True:
             with lock:
                 place = next(places, None)
@@ -74,7 +74,7 @@ def read(paths: list[str]) -> float:
 
 @contextmanager
 def confined(cores: int) -> Iterator[None]:
-    """This process and those it starts may use so many cores only, as with `taskset`."""
+    """Limit this process and its children to some cores, as `taskset` does."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:cores])
     try:
@@ -86,7 +86,7 @@ def confined(cores: int) -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--series", choices=BY_NAME, default="vit-l-st")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the bytes of a file")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the file size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the files here (default: a temporary folder)")
     parser.add_argument("--device", action="append", help="repeatable (default: cpu and cuda)")
@@ -115,7 +115,7 @@ def main() -> int:
             with confined(count):
                 found[f"page cache, GB/s, {count} cores"] = max(read(paths) for _ in range(options.rounds))
         say(json.dumps(found, indent=1) + "\n")
-        say("| cores | page cache | device | apart, s | input GB/s | whole, s | peak RSS, GB |\n")
+        say("| cores | page cache | device | without start-up, s | input GB/s | whole, s | peak RSS, GB |\n")
         say("|---:|---|---|---:|---:|---:|---:|\n")
         outputs, rows = {}, []
         for count in wanted:
@@ -136,7 +136,7 @@ def main() -> int:
                     say(f"| {count} | {state} | {device} | {figures} |\n")
         first, *rest = outputs.values()
         equal = all(filecmp.cmp(first, other, shallow=False) for other in rest)
-    say(f"Outputs equal byte for byte: {equal if rest else 'one device alone'}\n")
+    say(f"Outputs equal byte for byte: {equal if rest else 'only one device'}\n")
     if options.json:
         options.json.write_text(json.dumps(found | {"averages": rows, "equal": equal}, indent=1) + "\n")
     return 0 if equal else 1

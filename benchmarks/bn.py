@@ -1,8 +1,7 @@
-"""BatchNorm statistics of ResNet-50 at 224 pixels: ``python bn.py WAY BATCHES DEVICE``, in a fresh process.
+"""BatchNorm statistics of ResNet-50 at 224 pixels: ``python bn.py WAY BATCHES DEVICE``, in a new process.
 
-Every way gets the same network and the same batches, which lie in memory; the first batch warms up. `forward` is the
-network alone, in eval mode, with the same memory order and allocator settings as `ckpt`: a rate that nothing which
-looks at all layers beats.
+Every way gets the same network and the same batches, which are in memory; the first batch warms up. `forward` is the
+network alone, in eval mode, with the memory order and allocator settings of `ckpt`: the upper bound of the rate.
 """
 
 from __future__ import annotations

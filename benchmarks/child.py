@@ -1,6 +1,6 @@
 """The heavy jobs, each run in a fresh process: ``python child.py JOB ARGS...``; the last line written is JSON.
 
-Ways of averaging report ``seconds`` from after the imports to the saved file, so that start-up stands apart.
+Ways of averaging report ``seconds`` without start-up: from the end of the imports to the saved file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make(name: str, scale: str, *missing: str) -> None:
 
 
 def drawn(shapes: dict[str, tuple[int, ...]], dtype: str, number: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of one file: slices of one pool of numbers, for fresh ones would take longer than all else."""
+    """Yield the tensors of a file: slices of one pool of numbers, because it takes long to draw numbers."""
     import torch
 
     longest = max(torch.Size(shape).numel() for shape in shapes.values()) + 97
@@ -58,7 +58,7 @@ def drawn(shapes: dict[str, tuple[int, ...]], dtype: str, number: int) -> Iterat
 
 
 def save(state: Any, path: str, count: int = 0) -> None:
-    """Write a dict to a file, or an iterator of COUNT tensors to a folder of shards, one in memory at a time."""
+    """Write a dict to a file, or an iterator of COUNT tensors to a folder of shards, one shard in memory at a time."""
     import torch
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def load(path: str) -> dict[str, Tensor]:
 
 
 def peak_gb() -> float:
-    """The highest resident size of this process so far."""
+    """Return the peak resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -106,7 +106,7 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
 
 
 def loop(out: str, *paths: str) -> dict[str, float]:
-    """What people write by hand: add each file to the first in place, divide, save."""
+    """Average as hand-written scripts do: add each file to the first in place, divide, save."""
     import safetensors.torch  # noqa: F401  # part of the start-up
     import torch  # noqa: F401
 
@@ -124,7 +124,7 @@ def loop(out: str, *paths: str) -> dict[str, float]:
 
 
 def timm(out: str, *paths: str) -> dict[str, float]:
-    """The method of timm's script: a float64 dictionary with a count for each key, clamped to float32 at the end."""
+    """Average by the method of timm's script: a float64 dictionary with counts, clamped to float32 at the end."""
     import safetensors.torch  # noqa: F401
     import torch
 
@@ -150,7 +150,7 @@ def timm(out: str, *paths: str) -> dict[str, float]:
 
 
 def mergekit(out: str, *paths: str) -> dict[str, float]:
-    """Its own command for state dicts of any model, `mergekit-pytorch`, with the method `linear`."""
+    """Average by `mergekit-pytorch`, mergekit's command for state dicts of any model, with the method `linear`."""
     from mergekit.scripts.merge_raw_pytorch import main
 
     models = [{"model": path, "parameters": {"weight": 1.0}} for path in paths]
@@ -161,10 +161,10 @@ def mergekit(out: str, *paths: str) -> dict[str, float]:
 
 
 def ours(device: str, out: str, *paths: str) -> dict[str, float]:
-    """`ckpt_tools.average`: what it imports when first used is there before the clock starts, by a first small average.
+    """Average by `ckpt_tools.average`; a small average before the clock starts does the imports.
 
-    Memory is told from inside as well: the libraries of a CUDA build of torch touch a further 0.1 GB while a process
-    ends, and in the peak of the whole process that would hide as much of the work's own memory.
+    Memory is measured inside as well: the libraries of a CUDA build of torch touch a further 0.1 GB when a process
+    ends, and in the peak of the whole process this would hide as much of the memory of the work.
     """
     from ckpt_tools import average
 
@@ -179,7 +179,7 @@ def ours(device: str, out: str, *paths: str) -> dict[str, float]:
 
 
 def opened(path: str) -> dict[str, Callable[[], Tensor]]:
-    """The names of a checkpoint, and how to read each tensor alone."""
+    """Return the names in a checkpoint, each with a function that reads its tensor."""
     import torch
     from safetensors import safe_open
 
@@ -195,9 +195,9 @@ def opened(path: str) -> dict[str, Callable[[], Tensor]]:
 
 
 def verify(out: str, *paths: str) -> dict[str, float | None]:
-    """Worst distance of OUT from a NumPy float64 mean, over a sample of tensors, in steps of the inputs' dtype.
+    """Return the largest distance of OUT from a NumPy float64 mean, in ulp of the inputs' dtype.
 
-    None if it is of another dtype, or integers are not those of the last file.
+    It is measured on a sample of the tensors. None if OUT has another dtype, or other integers than the last file.
     """
     import numpy as np
     import torch

@@ -1,8 +1,8 @@
-"""Fresh child processes with their own time and peak memory, in interleaved rounds; what machine this is.
+"""Run new child processes in interleaved rounds, measure their time and peak memory, and describe the machine.
 
 This module must not import torch. On Linux a child's ``ru_maxrss`` starts from the resident size of
-the process that started it (exec carries the old high-water mark over), so a parent that had torch
-loaded would put a floor of half a gigabyte under every figure. Everything heavy runs in ``child.py``.
+the process that started it (the peak survives exec). A parent with torch loaded would add half a
+gigabyte to every figure. Everything heavy runs in ``child.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_FLOOR_GB = 0.15
 
 
 class BenchError(Exception):
-    """A benchmark that cannot go on; the message is for the person who ran it."""
+    """The benchmark cannot go on; the message is for its user."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Sample:
     Attributes:
         seconds, rss_gb: wall time and peak memory of the process.
         apart: seconds without start-up, measured inside the process.
-        sync: seconds that the kernel needs afterwards to write what the process left to it.
-        others: cores that everything else on the machine kept busy meanwhile.
+        sync: seconds to write the rest of the output to the disk afterwards.
+        others: cores that other processes kept busy meanwhile.
         imports_gb, peak_gb: peak memory after the imports and after the work, measured inside.
-        images: that one run of a network has seen.
+        images: how many a network has seen.
     """
 
     seconds: float
@@ -58,26 +58,26 @@ Way = Callable[[], Sample]
 
 
 def busy_seconds() -> float:
-    """CPU seconds of the whole machine so far, stolen ones included, idle and waiting ones not."""
+    """Return the CPU seconds of the whole machine so far, with stolen time, without idle and waiting time."""
     user, nice, system, _idle, _iowait, *rest = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     return sum(map(int, (user, nice, system, *rest))) / os.sysconf("SC_CLK_TCK")
 
 
 def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = False) -> tuple[Sample, str]:
-    """Run one command without a shell, and return its time and peak memory, and its stdout.
+    """Run a command without a shell; return its time and peak memory, and its stdout.
 
-    ``getrusage(RUSAGE_CHILDREN)`` keeps the maximum over all children so far, ``wait4`` does not.
+    ``wait4`` gives the peak of this child; ``getrusage(RUSAGE_CHILDREN)`` gives the maximum over all children so far.
 
     Raises:
-        BenchError: if it fails, takes more than LIMIT seconds, or would start from a memory peak of this process.
+        BenchError: it fails, takes more than LIMIT seconds, or would start from a memory peak of this process.
     """
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
     if floor > MAX_FLOOR_GB:
-        raise BenchError(f"The benchmark itself has taken {floor:.2f} GB, which every peak of a child would hold, too.")
+        raise BenchError(f"The benchmark itself has taken {floor:.2f} GB, which the peak of each child would include.")
     env = dict(os.environ)
-    env.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start would compile, as it does nowhere else
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # with it, each start would compile all modules
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), env.get("PYTHONPATH")]))
-    # Files, not pipes: nobody has to drain them while we wait.
+    # Files, not pipes, which would have to be read while we wait.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         stdout = subprocess.DEVNULL if discard_stdout else out
         busy, start = busy_seconds(), time.perf_counter()
@@ -94,7 +94,7 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
             late.cancel()
         seconds = time.perf_counter() - start
         others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
-        # We reaped the child behind Popen's back, so Popen has to be told.
+        # wait4 has reaped the child, which Popen cannot know.
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
@@ -102,7 +102,7 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
             raise BenchError(f"more than {limit:.0f} s")
         if child.returncode != 0:
             last = err.read().decode(errors="replace").strip().splitlines()[-1:]
-            # Without the folders, which say nothing to a reader of the tables.
+            # Without folders, which do not help a reader of the tables.
             command = " ".join(Path(word).name for word in argv[:4])
             raise BenchError(f"{command} ended with {child.returncode}: {' '.join(last)}")
         return Sample(seconds, usage.ru_maxrss * 1024 / GB, others=others), out.read().decode(errors="replace")
@@ -111,7 +111,7 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
 def run_job(
     job: str, *args: str, python: str = sys.executable, limit: float = 1200, script: str = "child.py"
 ) -> tuple[Sample, dict[str, float]]:
-    """Run one job of a script of this folder; the last line it writes is JSON."""
+    """Run a job of a script in this folder; the last line of its output is JSON."""
     done, text = run([python, str(HERE / script), job, *args], limit=limit)
     told = json.loads(text.strip().splitlines()[-1]) or {}
     inside = {key: told.get(key) for key in ("imports_gb", "peak_gb", "images")}
@@ -121,13 +121,13 @@ def run_job(
 def interleave(
     ways: dict[str, Way], *, rounds: int, few: Collection[str], few_rounds: int, say: Callable[[str], None]
 ) -> tuple[dict[str, list[Sample]], dict[str, str]]:
-    """Run all ways in turns; the order turns from round to round, so that none always follows the same one.
+    """Run all ways in turns; the order rotates, so that no way always follows the same one.
 
-    The first round warms up and is not counted: on a virtual machine, memory that nobody has touched yet is slow.
-    Those in FEW run in FEW_ROUNDS, and may fail.
+    The first round warms up and is not counted: on a virtual machine, the first use of memory is slow.
+    The ways in FEW run in FEW_ROUNDS rounds, and may fail.
 
     Returns:
-        The samples of each way, and why some have none.
+        The samples of each way, and the reasons why some have none.
     """
     found: dict[str, list[Sample]] = {name: [] for name in ways}
     failed: dict[str, str] = {}
@@ -150,19 +150,19 @@ def interleave(
 
 
 def contents(paths: Sequence[str]) -> list[str]:
-    """The files themselves, those of folders included."""
+    """Return the files, and the files in folders."""
     return [str(f) for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])]
 
 
 def warm(paths: Sequence[str]) -> None:
-    """Write the files out and read them once, so that no timed run pays for either."""
+    """Flush the files to the disk and read them once, so that no timed run has to."""
     run(["sync", *contents(paths)])
-    for path in contents(paths):  # what is read need not be kept
+    for path in contents(paths):  # the data is not needed
         run(["dd", f"if={path}", "of=/dev/null", "bs=1M", "status=none"])
 
 
 def cool(paths: Sequence[str]) -> None:
-    """Take the files out of the page cache. What is not on the disk yet would stay."""
+    """Take the files out of the page cache, after a flush: pages that are not on the disk would stay."""
     for path in contents(paths):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -190,7 +190,7 @@ def memory_bytes() -> int:
 
 
 def facts(folder: Path) -> dict[str, str]:
-    """What a reader needs to place the figures."""
+    """Return what a reader must know about the machine to compare the figures."""
 
     def installed(name: str) -> str:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,8 @@ FIX, IN_PLACE, CONVERT, INSPECT = "fix-prefix -o", "fix-prefix in place", "conve
 TORCH, VERSION = "import torch", "ckpt --version"
 OTHERS = (LOOP, TIMM, MERGEKIT)
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
-# More cores than this busy with other work spoil a run. Shorter processes than the second figure say little: the
-# kernel counts in ticks of 10 ms, and its own writing back counts too.
+# Other work on more cores than this spoils a run. In processes shorter than the second figure it cannot be measured:
+# the kernel counts in ticks of 10 ms, and its own write-back counts as well.
 NOISY_CORES, NOISY_SECONDS = 0.2, 0.5
 
 Samples = list[dict[str, Any]]
@@ -42,7 +43,7 @@ def shown(value: float | None, digits: int = 2) -> str:
 
 
 def span(samples: Samples | None, key: str = "seconds") -> str:
-    """The median, and the least and most beside it."""
+    """Return the median, with the least and the most in brackets."""
     values = [each[key] for each in samples or () if each[key] is not None]
     if not values:
         return ""
@@ -59,7 +60,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
 
 
 def part(results: dict[str, Any], name: str) -> Iterator[tuple[dict[str, Any], str, dict[str, Samples]]]:
-    """What a part has found: the series, its name, and the samples of each way."""
+    """Yield each series that a part has measured, its name, and the samples of each way."""
     for key, ways in results["runs"].items():
         if key.startswith(name + "/"):
             series = key.partition("/")[2]
@@ -67,7 +68,7 @@ def part(results: dict[str, Any], name: str) -> Iterator[tuple[dict[str, Any], s
 
 
 def described(series: dict[str, Any]) -> list[str]:
-    """Title, format, and size: as a person thinks of it."""
+    """Return title, format and size in words."""
     size = series["file_bytes"]
     text = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
     return [series["title"], series["suffix"] or "folder", f"{series['files']} x {text}"]
@@ -79,8 +80,8 @@ def bytes_alone(ways: dict[str, Samples], sync: bool = False) -> float | None:
 
 
 def averages(results: dict[str, Any]) -> list[str]:
-    header = "series|format|files|cat + cp, s|with sync|ckpt avg, s|start-up apart, s|÷ cat + cp|apart ÷ cat + cp"
-    header += "|apart ÷ with sync|peak RSS, GB|worst, ulp"
+    header = "series|format|files|cat + cp, s|with sync, s|ckpt avg, s|without start-up, s|ckpt avg ÷ cat + cp"
+    header += "|without start-up ÷ cat + cp|without start-up ÷ with sync|peak RSS, GB|worst, ulp"
     rows = []
     for series, name, ways in part(results, "avg"):
         alone, synced = bytes_alone(ways), bytes_alone(ways, sync=True)
@@ -94,8 +95,9 @@ def averages(results: dict[str, Any]) -> list[str]:
 
 
 def others(results: dict[str, Any]) -> list[str]:
-    header = "series|way|seconds (least-most)|start-up apart, s|÷ ckpt avg|apart ÷ apart|peak RSS, GB|worst, ulp"
-    rows = []
+    header = "series|way|seconds (least-most)|without start-up, s|÷ ckpt avg|both without start-up"
+    header += "|peak RSS, GB|worst, ulp"
+    rows, reasons = [], []
     for series, name, ways in part(results, "avg"):
         failed = results["failed"].get(f"avg/{name}", {})
         if not {*ways, *failed} & {*OTHERS}:
@@ -113,12 +115,24 @@ def others(results: dict[str, Any]) -> list[str]:
                 figures = [shown(apart), *(shown(each, 1) for each in ratios), shown(rss), shown(ulp.get(way))]
                 rows.append([title, way, span(ways[way]), *figures])
             elif way in failed:
-                rows.append([title, way, failed[way].replace("|", "/"), "", "", "", "", ""])
-    return table(header.split("|"), rows, 2) if rows else []
+                rows.append([title, way, "failed", "", "", "", "", ""])
+                reasons.append(f"{way} on {title}: {reason(failed[way])}")
+    if not rows:
+        return []
+    return [*table(header.split("|"), rows, 2), *(["", "Why a way failed:", ""] if reasons else []), *listed(reasons)]
+
+
+def reason(message: str) -> str:
+    """Return what an error says, without the command and the class of the exception."""
+    return re.sub(r"^.* ended with \d+: (\w+Error: )?", "", message).rstrip(".") + "."
+
+
+def listed(lines: Sequence[str]) -> list[str]:
+    return [f"- {line}" for line in lines]
 
 
 def memory(results: dict[str, Any]) -> list[str]:
-    header = "series|format|whole command, GB|inside, after the imports|inside, after the work|difference, MB"
+    header = "series|format|whole command, GB|after imports, GB|after the average, GB|difference, MB"
     rows = [["", "`import torch` alone", shown(most(results["runs"].get("start-up", {}).get(TORCH), "rss_gb"), 3)]]
     rows[0] += [""] * 3
     for series, _, ways in part(results, "avg"):
@@ -152,12 +166,12 @@ def cold(results: dict[str, Any]) -> list[str]:
         keys = {name: "apart" if name == INSIDE else "seconds" for name in ways}
         times = {name: median(samples, keys[name]) for name, samples in ways.items()}
         for way, seconds in times.items():
-            label = {CKPT: "ckpt avg, start-up included", INSIDE: "ckpt avg, start-up apart"}.get(way, way)
+            label = {CKPT: "ckpt avg", INSIDE: "ckpt avg, without start-up"}.get(way, way)
             share = shown(quotient(times.get(DD), seconds))
             spread = span(ways[way], keys[way])
             rows.append([*described(series)[:2], label, spread, shown(quotient(size, seconds)), share])
         rounds = len(next(iter(ways.values())))
-    header = ["series", "format", "way", "seconds (least-most)", "GB of input a second", "of the rate of dd"]
+    header = ["series", "format", "way", "seconds (least-most)", "GB of input a second", "÷ rate of dd"]
     return [f"Medians of {rounds} rounds.", "", *table(header, rows, 3)] if rows else []
 
 
@@ -185,7 +199,7 @@ def recalibration(results: dict[str, Any]) -> list[str]:
 
 
 def noise(results: dict[str, Any]) -> list[str]:
-    """A warning where other work ran beside some way: two threads on small tensors suffer most."""
+    """Name the runs during which other work kept cores busy; jobs of two threads on small tensors suffer most."""
     spoiled = [
         f"{key} ({', '.join(ways)})"
         for key, runs in results["runs"].items()
@@ -198,15 +212,18 @@ def noise(results: dict[str, Any]) -> list[str]:
         )
     ]
     if not spoiled:
-        return [f"Other work took no more than {NOISY_CORES} cores during any run."]
-    return [f"NOT A QUIET MACHINE: other work took more than {NOISY_CORES} cores during {'; '.join(spoiled)}."]
+        return [f"Other work took at most {NOISY_CORES} cores during each run."]
+    return [
+        f"Other work took more than {NOISY_CORES} cores during some runs of these ways, so their figures may be too "
+        f"high: {'; '.join(spoiled)}."
+    ]
 
 
 def render(results: dict[str, Any]) -> str:
-    """All tables, as Markdown."""
+    """Return all tables as Markdown."""
     scale = "" if results["scale"] == 1 else f", at a scale of {results['scale']:g}"
-    size = "full sizes" if results["full"] else "the sizes of `make bench`"
-    lines = [f"Medians of {results['rounds']} rounds (the slow ways: {results['few']}), {size}{scale}.", ""]
+    size = "full size" if results["full"] else "the sizes of `make bench`"
+    lines = [f"Medians of {results['rounds']} rounds ({results['few']} of the slow ways), {size}{scale}.", ""]
     sections = {
         "ckpt avg and the bytes alone": averages,
         "Other ways": others,
@@ -220,12 +237,12 @@ def render(results: dict[str, Any]) -> str:
         found = section(results)
         if found:
             lines += [f"### {title}", "", *found, ""]
-    lines += ["### Machine", "", *(f"- {name}: {value}" for name, value in results["facts"].items()), ""]
+    lines += ["### Machine", "", *listed([f"{name}: {value}" for name, value in results["facts"].items()]), ""]
     return "\n".join([*lines, *noise(results)])
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw how often each way takes as long as the bytes alone, for each series."""
+    """Draw the time of each way divided by the time of the bytes alone, for each series."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -242,14 +259,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
             if (ratio := quotient(median(ways.get(way), "seconds" if way == CKPT else "apart"), bytes_alone(ways)))
         ]
         if points:
-            label = {INSIDE: "ckpt avg, start-up apart", CKPT: "ckpt avg, start-up included"}.get(way, way)
+            label = {INSIDE: "ckpt avg, without start-up", CKPT: "ckpt avg"}.get(way, way)
             axes.plot(*zip(*points, strict=True), mark, label=label, linestyle="", alpha=0.85)
     axes.axvline(1, color="0.5", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(found)), [", ".join(described(series)) for series, _ in found])
     axes.invert_yaxis()
-    axes.set_xlabel("times as long as `cat` of the inputs and `cp` of one (the line: as long)")
+    axes.set_xlabel("time ÷ time of `cat` of the inputs and `cp` of one (line: equal)")
     axes.grid(axis="x", which="both", alpha=0.25)
     axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, fontsize="small", frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})
@@ -257,7 +274,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def check(page: Path) -> str:
-    """Return the text of a page that has a place for figures."""
+    """Return the text of a page that has marks for the figures."""
     try:
         text = page.read_text()
     except OSError as error:
@@ -268,12 +285,12 @@ def check(page: Path) -> str:
 
 
 def update(results: dict[str, Any], page: Path) -> None:
-    """Put the tables between the marks of a page, and the plot beside it; all else on the page stays."""
+    """Write the tables between the marks of a page, and the plot next to the page; the rest of the page stays."""
     text = check(page)
     drawn = page.with_suffix(".svg")
     plot(results, drawn)
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    image = f"![How long each way takes, beside the bytes alone]({drawn.name})"
+    image = f"![How long each way takes, compared with the bytes alone]({drawn.name})"
     page.write_text(f"{before}{BEGIN}\n{image}\n\n{render(results)}\n{END}{after}")
 
 

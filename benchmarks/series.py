@@ -1,4 +1,4 @@
-"""Series: what files each one has. Pure: names, shapes, sizes; `child.py` fills them with seeded numbers."""
+"""Series: the files of each one, as names, shapes and sizes; `child.py` writes them with seeded numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Series:
-    """Checkpoints of one kind.
+    """A series of checkpoints.
 
     Attributes:
-        shapes: of the tensors, at a scale of the bytes of one file; their number stays, and with it what each costs.
-        suffix: of the files, which picks the format; none: folders of shards, as Hugging Face writes them.
-        quick: the scale in a run that is not full.
+        shapes: of the tensors, for a scale of the file size; their number does not depend on the scale.
+        suffix: of the files, which decides the format; without one, folders of shards as Hugging Face writes them.
+        quick: the scale without --full.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Series:
         return self.numel(scale) * ITEMSIZE[self.dtype]
 
     def paths(self, folder: Path, scale: float) -> list[str]:
-        """Names hold the scale, and a file gets its name when it is whole: one that exists is right."""
+        """Return the paths. Names contain the scale, and only complete files get them, so files can be reused."""
         return [str(folder / f"{self.name}-x{scale:g}-{i:03d}{self.suffix}") for i in range(self.files)]
 
 
@@ -63,7 +63,7 @@ def vit_l(scale: float) -> Shapes:
 
 
 def resnet50(scale: float) -> Shapes:
-    """ResNet-50: 25.6 million parameters, BatchNorm's statistics and counters."""
+    """ResNet-50: 25.6 million parameters, with the statistics and counters of BatchNorm."""
     width = max(4, round(64 * scale**0.5))
     shapes: Shapes = {}
 
