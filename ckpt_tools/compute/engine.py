@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -53,13 +53,13 @@ def memory_needed(
     Raises:
         UsageError: `gpu_memory` is too little.
     """
-    tensors = list(tensors)
-    tiled = [tensor for tensor in tensors if tensor.group_key is None and tensor.data is None]
-    keys = groupby(tensor.group_key for tensor in tensors if tensor.group_key is not None)
-    each = native.MEMORY if all(native.knows(key) for key, _ in keys) else MEMORY
+    keyed = [(tensor, tensor.group_key) for tensor in tensors]
+    tiled = [tensor for tensor, key in keyed if key is None and tensor.data is None]
+    keys = dict.fromkeys(key for _, key in keyed if key is not None)
+    each = native.MEMORY if all(map(native.knows, keys)) else MEMORY
     if tiled:
         each = max(each, native.MEMORY + native.TILE_SCRATCH if all(map(_tiled_by_native, tiled)) else MEMORY)
-    gpus = Accelerator(tensors, threads, devices, gpu_memory)
+    gpus = Accelerator([tensor for tensor, _ in keyed], threads, devices, gpu_memory)
     return gpus.threads * (each + gpus.host_memory)
 
 

@@ -10,7 +10,7 @@ import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +181,7 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
         if isinstance(content, OutTensor):
             entry = NewEntry(f"archive/{short}".encode(), content.nbytes, end)
             entries.append((entry, content))
-            segments.append(Computed(end, entry.data - end, (content,), _header_maker(entry)))
+            segments.append(Computed(end, entry.data - end, (content,), entry.local_header_of))
             segments.append(Payload(content, entry.data))
         else:
             entry = NewEntry(f"archive/{short}".encode(), len(content), end)
@@ -198,10 +198,6 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
 
     segments.append(Computed(end, size + END_SIZE, tuple(storages), directory))
     return FilePlan(name, end + size + END_SIZE, tuple(segments))
-
-
-def _header_maker(entry: NewEntry) -> Callable[[Sequence[int]], bytes]:
-    return lambda crcs: entry.local_header(crcs[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

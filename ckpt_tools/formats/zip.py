@@ -305,6 +305,10 @@ class NewEntry:
         version = 45 if self._local_extra else 20
         return _LOCAL.pack(b"PK\3\4", version, *self._common(crc), len(extra)) + self.name + extra
 
+    def local_header_of(self, crcs: Sequence[int]) -> bytes:
+        """Return `local_header` as the segment of a file plan makes it: from one checksum in a sequence."""
+        return self.local_header(crcs[0])
+
     def line(self, crc: int) -> bytes:
         """Return its line of the directory."""
         version = 45 if self._central_extra else 20

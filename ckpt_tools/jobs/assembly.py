@@ -19,7 +19,7 @@ from typing import Any
 from ..checkpoints.layouts import StateDict, dotted
 from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
-from ..formats import format_of
+from ..formats import format_of, without_collector
 from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import FilePlan, OutTensor, whole_file
 from ..formats.format import Format, Writing
@@ -72,6 +72,7 @@ class Assembly:
         return [*(plan.name for plan in self.files), *(path.name for path in self.companions)]
 
 
+@without_collector()
 def assemble(
     tensors: Mapping[str, OutTensor],
     *,

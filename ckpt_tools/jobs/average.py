@@ -15,6 +15,7 @@ from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
 from ..errors import LayoutError, UsageError
+from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.sharded import parse_size
 from ..series.align import align
@@ -209,6 +210,7 @@ class _LinedUp:
     notes: tuple[str, ...]
 
 
+@without_collector()
 def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching, *, mixed_dtypes: bool) -> _LinedUp:
     shared = _shared(members)
     # Files with identical headers have the same tensors.

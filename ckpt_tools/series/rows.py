@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import LayoutError, UsageError
+from ..formats import without_collector
 from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
 from ..tensors import DType, Kind, TensorSpec
 
@@ -17,6 +18,7 @@ _RUNNING = ("running_mean", "running_var")
 _T = TypeVar("_T")
 
 
+@without_collector()
 def recipes(
     rows: Mapping[str, tuple[TensorSpec | None, ...]],
     coefficients: Sequence[float],
