@@ -27,7 +27,8 @@ _PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, o
 _MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
 _METADATA = "__metadata__"
 _SPACE = " \t\n\r"  # of JSON
-_METADATA_FIRST = re.compile(r'\{[ \t\n\r]*"__metadata__"[ \t\n\r]*:[ \t\n\r]*')  # how headers begin that the library wrote
+# How headers begin that the library wrote.
+_METADATA_FIRST = re.compile(r'\{[ \t\n\r]*"__metadata__"[ \t\n\r]*:[ \t\n\r]*')
 
 Tensors = dict[str, TensorSpec | UnsupportedTensor]
 
@@ -123,9 +124,8 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
         if (first := _METADATA_FIRST.match(text)) is not None:
             metadata, at = _STRICT.raw_decode(text, first.end())
         rest = text[at:].strip(_SPACE)
-        if at and rest != "}":
-            if rest[:1] != "," or rest[1:].lstrip(_SPACE)[:1] == "}":
-                raise ValueError("no entry follows its __metadata__")
+        if at and rest != "}" and (rest[:1] != "," or rest[1:].lstrip(_SPACE)[:1] == "}"):
+            raise ValueError("no entry follows its __metadata__")
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
     _check_metadata(path, metadata)
