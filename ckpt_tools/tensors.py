@@ -27,7 +27,7 @@ else:
 _T = TypeVar("_T")
 
 
-class Kind(Enum):
+class Category(Enum):
     """What averaging does with a dtype."""
 
     FLOAT = "float"
@@ -43,7 +43,7 @@ class DType:
     Attributes:
         name: as in ``torch.<name>``.
         itemsize: bytes an element.
-        kind: what averaging does with it.
+        category: what averaging does with it.
         safetensors: code in a safetensors header, None if the format has none.
         storage: class in torch's pickles (``FloatStorage``); None for the dtypes that
             torch saves as untyped storage beside the dtype.
@@ -51,30 +51,30 @@ class DType:
 
     name: str
     itemsize: int
-    kind: Kind
+    category: Category
     safetensors: str | None = None
     storage: str | None = None
 
     @property
     def averaged(self) -> bool:
         """True if values of this dtype are averaged (floating point and complex)."""
-        return self.kind in (Kind.FLOAT, Kind.COMPLEX)
+        return self.category in (Category.FLOAT, Category.COMPLEX)
 
     @property
     def word(self) -> int:
         """Bytes that swap together when the byte order changes (a complex is two words)."""
-        return self.itemsize // 2 if self.kind is Kind.COMPLEX else self.itemsize
+        return self.itemsize // 2 if self.category is Category.COMPLEX else self.itemsize
 
     def comparable(self, other: DType) -> bool:
         """True if a difference of values makes sense: both real, or both complex; packed codes only with their like."""
         if self is other:
             return True
-        return Kind.PACKED not in (self.kind, other.kind) and (self.kind is Kind.COMPLEX) == (
-            other.kind is Kind.COMPLEX
+        return Category.PACKED not in (self.category, other.category) and (self.category is Category.COMPLEX) == (
+            other.category is Category.COMPLEX
         )
 
 
-_F, _C, _I, _P = Kind.FLOAT, Kind.COMPLEX, Kind.INTEGER, Kind.PACKED
+_F, _C, _I, _P = Category.FLOAT, Category.COMPLEX, Category.INTEGER, Category.PACKED
 
 DTYPES: dict[str, DType] = {
     d.name: d
@@ -112,7 +112,7 @@ DTYPES: dict[str, DType] = {
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
 BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
 
-FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.kind is Kind.FLOAT)
+FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.category is Category.FLOAT)
 _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
@@ -197,7 +197,7 @@ class TensorSpec:
         return is_dense(self.shape, self.stride)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def as_chunks(self) -> tuple[Chunk, ...]:
         """The boxes that it is put together from: the tensor itself, unless it is chunked."""
         return (((0,) * len(self.shape), self),)
 
@@ -238,7 +238,7 @@ class ChunkedSpec(TensorSpec):
         chunks: (index of its first element, box), by index; they fill the tensor without gap or overlap.
     """
 
-    chunks: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
 
     @property
     def contiguous(self) -> bool:
@@ -246,7 +246,7 @@ class ChunkedSpec(TensorSpec):
         return False
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def as_chunks(self) -> tuple[Chunk, ...]:
         """The boxes that it is put together from."""
         return self.chunks
 
@@ -256,7 +256,7 @@ class ChunkedSpec(TensorSpec):
         return tuple(chunk.storage.path for _, chunk in self.chunks)
 
 
-Part = tuple[tuple[int, ...], TensorSpec]
+Chunk = tuple[tuple[int, ...], TensorSpec]
 """A box of a tensor: the index of its first element, and its own spec."""
 
 
@@ -264,7 +264,7 @@ Part = tuple[tuple[int, ...], TensorSpec]
 class UnsupportedTensor:
     """A tensor of a kind that cannot be averaged or copied; refused by name when it is needed."""
 
-    kind: str
+    reason: str
 
 
 Tensor = TensorSpec | UnsupportedTensor
@@ -330,7 +330,7 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Part]) -> TensorSpec:
+def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorSpec:
     """Build the spec of a tensor that is stored as boxes, from untrusted numbers.
 
     Args:
@@ -348,7 +348,7 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
     filled = sorted((part for part in chunks if part[1].numel), key=lambda part: part[0])
     for offsets, chunk in chunks:
         if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in offsets):
-            raise CorruptError(f"{faulty}one is said to start at {list(offsets)}. The checkpoint is damaged.")
+            raise CorruptError(f"{faulty}one has the offset {list(offsets)}. The checkpoint is damaged.")
         if any(n + size > whole for n, size, whole in zip(offsets, chunk.shape, shape, strict=True)):
             raise CorruptError(
                 f"{faulty}one of shape {list(chunk.shape)} at {list(offsets)} reaches beyond it. "
@@ -361,7 +361,7 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
             f"{faulty}those at {list(overlapping[0])} and {list(overlapping[1])} overlap. The checkpoint is damaged."
         )
     if missing:
-        raise CorruptError(f"{faulty}{missing} elements stand in none. Was the save interrupted? Get a complete copy.")
+        raise CorruptError(f"{faulty}{missing} elements are in no chunk. Was the save interrupted? Get a complete copy.")
     if not filled:
         return make_spec(dtype, shape, chunks[0][1].storage)
     if len(filled) == 1:
@@ -373,14 +373,14 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
     return ChunkedSpec(dtype, shape, c_strides(shape), 0, storage, tuple(filled))
 
 
-def _first_overlap(parts: Sequence[Part]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _first_overlap(parts: Sequence[Chunk]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Find two boxes with an element in common: a sweep along the axis that tells most of them apart."""
     if len(parts) < 2:
         return None
     axis = max(range(len(parts[0][0])), key=lambda i: len({offsets[i] for offsets, _ in parts}), default=None)
     if axis is None:
         return parts[0][0], parts[1][0]
-    open_boxes: list[Part] = []
+    open_boxes: list[Chunk] = []
     for offsets, chunk in sorted(parts, key=lambda part: part[0][axis]):
         open_boxes = [part for part in open_boxes if part[0][axis] + part[1].shape[axis] > offsets[axis]]
         for others, other in open_boxes:

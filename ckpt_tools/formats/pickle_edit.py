@@ -1,8 +1,8 @@
-"""Spelling: where a pickle writes each text, so that some can be written otherwise and all else stays as it is.
+"""TracedPickle: where a pickle writes each text, so that some can be written otherwise and all else stays as it is.
 
 A pickle writes a text once and afterwards refers to it by a number (a memo), wherever the same text
 is needed again. So a text belongs to the opcode that brought it to its place, a literal or a
-reference, and each opcode is respelled by itself.
+reference, and each opcode is rewritten by itself.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from . import pickle_read as unpickle
 from .format import Renaming
 
 
-class Spelled(str):
+class TracedText(str):
     """A text of a pickle, known by its identity: each opcode makes one of its own."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Use:
+class _TextOpcode:
     """An opcode that brings a text to its place.
 
     Attributes:
@@ -40,24 +40,24 @@ class _Use:
         narrow: a text of Python 2, in bytes.
     """
 
-    text: Spelled
+    text: TracedText
     span: tuple[int, int]
-    source: Spelled | None
+    source: TracedText | None
     narrow: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Spelling:
+class TracedPickle:
     """A pickle, its tree, and where the texts of the tree stand in it.
 
     Attributes:
         pickled: the bytes.
-        tree: as `unpickle.load` gives it, with a `Spelled` for each text. Storages in it are not located.
+        tree: as `unpickle.load` gives it, with a `TracedText` for each text. Storages in it are not located.
     """
 
     pickled: bytes
     tree: Any
-    _uses: dict[int, _Use] = field(default_factory=dict)
+    _opcodes: dict[int, _TextOpcode] = field(default_factory=dict)
     _frames: list[tuple[int, int]] = field(default_factory=list)
     _keys: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ class Spelling:
         _, set_later = self._keys.get(id(mapping), (mapping, []))
         return list({id(key): key for key in (*mapping, *set_later)}.values())
 
-    def respelled(self, wanted: Iterable[tuple[str, str]]) -> bytes:
+    def rewritten(self, wanted: Iterable[tuple[str, str]]) -> bytes:
         """Write the pickle with other texts in some places.
 
         Args:
@@ -81,19 +81,19 @@ class Spelling:
         """
         targets: dict[int, str] = {}
         for text, target in wanted:
-            if id(text) not in self._uses:
-                raise CorruptError(f"its pickle makes the name '{text}' in a way that cannot be followed.")
+            if id(text) not in self._opcodes:
+                raise CorruptError(f"its pickle does not store the name '{text}' as a plain string.")
             if targets.setdefault(id(text), target) != target:
                 raise UnsupportedError(
                     f"two state dicts share the name '{text}', which would be '{target}' in one of them only."
                 )
         edits = []
-        for use in self._uses.values():
-            target = targets.get(id(use.text), use.text)
+        for opcode in self._opcodes.values():
+            target = targets.get(id(opcode.text), opcode.text)
             # What the opcode brings there when it stays as it is.
-            brought = use.text if use.source is None else targets.get(id(use.source), use.source)
+            brought = opcode.text if opcode.source is None else targets.get(id(opcode.source), opcode.source)
             if target != brought:
-                edits.append((use.span, _literal(target, narrow=use.narrow)))
+                edits.append((opcode.span, _literal(target, narrow=opcode.narrow)))
         if edits:
             # A frame says how long it is; the format allows for pickles without.
             edits += [(span, b"") for span in self._frames]
@@ -105,7 +105,7 @@ class Spelling:
         return b"".join([*parts, self.pickled[position:]])
 
 
-def spell(pickled: bytes, *, where: str) -> Spelling:
+def trace(pickled: bytes, *, where: str) -> TracedPickle:
     """Read a pickle, which `unpickle.load` has accepted, and note where its texts stand.
 
     Raises:
@@ -113,7 +113,7 @@ def spell(pickled: bytes, *, where: str) -> Spelling:
     """
     tracer = _Tracer(io.BytesIO(pickled))
     tree = unpickle.run(tracer, where=where)
-    return Spelling(pickled, tree, tracer.uses, tracer.frames, tracer.keys)
+    return TracedPickle(pickled, tree, tracer.opcodes, tracer.frames, tracer.keys)
 
 
 def _nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
@@ -128,12 +128,12 @@ def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False)
         start = tracer.pickled.tell() - 1
         read(tracer)
         top = tracer.stack[-1]
-        if literal or isinstance(top, Spelled):
+        if literal or isinstance(top, TracedText):
             source = None if literal else top
-            narrowed = narrow if source is None else tracer.uses[id(source)].narrow
-            text = Spelled(top)
+            narrowed = narrow if source is None else tracer.opcodes[id(source)].narrow
+            text = TracedText(top)
             tracer.stack[-1] = text
-            tracer.uses[id(text)] = _Use(text, (start, tracer.pickled.tell()), source, narrowed)
+            tracer.opcodes[id(text)] = _TextOpcode(text, (start, tracer.pickled.tell()), source, narrowed)
 
     return load
 
@@ -142,7 +142,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
     def __init__(self, pickled: io.BytesIO) -> None:
         super().__init__(pickled, _nowhere)
         self.pickled = pickled
-        self.uses: dict[int, _Use] = {}
+        self.opcodes: dict[int, _TextOpcode] = {}
         self.frames: list[tuple[int, int]] = []
         self.keys: dict[int, tuple[Any, list[Any]]] = {}
 
@@ -162,7 +162,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
 
     def load_stack_global(self) -> None:
         # The base class takes exact texts only.
-        self.stack[-2:] = [str(part) if isinstance(part, Spelled) else part for part in self.stack[-2:]]
+        self.stack[-2:] = [str(part) if isinstance(part, TracedText) else part for part in self.stack[-2:]]
         _Base.load_stack_global(self)
 
     def load_setitem(self) -> None:
@@ -254,7 +254,7 @@ def _parts(node: Any, names: Mapping[str, str]) -> list[Any]:
     return list(node)
 
 
-def renamed(spelling: Spelling, renamings: Sequence[Renaming], path: Path) -> bytes:
+def renamed(traced: TracedPickle, renamings: Sequence[Renaming], path: Path) -> bytes:
     """Write a pickle with other names for the tensors in it.
 
     Raises:
@@ -266,14 +266,14 @@ def renamed(spelling: Spelling, renamings: Sequence[Renaming], path: Path) -> by
         metadata = getattr(renaming.state, "_metadata", None)
         for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
             if isinstance(mapping, dict) and names:
-                wanted += [(key, names[key]) for key in spelling.keys(mapping) if key in names]
+                wanted += [(key, names[key]) for key in traced.keys(mapping) if key in names]
                 changed.setdefault(id(mapping), {}).update(names)
     try:
-        pickled = spelling.respelled(wanted)
+        pickled = traced.rewritten(wanted)
     except (CorruptError, UnsupportedError) as error:
         raise UnsupportedError(f"{path}: {error} Load and save it with torch once.") from error
-    if differs(spelling.tree, spell(pickled, where=str(path)).tree, changed):
+    if differs(traced.tree, trace(pickled, where=str(path)).tree, changed):
         raise UnsupportedError(
-            f"{path}: its pickle does not let names be changed one by one. Load and save it with torch once."
+            f"{path}: single names in its pickle cannot be changed. Load and save it with torch once."
         )
     return pickled

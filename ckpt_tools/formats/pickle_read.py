@@ -111,7 +111,7 @@ class _Bytes(metaclass=Sealed):
             return source.encode(encoding)
         if isinstance(source, bytes):
             return source
-        raise pickle.UnpicklingError("bytes made from something that is no text")
+        raise pickle.UnpicklingError("bytes made from a value that is not text")
 
 
 class _ByteArray(metaclass=Sealed):
@@ -228,7 +228,7 @@ class _FromType(metaclass=Sealed):
     def __new__(cls, function: Any, type_: Any, args: Any, *_: Any) -> Any:
         if function in (_Tensor, _Parameter) or function in _UNSUPPORTED_TYPES:
             return function(*args)
-        return UnsupportedTensor(f"a tensor of a class of its own ({getattr(type_, 'global_name', '') or 'unknown'})")
+        return UnsupportedTensor(f"a tensor subclass ({getattr(type_, 'global_name', '') or 'unknown'})")
 
 
 class _Unsupported(metaclass=Sealed):
@@ -328,7 +328,7 @@ class Restricted:
         if isinstance(key, bytes):
             key = key.decode("latin1")
         if not isinstance(storage_type, Sealed) or not issubclass(storage_type, _StorageType):
-            raise pickle.UnpicklingError("an unknown kind of persistent object")
+            raise pickle.UnpicklingError("an unknown type of persistent object")
         if not isinstance(key, str) or type(numel) is not int:
             raise pickle.UnpicklingError("a storage without a name or a size")
         view = rest[4] if len(rest) > 4 else None

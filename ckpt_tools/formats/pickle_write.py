@@ -53,7 +53,7 @@ class _Names(dict[tuple[str, str], type]):
         setattr(made, name, self[key])
         return self[key]
 
-    def spelt_out(self, pickled: bytes) -> bytes:
+    def with_torch_names(self, pickled: bytes) -> bytes:
         """Call the modules what torch calls them; no other text holds the random one."""
         for module, made in self._modules.items():
             pickled = pickled.replace(made.__name__.encode(), module.encode())
@@ -123,9 +123,9 @@ def dump(tree: Any, *, name: str) -> tuple[bytes, list[OutTensor]]:
             pickler.dump(tree)
     except (pickle.PicklingError, RecursionError, TypeError) as error:
         raise WriteError(
-            f"{name}: what stands beside the weights cannot be written ({error}). Write a .safetensors file instead."
+            f"{name}: the entries other than weights cannot be written ({error}). Write a .safetensors file instead."
         ) from error
-    return names.spelt_out(stream.getvalue()), pickler.storages
+    return names.with_torch_names(stream.getvalue()), pickler.storages
 
 
 def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
@@ -172,5 +172,5 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
         return map_tree(tree, replace)
     except RecursionError as error:
         raise WriteError(
-            "what stands beside the weights is nested too deeply to be copied. Write a .safetensors file instead."
+            "the entries other than weights are nested too deeply to be copied. Write a .safetensors file instead."
         ) from error

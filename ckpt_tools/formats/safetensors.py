@@ -125,7 +125,7 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
         if at and not rest.startswith((",", "}")):
             raise ValueError("its __metadata__ ends without a comma")
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
+        raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
     _check_metadata(path, metadata)
     ties = tuple((alias, kept) for alias, kept in metadata.items() if _is_tie(alias, kept))
     template = _KNOWN.get((rest, ties))
@@ -135,7 +135,7 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
             metadata = entries.pop(_METADATA, {})
             _check_metadata(path, metadata)
         elif _METADATA in entries:
-            raise CorruptError(f"{path}: its header has two entries of the name {_METADATA}. The file is damaged.")
+            raise CorruptError(f"{path}: its header has two entries named {_METADATA}. The file is damaged.")
         tensors, end = _tensors(path, entries, base=8 + len(raw), nbytes=payload)
         for alias, kept in metadata.items():
             if alias not in tensors and kept in entries and _is_tie(alias, kept):
@@ -151,9 +151,9 @@ def _check_metadata(path: Path, metadata: object) -> None:
         raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
     if _PARTS in metadata:
         raise UnsupportedError(
-            f"{path}: holds the parts of tensors that one process saved, and is no checkpoint by itself. "
-            "Put the parts together first: consolidate_safetensors_files of torch.distributed.checkpoint does it, "
-            "or enable_consolidation where they are saved."
+            f"{path}: holds the tensor chunks of one process, and is not a checkpoint by itself. "
+            "Join the chunks first: use consolidate_safetensors_files of torch.distributed.checkpoint, "
+            "or save with enable_consolidation."
         )
 
 
@@ -162,20 +162,20 @@ def _entries(path: Path, text: str) -> dict[str, Any]:
     try:
         entries = json.loads(text)
         if not isinstance(entries, dict):
-            raise CorruptError(f"{path}: its header is no JSON object. The file is damaged.")
+            raise CorruptError(f"{path}: its header is not a JSON object. The file is damaged.")
         # Each pair of a name and a value has a colon, so this count holds only if none has replaced another.
         pairs = len(entries) + sum([len(entry) for entry in entries.values() if type(entry) is dict])
         if text.count(":") != pairs or "\\u" in text or not text.isascii():
             entries = _STRICT.decode(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
+        raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
     return entries  # type: ignore[no-any-return]
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a duplicate name")
     if not all(map(str.isascii, entries)):
         "".join(entries).encode()  # a JSON escape can spell half a character, which has no encoding
     return entries
@@ -236,7 +236,7 @@ def _check_spans(path: Path, entries: Mapping[str, Any]) -> int:
     for begin, end, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
         if begin != position:
             what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
+            raise CorruptError(f"{path}: '{name}' {what}. The file is damaged; get a fresh copy.")
         position = end
     return position
 
@@ -323,7 +323,7 @@ def plan(
     try:
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UnsupportedError(f"{name}: a name in it is no Unicode text. Write a .pth file instead.") from error
+        raise UnsupportedError(f"{name}: a tensor name is not valid Unicode. Write a .pth file instead.") from error
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER:
         raise UnsupportedError(

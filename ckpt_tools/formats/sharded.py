@@ -140,7 +140,7 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
         extra = [key for key in trees[name] if weight_map.get(key) != name and key not in header.metadata]
         if extra:
             raise CorruptError(
-                f"{index}: does not list '{extra[0]}', which stands in {name}. The index is stale; rewrite it."
+                f"{index}: does not list '{extra[0]}', which is in {name}. The index is stale; rewrite it."
             )
     foreign: Counter[str] = Counter()
     for header in headers.values():
@@ -200,7 +200,7 @@ def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
         if not weight_map or not {*map(type, weight_map.values())} <= {str}:
             raise TypeError("weight_map should map tensor names to file names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{index}: no index of a sharded checkpoint ({type(error).__name__}: {error}).") from error
+        raise CorruptError(f"{index}: not the index of a sharded checkpoint ({type(error).__name__}: {error}).") from error
     return dict(weight_map)
 
 

@@ -99,7 +99,7 @@ _TIME, _CRC, _SIZES = 12, 16, 20
 _CRC_SIZE = _SIZES - _CRC
 _SIGNATURE = 4  # bytes at the start of a local header
 _LENGTHS = 4  # bytes at its end: the length of the name, and of the extra fields
-_WINDOW = 1 << 16  # bytes that are read at once, at most
+_LONGEST = 1 << 16  # bytes that are read at once, at most
 _NEAR = 1 << 10  # bytes between two ranges up to which one read of both costs less than two reads
 
 
@@ -136,8 +136,8 @@ class ArchiveTemplate(Template):
             and root.count(b"/") == 1
             and not {*b"\0\\"} & {*root}
             and self._same(directory, root, *self._directory)
-            and self._same(_read(file, self._header_windows), root, *self._headers)
-            and _read(file, _windows((at, len(content)) for at, content in contents))
+            and self._same(_read(file, self._header_ranges), root, *self._headers)
+            and _read(file, _coalesced((at, len(content)) for at, content in contents))
             == b"".join(content for _, content in contents)
             and all(directory[at : at + _CRC_SIZE] in checksums for at, checksums in self._checksums)
         )
@@ -174,8 +174,8 @@ class ArchiveTemplate(Template):
         return self._without_root(b"".join(headers), [at + LOCAL_SIZE for at in begins]), _number(mask)
 
     @cached_property
-    def _header_windows(self) -> list[_Window]:
-        return _windows((offset, len(header)) for offset, header in sorted(self._archive.headers.items()))
+    def _header_ranges(self) -> list[_Coalesced]:
+        return _coalesced((offset, len(header)) for offset, header in sorted(self._archive.headers.items()))
 
     @cached_property
     def _checksums(self) -> list[tuple[int, tuple[bytes, bytes]]]:
@@ -191,28 +191,28 @@ def _number(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-_Window = tuple[int, int, list[slice]]  # offset, length, and where the ranges are in it
+_Coalesced = tuple[int, int, list[slice]]  # offset, length, and where the ranges are in it
 
 
-def _windows(ranges: Iterable[tuple[int, int]]) -> list[_Window]:
-    """Put ranges, (offset, length) in ascending order, into windows of those that are close together."""
-    windows: list[_Window] = []
+def _coalesced(ranges: Iterable[tuple[int, int]]) -> list[_Coalesced]:
+    """Put ranges, (offset, length) in ascending order, into found of those that are close together."""
+    found: list[_Coalesced] = []
     begin = end = -1
     for offset, nbytes in ranges:
-        if windows and end <= offset <= end + _NEAR and offset + nbytes <= begin + _WINDOW:
-            pieces = windows.pop()[2]
+        if found and end <= offset <= end + _NEAR and offset + nbytes <= begin + _LONGEST:
+            pieces = found.pop()[2]
         else:
             begin, pieces = offset, []
         end = offset + nbytes
         pieces.append(slice(offset - begin, end - begin))
-        windows.append((begin, end - begin, pieces))
-    return windows
+        found.append((begin, end - begin, pieces))
+    return found
 
 
-def _read(file: InputFile, windows: Iterable[_Window]) -> bytes:
+def _read(file: InputFile, found: Iterable[_Coalesced]) -> bytes:
     """Read ranges of a file, and put them together."""
     found = []
-    for offset, length, pieces in windows:
+    for offset, length, pieces in found:
         window = file.read(offset, length)
         found += [window] if len(pieces) == 1 else [window[piece] for piece in pieces]
     return b"".join(found)

@@ -56,8 +56,8 @@ class TorchLegacy(Format):
         path = header.files[0].path
         with InputFile(path) as source, source.as_file() as file:
             start, end = object_span(file, where=str(path))
-            spelling = pickle_edit.spell(source.read(start, end - start), where=str(path))
-        return _Named(path, spelling, Span(start, end), header.nbytes)
+            traced = pickle_edit.trace(source.read(start, end - start), where=str(path))
+        return _Named(path, traced, Span(start, end), header.nbytes)
 
 
 TORCH_LEGACY = TorchLegacy()
@@ -66,16 +66,16 @@ TORCH_LEGACY = TorchLegacy()
 @dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     path: Path
-    spelling: pickle_edit.Spelling
+    traced: pickle_edit.TracedPickle
     span: Span
     size: int
 
     @property
     def tree(self) -> Any:
-        return self.spelling.tree
+        return self.traced.tree
 
     def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        pickled = pickle_edit.renamed(self.spelling, renamings, self.path)
+        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
         return Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size)))
 
 
@@ -140,7 +140,7 @@ def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]
 def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str, int]) -> dict[str, int]:
     keys, _ = pickle_read.load(file, _refuse, where=str(path))
     if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(declared):
-        raise CorruptError(f"{path}: its list of storages does not fit its contents. The file is damaged.")
+        raise CorruptError(f"{path}: its list of storages does not match its tensors. The file is damaged.")
     offsets = {}
     position = file.tell()
     for key in keys:
@@ -152,7 +152,7 @@ def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str,
                 f"{path}: truncated: storage {key} ends at byte {end}, the file at {size}. Get a fresh copy."
             )
         if struct.unpack("<q", count)[0] not in _possible_counts(declared[key]):
-            raise CorruptError(f"{path}: storage {key} has another size than its tensors say. The file is damaged.")
+            raise CorruptError(f"{path}: storage {key} has a different size than in its pickle. The file is damaged.")
         offsets[key] = position + 8
         position = end
     return offsets

@@ -87,7 +87,7 @@ class TorchZip(Format):
             except CorruptError as error:
                 raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.") from error
             name = f"{_root(str(path), archive.entries)}/data.pkl"
-            return _Named(path, pickle_edit.spell(archive.read(name), where=str(path)), name)
+            return _Named(path, pickle_edit.trace(archive.read(name), where=str(path)), name)
 
 
 TORCH_ZIP = TorchZip()
@@ -207,15 +207,15 @@ def _header_maker(entry: NewEntry) -> Callable[[Sequence[int]], bytes]:
 @dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     path: Path
-    spelling: pickle_edit.Spelling
+    traced: pickle_edit.TracedPickle
     entry: str
 
     @property
     def tree(self) -> Any:
-        return self.spelling.tree
+        return self.traced.tree
 
     def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        pickled = pickle_edit.renamed(self.spelling, renamings, self.path)
+        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
         with InputFile(self.path) as file:
             archive = Archive(file, where=str(self.path))
             return Splice(self.path, replaced(archive, self.entry, pickled, where=str(self.path)))

@@ -83,7 +83,7 @@ class Archive:
         where: for messages.
 
     Raises:
-        CorruptError: its directory cannot be read, or two entries have one name.
+        CorruptError: its directory cannot be read, or two entries have the same name.
     """
 
     def __init__(self, file: InputFile, start: int = 0, length: int | None = None, *, where: str) -> None:
@@ -128,7 +128,7 @@ class Archive:
                 raise CorruptError(f"{self._where}: the name of an entry is not text. The file is damaged.") from error
             found[name] = entry
         if len(found) != len(entries):
-            raise CorruptError(f"{self._where}: two entries have one name. The file is damaged.")
+            raise CorruptError(f"{self._where}: two entries have the same name. The file is damaged.")
         return found
 
     def local_header(self, entry: Entry) -> tuple[bytes, int]:
@@ -183,7 +183,7 @@ class Archive:
         content = self.file.read(offset, entry.size)
         if entry.crc and zlib.crc32(content) != entry.crc:
             short = name.partition("/")[2]
-            raise CorruptError(f"{self._where}: the checksum of its {short} does not fit. The file is damaged.")
+            raise CorruptError(f"{self._where}: the checksum of its {short} does not match. The file is damaged.")
         self.contents[name] = offset - self._start, content
         return content
 
@@ -357,7 +357,7 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
     """
     if archive.shift:
         raise UnsupportedError(
-            f"{where}: something stands before its zip, which torch cannot read either. Load and save it with torch."
+            f"{where}: other bytes precede its zip archive, and torch cannot read such a file. Get a fresh copy."
         )
     old = archive.entries[name]
     fields, extra = _local_fields(archive, old)

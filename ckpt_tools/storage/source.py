@@ -121,7 +121,7 @@ def _cannot_open(path: Path, error: OSError) -> str:
     return f"{path}: cannot be read ({error.strerror or error}).{advice}"
 
 
-class Window(io.RawIOBase):
+class RangeReader(io.RawIOBase):
     """A range of a source as a read-only file object, for libraries that want one; see `as_file`."""
 
     def __init__(self, source: Source, path: Path, start: int, length: int) -> None:
@@ -172,7 +172,7 @@ class InputFile:
     def as_file(self, start: int = 0, length: int | None = None) -> IO[bytes]:
         """Return a range of the file, to its end by default, as a buffered file object."""
         length = self.stamp.nbytes - start if length is None else length
-        return io.BufferedReader(Window(self.source, self.path, start, length))
+        return io.BufferedReader(RangeReader(self.source, self.path, start, length))
 
     def __enter__(self) -> InputFile:
         return self

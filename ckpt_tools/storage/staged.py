@@ -65,7 +65,7 @@ def staged_files(
         except OSError as error:
             if error.errno in _TAKEN:
                 raise WriteError(
-                    f"{target}: was made by another program meanwhile, and stays. Choose another name with `out`."
+                    f"{target}: was created by another program in the meantime, and was kept. Choose another name with `out`."
                 ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
         except BaseException:
@@ -135,7 +135,7 @@ def _exchange(stage: Path, target: Path) -> None:
                 aside.rename(target)
             except OSError as error:
                 raise WriteError(
-                    f"{target}: cannot be written ({error.strerror}). What stood there is {aside} now; move it back."
+                    f"{target}: cannot be written ({error.strerror}). The old content is now {aside}; move it back."
                 ) from error
 
 
