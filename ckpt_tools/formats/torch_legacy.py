@@ -1,7 +1,7 @@
-"""The torch format before 1.6: pickles one behind the other, then the storages. Read only.
+"""The torch format before 1.6: consecutive pickles, then the storages. Read only.
 
-Magic number, protocol and system facts; the saved object; the list of storage keys; then,
-for each key, the element count (int64) and the elements, always least significant byte first.
+The pickles are the magic number, the protocol, system information, the saved object, and the list of storage keys.
+For each key follow the element count (int64) and the elements, always little endian.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchLegacy(Format):
-    """The torch format before 1.6; it is not written."""
+    """The torch format before 1.6; read only."""
 
     name = "torch-legacy"
     nests = True
@@ -83,11 +83,10 @@ def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
     declared = _declared_storages(path, file, size)
     offsets = _storage_offsets(path, file, size, declared)
     file.seek(0)
-    for _ in range(3):  # magic number, protocol, system facts
+    for _ in range(3):  # magic number, protocol, system information
         pickle_read.load(file, _refuse, where=str(path))
 
-    # The storages stand behind the pickle that refers to them, so it is read a second time
-    # now that their places are known.
+    # The storages follow the pickle that refers to them, so it is read again once their offsets are known.
     def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
         item = dtype.itemsize if dtype else 1
         whole = Storage(path, offsets[key], declared[key])
@@ -102,7 +101,7 @@ def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
 
 
 def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
-    """Return where the pickle of the saved object starts and ends in a file that `read` has accepted."""
+    """Return [start, stop) of the pickle of the saved object in a file that `read` has accepted."""
 
     def anywhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
         return Storage(Path(where), 0, sys.maxsize)
@@ -116,11 +115,11 @@ def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
 
 
 def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-    raise pickle.UnpicklingError("a storage where none belongs")
+    raise pickle.UnpicklingError("an unexpected storage")
 
 
 def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]:
-    """Read up to the saved object; return the bytes that it says each storage has."""
+    """Read up to the saved object; return the size in bytes that it declares for each storage."""
     declared: dict[str, int] = {}
 
     def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
@@ -159,5 +158,5 @@ def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str,
 
 
 def _possible_counts(nbytes: int) -> set[int]:
-    """Element counts that a storage of so many bytes can have."""
+    """Return the element counts possible for a storage of this size."""
     return {nbytes // item for item in (1, 2, 4, 8, 16) if nbytes % item == 0}

@@ -357,8 +357,8 @@ def test_average_writes_out_a_tie_that_the_metadata_cannot_tell(save: Save, tmp_
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("w", "complex128", "'w' is complex128, which safetensors does not have. Write a .pth file instead"),
-        ("w", "complex32", "'w' is complex32, which safetensors does not have"),
+        ("w", "complex128", "'w' is complex128, which safetensors does not support. Write a .pth file instead"),
+        ("w", "complex32", "'w' is complex32, which safetensors does not support"),
         ("__metadata__", "float32", "'__metadata__' cannot name a tensor in safetensors"),
         ("\ud800", "float32", "a tensor name is not valid Unicode"),
     ],
