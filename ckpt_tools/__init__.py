@@ -1,7 +1,7 @@
 """ckpt-tools: average, convert and recalibrate saved PyTorch checkpoints.
 
-The names below are the public API. They are imported when first used, so that
-``import ckpt_tools`` costs nothing and does not import torch.
+The names below are the public API. They are imported on first use, so that ``import ckpt_tools``
+is fast and does not import torch.
 """
 
 from __future__ import annotations

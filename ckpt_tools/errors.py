@@ -1,34 +1,34 @@
-"""Errors: everything the toolkit refuses to do, in one tree.
+"""Errors: one tree for all refusals and failures.
 
 CkptError                 exit 1: refused or failed; says what, where, and the next step
-├── UsageError            exit 2: an argument makes no sense, whatever the files hold
-├── SeriesError           which files, in which order
-├── ReadError             a file is not what it should be
+├── UsageError            exit 2: an invalid argument, whatever the files contain
+├── SeriesError           the selection or order of files
+├── ReadError             a file cannot be read as a checkpoint
 │   ├── NotACheckpointError
-│   ├── CorruptError      truncated, or a header that does not fit its payload
-│   └── UnsupportedError  known, but not averaged or read here (sparse, quantized, ...)
-├── LayoutError           no weights, or not the asked ones, inside a checkpoint
-├── AlignmentError        names, shapes or dtypes do not line up over the series
+│   ├── CorruptError      truncated, or a header that does not match its payload
+│   └── UnsupportedError  a known but unsupported content (sparse, quantized, ...)
+├── LayoutError           a checkpoint lacks weights, or the requested ones
+├── AlignmentError        names, shapes or dtypes differ in the series
 ├── NumericsError         NaN, infinity, overflow
 ├── ModelError            no such model, or the weights do not fit it
 ├── DataError             images or batches are missing or unusable
 └── WriteError            the target cannot, or must not, be written
 
 A message names parameters in backticks: `force`, `threads=0`, or a call such as `convert(to='plain')`. The command line
-shows options in their place.
+shows its options instead.
 """
 
 from __future__ import annotations
 
 
 class CkptError(Exception):
-    """A job was refused or failed for a reason that its user can act on."""
+    """A job was refused or failed, for a reason on which its user can act."""
 
     exit_code = 1
 
 
 class UsageError(CkptError):
-    """An argument is outside what is allowed."""
+    """An argument is invalid."""
 
     exit_code = 2
 
@@ -42,23 +42,23 @@ class ReadError(CkptError):
 
 
 class NotACheckpointError(ReadError):
-    """The content is of no known checkpoint format."""
+    """The file has no known checkpoint format."""
 
 
 class CorruptError(ReadError):
-    """The file contradicts itself: truncated, overlapping, or with a lying header."""
+    """The file is truncated, or its header is inconsistent."""
 
 
 class UnsupportedError(ReadError):
-    """The content is known, but of a kind that is refused by name."""
+    """The content is known but not supported."""
 
 
 class LayoutError(CkptError):
-    """The wanted weights are not where they should be inside a checkpoint."""
+    """A checkpoint lacks the requested weights."""
 
 
 class AlignmentError(CkptError):
-    """Tensors do not line up over the series."""
+    """Names, shapes or dtypes of tensors differ in the series."""
 
 
 class NumericsError(CkptError):
@@ -66,12 +66,12 @@ class NumericsError(CkptError):
 
 
 class ModelError(CkptError):
-    """The network that the weights belong to cannot be built."""
+    """The network of the weights cannot be built."""
 
 
 class DataError(CkptError):
-    """The data to run the network on are missing, broken or of the wrong shape."""
+    """The input data of the network is missing, broken or of the wrong shape."""
 
 
 class WriteError(CkptError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written to its target."""

@@ -1,7 +1,7 @@
-"""Tensors on disk: dtypes, and where the bytes of a tensor stand in a file.
+"""Tensors on disk: dtypes, shapes, and byte ranges in files.
 
-Nothing here imports torch: names, shapes and offsets come from headers alone, so that a
-refused job and `ckpt inspect` cost milliseconds.
+Nothing here imports torch: names, shapes and offsets come from headers, so that a refused job
+and `ckpt inspect` take milliseconds.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ else:
 _T = TypeVar("_T")
 
 
-class Kind(Enum):
-    """What averaging does with a dtype."""
+class Category(Enum):
+    """How a dtype is averaged."""
 
     FLOAT = "float"
     COMPLEX = "complex"
-    INTEGER = "integer"  # bool too: taken from the last checkpoint, never averaged
-    PACKED = "packed"  # several values a byte, or codes: refused by name
+    INTEGER = "integer"  # bool too: copied from the last checkpoint, never averaged
+    PACKED = "packed"  # several values per byte, or codes: refused
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DType:
-    """A torch dtype, known by the name it has in torch; there is one object of each.
+    """A torch dtype; one object for each.
 
     Attributes:
         name: as in ``torch.<name>``.
-        itemsize: bytes an element.
-        kind: what averaging does with it.
-        safetensors: code in a safetensors header, None if the format has none.
-        storage: class in torch's pickles (``FloatStorage``); None for the dtypes that
-            torch saves as untyped storage beside the dtype.
+        itemsize: bytes per element.
+        category: how it is averaged.
+        safetensors: code in a safetensors header; None if the format has none.
+        storage: storage class in torch's pickles (``FloatStorage``); None for a dtype that torch saves as an untyped
+            storage and a dtype.
     """
 
     name: str
     itemsize: int
-    kind: Kind
+    category: Category
     safetensors: str | None = None
     storage: str | None = None
 
     @property
     def averaged(self) -> bool:
         """True if values of this dtype are averaged (floating point and complex)."""
-        return self.kind in (Kind.FLOAT, Kind.COMPLEX)
+        return self.category in (Category.FLOAT, Category.COMPLEX)
 
     @property
     def word(self) -> int:
-        """Bytes that swap together when the byte order changes (a complex is two words)."""
-        return self.itemsize // 2 if self.kind is Kind.COMPLEX else self.itemsize
+        """Bytes of the unit of byte swapping (a complex number is two words)."""
+        return self.itemsize // 2 if self.category is Category.COMPLEX else self.itemsize
 
     def comparable(self, other: DType) -> bool:
-        """True if a difference of values makes sense: both real, or both complex; packed codes only with their like."""
+        """True if values can be subtracted: both real, or both complex; packed dtypes only if they are the same."""
         if self is other:
             return True
-        return Kind.PACKED not in (self.kind, other.kind) and (self.kind is Kind.COMPLEX) == (
-            other.kind is Kind.COMPLEX
+        return Category.PACKED not in (self.category, other.category) and (self.category is Category.COMPLEX) == (
+            other.category is Category.COMPLEX
         )
 
 
-_F, _C, _I, _P = Kind.FLOAT, Kind.COMPLEX, Kind.INTEGER, Kind.PACKED
+_F, _C, _I, _P = Category.FLOAT, Category.COMPLEX, Category.INTEGER, Category.PACKED
 
 DTYPES: dict[str, DType] = {
     d.name: d
@@ -87,7 +87,7 @@ DTYPES: dict[str, DType] = {
         DType("float8_e5m2", 1, _F, "F8_E5M2"),
         DType("float8_e4m3fnuz", 1, _F, "F8_E4M3FNUZ"),
         DType("float8_e5m2fnuz", 1, _F, "F8_E5M2FNUZ"),
-        # A power of two without sign or mantissa: the scale of a packed block, not a weight.
+        # A power of two without sign or mantissa: the scale of a packed block, never a weight.
         DType("float8_e8m0fnu", 1, _P, "F8_E8M0"),
         DType("float4_e2m1fn_x2", 1, _P, "F4"),
         DType("complex128", 16, _C, None, "ComplexDoubleStorage"),
@@ -112,15 +112,15 @@ DTYPES: dict[str, DType] = {
 BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
 BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
 
-FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.kind is Kind.FLOAT)
+FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.category is Category.FLOAT)
 _ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 
 
 def parse_dtype(dtype: object) -> DType | None:
-    """Read a floating-point dtype: a name, a torch.dtype, or None and ``same`` for no change.
+    """Parse a floating-point dtype: a name or a torch.dtype; None or ``same`` mean no change.
 
     Raises:
-        UsageError: no such dtype.
+        UsageError: unknown, or not floating-point.
     """
     if dtype is None or dtype == "same":
         return None
@@ -137,10 +137,10 @@ def _refuse_state(self: object, state: object) -> None:
 
 @dataclass_transform(frozen_default=True)
 def _unchanging(cls: type[_T]) -> type[_T]:
-    """Make a dataclass that is frozen for the type checker, and shut to pickles.
+    """Make a dataclass that is frozen for the type checker, and that a pickle cannot change.
 
-    Of these there are hundreds of thousands, and a frozen one takes four times as long to make. What a pickle could
-    change one by is ``__setstate__``, which BUILD calls.
+    There are hundreds of thousands of instances, and a frozen one takes four times as long to create. A pickle could
+    change an instance only by BUILD, which calls ``__setstate__``.
     """
     made = dataclass(slots=True, unsafe_hash=True)(cls)
     made.__setstate__ = _refuse_state  # type: ignore[attr-defined]
@@ -149,13 +149,13 @@ def _unchanging(cls: type[_T]) -> type[_T]:
 
 @_unchanging
 class Storage:
-    """A contiguous run of bytes in a file, which one or more tensors look into.
+    """A byte range of a file that one or more tensors share.
 
     Attributes:
         path: the file.
-        offset: first byte in it.
+        offset: of the first byte in the file.
         nbytes: length in bytes.
-        big_endian: True if words stand most significant byte first.
+        big_endian: True if the most significant byte of a word is first.
     """
 
     path: Path
@@ -166,14 +166,14 @@ class Storage:
 
 @_unchanging
 class TensorSpec:
-    """One tensor as a header describes it; no payload. Equal specs are the same bytes.
+    """A tensor as its header describes it, without payload. Equal specs are the same bytes.
 
     Attributes:
         dtype: element type.
         shape: sizes.
-        stride: steps in elements, one a dimension; may overlap or leave gaps.
-        start: first element, counted in elements from the start of the storage.
-        storage: the bytes it looks into.
+        stride: in elements, one per dimension; elements may overlap or leave gaps.
+        start: offset of the first element in the storage, in elements.
+        storage: its bytes.
     """
 
     dtype: DType
@@ -188,41 +188,41 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements themselves, each counted once a position in the tensor."""
+        """Number of elements times the item size; overlapping elements count each time."""
         return self.numel * self.dtype.itemsize
 
     @property
     def contiguous(self) -> bool:
-        """True if the elements stand in C order without gaps (as torch's is_contiguous)."""
+        """True if the elements are in C order without gaps (as torch's is_contiguous)."""
         return is_dense(self.shape, self.stride)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """The boxes that it is put together from: the tensor itself, unless it is chunked."""
+    def as_chunks(self) -> tuple[Chunk, ...]:
+        """Its chunks; the tensor itself unless it is chunked."""
         return (((0,) * len(self.shape), self),)
 
     @property
     def begin(self) -> int:
-        """Where its first element stands in its file, in bytes; of one that is not chunked."""
+        """Offset of its first element in the file, in bytes; not for a chunked tensor."""
         return self.storage.offset + self.start * self.dtype.itemsize
 
     @property
     def extent(self) -> int:
-        """Bytes from its first element to behind its last one in the file; of one that is not chunked."""
+        """Bytes from its first element to the end of its last one; not for a chunked tensor."""
         return max(_extent(self.shape, self.stride), 0) * self.dtype.itemsize
 
     @property
     def swapped(self) -> bool:
-        """True if its bytes stand the other way round than ours: big endian, and more than one to a number."""
+        """True if its bytes need swapping: big endian, and words of more than one byte."""
         return self.storage.big_endian and self.dtype.word > 1
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that it stands in."""
+        """Its files."""
         return (self.storage.path,)
 
     def relocated(self, path: Path, shift: int = 0) -> TensorSpec:
-        """Return the same tensor of another file, `shift` bytes further on; of one that is not chunked."""
+        """Return the tensor at the same offset plus `shift` bytes in another file; not for a chunked tensor."""
         at = self.storage
         storage = Storage(path, at.offset + shift, at.nbytes, at.big_endian)
         return TensorSpec(self.dtype, self.shape, self.stride, self.start, storage)
@@ -230,45 +230,45 @@ class TensorSpec:
 
 @_unchanging
 class ChunkedSpec(TensorSpec):
-    """A tensor that is stored as boxes, in several places or files; see `join`.
+    """A tensor that is stored as several chunks; see `join`.
 
     Attributes:
         stride, start: of the whole tensor in C order.
-        storage: names the checkpoint, for messages, and holds no bytes; the chunks have their own.
-        chunks: (index of its first element, box), by index; they fill the tensor without gap or overlap.
+        storage: empty; its path is that of the checkpoint, for messages.
+        chunks: by index; they fill the tensor without gaps or overlaps.
     """
 
-    chunks: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
 
     @property
     def contiguous(self) -> bool:
-        """False: no run of bytes holds all of it."""
+        """False: its bytes are in several ranges."""
         return False
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """The boxes that it is put together from."""
+    def as_chunks(self) -> tuple[Chunk, ...]:
+        """Its chunks."""
         return self.chunks
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The files that the chunks stand in."""
+        """The files of the chunks."""
         return tuple(chunk.storage.path for _, chunk in self.chunks)
 
 
-Part = tuple[tuple[int, ...], TensorSpec]
-"""A box of a tensor: the index of its first element, and its own spec."""
+Chunk = tuple[tuple[int, ...], TensorSpec]
+"""A box of a tensor: (index of its first element, its spec)."""
 
 
 @_unchanging
 class UnsupportedTensor:
-    """A tensor of a kind that cannot be averaged or copied; refused by name when it is needed."""
+    """A tensor that cannot be averaged or copied; a job that needs it refuses it with this reason."""
 
-    kind: str
+    reason: str
 
 
 Tensor = TensorSpec | UnsupportedTensor
-"""What stands for a tensor in the object tree of a header."""
+"""A tensor in the object tree of a header."""
 
 
 @lru_cache(maxsize=4096)
@@ -283,7 +283,7 @@ def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Return whether these strides are those of C order, for all that can be told from elements' places."""
+    """Return True if these strides place the elements in C order without gaps."""
     return (
         stride == c_strides(shape)
         or math.prod(shape) == 0
@@ -297,12 +297,12 @@ def make_spec(
     """Build a TensorSpec from untrusted numbers.
 
     Args:
-        stride, start: in elements; C order from the first element when not given.
+        stride, start: in elements; by default C order from the first element.
 
     Raises:
         CorruptError: a negative or non-integer size, or elements outside the storage.
     """
-    # Numbers that are equal are not always integers: 1, 1.0 and True.
+    # By type, because 1.0 and True equal 1.
     extent = -1
     if {type(start), *map(type, shape), *map(type, stride or ())} == _INTEGERS and start >= 0:
         stride = c_strides(shape) if stride is None else stride
@@ -322,7 +322,7 @@ _INTEGERS = {int}
 
 @lru_cache(maxsize=4096)
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Return how many elements of a storage a tensor spans; -1 if it cannot be one."""
+    """Return the number of storage elements that a tensor spans; -1 for invalid sizes or strides."""
     if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
         return -1
     if 0 in shape:
@@ -330,25 +330,25 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Part]) -> TensorSpec:
-    """Build the spec of a tensor that is stored as boxes, from untrusted numbers.
+def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorSpec:
+    """Build the spec of a tensor that is stored as chunks, from untrusted numbers.
 
     Args:
         path: the checkpoint, for messages.
         name: of the tensor, for messages.
-        chunks: at least one, of this dtype; those without elements count for nothing.
+        chunks: at least one, all of this dtype; empty ones are ignored.
 
     Returns:
-        The chunk itself where one is the whole tensor.
+        The chunk itself if it is the whole tensor.
 
     Raises:
         CorruptError: the chunks do not fill the tensor exactly, or differ in byte order.
     """
     faulty = f"{path}: '{name}' of shape {list(shape)} is not the sum of its {len(chunks)} chunks: "
-    filled = sorted((part for part in chunks if part[1].numel), key=lambda part: part[0])
+    filled = sorted((each for each in chunks if each[1].numel), key=lambda each: each[0])
     for offsets, chunk in chunks:
         if len(offsets) != len(shape) or any(type(n) is not int or n < 0 for n in offsets):
-            raise CorruptError(f"{faulty}one is said to start at {list(offsets)}. The checkpoint is damaged.")
+            raise CorruptError(f"{faulty}one has the offset {list(offsets)}. The checkpoint is damaged.")
         if any(n + size > whole for n, size, whole in zip(offsets, chunk.shape, shape, strict=True)):
             raise CorruptError(
                 f"{faulty}one of shape {list(chunk.shape)} at {list(offsets)} reaches beyond it. "
@@ -361,7 +361,9 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
             f"{faulty}those at {list(overlapping[0])} and {list(overlapping[1])} overlap. The checkpoint is damaged."
         )
     if missing:
-        raise CorruptError(f"{faulty}{missing} elements stand in none. Was the save interrupted? Get a complete copy.")
+        raise CorruptError(
+            f"{faulty}{missing} elements are in no chunk. Was the save interrupted? Get a complete copy."
+        )
     if not filled:
         return make_spec(dtype, shape, chunks[0][1].storage)
     if len(filled) == 1:
@@ -373,21 +375,21 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
     return ChunkedSpec(dtype, shape, c_strides(shape), 0, storage, tuple(filled))
 
 
-def _first_overlap(parts: Sequence[Part]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Find two boxes with an element in common: a sweep along the axis that tells most of them apart."""
-    if len(parts) < 2:
+def _first_overlap(chunks: Sequence[Chunk]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Find two overlapping chunks: a sweep along the axis with the most different offsets."""
+    if len(chunks) < 2:
         return None
-    axis = max(range(len(parts[0][0])), key=lambda i: len({offsets[i] for offsets, _ in parts}), default=None)
+    axis = max(range(len(chunks[0][0])), key=lambda i: len({offsets[i] for offsets, _ in chunks}), default=None)
     if axis is None:
-        return parts[0][0], parts[1][0]
-    open_boxes: list[Part] = []
-    for offsets, chunk in sorted(parts, key=lambda part: part[0][axis]):
-        open_boxes = [part for part in open_boxes if part[0][axis] + part[1].shape[axis] > offsets[axis]]
-        for others, other in open_boxes:
+        return chunks[0][0], chunks[1][0]
+    active: list[Chunk] = []
+    for offsets, chunk in sorted(chunks, key=lambda each: each[0][axis]):
+        active = [each for each in active if each[0][axis] + each[1].shape[axis] > offsets[axis]]
+        for others, other in active:
             if all(
-                a < b + there and b < a + here
-                for a, here, b, there in zip(offsets, chunk.shape, others, other.shape, strict=True)
+                a < b + other_size and b < a + size
+                for a, size, b, other_size in zip(offsets, chunk.shape, others, other.shape, strict=True)
             ):
                 return others, offsets
-        open_boxes.append((offsets, chunk))
+        active.append((offsets, chunk))
     return None

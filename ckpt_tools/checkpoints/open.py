@@ -63,7 +63,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         spec = self.state.tensors[name]
         if isinstance(spec, UnsupportedTensor):
-            raise UnsupportedError(f"{self.path}: '{name}' is {spec.kind}, which is not read here.")
+            raise UnsupportedError(f"{self.path}: '{name}' is {spec.reason}, which is not read here.")
         from ..compute.payload import read_tensor
 
         return read_tensor(spec, self.header.files)

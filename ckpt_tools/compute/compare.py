@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..storage.source import OpenFiles, Stamp
-from ..tensors import DType, Kind, TensorSpec
+from ..tensors import Category, DType, TensorSpec
 from .formula import real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 from .threads import in_threads
@@ -117,7 +117,7 @@ class _Pair:
         orders: axis orders to cut tiles for; None to compare elements in C order.
     """
 
-    __slots__ = ("a", "b", "kind", "orders", "reals", "same_dtype")
+    __slots__ = ("a", "b", "category", "orders", "reals", "same_dtype")
 
     def __init__(self, a: TensorSpec, b: TensorSpec, files: OpenFiles) -> None:
         if a.stride == b.stride:
@@ -125,12 +125,14 @@ class _Pair:
         self.orders = storage_orders([a, b])
         self.a, self.b = Source(a, files), Source(b, files)
         self.same_dtype = a.dtype is b.dtype
-        kinds = {a.dtype.kind, b.dtype.kind}
+        categories = {a.dtype.category, b.dtype.category}
         unsigned = [dtype for dtype in (a.dtype, b.dtype) if dtype.name == "uint64"]
         # int64 has no room for all of uint64, so that a pair of the two is compared as float64.
-        exact = kinds == {Kind.INTEGER} and len(unsigned) != 1
-        self.kind = Kind.PACKED if Kind.PACKED in kinds else Kind.INTEGER if exact else Kind.FLOAT
-        self.reals = 2 if Kind.COMPLEX in kinds else 1
+        exact = categories == {Category.INTEGER} and len(unsigned) != 1
+        self.category = (
+            Category.PACKED if Category.PACKED in categories else Category.INTEGER if exact else Category.FLOAT
+        )
+        self.reals = 2 if Category.COMPLEX in categories else 1
 
 
 @dataclass(slots=True)
@@ -206,9 +208,9 @@ class _Worker:
         read = nbytes + more
         if pair.same_dtype and self._same_bytes(nbytes):
             return Distance(count * pair.reals), read
-        if pair.kind is Kind.PACKED:
+        if pair.category is Category.PACKED:
             return self._codes(nbytes, pair.a.item), read
-        if pair.kind is Kind.INTEGER:
+        if pair.category is Category.INTEGER:
             return self._integers(pair, count), read
         return self._floats(pair, count * pair.reals), read
 

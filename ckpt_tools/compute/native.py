@@ -46,7 +46,7 @@ def knows(key: GroupKey | None, axes: int = 0) -> bool:
 def _fits(key: GroupKey) -> bool:
     if key.copied and not key.checked:
         return True
-    return all(dtype.name in _native.LIMITS and dtype.kind is key.out.kind for dtype in (key.out, *key.dtypes))
+    return all(dtype.name in _native.LIMITS and dtype.category is key.out.category for dtype in (key.out, *key.dtypes))
 
 
 def crc32(data: bytes | memoryview) -> int:

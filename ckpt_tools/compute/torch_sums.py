@@ -16,7 +16,7 @@ import torch
 from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
 from ..storage.source import OpenFiles
-from ..tensors import DType, Kind
+from ..tensors import Category, DType
 from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, Source, torch_dtype
 from .tiles import Tile
@@ -63,7 +63,7 @@ class Formula(NamedTuple):
         terms = tuple((torch_dtype(real_dtype(d)), c) for d, c in zip(dtypes, coefficients, strict=True))
         real = torch_dtype(real_dtype(out))
         common, anchored = Steps.of(dtypes, coefficients)
-        return cls(terms, 2 if out.kind is Kind.COMPLEX else 1, real, _overflow(real), common, anchored)
+        return cls(terms, 2 if out.category is Category.COMPLEX else 1, real, _overflow(real), common, anchored)
 
 
 class Recipe:

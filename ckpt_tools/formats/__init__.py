@@ -1,4 +1,4 @@
-"""File formats: from a path to a header, found by content and never by the suffix alone."""
+"""File formats: read the header of a checkpoint. The content decides the format, never the suffix alone."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS]
 
 
 def suffixes() -> tuple[str, ...]:
-    """Return the suffixes of files with weights; for looking through folders, never to choose a reader."""
+    """Return the suffixes of weight files, to search folders; never to choose a reader."""
     return tuple(suffix for each in FORMATS for suffix in each.suffixes)
 
 
 def format_of(target: Path) -> Format:
-    """Return the format that the name of an output asks for: by its suffix, or shards if it has none."""
+    """Return the format for an output of this name: by its suffix, or sharded if no suffix is known."""
     return next((each for each in FORMATS if each.writes and target.name.endswith(each.suffixes or ("\0",))), SHARDED)
 
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Keep the garbage collector from looking at a hundred thousand new specs again and again; none is garbage."""
+    """Pause the garbage collector, which would scan a hundred thousand new specs repeatedly and free none."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -43,14 +43,14 @@ def without_collector() -> Iterator[None]:
 
 
 def read_header(path: Path) -> Header:
-    """Read what a checkpoint says about itself, without its payload.
+    """Read the header of a checkpoint, without its payload.
 
     Args:
-        path: a file, a folder with a sharded checkpoint, a single ``model.safetensors`` or what
-            torch.distributed.checkpoint saved, or an ``index.json``.
+        path: a file; a folder with a sharded checkpoint, a single ``model.safetensors`` or a
+            torch.distributed.checkpoint; or an ``index.json``.
 
     Raises:
-        ReadError: missing, of no known format, or damaged.
+        ReadError: missing, of an unknown format, or damaged.
     """
     with without_collector():
         return _read_header(path)
@@ -68,7 +68,7 @@ def _read_header(path: Path) -> Header:
                 return each.read(path)
         files = any(store.is_file(path / name) for name in store.names(path))
         raise NotACheckpointError(
-            f"{path}: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."
+            f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
             + (" Give one of its files." if files else "")
         )
     except OSError as error:
@@ -76,7 +76,7 @@ def _read_header(path: Path) -> Header:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is one checkpoint, rather than a place where checkpoints may be."""
+    """Return True if a folder is itself a checkpoint."""
     return any(each.folder and each.sniff(folder, b"") for each in FORMATS)
 
 

@@ -1,8 +1,7 @@
-"""torch.distributed.checkpoint: a folder of what each process saved, and a pickle that says what stands where.
+"""torch.distributed.checkpoint (DCP): a folder with the files of each process and an index.
 
-``.metadata`` maps names to tensors (dtype, shape, and the boxes that they were cut into) or to other
-objects, and each box or object to a window of a ``__<rank>_<n>.distcp`` file. What stands in a window is
-what ``torch.save`` writes.
+The index, ``.metadata``, maps names to tensors (dtype, shape, chunks) or to other objects, and each chunk or object to
+a byte range of a ``__<rank>_<n>.distcp`` file. Each range is a file as ``torch.save`` writes it.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import Any
 
 from ..errors import CorruptError, UnsupportedError, WriteError
 from ..storage.source import InputFile, read_file, store_of
-from ..tensors import Part, TensorSpec, UnsupportedTensor, join
+from ..tensors import Chunk, TensorSpec, UnsupportedTensor, join
 from . import dcp_metadata, torch_zip
-from .dcp_metadata import Chunk, Metadata, TensorEntry, Window
+from .dcp_metadata import ChunkEntry, Location, Metadata, TensorEntry
 from .file_plan import FilePlan, OutTensor, joined, whole_file
 from .format import Format, Writing
 from .header import Header, parse_provenance
@@ -31,12 +30,12 @@ SUFFIX = ".distcp"
 
 
 def is_folder(folder: Path) -> bool:
-    """Return whether a folder holds what processes saved: whether it is one checkpoint, complete or not."""
+    """Return True if a folder is a DCP checkpoint, complete or not."""
     return any(name.endswith(SUFFIX) for name in store_of(folder).names(folder))
 
 
 class DCP(Format):
-    """A folder that torch.distributed.checkpoint wrote."""
+    """The format of torch.distributed.checkpoint."""
 
     name = "dcp"
     folder = True
@@ -49,11 +48,7 @@ class DCP(Format):
         return is_folder(path)
 
     def read(self, path: Path) -> Header:
-        """Read the header; see `read`.
-
-        Raises:
-            ReadError: incomplete, damaged, or a single file of the folder.
-        """
+        """Read the header of a folder; refuse a single file of one."""
         if path.name == METADATA or path.name.endswith(SUFFIX):
             raise UnsupportedError(
                 f"{path}: one file of the checkpoint that the folder holds. Give the folder: {path.parent}"
@@ -68,18 +63,18 @@ DCP_FOLDER = DCP()
 
 
 def read(folder: Path) -> Header:
-    """Read the header of a folder that torch.distributed.checkpoint wrote.
+    """Read the header of a DCP folder.
 
     Raises:
-        CorruptError: incomplete or damaged; or it points outside its folder.
-        UnsupportedError: it was written with compression, or by another storage.
+        CorruptError: incomplete or damaged, or a path leads outside the folder.
+        UnsupportedError: compressed, or written by another storage.
     """
     index = folder / METADATA
     store = store_of(folder)
     if not store.is_file(index):
         if any(name.endswith(METADATA) for name in store.names(folder)):
             raise UnsupportedError(
-                f"{folder}: each rank saved its own {METADATA}, so no file says how the parts fit together. "
+                f"{folder}: each rank saved its own {METADATA}, so no file lists the chunks of each tensor. "
                 "Load it with torch.distributed.checkpoint and save it with collectives."
             )
         raise CorruptError(
@@ -89,27 +84,29 @@ def read(folder: Path) -> Header:
     raw, stamp = read_file(index)
     metadata = dcp_metadata.load(io.BytesIO(raw), index)
     foreign = Counter(metadata.foreign)
-    objects: dict[Window, Any] = {}
+    objects: dict[Location, Any] = {}
     stamps = [stamp]
-    windows_of = {name: list(each) for name, each in groupby(metadata.windows(), key=lambda window: window.file)}
-    for name, path in members(index, windows_of).items():
+    locations_of = {
+        name: list(each) for name, each in groupby(metadata.locations(), key=lambda location: location.file)
+    }
+    for name, path in members(index, locations_of).items():
         with InputFile(path) as file:
             stamps.append(file.stamp)
-            for window in windows_of[name]:
-                if window.offset + window.length > stamps[-1].nbytes:
+            for location in locations_of[name]:
+                if location.offset + location.length > stamps[-1].nbytes:
                     raise CorruptError(
                         f"{path}: truncated: {METADATA} says that an entry ends at byte "
-                        f"{window.offset + window.length}, the file at {stamps[-1].nbytes}. Get a complete copy."
+                        f"{location.offset + location.length}, the file at {stamps[-1].nbytes}. Get a complete copy."
                     )
-                if file.read(window.offset, 9)[8:] == b"{":  # how safetensors begins
+                if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
                     raise UnsupportedError(
-                        f"{path}: its entries were written as safetensors, which torch itself reads in no such folder. "
-                        "Save it again with the serialization format that FileSystemWriter has by default."
+                        f"{path}: its entries were written as safetensors, which torch does not read from such a folder. "
+                        "Save it again with the default serialization format of FileSystemWriter."
                     )
-                where = f"{path}: the entry at byte {window.offset}"
-                archive = Archive(file, window.offset, window.length, where=where)
+                where = f"{path}: the entry at byte {location.offset}"
+                archive = Archive(file, location.offset, location.length, where=where)
                 saved = torch_zip.read_archive(archive, path, where=where)
-                objects[window] = saved.tree
+                objects[location] = saved.tree
                 foreign.update(saved.foreign)
     leaves = (
         (metadata.paths.get(name, (name,)), _value(folder, index, name, entry, objects))
@@ -119,31 +116,31 @@ def read(folder: Path) -> Header:
     return Header(folder, DCP_FOLDER, _nest(index, leaves), tuple(stamps), foreign, provenance=provenance)
 
 
-def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Window, objects: Mapping[Window, Any]) -> Any:
-    """Return what stands for one name in the tree."""
-    if isinstance(entry, Window):
+def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Location, objects: Mapping[Location, Any]) -> Any:
+    """Return the tensor or object of one name."""
+    if isinstance(entry, Location):
         return objects[entry]
-    parts: list[Part] = []
-    for offsets, shape, window in entry.chunks:
-        chunk = objects[window]
+    chunks: list[Chunk] = []
+    for offsets, shape, location in entry.chunks:
+        chunk = objects[location]
         if isinstance(chunk, UnsupportedTensor):
             return chunk
         if not isinstance(chunk, TensorSpec) or chunk.shape != shape or chunk.dtype.name != entry.dtype:
             has = f"{chunk.dtype.name} {list(chunk.shape)}" if isinstance(chunk, TensorSpec) else "no tensor"
             raise CorruptError(
-                f"{index}: says that '{name}' has a chunk of {entry.dtype} {list(shape)} at byte {window.offset} "
-                f"of {window.file}; there is {has}. Get a fresh copy."
+                f"{index}: says that '{name}' has a chunk of {entry.dtype} {list(shape)} at byte {location.offset} "
+                f"of {location.file}; there is {has}. Get a fresh copy."
             )
-        parts.append((offsets, chunk))
-    return join(folder, name, parts[0][1].dtype, entry.shape, parts)
+        chunks.append((offsets, chunk))
+    return join(folder, name, chunks[0][1].dtype, entry.shape, chunks)
 
 
 class _Level(dict[Any, Any]):
-    """A container of the tree in the making; a value that is a dict is none."""
+    """A container under construction; its own class tells it from a dict that is a value."""
 
 
 def _nest(index: Path, leaves: Iterable[tuple[tuple[Any, ...], Any]]) -> dict[Any, Any]:
-    """Put values where their keys lead: dicts, and lists where all keys of a level are numbers."""
+    """Build the tree from (key path, value): dicts, or lists where all keys of a level are numbers."""
     root = _Level()
     for path, value in leaves:
         node = root
@@ -161,7 +158,7 @@ def _settled(node: Any) -> Any:
     if not isinstance(node, _Level):
         return node
     children = {key: _settled(child) for key, child in node.items()}
-    # torch saves nothing of an empty dict, so that a list may have gaps; few, or it is a dict of numbers.
+    # torch saves nothing for an empty dict, so a list may have gaps. Many gaps mean a dict with numbers as keys.
     if all(isinstance(key, int) for key in children) and max(children) < 2 * len(children) + 100:
         return [children.get(i) for i in range(max(children) + 1)]
     return children
@@ -170,61 +167,60 @@ def _settled(node: Any) -> Any:
 def plan(
     tree: Mapping[Any, Any], *, max_bytes: int | None = None, provenance: Mapping[str, Any] | None = None
 ) -> list[FilePlan]:
-    """Lay out a folder that torch.distributed.checkpoint loads into any number of processes.
+    """Lay out a DCP folder, which any number of processes can load.
 
     Args:
-        tree: plain data (see `pickle_write.plain`) with OutTensors, as a training script would save it: names to
-            tensors, or nested such as ``{"model": {...}, "step": 7}``. A tensor is one chunk; one OutTensor under
-            several names is stored once.
-        max_bytes: the largest file; a tensor larger than that has a file of its own.
-        provenance: stored in ``.metadata``, where torch passes over it.
+        tree: plain data (see `pickle_write.plain`) with OutTensors: names to tensors, or nested such as
+            ``{"model": {...}, "step": 7}``. A tensor is one chunk; an OutTensor under several names is stored once.
+        max_bytes: the largest file; a larger tensor has a file of its own.
+        provenance: stored in ``.metadata``; torch ignores it.
 
     Returns:
-        The files, in the order of writing; ``.metadata``, without which it is no checkpoint, comes last.
+        The files, in the order of writing: ``.metadata``, which makes the folder a checkpoint, is last.
 
     Raises:
-        WriteError: two entries would have one name, or an entry is no plain data.
+        WriteError: two entries have the same name, or an entry is not plain data.
     """
     files: list[list[tuple[int, FilePlan]]] = [[]]
     end = 0
-    entries: dict[str, TensorEntry | Window] = {}
+    entries: dict[str, TensorEntry | Location] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    places: dict[OutTensor, Window] = {}
+    stored: dict[OutTensor, Location] = {}
     for path, value in _leaves(tree):
         name = ".".join(map(str, path))
         if name in entries:
             raise WriteError(
-                f"two entries would be called '{name}', which torch.distributed.checkpoint cannot tell apart. "
+                f"two entries would have the name '{name}', which torch.distributed.checkpoint cannot tell apart. "
                 "Rename one, or write a .pth file."
             )
         paths[name] = path
-        window = places.get(value) if isinstance(value, OutTensor) else None
-        if window is None:
-            part = torch_zip.plan(value, name=name)
+        location = stored.get(value) if isinstance(value, OutTensor) else None
+        if location is None:
+            inner = torch_zip.plan(value, name=name)
             start = end + -end % ALIGNMENT
-            if max_bytes is not None and start and start + part.size > max_bytes:
+            if max_bytes is not None and start and start + inner.size > max_bytes:
                 files.append([])
                 start = 0
-            window = Window(f"__0_{len(files) - 1}{SUFFIX}", start, part.size)
-            files[-1].append((start, part))
-            end = start + part.size
+            location = Location(f"__0_{len(files) - 1}{SUFFIX}", start, inner.size)
+            files[-1].append((start, inner))
+            end = start + inner.size
         if isinstance(value, OutTensor):
-            places[value] = window
+            stored[value] = location
             entries[name] = TensorEntry(
-                value.dtype.name, value.shape, (Chunk((0,) * len(value.shape), value.shape, window),)
+                value.dtype.name, value.shape, (ChunkEntry((0,) * len(value.shape), value.shape, location),)
             )
         else:
-            entries[name] = window
+            entries[name] = location
     text = None if provenance is None else json.dumps(provenance, indent=1)
     index = dcp_metadata.dump(Metadata(entries, paths, text))
     return [
-        *(joined(f"__0_{number}{SUFFIX}", parts) for number, parts in enumerate(files)),
+        *(joined(f"__0_{number}{SUFFIX}", plans) for number, plans in enumerate(files)),
         whole_file(METADATA, index),
     ]
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Walk a tree as torch does on saving and loading: into dicts, and into lists that hold dicts or tensors."""
+    """Flatten a tree as torch does: dicts, and lists that contain dicts or tensors."""
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _leaves(value, (*path, str(key)))

@@ -1,8 +1,8 @@
-"""File plans: which tensors an output file holds and how each is computed, and which bytes go where.
+"""File plans: the layout of an output file, and how each of its tensors is computed.
 
 A writer is a pure function from tensors to a `FilePlan`: an ordered list of segments. A segment is the payload of a
-tensor, or bytes that are computed, from checksums of tensors if need be. The engine fills the payloads in any order
-and writes the computed segments once it knows the checksums.
+tensor, or bytes computed from checksums of tensors. The engine writes the payloads in any order, and the computed
+segments once it has the checksums.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import NamedTuple
 from ..tensors import DType, TensorSpec, c_strides
 
 Files = tuple[tuple[Path, int], ...]
-"""Files with identical headers: the path of each, and by how many bytes its payload begins later than in the first."""
+"""Files with identical headers: (path, bytes by which its payload starts later than in the first file)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedTerms:
-    """Terms of one tensor in files with identical headers; the spec of each is made when it is asked for.
+    """Terms of one tensor in files with identical headers; each spec is made on access.
 
     Attributes:
-        spec: of the tensor in the template, the file whose header was parsed for all.
-        files: in the order of summation; one tuple for all tensors of a file.
-        coefficients: float64, one a file; likewise.
+        spec: of the tensor in the template.
+        files: in the order of summation; one tuple, shared by all tensors of a file.
+        coefficients: float64, one per file; shared as well.
     """
 
     spec: TensorSpec
@@ -46,11 +46,11 @@ class SharedTerms:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Terms:
-    """Terms as one tuple of tensors, and one of coefficients that all tensors of a job share.
+    """Terms whose coefficients are one tuple for all tensors of a job.
 
     Attributes:
         specs: in the order of summation.
-        coefficients: float64, one a tensor.
+        coefficients: float64, one per spec.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -70,11 +70,10 @@ class GroupKey(NamedTuple):
     """How the elements of a tensor are computed; tensors with equal keys may share a work unit.
 
     Attributes:
-        dtypes: of the terms.
-        coefficients: of the terms.
+        dtypes, coefficients: of the terms.
         out: dtype of the result.
-        copied: the one term is the result, byte for byte.
-        checked: NaN and infinity in it are refused.
+        copied: the result is the bytes of the only term.
+        checked: refuse NaN and infinity in the result.
     """
 
     dtypes: tuple[DType, ...]
@@ -84,7 +83,7 @@ class GroupKey(NamedTuple):
     checked: bool
 
 
-# One object for all tensors with equal keys: there are few keys, and many tensors.
+# Equal keys are one object: there are few keys and many tensors.
 _group_key = lru_cache(maxsize=1024)(GroupKey)
 
 
@@ -92,16 +91,16 @@ _group_key = lru_cache(maxsize=1024)(GroupKey)
 class OutTensor:
     """A tensor of an output file: a weighted sum of tensors of the inputs.
 
-    Compared by identity: two names that hold the same OutTensor are tied.
+    Compared by identity: two names with the same OutTensor are tied.
 
     Attributes:
         dtype: of the output.
         shape: of the output and of every term.
-        terms: (input tensor, float64 coefficient), in the order of summation. One term of
-            coefficient 1 and of the output's dtype is copied, byte for byte. Empty where `data` is given.
+        terms: (input tensor, float64 coefficient), in the order of summation. A single term of
+            coefficient 1 and of the output's dtype is copied byte for byte. Empty if `data` is given.
         name: for messages.
-        finite: refuse NaN and infinity in it; False for what stands beside the weights.
-        data: the bytes themselves, for a tensor that no input holds.
+        finite: refuse NaN and infinity; False for tensors that are not weights.
+        data: the bytes of a tensor that no input has.
     """
 
     dtype: DType
@@ -128,7 +127,7 @@ class OutTensor:
 
     @property
     def width(self) -> int:
-        """Bytes of the inputs that go into an element."""
+        """Bytes of the inputs read for each element."""
         if type(self.terms) is SharedTerms:
             return self.terms.spec.dtype.itemsize * len(self.terms.files)
         return sum([spec.dtype.itemsize for spec in self.specs])
@@ -142,7 +141,7 @@ class OutTensor:
 
     @property
     def origin(self) -> object:
-        """The tensor of the last input, or this one where there is no input."""
+        """The tensor of the last input, or this one if there is no input."""
         if type(self.terms) is SharedTerms:
             return self.terms.spec
         return self.terms[-1][0] if self.terms else self
@@ -154,19 +153,19 @@ class OutTensor:
 
     @property
     def places(self) -> Sequence[tuple[TensorSpec, Files]]:
-        """Return (spec, files that have a term there) in the order of the terms."""
+        """(spec, files with a term at this place), in the order of the terms."""
         if type(self.terms) is SharedTerms:
             return ((self.terms.spec, self.terms.files),)
         return [(spec, tuple([(path, 0) for path in spec.paths])) for spec in self.specs]
 
     @property
     def copied(self) -> bool:
-        """True if the bytes of the one input are the bytes of the output."""
+        """True if the output is the bytes of its only input."""
         return len(self.terms) == 1 and self.terms[0][1] == 1.0 and self.terms[0][0].dtype is self.dtype
 
     @property
     def verbatim(self) -> bool:
-        """True if its bytes stand in one run in an input, as they are to be written, and need no look at them."""
+        """True if a byte range of an input can be copied to the output without decoding or checks."""
         spec = self.terms[0][0] if self.copied else None
         if spec is None or (self.finite and self.dtype.averaged):
             return False
@@ -174,7 +173,7 @@ class OutTensor:
 
     @property
     def group_key(self) -> GroupKey | None:
-        """Its key if it may share a work unit: it is contiguous in every input, and little endian; None otherwise."""
+        """Its key if it may share a work unit, being contiguous and little endian in every input; else None."""
         if not self.terms:
             return None
         strides = c_strides(self.shape)
@@ -186,31 +185,26 @@ class OutTensor:
 
     @property
     def tile_key(self) -> GroupKey:
-        """Its key wherever its elements stand in the inputs; only for a tensor that has terms."""
+        """Its key whatever its strides and byte order; only for a tensor with terms."""
         checked = self.finite and self.dtype.averaged
         return _group_key(self.dtypes, self.coefficients, self.dtype, self.copied, checked)
 
 
 class Payload(NamedTuple):
-    """A segment of an output file: the elements of a tensor.
-
-    Attributes:
-        tensor: one tensor may have several payloads.
-        offset: of the first byte in the file.
-    """
+    """The segment with the elements of a tensor; a tensor may have several. `offset`: in bytes from the file start."""
 
     tensor: OutTensor
     offset: int
 
 
 class Computed(NamedTuple):
-    """A segment of an output file whose bytes follow from checksums, or from nothing at all.
+    """A segment with constant bytes, or bytes computed from checksums.
 
     Attributes:
-        offset: of the first byte in the file.
-        nbytes: its length, which is known beforehand.
+        offset: in bytes from the start of the file.
+        nbytes: its length.
         needs: tensors whose CRC-32 it depends on.
-        make: takes these checksums, in the same order, and returns the bytes.
+        make: from these checksums, in the same order, to the bytes.
     """
 
     offset: int
@@ -220,7 +214,7 @@ class Computed(NamedTuple):
 
 
 def constant(offset: int, data: bytes) -> Computed:
-    """Return the segment of bytes that are known beforehand."""
+    """Return a segment with these bytes."""
     return Computed(offset, len(data), (), lambda _: data)
 
 
@@ -229,12 +223,12 @@ Segment = Payload | Computed
 
 @dataclass(frozen=True, eq=False)
 class FilePlan:
-    """One output file: what its bytes are, from first to last.
+    """The layout of an output file.
 
     Attributes:
         name: file name.
-        size: bytes in all.
-        segments: in the order of their offsets, without overlap; bytes between them are zero.
+        size: in bytes.
+        segments: by offset, without overlap; bytes between them are zero.
     """
 
     name: str
@@ -243,12 +237,12 @@ class FilePlan:
 
     @cached_property
     def payloads(self) -> tuple[Payload, ...]:
-        """The segments that are tensors."""
+        """The payload segments."""
         return tuple([each for each in self.segments if type(each) is Payload])
 
     @cached_property
     def computed(self) -> tuple[Computed, ...]:
-        """The other segments."""
+        """The computed segments."""
         return tuple([each for each in self.segments if type(each) is Computed])
 
     @cached_property
@@ -257,9 +251,9 @@ class FilePlan:
         return any(each.needs for each in self.computed)
 
     def with_headers(self) -> Iterator[tuple[Payload, Computed | None]]:
-        """Yield each payload, and the segment right before it where that depends on this tensor alone.
+        """Yield each payload with the segment directly before it, if that depends on this tensor alone.
 
-        So both can be written in one go as soon as the tensor is known.
+        Such a pair can be written in one call.
         """
         before: Segment | None = None
         for segment in self.segments:
@@ -272,17 +266,13 @@ class FilePlan:
 
 
 def whole_file(name: str, data: bytes) -> FilePlan:
-    """Plan a file of which all bytes are known."""
+    """Plan a file with these bytes."""
     return FilePlan(name, len(data), (constant(0, data),))
 
 
-def joined(name: str, parts: Sequence[tuple[int, FilePlan]]) -> FilePlan:
-    """Put plans into one file.
-
-    Args:
-        parts: (offset, plan), in ascending order.
-    """
+def joined(name: str, plans: Sequence[tuple[int, FilePlan]]) -> FilePlan:
+    """Join plans, given as (offset, plan) in ascending order, into one file."""
     segments = tuple(
-        segment._replace(offset=start + segment.offset) for start, plan in parts for segment in plan.segments
+        segment._replace(offset=start + segment.offset) for start, plan in plans for segment in plan.segments
     )
-    return FilePlan(name, max((start + plan.size for start, plan in parts), default=0), segments)
+    return FilePlan(name, max((start + plan.size for start, plan in plans), default=0), segments)

@@ -1,4 +1,4 @@
-"""What a file format is: one object that says how its files are called, recognised, read, written and renamed."""
+"""Formats: one object per file format, which recognises, reads, plans and renames its files."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writing:
-    """How an output is to be written; a format takes from it what it can.
+    """Options of an output; a format ignores those that do not apply to it.
 
     Attributes:
         name: of the file, for messages and in sharded outputs.
-        provenance: what the output says about where it came from.
-        metadata: text by key, for formats that keep such.
+        provenance: the record of how the output was made.
+        metadata: text by key, for formats that store it.
         untie: write a tied tensor under each of its names instead of once.
         max_bytes: the largest payload of a file of a folder, in bytes.
         like: a checkpoint whose shards and file names a folder takes over.
-        stem: how the shards are called; ``model``, or as those of `like`, if None.
+        stem: of the names of shards; if None, that of `like` or ``model``.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Writing:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Renaming:
-    """What becomes of the names in one state dict.
+    """New names in one state dict.
 
     Attributes:
         state: the dict, as it is in the tree.
-        names: its keys that change, and to what.
-        modules: the same for the modules in torch's ``_metadata``, of which two may become one: the last counts.
+        names: old to new, for the keys that change.
+        modules: the same for torch's ``_metadata``; of two modules with one new name, the last is kept.
     """
 
     state: Mapping[Any, Any]
@@ -55,7 +55,7 @@ class Renaming:
 
 
 class Named(Protocol):
-    """A file whose names can be changed."""
+    """A file whose tensor names can be changed."""
 
     @property
     def path(self) -> Path:
@@ -63,13 +63,13 @@ class Named(Protocol):
 
     @property
     def tree(self) -> Any:
-        """What was saved, as in its header."""
+        """The content, as in its header."""
 
     def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        """Describe the file with other names.
+        """Describe the file with new names.
 
         Raises:
-            ReadError: the names are written in a way that cannot be followed.
+            ReadError: a name is not stored as a plain string.
         """
 
 
@@ -80,9 +80,9 @@ class Format:
         name: as in reports, such as ``safetensors``.
         suffixes: of its files; the first is the usual one. Empty for folders.
         folder: a checkpoint is a folder, not a file.
-        nests: it keeps the objects around the weights: dicts in dicts, numbers, text. If not: names to tensors.
+        nests: it stores nested objects (dicts, numbers, text), not only names to tensors.
         writes: it can be written.
-        usual_suffix: of a file that is written from such checkpoints, if nobody chooses another.
+        usual_suffix: the default suffix of a file converted from this format.
     """
 
     name: str
@@ -94,18 +94,18 @@ class Format:
 
     @property
     def written_as(self) -> Format:
-        """The format in which a changed checkpoint of this format is written."""
+        """The format of edited copies of such a checkpoint."""
         return self
 
     def sniff(self, path: Path, start: bytes) -> bool:
-        """Return True if a file that begins with these bytes, or a folder (then there are none), has this format."""
+        """Return True if a file with these first bytes, or a folder (no bytes), has this format."""
         raise NotImplementedError
 
     def read(self, path: Path) -> Header:
         """Read the header of a checkpoint, trusting none of its numbers.
 
         Raises:
-            ReadError: truncated, damaged, or of a form that is not read.
+            ReadError: truncated, damaged or unsupported.
         """
         raise NotImplementedError
 
@@ -113,24 +113,24 @@ class Format:
         """Lay out a checkpoint; a pure function.
 
         Args:
-            content: a tree of plain data with OutTensors if the format nests, else a dict of names to OutTensors. One
+            content: a tree of plain data with OutTensors if the format nests, else a dict of names to OutTensors. An
                 OutTensor under several names is tied.
 
         Returns:
             Its files, in the order of writing; one unless it is a folder.
 
         Raises:
-            UnsupportedError: the format cannot hold it.
+            UnsupportedError: the format cannot store it.
         """
         raise UnsupportedError(f"{writing.name}: {self.name} is read, not written. Choose another name for the output.")
 
     def rename(self, header: Header) -> Named:
-        """Read a file, whose header is known, once more for the places of its names.
+        """Read the positions of the names in a file.
 
         Raises:
             UnsupportedError: names cannot be changed in place in this format.
         """
-        raise UnsupportedError(f"{header.path}: names of a {self.name} checkpoint cannot be changed as it stands.")
+        raise UnsupportedError(f"{header.path}: names of a {self.name} checkpoint cannot be changed in place.")
 
     def __repr__(self) -> str:
         return f"<Format {self.name}>"
@@ -141,10 +141,10 @@ FORMATS: list[Format] = []
 
 
 def read_single(path: Path) -> Header:
-    """Read the header of a file, by its content and never by its suffix.
+    """Read the header of a single file.
 
     Raises:
-        ReadError: missing, of no known format, or damaged.
+        ReadError: missing, of an unknown format, or damaged.
     """
     if not store_of(path).is_file(path) and store_of(path).is_folder(path):
         raise ReadError(f"{path}: neither a file nor a folder of a checkpoint.")
@@ -164,7 +164,7 @@ def read_single(path: Path) -> Header:
     )
 
 
-_START = 512  # bytes that tell a format
+_START = 512  # bytes that identify a format
 
 
 def _hint(start: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What the header of a checkpoint says, whatever its file format."""
+"""Headers: a checkpoint without its payload, in any file format."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .format import Format
 
 PROVENANCE = "ckpt_tools"
-"""Name under which an output says where it came from: a zip record, or a key of ``__metadata__``."""
+"""Name of the provenance of an output: a zip entry, or a key of ``__metadata__``."""
 
 
 def parse_provenance(text: str | bytes | None) -> dict[str, Any] | None:
-    """Return what an output says about itself; None if it says nothing, or nothing that can be read."""
+    """Return the provenance of an output; None if it is missing or not readable."""
     try:
         provenance = json.loads(text) if text is not None else None
     except (ValueError, RecursionError):
@@ -36,17 +36,17 @@ class Header:
     Attributes:
         path: the file or folder.
         format: the file format.
-        content: what was saved, to look at and not to change; a tensor is a TensorSpec or UnsupportedTensor in it, an
-            object of an unknown class is an Inert. In formats that do not nest: a flat dict. The tensors of a template
-            are in the files of the template; see `tree`.
-        files: every file that the checkpoint consists of.
-        foreign: globals of the pickle that were not understood, with counts.
+        content: the saved object, not to be changed. A tensor is a TensorSpec or UnsupportedTensor, an object of an
+            unknown class an Inert. In formats that do not nest: a flat dict. With a template, the specs point to the
+            files of the template; see `tree`.
+        files: all files of the checkpoint.
+        foreign: unknown globals of the pickle, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
-        provenance: what ckpt-tools wrote about its own output, if it is one.
+        provenance: the ckpt-tools record of how the file was made, if any.
         shards: tensor name to file name, for a sharded checkpoint.
-        shard_format: the format of its files, likewise.
-        template: the parsed content that this header shares with others; None where nothing is shared.
-        places: where the files of the template have gone in this checkpoint; empty where `content` is its own.
+        shard_format: the format of the shards.
+        template: the parsed content that this header shares with others, or None.
+        places: the files of this checkpoint in place of those of the template; empty if `content` is its own.
     """
 
     path: Path
@@ -63,19 +63,19 @@ class Header:
 
     @cached_property
     def tree(self) -> Any:
-        """What was saved, with tensors of this very checkpoint; a copy of its own where the content is shared."""
+        """The saved object with the specs of this checkpoint; a copy if the content is shared."""
         if self.template is None or not self.template.shareable:
             return self.content
         return relocated(self.content, self.places)
 
     @property
     def view(self) -> Any:
-        """What was saved, with tensors of this very checkpoint; shared with others, so not to be changed."""
+        """The saved object with the specs of this checkpoint; it may be shared, so do not change it."""
         return self.tree if self.places else self.content
 
     @property
     def file_format(self) -> Format:
-        """The format of the files: that of the shards if it is sharded."""
+        """The format of the files: `shard_format` if sharded."""
         return self.shard_format or self.format
 
     @property

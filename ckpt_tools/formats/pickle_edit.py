@@ -1,8 +1,7 @@
-"""Spelling: where a pickle writes each text, so that some can be written otherwise and all else stays as it is.
+"""Pickle editing: change some strings of a pickle and keep all other bytes.
 
-A pickle writes a text once and afterwards refers to it by a number (a memo), wherever the same text
-is needed again. So a text belongs to the opcode that brought it to its place, a literal or a
-reference, and each opcode is respelled by itself.
+A pickle stores a string once, as a literal, and refers to it by a memo number where it occurs again. Each opcode that
+pushes a string, a literal or a memo reference, is therefore traced and rewritten separately.
 """
 
 from __future__ import annotations
@@ -23,104 +22,103 @@ from . import pickle_read as unpickle
 from .format import Renaming
 
 
-class Spelled(str):
-    """A text of a pickle, known by its identity: each opcode makes one of its own."""
+class TracedText(str):
+    """A string pushed by one opcode, known by its identity."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Use:
-    """An opcode that brings a text to its place.
+class _TextOpcode:
+    """An opcode that pushes a string.
 
     Attributes:
-        text: the text.
-        span: where the opcode stands.
-        source: the text in the memo that it refers to; None for a literal.
-        narrow: a text of Python 2, in bytes.
+        text: the string.
+        span: [start, stop) of the opcode in the pickle.
+        source: the memo string that it refers to; None for a literal.
+        narrow: a byte string of Python 2.
     """
 
-    text: Spelled
+    text: TracedText
     span: tuple[int, int]
-    source: Spelled | None
+    source: TracedText | None
     narrow: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Spelling:
-    """A pickle, its tree, and where the texts of the tree stand in it.
+class TracedPickle:
+    """A pickle, its tree, and the opcodes of the strings in the tree.
 
     Attributes:
         pickled: the bytes.
-        tree: as `unpickle.load` gives it, with a `Spelled` for each text. Storages in it are not located.
+        tree: as `unpickle.load` returns it, with `TracedText` strings and without the locations of storages.
     """
 
     pickled: bytes
     tree: Any
-    _uses: dict[int, _Use] = field(default_factory=dict)
+    _opcodes: dict[int, _TextOpcode] = field(default_factory=dict)
     _frames: list[tuple[int, int]] = field(default_factory=list)
     _keys: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
 
     def keys(self, mapping: Mapping[Any, Any]) -> list[Any]:
-        """Return the keys of a dict of the tree, once for each time that the pickle sets them.
+        """Return all keys that the pickle sets in a dict of the tree.
 
-        So a key of ours may come twice: `_metadata` of a wrapper and of the model in it get one name.
+        Equal keys may occur twice: a rename can give a wrapper and its model the same name in `_metadata`.
         """
         _, set_later = self._keys.get(id(mapping), (mapping, []))
         return list({id(key): key for key in (*mapping, *set_later)}.values())
 
-    def respelled(self, wanted: Iterable[tuple[str, str]]) -> bytes:
-        """Write the pickle with other texts in some places.
+    def rewritten(self, wanted: Iterable[tuple[str, str]]) -> bytes:
+        """Return the pickle with some strings replaced.
 
         Args:
-            wanted: (a text of the tree, itself and no copy, and what should stand in its place).
+            wanted: (string object of the tree, its replacement).
 
         Raises:
-            UnsupportedError: one place is wanted twice, differently.
-            CorruptError: a text that no opcode of its own brought there.
+            UnsupportedError: two different replacements of one string.
+            CorruptError: no opcode of its own pushes a string.
         """
         targets: dict[int, str] = {}
         for text, target in wanted:
-            if id(text) not in self._uses:
-                raise CorruptError(f"its pickle makes the name '{text}' in a way that cannot be followed.")
+            if id(text) not in self._opcodes:
+                raise CorruptError(f"its pickle does not store the name '{text}' as a plain string.")
             if targets.setdefault(id(text), target) != target:
                 raise UnsupportedError(
                     f"two state dicts share the name '{text}', which would be '{target}' in one of them only."
                 )
         edits = []
-        for use in self._uses.values():
-            target = targets.get(id(use.text), use.text)
-            # What the opcode brings there when it stays as it is.
-            brought = use.text if use.source is None else targets.get(id(use.source), use.source)
-            if target != brought:
-                edits.append((use.span, _literal(target, narrow=use.narrow)))
+        for opcode in self._opcodes.values():
+            target = targets.get(id(opcode.text), opcode.text)
+            unedited = opcode.text if opcode.source is None else targets.get(id(opcode.source), opcode.source)
+            if target != unedited:
+                edits.append((opcode.span, _literal(target, narrow=opcode.narrow)))
         if edits:
-            # A frame says how long it is; the format allows for pickles without.
+            # Frames record their length; the format makes them optional.
             edits += [(span, b"") for span in self._frames]
-        parts = []
+        pieces = []
         position = 0
         for (start, end), literal in sorted(edits):
-            parts += [self.pickled[position:start], literal]
+            pieces += [self.pickled[position:start], literal]
             position = end
-        return b"".join([*parts, self.pickled[position:]])
+        return b"".join([*pieces, self.pickled[position:]])
 
 
-def spell(pickled: bytes, *, where: str) -> Spelling:
-    """Read a pickle, which `unpickle.load` has accepted, and note where its texts stand.
+def trace(pickled: bytes, *, where: str) -> TracedPickle:
+    """Read a pickle that `unpickle.load` has accepted, and record the opcodes of its strings.
 
     Raises:
         CorruptError: see `unpickle.load`.
     """
     tracer = _Tracer(io.BytesIO(pickled))
     tree = unpickle.run(tracer, where=where)
-    return Spelling(pickled, tree, tracer.uses, tracer.frames, tracer.keys)
+    return TracedPickle(pickled, tree, tracer.opcodes, tracer.frames, tracer.keys)
 
 
 def _nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
     return Storage(Path(key), 0, sys.maxsize)
 
 
-_Base: Any = pickle._Unpickler  # the one in Python, whose every opcode is a function of its own
+_Base: Any = pickle._Unpickler  # in Python, with one function per opcode
 
 
 def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False) -> Callable[[Any], None]:
@@ -128,12 +126,12 @@ def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False)
         start = tracer.pickled.tell() - 1
         read(tracer)
         top = tracer.stack[-1]
-        if literal or isinstance(top, Spelled):
+        if literal or isinstance(top, TracedText):
             source = None if literal else top
-            narrowed = narrow if source is None else tracer.uses[id(source)].narrow
-            text = Spelled(top)
+            narrowed = narrow if source is None else tracer.opcodes[id(source)].narrow
+            text = TracedText(top)
             tracer.stack[-1] = text
-            tracer.uses[id(text)] = _Use(text, (start, tracer.pickled.tell()), source, narrowed)
+            tracer.opcodes[id(text)] = _TextOpcode(text, (start, tracer.pickled.tell()), source, narrowed)
 
     return load
 
@@ -142,18 +140,18 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
     def __init__(self, pickled: io.BytesIO) -> None:
         super().__init__(pickled, _nowhere)
         self.pickled = pickled
-        self.uses: dict[int, _Use] = {}
+        self.opcodes: dict[int, _TextOpcode] = {}
         self.frames: list[tuple[int, int]] = []
         self.keys: dict[int, tuple[Any, list[Any]]] = {}
 
     def load_frame(self) -> None:
-        # Passed over, so that the position in the file is always that of the next opcode.
+        # Do not buffer the frame, so that the file position is always that of the next opcode.
         start = self.pickled.tell() - 1
         self.read(8)
         self.frames.append((start, self.pickled.tell()))
 
     def load_bytearray8(self) -> None:
-        # The base class allocates the length that the pickle claims, before it reads.
+        # The base class allocates the claimed length before it reads.
         (length,) = struct.unpack("<Q", self.read(8))
         raw = self.read(length)
         if len(raw) < length:
@@ -161,8 +159,8 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
         self.append(bytearray(raw))
 
     def load_stack_global(self) -> None:
-        # The base class takes exact texts only.
-        self.stack[-2:] = [str(part) if isinstance(part, Spelled) else part for part in self.stack[-2:]]
+        # The base class accepts no subclass of str.
+        self.stack[-2:] = [str(name) if isinstance(name, TracedText) else name for name in self.stack[-2:]]
         _Base.load_stack_global(self)
 
     def load_setitem(self) -> None:
@@ -200,7 +198,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
 
 
 def _literal(text: str, *, narrow: bool) -> bytes:
-    """Write a text as an opcode that torch.load(weights_only=True) knows; it knows those of protocol 2."""
+    """Return a string as an opcode of protocol 2, which torch.load(weights_only=True) accepts."""
     if narrow and text.isascii():
         raw = text.encode()
         short = len(raw) < 256
@@ -214,10 +212,10 @@ def _literal(text: str, *, narrow: bool) -> bytes:
 
 
 def differs(old: Any, new: Any, names: Mapping[int, Mapping[str, str]]) -> bool:
-    """Compare two trees of one pickle, before and after, but for the keys that were to change.
+    """Return True if two trees differ in anything but the renamed keys.
 
     Args:
-        names: id of a dict in the old tree to those of its keys, and what they should be now.
+        names: id of a dict in the old tree to its renamed keys, old to new.
     """
     seen: set[tuple[int, int]] = set()
     stack = [(old, new)]
@@ -227,12 +225,12 @@ def differs(old: Any, new: Any, names: Mapping[int, Mapping[str, str]]) -> bool:
             if (id(a), id(b)) in seen:
                 continue
             seen.add((id(a), id(b)))
-            parts, others = _parts(a, names.get(id(a), {})), _parts(b, {})
-            if len(parts) != len(others):
+            children, others = _children(a, names.get(id(a), {})), _children(b, {})
+            if len(children) != len(others):
                 return True
-            stack += zip(parts, others, strict=True)
+            stack += zip(children, others, strict=True)
         elif isinstance(a, _PLAIN) and isinstance(b, _PLAIN):
-            if a != b and a == a:  # a NaN is no NaN
+            if a != b and a == a:  # NaN differs from itself
                 return True
         elif type(a) is not type(b):
             return True
@@ -243,7 +241,7 @@ _CONTAINERS = (dict, list, tuple, argparse.Namespace, unpickle.Inert)
 _PLAIN = (str, bytes, bytearray, int, float, complex, TensorSpec, UnsupportedTensor)
 
 
-def _parts(node: Any, names: Mapping[str, str]) -> list[Any]:
+def _children(node: Any, names: Mapping[str, str]) -> list[Any]:
     if isinstance(node, dict):
         renamed = {names.get(key, key): value for key, value in node.items()}
         return [*renamed.keys(), *renamed.values(), getattr(node, "_metadata", None)]
@@ -254,11 +252,11 @@ def _parts(node: Any, names: Mapping[str, str]) -> list[Any]:
     return list(node)
 
 
-def renamed(spelling: Spelling, renamings: Sequence[Renaming], path: Path) -> bytes:
-    """Write a pickle with other names for the tensors in it.
+def renamed(traced: TracedPickle, renamings: Sequence[Renaming], path: Path) -> bytes:
+    """Return a pickle with new names for its tensors.
 
     Raises:
-        UnsupportedError: the names are written in a way that cannot be followed.
+        UnsupportedError: a name is not stored as a plain string.
     """
     wanted = []
     changed: dict[int, dict[str, str]] = {}
@@ -266,14 +264,14 @@ def renamed(spelling: Spelling, renamings: Sequence[Renaming], path: Path) -> by
         metadata = getattr(renaming.state, "_metadata", None)
         for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
             if isinstance(mapping, dict) and names:
-                wanted += [(key, names[key]) for key in spelling.keys(mapping) if key in names]
+                wanted += [(key, names[key]) for key in traced.keys(mapping) if key in names]
                 changed.setdefault(id(mapping), {}).update(names)
     try:
-        pickled = spelling.respelled(wanted)
+        pickled = traced.rewritten(wanted)
     except (CorruptError, UnsupportedError) as error:
         raise UnsupportedError(f"{path}: {error} Load and save it with torch once.") from error
-    if differs(spelling.tree, spell(pickled, where=str(path)).tree, changed):
+    if differs(traced.tree, trace(pickled, where=str(path)).tree, changed):
         raise UnsupportedError(
-            f"{path}: its pickle does not let names be changed one by one. Load and save it with torch once."
+            f"{path}: single names in its pickle cannot be changed. Load and save it with torch once."
         )
     return pickled

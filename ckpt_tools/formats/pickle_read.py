@@ -1,11 +1,11 @@
 """The restricted unpickler: reads the structure of a checkpoint and runs none of it.
 
-A pickle is a program that may name any Python object and call it. Here a name is looked up
-in a short table of plain data types; every other name becomes a subclass of `Inert`, which
-keeps the arguments it is called with and does nothing. No module named in a file is imported.
+A pickle is a program that may import and call any Python object. Here a global is looked up in a
+short table of plain data types; any other global becomes a subclass of `Inert`, which stores its
+arguments and does nothing. No module named in a file is imported.
 
-Whatever a pickle can reach is either immutable or made anew for this file (`Sealed`), for the
-BUILD opcode can set attributes on any object that it is handed, classes included.
+Every object that a pickle can reach is immutable, sealed (`Sealed`), or made for this file alone,
+because the BUILD opcode can set attributes of any object, classes included.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import IO, Any
 from ..errors import CkptError, CorruptError
 from ..tensors import BY_STORAGE, DTYPES, DType, Storage, UnsupportedTensor, make_spec
 
-# Turns a persistent id of torch's (key, element type, element count, view) into bytes of the file.
-# The element type is None for untyped storage, whose count is in bytes.
+# From torch's persistent id (key, element type, element count, view) to a byte range of the file.
+# The element type is None for an untyped storage, whose count is in bytes.
 Locate = Callable[[str, DType | None, int, Any], Storage]
 
 
@@ -31,17 +31,17 @@ class Sealed(type):
     """A class whose attributes a pickle cannot set."""
 
     def __setattr__(cls, name: str, value: object) -> None:
-        # abc and copyreg keep caches on classes; everything else comes from a pickle's BUILD.
+        # Python's own caches on classes (abc, copyreg) fail here, too; any other call is a pickle's BUILD.
         raise pickle.UnpicklingError(f"the pickle tries to change the class {cls.__name__}")
 
 
 class Inert(metaclass=Sealed):
-    """An object that a checkpoint names and that nobody made: its name, arguments and state.
+    """An object that was not constructed: the name of its class, its arguments and its state.
 
     Attributes:
         args: positional arguments of the constructor, then keyword arguments as a dict, if any.
-        state: what BUILD would have handed to ``__setstate__``.
-        items: what would have been appended, added or set.
+        state: the argument of ``__setstate__``, from BUILD.
+        items: the items appended, added or set.
     """
 
     __slots__ = ("args", "items", "state")
@@ -59,7 +59,7 @@ class Inert(metaclass=Sealed):
         return record
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Accept what the real constructor would; `__new__` has kept it."""
+        """Accept any arguments; `__new__` has stored them."""
 
     def __call__(self, *args: Any) -> Inert:
         return Inert(self, *args)
@@ -83,11 +83,11 @@ class Inert(metaclass=Sealed):
 
 
 class Namespace(argparse.Namespace, metaclass=Sealed):
-    """argparse.Namespace, sealed; timm and Megatron store their arguments in one."""
+    """argparse.Namespace, sealed; timm and Megatron store their arguments in it."""
 
 
 class SealedDict(OrderedDict[Any, Any], metaclass=Sealed):
-    """collections.OrderedDict. Of its attributes only torch's `_metadata` is kept: another could hide a method."""
+    """collections.OrderedDict with torch's `_metadata`; any other attribute is dropped, as it could hide a method."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict) and "_metadata" in state:
@@ -95,7 +95,7 @@ class SealedDict(OrderedDict[Any, Any], metaclass=Sealed):
 
 
 class PlainDict(dict[Any, Any], metaclass=Sealed):
-    """collections.Counter and defaultdict as the mappings they are; a default factory is dropped."""
+    """collections.Counter or defaultdict as a dict; a default factory is dropped."""
 
     __slots__ = ()
 
@@ -104,14 +104,14 @@ class PlainDict(dict[Any, Any], metaclass=Sealed):
 
 
 class _Bytes(metaclass=Sealed):
-    """Protocol 2 writes bytes as text: ``_codecs.encode(text, 'latin1')``, ``bytearray(text, 'latin-1')``."""
+    """Bytes as protocol 2 writes them: ``_codecs.encode(text, 'latin1')``, ``bytearray(text, 'latin-1')``."""
 
     def __new__(cls, source: Any = b"", encoding: str = "latin1") -> Any:
         if isinstance(source, str) and codecs.lookup(encoding).name in ("iso8859-1", "utf-8", "ascii"):
             return source.encode(encoding)
         if isinstance(source, bytes):
             return source
-        raise pickle.UnpicklingError("bytes made from something that is no text")
+        raise pickle.UnpicklingError("bytes made from a value that is not text")
 
 
 class _ByteArray(metaclass=Sealed):
@@ -120,7 +120,7 @@ class _ByteArray(metaclass=Sealed):
 
 
 class _NumpyDtype(metaclass=Sealed):
-    """numpy.dtype, as far as a scalar needs it: a code such as 'f8' and a byte order."""
+    """numpy.dtype of a scalar: a code such as 'f8', and a byte order."""
 
     __slots__ = ("code", "order")
     code: str
@@ -132,7 +132,7 @@ class _NumpyDtype(metaclass=Sealed):
         return dtype
 
     def __init__(self, *_: Any) -> None:
-        """`__new__` has kept the code."""
+        """`__new__` has stored the code."""
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">"):
@@ -146,7 +146,7 @@ _NUMPY_CODES = {
 
 
 class _NumpyScalar(metaclass=Sealed):
-    """numpy.core.multiarray.scalar(dtype, raw bytes), as the Python number of the same value."""
+    """numpy.core.multiarray.scalar(dtype, raw bytes), as a Python number."""
 
     def __new__(cls, dtype: Any, raw: Any = b"") -> Any:
         raw = raw.encode("latin1") if isinstance(raw, str) else raw
@@ -157,7 +157,7 @@ class _NumpyScalar(metaclass=Sealed):
 
 
 class _StorageType(metaclass=Sealed):
-    """The class in a persistent id: which dtype its elements have; None for untyped storage."""
+    """The storage class in a persistent id, with the dtype of its elements; None if untyped."""
 
     dtype: DType | None = None
 
@@ -167,8 +167,6 @@ def _storage_type(dtype: DType | None) -> type:
 
 
 class _TypedStorage:
-    """A storage and the dtype that its class named."""
-
     __slots__ = ("dtype", "storage")
 
     def __init__(self, storage: Storage, dtype: DType | None) -> None:
@@ -180,9 +178,9 @@ class _TypedStorage:
 
 
 def _ints(values: Any) -> tuple[int, ...]:
-    """Turn a size or stride into a tuple; what is none becomes one that `make_spec` refuses.
+    """Return a size or stride as a tuple; an invalid value becomes one that `make_spec` refuses.
 
-    It is not shown as it is: a few bytes of a pickle can be a value that takes gigabytes to write out.
+    The value itself goes into no message: a few bytes of a pickle can make a number of gigabytes of digits.
     """
     if isinstance(values, (tuple, list)) and _INTEGERS.issuperset(map(type, values)):
         return tuple(values)
@@ -193,7 +191,7 @@ _INTEGERS = frozenset({int})
 
 
 class _Tensor(metaclass=Sealed):
-    """torch._utils._rebuild_tensor(storage, offset, size, stride), _v2 (more, then metadata) and _v3 (a dtype)."""
+    """torch._utils._rebuild_tensor(storage, offset, size, stride), _v2 (with metadata) and _v3 (with a dtype)."""
 
     def __new__(cls, storage: Any, start: Any, size: Any, stride: Any, *rest: Any) -> Any:
         if not isinstance(storage, _TypedStorage):
@@ -223,24 +221,24 @@ class _Parameter(metaclass=Sealed):
 
 
 class _FromType(metaclass=Sealed):
-    """torch._tensor._rebuild_from_type_v2(function, type, arguments, state): what the function gives."""
+    """torch._tensor._rebuild_from_type_v2(function, type, arguments, state): the result of a known function."""
 
     def __new__(cls, function: Any, type_: Any, args: Any, *_: Any) -> Any:
         if function in (_Tensor, _Parameter) or function in _UNSUPPORTED_TYPES:
             return function(*args)
-        return UnsupportedTensor(f"a tensor of a class of its own ({getattr(type_, 'global_name', '') or 'unknown'})")
+        return UnsupportedTensor(f"a tensor subclass ({getattr(type_, 'global_name', '') or 'unknown'})")
 
 
 class _Unsupported(metaclass=Sealed):
-    kind = ""
+    reason = ""
 
     def __new__(cls, *_: Any) -> Any:
-        return UnsupportedTensor(cls.kind)
+        return UnsupportedTensor(cls.reason)
 
 
 _UNSUPPORTED = {
-    f"torch._utils.{name}": Sealed("Unsupported", (_Unsupported,), {"kind": kind})
-    for name, kind in {
+    f"torch._utils.{name}": Sealed("Unsupported", (_Unsupported,), {"reason": reason})
+    for name, reason in {
         "_rebuild_sparse_tensor": "sparse",
         "_rebuild_sparse_csr_tensor": "sparse",
         "_rebuild_qtensor": "quantized",
@@ -255,7 +253,7 @@ _UNSUPPORTED_TYPES = frozenset(_UNSUPPORTED.values())
 
 
 def _dtype_of(value: Any) -> DType | None:
-    """Map a torch.dtype to ours without importing torch where there is none."""
+    """Return the DType of a torch.dtype, or None, without importing torch."""
     return DTYPES.get(str(value).removeprefix("torch.")) if type(value).__module__ == "torch" else None
 
 
@@ -289,15 +287,15 @@ _TABLE: dict[str, Any] = {
     "torch.storage.UntypedStorage": _storage_type(None),
     "torch.UntypedStorage": _storage_type(None),
 }
-# Immutable types of torch itself, whose values are plain data. torch is imported only when a file holds one.
+# Immutable types of torch whose values are plain data. torch is imported only if a file contains one.
 TORCH_VALUES = {"torch.Size", "torch.device", *(f"torch.{name}" for name in DTYPES)}
 
 
 class Restricted:
-    """What the names in a pickle stand for; goes before one of Python's unpicklers among the bases of a class."""
+    """Mixin that resolves the globals of a pickle; it precedes one of Python's unpicklers among the base classes."""
 
     def __init__(self, file: IO[bytes], locate: Locate, values: Container[str] = TORCH_VALUES) -> None:
-        # latin1 is the one encoding in which numpy scalars of Python 2 survive; ASCII names are the same in all.
+        # latin1 preserves the bytes of numpy scalars of Python 2; ASCII names are the same in any encoding.
         super().__init__(file, encoding="latin1")  # type: ignore[call-arg]
         self._locate = locate
         self._values = values
@@ -305,7 +303,7 @@ class Restricted:
         self.foreign: Counter[str] = Counter()
 
     def find_class(self, module: str, name: str) -> Any:
-        # Protocol 2, which torch.save writes, names builtins as Python 2 did.
+        # Protocol 2, which torch.save writes, has Python 2's name for builtins.
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in _TABLE:
             return _TABLE[full]
@@ -319,16 +317,16 @@ class Restricted:
         return self._inert[full]
 
     def persistent_load(self, pid: Any) -> Any:
-        kind, *rest = pid if isinstance(pid, tuple) and pid else ("",)
-        if isinstance(kind, bytes):
-            kind = kind.decode("latin1")
-        if kind == "module" and rest:  # legacy files: (container class, source file, source text)
+        tag, *rest = pid if isinstance(pid, tuple) and pid else ("",)
+        if isinstance(tag, bytes):
+            tag = tag.decode("latin1")
+        if tag == "module" and rest:  # legacy files: (container class, source file, source text)
             return rest[0]
-        storage_type, key, numel = (rest[0], rest[1], rest[3]) if kind == "storage" and len(rest) > 3 else (None,) * 3
+        storage_type, key, numel = (rest[0], rest[1], rest[3]) if tag == "storage" and len(rest) > 3 else (None,) * 3
         if isinstance(key, bytes):
             key = key.decode("latin1")
         if not isinstance(storage_type, Sealed) or not issubclass(storage_type, _StorageType):
-            raise pickle.UnpicklingError("an unknown kind of persistent object")
+            raise pickle.UnpicklingError("an unknown type of persistent object")
         if not isinstance(key, str) or type(numel) is not int:
             raise pickle.UnpicklingError("a storage without a name or a size")
         view = rest[4] if len(rest) > 4 else None
@@ -340,42 +338,41 @@ class _Unpickler(Restricted, pickle.Unpickler):
 
 
 def load(file: IO[bytes], locate: Locate, *, where: str, torch_values: bool = True) -> tuple[Any, Counter[str]]:
-    """Read one pickle from an open file, which is left behind its last byte.
+    """Read one pickle from an open file, and leave the file position after it.
 
     Args:
         file: open for reading in binary.
-        locate: finds the bytes of a storage.
+        locate: returns the byte range of a storage.
         where: the file's name, for messages.
-        torch_values: make sizes, dtypes and devices what they are in torch; Inert if not, and torch is not imported.
+        torch_values: return sizes, dtypes and devices as torch objects; otherwise as Inert, without torch.
 
     Returns:
-        The object tree, with TensorSpec (or UnsupportedTensor) for tensors and Inert for what is unknown,
-        and how often each unknown global was named.
+        The object tree, with a TensorSpec or UnsupportedTensor for each tensor and an Inert for each object of an
+        unknown class; and the unknown globals, with counts.
 
     Raises:
-        CorruptError: the pickle is damaged, or tries something that no honest one does.
+        CorruptError: the pickle is damaged or hostile.
     """
     unpickler = _Unpickler(file, locate, TORCH_VALUES if torch_values else ())
     return run(unpickler, where=where), unpickler.foreign
 
 
 def run(unpickler: Any, *, where: str) -> Any:
-    """Let a restricted unpickler read its pickle, and return the tree.
+    """Run a restricted unpickler and return the tree.
 
     Raises:
         CorruptError: see `load`.
     """
-    # Extension codes are looked up in a cache of the whole process before anyone is asked for the name.
+    # Extension codes are looked up in a cache of the process before `find_class` is called.
     copyreg.clear_extension_cache()
     try:
         return unpickler.load()
     except CkptError:
         raise
-    # A damaged or hostile pickle can fail in any of the types that it reaches.
-    except Exception as error:
+    except Exception as error:  # a damaged or hostile pickle can raise any exception
         raise CorruptError(
             f"{where}: its pickle cannot be read ({type(error).__name__}: {error}). "
-            "The file is damaged or no checkpoint; nothing in it was run."
+            "The file is damaged or not a checkpoint; nothing in it was run."
         ) from error
     finally:
         copyreg.clear_extension_cache()

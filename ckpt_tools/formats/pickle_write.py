@@ -1,8 +1,8 @@
-"""The pickle in a torch file: written as torch.save would, without torch.
+"""Pickle writing: the pickle of a torch file as torch.save writes it, without torch.
 
-What `torch.load(weights_only=True)` accepts is plain data, and a few names of torch's. A pickler writes
-the name of an object that it can import, so for the time of writing there are objects of these names in
-modules that are called by a random text, which is then replaced by what torch calls them.
+`torch.load(weights_only=True)` accepts plain data and a few globals of torch. A pickler writes a global only if it can
+import it, so stand-ins are importable during writing, in modules with random names; the random names are then replaced
+by torch's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNTYPED = ("torch.storage", "UntypedStorage")
 
 
 class _StorageOut:
-    """A storage to come; the pickler turns it into a persistent id."""
+    """A storage of the output; the pickler turns it into a persistent id."""
 
     __slots__ = ("key", "tensor")
 
@@ -38,7 +38,7 @@ class _StorageOut:
 
 
 class _Names(dict[tuple[str, str], type]):
-    """A class for each name of torch's, in a module that has a name of its own for the time being."""
+    """Stand-in classes by (module, name) of torch, made on demand in modules with random names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,15 +53,15 @@ class _Names(dict[tuple[str, str], type]):
         setattr(made, name, self[key])
         return self[key]
 
-    def spelt_out(self, pickled: bytes) -> bytes:
-        """Call the modules what torch calls them; no other text holds the random one."""
+    def with_torch_names(self, pickled: bytes) -> bytes:
+        """Replace the random module names, which occur nowhere else, by torch's."""
         for module, made in self._modules.items():
             pickled = pickled.replace(made.__name__.encode(), module.encode())
         return pickled
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Let a pickler find the modules."""
+        """Keep the modules importable inside the block."""
         try:
             yield
         finally:
@@ -91,8 +91,8 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
         storage = _StorageOut(obj, str(len(self.storages)))
         self.storages.append(obj)
-        # What a pickler meets again, it does not write again: so torch's tuples are own ones, but for two names of one
-        # tensor of an input.
+        # A pickler writes one object once. As in torch's files, each tensor has its own tuples, except that two names
+        # of one input tensor share the shape.
         shape = self._shapes.setdefault(id(obj.origin), (*obj.shape,))
         stride = (*c_strides(obj.shape),)
         hooks: OrderedDict[Any, Any] = OrderedDict()
@@ -103,17 +103,17 @@ class _Pickler(pickle.Pickler):
 
 
 def dump(tree: Any, *, name: str) -> tuple[bytes, list[OutTensor]]:
-    """Pickle a tree as torch.save would.
+    """Pickle a tree as torch.save does.
 
     Args:
-        tree: plain data (see `plain`) with OutTensors; one OutTensor in several places stays tied.
+        tree: plain data (see `plain`) with OutTensors; an OutTensor in several places stays tied.
         name: of the file, for messages.
 
     Returns:
-        The pickle, and the tensors whose storages it calls 0, 1, 2 and so on.
+        The pickle, and the tensors in the order of their storage keys 0, 1, 2, ...
 
     Raises:
-        WriteError: it holds what cannot be pickled, or is nested too deeply.
+        WriteError: an object cannot be pickled, or the tree is nested too deeply.
     """
     stream = io.BytesIO()
     names = _Names()
@@ -123,27 +123,27 @@ def dump(tree: Any, *, name: str) -> tuple[bytes, list[OutTensor]]:
             pickler.dump(tree)
     except (pickle.PicklingError, RecursionError, TypeError) as error:
         raise WriteError(
-            f"{name}: what stands beside the weights cannot be written ({error}). Write a .safetensors file instead."
+            f"{name}: the entries other than weights cannot be written ({error}). Write a .safetensors file instead."
         ) from error
-    return names.spelt_out(stream.getvalue()), pickler.storages
+    return names.with_torch_names(stream.getvalue()), pickler.storages
 
 
 def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
     """Copy a tree so that torch.load(weights_only=True) accepts it.
 
-    Namespaces become dicts, frozensets sets; what is no plain data is left out. What stands in the tree
-    twice, or contains itself, does so in the copy.
+    Namespaces become dicts, frozensets become sets, and objects that are not plain data are left out. Shared and
+    recursive containers stay so in the copy.
 
     Args:
-        tree: of a header; OutTensors in it stay.
-        dropped: receives the dotted path of everything that was left out.
-        convert: gives what is to be written for a tensor of an input.
+        tree: of a header; it may contain OutTensors.
+        dropped: receives the dotted path of each object left out.
+        convert: returns the output tensor for a tensor of an input.
 
     Raises:
-        WriteError: nested deeper than Python can follow.
+        WriteError: nested beyond Python's recursion limit.
     """
     atoms: tuple[type, ...] = (bool, int, float, complex, str, bytes, bytearray, OutTensor)
-    if "torch" in sys.modules:  # else no tree holds any of its values
+    if "torch" in sys.modules:  # otherwise no tree contains torch objects
         import torch
 
         atoms += (torch.Size, torch.dtype, torch.device)
@@ -172,5 +172,5 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
         return map_tree(tree, replace)
     except RecursionError as error:
         raise WriteError(
-            "what stands beside the weights is nested too deeply to be copied. Write a .safetensors file instead."
+            "the entries other than weights are nested too deeply to be copied. Write a .safetensors file instead."
         ) from error

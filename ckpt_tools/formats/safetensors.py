@@ -1,4 +1,4 @@
-"""The safetensors format: an 8-byte header length, a JSON header, then the data without holes."""
+"""The safetensors format: an 8-byte header length, a JSON header, then the data without gaps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .template import Template
 
 MAX_HEADER = 100_000_000
 """Bytes; the library's own limit."""
-_PARTS = "DCP_SHARDING_INFO"  # where in the tensors those of this file begin, of HuggingFaceStorageWriter
-_MAX_DIMENSIONS = 64  # torch's own; keeps the product of a lying shape small
+_CHUNKS = "DCP_SHARDING_INFO"  # HuggingFaceStorageWriter's key for the offsets of the chunks in a file
+_MAX_DIMENSIONS = 64  # torch's own limit; bounds the product of a false shape
 _METADATA = "__metadata__"
 _SPACE = " \t\n\r"  # of JSON
 # How headers begin that the library wrote.
@@ -45,13 +45,11 @@ class Safetensors(Format):
         return start[8:9] == b"{"
 
     def read(self, path: Path) -> Header:
-        """Read the header of a safetensors file.
-
-        What ``__metadata__`` says of tied tensors is taken up: see `_is_tie`.
+        """Read the header of a safetensors file, with the tied tensors that ``__metadata__`` records (`_is_tie`).
 
         Raises:
-            CorruptError: truncated, or offsets that overlap, leave holes or do not fit the shapes.
-            UnsupportedError: the tensors in it are parts of larger ones.
+            CorruptError: truncated, or offsets that overlap, leave gaps or do not match the shapes.
+            UnsupportedError: its tensors are chunks of larger ones.
         """
         with InputFile(path) as file:
             size = file.stamp.nbytes
@@ -66,7 +64,7 @@ class Safetensors(Format):
         position = template.end
         if position != payload:
             what = "truncated" if position > payload else "longer than its header says"
-            raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} there. Get a fresh copy.")
+            raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} found. Get a fresh copy.")
         shift = 8 + length - template.base
         return Header(
             path,
@@ -98,12 +96,12 @@ SAFETENSORS = Safetensors()
 
 
 class _Template(Template):
-    """The tensors of a header, in whichever file it is.
+    """The parsed tensors of a header.
 
     Attributes:
         content: tensors by name, in the file that was parsed.
-        base: where its data begin, in bytes.
-        end: how many bytes the data have.
+        base: offset of its data, in bytes.
+        end: length of the data, in bytes.
     """
 
     def __init__(self, content: Tensors, path: Path, base: int, end: int) -> None:
@@ -112,11 +110,11 @@ class _Template(Template):
 
 
 _KNOWN: WeakValueDictionary[tuple[str, tuple[tuple[str, str], ...]], _Template] = WeakValueDictionary()
-"""Templates by what follows the metadata of a header, and the ties in the metadata; as long as a header uses one."""
+"""Templates by (header text after the metadata, ties in the metadata), kept while a header uses them."""
 
 
 def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str, str]]:
-    """Return what a header says of tensors, shared with equal headers, and its metadata."""
+    """Return the template of a header, shared with equal headers, and its metadata."""
     try:
         text = raw.decode()
         metadata: Any = {}
@@ -127,7 +125,7 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
         if at and rest != "}" and (rest[:1] != "," or rest[1:].lstrip(_SPACE)[:1] == "}"):
             raise ValueError("no entry follows its __metadata__")
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
+        raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
     _check_metadata(path, metadata)
     ties = tuple((alias, kept) for alias, kept in metadata.items() if _is_tie(alias, kept))
     template = _KNOWN.get((rest, ties))
@@ -137,13 +135,13 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
             metadata = entries.pop(_METADATA, {})
             _check_metadata(path, metadata)
         elif _METADATA in entries:
-            raise CorruptError(f"{path}: its header has two entries of the name {_METADATA}. The file is damaged.")
+            raise CorruptError(f"{path}: its header has two entries named {_METADATA}. The file is damaged.")
         tensors, end = _tensors(path, entries, base=8 + len(raw), nbytes=payload)
         for alias, kept in metadata.items():
             if alias not in tensors and kept in entries and _is_tie(alias, kept):
                 tensors[alias] = tensors[kept]
         template = _Template(tensors, path, 8 + len(raw), end)
-        if at or not metadata:  # else the metadata are in the middle of the rest
+        if at or not metadata:  # otherwise `rest` contains the metadata
             _KNOWN[rest, ties] = template
     return template, dict(metadata)
 
@@ -151,35 +149,35 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
 def _check_metadata(path: Path, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
-    if _PARTS in metadata:
+    if _CHUNKS in metadata:
         raise UnsupportedError(
-            f"{path}: holds the parts of tensors that one process saved, and is no checkpoint by itself. "
-            "Put the parts together first: consolidate_safetensors_files of torch.distributed.checkpoint does it, "
-            "or enable_consolidation where they are saved."
+            f"{path}: holds the tensor chunks of one process, and is not a checkpoint by itself. "
+            "Join the chunks first: use consolidate_safetensors_files of torch.distributed.checkpoint, "
+            "or save with enable_consolidation."
         )
 
 
 def _entries(path: Path, text: str) -> dict[str, Any]:
-    """Parse a header. A name that is there twice is refused, on either level."""
+    """Parse a header; refuse duplicate names on either level."""
     try:
         entries = json.loads(text)
         if not isinstance(entries, dict):
-            raise CorruptError(f"{path}: its header is no JSON object. The file is damaged.")
-        # Each pair of a name and a value has a colon, so this count holds only if none has replaced another.
+            raise CorruptError(f"{path}: its header is not a JSON object. The file is damaged.")
+        # Each (name, value) has a colon, so the counts differ if one pair has replaced another.
         pairs = len(entries) + sum([len(entry) for entry in entries.values() if type(entry) is dict])
         if text.count(":") != pairs or "\\u" in text or not text.isascii():
             entries = _STRICT.decode(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptError(f"{path}: its header is no valid JSON ({error}). The file is damaged.") from error
+        raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
     return entries  # type: ignore[no-any-return]
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a duplicate name")
     if not all(map(str.isascii, entries)):
-        "".join(entries).encode()  # a JSON escape can spell half a character, which has no encoding
+        "".join(entries).encode()  # raises for a lone surrogate, which a JSON escape can produce
     return entries
 
 
@@ -187,20 +185,20 @@ _STRICT = JSONDecoder(object_pairs_hook=_checked)
 
 
 def _is_tie(alias: str, kept: str) -> bool:
-    """True if an entry of ``__metadata__`` is a tensor left out, with the name of the one it was tied to.
+    """True if an entry of ``__metadata__`` maps a tied name to the name stored in its place.
 
-    So ``safetensors.torch.save_model`` records it. ``license``, ``author`` and the like are no names of tensors,
-    whatever their text: an alias has a dot, or ends as the other name does.
+    ``safetensors.torch.save_model`` records ties this way. Entries such as ``license`` or ``author`` are told apart by
+    their keys: an alias contains a dot, or is the last component of the other name.
     """
     return "." in alias or alias == kept.rpartition(".")[2]
 
 
 def _tensors(path: Path, entries: Mapping[str, Any], *, base: int, nbytes: int) -> tuple[Tensors, int]:
-    """Make the spec of each entry, and check that the data have no holes; return how long they are, too.
+    """Return the spec of each entry, and the length of the data; refuse gaps and overlaps.
 
     Args:
-        base: where the data begin in the file.
-        nbytes: how long they are in this file; another with the same header may be shorter.
+        base: offset of the data in the file.
+        nbytes: length of the data in this file; a truncated file with the same header has less.
     """
     tensors: Tensors = {}
     in_order = True
@@ -233,22 +231,18 @@ _INTEGERS = {int}
 
 
 def _check_spans(path: Path, entries: Mapping[str, Any]) -> int:
-    """Refuse data that overlap or leave holes; return how long they are."""
+    """Refuse gaps and overlaps in the data; return its length."""
     position = 0
     for begin, end, name in sorted((*entry["data_offsets"], name) for name, entry in entries.items()):
         if begin != position:
-            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            raise CorruptError(f"{path}: '{name}' {what}. The header lies; get a fresh copy.")
+            what = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise CorruptError(f"{path}: '{name}' {what}. The file is damaged; get a fresh copy.")
         position = end
     return position
 
 
 def _parse(path: Path, name: str, entry: Any, whole: Storage) -> tuple[TensorSpec | UnsupportedTensor, int, int]:
-    """Make the spec of an entry that may be anything.
-
-    Args:
-        whole: all data of the file.
-    """
+    """Return (spec, begin, end) of an untrusted entry; `whole` is all data of the file."""
     code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     sound = isinstance(shape, list) and {type(begin), type(end), *map(type, shape)} == {int}
     if not sound or not 0 <= begin <= end or len(shape) > _MAX_DIMENSIONS:
@@ -276,18 +270,18 @@ def plan(
     provenance: Mapping[str, Any] | None = None,
     untie: bool = False,
 ) -> FilePlan:
-    """Lay out a safetensors file. Tied names (one OutTensor under several names) are written once.
+    """Lay out a safetensors file. A tied tensor (one OutTensor under several names) is written once.
 
     Args:
-        tensors: what to write, by name.
+        tensors: by name.
         name: file name, for messages and sharded outputs.
-        metadata: goes into ``__metadata__``, as it is.
-        provenance: goes there, too, as JSON.
-        untie: write a tied tensor under each of its names instead of once with aliases in the metadata
-            (where `_is_tie` would not know a name again, it is written in any case).
+        metadata: entries of ``__metadata__``.
+        provenance: another entry of it, as JSON.
+        untie: write a tied tensor under each of its names, instead of once with aliases in the metadata
+            (a name that `_is_tie` would not recognise as an alias is always written).
 
     Raises:
-        UnsupportedError: a dtype that the format does not have.
+        UnsupportedError: the format lacks a dtype, or a name is not allowed.
     """
     metadata = {"format": "pt", **(metadata or {})}
     if provenance is not None:
@@ -305,11 +299,11 @@ def plan(
             unique[key] = tensor
         if tensor.dtype.safetensors is None:
             raise UnsupportedError(
-                f"'{key}' is {tensor.dtype.name}, which safetensors does not have. "
+                f"'{key}' is {tensor.dtype.name}, which safetensors does not support. "
                 "Write a .pth file instead, with `out`."
             )
     entries: dict[str, Any] = {_METADATA: {**metadata, **aliases}}
-    # Large elements first, as the library itself does, so that every tensor is aligned to its own size.
+    # Large elements first, as in the library, so that every tensor is aligned to its element size.
     ordered = sorted(unique.items(), key=lambda item: -item[1].dtype.itemsize)
     position = 0
     offsets: list[tuple[OutTensor, int]] = []
@@ -325,7 +319,7 @@ def plan(
     try:
         header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UnsupportedError(f"{name}: a name in it is no Unicode text. Write a .pth file instead.") from error
+        raise UnsupportedError(f"{name}: a tensor name is not valid Unicode. Write a .pth file instead.") from error
     header += b" " * (-len(header) % 8)
     if len(header) > MAX_HEADER:
         raise UnsupportedError(
@@ -355,7 +349,6 @@ class _Named:
             (length,) = struct.unpack("<Q", file.read(0, 8))
             entries = json.loads(file.read(8, length))
         metadata = entries.get(_METADATA, {})
-        # A tensor that was left out, with the name of the one that it was tied to.
         ties = {key for key in metadata if key in self.header.tree and key not in entries}
         renamed = {names.get(key, key): value for key, value in entries.items()}
         if _METADATA in names.values():
@@ -370,20 +363,20 @@ class _Named:
                     f"{path}: a tied tensor would have the name of another entry of {_METADATA}. Rename it first."
                 )
             renamed[_METADATA] = aliases
-        head = _padded(_json(renamed), length)
-        if len(head) > MAX_HEADER:
+        header = _padded(_json(renamed), length)
+        if len(header) > MAX_HEADER:
             raise UnsupportedError(f"{path}: its header would be over the limit of {MAX_HEADER} bytes.")
-        return Splice(path, (struct.pack("<Q", len(head)), head, Span(8 + length, self.header.nbytes)))
+        return Splice(path, (struct.pack("<Q", len(header)), header, Span(8 + length, self.header.nbytes)))
 
 
 def _json(entries: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError:  # half a character in __metadata__, which JSON can only spell
+    except UnicodeEncodeError:  # a lone surrogate in __metadata__, which JSON can only escape
         return json.dumps(entries, separators=(",", ":")).encode()
 
 
-def _padded(head: bytes, length: int) -> bytes:
-    """Pad a header so that the data keep their place, or move by whole blocks where there is room for that."""
-    wanted = length + relocated(len(head) - length)
-    return head.ljust(wanted if wanted <= MAX_HEADER else len(head) + -len(head) % 8)
+def _padded(header: bytes, length: int) -> bytes:
+    """Pad a header so that the data moves by whole blocks, or to a multiple of 8 if that exceeds the limit."""
+    wanted = length + relocated(len(header) - length)
+    return header.ljust(wanted if wanted <= MAX_HEADER else len(header) + -len(header) % 8)

@@ -22,12 +22,12 @@ from .torch_zip import TORCH_ZIP
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
-"""A folder with one of these is one checkpoint in the manner of Hugging Face."""
+"""A folder with one of these files is a Hugging Face checkpoint."""
 _INDEXES = tuple(f"{stem}.index.json" for stem in SINGLE)
 
 
 class Sharded(Format):
-    """A folder of safetensors or torch files with an index, or with a single file of a usual name."""
+    """A folder of safetensors or torch files with an index, or with a single file named as in `SINGLE`."""
 
     name = "sharded"
     folder = True
@@ -42,7 +42,7 @@ class Sharded(Format):
         """Read the header of a folder, or of the folder of an index.
 
         Raises:
-            CorruptError: the index is not an index, points outside its folder, or its shards hold other names.
+            CorruptError: the index is invalid, leads outside its folder, or differs from its shards.
         """
         inside = checkpoint_inside(path) if store_of(path).is_folder(path) else path
         if inside is not None and inside.name.endswith(INDEX_SUFFIXES):
@@ -58,7 +58,7 @@ class Sharded(Format):
         if stem is None:
             stem = "pytorch_model" if as_torch else "model"
         if single in SINGLE and single.endswith(suffix):
-            stem = single.removesuffix(suffix)  # diffusers and PEFT look for other names
+            stem = single.removesuffix(suffix)  # diffusers and PEFT expect other names
         shards = plan_shards(content, max_bytes=writing.max_bytes, stem=stem, suffix=suffix, like=shards_like or None)
         inner = TORCH_ZIP if as_torch else SAFETENSORS
         plans: list[FilePlan] = []
@@ -73,7 +73,7 @@ SHARDED = Sharded()
 
 
 def checkpoint_inside(folder: Path) -> Path | None:
-    """Return the index, or the single file, that makes a folder one checkpoint; None if it is none."""
+    """Return the index or the single file of a checkpoint folder; None for other folders."""
     store = store_of(folder)
     for name in (*_INDEXES, *SINGLE):
         if store.is_file(folder / name):
@@ -86,8 +86,8 @@ class _Template(Template):
     """The tensors of all shards of a checkpoint.
 
     Attributes:
-        weight_map: what the index says.
-        shards: the template of each shard, by file name, in the order of `files`.
+        weight_map: of the index: tensor name to file name.
+        shards: file name to template, in the order of `files`.
         shifts: by how many bytes the payload of each file begins later than in the template of its shard, which may
             have been parsed for a checkpoint with another index.
     """
@@ -105,12 +105,12 @@ class _Template(Template):
 
 
 _KNOWN: WeakValueDictionary[bytes, _Template] = WeakValueDictionary()
-"""Templates by the bytes of the index; as long as a header uses one."""
+"""Templates by the bytes of the index, kept while a header uses them."""
 
 
 def _read_index(sharded: Format, index: Path, path: Path) -> Header:
     raw, stamp = read_file(index)
-    known = _KNOWN.get(raw)  # the last one with this index, whatever its shards are
+    known = _KNOWN.get(raw)  # the last one with this index; its shards may differ
     weight_map = read_weight_map(index, raw) if known is None else known.weight_map
     headers = {name: read_single(shard) for name, shard in members(index, dict.fromkeys(weight_map.values())).items()}
     files = (stamp, *(file for header in headers.values() for file in header.files))
@@ -134,7 +134,8 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
         )
     names = {name: name for name in weight_map}
     for header in headers.values():
-        if header.template is not None and not header.places:  # parsed just now; its names are those of the index
+        # A header that was parsed just now: share the string objects of its names with the index.
+        if header.template is not None and not header.places:
             header.template.content = {names.get(key, key): spec for key, spec in header.content.items()}
     tree: dict[str, Any] = {}
     trees = {name: header.view for name, header in headers.items()}
@@ -147,7 +148,7 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
         extra = [key for key in trees[name] if weight_map.get(key) != name and key not in header.metadata]
         if extra:
             raise CorruptError(
-                f"{index}: does not list '{extra[0]}', which stands in {name}. The index is stale; rewrite it."
+                f"{index}: does not list '{extra[0]}', which is in {name}. The index is stale; rewrite it."
             )
     foreign: Counter[str] = Counter()
     for header in headers.values():
@@ -177,14 +178,14 @@ def _shift(header: Header) -> int:
 
 
 def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[str, Path]:
-    """Return the files that an index names, if they are in its folder.
+    """Return file name to path for the files of an index.
 
     Raises:
-        CorruptError: one is missing, or elsewhere.
+        CorruptError: a file is missing, or outside the folder.
     """
     folder, store = index.parent, store_of(index)
     real_folder = store.real_path(folder)
-    # A symlink may leave the folder only as the Hugging Face cache lays its files out: to ../../blobs.
+    # A symlink may leave the folder only as in the Hugging Face cache: to ../../blobs.
     allowed = (real_folder, store.real_path(real_folder / "../../blobs"))
     found = {}
     for name in names:
@@ -200,10 +201,10 @@ def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[st
 
 
 def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
-    """Return which file each tensor is in, as an index says.
+    """Return tensor name to file name from an index.
 
     Args:
-        raw: its content, if it has been read already.
+        raw: the content of the index, if already read.
 
     Raises:
         CorruptError: it is not an index.
@@ -213,7 +214,9 @@ def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
         if not weight_map or not {*map(type, weight_map.values())} <= {str}:
             raise TypeError("weight_map should map tensor names to file names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{index}: no index of a sharded checkpoint ({type(error).__name__}: {error}).") from error
+        raise CorruptError(
+            f"{index}: not the index of a sharded checkpoint ({type(error).__name__}: {error})."
+        ) from error
     return dict(weight_map)
 
 
@@ -224,7 +227,7 @@ def parse_size(size: str | int, name: str = "max_shard_size") -> int:
         name: of the parameter, for the message.
 
     Raises:
-        UsageError: no such size, or less than one byte.
+        UsageError: not a size, or less than one byte.
     """
     match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     base = 1024 if match and match[3] else 1000
@@ -242,12 +245,12 @@ def plan_shards(
     suffix: str,
     like: Mapping[str, str] | None = None,
 ) -> dict[str, list[str]]:
-    """Share names out over files; tied names stay together.
+    """Distribute tensors over files; tied names stay together.
 
     Args:
-        max_bytes: the largest payload of a file; a tensor larger than that has a file of its own.
+        max_bytes: the largest payload of a file; a larger tensor has a file of its own.
         stem, suffix: ``model``, ``.safetensors`` gives ``model-00001-of-00002.safetensors``.
-        like: name to file of an input whose layout is to be kept, when it names every tensor.
+        like: tensor name to file name of an input; used if it has every tensor and `max_bytes` is None.
 
     Returns:
         File name to the tensor names in it, in order.
@@ -259,15 +262,15 @@ def plan_shards(
         return {Path(file).stem + suffix: names for file, names in sorted(groups.items())}
     shards: list[list[str]] = [[]]
     filled = 0
-    place: dict[OutTensor, int] = {}
+    shard_of: dict[OutTensor, int] = {}
     for name, tensor in tensors.items():
-        if tensor in place:
-            shards[place[tensor]].append(name)
+        if tensor in shard_of:
+            shards[shard_of[tensor]].append(name)
             continue
         if max_bytes is not None and filled and filled + tensor.nbytes > max_bytes:
             shards.append([])
             filled = 0
-        place[tensor] = len(shards) - 1
+        shard_of[tensor] = len(shards) - 1
         shards[-1].append(name)
         filled += tensor.nbytes
     if len(shards) == 1:
@@ -276,7 +279,7 @@ def plan_shards(
 
 
 def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTensor]) -> bytes:
-    """Write the index of these shards."""
+    """Return the index of these shards."""
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in set(tensors.values()))},
         "weight_map": {name: file for file, names in shards.items() for name in names},
@@ -285,7 +288,7 @@ def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTen
 
 
 def renamed_index(index: Path, names: Mapping[str, str]) -> bytes:
-    """Write an index again, with other names for some tensors."""
+    """Return an index with new names for some tensors."""
     content = json.loads(read_file(index)[0])
     content["weight_map"] = {names.get(name, name): file for name, file in content["weight_map"].items()}
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,8 +1,8 @@
-"""Templates: the content of one header, shared by all files whose headers are identical.
+"""Templates: the parsed content of one header, shared by all files with an identical header.
 
-The checkpoints of a series mostly have the same names, dtypes, shapes and offsets. Then the header of the first is
-parsed, and those of the others are only compared with it: their tensors are at the same places of other files, or all
-the same number of bytes further on, where the header is longer by some metadata.
+The checkpoints of a series mostly have the same names, dtypes, shapes and offsets. Then only the header of the first is
+parsed, and the others are compared with it: their tensors have the same offsets in other files, or offsets larger by a
+constant, if the metadata before the data is longer.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .tree import map_tree
 from .zip import CENTRAL_SIZE, LOCAL_SIZE, Archive
 
 Places = Mapping[Path, tuple[Path, int]]
-"""From a file of the template to (the file in its place, by how many bytes its payload begins later)."""
+"""File of the template to (corresponding file, bytes by which its payload starts later)."""
 
-_DEEPEST = 200  # levels; a copy follows them by recursion
+_DEEPEST = 200  # levels; a copy is recursive
 _ATOMS = {type(None), bool, int, float, complex, str, bytes, UnsupportedTensor}
 
 
 class Template:
-    """What was parsed of one checkpoint.
+    """The parsed content of a checkpoint.
 
     Attributes:
-        content: what was saved; its tensors are in the files that were parsed.
-        files: these files.
+        content: the saved object; its tensors are in `files`.
+        files: the files that were parsed.
     """
 
     def __init__(self, content: Any, files: tuple[Path, ...]) -> None:
@@ -41,7 +41,7 @@ class Template:
 
     @cached_property
     def shareable(self) -> bool:
-        """True if the content can be copied for another file: it holds dicts, lists, tuples and plain values alone."""
+        """True if the content can be copied for another file: it has only dicts, lists, tuples and plain values."""
         seen: set[int] = set()
         waiting = [(self.content, 0)]
         while waiting:
@@ -66,11 +66,10 @@ class Template:
 
 
 def relocated(content: Any, places: Places) -> Any:
-    """Copy a content with its tensors at their places in other files; the copy shares nothing that can change.
+    """Copy the content of a shareable template, with its tensors in other files; the copy shares nothing mutable.
 
     Args:
-        content: of a template that is shareable.
-        places: where the files of the template have gone; tensors in other files keep their place.
+        places: tensors in files that are not in it keep their file.
     """
     storages: dict[int, Storage] = {}
 
@@ -94,25 +93,23 @@ def relocated(content: Any, places: Places) -> Any:
     return map_tree(content, replace)
 
 
-# Offsets in a line of the central directory: of the times, of the checksum, and of the sizes behind it.
+# Offsets in an entry of the central directory: the timestamp, the checksum, and the sizes after it.
 _TIME, _CRC, _SIZES = 12, 16, 20
 _CRC_SIZE = _SIZES - _CRC
-_SIGNATURE = 4  # bytes at the start of a local header
-_LENGTHS = 4  # bytes at its end: the length of the name, and of the extra fields
-_WINDOW = 1 << 16  # bytes that are read at once, at most
-_NEAR = 1 << 10  # bytes between two ranges up to which one read of both costs less than two reads
+_SIGNATURE = 4  # bytes at the start of a local file header
+_LENGTHS = 4  # bytes at its end: the lengths of the name and of the extra fields
+_LONGEST = 1 << 16  # bytes of a coalesced range, at most
+_NEAR = 1 << 10  # bytes of a gap up to which one read costs less than two
 
 
 class ArchiveTemplate(Template):
-    """The content of a torch zip file, and all bytes of it that were read, to compare other files with.
-
-    Checksums and times may differ, and the root: what the names of all entries begin with.
+    """The content of a torch zip file, and its header bytes, with which other files are compared.
 
     Args:
         path: the file.
-        foreign: globals of its pickle that were not understood.
-        archive: the file's, of which all names begin with the root.
-        root: with the slash at its end.
+        foreign: unknown globals of its pickle.
+        archive: of the file; all names start with the root.
+        root: the archive's root folder name, with a slash at its end.
     """
 
     def __init__(self, content: Any, path: Path, foreign: Counter[str], archive: Archive, root: bytes) -> None:
@@ -122,11 +119,11 @@ class ArchiveTemplate(Template):
         self._root = root
 
     def describes(self, file: InputFile, directory: bytes) -> bool:
-        """Return True if a file has the same header bytes, ignoring checksums, times and the root.
+        """Return True if `file` has the same header bytes, ignoring checksums, timestamps and the root folder name.
 
         Args:
-            file: open, of the same length.
-            directory: its central directory, from the same offset.
+            file: of the same length.
+            directory: its central directory, at the same offset.
         """
         root = directory[CENTRAL_SIZE : CENTRAL_SIZE + len(self._root)]
         contents = self._archive.contents.values()
@@ -136,21 +133,21 @@ class ArchiveTemplate(Template):
             and root.count(b"/") == 1
             and not {*b"\0\\"} & {*root}
             and self._same(directory, root, *self._directory)
-            and self._same(_read(file, self._header_windows), root, *self._headers)
-            and _read(file, _windows((at, len(content)) for at, content in contents))
+            and self._same(_read(file, self._header_ranges), root, *self._headers)
+            and _read(file, _coalesce((at, len(content)) for at, content in contents))
             == b"".join(content for _, content in contents)
             and all(directory[at : at + _CRC_SIZE] in checksums for at, checksums in self._checksums)
         )
 
     def _same(self, theirs: bytes, root: bytes, pieces: Sequence[bytes], mask: int) -> bool:
-        """Compare, where the mask has ones, with our bytes under another root."""
+        """Compare, where the mask has ones, with the bytes of the template under another root."""
         ours = root.join(pieces)
         return len(theirs) == len(ours) and not (_number(theirs) ^ _number(ours)) & mask
 
-    def _without_root(self, data: bytes, places: Sequence[int]) -> list[bytes]:
-        """Cut our bytes where the root is."""
-        ends = [*places, len(data)]
-        begins = [0, *(place + len(self._root) for place in places)]
+    def _without_root(self, data: bytes, offsets: Sequence[int]) -> list[bytes]:
+        """Split bytes at the root folder names, which start at these offsets."""
+        ends = [*offsets, len(data)]
+        begins = [0, *(offset + len(self._root) for offset in offsets)]
         return [data[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
     @cached_property
@@ -174,12 +171,12 @@ class ArchiveTemplate(Template):
         return self._without_root(b"".join(headers), [at + LOCAL_SIZE for at in begins]), _number(mask)
 
     @cached_property
-    def _header_windows(self) -> list[_Window]:
-        return _windows((offset, len(header)) for offset, header in sorted(self._archive.headers.items()))
+    def _header_ranges(self) -> list[_Coalesced]:
+        return _coalesce((offset, len(header)) for offset, header in sorted(self._archive.headers.items()))
 
     @cached_property
     def _checksums(self) -> list[tuple[int, tuple[bytes, bytes]]]:
-        """Return where the checksums of the contents are in the directory, and what may be there: 0 stands for none."""
+        """Return (offset in the directory, allowed values) for the checksum of each content; 0 means no checksum."""
         at = dict(zip(self._archive.entries, self._line_starts, strict=False))
         return [
             (at[name] + _CRC, (zlib.crc32(content).to_bytes(_CRC_SIZE, "little"), bytes(_CRC_SIZE)))
@@ -191,28 +188,28 @@ def _number(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-_Window = tuple[int, int, list[slice]]  # offset, length, and where the ranges are in it
+_Coalesced = tuple[int, int, list[slice]]  # offset, length, and the original ranges as slices
 
 
-def _windows(ranges: Iterable[tuple[int, int]]) -> list[_Window]:
-    """Put ranges, (offset, length) in ascending order, into windows of those that are close together."""
-    windows: list[_Window] = []
+def _coalesce(ranges: Iterable[tuple[int, int]]) -> list[_Coalesced]:
+    """Coalesce ranges, (offset, length) in ascending order, that are close together."""
+    found: list[_Coalesced] = []
     begin = end = -1
     for offset, nbytes in ranges:
-        if windows and end <= offset <= end + _NEAR and offset + nbytes <= begin + _WINDOW:
-            pieces = windows.pop()[2]
+        if found and end <= offset <= end + _NEAR and offset + nbytes <= begin + _LONGEST:
+            slices = found.pop()[2]
         else:
-            begin, pieces = offset, []
+            begin, slices = offset, []
         end = offset + nbytes
-        pieces.append(slice(offset - begin, end - begin))
-        windows.append((begin, end - begin, pieces))
-    return windows
+        slices.append(slice(offset - begin, end - begin))
+        found.append((begin, end - begin, slices))
+    return found
 
 
-def _read(file: InputFile, windows: Iterable[_Window]) -> bytes:
-    """Read ranges of a file, and put them together."""
+def _read(file: InputFile, ranges: Iterable[_Coalesced]) -> bytes:
+    """Read coalesced ranges of a file; return the original ranges joined."""
     found = []
-    for offset, length, pieces in windows:
-        window = file.read(offset, length)
-        found += [window] if len(pieces) == 1 else [window[piece] for piece in pieces]
+    for offset, length, slices in ranges:
+        data = file.read(offset, length)
+        found += [data] if len(slices) == 1 else [data[each] for each in slices]
     return b"".join(found)

@@ -1,7 +1,7 @@
-"""The torch format before 1.6: pickles one behind the other, then the storages. Read only.
+"""The torch format before 1.6: consecutive pickles, then the storages. Read only.
 
-Magic number, protocol and system facts; the saved object; the list of storage keys; then,
-for each key, the element count (int64) and the elements, always least significant byte first.
+The pickles are the magic number, the protocol, system information, the saved object, and the list of storage keys.
+For each key follow the element count (int64) and the elements, always little endian.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class TorchLegacy(Format):
-    """The torch format before 1.6; it is not written."""
+    """The torch format before 1.6; read only."""
 
     name = "torch-legacy"
     nests = True
@@ -56,8 +56,8 @@ class TorchLegacy(Format):
         path = header.files[0].path
         with InputFile(path) as source, source.as_file() as file:
             start, end = object_span(file, where=str(path))
-            spelling = pickle_edit.spell(source.read(start, end - start), where=str(path))
-        return _Named(path, spelling, Span(start, end), header.nbytes)
+            traced = pickle_edit.trace(source.read(start, end - start), where=str(path))
+        return _Named(path, traced, Span(start, end), header.nbytes)
 
 
 TORCH_LEGACY = TorchLegacy()
@@ -66,16 +66,16 @@ TORCH_LEGACY = TorchLegacy()
 @dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     path: Path
-    spelling: pickle_edit.Spelling
+    traced: pickle_edit.TracedPickle
     span: Span
     size: int
 
     @property
     def tree(self) -> Any:
-        return self.spelling.tree
+        return self.traced.tree
 
     def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        pickled = pickle_edit.renamed(self.spelling, renamings, self.path)
+        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
         return Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size)))
 
 
@@ -83,11 +83,10 @@ def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
     declared = _declared_storages(path, file, size)
     offsets = _storage_offsets(path, file, size, declared)
     file.seek(0)
-    for _ in range(3):  # magic number, protocol, system facts
+    for _ in range(3):  # magic number, protocol, system information
         pickle_read.load(file, _refuse, where=str(path))
 
-    # The storages stand behind the pickle that refers to them, so it is read a second time
-    # now that their places are known.
+    # The storages follow the pickle that refers to them, so it is read again once their offsets are known.
     def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
         item = dtype.itemsize if dtype else 1
         whole = Storage(path, offsets[key], declared[key])
@@ -102,7 +101,7 @@ def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
 
 
 def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
-    """Return where the pickle of the saved object starts and ends in a file that `read` has accepted."""
+    """Return [start, stop) of the pickle of the saved object in a file that `read` has accepted."""
 
     def anywhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
         return Storage(Path(where), 0, sys.maxsize)
@@ -116,11 +115,11 @@ def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
 
 
 def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-    raise pickle.UnpicklingError("a storage where none belongs")
+    raise pickle.UnpicklingError("an unexpected storage")
 
 
 def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]:
-    """Read up to the saved object; return the bytes that it says each storage has."""
+    """Read up to the saved object; return the size in bytes that it declares for each storage."""
     declared: dict[str, int] = {}
 
     def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
@@ -140,7 +139,7 @@ def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]
 def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str, int]) -> dict[str, int]:
     keys, _ = pickle_read.load(file, _refuse, where=str(path))
     if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(declared):
-        raise CorruptError(f"{path}: its list of storages does not fit its contents. The file is damaged.")
+        raise CorruptError(f"{path}: its list of storages does not match its tensors. The file is damaged.")
     offsets = {}
     position = file.tell()
     for key in keys:
@@ -152,12 +151,12 @@ def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str,
                 f"{path}: truncated: storage {key} ends at byte {end}, the file at {size}. Get a fresh copy."
             )
         if struct.unpack("<q", count)[0] not in _possible_counts(declared[key]):
-            raise CorruptError(f"{path}: storage {key} has another size than its tensors say. The file is damaged.")
+            raise CorruptError(f"{path}: storage {key} has a different size than in its pickle. The file is damaged.")
         offsets[key] = position + 8
         position = end
     return offsets
 
 
 def _possible_counts(nbytes: int) -> set[int]:
-    """Element counts that a storage of so many bytes can have."""
+    """Return the element counts possible for a storage of this size."""
     return {nbytes // item for item in (1, 2, 4, 8, 16) if nbytes % item == 0}

@@ -1,7 +1,7 @@
-"""The torch format since 1.6: an uncompressed zip with one pickle, and one entry for each storage.
+"""The torch format since 1.6: an uncompressed zip with one pickle and one entry per storage.
 
-``<root>/data.pkl`` is the saved object, ``<root>/data/<key>`` a storage, ``<root>/byteorder`` its byte order.
-`torch.load` ignores entries that it does not know; ours is ``<root>/ckpt_tools.json``, the provenance.
+``<root>/data.pkl`` is the saved object, ``<root>/data/<key>`` a storage, ``<root>/byteorder`` the byte order.
+``<root>/ckpt_tools.json`` is the provenance; `torch.load` ignores unknown entries.
 """
 
 from __future__ import annotations
@@ -87,23 +87,23 @@ class TorchZip(Format):
             except CorruptError as error:
                 raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.") from error
             name = f"{_root(str(path), archive.entries)}/data.pkl"
-            return _Named(path, pickle_edit.spell(archive.read(name), where=str(path)), name)
+            return _Named(path, pickle_edit.trace(archive.read(name), where=str(path)), name)
 
 
 TORCH_ZIP = TorchZip()
 
 KNOWN: WeakValueDictionary[tuple[int, int], ArchiveTemplate] = WeakValueDictionary()
-"""Templates by the length of the file and where its directory begins; as long as a header uses one."""
+"""Templates by (file size, offset of the central directory), kept while a header uses them."""
 
 
 class Saved(NamedTuple):
-    """What `torch.save` wrote into an archive.
+    """The content of an archive that `torch.save` wrote.
 
     Attributes:
-        root: the start of the names of its entries.
+        root: the root folder name of its entries.
         tree: the object tree.
-        foreign: globals of the pickle that were not understood, with counts.
-        provenance: the content of our own entry; empty if there is none.
+        foreign: unknown globals of the pickle, with counts.
+        provenance: the content of the provenance entry; empty if there is none.
     """
 
     root: str
@@ -113,10 +113,9 @@ class Saved(NamedTuple):
 
 
 def read_archive(archive: Archive, path: Path, *, where: str) -> Saved:
-    """Read what `torch.save` wrote.
+    """Read an archive that `torch.save` wrote.
 
     Args:
-        archive: in an open file.
         path: of the file, for the specs.
         where: for messages.
 
@@ -164,9 +163,9 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
     """Lay out a torch zip file.
 
     Args:
-        tree: plain data (see `pickle_write.plain`) with OutTensors; one OutTensor in several places stays tied.
+        tree: plain data (see `pickle_write.plain`) with OutTensors; an OutTensor in several places stays tied.
         name: file name, for messages and sharded outputs.
-        provenance: stored as an entry of its own.
+        provenance: stored as a separate entry.
     """
     pickled, storages = dump(tree, name=name)
     contents: list[tuple[str, bytes | OutTensor]] = [("data.pkl", pickled), ("byteorder", b"little")]
@@ -175,7 +174,7 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
     if provenance is not None:
         contents.append((_PROVENANCE_ENTRY, json.dumps(provenance, indent=1).encode()))
     segments: list[Segment] = []
-    entries: list[tuple[NewEntry, OutTensor | int]] = []  # with the tensor in it, or the checksum of other contents
+    entries: list[tuple[NewEntry, OutTensor | int]] = []  # with its tensor, or the checksum of its other content
     end = 0
     for short, content in contents:
         if isinstance(content, OutTensor):
@@ -203,15 +202,15 @@ def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -
 @dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     path: Path
-    spelling: pickle_edit.Spelling
+    traced: pickle_edit.TracedPickle
     entry: str
 
     @property
     def tree(self) -> Any:
-        return self.spelling.tree
+        return self.traced.tree
 
     def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        pickled = pickle_edit.renamed(self.spelling, renamings, self.path)
+        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
         with InputFile(self.path) as file:
             archive = Archive(file, where=str(self.path))
             return Splice(self.path, replaced(archive, self.entry, pickled, where=str(self.path)))

@@ -1,6 +1,6 @@
-"""Trees: the objects of a checkpoint, nested in one another; walks, copies, and access by paths of keys.
+"""Trees: the nested objects of a checkpoint; walks, copies, and access by key path.
 
-Nothing is changed in place. A copy shares with the tree what did not change.
+No function changes a tree in place. Copies share the unchanged subtrees.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .pickle_read import Inert
 
 Path = tuple[Any, ...]
-"""Keys that lead from the top of a tree to an entry."""
+"""Keys from the root of a tree to an entry."""
 
 ITEM = "[]"
 """In a path of `map_tree`: an item of a list, tuple or set."""
 LEFT_OUT = object()
-"""What `map_tree` leaves out of the copy."""
+"""Result of `replace` in `map_tree` for a node that the copy lacks."""
 
 
 def contents(node: Any) -> Iterable[tuple[Any, Any]]:
-    """Return what a container holds as (key, value): dicts, lists, tuples, namespaces and pickled objects."""
-    if isinstance(node, (TensorSpec, UnsupportedTensor, str, int)):  # by far the most, so tested first
+    """Return the (key, value) pairs of a dict, list, tuple, namespace or Inert; empty for anything else."""
+    if isinstance(node, (TensorSpec, UnsupportedTensor, str, int)):  # by far the most frequent
         return ()
     if isinstance(node, dict):
         return node.items()
@@ -39,7 +39,7 @@ def contents(node: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def entries(node: Any) -> Collection[tuple[Any, Any]]:
-    """Return what a dict, list or tuple holds as (key, value); empty for anything else."""
+    """Return the (key, value) pairs of a dict, list or tuple; empty for anything else."""
     if isinstance(node, dict):
         return node.items()
     return list(enumerate(node)) if isinstance(node, (list, tuple)) else ()
@@ -50,13 +50,13 @@ def walk(
 ) -> Iterator[tuple[list[Any], Any]]:
     """Walk a tree depth first and yield (path, node), a container before its contents.
 
-    A container in several places is yielded at each, but its contents once. The memory in use is linear in the depth.
+    A container in several places is yielded at each, but its contents only once. Memory is linear in the depth.
 
     Args:
-        children: what to visit below a node, given its path: (key, value) pairs in order.
+        children: from (path, node) to the (key, value) pairs to visit below the node.
 
     Yields:
-        The path is one list, which changes as the walk goes on: copy it to keep it.
+        (path, node); the path is one list that the walk changes, so copy it to keep it.
     """
     path: list[Any] = []
     yield path, tree
@@ -79,23 +79,23 @@ def walk(
 
 def tensors_in(tree: Any) -> Iterator[tuple[Path, Tensor]]:
     """Walk a tree in order and yield (path, tensor)."""
-    kinds = (TensorSpec, UnsupportedTensor)  # a union takes longer to test
-    return ((tuple(path), node) for path, node in walk(tree) if isinstance(node, kinds))
+    classes = (TensorSpec, UnsupportedTensor)  # a union takes longer to test
+    return ((tuple(path), node) for path, node in walk(tree) if isinstance(node, classes))
 
 
 def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
-    """Copy a tree; a container in several places, or inside itself, is so in the copy.
+    """Copy a tree; shared and recursive containers stay so in the copy.
 
     Dicts, namespaces, lists, tuples and sets become new dicts, lists, tuples and sets. An OrderedDict stays one, and
     keeps the ``_metadata`` that torch sets on a state dict.
 
     Args:
-        replace: called with (path, node) for every node, and returns what the copy has for it: LEFT_OUT for
-            nothing, NotImplemented for a copy of a container. The path is one list, as that of `walk`, with ITEM for
-            each item of a list, tuple or set.
+        replace: called with (path, node) for every node; returns its replacement, LEFT_OUT to leave it out, or
+            NotImplemented to copy a container. The path is one list, as in `walk`, with ITEM for each item of a
+            list, tuple or set.
 
     Raises:
-        RecursionError: nested deeper than Python can follow.
+        RecursionError: nested beyond Python's recursion limit.
     """
     path: list[Any] = []
     copies: dict[int, Any] = {}
@@ -124,7 +124,7 @@ def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
             copies[id(node)] = items
         items += [replaced for value in node if (replaced := copy(value)) is not LEFT_OUT]
         path.pop()
-        # A tuple that holds itself, by way of a list, has been copied further in.
+        # A tuple that contains itself, through a list, has already been copied at a deeper level.
         made = items if isinstance(node, list) else tuple(items) if isinstance(node, tuple) else set(items)
         return copies.setdefault(id(node), made)
 
@@ -132,7 +132,7 @@ def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
 
 
 def follow(tree: Any, path: Path | None) -> Any:
-    """Return what stands at a path; None where nothing does, or there is no path."""
+    """Return the value at a path; None if there is no value or no path."""
     return None if path is None or not holds(tree, path) else _at(tree, path)
 
 
@@ -143,7 +143,7 @@ def _at(tree: Any, path: Path) -> Any:
 
 
 def holds(tree: Any, path: Path) -> bool:
-    """True if something stands at a path, None included."""
+    """Return True if there is a value at a path; None is a value."""
     for key in path:
         if not isinstance(tree, Mapping) or key not in tree:
             return False
@@ -152,7 +152,7 @@ def holds(tree: Any, path: Path) -> bool:
 
 
 def put(tree: Any, path: Path, value: Any) -> Any:
-    """Copy a tree with a value at a path, in the place of what stood there or last; levels that lack are made."""
+    """Copy a tree with a value at a path: replaced, or added last; missing levels are created."""
     if not path:
         return value
     key, *below = path
@@ -161,7 +161,7 @@ def put(tree: Any, path: Path, value: Any) -> Any:
 
 
 def without(tree: Any, path: Path, *, prune: bool = False) -> Any:
-    """Copy a tree without what stands at a path; where `prune`, without the levels that are empty then, too."""
+    """Copy a tree without the value at a path; if `prune`, also without levels that become empty."""
     if not path or not holds(tree, path):
         return tree
     key, *below = path

@@ -1,7 +1,7 @@
-"""Zip: an archive of uncompressed entries, read without trust, written as torch writes it, and edited in place.
+"""Zip: an archive of uncompressed entries, read without trust, written as torch writes it, and copied with edits.
 
 An entry is a local file header, the content, and sometimes a data descriptor; the central directory at the end has a
-line for each. The format is PKWARE's APPNOTE.TXT; the names of fields here are those of its sections 4.3.7 and 4.3.12.
+header for each, called a line here. The format is PKWARE's APPNOTE.TXT, sections 4.3.7 and 4.3.12.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ..storage.source import InputFile
 from ..storage.splice import Span, relocated
 
 ALIGNMENT = 64
-"""Bytes; torch aligns the contents of its entries to it, so that they can be mapped."""
+"""Bytes; torch aligns the contents of entries to it, for memory mapping."""
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _END = struct.Struct("<4s4H2LH")
 _LOCATOR = struct.Struct("<4sLQL")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 LOCAL_SIZE, CENTRAL_SIZE = _LOCAL.size, _CENTRAL.size
-_LENGTHS = struct.Struct("<2H")  # the last fields of a local header: length of the name, length of the extra fields
+_LENGTHS = struct.Struct("<2H")  # the last fields of a local file header: lengths of the name and the extra fields
 _MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
 _UTF8, _ENCRYPTED, _DESCRIPTOR = 1 << 11, 1 << 0, 1 << 3  # general purpose flags
-_NEWEST = 63  # version of the format that zipfile reads
-_ZIP64_FIELD, _PADDING_FIELD = 1, 0x4246  # extra fields: long sizes; what torch pads with
-_DATE_1980 = 0x21  # the first day of the format's calendar: the same bytes whenever it is written
-_ONE, _SEVERAL = 1 << 10, 1 << 13  # bytes that are read at once for a local header, or for several close together
-# Fields of a line of the directory, after the signature.
+_NEWEST = 63  # the newest version of the format that zipfile reads
+_ZIP64_FIELD, _PADDING_FIELD = 1, 0x4246  # extra fields: 64-bit sizes; torch's padding
+_DATE_1980 = 0x21  # the first date of the format: a constant, so that equal contents give equal bytes
+_ONE, _SEVERAL = 1 << 10, 1 << 13  # bytes per read: for one local file header, or for several close together
+# Fields of a directory line, after the signature.
 _VERSION, _FLAGS, _METHOD, _CRC, _PACKED, _SIZE = 1, 2, 3, 6, 7, 8
 _NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH, _OFFSET = 9, 10, 11, 15
 
@@ -39,14 +39,14 @@ class Entry(NamedTuple):
     """A line of the central directory.
 
     Attributes:
-        name: as it is in the local header, too.
-        offset: of the local header, in bytes from the start of the archive.
+        name: equal to that in the local file header.
+        offset: of the local file header, in bytes from the start of the archive.
         size: of the content, in bytes.
-        crc: CRC-32 of the content; 0 where torch was told to leave checksums out.
-        packed: bytes that the content takes up in the archive.
-        fields: all fields of the line as they are; long sizes and offsets are in the extra fields instead.
-        extra: the extra fields but for the long sizes.
-        comment: as it is.
+        crc: CRC-32 of the content; 0 if torch saved without checksums.
+        packed: size of the content in the archive, in bytes.
+        fields: the fixed fields; 64-bit sizes and offsets are in the extra fields instead.
+        extra: the extra fields without the 64-bit sizes.
+        comment: of the entry.
     """
 
     name: bytes
@@ -69,21 +69,21 @@ class Archive:
 
     Attributes:
         entries: by name.
-        directory: the lines of the central directory, as they are.
-        limit: where the directory begins, in bytes from the start of the archive.
+        directory: the lines of the central directory, in bytes.
+        limit: offset of the directory from the start of the archive, in bytes.
         comment: of the archive.
         shift: bytes before the archive that its offsets do not count.
-        usual: True if it ends as torch ends it, and its directory has names alone, without extra fields and comments.
-        headers: the local headers that were read, by offset.
-        contents: (offset from the start of the archive, content) of the entries that were read, by name.
+        usual: True if it ends like torch's archives and its directory has no extra fields or comments.
+        headers: the local file headers read so far, by offset.
+        contents: (offset from the start of the archive, content) of the entries read so far, by name.
 
     Args:
         file: open for reading.
-        start, length: the range, in bytes; the rest of the file by default.
+        start, length: the range, in bytes; to the end of the file by default.
         where: for messages.
 
     Raises:
-        CorruptError: its directory cannot be read, or two entries have one name.
+        CorruptError: its directory cannot be read, or two entries have the same name.
     """
 
     def __init__(self, file: InputFile, start: int = 0, length: int | None = None, *, where: str) -> None:
@@ -102,7 +102,7 @@ class Archive:
         self.usual = self.usual and plain
 
     def _find_by_zipfile(self, length: int) -> None:
-        import zipfile  # loads compressors, which a file as torch writes it does not need
+        import zipfile  # loads compression modules, which torch's archives do not need
 
         with self.file.as_file(self._start, length) as window:
             try:
@@ -128,14 +128,14 @@ class Archive:
                 raise CorruptError(f"{self._where}: the name of an entry is not text. The file is damaged.") from error
             found[name] = entry
         if len(found) != len(entries):
-            raise CorruptError(f"{self._where}: two entries have one name. The file is damaged.")
+            raise CorruptError(f"{self._where}: two entries have the same name. The file is damaged.")
         return found
 
     def local_header(self, entry: Entry) -> tuple[bytes, int]:
-        """Return the local header of an entry up to its name, and the offset of its content.
+        """Return the local file header of an entry up to its name, and the offset of its content.
 
         Raises:
-            CorruptError: the directory points at no header of this entry.
+            CorruptError: there is no header of this entry at its offset.
         """
         header = b""
         wanted = LOCAL_SIZE + len(entry.name)
@@ -159,7 +159,7 @@ class Archive:
 
         Raises:
             UnsupportedError: it is compressed or encrypted.
-            CorruptError: its local header is missing, or it reaches beyond the archive.
+            CorruptError: its local file header is missing, or it reaches beyond the archive.
         """
         entry = self.entries[name]
         if not entry.stored:
@@ -176,26 +176,26 @@ class Archive:
         """Return the content of an entry.
 
         Raises:
-            UnsupportedError, CorruptError: see `offset_of`; or its checksum does not fit.
+            UnsupportedError, CorruptError: see `offset_of`; or its checksum does not match.
         """
         entry = self.entries[name]
         offset = self.offset_of(name)
         content = self.file.read(offset, entry.size)
         if entry.crc and zlib.crc32(content) != entry.crc:
             short = name.partition("/")[2]
-            raise CorruptError(f"{self._where}: the checksum of its {short} does not fit. The file is damaged.")
+            raise CorruptError(f"{self._where}: the checksum of its {short} does not match. The file is damaged.")
         self.contents[name] = offset - self._start, content
         return content
 
 
 def find_directory(file: InputFile, start: int, length: int) -> tuple[int, bytes]:
-    """Find the central directory of an archive that ends as torch ends it.
+    """Find the central directory of an archive that ends like torch's archives.
 
     Args:
-        start, length: the range of the file that is the archive, in bytes.
+        start, length: of the archive in the file, in bytes.
 
     Returns:
-        (where it begins, from the start of the archive; its lines); (0, b"") if the archive ends in another way.
+        (offset of the directory from the start of the archive, its lines); (0, b"") for any other end.
     """
     nothing = 0, b""
     tails = _END64.size + _LOCATOR.size + _END.size
@@ -220,11 +220,11 @@ def find_directory(file: InputFile, start: int, length: int) -> tuple[int, bytes
 
 
 def _parse_directory(data: bytes, where: str, shift: int, count: int | None = None) -> list[Entry]:
-    """Read the lines of a central directory.
+    """Parse the lines of a central directory.
 
     Args:
         shift: added to each offset.
-        count: how many lines; as many as there are if None.
+        count: number of lines; all if None.
     """
     entries: list[Entry] = []
     at, end = 0, len(data)
@@ -243,11 +243,11 @@ def _parse_directory(data: bytes, where: str, shift: int, count: int | None = No
         at = name_end + fields[_EXTRA_LENGTH] + fields[_COMMENT_LENGTH]
         if at != name_end:
             extra, comment = data[name_end : at - fields[_COMMENT_LENGTH]], data[at - fields[_COMMENT_LENGTH] : at]
-            long = _field(extra, _ZIP64_FIELD)
+            zip64 = _field(extra, _ZIP64_FIELD)
             values = []
             for value in (length, packed, offset):
-                if value == _MAX32 and len(long) >= 8:
-                    value, long = int.from_bytes(long[:8], "little"), long[8:]
+                if value == _MAX32 and len(zip64) >= 8:
+                    value, zip64 = int.from_bytes(zip64[:8], "little"), zip64[8:]
                 values.append(value)
             length, packed, offset = values
             extra = _without(extra, _ZIP64_FIELD)
@@ -262,17 +262,15 @@ def _line_size(entry: Entry) -> int:
 
 
 class NewEntry:
-    """An entry to be written: where it goes, and its two headers.
+    """A new entry: its offsets, its local file header and its directory line.
 
     Args:
-        name: as it is to be called.
         size: of the content, in bytes.
-        offset: of the local header.
 
     Attributes:
-        offset: of the local header.
-        data: of the content, a multiple of `ALIGNMENT`.
-        end: behind the content.
+        offset: of the local file header.
+        data: offset of the content, a multiple of `ALIGNMENT`.
+        end: offset after the content.
     """
 
     __slots__ = ("_central_extra", "_local_extra", "_padding", "_size", "data", "end", "name", "offset")
@@ -292,7 +290,7 @@ class NewEntry:
 
     @property
     def line_size(self) -> int:
-        """Bytes of its line of the directory."""
+        """Size of its directory line, in bytes."""
         return CENTRAL_SIZE + len(self.name) + len(self._central_extra)
 
     def _common(self, crc: int) -> tuple[int, ...]:
@@ -310,7 +308,7 @@ class NewEntry:
         return self.local_header(crcs[0])
 
     def line(self, crc: int) -> bytes:
-        """Return its line of the directory."""
+        """Return its directory line."""
         version = 45 if self._central_extra else 20
         offset = min(self.offset, _MAX32)
         line = _CENTRAL.pack(
@@ -320,11 +318,11 @@ class NewEntry:
 
 
 END_SIZE = _END64.size + _LOCATOR.size + _END.size
-"""Bytes of what closes an archive."""
+"""Size of the end records of an archive without a comment, in bytes."""
 
 
 def end_of(start: int, size: int, count: int, comment: bytes = b"") -> bytes:
-    """Return what closes an archive; always with the zip64 parts, which lift the limits on count and size.
+    """Return the end records of an archive, always with those of zip64, which lift the limits on count and size.
 
     Args:
         start, size: of the central directory, in bytes.
@@ -336,19 +334,19 @@ def end_of(start: int, size: int, count: int, comment: bytes = b"") -> bytes:
     return end64 + locator + _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), near, len(comment)) + comment
 
 
-# A data descriptor, in descending order of likelihood: with and without a signature, with short and long sizes.
+# Data descriptors by likelihood: with and without a signature, with 32-bit and 64-bit sizes.
 _DESCRIPTORS = ("<4s3L", "<4sL2Q", "<3L", "<L2Q")
 
 
 def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[bytes | Span, ...]:
-    """Describe the archive with another content of one entry; all other entries keep their bytes.
+    """Describe a copy of an archive with new content in one entry; all other entries keep their bytes.
 
-    The difference in length goes into the padding of the entry, up to whole blocks; the entries behind it move by
-    whole blocks, so that their contents stay aligned.
+    The padding of the entry absorbs the difference in length up to whole blocks; later entries move by whole blocks,
+    so that their contents stay aligned.
 
     Args:
         archive: a whole file.
-        name: of the entry, which is stored without compression.
+        name: of the entry, which is not compressed.
         body: its new content.
         where: for messages.
 
@@ -357,11 +355,11 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
 
     Raises:
         CorruptError: entries overlap.
-        UnsupportedError: the archive has a form that torch does not write.
+        UnsupportedError: not an archive of torch.
     """
     if archive.shift:
         raise UnsupportedError(
-            f"{where}: something stands before its zip, which torch cannot read either. Load and save it with torch."
+            f"{where}: other bytes precede its zip archive, and torch cannot read such a file. Get a fresh copy."
         )
     old = archive.entries[name]
     fields, extra = _local_fields(archive, old)
@@ -378,7 +376,7 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
 
     crc, size = zlib.crc32(body), len(body)
     kept = _resized(_without(extra, _PADDING_FIELD), old.packed, size)
-    slack = len(extra) - len(kept) - 4  # a field takes 4 bytes for itself
+    slack = len(extra) - len(kept) - 4  # the identifier and length of a field take 4 bytes
     shift = relocated(size - old.packed - slack)
     slack += shift - (size - old.packed)
     extra = kept + struct.pack("<2H", _PADDING_FIELD, slack) + b"Z" * slack
@@ -403,9 +401,9 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
 
 
 def _changed_line(entry: Entry, crc: int, size: int | None, offset: int) -> bytes:
-    """Write a line of the directory; a number is a long one where it was, or has to be."""
+    """Return a directory line; a number has 64 bits if it had before, or has to."""
     fields = list(entry.fields)
-    long = b""
+    zip64 = b""
     for i, value in (
         (_SIZE, entry.size if size is None else size),
         (_PACKED, entry.packed if size is None else size),
@@ -413,21 +411,21 @@ def _changed_line(entry: Entry, crc: int, size: int | None, offset: int) -> byte
     ):
         wide = fields[i] == _MAX32 or value >= _MAX32
         fields[i] = _MAX32 if wide else value
-        long += struct.pack("<Q", value) if wide else b""
-    extra = (struct.pack("<2H", _ZIP64_FIELD, len(long)) + long if long else b"") + entry.extra
+        zip64 += struct.pack("<Q", value) if wide else b""
+    extra = (struct.pack("<2H", _ZIP64_FIELD, len(zip64)) + zip64 if zip64 else b"") + entry.extra
     fields[_CRC], fields[_EXTRA_LENGTH] = crc, len(extra)
     return _CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
 
 
 def _local_fields(archive: Archive, entry: Entry) -> tuple[tuple[int, ...], bytes]:
-    """Return the fields of a local header after its signature, and its extra fields."""
+    """Return the fields of a local file header after its signature, and its extra fields."""
     header, data = archive.local_header(entry)
     begin = entry.offset + len(header)
     return _LOCAL.unpack_from(header)[1:], archive.file.read(begin, data - begin)
 
 
 def _changed_local(fields: tuple[int, ...], crc: int, size: int, extra: int) -> bytes:
-    """Write a local header up to the name; fields: version, flags, method, time, date, checksum, sizes, lengths."""
+    """Return a local file header up to the name; fields: version, flags, method, time, date, CRC, sizes, lengths."""
     changed = list(fields)
     for i, value in ((5, crc), (6, size), (7, size)):
         in_descriptor = fields[1] & _DESCRIPTOR and fields[i] == 0
@@ -438,15 +436,15 @@ def _changed_local(fields: tuple[int, ...], crc: int, size: int, extra: int) -> 
 
 
 def _descriptor(file: InputFile, position: int, entry: Entry) -> str:
-    """Return the form of the data descriptor behind a content; "" if there is none."""
+    """Return the struct layout of the data descriptor after a content; "" if there is none."""
     raw = file.read(position, 24)
-    for form in _DESCRIPTORS:
-        length = struct.calcsize(form)
+    for layout in _DESCRIPTORS:
+        length = struct.calcsize(layout)
         if len(raw) < length:
             continue
-        *signature, _crc, packed, size = struct.unpack(form, raw[:length])
+        *signature, _crc, packed, size = struct.unpack(layout, raw[:length])
         if (packed, size) == (entry.packed, entry.packed) and signature in ([], [b"PK\7\10"]):
-            return form
+            return layout
     return ""
 
 
@@ -467,12 +465,12 @@ def _without(extra: bytes, unwanted: int) -> bytes:
 
 
 def _resized(extra: bytes, old: int, new: int) -> bytes:
-    """Put the new size where the long form of a local header has the old one."""
-    long = _field(extra, _ZIP64_FIELD)
-    if not long:
+    """Replace the old size in the zip64 field of a local file header."""
+    zip64 = _field(extra, _ZIP64_FIELD)
+    if not zip64:
         return extra
     sizes = struct.pack("<Q", old)
     changed = b"".join(
-        struct.pack("<Q", new) if long[i : i + 8] == sizes else long[i : i + 8] for i in range(0, len(long), 8)
+        struct.pack("<Q", new) if zip64[i : i + 8] == sizes else zip64[i : i + 8] for i in range(0, len(zip64), 8)
     )
-    return struct.pack("<2H", _ZIP64_FIELD, len(long)) + changed + _without(extra, _ZIP64_FIELD)
+    return struct.pack("<2H", _ZIP64_FIELD, len(zip64)) + changed + _without(extra, _ZIP64_FIELD)

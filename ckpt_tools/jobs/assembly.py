@@ -325,5 +325,5 @@ def rewrite(
 
 def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:
     if isinstance(tensor, UnsupportedTensor):
-        raise UnsupportedError(f"{base.path}: '{name}' is {tensor.kind}, which cannot be written here.")
+        raise UnsupportedError(f"{base.path}: '{name}' is {tensor.reason}, which cannot be written here.")
     return tensor

@@ -30,7 +30,7 @@ from ..formats.file_plan import OutTensor
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..tensors import DType, Kind, TensorSpec, UnsupportedTensor, parse_dtype
+from ..tensors import Category, DType, TensorSpec, UnsupportedTensor, parse_dtype
 from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
 from .outputs import Target, check_shard_size
@@ -266,10 +266,10 @@ def _copied(
     weights: Any = OrderedDict()
     for name, spec in state.tensors.items():
         if isinstance(spec, UnsupportedTensor):
-            raise UnsupportedError(f"{header.path}: '{name}' is {spec.kind}, which cannot be written here.")
+            raise UnsupportedError(f"{header.path}: '{name}' is {spec.reason}, which cannot be written here.")
         tensor = copies.get(spec)
         if tensor is None:
-            changed = dtype is not None and spec.dtype.kind is Kind.FLOAT and dtype is not spec.dtype
+            changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
             out = dtype if changed and dtype is not None else spec.dtype
             tensor = OutTensor(out, spec.shape, ((spec, 1.0),), name, finite=changed)
             if spec.numel:  # empty ones are all alike, and tied to nothing

@@ -269,8 +269,8 @@ def _plan(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, headers: Sequence
         if one == other and (twice or isinstance(one, TensorSpec)):
             same += 1
         elif isinstance(one, UnsupportedTensor) or isinstance(other, UnsupportedTensor):
-            kinds = dict.fromkeys(t.kind for t in (one, other) if isinstance(t, UnsupportedTensor))
-            plan.not_compared[name] = " and ".join(kinds)
+            reasons = dict.fromkeys(t.reason for t in (one, other) if isinstance(t, UnsupportedTensor))
+            plan.not_compared[name] = " and ".join(reasons)
         else:
             _pair_off(plan, name, one, other)
     return replace(plan, same=same)

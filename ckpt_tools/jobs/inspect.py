@@ -117,7 +117,7 @@ def _nbytes(state: StateDict) -> int:
 
 def _row(name: str, spec: Tensor) -> TensorRow:
     if isinstance(spec, UnsupportedTensor):
-        return TensorRow(name, spec.kind, None, 0)
+        return TensorRow(name, spec.reason, None, 0)
     return TensorRow(name, spec.dtype.name, spec.shape, spec.nbytes)
 
 

@@ -146,7 +146,7 @@ def _beside(tree: Any, sets: Iterable[StateDict]) -> tuple[str, ...]:
 def _specs(tree: Any) -> set[TensorSpec]:
     """Return the specs of the tensors in a tree; of a chunked tensor, those of its chunks."""
     found = (tensor for _, tensor in tensors_in(tree) if isinstance(tensor, TensorSpec))
-    return {part for tensor in found for _, part in tensor.parts}
+    return {part for tensor in found for _, part in tensor.as_chunks}
 
 
 def _storages(tree: Any) -> set[Storage]:
@@ -179,7 +179,7 @@ def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     for path, tensor in tensors_in(tree):
         if isinstance(tensor, UnsupportedTensor):
-            raise UnsupportedError(f"{header.path}: '{dotted(path)}' is {tensor.kind}, which cannot be written here.")
+            raise UnsupportedError(f"{header.path}: '{dotted(path)}' is {tensor.reason}, which cannot be written here.")
     for path, node in nodes(tree):
         if not isinstance(node, Inert) or (path and str(path[-1]).endswith("_extra_state")):
             continue

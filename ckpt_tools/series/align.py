@@ -78,7 +78,7 @@ def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> l
     for state, file in zip(states, files, strict=True):
         if len(state) != len(last):
             raise AlignmentError(
-                f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. They do not pair off."
+                f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. The counts must be equal."
             )
     return [dict(zip(last, state.values(), strict=True)) for state in states]
 
@@ -90,8 +90,8 @@ def _missing(
     lacking = [file for file, state in zip(files, states, strict=True) if name not in state]
     more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
     return (
-        f"{lacking[0]} lacks '{name}', which {counts[name]} of {len(states)} files have.{more} "
-        "Use `keys='intersection'` to average what all share."
+        f"{lacking[0]} has no tensor '{name}' ({counts[name]} of {len(states)} files have it).{more} "
+        "Use `keys='intersection'` to average what all files share."
     )
 
 
@@ -108,7 +108,7 @@ def _checked(
     for tensor, file in zip(row, files, strict=True):
         if isinstance(tensor, UnsupportedTensor):
             raise AlignmentError(
-                f"{file}: '{name}' is {tensor.kind}, which cannot be averaged. "
+                f"{file}: '{name}' is {tensor.reason}, which cannot be averaged. "
                 "Save it as a dense tensor with data first."
             )
         checked.append(tensor)
@@ -124,7 +124,7 @@ def _checked(
         both_float = tensor.dtype.averaged and tensor.dtype.kind is model.dtype.kind
         if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
             advice = (
-                "Say which the average should have, such as `dtype='float32'`."
+                "Choose the dtype of the average, such as `dtype='float32'`."
                 if both_float
                 else "They cannot be averaged."
             )

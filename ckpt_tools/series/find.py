@@ -164,7 +164,7 @@ def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
         for path, spec in tensors_in(header.view)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
-        for offsets, part in spec.parts
+        for offsets, part in spec.as_chunks
     ]
 
 
@@ -223,7 +223,7 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     if len(ours) == len({header.path for header in headers}):
         return set()
     notes.extend(
-        f"{path.name} was written by ckpt-tools itself: left out (`include_outputs` takes it in)."
+        f"{path.name} was written by ckpt-tools: left out (add it with `include_outputs`)."
         for path in sorted(ours, key=natural_key)
     )
     return ours
@@ -249,7 +249,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     )
     if nameless and len(members) > 1:
         notes.append(
-            f"{nameless[0]} tells no step, inside or in its name, so the names decide the order. "
+            f"{nameless[0]} has no step, neither inside nor in its name, so the files are ordered by name. "
             "Give the files in order, with `order='given'`, if it should be another."
         )
         return by_name, "the names"
@@ -268,7 +268,7 @@ def _note_ties(members: Sequence[Member], key_of: dict[Path, tuple[float, ...]],
             first, second, *more = paths
             others = f" and {len(more)} more" if more else ""
             value = ", ".join(map(str, key))
-            notes.append(f"{first}, {second}{others} have the same {what}, {value}; their names decide.")
+            notes.append(f"{first}, {second}{others} have the same {what}, {value}; they are ordered by name.")
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
@@ -278,13 +278,15 @@ def _between(members: list[Member], from_step: int | None, to_step: int | None) 
     placed = [(member.step, member) for member in members if member.step is not None]
     if len(placed) < len(members):
         unknown = next(member for member in members if member.step is None)
-        raise SeriesError(f"{unknown.path}: its step is unknown, so {' and '.join(asked)} cannot place it.")
+        raise SeriesError(f"{unknown.path}: its step is unknown, so {' and '.join(asked)} cannot apply to it.")
     low, high = (-math.inf if from_step is None else from_step), (math.inf if to_step is None else to_step)
     kept = [member for step, member in placed if low <= step <= high]
     if not kept:
         steps = sorted(step for step, _ in placed)
         what = "number" if members[0].counter == "name" else members[0].counter
-        raise SeriesError(f"{' '.join(asked)}: no checkpoint there; they go from {what} {steps[0]} to {steps[-1]}.")
+        raise SeriesError(
+            f"{' '.join(asked)}: no checkpoint in this range; they go from {what} {steps[0]} to {steps[-1]}."
+        )
     return kept
 
 
@@ -298,7 +300,7 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
     if best > len(members):
         notes.append(f"`best={best}`: there are only {len(members)}; all are used.")
     if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
-        notes.append(f"`best` takes the highest '{key}'; if lower is better, say `lower_is_better`.")
+        notes.append(f"`best` takes the highest '{key}'; if lower is better, add `lower_is_better`.")
     chosen = set(sorted(values, key=values.__getitem__, reverse=not lower_is_better)[:best])
     return [member for member in members if member in chosen]
 
@@ -307,7 +309,7 @@ def _unranked(header: Header, key: str) -> str:
     """Say why a checkpoint has no rank, and what to do."""
     known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
     what = f"has no number under '{key}'"
-    advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It has none at all."
+    advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It stores no numbers."
     stored = stored_under(header, key)
     if isinstance(stored, TensorSpec):
         what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."

@@ -30,8 +30,8 @@ _PARTS = (
             r"|pytorch_model_fsdp_\d+"  # Accelerate
             r"|(?<![^/])layer_\d+-model_\d+"  # DeepSpeed's pipelines
         ),
-        "differ in nothing but the rank, so they are parts of one checkpoint, not two. "
-        "Merge its parts first, with the tools of the program that wrote them.",
+        "differ only in the rank, so they are shards of one checkpoint, not two. "
+        "Merge the shards first, with the tools of the program that wrote them.",
     ),
 )
 
@@ -122,7 +122,7 @@ def _hint_below(folder: Path) -> str:
     """Accelerate and Hugging Face's Trainer put a folder of weights into the folder of each checkpoint."""
     for child in _children(folder):
         if store_of(child).is_folder(child) and _checkpoints(child):
-            return f" There are some in {child}; say '{_like(child)}'."
+            return f" There are some in {child}; use '{_like(child)}'."
     return ""
 
 
@@ -132,7 +132,7 @@ def _like(folder: Path) -> Path:
 
 
 def _dangling(path: Path) -> str:
-    return f"{path}: a link to {path.readlink()}, where there is nothing."
+    return f"{path}: a broken link to {path.readlink()}."
 
 
 def _did_you_mean(path: Path) -> str:
@@ -188,7 +188,7 @@ def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
         inner = [child for child in inside if store.is_folder(child) and is_checkpoint(child)]
         if inner:
             notes.append(
-                f"{path} is one checkpoint itself. For those in its {len(inner)} folders, say '{_like(inner[0])}'."
+                f"{path} is one checkpoint itself. For the checkpoints in its {len(inner)} folders, use '{_like(inner[0])}'."
             )
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..errors import LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
-from ..tensors import DType, Kind, TensorSpec
+from ..tensors import Category, DType, TensorSpec
 
 # Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
 _RUNNING = ("running_mean", "running_var")
@@ -59,7 +59,7 @@ def recipes(
         tensor = None if alone else tied.get(row)
         if tensor is None:
             last = next(spec for spec in reversed(row) if spec is not None)
-            if last.dtype.kind is Kind.PACKED:
+            if last.dtype.category is Category.PACKED:
                 raise LayoutError(
                     f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their "
                     "scales. Average the checkpoints before they are quantized."
@@ -70,7 +70,7 @@ def recipes(
             else:
                 files = counted.get(last.storage.path)
                 terms = SharedTerms(last, files, weights) if files else _scaled(name, row, coefficients, weigh=weigh)
-            out_dtype = dtype if dtype is not None and last.dtype.kind is Kind.FLOAT else last.dtype
+            out_dtype = dtype if dtype is not None and last.dtype.category is Category.FLOAT else last.dtype
             tensor = OutTensor(out_dtype, last.shape, terms, name)
             if tensor.numel and not alone:
                 tied[row] = tensor

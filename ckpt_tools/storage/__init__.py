@@ -1,1 +1,1 @@
-"""Storage: bytes without meaning; every call to the operating system for a file is here."""
+"""Storage: reading and writing bytes; all file calls to the operating system are here."""

@@ -1,7 +1,7 @@
-"""The local file system as a store, and what other systems than Linux lack.
+"""The local file system as a store, with fallbacks for systems other than Linux.
 
-Where a call is missing (preadv, pread, pwrite: Windows; copy_file_range, fallocate: macOS and Windows), a plain
-sequence of older calls takes its place; the bytes are the same.
+Older calls replace those that a system lacks (preadv, pread, pwrite: Windows; copy_file_range, fallocate: macOS and
+Windows); the bytes are the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _SEEKING = threading.Lock()
-"""Held where a file has to be positioned before it is read or written, since all threads share its position."""
+"""Held between a seek and its read or write, because all threads share the file position."""
 
 
 class LocalFile:
@@ -66,14 +66,14 @@ class LocalStore:
         return stat.st_dev, stat.st_ino
 
     def find(self, pattern: Path) -> list[Path]:
-        # A folder that exists is taken by its name, so that brackets in it are not a pattern.
+        # Existing parent folders are taken literally, so that brackets in their names are not a pattern.
         folder = next((parent for parent in pattern.parents if parent.is_dir()), Path())
         return sorted(_glob(folder, str(pattern.relative_to(folder))))
 
 
 def _glob(folder: Path, pattern: str) -> set[Path]:
-    """Expand a pattern without hidden names; ** follows no links, since they may lead round in circles."""
-    import glob  # 3 ms that a file without a pattern has no need of
+    """Expand a pattern without hidden names; ** follows no links, as they may form cycles."""
+    import glob  # takes 3 ms
 
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -89,7 +89,7 @@ def _glob(folder: Path, pattern: str) -> set[Path]:
 
 
 def read_once(fd: int, view: memoryview, offset: int) -> int:
-    """Read at an offset, once, into a buffer; return how many bytes came."""
+    """Read at an offset with one call; return the number of bytes read."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [view], offset)
     if hasattr(os, "pread"):
@@ -103,7 +103,7 @@ def read_once(fd: int, view: memoryview, offset: int) -> int:
 
 
 def write_once(fd: int, view: memoryview, offset: int) -> int:
-    """Write at an offset, once, from a buffer; return how many bytes went."""
+    """Write at an offset with one call; return the number of bytes written."""
     if hasattr(os, "pwrite"):
         return os.pwrite(fd, view, offset)
     with _SEEKING:
@@ -112,7 +112,7 @@ def write_once(fd: int, view: memoryview, offset: int) -> int:
 
 
 def raise_file_limit(count: int) -> None:
-    """Let this process open `count` more files, as far as the system allows."""
+    """Raise the limit of open files of this process by `count`, as far as the system allows."""
     already = 0
     with suppress(OSError):
         already = sum(1 for _ in os.scandir("/dev/fd"))

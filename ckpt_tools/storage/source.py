@@ -1,8 +1,8 @@
-"""Sources: where the bytes of inputs come from, and what tells that an input has changed.
+"""Sources: reading inputs, and detecting that an input has changed.
 
-A `Source` is one file that can be read at any offset. A `Store` is a place that has files and folders: the local file
-system (`local.py`), or one that is registered for a scheme such as ``s3``. A path belongs to a store by its first
-part: ``s3://bucket/run`` is the `Path` ``s3:/bucket/run``, whose first part is ``s3:``.
+A `Source` is one open file. A `Store` has files and folders: the local file system (`local.py`), or a store registered
+for a scheme such as ``s3``. The first component of a path selects its store: ``s3://bucket/run`` is the `Path`
+``s3:/bucket/run``, with the first component ``s3:``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .local import LocalStore, raise_file_limit
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """The state of a file when its header was read; a stamp of the same path that differs means other content.
+    """The state of a file when its header was read; a different stamp means changed content.
 
     Attributes:
         path: the file.
         nbytes: its size.
-        identity: what changes with the content: device, inode and time of modification of a local file, or the
+        identity: values that change with the content: device, inode and modification time of a local file, or the
             entity tag of an object.
     """
 
@@ -39,31 +39,27 @@ class Source(Protocol):
     """One open file. Threads may read from it at the same time."""
 
     def stat(self) -> tuple[int, tuple[object, ...]]:
-        """Return (size in bytes, identity) as they are now; see `Stamp`.
-
-        Raises:
-            OSError: the system cannot tell.
-        """
+        """Return the current (size in bytes, identity); see `Stamp`. May raise OSError."""
 
     def read_into(self, offset: int, view: memoryview) -> int:
-        """Fill a buffer with the bytes from an offset on.
+        """Fill a buffer from an offset.
 
         Returns:
-            Bytes read; fewer than asked for only where the file ends.
+            The number of bytes read; less than the buffer only at the end of the file.
 
         Raises:
             OSError: the system cannot read.
         """
 
     def fileno(self) -> int | None:
-        """Return a descriptor for `pread`, which the C extension and the kernel read from; None if there is none."""
+        """Return a file descriptor, for the C extension and the kernel; None if there is none."""
 
     def close(self) -> None:
-        """Give up what the source holds."""
+        """Release all resources."""
 
 
 class Store(Protocol):
-    """A place that has files and folders. All methods may raise OSError."""
+    """A file system. All methods may raise OSError."""
 
     def open(self, path: Path) -> Source:
         """Open a file for reading."""
@@ -78,22 +74,22 @@ class Store(Protocol):
         """Return the names of the files and folders in a folder, sorted."""
 
     def real_path(self, path: Path) -> Path:
-        """Return the path that links lead to; the path itself where there are no links."""
+        """Return the path with all links resolved."""
 
     def identity(self, path: Path) -> object:
-        """Return what two names of one file, or of one folder, have in common: device and inode of a local one."""
+        """Return a value that is equal for all names of a file or folder: device and inode of a local one."""
 
     def find(self, pattern: Path) -> list[Path]:
-        """Return what matches a glob pattern; hidden names do not."""
+        """Return the paths that match a glob pattern; hidden names do not match."""
 
 
 LOCAL: Store = LocalStore()
 STORES: dict[str, Store] = {}
-"""Stores by scheme, such as ``s3``; add one to read from it."""
+"""Stores by scheme, such as ``s3``; add an item to register a store."""
 
 
 def store_of(path: Path) -> Store:
-    """Return the store that a path belongs to: the local file system unless its first part is a known scheme."""
+    """Return the store of a path: the local file system, unless its first component is a known scheme."""
     return STORES.get(path.parts[0][:-1], LOCAL) if STORES and path.parts else LOCAL
 
 
@@ -121,8 +117,8 @@ def _cannot_open(path: Path, error: OSError) -> str:
     return f"{path}: cannot be read ({error.strerror or error}).{advice}"
 
 
-class Window(io.RawIOBase):
-    """A range of a source as a read-only file object, for libraries that want one; see `as_file`."""
+class RangeReader(io.RawIOBase):
+    """A range of a source as a read-only file object; see `InputFile.as_file`."""
 
     def __init__(self, source: Source, path: Path, start: int, length: int) -> None:
         self._source, self._path, self._start, self._length = source, path, start, length
@@ -137,7 +133,7 @@ class Window(io.RawIOBase):
     def seek(self, offset: int, whence: int = 0) -> int:
         at = offset + (0, self._at, self._length)[whence]
         if at < 0:
-            raise OSError("seek before the start of the file")  # as a real file does; zipfile relies on it
+            raise OSError("seek before the start of the file")  # like a real file; zipfile relies on it
         self._at = at
         return at
 
@@ -152,7 +148,7 @@ class Window(io.RawIOBase):
 
 
 class InputFile:
-    """One open input: a source, its path and the stamp that was taken when it was opened; a context manager."""
+    """An open input: a source, its path and its stamp at opening; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -164,21 +160,21 @@ class InputFile:
             raise
 
     def read(self, offset: int, nbytes: int) -> bytes:
-        """Return the bytes from an offset on; fewer where the file ends."""
+        """Return bytes from an offset; fewer than `nbytes` at the end of the file."""
         data = bytearray(max(min(nbytes, self.stamp.nbytes - offset), 0))
         done = read_some(self.source, memoryview(data), offset, self.path)
         return bytes(data if done == len(data) else data[:done])
 
     def as_file(self, start: int = 0, length: int | None = None) -> IO[bytes]:
-        """Return a range of the file, to its end by default, as a buffered file object."""
+        """Return a range of the file (by default to its end) as a buffered file object."""
         length = self.stamp.nbytes - start if length is None else length
-        return io.BufferedReader(Window(self.source, self.path, start, length))
+        return io.BufferedReader(RangeReader(self.source, self.path, start, length))
 
     def __enter__(self) -> InputFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.source.close()
 
@@ -187,7 +183,7 @@ def stamp_of(source: Source, path: Path) -> Stamp:
     """Return the stamp of an open source.
 
     Raises:
-        ReadError: the system cannot tell its size.
+        ReadError: its size cannot be read.
     """
     try:
         return Stamp(path, *source.stat())
@@ -196,10 +192,10 @@ def stamp_of(source: Source, path: Path) -> Stamp:
 
 
 class OpenFiles:
-    """Inputs that are opened once and shared by all threads; a context manager.
+    """Inputs opened once and shared by all threads; a context manager.
 
     Args:
-        stamps: of files whose headers have been read; a file that differs from its stamp is refused.
+        stamps: of files with known headers; a file that differs from its stamp is refused.
     """
 
     def __init__(self, stamps: Iterable[Stamp] = ()) -> None:
@@ -211,7 +207,7 @@ class OpenFiles:
 
         Raises:
             ReadError: it cannot be opened.
-            CorruptError: it is not the file whose header was read.
+            CorruptError: it has changed since its header was read.
         """
         if path in self._sources:
             return
@@ -220,8 +216,8 @@ class OpenFiles:
         self._check(now, self._stamps.setdefault(path, now))
 
     def open_all(self, paths: Iterable[Path]) -> None:
-        """Open all these files, and raise the limit of open files for them where the system allows it."""
-        # By identity first, because hashing a path takes longer.
+        """Open files, and raise the limit of open files for them if the system allows it."""
+        # By identity first: hashing a path takes longer.
         unique = dict.fromkeys({id(path): path for path in paths}.values())
         raise_file_limit(len(unique))
         for path in unique:
@@ -243,10 +239,10 @@ class OpenFiles:
         return fd
 
     def check_unchanged(self) -> None:
-        """Refuse a result made from files that were written to meanwhile.
+        """Check that no file has changed since its header was read.
 
         Raises:
-            CorruptError: size or modification time of a file has changed since its header was read.
+            CorruptError: a file has another size or identity.
         """
         for path, source in self._sources.items():
             self._check(stamp_of(source, path), self._stamps[path])
@@ -261,7 +257,7 @@ class OpenFiles:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for source in self._sources.values():
             source.close()
@@ -269,10 +265,10 @@ class OpenFiles:
 
 
 def read_some(source: Source, target: memoryview, offset: int, path: Path) -> int:
-    """Fill a buffer with the bytes from an offset on, as far as the file goes; return how many there were.
+    """Fill a buffer from an offset, up to the end of the file; return the number of bytes read.
 
     Raises:
-        ReadError: a failure of the system.
+        ReadError: the system cannot read.
     """
     try:
         return source.read_into(offset, target)
@@ -281,18 +277,18 @@ def read_some(source: Source, target: memoryview, offset: int, path: Path) -> in
 
 
 def read_at(source: Source, target: memoryview, offset: int, path: Path) -> None:
-    """Fill a buffer with the bytes from an offset on.
+    """Fill a buffer from an offset.
 
     Raises:
-        ReadError: a failure of the system.
-        CorruptError: the file ends before them.
+        ReadError: the system cannot read.
+        CorruptError: the file ends too early.
     """
     if read_some(source, target, offset, path) != len(target):
         raise ended_early(path)
 
 
 def read_file(path: Path) -> tuple[bytes, Stamp]:
-    """Return the content of a small file, and its stamp.
+    """Return the content and the stamp of a small file.
 
     Raises:
         ReadError: it cannot be read.
@@ -302,7 +298,7 @@ def read_file(path: Path) -> tuple[bytes, Stamp]:
 
 
 def sha256(path: Path) -> str:
-    """Read a whole file and return its SHA-256, in hexadecimal digits.
+    """Return the SHA-256 of a file, in hexadecimal digits.
 
     Raises:
         ReadError: it cannot be read.
@@ -326,10 +322,10 @@ def stamp_at(path: Path) -> Stamp:
 
 
 def read_failed(path: object, reason: str | None) -> ReadError:
-    """Make the error for an input that the system cannot read."""
+    """Return the error for an input that the system cannot read."""
     return ReadError(f"{path}: reading failed ({reason}).")
 
 
 def ended_early(path: object) -> CorruptError:
-    """Make the error for an input that is shorter than its header says."""
+    """Return the error for an input that is shorter than its header declares."""
     return CorruptError(f"{path}: ends before its tensors do. Get a fresh copy.")

@@ -1,7 +1,7 @@
-"""Splicing: copies with edits. A new file is made of new bytes and of spans of an old one.
+"""Splicing: copies with edits. A new file consists of new bytes and spans of an old file.
 
-The kernel copies the spans where it can. On file systems that share blocks between files (btrfs, XFS) it then copies
-nothing at all, provided that the bytes keep their place within a block.
+The kernel copies the spans if it can. File systems that share blocks between files (btrfs, XFS) then copy no data,
+provided that the offsets within a block stay the same.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .source import Source, read_some
 from .staged import reserve, write_at
 
 BLOCK = 4096
-"""Bytes; bytes that are relocated move by a multiple of it."""
-_AT_ONCE = 64 << 20  # bytes a call: many, but signals are handled and progress is shown between two calls
+"""Bytes; spans move by a multiple of it."""
+_AT_ONCE = 64 << 20  # bytes per call; signals are handled and progress is shown between calls
 _BUFFER = 1 << 20
 
 
@@ -33,11 +33,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Splice:
-    """A new file, made of an old one.
+    """A new file made from an old one.
 
     Attributes:
         source: the old file.
-        pieces: the content of the new one, in order: new bytes, and spans of the old file.
+        pieces: the content of the new file, in order: new bytes, and spans of the old file.
     """
 
     source: Path
@@ -45,7 +45,7 @@ class Splice:
 
     @property
     def size(self) -> int:
-        """Bytes of the new file."""
+        """Size of the new file, in bytes."""
         return sum(_length(piece) for piece in self.pieces)
 
 
@@ -54,7 +54,7 @@ def _length(piece: bytes | Span) -> int:
 
 
 def relocated(grown: int) -> int:
-    """Return by how many bytes to move what follows bytes that have grown by so many: by whole blocks."""
+    """Return the distance, in whole blocks, by which to move the bytes after a growth of `grown` bytes."""
     return -(-grown // BLOCK) * BLOCK
 
 
@@ -63,7 +63,7 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
 
     Args:
         source: the old file.
-        target: descriptor of the new one, which has its size already and holds nothing.
+        target: descriptor of the new file, which has its final size and no data.
         on_bytes: called with the number of bytes just written.
 
     Raises:
@@ -74,10 +74,10 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
     position = 0
     for piece in splice.pieces:
         if isinstance(piece, Span):
-            for part in _without_holes(source, piece):
-                at = position + part.start - piece.start
-                reserve(target, at, _length(part), name)
-                copy(splice.source, source, part, target, at, on_bytes)
+            for span in _without_holes(source, piece):
+                at = position + span.start - piece.start
+                reserve(target, at, _length(span), name)
+                copy(splice.source, source, span, target, at, on_bytes)
         else:
             write_at(target, memoryview(piece), position, name)
             on_bytes(len(piece))
@@ -85,7 +85,7 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
 
 
 def _without_holes(source: Source, span: Span) -> Iterator[Span]:
-    """Yield the parts of a span that hold data; the new file has holes where the old one has them."""
+    """Yield the parts of a span with data, so that holes of a sparse file stay holes."""
     fd = source.fileno()
     if fd is None or not hasattr(os, "SEEK_DATA"):
         yield span
@@ -100,7 +100,7 @@ def _without_holes(source: Source, span: Span) -> Iterator[Span]:
             start = os.lseek(fd, position, os.SEEK_DATA)
             position = os.lseek(fd, start, os.SEEK_HOLE)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # which means holes up to the end
+            if error.errno != errno.ENXIO:  # no data up to the end
                 yield Span(position, span.stop)
             return
         if start < span.stop:
@@ -108,7 +108,7 @@ def _without_holes(source: Source, span: Span) -> Iterator[Span]:
 
 
 def _write_out(fd: int, position: int, count: int) -> None:
-    """Let the disk begin with what was just written, so that it works while the next part is copied."""
+    """Start writing the last bytes to the disk while the next are copied."""
     with suppress(AttributeError, OSError):
         os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
 
@@ -117,11 +117,11 @@ _NOT_BY_KERNEL = {errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, err
 
 
 def copy(path: Path, source: Source, span: Span, target: int, position: int, on_bytes: Callable[[int], None]) -> None:
-    """Copy bytes of an open file, by the kernel where it can.
+    """Copy bytes of an open file, by the kernel if it can.
 
     Args:
         path, source: the old file.
-        target, position: descriptor of the new one, and where the bytes go.
+        target, position: descriptor of the new file, and offset of the bytes in it.
         on_bytes: called with the number of bytes just copied.
 
     Raises:
@@ -131,7 +131,7 @@ def copy(path: Path, source: Source, span: Span, target: int, position: int, on_
     start = span.start
     fd = source.fileno() if hasattr(os, "copy_file_range") else None
     while start < span.stop:
-        # The first call ends where a block does, so that the others can share blocks.
+        # The first call ends at a block boundary, so that later calls can share blocks.
         count = min(span.stop - start, _AT_ONCE - start % BLOCK)
         done = 0
         if fd is not None:
@@ -142,7 +142,7 @@ def copy(path: Path, source: Source, span: Span, target: int, position: int, on_
                     raise WriteError(
                         f"copying {path} failed ({error.strerror}). Nothing was left at the target."
                     ) from error
-        if not done:  # some file systems return 0 in place of an error
+        if not done:  # some file systems return 0 instead of an error
             fd = None
             done = _copy_through(path, source, start, min(count, _BUFFER), target, position)
         _write_out(target, position, done)
@@ -155,11 +155,11 @@ def _copy_through(path: Path, source: Source, start: int, count: int, target: in
     block = memoryview(bytearray(count))
     done = read_some(source, block, start, path)
     if not done:
-        raise CorruptError(f"{path}: ends before its header says. Get a fresh copy.")
+        raise CorruptError(f"{path}: is shorter than its header declares. Get a fresh copy.")
     write_at(target, block[:done], position, _called(path))
     return done
 
 
 def _called(source: Path) -> str:
-    """Name the new file in a message: it has no name of its own yet."""
+    """Name the new file in messages; it has no final name yet."""
     return f"the copy of {source}"

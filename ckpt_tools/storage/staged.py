@@ -1,7 +1,7 @@
-"""Staged writing: a target file is the old one or the whole new one, at any instant.
+"""Staged writing: at any instant, a target file is the old file or the complete new one.
 
-The output is made beside its target under a hidden name, synced to the disk, and renamed. On
-failure or interruption the hidden file goes; inputs are never opened for writing.
+The output is written next to its target under a hidden name, synced to the disk, and renamed. On
+failure or interruption the hidden file is removed; inputs are never opened for writing.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .local import raise_file_limit, write_once
 def staged_files(
     target: Path, names: Sequence[str] | None, sizes: Sequence[int], *, force: bool = False
 ) -> Iterator[tuple[Path, list[int]]]:
-    """Make files beside the target and put them in its place when the block ends well.
+    """Create files next to the target, and rename them to it when the block ends without an exception.
 
     Args:
-        target: the file, or the folder, to appear.
+        target: the output file or folder.
         names: files in the folder; None if the target is one file.
-        sizes: bytes of each file.
-        force: replace what stands there when the block ends.
+        sizes: of the files, in bytes.
+        force: replace an existing target.
 
     Yields:
-        (where the files are being made, a writable descriptor of each).
+        (temporary path of the target, a writable descriptor of each file).
 
     Raises:
         WriteError: the system refuses.
     """
-    # A name of its own, whatever other runs there are or were; short, for names have a limit.
+    # Unique among concurrent and earlier runs; short, because file names have a maximum length.
     stage = target.absolute().parent / f".{target.name[:40]}.{secrets.token_hex(4)}.partial"
     fds: list[int] = []
     raise_file_limit(len(sizes))
@@ -46,7 +46,7 @@ def staged_files(
             if names is not None:
                 stage.mkdir()
             for path, size in zip([stage] if names is None else [stage / n for n in names], sizes, strict=True):
-                # 0o666 less the umask: the mode that any program of the user gives its files.
+                # 0o666 minus the umask: the default mode of new files.
                 fds.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666))
                 os.truncate(fds[-1], size)
         except OSError as error:
@@ -65,19 +65,19 @@ def staged_files(
         except OSError as error:
             if error.errno in _TAKEN:
                 raise WriteError(
-                    f"{target}: was made by another program meanwhile, and stays. Choose another name with `out`."
+                    f"{target}: was created by another program in the meantime, and was kept. Choose another name with `out`."
                 ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
         except BaseException:
             if os.path.lexists(stage) and not same_file(stage, target):
                 raise
-            # An interruption that came too late: the target is in its place.
+            # Interrupted after the rename: the target is complete.
     finally:
         _clear(stage, fds)
 
 
 def _clear(stage: Path, fds: list[int]) -> None:
-    """Remove what is left of the stage, wherever an interruption broke this off before."""
+    """Close the descriptors and remove the stage; safe to repeat after an interruption."""
     while fds:
         os.close(fds.pop())
     if stage.is_dir():
@@ -87,7 +87,7 @@ def _clear(stage: Path, fds: list[int]) -> None:
 
 
 def same_file(a: Path, b: Path) -> bool:
-    """True if both paths lead to one file that is there."""
+    """Return True if both paths lead to the same existing file."""
     try:
         return a.samefile(b)
     except OSError:
@@ -95,7 +95,7 @@ def same_file(a: Path, b: Path) -> bool:
 
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
-"""What link and rename say of a target that is there."""
+"""Errors of link and rename for an existing target."""
 
 
 def _put(stage: Path, target: Path, force: bool) -> None:
@@ -103,12 +103,12 @@ def _put(stage: Path, target: Path, force: bool) -> None:
         if force and (target.is_symlink() or (target.is_dir() and any(target.iterdir()))):
             _exchange(stage, target)
         else:
-            stage.rename(target)  # in place of nothing, or of an empty folder
+            stage.rename(target)  # replaces an empty folder, and no other
     elif force:
         stage.replace(target)
     else:
         try:
-            os.link(stage, target)  # which, unlike rename, replaces nothing; the other name goes with the stage
+            os.link(stage, target)  # unlike rename, replaces nothing; `_clear` removes the other name
         except (OSError, AttributeError) as error:
             if getattr(error, "errno", None) == errno.EEXIST or os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, "exists") from error
@@ -116,9 +116,9 @@ def _put(stage: Path, target: Path, force: bool) -> None:
 
 
 def _exchange(stage: Path, target: Path) -> None:
-    """Replace what cannot be renamed over: the old one steps aside, and comes back if the new one fails.
+    """Replace a folder or link: rename the old one away, and back if the new one cannot be put in place.
 
-    Between the two renames nothing stands at the target; a crash there leaves the old one under the name `aside`.
+    Between the two renames the target does not exist; a crash then leaves the old one under the name `aside`.
     """
     aside = stage.with_suffix(".old")
     try:
@@ -135,33 +135,33 @@ def _exchange(stage: Path, target: Path) -> None:
                 aside.rename(target)
             except OSError as error:
                 raise WriteError(
-                    f"{target}: cannot be written ({error.strerror}). What stood there is {aside} now; move it back."
+                    f"{target}: cannot be written ({error.strerror}). The old content is now {aside}; move it back."
                 ) from error
 
 
 def _sync_folder(folder: Path) -> None:
     try:
         fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # it may be written but not read; the file is in its place by now, whatever the folder allows
+    except OSError:  # a folder that may be written but not read; the file is already in place
         os.sync()
         return
     try:
-        with suppress(OSError):  # some network file systems cannot
+        with suppress(OSError):  # not supported by some network file systems
             os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def reserve(fd: int, offset: int, nbytes: int, name: object) -> None:
-    """Set blocks aside for bytes that will be written, where the file system can.
+    """Allocate disk blocks for later writes, if the file system can.
 
-    So a full disk is found before the work, and no write has to look for its blocks. Python's own call is not for this:
-    it falls back to writing into each block where the file system cannot.
+    A full disk is then found before the work starts, and writes need not allocate. Not os.posix_fallocate: where the
+    file system lacks the call, it writes to each block instead.
 
     Raises:
         WriteError: the disk is full.
     """
-    import ctypes  # 4 ms that a look at a file has no need of
+    import ctypes  # takes 4 ms
 
     with suppress(AttributeError, TypeError):  # only Linux has the call
         libc = ctypes.CDLL(None, use_errno=True)
@@ -172,10 +172,10 @@ def reserve(fd: int, offset: int, nbytes: int, name: object) -> None:
 
 
 def write_at(fd: int, data: memoryview, offset: int, name: object) -> None:
-    """Write all of some bytes at an offset.
+    """Write all bytes of a buffer at an offset.
 
     Raises:
-        WriteError: disk full, or another failure of the system.
+        WriteError: the disk is full, or another failure of the system.
     """
     done = 0
     while done < len(data):
@@ -186,7 +186,7 @@ def write_at(fd: int, data: memoryview, offset: int, name: object) -> None:
 
 
 def write_failed(name: object, reason: str | None) -> WriteError:
-    """Make the error for an output that the system does not let us write."""
+    """Return the error for an output that the system cannot write."""
     return WriteError(
         f"{name}: writing failed: {reason}. Nothing was left at the target. "
         "Free some space or choose another place with `out`."
@@ -194,23 +194,23 @@ def write_failed(name: object, reason: str | None) -> WriteError:
 
 
 def keep_attributes(fd: int, old: int) -> None:
-    """Give a new file the owner, the attributes (access lists among them) and the mode bits of the old one."""
+    """Copy the owner, the extended attributes (with access lists) and the mode bits of the old file to a new one."""
     stat = os.fstat(old)
     with suppress(OSError, AttributeError):  # Windows has neither owners nor mode bits
         os.fchown(fd, stat.st_uid, stat.st_gid)
-    with suppress(OSError, AttributeError):  # a system or a file system without attributes
+    with suppress(OSError, AttributeError):  # no extended attributes
         for name in os.listxattr(old):
-            with suppress(OSError):  # one that only the system sets
+            with suppress(OSError):  # an attribute that only the system sets
                 os.setxattr(fd, name, os.getxattr(old, name))
     if hasattr(os, "fchmod"):
         os.fchmod(fd, S_IMODE(stat.st_mode))
 
 
 def flush(fd: int) -> None:
-    """Wait until the disk has what was written to a file."""
+    """Wait until all writes to a file are on the disk."""
     os.fsync(fd)
 
 
 def is_writable(path: Path) -> bool:
-    """True if this process may write to a file, or make files in a folder."""
+    """Return True if this process may write to a file, or create files in a folder."""
     return os.access(path, os.W_OK | os.X_OK if path.is_dir() else os.W_OK)

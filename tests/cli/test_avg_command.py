@@ -234,7 +234,7 @@ def test_negative_and_unknown_figures_have_their_place_in_the_table() -> None:
         torch.save({"w": torch.full((2,), float(len(name)))}, f"{name}.pth")
     result = run("avg", "early.pth", "late.pth", "--mode", "weights", "--weights", "-1,2", "--dry-run")
     assert result.err.splitlines()[1].split()[:2] == ["early.pth", "-1.000000"]
-    assert "early.pth tells no step" in result.err
+    assert "early.pth has no step" in result.err
 
 
 def test_notes_and_the_state_used_are_said_aloud(pair: list[Path]) -> None:
@@ -287,7 +287,7 @@ def test_an_output_of_ours_does_not_get_into_the_next_average(pair: list[Path]) 
     assert run("avg", *pair, "-o", "averaged.pth").code == 0
     result = run("avg", "*.pth", "-o", "second.pth", "--json")
     assert [i["name"] for i in json.loads(result.out)["inputs"]] == ["c-1.pth", "c-2.pth"]
-    assert "averaged.pth was written by ckpt-tools itself: left out (--include-outputs takes it in)." in result.err
+    assert "averaged.pth was written by ckpt-tools: left out (add it with --include-outputs)." in result.err
     assert Path("second.pth").read_bytes() == Path("averaged.pth").read_bytes()
 
 

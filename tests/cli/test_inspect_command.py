@@ -139,10 +139,10 @@ def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -
     ("path", "message"),
     [
         ("gone.pth", r"Error: gone.pth: no such file."),
-        ("folder", "Error: folder: a folder without model.safetensors, an index.json or *.distcp: no checkpoint."),
+        ("folder", "Error: folder: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."),
         (
             "runs",
-            "Error: runs: a folder without model.safetensors, an index.json or *.distcp: no checkpoint. "
+            "Error: runs: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp. "
             "Give one of its files.",
         ),
         ("text.pth", "Error: text.pth: not a checkpoint: neither a torch file (zip or legacy) nor safetensors."),

@@ -109,7 +109,7 @@ def test_a_file_that_appears_meanwhile_is_replaced_with_force_only(
 ) -> None:
     if not links:
         without_links(monkeypatch)
-    with pytest.raises(WriteError, match=r"out\.pth: was made by another program meanwhile, and stays"):  # noqa: SIM117
+    with pytest.raises(WriteError, match=r"out\.pth: was created by another program in the meantime, and was kept"):  # noqa: SIM117
         with staged_files(Path("out.pth"), None, [3]):
             Path("out.pth").write_text("theirs")
     assert Path("out.pth").read_text() == "theirs"
@@ -194,7 +194,7 @@ def test_a_crash_in_the_block_leaves_the_old_folder(here: Path, old_folder: Call
 
 
 def test_a_folder_that_appears_meanwhile_stays(here: Path, old_folder: Callable[..., Path]) -> None:
-    with pytest.raises(WriteError, match="out: was made by another program meanwhile, and stays"):  # noqa: SIM117
+    with pytest.raises(WriteError, match="out: was created by another program in the meantime, and was kept"):  # noqa: SIM117
         with staged_files(Path("out"), ["model.safetensors"], [3]):
             before = contents(old_folder())
     assert contents(Path("out")) == before
@@ -235,7 +235,7 @@ def test_an_old_folder_that_cannot_come_back_is_kept_and_named(
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(WriteError, match=r"What stood there is .*\.old now; move it back") as refusal:  # noqa: SIM117
+    with pytest.raises(WriteError, match=r"The old content is now .*\.old; move it back") as refusal:  # noqa: SIM117
         with staged_files(Path("out"), ["model.safetensors"], [3], force=True):
             pass
     (kept,) = here.iterdir()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ckpt_tools.compute.payload import OpenFiles, Reader, Source, read_tensor
 from ckpt_tools.errors import CorruptError
-from ckpt_tools.tensors import DTYPES, ChunkedSpec, Part, Storage, TensorSpec, join, make_spec
+from ckpt_tools.tensors import DTYPES, Chunk, ChunkedSpec, Storage, TensorSpec, join, make_spec
 
 RELAXED = settings(max_examples=150)
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -40,7 +40,7 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     return shape, draw(st.permutations(tiles))
 
 
-def stored(folder: Path, whole: torch.Tensor, tiles: list[Box], *, transposed: bool, big_endian: bool) -> list[Part]:
+def stored(folder: Path, whole: torch.Tensor, tiles: list[Box], *, transposed: bool, big_endian: bool) -> list[Chunk]:
     """Write each box to a file of its own."""
     parts = []
     for number, (begin, sizes) in enumerate(tiles):
@@ -100,7 +100,7 @@ def test_join_accepts_only_boxes_that_cover_each_element_once(tmp_path: Path, da
             join(tmp_path, "w", DTYPES["int8"], shape, parts)
 
 
-def part(begin: tuple[int, ...], sizes: tuple[int, ...], *, big_endian: bool = False) -> Part:
+def part(begin: tuple[int, ...], sizes: tuple[int, ...], *, big_endian: bool = False) -> Chunk:
     storage = Storage(Path("file"), 0, math.prod(sizes), big_endian)
     return begin, make_spec(DTYPES["int8"], sizes, storage)
 
@@ -109,15 +109,15 @@ def part(begin: tuple[int, ...], sizes: tuple[int, ...], *, big_endian: bool = F
     ("parts", "message"),
     [
         ([part((0, 0), (2, 3)), part((1, 0), (2, 3))], r"those at \[0, 0\] and \[1, 0\] overlap"),
-        ([part((0, 0), (2, 3))], "3 elements stand in none"),
+        ([part((0, 0), (2, 3))], "3 elements are in no chunk"),
         ([part((0, 0), (2, 3)), part((2, 0), (2, 3))], r"one of shape \[2, 3\] at \[2, 0\] reaches beyond it"),
         ([part((0, 0), (3, 3)), part((3, 1), (0, 3))], r"one of shape \[0, 3\] at \[3, 1\] reaches beyond it"),
-        ([part((0,), (9,))], r"one is said to start at \[0\]"),
-        ([part((0, 0), (2, 3)), part((-1, 0), (1, 3))], r"one is said to start at \[-1, 0\]"),
+        ([part((0,), (9,))], r"one has the offset \[0\]"),
+        ([part((0, 0), (2, 3)), part((-1, 0), (1, 3))], r"one has the offset \[-1, 0\]"),
         ([part((0, 0), (2, 3)), part((2, 0), (1, 3), big_endian=True)], "they differ in byte order"),
     ],
 )
-def test_join_says_what_is_wrong_with_chunks(parts: list[Part], message: str) -> None:
+def test_join_says_what_is_wrong_with_chunks(parts: list[Chunk], message: str) -> None:
     with pytest.raises(CorruptError, match=message):
         join(Path("run"), "w", DTYPES["int8"], (3, 3), parts)
 
@@ -135,7 +135,7 @@ def test_join_of_one_chunk_is_the_tensor_itself() -> None:
 
 def test_parts_of_a_plain_tensor_are_the_tensor_itself() -> None:
     spec = part((0, 0), (3, 3))[1]
-    assert spec.parts == (((0, 0), spec),)
+    assert spec.as_chunks == (((0, 0), spec),)
 
 
 def test_join_tells_thousands_of_chunks_apart_along_any_axis(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ckpt_tools.compute.payload import Reader, Source, boxes, read_tensor, torch
 from ckpt_tools.errors import CorruptError, ReadError
 from ckpt_tools.storage.local import raise_file_limit
 from ckpt_tools.storage.source import OpenFiles
-from ckpt_tools.tensors import DTYPES, DType, Kind, Storage, TensorSpec, make_spec
+from ckpt_tools.tensors import DTYPES, Category, DType, Storage, TensorSpec, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
 RELAXED = settings(max_examples=150)
@@ -113,7 +113,7 @@ def test_boxes_gives_at_most_two_boxes_a_dimension(shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("big_endian", [False, True], ids=["little", "big"])
 def test_read_tensor_reads_every_dtype_in_either_byte_order(dtype: str, big_endian: bool, tmp_path: Path) -> None:
     kind = DTYPES[dtype]
-    word = kind.itemsize // 2 if kind.kind is Kind.COMPLEX else kind.itemsize
+    word = kind.itemsize // 2 if kind.category is Category.COMPLEX else kind.itemsize
     for shape, stride, start in [
         ((4, 5), (5, 1), 0),
         ((5, 4), (1, 5), 2),
@@ -203,7 +203,7 @@ def test_open_files_close_each_file_once(tmp_path: Path) -> None:
 
 def test_torch_dtype_names_a_dtype_that_this_torch_lacks() -> None:
     with pytest.raises(ReadError, match="has no dtype float2_e1m0. Install a newer torch"):
-        torch_dtype(DType("float2_e1m0", 1, Kind.FLOAT))
+        torch_dtype(DType("float2_e1m0", 1, Category.FLOAT))
 
 
 def test_raise_file_limit_raises_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from ckpt_tools.compute.tiles import Tile, cut_tile, packed_strides, rows, stora
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CorruptError, NumericsError
 from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload
-from ckpt_tools.tensors import DTYPES, Kind, Storage, TensorSpec, c_strides, make_spec
+from ckpt_tools.tensors import DTYPES, Category, Storage, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 RELAXED = settings(max_examples=60)
@@ -175,7 +175,7 @@ def test_tensors_in_c_order_are_not_cut_into_tiles(tmp_path: Path) -> None:
 
 # ---- sums and copies ----
 
-COPIED = [name for name, dtype in DTYPES.items() if dtype.kind is not Kind.PACKED]
+COPIED = [name for name, dtype in DTYPES.items() if dtype.category is not Category.PACKED]
 
 
 @RELAXED

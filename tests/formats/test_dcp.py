@@ -332,7 +332,7 @@ def test_find_series_points_at_checkpoints_one_folder_deeper(single: Path, tmp_p
         shutil.copytree(single, runs / f"checkpoint-{step}" / "pytorch_model_fsdp_0")
         (runs / f"checkpoint-{step}" / "optimizer_0").mkdir()
     (runs / "logs").mkdir()
-    with pytest.raises(SeriesError, match=r"There are some in .*checkpoint-2; say '.*checkpoint-\*'\.$") as caught:
+    with pytest.raises(SeriesError, match=r"There are some in .*checkpoint-2; use '.*checkpoint-\*'\.$") as caught:
         find_series([runs])
     (pattern,) = re.findall(r"say '(.*)'", str(caught.value))
     assert len(find_series([pattern]).members) == 2
@@ -417,13 +417,13 @@ def test_read_header_runs_nothing_that_a_checkpoint_names(single: Path, tmp_path
         ("relative_path", "", "points outside its folder"),
         ("relative_path", "a\0b", "points outside its folder"),
         ("relative_path", "__7_0.distcp", r"'__7_0\.distcp' is missing"),
-        ("relative_path", 7, r"the place of 'step' is none"),
-        ("offset", -1, r"the place of 'step' is none"),
+        ("relative_path", 7, r"the location of 'step' is invalid"),
+        ("offset", -1, r"the location of 'step' is invalid"),
         ("offset", 1 << 62, r"says that an entry ends at byte \d+, the file at \d+"),
-        pytest.param("offset", 10**5000, r"the place of 'step' is none", id="more digits than Python shows"),
+        pytest.param("offset", 10**5000, r"the location of 'step' is invalid", id="more digits than Python shows"),
         ("offset", 3, r"__0_0\.distcp: the entry at byte 3: "),
         ("length", 1 << 40, r"says that an entry ends at byte \d+, the file at \d+"),
-        ("length", True, r"the place of 'step' is none"),
+        ("length", True, r"the location of 'step' is invalid"),
         ("length", 0, r"its zip directory cannot be read"),
         ("length", 700, r"its zip directory cannot be read"),
         ("transform_descriptors", ["zstd"], r"'step' is compressed or otherwise transformed"),
@@ -451,7 +451,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "overlap": (lambda m: chunks_of(m).append(chunks_of(m)[0]), "overlap"),
     "larger": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", torch.Size([4, 2])),
-        "2 elements stand in none",
+        "2 elements are in no chunk",
     ),
     "smaller": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", torch.Size([2, 2])),
@@ -459,16 +459,16 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "other axes": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", torch.Size([6])),
-        "one is said to start at",
+        "one has the offset",
     ),
-    "none": (lambda m: chunks_of(m).clear(), "lists no chunk of 'odd.bfloat16'"),
+    "none": (lambda m: chunks_of(m).clear(), "lists no chunks of 'odd.bfloat16'"),
     "other shape": (
         lambda m: chunks_of(m).__setitem__(0, chunk((0, 0), (2, 3))),
         r"a chunk of bfloat16 \[2, 3\] .* there is bfloat16 \[3, 2\]",
     ),
     "no place": (
         lambda m: chunks_of(m).append(chunk((3, 0), (1, 2))),
-        r"does not say where the chunk of 'odd.bfloat16' at \[3, 0\] stands",
+        r"has no location for the chunk of 'odd.bfloat16' at \[3, 0\]",
     ),
     "other dtype": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"].properties, "dtype", torch.float16),
@@ -478,36 +478,45 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: m.storage_data.update({MetadataIndex("odd.bfloat16", (0, 0)): m.storage_data[MetadataIndex("step")]}),
         "there is no tensor",
     ),
-    "no place of an object": (drop_places, "does not say where 'step' stands"),
+    "no place of an object": (drop_places, "has no location for 'step'"),
     "negative": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", (-3, 2)),
-        "a size of 'odd.bfloat16' is none",
+        "a size of 'odd.bfloat16' is invalid",
     ),
     "too large to show": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", (10**5000, 2)),
-        "a size of 'odd.bfloat16' is none",
+        "a size of 'odd.bfloat16' is invalid",
     ),
     "many axes": (
         lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", torch.Size([1] * 100)),
-        "a size of 'odd.bfloat16' is none",
+        "a size of 'odd.bfloat16' is invalid",
     ),
-    "entries": (lambda m: setattr(m, "state_dict_metadata", []), "says nothing about what was saved"),
-    "places": (lambda m: setattr(m, "storage_data", None), "says nothing about what was saved"),
-    "name": (lambda m: m.state_dict_metadata.update({5: m.state_dict_metadata["step"]}), "something that is no text"),
+    "entries": (lambda m: setattr(m, "state_dict_metadata", []), "has no entries, or no locations"),
+    "places": (lambda m: setattr(m, "storage_data", None), "has no entries, or no locations"),
+    "name": (
+        lambda m: m.state_dict_metadata.update({5: m.state_dict_metadata["step"]}),
+        "an entry name that is not text",
+    ),
     "entry": (
         lambda m: m.state_dict_metadata.update(step=torch.Size([1])),
         r"holds a torch\.Size where a TensorStorageMetadata belongs",
     ),
     "other storage": (
         lambda m: m.storage_data.update({MetadataIndex("step"): ("s3", 1)}),
-        "'step' was written by a storage of its own",
+        "'step' was written by a custom storage writer",
     ),
     "key twice": (lambda m: m.planner_data.update(name=("step",)), "puts two entries at 'step'"),
     "key inside": (lambda m: m.planner_data.update(name=("step", "inner")), "puts two entries at 'step.inner'"),
     "key around": (lambda m: m.planner_data.update(name=("model",)), "puts two entries at 'model'"),
-    "no key": (lambda m: m.planner_data.update(name=()), "the keys that lead to 'name' are none"),
-    "strange key": (lambda m: m.planner_data.update(name=(None,)), "the keys that lead to 'name' are none"),
-    "deep key": (lambda m: m.planner_data.update(name=("x",) * 100_000), "the keys that lead to 'name' are none"),
+    "no key": (lambda m: m.planner_data.update(name=()), "the key path of 'name' is empty, too long or invalid"),
+    "strange key": (
+        lambda m: m.planner_data.update(name=(None,)),
+        "the key path of 'name' is empty, too long or invalid",
+    ),
+    "deep key": (
+        lambda m: m.planner_data.update(name=("x",) * 100_000),
+        "the key path of 'name' is empty, too long or invalid",
+    ),
 }
 
 
@@ -547,7 +556,7 @@ def test_find_series_rejects_parts_of_tensors_that_ranks_wrote_as_safetensors(tm
     (first,) = folder.iterdir()
     shutil.copy(first, folder / first.name.replace("shard-00001", "shard-00002"))
     before = {path: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(UnsupportedError, match="holds the parts of tensors that one process saved"):
+    with pytest.raises(UnsupportedError, match="holds the tensor chunks of one process"):
         average([folder], out=tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
@@ -694,10 +703,10 @@ def test_plan_writes_properties_that_older_versions_of_torch_read(single: Path, 
 
 
 def test_plan_rejects_names_that_torch_cannot_tell_apart() -> None:
-    with pytest.raises(WriteError, match=r"two entries would be called 'a\.b'"):
+    with pytest.raises(WriteError, match=r"two entries would have the name 'a\.b'"):
         ours.plan({"a.b": 1, "a": {"b": 2}})
 
 
 def test_plan_rejects_an_entry_that_is_no_plain_data() -> None:
-    with pytest.raises(WriteError, match="a.b: what stands beside the weights cannot be written"):
+    with pytest.raises(WriteError, match="a.b: the entries other than weights cannot be written"):
         ours.plan({"a": {"b": threading.Lock()}})

@@ -26,7 +26,7 @@ from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import pickle_read as unpickle
 from ckpt_tools.formats import read_header
-from ckpt_tools.formats.pickle_edit import spell
+from ckpt_tools.formats.pickle_edit import trace
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
@@ -337,7 +337,7 @@ def test_read_header_calls_nothing_by_way_of_functions_that_rebuild_tensors(
         tree = read(tmp_path, b"\x80\2" + global_(name) + args + b"R").tree
     except CorruptError:
         return
-    assert [spec.kind for _, spec in tensors_in(tree)] in ([], ["a tensor of a class of its own (unknown)"])
+    assert [spec.reason for _, spec in tensors_in(tree)] in ([], ["a tensor subclass (unknown)"])
 
 
 LENGTHS = {
@@ -415,7 +415,7 @@ def test_read_header_takes_no_memory_for_a_length_beyond_the_end(
 @pytest.mark.parametrize("case", CLAIMS)
 def test_spell_takes_no_memory_for_a_length_beyond_the_end(case: str) -> None:
     with bounded_resident(), pytest.raises(CorruptError, match="its pickle cannot be read"):
-        spell(b"\x80\4" + CLAIMS[case] + b"few bytes.", where="a")
+        trace(b"\x80\4" + CLAIMS[case] + b"few bytes.", where="a")
 
 
 def doubled(depth: int) -> bytes:
@@ -456,7 +456,7 @@ def test_read_header_does_not_unfold_a_list_of_storages(tmp_path: Path) -> None:
     keys = raw.rindex(b"\x80\2")
     path.write_bytes(raw[:keys] + b"\x80\2](" + doubled(60) + b"e.")
 
-    with bounded_memory(), pytest.raises(CorruptError, match="its list of storages does not fit"):
+    with bounded_memory(), pytest.raises(CorruptError, match="its list of storages does not match"):
         read_header(path)
 
 
@@ -544,7 +544,7 @@ def test_read_header_rejects_unknown_persistent_ids(tmp_path: Path) -> None:
     ]
     for pid in pids:
         with pytest.raises(
-            CorruptError, match=r"an unknown kind of persistent|a storage without|there is no such entry"
+            CorruptError, match=r"an unknown type of persistent|a storage without|there is no such entry"
         ):
             read(tmp_path, b"\x80\2" + pid + b"Q")
 

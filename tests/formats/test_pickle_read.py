@@ -242,7 +242,7 @@ def test_read_header_reads_optimizers_schedulers_and_scalers(save: Save) -> None
         (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "nested"),
         (
             lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
-            r"a tensor of a class of its own \(torch.nested.*NestedTensor\)",
+            r"a tensor subclass \(torch.nested.*NestedTensor\)",
         ),
         (lambda: torch.empty(3, device="meta"), "on the meta device, without data"),
         (lambda: torch.ones(3, dtype=torch.complex64).conj(), "a lazy conj view"),

@@ -184,7 +184,7 @@ def test_read_header_rejects_an_index_that_does_not_list_a_tensor(folder: Path) 
     del weight_map["n"]
     write_index(index, weight_map)
 
-    with pytest.raises(CorruptError, match=r"does not list 'n', which stands in one\.[a-z]+\. The index is stale"):
+    with pytest.raises(CorruptError, match=r"does not list 'n', which is in one\.[a-z]+\. The index is stale"):
         read_header(folder)
 
 
@@ -224,7 +224,7 @@ def test_read_header_rejects_a_shard_that_is_no_checkpoint(folder: Path) -> None
 def test_read_header_rejects_an_invalid_index(text: str, folder: Path) -> None:
     index_of(folder).write_text(text)
 
-    with pytest.raises(CorruptError, match="no index of a sharded checkpoint"):
+    with pytest.raises(CorruptError, match="not the index of a sharded checkpoint"):
         read_header(folder)
 
 

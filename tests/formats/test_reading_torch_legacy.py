@@ -140,16 +140,16 @@ def test_open_checkpoint_reads_a_pickle_of_python_2(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "storages", "message"),
     [
-        ([], b"", "its list of storages does not fit"),
-        (["1"], stored(0, 1, 2, 3), "its list of storages does not fit"),
-        (["0", "0"], stored(0, 1, 2, 3) * 2, "its list of storages does not fit"),
-        (["0", "1"], stored(0, 1, 2, 3) * 2, "its list of storages does not fit"),
-        ([0], stored(0, 1, 2, 3), "its list of storages does not fit"),
-        ({"0": 1}, stored(0, 1, 2, 3), "its list of storages does not fit"),
-        (None, stored(0, 1, 2, 3), "its list of storages does not fit"),
+        ([], b"", "its list of storages does not match"),
+        (["1"], stored(0, 1, 2, 3), "its list of storages does not match"),
+        (["0", "0"], stored(0, 1, 2, 3) * 2, "its list of storages does not match"),
+        (["0", "1"], stored(0, 1, 2, 3) * 2, "its list of storages does not match"),
+        ([0], stored(0, 1, 2, 3), "its list of storages does not match"),
+        ({"0": 1}, stored(0, 1, 2, 3), "its list of storages does not match"),
+        (None, stored(0, 1, 2, 3), "its list of storages does not match"),
         (["0"], stored(0, 1, 2), "truncated: storage 0 ends at byte"),
-        (["0"], b"\3" + stored(0, 1, 2, 3)[1:], "storage 0 has another size than its tensors say"),
-        (["0"], b"\xff" * 8 + stored(0, 1, 2, 3)[8:], "storage 0 has another size than its tensors say"),
+        (["0"], b"\3" + stored(0, 1, 2, 3)[1:], "storage 0 has a different size than in its pickle"),
+        (["0"], b"\xff" * 8 + stored(0, 1, 2, 3)[8:], "storage 0 has a different size than in its pickle"),
     ],
 )
 def test_read_header_rejects_storages_that_do_not_fit_the_object(
@@ -179,7 +179,7 @@ def test_read_header_rejects_a_storage_before_the_object(tmp_path: Path) -> None
     path = tmp_path / "a.pth"
     path.write_bytes(pickle.dumps(MAGIC, protocol=2) + b"\x80\2" + STORAGE + b".")
 
-    with pytest.raises(CorruptError, match="a storage where none belongs"):
+    with pytest.raises(CorruptError, match="an unexpected storage"):
         read_header(path)
 
 

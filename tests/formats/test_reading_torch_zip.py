@@ -224,7 +224,7 @@ def test_read_header_rejects_a_pickle_of_another_checksum(save: Callable[..., Pa
     path = save("a.pth", {"some.weight": torch.arange(3.0)})
     path.write_bytes(path.read_bytes().replace(b"some.weight", b"some.height"))
 
-    with pytest.raises(CorruptError, match=r"the checksum of its data\.pkl does not fit"):
+    with pytest.raises(CorruptError, match=r"the checksum of its data\.pkl does not match"):
         read_header(path)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() == "a/data.pkl"
@@ -297,7 +297,7 @@ def test_read_header_rejects_two_records_of_one_name(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("archive/data/0", PAYLOAD)
 
-    with pytest.raises(CorruptError, match="two entries have one name"):
+    with pytest.raises(CorruptError, match="two entries have the same name"):
         read_header(path)
 
 

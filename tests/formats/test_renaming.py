@@ -30,7 +30,7 @@ from torch import nn
 from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.errors import AlignmentError, CkptError, CorruptError, UnsupportedError
 from ckpt_tools.formats.file_plan import OutTensor
-from ckpt_tools.formats.pickle_edit import spell
+from ckpt_tools.formats.pickle_edit import trace
 from ckpt_tools.formats.zip import NewEntry, end_of
 from ckpt_tools.storage import splice
 from ckpt_tools.storage.local import LocalFile
@@ -56,16 +56,14 @@ def names_of(path: Path) -> list[str]:
 # The pickle
 
 
-def test_respelled_changes_only_the_opcodes_of_names() -> None:
+def test_rewritten_changes_only_the_opcodes_of_names() -> None:
     """What Python's own disassembler shows of the new pickle is the old one, with other arguments here and there."""
     tree = {"state": {"module.w": 1, "b": (2.5, None)}, "same": ["module.w", b"raw", 1 << 70]}
     for protocol in (0, 1, 2, 3):
-        spelling = spell(pickle.dumps(tree, protocol), where="test")
-        key = next(iter(spelling.tree["state"]))
-        new = spelling.respelled([(key, "w")])
-        old_ops, new_ops = (
-            [(op.name, arg) for op, arg, _ in pickletools.genops(raw)] for raw in (spelling.pickled, new)
-        )
+        traced = trace(pickle.dumps(tree, protocol), where="test")
+        key = next(iter(traced.tree["state"]))
+        new = traced.rewritten([(key, "w")])
+        old_ops, new_ops = ([(op.name, arg) for op, arg, _ in pickletools.genops(raw)] for raw in (traced.pickled, new))
         assert [a == b for a, b in zip(old_ops, new_ops, strict=True)].count(False) == 2
         assert pickle.loads(new) == {  # noqa: S301 - of this test
             "state": {"w": 1, "b": (2.5, None)},
@@ -75,14 +73,14 @@ def test_respelled_changes_only_the_opcodes_of_names() -> None:
 
 def test_spell_reads_bytearrays() -> None:
     tree = {"module.w": [bytearray(b"raw"), bytearray()]}
-    spelling = spell(pickle.dumps(tree, 5), where="test")
-    assert spelling.tree == tree
-    assert pickle.loads(spelling.respelled([(next(iter(spelling.tree)), "w")])) == {"w": tree["module.w"]}  # noqa: S301
+    traced = trace(pickle.dumps(tree, 5), where="test")
+    assert traced.tree == tree
+    assert pickle.loads(traced.rewritten([(next(iter(traced.tree)), "w")])) == {"w": tree["module.w"]}  # noqa: S301
 
 
-def test_respelled_without_changes_returns_the_same_bytes() -> None:
+def test_rewritten_without_changes_returns_the_same_bytes() -> None:
     raw = pickle.dumps({"a": "b", "c": ["a", "b"]}, 5)
-    assert spell(raw, where="test").respelled([]) == raw
+    assert trace(raw, where="test").rewritten([]) == raw
 
 
 @pytest.mark.parametrize(
@@ -138,10 +136,10 @@ def test_spell_reads_or_rejects_a_damaged_pickle(noise: bytes, at: int) -> None:
     raw = bytearray(pickle.dumps({"module.w": ["module.w"] * 3, "b": {"module.w": 1.5}}, 4))
     raw[at % len(raw) : at % len(raw) + len(noise)] = noise
     try:
-        spelling = spell(bytes(raw), where="test")
+        traced = trace(bytes(raw), where="test")
     except CkptError:
         return
-    assert spelling.respelled([]) == bytes(raw)
+    assert traced.rewritten([]) == bytes(raw)
 
 
 def test_fix_prefix_runs_no_code_of_the_pickle(tmp_path: Path) -> None:
@@ -282,7 +280,7 @@ def test_fix_prefix_rejects_a_zip_behind_something_else(tmp_path: Path) -> None:
     path = torch_zip(tmp_path / "c.pth", b"\x80\2}(" + text("module.w") + TENSOR + b"u.")
     path.write_bytes(b"PK\3\4" + bytes(60) + path.read_bytes())
     before = path.read_bytes()
-    with pytest.raises(CkptError, match="something stands before its zip"):
+    with pytest.raises(CkptError, match="other bytes precede its zip archive"):
         fix_prefix(path)
     assert path.read_bytes() == before
 

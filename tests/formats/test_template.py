@@ -186,7 +186,7 @@ def test_read_header_rejects_a_wrong_checksum_despite_a_template(save: Save) -> 
     assert raw[line : line + 4] == b"PK\1\2"
     raw[line + 16] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(CorruptError, match=r"y\.pth: the checksum of its data\.pkl does not fit"):
+    with pytest.raises(CorruptError, match=r"y\.pth: the checksum of its data\.pkl does not match"):
         read_header(path)
 
 

@@ -223,9 +223,9 @@ def test_torch_zip_plan_rejects_what_cannot_be_pickled(save: Save) -> None:
     for _ in range(100_000):
         deep = [deep]
 
-    with pytest.raises(WriteError, match=r"out\.pth: what stands beside the weights cannot be written"):
+    with pytest.raises(WriteError, match=r"out\.pth: the entries other than weights cannot be written"):
         torch_zip.plan({"x": deep}, name="out.pth")
-    with pytest.raises(WriteError, match="what stands beside the weights cannot be written"):
+    with pytest.raises(WriteError, match="the entries other than weights cannot be written"):
         torch_zip.plan({"x": (i for i in ())}, name="out.pth")
 
 
@@ -357,10 +357,10 @@ def test_average_writes_out_a_tie_that_the_metadata_cannot_tell(save: Save, tmp_
 @pytest.mark.parametrize(
     ("name", "dtype", "message"),
     [
-        ("w", "complex128", "'w' is complex128, which safetensors does not have. Write a .pth file instead"),
-        ("w", "complex32", "'w' is complex32, which safetensors does not have"),
+        ("w", "complex128", "'w' is complex128, which safetensors does not support. Write a .pth file instead"),
+        ("w", "complex32", "'w' is complex32, which safetensors does not support"),
         ("__metadata__", "float32", "'__metadata__' cannot name a tensor in safetensors"),
-        ("\ud800", "float32", "a name in it is no Unicode text"),
+        ("\ud800", "float32", "a tensor name is not valid Unicode"),
     ],
 )
 def test_safetensors_plan_rejects_what_the_format_cannot_hold(

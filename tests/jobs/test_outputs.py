@@ -49,7 +49,7 @@ def test_a_folder_with_anything_else_is_never_replaced(
 def test_a_folder_whose_index_cannot_be_read_is_refused_in_words(here: Path, old_folder: Callable[..., Path]) -> None:
     index = old_folder() / "model.safetensors.index.json"
     index.write_text("no JSON")
-    with pytest.raises(WriteError, match="out: cannot be a target .*no index of a sharded checkpoint"):
+    with pytest.raises(WriteError, match="out: cannot be a target .*not the index of a sharded checkpoint"):
         check_replaceable(Path("out"), [])
     index.unlink()
     index.mkdir()

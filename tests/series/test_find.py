@@ -119,7 +119,9 @@ def test_find_series_orders_by_names_without_numbers_and_says_so(plain: Callable
     series = find_series(["late.pth", "early.pth"])
     assert (names(series), series.ordered_by) == (["early.pth", "late.pth"], "the names")
     assert len(series.notes) == 1
-    assert series.notes[0].startswith("early.pth tells no step, inside or in its name, so the names decide the order.")
+    assert series.notes[0].startswith(
+        "early.pth has no step, neither inside nor in its name, so the files are ordered by name."
+    )
     assert "`order='given'`" in series.notes[0]
 
 
@@ -146,7 +148,7 @@ def test_find_series_notes_equal_steps_once(save: Save) -> None:
         save(f"a-{i}.pth", {"state_dict": weights(i), "epoch": 5})
     series = find_series(["a-*.pth"])
     assert names(series) == ["a-1.pth", "a-2.pth", "a-3.pth"]
-    assert series.notes == ("a-1.pth, a-2.pth and 1 more have the same epoch, 5; their names decide.",)
+    assert series.notes == ("a-1.pth, a-2.pth and 1 more have the same epoch, 5; they are ordered by name.",)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +395,7 @@ def test_find_series_leaves_out_own_outputs_and_says_so() -> None:
     series = find_series(["."])
     assert names(series) == ["a-1.pth", "a-2.pth"]
     assert series.notes == tuple(
-        f"averaged.{suffix} was written by ckpt-tools itself: left out (`include_outputs` takes it in)."
+        f"averaged.{suffix} was written by ckpt-tools: left out (add it with `include_outputs`)."
         for suffix in ("pth", "safetensors")
     )
 
@@ -432,7 +434,7 @@ def test_find_series_takes_a_nested_metric_and_hints_at_a_loss(save: Save) -> No
     assert names(find_series(["a-*.pth"], best=1, metric="val.loss", lower_is_better=True)) == ["a-2.pth"]
     wrong_way = find_series(["a-*.pth"], best=1, metric="val.loss")
     assert names(wrong_way) == ["a-1.pth"]
-    assert wrong_way.notes == ("`best` takes the highest 'val.loss'; if lower is better, say `lower_is_better`.",)
+    assert wrong_way.notes == ("`best` takes the highest 'val.loss'; if lower is better, add `lower_is_better`.",)
 
 
 def test_find_series_names_the_file_without_a_metric_and_what_it_has(scored: list[Path], save: Save) -> None:
@@ -444,7 +446,9 @@ def test_find_series_names_the_file_without_a_metric_and_what_it_has(scored: lis
 @pytest.mark.parametrize("metric", ["90", True, None, 10**400])
 def test_find_series_rejects_a_metric_that_is_no_number(save: Save, metric: Any) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match="has no number under 'metric', so `best` cannot rank it. It has none at all"):
+    with pytest.raises(
+        SeriesError, match="has no number under 'metric', so `best` cannot rank it. It stores no numbers"
+    ):
         find_series(["a.pth"], best=1)
 
 
@@ -493,12 +497,14 @@ def test_find_series_combines_selections_in_the_documented_order(scored: list[Pa
 
 
 def test_find_series_rejects_missing_steps_and_names_those_there_are(scored: list[Path]) -> None:
-    with pytest.raises(SeriesError, match="`from_step=6` `to_step=9`: no checkpoint there; they go from epoch 1 to 5"):
+    with pytest.raises(
+        SeriesError, match="`from_step=6` `to_step=9`: no checkpoint in this range; they go from epoch 1 to 5"
+    ):
         find_series(scored, from_step=6, to_step=9)
 
 
 def test_find_series_rejects_a_range_of_steps_for_an_unknown_step(plain: Callable[..., list[Path]]) -> None:
-    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so `to_step=3` cannot place it"):
+    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so `to_step=3` cannot apply to it"):
         find_series(plain("best.pth"), to_step=3)
 
 
@@ -575,7 +581,9 @@ def test_find_series_says_how_to_reach_the_checkpoints_of_a_trainer_folder() -> 
         trainer_folder(Path(f"out/checkpoint-{step}"), step)
     series = find_series(["out"])
     assert names(series) == ["out"]
-    assert series.notes == ("out is one checkpoint itself. For those in its 2 folders, say 'out/checkpoint-*'.",)
+    assert series.notes == (
+        "out is one checkpoint itself. For the checkpoints in its 2 folders, use 'out/checkpoint-*'.",
+    )
     assert len(find_series(["out/checkpoint-*"]).members) == 2
 
 
@@ -603,7 +611,7 @@ def test_find_series_rejects_the_ranks_of_one_checkpoint_but_takes_one_rank_of_e
     plain: Callable[..., list[Path]], pattern: str
 ) -> None:
     paths = plain(*(f"{folder}/{pattern.format(rank)}" for folder in ("iter_9", "iter_10") for rank in (0, 1)))
-    with pytest.raises(SeriesError, match="differ in nothing but the rank, so they are parts of one checkpoint"):
+    with pytest.raises(SeriesError, match="differ only in the rank, so they are shards of one checkpoint"):
         find_series(paths)
     assert [member.path for member in find_series([paths[2], paths[0]]).members] == [paths[0], paths[2]]
 
@@ -695,8 +703,8 @@ def test_find_series_expands_home(plain: Callable[..., list[Path]], monkeypatch:
     [
         ("", "an empty path. Is a variable of the shell unset"),
         ("x" * 300 + ".pth", "File name too long"),
-        ("gone.pth", r"gone\.pth: a link to nowhere\.pth, where there is nothing"),
-        ("go*.pth", r"gone\.pth: a link to nowhere\.pth, where there is nothing"),
+        ("gone.pth", r"gone\.pth: a broken link to nowhere\.pth"),
+        ("go*.pth", r"gone\.pth: a broken link to nowhere\.pth"),
         ("loop.pth", r"loop\.pth: a link to loop\.pth"),
         ("a-1.pth/b.pth", "no such file or folder"),
     ],
