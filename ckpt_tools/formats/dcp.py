@@ -100,8 +100,8 @@ def read(folder: Path) -> Header:
                     )
                 if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
                     raise UnsupportedError(
-                        f"{path}: its entries were written as safetensors, which torch does not read from such a folder. "
-                        "Save it again with the default serialization format of FileSystemWriter."
+                        f"{path}: its entries were written as safetensors, which torch does not read from such a "
+                        "folder. Save it again with the default serialization format of FileSystemWriter."
                     )
                 where = f"{path}: the entry at byte {location.offset}"
                 archive = Archive(file, location.offset, location.length, where=where)

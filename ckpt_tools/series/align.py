@@ -78,7 +78,8 @@ def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> l
     for state, file in zip(states, files, strict=True):
         if len(state) != len(last):
             raise AlignmentError(
-                f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. The counts must be equal."
+                f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. "
+                "The counts must be equal."
             )
     return [dict(zip(last, state.values(), strict=True)) for state in states]
 
@@ -121,7 +122,7 @@ def _checked(
                 f"'{name}' has shape {list(model.shape)} in {where} but {list(tensor.shape)} in {file}. "
                 "These are not checkpoints of one model."
             )
-        both_float = tensor.dtype.averaged and tensor.dtype.kind is model.dtype.kind
+        both_float = tensor.dtype.averaged and tensor.dtype.category is model.dtype.category
         if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
             advice = (
                 "Choose the dtype of the average, such as `dtype='float32'`."

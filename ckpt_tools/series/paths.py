@@ -188,7 +188,8 @@ def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
         inner = [child for child in inside if store.is_folder(child) and is_checkpoint(child)]
         if inner:
             notes.append(
-                f"{path} is one checkpoint itself. For the checkpoints in its {len(inner)} folders, use '{_like(inner[0])}'."
+                f"{path} is one checkpoint itself. For the checkpoints in its {len(inner)} folders, "
+                f"use '{_like(inner[0])}'."
             )
 
 

@@ -65,7 +65,8 @@ def staged_files(
         except OSError as error:
             if error.errno in _TAKEN:
                 raise WriteError(
-                    f"{target}: was created by another program in the meantime, and was kept. Choose another name with `out`."
+                    f"{target}: was created by another program in the meantime, and was kept. "
+                    "Choose another name with `out`."
                 ) from error
             raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
         except BaseException:

@@ -235,7 +235,8 @@ def test_a_pickle_that_is_nothing_but_code(legacy: bool) -> None:
 def test_mismatched_keys() -> None:
     save("d-4.pth", state(4.0) | {"head.bias": torch.zeros(2)})
     assert refused(Path(), "avg", *GOOD, "d-4.pth") == (
-        "Error: c-1.pth has no tensor 'head.bias' (1 of 4 files have it). Use --keys intersection to average what all files share."
+        "Error: c-1.pth has no tensor 'head.bias' (1 of 4 files have it). "
+        "Use --keys intersection to average what all files share."
     )
     assert run("avg", *GOOD, "d-4.pth", "--keys", "intersection").code == 0
 

@@ -160,7 +160,9 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "comma and no entry": (b'{"__metadata__":{}, }', b"", "not valid JSON"),
     "no-break space": ('{\u00a0"__metadata__":{}}'.encode(), b"", "not valid JSON"),
     "deep JSON": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b"", "not valid JSON"),
-    "long number": (json.dumps({"a": entry(shape=(777,))}).encode().replace(b"777", b"7" * 5000), b"", "not valid JSON"),
+    "long number": (
+        json.dumps({"a": entry(shape=(777,))}).encode().replace(b"777", b"7" * 5000), b"", "not valid JSON"
+    ),
 }  # fmt: skip
 
 

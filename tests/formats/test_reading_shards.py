@@ -91,7 +91,7 @@ def test_open_checkpoint_reads_the_single_file_of_a_folder(tmp_path: Path) -> No
 def test_read_header_rejects_a_folder_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing here")
 
-    with pytest.raises(NotACheckpointError, match=r"a folder without model\.safetensors, an index\.json or \*\.distcp"):
+    with pytest.raises(NotACheckpointError, match=r"the folder has no model\.safetensors, index\.json or \*\.distcp"):
         read_header(tmp_path)
 
 

@@ -417,7 +417,7 @@ def test_splice_write_rejects_a_source_that_ends_too_early(tmp_path: Path, monke
     (tmp_path / "a").write_bytes(b"short")
     with closing(LocalFile(tmp_path / "a")) as source, (tmp_path / "b").open("wb") as target:
         part = splice.Splice(tmp_path / "a", (splice.Span(0, 9),))
-        with pytest.raises(CorruptError, match="ends before its header says"):
+        with pytest.raises(CorruptError, match="is shorter than its header declares"):
             splice.write(part, source, target.fileno())
 
 
