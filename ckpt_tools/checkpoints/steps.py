@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReadError
 from ..formats.header import Header
 from ..formats.sharded import SINGLE
+from ..storage.source import read_file, store_of
 from ..tensors import TensorSpec
 
 # Finer counters first: a file that stores both a step and an epoch is ordered by its step.
@@ -85,15 +85,16 @@ def trainer_state(header: Header) -> dict[str, Any]:
     Raises:
         ReadError: it is there and cannot be read.
     """
-    if not (header.path.is_dir() or header.path.name in SINGLE):
+    if not (header.in_folder or header.path.name in SINGLE):
         return {}
-    folder = header.path if header.path.is_dir() else header.path.parent
+    folder = header.path if header.in_folder else header.path.parent
+    path = folder / "trainer_state.json"
+    if not store_of(path).is_file(path):
+        return {}
     try:
-        state = json.loads((folder / "trainer_state.json").read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+        state = json.loads(read_file(path)[0])
+    except (ValueError, RecursionError):
         return {}
-    except OSError as error:
-        raise ReadError(f"{error.filename}: cannot be read ({error.strerror}).") from error
     return state if isinstance(state, dict) else {}
 
 

@@ -112,7 +112,7 @@ def _read(value: Any, type_: Any) -> Any:
             return value
         if int in kinds and re.fullmatch(r"-?[0-9]{1,18}", value):
             return int(value)
-        if float in kinds:
+        if float in kinds and value.isascii():
             return float(value)
     elif value and isinstance(value, (list, tuple)) and list[str] in (type_, *kinds):
         return list(value)

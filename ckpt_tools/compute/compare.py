@@ -17,7 +17,7 @@ import torch
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, TensorSpec
 from .formula import real_dtype
-from .payload import Buffer, Reader, Source, torch_dtype
+from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .threads import in_threads
 from .tiles import Tile, in_storage_order, storage_orders, tiles
 from .torch_sums import one_thread_each
@@ -123,7 +123,7 @@ class _Pair:
         if a.stride == b.stride:
             a, b = in_storage_order(a), in_storage_order(b)
         self.orders = storage_orders([a, b])
-        self.a, self.b = Source(a, files), Source(b, files)
+        self.a, self.b = TensorSource(a, files), TensorSource(b, files)
         self.same_dtype = a.dtype is b.dtype
         categories = {a.dtype.category, b.dtype.category}
         unsigned = [dtype for dtype in (a.dtype, b.dtype) if dtype.name == "uint64"]

@@ -22,7 +22,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 _WORTH = 16 * 1024  # reading so many bytes costs no more than the call itself
 
 
-class Source:
+class TensorSource:
     """A tensor of an open file, with all that a read needs worked out once."""
 
     __slots__ = ("base", "chunks", "contiguous", "file", "item", "spec", "swapped")
@@ -43,11 +43,11 @@ class _Chunks:
     __slots__ = ("_begins", "_longest", "_parts")
 
     def __init__(self, spec: ChunkedSpec, files: OpenFiles) -> None:
-        self._parts = [(offsets, Source(chunk, files)) for offsets, chunk in spec.chunks]  # in order of offsets
+        self._parts = [(offsets, TensorSource(chunk, files)) for offsets, chunk in spec.chunks]  # in order of offsets
         self._begins = [offsets[0] for offsets, _ in self._parts]
         self._longest = max(chunk.shape[0] for _, chunk in spec.chunks)
 
-    def within(self, low: tuple[int, ...], high: tuple[int, ...]) -> Iterator[tuple[Source, tuple[Cut, ...]]]:
+    def within(self, low: tuple[int, ...], high: tuple[int, ...]) -> Iterator[tuple[TensorSource, tuple[Cut, ...]]]:
         """Yield each chunk that has elements in the box [low, high), and the cut along each axis: (begin, end, offset).
 
         Begin and end count in the whole tensor, as the offset of the chunk does.
@@ -91,7 +91,7 @@ class Reader:
         self.buffer = Buffer(nbytes)
         self._gathered: Buffer | None = None
 
-    def read(self, source: Source, start: int, stop: int) -> int:
+    def read(self, source: TensorSource, start: int, stop: int) -> int:
         """Read elements [start, stop) of a tensor to the start of the buffer, in C order and native byte order.
 
         Returns:
@@ -110,7 +110,7 @@ class Reader:
         self._swap(source, nbytes)
         return nbytes
 
-    def read_tile(self, source: Source, tile: Tile) -> int:
+    def read_tile(self, source: TensorSource, tile: Tile) -> int:
         """Read a tile of a tensor to the start of the buffer, in C order and native byte order.
 
         Each row of the tile in storage is read in one call; see `storage_order` for the tensors that have rows.
@@ -140,12 +140,12 @@ class Reader:
             self._gathered = Buffer(len(self.buffer.bytes))
         return self._gathered
 
-    def _swap(self, source: Source, nbytes: int) -> None:
+    def _swap(self, source: TensorSource, nbytes: int) -> None:
         if source.swapped:
             words = self.buffer.view(torch.uint8, nbytes).view(-1, source.spec.dtype.word)
             words.copy_(words.flip(1))
 
-    def _gather(self, source: Source, start: int, stop: int) -> None:
+    def _gather(self, source: TensorSource, start: int, stop: int) -> None:
         """Read elements of a view with gaps or permuted strides, box by box."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
@@ -155,7 +155,7 @@ class Reader:
             self._read_box(source, first, sizes, strides, out[done : done + count].view(sizes))
             done += count
 
-    def _join(self, source: Source, chunks: _Chunks, start: int, stop: int) -> None:
+    def _join(self, source: TensorSource, chunks: _Chunks, start: int, stop: int) -> None:
         """Read elements of a chunked tensor, from each chunk that has some of them."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
@@ -179,7 +179,7 @@ class Reader:
             done += count
 
     def _read_box(
-        self, source: Source, first: int, sizes: tuple[int, ...], strides: tuple[int, ...], out: torch.Tensor
+        self, source: TensorSource, first: int, sizes: tuple[int, ...], strides: tuple[int, ...], out: torch.Tensor
     ) -> None:
         item = source.item
         extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
@@ -197,7 +197,7 @@ class Reader:
             self._read_box(source, first + begin * strides[axis], part, strides, out.narrow(axis, begin, size))
 
 
-def _read(source: Source, start: int, target: memoryview) -> None:
+def _read(source: TensorSource, start: int, target: memoryview) -> None:
     read_at(source.file, target, source.base + start * source.item, source.spec.storage.path)
 
 
@@ -251,6 +251,6 @@ def read_tensor(spec: TensorSpec, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
     with OpenFiles(stamps) as files:
         files.open_all(spec.paths)
         reader = Reader(spec.nbytes)
-        reader.read(Source(spec, files), 0, spec.numel)
+        reader.read(TensorSource(spec, files), 0, spec.numel)
         # The buffer belongs to this tensor alone from here on.
         return reader.buffer.view(torch_dtype(spec.dtype), spec.numel).view(spec.shape)

@@ -18,7 +18,7 @@ from ..formats.file_plan import OutTensor
 from ..storage.source import OpenFiles
 from ..tensors import Category, DType
 from .formula import Steps, real_dtype
-from .payload import Buffer, Reader, Source, torch_dtype
+from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .tiles import Tile
 from .work_units import Slice
 
@@ -78,7 +78,7 @@ class Recipe:
     __slots__ = ("checked", "formula", "sources")
 
     def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
-        self.sources = [Source(spec, files) for spec, _ in tensor.terms]
+        self.sources = [TensorSource(spec, files) for spec, _ in tensor.terms]
         self.checked = tensor.finite and tensor.dtype.averaged
         self.formula: Formula | None = None
         if self.checked or not tensor.copied:
@@ -214,7 +214,7 @@ class Worker:
             self._check(slice_, recipe, formula, telling)
         return buffer.bytes[: slice_.nbytes]
 
-    def _read(self, source: Source, slice_: Slice) -> None:
+    def _read(self, source: TensorSource, slice_: Slice) -> None:
         if slice_.tile is None:
             self._reader.read(source, slice_.start, slice_.stop)
         else:

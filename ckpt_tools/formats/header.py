@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..storage.source import Stamp
+from ..storage.source import Stamp, store_of
 from .template import Places, Template, relocated
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class Header:
     def file_format(self) -> Format:
         """The format of the files: `shard_format` if sharded."""
         return self.shard_format or self.format
+
+    @property
+    def in_folder(self) -> bool:
+        """True if its path is a folder, even one with a single file."""
+        return store_of(self.path).is_folder(self.path)
 
     @property
     def nbytes(self) -> int:

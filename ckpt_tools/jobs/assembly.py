@@ -305,7 +305,7 @@ def rewrite(
             "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
-    folder = base.path.is_dir()
+    folder = base.in_folder
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.view.items()}

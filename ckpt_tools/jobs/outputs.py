@@ -20,6 +20,7 @@ from ..formats.dcp import SUFFIX as DISTCP
 from ..formats.format import Format
 from ..formats.header import Header
 from ..formats.sharded import INDEX_SUFFIXES, SHARDED, SINGLE, read_weight_map
+from ..storage.source import store_of
 from ..storage.staged import is_writable, same_file
 
 
@@ -79,7 +80,7 @@ def named_after(source: Path, tail: str) -> Target:
     """Name an output after its input, with something before the suffix: ``last-bn.pth``."""
     suffix = next((s for s in (".pth.tar", *suffixes()) if source.name.endswith(s)), "")
     path = source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
-    return Target(path, folder=source.is_dir() or not suffix)
+    return Target(path, folder=store_of(source).is_folder(source) or not suffix)
 
 
 def check_same_format(base: Header, target: Target) -> None:
@@ -88,7 +89,7 @@ def check_same_format(base: Header, target: Target) -> None:
     Raises:
         UsageError: it is.
     """
-    folder = base.path.is_dir()
+    folder = base.in_folder
     if target.folder if folder else target.format is base.format.written_as:
         return
     wanted = "a folder" if folder else f"a file named *{' or *'.join(base.format.written_as.suffixes)}"

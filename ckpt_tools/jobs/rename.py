@@ -21,7 +21,7 @@ from ..formats.header import Header
 from ..formats.sharded import INDEX_SUFFIXES, renamed_index
 from ..storage import splice
 from ..storage.local import raise_file_limit
-from ..storage.source import OpenFiles, Stamp, stamp_at
+from ..storage.source import LOCAL, OpenFiles, Stamp, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import flush, is_writable, keep_attributes, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
@@ -84,13 +84,15 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         if isinstance(given, str) or not all(isinstance(prefix, str) and prefix for prefix in given):
             raise UsageError(f"`{name}` takes prefixes such as 'model.', not {given!r}.")
     source = Path(path)
-    if source.is_dir() and (source / ".metadata").is_file():
+    if store_of(source).is_file(source / ".metadata"):
         raise UnsupportedError(
             f"{source}: a DCP checkpoint, with names in many places. Convert it to one file first: ckpt convert."
         )
     header = read_header(source)
     notes: list[str] = []
     in_place = output.out is None
+    if in_place and store_of(source) is not LOCAL:
+        raise WriteError(f"{source}: is not a local file, so it cannot be replaced. Give `out`.")
     sharded = header.format.folder
     if output.out is not None:
         chosen = Target.of(output.out)
@@ -178,7 +180,7 @@ def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], NewNames]]) -
 
 
 def _copy(path: Path) -> Splice:
-    return Splice(path, (Span(0, path.stat().st_size),))
+    return Splice(path, (Span(0, stamp_at(path).nbytes),))
 
 
 def _home(header: Header) -> Path:
@@ -199,7 +201,7 @@ def _stays(header: Header, target: Target) -> bool:
     """
     written_as = header.format.written_as
     file = target.format is written_as
-    folder = header.format.folder or (header.path.is_dir() and not file)
+    folder = header.format.folder or (header.in_folder and not file)
     if not target.folder if folder else not file:
         wanted = "a folder" if folder else f"a file named *{' or *'.join(written_as.suffixes)}"
         raise UsageError(f"{target.path}: the checkpoint is {wanted}, and stays one. Choose another name with `out`.")
@@ -209,10 +211,11 @@ def _stays(header: Header, target: Target) -> bool:
 def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]) -> list[Stamp]:
     """Add the other files of the folder, but no other weights; return their stamps."""
     left_out, stamps = [], []
-    for path in sorted(_home(header).iterdir()):
+    store, home = store_of(header.path), _home(header)
+    for path in (home / name for name in store.names(home)):
         if path.name in splices or path.name.startswith("."):
             continue
-        if not path.is_file() or path.name.endswith((*suffixes(), *INDEX_SUFFIXES)):
+        if not store.is_file(path) or path.name.endswith((*suffixes(), *INDEX_SUFFIXES)):
             left_out.append(path.name)
             continue
         try:

@@ -132,7 +132,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    assembly = nested(tree, target=target.path, provenance=said, folder=header.path.is_dir())
+    assembly = nested(tree, target=target.path, provenance=said, folder=header.in_folder)
     report = replace(report, dropped=assembly.dropped, bytes_read=assembly.bytes_read, bytes_written=assembly.nbytes)
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 
@@ -173,7 +173,7 @@ def _unseen_bytes(tree: Any) -> int:
 
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse a checkpoint that cannot be written again, or that would be left without weights."""
-    if not header.format.nests or header.path.is_dir() != header.format.folder:
+    if not header.format.nests or header.in_folder != header.format.folder:
         raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See ckpt convert.")
     if not holds(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")

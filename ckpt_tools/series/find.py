@@ -16,7 +16,7 @@ from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..formats.tree import tensors_in
-from ..storage.source import OpenFiles, read_at
+from ..storage.source import LOCAL, OpenFiles, read_at, store_of
 from ..tensors import TensorSpec
 from .metrics import measured, metric_of, stored_under
 from .paths import find, keep_one, natural_key, numbered_first
@@ -240,6 +240,9 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     if order == "given":
         return members, "the arguments"
     if order == "mtime":
+        for member in members:
+            if store_of(member.path) is not LOCAL:
+                raise SeriesError(f"{member.path}: is not a local file, so `order='mtime'` cannot place it.")
         return sorted(members, key=lambda m: (m.path.stat().st_mtime_ns, natural_key(m.path))), "modification time"
     by_name = sorted(members, key=lambda m: natural_key(m.path))
     if order == "natural":

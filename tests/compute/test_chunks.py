@@ -13,7 +13,7 @@ from crafting import random_tensor, raw_bytes, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tools.compute.payload import OpenFiles, Reader, Source, read_tensor
+from ckpt_tools.compute.payload import OpenFiles, Reader, TensorSource, read_tensor
 from ckpt_tools.errors import CorruptError
 from ckpt_tools.tensors import DTYPES, Chunk, ChunkedSpec, Storage, TensorSpec, join, make_spec
 
@@ -75,7 +75,7 @@ def test_reader_reads_any_piece_of_any_tiling(
 
     with OpenFiles() as files:
         files.open_all(spec.paths)
-        nbytes = reader.read(Source(spec, files), start, stop)
+        nbytes = reader.read(TensorSource(spec, files), start, stop)
     assert bytes(reader.buffer.bytes[:nbytes]) == raw_bytes(whole.reshape(-1)[start:stop])
     assert same(read_tensor(spec), whole)
     assert spec == join(tmp_path, "w", DTYPES[dtype], shape, parts[::-1])
@@ -164,7 +164,7 @@ def test_reader_needs_no_more_memory_than_the_piece_of_a_chunked_tensor(tmp_path
     reader = Reader(4 * 10)
     with OpenFiles() as files:
         files.open_all(spec.paths)
-        source = Source(spec, files)
+        source = TensorSource(spec, files)
         for start in range(0, spec.numel - 10, 10):
             reader.read(source, start, start + 10)
             assert bytes(reader.buffer.bytes) == raw_bytes(whole.reshape(-1)[start : start + 10])

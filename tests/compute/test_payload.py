@@ -16,7 +16,7 @@ from crafting import TORCH_DTYPES, random_tensor, raw_bytes, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tools.compute.payload import Reader, Source, boxes, read_tensor, torch_dtype
+from ckpt_tools.compute.payload import Reader, TensorSource, boxes, read_tensor, torch_dtype
 from ckpt_tools.errors import CorruptError, ReadError
 from ckpt_tools.storage.local import raise_file_limit
 from ckpt_tools.storage.source import OpenFiles
@@ -65,7 +65,7 @@ def test_reader_reads_any_piece_of_any_view_as_as_strided_does(
 
     with OpenFiles() as files:
         files.open(spec.storage.path)
-        nbytes = reader.read(Source(spec, files), start, stop)
+        nbytes = reader.read(TensorSource(spec, files), start, stop)
     assert bytes(reader.buffer.bytes[:nbytes]) == raw_bytes(oracle.reshape(-1)[start:stop])
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_tools
 from ckpt_tools import strip
-from ckpt_tools.errors import CorruptError, ReadError, SeriesError
+from ckpt_tools.errors import CorruptError, ReadError, SeriesError, WriteError
+from ckpt_tools.series.find import find_series
 from ckpt_tools.storage import source as sources
 from ckpt_tools.storage.local import LocalFile, write_once
 from ckpt_tools.storage.source import InputFile, OpenFiles, read_file, sha256
@@ -74,6 +75,36 @@ def test_convert_strip_and_diff_read_from_a_store(memory: dict[Path, bytes], tmp
     assert ckpt_tools.diff("mem://a.pth", tmp_path / "plain.safetensors").verdict == "identical"
     assert torch.load(tmp_path / "small.pth", weights_only=True)["epoch"] == 3
     assert torch.equal(ckpt_tools.open_checkpoint("mem://a.pth")["w"], weights(1)["w"])
+
+
+def test_fix_prefix_writes_a_checkpoint_of_a_store_elsewhere(memory: dict[Path, bytes], tmp_path: Path) -> None:
+    save_file({f"module.{name}": tensor for name, tensor in weights(1).items()}, tmp_path / "a.safetensors")
+    memory[Path("mem://run/model.safetensors")] = (tmp_path / "a.safetensors").read_bytes()
+    memory[Path("mem://run/config.json")] = b"{}"
+
+    report = ckpt_tools.fix_prefix("mem://run", out=tmp_path / "out/")
+
+    assert report.written
+    assert sorted(load_file(tmp_path / "out" / "model.safetensors")) == ["b", "w"]
+    assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
+
+
+def test_jobs_that_need_local_files_reject_those_of_a_store(memory: dict[Path, bytes], tmp_path: Path) -> None:
+    save_file(weights(1), tmp_path / "a.safetensors")
+    memory[Path("mem://a.safetensors")] = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(WriteError, match="is not a local file, so it cannot be replaced. Give `out`"):
+        ckpt_tools.fix_prefix("mem://a.safetensors", add=["m."])
+    with pytest.raises(SeriesError, match="is not a local file, so `order='mtime'` cannot place it"):
+        ckpt_tools.average("mem://a.safetensors", order="mtime", out=tmp_path / "b.safetensors")
+
+
+def test_find_series_orders_a_store_by_the_step_of_the_trainer(memory: dict[Path, bytes], tmp_path: Path) -> None:
+    for name, step in (("a", 20), ("b", 10)):
+        save_file(weights(step), tmp_path / "a.safetensors")
+        memory[Path(f"mem://{name}/model.safetensors")] = (tmp_path / "a.safetensors").read_bytes()
+        memory[Path(f"mem://{name}/trainer_state.json")] = b'{"global_step": %d}' % step
+    series = find_series(["mem://a", "mem://b"])
+    assert [member.step for member in series.members] == [10, 20]
 
 
 def test_a_store_that_lacks_a_file_names_it(memory: dict[Path, bytes]) -> None:

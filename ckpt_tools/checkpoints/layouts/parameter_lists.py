@@ -120,7 +120,7 @@ class Diffusers(Layout):
         return Flat(content.ema, stem="diffusion_pytorch_model", config=_config(content))
 
     def ema_file(self, header: Header) -> Mapping[str, Any] | None:
-        if header.path.is_dir():
+        if header.in_folder:
             with suppress(OSError, ValueError, RecursionError):
                 config = json.loads((header.path / "config.json").read_bytes())
                 if isinstance(config, dict) and "optimization_step" in config:

@@ -10,6 +10,7 @@ from ...errors import LayoutError
 from ...formats.header import Header
 from ...formats.pickle_read import Inert
 from ...formats.tree import tensors_in
+from ...storage.source import store_of
 from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
 from .layout import (
@@ -170,7 +171,7 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if found:
         other = next(iter(found.values()))
         files = (layout.ema_file_of(header.path) for layout in LAYOUTS if which == "ema")
-        other_file = next((path for path in files if path is not None and path.is_file()), None)
+        other_file = next((path for path in files if path is not None and store_of(path).is_file(path)), None)
         if other_file is not None:
             return f"has no ema weights; they are in {other_file}."
         return f"has no {which} weights, only {other.label}. Use `state={other.which!r}`."
