@@ -1,10 +1,10 @@
-"""What tests share: the real training series, and small checkpoints and photographs made on the spot."""
+"""Shared fixtures: the real training series, and generated checkpoints and photographs."""
 
 from __future__ import annotations
 
 import os
 
-# Tests run side by side, a process for each core: more threads of torch would only wait for each other.
+# Tests run in parallel, one process per core: more torch threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
-# No test fails because a machine is slow. A folder of a test serves all examples; each writes its files anew.
+# No test depends on the speed of the machine. All examples of a test share a folder, and each rewrites its files.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
@@ -25,7 +25,7 @@ settings.load_profile("any machine")
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
-# The real dtypes that are averaged, spelled out: the table under test must not choose what is tested.
+# The real dtypes that are averaged, listed here: the table under test must not select the test cases.
 FLOATS = [
     "float64", "float32", "float16", "bfloat16",
     "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
@@ -40,14 +40,14 @@ def runs() -> list[Path]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The test's folder, which is the current one, too."""
+    """The test's folder, as the current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def old_folder(here: Path) -> Callable[..., Path]:
-    """Make an earlier output of shards in the current folder."""
+    """Make an old sharded output in the current folder."""
 
     def make(name: str = "out") -> Path:
         folder = Path(name)
@@ -94,7 +94,7 @@ def photos(tmp_path: Path) -> Photos:
 
 
 def load(path: Path) -> Any:
-    """Read a checkpoint with torch itself, as safely as it can."""
+    """Read a checkpoint with torch, weights only."""
     return torch.load(path, weights_only=True, mmap=True)
 
 

@@ -1,4 +1,4 @@
-"""Alignment: how the tensors of a series line up by name."""
+"""Alignment: match the tensors of a series by name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MATCHES = ("name", "order")
 
 @dataclass(frozen=True, slots=True)
 class KeyPlan:
-    """Which tensors are summed.
+    """The tensors to sum.
 
     Attributes:
-        rows: output name to one tensor a checkpoint; None where a checkpoint lacks it (``union``).
-        left_out: names that some checkpoints have and the output does not.
+        rows: output name to one tensor per checkpoint; None if a checkpoint lacks it (``union``).
+        left_out: names of some checkpoints that the output lacks.
     """
 
     rows: dict[str, tuple[TensorSpec | None, ...]]
@@ -34,20 +34,20 @@ def align(
     match: str = "name",
     mixed_dtypes: bool = False,
 ) -> KeyPlan:
-    """Line the tensors of N state dicts up.
+    """Match the tensors of N state dicts.
 
     Args:
-        states: names (already unwrapped) to tensors, oldest checkpoint first. Order and names of
-            the output are those of the last.
-        files: what to call each in messages.
-        keys: ``strict``: all have the same names; ``intersection``: what all share;
-            ``union``: a tensor is averaged over the checkpoints that have it.
-        match: ``name``, or ``order``: by position, as timm's ModelEmaV2 does.
+        states: names (already unwrapped) to tensors, oldest checkpoint first. The output has the
+            order and names of the last.
+        files: name of each checkpoint in messages.
+        keys: ``strict``: all have the same names; ``intersection``: names in all checkpoints;
+            ``union``: each tensor is averaged over the checkpoints that have it.
+        match: ``name``, or ``order``: by position, like timm's ModelEmaV2.
         mixed_dtypes: allow floating-point dtypes to differ.
 
     Raises:
-        AlignmentError: names, shapes or dtypes differ, or nothing is left; names tensor and file.
-        UsageError: an unknown rule.
+        AlignmentError: names, shapes or dtypes differ, or no name is left; names tensor and file.
+        UsageError: an unknown value of `keys` or `match`.
     """
     for name, value, known in (("keys", keys, KEYS), ("match", match, MATCHES)):
         if value not in known:

@@ -1,4 +1,4 @@
-"""Series: from checkpoints found to an ordered, selected, de-duplicated list of checkpoints."""
+"""Series: find, order, select and de-duplicate checkpoints."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Member:
 
     Attributes:
         path: as found.
-        header: what it says about itself.
-        step: where in training it stands, None if nothing tells.
-        counter: what `step` counts: a key of the file (``global_step``, ``epoch``) or ``name``.
+        header: of the checkpoint.
+        step: training step or epoch; None if unknown.
+        counter: source of `step`: a key of the file (``global_step``, ``epoch``) or ``name``.
     """
 
     path: Path
@@ -43,13 +43,13 @@ class Member:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Series:
-    """Checkpoints in order, oldest first, and what was decided on the way there.
+    """The selected checkpoints, oldest first.
 
     Attributes:
-        members: what is to be averaged.
-        given: every checkpoint that was looked at, chosen or not, but for outputs of our own that were left out.
+        members: the checkpoints to average.
+        given: all checkpoints found, selected or not, except ckpt-tools outputs that were left out.
         ordered_by: in words.
-        notes: decisions worth saying aloud: duplicates, own outputs left out, ties.
+        notes: decisions to report: duplicates, outputs left out, ties.
     """
 
     members: tuple[Member, ...]
@@ -71,25 +71,25 @@ def find_series(
     to_step: int | None = None,
     include_outputs: bool = False,
 ) -> Series:
-    """Find, read, order and select checkpoints; payload is read only of those that look like copies.
+    """Find, read, order and select checkpoints; the payload is read only of suspected copies.
 
-    Selection goes in this order: from_step and to_step, best, every, last.
+    Selections apply in this order: from_step and to_step, best, every, last.
 
     Args:
         paths: files, globs, folders.
         order: ``auto`` (step or epoch stored in all files, else the numbers in the names),
             ``given``, ``natural`` (names), ``mtime``.
         last: keep the last N.
-        best: keep the best N by `metric`, the earlier one at a tie; they stay in order.
+        best: keep the best N by `metric`, at a tie the earlier one; the order stays.
         metric: key in the files, dotted if nested.
         lower_is_better: for a metric such as a loss.
         every: keep every K-th, counted back from the last.
         from_step, to_step: inclusive bounds of the step.
-        include_outputs: average files that ckpt-tools wrote together with others.
+        include_outputs: include files that ckpt-tools wrote.
 
     Raises:
-        UsageError, SeriesError: an impossible selection; nothing found or left.
-        ReadError: a file is no checkpoint.
+        UsageError, SeriesError: an invalid selection; no checkpoint found or left.
+        ReadError: a file is not a checkpoint.
     """
     counts = {"last": last, "best": best, "every": every}
     for name, value in (counts | {"from_step": from_step, "to_step": to_step}).items():
@@ -121,17 +121,17 @@ def find_series(
 
 
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Count copies once: the same weights at the same step, whatever else two ways of saving them tell.
+    """Drop copies: checkpoints with the same weights at the same step, whatever their other entries.
 
-    Names that differ in nothing but their numbers are of different checkpoints, whatever the weights.
+    Names that differ only in numbers belong to different checkpoints, whatever the weights.
     """
     groups = [list(headers)]
-    # Each look costs more than the one before it, and is taken at those that were alike so far.
+    # Each comparison costs more than the one before, and is limited to headers that were equal so far.
     for look in (_outlines, _middles, _values):
         groups = [
-            part
+            subgroup
             for group in groups
-            for part in (_split(group, look) if len({_family(h.path) for h in group}) > 1 else [group])
+            for subgroup in (_split(group, look) if len({_family(h.path) for h in group}) > 1 else [group])
         ]
     copies: set[Path] = set()
     for paths in ([header.path for header in group] for group in groups):
@@ -157,25 +157,25 @@ def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[
 
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
-    """List the tensors by place, each chunk on its own, without those that only a running training needs."""
+    """List (key path, spec) of all chunks, without those of the training state."""
     tree = header.view if isinstance(header.view, dict) else {}
     return [
-        ((*path, *offsets), part)
+        ((*path, *offsets), chunk)
         for path, spec in tensors_in(header.view)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
-        for offsets, part in spec.as_chunks
+        for offsets, chunk in spec.as_chunks
     ]
 
 
 def _outlines(header: Header) -> object:
-    """Read nothing."""
+    """Compare names, dtypes, shapes and counters; no payload is read."""
     specs = ((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
     return frozenset(specs), frozenset(stored_counters(header).items())
 
 
 def _middles(header: Header) -> object:
-    """Read a little of each tensor: one at least moves from checkpoint to checkpoint."""
+    """Compare 64 bytes of each tensor: at least one tensor changes between checkpoints."""
     with OpenFiles() as files:
         return frozenset(
             (path, b"".join(_blocks(files, spec, spec.extent // 2, 64))) for path, spec in _weights(header)
@@ -183,7 +183,7 @@ def _middles(header: Header) -> object:
 
 
 def _values(header: Header) -> object:
-    """Read everything."""
+    """Compare all bytes."""
     digests: dict[tuple[Path, int, int], bytes] = {}
     found = set()
     with OpenFiles() as files:
@@ -199,7 +199,7 @@ def _values(header: Header) -> object:
 
 
 def _blocks(files: OpenFiles, spec: TensorSpec, start: int, nbytes: int) -> Iterator[memoryview]:
-    """Read some of the bytes between the first and the last element of a tensor, a megabyte at a time."""
+    """Yield the bytes of a tensor from `start` (relative to its first element) in blocks of a megabyte."""
     path, stop = spec.storage.path, min(start + nbytes, spec.extent)
     files.open(path)
     while start < stop:
@@ -210,7 +210,7 @@ def _blocks(files: OpenFiles, spec: TensorSpec, start: int, nbytes: int) -> Iter
 
 
 def _is_average(made: Any) -> bool:
-    """True for what `avg` or `recal-bn` made, converted since or not; a training checkpoint may be converted, too."""
+    """True for an output of `avg` or `recal-bn`, converted or not; not for a converted training checkpoint."""
     while isinstance(made, dict) and made.get("command") in ("convert", "strip"):
         source = made.get("input")
         made = source.get("made") if isinstance(source, dict) else None
@@ -218,7 +218,7 @@ def _is_average(made: Any) -> bool:
 
 
 def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
-    """Find outputs of our own to leave out; none if there is nothing else."""
+    """Return the ckpt-tools outputs to leave out; none if there are no other checkpoints."""
     ours = {header.path for header in headers if _is_average(header.provenance)}
     if len(ours) == len({header.path for header in headers}):
         return set()
@@ -309,7 +309,7 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
 
 
 def _unranked(header: Header, key: str) -> str:
-    """Say why a checkpoint has no rank, and what to do."""
+    """Return the message for a checkpoint without a usable metric."""
     known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
     what = f"has no number under '{key}'"
     advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It stores no numbers."

@@ -1,4 +1,4 @@
-"""Metrics: the numbers that a checkpoint stores about itself, such as a validation accuracy."""
+"""Metrics: numbers stored in a checkpoint, such as a validation accuracy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def metric_of(header: Header, key: str) -> float | None:
         return None
     try:
         return None if math.isnan(value) else float(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return None
 
 
@@ -31,7 +31,7 @@ def stored_under(header: Header, key: str) -> Any:
 
 
 def measured(header: Header) -> dict[Any, Any]:
-    """Return what a checkpoint says about itself, and what Hugging Face's Trainer logged at its step."""
+    """Return the top-level entries of a checkpoint, and the values that Hugging Face's Trainer logged at its step."""
     state = trainer_state(header)
     log = state.get("log_history")
     entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []

@@ -1,4 +1,4 @@
-"""Paths: from files, globs and folders to checkpoints, each whole and once."""
+"""Paths: from files, globs and folders to complete checkpoints without duplicates."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MAGIC = re.compile("[*?[]")
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
-# What is left out of the paths of the parts of one checkpoint for them to be equal, and what to do about them.
-_PARTS = (
+# (pattern whose removal makes the paths of the shards of one checkpoint equal, advice).
+_SHARDS = (
     (
         re.compile(r"-\d+(?=-of-\d+\.\w+$)"),
         "are shards of one checkpoint, not two. Give the folder that has their index.",
@@ -37,15 +37,15 @@ _PARTS = (
 
 
 def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
-    """Turn files, globs and folders into checkpoints, each counted once.
+    """Expand files, globs and folders to checkpoints, without duplicates.
 
     Args:
-        notes: receives what is worth saying aloud.
+        notes: receives decisions to report.
 
     Raises:
-        UsageError: what is given is no path.
-        SeriesError: a path that does not exist, a glob that matches nothing, a folder without checkpoints,
-            parts of one checkpoint.
+        UsageError: an argument is not a path.
+        SeriesError: a path that does not exist, a glob without matches, a folder without checkpoints, or shards of
+            one checkpoint.
     """
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
         raise UsageError(f"paths is a list of paths, not {paths!r}.")
@@ -54,12 +54,12 @@ def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
         _note_nested(found, notes)
     except OSError as error:
         raise SeriesError(f"{error.filename}: {error.strerror}.") from error
-    _refuse_parts(found)
+    _refuse_shards(found)
     return found
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
-    """Turn files, globs and folders into checkpoints, each a file or a folder."""
+    """Expand files, globs and folders to checkpoints, each a file or a folder."""
     found = [path for given in paths for path in _find(given)]
     if not found:
         raise SeriesError("no checkpoint given.")
@@ -71,7 +71,7 @@ def _find(given: str | Path) -> list[Path]:
         raise UsageError(f"a path is text, not {given!r}.")
     if given == "":
         raise SeriesError("an empty path. Is a variable of the shell unset?")
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps a ~user that is none
+    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
     store = store_of(path)
     if store.is_folder(path):
         return _in_folder(path)
@@ -113,13 +113,13 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _children(folder: Path) -> list[Path]:
-    """Return what is in a folder and not hidden, in the order of the numbers in the names."""
+    """Return the content of a folder without hidden names, in natural order."""
     names = store_of(folder).names(folder)
     return sorted((folder / name for name in names if not name.startswith(".")), key=natural_key)
 
 
 def _hint_below(folder: Path) -> str:
-    """Accelerate and Hugging Face's Trainer put a folder of weights into the folder of each checkpoint."""
+    """Point to a subfolder: Accelerate and Hugging Face's Trainer save weights in a folder inside each checkpoint's."""
     for child in _children(folder):
         if store_of(child).is_folder(child) and _checkpoints(child):
             return f" There are some in {child}; use '{_like(child)}'."
@@ -127,7 +127,7 @@ def _hint_below(folder: Path) -> str:
 
 
 def _like(folder: Path) -> Path:
-    """Return the pattern of folders that differ in their numbers."""
+    """Return a glob for folders whose names differ in numbers."""
     return folder.with_name(re.sub(r"\d+", "*", folder.name))
 
 
@@ -141,7 +141,7 @@ def _did_you_mean(path: Path) -> str:
 
 
 def _missing_folder(path: Path) -> str | None:
-    """Say which folder above a path, or a pattern, does not exist; None if all do, up to one that is a pattern."""
+    """Return a message for the first parent folder that does not exist, up to a glob; None if all exist."""
     for folder in reversed(path.parents):
         if _MAGIC.search(folder.name):
             return None
@@ -160,7 +160,7 @@ def _near(path: Path, only: Callable[[Path], bool] = Path.exists) -> str:
 
 
 def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
-    """Count hard links, symlinks and repeated arguments once."""
+    """Drop hard links, symlinks and repeated arguments."""
     groups: dict[object, dict[Path, Path]] = {}
     for path in paths:
         if path.is_symlink() and not path.exists():
@@ -181,7 +181,7 @@ def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
 
 
 def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
-    """Hugging Face's Trainer leaves the last weights beside the folders of its checkpoints."""
+    """Note checkpoints inside a checkpoint: Hugging Face's Trainer saves the last weights next to its checkpoints."""
     for path in paths:
         store = store_of(path)
         inside = _children(path) if store.is_folder(path) else []
@@ -193,9 +193,9 @@ def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
             )
 
 
-def _refuse_parts(paths: Sequence[Path]) -> None:
-    """Say it where a glob has taken the parts of one checkpoint for a series."""
-    for pattern, what in _PARTS:
+def _refuse_shards(paths: Sequence[Path]) -> None:
+    """Refuse a glob that matches the shards of one checkpoint."""
+    for pattern, what in _SHARDS:
         seen: dict[str, Path] = {}
         for path in paths:
             whole = pattern.sub("", str(path.absolute()))
@@ -206,15 +206,15 @@ def _refuse_parts(paths: Sequence[Path]) -> None:
 
 def natural_key(path: Path) -> tuple[object, ...]:
     """Sort key under which checkpoint-2 comes before checkpoint-10."""
-    parts = re.split(r"(\d+)", str(path))
-    return tuple((1, int(part), part) if i % 2 else (0, 0, part) for i, part in enumerate(parts))
+    texts = re.split(r"(\d+)", str(path))
+    return tuple((1, int(text), text) if i % 2 else (0, 0, text) for i, text in enumerate(texts))
 
 
 def default_input() -> Path:
-    """Return what `ckpt avg` writes if nobody says otherwise, for the commands that go on from there.
+    """Return the default output of `ckpt avg`, the default input of other commands.
 
     Raises:
-        UsageError: it is not here.
+        UsageError: it does not exist.
     """
     for name in DEFAULT_INPUTS:
         if Path(name).exists():

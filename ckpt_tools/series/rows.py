@@ -1,4 +1,4 @@
-"""Recipes: from tensors that line up and coefficients to what is summed for each name."""
+"""Rows: from aligned tensors and coefficients to the weighted sum of each name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..formats import without_collector
 from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
 from ..tensors import Category, DType, TensorSpec
 
-# Float buffers are told from parameters by name alone; these are BatchNorm's, the ones that an average harms.
+# Only names tell float buffers from parameters; averaging harms these, which are BatchNorm's.
 _RUNNING = ("running_mean", "running_var")
 _T = TypeVar("_T")
 
@@ -27,24 +27,24 @@ def recipes(
     keep_running: bool,
     shared: Mapping[Path, Files] | None = None,
 ) -> dict[str, OutTensor]:
-    """Say what becomes of each name.
+    """Return the output tensor of each name.
 
     Args:
-        rows: name to one tensor a checkpoint, None where it lacks it; with `shared`, to that of the last alone.
-        coefficients: one a checkpoint.
-        dtype: of what is averaged and floating-point; as in the inputs if None.
-        keep_running: take BatchNorm's running statistics from the last checkpoint.
-        shared: for checkpoints with identical headers, each file of the last to the files in its place in all of them.
+        rows: name to one tensor per checkpoint, None if missing; with `shared`, to the tensor of the last only.
+        coefficients: one per checkpoint.
+        dtype: of floating-point outputs; as in the inputs if None.
+        keep_running: copy BatchNorm's running statistics from the last checkpoint.
+        shared: for checkpoints with identical headers: file of the last to the corresponding files of all.
 
     Returns:
-        One OutTensor under all names that are tied in every checkpoint.
+        Name to OutTensor; names that are tied in every checkpoint have the same one.
 
     Raises:
-        LayoutError: packed codes.
-        UsageError: the checkpoints that have a tensor weigh nothing together.
+        LayoutError: a packed dtype.
+        UsageError: the weights of the checkpoints that have a tensor sum to 0.
     """
     tensors: dict[str, OutTensor] = {}
-    # Names that are the same bytes in every file are tied, and stay so; those of one file tell most of them apart.
+    # Names with the same bytes in every file stay tied; offsets in the last file rule most names out.
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
     begins = [-1 if (spec := row[-1]) is None else spec.begin for row in rows.values()]
     times = Counter(begins)
@@ -81,7 +81,7 @@ def recipes(
 def _scaled(
     name: str, row: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool
 ) -> tuple[tuple[TensorSpec, float], ...] | Terms:
-    """Give a tensor that some checkpoints lack the total weight of the others."""
+    """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
     if weigh and None not in row:
         return Terms(tuple(row), coefficients)  # type: ignore[arg-type]
     present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
@@ -89,12 +89,12 @@ def _scaled(
     if len(present) == len(coefficients):
         return weighing
     have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
-    # A sum that is 0 but for rounding would blow the rounding up.
+    # Dividing by a sum that is 0 up to rounding would amplify the rounding.
     if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
         raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
     return tuple((spec, c * (want / have)) for spec, c in weighing)
 
 
 def _weighing(terms: Sequence[tuple[_T, float]]) -> tuple[tuple[_T, float], ...]:
-    """Leave out what weighs nothing, but for the last where nothing else is left."""
-    return tuple(term for term in terms if term[1] != 0) or ((terms[-1][0], 0.0),)  # -0.0 would be another average
+    """Drop terms of weight 0; keep the last if all are 0."""
+    return tuple(term for term in terms if term[1] != 0) or ((terms[-1][0], 0.0),)  # -0.0 would change the result

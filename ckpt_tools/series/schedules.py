@@ -1,11 +1,11 @@
 """Schedules: how much each checkpoint counts.
 
-Every rule is a pure function to N float64 coefficients, oldest checkpoint first; the average is
+A rule is a pure function that returns N float64 coefficients, oldest checkpoint first; the average is
 the sum of coefficient times tensor. A recursion v_n = d_n v_(n-1) + (1 - d_n) x_n unrolls to
 c_i = (1 - d_i) * prod_{j>i} d_j, with c_1 = prod_{j>1} d_j for a start from the first checkpoint.
 
-A new rule is a function from training steps to coefficients, and a row of `SCHEDULES` with its options, which
-`average` and `ckpt avg` take from there. Code outside the package adds one with `register`.
+A new rule is a function from training steps to coefficients, and an item of `SCHEDULES` with its options, from which
+`average` and `ckpt avg` take them. Code outside the package adds a rule with `register`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Option:
     Attributes:
         name: of the parameter.
         type: of its values, such as ``float`` or ``Numbers``; None is allowed where it is the default.
-        default: the value if the option is not given.
-        help: one line; names other parameters in backticks, as messages do.
-        implied: what a default of None stands for, as a value or in words.
-        metavar: a word for the value, in the help of the command.
+        default: the default value.
+        help: one line; names other parameters in backticks, like messages.
+        implied: the meaning of a default of None, as a value or in words.
+        metavar: placeholder of the value in the help of the command.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Rule:
     """A rule of averaging.
 
     Attributes:
-        coefficients: called with the training steps (None where unknown) of the checkpoints, oldest first, and with
-            the rule's options as keyword arguments; returns one coefficient a checkpoint.
-        options: that the rule takes.
+        coefficients: called with the training steps (None if unknown) of the checkpoints, oldest first, and with
+            the rule's options as keyword arguments; returns one coefficient per checkpoint.
+        options: of the rule.
         check: called with the options before any file is read; raises UsageError.
-        advice: what spreads an average that is mostly the oldest checkpoint, or mostly the newest; None to say nothing.
+        advice: how to spread an average that is mostly the oldest checkpoint, or mostly the newest; None for no advice.
     """
 
     coefficients: Callable[..., Sequence[float]]
@@ -63,11 +63,11 @@ class Rule:
 
 
 class Schedule:
-    """A rule and its options, as a user gives them.
+    """A rule and its options.
 
     Args:
         mode: name of a rule in `SCHEDULES`.
-        options: of the rule; those that are not given have their defaults.
+        options: of the rule; the others have their defaults.
     """
 
     title: ClassVar[str] = "How much each checkpoint counts"
@@ -86,7 +86,7 @@ class Schedule:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """The options of the rule, all of them."""
+        """All options of the rule."""
         values = {}
         for option in SCHEDULES[self.mode].options:
             value = self._given.get(option.name, option.default)
@@ -95,7 +95,7 @@ class Schedule:
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """The options that are worth recording; lists of numbers are not, for the coefficients say the same."""
+        """The options to record; without lists of numbers, which the coefficients repeat."""
         defaults = {option.name: option.default for option in SCHEDULES[self.mode].options}
         return {
             name: value
@@ -104,7 +104,7 @@ class Schedule:
         }
 
     def check(self) -> None:
-        """Refuse what no series could make sense of, before any file is read.
+        """Check the options before any file is read.
 
         Raises:
             UsageError: an unknown mode, an option of another mode, or a number out of range.
@@ -137,7 +137,7 @@ class Schedule:
 
     @property
     def advice(self) -> tuple[str, str] | None:
-        """What spreads an average that is mostly the oldest checkpoint, or mostly the newest."""
+        """See `Rule`."""
         return SCHEDULES[self.mode].advice
 
 
@@ -151,13 +151,13 @@ def uniform(n: int) -> tuple[float, ...]:
 
 
 def ema(n: int, *, decay: float, bias_correction: bool = False) -> tuple[float, ...]:
-    """Weigh as an exponential moving average updated once a checkpoint.
+    """Weigh as an exponential moving average with one update per checkpoint.
 
     Args:
         n: number of checkpoints.
         decay: d in v = d v + (1 - d) x, in [0, 1].
         bias_correction: start from zero and divide by 1 - d^n, instead of starting from the
-            first checkpoint as timm's ModelEma and ModelEmaV2 do.
+            first checkpoint like timm's ModelEma and ModelEmaV2.
 
     Raises:
         UsageError: decay outside [0, 1], or 1 with bias correction.
@@ -172,7 +172,7 @@ def ema(n: int, *, decay: float, bias_correction: bool = False) -> tuple[float, 
 
 
 def ema_per_step(steps: Sequence[int], *, decay: float) -> tuple[float, ...]:
-    """Weigh as an average over training steps that is sampled at the checkpoints.
+    """Weigh as an exponential moving average over training steps, sampled at the checkpoints.
 
     Args:
         steps: training step of each checkpoint, increasing.
@@ -217,10 +217,10 @@ WARMUPS: dict[str, Callable[[int, float], float]] = {"litema": _litema, "timm": 
 
 
 def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, ...]:
-    """Weigh by given numbers; negative ones and zeros count as what they are.
+    """Weigh by given numbers, which may be negative or 0.
 
     Raises:
-        UsageError: a number that is not finite, or a sum of 0 that is to be normalised.
+        UsageError: a number that is not finite, or a sum of 0 with `normalize`.
     """
     if not all(math.isfinite(value) for value in values):
         raise UsageError("`weights` must be finite numbers.")
@@ -229,14 +229,14 @@ def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, 
     if not normalize:
         return tuple(float(value) for value in values)
     total = math.fsum(values)
-    # A sum that is 0 but for rounding would blow the rounding up.
+    # Dividing by a sum that is 0 up to rounding would amplify the rounding.
     if abs(total) <= 1e-12 * math.fsum(map(abs, values)):
         raise UsageError("`weights` sum to 0 and cannot be normalised. Change them, or add `normalize=False`.")
     return tuple(value / total for value in values)
 
 
 def dominant(coefficients: Sequence[float]) -> tuple[int, float] | None:
-    """Return (index, share) of a first or last checkpoint that holds most of an average of three or more."""
+    """Return (index, share) of a first or last checkpoint with over half the weight, for three or more; else None."""
     total = math.fsum(map(abs, coefficients))
     if len(coefficients) < 3 or total == 0:
         return None
@@ -284,7 +284,7 @@ def _ema(
 
 
 def _check_ema(**options: Any) -> None:
-    _ema((0, 1), **options)  # a series as short as can be finds an impossible decay or warm-up
+    _ema((0, 1), **options)  # the shortest series finds an invalid decay or warm-up
 
 
 def _weights(steps: Sequence[int | None], *, weights: Numbers | None, normalize: bool) -> tuple[float, ...]:
@@ -301,7 +301,7 @@ def _check_weights(*, weights: Numbers | None, normalize: bool) -> None:
     _weights((None,) * len(weights or ()), weights=weights, normalize=normalize)
 
 
-_divided = weights  # whose name is an option's, too
+_divided = weights  # its name is also that of an option
 
 SCHEDULES: dict[str, Rule] = {
     "uniform": Rule(_uniform),
@@ -328,14 +328,14 @@ SCHEDULES: dict[str, Rule] = {
         check=_check_weights,
     ),
 }
-"""Mode to rule: what `average` and `ckpt avg` know."""
+"""Mode to rule."""
 
 
 def register(mode: str, coefficients: Callable[..., Sequence[float]], *options: Option, **more: Any) -> None:
     """Add a rule of averaging.
 
     Args:
-        mode: its name; one that is there is replaced.
+        mode: its name; an existing rule of this name is replaced.
         coefficients, options: see `Rule`.
         more: `check` and `advice`, see `Rule`.
     """

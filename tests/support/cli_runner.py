@@ -1,4 +1,4 @@
-"""Running `ckpt` as a user does: in this process where that is the same, in its own where it is not."""
+"""Run `ckpt` like a user: in this process, or in its own where that makes a difference."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from unittest import mock
 from ckpt_tools.cli import main
 
 BIN = Path(sys.executable).parent
-# What a test machine may set, and what changes what is shown.
+# Environment variables that change the output.
 _FOREIGN = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONIOENCODING")
-# Seconds until a process that hangs is ended; a slow machine takes far less.
+# Seconds until a hanging process is ended; a slow machine needs far less.
 PATIENCE = 600
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,7 +36,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(*args: str | Path, columns: int = 80, encoding: str = "utf-8") -> Result:
-    """Call `ckpt` in this process: its `main`, arguments and streams as in a process of its own."""
+    """Call `main` in this process, with arguments and streams like those of a separate process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     code: Any = 0
@@ -61,13 +61,13 @@ def run(*args: str | Path, columns: int = 80, encoding: str = "utf-8") -> Result
 
 
 def command(*args: str | Path, first: str = "") -> list[str]:
-    """Write the command line of a `ckpt` whose process does something first, such as give rights up."""
+    """Return the command line of `ckpt`, after Python code `first` in its process, such as dropping privileges."""
     script = f"{first}\nimport os, sys\nos.execvp('ckpt', ['ckpt', *sys.argv[1:]])"
     return [*([sys.executable, "-c", script] if first else ["ckpt"]), *map(str, args)]
 
 
 def spawn(*args: str | Path, cwd: Path, first: str = "") -> subprocess.CompletedProcess[str]:
-    """Run `ckpt` in a process of its own."""
+    """Run `ckpt` in a separate process."""
     return subprocess.run(
         command(*args, first=first),
         cwd=cwd,
@@ -80,7 +80,7 @@ def spawn(*args: str | Path, cwd: Path, first: str = "") -> subprocess.Completed
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:
-    """Everything under a folder, hidden files too: bytes and modification time; None for a folder."""
+    """All paths under a folder, hidden ones too: (bytes, modification time) of a file, None for a folder."""
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -88,7 +88,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:
 
 
 def refused(folder: Path, *args: str | Path, code: int = 1) -> str:
-    """Run `ckpt`, demand a refusal that leaves no trace in the folder, and return its message."""
+    """Run `ckpt`, assert that it fails and leaves the folder unchanged, and return its message."""
     before = contents(folder)
     result = run(*args)
     assert result.code == code, result

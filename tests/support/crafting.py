@@ -1,4 +1,4 @@
-"""Files for the format tests, made by hand where no library would make them, and what compares tensors."""
+"""Handmade files for the format tests, and comparisons of tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
-# The dtypes that torch saves, spelled out: the table under test must not choose what is tested.
+# The dtypes that torch saves, listed here: the table under test must not select the test cases.
 TORCH_DTYPES = [
     "float64", "float32", "float16", "bfloat16",
     "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2",
@@ -30,26 +30,26 @@ TORCH_DTYPES = [
     "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool",
 ]  # fmt: skip
 
-# One float32 tensor of 4 elements in storage "0", as protocol 2 writes it.
+# A float32 tensor of 4 elements in storage "0", in protocol 2.
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\4tQ"
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\0K\4\x85K\1\x85\x89ccollections\nOrderedDict\n)RtR"
 PAYLOAD = np.arange(4, dtype="<f4").tobytes()
 
 
 def random_tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
-    """Make a tensor of random bits, NaNs and all."""
-    kind: torch.dtype = getattr(torch, dtype)
-    nbytes = int(np.prod(shape)) * kind.itemsize
+    """Make a tensor of random bits, including NaNs."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    nbytes = int(np.prod(shape)) * torch_dtype.itemsize
     raw = np.random.default_rng(seed).integers(0, 2 if dtype == "bool" else 256, nbytes, dtype=np.uint8)
-    # By way of a storage: torch.frombuffer takes no empty buffer.
-    tensor = torch.empty(0, dtype=kind)
+    # Through a storage: torch.frombuffer refuses an empty buffer.
+    tensor = torch.empty(0, dtype=torch_dtype)
     return tensor.set_(torch.from_numpy(raw).untyped_storage(), 0, shape)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """Return the bytes of the elements in C order."""
     flat = tensor.detach().contiguous()
-    # A single element counts as contiguous whatever its stride is, but is then not viewed as bytes.
+    # A single element is contiguous with any stride, but torch views it as bytes only with stride 1.
     flat = flat.as_strided((flat.numel(),), (1,), flat.storage_offset())
     return flat.view(torch.uint8).numpy().tobytes()
 
@@ -60,7 +60,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def zip_of(path: Path, records: Mapping[str, bytes], *, compress: int = zipfile.ZIP_STORED) -> Path:
-    """Write records into a zip, with Python's own writer."""
+    """Write entries into a zip with zipfile."""
     with zipfile.ZipFile(path, "w", compress) as archive:
         for name, data in records.items():
             archive.writestr(name, data)
@@ -68,7 +68,7 @@ def zip_of(path: Path, records: Mapping[str, bytes], *, compress: int = zipfile.
 
 
 def torch_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None) -> Path:
-    """Write a torch file around any pickle; storage "0" holds the numbers 0 to 3 as float32 if none is given."""
+    """Write a torch file with any pickle; by default storage "0" has the float32 numbers 0 to 3."""
     storages = {"0": PAYLOAD} if storages is None else storages
     data = {f"archive/data/{key}": raw for key, raw in storages.items()}
     return zip_of(
@@ -77,7 +77,7 @@ def torch_zip(path: Path, pickled: bytes, storages: Mapping[str, bytes] | None =
 
 
 def torch_legacy(path: Path, pickled: bytes) -> Path:
-    """Write a torch file of the format before zip around any pickle; it has no storages."""
+    """Write a legacy torch file with any pickle and no storages."""
     buffer = io.BytesIO()
     torch.save({}, buffer, _use_new_zipfile_serialization=False)
     path.write_bytes(buffer.getvalue().replace(pickle.dumps({}, 2), pickled))
@@ -85,20 +85,20 @@ def torch_legacy(path: Path, pickled: bytes) -> Path:
 
 
 def records_of(path: Path) -> dict[str, bytes]:
-    """Read all records of a zip."""
+    """Read all entries of a zip."""
     with zipfile.ZipFile(path) as archive:
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
 def safetensors_file(path: Path, header: Any, data: bytes = b"") -> Path:
-    """Write a safetensors file around any header: an object, or the bytes themselves."""
+    """Write a safetensors file with any header: an object, or raw bytes."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
     return path
 
 
 def copies(path: Path) -> dict[str, OutTensor]:
-    """Make the recipes that copy the weights of a checkpoint; names of the same bytes are tied."""
+    """Return OutTensors that copy the weights of a checkpoint; names with the same bytes are tied."""
     made: dict[TensorSpec, OutTensor] = {}
     out = {}
     for name, spec in open_checkpoint(path).specs.items():
@@ -108,12 +108,12 @@ def copies(path: Path) -> dict[str, OutTensor]:
 
 
 def zeros(path: Path, dtype: str, shape: tuple[int, ...], name: str = "zeros") -> OutTensor:
-    """Make a recipe of this size that nobody is going to follow."""
+    """Return an OutTensor of this size, for plans only."""
     return OutTensor(DTYPES[dtype], shape, (), name)
 
 
 def write(plan: FilePlan, path: Path, *, threads: int = 2) -> Path:
-    """Let the engine carry a plan out, whatever bits the tensors hold."""
+    """Write a plan with the engine, allowing NaN and infinity."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         os.truncate(fd, plan.size)
@@ -125,7 +125,7 @@ def write(plan: FilePlan, path: Path, *, threads: int = 2) -> Path:
 
 @contextmanager
 def bounded_memory(extra: int = 512 << 20) -> Iterator[None]:
-    """Turn an allocation of more than `extra` bytes into a MemoryError, where the system can."""
+    """Raise MemoryError for allocations over `extra` bytes, if the system supports it."""
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -141,9 +141,9 @@ def bounded_memory(extra: int = 512 << 20) -> Iterator[None]:
 
 @contextmanager
 def bounded_resident(extra: int = 64 << 20) -> Iterator[None]:
-    """Fail if this process came to hold more than `extra` further bytes, where the system counts them.
+    """Fail if the resident memory of this process grows by more than `extra` bytes, if the system reports it.
 
-    Memory that is asked for and never touched does not count; it does in `bounded_memory`.
+    Allocated memory that is never touched does not count, unlike in `bounded_memory`.
     """
     forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -152,7 +152,7 @@ def bounded_resident(extra: int = 64 << 20) -> Iterator[None]:
 
     counted = forget.exists()
     if counted:
-        forget.write_text("5")  # the peak so far
+        forget.write_text("5")  # resets the peak
         before = kilobytes("VmRSS")
     yield
     if counted:

@@ -1,4 +1,4 @@
-"""A device that does nothing until somebody waits for it: where a wait is missing, bytes are wrong."""
+"""A device that works only when it is waited for: a missing wait gives wrong bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LateEvent:
 
 
 class LateStream:
-    """Work not done yet; done in order, and only as far as somebody waits for."""
+    """A queue of work, done in order and only as far as someone waits."""
 
     def __init__(self) -> None:
         self.waiting: deque[Callable[[], object]] = deque()
@@ -48,7 +48,7 @@ class LateStream:
 
 
 class _HandOver(TorchDispatchMode):
-    """Puts the operations of torch off, but not the making of views and of new memory."""
+    """Defers torch operations, except views and allocations."""
 
     def __init__(self, stream: LateStream) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _HandOver(TorchDispatchMode):
             (out,) = written
             self._stream.push(lambda: func(*args, **kwargs))
             return kwargs[out.name] if out.name in kwargs else args[schema.arguments.index(out)]
-        results = func(*args, **kwargs)  # of what is not there yet: the right shapes, the wrong values
+        results = func(*args, **kwargs)  # the inputs are not ready: right shapes, wrong values
 
         def redo() -> None:
             for old, new in zip(results, func(*args, **kwargs), strict=True):
@@ -76,7 +76,7 @@ class _HandOver(TorchDispatchMode):
 
 
 class Late(Cpu):
-    """A device of such streams."""
+    """A device with late streams."""
 
     def __init__(self) -> None:
         self.streams: list[LateStream] = []

@@ -1,4 +1,4 @@
-"""A store whose files are bytes in memory: as little as a store needs."""
+"""A minimal store with files in memory."""
 
 from __future__ import annotations
 
