@@ -127,15 +127,17 @@ def spelled(text: str) -> str:
     """Turn the parameters that a message of the library names into options.
 
     `name` becomes --name, `name=value` --name value, `name=True` --name, `name=False` --no-name, and
-    `function(name=value)` the command that does it.
+    `function(name=value)` or `function(...)` the command that does it.
     """
-    return re.sub(r"`(?:(\w+)\()?(\w+)(?:=([^`]*?))?(\)?)`", _option, text)
+    return re.sub(r"`(?:(\w+)\()?(\w+|\.{3})(?:=([^`]*?))?\)?`", _option, text)
 
 
 def _option(match: re.Match[str]) -> str:
-    function, name, text, _ = match.groups()
-    option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
+    function, name, text = match.groups()
     command = "" if function is None else f"ckpt {function.replace('_', '-')} "
+    if name == "...":
+        return command.rstrip()
+    option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
     if text is None or text == "True":
         return command + option
     if text == "False":

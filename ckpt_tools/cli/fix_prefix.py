@@ -1,4 +1,4 @@
-"""`ckpt fix-prefix`: parse, rename, show."""
+"""`ckpt fix-prefix`: parse, fix, show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import arguments, console
 from .arguments import spelled
 
 if TYPE_CHECKING:
-    from ..jobs.rename import PrefixReport
+    from ..jobs.fix_prefix import PrefixReport
 
 
 @arguments.takes(Prefixes, RenamedOutput, Running)
@@ -20,11 +20,11 @@ def fix_prefix(checkpoint: arguments.Averaged = None, *, json: arguments.Json = 
     Example: ckpt fix-prefix averaged.pth
     """
     arguments.check_folder()
-    from ..jobs import rename
+    from ..jobs.fix_prefix import fix_prefix as without_prefixes
 
     started = time.perf_counter()
     with console.progress("copying") as on_progress:
-        report = rename.fix_prefix(arguments.averaged(checkpoint), **options, on_plan=_show, on_progress=on_progress)
+        report = without_prefixes(arguments.averaged(checkpoint), **options, on_plan=_show, on_progress=on_progress)
     if report.written:
         seconds = time.perf_counter() - started
         console.wrote(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")

@@ -174,7 +174,7 @@ def _unseen_bytes(tree: Any) -> int:
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse a checkpoint that cannot be written again, or that would be left without weights."""
     if not header.format.nests or header.in_folder != header.format.folder:
-        raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See ckpt convert.")
+        raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See `convert(...)`.")
     if not holds(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     for path, tensor in tensors_in(tree):

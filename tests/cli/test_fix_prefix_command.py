@@ -399,17 +399,17 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
 
 
 def test_a_file_that_shrinks_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckpt_tools.jobs import rename as prefixes
+    from ckpt_tools.jobs import fix_prefix as job
 
     path = save("c.pth")
-    real = prefixes.read_header
+    real = job.read_header
 
     def disturbed(given: Path) -> Any:
         header = real(given)
         os.truncate(given, 100)
         return header
 
-    monkeypatch.setattr(prefixes, "read_header", disturbed)
+    monkeypatch.setattr(job, "read_header", disturbed)
     result = run("fix-prefix", path)
     assert result.code == 1
     assert "c.pth: changed while it was read" in result.err

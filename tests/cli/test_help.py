@@ -63,7 +63,7 @@ def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path, arguments: lis
     [
         (["avg", "--help"], set()),
         (["avg", "RUN", "-o", "a.pth", "--force", "--mode", "ema", "--decay", "0.9"], {"average"}),
-        (["fix-prefix", "RUN", "-o", "b.pth", "--add", "model."], {"rename"}),
+        (["fix-prefix", "RUN", "-o", "b.pth", "--add", "model."], {"fix_prefix"}),
         (["strip", "RUN", "-o", "c.pth"], {"strip"}),
     ],
 )
@@ -85,7 +85,7 @@ def test_a_command_imports_nothing_that_it_does_not_need(
     line = next(line for line in done.stdout.splitlines() if line.startswith("exit"))
     loaded = set(re.findall(r"'([\w.]+)'", line))
     assert not loaded & {"pydantic", "rich", "torch", "numpy"}
-    verbs = {"average", "convert", "diff", "inspect", "recalibrate", "rename", "strip"}
+    verbs = {"average", "convert", "diff", "fix_prefix", "inspect", "recalibrate", "strip"}
     assert {name for name in verbs if f"ckpt_tools.jobs.{name}" in loaded} == jobs
     assert (
         len([name for name in loaded if re.fullmatch(r"ckpt_tools\.cli\.(avg|convert|diff|fix_prefix|strip)", name)])

@@ -48,7 +48,16 @@ def test_every_mark_in_a_message_names_a_parameter_of_a_public_function() -> Non
                 assert name in PARAMETERS, f"{path}: `{name}` in {text!r}"
                 assert not function or name in inspect.signature(FUNCTIONS[function]).parameters
                 marks += 1
+            for function in re.findall(r"`(\w+)\(\.\.\.\)`", text):
+                assert function in FUNCTIONS, f"{path}: `{function}(...)` in {text!r}"
+                marks += 1
     assert marks > 80
+
+
+def test_messages_of_the_library_name_no_command_that_is_a_function() -> None:
+    for path in LIBRARY:
+        for text in texts(path):
+            assert not re.search(r"\bckpt (avg|convert|diff|fix-prefix|recal-bn|strip)\b", text), f"{path}: {text!r}"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,7 @@ def test_every_mark_in_a_message_names_a_parameter_of_a_public_function() -> Non
         ("`data='my photos'`: no", "--data 'my photos': no"),
         ("goes with `eval_data`.", "goes with --eval."),
         ("first: `convert(to='plain')`.", "first: ckpt convert --to plain."),
+        ("first: `fix_prefix(...)`.", "first: ckpt fix-prefix."),
         ("off: `fix_prefix(strip='module.')`", "off: ckpt fix-prefix --strip module."),
         ("`decay=1.5`: must", "--decay 1.5: must"),
         ("`device='cuda:9'`: there", "--device cuda:9: there"),

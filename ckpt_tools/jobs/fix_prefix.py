@@ -1,4 +1,4 @@
-"""Renaming: names of tensors change, and the kernel copies the payload."""
+"""Fixing prefixes: names of tensors change, and the kernel copies the payload."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     source = Path(path)
     if store_of(source).is_file(source / ".metadata"):
         raise UnsupportedError(
-            f"{source}: a DCP checkpoint, with names in many places. Convert it to one file first: ckpt convert."
+            f"{source}: a DCP checkpoint, with names in many places. Convert it to one file first: `convert(...)`."
         )
     header = read_header(source)
     notes: list[str] = []
