@@ -298,14 +298,14 @@ def rewrite(
     Raises:
         UsageError: the target's suffix asks for another format.
     """
-    check_same_format(base, target)
+    folder = base.in_folder
+    check_same_format(base, target, folder=folder)
     if state.keys is None:
         raise UsageError(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
             "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
-    folder = base.in_folder
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
         tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.view.items()}

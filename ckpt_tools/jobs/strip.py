@@ -124,7 +124,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     if not report.anything:
         return run(report, running)
     _check_kept(header, tree, sets)
-    check_same_format(header, target)
+    check_same_format(header, target, folder=header.in_folder)
     said = provenance(
         "strip",
         {"state": which.state},

@@ -308,7 +308,7 @@ def large() -> Path:
 SLOWLY = """
 import os, sys, time
 from ckpt_tools.storage import splice
-splice._filled = lambda fd, span: [span]
+splice._without_holes = lambda source, span: [span]
 def slow(source, target, count, start, position):
     time.sleep(0.01)
     return real(source, target, min(count, 1 << 16), start, position)

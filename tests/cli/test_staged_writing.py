@@ -148,8 +148,8 @@ def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(
     for behind in ("precious" if folder else "precious/config.json", "nowhere"):
         Path("out").symlink_to(behind)
         with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
-            check_target(Path("out"), [], nbytes=0, force=False, folder=folder)
-        check_target(Path("out"), [], nbytes=0, force=True, folder=folder)
+            check_target(Path("out"), [], nbytes=0, force=False, names=shards)
+        check_target(Path("out"), [], nbytes=0, force=True, names=shards)
         with staged_files(Path("out"), shards, [3], force=True):
             pass
         assert not Path("out").is_symlink()

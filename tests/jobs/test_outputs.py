@@ -12,19 +12,27 @@ import pytest
 
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.errors import UsageError, WriteError
-from ckpt_tools.jobs.outputs import Target, check_replaceable, check_target
+from ckpt_tools.jobs.outputs import Target, check_target
+
+NEW = ["model.safetensors", "config.json"]
+"""Files of a new folder."""
 
 
 def check(
     target: str, *, inputs: tuple[str, ...] = (), nbytes: int = 0, force: bool = False, folder: bool = False
 ) -> None:
-    check_target(Path(target), map(Path, inputs), nbytes=nbytes, force=force, folder=folder)
+    check_target(Path(target), map(Path, inputs), nbytes=nbytes, force=force, names=NEW if folder else None)
+
+
+def add_index(folder: Path) -> None:
+    shards = {name: name for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
 def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(
     here: Path, old_folder: Callable[..., Path]
 ) -> None:
-    old_folder()
+    add_index(old_folder())
     with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
         check("out", folder=True)
     check("out", folder=True, force=True)
@@ -35,26 +43,25 @@ def test_a_folder_with_anything_else_is_never_replaced(
     here: Path, old_folder: Callable[..., Path], stranger: str
 ) -> None:
     folder = old_folder()
-    shards = {name: name for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    check_replaceable(folder, ["model.safetensors", "config.json"])
+    add_index(folder)
+    check("out", folder=True, force=True)
     if "." in stranger[1:]:
         (folder / stranger).write_text("precious")
     else:
         (folder / stranger).mkdir()
     with pytest.raises(WriteError, match=rf"out: holds {re.escape(stranger)}, which the new folder would not"):
-        check_replaceable(folder, ["model.safetensors", "config.json"])
+        check("out", folder=True, force=True)
 
 
 def test_a_folder_whose_index_cannot_be_read_is_refused_in_words(here: Path, old_folder: Callable[..., Path]) -> None:
     index = old_folder() / "model.safetensors.index.json"
     index.write_text("no JSON")
     with pytest.raises(WriteError, match="out: cannot be a target .*not the index of a sharded checkpoint"):
-        check_replaceable(Path("out"), [])
+        check("out", folder=True, force=True)
     index.unlink()
     index.mkdir()
     with pytest.raises(WriteError, match="out: cannot be a target .*Is a directory"):
-        check_replaceable(Path("out"), [])
+        check("out", folder=True, force=True)
 
 
 def test_an_empty_folder_needs_no_force(here: Path) -> None:
