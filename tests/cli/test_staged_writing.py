@@ -143,14 +143,14 @@ def test_an_interruption_after_the_rename_comes_too_late(here: Path, monkeypatch
 def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(
     here: Path, old_folder: Callable[..., Path], folder: bool
 ) -> None:
-    shards = ["model.safetensors"] if folder else None
-    old_folder("precious")
+    old = old_folder("precious")
+    files = [path.name for path in old.iterdir()] if folder else None
     for behind in ("precious" if folder else "precious/config.json", "nowhere"):
         Path("out").symlink_to(behind)
         with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
-            check_target(Path("out"), [], nbytes=0, force=False, names=shards)
-        check_target(Path("out"), [], nbytes=0, force=True, names=shards)
-        with staged_files(Path("out"), shards, [3], force=True):
+            check_target(Path("out"), [], nbytes=0, force=False, names=files)
+        check_target(Path("out"), [], nbytes=0, force=True, names=files)
+        with staged_files(Path("out"), files, [3] * (3 if folder else 1), force=True):
             pass
         assert not Path("out").is_symlink()
         assert Path("precious/config.json").read_text() == "old"
