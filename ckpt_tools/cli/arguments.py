@@ -9,18 +9,20 @@ import ast
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
 from ..errors import UsageError, WriteError
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.schedules import Numbers, Option
+from . import console
 
+R = TypeVar("R")
 SPELLINGS = {
     "out": ("--out", "-o"),
     "batch_size": ("--batch-size", "-b"),
@@ -39,37 +41,30 @@ Averaged = Annotated[
 """A checkpoint that is what `ckpt avg` writes if none is given."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command: a function, and the groups whose options it takes as ``**options``, as the library takes them.
+def with_options(*groups: type[Group], **readers: Reader) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function with ``**options`` a parameter for each option of these groups, as Typer wants it.
 
-    Attributes:
+    Args:
         readers: for options whose value the command line writes otherwise; called with text.
     """
+    options = [(group.title, o) for group in groups for o in group.options() if not o.name.startswith("on_")]
 
-    function: Callable[..., None]
-    groups: tuple[type[Group], ...]
-    readers: Mapping[str, Reader]
-
-    def for_typer(self) -> Callable[..., None]:
-        """Return the function with a parameter for each option, as Typer wants it."""
-        options = [(group.title, o) for group in self.groups for o in group.options() if not o.name.startswith("on_")]
-
-        @wraps(self.function)
+    def for_typer(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
         def call(**given: Any) -> None:
             for _, option in options:
                 value = _read(option, given[option.name])
-                given[option.name] = self.readers[option.name](value) if option.name in self.readers else value
-            self.function(**given)
+                given[option.name] = readers[option.name](value) if option.name in readers else value
+            function(**given)
 
-        signature = inspect.signature(self.function, eval_str=True)
+        signature = inspect.signature(function, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [
             inspect.Parameter(
                 option.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None if option.default in (REQUIRED, ()) else option.default,
-                annotation=_annotation(title, option, as_text=option.name in self.readers),
+                annotation=_annotation(title, option, as_text=option.name in readers),
             )
             for title, option in options
         ]
@@ -79,10 +74,7 @@ class Command:
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         return call
 
-
-def takes(*groups: type[Group], **readers: Reader) -> Callable[[Callable[..., None]], Command]:
-    """Make a command of a function; see `Command`."""
-    return lambda function: Command(function, groups, readers)
+    return for_typer
 
 
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
@@ -149,6 +141,20 @@ def _option(match: re.Match[str]) -> str:
     from shlex import quote
 
     return f"{command}{option} {quote(value) if isinstance(value, str) else value}"
+
+
+def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
+    """Call a function of the library and show its progress; return its report, and the seconds that it took."""
+    check_folder()
+    started = time.perf_counter()
+    with console.progress(doing) as on_progress:
+        report = job(*inputs, **options, on_progress=on_progress)
+    return report, time.perf_counter() - started
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Show notes of a report, with options instead of parameters."""
+    console.say(*map(spelled, notes))
 
 
 def plain(report: Any) -> dict[str, Any]:
