@@ -47,6 +47,11 @@ def unwrap(names: Iterable[str]) -> Mapping[str, str]:
     return mapping
 
 
+def renamed(tensors: Mapping[str, Tensor], bare: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Return tensors by their new names, as `unwrap` returns them."""
+    return tensors if isinstance(bare, Unchanged) else dict(zip(bare.values(), tensors.values(), strict=True))
+
+
 def unwrapping(names: Iterable[str]) -> Callable[[str], str]:
     """Make the function that takes from a name the wrapper prefixes that go from all these names; see `unwrap`."""
     bare = [_strip_private(name) for name in names]

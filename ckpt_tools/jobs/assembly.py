@@ -28,7 +28,7 @@ from ..formats.pickle_write import plain
 from ..formats.sharded import INDEX_SUFFIXES
 from ..formats.tree import holds, put, tensors_in, without
 from ..storage.source import stamp_at, store_of
-from ..tensors import TensorSpec, UnsupportedTensor
+from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .outputs import Target, check_same_format, check_shard_size
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -75,37 +75,30 @@ class Assembly:
 @without_collector()
 def assemble(
     tensors: Mapping[str, OutTensor],
+    writing: Writing,
     *,
     target: Target,
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
-    provenance: Mapping[str, Any],
-    max_shard_size: int | None = None,
-    untie: bool = False,
 ) -> Assembly:
     """Lay the output out in the format that the target's suffix asks for.
 
     Args:
         tensors: what to write; one OutTensor under two names is tied.
+        writing: how; the formats ignore what does not apply to them.
         base: header of the last checkpoint, whose container a .pth keeps.
         state: the set of weights in it that the tensors stand for.
         renamed: its names to the output's names.
-        provenance: written beside the weights.
-        max_shard_size: bytes a shard.
-        untie: write tied tensors under each name where the format cannot tie.
     """
-    check_shard_size(target, max_shard_size)
+    check_shard_size(target, writing.max_bytes)
     dropped = unkept_metadata(base)
     if target.format.nests:
         tree, kept = _container(tensors, base, state, renamed, dropped)
-        files = target.format.plan(tree, Writing(name=target.name, provenance=provenance))
+        files = target.format.plan(tree, writing)
         return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
     dropped += beside(base.view, state)
-    return flat(
-        tensors, target=target, base=base, provenance=provenance,
-        max_shard_size=max_shard_size, untie=untie, dropped=dropped,
-    )  # fmt: skip
+    return flat(tensors, writing, target=target, base=base, dropped=dropped)
 
 
 def unkept_metadata(base: Header) -> list[str]:
@@ -115,27 +108,20 @@ def unkept_metadata(base: Header) -> list[str]:
 
 def flat(
     tensors: Mapping[str, OutTensor],
+    writing: Writing,
     *,
     target: Target,
     base: Header,
-    provenance: Mapping[str, Any],
-    max_shard_size: int | None = None,
-    untie: bool = False,
     dropped: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
-    stem: str | None = None,
 ) -> Assembly:
     """Lay names and tensors out as a safetensors file, or as a folder of shards.
 
     Args:
-        base: header of the checkpoint whose companions and shards a folder takes over.
+        base: header of the checkpoint whose companions a folder takes over.
         dropped: what is not carried over.
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
-        stem: how the shards are called, ``model`` or as the input's if not given.
     """
-    writing = Writing(
-        name=target.name, provenance=provenance, untie=untie, max_bytes=max_shard_size, like=base, stem=stem
-    )
     files = target.format.plan(tensors, writing)
     if not target.folder:
         return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
@@ -147,7 +133,7 @@ def flat(
 
 
 def nested(
-    tree: Any, *, target: Path, provenance: Mapping[str, Any], dropped: Sequence[str] = (), folder: bool = False
+    tree: Any, *, target: Path, provenance: Mapping[str, Any] | None, dropped: Sequence[str] = (), folder: bool = False
 ) -> Assembly:
     """Lay a tree of plain data, specs and OutTensors out as a torch file, or as a folder of DCP.
 
@@ -308,13 +294,10 @@ def rewrite(
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
-        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.view.items()}
-        if folder:
-            files = target.format.plan(tensors, Writing(name=target.name, provenance=provenance, like=base))
-            return Assembly(target.path, files, folder=True, companions=tuple(companions(base)))
-        kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
-        files = base.format.plan(tensors, Writing(name=target.name, metadata=kept, provenance=provenance))
-        return Assembly(target.path, files, folder=False)
+        tensors = {name: changed.get(name) or copies[dense(base, name, spec)] for name, spec in base.view.items()}
+        kept = {key: text for key, text in base.metadata.items() if not folder and key not in (*tensors, "format")}
+        writing = Writing(name=target.name, metadata=kept, provenance=provenance, like=base)
+        return flat(tensors, writing, target=target, base=base)
     old = reduce(getitem, state.path, base.view)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
@@ -323,7 +306,12 @@ def rewrite(
     return nested(tree, target=target.path, provenance=provenance, folder=folder)
 
 
-def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:
+def dense(base: Header, name: str, tensor: Tensor) -> TensorSpec:
+    """Return a tensor that can be written.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
     if isinstance(tensor, UnsupportedTensor):
         raise UnsupportedError(f"{base.path}: '{name}' is {tensor.reason}, which cannot be written here.")
     return tensor

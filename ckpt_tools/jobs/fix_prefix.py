@@ -23,11 +23,12 @@ from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
 from .outputs import Target, check_same_format, check_target
+from .reports import Report
 from .run import copy, run
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixReport:
+class PrefixReport(Report):
     """What a change of names does; the plan before the work, and the result after it.
 
     Attributes:

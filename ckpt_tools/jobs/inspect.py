@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, dotted, states
@@ -14,6 +14,7 @@ from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from .reports import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class Description(Report):
     """The contents of a checkpoint.
 
     Attributes:
@@ -87,10 +88,6 @@ class Description:
     optimizers: tuple[Optimizer, ...]
     foreign: dict[str, int]
     provenance: dict[str, Any] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the description as plain data for JSON."""
-        return asdict(self)
 
 
 def describe(header: Header) -> Description:

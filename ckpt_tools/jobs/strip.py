@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -22,6 +22,7 @@ from .assembly import nested
 from .options import KeptState, Running, StrippedOutput, takes
 from .outputs import Target, check_same_format, named_after
 from .provenance import provenance
+from .reports import Report
 from .run import produce, run
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
@@ -43,7 +44,7 @@ class Stripped:
 
 
 @dataclass(frozen=True, slots=True)
-class StripReport:
+class StripReport(Report):
     """What is stripped from a checkpoint; the plan before the work, and the result after it.
 
     Attributes:
@@ -76,10 +77,6 @@ class StripReport:
     def anything(self) -> bool:
         """True if there is something to strip."""
         return bool(self.entries) or self.compacted > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON."""
-        return asdict(self)
 
 
 @takes(KeptState, StrippedOutput, Running)
