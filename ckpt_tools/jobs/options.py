@@ -5,6 +5,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
@@ -33,10 +34,8 @@ class Options:
     _options: ClassVar[Mapping[str, Option]] = {}
 
     def __init_subclass__(cls) -> None:
-        declared = {name: (vars(cls)[name], type_) for name, type_ in inspect.get_annotations(cls).items()}
-        own = {
-            name: Option(name, type_, o.default, o.help, o.implied, o.metavar) for name, (o, type_) in declared.items()
-        }
+        declared = inspect.get_annotations(cls)
+        own = {name: replace(vars(cls)[name], name=name, type=type_) for name, type_ in declared.items()}
         cls._options = {**cls._options, **own}
 
     def __init__(self, **values: Any) -> None:
