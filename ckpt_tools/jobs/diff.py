@@ -189,8 +189,8 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         headers=headers,
         same_place=chosen[0].path == chosen[1].path,
     )
-    found = _measured(plan, headers, tolerance, running)
-    differing = [_tensor_diff(spec, tied, how) for (spec, _), (tied, how) in found.items() if not how.same_bytes]
+    found = [*zip(plan.pairs.items(), _distances(plan, headers, tolerance, running), strict=True)]
+    differing = [_tensor_diff(spec, tied, how) for ((spec, _), tied), how in found if not how.same_bytes]
     return DiffReport(
         a=_side(headers[0], names[0], chosen[0], bare[0]),
         b=_side(headers[1], names[1], chosen[1], bare[1]),
@@ -202,7 +202,7 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         dtypes=tuple(plan.dtypes),
         not_compared=plan.not_compared,
         compared=plan.same + sum(len(tied) for tied in plan.pairs.values()),
-        identical=plan.same + sum(len(tied) for tied, how in found.values() if how.same_bytes),
+        identical=plan.same + sum(len(tied) for (_, tied), how in found if how.same_bytes),
         tensors=tuple(sorted(differing, key=_rank)),
         notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
@@ -290,23 +290,20 @@ def _pair_off(plan: _Plan, name: str, a: TensorSpec, b: TensorSpec) -> None:
         plan.pairs[a, b] = (*plan.pairs.get((a, b), ()), name)
 
 
-def _measured(
-    plan: _Plan, headers: Sequence[Header], tolerance: Tolerance, running: Reading
-) -> dict[tuple[TensorSpec, TensorSpec], tuple[tuple[str, ...], Distance]]:
-    """Read the pairs; return the names and the distance of each."""
+def _distances(plan: _Plan, headers: Sequence[Header], tolerance: Tolerance, running: Reading) -> Sequence[Distance]:
+    """Read the pairs, and compare them."""
     if not plan.pairs:
-        return {}
+        return []
     from ..compute.compare import compare  # imports torch
 
     show = running.on_progress
-    distances = compare(
+    return compare(
         list(plan.pairs),
         **vars(tolerance),
         stamps=[stamp for header in headers for stamp in header.files],
         threads=running.threads,
         on_progress=None if show is None else lambda nbytes: show(nbytes, plan.nbytes),
     )
-    return {pair: (tied, distance) for (pair, tied), distance in zip(plan.pairs.items(), distances, strict=True)}
 
 
 def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -> TensorDiff:

@@ -93,23 +93,22 @@ class Description(Report):
 def describe(header: Header) -> Description:
     """Describe a checkpoint from its header; no payload is read."""
     sets = states(header)
+    weights = {which: _weight_set(state) for which, state in sets.items()}
+    counted = weights.get("raw") or next(iter(weights.values()), None)
+    parameters = 0 if counted is None else counted.nbytes
     return Description(
         path=str(header.path),
         format=header.format.name,
         nbytes=header.nbytes,
         files=len(header.files),
-        sets=tuple(_weight_set(state) for state in sets.values()),
+        sets=tuple(weights.values()),
         other=_other(header, sets),
         counters=stored_counters(header),
         metric=metric_of(header, "metric"),
-        optimizers=tuple(_optimizers(header, sets)),
+        optimizers=tuple(_optimizers(header, sets, parameters)),
         foreign=dict(header.foreign),
         provenance=header.provenance,
     )
-
-
-def _nbytes(state: StateDict) -> int:
-    return sum(spec.nbytes for spec in state.tensors.values() if isinstance(spec, TensorSpec))
 
 
 def _row(name: str, spec: Tensor) -> TensorRow:
@@ -148,9 +147,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     return counts
 
 
-def _optimizers(header: Header, sets: Mapping[str, StateDict]) -> Iterator[Optimizer]:
-    weights = sets.get("raw") or next(iter(sets.values()), None)
-    parameters = 0 if weights is None else _nbytes(weights)
+def _optimizers(header: Header, sets: Mapping[str, StateDict], parameters: int) -> Iterator[Optimizer]:
     for path, state in find_optimizers(header.view, [each.path for each in sets.values()]):
         nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
         place = dotted(path) or "the whole file"
