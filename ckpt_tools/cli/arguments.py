@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -41,40 +41,47 @@ Averaged = Annotated[
 """A checkpoint that is what `ckpt avg` writes if none is given."""
 
 
-def with_options(*groups: type[Group], **readers: Reader) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_options(
+    *groups: type[Group], **readers: Reader
+) -> Callable[[Callable[..., None]], Callable[[], Callable[..., None]]]:
     """Give a function with ``**options`` a parameter for each option of these groups, as Typer wants it.
+
+    It becomes a function that makes it, for the options are known only then: a rule may have been registered meanwhile.
 
     Args:
         readers: for options whose value the command line writes otherwise; called with text.
     """
+    return lambda function: partial(_for_typer, function, groups, readers)
+
+
+def _for_typer(
+    function: Callable[..., None], groups: Sequence[type[Group]], readers: Mapping[str, Reader]
+) -> Callable[..., None]:
     options = [(group.title, o) for group in groups for o in group.options() if not o.name.startswith("on_")]
 
-    def for_typer(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def call(**given: Any) -> None:
-            for _, option in options:
-                value = _read(option, given[option.name])
-                given[option.name] = readers[option.name](value) if option.name in readers else value
-            function(**given)
+    @wraps(function)
+    def call(**given: Any) -> None:
+        for _, option in options:
+            value = _read(option, given[option.name])
+            given[option.name] = readers[option.name](value) if option.name in readers else value
+        function(**given)
 
-        signature = inspect.signature(function, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [
-            inspect.Parameter(
-                option.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None if option.default in (REQUIRED, ()) else option.default,
-                annotation=_annotation(title, option, as_text=option.name in readers),
-            )
-            for title, option in options
-        ]
-        arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
-        parameters = [*arguments, *made, *own[len(arguments) :]]
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {p.name: p.annotation for p in parameters}
-        return call
-
-    return for_typer
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    made = [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if option.default in (REQUIRED, ()) else option.default,
+            annotation=_annotation(title, option, as_text=option.name in readers),
+        )
+        for title, option in options
+    ]
+    arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+    parameters = [*arguments, *made, *own[len(arguments) :]]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
 
 
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:

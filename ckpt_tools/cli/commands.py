@@ -21,7 +21,7 @@ import typer.main
 from . import console
 
 NAMES = ("avg", "convert", "fix-prefix", "inspect", "diff", "strip", "recal-bn")
-"""Each is a function in a module of its name."""
+"""Each is made by a function in a module of its name; see `arguments.with_options`."""
 
 
 class _QuickHelp:
@@ -51,7 +51,7 @@ class Commands(_QuickHelp, typer.core.TyperGroup):
         module = name.replace("-", "_")
         made = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         command = getattr(import_module(f".{module}", __package__), module)
-        made.command(name, cls=_Command)(command)
+        made.command(name, cls=_Command)(command())
         return typer.main.get_command(made)
 
 
