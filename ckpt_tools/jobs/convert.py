@@ -26,7 +26,7 @@ from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
 from ..formats import read_header
 from ..formats.dcp import DCP_FOLDER
-from ..formats.file_plan import OutTensor
+from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
@@ -271,7 +271,7 @@ def _copied(
         if tensor is None:
             changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
             out = dtype if changed and dtype is not None else spec.dtype
-            tensor = OutTensor(out, spec.shape, ((spec, 1.0),), name, finite=changed)
+            tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed)
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
         weights[name] = tensor

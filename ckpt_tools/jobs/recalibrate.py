@@ -25,7 +25,7 @@ from ..evaluation.models import build_model, importable, input_channels, load_we
 from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy
 from ..formats import read_header
-from ..formats.file_plan import OutTensor
+from ..formats.file_plan import OutTensor, Terms
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
 from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, replaced, takes
@@ -327,7 +327,7 @@ def _new_buffers(
         narrow = values.to(torch_dtype(dtype))
         if narrow.is_floating_point() and not torch.isfinite(narrow).all():
             raise NumericsError(f"the new '{name}' overflows {dtype.name}, its dtype in the checkpoint.")
-        new = OutTensor(dtype, spec.shape, (), stored[name], data=_bytes(narrow))
+        new = OutTensor(dtype, spec.shape, Terms(), stored[name], data=_bytes(narrow))
         changed[stored[name]] = made.setdefault((id(values), spec), new)
     return changed
 

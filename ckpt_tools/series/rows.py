@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..errors import LayoutError, UsageError
 from ..formats import without_collector
-from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
+from ..formats.file_plan import Files, OutTensor, Terms
 from ..tensors import Category, DType, TensorSpec
 
 # Only names tell float buffers from parameters; averaging harms these, which are BatchNorm's.
@@ -66,10 +66,10 @@ def recipes(
                 )
             from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
             if from_last or not last.dtype.averaged:
-                terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms | Terms = ((last, 1.0),)
+                terms = Terms.copy(last)
             else:
                 files = counted.get(last.storage.path)
-                terms = SharedTerms(last, files, weights) if files else _scaled(name, row, coefficients, weigh=weigh)
+                terms = Terms((last,), weights, files) if files else _scaled(name, row, coefficients, weigh=weigh)
             out_dtype = dtype if dtype is not None and last.dtype.category is Category.FLOAT else last.dtype
             tensor = OutTensor(out_dtype, last.shape, terms, name)
             if tensor.numel and not alone:
@@ -78,21 +78,19 @@ def recipes(
     return tensors
 
 
-def _scaled(
-    name: str, row: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool
-) -> tuple[tuple[TensorSpec, float], ...] | Terms:
+def _scaled(name: str, row: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool) -> Terms:
     """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
     if weigh and None not in row:
         return Terms(tuple(row), coefficients)  # type: ignore[arg-type]
     present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
     weighing = tuple(present) if all(coefficients) else _weighing(present)
     if len(present) == len(coefficients):
-        return weighing
+        return Terms.of(weighing)
     have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
     # Dividing by a sum that is 0 up to rounding would amplify the rounding.
     if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
         raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
-    return tuple((spec, c * (want / have)) for spec, c in weighing)
+    return Terms.of((spec, c * (want / have)) for spec, c in weighing)
 
 
 def _weighing(terms: Sequence[tuple[_T, float]]) -> tuple[tuple[_T, float], ...]:

@@ -24,7 +24,7 @@ from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import NumericsError
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Payload
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Payload, Terms
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 pytestmark = [
@@ -87,9 +87,10 @@ def written(path: Path, series: Sequence[dict[str, torch.Tensor]], outs: dict[st
         specs.append(open_checkpoint(path / f"{i}.pth").specs)
     slots, at = [], 0
     for name, out in outs.items():
-        terms: Any = tuple((each[name], c) for each, c in zip(specs, row, strict=True))
-        assert all(isinstance(spec, TensorSpec) for spec, _ in terms)
-        slots.append((OutTensor(DTYPES[out], terms[0][0].shape, terms, name), at))
+        tensors: Any = tuple([each[name] for each in specs])
+        assert all(isinstance(spec, TensorSpec) for spec in tensors)
+        terms = Terms(tensors, tuple(row))
+        slots.append((OutTensor(DTYPES[out], tensors[0].shape, terms, name), at))
         at += slots[-1][0].nbytes
     with (path / "out").open("w+b") as file:
         file.truncate(at)

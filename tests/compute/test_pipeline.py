@@ -31,7 +31,7 @@ from ckpt_tools.compute.gpu.streams import Cpu
 from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, Terms
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
@@ -63,8 +63,8 @@ def out_tensors(path: Path, series: Sequence[dict[str, torch.Tensor]], coefficie
     found = {}
     for name, last in rows[-1].items():
         assert isinstance(last, TensorSpec)
-        terms: Any = tuple(zip((row[name] for row in rows), coefficients, strict=True))
-        terms = terms if last.dtype.averaged else ((last, 1.0),)
+        specs: Any = tuple([row[name] for row in rows])
+        terms = Terms(specs, tuple(coefficients)) if last.dtype.averaged else Terms.copy(last)
         found[name] = OutTensor(last.dtype, last.shape, terms, name)
     return found
 
@@ -119,7 +119,7 @@ def test_run_on_a_device_writes_the_bytes_of_the_cpu(
     same = data.draw(st.booleans())
     coefficients = [1 / n] * n if same else [w / sum(map(abs, weights)) for w in weights]
     tensors = out_tensors(tmp_path, series, coefficients)
-    tensors["data"] = OutTensor(DTYPES["uint8"], (9,), (), "data", data=b"123456789")
+    tensors["data"] = OutTensor(DTYPES["uint8"], (9,), Terms(), "data", data=b"123456789")
     checksums = data.draw(st.booleans())
     expected = written(tmp_path, tensors, checksums=checksums)
     with mock.patch.object(pipeline, "RING", data.draw(st.integers(1, 4))):
@@ -403,7 +403,7 @@ def test_late_device_shows_a_missing_wait_in_the_bytes(
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10), room=st.integers(1, 40))
 def test_take_divides_parts_in_order_and_loses_none(lengths: list[int], room: int) -> None:
-    tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
+    tensors = [OutTensor(DTYPES["float32"], (n,), Terms(), str(i)) for i, n in enumerate(lengths)]
     out = OutFile(FilePlan("out", 0, ()), -1)
     rest = tuple(Slice(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []

@@ -22,7 +22,7 @@ from ckpt_tools.compute.compare import compare
 from ckpt_tools.compute.tiles import Tile, cut_tile, packed_strides, rows, storage_order, storage_orders, tiles
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CorruptError, NumericsError
-from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Terms
 from ckpt_tools.tensors import DTYPES, Category, Storage, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -81,7 +81,7 @@ def stored(path: Path, values: torch.Tensor, strides: Sequence[int], *, big_endi
 
 def written(path: Path, terms: Sequence[tuple[TensorSpec, float]], out: str, **options: Any) -> bytes:
     """Sum tensors by the engine; return the bytes, of which the checksum was right."""
-    tensor = OutTensor(DTYPES[out], terms[0][0].shape, tuple(terms), "w")
+    tensor = OutTensor(DTYPES[out], terms[0][0].shape, Terms.of(terms), "w")
     crcs: list[int] = []
 
     def keep(found: Sequence[int]) -> bytes:
@@ -290,7 +290,7 @@ def test_a_file_that_ends_within_a_tile_is_an_error(tmp_path: Path, way: str) ->
 def test_memory_needed_counts_tiles(tmp_path: Path, way: str) -> None:
     values = numbers("float32", (30, 40))
     needed = [
-        engine.memory_needed([OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), "w")], threads=2)
+        engine.memory_needed([OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), "w")], threads=2)
         for spec in (stored(tmp_path / "0", values, (1, 30)), stored(tmp_path / "1", values, (40, 1)))
     ]
     assert needed[0] - needed[1] == (2 * native.TILE_SCRATCH if way == "native" else 0)

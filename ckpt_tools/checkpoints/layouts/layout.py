@@ -10,7 +10,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from ...errors import LayoutError
-from ...formats.file_plan import OutTensor
+from ...formats.file_plan import OutTensor, Terms
 from ...formats.header import Header
 from ...formats.tree import Path, follow, put
 from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
@@ -269,7 +269,7 @@ class Content:
 
 def scalar(dtype: str, code: str, value: float) -> OutTensor:
     """Make a tensor without dimensions of a number of our own."""
-    return OutTensor(DTYPES[dtype], (), (), "an EMA value", finite=False, data=struct.pack(f"<{code}", value))
+    return OutTensor(DTYPES[dtype], (), Terms(), "an EMA value", finite=False, data=struct.pack(f"<{code}", value))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
