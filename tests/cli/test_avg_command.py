@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import PATIENCE, contents, environment, refused, run
+from fake_gpu import Cpu
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.compute.gpu import devices, streams
@@ -309,7 +310,7 @@ def test_code_in_a_pickle_is_not_run_and_its_tensors_are_had(pair: list[Path]) -
 
 def test_the_plan_and_the_last_line_name_the_gpu(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "choose", lambda name, nbytes: ("cuda:0",))
-    monkeypatch.setattr(streams, "opened", lambda name: streams.Cpu())
+    monkeypatch.setattr(streams, "Gpu", lambda name: Cpu())
     plan = run("avg", *pair, "--device", "cuda", "--dry-run", "--json")
     assert "of buffers; sums on cuda:0." in plan.err
     assert json.loads(plan.out)["device"] == "cuda:0"

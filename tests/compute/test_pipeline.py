@@ -19,15 +19,14 @@ from unittest import mock
 import pytest
 import torch
 from conftest import FLOATS
+from fake_gpu import Cpu, Late, LateEvent, LateStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from late import Late, LateEvent, LateStream
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
 from ckpt_tools.compute.gpu import pipeline, streams
-from ckpt_tools.compute.gpu.streams import Cpu
 from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
@@ -41,14 +40,13 @@ CUDA = pytest.param(
     "cuda:0",
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")],
 )
-Open = Callable[[str], streams.Device]
 
 
 @pytest.fixture(params=["cpu", "late", CUDA])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a device, with loads so small that a few tensors make many."""
-    opened: Open = streams.opened
-    monkeypatch.setattr(streams, "opened", lambda name: Late() if name == "late" else opened(name))
+    if request.param != "cuda:0":
+        monkeypatch.setattr(streams, "Gpu", lambda _: Late() if request.param == "late" else Cpu())
     monkeypatch.setattr(pipeline, "LEAST", 8)
     monkeypatch.setattr(pipeline, "MOST", 64)
     return str(request.param)
@@ -235,7 +233,7 @@ def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
         opened.append(make())
         return opened[-1]
 
-    monkeypatch.setattr(streams, "opened", open_one)
+    monkeypatch.setattr(streams, "Gpu", open_one)
     return opened
 
 
@@ -312,7 +310,7 @@ def test_run_on_a_device_frees_memory_before_it_takes_less(tmp_path: Path, monke
 
 def test_run_shares_the_work_among_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(streams, "opened", lambda name: names.append(name) or Cpu())
+    monkeypatch.setattr(streams, "Gpu", lambda name: names.append(name) or Cpu())
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(1000,)]), [0.5, 0.5])
     written(tmp_path, tensors, devices=("a", "b", "c"), threads=1)
     assert sorted(names) == ["a", "b", "c"]
