@@ -239,17 +239,13 @@ def _clear(out: OutFile, band: Band) -> None:
 
 
 def _work(job: _Job) -> None:
-    try:
-        cpu = _Cpu(job)
-        with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
-            while (unit := job.next_unit()) is not None:
-                for left in gpu.fill(unit):
-                    cpu.fill(left)
-            for left in gpu.finish():
+    cpu = _Cpu(job)
+    with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
+        while (unit := job.next_unit()) is not None:
+            for left in gpu.fill(unit):
                 cpu.fill(left)
-    except BaseException:
-        job.stop.set()
-        raise
+        for left in gpu.finish():
+            cpu.fill(left)
 
 
 class _Cpu:

@@ -385,7 +385,7 @@ def test_pipeline_hands_nothing_over_when_it_is_stopped(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("where", "what"), [(LateStream, "wait_event"), (LateEvent, "synchronize")])
-def test_late_device_shows_a_missing_wait_in_the_bytes(
+def test_run_on_a_late_device_shows_a_missing_wait_in_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: type, what: str
 ) -> None:
     """That the late device is as late as a GPU may be."""
