@@ -233,7 +233,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _content(
     header: Header,
-    sets: Mapping[str, StateDict],
+    sets: dict[str, StateDict],
     dtype: DType | None,
     naming: Naming,
     notes: list[str],
@@ -294,7 +294,7 @@ def _assembled(
     if target.format.nests:
         return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
     whole = layout.flatten(content)
-    if whole.dcp:
+    if layout.outputs == ("folder",):
         files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
         return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     return flat(

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import ckpt_tools
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.checkpoints.layouts import LAYOUTS, Encoding, Layout, StateDict, register, select, states, unregister
-from ckpt_tools.checkpoints.layouts.layout import DETECTED, ENCODINGS
+from ckpt_tools.checkpoints.layouts.layout import DETECTED, encoding_of
 from ckpt_tools.checkpoints.optimizers import looks_like_training_state
 from ckpt_tools.errors import LayoutError, UsageError
 from ckpt_tools.formats import read_header
@@ -386,15 +386,15 @@ def test_register_makes_an_encoding_known_that_is_read_and_written(
 
 
 def test_unregister_leaves_nothing_behind(save: Save) -> None:
-    before = (list(LAYOUTS), list(DETECTED), list(ENCODINGS))
-    own = Encoding("toy", lambda node: False, lambda node, names, raw: {})
+    before = (list(LAYOUTS), list(DETECTED))
+    own = Encoding("toy", lambda node: node == "toy", lambda node, names, raw: {})
     toy = Layout("toy", "", raw=("net",), ema=("net_avg",), ema_encoding=own)
     register(toy)
-    assert (DETECTED[0], ENCODINGS[0]) == (toy, own)
+    assert (DETECTED[0], encoding_of("toy")) == (toy, own)
     with pytest.raises(ValueError, match="there is a layout named 'toy' already"):
         register(toy)
     unregister(toy)
-    assert (list(LAYOUTS), list(DETECTED), list(ENCODINGS)) == before
+    assert (list(LAYOUTS), list(DETECTED), encoding_of("toy")) == (*before, None)
 
 
 def test_layouts_are_named_in_no_module_but_their_own() -> None:

@@ -70,12 +70,7 @@ def _one_below(tree: Mapping[Any, Any], names: Names) -> Sets:
     if len(inside) != 1:
         return {}
     ((key, found),) = inside.items()
-    return {
-        which: replace(
-            each, path=(key, *each.path), home=(key, *each.home), set_paths=tuple((key, *p) for p in each.set_paths)
-        )
-        for which, each in found.items()
-    }
+    return {which: each.below((key,)) for which, each in found.items()}
 
 
 def is_ema_by_name(header: Header) -> bool:
@@ -233,7 +228,7 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     # What is found without a path would be found again in an output, and taken for its weights.
     set_paths = tuple(dict.fromkeys((path, *(p for each in others for p in each.set_paths))))
     which, layout = ("ema", found.layout) if "ema" in sets else (asked, "dotted path")
-    return found.below(path, which=which, layout=layout, home=path, set_paths=set_paths)
+    return found.below(path, which=which, layout=layout, set_paths=set_paths)
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:
