@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,15 +68,9 @@ class BatchNormReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON, without the statistics themselves."""
-        return {
-            "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [list(entry) for entry in self.skipped],
-            "images": self.images,
-            "batches": self.batches,
-            "passes": self.passes,
-            "estimator": self.estimator,
-            "seconds": self.seconds,
-        }
+        plain = asdict(replace(self, statistics={}))
+        del plain["statistics"]
+        return plain
 
 
 def compare(

@@ -160,9 +160,9 @@ def recalibrate_checkpoint(
             check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
-            with Runner(network, device, amp=running.amp, channels_last=running.channels_last) as runner:
-                progress = running.on_progress or _unseen
-                report = _measured(report, runner, batches, opened.held_out, measuring.estimator, group, progress)
+            runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+            progress = running.on_progress or _unseen
+            report = _measured(report, runner, batches, opened.held_out, measuring.estimator, group, progress)
             if measuring.require_gain:
                 _check_gain(report, measuring.eval_data)
             if group.first and report.statistics is not None:
