@@ -72,7 +72,7 @@ def recalibrate_bn(
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
     layers, skipped = find_layers(model)
-    before = {name: _read(layer) for name, layer in layers.items()}
+    before = {name: _statistics_of(layer) for name, layer in layers.items()}
     run, found = _Pass(layers, 0), {}
     with _borrowed(model, layers):
         while layers and run.number < passes:
@@ -83,7 +83,7 @@ def recalibrate_bn(
                 raise DataError("the data yield no batch. Nothing was recalibrated.")
             found = {name: state.estimate(estimator) for name, state in run.states.items() if state.population.count}
             for name, new in found.items():
-                _write(layers[name], new, run.batches)
+                _set_statistics(layers[name], new, run.batches)
                 if not torch.isfinite(layers[name].running_var).all():
                     raise NumericsError(f"the new statistics of '{name}' overflow {layers[name].running_var.dtype}.")
         if layers and not found:
@@ -177,7 +177,7 @@ class _Pass:
         self._calls.append(name)
         self._finite.append(torch.isfinite(moments.mean + moments.m2).all())
         if self.number == 1:
-            _write(layer, (moments.mean, moments.variance(correction=0)), None)
+            _set_statistics(layer, (moments.mean, moments.variance(correction=0)), None)
         if self._calls == self._order:
             raise _Reached
 
@@ -267,12 +267,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _read(layer: Any) -> tuple[Tensor | None, Tensor]:
+def _statistics_of(layer: Any) -> tuple[Tensor | None, Tensor]:
     mean, variance = getattr(layer, "running_mean", None), layer.running_var
     return (None if mean is None else mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True))
 
 
-def _write(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> None:
+def _set_statistics(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> None:
     mean, variance = found
     if getattr(layer, "running_mean", None) is not None:
         layer.running_mean.copy_(mean)

@@ -17,7 +17,7 @@ class LayerReport:
     """One layer, before and after.
 
     Attributes:
-        name, kind: in the model, and its class.
+        name, class_name: in the model, and of its class.
         channels: C.
         count: measured values per channel: images times positions, over all calls.
         mean_before, mean_after: largest magnitude over channels.
@@ -31,7 +31,7 @@ class LayerReport:
     """
 
     name: str
-    kind: str
+    class_name: str
     channels: int
     count: int
     mean_before: float
@@ -91,7 +91,7 @@ def compare(
     moved = torch.zeros_like(mean) if old_mean is None else torch.where(live, (mean - old_mean).abs() / sigma, 0.0)
     return LayerReport(
         name=name,
-        kind=type(layer).__name__,
+        class_name=type(layer).__name__,
         channels=len(variance),
         count=state.population.count,
         mean_before=0.0 if old_mean is None else _largest(old_mean),

@@ -39,7 +39,7 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
     known = None
     if not alone:
         found = [each.tensors for each in sets] or state_dicts(tree).values()
-        known = [_Names(key for key in names if isinstance(key, str)) for names in found]
+        known = [_WeightNames(key for key in names if isinstance(key, str)) for names in found]
     seen: set[int] = set()
     stack: list[tuple[Path, Any]] = [((), tree)]
     while stack:
@@ -71,7 +71,7 @@ def _goes(key: Any, value: Any) -> bool:
 
 
 def _all_but_weights(
-    path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_Names] | None, notes: list[str]
+    path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_WeightNames] | None, notes: list[str]
 ) -> Iterator[Path]:
     """Yield the path of an entry; if it holds weights, the paths of all that is in it but them."""
     inside = [each.path for each in sets if leads(path, each.path)]
@@ -116,7 +116,7 @@ def other_weights(
 ) -> Iterator[Path]:
     """Find the sets of weights that were not chosen: those of the layout, and dicts with the same names."""
     own = set(chosen.tensors.values())
-    names = _Names(chosen.tensors)
+    names = _WeightNames(chosen.tensors)
     found = []
     for each in sets:
         found.append(each.path)
@@ -170,7 +170,7 @@ def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
     return ((tuple(path), node) for path, node in walk(value, below))
 
 
-def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
+def _weights_in(value: Any, known: Collection[_WeightNames]) -> list[Path]:
     """Find weights in training state: dicts with the names of the weights, and what is called an average."""
     found: list[Path] = []
     for path, node in nodes(value):
@@ -182,7 +182,7 @@ def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
     return found
 
 
-class _Names:
+class _WeightNames:
     """The names of some weights, whatever their prefix: a wrapper, or the attribute that holds the model."""
 
     def __init__(self, names: Iterable[str]) -> None:

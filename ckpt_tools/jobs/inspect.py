@@ -55,7 +55,7 @@ class Optimizer:
     """The state of an optimizer: its name, and its memory in multiples of the parameters."""
 
     place: str
-    kind: str
+    name: str
     nbytes: int
     multiple: float | None
 

@@ -140,7 +140,7 @@ def recalibrate_checkpoint(
         if not group.first:  # it neither speaks nor writes
             running = replaced(running, on_plan=None, on_progress=None)
         if batches is None:
-            left = [f"Left as it is: {name or 'the model'} ({kind}), {reason}." for name, kind, reason in skipped]
+            left = [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
             notes = (*report.notes, *left, "The model has no BatchNorm statistics; nothing to do.")
             return run(replace(report, notes=notes), running)
         arguments = {
