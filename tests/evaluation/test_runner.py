@@ -46,7 +46,7 @@ print(freed())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc")
 @pytest.mark.parametrize("end", ["returns", "fails"])
-def test_runner_gives_the_settings_of_the_allocator_back(end: str) -> None:
+def test_runner_restores_the_settings_of_the_allocator(end: str) -> None:
     command = [sys.executable, "-c", PROBE, end]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     within, after = map(float, done.stdout.split())
