@@ -242,7 +242,7 @@ def test_select_finds_the_ema_of_nemo_in_a_file_beside_it(save: Save) -> None:
     header = read_header(save("X.ckpt", {"state_dict": weights(1), "global_step": 3}))
     other_file = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
     assert select(header).which == "raw"
-    assert (select(read_header(other_file)).which, select(read_header(twin)).layout) == ("ema", "nemo")
+    assert (select(read_header(other_file)).which, select(read_header(other_file)).layout) == ("ema", "nemo")
     with pytest.raises(LayoutError, match=rf"has no ema weights; they are in {other_file}"):
         select(header, "ema")
     assert select(read_header(other_file), "raw").which == "raw"

@@ -1,4 +1,4 @@
-"""Twins, files whose headers are equal, are averaged as one checkpoint in several files, by the rules of all."""
+"""Files whose headers are identical are averaged as one checkpoint in several files, by the rules of all."""
 
 from __future__ import annotations
 
