@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, is_ema_by_name, select
+from ..checkpoints.layouts import StateDict, select
 from ..checkpoints.layouts.layout import Unchanged
+from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.prefixes import prefixes, unwrap
 from ..compute import engine
 from ..compute.gpu import devices

@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.ema_updates import stored_decay, stored_updates
-from ..checkpoints.layouts import (
-    LAYOUTS,
-    Content,
-    Layout,
-    StateDict,
-    dotted,
-    left_behind,
-    other_entries,
-    parameters,
-    select,
-    states,
-)
+from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
+from ..checkpoints.layouts.entries import left_behind, other_entries
+from ..checkpoints.layouts.layout import Content, dotted
+from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
 from ..formats import read_header

@@ -16,26 +16,13 @@ from __future__ import annotations
 
 from .averaged_model import AVERAGED_MODEL, MMENGINE, TORCHVISION
 from .ema_pytorch import EMA_PYTORCH
-from .entries import left_behind, other_entries
-from .layout import (
-    DETECTED,
-    LAYOUTS,
-    Content,
-    Encoding,
-    Layout,
-    StateDict,
-    dotted,
-    has_tensors,
-    register,
-    split,
-    unregister,
-)
+from .layout import DETECTED, LAYOUTS, Encoding, Layout, StateDict, register, unregister
 from .lightning import LIGHTNING, LIGHTNING_SWA, NEMO
 from .litema import LITEMA
 from .pairs import D2GO, DEIT, DINO, DIT, FAIRSEQ, ICEFALL, MODEL_STATE_DICT, TIMM, TIMM_EMA
-from .parameter_lists import DIFFUSERS, PYTORCH_EMA, parameters
+from .parameter_lists import DIFFUSERS, PYTORCH_EMA
 from .plain import DCP, PLAIN
-from .select import is_ema_by_name, select, states
+from .select import select, states
 from .ultralytics import ULTRALYTICS
 
 # As the list of layouts shows them. Raw weights alone are looked for in this order, too, which is timm's.
@@ -50,21 +37,4 @@ DETECTED += [
     LIGHTNING_SWA,
 ]  # fmt: skip
 
-__all__ = [
-    "LAYOUTS",
-    "Content",
-    "Encoding",
-    "Layout",
-    "StateDict",
-    "dotted",
-    "has_tensors",
-    "is_ema_by_name",
-    "left_behind",
-    "other_entries",
-    "parameters",
-    "register",
-    "select",
-    "split",
-    "states",
-    "unregister",
-]
+__all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "register", "select", "states", "unregister"]
