@@ -16,7 +16,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted
+from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import format_of, without_collector

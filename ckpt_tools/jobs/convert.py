@@ -10,18 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.ema_updates import stored_decay, stored_updates
-from ..checkpoints.layouts import (
-    LAYOUTS,
-    Content,
-    Layout,
-    StateDict,
-    dotted,
-    left_behind,
-    other_entries,
-    parameters,
-    select,
-    states,
-)
+from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
+from ..checkpoints.layouts.entries import left_behind, other_entries
+from ..checkpoints.layouts.layout import Content, dotted
+from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
 from ..formats import read_header
@@ -233,7 +225,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _content(
     header: Header,
-    sets: Mapping[str, StateDict],
+    sets: dict[str, StateDict],
     dtype: DType | None,
     naming: Naming,
     notes: list[str],
@@ -294,7 +286,7 @@ def _assembled(
     if target.format.nests:
         return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
     whole = layout.flatten(content)
-    if whole.dcp:
+    if layout.outputs == ("folder",):
         files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
         return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     return flat(

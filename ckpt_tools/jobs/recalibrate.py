@@ -140,7 +140,7 @@ def recalibrate_checkpoint(
         if not group.first:  # it neither speaks nor writes
             running = replaced(running, on_plan=None, on_progress=None)
         if batches is None:
-            left = [f"Left as it is: {name or 'the model'} ({kind}), {reason}." for name, kind, reason in skipped]
+            left = [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
             notes = (*report.notes, *left, "The model has no BatchNorm statistics; nothing to do.")
             return run(replace(report, notes=notes), running)
         arguments = {
@@ -160,9 +160,9 @@ def recalibrate_checkpoint(
             check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
-            with Runner(network, device, amp=running.amp, channels_last=running.channels_last) as runner:
-                progress = running.on_progress or _unseen
-                report = _measured(report, runner, batches, opened.held_out, measuring.estimator, group, progress)
+            runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+            progress = running.on_progress or _unseen
+            report = _measured(report, runner, batches, opened.held_out, measuring.estimator, group, progress)
             if measuring.require_gain:
                 _check_gain(report, measuring.eval_data)
             if group.first and report.statistics is not None:

@@ -53,7 +53,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def out_tensors(path: Path, series: Sequence[dict[str, torch.Tensor]], coefficients: Sequence[float]) -> dict[str, Any]:
-    """Save a series and make the recipes of its weighted sums, those of integers copied."""
+    """Save a series and make its weighted sums, those of integers copied."""
     rows = []
     for i, tensors in enumerate(series):
         torch.save(tensors, path / f"{i}.pth")
