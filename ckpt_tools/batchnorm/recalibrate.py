@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,30 +72,26 @@ def recalibrate_bn(
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
     layers, skipped = find_layers(model)
-    before = {name: _read(layer) for name, layer in layers.items()}
+    before = {name: _statistics_of(layer) for name, layer in layers.items()}
+    run, found = _Pass(layers, 0), {}
     with _borrowed(model, layers):
-        run = _Pass(layers, 0)
         while layers and run.number < passes:
             run = _Pass(layers, run.number + 1)
             _feed(model, batches, run, on_batch)
             run.join_processes(device_of(model))
             if not run.batches:
                 raise DataError("the data yield no batch. Nothing was recalibrated.")
-            for name, layer in layers.items():
-                if run.states[name].population.count:
-                    _write(layer, run.states[name].estimate(estimator), run.batches)
-                    if not torch.isfinite(layer.running_var).all():
-                        raise NumericsError(f"the new statistics of '{name}' overflow {layer.running_var.dtype}.")
-        reached = {name: layer for name, layer in layers.items() if run.states[name].population.count}
-        if layers and not reached:
+            found = {name: state.estimate(estimator) for name, state in run.states.items() if state.population.count}
+            for name, new in found.items():
+                _set_statistics(layers[name], new, run.batches)
+                if not torch.isfinite(layers[name].running_var).all():
+                    raise NumericsError(f"the new statistics of '{name}' overflow {layers[name].running_var.dtype}.")
+        if layers and not found:
             raise ModelError(f"the data reach none of the BatchNorm layers, such as '{next(iter(layers))}'.")
-    found = {name: run.states[name].estimate(estimator) for name in reached}
+    unreached = ((name, type(layer).__name__, "never reached") for name, layer in layers.items() if name not in found)
     return BatchNormReport(
-        layers=tuple(compare(name, reached[name], before[name], found[name], run.states[name]) for name in reached),
-        skipped=(
-            *skipped,
-            *((name, type(layer).__name__, "never reached") for name, layer in layers.items() if name not in reached),
-        ),
+        layers=tuple(compare(name, layers[name], before[name], new, run.states[name]) for name, new in found.items()),
+        skipped=(*skipped, *unreached),
         images=run.images,
         batches=run.batches,
         passes=passes,
@@ -128,9 +125,9 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str,
     layers: dict[str, Any] = {}
     skipped = []
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        class_ = type(module).__name__
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise UsageError(f"'{name}' is a {kind} that has not seen its first input. Run the model once before.")
+            raise UsageError(f"'{name}' is a {class_} that has not seen its first input. Run the model once before.")
         variance = getattr(module, "running_var", None)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm):
             reason = "" if variance is None else "normalises each image by itself"
@@ -148,7 +145,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str,
             layers[name] = module
             continue
         if reason:
-            skipped.append((name, kind, reason))
+            skipped.append((name, class_, reason))
     return layers, tuple(skipped)
 
 
@@ -180,7 +177,7 @@ class _Pass:
         self._calls.append(name)
         self._finite.append(torch.isfinite(moments.mean + moments.m2).all())
         if self.number == 1:
-            _write(layer, (moments.mean, moments.variance(correction=0)), None)
+            _set_statistics(layer, (moments.mean, moments.variance(correction=0)), None)
         if self._calls == self._order:
             raise _Reached
 
@@ -208,78 +205,74 @@ class _Pass:
         """Merge the measurements of all processes of a group."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        sets = [m for state in self.states.values() for m in (state.population, state.means, state.variances)]
-        mine = torch.cat(
-            [torch.tensor([self.images, self.batches], dtype=torch.float64, device=device)]
-            + [part for m in sets for part in (m.mean.new_full((1,), m.count), m.mean, m.m2)]
-        )
+        sets = [(state, which) for state in self.states.values() for which in ("population", "means", "variances")]
+        parts = [torch.tensor([self.images, self.batches], dtype=torch.float64, device=device)]
+        for moments in (getattr(*each) for each in sets):
+            parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]))
+        mine = torch.cat(parts)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
-        self.images, self.batches = (int(sum(flat[i].item() for flat in everyone)) for i in (0, 1))
-        position = 2
-        for state in self.states.values():
-            channels = len(state.population.mean)
-            for which in ("population", "means", "variances"):
-                end = position + 1 + 2 * channels
-                parts = [flat[position:end] for flat in everyone]
-                merged = merge([Moments(int(p[0].item()), p[1 : 1 + channels], p[1 + channels :]) for p in parts])
-                setattr(state, which, merged)
-                position = end
+        totals, *gathered = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
+        self.images, self.batches = (int(total) for total in sum(totals).tolist())
+        for (state, which), found in zip(sets, gathered, strict=True):
+            setattr(state, which, merge([Moments(int(each[0].item()), *each[1:].view(2, -1)) for each in found]))
 
 
 @contextmanager
-def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
-    """Put a model into eval mode; restore its modes afterwards, and its buffers after an error."""
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode; restore its modes afterwards."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
-    copies = [buffer.clone() for buffer in buffers]
-    # A model that torch.compile compiled before does not call hooks added later.
-    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     try:
         model.eval()
-        with uncompiled:
-            yield
-    except BaseException:
-        for buffer, copy in zip(buffers, copies, strict=True):
-            buffer.copy_(copy)
-        raise
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _feed(model: nn.Module, batches: Iterable[Any], run: _Pass, on_batch: Callable[[int, int], None] | None) -> None:
-    hooks = []
-    device = device_of(model)
+@contextmanager
+def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
+    """Put a model into eval mode; restore its modes afterwards, and its buffers after an error."""
+    buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
+    copies = [buffer.clone() for buffer in buffers]
+    # A model that torch.compile compiled before does not call hooks added later.
+    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     try:
+        with in_eval_mode(model), uncompiled:
+            yield
+    except BaseException:
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.copy_(copy)
+        raise
+
+
+def _feed(model: nn.Module, batches: Iterable[Any], run: _Pass, on_batch: Callable[[int, int], None] | None) -> None:
+    device = device_of(model)
+
+    def hook(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run.see(name, args[0] if args else next(iter(kwargs.values())))
+
+    with ExitStack() as hooks:
         for name, layer in run.layers.items():
-            hooks.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: run.see(name, args[0] if args else next(iter(kwargs.values()))),
-                    with_kwargs=True,
-                )
-            )
+            hooks.enter_context(layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
         for images in joined(map(images_of, batches)):
             with suppress(_Reached):
                 model(images.to(device, non_blocking=True))
             run.end_batch(len(images))
             if on_batch is not None:
                 on_batch(run.number, run.images)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _read(layer: Any) -> tuple[Tensor | None, Tensor]:
+def _statistics_of(layer: Any) -> tuple[Tensor | None, Tensor]:
     mean, variance = getattr(layer, "running_mean", None), layer.running_var
     return (None if mean is None else mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True))
 
 
-def _write(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> None:
+def _set_statistics(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> None:
     mean, variance = found
     if getattr(layer, "running_mean", None) is not None:
         layer.running_mean.copy_(mean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ class LayerReport:
     """One layer, before and after.
 
     Attributes:
-        name, kind: in the model, and its class.
+        name, class_name: in the model, and of its class.
         channels: C.
         count: measured values per channel: images times positions, over all calls.
         mean_before, mean_after: largest magnitude over channels.
@@ -31,7 +31,7 @@ class LayerReport:
     """
 
     name: str
-    kind: str
+    class_name: str
     channels: int
     count: int
     mean_before: float
@@ -68,15 +68,9 @@ class BatchNormReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON, without the statistics themselves."""
-        return {
-            "layers": [asdict(layer) for layer in self.layers],
-            "skipped": [list(entry) for entry in self.skipped],
-            "images": self.images,
-            "batches": self.batches,
-            "passes": self.passes,
-            "estimator": self.estimator,
-            "seconds": self.seconds,
-        }
+        plain = asdict(replace(self, statistics={}))
+        del plain["statistics"]
+        return plain
 
 
 def compare(
@@ -97,7 +91,7 @@ def compare(
     moved = torch.zeros_like(mean) if old_mean is None else torch.where(live, (mean - old_mean).abs() / sigma, 0.0)
     return LayerReport(
         name=name,
-        kind=type(layer).__name__,
+        class_name=type(layer).__name__,
         channels=len(variance),
         count=state.population.count,
         mean_before=0.0 if old_mean is None else _largest(old_mean),

@@ -38,11 +38,6 @@ class Moments:
         zero = torch.zeros(channels, dtype=torch.float64, device=device)
         return cls(0, zero, zero)
 
-    @classmethod
-    def of_one(cls, values: Tensor) -> Moments:
-        """Return the moments of one value a channel, float64 [C]."""
-        return cls(1, values, torch.zeros_like(values))
-
     def variance(self, *, correction: int) -> Tensor:
         """Return M2 / (count - correction), float64 [C]; 0 where there are too few values for it."""
         return self.m2 / (self.count - correction) if self.count > correction else torch.zeros_like(self.m2)
@@ -82,32 +77,18 @@ def measure(values: Tensor) -> Moments:
     if count == 0:
         return Moments.none(channels, values.device)
     last = values.movedim(1, -1)
-    if per_image == 1 or last.is_contiguous():
-        means, m2s, counts = _measure_rows(last.reshape(count, channels))
+    by_channel = per_image == 1 or last.is_contiguous()
+    # A table whose columns are channels is measured in blocks of rows, or else each row, of one image and channel.
+    table = last.reshape(count, channels) if by_channel else values.reshape(-1, per_image)
+    blocks = torch.split(table, max(1, _BLOCK // table.shape[1]))
+    wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=values.device)
+    moments = [_centred(wide[: len(block)].copy_(block), 0 if by_channel else 1) for block in blocks]
+    means, m2s = (torch.cat(each).view(-1, channels) for each in zip(*moments, strict=True))
+    if by_channel:
+        counts = torch.tensor([len(block) for block in blocks], dtype=torch.float64, device=values.device)
     else:
-        means, m2s, counts = _measure_planes(values.reshape(values.shape[0], channels, per_image))
-    mean, m2 = _union(counts[:, None], means, m2s)
-    return Moments(count, mean, m2)
-
-
-def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Measure [M, C] (channels last) in blocks of rows."""
-    blocks = torch.split(rows, max(1, _BLOCK // rows.shape[1]))
-    wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=rows.device)
-    moments = [_centred(wide[: len(block)].copy_(block), 0) for block in blocks]
-    counts = torch.tensor([len(block) for block in blocks], dtype=torch.float64, device=rows.device)
-    return torch.stack([mean for mean, _ in moments]), torch.stack([m2 for _, m2 in moments]), counts
-
-
-def _measure_planes(planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Measure [N, C, L] image by image and channel by channel, in blocks of those."""
-    images, channels, length = planes.shape
-    blocks = torch.split(planes.reshape(-1, length), max(1, _BLOCK // length))
-    wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=planes.device)
-    moments = [_centred(wide[: len(block)].copy_(block), 1) for block in blocks]
-    means = torch.cat([mean for mean, _ in moments]).view(images, channels)
-    m2s = torch.cat([m2 for _, m2 in moments]).view(images, channels)
-    return means, m2s, torch.full((images,), float(length), dtype=torch.float64, device=planes.device)
+        counts = torch.full((len(means),), float(per_image), dtype=torch.float64, device=values.device)
+    return Moments(count, *_union(counts[:, None], means, m2s))
 
 
 def _centred(wide: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -128,8 +109,8 @@ class LayerMoments:
 
     def add(self, batch: Moments) -> None:
         self.population = merge([self.population, batch])
-        self.means = merge([self.means, Moments.of_one(batch.mean)])
-        self.variances = merge([self.variances, Moments.of_one(batch.variance(correction=1))])
+        for which, values in (("means", batch.mean), ("variances", batch.variance(correction=1))):
+            setattr(self, which, merge([getattr(self, which), Moments(1, values, torch.zeros_like(values))]))
 
     def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance to store, float64 [C]."""

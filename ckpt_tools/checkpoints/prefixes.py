@@ -12,9 +12,8 @@ from ..errors import AlignmentError, UsageError
 from ..formats.pickle_read import Inert
 from ..formats.tree import Path
 from ..tensors import DTYPES, Tensor, TensorSpec
-from .layouts import dotted, split
 from .layouts.averaged_model import COUNTS
-from .layouts.layout import Unchanged
+from .layouts.layout import Unchanged, dotted, split
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""

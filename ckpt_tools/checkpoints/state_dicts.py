@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..formats.tree import Path, entries, walk
-from .layouts import has_tensors
+from .layouts.layout import has_tensors
 from .optimizers import is_optimizer, looks_like_training_state
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..formats.header import Header
 from ..formats.tree import Path, entries, tensors_in, walk
 from ..tensors import Tensor
-from .layouts import StateDict, dotted
+from .layouts.layout import StateDict, dotted
 from .optimizers import SLOTS, find_optimizers, is_optimizer, looks_like_training_state
 from .prefixes import unwrapping
 from .state_dicts import state_dicts
@@ -39,7 +39,7 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
     known = None
     if not alone:
         found = [each.tensors for each in sets] or state_dicts(tree).values()
-        known = [_Names(key for key in names if isinstance(key, str)) for names in found]
+        known = [_WeightNames(key for key in names if isinstance(key, str)) for names in found]
     seen: set[int] = set()
     stack: list[tuple[Path, Any]] = [((), tree)]
     while stack:
@@ -62,8 +62,7 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
 def _goes(key: Any, value: Any) -> bool:
     """True for training state of some size: numbers, such as the metric, are kept."""
     empty = isinstance(value, (dict, list, tuple, set)) and not value
-    plain = value is None or isinstance(value, (bool, int, float, str))
-    if empty or plain or key == "metric":
+    if empty or value is None or isinstance(value, (int, float, str)) or key == "metric":
         return False
     inside = entries(value)
     optimizers = len(inside) > 0 and all(is_optimizer(child) for _, child in inside)
@@ -71,7 +70,7 @@ def _goes(key: Any, value: Any) -> bool:
 
 
 def _all_but_weights(
-    path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_Names] | None, notes: list[str]
+    path: Path, value: Any, sets: Sequence[StateDict], known: Sequence[_WeightNames] | None, notes: list[str]
 ) -> Iterator[Path]:
     """Yield the path of an entry; if it holds weights, the paths of all that is in it but them."""
     inside = [each.path for each in sets if leads(path, each.path)]
@@ -81,8 +80,8 @@ def _all_but_weights(
     kept += [each for each in found if not any(leads(outer, each) for outer in kept)]
     if kept:
         notes.append(f"'{dotted(path)}' holds weights, which stay: {', '.join(map(dotted, kept))}.")
-    masters = (inner for inner, node in nodes(value) if inner and _MASTERS.fullmatch(str(inner[-1])) and holds(node))
-    if (inner := next(masters, None)) is not None:
+    named = ((inner, node) for inner, node in nodes(value) if inner and _MASTERS.fullmatch(str(inner[-1])))
+    if (inner := next((inner for inner, node in named if any_tensor(node)), None)) is not None:
         notes.append(
             f"'{dotted((*path, *inner))}' looks like a float32 copy of the weights, which optimizers keep. "
             "It goes, too."
@@ -112,20 +111,18 @@ def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
 
 
 def other_weights(
-    header: Header, chosen: StateDict, sets: Iterable[StateDict], gone: Sequence[Path], notes: list[str]
+    header: Header, chosen: StateDict, sets: Collection[StateDict], gone: Sequence[Path], notes: list[str]
 ) -> Iterator[Path]:
     """Find the sets of weights that were not chosen: those of the layout, and dicts with the same names."""
     own = set(chosen.tensors.values())
-    names = _Names(chosen.tensors)
-    found = []
+    names = _WeightNames(chosen.tensors)
     for each in sets:
-        found.append(each.path)
         if each.path == chosen.path and not own.issuperset(each.tensors.values()):
             notes.append(
                 f"{each.label} is in the same dict as {chosen.label}, and stays. "
                 "To take one of them out: `convert(to='plain')`."
             )
-    found += [path for path, node in nodes(header.view) if names.of(node)]
+    found = [*(each.path for each in sets), *(path for path, node in nodes(header.view) if names.of(node))]
     elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.view)))
     for path in dict.fromkeys(found):
         if leads(path, chosen.path) or leads(chosen.path, path) or any(leads(other, path) for other in gone):
@@ -136,11 +133,11 @@ def other_weights(
             notes.append(f"'{dotted(path)}' stays: {chosen.label} takes tensors from it that it lacks itself.")
 
 
-def without(node: Any, gone: Collection[Path], path: Path = ()) -> Any:
+def stripped(node: Any, gone: Collection[Path], path: Path = ()) -> Any:
     """Copy a tree without the entries at these paths; what did not change is shared."""
     if not any(leads(path, other) for other in gone):
         return node
-    kept = [(key, without(child, gone, (*path, key))) for key, child in entries(node) if (*path, key) not in gone]
+    kept = [(key, stripped(child, gone, (*path, key))) for key, child in entries(node) if (*path, key) not in gone]
     if isinstance(node, (list, tuple)):
         return type(node)(child for _, child in kept)
     copy: Any = OrderedDict(kept) if isinstance(node, OrderedDict) else dict(kept)
@@ -154,7 +151,7 @@ def leads(path: Path, to: Path) -> bool:
     return to[: len(path)] == path
 
 
-def holds(tree: Any) -> bool:
+def any_tensor(tree: Any) -> bool:
     """True if there is a tensor anywhere in a tree."""
     return any(True for _ in tensors_in(tree))
 
@@ -170,19 +167,19 @@ def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
     return ((tuple(path), node) for path, node in walk(value, below))
 
 
-def _weights_in(value: Any, known: Collection[_Names]) -> list[Path]:
+def _weights_in(value: Any, known: Collection[_WeightNames]) -> list[Path]:
     """Find weights in training state: dicts with the names of the weights, and what is called an average."""
     found: list[Path] = []
     for path, node in nodes(value):
         if any(leads(outer, path) for outer in found) or (path and path[-1] in SLOTS):
             continue
         called = bool(path) and isinstance(path[-1], str) and _AVERAGES.fullmatch(path[-1]) is not None
-        if any(names.of(node) for names in known) or (called and holds(node)):
+        if any(names.of(node) for names in known) or (called and any_tensor(node)):
             found.append(path)
     return found
 
 
-class _Names:
+class _WeightNames:
     """The names of some weights, whatever their prefix: a wrapper, or the attribute that holds the model."""
 
     def __init__(self, names: Iterable[str]) -> None:

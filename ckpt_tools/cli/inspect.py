@@ -63,7 +63,7 @@ def _show(d: Description) -> None:
         console.say("  " + ", ".join(facts))
     for optimizer in d.optimizers:
         multiple = "" if optimizer.multiple is None else f", {optimizer.multiple:.2g} times the weights"
-        console.say(f"  {optimizer.place}: {optimizer.kind}, {console.size(optimizer.nbytes)}{multiple}")
+        console.say(f"  {optimizer.place}: {optimizer.name}, {console.size(optimizer.nbytes)}{multiple}")
     for place, number in d.other.items():
         if place not in {o.place.split(".")[0] for o in d.optimizers}:
             console.say(f"  {place}: {console.plural(number, 'other tensor')}")

@@ -86,7 +86,7 @@ def _show_statistics(found: BatchNormReport) -> None:
         finite = layer.mean_moved != float("inf")
         drawn = console.bar(layer.mean_moved if finite else 1, largest if largest != float("inf") else 1, width)
         table.add_row(
-            Text(console.visible(layer.name or layer.kind)),
+            Text(console.visible(layer.name or layer.class_name)),
             f"{layer.mean_before:.3g} → {layer.mean_after:.3g}",
             f"{layer.variance_before:.3g} → {layer.variance_after:.3g}",
             f"{layer.mean_moved:.2g} σ",
@@ -94,8 +94,8 @@ def _show_statistics(found: BatchNormReport) -> None:
             Text(drawn, style="green"),
         )
     console.stderr().print(table)
-    for name, kind, reason in found.skipped:
-        console.say(f"Left as it is: {name} ({kind}), {reason}.")
+    for name, class_name, reason in found.skipped:
+        console.say(f"Left as it is: {name} ({class_name}), {reason}.")
     rate = found.images * found.passes / found.seconds if found.seconds else 0
     batches = console.plural(found.batches, "batch", "batches")
     console.say("", f"{found.images} images in {batches}, {found.seconds:.1f} s ({rate:.0f} images/s).")

@@ -175,14 +175,10 @@ def _cut(pair: _Pair, numel: int) -> Iterator[Portion]:
 
 
 def _work(job: _Job) -> None:
-    try:
-        worker = _Worker(job.slice_size, job.rtol, job.atol)
-        while (found := job.next()) is not None:
-            i, portion = found
-            job.done(i, *worker.compare(job.pairs[i], portion))
-    except BaseException:
-        job.stop.set()
-        raise
+    worker = _Worker(job.slice_size, job.rtol, job.atol)
+    while (found := job.next()) is not None:
+        i, portion = found
+        job.done(i, *worker.compare(job.pairs[i], portion))
 
 
 class _Worker:

@@ -95,7 +95,7 @@ def run(
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
-        places = chain.from_iterable(tensor.places for out in outputs for tensor, _ in out.plan.payloads)
+        places = chain.from_iterable(tensor.terms.inputs for out in outputs for tensor, _ in out.plan.payloads)
         # By identity first: tensors of a shared template have one tuple of files. The dict keeps all tuples alive.
         shared = {id(each): each for _, each in places}
         files.open_all(path for each in shared.values() for path, _ in each)
@@ -239,17 +239,13 @@ def _clear(out: OutFile, band: Band) -> None:
 
 
 def _work(job: _Job) -> None:
-    try:
-        cpu = _Cpu(job)
-        with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
-            while (unit := job.next_unit()) is not None:
-                for left in gpu.fill(unit):
-                    cpu.fill(left)
-            for left in gpu.finish():
+    cpu = _Cpu(job)
+    with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
+        while (unit := job.next_unit()) is not None:
+            for left in gpu.fill(unit):
                 cpu.fill(left)
-    except BaseException:
-        job.stop.set()
-        raise
+        for left in gpu.finish():
+            cpu.fill(left)
 
 
 class _Cpu:
@@ -366,6 +362,6 @@ class _Cpu:
 
 def _tiled_by_native(tensor: OutTensor) -> bool:
     """Return True if the tiles of a tensor are summed in C."""
-    swapped = any(spec.swapped for spec, _ in tensor.places)
+    swapped = any(spec.swapped for spec in tensor.terms.specs)
     fits = not swapped and native.knows(tensor.tile_key, len(tensor.shape))
     return fits and orders_of(tensor) is not None

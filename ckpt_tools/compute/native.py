@@ -104,7 +104,7 @@ def fill_tile(key: GroupKey, slice_: Slice, tile: Tile, files: OpenFiles, scratc
     """
     strides = array("q", c_strides(slice_.tensor.shape))
     ends = array("q", [slice_.out.fd, slice_.position])
-    for spec, places in slice_.tensor.places:
+    for spec, places in slice_.tensor.terms.inputs:
         offset = spec.begin + tile.begin(spec.stride) * spec.dtype.itemsize
         for path, shift in places:
             strides.extend(spec.stride)
@@ -147,7 +147,7 @@ def _inputs(slice_: Slice, files: OpenFiles, fds: dict[int, int]) -> list[int]:
         fds: descriptors found so far, by the identity of their path: comparing paths would cost more than all the rest.
     """
     found: list[int] = []
-    for spec, places in slice_.tensor.places:
+    for spec, places in slice_.tensor.terms.inputs:
         offset = spec.begin + slice_.start * spec.dtype.itemsize
         for path, shift in places:
             fd = fds.get(id(path))

@@ -35,21 +35,29 @@ def in_threads(
     """Run a function in several threads and wait until all have returned.
 
     Args:
-        work: called in each; sets `stop` where it fails.
+        work: called in each.
         threads: how many; `default_threads` if None.
-        stop: set at the end, and when the caller is interrupted.
+        stop: set when it fails in one of them, when the caller is interrupted, and at the end.
         on_tick: called in this thread, a few times a second.
 
     Raises:
         CkptError: the system cannot start a thread. With fewer threads than asked for, the job takes longer.
     """
     threads = default_threads() if threads is None else threads
+
+    def until_failure() -> None:
+        try:
+            work()
+        except BaseException:
+            stop.set()
+            raise
+
     with ThreadPoolExecutor(threads, thread_name_prefix="ckpt") as pool:
         try:
             pending: set[Future[None]] = set()
             for _ in range(threads):
                 try:
-                    pending.add(pool.submit(work))
+                    pending.add(pool.submit(until_failure))
                 except RuntimeError as error:
                     if not pending:
                         raise CkptError(

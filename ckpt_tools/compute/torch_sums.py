@@ -82,8 +82,7 @@ class Recipe:
         self.checked = tensor.finite and tensor.dtype.averaged
         self.formula: Formula | None = None
         if self.checked or not tensor.copied:
-            dtypes = [spec.dtype for spec, _ in tensor.terms]
-            self.formula = Formula.of(dtypes, [c for _, c in tensor.terms], tensor.dtype)
+            self.formula = Formula.of(tensor.terms.dtypes, tensor.terms.coefficients, tensor.dtype)
 
 
 class Scratch(Protocol):

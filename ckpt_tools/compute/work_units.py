@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from ..formats.file_plan import Computed, FilePlan, Files, GroupKey, OutTensor, SharedTerms
+from ..formats.file_plan import Computed, FilePlan, Files, GroupKey, OutTensor
 from ..tensors import Storage, TensorSpec, c_strides
 from .tiles import Axes, Tile, cut_tile, storage_order, storage_orders, tiles
 
@@ -15,6 +15,8 @@ SLICE = 128 * 1024
 cache, enough that the price of a call and of passing the interpreter lock on is small beside the work."""
 MEMORY = SLICE * 88
 """Private bytes that a thread needs for that, at most."""
+PAGE = 4096
+"""Bytes of a page of the system: shorter rows of the output would be written at the price of one."""
 SMALL = 64 * 1024
 """Bytes in an input up to which a tensor is small: calls cost as much as moving it."""
 # Bytes of small tensors in a work unit, at most one tensor more; narrow ones count as four bytes an element, because of
@@ -90,7 +92,7 @@ class Slice(NamedTuple):
     @property
     def bytes_moved(self) -> int:
         """Bytes to read from all inputs and to write."""
-        return self.numel * (self.tensor.width + self.tensor.dtype.itemsize)
+        return self.numel * (self.tensor.terms.width + self.tensor.dtype.itemsize)
 
 
 class WorkUnit(NamedTuple):
@@ -127,14 +129,14 @@ def coalesced(plan: FilePlan) -> Iterator[tuple[OutTensor, int, GroupKey | None]
         key = tensor.group_key
         begins: _Edges = []
         if key is not None and not plan.needs_checksums:
-            begins = [(offset, None), *[(spec.begin, paths) for spec, paths in tensor.places]]
+            begins = [(offset, None), *[(spec.begin, paths) for spec, paths in tensor.terms.inputs]]
         if members and not (begins and begins == ends and key == before):
             yield *_joined(members), before
             members = []
         members.append((tensor, offset))
         before = key
         if begins:
-            sizes = [tensor.nbytes, *[spec.nbytes for spec, _ in tensor.places]]
+            sizes = [tensor.nbytes, *[spec.nbytes for spec, _ in tensor.terms.inputs]]
             ends = [(begin + size, paths) for (begin, paths), size in zip(begins, sizes, strict=True)]
     if members:
         yield *_joined(members), before
@@ -154,12 +156,8 @@ def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
         storage = Storage(spec.storage.path, spec.begin, numel * spec.dtype.itemsize, spec.storage.big_endian)
         return TensorSpec(spec.dtype, (numel,), (1,), 0, storage)
 
-    terms = first.terms
-    if isinstance(terms, SharedTerms):
-        all_terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms = replace(terms, spec=whole(terms.spec))
-    else:
-        all_terms = tuple((whole(spec), coefficient) for spec, coefficient in terms)
-    return CoalescedRange(first.dtype, (numel,), all_terms, first.name, first.finite, members=tuple(members)), offset
+    terms = replace(first.terms, specs=tuple(map(whole, first.terms.specs)))
+    return CoalescedRange(first.dtype, (numel,), terms, first.name, first.finite, members=tuple(members)), offset
 
 
 def of_tensors(slice_: Slice) -> Iterator[Slice]:
@@ -203,9 +201,10 @@ def cut(
                 if orders is None:
                     yield from _slices(out, tensor, offset, None, other)
                     continue
-                swapped = any(spec.swapped for spec, _ in tensor.places)
+                swapped = any(spec.swapped for spec in tensor.terms.specs)
                 numel = other if tile is None or swapped else tile(tensor.tile_key, one_order(tensor))
-                slices = [tile_slice(out, tensor, offset, each) for each in tiles(tensor.shape, orders, numel)]
+                page = PAGE // tensor.dtype.itemsize
+                slices = [tile_slice(out, tensor, offset, each) for each in tiles(tensor.shape, orders, numel, page)]
                 for slice_ in _in_bands(slices):
                     yield WorkUnit(None if swapped else tensor.tile_key, (slice_,))
                 continue
@@ -229,12 +228,12 @@ def cut(
 
 def orders_of(tensor: OutTensor) -> list[Axes] | None:
     """Return the axis orders of a tensor's terms and of C order; None if it is not cut into tiles."""
-    return storage_orders([spec for spec, _ in tensor.places]) if tensor.terms else None
+    return storage_orders(tensor.terms.specs) if tensor.terms else None
 
 
 def one_order(tensor: OutTensor) -> bool:
     """Return True if all terms have the same axis order."""
-    return len({storage_order(tensor.shape, spec.stride) for spec, _ in tensor.places}) == 1
+    return len({storage_order(tensor.shape, spec.stride) for spec in tensor.terms.specs}) == 1
 
 
 def tile_slice(out: OutFile, tensor: OutTensor, offset: int, tile: Tile) -> Slice:

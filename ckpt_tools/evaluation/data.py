@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,12 +49,8 @@ class Loading:
     pin_memory: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Broken:
-    """An image that cannot be decoded."""
-
-    name: str
-    reason: str
+class _Broken(str):
+    """An image that cannot be decoded, and why."""
 
 
 class Batches:
@@ -67,18 +63,13 @@ class Batches:
     """
 
     def __init__(self, source: Any, loading: Loading) -> None:
-        self._source = source
-        self._loading = loading
+        self._source, self._loading = source, loading
         self.broken: list[str] = []
-        self.images: int | None = None
+        self.images = _count(len(source), loading.images) if _is_map(source) else None
         self.once = isinstance(source, Iterator)
-        self._plan: list[list[int]] = []
-        if _is_map(source):
-            self.images = _count(len(source), loading.images)
-            self._plan = plan_batches(len(source), self.images, loading)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._from_items() if _is_map(self._source) else self._given()
+        return self._given() if self.images is None else self._from_items(self.images)
 
     def check(self, broken: Sequence[str]) -> None:
         """Refuse data with too many broken images, in one process or in all together.
@@ -92,12 +83,12 @@ class Batches:
                 f"the first is {broken[0]}. Mend or remove them."
             )
 
-    def _from_items(self) -> Iterator[Any]:
-        loading = self._loading
+    def _from_items(self, images: int) -> Iterator[Any]:
+        loading, source = self._loading, self._source
         self.broken = []
         loader: Iterable[Any] = DataLoader(
-            _Careful(self._source),
-            batch_sampler=self._plan,
+            _Careful(source),
+            batch_sampler=plan_batches(len(source), images, loading),
             num_workers=loading.workers,
             pin_memory=loading.pin_memory,
             collate_fn=_collate,
@@ -107,7 +98,7 @@ class Batches:
             with _stops_held():
                 arriving = iter(loader)
             for batch, broken in arriving:
-                self.broken += [f"{entry.name} ({entry.reason})" for entry in broken]
+                self.broken += broken
                 self.check(self.broken)
                 if batch is not None:
                     yield batch
@@ -118,9 +109,8 @@ class Batches:
 
     def _given(self) -> Iterator[Any]:
         """Yield batches as they come, up to the number of images; each goes to one of the processes."""
-        asked = self._loading.images
+        asked, seen = self._loading.images, 0
         most = DEFAULT_IMAGES if asked is None else asked
-        seen = 0
         with _stops_held():
             arriving = iter(self._source)
         for number, batch in enumerate(arriving):
@@ -135,42 +125,45 @@ class Batches:
             raise DataError(f"`images={asked}`: the data end after {seen}. Ask for fewer, or for all.")
 
 
+@dataclass(frozen=True)
 class _Careful(Dataset[Any]):
     """Items of a dataset; a `_Broken` in place of one that fails."""
 
-    def __init__(self, source: Any) -> None:
-        self._source = source
+    source: Any
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self._source[index]
+            return self.source[index]
         except Exception as error:  # noqa: BLE001 - decoders fail in many types
-            return _Broken(_name(self._source, index), f"{type(error).__name__}: {error}")
+            name = f"item {index}"
+            with suppress(Exception):  # a name is only for the message
+                name = str(self.source.name(index))
+            return _Broken(f"{name} ({type(error).__name__}: {error})")
 
 
+@dataclass(frozen=True)
 class FolderImages(Dataset[Any]):
     """Transformed images of a timm reader; a broken one raises (timm would return its neighbour)."""
 
-    def __init__(self, reader: Any, transform: Any, mode: str) -> None:
-        self._reader = reader
-        self._transform = transform
-        self._mode = mode
+    reader: Any
+    transform: Any
+    mode: str
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return len(self.reader)
 
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        file, label, *_ = self._reader[index]
+        file, label, *_ = self.reader[index]
         with file, Image.open(file) as image:
-            return self._transform(image.convert(self._mode)), -1 if label is None else int(label)
+            return self.transform(image.convert(self.mode)), -1 if label is None else int(label)
 
     def name(self, index: int) -> str:
-        return str(self._reader.filename(index, absolute=True))
+        return str(self.reader.filename(index, absolute=True))
 
 
 def open_data(
@@ -213,18 +206,18 @@ def open_data(
         if named:
             dataset = create_dataset(source, root=root, split=split, input_img_mode=mode, download=False)
             reader = getattr(dataset, "reader", None)
-            if reader is not None and _is_map(dataset):
-                return Batches(FolderImages(reader, transform, mode), loading)
-            dataset.transform = transform
-            # A reader of streams would share them out between the processes, and so does Batches.
-            if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
-                reader.dist_rank, reader.dist_num_replicas = 0, 1
-            return Batches(_item_batches(dataset, loading), loading)
-        # The cache that timm keeps beside large tars is a pickle, and a pickle can run code.
-        options = {"cache_tarinfo": False} if path.is_file() else {}
-        if path.is_file() and path.suffix != ".tar":
-            raise DataError(f"`data={source!r}`: a file that is neither a .tar nor a factory (file.py:name).")
-        return Batches(FolderImages(create_reader("", root=str(path), **options), transform, mode), loading)
+            if reader is None or not _is_map(dataset):
+                dataset.transform = transform
+                # A reader of streams would share them out between the processes, and so does Batches.
+                if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
+                    reader.dist_rank, reader.dist_num_replicas = 0, 1
+                return Batches(_item_batches(dataset, loading), loading)
+        else:
+            if path.is_file() and path.suffix != ".tar":
+                raise DataError(f"`data={source!r}`: a file that is neither a .tar nor a factory (file.py:name).")
+            # The cache that timm keeps beside large tars is a pickle, and a pickle can run code.
+            reader = create_reader("", root=str(path), **({"cache_tarinfo": False} if path.is_file() else {}))
+        return Batches(FolderImages(reader, transform, mode), loading)
     except (RuntimeError, ValueError, AssertionError, ImportError, OSError) as error:
         raise DataError(f"`data={source!r}`: {str(error) or type(error).__name__}") from error
 
@@ -251,15 +244,12 @@ def resolve_preprocessing(model: Any, channels: int, options: Mapping[str, Any])
         from timm.data import resolve_data_config
     except ImportError as error:
         raise DataError(f"images need timm and torchvision. Run: {INSTALL}") from error
-    for key in ("mean", "std"):
-        given = options.get(key)
-        if given is not None and len(given) not in (1, channels):
-            raise UsageError(f"`{key}` has {len(given)} numbers for images of {channels} channels.")
     given = {key: value for key, value in options.items() if value is not None}
+    for key in ("mean", "std"):
+        if key in given and len(given[key]) not in (1, channels):
+            raise UsageError(f"`{key}` has {len(given[key])} numbers for images of {channels} channels.")
     config = dict(resolve_data_config({"in_chans": channels, **given}, model=model, use_test_size=True))
-    size = config["input_size"]
-    if size[0] != channels:
-        config["input_size"] = (channels, *size[1:])
+    config["input_size"] = (channels, *config["input_size"][1:])
     for key in ("mean", "std"):
         if len(config[key]) != channels:  # ImageNet's, for a model of another kind of image
             config[key] = (sum(config[key]) / len(config[key]),) * channels
@@ -330,13 +320,6 @@ def _leave_stops(worker: int, then: Callable[[int], None] | None = None) -> None
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     if then is not None:
         then(worker)
-
-
-def _name(source: Any, index: int) -> str:
-    try:
-        return str(source.name(index))
-    except Exception:  # noqa: BLE001 - a name is only for the message
-        return f"item {index}"
 
 
 def _first(batch: Any, count: int) -> Any:

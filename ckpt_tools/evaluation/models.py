@@ -112,14 +112,12 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
     except ImportError as error:
         raise ModelError(f"'{name}' is a timm model, and timm is not installed. Run: {INSTALL}") from error
     if not timm.is_model(name):
+        own_factory = "Use `model='path/to/file.py:factory'`"
         if spec is None:  # nobody typed it, so do not suggest another
-            raise ModelError(
-                f"{header.path}: its arch '{name}' is not a timm model. Use `model='path/to/file.py:factory'`."
-            )
+            raise ModelError(f"{header.path}: its arch '{name}' is not a timm model. {own_factory}.")
         known = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f" Did you mean {', '.join(known)}?" if known else ""
-        advice = "" if known else " Use `model='path/to/file.py:factory'` for a model of your own."
-        raise UsageError(f"`model={name!r}`: timm has no such model.{hint}{advice}")
+        advice = f"Did you mean {', '.join(known)}?" if known else f"{own_factory} for a model of your own."
+        raise UsageError(f"`model={name!r}`: timm has no such model. {advice}")
     # Options of timm itself (such as a file to load) are for the user to set, not for the checkpoint.
     own = inspect.signature(timm.create_model).parameters
     stored = {key: value for key, value in said.items() if name == said.get("arch") and key not in ("arch", *own)}
@@ -143,13 +141,11 @@ def stored_arguments(header: Header) -> dict[str, Any]:
     args = tree.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     arch = next((a for a in (tree.get("arch"), args.get("model"), args.get("arch")) if isinstance(a, str)), None)
-    said: dict[str, Any] = {} if arch is None else {"arch": arch}
-    for source in (args.get("model_kwargs"), args, tree):
-        if isinstance(source, dict):
-            said.update({k: v for k, v in source.items() if k in ("num_classes", "in_chans") and type(v) is int})
-    if isinstance(args.get("model_kwargs"), dict):
-        said = {**args["model_kwargs"], **said}
-    return said
+    kwargs = args.get("model_kwargs")
+    said = dict(kwargs) if isinstance(kwargs, dict) else {}
+    for source in (args, tree):
+        said |= {key: source[key] for key in ("num_classes", "in_chans") if type(source.get(key)) is int}
+    return said if arch is None else {**said, "arch": arch}
 
 
 def _shapes(cfg: Any, specs: Mapping[str, Any]) -> dict[str, int]:
@@ -174,31 +170,29 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         ModelError: names or shapes differ; the message has the first of each.
     """
     stored = {bare: name for name, bare in unwrap(checkpoint).items()}
-    own = {bare: name for name, bare in unwrap(model.state_dict()).items()}
     wanted = model.state_dict()
+    own = {bare: name for name, bare in unwrap(wanted).items()}
     # Files from before torch 0.4.1 have no such counter, and torch itself passes over that.
     missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in stored if name not in own]
+    shared = {name: (wanted[own[name]].shape, checkpoint.specs[stored[name]]) for name in own if name in stored}
     shapes = [
-        f"'{name}' is {list(spec.shape)}, the model's {list(wanted[own[name]].shape)}"
-        for name in own
-        if name in stored
-        and isinstance(spec := checkpoint.specs[stored[name]], TensorSpec)
-        and spec.shape != wanted[own[name]].shape
+        f"'{name}' is {list(spec.shape)}, the model's {list(shape)}"
+        for name, (shape, spec) in shared.items()
+        if isinstance(spec, TensorSpec) and spec.shape != shape
     ]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-            for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if found
-        ]
+    parts = [
+        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if parts:
         raise ModelError(
             f"{checkpoint.path}: the weights do not fit {type(model).__name__}: {'; '.join(parts)}. "
             "Is it the right `model`, with the right `model_kwargs` (num_classes=..., in_chans=...)?"
         )
-    state = {own[name]: checkpoint[stored[name]] for name in own if name in stored}
-    model.load_state_dict(state, strict=False)
-    return {own[name]: stored[name] for name in own if name in stored}
+    model.load_state_dict({own[name]: checkpoint[stored[name]] for name in shared}, strict=False)
+    return {own[name]: stored[name] for name in shared}
 
 
 def input_channels(model: nn.Module) -> int:

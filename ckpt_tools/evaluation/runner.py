@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ Progress = Callable[[str, int, "int | None"], None]
 
 
 class Runner:
-    """Runs one network on one device; a context that sets the allocator of glibc meanwhile.
+    """Runs one network on one device, with the allocator of glibc set meanwhile.
 
     Args:
         network: on that device.
@@ -36,14 +37,7 @@ class Runner:
         self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
         self._channels_last = channels_last
         self._shape: list[int] | None = None  # of the batch at work, for messages
-        self._blocks: AbstractContextManager[None] = large_blocks_kept() if device.type == "cpu" else nullcontext()
-
-    def __enter__(self) -> Runner:
-        self._blocks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._blocks.__exit__(*error)
+        self._on_cpu = device.type == "cpu"
 
     def recalibrate(self, batches: Batches, passes: int, estimator: str, on_progress: Progress) -> BatchNormReport:
         """Measure the statistics of the network; see `recalibrate_bn`.
@@ -68,7 +62,7 @@ class Runner:
     def _run(self, work: Callable[[], T]) -> T:
         self._shape = None
         try:
-            with self._autocast:
+            with self._autocast, large_blocks_kept() if self._on_cpu else nullcontext():
                 return work()
         except CkptError:
             raise
@@ -85,33 +79,27 @@ class Runner:
         return images.contiguous(memory_format=torch.channels_last) if last else images
 
 
+@dataclass(frozen=True, slots=True)
 class _Fed:
     """Prepared batches for the network; can be iterated any number of times if the data can."""
 
-    def __init__(
-        self, batches: Batches, prepare: Callable[[Tensor], Tensor], on_images: Callable[[int], None] | None = None
-    ) -> None:
-        self._batches = batches
-        self._prepare = prepare
-        self._on_images = on_images
+    batches: Batches
+    prepare: Callable[[Tensor], Tensor]
+    on_images: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         done = 0
-        batches = iter(self._batches)
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except CkptError:
-                raise
-            except (Exception, SystemExit) as error:  # a dataset of the user's
-                raise DataError(f"the data failed after {done} images ({type(error).__name__}: {error}).") from error
-            images = images_of(batch)
-            yield self._prepare(images), *(batch[1:] if isinstance(batch, (tuple, list)) else ())
-            done += len(images)
-            if self._on_images is not None:
-                self._on_images(done)
+        try:
+            for batch in self.batches:
+                images = images_of(batch)
+                yield self.prepare(images), *(batch[1:] if isinstance(batch, (tuple, list)) else ())
+                done += len(images)
+                if self.on_images is not None:
+                    self.on_images(done)
+        except CkptError:
+            raise
+        except (Exception, SystemExit) as error:  # a dataset of the user's
+            raise DataError(f"the data failed after {done} images ({type(error).__name__}: {error}).") from error
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

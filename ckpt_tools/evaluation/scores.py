@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from ..batchnorm.batches import images_of
-from ..batchnorm.recalibrate import device_of
+from ..batchnorm.recalibrate import device_of, in_eval_mode
 from ..errors import DataError
 
 
@@ -43,10 +43,8 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
         DataError: a batch has no labels, or labels out of range.
     """
     device = device_of(model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, among five, loss, images
-    try:
+    with in_eval_mode(model):
         for batch in batches:
             if len(images := images_of(batch)) == 0:
                 continue
@@ -66,9 +64,6 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
             right = best == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([right[:, 0].sum(), right.sum(), loss, labels.new_tensor(len(labels))]).double()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     right, among, loss_sum, images = sums.tolist()

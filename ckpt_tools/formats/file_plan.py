@@ -8,7 +8,7 @@ segments once it has the checksums.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,49 +21,55 @@ Files = tuple[tuple[Path, int], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SharedTerms:
-    """Terms of one tensor in files with identical headers; each spec is made on access.
+class Terms:
+    """The terms of a weighted sum, in the order of summation: (tensor of an input, coefficient) each.
 
     Attributes:
-        spec: of the tensor in the template.
-        files: in the order of summation; one tuple, shared by all tensors of a file.
-        coefficients: float64, one per file; shared as well.
+        specs: one per term; where `files` is given, the one in the first of them.
+        coefficients: float64, one per term; one tuple for all tensors with the same ones.
+        files: the terms are this tensor in files with identical headers; one tuple for all tensors of the files.
     """
 
-    spec: TensorSpec
-    files: Files
-    coefficients: tuple[float, ...]
+    specs: tuple[TensorSpec, ...] = ()
+    coefficients: tuple[float, ...] = ()
+    files: Files = ()
+
+    @classmethod
+    def of(cls, terms: Iterable[tuple[TensorSpec, float]]) -> Terms:
+        """Make them from pairs of spec and coefficient."""
+        return cls(*zip(*terms, strict=True))
+
+    @classmethod
+    def copy(cls, spec: TensorSpec) -> Terms:
+        """Return the one term whose sum is this tensor."""
+        return cls((spec,), (1.0,))
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.coefficients)
 
     def __getitem__(self, index: int) -> tuple[TensorSpec, float]:
-        return self.spec.relocated(*self.files[index]), self.coefficients[index]
+        spec = self.specs[0].relocated(*self.files[index]) if self.files else self.specs[index]
+        return spec, self.coefficients[index]
 
     def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
         return map(self.__getitem__, range(len(self)))
 
+    @property
+    def dtypes(self) -> tuple[DType, ...]:
+        """One per term."""
+        return tuple([spec.dtype for spec in self.specs]) * (len(self.files) or 1)
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Terms:
-    """Terms whose coefficients are one tuple for all tensors of a job.
+    @property
+    def width(self) -> int:
+        """Bytes read for each element of the sum."""
+        return sum([spec.dtype.itemsize for spec in self.specs]) * (len(self.files) or 1)
 
-    Attributes:
-        specs: in the order of summation.
-        coefficients: float64, one per spec.
-    """
-
-    specs: tuple[TensorSpec, ...]
-    coefficients: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-    def __getitem__(self, index: int) -> tuple[TensorSpec, float]:
-        return self.specs[index], self.coefficients[index]
-
-    def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
-        return zip(self.specs, self.coefficients, strict=True)
+    @property
+    def inputs(self) -> Sequence[tuple[TensorSpec, Files]]:
+        """(spec, the files that have it), in the order of the terms."""
+        if self.files:
+            return ((self.specs[0], self.files),)
+        return [(spec, tuple([(path, 0) for path in spec.paths])) for spec in self.specs]
 
 
 class GroupKey(NamedTuple):
@@ -96,8 +102,7 @@ class OutTensor:
     Attributes:
         dtype: of the output.
         shape: of the output and of every term.
-        terms: (input tensor, float64 coefficient), in the order of summation. A single term of
-            coefficient 1 and of the output's dtype is copied byte for byte. Empty if `data` is given.
+        terms: a single one of coefficient 1 and of the output's dtype is copied byte for byte. None if `data` is given.
         name: for messages.
         finite: refuse NaN and infinity; False for tensors that are not weights.
         data: the bytes of a tensor that no input has.
@@ -105,7 +110,7 @@ class OutTensor:
 
     dtype: DType
     shape: tuple[int, ...]
-    terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms | Terms
+    terms: Terms
     name: str
     finite: bool = True
     data: bytes | None = None
@@ -119,75 +124,38 @@ class OutTensor:
         return self.numel * self.dtype.itemsize
 
     @property
-    def dtypes(self) -> tuple[DType, ...]:
-        """Of the terms."""
-        if type(self.terms) is SharedTerms:
-            return (self.terms.spec.dtype,) * len(self.terms)
-        return tuple([spec.dtype for spec in self.specs])
-
-    @property
-    def width(self) -> int:
-        """Bytes of the inputs read for each element."""
-        if type(self.terms) is SharedTerms:
-            return self.terms.spec.dtype.itemsize * len(self.terms.files)
-        return sum([spec.dtype.itemsize for spec in self.specs])
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """Of the terms."""
-        if type(self.terms) is tuple:
-            return tuple([coefficient for _, coefficient in self.terms])
-        return self.terms.coefficients  # type: ignore[union-attr]
-
-    @property
     def origin(self) -> object:
         """The tensor of the last input, or this one if there is no input."""
-        if type(self.terms) is SharedTerms:
-            return self.terms.spec
-        return self.terms[-1][0] if self.terms else self
-
-    @property
-    def specs(self) -> Sequence[TensorSpec]:
-        """Of the terms."""
-        return self.terms.specs if type(self.terms) is Terms else [spec for spec, _ in self.terms]
-
-    @property
-    def places(self) -> Sequence[tuple[TensorSpec, Files]]:
-        """(spec, files with a term at this place), in the order of the terms."""
-        if type(self.terms) is SharedTerms:
-            return ((self.terms.spec, self.terms.files),)
-        return [(spec, tuple([(path, 0) for path in spec.paths])) for spec in self.specs]
+        return self.terms.specs[-1] if self.terms else self
 
     @property
     def copied(self) -> bool:
         """True if the output is the bytes of its only input."""
-        return len(self.terms) == 1 and self.terms[0][1] == 1.0 and self.terms[0][0].dtype is self.dtype
+        return self.terms.coefficients == (1.0,) and self.terms.specs[0].dtype is self.dtype
 
     @property
     def verbatim(self) -> bool:
         """True if a byte range of an input can be copied to the output without decoding or checks."""
-        spec = self.terms[0][0] if self.copied else None
-        if spec is None or (self.finite and self.dtype.averaged):
+        if not self.copied or (self.finite and self.dtype.averaged):
             return False
+        spec, _ = self.terms[0]
         return spec.contiguous and not spec.swapped
 
     @property
     def group_key(self) -> GroupKey | None:
         """Its key if it may share a work unit, being contiguous and little endian in every input; else None."""
-        if not self.terms:
-            return None
         strides = c_strides(self.shape)
-        for spec in [self.terms.spec] if type(self.terms) is SharedTerms else self.specs:
+        for spec in self.terms.specs:
             plain = type(spec) is TensorSpec and (spec.stride == strides or spec.contiguous)
             if not plain or (spec.storage.big_endian and spec.swapped):
                 return None
-        return self.tile_key
+        return self.tile_key if self.terms else None
 
     @property
     def tile_key(self) -> GroupKey:
         """Its key whatever its strides and byte order; only for a tensor with terms."""
         checked = self.finite and self.dtype.averaged
-        return _group_key(self.dtypes, self.coefficients, self.dtype, self.copied, checked)
+        return _group_key(self.terms.dtypes, self.terms.coefficients, self.dtype, self.copied, checked)
 
 
 class Payload(NamedTuple):

@@ -16,12 +16,12 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted
+from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import format_of, without_collector
 from ..formats.dcp import DCP_FOLDER
-from ..formats.file_plan import FilePlan, OutTensor, whole_file
+from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
@@ -64,7 +64,7 @@ class Assembly:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
-        return sum(tensor.numel * tensor.width for plan in self.files for tensor, _ in plan.payloads)
+        return sum(tensor.numel * tensor.terms.width for plan in self.files for tensor, _ in plan.payloads)
 
     @property
     def names(self) -> list[str]:
@@ -186,7 +186,7 @@ class Copies(dict[TensorSpec, OutTensor]):
     """What is written as an input has it; one OutTensor for each spec, so that what was tied stays so."""
 
     def __missing__(self, spec: TensorSpec) -> OutTensor:
-        self[spec] = OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "an entry beside the weights", finite=False)
+        self[spec] = OutTensor(spec.dtype, spec.shape, Terms.copy(spec), "an entry beside the weights", finite=False)
         return self[spec]
 
 

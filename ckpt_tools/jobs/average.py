@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, is_ema_by_name, select
+from ..checkpoints.layouts import StateDict, select
 from ..checkpoints.layouts.layout import Unchanged
+from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.prefixes import prefixes, renamed, unwrap
 from ..compute import engine
 from ..compute.gpu import devices
@@ -21,8 +22,8 @@ from ..formats.format import Writing
 from ..formats.sharded import parse_size
 from ..series.align import align
 from ..series.find import Member, Series, find_series
-from ..series.rows import recipes
 from ..series.schedules import Schedule, dominant
+from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
 from ..tensors import DType, TensorSpec, parse_dtype
 from .assembly import Assembly, assemble
@@ -113,8 +114,8 @@ def average(
     names = short_names([member.path for member in members])
     coefficients = _coefficients(schedule, series)
     weights = _line_up(members, names, matching, mixed_dtypes=dtype is not None)
-    tensors = recipes(
-        weights.rows, coefficients, dtype=dtype, keep_running=matching.buffers == "last", shared=weights.shared
+    tensors = weighted_sums(
+        weights.aligned, coefficients, dtype=dtype, keep_running=matching.buffers == "last", shared=weights.shared
     )
     unique = dict.fromkeys(tensors.values())
     arguments = _arguments(schedule, matching, dtype, running)
@@ -186,12 +187,12 @@ def _arguments(schedule: Schedule, matching: Matching, dtype: DType | None, runn
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LinedUp:
-    """The weights of a series; with `shared`, `states`, `renamed` and `rows` hold those of the last checkpoint alone.
+    """The weights of a series; with `shared`, `states`, `renamed` and `aligned` have those of the last checkpoint.
 
     Attributes:
         states: the set of weights in each checkpoint.
         renamed: their names to names without wrapper prefixes.
-        rows: name to one tensor a checkpoint, None where it has none.
+        aligned: name to one tensor a checkpoint, None where it has none.
         left_out: names that only some checkpoints have.
         shared: each file of the last checkpoint to the files in its place, if all headers are identical.
         notes: decisions worth knowing.
@@ -199,7 +200,7 @@ class _LinedUp:
 
     states: Sequence[StateDict]
     renamed: Sequence[Mapping[str, str]]
-    rows: Mapping[str, tuple[TensorSpec | None, ...]]
+    aligned: Mapping[str, tuple[TensorSpec | None, ...]]
     left_out: tuple[str, ...]
     shared: Mapping[Path, Files]
     notes: tuple[str, ...]
@@ -219,10 +220,10 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
         mixed_dtypes=mixed_dtypes,
     )
     notes = []
-    partial = [name for name, row in plan.rows.items() if not all(row)]
+    partial = [name for name, inputs in plan.aligned.items() if not all(inputs)]
     if partial:
         notes.append(f"Not in every checkpoint, so averaged over those that have them: {some(partial)}.")
-    return _LinedUp(states, new_names, plan.rows, plan.left_out, shared, tuple(notes))
+    return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:
@@ -245,16 +246,16 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
         what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
         yield f"`per_step` counts gaps in {what}, for the files store no step."
     end = dominant(coefficients)
-    if schedule.advice is not None and end is not None:
+    if schedule.rule.advice is not None and end is not None:
         index, share = end
-        which, advice = ("oldest", schedule.advice[0]) if index == 0 else ("newest", schedule.advice[1])
+        which, advice = ("oldest", schedule.rule.advice[0]) if index == 0 else ("newest", schedule.rule.advice[1])
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 
 def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> list[StateDict]:
     states = [select(member.header, state) for member in members]
-    kinds = {s.which for s in states}
-    if len(kinds) > 1:
+    which = {s.which for s in states}
+    if len(which) > 1:
         having = [name for name, s in zip(names, states, strict=True) if s.which == "ema"]
         lacking = [name for name, s in zip(names, states, strict=True) if s.which != "ema"]
         raise LayoutError(
@@ -262,7 +263,7 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
             "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
         )
     marked = [name for name in names if _EMA_NAME.search(name)]
-    if state == "auto" and kinds == {"raw"} and 0 < len(marked) < len(names):
+    if state == "auto" and which == {"raw"} and 0 < len(marked) < len(names):
         raise LayoutError(
             f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
             f"({len(marked)} of {len(names)} are). Raw and averaged weights cannot be mixed: leave the others out, "

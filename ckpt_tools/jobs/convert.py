@@ -10,23 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.ema_updates import stored_decay, stored_updates
-from ..checkpoints.layouts import (
-    LAYOUTS,
-    Content,
-    Layout,
-    StateDict,
-    dotted,
-    left_behind,
-    other_entries,
-    parameters,
-    select,
-    states,
-)
+from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
+from ..checkpoints.layouts.entries import left_behind, other_entries
+from ..checkpoints.layouts.layout import Content, dotted
+from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.dcp import DCP_FOLDER
-from ..formats.file_plan import OutTensor
+from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
@@ -227,7 +219,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], nami
 
 def _content(
     header: Header,
-    sets: Mapping[str, StateDict],
+    sets: dict[str, StateDict],
     dtype: DType | None,
     naming: Naming,
     notes: list[str],
@@ -262,7 +254,7 @@ def _copied(
         if tensor is None:
             changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
             out = dtype if changed and dtype is not None else spec.dtype
-            tensor = OutTensor(out, spec.shape, ((spec, 1.0),), name, finite=changed)
+            tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed)
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
         weights[name] = tensor
@@ -278,7 +270,7 @@ def _assembled(
     if target.format.nests:
         return nested(layout.write(content), target=target.path, provenance=writing.provenance, dropped=dropped)
     whole = layout.flatten(content)
-    if whole.dcp:
+    if layout.outputs == ("folder",):
         files = DCP_FOLDER.plan(whole.tensors, writing)
         return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     writing = replace(writing, stem=whole.stem)

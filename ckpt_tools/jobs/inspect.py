@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted, states
+from ..checkpoints.layouts import StateDict, states
+from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.optimizers import find_optimizers, optimizer_name
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
@@ -56,7 +57,7 @@ class Optimizer:
     """The state of an optimizer: its name, and its memory in multiples of the parameters."""
 
     place: str
-    kind: str
+    name: str
     nbytes: int
     multiple: float | None
 

@@ -25,7 +25,7 @@ from ..evaluation.models import build_model, importable, input_channels, load_we
 from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy
 from ..formats import read_header
-from ..formats.file_plan import OutTensor
+from ..formats.file_plan import OutTensor, Terms
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
 from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, takes
@@ -142,7 +142,7 @@ def recalibrate_checkpoint(
         if not group.first:  # it neither speaks nor writes
             running = Inference(**{**vars(running), "on_plan": None, "on_progress": None})
         if batches is None:
-            left = [f"Left as it is: {name or 'the model'} ({kind}), {reason}." for name, kind, reason in skipped]
+            left = [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
             nothing = "The model has no BatchNorm statistics; nothing to do."
             return run(replace(report, notes=(*notes, *left, nothing)), running)
         arguments = {
@@ -172,9 +172,9 @@ def recalibrate_checkpoint(
             check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
-            with Runner(network, device, amp=running.amp, channels_last=running.channels_last) as runner:
-                progress = running.on_progress or (lambda *_: None)
-                report = _measured(report, runner, batches, held_out, measuring.estimator, group, progress)
+            runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+            progress = running.on_progress or (lambda *_: None)
+            report = _measured(report, runner, batches, held_out, measuring.estimator, group, progress)
             if measuring.require_gain:
                 _check_gain(report, measuring.eval_data)
             if group.first and report.statistics is not None:
@@ -306,7 +306,7 @@ def _new_buffers(
         narrow = values.to(torch_dtype(dtype))
         if narrow.is_floating_point() and not torch.isfinite(narrow).all():
             raise NumericsError(f"the new '{name}' overflows {dtype.name}, its dtype in the checkpoint.")
-        new = OutTensor(dtype, spec.shape, (), stored[name], data=_bytes(narrow))
+        new = OutTensor(dtype, spec.shape, Terms(), stored[name], data=_bytes(narrow))
         changed[stored[name]] = made.setdefault((id(values), spec), new)
     return changed
 

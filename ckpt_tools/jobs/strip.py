@@ -9,9 +9,10 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, dotted, select, states
+from ..checkpoints.layouts import StateDict, select, states
+from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.optimizers import is_optimizer
-from ..checkpoints.training_state import holds, leads, nodes, other_weights, training_state, without
+from ..checkpoints.training_state import any_tensor, leads, nodes, other_weights, stripped, training_state
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
@@ -106,7 +107,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     gone = list(training_state(header.view, sets, notes, alone=chosen is not None))
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
-    tree = without(header.view, gone)
+    tree = stripped(header.view, gone)
     report = StripReport(
         path=str(header.path),
         out=str(target.path),
@@ -172,7 +173,7 @@ def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse a checkpoint that cannot be written again, or that would be left without weights."""
     if not header.format.nests or header.in_folder != header.format.folder:
         raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See `convert(...)`.")
-    if not holds(tree):
+    if not any_tensor(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     for path, tensor in tensors_in(tree):
         if isinstance(tensor, UnsupportedTensor):
@@ -180,7 +181,7 @@ def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     for path, node in nodes(tree):
         if not isinstance(node, Inert) or (path and str(path[-1]).endswith("_extra_state")):
             continue
-        if holds(node) or any(each.path and leads(each.path, path) for each in sets):
+        if any_tensor(node) or any(each.path and leads(each.path, path) for each in sets):
             raise LayoutError(
                 f"{header.path}: '{dotted(path) or 'the whole file'}' is a pickled object ({type(node).global_name}), "
                 "which cannot be written, and it may contain weights. Take them out first: `convert(to='plain')`."

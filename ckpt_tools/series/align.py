@@ -18,11 +18,11 @@ class KeyPlan:
     """The tensors to sum.
 
     Attributes:
-        rows: output name to one tensor per checkpoint; None if a checkpoint lacks it (``union``).
+        aligned: output name to one tensor per checkpoint; None if a checkpoint lacks it (``union``).
         left_out: names of some checkpoints that the output lacks.
     """
 
-    rows: dict[str, tuple[TensorSpec | None, ...]]
+    aligned: dict[str, tuple[TensorSpec | None, ...]]
     left_out: tuple[str, ...]
 
 
@@ -66,11 +66,11 @@ def align(
         if not names:
             raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect.")
     columns = [map(state.get, names) for state in states]
-    rows = {
-        name: _checked(name, row, files, mixed_dtypes=mixed_dtypes)
-        for name, row in zip(names, zip(*columns, strict=True), strict=True)
+    aligned = {
+        name: _checked(name, tensors, files, mixed_dtypes=mixed_dtypes)
+        for name, tensors in zip(names, zip(*columns, strict=True), strict=True)
     }
-    return KeyPlan(rows, tuple(partial) if keys == "intersection" else ())
+    return KeyPlan(aligned, tuple(partial) if keys == "intersection" else ())
 
 
 def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -97,16 +97,16 @@ def _missing(
 
 
 def _checked(
-    name: str, row: tuple[Tensor | None, ...], files: Sequence[str], *, mixed_dtypes: bool
+    name: str, tensors: tuple[Tensor | None, ...], files: Sequence[str], *, mixed_dtypes: bool
 ) -> tuple[TensorSpec | None, ...]:
-    model = row[0]
+    model = tensors[0]
     if isinstance(model, TensorSpec) and all(
-        type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in row
+        type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in tensors
     ):
-        return row  # type: ignore[return-value]
+        return tensors  # type: ignore[return-value]
     checked: list[TensorSpec | None] = []
     first: tuple[TensorSpec, str] | None = None
-    for tensor, file in zip(row, files, strict=True):
+    for tensor, file in zip(tensors, files, strict=True):
         if isinstance(tensor, UnsupportedTensor):
             raise AlignmentError(
                 f"{file}: '{name}' is {tensor.reason}, which cannot be averaged. "

@@ -128,11 +128,7 @@ def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]
     groups = [list(headers)]
     # Each comparison costs more than the one before, and is limited to headers that were equal so far.
     for look in (_outlines, _middles, _values):
-        groups = [
-            subgroup
-            for group in groups
-            for subgroup in (_split(group, look) if len({_family(h.path) for h in group}) > 1 else [group])
-        ]
+        groups = [subgroup for group in groups for subgroup in _split(group, look)]
     copies: set[Path] = set()
     for paths in ([header.path for header in group] for group in groups):
         first = min(paths, key=numbered_first)
@@ -146,7 +142,9 @@ def _family(path: Path) -> str:
     return re.sub(r"\d+", "#", str(path.absolute()))
 
 
-def _split(headers: Sequence[Header], look: Callable[[Header], object]) -> list[list[Header]]:
+def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list[Header]]:
+    if len({_family(header.path) for header in headers}) < 2:
+        return [headers]
     groups: dict[object, list[Header]] = {}
     for header in headers:
         try:
@@ -247,9 +245,8 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     by_name = sorted(members, key=lambda m: natural_key(m.path))
     if order == "natural":
         return by_name, "the names"
-    nameless = sorted(
-        (member.path for member, key in zip(members, places.keys, strict=True) if not key), key=natural_key
-    )
+    key_of = {member.path: key for member, key in zip(members, places.keys, strict=True)}
+    nameless = [member.path for member in by_name if not key_of[member.path]]
     if nameless and len(members) > 1:
         notes.append(
             f"{nameless[0]} has no step, neither inside nor in its name, so the files are ordered by name. "
@@ -257,21 +254,16 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
         )
         return by_name, "the names"
     notes.extend(places.remarks)
-    key_of = {member.path: key for member, key in zip(members, places.keys, strict=True)}
-    _note_ties(by_name, key_of, places.counter.replace("name", "number"), notes)
-    return sorted(by_name, key=lambda m: key_of[m.path]), places.by
-
-
-def _note_ties(members: Sequence[Member], key_of: dict[Path, tuple[float, ...]], what: str, notes: list[str]) -> None:
-    groups: dict[tuple[float, ...], list[Path]] = {}
-    for member in members:
-        groups.setdefault(key_of[member.path], []).append(member.path)
-    for key, paths in groups.items():
-        if len(paths) > 1:
-            first, second, *more = paths
-            others = f" and {len(more)} more" if more else ""
+    ties: dict[tuple[float, ...], list[Path]] = {}
+    for member in by_name:
+        ties.setdefault(key_of[member.path], []).append(member.path)
+    what = places.counter.replace("name", "number")
+    for key, (first, *others) in ties.items():
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             value = ", ".join(map(str, key))
-            notes.append(f"{first}, {second}{others} have the same {what}, {value}; they are ordered by name.")
+            notes.append(f"{first}, {others[0]}{more} have the same {what}, {value}; they are ordered by name.")
+    return sorted(by_name, key=lambda m: key_of[m.path]), places.by
 
 
 def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
@@ -279,8 +271,8 @@ def _between(members: list[Member], from_step: int | None, to_step: int | None) 
     if not asked:
         return members
     placed = [(member.step, member) for member in members if member.step is not None]
-    if len(placed) < len(members):
-        unknown = next(member for member in members if member.step is None)
+    unknown = next((member for member in members if member.step is None), None)
+    if unknown is not None:
         raise SeriesError(f"{unknown.path}: its step is unknown, so {' and '.join(asked)} cannot apply to it.")
     low, high = (-math.inf if from_step is None else from_step), (math.inf if to_step is None else to_step)
     kept = [member for step, member in placed if low <= step <= high]

@@ -79,11 +79,12 @@ def _find(given: str | Path) -> list[Path]:
         return [path]
     if path.is_symlink():
         raise SeriesError(_dangling(path))
+    missing = _missing_folder(path)
     if not _MAGIC.search(str(path)):
-        raise SeriesError(f"{given}: no such file or folder.{_did_you_mean(path)}")
+        raise SeriesError(f"{given}: no such file or folder.{_near(path) if missing is None else missing}")
     matches = sorted(store.find(path), key=natural_key)
     if not matches:
-        if (missing := _missing_folder(path)) is not None:
+        if missing is not None:
             raise SeriesError(f"no file matches '{given}'.{missing}")
         folder = next((parent for parent in path.parents if parent.is_dir()), Path())
         raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
@@ -93,10 +94,8 @@ def _find(given: str | Path) -> list[Path]:
 def _in_folder(folder: Path) -> list[Path]:
     found = _checkpoints(folder)
     if not found:
-        raise SeriesError(
-            f"{folder}: no checkpoints in this folder (looked for {' '.join('*' + s for s in suffixes())})."
-            f"{_hint_below(folder)}"
-        )
+        looked_for = " ".join(f"*{suffix}" for suffix in suffixes())
+        raise SeriesError(f"{folder}: no checkpoints in this folder (looked for {looked_for}).{_hint_below(folder)}")
     return found
 
 
@@ -133,11 +132,6 @@ def _like(folder: Path) -> Path:
 
 def _dangling(path: Path) -> str:
     return f"{path}: a broken link to {path.readlink()}."
-
-
-def _did_you_mean(path: Path) -> str:
-    missing = _missing_folder(path)
-    return _near(path) if missing is None else missing
 
 
 def _missing_folder(path: Path) -> str | None:

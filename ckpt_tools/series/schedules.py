@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -74,7 +75,10 @@ class Schedule:
 
     def __init__(self, mode: str = "uniform", **options: Any) -> None:
         self.mode = mode
-        self._given = {name: _fixed(value) for name, value in options.items()}
+        self._given = {
+            name: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+            for name, value in options.items()
+        }
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
@@ -85,22 +89,24 @@ class Schedule:
         return (mode, *found.values())
 
     @property
+    def rule(self) -> Rule:
+        """The rule of the mode."""
+        return SCHEDULES[self.mode]
+
+    @property
     def values(self) -> Mapping[str, Any]:
         """All options of the rule."""
-        values = {}
-        for option in SCHEDULES[self.mode].options:
-            value = self._given.get(option.name, option.default)
-            values[option.name] = option.implied if value is None else value
-        return values
+        given = ((option, self._given.get(option.name, option.default)) for option in self.rule.options)
+        return {option.name: option.implied if value is None else value for option, value in given}
 
     @property
     def arguments(self) -> Mapping[str, Any]:
         """The options to record; without lists of numbers, which the coefficients repeat."""
-        defaults = {option.name: option.default for option in SCHEDULES[self.mode].options}
+        values = ((option, self.values[option.name]) for option in self.rule.options)
         return {
-            name: value
-            for name, value in self.values.items()
-            if value != defaults[name] and isinstance(value, (str, int, float))
+            option.name: value
+            for option, value in values
+            if value != option.default and isinstance(value, (str, int, float))
         }
 
     def check(self) -> None:
@@ -111,21 +117,19 @@ class Schedule:
         """
         every = {option.name: option for option in self.options()}
         for name, value in self._given.items():
-            numbers = value if every[name].type is Numbers and value is not None else [value]
-            if every[name].type in (float, Numbers):
-                for number in numbers:
-                    if number is not None and (isinstance(number, bool) or not isinstance(number, Real)):
+            if value is not None and every[name].type in (float, Numbers):
+                for number in value if every[name].type is Numbers else [value]:
+                    if isinstance(number, bool) or not isinstance(number, Real):
                         raise UsageError(f"`{name}` takes numbers, not {number!r}.")
         if self.mode not in SCHEDULES:
             raise UsageError(f"`mode` is one of {', '.join(SCHEDULES)}, not {self.mode!r}.")
-        rule = SCHEDULES[self.mode]
         for name, value in self._given.items():
-            if value != every[name].default and every[name] not in rule.options:
+            if value != every[name].default and every[name] not in self.rule.options:
                 given = f"`{name}=False`" if value is False else f"`{name}`"
                 takers = [f"`mode={mode!r}`" for mode, other in SCHEDULES.items() if every[name] in other.options]
                 raise UsageError(f"{given} goes with {' or '.join(takers)}.")
-        if rule.check is not None:
-            rule.check(**self.values)
+        if self.rule.check is not None:
+            self.rule.check(**self.values)
 
     def coefficients(self, steps: Sequence[int | None]) -> tuple[float, ...]:
         """Return the coefficients for checkpoints at these training steps, oldest first.
@@ -133,16 +137,7 @@ class Schedule:
         Raises:
             UsageError: the rule does not fit the series.
         """
-        return tuple(SCHEDULES[self.mode].coefficients(steps, **self.values))
-
-    @property
-    def advice(self) -> tuple[str, str] | None:
-        """See `Rule`."""
-        return SCHEDULES[self.mode].advice
-
-
-def _fixed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+        return tuple(self.rule.coefficients(steps, **self.values))
 
 
 def uniform(n: int) -> tuple[float, ...]:
@@ -204,16 +199,10 @@ def ema_warmup(n: int, *, decay: float, warmup: str) -> tuple[float, ...]:
     return _unroll([WARMUPS[warmup](update, decay) for update in range(1, n)])
 
 
-def _litema(update: int, decay: float) -> float:
-    return min(decay, (1 + update) / (10 + update))
-
-
-def _timm(update: int, decay: float, gamma: float = 1.0, power: float = 2 / 3) -> float:
-    step = max(0, update - 1)
-    return 0.0 if step <= 0 else min(1 - (1 + step / gamma) ** -power, decay)
-
-
-WARMUPS: dict[str, Callable[[int, float], float]] = {"litema": _litema, "timm": _timm}
+WARMUPS: dict[str, Callable[[int, float], float]] = {
+    "litema": lambda update, decay: min(decay, (1 + update) / (10 + update)),
+    "timm": lambda update, decay: min(decay, 1 - float(update) ** (-2 / 3)),
+}
 
 
 def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, ...]:
@@ -238,13 +227,9 @@ def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, 
 def dominant(coefficients: Sequence[float]) -> tuple[int, float] | None:
     """Return (index, share) of a first or last checkpoint with over half the weight, for three or more; else None."""
     total = math.fsum(map(abs, coefficients))
-    if len(coefficients) < 3 or total == 0:
-        return None
-    for index in (0, len(coefficients) - 1):
-        share = abs(coefficients[index]) / total
-        if share > 0.5:
-            return index, share
-    return None
+    ends = (0, len(coefficients) - 1) if len(coefficients) > 2 and total else ()
+    shares = ((index, abs(coefficients[index]) / total) for index in ends)
+    return next((end for end in shares if end[1] > 0.5), None)
 
 
 def _check_decay(decay: float) -> None:
@@ -260,10 +245,6 @@ def _unroll(decays: Sequence[float]) -> tuple[float, ...]:
         coefficients.append((1.0 - decay) * kept)
         kept *= decay
     return (kept, *reversed(coefficients))
-
-
-def _uniform(steps: Sequence[int | None]) -> tuple[float, ...]:
-    return uniform(len(steps))
 
 
 def _ema(
@@ -283,10 +264,6 @@ def _ema(
     return ema(len(steps), decay=decay, bias_correction=bias_correction)
 
 
-def _check_ema(**options: Any) -> None:
-    _ema((0, 1), **options)  # the shortest series finds an invalid decay or warm-up
-
-
 def _weights(steps: Sequence[int | None], *, weights: Numbers | None, normalize: bool) -> tuple[float, ...]:
     if weights is None:
         raise UsageError("`mode='weights'` needs `weights`, one number a checkpoint.")
@@ -304,7 +281,7 @@ def _check_weights(*, weights: Numbers | None, normalize: bool) -> None:
 _divided = weights  # its name is also that of an option
 
 SCHEDULES: dict[str, Rule] = {
-    "uniform": Rule(_uniform),
+    "uniform": Rule(lambda steps: uniform(len(steps))),
     "ema": Rule(
         _ema,
         (
@@ -313,11 +290,8 @@ SCHEDULES: dict[str, Rule] = {
             Option("warmup", str, None, f"ema: {' or '.join(WARMUPS)}; the decay grows."),
             Option("bias_correction", bool, False, "ema: start from zero, divide by 1 - decay^N."),
         ),
-        check=_check_ema,
-        advice=(
-            "A smaller `decay`, `per_step` or `bias_correction` spreads it.",
-            "A larger `decay` spreads it.",
-        ),
+        check=partial(_ema, (0, 1)),  # the shortest series finds an invalid decay or warm-up
+        advice=("A smaller `decay`, `per_step` or `bias_correction` spreads it.", "A larger `decay` spreads it."),
     ),
     "weights": Rule(
         _weights,

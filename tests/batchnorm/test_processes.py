@@ -64,7 +64,7 @@ def folder(save: Save, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("data", "counts"), [("images", (1, 2, 4)), ("short", (4,))])
-def test_one_two_and_four_processes_agree(folder: Path, data: str, counts: tuple[int, ...]) -> None:
+def test_recalibrate_bn_merges_processes_exactly(folder: Path, data: str, counts: tuple[int, ...]) -> None:
     found = []
     for processes in counts:
         result = launch(
@@ -82,7 +82,7 @@ def test_one_two_and_four_processes_agree(folder: Path, data: str, counts: tuple
         assert state["0.num_batches_tracked"].equal(found[0]["0.num_batches_tracked"])
 
 
-def test_a_rank_that_fails_ends_all_with_its_error(folder: Path) -> None:
+def test_recalibrate_bn_ends_all_processes_with_the_error_of_one(folder: Path) -> None:
     before = sorted(folder.iterdir())
     result = launch(folder, 2, "--model", "nets.py:one", "--data", "nets.py:failing", "-b", "6", "-j", "0")
     assert result.returncode != 0

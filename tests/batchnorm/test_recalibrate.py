@@ -58,7 +58,7 @@ def brute_force(model: nn.Module, batches: Sequence[Tensor]) -> dict[str, tuple[
     return {name: (values.mean(1), values.var(1, ddof=1)) for name, values in whole.items()}
 
 
-def test_uneven_batches_give_the_statistics_of_one() -> None:
+def test_recalibrate_bn_gives_uneven_batches_the_statistics_of_one() -> None:
     data = images(128, 3, 5, 5, dtype=torch.float64) * 3 + 7
     uneven, whole = one_layer(), one_layer()
     recalibrate_bn(uneven, data.split([2, 2, 4, 8, 16, 32, 64]))
@@ -70,7 +70,7 @@ def test_uneven_batches_give_the_statistics_of_one() -> None:
     assert uneven[0].num_batches_tracked.equal(torch.tensor(7))
 
 
-def test_a_mean_of_3000_sigma_leaves_the_variance_right() -> None:
+def test_recalibrate_bn_keeps_the_variance_exact_at_a_mean_of_3000_sigma() -> None:
     data = 3000 + images(64, 4, 6, 6)
     model = nn.Sequential(nn.BatchNorm2d(4))
     recalibrate_bn(model, data.split(8))
@@ -86,7 +86,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_whole_networks_equal_brute_force_under_the_same_batches(name: str) -> None:
+def test_recalibrate_bn_agrees_with_brute_force_on_whole_networks(name: str) -> None:
     make, size = NETWORKS[name]
     torch.manual_seed(0)
     model = make().double()
@@ -117,7 +117,7 @@ class Line(nn.Module):
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
-def test_with_p_passes_the_first_p_layers_do_not_depend_on_the_batches(passes: int) -> None:
+def test_recalibrate_bn_frees_the_first_p_layers_from_the_batches_in_p_passes(passes: int) -> None:
     torch.manual_seed(0)
     model = Line().double()
     data = images(60, 3, 6, 6, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_with_p_passes_the_first_p_layers_do_not_depend_on_the_batches(passes: i
         assert equal == [layer < passes] * 2
 
 
-def test_a_model_with_dropout_gives_the_same_answer_twice() -> None:
+def test_recalibrate_bn_repeats_exactly_with_dropout() -> None:
     torch.manual_seed(0)
     first, second = Line(), Line()
     second.load_state_dict(first.state_dict())
@@ -143,7 +143,7 @@ def test_a_model_with_dropout_gives_the_same_answer_twice() -> None:
     assert_same(buffers(first), buffers(second))
 
 
-def test_torchs_update_bn_is_the_batch_mean_of_equal_batches() -> None:
+def test_recalibrate_bn_by_batch_mean_agrees_with_torchs_update_bn() -> None:
     torch.manual_seed(0)
     ours, theirs = Line().double(), Line().double()
     ours.dropout = theirs.dropout = nn.Identity()
@@ -173,7 +173,7 @@ def sync(_: int) -> nn.Module:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_every_class_of_batchnorm_gets_the_population_statistics(layer: Any, shape: tuple[int, ...]) -> None:
+def test_recalibrate_bn_measures_every_class_of_batchnorm(layer: Any, shape: tuple[int, ...]) -> None:
     data = images(10, 4, *shape) * 2 + 1
     recalibrate_bn(nn.Sequential(layer), data.split([4, 4, 2]))
     columns = data.double().movedim(1, 0).flatten(1).numpy()
@@ -193,7 +193,7 @@ def test_every_class_of_batchnorm_gets_the_population_statistics(layer: Any, sha
         ((8, 8), lambda x: x[:, ::2]),
     ],
 )
-def test_an_input_may_be_any_view(shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> None:
+def test_recalibrate_bn_accepts_any_view(shape: tuple[int, ...], view: Callable[[Tensor], Tensor]) -> None:
     layer = nn.BatchNorm2d(4).double() if len(shape) == 4 else nn.BatchNorm1d(4).double()
     data = images(*shape, dtype=torch.float64)
     model = nn.Sequential(nn.Identity(), layer)
@@ -205,7 +205,7 @@ def test_an_input_may_be_any_view(shape: tuple[int, ...], view: Callable[[Tensor
 
 
 @pytest.mark.parametrize("layer", [EvoNorm2dB0(4), EvoNorm2dB1(4)], ids=["B0", "B1"])
-def test_evonorm_has_a_variance_and_no_mean(layer: Any) -> None:
+def test_recalibrate_bn_measures_the_variance_of_evonorm(layer: Any) -> None:
     data = images(10, 4, 5, 6)
     report = recalibrate_bn(nn.Sequential(layer), data.split(5))
     want = data.double().movedim(1, 0).flatten(1).numpy().var(1, ddof=1)
@@ -230,7 +230,7 @@ class Odd(nn.Module):
         return self.instance(self.frozen(self.stateless(self.twice(self.twice(x) + 3))))
 
 
-def test_layers_that_cannot_be_measured_are_named_with_the_reason() -> None:
+def test_recalibrate_bn_names_skipped_layers_with_the_reason() -> None:
     model = Odd().double()
     model.unused.running_mean.fill_(9)
     data = images(6, 2, 3, 3, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_layers_that_cannot_be_measured_are_named_with_the_reason() -> None:
     assert [layer.count for layer in report.layers] == [2 * 6 * 9]
 
 
-def test_old_nans_are_cleared() -> None:
+def test_recalibrate_bn_clears_old_nans() -> None:
     model = Line()
     for layer in model.bns:
         layer.running_mean.fill_(float("nan"))
@@ -262,7 +262,7 @@ def test_old_nans_are_cleared() -> None:
     assert all(layer.mean_before == float("inf") for layer in report.layers)
 
 
-def test_an_old_nan_counts_as_moved_by_infinity() -> None:
+def test_recalibrate_bn_reports_an_old_nan_as_moved_by_infinity() -> None:
     model = one_layer()
     model[0].running_mean[0] = model[0].running_var[0] = float("nan")
     layer = recalibrate_bn(model, [images(8, 3, 6, 6, dtype=torch.float64)]).layers[0]
@@ -286,7 +286,7 @@ class Counting(nn.Module):
         return x
 
 
-def test_the_forward_pass_stops_at_the_last_layer_once_it_is_known() -> None:
+def test_recalibrate_bn_stops_the_forward_pass_at_the_last_layer() -> None:
     model = Counting()
     recalibrate_bn(model, images(12, 3, 2, 2).split(3))
     assert model.runs == 1
@@ -305,13 +305,13 @@ class Fickle(nn.Module):
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_a_layer_that_only_some_batches_reach_is_measured_on_those(start: int) -> None:
+def test_recalibrate_bn_measures_a_layer_on_the_batches_that_reach_it(start: int) -> None:
     report = recalibrate_bn(Fickle(start), images(12, 3).split(3))
     assert [layer.count for layer in report.layers] == [12, 6]
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, lambda model, **options: model.compile(**options) or model])
-def test_a_model_that_was_compiled_and_has_run_is_measured(wrap: Callable[..., Any]) -> None:
+def test_recalibrate_bn_measures_a_compiled_model_that_has_run(wrap: Callable[..., Any]) -> None:
     model = Line().eval()
     plain, data = copy.deepcopy(model), images(8, 3, 6, 6)
     compiled = wrap(model, backend="eager")
@@ -328,7 +328,7 @@ class Boom(RuntimeError):
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["model", "data"])
-def test_after_an_error_the_model_is_as_before(where: str, error: type[BaseException]) -> None:
+def test_recalibrate_bn_restores_the_model_after_an_error(where: str, error: type[BaseException]) -> None:
     model = Line()
     model.bns[1].eval()
     model.dropout.eval()
@@ -356,7 +356,7 @@ def test_after_an_error_the_model_is_as_before(where: str, error: type[BaseExcep
     assert all(layer.momentum == 0.1 for layer in model.bns)
 
 
-def test_modes_and_gradients_are_given_back_after_success() -> None:
+def test_recalibrate_bn_restores_modes_and_gradients() -> None:
     model = Line().train()
     model.bns[1].eval()
     recalibrate_bn(model, images(8, 3, 6, 6).split(4))
@@ -368,7 +368,7 @@ def test_modes_and_gradients_are_given_back_after_success() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_input_that_is_not_finite_names_layer_and_batch(value: float) -> None:
+def test_recalibrate_bn_names_layer_and_batch_of_an_input_that_is_not_finite(value: float) -> None:
     data = images(12, 3, 6, 6)
     data[7, 1, 2, 3] = value
     model = Line()
@@ -379,7 +379,7 @@ def test_an_input_that_is_not_finite_names_layer_and_batch(value: float) -> None
 
 
 @pytest.mark.parametrize("sizes", [[4, 4, 1], [1, 4, 4], [4, 1, 4], [1, 1, 7]])
-def test_no_batch_of_one_is_ever_fed(sizes: list[int]) -> None:
+def test_recalibrate_bn_never_feeds_a_batch_of_one(sizes: list[int]) -> None:
     fed: list[int] = []
     model = nn.Sequential(nn.BatchNorm1d(3))
     model.register_forward_pre_hook(lambda _, args: fed.append(len(args[0])))
@@ -391,7 +391,7 @@ def test_no_batch_of_one_is_ever_fed(sizes: list[int]) -> None:
 @pytest.mark.parametrize(
     "wrap", [lambda x: x, lambda x: (x, 0), lambda x: [x], lambda x: {"label": 0, "pixel_values": x}]
 )
-def test_batches_may_be_tensors_tuples_or_dicts(wrap: Callable[[Tensor], Any]) -> None:
+def test_recalibrate_bn_accepts_tensors_tuples_and_dicts(wrap: Callable[[Tensor], Any]) -> None:
     data = images(8, 3, 2, 2)
     model = nn.Sequential(nn.BatchNorm2d(3))
     recalibrate_bn(model, [wrap(part) for part in data.split(4)])
@@ -410,7 +410,7 @@ def test_batches_may_be_tensors_tuples_or_dicts(wrap: Callable[[Tensor], Any]) -
         ([torch.zeros(4, 5)], RuntimeError, "should contain 5 elements"),
     ],
 )
-def test_unusable_batches_are_refused(batches: Any, error: Any, message: str) -> None:
+def test_recalibrate_bn_rejects_unusable_batches(batches: Any, error: Any, message: str) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     before = buffers(model)
     with pytest.raises(error, match=message):
@@ -418,7 +418,7 @@ def test_unusable_batches_are_refused(batches: Any, error: Any, message: str) ->
     assert_same(buffers(model), before)
 
 
-def test_statistics_that_the_dtype_of_the_model_cannot_hold_are_refused() -> None:
+def test_recalibrate_bn_rejects_statistics_that_overflow_the_dtype_of_the_model() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3)).half()
     before = buffers(model)
     with pytest.raises(NumericsError, match=r"the new statistics of '0' overflow torch\.float16"):
@@ -426,14 +426,14 @@ def test_statistics_that_the_dtype_of_the_model_cannot_hold_are_refused() -> Non
     assert_same(buffers(model), before)
 
 
-def test_a_model_that_passes_all_its_layers_by_is_refused() -> None:
+def test_recalibrate_bn_rejects_a_model_that_reaches_no_layer() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     model.forward = lambda x: x
     with pytest.raises(ModelError, match="the data reach none of the BatchNorm layers, such as '0'"):
         recalibrate_bn(model, [images(4, 3)])
 
 
-def test_impossible_options_are_refused() -> None:
+def test_recalibrate_bn_rejects_impossible_options() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
     with pytest.raises(UsageError, match="`passes=0`"):
         recalibrate_bn(model, [], passes=0)
@@ -443,7 +443,7 @@ def test_impossible_options_are_refused() -> None:
         recalibrate_bn(model, iter([images(4, 3)]), passes=2)
 
 
-def test_a_model_without_batchnorm_reads_no_data() -> None:
+def test_recalibrate_bn_reads_no_data_for_a_model_without_batchnorm() -> None:
     def never() -> Iterator[Tensor]:
         raise AssertionError("data were read")
         yield
@@ -453,7 +453,7 @@ def test_a_model_without_batchnorm_reads_no_data() -> None:
     assert report.batches == 0
 
 
-def test_the_report_says_how_far_each_layer_moved_and_how_sure_it_is() -> None:
+def test_recalibrate_bn_reports_change_and_standard_error_of_each_layer() -> None:
     data = images(4096, 2, seed=3, dtype=torch.float64) * torch.tensor([2.0, 0.5]) + torch.tensor([10.0, 0.0])
     model = nn.Sequential(nn.BatchNorm1d(2)).double()
     layer = recalibrate_bn(model, data.split(64)).layers[0]

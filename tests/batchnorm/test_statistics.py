@@ -28,7 +28,7 @@ def assert_close(found: Moments, values: torch.Tensor, rtol: float = 1e-12) -> N
 @pytest.mark.parametrize("block", [7, 64, 256 * 1024])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 11), (5, 3, 4, 7), (2, 3, 4, 5, 6), (9, 1, 1, 1), (2, 200, 3, 3)])
-def test_moments_are_numpys(
+def test_measure_agrees_with_numpy_in_every_memory_format(
     shape: tuple[int, ...], dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "_BLOCK", block)
@@ -41,7 +41,7 @@ def test_moments_are_numpys(
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_mean_of_3000_sigma_costs_the_variance_nothing(channels_last: bool) -> None:
+def test_measure_keeps_the_variance_exact_at_a_mean_of_3000_sigma(channels_last: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     values = (3000 + torch.randn(64, 5, 9, 9, generator=generator, dtype=torch.float64)).float()
     if channels_last:
@@ -51,7 +51,7 @@ def test_a_mean_of_3000_sigma_costs_the_variance_nothing(channels_last: bool) ->
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.integers(0, 2**31), st.floats(-1e6, 1e6))
-def test_any_split_merges_to_the_whole(sizes: list[int], seed: int, offset: float) -> None:
+def test_merge_gives_the_whole_from_any_split(sizes: list[int], seed: int, offset: float) -> None:
     values = torch.randn(sum(sizes), 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
     whole, parts = measure(values), merge([measure(part) for part in values.split(sizes)])
     assert parts.count == whole.count == len(values)
@@ -59,7 +59,7 @@ def test_any_split_merges_to_the_whole(sizes: list[int], seed: int, offset: floa
     torch.testing.assert_close(parts.m2, whole.m2, rtol=1e-9 if abs(offset) > 1e3 else 1e-12, atol=1e-12)
 
 
-def test_no_values_and_one_value_have_no_variance() -> None:
+def test_moments_have_no_variance_for_no_value_or_one() -> None:
     nothing = measure(torch.zeros(0, 3, 4))
     assert nothing.count == 0
     one = measure(torch.full((1, 3), 2.0))

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import ckpt_tools
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.checkpoints.layouts import LAYOUTS, Encoding, Layout, StateDict, register, select, states, unregister
-from ckpt_tools.checkpoints.layouts.layout import DETECTED, ENCODINGS
+from ckpt_tools.checkpoints.layouts.layout import DETECTED, encoding_of
 from ckpt_tools.checkpoints.optimizers import looks_like_training_state
 from ckpt_tools.errors import LayoutError, UsageError
 from ckpt_tools.formats import read_header
@@ -45,7 +45,7 @@ def weights(value: float = 0.0, prefix: str = "") -> dict[str, torch.Tensor]:
         ({"state_dict": weights(), "state_dict_ema": {}}, ("raw", ("state_dict",)), {"raw"}),
     ],
 )
-def test_each_layout_is_found_and_auto_prefers_the_ema(
+def test_select_finds_each_layout_and_prefers_the_ema(
     save: Save, tree: Any, auto: tuple[str, Any], both: set[str]
 ) -> None:
     header = read_header(save("c.pth", tree))
@@ -55,12 +55,12 @@ def test_each_layout_is_found_and_auto_prefers_the_ema(
     assert set(states(header)) == both
 
 
-def test_a_flat_state_dict_may_have_a_module_called_model(save: Save) -> None:
+def test_select_accepts_a_flat_state_dict_with_a_module_called_model(save: Save) -> None:
     header = read_header(save("c.pth", {"model.w": torch.zeros(1), "state_dict": torch.zeros(1)}))
     assert list(select(header).tensors) == ["model.w", "state_dict"]
 
 
-def test_a_dotted_path_reaches_any_place(save: Save) -> None:
+def test_select_follows_a_dotted_path_to_any_place(save: Save) -> None:
     tree = {"nets": {"teacher.ema": weights(2), "student": weights(1)}}
     header = read_header(save("c.pth", tree))
     assert select(header, "nets.teacher.ema").path == ("nets", "teacher.ema")
@@ -68,7 +68,7 @@ def test_a_dotted_path_reaches_any_place(save: Save) -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda model: {"model": weights(), "model_ema": model}, lambda model: model])
-def test_prefix_and_counter_of_averaged_model_belong_to_it(save: Save, wrap: Any) -> None:
+def test_select_takes_prefix_and_update_count_off_an_averaged_model(save: Save, wrap: Any) -> None:
     model = AveragedModel(nn.Linear(2, 3))
     model.update_parameters(nn.Linear(2, 3))
     chosen = select(read_header(save("c.pth", wrap(model.state_dict()))))
@@ -78,13 +78,13 @@ def test_prefix_and_counter_of_averaged_model_belong_to_it(save: Save, wrap: Any
     assert (chosen.updates.dtype.name, chosen.updates.shape) == ("int64", ())
 
 
-def test_a_buffer_called_n_averaged_stays_in_other_models(save: Save) -> None:
+def test_select_keeps_a_buffer_called_n_averaged_of_other_models(save: Save) -> None:
     chosen = select(read_header(save("c.pth", {**weights(), "n_averaged": torch.tensor(3)})))
     assert "n_averaged" in chosen.tensors
 
 
 @pytest.mark.parametrize("other", ["ema_state_dict", "current_model_state"])
-def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, other: str) -> None:
+def test_select_rejects_sets_that_may_be_swapped(save: Save, other: str) -> None:
     header = read_header(save("c.pth", {"state_dict": weights(1), other: weights(2)}))
     with pytest.raises(LayoutError, match=f"`state='state_dict'` or `state='{other}'`"):
         select(header)
@@ -123,14 +123,16 @@ def test_files_of_libraries_that_swap_the_sets_are_not_guessed_at(save: Save, ot
         (torch.zeros(1), "auto", "tensors without names"),
     ],
 )
-def test_what_is_not_there_is_said_with_what_is(save: Save, tree: Any, state: str, message: str) -> None:
+def test_select_names_what_is_there_if_the_weights_asked_for_are_not(
+    save: Save, tree: Any, state: str, message: str
+) -> None:
     header = read_header(save("c.pth", tree))
     with pytest.raises(LayoutError, match=message):
         select(header, state)
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, lambda net: {"model": net}, lambda net: {"model": None, "ema": net}])
-def test_the_tensors_of_a_pickled_module_are_found_without_its_class(save: Save, wrap: Any) -> None:
+def test_select_finds_the_tensors_of_a_pickled_module_without_its_class(save: Save, wrap: Any) -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)))
     net[0].register_buffer("passing", torch.ones(1), persistent=False)
     net[2].add_module("tied", net[2][0])
@@ -141,14 +143,14 @@ def test_the_tensors_of_a_pickled_module_are_found_without_its_class(save: Save,
     }
 
 
-def test_a_module_without_tensors_and_other_objects_are_named(save: Save) -> None:
+def test_select_names_pickled_objects_without_tensors(save: Save) -> None:
     with pytest.raises(LayoutError, match=r"'model' is a pickled object \(torch\.nn\.modules\.activation\.ReLU\)"):
         select(read_header(save("c.pth", {"model": nn.ReLU()})))
     with pytest.raises(LayoutError, match=r"a pickled object \(torch\.nn\.modules\.activation\.ReLU\)"):
         select(read_header(save("d.pth", nn.ReLU())))
 
 
-def test_a_module_that_holds_itself_many_times_over_ends(save: Save) -> None:
+def test_select_ends_for_a_module_that_holds_itself_many_times_over(save: Save) -> None:
     net: nn.Module = nn.ReLU()
     for _ in range(60):
         net = nn.ModuleDict({"a": net, "b": net})
@@ -164,19 +166,19 @@ def test_a_module_that_holds_itself_many_times_over_ends(save: Save) -> None:
         ({"w": torch.ones(1), "nets": {"a": weights()}}, "nets.a"),
     ],
 )
-def test_a_stray_tensor_beside_the_weights_is_not_taken_for_them(save: Save, tree: Any, place: str) -> None:
+def test_select_rejects_a_stray_tensor_beside_the_weights(save: Save, tree: Any, place: str) -> None:
     header = read_header(save("c.pth", tree))
     with pytest.raises(LayoutError, match=rf"not clear which are the weights\. Choose with `state='{place}'`\.$"):
         select(header)
     assert list(select(header, place).tensors) == ["w", "b"]
 
 
-def test_a_list_of_tensors_beside_the_weights_is_no_place_to_choose(save: Save) -> None:
+def test_select_suggests_no_list_of_tensors_beside_the_weights(save: Save) -> None:
     with pytest.raises(LayoutError, match=r"not clear .*Save the weights as one dict of names to tensors\.$"):
         select(read_header(save("c.pth", {"w": torch.ones(1), "layers": [torch.ones(1)]})))
 
 
-def test_a_path_reaches_sets_that_are_numbered(save: Save) -> None:
+def test_select_follows_a_dotted_path_to_numbered_sets(save: Save) -> None:
     header = read_header(save("c.pth", {0: weights(0), 1: {"net": weights(1)}}))
     with pytest.raises(LayoutError, match=r"There are tensors in 0, 1\.net\. Choose with `state='0'`\."):
         select(header)
@@ -195,7 +197,7 @@ def test_a_path_reaches_sets_that_are_numbered(save: Save) -> None:
         ({10**5000: torch.ones(1)}, r"a number too long to show\)' has a name that is no text"),
     ],
 )
-def test_what_would_be_lost_from_a_state_dict_is_refused_by_name(
+def test_select_rejects_what_would_be_lost_from_a_state_dict(
     save: Save, among: dict[Any, Any], message: str, state: str
 ) -> None:
     with pytest.raises(LayoutError, match=message):
@@ -205,7 +207,7 @@ def test_what_would_be_lost_from_a_state_dict_is_refused_by_name(
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_arrays_of_a_random_state_beside_the_weights_are_no_weights(save: Save, protocol: int) -> None:
+def test_select_accepts_arrays_of_a_random_state_beside_the_weights(save: Save, protocol: int) -> None:
     tree = {**weights(), "rng": np.ones(3), "np_rng_state": np.ones(3)}
     assert list(select(read_header(save("c.pth", tree, pickle_protocol=protocol))).tensors) == ["w", "b"]
     with pytest.raises(LayoutError, match="'x' is a NumPy array"):
@@ -213,7 +215,7 @@ def test_arrays_of_a_random_state_beside_the_weights_are_no_weights(save: Save, 
 
 
 @pytest.mark.parametrize("extra", [torch.ones(3), io.BytesIO(b"x"), None, {"scale": torch.ones(1)}])
-def test_the_extra_state_of_a_module_may_stand_among_its_weights(save: Save, extra: Any) -> None:
+def test_select_accepts_the_extra_state_of_a_module_among_its_weights(save: Save, extra: Any) -> None:
     assert {"w", "b"} <= select(read_header(save("c.pth", {**weights(), "fc._extra_state": extra}))).tensors.keys()
 
 
@@ -224,36 +226,36 @@ def test_the_extra_state_of_a_module_may_stand_among_its_weights(save: Save, ext
         "lr_scheduler_state_dict", "opt_param_scheduler", "scaler", "rng_state", "cuda_rng_state", "metric",
     ],
 )  # fmt: skip
-def test_training_state_is_known_by_its_name(key: str) -> None:
+def test_looks_like_training_state_knows_training_state_by_its_name(key: str) -> None:
     assert looks_like_training_state(key, [])
     assert not looks_like_training_state(f"x.{key}", [])
 
 
 @pytest.mark.parametrize("key", ["epoch", "hyper_parameters", "args", "opt", "optimal_threshold", "metrics", 0])
-def test_what_a_user_may_want_is_no_training_state(key: Any) -> None:
+def test_looks_like_training_state_passes_over_what_a_user_may_want(key: Any) -> None:
     assert not looks_like_training_state(key, {"lr": 0.1})
     assert looks_like_training_state(key, {"state": {}, "param_groups": []})
     assert not looks_like_training_state("optimizer", "adamw")
 
 
-def test_the_ema_of_nemo_stands_in_a_file_beside_it(save: Save) -> None:
+def test_select_finds_the_ema_of_nemo_in_a_file_beside_it(save: Save) -> None:
     header = read_header(save("X.ckpt", {"state_dict": weights(1), "global_step": 3}))
-    twin = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
+    other_file = save("X-EMA.ckpt", {"state_dict": weights(2), "global_step": 3})
     assert select(header).which == "raw"
-    assert (select(read_header(twin)).which, select(read_header(twin)).layout) == ("ema", "nemo")
-    with pytest.raises(LayoutError, match=rf"has no ema weights; they are in {twin}"):
+    assert (select(read_header(other_file)).which, select(read_header(other_file)).layout) == ("ema", "nemo")
+    with pytest.raises(LayoutError, match=rf"has no ema weights; they are in {other_file}"):
         select(header, "ema")
-    assert select(read_header(twin), "raw").which == "raw"
+    assert select(read_header(other_file), "raw").which == "raw"
 
 
-def test_a_callback_of_lightning_that_has_not_begun_holds_no_average(save: Save) -> None:
+def test_select_finds_no_average_in_a_callback_of_lightning_that_has_not_begun(save: Save) -> None:
     for n, which in ((0, "raw"), (2, "ema")):
         state = {"n_averaged": n, "average_model_state": weights(2)}
         header = read_header(save("c.ckpt", {"state_dict": weights(1), "callbacks": {"MyAveraging": state}}))
         assert select(header).which == which
 
 
-def test_fairseq_keeps_its_average_in_single_precision_beside_it(save: Save) -> None:
+def test_select_takes_the_single_precision_average_of_fairseq(save: Save) -> None:
     half = {name: tensor.half() for name, tensor in weights(1).items()}
     extra = {"ema": half, "ema_fp32_params": {"w": weights(3.0)["w"]}}
     chosen = select(read_header(save("c.pt", {"model": weights(1), "extra_state": extra})))
@@ -287,7 +289,9 @@ def test_fairseq_keeps_its_average_in_single_precision_beside_it(save: Save) -> 
         ),
     ],
 )  # fmt: skip
-def test_each_library_is_known_and_read_the_right_way_round(save: Save, tree: Any, layout: str) -> None:
+def test_open_checkpoint_reads_raw_and_ema_of_each_library_the_right_way_round(
+    save: Save, tree: Any, layout: str
+) -> None:
     path = save("c.pth", tree)
     for which, value in (("ema", 2), ("raw", 1)):
         checkpoint = open_checkpoint(path, state=which)
@@ -298,7 +302,7 @@ def test_each_library_is_known_and_read_the_right_way_round(save: Save, tree: An
         }
 
 
-def test_a_checkpoint_one_level_below_is_found_where_it_is_the_only_one(save: Save) -> None:
+def test_select_finds_the_only_checkpoint_one_level_below(save: Save) -> None:
     optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}
     inside = {"model": weights(1), "optim": optimizer}
     chosen = select(read_header(save("c.pth", {"app": inside, "step": 3})))
@@ -308,7 +312,7 @@ def test_a_checkpoint_one_level_below_is_found_where_it_is_the_only_one(save: Sa
 
 
 @pytest.mark.parametrize("lead", ["quantizer", "vq"])
-def test_a_codebook_that_counts_its_updates_is_no_lit_ema(save: Save, lead: str) -> None:
+def test_select_takes_no_codebook_for_a_litema(save: Save, lead: str) -> None:
     tree = {
         "embed": torch.ones(2), f"{lead}.decay": torch.ones(()), f"{lead}.num_updates": torch.tensor(3),
         f"{lead}.embed": torch.zeros(2),
@@ -318,7 +322,7 @@ def test_a_codebook_that_counts_its_updates_is_no_lit_ema(save: Save, lead: str)
 
 
 @pytest.mark.parametrize("teacher", [{"a": torch.ones(3)}, {"other": torch.ones(2)}])
-def test_the_teacher_of_another_model_is_no_average_of_it(save: Save, teacher: Any) -> None:
+def test_select_takes_no_teacher_of_another_model_for_an_average(save: Save, teacher: Any) -> None:
     chosen = select(read_header(save("in.pth", {"model": {"a": torch.ones(2)}, "teacher": teacher})))
     assert (chosen.which, chosen.path) == ("raw", ("model",))
     chosen = select(read_header(save("mean.pth", {"model": {"a": torch.ones(2)}, "teacher": {"a": torch.zeros(2)}})))
@@ -386,15 +390,15 @@ def test_register_makes_an_encoding_known_that_is_read_and_written(
 
 
 def test_unregister_leaves_nothing_behind(save: Save) -> None:
-    before = (list(LAYOUTS), list(DETECTED), list(ENCODINGS))
-    own = Encoding("toy", lambda node: False, lambda node, names, raw: {})
+    before = (list(LAYOUTS), list(DETECTED))
+    own = Encoding("toy", lambda node: node == "toy", lambda node, names, raw: {})
     toy = Layout("toy", "", raw=("net",), ema=("net_avg",), ema_encoding=own)
     register(toy)
-    assert (DETECTED[0], ENCODINGS[0]) == (toy, own)
+    assert (DETECTED[0], encoding_of("toy")) == (toy, own)
     with pytest.raises(ValueError, match="there is a layout named 'toy' already"):
         register(toy)
     unregister(toy)
-    assert (list(LAYOUTS), list(DETECTED), list(ENCODINGS)) == before
+    assert (list(LAYOUTS), list(DETECTED), encoding_of("toy")) == (*before, None)
 
 
 def test_layouts_are_named_in_no_module_but_their_own() -> None:

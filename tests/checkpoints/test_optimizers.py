@@ -44,7 +44,7 @@ def described(save: Save, tree: Any) -> Description:
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "kind", "multiple"),
+    ("make", "options", "name", "multiple"),
     [
         (torch.optim.SGD, {"lr": 0.1}, "SGD", 0),
         (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "SGD with momentum", 1),
@@ -67,13 +67,13 @@ def described(save: Save, tree: Any) -> Description:
     ],
 )
 def test_describe_names_and_weighs_optimizers_of_torch(
-    save: Save, make: Any, options: dict[str, Any], kind: str, multiple: int
+    save: Save, make: Any, options: dict[str, Any], name: str, multiple: int
 ) -> None:
     model, state = trained(make, **options)
     if "decoupled_weight_decay" not in state["param_groups"][0]:  # torch before 2.7
-        kind = re.sub(r"^AdamW?(?=$|,)", "Adam or AdamW", kind)
+        name = re.sub(r"^AdamW?(?=$|,)", "Adam or AdamW", name)
     (optimizer,) = described(save, {"state_dict": model.state_dict(), "optimizer": state}).optimizers
-    assert optimizer.kind == kind
+    assert optimizer.name == name
     assert optimizer.multiple == pytest.approx(multiple, abs=1e-3)  # but for the counters of steps
     held = [t for entry in state["state"].values() for t in entry.values() if isinstance(t, torch.Tensor)]
     assert optimizer.nbytes == sum(t.nbytes for t in held)
@@ -83,19 +83,19 @@ def test_describe_does_not_guess_adamw_without_its_option(save: Save) -> None:
     model, state = trained(torch.optim.AdamW)
     for group in state["param_groups"]:
         group.pop("decoupled_weight_decay", None)
-    assert described(save, {"model": model.state_dict(), "opt": state}).optimizers[0].kind == "Adam or AdamW"
+    assert described(save, {"model": model.state_dict(), "opt": state}).optimizers[0].name == "Adam or AdamW"
     for group in state["param_groups"]:
         del group["amsgrad"]
-    assert described(save, {"model": model.state_dict(), "opt": state}).optimizers[0].kind == "Adam family"
+    assert described(save, {"model": model.state_dict(), "opt": state}).optimizers[0].name == "Adam family"
 
 
 def test_describe_counts_no_momentum_that_is_none(save: Save) -> None:
     state = {"state": {0: {"momentum_buffer": None}}, "param_groups": [{"momentum": 0, "dampening": 0}]}
-    assert described(save, {"model": {"w": torch.ones(2)}, "optimizer": state}).optimizers[0].kind == "SGD"
+    assert described(save, {"model": {"w": torch.ones(2)}, "optimizer": state}).optimizers[0].name == "SGD"
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "kind"),
+    ("make", "options", "name"),
     [
         (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, "SGD with momentum, before its first step"),
         (torch.optim.Adam, {"amsgrad": True}, "Adam.*, before its first step"),
@@ -104,11 +104,11 @@ def test_describe_counts_no_momentum_that_is_none(save: Save) -> None:
     ],
 )
 def test_describe_does_not_call_an_optimizer_plain_before_its_first_step(
-    save: Save, make: Any, options: dict[str, Any], kind: str
+    save: Save, make: Any, options: dict[str, Any], name: str
 ) -> None:
     state = make([nn.Parameter(torch.ones(3))], **options).state_dict()
     (found,) = described(save, {"model": {"w": torch.ones(3)}, "optimizer": state}).optimizers
-    assert re.fullmatch(kind, found.kind)
+    assert re.fullmatch(name, found.name)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_describe_finds_optimizers_where_libraries_put_them(save: Save, around: 
 
 def test_describe_takes_a_file_with_an_optimizer_alone(save: Save) -> None:
     (found,) = described(save, trained(torch.optim.Adagrad)[1]).optimizers
-    assert (found.place, found.kind, found.multiple) == ("the whole file", "Adagrad", None)
+    assert (found.place, found.name, found.multiple) == ("the whole file", "Adagrad", None)
 
 
 def test_describe_accepts_an_unknown_state(save: Save) -> None:
     for state in ({"state": 3, "param_groups": None}, {"state": {0: [1]}, "param_groups": [3, {1: 2}]}):
         (found,) = described(save, {"model": {"w": torch.ones(2)}, "optimizer": state}).optimizers
-        assert (found.kind, found.nbytes) == ("without state", 0)
+        assert (found.name, found.nbytes) == ("without state", 0)
     loop: dict[str, Any] = {}
     loop["a"] = [loop]
     assert described(save, {"model": {"w": torch.ones(2)}, "x": loop}).optimizers == ()

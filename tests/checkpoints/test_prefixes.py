@@ -61,7 +61,7 @@ def test_prefixes_counts_prefixes_by_their_place() -> None:
 
 def test_align_keeps_the_order_of_the_last_checkpoint() -> None:
     states = [{"a": tensor(), "b": tensor()}, {"b": tensor(), "a": tensor()}]
-    assert list(align(states, ["1", "2"]).rows) == ["b", "a"]
+    assert list(align(states, ["1", "2"]).aligned) == ["b", "a"]
 
 
 def test_align_says_which_file_lacks_a_name_and_how_many_have_it() -> None:
@@ -74,13 +74,13 @@ def test_align_says_which_file_lacks_a_name_and_how_many_have_it() -> None:
 
 def test_align_by_intersection_keeps_what_all_share_and_says_what_goes() -> None:
     plan = align([{"a": tensor(), "b": tensor()}, {"a": tensor()}], ["1", "2"], keys="intersection")
-    assert list(plan.rows) == ["a"]
+    assert list(plan.aligned) == ["a"]
     assert plan.left_out == ("b",)
 
 
 def test_align_by_union_keeps_all_and_marks_what_is_missing() -> None:
     plan = align([{"a": tensor(), "b": tensor()}, {"a": tensor()}], ["1", "2"], keys="union")
-    assert plan.rows["b"][1] is None
+    assert plan.aligned["b"][1] is None
 
 
 def test_align_rejects_files_with_nothing_in_common() -> None:
@@ -98,7 +98,7 @@ def test_align_rejects_a_changing_dtype_unless_an_output_dtype_is_chosen() -> No
     states = [{"w": tensor()}, {"w": tensor(dtype="float16")}]
     with pytest.raises(AlignmentError, match=r"float32 in 1 but float16 in 2\. .*`dtype='float32'`"):
         align(states, ["1", "2"])
-    assert list(align(states, ["1", "2"], mixed_dtypes=True).rows) == ["w"]
+    assert list(align(states, ["1", "2"], mixed_dtypes=True).aligned) == ["w"]
 
 
 def test_align_never_mixes_an_integer_with_a_float() -> None:
@@ -111,7 +111,7 @@ def test_align_by_order_pairs_by_position_and_takes_the_last_names() -> None:
     plan = align(
         [{"a": tensor((1,)), "b": tensor((2,))}, {"x": tensor((1,)), "y": tensor((2,))}], ["1", "2"], match="order"
     )
-    assert {name: [t.shape for t in row if t] for name, row in plan.rows.items()} == {
+    assert {name: [t.shape for t in row if t] for name, row in plan.aligned.items()} == {
         "x": [(1,), (1,)],
         "y": [(2,), (2,)],
     }

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import PATIENCE, contents, environment, refused, run
+from fake_gpu import Cpu
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools.compute.gpu import devices, streams
@@ -309,7 +310,7 @@ def test_avg_runs_no_code_in_a_pickle_and_reads_its_tensors(pair: list[Path]) ->
 
 def test_avg_names_the_gpu_in_the_plan_and_the_last_line(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "choose", lambda name, nbytes: ("cuda:0",))
-    monkeypatch.setattr(streams, "opened", lambda name: streams.Cpu())
+    monkeypatch.setattr(streams, "Gpu", lambda name: Cpu())
     plan = run("avg", *pair, "--device", "cuda", "--dry-run", "--json")
     assert "of buffers; sums on cuda:0." in plan.err
     assert json.loads(plan.out)["device"] == "cuda:0"

@@ -57,7 +57,7 @@ def stored(folder: Path, whole: torch.Tensor, tiles: list[Box], *, transposed: b
 
 @RELAXED
 @given(tilings(), st.sampled_from(["float32", "int8", "bfloat16", "float64"]), st.booleans(), st.booleans(), st.data())
-def test_reader_reads_any_piece_of_any_tiling(
+def test_reader_reads_any_slice_of_a_chunked_tensor(
     tmp_path: Path,
     tiling: tuple[tuple[int, ...], list[Box]],
     dtype: str,
@@ -133,7 +133,7 @@ def test_join_of_one_chunk_is_the_tensor_itself() -> None:
     assert join(Path("run"), "w", DTYPES["int8"], (0, 3), [part((0, 0), (0, 2)), part((0, 2), (0, 1))]).shape == (0, 3)
 
 
-def test_parts_of_a_plain_tensor_are_the_tensor_itself() -> None:
+def test_as_chunks_of_a_plain_tensor_is_the_tensor_itself() -> None:
     spec = part((0, 0), (3, 3))[1]
     assert spec.as_chunks == (((0, 0), spec),)
 
@@ -154,7 +154,7 @@ def test_join_tells_thousands_of_chunks_apart_along_any_axis(tmp_path: Path) -> 
         assert len(spec.chunks) == 20_000
 
 
-def test_reader_needs_no_more_memory_than_the_piece_of_a_chunked_tensor(tmp_path: Path) -> None:
+def test_reader_needs_no_more_memory_than_the_slice_of_a_chunked_tensor(tmp_path: Path) -> None:
     shape = (64, 64)
     whole = random_tensor("float32", shape)
     tiles = [((i, j), (16, 32)) for i, j in itertools.product(range(0, 64, 16), range(0, 64, 32))]

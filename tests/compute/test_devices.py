@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import Cpu
 from safetensors.torch import load_file
 
 import ckpt_tools
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.gpu import devices
+from ckpt_tools.compute.gpu import devices, streams
 from ckpt_tools.compute.gpu.devices import check_name, choose
 from ckpt_tools.errors import UsageError
 
@@ -104,6 +105,7 @@ def test_average_reports_its_devices(pair: list[Path], tmp_path: Path, monkeypat
     assert ckpt_tools.average(pair, out=tmp_path / "a.safetensors", device="cpu").device == "cpu"
     seen = []
     monkeypatch.setattr(devices, "choose", lambda name, nbytes: seen.append((name, nbytes)) or ("cpu", "cpu"))
+    monkeypatch.setattr(streams, "Gpu", lambda _: Cpu())
     report = ckpt_tools.average(pair, out=tmp_path / "b.safetensors", device="cuda", gpu_memory="30MB", threads=2)
     assert json.loads(json.dumps(report.to_dict()))["device"] == "cpu, cpu"
     assert seen == [("cuda", report.bytes_read)]

@@ -26,7 +26,7 @@ from ckpt_tools.compute import torch_sums as summing
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CkptError, CorruptError, NumericsError, ReadError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.file_plan import OutTensor
+from ckpt_tools.formats.file_plan import OutTensor, Terms
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 Save = Callable[..., Path]
@@ -61,7 +61,7 @@ def average(
         assert isinstance(spec, TensorSpec)
         specs.append(spec)
     out_dtype = DTYPES[dtype] if dtype else specs[0].dtype
-    out = OutTensor(out_dtype, specs[0].shape, tuple(zip(specs, coefficients, strict=True)), "w")
+    out = OutTensor(out_dtype, specs[0].shape, Terms(tuple(specs), tuple(coefficients)), "w")
     plan = safetensors.plan({"w": out}, metadata={}, name="out")
     path = tmp_path / "out.safetensors"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -247,7 +247,7 @@ def test_run_rejects_a_file_cut_after_its_header_was_read(tmp_path: Path, save: 
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
     os.truncate(path, 1000)
-    out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5),), "w")
+    out = OutTensor(spec.dtype, spec.shape, Terms((spec,), (0.5,)), "w")
     plan = safetensors.plan({"w": out}, metadata={}, name="out")
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
@@ -263,7 +263,7 @@ def test_run_rejects_a_file_cut_after_its_header_was_read(tmp_path: Path, save: 
 def test_run_names_the_output_on_a_full_disk(tmp_path: Path, save: Save) -> None:
     spec = open_checkpoint(save("a.pth", {"w": torch.ones(100_000)})).specs["w"]
     assert isinstance(spec, TensorSpec)
-    out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), "w")
+    out = OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), "w")
     plan = safetensors.plan({"w": out}, metadata={}, name="out.safetensors")
     fd = os.open("/dev/full", os.O_WRONLY)
     try:
@@ -277,7 +277,7 @@ def test_run_rejects_a_file_that_changes_meanwhile(tmp_path: Path, save: Save) -
     path = save("a.pth", {"w": torch.zeros(3_000_000)})
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
-    out = OutTensor(spec.dtype, spec.shape, ((spec, 0.5),), "w")
+    out = OutTensor(spec.dtype, spec.shape, Terms((spec,), (0.5,)), "w")
     plan = safetensors.plan({"w": out}, metadata={}, name="out")
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
@@ -290,7 +290,7 @@ def test_run_rejects_a_file_that_changes_meanwhile(tmp_path: Path, save: Save) -
 @pytest.mark.parametrize("slice_size", [1, 7, 1000])
 def test_run_writes_bytes_that_no_input_holds(tmp_path: Path, slice_size: int) -> None:
     values = torch.arange(100, dtype=torch.float32)
-    out = OutTensor(DTYPES["float32"], (10, 10), (), "w", data=bytes(values.view(torch.uint8).tolist()))
+    out = OutTensor(DTYPES["float32"], (10, 10), Terms(), "w", data=bytes(values.view(torch.uint8).tolist()))
     plan = safetensors.plan({"w": out}, metadata={}, name="out")
     path = tmp_path / "out.safetensors"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -366,8 +366,8 @@ def test_run_waits_for_no_disk_when_it_fails(tmp_path: Path, save: Save, monkeyp
     bad = open_checkpoint(save("b.pth", {"w": torch.full((600_000,), math.nan)})).specs["w"]
     assert isinstance(spec, TensorSpec)
     assert isinstance(bad, TensorSpec)
-    outs = {f"w{i}": OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), f"w{i}") for i in range(4)}
-    outs["bad"] = OutTensor(bad.dtype, bad.shape, ((bad, 0.5), (bad, 0.5)), "bad")
+    outs = {f"w{i}": OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), f"w{i}") for i in range(4)}
+    outs["bad"] = OutTensor(bad.dtype, bad.shape, Terms((bad, bad), (0.5, 0.5)), "bad")
     plan = safetensors.plan(outs, metadata={}, name="out")
     fd = os.open(tmp_path / "out.safetensors", os.O_RDWR | os.O_CREAT)
     try:

@@ -50,7 +50,7 @@ def finite(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weights", [None, [0.25, 0.5, 0.25]])
-def test_every_value_of_16_bits_averages_to_itself(
+def test_run_averages_every_value_of_16_bits_to_itself(
     save: Save, tmp_path: Path, dtype: torch.dtype, weights: list[float] | None
 ) -> None:
     paths = [save(f"{i}.pth", {"w": finite(dtype)}) for i in range(3)]
@@ -61,7 +61,7 @@ def test_every_value_of_16_bits_averages_to_itself(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_value_of_16_bits_is_widened_exactly(save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_widen_is_exact_for_every_value_of_16_bits(save: Save, tmp_path: Path, dtype: torch.dtype) -> None:
     values = finite(dtype)
     ckpt_tools.average(save("0.pth", {"w": values}), dtype="float32", out=tmp_path / "out.safetensors")
     found = load_file(tmp_path / "out.safetensors")["w"]
@@ -75,7 +75,7 @@ def test_every_value_of_16_bits_is_widened_exactly(save: Save, tmp_path: Path, d
     dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64]), min_size=1),
     suffix=st.sampled_from(["pth", "safetensors"]),
 )
-def test_small_tensors_are_averaged_and_copied_right_in_any_neighbourhood(
+def test_run_averages_and_copies_small_tensors_in_any_neighbourhood(
     tmp_path: Path, lengths: list[int], gap: int, dtypes: list[torch.dtype], suffix: str
 ) -> None:
     """Names in another order than the bytes, bytes of others between them, odd offsets."""
@@ -108,7 +108,7 @@ def test_small_tensors_are_averaged_and_copied_right_in_any_neighbourhood(
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 63, 64, 65, 79, 80, 127, 128, 1000, 4096, 65_537, 300_001])
-def test_checksums_of_any_length_are_those_of_zlib(save: Save, tmp_path: Path, length: int) -> None:
+def test_crc32_of_any_length_is_that_of_zlib(save: Save, tmp_path: Path, length: int) -> None:
     values = torch.from_numpy(np.random.default_rng(length).integers(0, 256, length, dtype=np.uint8))
     paths = [save(f"{i}.pth", {"bytes": values, "w": torch.ones(3)}) for i in range(2)]
     ckpt_tools.average(paths, out=tmp_path / "out.pth")
@@ -118,11 +118,11 @@ def test_checksums_of_any_length_are_those_of_zlib(save: Save, tmp_path: Path, l
 
 @RELAXED
 @given(data=st.binary(max_size=3000), start=st.integers(0, 70))
-def test_checksums_are_those_of_zlib_wherever_bytes_begin(data: bytes, start: int) -> None:
+def test_crc32_is_that_of_zlib_wherever_bytes_begin(data: bytes, start: int) -> None:
     assert native.crc32(memoryview(data)[start:]) == zlib.crc32(data[start:])
 
 
-def test_a_large_tensor_is_read_block_by_block_to_its_end(save: Save, tmp_path: Path) -> None:
+def test_fill_reads_a_large_tensor_block_by_block_to_its_end(save: Save, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(2**21 + 12_345).astype(np.float32) for _ in range(3)]
     paths = [save(f"{i}.pth", {"w": torch.from_numpy(values)}) for i, values in enumerate(arrays)]
@@ -133,7 +133,7 @@ def test_a_large_tensor_is_read_block_by_block_to_its_end(save: Save, tmp_path: 
     assert zipfile.ZipFile(tmp_path / "out.pth").testzip() is None
 
 
-def test_an_average_of_plain_files_needs_no_torch(save: Save, tmp_path: Path) -> None:
+def test_average_of_plain_files_does_not_import_torch(save: Save, tmp_path: Path) -> None:
     paths = [save(f"{i}.pth", {"w": torch.full((5,), float(i)), "n": torch.tensor(i)}) for i in (1, 3)]
     script = (
         "import sys, ckpt_tools\n"
@@ -191,7 +191,7 @@ def test_formula_rejects_too_little_scratch_and_rows_of_another_length() -> None
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_c_with_and_without_vectors_and_torch_come_to_the_same_bytes(tmp_path: Path) -> None:
+def test_run_writes_the_same_bytes_with_vectors_without_and_by_torch(tmp_path: Path) -> None:
     """The same source, compiled without what only x86-64 has; every kind of sum, and lengths that leave a rest."""
     sources = Path(native.__file__).with_name("csrc").glob("*.c")
     for folder in ("portable", "vectors", "torch"):
@@ -242,7 +242,7 @@ _MODES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "BF16", "F16", "F8_E4M3", "C64", "I64", "U8"])
-def test_the_scratch_of_a_thread_holds_the_largest_batches_of_small_tensors(tmp_path: Path, dtype: str) -> None:
+def test_cut_gathers_no_more_small_tensors_than_scratch_holds(tmp_path: Path, dtype: str) -> None:
     """As many bytes as are gathered at most: tensors that are just small enough, behind others that are not enough."""
     item = {"F64": 8, "C64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "I64": 8, "U8": 1}[dtype]
     small = SMALL // max(item, 2)

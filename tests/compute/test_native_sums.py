@@ -24,7 +24,7 @@ from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import NumericsError
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Payload
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Payload, Terms
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 pytestmark = [
@@ -87,9 +87,10 @@ def written(path: Path, series: Sequence[dict[str, torch.Tensor]], outs: dict[st
         specs.append(open_checkpoint(path / f"{i}.pth").specs)
     slots, at = [], 0
     for name, out in outs.items():
-        terms: Any = tuple((each[name], c) for each, c in zip(specs, row, strict=True))
-        assert all(isinstance(spec, TensorSpec) for spec, _ in terms)
-        slots.append((OutTensor(DTYPES[out], terms[0][0].shape, terms, name), at))
+        tensors: Any = tuple([each[name] for each in specs])
+        assert all(isinstance(spec, TensorSpec) for spec in tensors)
+        terms = Terms(tensors, tuple(row))
+        slots.append((OutTensor(DTYPES[out], tensors[0].shape, terms, name), at))
         at += slots[-1][0].nbytes
     with (path / "out").open("w+b") as file:
         file.truncate(at)
@@ -114,7 +115,7 @@ ROWS = [
 @needs_compiler
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("dtype", REAL + COMPLEX)
-def test_every_dtype_has_the_bytes_of_torch(
+def test_run_sums_every_dtype_in_c_to_the_bytes_of_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portable: ModuleType, dtype: str, row: list[float]
 ) -> None:
     lengths = (1, 3, 4, 7, 33, 70_003)
@@ -137,7 +138,9 @@ def test_every_dtype_has_the_bytes_of_torch(
         native._formula.cache_clear()
 
 
-def test_terms_of_several_dtypes_have_the_bytes_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_sums_terms_of_several_dtypes_to_the_bytes_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = ["float32", "float64", "float8_e4m3fn", "bfloat16", "float16", "float64"]
     for row in ROWS:
         series = [{"w": values(dtype, 40_001, i, "float32"), "s": values(dtype, 9, i)} for i, dtype in enumerate(kinds)]
@@ -152,7 +155,7 @@ def test_terms_of_several_dtypes_have_the_bytes_of_torch(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("n", [9, 40_000])
 @pytest.mark.parametrize("dtype", REAL + COMPLEX)
-def test_nan_in_any_dtype_is_left_to_torch_which_names_it(tmp_path: Path, dtype: str, n: int) -> None:
+def test_run_leaves_nan_in_any_dtype_to_torch_which_names_it(tmp_path: Path, dtype: str, n: int) -> None:
     for row in ([1.0], [0.5, 0.5]):
         series = [{"w": values(dtype, n, i)} for i in range(len(row))]
         series[-1]["w"][5] = math.nan
@@ -162,7 +165,7 @@ def test_nan_in_any_dtype_is_left_to_torch_which_names_it(tmp_path: Path, dtype:
 
 @pytest.mark.parametrize("n", [9, 40_000])
 @pytest.mark.parametrize("dtype", REAL + COMPLEX)
-def test_a_sum_beyond_its_dtype_is_refused(tmp_path: Path, dtype: str, n: int) -> None:
+def test_run_rejects_a_sum_of_tiles_beyond_its_dtype(tmp_path: Path, dtype: str, n: int) -> None:
     kind = getattr(torch, dtype)
     series = [{"w": torch.zeros(n).to(kind)} for _ in range(2)]
     for tensors in series:
@@ -174,7 +177,7 @@ def test_a_sum_beyond_its_dtype_is_refused(tmp_path: Path, dtype: str, n: int) -
 
 
 @pytest.mark.parametrize("dtype", REAL + COMPLEX)
-def test_c_and_torch_agree_on_what_overflows(dtype: str) -> None:
+def test_run_overflows_in_c_where_it_does_in_torch(dtype: str) -> None:
     assert native._native.LIMITS[dtype] == summing.Formula.of((DTYPES[dtype],), (0.5,), DTYPES[dtype]).limit
 
 
@@ -231,7 +234,7 @@ def around(codes: np.ndarray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 @needs_compiler
-def test_float16_rounding_is_exact_at_all_values_midpoints_and_next_to_them(rounded: Round) -> None:
+def test_narrow_to_float16_is_exact_at_all_values_midpoints_and_next_to_them(rounded: Round) -> None:
     codes = np.arange(0x7C00, dtype=np.uint16)
     exact = codes.view(np.float16).astype(np.float64)
     doubles, expected = around(codes, exact)
@@ -243,7 +246,7 @@ def test_float16_rounding_is_exact_at_all_values_midpoints_and_next_to_them(roun
 
 
 @needs_compiler
-def test_float16_rounding_overflows_to_infinity_and_keeps_nan(rounded: Round) -> None:
+def test_narrow_to_float16_overflows_to_infinity_and_keeps_nan(rounded: Round) -> None:
     most, half = 65504.0, 65520.0  # half a step above the largest number
     values = np.array([most, np.nextafter(half, 0), half, 1e300, np.inf, 5e-324, 2.0**-25, 2.0**-1060, -0.0, -np.inf])
     expected = [0x7BFF, 0x7BFF, 0x7C00, 0x7C00, 0x7C00, 0, 0, 0, 0x8000, 0xFC00]
@@ -254,7 +257,7 @@ def test_float16_rounding_overflows_to_infinity_and_keeps_nan(rounded: Round) ->
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", NARROW8)
-def test_rounding_to_8_bits_is_exact_at_all_values_midpoints_and_next_to_them(rounded: Round, dtype: str) -> None:
+def test_narrow_to_8_bits_is_exact_at_all_values_midpoints_and_next_to_them(rounded: Round, dtype: str) -> None:
     kind = getattr(torch, dtype)
     codes = np.arange(128, dtype=np.uint8)
     exact = torch.from_numpy(codes.copy()).view(kind).double().numpy()
@@ -268,7 +271,7 @@ def test_rounding_to_8_bits_is_exact_at_all_values_midpoints_and_next_to_them(ro
 
 
 @needs_compiler
-def test_rounding_to_bfloat16_is_exact_at_all_values_midpoints_and_next_to_them(rounded: Round) -> None:
+def test_narrow_to_bfloat16_is_exact_at_all_values_midpoints_and_next_to_them(rounded: Round) -> None:
     codes = np.arange(0x7F80, dtype=np.uint16)
     exact = (codes.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     doubles, expected = around(codes, exact)

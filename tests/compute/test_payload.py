@@ -54,7 +54,7 @@ def file_of(
 
 @RELAXED
 @given(layouts(), st.sampled_from(["float32", "int8", "bfloat16", "float64", "complex128"]), st.data())
-def test_reader_reads_any_piece_of_any_view_as_as_strided_does(
+def test_reader_reads_any_slice_of_any_view_as_as_strided_does(
     tmp_path: Path, layout: tuple[tuple[int, ...], tuple[int, ...], int], dtype: str, data: st.DataObject
 ) -> None:
     spec, oracle = file_of(tmp_path / "file", DTYPES[dtype], layout, before=data.draw(st.integers(0, 9)))
@@ -81,7 +81,7 @@ def test_read_tensor_reads_views_far_wider_than_the_buffer(
 
 @RELAXED
 @given(layouts(), st.data())
-def test_boxes_name_each_element_of_a_piece_once_and_in_order(
+def test_boxes_gives_each_element_of_a_slice_once_and_in_order(
     layout: tuple[tuple[int, ...], tuple[int, ...], int], data: st.DataObject
 ) -> None:
     shape, stride, _ = layout

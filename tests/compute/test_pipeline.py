@@ -19,19 +19,18 @@ from unittest import mock
 import pytest
 import torch
 from conftest import FLOATS
+from fake_gpu import Cpu, Late, LateEvent, LateStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from late import Late, LateEvent, LateStream
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
 from ckpt_tools.compute.gpu import pipeline, streams
-from ckpt_tools.compute.gpu.streams import Cpu
 from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats import safetensors
-from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, Terms
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
@@ -41,21 +40,20 @@ CUDA = pytest.param(
     "cuda:0",
     marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")],
 )
-Open = Callable[[str], streams.Device]
 
 
 @pytest.fixture(params=["cpu", "late", CUDA])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a device, with loads so small that a few tensors make many."""
-    opened: Open = streams.opened
-    monkeypatch.setattr(streams, "opened", lambda name: Late() if name == "late" else opened(name))
+    if request.param != "cuda:0":
+        monkeypatch.setattr(streams, "Gpu", lambda _: Late() if request.param == "late" else Cpu())
     monkeypatch.setattr(pipeline, "LEAST", 8)
     monkeypatch.setattr(pipeline, "MOST", 64)
     return str(request.param)
 
 
 def out_tensors(path: Path, series: Sequence[dict[str, torch.Tensor]], coefficients: Sequence[float]) -> dict[str, Any]:
-    """Save a series and make the recipes of its weighted sums, those of integers copied."""
+    """Save a series and make its weighted sums, those of integers copied."""
     rows = []
     for i, tensors in enumerate(series):
         torch.save(tensors, path / f"{i}.pth")
@@ -63,8 +61,8 @@ def out_tensors(path: Path, series: Sequence[dict[str, torch.Tensor]], coefficie
     found = {}
     for name, last in rows[-1].items():
         assert isinstance(last, TensorSpec)
-        terms: Any = tuple(zip((row[name] for row in rows), coefficients, strict=True))
-        terms = terms if last.dtype.averaged else ((last, 1.0),)
+        specs: Any = tuple([row[name] for row in rows])
+        terms = Terms(specs, tuple(coefficients)) if last.dtype.averaged else Terms.copy(last)
         found[name] = OutTensor(last.dtype, last.shape, terms, name)
     return found
 
@@ -119,7 +117,7 @@ def test_run_on_a_device_writes_the_bytes_of_the_cpu(
     same = data.draw(st.booleans())
     coefficients = [1 / n] * n if same else [w / sum(map(abs, weights)) for w in weights]
     tensors = out_tensors(tmp_path, series, coefficients)
-    tensors["data"] = OutTensor(DTYPES["uint8"], (9,), (), "data", data=b"123456789")
+    tensors["data"] = OutTensor(DTYPES["uint8"], (9,), Terms(), "data", data=b"123456789")
     checksums = data.draw(st.booleans())
     expected = written(tmp_path, tensors, checksums=checksums)
     with mock.patch.object(pipeline, "RING", data.draw(st.integers(1, 4))):
@@ -235,7 +233,7 @@ def use(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Cpu]) -> list[Cpu]:
         opened.append(make())
         return opened[-1]
 
-    monkeypatch.setattr(streams, "opened", open_one)
+    monkeypatch.setattr(streams, "Gpu", open_one)
     return opened
 
 
@@ -312,7 +310,7 @@ def test_run_on_a_device_frees_memory_before_it_takes_less(tmp_path: Path, monke
 
 def test_run_shares_the_work_among_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(streams, "opened", lambda name: names.append(name) or Cpu())
+    monkeypatch.setattr(streams, "Gpu", lambda name: names.append(name) or Cpu())
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(1000,)]), [0.5, 0.5])
     written(tmp_path, tensors, devices=("a", "b", "c"), threads=1)
     assert sorted(names) == ["a", "b", "c"]
@@ -387,7 +385,7 @@ def test_pipeline_hands_nothing_over_when_it_is_stopped(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("where", "what"), [(LateStream, "wait_event"), (LateEvent, "synchronize")])
-def test_late_device_shows_a_missing_wait_in_the_bytes(
+def test_run_on_a_late_device_shows_a_missing_wait_in_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: type, what: str
 ) -> None:
     """That the late device is as late as a GPU may be."""
@@ -403,7 +401,7 @@ def test_late_device_shows_a_missing_wait_in_the_bytes(
 
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10), room=st.integers(1, 40))
 def test_take_divides_parts_in_order_and_loses_none(lengths: list[int], room: int) -> None:
-    tensors = [OutTensor(DTYPES["float32"], (n,), (), str(i)) for i, n in enumerate(lengths)]
+    tensors = [OutTensor(DTYPES["float32"], (n,), Terms(), str(i)) for i, n in enumerate(lengths)]
     out = OutFile(FilePlan("out", 0, ()), -1)
     rest = tuple(Slice(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []

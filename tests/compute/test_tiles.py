@@ -22,7 +22,7 @@ from ckpt_tools.compute.compare import compare
 from ckpt_tools.compute.tiles import Tile, cut_tile, packed_strides, rows, storage_order, storage_orders, tiles
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CorruptError, NumericsError
-from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Terms
 from ckpt_tools.tensors import DTYPES, Category, Storage, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -81,7 +81,7 @@ def stored(path: Path, values: torch.Tensor, strides: Sequence[int], *, big_endi
 
 def written(path: Path, terms: Sequence[tuple[TensorSpec, float]], out: str, **options: Any) -> bytes:
     """Sum tensors by the engine; return the bytes, of which the checksum was right."""
-    tensor = OutTensor(DTYPES[out], terms[0][0].shape, tuple(terms), "w")
+    tensor = OutTensor(DTYPES[out], terms[0][0].shape, Terms.of(terms), "w")
     crcs: list[int] = []
 
     def keep(found: Sequence[int]) -> bytes:
@@ -104,13 +104,13 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
 
 
 @RELAXED
-@given(data=st.data(), shape=shapes, numel=st.integers(1, 600))
-def test_tiles_hold_each_element_once_and_no_more_than_they_may(
-    data: st.DataObject, shape: tuple[int, ...], numel: int
+@given(data=st.data(), shape=shapes, numel=st.integers(1, 600), first_row=st.none() | st.integers(1, 40))
+def test_tiles_hold_each_element_once_and_no_more_than_allowed(
+    data: st.DataObject, shape: tuple[int, ...], numel: int, first_row: int | None
 ) -> None:
     orders = [storage_order(shape, data.draw(strides_of(shape))) or () for _ in range(data.draw(st.integers(1, 3)))]
     seen = []
-    for tile in tiles(shape, orders, numel):
+    for tile in tiles(shape, orders, numel, first_row):
         assert 0 < tile.numel <= numel
         for inner in cut_tile(tile, orders, max(numel // 3, 1)):
             assert 0 < inner.numel <= max(numel // 3, 1)
@@ -124,6 +124,11 @@ def test_tiles_of_a_transposed_matrix_have_long_rows_in_both_orders() -> None:
         assert min(tile.sizes) >= 1000
 
 
+def test_tiles_have_longer_rows_in_the_other_order_where_short_ones_do_for_the_first() -> None:
+    for tile in tiles((6000, 6000), [(0, 1), (1, 0)], 1 << 20, 512):
+        assert tile.sizes == (2000, 500)
+
+
 def test_tiles_of_a_convolution_in_channels_last_order_are_whole_filters() -> None:
     (first, *_) = tiles((64, 512, 3, 3), [(0, 1, 2, 3), (0, 2, 3, 1)], 100_000)
     assert first == Tile((0, 0, 0, 0), (16, 512, 3, 3))
@@ -131,7 +136,7 @@ def test_tiles_of_a_convolution_in_channels_last_order_are_whole_filters() -> No
 
 @RELAXED
 @given(data=st.data(), shape=shapes)
-def test_rows_of_a_box_name_each_element_in_the_order_of_storage(data: st.DataObject, shape: tuple[int, ...]) -> None:
+def test_rows_gives_each_element_of_a_box_in_the_order_of_storage(data: st.DataObject, shape: tuple[int, ...]) -> None:
     strides = data.draw(strides_of(shape))
     places = sorted(
         sum(i * s for i, s in zip(index, strides, strict=True)) for index in itertools.product(*map(range, shape))
@@ -164,7 +169,7 @@ def test_storage_order_is_that_of_tensors_with_rows(
     assert storage_order(shape, strides) == order
 
 
-def test_tensors_in_c_order_are_not_cut_into_tiles(tmp_path: Path) -> None:
+def test_storage_orders_gives_no_tiles_to_tensors_in_c_order(tmp_path: Path) -> None:
     def spec(*strides: int) -> TensorSpec:
         return TensorSpec(DTYPES["float32"], (4, 5), strides, 0, Storage(tmp_path, 0, 1000))
 
@@ -180,7 +185,7 @@ COPIED = [name for name, dtype in DTYPES.items() if dtype.category is not Catego
 
 @RELAXED
 @given(data=st.data(), shape=shapes, dtype=st.sampled_from(COPIED))
-def test_a_copy_in_any_order_has_the_bytes_of_the_contiguous_tensor(
+def test_run_copies_a_tensor_in_any_order_as_a_contiguous_one(
     tmp_path: Path, way: str, data: st.DataObject, shape: tuple[int, ...], dtype: str
 ) -> None:
     values = numbers(dtype, shape, seed=math.prod(shape))
@@ -198,7 +203,7 @@ COMPLEX = ["complex128", "complex64", "complex32"]
 
 @RELAXED
 @given(data=st.data(), shape=shapes, n=st.integers(1, 6))
-def test_a_sum_of_tensors_in_any_order_has_the_bytes_of_the_contiguous_sum(
+def test_run_sums_tensors_in_any_order_as_contiguous_ones(
     tmp_path: Path, way: str, data: st.DataObject, shape: tuple[int, ...], n: int
 ) -> None:
     dtypes = data.draw(st.sampled_from([FLOATS, COMPLEX]))
@@ -222,7 +227,7 @@ def test_a_sum_of_tensors_in_any_order_has_the_bytes_of_the_contiguous_sum(
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2", "complex128"])
 @pytest.mark.parametrize("orders", [[(1, 0)] * 5, [(1, 0), (0, 1), (1, 0), (0, 1), (1, 0)]], ids=["same", "mixed"])
-def test_large_matrices_have_the_bytes_of_the_contiguous_sum(
+def test_run_sums_large_transposed_matrices_as_contiguous_ones(
     tmp_path: Path, way: str, dtype: str, orders: list[tuple[int, int]]
 ) -> None:
     """Larger than a tile, with sizes that leave a rest; in one slice and in many."""
@@ -238,7 +243,7 @@ def test_large_matrices_have_the_bytes_of_the_contiguous_sum(
     assert written(tmp_path, terms, dtype, threads=2, slice_size=77_777) == expected
 
 
-def test_tiles_are_summed_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_sums_tiles_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if native._native is None:
         pytest.skip("installed without a C compiler")
     values = [numbers("float32", (50, 70), seed=i) for i in range(3)]
@@ -253,7 +258,7 @@ def test_tiles_are_summed_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
     assert written(tmp_path, terms, "float32") == raw_bytes((total * 0.25).float())
 
 
-def test_a_tensor_with_more_axes_than_c_handles_is_left_to_torch(tmp_path: Path, way: str) -> None:
+def test_run_leaves_a_tensor_with_too_many_axes_for_c_to_torch(tmp_path: Path, way: str) -> None:
     values = numbers("float32", (2, 3, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 4), seed=0)
     strides = (6, 1, 3, *[0] * 14, 12)
     spec = stored(tmp_path / "0", values, strides)
@@ -262,7 +267,7 @@ def test_a_tensor_with_more_axes_than_c_handles_is_left_to_torch(tmp_path: Path,
 
 @pytest.mark.parametrize("slice_size", [None, 64])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "complex64"])
-def test_nan_in_a_tile_is_named_by_its_index_or_let_pass(
+def test_run_names_a_nan_in_a_tile_by_its_index_or_lets_it_pass(
     tmp_path: Path, way: str, dtype: str, slice_size: int | None
 ) -> None:
     rounds = []
@@ -280,7 +285,7 @@ def test_nan_in_a_tile_is_named_by_its_index_or_let_pass(
     assert rounds[0] == rounds[1]
 
 
-def test_a_file_that_ends_within_a_tile_is_an_error(tmp_path: Path, way: str) -> None:
+def test_run_rejects_a_file_that_ends_within_a_tile(tmp_path: Path, way: str) -> None:
     spec = stored(tmp_path / "0", numbers("float32", (300, 400)), (1, 300))
     os.truncate(tmp_path / "0", 100_000)
     with pytest.raises(CorruptError, match="0: ends before its tensors do"):
@@ -290,7 +295,7 @@ def test_a_file_that_ends_within_a_tile_is_an_error(tmp_path: Path, way: str) ->
 def test_memory_needed_counts_tiles(tmp_path: Path, way: str) -> None:
     values = numbers("float32", (30, 40))
     needed = [
-        engine.memory_needed([OutTensor(spec.dtype, spec.shape, ((spec, 0.5), (spec, 0.5)), "w")], threads=2)
+        engine.memory_needed([OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), "w")], threads=2)
         for spec in (stored(tmp_path / "0", values, (1, 30)), stored(tmp_path / "1", values, (40, 1)))
     ]
     assert needed[0] - needed[1] == (2 * native.TILE_SCRATCH if way == "native" else 0)
@@ -301,7 +306,7 @@ def test_memory_needed_counts_tiles(tmp_path: Path, way: str) -> None:
 
 @RELAXED
 @given(data=st.data(), shape=shapes, dtype=st.sampled_from(["float32", "bfloat16", "int64", "complex64", "float64"]))
-def test_the_distance_of_tensors_in_any_order_is_that_of_contiguous_ones(
+def test_compare_measures_tensors_in_any_order_as_contiguous_ones(
     tmp_path: Path, data: st.DataObject, shape: tuple[int, ...], dtype: str
 ) -> None:
     a, b = numbers(dtype, shape, seed=1), numbers(dtype, shape, seed=2)

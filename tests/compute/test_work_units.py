@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt_tools.compute import engine
 from ckpt_tools.compute.work_units import CoalescedRange, OutFile, Slice, coalesced, cut, of_tensors
-from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, SharedTerms
+from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, Terms
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")
@@ -23,9 +23,7 @@ def tensor(
 ) -> OutTensor:
     known = DTYPES[dtype]
     spec = TensorSpec(known, (n,), (1,), 0, Storage(paths[0], at, n * known.itemsize, big))
-    return OutTensor(
-        known, (n,), SharedTerms(spec, tuple((path, 0) for path in paths), (0.5,) * len(paths)), f"at {at}"
-    )
+    return OutTensor(known, (n,), Terms((spec,), (0.5,) * len(paths), tuple((path, 0) for path in paths)), f"at {at}")
 
 
 def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:

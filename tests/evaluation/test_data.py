@@ -49,7 +49,7 @@ def sorted_rows(images: torch.Tensor) -> list[float]:
     return sorted(images.double().sum((1, 2, 3)).tolist())
 
 
-def test_images_go_through_timms_evaluation_transform(photos: Photos) -> None:
+def test_open_data_applies_timms_evaluation_transform(photos: Photos) -> None:
     folder = photos()
     transform = create_transform(**PREPROCESSING, is_training=False)
     want = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*/*.png"))])
@@ -58,7 +58,7 @@ def test_images_go_through_timms_evaluation_transform(photos: Photos) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its tar open
-def test_a_flat_folder_a_tar_and_workers_give_the_same_images(photos: Photos, tmp_path: Path) -> None:
+def test_open_data_gives_the_same_images_from_folder_tar_and_workers(photos: Photos, tmp_path: Path) -> None:
     folder, flat = photos(), photos("flat", flat=True)
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
         tar.add(folder, arcname="photos")
@@ -71,7 +71,7 @@ def test_a_flat_folder_a_tar_and_workers_give_the_same_images(photos: Photos, tm
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_dataset_of_timms_factory_is_opened_by_name(photos: Photos) -> None:
+def test_open_data_opens_a_dataset_of_timm_by_name(photos: Photos) -> None:
     folder = photos()
     named = open_data(
         "torch/image_folder", Loading(), preprocessing=PREPROCESSING, split="validation", root=str(folder)
@@ -79,7 +79,7 @@ def test_a_dataset_of_timms_factory_is_opened_by_name(photos: Photos) -> None:
     assert sorted_rows(images_in(named)) == sorted_rows(images_in(opened(folder)))
 
 
-def test_labels_are_the_folders_in_order(photos: Photos) -> None:
+def test_open_data_numbers_labels_by_folder_in_order(photos: Photos) -> None:
     folder = photos(classes=11, each=2)
     brightness: dict[int, list[float]] = {}
     for images, labels in opened(folder, batch_size=4):
@@ -91,7 +91,7 @@ def test_labels_are_the_folders_in_order(photos: Photos) -> None:
     assert means == sorted(means)
 
 
-def test_a_subset_is_random_seeded_and_of_all_classes(photos: Photos) -> None:
+def test_open_data_takes_a_random_seeded_subset_of_all_classes(photos: Photos) -> None:
     folder = photos(classes=6, each=10, size=8)
 
     def labels(seed: int) -> list[int]:
@@ -103,7 +103,7 @@ def test_a_subset_is_random_seeded_and_of_all_classes(photos: Photos) -> None:
     assert set(labels(0)) == set(range(6))
 
 
-def test_by_default_there_are_8192_images_or_all(photos: Photos) -> None:
+def test_batches_hold_8192_images_by_default(photos: Photos) -> None:
     class Many(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
             return 10_000
@@ -118,7 +118,7 @@ def test_by_default_there_are_8192_images_or_all(photos: Photos) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize(("images", "batch"), [(9, 4), (17, 4), (16, 4), (3, 64), (101, 10)])
-def test_batches_are_dealt_out_whole_and_never_hold_one_image(images: int, batch: int, world: int) -> None:
+def test_plan_batches_deals_out_whole_batches_and_none_of_one_image(images: int, batch: int, world: int) -> None:
     alone = plan_batches(200, images, Loading(batch_size=batch))
     dealt = [plan_batches(200, images, Loading(batch_size=batch, rank=r, world=world)) for r in range(world)]
     assert sorted(map(tuple, alone)) == sorted(tuple(b) for part in dealt for b in part)
@@ -127,7 +127,7 @@ def test_batches_are_dealt_out_whole_and_never_hold_one_image(images: int, batch
     assert len(counts) == sum(counts.values()) == images
 
 
-def test_broken_images_are_left_out_and_named(photos: Photos) -> None:
+def test_batches_leave_out_broken_images_and_name_them(photos: Photos) -> None:
     folder = photos(classes=2, each=60, size=8)
     (folder / "class1" / "1-7.png").write_bytes(b"no image")
     batches = opened(folder, batch_size=16, workers=2)
@@ -137,7 +137,7 @@ def test_broken_images_are_left_out_and_named(photos: Photos) -> None:
         assert "1-7.png (UnidentifiedImageError" in batches.broken[0]
 
 
-def test_more_than_one_percent_of_broken_images_is_refused(photos: Photos) -> None:
+def test_batches_reject_more_than_one_percent_of_broken_images(photos: Photos) -> None:
     folder = photos(classes=2, each=60, size=8)
     for j in (3, 5):
         (folder / "class0" / f"0-{j}.png").write_bytes((folder / "class0" / "0-1.png").read_bytes()[:60])
@@ -145,7 +145,7 @@ def test_more_than_one_percent_of_broken_images_is_refused(photos: Photos) -> No
         images_in(opened(folder))
 
 
-def test_a_process_counts_broken_images_of_all_processes_together(photos: Photos) -> None:
+def test_batches_count_broken_images_of_all_processes_together(photos: Photos) -> None:
     folder = photos(classes=2, each=60, size=8)
     (folder / "class1" / "1-7.png").write_bytes(b"no image")
     parts = [opened(folder, batch_size=16, rank=rank, world=2) for rank in range(2)]  # 1 of 60 is more than 1 %
@@ -154,7 +154,7 @@ def test_a_process_counts_broken_images_of_all_processes_together(photos: Photos
         parts[0].check(2 * [broken for part in parts for broken in part.broken])
 
 
-def test_a_model_of_gray_images_gets_gray_images(photos: Photos) -> None:
+def test_open_data_gives_gray_images_to_a_model_of_one_channel(photos: Photos) -> None:
     gray = PREPROCESSING | {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}
     batches = open_data(str(photos()), Loading(), preprocessing=gray, split="validation", root=None)
     assert images_in(batches).shape == (12, 1, 32, 32)
@@ -186,7 +186,7 @@ def leaves(): raise SystemExit(0)
 
 
 @pytest.mark.parametrize("name", ["items", "stream", "loader"])
-def test_a_factory_gives_a_dataset_or_batches(tmp_path: Path, name: str) -> None:
+def test_open_data_takes_a_dataset_or_batches_from_a_factory(tmp_path: Path, name: str) -> None:
     (tmp_path / "mine.py").write_text(FACTORIES)
     batches = opened(f"{tmp_path}/mine.py:{name}", batch_size=4)
     for _ in range(2):
@@ -197,12 +197,12 @@ def test_a_factory_gives_a_dataset_or_batches(tmp_path: Path, name: str) -> None
         list(opened(f"{tmp_path}/mine.py:{name}", images=11))
 
 
-def test_of_data_without_end_the_default_number_is_taken(tmp_path: Path) -> None:
+def test_open_data_takes_the_default_number_from_endless_data(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FACTORIES)
     assert sum(map(len, opened(f"{tmp_path}/mine.py:endless"))) == DEFAULT_IMAGES
 
 
-def test_a_stream_that_timm_would_share_out_is_shared_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_data_shares_a_stream_of_timm_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     class Reader:  # as those of timm for wds/, tfds/ and hfids/ do in a process group
         dist_rank, dist_num_replicas = 1, 2
 
@@ -215,7 +215,7 @@ def test_a_stream_that_timm_would_share_out_is_shared_out_once(monkeypatch: pyte
     assert sorted(int(label) for part in parts for _, labels in part for label in labels) == list(range(12))
 
 
-def test_a_list_of_batches_is_dealt_out_to_processes(tmp_path: Path) -> None:
+def test_batches_deal_a_list_out_to_processes(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FACTORIES)
     parts = [list(opened(f"{tmp_path}/mine.py:batches", rank=rank, world=2)) for rank in range(2)]
     assert [[batch[0, 0, 0].item() for batch in part] for part in parts] == [[0, 2, 4], [1, 3]]
@@ -233,7 +233,9 @@ def test_a_list_of_batches_is_dealt_out_to_processes(tmp_path: Path) -> None:
         ("hfds/nobody/nothing", "`data='hfds/nobody/nothing'`: "),
     ],
 )
-def test_unusable_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str) -> None:
+def test_open_data_rejects_unusable_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("no image")
@@ -252,7 +254,7 @@ def test_unusable_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("no_such_module:items", r"cannot be imported \(ModuleNotFoundError"),
     ],
 )
-def test_a_factory_that_is_not_there_is_a_usage_error(
+def test_open_data_rejects_a_missing_factory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,7 +265,7 @@ def test_a_factory_that_is_not_there_is_a_usage_error(
         opened(source)
 
 
-def test_more_images_than_there_are_is_refused_by_number_only(photos: Photos) -> None:
+def test_open_data_rejects_more_images_than_there_are(photos: Photos) -> None:
     folder = photos()
     with pytest.raises(DataError, match="`images=13`: there are only 12"):
         opened(folder, images=13)
@@ -282,11 +284,11 @@ def test_more_images_than_there_are_is_refused_by_number_only(photos: Photos) ->
         ("a/b:c", False),
     ],
 )
-def test_factories_are_told_from_paths(source: str, yes: bool) -> None:
+def test_is_factory_tells_factories_from_paths(source: str, yes: bool) -> None:
     assert is_factory(source) is yes
 
 
-def test_preprocessing_is_the_models_but_for_options() -> None:
+def test_resolve_preprocessing_overrides_the_models_values_by_options() -> None:
     model = torchvision.models.resnet18()
     assert resolve_preprocessing(model, 3, {"img_size": None})["input_size"] == (3, 224, 224)
     model.pretrained_cfg = PREPROCESSING | {"input_size": (3, 160, 160)}
@@ -304,7 +306,7 @@ def test_preprocessing_is_the_models_but_for_options() -> None:
         resolve_preprocessing(model, 3, {"mean": [0.1, 0.2]})
 
 
-def test_a_worker_that_dies_is_a_data_error(tmp_path: Path) -> None:
+def test_batches_report_a_worker_that_dies_as_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(
         "import os, signal, torch\n"
         "class Deadly(torch.utils.data.Dataset):\n"

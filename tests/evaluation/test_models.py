@@ -29,7 +29,7 @@ def built(path: Path, spec: str | None = None, **kwargs: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
-def test_the_arch_in_a_timm_checkpoint_is_the_model(save: Save, prefix: str) -> None:
+def test_build_model_takes_the_arch_of_a_timm_checkpoint(save: Save, prefix: str) -> None:
     source = timm.create_model("test_resnet", num_classes=7, in_chans=1)
     state = {prefix + name: tensor for name, tensor in source.state_dict().items()}
     args = argparse.Namespace(model="test_resnet", num_classes=None, in_chans=None, model_kwargs={})
@@ -39,7 +39,7 @@ def test_the_arch_in_a_timm_checkpoint_is_the_model(save: Save, prefix: str) -> 
     assert input_channels(model) == 1
 
 
-def test_arguments_in_the_checkpoint_count_and_those_given_go_before(save: Save) -> None:
+def test_build_model_overrides_arguments_of_the_checkpoint_by_those_given(save: Save) -> None:
     source = timm.create_model("test_resnet", num_classes=7)
     args = argparse.Namespace(model="test_resnet", num_classes=7, model_kwargs={"drop_rate": 0.25})
     path = save("a.pth", {"model": source.state_dict(), "args": args})
@@ -49,7 +49,9 @@ def test_arguments_in_the_checkpoint_count_and_those_given_go_before(save: Save)
         built(path, num_classes=8)
 
 
-def test_a_factory_leaves_sys_path_as_it_was(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_model_restores_sys_path_after_a_factory(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A factory that imports its neighbour only when it is called, too."""
     (tmp_path / "late_net.py").write_text(
         "from torch import nn\ndef net():\n    from late_width import WIDTH\n    return nn.Linear(WIDTH, 2)\n"
@@ -66,7 +68,7 @@ def test_a_factory_leaves_sys_path_as_it_was(save: Save, tmp_path: Path, monkeyp
     assert sys.path == before
 
 
-def test_a_factory_of_the_users_own_needs_no_timm(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_model_needs_no_timm_for_a_factory(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nets.py").write_text(
         "from torch import nn\nfrom neighbour import WIDTH\ndef net(width=WIDTH): return nn.Linear(width, 2)\n"
     )
@@ -81,7 +83,9 @@ def test_a_factory_of_the_users_own_needs_no_timm(save: Save, tmp_path: Path, mo
         built(path, "resnet18")
 
 
-def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_model_never_runs_what_a_checkpoint_names(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef main(): pass\n")
     for arch in ("evil.py:main", "evil:main", "hf-hub:nobody/nothing", "local-dir:evil"):
@@ -95,7 +99,7 @@ def test_a_checkpoint_never_decides_what_runs(save: Save, tmp_path: Path, monkey
     assert isinstance(built(path), nn.Module)  # and timm looked for no evil.pth
 
 
-def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
+def test_build_model_suggests_nothing_for_a_name_that_nobody_typed(save: Save) -> None:
     path = save("a.pth", {"arch": "resnet81", "state_dict": {"w": torch.zeros(2)}})
     with pytest.raises(
         ModelError, match=r"its arch 'resnet81' is not a timm model\. Use `model='path/to/file.py:factory'`\.$"
@@ -114,12 +118,14 @@ def test_nothing_is_guessed_for_a_name_that_nobody_typed(save: Save) -> None:
         (None, ModelError, "does not record its model. Use `model`"),
     ],
 )
-def test_a_model_that_cannot_be_made_is_refused(save: Save, spec: str | None, error: Any, message: str) -> None:
+def test_build_model_rejects_a_model_that_cannot_be_made(
+    save: Save, spec: str | None, error: Any, message: str
+) -> None:
     with pytest.raises(error, match=message):
         built(save("a.pth", {"w": torch.zeros(2)}), spec)
 
 
-def test_weights_that_do_not_fit_are_named(save: Save) -> None:
+def test_load_weights_names_weights_that_do_not_fit(save: Save) -> None:
     state = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict()
     del state["1.running_mean"]
     state["2.bias"] = torch.zeros(1)
@@ -131,13 +137,13 @@ def test_weights_that_do_not_fit_are_named(save: Save) -> None:
         built(path, f"{path.parent}/fits.py:net")
 
 
-def test_files_without_the_counter_of_batches_fit(save: Save) -> None:
+def test_load_weights_accepts_files_without_num_batches_tracked(save: Save) -> None:
     state = nn.BatchNorm1d(2).state_dict()
     del state["num_batches_tracked"]
     assert isinstance(built(save("a.pth", state), "torch.nn:BatchNorm1d", num_features=2), nn.BatchNorm1d)
 
 
-def test_model_arguments_are_python_literals_or_text() -> None:
+def test_model_kwargs_are_python_literals_or_text() -> None:
     found = parse_kwargs(["num_classes=10", "act=relu", "sizes=(1, 2)", "flag=True", "x=a=b", "empty="])
     assert found == {"num_classes": 10, "act": "relu", "sizes": (1, 2), "flag": True, "x": "a=b", "empty": ""}
     for wrong in ("num_classes", "=3", "a b=1"):
@@ -145,7 +151,7 @@ def test_model_arguments_are_python_literals_or_text() -> None:
             parse_kwargs([wrong])
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_pick_device_rejects_a_missing_device() -> None:
     assert pick_device("cpu").type == "cpu"
     for name in ("gpu", "cuda:99"):
         with pytest.raises(UsageError, match=f"`device='{name}'`: not usable here"):

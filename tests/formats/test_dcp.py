@@ -33,7 +33,7 @@ from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, ReadError, SeriesError, UnsupportedError, WriteError
 from ckpt_tools.formats import dcp as ours
 from ckpt_tools.formats import pickle_write, read_header
-from ckpt_tools.formats.file_plan import OutTensor
+from ckpt_tools.formats.file_plan import OutTensor, Terms
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.jobs.assembly import Assembly
 from ckpt_tools.jobs.run import write
@@ -206,7 +206,7 @@ def written(source: Path, target: Path, **options: Any) -> Path:
     copies: dict[TensorSpec, OutTensor] = {}
 
     def copy(spec: TensorSpec) -> OutTensor:
-        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "w", finite=False))
+        return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, Terms.copy(spec), "w", finite=False))
 
     tree = pickle_write.plain(header.tree, [], copy)
     write(Assembly(target, tuple(ours.plan(tree, **options)), folder=True), header.files)

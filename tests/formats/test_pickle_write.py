@@ -15,13 +15,13 @@ import torch
 from crafting import TORCH_DTYPES, random_tensor
 
 from ckpt_tools.errors import WriteError
-from ckpt_tools.formats.file_plan import OutTensor
+from ckpt_tools.formats.file_plan import OutTensor, Terms
 from ckpt_tools.formats.pickle_write import dump
 from ckpt_tools.tensors import DTYPES
 
 
 def out(tensor: torch.Tensor) -> OutTensor:
-    return OutTensor(DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), (), "a tensor")
+    return OutTensor(DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), Terms(), "a tensor")
 
 
 def of_torch(tree: Any) -> bytes:

@@ -28,7 +28,7 @@ from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import UnsupportedError, UsageError, WriteError
 from ckpt_tools.formats import pickle_write, read_header, torch_zip
 from ckpt_tools.formats import safetensors as st_format
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Terms
 from ckpt_tools.formats.sharded import index_json, parse_size, plan_shards
 from ckpt_tools.tensors import TensorSpec
 
@@ -177,7 +177,7 @@ def test_torch_zip_plan_writes_plain_data_unchanged(save: Save, tmp_path: Path) 
 
 
 def copied(spec: TensorSpec) -> OutTensor:
-    return OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), "copied")
+    return OutTensor(spec.dtype, spec.shape, Terms.copy(spec), "copied")
 
 
 def test_plain_copies_what_refers_to_itself(save: Save, tmp_path: Path) -> None:

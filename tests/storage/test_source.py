@@ -107,7 +107,7 @@ def test_find_series_orders_a_store_by_the_step_of_the_trainer(memory: dict[Path
     assert [member.step for member in series.members] == [10, 20]
 
 
-def test_a_store_that_lacks_a_file_names_it(memory: dict[Path, bytes]) -> None:
+def test_open_checkpoint_names_a_file_that_a_store_lacks(memory: dict[Path, bytes]) -> None:
     with pytest.raises(ReadError, match=r"mem:/gone\.pth: no such file"):
         read_file(Path("mem://gone.pth"))
 
@@ -168,7 +168,7 @@ def test_write_once_writes_at_an_offset(missing: bool, monkeypatch: pytest.Monke
         assert file.read() == b"\0\0\0\0abc\0"
 
 
-def test_a_window_reads_like_a_file(tmp_path: Path) -> None:
+def test_window_reads_like_a_file(tmp_path: Path) -> None:
     data = bytes(range(200))
     (tmp_path / "a").write_bytes(data)
     with InputFile(tmp_path / "a") as file, file.as_file(50, 100) as window:

@@ -19,7 +19,7 @@ import torch
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
 from ckpt_tools.compute.work_units import OutFile
-from ckpt_tools.formats.file_plan import FilePlan, OutTensor
+from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Terms
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 # The dtypes that torch saves, listed here: the table under test must not select the test cases.
@@ -103,13 +103,13 @@ def copies(path: Path) -> dict[str, OutTensor]:
     out = {}
     for name, spec in open_checkpoint(path).specs.items():
         assert isinstance(spec, TensorSpec)
-        out[name] = made.setdefault(spec, OutTensor(spec.dtype, spec.shape, ((spec, 1.0),), name))
+        out[name] = made.setdefault(spec, OutTensor(spec.dtype, spec.shape, Terms.copy(spec), name))
     return out
 
 
 def zeros(path: Path, dtype: str, shape: tuple[int, ...], name: str = "zeros") -> OutTensor:
     """Return an OutTensor of this size, for plans only."""
-    return OutTensor(DTYPES[dtype], shape, (), name)
+    return OutTensor(DTYPES[dtype], shape, Terms(), name)
 
 
 def write(plan: FilePlan, path: Path, *, threads: int = 2) -> Path:

@@ -14,33 +14,16 @@ write it, as `averaged_model` does; where finding the sets takes more than two p
 
 from __future__ import annotations
 
-from .averaged_model import AVERAGED_MODEL, AVERAGED_MODEL_ENCODING, MMENGINE, MMENGINE_ENCODING, TORCHVISION
-from .ema_pytorch import EMA_PYTORCH, EMA_PYTORCH_ENCODING
-from .entries import left_behind, other_entries
-from .layout import (
-    DETECTED,
-    ENCODINGS,
-    LAYOUTS,
-    PLAIN_ENCODING,
-    Content,
-    Encoding,
-    Flat,
-    Layout,
-    StateDict,
-    dotted,
-    has_tensors,
-    is_buffer,
-    register,
-    split,
-    unregister,
-)
+from .averaged_model import AVERAGED_MODEL, MMENGINE, TORCHVISION
+from .ema_pytorch import EMA_PYTORCH
+from .layout import DETECTED, LAYOUTS, Encoding, Layout, StateDict, register, unregister
 from .lightning import LIGHTNING, LIGHTNING_SWA, NEMO
-from .litema import LITEMA, LITEMA_ENCODING
+from .litema import LITEMA
 from .pairs import D2GO, DEIT, DINO, DIT, FAIRSEQ, ICEFALL, MODEL_STATE_DICT, TIMM, TIMM_EMA
-from .parameter_lists import DIFFUSERS, DIFFUSERS_ENCODING, PYTORCH_EMA, PYTORCH_EMA_ENCODING, parameters
+from .parameter_lists import DIFFUSERS, PYTORCH_EMA
 from .plain import DCP, PLAIN
-from .select import is_ema_by_name, select, states
-from .ultralytics import MODULE_ENCODING, ULTRALYTICS
+from .select import select, states
+from .ultralytics import ULTRALYTICS
 
 # As the list of layouts shows them. Raw weights alone are looked for in this order, too, which is timm's.
 LAYOUTS += [
@@ -53,29 +36,5 @@ DETECTED += [
     LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL, DINO, FAIRSEQ,
     LIGHTNING_SWA,
 ]  # fmt: skip
-# The order of detection of encodings: the plain one takes any tensors with names, so it is the last.
-ENCODINGS += [
-    MODULE_ENCODING, DIFFUSERS_ENCODING, PYTORCH_EMA_ENCODING, AVERAGED_MODEL_ENCODING, MMENGINE_ENCODING,
-    EMA_PYTORCH_ENCODING, LITEMA_ENCODING, PLAIN_ENCODING,
-]  # fmt: skip
 
-__all__ = [
-    "LAYOUTS",
-    "Content",
-    "Encoding",
-    "Flat",
-    "Layout",
-    "StateDict",
-    "dotted",
-    "has_tensors",
-    "is_buffer",
-    "is_ema_by_name",
-    "left_behind",
-    "other_entries",
-    "parameters",
-    "register",
-    "select",
-    "split",
-    "states",
-    "unregister",
-]
+__all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "register", "select", "states", "unregister"]

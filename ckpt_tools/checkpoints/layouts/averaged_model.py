@@ -15,12 +15,7 @@ COUNTS = ("n_averaged", "steps")
 
 
 def _encoding(name: str, count: str) -> Encoding:
-    """Make the encoding of a class.
-
-    Args:
-        name: of the encoding.
-        count: key of the update count.
-    """
+    """Make the encoding of a class that has its update count under this key."""
 
     def detect(node: Any) -> bool:
         if not isinstance(node, dict) or not is_scalar(node.get(count), "int64"):

@@ -7,17 +7,15 @@ from typing import Any
 
 from ...formats.tree import Path, follow, without
 from ...tensors import Tensor
-from .layout import Layout, StateDict, dotted, swapped_keys
+from .layout import Layout, Sets, dotted, swapped_keys
 from .parameter_lists import SETTINGS
-
-Sets = Mapping[str, StateDict]
 
 
 def other_entries(tree: Any, sets: Sets) -> dict[Any, Any]:
     """Return what goes along into a nested checkpoint: all but the weights and what says how they were averaged."""
-    if not isinstance(tree, dict) or not all(each.path for each in sets.values()):
+    if not _is_nested(tree, sets):
         return {}
-    others = tree
+    others: dict[Any, Any] = tree
     for path in (*_paths(sets), *_misleading(tree, sets)):
         others = without(others, path, prune=True)
     return others
@@ -27,11 +25,15 @@ def _paths(sets: Sets) -> list[Path]:
     return [path for each in sets.values() for path in (each.path, *each.set_paths, *each.ema_paths)]
 
 
-def _misleading(tree: Any, sets: Sets) -> Iterator[Path]:
+def _is_nested(tree: Any, sets: Sets) -> bool:
+    return isinstance(tree, dict) and all(each.path for each in sets.values())
+
+
+def _misleading(tree: Any, sets: Sets) -> list[Path]:
     """Find entries of no set that would make the sets of the output look like others."""
     known = {path[:1] for path in _paths(sets)}
-    if isinstance(tree, dict) and all(each.path for each in sets.values()):
-        yield from ((key,) for key in swapped_keys() if key in tree and (key,) not in known)
+    keys = swapped_keys() if _is_nested(tree, sets) else ()
+    return [(key,) for key in keys if key in tree and (key,) not in known]
 
 
 def left_behind(tree: Any, sets: Sets, layout: Layout, *, nested: bool) -> list[str]:
@@ -76,9 +78,10 @@ def _left(tree: Any, path: Path, carried: set[Path], written: set[Tensor]) -> It
 
 def _overwritten(others: Mapping[Any, Any], layout: Layout, *, pair: bool) -> Iterator[Path]:
     """Find other entries at paths where the layout puts something of its own."""
-    for path in (layout.raw, layout.ema if pair or not layout.alone else None, layout.updates):
-        for depth in range(1, len(path or ()) + 1):
-            node = follow(others, (path or ())[:depth])
-            if node is not None and (depth == len(path or ()) or not isinstance(node, Mapping)):
-                yield (path or ())[:depth]
+    ema = layout.ema if pair or not layout.alone else None
+    for path in filter(None, (layout.raw, ema, layout.updates)):
+        for depth in range(1, len(path) + 1):
+            node = follow(others, path[:depth])
+            if node is not None and (depth == len(path) or not isinstance(node, Mapping)):
+                yield path[:depth]
                 break

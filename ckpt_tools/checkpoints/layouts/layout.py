@@ -6,11 +6,12 @@ import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path as FilePath
 from typing import Any
 
 from ...errors import LayoutError
-from ...formats.file_plan import OutTensor
+from ...formats.file_plan import OutTensor, Terms
 from ...formats.header import Header
 from ...formats.tree import Path, follow, put
 from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
@@ -61,13 +62,14 @@ class StateDict:
         return self.which if self.which == where else f"{self.which} ({where or 'the whole file'})"
 
     def below(self, path: Path, **known: Any) -> StateDict:
-        """Return it as a set at this path of a larger tree.
+        """Return it as a set of a larger tree, which has its tree at this path.
 
         Args:
             known: attributes that are others there.
         """
-        ema_paths = tuple((*path, *each) for each in self.ema_paths)
-        return replace(self, path=path, ema_paths=ema_paths, **known)
+        ema_paths, set_paths = (tuple((*path, *each) for each in paths) for paths in (self.ema_paths, self.set_paths))
+        where = {"path": (*path, *self.path), "home": (*path, *self.home), "set_paths": set_paths}
+        return replace(self, **{**where, "ema_paths": ema_paths, **known})
 
 
 def dotted(path: Iterable[Any]) -> str:
@@ -160,13 +162,17 @@ def _read_plain(node: Any, names: Names, raw: Names) -> Sets:
 PLAIN_ENCODING = Encoding("plain", has_tensors, _read_plain, lambda weights, content: OrderedDict(weights))
 """A dict of names to tensors."""
 
-ENCODINGS: list[Encoding] = []
-"""All encodings; the first that is detected in an object is taken."""
+
+@cache
+def _encodings() -> tuple[Encoding, ...]:
+    """Those of all layouts; the plain one takes any tensors with names, so it is the last."""
+    found = dict.fromkeys(each for layout in (*DETECTED, *LAYOUTS) for each in layout.encodings)
+    return (*(each for each in found if each is not PLAIN_ENCODING), PLAIN_ENCODING)
 
 
 def encoding_of(node: Any) -> Encoding | None:
     """Return the encoding of an object of the tree; None where none is detected."""
-    return next((encoding for encoding in ENCODINGS if encoding.detect(node)), None)
+    return next((encoding for encoding in _encodings() if encoding.detect(node)), None)
 
 
 def read_sets(node: Any, names: Names = None, raw: Names = None) -> Sets:
@@ -227,7 +233,7 @@ class Content:
     def count(self) -> OutTensor:
         """Return the EMA update count as an int64 tensor, 1 where it is not known or 0."""
         if self.updates is None:
-            self.note("The EMA update count is not known: 1 is written, so that a further update averages.")
+            self.notes.append("The EMA update count is not known: 1 is written, so that a further update averages.")
         elif self.updates == 0:
             self.notes.append("The EMA update count is written as 1: with 0 the next update would replace the average.")
         return scalar("int64", "q", self.updates or 1)
@@ -248,14 +254,11 @@ class Content:
     def known_decay(self) -> float:
         """Return the decay, or the default of the classes that keep one."""
         if self.decay is None:
-            self.note("The decay is not known: 0.9999, the default of these classes, is written. `decay` sets another.")
+            self.notes.append(
+                "The decay is not known: 0.9999, the default of these classes, is written. `decay` sets another."
+            )
             return 0.9999
         return self.decay
-
-    def note(self, text: str) -> None:
-        """Add a note, once."""
-        if text not in self.notes:
-            self.notes.append(text)
 
     def note_lost(self, kept: set[str], why: str, *, raw_stays: bool) -> None:
         """Add a note on the averages that are not written, under their own or another name."""
@@ -269,7 +272,7 @@ class Content:
 
 def scalar(dtype: str, code: str, value: float) -> OutTensor:
     """Make a tensor without dimensions of a number of our own."""
-    return OutTensor(DTYPES[dtype], (), (), "an EMA value", finite=False, data=struct.pack(f"<{code}", value))
+    return OutTensor(DTYPES[dtype], (), Terms(), "an EMA value", finite=False, data=struct.pack(f"<{code}", value))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -280,13 +283,11 @@ class Flat:
         tensors: by name.
         stem: what the files of a folder are called; None for the usual name.
         config: entries for the ``config.json`` of a folder.
-        dcp: the folder is one of torch.distributed.checkpoint.
     """
 
     tensors: Weights
     stem: str | None = None
     config: Mapping[str, Any] | None = None
-    dcp: bool = False
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,7 @@ class Layout:
         updates: path of the EMA update count, if the encoding has none.
         alone: what raw weights without averaged ones are called; empty if this layout always has both.
         written: `convert` writes it.
+        held_by: see `outputs`; empty where it follows from the paths and encodings.
     """
 
     name: str
@@ -317,6 +319,7 @@ class Layout:
     updates: Path | None = None
     alone: str = ""
     written: bool = True
+    held_by: tuple[str, ...] = ()
 
     @property
     def pair(self) -> bool:
@@ -352,16 +355,11 @@ class Layout:
     def outputs(self) -> tuple[str, ...]:
         """What can hold it: ``nested``, a file of nested objects; ``flat``, one of names and tensors; ``folder``."""
         flat = self._one_dict and all(each.flat for each in self.encodings)
-        return ("nested", "flat", "folder") if flat else ("nested",)
+        return self.held_by or (("nested", "flat", "folder") if flat else ("nested",))
 
     def keeps(self, what: str) -> bool:
         """True if it stores the ``updates``, ``decay`` or ``settings`` of an average."""
         return any(what in each.keeps for each in self.encodings) or (what == "updates" and self.updates is not None)
-
-    @property
-    def raw_at(self) -> tuple[Path | None, ...]:
-        """Paths at which the raw weights of an average may be: here, or where another layout has them."""
-        return (self.raw, *raw_paths())
 
     def read(self, tree: Mapping[Any, Any], names: Names) -> Sets:
         """Read the sets of a checkpoint with an average in this layout; empty if it has none.
@@ -374,8 +372,10 @@ class Layout:
             return {}
         if self.ema_encoding is not PLAIN_ENCODING and self.ema_encoding is not encoding_of(node):
             return {}
-        raws = ((path, set_at(tree, path, "raw", names)) for path in self.raw_at if path not in (None, self.ema))
-        raw_path, raw = next(((path or (), raw) for path, raw in raws if raw is not None), (self.ema, None))
+        # The raw weights may be where another layout has them.
+        paths = [path for path in (self.raw, *raw_paths()) if path is not None and path != self.ema]
+        raws = ((path, set_at(tree, path, "raw", names)) for path in paths)
+        raw_path, raw = next((found for found in raws if found[1] is not None), (self.ema, None))
         sets = read_sets(node, names, None if raw is None else raw.tensors)
         ema = one_of(sets, "ema")
         if ema is None or (raw is not None and raw_path != self.raw and not _of_one_model(raw.tensors, ema.tensors)):
@@ -394,10 +394,11 @@ class Layout:
     def read_alone(self, tree: Mapping[Any, Any], names: Names) -> Sets:
         """Read raw weights without an average; empty if there are none."""
         sets = read_sets(follow(tree, self.raw), names) if self.alone and self.raw else {}
-        known = {"home": self.raw, "set_paths": self.set_paths(tree)} if sets else {}
         return {
             which: each.below(
-                self.raw or (), layout=self.alone if each.layout == PLAIN_ENCODING.name else each.layout, **known
+                self.raw or (),
+                layout=self.alone if each.layout == PLAIN_ENCODING.name else each.layout,
+                set_paths=self.set_paths(tree),
             )
             for which, each in sets.items()
         }
@@ -462,9 +463,9 @@ def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:
     if not isinstance(above, Mapping) or path[-1] not in above:
         return False
     value = above[path[-1]]
-    if isinstance(value, dict) and (path[-1] in set_keys() or any(isinstance(v, _TENSORS) for v in value.values())):
-        return True
-    return value is None or encoding_of(value) is not None
+    tensors = isinstance(value, dict) and any(isinstance(v, _TENSORS) for v in value.values())
+    named = isinstance(value, dict) and path[-1] in set_keys()
+    return value is None or tensors or named or encoding_of(value) is not None
 
 
 LAYOUTS: list[Layout] = []
@@ -474,7 +475,7 @@ DETECTED: list[Layout] = []
 
 
 def register(layout: Layout) -> None:
-    """Make a layout known to all commands; it is tried before those of this package, as are its encodings.
+    """Make a layout known to all commands; it is tried before those of this package.
 
     Raises:
         ValueError: one of this name is known.
@@ -483,7 +484,7 @@ def register(layout: Layout) -> None:
         raise ValueError(f"there is a layout named {layout.name!r} already")
     LAYOUTS.append(layout)
     DETECTED.insert(0, layout)
-    ENCODINGS[:0] = [each for each in dict.fromkeys(layout.encodings) if each not in ENCODINGS]
+    _encodings.cache_clear()
 
 
 def unregister(layout: Layout) -> None:
@@ -494,8 +495,7 @@ def unregister(layout: Layout) -> None:
     """
     LAYOUTS.remove(layout)
     DETECTED.remove(layout)
-    for encoding in {*layout.encodings}.difference(*(each.encodings for each in LAYOUTS)):
-        ENCODINGS.remove(encoding)
+    _encodings.cache_clear()
 
 
 def raw_paths() -> tuple[Path, ...]:
@@ -511,4 +511,4 @@ def set_keys() -> tuple[Any, ...]:
 
 def swapped_keys() -> tuple[Any, ...]:
     """Keys of raw weights in layouts where another key, which elsewhere has raw weights, has the average."""
-    return tuple(dict.fromkeys(layout.raw[0] for layout in DETECTED if layout.swaps and layout.raw))
+    return tuple(dict.fromkeys(layout.raw[0] for layout in LAYOUTS if layout.swaps and layout.raw))

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from ...formats.header import Header
-from ...formats.tree import Path, follow, put
+from ...formats.tree import follow, put
 from .layout import Content, Layout, Names, Sets, is_buffer
 
 # Without these Lightning does not resume, or resumes without the average.
@@ -17,10 +17,6 @@ _NEEDED = {"pytorch-lightning_version": "2.6.0", "optimizer_states": [], "lr_sch
 
 class WeightAveraging(Layout):
     """The callback swaps the sets on saving."""
-
-    @property
-    def raw_at(self) -> tuple[Path | None, ...]:
-        return (self.raw,)
 
     def read(self, tree: Mapping[Any, Any], names: Names) -> Sets:
         complete = follow(tree, ("averaging_state",)) is not None and follow(tree, self.raw) is not None

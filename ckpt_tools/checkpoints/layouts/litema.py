@@ -16,18 +16,10 @@ _COUNTS = ("decay", "num_updates")
 
 def _prefix(node: Mapping[Any, Any]) -> str | None:
     """Return what is before the names of the averages; None if the dict holds no LitEma."""
-    return next(
-        (
-            key.removesuffix("num_updates")
-            for key in node
-            if isinstance(key, str)
-            and key.endswith("num_updates")
-            and re.fullmatch(r"([^.]*ema\.)?num_updates", key)  # codebooks of quantizers count, too
-            and is_scalar(node[key])
-            and is_scalar(node.get(key.removesuffix("num_updates") + "decay"))
-        ),
-        None,
-    )
+    counts = (key for key in node if isinstance(key, str) and key.endswith("num_updates"))
+    # Codebooks of quantizers count, too.
+    prefixes = (key.removesuffix("num_updates") for key in counts if re.fullmatch(r"([^.]*ema\.)?num_updates", key))
+    return next((prefix for prefix in prefixes if all(is_scalar(node.get(prefix + key)) for key in _COUNTS)), None)
 
 
 def _short_names(tensors: Mapping[Any, Any], prefix: str) -> dict[str, str]:
@@ -114,14 +106,14 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     # Latent diffusion averages its `model` alone, and leaves that out of the names.
     lead = "model." if any(name.startswith("model.") for name in content.raw) else ""
     short: dict[str, str] = {}
-    for name in content.parameters:
-        if name.startswith(lead):
-            other = short.setdefault(name.removeprefix(lead).replace(".", ""), name)
-            if other != name:
-                raise LayoutError(
-                    f"'{other}' and '{name}' are both 'model_ema.{name.removeprefix(lead).replace('.', '')}' without "
-                    "their dots, so LitEma cannot tell them apart. Choose another layout."
-                )
+    for name in (name for name in content.parameters if name.startswith(lead)):
+        dotless = name.removeprefix(lead).replace(".", "")
+        other = short.setdefault(dotless, name)
+        if other != name:
+            raise LayoutError(
+                f"'{other}' and '{name}' are both 'model_ema.{dotless}' without their dots, so LitEma cannot tell them "
+                "apart. Choose another layout."
+            )
     strange = next((name for name in short.values() if name not in content.raw), None)
     if strange is not None:
         raise LayoutError(
@@ -131,9 +123,8 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     taken = next((short[key] for key in _COUNTS if key in short), None)
     if taken is not None:
         raise LayoutError(f"'{taken}' would have a name that LitEma gives an entry of its own. Choose another layout.")
-    content.note_lost(
-        set(short.values()), "LitEma averages parameters" + (" of 'model.'" if lead else ""), raw_stays=True
-    )
+    of_model = " of 'model.'" if lead else ""
+    content.note_lost(set(short.values()), f"LitEma averages parameters{of_model}", raw_stays=True)
     updates = -1 if content.updates is None else min(content.updates, (1 << 31) - 1)
     if content.updates is None:
         content.notes.append("The EMA update count is not known: num_updates is -1, which LitEma takes for no warm-up.")

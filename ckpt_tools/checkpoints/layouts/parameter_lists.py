@@ -112,10 +112,6 @@ def _config(content: Content) -> dict[str, Any]:
 class Diffusers(Layout):
     """A list in a file, or a folder of weights whose ``config.json`` has the settings of the EMAModel."""
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("nested", "folder")
-
     def flatten(self, content: Content) -> Flat:
         return Flat(content.ema, stem="diffusion_pytorch_model", config=_config(content))
 
@@ -138,6 +134,6 @@ PYTORCH_EMA_ENCODING = Encoding(
 )
 DIFFUSERS = Diffusers(
     "diffusers", "diffusers' EMAModel: a folder with its config, or a list of parameters",
-    ema=(), ema_encoding=DIFFUSERS_ENCODING,
+    ema=(), ema_encoding=DIFFUSERS_ENCODING, held_by=("nested", "folder"),
 )  # fmt: skip
 PYTORCH_EMA = Layout("pytorch-ema", "torch_ema: a list of parameters", ema=(), ema_encoding=PYTORCH_EMA_ENCODING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from ...errors import LayoutError
@@ -42,12 +43,11 @@ def states(header: Header, names: Names = None, *, by_name: bool = True) -> Sets
         found = whole  # a flat state dict, one of whose modules has such a name
     elif not found and isinstance(tree, dict):
         found = _one_below(tree, names)
-    if list(found) == ["raw"]:
-        for layout in LAYOUTS:
-            facts = layout.ema_file(header)
-            if facts is not None:
-                raw = replace(found["raw"], **facts)
-                return {"ema": replace(raw, which="ema", layout=layout.name)} if by_name else {"raw": raw}
+    for layout in LAYOUTS if list(found) == ["raw"] else ():
+        facts = layout.ema_file(header)
+        if facts is not None:
+            raw = replace(found["raw"], **facts)
+            return {"ema": replace(raw, which="ema", layout=layout.name)} if by_name else {"raw": raw}
     return found
 
 
@@ -70,12 +70,7 @@ def _one_below(tree: Mapping[Any, Any], names: Names) -> Sets:
     if len(inside) != 1:
         return {}
     ((key, found),) = inside.items()
-    return {
-        which: replace(
-            each, path=(key, *each.path), home=(key, *each.home), set_paths=tuple((key, *p) for p in each.set_paths)
-        )
-        for which, each in found.items()
-    }
+    return {which: each.below((key,)) for which, each in found.items()}
 
 
 def is_ema_by_name(header: Header) -> bool:
@@ -98,11 +93,10 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
         return _at_path(header, state, names)
     # A name may mislead, so what is asked for goes before it.
     found = states(header, names, by_name=state != "raw")
-    swaps = {layout.name for layout in LAYOUTS if layout.swaps}
-    known = any(each.layout in swaps for each in found.values())
-    if not known and isinstance(tree, dict) and has_tensors(tree.get("state_dict")):
+    swapped = {layout.name for layout in LAYOUTS if layout.swaps}
+    if swapped.isdisjoint(each.layout for each in found.values()) and isinstance(tree, dict):
         swapper = next((key for key in swapped_keys() if has_tensors(tree.get(key))), None)
-        if swapper is not None:
+        if swapper is not None and has_tensors(tree.get("state_dict")):
             raise LayoutError(
                 f"{header.path}: holds 'state_dict' and '{swapper}'. Some libraries swap raw and averaged weights, "
                 f"so say which you mean: `state='state_dict'` or `state={swapper!r}`."
@@ -121,13 +115,10 @@ def _fault(node: Mapping[Any, Any], path: tuple[Any, ...]) -> str | None:
     for key, value in node.items():
         if isinstance(value, Tensor) and not isinstance(key, str):
             return f"the tensor '{dotted((*path, key))}' has a name that is no text. Save it under a text."
-        if _is_array(value) and not looks_like_training_state(key, value):
+        is_array = isinstance(value, Inert) and type(value).global_name in _ARRAYS
+        if is_array and not looks_like_training_state(key, value):
             return f"'{dotted((*path, key))}' is a NumPy array, not a tensor. Save it as one: torch.from_numpy(array)."
     return None
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Inert) and type(value).global_name in _ARRAYS
 
 
 # By these NumPy 1 and 2 pickle an array; the last two since protocol 5.
@@ -160,11 +151,9 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     """Say how to choose among the dicts that hold these tensors."""
     places = dict.fromkeys(dotted(path[:-1]) for path in tensors)
     reached = (place for place in places if place and has_tensors(_follow(header.view, place)[1]))
-    first = next(reached, None)
-    if first is None:
-        return "Save the weights as one dict of names to tensors."
-    each = " Each of these is averaged by a run of its own." if any(reached) else ""
-    return f"Choose with `state={first!r}`.{each}"
+    first, *others = [*islice(reached, 2)] or [""]
+    each = " Each of these is averaged by a run of its own." if others else ""
+    return f"Choose with `state={first!r}`.{each}" if first else "Save the weights as one dict of names to tensors."
 
 
 def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
@@ -222,18 +211,17 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
         known = ", ".join(names_here[:8]) + (f" and {len(names_here) - 8} more" if len(names_here) > 8 else "")
         raise LayoutError(f"{header.path}: nothing at '{asked}'. {here or 'The top level'} holds: {known}.")
     fault = _fault(node, path) if isinstance(node, dict) else None
-    if fault is None and found is None:
-        below = [(*path, *inner) for inner, _ in tensors_in(node)]
-        fault = f"'{asked}' is no state dict: no tensor is directly in it. {_choice(header, below)}"
     if fault is None and found is not None and found.fault is not None:
         fault = f"'{asked}' is {found.fault}"
     if fault is not None or found is None:
-        raise LayoutError(f"{header.path}: {fault}")
+        below = ((*path, *inner) for inner, _ in tensors_in(node))
+        nested = f"'{asked}' is no state dict: no tensor is directly in it. {_choice(header, below)}"
+        raise LayoutError(f"{header.path}: {fault or nested}")
     others = states(header, names).values()
     # What is found without a path would be found again in an output, and taken for its weights.
     set_paths = tuple(dict.fromkeys((path, *(p for each in others for p in each.set_paths))))
     which, layout = ("ema", found.layout) if "ema" in sets else (asked, "dotted path")
-    return found.below(path, which=which, layout=layout, home=path, set_paths=set_paths)
+    return found.below(path, which=which, layout=layout, set_paths=set_paths)
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:

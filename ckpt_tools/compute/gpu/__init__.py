@@ -89,9 +89,9 @@ class Accelerator:
         if self._chunk is None:
             return nullcontext(_Nobody())
         from .pipeline import StagingPipeline
-        from .streams import opened
+        from .streams import Gpu
 
         use_torch()
         with self._lock:
             name = next(self._turn)
-        return StagingPipeline(opened(name), self._chunk, files, done, stop)
+        return StagingPipeline(Gpu(name), self._chunk, files, done, stop)

@@ -26,7 +26,7 @@ from .. import native
 from ..formula import real_dtype
 from ..torch_sums import Arithmetic, Formula
 from ..work_units import Slice, WorkUnit
-from .streams import Device, Event, bytes_of
+from .streams import Gpu, bytes_of
 
 RING = 3
 """Terms on their way to the device: one is read, one is copied, one is added."""
@@ -115,7 +115,7 @@ class StagingPipeline:
 
     def __init__(
         self,
-        device: Device,
+        device: Gpu,
         size: ChunkSize,
         files: OpenFiles,
         done: Callable[[Slice, int], None],
@@ -275,7 +275,7 @@ def take(slices: Sequence[Slice], elements: int) -> tuple[tuple[Slice, ...], tup
 class _Memory:
     """All memory of a pipeline: one block on the device, because allocators round up, and buffers of the host."""
 
-    def __init__(self, device: Device, size: ChunkSize) -> None:
+    def __init__(self, device: Gpu, size: ChunkSize) -> None:
         block = _Block(device.empty(size.on_device))
         self.arithmetic = Arithmetic(block.cut, size.reals)
         slots = [_Slot(device, block.cut(size.reals * size.read).memory) for _ in range(RING)]
@@ -311,12 +311,12 @@ class _Slot:
         staged: where it is on the device; free once `added`.
     """
 
-    def __init__(self, device: Device, staged: torch.Tensor) -> None:
+    def __init__(self, device: Gpu, staged: torch.Tensor) -> None:
         self.staged = staged
         self.host = device.pinned(staged.nbytes)
         self.bytes = bytes_of(self.host)
-        self.copied: Event = device.event()
-        self.added: Event = device.event()
+        self.copied = device.event()
+        self.added = device.event()
 
 
 class _Result:
@@ -327,9 +327,9 @@ class _Result:
         host, bytes, extremes_host: once `fetched`.
     """
 
-    def __init__(self, device: Device, staged: torch.Tensor, extremes: torch.Tensor) -> None:
+    def __init__(self, device: Gpu, staged: torch.Tensor, extremes: torch.Tensor) -> None:
         self.staged, self.extremes = staged, extremes
         self.host, self.extremes_host = device.pinned(staged.nbytes), device.pinned(16).view(torch.float64)
         self.bytes = bytes_of(self.host)
-        self.summed: Event = device.event()
-        self.fetched: Event = device.event()
+        self.summed = device.event()
+        self.fetched = device.event()

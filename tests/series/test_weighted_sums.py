@@ -1,4 +1,4 @@
-"""Twins, files whose headers are equal, are averaged as one checkpoint in several files, by the rules of all."""
+"""Files whose headers are identical are averaged as one checkpoint in several files, by the rules of all."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mean(name: str, weights: list[float]) -> Tensor:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("weights", [[0.25] * 4, [0.5, 0.0, 0.375, 0.125], [0.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
-def test_average_of_twins_is_the_weighted_sum(suffix: str, weights: list[float], tmp_path: Path) -> None:
+def test_average_sums_files_with_identical_headers(suffix: str, weights: list[float], tmp_path: Path) -> None:
     paths, out = saved(tmp_path, suffix), tmp_path / f"out{suffix}"
     report = average(paths, mode="weights", weights=weights, normalize=False, buffers="last", out=out)
     found = loaded(out)
@@ -64,10 +64,10 @@ def test_average_of_twins_is_the_weighted_sum(suffix: str, weights: list[float],
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_average_writes_the_same_with_a_file_that_is_no_twin(suffix: str, tmp_path: Path) -> None:
+def test_average_writes_the_same_with_a_file_whose_header_differs(suffix: str, tmp_path: Path) -> None:
     """The same weights, once in equal files, once with the names of one file in another order."""
     paths = saved(tmp_path, suffix)
-    average(paths, out=tmp_path / f"twins{suffix}")
+    average(paths, out=tmp_path / f"identical{suffix}")
     state = dict(reversed(tensors(1).items()))
     if suffix == ".pth":
         torch.save(state, paths[1])
@@ -75,12 +75,12 @@ def test_average_writes_the_same_with_a_file_that_is_no_twin(suffix: str, tmp_pa
         save_file(state, paths[1], metadata={"another": "header"})
     assert read_header(paths[1]).template is not read_header(paths[0]).template
     report = average(paths, out=tmp_path / f"others{suffix}")
-    twins, others = loaded(tmp_path / f"twins{suffix}"), loaded(tmp_path / f"others{suffix}")
-    assert all(torch.equal(twins[name], others[name]) for name in (*twins, *others))
+    identical, others = loaded(tmp_path / f"identical{suffix}"), loaded(tmp_path / f"others{suffix}")
+    assert all(torch.equal(identical[name], others[name]) for name in (*identical, *others))
     assert report.inputs[1].prefixes == ()
 
 
-def test_average_of_twins_takes_wrapped_tied_and_strided_tensors(tmp_path: Path) -> None:
+def test_average_takes_wrapped_tied_and_strided_tensors_of_identical_headers(tmp_path: Path) -> None:
     def make(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         tied = torch.randn(4, 3)
@@ -98,14 +98,14 @@ def test_average_of_twins_takes_wrapped_tied_and_strided_tensors(tmp_path: Path)
         torch.testing.assert_close(tensor, expected, rtol=2**-23, atol=0)
 
 
-def test_average_rejects_twins_of_which_one_is_an_average_by_its_name(tmp_path: Path) -> None:
+def test_average_rejects_identical_headers_of_which_one_is_an_average_by_its_name(tmp_path: Path) -> None:
     for i, name in enumerate(["ema_0.999_1.pt", "model_2.pt"]):
         torch.save(tensors(i), tmp_path / name)
     with pytest.raises(LayoutError, match=r"ema_0\.999_1\.pt holds EMA weights, model_2\.pt does not"):
         average(sorted(tmp_path.glob("*.pt")), out=tmp_path / "out.pth")
 
 
-def test_average_rejects_unsupported_tensors_of_twins(tmp_path: Path) -> None:
+def test_average_rejects_unsupported_tensors_of_identical_headers(tmp_path: Path) -> None:
     paths = saved(tmp_path, ".pth", lambda i: {"w": torch.ones(2), "s": torch.ones(2).to_sparse()})
     with pytest.raises(AlignmentError, match=r"step_\d\.pth: 's' is .*sparse.*cannot be averaged"):
         average(paths, out=tmp_path / "out.pth")

@@ -1,16 +1,49 @@
-"""A device that works only when it is waited for: a missing wait gives wrong bytes."""
+"""Devices in place of a GPU: the CPU, and one that works only when it is waited for (a missing wait: wrong bytes)."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_tools.compute.gpu.streams import Cpu
+
+class _Done:
+    """A stream or an event whose work is already done."""
+
+    def record_event(self, event: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Cpu:
+    """The CPU in place of a GPU: all work is done when it is queued."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def stream(self) -> Any:
+        return _Done()
+
+    def event(self) -> Any:
+        return _Done()
+
+    def using(self, stream: Any) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def release(self) -> None:
+        pass
 
 
 class LateEvent:

@@ -1,4 +1,4 @@
-"""Rows: from aligned tensors and coefficients to the weighted sum of each name."""
+"""Weighted sums: from aligned tensors and coefficients to the weighted sum of each name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from ..errors import LayoutError, UsageError
 from ..formats import without_collector
-from ..formats.file_plan import Files, OutTensor, SharedTerms, Terms
+from ..formats.file_plan import Files, OutTensor, Terms
 from ..tensors import Category, DType, TensorSpec
 
 # Only names tell float buffers from parameters; averaging harms these, which are BatchNorm's.
@@ -19,8 +19,8 @@ _T = TypeVar("_T")
 
 
 @without_collector()
-def recipes(
-    rows: Mapping[str, tuple[TensorSpec | None, ...]],
+def weighted_sums(
+    aligned: Mapping[str, tuple[TensorSpec | None, ...]],
     coefficients: Sequence[float],
     *,
     dtype: DType | None,
@@ -30,7 +30,7 @@ def recipes(
     """Return the output tensor of each name.
 
     Args:
-        rows: name to one tensor per checkpoint, None if missing; with `shared`, to the tensor of the last only.
+        aligned: name to one tensor per checkpoint, None if missing; with `shared`, to the tensor of the last only.
         coefficients: one per checkpoint.
         dtype: of floating-point outputs; as in the inputs if None.
         keep_running: copy BatchNorm's running statistics from the last checkpoint.
@@ -46,7 +46,7 @@ def recipes(
     tensors: dict[str, OutTensor] = {}
     # Names with the same bytes in every file stay tied; offsets in the last file rule most names out.
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
-    begins = [-1 if (spec := row[-1]) is None else spec.begin for row in rows.values()]
+    begins = [-1 if (spec := inputs[-1]) is None else spec.begin for inputs in aligned.values()]
     times = Counter(begins)
     counted = {
         path: tuple(file for file, _ in _weighing([*zip(files, coefficients, strict=True)]))
@@ -54,11 +54,11 @@ def recipes(
     }
     coefficients, weigh = tuple(coefficients), all(coefficients)
     weights = tuple(weight for _, weight in _weighing([(None, weight) for weight in coefficients]))
-    for begin, (name, row) in zip(begins, rows.items(), strict=True):
+    for begin, (name, inputs) in zip(begins, aligned.items(), strict=True):
         alone = times[begin] == 1
-        tensor = None if alone else tied.get(row)
+        tensor = None if alone else tied.get(inputs)
         if tensor is None:
-            last = next(spec for spec in reversed(row) if spec is not None)
+            last = next(spec for spec in reversed(inputs) if spec is not None)
             if last.dtype.category is Category.PACKED:
                 raise LayoutError(
                     f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their "
@@ -66,33 +66,31 @@ def recipes(
                 )
             from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
             if from_last or not last.dtype.averaged:
-                terms: tuple[tuple[TensorSpec, float], ...] | SharedTerms | Terms = ((last, 1.0),)
+                terms = Terms.copy(last)
             else:
                 files = counted.get(last.storage.path)
-                terms = SharedTerms(last, files, weights) if files else _scaled(name, row, coefficients, weigh=weigh)
+                terms = Terms((last,), weights, files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
             out_dtype = dtype if dtype is not None and last.dtype.category is Category.FLOAT else last.dtype
             tensor = OutTensor(out_dtype, last.shape, terms, name)
             if tensor.numel and not alone:
-                tied[row] = tensor
+                tied[inputs] = tensor
         tensors[name] = tensor
     return tensors
 
 
-def _scaled(
-    name: str, row: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool
-) -> tuple[tuple[TensorSpec, float], ...] | Terms:
+def _scaled(name: str, inputs: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool) -> Terms:
     """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
-    if weigh and None not in row:
-        return Terms(tuple(row), coefficients)  # type: ignore[arg-type]
-    present = [(spec, c) for spec, c in zip(row, coefficients, strict=True) if spec is not None]
+    if weigh and None not in inputs:
+        return Terms(tuple(inputs), coefficients)  # type: ignore[arg-type]
+    present = [(spec, c) for spec, c in zip(inputs, coefficients, strict=True) if spec is not None]
     weighing = tuple(present) if all(coefficients) else _weighing(present)
     if len(present) == len(coefficients):
-        return weighing
+        return Terms.of(weighing)
     have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
     # Dividing by a sum that is 0 up to rounding would amplify the rounding.
     if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
         raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
-    return tuple((spec, c * (want / have)) for spec, c in weighing)
+    return Terms.of((spec, c * (want / have)) for spec, c in weighing)
 
 
 def _weighing(terms: Sequence[tuple[_T, float]]) -> tuple[tuple[_T, float], ...]:
