@@ -164,23 +164,20 @@ def plan_names(
         names = [*tensors, *others]
         if strip or add:
             # A stray tensor next to whole state dicts, such as best_acc, belongs to no module.
-            stray = any(len(other) > len(path) and other[: len(path)] == path for other in states) and not any(
-                "." in name for name in tensors
-            )
-            added = () if stray else add
+            inner = any(len(other) > len(path) and other[: len(path)] == path for other in states)
+            added = () if inner and not any("." in name for name in tensors) else add
             rule: Rename = partial(_literal, strip=tuple(strip), add=tuple(added))
             lost = _carried(names, strip)
-            got = dict.fromkeys(added, len(names))
         else:
-            rule = _unwrapping(tensors, place or where, notes)
-            lost = {wrapper: n for wrapper in WRAPPERS if (n := sum(_loses(name, rule, wrapper) for name in names))}
-            got = {}
+            added, rule = (), _unwrapping(tensors, place or where, notes)
+            lost = Counter(wrapper for wrapper in WRAPPERS for name in names if _loses(name, rule, wrapper))
         carried.update(lost)
         changed = {name: new for name in names if (new := rule(name)) != name}
         if changed:
             _refuse_other_names(path, state, where)
         _check(state, changed, f"{where}: in {place}" if place else where)
-        report = StateNames(place, len(names), lost, got, next(iter(changed.items()), None))
+        got = dict.fromkeys(added, len(names))
+        report = StateNames(place, len(names), dict(lost), got, next(iter(changed.items()), None))
         changes.append(NewNames(changed, rule, report))
     for prefix in strip:
         if not carried[prefix]:
@@ -204,12 +201,12 @@ def _literal(name: str, *, strip: Sequence[str], add: Sequence[str]) -> str:
     return name
 
 
-def _carried(names: Sequence[str], strip: Sequence[str]) -> dict[str, int]:
+def _carried(names: Sequence[str], strip: Sequence[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for prefix in strip:
-        counts[prefix] += sum(name.startswith(prefix) and name != prefix for name in names)
+        counts.update(prefix for name in names if name.startswith(prefix) and name != prefix)
         names = [_literal(name, strip=(prefix,), add=()) for name in names]
-    return dict(+counts)
+    return counts
 
 
 def _loses(name: str, rule: Rename, wrapper: str) -> bool:
