@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import AlignmentError, UsageError
 from ..formats.pickle_read import Inert
 from ..formats.tree import Path
-from ..tensors import DTYPES, Tensor, TensorSpec
+from ..tensors import Tensor
 from .layouts.averaged_model import COUNTS
-from .layouts.layout import Unchanged, dotted, split
+from .layouts.layout import Unchanged, dotted, is_scalar, split
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
@@ -220,7 +220,7 @@ def _unwrapping(tensors: Mapping[str, Tensor], label: str, notes: list[str]) -> 
     bare = {outer(name): tensor for name, tensor in tensors.items()}
     count = next((name for name in COUNTS if name in bare), None)
     inside = [name.removeprefix(_OWN) for name in bare if name.startswith(_OWN) and name != _OWN]
-    if count is None or not _counts(bare[count]) or not inside or len(inside) != len(bare) - 1:
+    if count is None or not is_scalar(bare[count], "int64") or not inside or len(inside) != len(bare) - 1:
         if 2 * len(inside) > len(bare):
             notes.append(
                 f"{label}: {len(inside)} of {len(bare)} names start with '{_OWN}', but not all, so it may be the "
@@ -253,10 +253,6 @@ def _with_dotless(rule: Rename) -> Rename:
         return name
 
     return extended
-
-
-def _counts(tensor: Tensor) -> bool:
-    return isinstance(tensor, TensorSpec) and tensor.shape == () and tensor.dtype is DTYPES["int64"]
 
 
 def _refuse_other_names(path: Path, state: Mapping[Any, Any], where: str) -> None:
