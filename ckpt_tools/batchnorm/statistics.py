@@ -82,7 +82,7 @@ def measure(values: Tensor) -> Moments:
         return Moments.none(channels, values.device)
     last = values.movedim(1, -1)
     by_channel = per_image == 1 or last.is_contiguous()
-    # A table whose columns are channels is measured in blocks of rows, or else each row, of one image and channel.
+    # Channels last: mean and M2 of each column, block by block. Else: of each row, which is one image and channel.
     table = last.reshape(count, channels) if by_channel else values.reshape(-1, per_image)
     blocks = torch.split(table, max(1, _BLOCK // table.shape[1]))
     wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=values.device)
