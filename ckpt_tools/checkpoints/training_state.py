@@ -101,13 +101,11 @@ def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
 
 
 def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
-    if path in kept:
-        return
     if not any(leads(path, to) for to in kept):
         yield path
-        return
-    for key, child in entries(value):
-        yield from _around((*path, key), child, kept)
+    elif path not in kept:
+        for key, child in entries(value):
+            yield from _around((*path, key), child, kept)
 
 
 def other_weights(

@@ -383,13 +383,11 @@ class Layout:
         if raw is None and "ema" in sets:  # an encoding that may hold both
             raw = sets.get("raw")
         known = {"layout": self.name, "home": self.home, "set_paths": self.set_paths(tree)}
-        found = {"ema": ema.below(self.ema, which="ema", **known)}
+        ema = ema.below(self.ema, which="ema", **known)
         if self.updates is not None:
-            ema_paths = (*found["ema"].ema_paths, self.updates)
-            found["ema"] = replace(found["ema"], updates=follow(tree, self.updates), ema_paths=ema_paths)
-        if raw is not None:
-            found["raw"] = raw.below(raw_path, which="raw", **known)
-        return found
+            ema_paths = (*ema.ema_paths, self.updates)
+            ema = replace(ema, updates=follow(tree, self.updates), ema_paths=ema_paths)
+        return {"ema": ema} if raw is None else {"ema": ema, "raw": raw.below(raw_path, which="raw", **known)}
 
     def read_alone(self, tree: Mapping[Any, Any], names: Names) -> Sets:
         """Read raw weights without an average; empty if there are none."""
@@ -449,13 +447,12 @@ class Layout:
 
 def _of_one_model(raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> bool:
     """False if an average cannot be of these weights: the teacher of a model that distils it."""
-    shapes = {name.removeprefix("module."): getattr(tensor, "shape", None) for name, tensor in raw.items()}
-    shared = [
-        shapes[name] == getattr(tensor, "shape", None)
-        for name, tensor in ((name.removeprefix("module."), tensor) for name, tensor in ema.items())
-        if name in shapes
-    ]
-    return bool(shared) and all(shared)
+    shapes, averaged = (
+        {name.removeprefix("module."): getattr(tensor, "shape", None) for name, tensor in weights.items()}
+        for weights in (raw, ema)
+    )
+    shared = shapes.keys() & averaged.keys()
+    return bool(shared) and all(shapes[name] == averaged[name] for name in shared)
 
 
 def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:
