@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..tensors import Chunk, TensorSpec, UnsupportedTensor, join
 from . import dcp_metadata, torch_zip
 from .dcp_metadata import ChunkEntry, Location, Metadata, TensorEntry
 from .file_plan import FilePlan, OutTensor, joined, whole_file
-from .format import Format, Writing
+from .format import Format, Named, Writing
 from .header import Header, parse_provenance
 from .sharded import members
 from .zip import ALIGNMENT, Archive
@@ -57,6 +57,14 @@ class DCP(Format):
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
         return tuple(plan(content, max_bytes=writing.max_bytes, provenance=writing.provenance))
+
+    def rename(self, header: Header) -> Named:
+        raise UnsupportedError(
+            f"{header.path}: a DCP checkpoint, with names in many places. Convert it to one file first: ckpt convert."
+        )
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        return [name for name in store_of(folder).names(folder) if name.endswith(SUFFIX)] if METADATA in names else ()
 
 
 DCP_FOLDER = DCP()

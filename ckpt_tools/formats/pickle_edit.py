@@ -262,7 +262,7 @@ def renamed(traced: TracedPickle, renamings: Sequence[Renaming], path: Path) -> 
     changed: dict[int, dict[str, str]] = {}
     for renaming in renamings:
         metadata = getattr(renaming.state, "_metadata", None)
-        for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
+        for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules(renaming.state))):
             if isinstance(mapping, dict) and names:
                 wanted += [(key, names[key]) for key in traced.keys(mapping) if key in names]
                 changed.setdefault(id(mapping), {}).update(names)

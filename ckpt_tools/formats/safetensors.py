@@ -335,15 +335,11 @@ class _Named:
     header: Header
 
     @property
-    def path(self) -> Path:
-        return self.header.files[0].path
-
-    @property
     def tree(self) -> Any:
         return self.header.tree
 
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        path = self.path
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
+        path = self.header.files[0].path
         names = renamings[0].names
         with InputFile(path) as file:
             (length,) = struct.unpack("<Q", file.read(0, 8))
@@ -366,7 +362,7 @@ class _Named:
         header = _padded(_json(renamed), length)
         if len(header) > MAX_HEADER:
             raise UnsupportedError(f"{path}: its header would be over the limit of {MAX_HEADER} bytes.")
-        return Splice(path, (struct.pack("<Q", len(header)), header, Span(8 + length, self.header.nbytes)))
+        return (Splice(path, (struct.pack("<Q", len(header)), header, Span(8 + length, self.header.nbytes))),)
 
 
 def _json(entries: Mapping[str, Any]) -> bytes:

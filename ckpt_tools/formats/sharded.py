@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, UsageError
 from ..storage.source import read_file, store_of
+from ..storage.splice import Splice
 from .file_plan import FilePlan, OutTensor, whole_file
-from .format import Format, Writing, read_single
+from .format import Format, Named, Renaming, Writing, read_single
 from .header import Header
 from .safetensors import SAFETENSORS
 from .template import Template
@@ -31,6 +32,8 @@ class Sharded(Format):
 
     name = "sharded"
     folder = True
+    singles = SINGLE
+    indexes = INDEX_SUFFIXES
     writes = True
 
     def sniff(self, path: Path, start: bytes) -> bool:
@@ -67,6 +70,15 @@ class Sharded(Format):
         if list(shards) != [stem + suffix]:
             plans.append(whole_file(f"{stem}{suffix}.index.json", index_json(shards, content)))
         return tuple(plans)
+
+    def rename(self, header: Header) -> Named:
+        index, *shards = (stamp.path for stamp in header.files)
+        return _Named(index, tuple(each.format.rename(each) for each in map(read_single, shards)))
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        store = store_of(folder)
+        index = next((name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES)), None)
+        return SINGLE if index is None else (*SINGLE, index, *read_weight_map(folder / index).values())
 
 
 SHARDED = Sharded()
@@ -287,8 +299,20 @@ def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTen
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def renamed_index(index: Path, names: Mapping[str, str]) -> bytes:
-    """Return an index with new names for some tensors."""
-    content = json.loads(read_file(index)[0])
-    content["weight_map"] = {names.get(name, name): file for name, file in content["weight_map"].items()}
-    return (json.dumps(content, indent=2) + "\n").encode()
+@dataclass(frozen=True, slots=True, eq=False)
+class _Named:
+    """One state dict in many files: each gets the same new names."""
+
+    index: Path
+    shards: tuple[Named, ...]
+
+    @property
+    def tree(self) -> Any:
+        return {name: tensor for shard in self.shards for name, tensor in shard.tree.items()}
+
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
+        (whole,) = renamings
+        splices = [splice for shard in self.shards for splice in shard.renamed([replace(whole, state=shard.tree)])]
+        content = json.loads(read_file(self.index)[0])
+        content["weight_map"] = {whole.names.get(name, name): file for name, file in content["weight_map"].items()}
+        return (*splices, Splice(self.index, ((json.dumps(content, indent=2) + "\n").encode(),)))

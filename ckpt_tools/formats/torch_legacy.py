@@ -74,9 +74,9 @@ class _Named:
     def tree(self) -> Any:
         return self.traced.tree
 
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
         pickled = pickle_edit.renamed(self.traced, renamings, self.path)
-        return Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size)))
+        return (Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size))),)
 
 
 def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:

@@ -209,8 +209,8 @@ class _Named:
     def tree(self) -> Any:
         return self.traced.tree
 
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
         pickled = pickle_edit.renamed(self.traced, renamings, self.path)
         with InputFile(self.path) as file:
             archive = Archive(file, where=str(self.path))
-            return Splice(self.path, replaced(archive, self.entry, pickled, where=str(self.path)))
+            return (Splice(self.path, replaced(archive, self.entry, pickled, where=str(self.path))),)

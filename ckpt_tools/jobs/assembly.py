@@ -19,13 +19,11 @@ from typing import Any
 from ..checkpoints.layouts import StateDict, dotted
 from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
-from ..formats import format_of, without_collector
-from ..formats.dcp import DCP_FOLDER
+from ..formats import holds_weights, without_collector
 from ..formats.file_plan import FilePlan, OutTensor, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
-from ..formats.sharded import INDEX_SUFFIXES
 from ..formats.tree import holds, put, tensors_in, without
 from ..storage.source import stamp_at, store_of
 from ..tensors import TensorSpec, UnsupportedTensor
@@ -147,17 +145,22 @@ def flat(
 
 
 def nested(
-    tree: Any, *, target: Path, provenance: Mapping[str, Any], dropped: Sequence[str] = (), folder: bool = False
+    tree: Any,
+    *,
+    target: Path,
+    format: Format,
+    provenance: Mapping[str, Any],
+    dropped: Sequence[str] = (),
+    max_bytes: int | None = None,
 ) -> Assembly:
-    """Lay a tree of plain data, specs and OutTensors out as a torch file, or as a folder of DCP.
+    """Lay a tree of plain data, specs and OutTensors out in a format that nests.
 
     What is no plain data is dropped.
     """
     left_out = list(dropped)
     content = plain(tree, left_out, Copies().__getitem__)
-    form: Format = DCP_FOLDER if folder else format_of(target)
-    files = form.plan(content, Writing(name=target.name, provenance=provenance))
-    return Assembly(target, files, folder=folder, dropped=tuple(left_out))
+    files = format.plan(content, Writing(name=target.name, provenance=provenance, max_bytes=max_bytes))
+    return Assembly(target, files, folder=format.folder, dropped=tuple(left_out))
 
 
 def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
@@ -191,7 +194,7 @@ def companions(base: Header) -> list[Path]:
         for path in (base.path / name for name in store.names(base.path))
         if store.is_file(path)
         and path.name.endswith(COMPANIONS)
-        and not path.name.endswith(INDEX_SUFFIXES)
+        and not holds_weights(path.name)
         and path.name != "trainer_state.json"
     ]
 
@@ -320,7 +323,7 @@ def rewrite(
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
     tree = put(base.view, state.path, weights)
-    return nested(tree, target=target.path, provenance=provenance, folder=folder)
+    return nested(tree, target=target.path, format=base.format.written_as, provenance=provenance)
 
 
 def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:

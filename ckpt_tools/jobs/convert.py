@@ -25,9 +25,7 @@ from ..checkpoints.layouts import (
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
 from ..formats import read_header
-from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import OutTensor
-from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import Category, DType, TensorSpec, UnsupportedTensor, parse_dtype
@@ -291,12 +289,13 @@ def _assembled(
     shard_bytes: int | None,
     untie: bool,
 ) -> Assembly:
-    if target.format.nests:
-        return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
+    form = layout.folder_format if target.folder else target.format
+    if form.nests:
+        return nested(
+            layout.write(content), target=target.path, format=form, provenance=said, dropped=dropped,
+            max_bytes=shard_bytes,
+        )  # fmt: skip
     whole = layout.flatten(content)
-    if whole.dcp:
-        files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
-        return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     return flat(
         whole.tensors, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
         dropped=dropped, config=whole.config, stem=whole.stem,

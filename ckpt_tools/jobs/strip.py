@@ -132,7 +132,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    assembly = nested(tree, target=target.path, provenance=said, folder=header.in_folder)
+    assembly = nested(tree, target=target.path, format=header.format.written_as, provenance=said)
     report = replace(report, dropped=assembly.dropped, bytes_read=assembly.bytes_read, bytes_written=assembly.nbytes)
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 

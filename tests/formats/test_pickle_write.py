@@ -69,7 +69,7 @@ from pathlib import Path
 from ckpt_tools.jobs.assembly import nested
 from ckpt_tools.formats import read_header
 source = read_header(Path({str(tmp_path / "in.pth")!r}))
-planned = nested(source.tree, target=Path("out.pth"), provenance={{"made": "here"}})
+planned = nested(source.tree, target=Path("out.pth"), format=source.format, provenance={{"made": "here"}})
 (plan,) = planned.files
 raw = bytearray(plan.size)
 for tensor, offset in plan.payloads:

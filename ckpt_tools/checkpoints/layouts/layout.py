@@ -11,7 +11,9 @@ from typing import Any
 
 from ...errors import LayoutError
 from ...formats.file_plan import OutTensor
+from ...formats.format import Format
 from ...formats.header import Header
+from ...formats.sharded import SHARDED
 from ...formats.tree import Path, follow, put
 from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 
@@ -280,13 +282,11 @@ class Flat:
         tensors: by name.
         stem: what the files of a folder are called; None for the usual name.
         config: entries for the ``config.json`` of a folder.
-        dcp: the folder is one of torch.distributed.checkpoint.
     """
 
     tensors: Weights
     stem: str | None = None
     config: Mapping[str, Any] | None = None
-    dcp: bool = False
 
 
 @dataclass(frozen=True)
@@ -305,6 +305,7 @@ class Layout:
         updates: path of the EMA update count, if the encoding has none.
         alone: what raw weights without averaged ones are called; empty if this layout always has both.
         written: `convert` writes it.
+        folder_format: of a folder in this layout.
     """
 
     name: str
@@ -317,6 +318,7 @@ class Layout:
     updates: Path | None = None
     alone: str = ""
     written: bool = True
+    folder_format: Format = SHARDED
 
     @property
     def pair(self) -> bool:

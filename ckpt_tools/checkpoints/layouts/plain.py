@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from ...formats.dcp import DCP_FOLDER
 from ...formats.header import Header
-from .layout import Content, Flat, Layout
+from .layout import Layout
 
 # Files of guided-diffusion with one set; of the raw weights, the name is model010000.pt.
 _EMA_FILE = re.compile(r"ema_[\d.]+_\d+\.pt")
@@ -28,9 +28,8 @@ class Dcp(Layout):
     def outputs(self) -> tuple[str, ...]:
         return ("folder",)
 
-    def flatten(self, content: Content) -> Flat:
-        return replace(super().flatten(content), dcp=True)
-
 
 PLAIN = Plain("plain", "names to tensors: one set of weights", raw=(), alone="plain")
-DCP = Dcp("dcp", "torch.distributed.checkpoint: a folder, names to tensors", raw=(), alone="dcp")
+DCP = Dcp(
+    "dcp", "torch.distributed.checkpoint: a folder, names to tensors", raw=(), alone="dcp", folder_format=DCP_FOLDER
+)
