@@ -99,7 +99,7 @@ def assemble(
         tree, kept = _container(tensors, base, state, renamed, dropped)
         files = target.format.plan(tree, Writing(name=target.name, provenance=provenance))
         return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
-    dropped += beside(base.view, state)
+    dropped += beside(base.tree, state)
     return flat(
         tensors, target=target, base=base, provenance=provenance,
         max_shard_size=max_shard_size, untie=untie, dropped=dropped,
@@ -108,7 +108,7 @@ def assemble(
 
 def unkept_metadata(base: Header) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
-    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.view)]
+    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
 
 
 def flat(
@@ -212,7 +212,7 @@ def _container(
 ) -> tuple[Any, Mapping[str, int]]:
     weights: Any = OrderedDict(tensors)
     if base.format.folder or not base.format.nests:
-        dropped += beside(base.view, state)
+        dropped += beside(base.tree, state)
         return weights, {}
     stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
     metadata = _renamed_modules(module_versions(base, state), stored)
@@ -221,7 +221,7 @@ def _container(
     weights.update(state.other_entries)
     dropped += [dotted((*state.path, words)) for words in state.other_set]
     dropped += [dotted(path) for path in state.ema_paths if path[: len(state.path)] == state.path]
-    tree, home = _put_in_place(weights, base.view, state, dropped)
+    tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
             dropped.append(dotted([key]))
@@ -233,7 +233,7 @@ def _container(
 
 def module_versions(base: Header, state: StateDict) -> Any:
     """Find the module versions that torch keeps beside a state dict; None where there are none."""
-    metadata = getattr(reduce(getitem, state.path, base.view), "_metadata", None)
+    metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
     return metadata if isinstance(metadata, dict) else None
 
 
@@ -311,18 +311,18 @@ def rewrite(
     folder = base.in_folder
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
-        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.view.items()}
+        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.tree.items()}
         if folder:
             files = target.format.plan(tensors, Writing(name=target.name, provenance=provenance, like=base))
             return Assembly(target.path, files, folder=True, companions=tuple(companions(base)))
         kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
         files = base.format.plan(tensors, Writing(name=target.name, metadata=kept, provenance=provenance))
         return Assembly(target.path, files, folder=False)
-    old = reduce(getitem, state.path, base.view)
+    old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
-    tree = put(base.view, state.path, weights)
+    tree = put(base.tree, state.path, weights)
     return nested(tree, target=target.path, format=base.format.written_as, provenance=provenance)
 
 

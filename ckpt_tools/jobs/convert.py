@@ -116,7 +116,7 @@ def convert(
     )
     dropped = [
         *unkept_metadata(header),
-        *left_behind(header.view, sets, layout, nested=bool(layout.home) and target.format.nests),
+        *left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests),
     ]
     if not target.folder:
         dropped += [path.name for path in companions(header)]
@@ -253,7 +253,7 @@ def _content(
         updates=updates if updates is not None else stored_updates(header, averaged),
         decay=decay if decay is not None else stored_decay(header, averaged),
         settings=averaged.settings,
-        other_entries=other_entries(header.view, sets),
+        other_entries=other_entries(header.tree, sets),
         notes=notes,
     )
 

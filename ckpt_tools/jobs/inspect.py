@@ -144,7 +144,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     if any(not state.path for state in sets.values()):
         return {}
     counts: dict[str, int] = {}
-    for path, _ in tensors_in(header.view):
+    for path, _ in tensors_in(header.tree):
         key = str(path[0]) if path else "the object itself"
         if key not in taken:
             counts[key] = counts.get(key, 0) + 1
@@ -154,7 +154,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
 def _optimizers(header: Header, sets: Mapping[str, StateDict]) -> Iterator[Optimizer]:
     weights = sets.get("raw") or next(iter(sets.values()), None)
     parameters = 0 if weights is None else _nbytes(weights)
-    for path, state in find_optimizers(header.view, [each.path for each in sets.values()]):
+    for path, state in find_optimizers(header.tree, [each.path for each in sets.values()]):
         nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
         place = dotted(path) or "the whole file"
         yield Optimizer(place, optimizer_name(state), nbytes, nbytes / parameters if parameters else None)

@@ -99,23 +99,23 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     header = read_header(Path(path))
-    if is_optimizer(header.view):
+    if is_optimizer(header.tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     target = Target.of(output.out) if output.out is not None else named_after(header.path, "-stripped")
     found = states(header)
     chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]
     notes: list[str] = []
-    gone = list(training_state(header.view, sets, notes, alone=chosen is not None))
+    gone = list(training_state(header.tree, sets, notes, alone=chosen is not None))
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
-    tree = without(header.view, gone)
+    tree = without(header.tree, gone)
     report = StripReport(
         path=str(header.path),
         out=str(target.path),
         kept=tuple(each.label for each in sets),
         beside=_beside(tree, sets),
-        entries=_entries(header.view, tree, gone),
+        entries=_entries(header.tree, tree, gone),
         compacted=_unseen_bytes(tree),
         dropped=(),
         notes=tuple(notes),
