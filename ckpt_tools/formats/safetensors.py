@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecoder
 from pathlib import Path
-from sys import intern
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -263,7 +262,7 @@ def _tensors(path: Path, entries: Mapping[str, Any], data: Storage) -> tuple[Ten
         position = end
         dtype = _DTYPES.get(code) if type(code) is str else None
         if dtype is None:
-            tensors[intern(name)] = UnsupportedTensor(f"of dtype {code}")
+            tensors[name] = UnsupportedTensor(f"of dtype {code}")
             continue
         key = (dtype, *shape)
         known = sizes_of.get(key)
@@ -278,9 +277,9 @@ def _tensors(path: Path, entries: Mapping[str, Any], data: Storage) -> tuple[Ten
         sizes, strides, nbytes = known
         start, odd = divmod(begin, dtype.itemsize)
         if odd:
-            tensors[intern(name)] = TensorSpec(dtype, sizes, strides, 0, Storage(path, data.offset + begin, nbytes))
+            tensors[name] = TensorSpec(dtype, sizes, strides, 0, Storage(path, data.offset + begin, nbytes))
         else:
-            tensors[intern(name)] = TensorSpec(dtype, sizes, strides, start, data)
+            tensors[name] = TensorSpec(dtype, sizes, strides, start, data)
     return tensors, position if in_order else _check_spans(path, entries)
 
 

@@ -12,8 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
-from operator import add
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +138,20 @@ class ArchiveTemplate(Template):
         )
 
     @cached_property
-    def _lines(self) -> list[tuple[int, int]]:
-        """[start, stop) of the lines in the directory."""
+    def _bounds(self) -> list[int]:
+        """Where the lines of the directory start and end."""
         sizes = (CENTRAL_SIZE + len(entry.name) for entry in self.archive.entries.values())
-        return list(pairwise(accumulate(sizes, initial=0)))
+        return [*accumulate(sizes, initial=0)]
 
     @cached_property
     def _directory(self) -> tuple[list[bytes], int]:
-        return _masked([self.archive.directory[slice(*line)] for line in self._lines], _LINE_MASK, len(self.root))
+        return _masked(self.archive.directory, self._bounds, _LINE_MASK, len(self.root))
 
     @cached_property
     def _headers(self) -> tuple[list[bytes], int]:
-        return _masked([header for _, header in sorted(self.archive.headers.items())], _HEADER_MASK, len(self.root))
+        headers = [header for _, header in sorted(self.archive.headers.items())]
+        bounds = [*accumulate(map(len, headers), initial=0)]
+        return _masked(b"".join(headers), bounds, _HEADER_MASK, len(self.root))
 
     @cached_property
     def _header_ranges(self) -> list[_Coalesced]:
@@ -164,25 +165,26 @@ class ArchiveTemplate(Template):
     @cached_property
     def _checksums(self) -> list[tuple[int, tuple[bytes, bytes]]]:
         """(Offset in the directory, allowed values) of the checksum of each content; 0 means no checksum."""
-        lines = dict(zip(self.archive.entries, self._lines, strict=True))
+        at = dict(zip(self.archive.entries, self._bounds, strict=False))
         return [
-            (lines[name][0] + _CRC, (zlib.crc32(content).to_bytes(_CRC_SIZE, "little"), bytes(_CRC_SIZE)))
+            (at[name] + _CRC, (zlib.crc32(content).to_bytes(_CRC_SIZE, "little"), bytes(_CRC_SIZE)))
             for name, (_, content) in self.archive.contents.items()
         ]
 
 
-def _masked(entries: Sequence[bytes], mask: bytes, root: int) -> tuple[list[bytes], int]:
-    """Return the bytes of entries between the root folder names, and a mask with ones for all bytes to compare.
+def _masked(data: bytes, bounds: Sequence[int], fields: bytes, root: int) -> tuple[list[bytes], int]:
+    """Return the bytes between the root folder names, and a mask with ones for all bytes to compare.
 
     Args:
-        entries: fields, and a name that starts with a root folder name.
-        mask: of the fields.
+        data: entries: fields, and a name that starts with a root folder name.
+        bounds: where the entries start and end.
+        fields: the mask of the fields.
         root: length of the root folder name.
     """
-    fields = [entry[: len(mask)] for entry in entries]
-    names = [entry[len(mask) + root :] for entry in entries]
-    masks = (mask + _SAME * (root + len(name)) for name in names)
-    return list(map(add, [b"", *names], [*fields, b""])), _number(b"".join(masks))
+    names = [start + len(fields) for start in bounds[:-1]]
+    begins, ends = [0, *(name + root for name in names)], [*names, len(data)]
+    masks = (fields + _SAME * (end - name) for name, end in zip(names, bounds[1:], strict=True))
+    return [data[begin:end] for begin, end in zip(begins, ends, strict=True)], _number(b"".join(masks))
 
 
 def _same(theirs: bytes, root: bytes, pieces: Sequence[bytes], mask: int) -> bool:
