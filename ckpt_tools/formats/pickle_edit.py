@@ -114,7 +114,8 @@ def trace(pickled: bytes, *, where: str) -> TracedPickle:
     return TracedPickle(pickled, tree, tracer.opcodes, tracer.frames, tracer.keys)
 
 
-def _nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+def nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+    """Return a storage for a tensor that is not read."""
     return Storage(Path(key), 0, sys.maxsize)
 
 
@@ -138,7 +139,7 @@ def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False)
 
 class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
     def __init__(self, pickled: io.BytesIO) -> None:
-        super().__init__(pickled, _nowhere)
+        super().__init__(pickled, nowhere)
         self.pickled = pickled
         self.opcodes: dict[int, _TextOpcode] = {}
         self.frames: list[tuple[int, int]] = []

@@ -337,7 +337,14 @@ class _Unpickler(Restricted, pickle.Unpickler):
     pass
 
 
-def load(file: IO[bytes], locate: Locate, *, where: str, torch_values: bool = True) -> tuple[Any, Counter[str]]:
+def no_storage(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+    """Refuse a storage, in a pickle without tensors."""
+    raise pickle.UnpicklingError("an unexpected storage")
+
+
+def load(
+    file: IO[bytes], locate: Locate = no_storage, *, where: str, torch_values: bool = True
+) -> tuple[Any, Counter[str]]:
     """Read one pickle from an open file, and leave the file position after it.
 
     Args:

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import AlignmentError, CorruptError, UnsupportedError
 from ..storage.source import InputFile
-from ..storage.splice import Span, Splice, relocated
+from ..storage.splice import Span, Splice, whole_blocks
 from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
 from .file_plan import FilePlan, OutTensor, Payload, constant
 from .format import Format, Named, Renaming, Writing
@@ -342,5 +342,5 @@ def _json(entries: Mapping[str, Any]) -> bytes:
 
 def _padded(header: bytes, length: int) -> bytes:
     """Pad a header so that the data moves by whole blocks, or to a multiple of 8 if that exceeds the limit."""
-    wanted = length + relocated(len(header) - length)
+    wanted = length + whole_blocks(len(header) - length)
     return header.ljust(wanted if wanted <= MAX_HEADER else len(header) + -len(header) % 8)

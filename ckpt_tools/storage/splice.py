@@ -53,8 +53,8 @@ def _length(piece: bytes | Span) -> int:
     return piece.stop - piece.start if isinstance(piece, Span) else len(piece)
 
 
-def relocated(grown: int) -> int:
-    """Return the distance, in whole blocks, by which to move the bytes after a growth of `grown` bytes."""
+def whole_blocks(grown: int) -> int:
+    """Return the distance, in bytes of whole blocks, by which to move what is behind a growth of `grown` bytes."""
     return -(-grown // BLOCK) * BLOCK
 
 
