@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorruptError
 from ..storage.source import InputFile
-from ..storage.splice import Span, Splice
+from ..storage.splice import Span
 from ..tensors import DType, Storage
 from . import pickle_edit, pickle_read
-from .format import Format, Named, Renaming
+from .format import Format, Named
 from .header import Header
+from .pickle_edit import NamedPickle
 from .torch_zip import TORCH_ZIP
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -55,28 +54,12 @@ class TorchLegacy(Format):
         with InputFile(path) as source, source.as_file() as file:
             start = _to_object(file, str(path))
             pickle_read.load(file, pickle_edit.nowhere, where=str(path))
-            span = Span(start, file.tell())
-            traced = pickle_edit.trace(source.read(start, span.stop - start), where=str(path))
-        return _Named(path, traced, span, header.nbytes)
+            end, size = file.tell(), source.stamp.nbytes
+            traced = pickle_edit.trace(source.read(start, end - start), where=str(path))
+        return NamedPickle(path, traced, lambda pickled: (Span(0, start), pickled, Span(end, size)))
 
 
 TORCH_LEGACY = TorchLegacy()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Named:
-    path: Path
-    traced: pickle_edit.TracedPickle
-    span: Span
-    size: int
-
-    @property
-    def tree(self) -> Any:
-        return self.traced.tree
-
-    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
-        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
-        return (Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size))),)
 
 
 def _to_object(file: IO[bytes], where: str) -> int:

@@ -11,19 +11,19 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, NotACheckpointError, UnsupportedError
 from ..storage.source import InputFile
-from ..storage.splice import Splice
+from ..storage.splice import Span
 from ..tensors import DType, Storage
 from . import pickle_edit, pickle_read
 from .file_plan import Computed, FilePlan, OutTensor, Payload, Segment, constant
-from .format import Format, Named, Renaming, Writing
+from .format import Format, Named, Writing
 from .header import PROVENANCE, Header, parse_provenance
+from .pickle_edit import NamedPickle
 from .pickle_write import dump
 from .template import ArchiveTemplate
 from .zip import END_SIZE, Archive, NewEntry, end_of, find_directory, replaced
@@ -115,7 +115,13 @@ class TorchZip(Format):
             except CorruptError as error:
                 raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.") from error
             name = f"{_root(str(path), archive.entries)}/data.pkl"
-            return _Named(path, pickle_edit.trace(archive.read(name), where=str(path)), name)
+            traced = pickle_edit.trace(archive.read(name), where=str(path))
+
+        def around(pickled: bytes) -> tuple[bytes | Span, ...]:
+            with InputFile(path) as file:
+                return replaced(Archive(file, where=str(path)), name, pickled, where=str(path))
+
+        return NamedPickle(path, traced, around)
 
 
 TORCH_ZIP = TorchZip()
@@ -172,20 +178,3 @@ def _root(where: str, entries: Mapping[str, Any]) -> str:
             "Save its weights first: torch.save(torch.jit.load(FILE).state_dict(), NEW)."
         )
     return roots[0]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Named:
-    path: Path
-    traced: pickle_edit.TracedPickle
-    entry: str
-
-    @property
-    def tree(self) -> Any:
-        return self.traced.tree
-
-    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
-        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
-        with InputFile(self.path) as file:
-            archive = Archive(file, where=str(self.path))
-            return (Splice(self.path, replaced(archive, self.entry, pickled, where=str(self.path))),)

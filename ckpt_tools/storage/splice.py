@@ -30,6 +30,9 @@ class Span:
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Splice:
@@ -46,11 +49,7 @@ class Splice:
     @property
     def size(self) -> int:
         """Size of the new file, in bytes."""
-        return sum(_length(piece) for piece in self.pieces)
-
-
-def _length(piece: bytes | Span) -> int:
-    return piece.stop - piece.start if isinstance(piece, Span) else len(piece)
+        return sum(map(len, self.pieces))
 
 
 def whole_blocks(grown: int) -> int:
@@ -76,12 +75,12 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
         if isinstance(piece, Span):
             for span in _without_holes(source, piece):
                 at = position + span.start - piece.start
-                reserve(target, at, _length(span), name)
+                reserve(target, at, len(span), name)
                 copy(splice.source, source, span, target, at, on_bytes)
         else:
             write_at(target, memoryview(piece), position, name)
             on_bytes(len(piece))
-        position += _length(piece)
+        position += len(piece)
 
 
 def _without_holes(source: Source, span: Span) -> Iterator[Span]:
