@@ -52,11 +52,11 @@ class Inert(metaclass=Sealed):
     items: list[Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        record = object.__new__(cls)
-        record.args = (*args, kwargs) if kwargs else args
-        record.state = None
-        record.items = []
-        return record
+        inert = object.__new__(cls)
+        inert.args = (*args, kwargs) if kwargs else args
+        inert.state = None
+        inert.items = []
+        return inert
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Accept any arguments; `__new__` has stored them."""

@@ -156,8 +156,9 @@ def _union(
             raise CorruptError(
                 f"{index}: does not list '{extra[0]}', which is in {name}. The index is stale; rewrite it."
             )
-    names = {key: key for tree in trees.values() for key in tree}  # one object for a name of the index and of a shard
-    weight_map = {names[key]: name for key, name in weight_map.items()}
+    # JSON makes a string for each mention of a name; keep one.
+    only = {text: text for name, tree in trees.items() for text in (name, *tree)}
+    weight_map = {only[key]: only[name] for key, name in weight_map.items()}
     return weight_map, {key: trees[name][key] for key, name in weight_map.items()}
 
 

@@ -95,13 +95,12 @@ class Archive:
         self._window = 0, b""
         self.headers: dict[int, bytes] = {}
         self.contents: dict[str, tuple[int, bytes]] = {}
-        if not self.usual:
-            self._find_by_zipfile(length)
-        self.entries = self._by_name(_parse_directory(self.directory, where, self.shift))
+        entries = _parse_directory(self.directory, where)[0] if self.usual else self._found_by_zipfile(length)
+        self.entries = self._by_name(entries)
         plain = len(self.directory) == sum(CENTRAL_SIZE + len(entry.name) for entry in self.entries.values())
         self.usual = self.usual and plain
 
-    def _find_by_zipfile(self, length: int) -> None:
+    def _found_by_zipfile(self, length: int) -> list[Entry]:
         import zipfile  # loads compression modules, which torch's archives do not need
 
         with self.file.as_file(self._start, length) as window:
@@ -115,9 +114,10 @@ class Archive:
             infos = archive.infolist()
             self.limit, self.comment = archive.start_dir, archive.comment
             self.directory = self.file.read(self._start + self.limit, length - self.limit)
-            entries = _parse_directory(self.directory, self._where, 0, count=len(infos))
-            self.directory = self.directory[: sum(map(_line_size, entries))]
+            entries, end = _parse_directory(self.directory, self._where, count=len(infos))
+            self.directory = self.directory[:end]
             self.shift = infos[0].header_offset - entries[0].offset if infos else 0
+            return [entry._replace(offset=entry.offset + self.shift) for entry in entries]
 
     def _by_name(self, entries: Sequence[Entry]) -> dict[str, Entry]:
         found: dict[str, Entry] = {}
@@ -219,13 +219,8 @@ def find_directory(file: InputFile, start: int, length: int) -> tuple[int, bytes
     return at, file.read(start + at, size)
 
 
-def _parse_directory(data: bytes, where: str, shift: int, count: int | None = None) -> list[Entry]:
-    """Parse the lines of a central directory.
-
-    Args:
-        shift: added to each offset.
-        count: number of lines; all if None.
-    """
+def _parse_directory(data: bytes, where: str, count: int | None = None) -> tuple[list[Entry], int]:
+    """Parse `count` lines of a central directory, or all; return them, and the offset after them."""
     entries: list[Entry] = []
     at, end = 0, len(data)
     unpack, size = _CENTRAL.unpack_from, _CENTRAL.size
@@ -250,14 +245,10 @@ def _parse_directory(data: bytes, where: str, shift: int, count: int | None = No
                     value, zip64 = int.from_bytes(zip64[:8], "little"), zip64[8:]
                 values.append(value)
             length, packed, offset = values
-        entries.append(Entry(name, offset + shift, length, fields[_CRC], packed, fields, extra, comment))
+        entries.append(Entry(name, offset, length, fields[_CRC], packed, fields, extra, comment))
     if at > end:
         raise CorruptError(f"{where}: truncated or damaged: its zip directory cannot be read. Get a fresh copy.")
-    return entries
-
-
-def _line_size(entry: Entry) -> int:
-    return CENTRAL_SIZE + sum(entry.fields[i] for i in (_NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH))
+    return entries, at
 
 
 class NewEntry:
