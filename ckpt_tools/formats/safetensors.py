@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecoder
 from pathlib import Path
+from sys import intern
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -247,7 +248,7 @@ def _is_tie(alias: str, kept: str) -> bool:
 
 def _tensors(path: Path, entries: Mapping[str, Any], data: Storage) -> tuple[Tensors, int]:
     """Return the spec of each entry, and the length of the data; refuse gaps and overlaps."""
-    tensors: Tensors = {}
+    tensors: Tensors = {}  # all files have one string for a name
     sizes_of: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}
     position, in_order = 0, True
     for name, entry in entries.items():
@@ -262,7 +263,7 @@ def _tensors(path: Path, entries: Mapping[str, Any], data: Storage) -> tuple[Ten
         position = end
         dtype = _DTYPES.get(code) if type(code) is str else None
         if dtype is None:
-            tensors[name] = UnsupportedTensor(f"of dtype {code}")
+            tensors[intern(name)] = UnsupportedTensor(f"of dtype {code}")
             continue
         key = (dtype, *shape)
         known = sizes_of.get(key)
@@ -277,9 +278,9 @@ def _tensors(path: Path, entries: Mapping[str, Any], data: Storage) -> tuple[Ten
         sizes, strides, nbytes = known
         start, odd = divmod(begin, dtype.itemsize)
         if odd:
-            tensors[name] = TensorSpec(dtype, sizes, strides, 0, Storage(path, data.offset + begin, nbytes))
+            tensors[intern(name)] = TensorSpec(dtype, sizes, strides, 0, Storage(path, data.offset + begin, nbytes))
         else:
-            tensors[name] = TensorSpec(dtype, sizes, strides, start, data)
+            tensors[intern(name)] = TensorSpec(dtype, sizes, strides, start, data)
     return tensors, position if in_order else _check_spans(path, entries)
 
 

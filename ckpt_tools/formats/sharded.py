@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -122,7 +123,7 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
         content = template.content
     else:
         trees = {name: header.content if shared else header.tree for name, header in headers.items()}
-        weight_map, content = _union(index, weight_map, headers, trees)
+        content = _union(index, weight_map, headers, trees)
         files = tuple([file for shard in shards for file in shard.files])
         template = _Union(content, files, weight_map, shards) if shared else None
         if template is not None:
@@ -145,8 +146,8 @@ def _read_index(sharded: Format, index: Path, path: Path) -> Header:
 
 def _union(
     index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header], trees: Mapping[str, Any]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return (tensor name to file name, tensor name to tensor), in the order of the index."""
+) -> dict[str, Any]:
+    """Return tensor name to tensor, in the order of the index."""
     for key, name in weight_map.items():
         if not isinstance(trees[name], dict) or key not in trees[name]:
             raise CorruptError(f"{index}: says that {name} holds '{key}'; it does not. Get a fresh copy.")
@@ -156,10 +157,7 @@ def _union(
             raise CorruptError(
                 f"{index}: does not list '{extra[0]}', which is in {name}. The index is stale; rewrite it."
             )
-    # JSON makes a string for each mention of a name; keep one.
-    only = {text: text for name, tree in trees.items() for text in (name, *tree)}
-    weight_map = {only[key]: only[name] for key, name in weight_map.items()}
-    return weight_map, {key: trees[name][key] for key, name in weight_map.items()}
+    return {key: trees[name][key] for key, name in weight_map.items()}
 
 
 def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[str, Path]:
@@ -202,7 +200,7 @@ def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
         raise CorruptError(
             f"{index}: not the index of a sharded checkpoint ({type(error).__name__}: {error})."
         ) from error
-    return dict(weight_map)
+    return {intern(name): intern(file) for name, file in weight_map.items()}
 
 
 def parse_size(size: str | int, name: str = "max_shard_size") -> int:
