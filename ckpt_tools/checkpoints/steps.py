@@ -10,8 +10,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from ..formats import FORMATS
 from ..formats.header import Header
-from ..formats.sharded import SINGLE
 from ..storage.source import read_file, store_of
 from ..tensors import TensorSpec
 
@@ -85,7 +85,7 @@ def trainer_state(header: Header) -> dict[str, Any]:
     Raises:
         ReadError: it is there and cannot be read.
     """
-    if not (header.in_folder or header.path.name in SINGLE):
+    if not (header.in_folder or any(header.path.name in each.singles for each in FORMATS)):
         return {}
     folder = header.path if header.in_folder else header.path.parent
     path = folder / "trainer_state.json"

@@ -17,7 +17,6 @@ from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
-from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
@@ -107,7 +106,7 @@ def convert(
     )
     dropped = [
         *unkept_metadata(header),
-        *left_behind(header.view, sets, layout, nested=bool(layout.home) and target.format.nests),
+        *left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests),
     ]
     if not target.folder:
         dropped += [path.name for path in companions(header)]
@@ -239,7 +238,7 @@ def _content(
         updates=missing.updates if missing.updates is not None else stored_updates(header, averaged),
         decay=missing.decay if missing.decay is not None else stored_decay(header, averaged),
         settings=averaged.settings,
-        other_entries=other_entries(header.view, sets),
+        other_entries=other_entries(header.tree, sets),
         notes=notes,
     )
 
@@ -267,12 +266,10 @@ def _copied(
 def _assembled(
     layout: Layout, content: Content, header: Header, target: Target, writing: Writing, dropped: Sequence[str]
 ) -> Assembly:
-    if target.format.nests:
-        return nested(layout.write(content), target=target.path, provenance=writing.provenance, dropped=dropped)
+    form = layout.folder_format if target.folder else target.format
+    if form.nests:
+        return nested(layout.write(content), writing, target=target.path, format=form, dropped=dropped)
     whole = layout.flatten(content)
-    if layout.outputs == ("folder",):
-        files = DCP_FOLDER.plan(whole.tensors, writing)
-        return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
     writing = replace(writing, stem=whole.stem)
     return flat(whole.tensors, writing, target=target, base=header, dropped=dropped, config=whole.config)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -13,11 +13,10 @@ from zipfile import BadZipFile
 from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.prefixes import NewNames, StateNames, plan_names
 from ..checkpoints.state_dicts import state_dicts
-from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
-from ..formats import read_header, suffixes
-from ..formats.format import Named, Renaming
+from ..errors import CorruptError, LayoutError, ReadError, UsageError, WriteError
+from ..formats import holds_weights, read_header
+from ..formats.format import Renaming
 from ..formats.header import Header
-from ..formats.sharded import INDEX_SUFFIXES, renamed_index
 from ..storage.source import LOCAL, Stamp, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
@@ -82,10 +81,6 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         if isinstance(given, str) or not all(isinstance(prefix, str) and prefix for prefix in given):
             raise UsageError(f"`{name}` takes prefixes such as 'model.', not {given!r}.")
     source = Path(path)
-    if store_of(source).is_file(source / ".metadata"):
-        raise UnsupportedError(
-            f"{source}: a DCP checkpoint, with names in many places. Convert it to one file first: `convert(...)`."
-        )
     header = read_header(source)
     notes: list[str] = []
     in_place = output.out is None
@@ -145,28 +140,18 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
 def _renamed(
     header: Header, strip: Sequence[str], add: Sequence[str], notes: list[str]
 ) -> tuple[list[NewNames], dict[str, Splice]]:
-    """Plan the names of a checkpoint, and from them its files, the index of a sharded one last."""
-    if not header.format.folder:
-        file = header.format.rename(header)
-        states = state_dicts(file.tree)
-        if not states:
-            raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
-        changes = plan_names(states, strip, add, where=str(header.path), notes=notes)
-        return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
-    index, *shards = (stamp.path for stamp in header.files)
-    files = [each.format.rename(each) for each in map(read_header, shards)]
-    # One state dict in many files: what all names carry, all names in all files carry.
-    whole = {name: tensor for file in files for name, tensor in file.tree.items()}
-    (change,) = plan_names({(): whole}, strip, add, where=str(header.path), notes=notes)
-    splices = {file.path.name: _splice(file, [(file.tree, change)]) for file in files}
-    splices[index.name] = Splice(index, (renamed_index(index, change.names),)) if change.names else _copy(index)
-    return [change], splices
-
-
-def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], NewNames]]) -> Splice:
-    if not any(change.names for _, change in states):
-        return _copy(file.path)
-    return file.renamed([Renaming(state, change.names, change.modules(state)) for state, change in states])
+    """Plan the names of a checkpoint, and from them its files by name."""
+    named = header.format.rename(header)
+    tree = named.tree
+    states = state_dicts(tree)
+    if not states:
+        raise LayoutError(f"{header.path}: {_no_names(tree)}")
+    changes = plan_names(states, strip, add, where=str(header.path), notes=notes)
+    if not any(change.names for change in changes):
+        return changes, {stamp.path.name: _copy(stamp.path) for stamp in header.files}
+    pairs = zip(states.values(), changes, strict=True)
+    splices = named.renamed([Renaming(state, change.names, change.modules) for state, change in pairs])
+    return changes, {part.source.name: part for part in splices}
 
 
 def _copy(path: Path) -> Splice:
@@ -186,7 +171,7 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
     for path in (home / name for name in store.names(home)):
         if path.name in splices or path.name.startswith("."):
             continue
-        if not store.is_file(path) or path.name.endswith((*suffixes(), *INDEX_SUFFIXES)):
+        if not store.is_file(path) or holds_weights(path.name):
             left_out.append(path.name)
             continue
         try:

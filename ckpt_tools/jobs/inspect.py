@@ -141,7 +141,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     if any(not state.path for state in sets.values()):
         return {}
     counts: dict[str, int] = {}
-    for path, _ in tensors_in(header.view):
+    for path, _ in tensors_in(header.tree):
         key = str(path[0]) if path else "the object itself"
         if key not in taken:
             counts[key] = counts.get(key, 0) + 1
@@ -149,7 +149,7 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
 
 
 def _optimizers(header: Header, sets: Mapping[str, StateDict], parameters: int) -> Iterator[Optimizer]:
-    for path, state in find_optimizers(header.view, [each.path for each in sets.values()]):
+    for path, state in find_optimizers(header.tree, [each.path for each in sets.values()]):
         nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
         place = dotted(path) or "the whole file"
         yield Optimizer(place, optimizer_name(state), nbytes, nbytes / parameters if parameters else None)

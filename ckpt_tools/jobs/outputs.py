@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ReadError, UsageError, WriteError
-from ..formats import format_of, suffixes
-from ..formats.dcp import METADATA
-from ..formats.dcp import SUFFIX as DISTCP
+from ..formats import FORMATS, format_of, suffixes
 from ..formats.format import Format
 from ..formats.header import Header
-from ..formats.sharded import INDEX_SUFFIXES, SHARDED, SINGLE, read_weight_map
+from ..formats.sharded import SHARDED
 from ..storage.source import store_of
 from ..storage.staged import is_writable, same_file
 
@@ -180,11 +178,8 @@ def _looking_at(target: Path) -> Iterator[None]:
 def _check_replaceable(folder: Path, names: Iterable[str]) -> None:
     """Refuse to replace a folder that holds anything but what takes its place, or an older output of that kind."""
     if folder.is_dir():
-        index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
-        known = {*names}
-        if METADATA in known:
-            known |= {child.name for child in folder.iterdir() if child.name.endswith(DISTCP)}
-        known |= {*SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
+        new = {*names}
+        known = new.union(*(each.replaced(folder, new) for each in FORMATS))
         for child in sorted(folder.iterdir()):
             if child.name not in known or not child.is_file():
                 raise WriteError(

@@ -15,6 +15,7 @@ from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.training_state import any_tensor, leads, nodes, other_weights, stripped, training_state
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
+from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
 from ..formats.tree import tensors_in
@@ -97,23 +98,23 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     header = read_header(Path(path))
-    if is_optimizer(header.view):
+    if is_optimizer(header.tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     target = Target.of(output.out) if output.out is not None else named_after(header.path, "-stripped")
     found = states(header)
     chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]
     notes: list[str] = []
-    gone = list(training_state(header.view, sets, notes, alone=chosen is not None))
+    gone = list(training_state(header.tree, sets, notes, alone=chosen is not None))
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
-    tree = stripped(header.view, gone)
+    tree = stripped(header.tree, gone)
     report = StripReport(
         path=str(header.path),
         out=str(target.path),
         kept=tuple(each.label for each in sets),
         beside=_beside(tree, sets),
-        entries=_entries(header.view, tree, gone),
+        entries=_entries(header.tree, tree, gone),
         compacted=_unseen_bytes(tree),
         dropped=(),
         notes=tuple(notes),
@@ -130,7 +131,8 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    assembly = nested(tree, target=target.path, provenance=said, folder=header.in_folder)
+    writing = Writing(name=target.name, provenance=said)
+    assembly = nested(tree, writing, target=target.path, format=header.format.written_as)
     report = replace(report, dropped=assembly.dropped, bytes_read=assembly.bytes_read, bytes_written=assembly.nbytes)
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 

@@ -156,10 +156,10 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
     """List (key path, spec) of all chunks, without those of the training state."""
-    tree = header.view if isinstance(header.view, dict) else {}
+    tree = header.tree if isinstance(header.tree, dict) else {}
     return [
         ((*path, *offsets), chunk)
-        for path, spec in tensors_in(header.view)
+        for path, spec in tensors_in(header.tree)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         for offsets, chunk in spec.as_chunks

@@ -18,6 +18,8 @@ import torch
 from cli_runner import PATIENCE, contents, environment, refused, run, spawn
 from safetensors.torch import load_file, save_file
 
+from ckpt_tools import convert
+
 X = {"module.a.w": torch.arange(4.0), "module.a.b": torch.ones(2)}
 BARE = {name.removeprefix("module."): tensor for name, tensor in X.items()}
 
@@ -273,9 +275,7 @@ def test_fix_prefix_rejects_checkpoints_without_names(obj: Any, message: str) ->
 
 
 def test_fix_prefix_rejects_dcp_and_names_convert() -> None:
-    Path("step").mkdir()
-    Path("step/.metadata").write_bytes(b"\x80\2}.")
-    Path("step/__0_0.distcp").write_bytes(b"")
+    convert(save("c.pth"), to="dcp", out="step")
     assert "step: a DCP checkpoint" in refused(Path(), "fix-prefix", "step", "-o", "new")
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from ...errors import LayoutError
 from ...formats.file_plan import OutTensor, Terms
+from ...formats.format import Format
 from ...formats.header import Header
+from ...formats.sharded import SHARDED
 from ...formats.tree import Path, follow, put
 from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 
@@ -306,6 +308,7 @@ class Layout:
         updates: path of the EMA update count, if the encoding has none.
         alone: what raw weights without averaged ones are called; empty if this layout always has both.
         written: `convert` writes it.
+        folder_format: of a folder in this layout.
         held_by: see `outputs`; empty where it follows from the paths and encodings.
     """
 
@@ -319,6 +322,7 @@ class Layout:
     updates: Path | None = None
     alone: str = ""
     written: bool = True
+    folder_format: Format = SHARDED
     held_by: tuple[str, ...] = ()
 
     @property
