@@ -70,7 +70,8 @@ from ckpt_tools.formats.format import Writing
 from ckpt_tools.jobs.assembly import nested
 from ckpt_tools.formats import read_header
 source = read_header(Path({str(tmp_path / "in.pth")!r}))
-planned = nested(source.tree, Writing(name="out.pth", provenance={{"made": "here"}}), target=Path("out.pth"), format=source.format)
+writing = Writing(name="out.pth", provenance={{"made": "here"}})
+planned = nested(source.tree, writing, target=Path("out.pth"), format=source.format)
 (plan,) = planned.files
 raw = bytearray(plan.size)
 for tensor, offset in plan.payloads:
