@@ -57,12 +57,14 @@ class Terms:
     @property
     def dtypes(self) -> tuple[DType, ...]:
         """One per term."""
-        return tuple([spec.dtype for spec in self.specs]) * (len(self.files) or 1)
+        if self.files:
+            return (self.specs[0].dtype,) * len(self.files)
+        return tuple([spec.dtype for spec in self.specs])
 
     @property
     def width(self) -> int:
         """Bytes read for each element of the sum."""
-        return sum([spec.dtype.itemsize for spec in self.specs]) * (len(self.files) or 1)
+        return sum([dtype.itemsize for dtype in self.dtypes])
 
     @property
     def inputs(self) -> Sequence[tuple[TensorSpec, Files]]:

@@ -215,10 +215,9 @@ def _coalesce(ranges: Iterable[tuple[int, int]]) -> list[_Coalesced]:
     return found
 
 
-def _read_ranges(file: InputFile, ranges: Iterable[_Coalesced]) -> bytes:
-    """Read coalesced ranges of a file; return the original ranges joined."""
-    found = []
-    for offset, length, slices in ranges:
-        data = file.read(offset, length)
+def _read_ranges(file: InputFile, ranges: Sequence[_Coalesced]) -> bytes:
+    """Read coalesced ranges of a file; return the original ranges joined, up to the end of the file."""
+    found: list[bytes] = []
+    for (_, _, slices), data in zip(ranges, file.read_ranges([each[:2] for each in ranges]), strict=True):
         found += [data] if len(slices) == 1 else [data[each] for each in slices]
     return b"".join(found)

@@ -10,7 +10,7 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import takewhile
 from operator import getitem
 from pathlib import Path
@@ -33,7 +33,7 @@ COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
 """What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Assembly:
     """An output, laid out.
 
@@ -59,7 +59,7 @@ class Assembly:
         """Size of the output in bytes."""
         return sum(plan.size for plan in self.files) + sum(stamp_at(path).nbytes for path in self.companions)
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
         """Bytes of the inputs that go into it."""
         return sum(tensor.numel * tensor.terms.width for plan in self.files for tensor, _ in plan.payloads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,11 +29,9 @@ class LocalFile:
         return stat.st_size, (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
 
     def read_into(self, offset: int, view: memoryview) -> int:
-        done = 0
-        while done < len(view):
-            got = read_once(self._fd, view[done:] if done else view, offset + done)
-            if not got:
-                break
+        done = got = read_once(self._fd, view, offset)
+        while got and done < len(view):
+            got = read_once(self._fd, view[done:], offset + done)
             done += got
         return done
 
@@ -100,6 +99,17 @@ def read_once(fd: int, view: memoryview, offset: int) -> int:
             data = os.read(fd, len(view))
     view[: len(data)] = data
     return len(data)
+
+
+def read_small(fd: int, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Read ranges, (offset, nbytes), so small that one call reads each."""
+    if hasattr(os, "pread"):
+        return [os.pread(fd, nbytes, offset) for offset, nbytes in ranges]
+    found = []
+    for offset, nbytes in ranges:
+        data = bytearray(nbytes)
+        found.append(bytes(data[: read_once(fd, memoryview(data), offset)]))
+    return found
 
 
 def write_once(fd: int, view: memoryview, offset: int) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol
 
 from ..errors import CorruptError, ReadError
-from .local import LocalStore, raise_file_limit
+from .local import LocalStore, raise_file_limit, read_small
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +164,16 @@ class InputFile:
         data = bytearray(max(min(nbytes, self.stamp.nbytes - offset), 0))
         done = read_some(self.source, memoryview(data), offset, self.path)
         return bytes(data if done == len(data) else data[:done])
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of many ranges, given as (offset, nbytes); fewer of those beyond the end of the file."""
+        fd = self.source.fileno()
+        if fd is None:
+            return [self.read(*each) for each in ranges]
+        try:
+            return read_small(fd, ranges)
+        except OSError as error:
+            raise read_failed(self.path, error.strerror) from error
 
     def as_file(self, start: int = 0, length: int | None = None) -> IO[bytes]:
         """Return a range of the file (by default to its end) as a buffered file object."""
