@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .jobs.average import AverageReport, average
     from .jobs.convert import ConvertReport, convert
     from .jobs.diff import DiffReport, diff
+    from .jobs.fix_prefix import PrefixReport, fix_prefix
     from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
-    from .jobs.rename import PrefixReport, fix_prefix
     from .jobs.strip import StripReport, strip
 
 __version__ = "0.1.0"
@@ -58,8 +58,8 @@ _HOMES = {
     "convert": "jobs.convert",
     "StripReport": "jobs.strip",
     "strip": "jobs.strip",
-    "PrefixReport": "jobs.rename",
-    "fix_prefix": "jobs.rename",
+    "PrefixReport": "jobs.fix_prefix",
+    "fix_prefix": "jobs.fix_prefix",
 }
 
 

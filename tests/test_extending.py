@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from memory_store import MemoryStore
 
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.checkpoints.layouts import Layout, register, unregister
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import UsageError, WriteError
 from ckpt_tools.formats import FORMATS
-from ckpt_tools.formats.file_plan import FilePlan, Payload, constant
+from ckpt_tools.formats.file_plan import FilePlan, Payload, constant, whole_file
 from ckpt_tools.formats.format import Format, Writing
 from ckpt_tools.formats.header import Header
 from ckpt_tools.series import schedules
@@ -52,9 +54,31 @@ class Toy(Format):
         return (FilePlan(writing.name, end, (head, *payloads)),)
 
 
+class ToyFolder(Format):
+    """A folder with one tensor a file, in the toy format."""
+
+    name, folder, writes = "toys", True, True
+
+    def sniff(self, path: Path, start: bytes) -> bool:
+        return (path / "toys").is_file()
+
+    def read(self, path: Path) -> Header:
+        files = [Toy().read(path / name) for name in (path / "toys").read_text().split()]
+        tensors = {name: spec for file in files for name, spec in file.tree.items()}
+        return Header(path, self, tensors, tuple(stamp for file in files for stamp in file.files))
+
+    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
+        files = [replace(writing, name=f"{name}.toy") for name in content]
+        plans = [Toy().plan({name: content[name]}, file)[0] for name, file in zip(content, files, strict=True)]
+        return (*plans, whole_file("toys", " ".join(file.name for file in files).encode()))
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        return [path.name for path in folder.glob("*.toy")]
+
+
 @contextmanager
-def a_format() -> Iterator[None]:
-    toy = Toy()
+def a_format(toy: Format | None = None) -> Iterator[None]:
+    toy = toy or Toy()
     FORMATS.insert(0, toy)  # before safetensors, which would take its ninth byte for a header
     yield
     FORMATS.remove(toy)
@@ -123,3 +147,24 @@ def test_average_of_a_format_from_outside_is_named_after_it(tmp_path: Path, monk
         assert report.out == "averaged.toy"
     with pytest.raises(UsageError, match="ends"):
         average([tmp_path / "run-1.toy"], mode="ends")
+
+
+def test_a_folder_format_from_outside_is_read_written_and_replaced(tmp_path: Path) -> None:
+    layout = Layout("toys", "a toy: a folder of toys", raw=(), alone="toys", folder_format=ToyFolder())
+    register(layout)
+    with a_format(layout.folder_format):
+        for step in (1, 2):
+            torch.save(weights(step), tmp_path / "a.pth")
+            convert(tmp_path / "a.pth", to="toys", out=tmp_path / f"run-{step}")
+        average(tmp_path / "run-*", out=tmp_path / "out.pth")
+        expected = {name: (tensor + weights(2)[name]) / 2 for name, tensor in weights(1).items()}
+        torch.testing.assert_close(torch.load(tmp_path / "out.pth", weights_only=True), OrderedDict(expected))
+
+        convert(tmp_path / "a.pth", to="toys", out=tmp_path / "run-1", force=True)
+        assert open_checkpoint(tmp_path / "run-1")["w"].equal(weights(2)["w"])
+        torch.save({"other": torch.ones(1)}, tmp_path / "a.pth")
+        convert(tmp_path / "a.pth", to="toys", out=tmp_path / "run-1", force=True)
+        (tmp_path / "run-1" / "notes.txt").touch()
+        with pytest.raises(WriteError, match=r"holds notes\.txt"):
+            convert(tmp_path / "a.pth", to="toys", out=tmp_path / "run-1", force=True)
+    unregister(layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,20 +41,16 @@ def images_of(batch: Any) -> Tensor:
 def joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Join a batch of one image to its neighbour: a single value per channel cannot be normalised."""
     waiting: Tensor | None = None
-    for images in batches:
-        if len(images) == 0:
-            continue
-        if waiting is not None and 1 in (len(waiting), len(images)) and waiting.shape[1:] == images.shape[1:]:
+    for images in chain((images for images in batches if len(images)), [None]):
+        if waiting is not None and images is not None and _to_join(waiting, images):
             waiting = torch.cat([waiting, images])
             continue
+        if waiting is not None and len(waiting) == 1:
+            raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
         if waiting is not None:
-            yield _several(waiting)
+            yield waiting
         waiting = images
-    if waiting is not None:
-        yield _several(waiting)
 
 
-def _several(images: Tensor) -> Tensor:
-    if len(images) == 1:
-        raise DataError("a batch of a single image, with no neighbour of its shape. Give more data.")
-    return images
+def _to_join(one: Tensor, other: Tensor) -> bool:
+    return 1 in (len(one), len(other)) and one.shape[1:] == other.shape[1:]

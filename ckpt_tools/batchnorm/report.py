@@ -78,6 +78,8 @@ def compare(
 ) -> LayerReport:
     old_mean, old_variance = before
     mean, variance = found
+    if old_mean is None:  # a layer without means
+        old_mean = mean = torch.zeros_like(variance)
     sigma = variance.sqrt()
     live = variance > 0
     ratio = torch.where(live & ~(old_variance <= 0), variance / old_variance, 1.0)
@@ -88,17 +90,16 @@ def compare(
             return None
         return _largest(torch.where(live, (of.variance(correction=1) / of.count).sqrt() / unit, 0.0))
 
-    moved = torch.zeros_like(mean) if old_mean is None else torch.where(live, (mean - old_mean).abs() / sigma, 0.0)
     return LayerReport(
         name=name,
         class_name=type(layer).__name__,
         channels=len(variance),
         count=state.population.count,
-        mean_before=0.0 if old_mean is None else _largest(old_mean),
-        mean_after=0.0 if old_mean is None else _largest(mean),
+        mean_before=_largest(old_mean),
+        mean_after=_largest(mean),
         variance_before=_largest(old_variance),
         variance_after=_largest(variance),
-        mean_moved=_largest(moved),
+        mean_moved=_largest(torch.where(live, (mean - old_mean).abs() / sigma, 0.0)),
         variance_moved=_largest(factor),
         mean_error=error(state.means, sigma),
         variance_error=error(state.variances, variance),

@@ -38,6 +38,10 @@ class Moments:
         zero = torch.zeros(channels, dtype=torch.float64, device=device)
         return cls(0, zero, zero)
 
+    def with_one(self, values: Tensor) -> Moments:
+        """Return the moments with one more value a channel, float64 [C]."""
+        return merge([self, Moments(1, values, torch.zeros_like(values))])
+
     def variance(self, *, correction: int) -> Tensor:
         """Return M2 / (count - correction), float64 [C]; 0 where there are too few values for it."""
         return self.m2 / (self.count - correction) if self.count > correction else torch.zeros_like(self.m2)
@@ -78,7 +82,7 @@ def measure(values: Tensor) -> Moments:
         return Moments.none(channels, values.device)
     last = values.movedim(1, -1)
     by_channel = per_image == 1 or last.is_contiguous()
-    # A table whose columns are channels is measured in blocks of rows, or else each row, of one image and channel.
+    # Channels last: mean and M2 of each column, block by block. Else: of each row, which is one image and channel.
     table = last.reshape(count, channels) if by_channel else values.reshape(-1, per_image)
     blocks = torch.split(table, max(1, _BLOCK // table.shape[1]))
     wide = torch.empty(blocks[0].shape, dtype=torch.float64, device=values.device)
@@ -109,8 +113,8 @@ class LayerMoments:
 
     def add(self, batch: Moments) -> None:
         self.population = merge([self.population, batch])
-        for which, values in (("means", batch.mean), ("variances", batch.variance(correction=1))):
-            setattr(self, which, merge([getattr(self, which), Moments(1, values, torch.zeros_like(values))]))
+        self.means = self.means.with_one(batch.mean)
+        self.variances = self.variances.with_one(batch.variance(correction=1))
 
     def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance to store, float64 [C]."""

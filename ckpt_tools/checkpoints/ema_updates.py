@@ -27,14 +27,12 @@ def _number(header: Header, value: Any) -> float | None:
 
 def stored_updates(header: Header, state: StateDict) -> int | None:
     """Read how often the average was updated: its own count, or the number of files that `avg` took."""
+    number = None if state.which == "raw" else _number(header, state.updates)  # the count is of the average
+    if number is not None:
+        return int(number) if 0 <= number < 1 << 63 else None  # LitEma's -1 means unknown
     said = header.provenance or {}
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
-    if state.which == "raw":  # the count is of the average
-        return len(inputs) if isinstance(inputs, list) else None
-    number = _number(header, state.updates)
-    if number is None and isinstance(inputs, list):
-        return len(inputs)
-    return int(number) if number is not None and 0 <= number < 1 << 63 else None  # LitEma's -1 means unknown
+    return len(inputs) if isinstance(inputs, list) else None
 
 
 def stored_decay(header: Header, state: StateDict) -> float | None:

@@ -76,8 +76,7 @@ def optimizer_name(optimizer: Mapping[Any, Any]) -> str:
     if name is None:
         return "unknown" if kept else _without_state(options, groups)
     if name == "Adam family":
-        amsgrad = ", amsgrad" if "max_exp_avg_sq" in kept else ""
-        return _adam(options, groups, kept) + amsgrad
+        return _adam(options, groups, kept) + (", amsgrad" if "max_exp_avg_sq" in kept else "")
     if name == "RMSprop":
         momentum = " with momentum" if "momentum_buffer" in kept else ""
         return name + momentum + (", centered" if "grad_avg" in kept else "")

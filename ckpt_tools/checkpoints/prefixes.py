@@ -11,9 +11,9 @@ from typing import Any
 from ..errors import AlignmentError, UsageError
 from ..formats.pickle_read import Inert
 from ..formats.tree import Path
-from ..tensors import DTYPES, Tensor, TensorSpec
+from ..tensors import Tensor
 from .layouts.averaged_model import COUNTS
-from .layouts.layout import Unchanged, dotted, split
+from .layouts.layout import Unchanged, dotted, is_scalar, split
 
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
@@ -44,6 +44,11 @@ def unwrap(names: Iterable[str]) -> Mapping[str, str]:
             )
         taken[bare] = name
     return mapping
+
+
+def renamed(tensors: Mapping[str, Tensor], bare: Mapping[str, str]) -> Mapping[str, Tensor]:
+    """Return tensors by their new names, as `unwrap` returns them."""
+    return tensors if isinstance(bare, Unchanged) else dict(zip(bare.values(), tensors.values(), strict=True))
 
 
 def unwrapping(names: Iterable[str]) -> Callable[[str], str]:
@@ -164,23 +169,20 @@ def plan_names(
         names = [*tensors, *others]
         if strip or add:
             # A stray tensor next to whole state dicts, such as best_acc, belongs to no module.
-            stray = any(len(other) > len(path) and other[: len(path)] == path for other in states) and not any(
-                "." in name for name in tensors
-            )
-            added = () if stray else add
+            inner = any(len(other) > len(path) and other[: len(path)] == path for other in states)
+            added = () if inner and not any("." in name for name in tensors) else add
             rule: Rename = partial(_literal, strip=tuple(strip), add=tuple(added))
             lost = _carried(names, strip)
-            got = dict.fromkeys(added, len(names))
         else:
-            rule = _unwrapping(tensors, place or where, notes)
-            lost = {wrapper: n for wrapper in WRAPPERS if (n := sum(_loses(name, rule, wrapper) for name in names))}
-            got = {}
+            added, rule = (), _unwrapping(tensors, place or where, notes)
+            lost = Counter(wrapper for wrapper in WRAPPERS for name in names if _loses(name, rule, wrapper))
         carried.update(lost)
         changed = {name: new for name in names if (new := rule(name)) != name}
         if changed:
             _refuse_other_names(path, state, where)
         _check(state, changed, f"{where}: in {place}" if place else where)
-        report = StateNames(place, len(names), lost, got, next(iter(changed.items()), None))
+        got = dict.fromkeys(added, len(names))
+        report = StateNames(place, len(names), dict(lost), got, next(iter(changed.items()), None))
         changes.append(NewNames(changed, rule, report))
     for prefix in strip:
         if not carried[prefix]:
@@ -204,12 +206,12 @@ def _literal(name: str, *, strip: Sequence[str], add: Sequence[str]) -> str:
     return name
 
 
-def _carried(names: Sequence[str], strip: Sequence[str]) -> dict[str, int]:
+def _carried(names: Sequence[str], strip: Sequence[str]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for prefix in strip:
-        counts[prefix] += sum(name.startswith(prefix) and name != prefix for name in names)
+        counts.update(prefix for name in names if name.startswith(prefix) and name != prefix)
         names = [_literal(name, strip=(prefix,), add=()) for name in names]
-    return dict(+counts)
+    return counts
 
 
 def _loses(name: str, rule: Rename, wrapper: str) -> bool:
@@ -223,7 +225,7 @@ def _unwrapping(tensors: Mapping[str, Tensor], label: str, notes: list[str]) -> 
     bare = {outer(name): tensor for name, tensor in tensors.items()}
     count = next((name for name in COUNTS if name in bare), None)
     inside = [name.removeprefix(_OWN) for name in bare if name.startswith(_OWN) and name != _OWN]
-    if count is None or not _counts(bare[count]) or not inside or len(inside) != len(bare) - 1:
+    if count is None or not is_scalar(bare[count], "int64") or not inside or len(inside) != len(bare) - 1:
         if 2 * len(inside) > len(bare):
             notes.append(
                 f"{label}: {len(inside)} of {len(bare)} names start with '{_OWN}', but not all, so it may be the "
@@ -256,10 +258,6 @@ def _with_dotless(rule: Rename) -> Rename:
         return name
 
     return extended
-
-
-def _counts(tensor: Tensor) -> bool:
-    return isinstance(tensor, TensorSpec) and tensor.shape == () and tensor.dtype is DTYPES["int64"]
 
 
 def _refuse_other_names(path: Path, state: Mapping[Any, Any], where: str) -> None:

@@ -30,7 +30,5 @@ def _outside_training_state(path: list[Any], node: Any) -> list[tuple[Any, Any]]
 
 def _is_private(key: Any, value: Any) -> bool:
     """True for training state, and for the extra state of a module: their names are not those of weights."""
-    if key == "callbacks":
-        return False
     own = isinstance(key, str) and key.endswith("_extra_state")
-    return own or is_optimizer(value) or looks_like_training_state(key, value)
+    return key != "callbacks" and (own or looks_like_training_state(key, value))

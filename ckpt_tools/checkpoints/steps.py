@@ -6,12 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from ..formats import FORMATS
 from ..formats.header import Header
-from ..formats.sharded import SINGLE
 from ..storage.source import read_file, store_of
 from ..tensors import TensorSpec
 
@@ -85,7 +85,7 @@ def trainer_state(header: Header) -> dict[str, Any]:
     Raises:
         ReadError: it is there and cannot be read.
     """
-    if not (header.in_folder or header.path.name in SINGLE):
+    if not (header.in_folder or any(header.path.name in each.singles for each in FORMATS)):
         return {}
     folder = header.path if header.in_folder else header.path.parent
     path = folder / "trainer_state.json"
@@ -139,11 +139,8 @@ def named_positions(paths: Sequence[Path]) -> Positions:
     # One name for each sequence of words before the numbers.
     forms = {tuple(word for word, _ in row): name for row, name in sorted(zip(rows, names, strict=True), reverse=True)}
     columns = list(zip(*rows, strict=True)) if len(forms) == 1 else []
-    varying = [
-        (column[0][0], [number for _, number in column])
-        for column in columns
-        if len({number for _, number in column}) > 1
-    ]
+    by_word = [(column[0][0], [number for _, number in column]) for column in columns]
+    varying = [(word, numbers) for word, numbers in by_word if len(set(numbers)) > 1]
     named = [next(c for c in varying if c[0] == word) for word in _WORDS if any(word == found for found, _ in varying)]
     deciding = [numbers for _, numbers in named or varying]
     by = "the numbers in the names"
@@ -171,13 +168,11 @@ def named_positions(paths: Sequence[Path]) -> Positions:
 def unread_tensors(headers: Sequence[Header], stored: Positions | None) -> list[str]:
     """Note a training counter that would have decided, but is a tensor, whose value no header has."""
     finer = _STEP_KEYS if stored is None else _STEP_KEYS[: _STEP_KEYS.index(stored.counter)]
-    for header in headers:
-        for mapping in _mappings(header):
-            for key in finer:
-                value = mapping.get(key)
-                if isinstance(value, TensorSpec) and value.numel == 1:
-                    return [
-                        f"{header.path}: its '{key}' is a tensor, which is not read here, "
-                        "so it does not count as the step."
-                    ]
-    return []
+    found = (
+        f"{header.path}: its '{key}' is a tensor, which is not read here, so it does not count as the step."
+        for header in headers
+        for mapping in _mappings(header)
+        for key in finer
+        if isinstance(value := mapping.get(key), TensorSpec) and value.numel == 1
+    )
+    return [*islice(found, 1)]

@@ -101,13 +101,11 @@ def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
 
 
 def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
-    if path in kept:
-        return
     if not any(leads(path, to) for to in kept):
         yield path
-        return
-    for key, child in entries(value):
-        yield from _around((*path, key), child, kept)
+    elif path not in kept:
+        for key, child in entries(value):
+            yield from _around((*path, key), child, kept)
 
 
 def other_weights(
@@ -122,12 +120,12 @@ def other_weights(
                 f"{each.label} is in the same dict as {chosen.label}, and stays. "
                 "To take one of them out: `convert(to='plain')`."
             )
-    found = [*(each.path for each in sets), *(path for path, node in nodes(header.view) if names.of(node))]
-    elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.view)))
+    found = [*(each.path for each in sets), *(path for path, node in nodes(header.tree) if names.of(node))]
+    elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.tree)))
     for path in dict.fromkeys(found):
         if leads(path, chosen.path) or leads(chosen.path, path) or any(leads(other, path) for other in gone):
             continue
-        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.view))):
+        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
             yield path
         else:
             notes.append(f"'{dotted(path)}' stays: {chosen.label} takes tensors from it that it lacks itself.")

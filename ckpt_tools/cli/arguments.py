@@ -9,18 +9,20 @@ import ast
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import wraps
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
 from ..errors import UsageError, WriteError
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.schedules import Numbers, Option
+from . import console
 
+R = TypeVar("R")
 SPELLINGS = {
     "out": ("--out", "-o"),
     "batch_size": ("--batch-size", "-b"),
@@ -39,50 +41,47 @@ Averaged = Annotated[
 """A checkpoint that is what `ckpt avg` writes if none is given."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command: a function, and the groups whose options it takes as ``**options``, as the library takes them.
+def with_options(
+    *groups: type[Group], **readers: Reader
+) -> Callable[[Callable[..., None]], Callable[[], Callable[..., None]]]:
+    """Give a function with ``**options`` a parameter for each option of these groups, as Typer wants it.
 
-    Attributes:
+    It becomes a function that makes it, for the options are known only then: a rule may have been registered meanwhile.
+
+    Args:
         readers: for options whose value the command line writes otherwise; called with text.
     """
-
-    function: Callable[..., None]
-    groups: tuple[type[Group], ...]
-    readers: Mapping[str, Reader]
-
-    def for_typer(self) -> Callable[..., None]:
-        """Return the function with a parameter for each option, as Typer wants it."""
-        options = [(group.title, o) for group in self.groups for o in group.options() if not o.name.startswith("on_")]
-
-        @wraps(self.function)
-        def call(**given: Any) -> None:
-            for _, option in options:
-                value = _read(option, given[option.name])
-                given[option.name] = self.readers[option.name](value) if option.name in self.readers else value
-            self.function(**given)
-
-        signature = inspect.signature(self.function, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [
-            inspect.Parameter(
-                option.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None if option.default in (REQUIRED, ()) else option.default,
-                annotation=_annotation(title, option, as_text=option.name in self.readers),
-            )
-            for title, option in options
-        ]
-        arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
-        parameters = [*arguments, *made, *own[len(arguments) :]]
-        call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {p.name: p.annotation for p in parameters}
-        return call
+    return lambda function: partial(_for_typer, function, groups, readers)
 
 
-def takes(*groups: type[Group], **readers: Reader) -> Callable[[Callable[..., None]], Command]:
-    """Make a command of a function; see `Command`."""
-    return lambda function: Command(function, groups, readers)
+def _for_typer(
+    function: Callable[..., None], groups: Sequence[type[Group]], readers: Mapping[str, Reader]
+) -> Callable[..., None]:
+    options = [(group.title, o) for group in groups for o in group.options() if not o.name.startswith("on_")]
+
+    @wraps(function)
+    def call(**given: Any) -> None:
+        for _, option in options:
+            value = _read(option, given[option.name])
+            given[option.name] = readers[option.name](value) if option.name in readers else value
+        function(**given)
+
+    signature = inspect.signature(function, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    made = [
+        inspect.Parameter(
+            option.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if option.default in (REQUIRED, ()) else option.default,
+            annotation=_annotation(title, option, as_text=option.name in readers),
+        )
+        for title, option in options
+    ]
+    arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+    parameters = [*arguments, *made, *own[len(arguments) :]]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in parameters}
+    return call
 
 
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
@@ -127,15 +126,17 @@ def spelled(text: str) -> str:
     """Turn the parameters that a message of the library names into options.
 
     `name` becomes --name, `name=value` --name value, `name=True` --name, `name=False` --no-name, and
-    `function(name=value)` the command that does it.
+    `function(name=value)` or `function(...)` the command that does it.
     """
-    return re.sub(r"`(?:(\w+)\()?(\w+)(?:=([^`]*?))?(\)?)`", _option, text)
+    return re.sub(r"`(?:(\w+)\()?(\w+|\.{3})(?:=([^`]*?))?\)?`", _option, text)
 
 
 def _option(match: re.Match[str]) -> str:
-    function, name, text, _ = match.groups()
-    option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
+    function, name, text = match.groups()
     command = "" if function is None else f"ckpt {function.replace('_', '-')} "
+    if name == "...":
+        return command.rstrip()
+    option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
     if text is None or text == "True":
         return command + option
     if text == "False":
@@ -147,6 +148,20 @@ def _option(match: re.Match[str]) -> str:
     from shlex import quote
 
     return f"{command}{option} {quote(value) if isinstance(value, str) else value}"
+
+
+def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
+    """Call a function of the library and show its progress; return its report, and the seconds that it took."""
+    check_folder()
+    started = time.perf_counter()
+    with console.progress(doing) as on_progress:
+        report = job(*inputs, **options, on_progress=on_progress)
+    return report, time.perf_counter() - started
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Show notes of a report, with options instead of parameters."""
+    console.say(*map(spelled, notes))
 
 
 def plain(report: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,13 +9,12 @@ import typer
 from ..jobs.options import AveragedOutput, Matching, Selection, Summing
 from ..series.schedules import Schedule
 from . import arguments, console
-from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.average import AverageReport
 
 
-@arguments.takes(Schedule, Selection, Matching, AveragedOutput, Summing)
+@arguments.with_options(Schedule, Selection, Matching, AveragedOutput, Summing)
 def avg(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
@@ -29,15 +27,11 @@ def avg(
 
     Example: ckpt avg runs/*.pth --mode ema --decay 0.99
     """
-    arguments.check_folder()
     from ..jobs.average import average
 
     show = _show_table if options["dry_run"] else _show_summary
-    started = time.perf_counter()
-    with console.progress("averaging") as on_progress:
-        report = average(paths, **options, on_plan=show, on_progress=on_progress)
+    report, seconds = arguments.carried_out(average, "averaging", paths, **options, on_plan=show)
     if report.written:
-        seconds = time.perf_counter() - started
         moved = report.bytes_read + report.bytes_written
         # Small jobs take as long as importing torch takes.
         rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
@@ -53,33 +47,27 @@ def _show_summary(report: AverageReport) -> None:
     span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
     console.say(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.")
     _show_dropped(report)
-    console.say(*map(spelled, report.notes))
+    arguments.say_notes(report.notes)
 
 
 def _show_dropped(report: AverageReport) -> None:
     if report.left_out:
-        console.say(f"Left out, because some checkpoints do not have them: {_some(report.left_out)}.")
+        console.say(f"Left out, because some checkpoints do not have them: {console.some(report.left_out)}.")
     if report.dropped:
-        console.say(f"Not carried over from the last checkpoint: {_some(report.dropped)}.")
+        console.say(f"Not carried over from the last checkpoint: {console.some(report.dropped)}.")
 
 
 def _show_table(report: AverageReport) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    screen = console.stderr()
-    table = Table(box=None, pad_edge=False)
-    table.add_column("checkpoint", overflow="fold")
-    table.add_column("step", justify="right", no_wrap=True)
-    table.add_column("coefficient", justify="right", no_wrap=True)
     width = console.bar_width(40)
-    table.add_column("", no_wrap=True, width=width)
+    table = console.table("checkpoint", ("step", "coefficient"), bars=width, cut=False)
     largest = max(abs(i.coefficient) for i in report.inputs)
     for i in report.inputs:
         step = "" if i.step is None else str(i.step)
         drawn = Text(console.bar(i.coefficient, largest, width), style="red" if i.coefficient < 0 else "green")
         table.add_row(Text(console.visible(i.name)), step, f"{i.coefficient:.6f}", drawn)
-    screen.print(table)
+    console.stderr().print(table)
     where = "" if report.device == "cpu" else f"; sums on {report.device}"
     console.say(
         "",
@@ -95,7 +83,7 @@ def _show_table(report: AverageReport) -> None:
         f"at most {console.size(report.memory)} of buffers{where}.",
     )
     _show_dropped(report)
-    console.say(*map(spelled, report.notes))
+    arguments.say_notes(report.notes)
 
 
 def _prefixes(report: AverageReport) -> list[str]:
@@ -104,8 +92,4 @@ def _prefixes(report: AverageReport) -> list[str]:
     for i in report.inputs:
         if i.prefixes:
             wrapped.setdefault(" and ".join(f"'{p}'" for p in i.prefixes), []).append(i.name)
-    return [f"Names lose {prefix} in {_some(tuple(names))}." for prefix, names in wrapped.items()]
-
-
-def _some(names: tuple[str, ...], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return [f"Names lose {prefix} in {console.some(tuple(names))}." for prefix, names in wrapped.items()]

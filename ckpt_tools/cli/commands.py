@@ -21,23 +21,28 @@ import typer.main
 from . import console
 
 NAMES = ("avg", "convert", "fix-prefix", "inspect", "diff", "strip", "recal-bn")
-"""Each is a `Command` in a module of its name."""
+"""Each is made by a function in a module of its name; see `arguments.with_options`."""
 
 
-class Commands(typer.core.TyperGroup):
+class _QuickHelp:
+    """A command whose --help has a quick value."""
+
+    _help: _Option | None = None
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return --help; the same one each time."""
+        if self._help is None:
+            self._help = _Option(super().get_help_option(ctx), bool)  # type: ignore[misc]
+        return self._help
+
+
+class Commands(_QuickHelp, typer.core.TyperGroup):
     """The commands by name, each imported and made when it is asked for."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.rich_markup_mode = None
-        self._help: _Option | None = None
         self.commands = {name: typer.core.TyperCommand(name) for name in NAMES}  # what Typer guesses slips from
-
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return --help with a quick value; the same one each time."""
-        if self._help is None:
-            self._help = _Option(super().get_help_option(ctx), bool)
-        return self._help
 
     def get_command(self, ctx: Any, name: str) -> Any:
         """Return the command of this name; None if there is none."""
@@ -46,11 +51,11 @@ class Commands(typer.core.TyperGroup):
         module = name.replace("-", "_")
         made = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         command = getattr(import_module(f".{module}", __package__), module)
-        made.command(name, cls=_Command)(command.for_typer())
+        made.command(name, cls=_Command)(command())
         return typer.main.get_command(made)
 
 
-class _Command(typer.core.TyperCommand):
+class _Command(_QuickHelp, typer.core.TyperCommand):
     """A command whose values are read quickly and whose help is plain text."""
 
     def __init__(self, name: str, *, callback: Callable[..., Any], params: list[Any], **options: Any) -> None:
@@ -64,13 +69,6 @@ class _Command(typer.core.TyperCommand):
         ]
         super().__init__(name, callback=callback, params=quick, **options)
         self.rich_markup_mode = None
-        self._help: _Option | None = None
-
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return --help with a quick value; the same one each time."""
-        if self._help is None:
-            self._help = _Option(super().get_help_option(ctx), bool)
-        return self._help
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, as wide as the terminal."""
@@ -89,17 +87,6 @@ class _Command(typer.core.TyperCommand):
         for title, records in groups.items():
             with formatter.section(title):
                 formatter.write_dl(records)
-
-
-def _process_value(self: Any, ctx: Any, value: Any) -> Any:
-    if value is None and not self.required:
-        value = () if self.multiple or self.nargs == -1 else None
-    else:
-        try:
-            value = _read(value, self.plain_type)
-        except ValueError:
-            return super(type(self), self).process_value(ctx, value)
-    return value if self.callback is None else self.callback(ctx, self, value)
 
 
 def _read(value: Any, type_: Any) -> Any:
@@ -121,19 +108,27 @@ def _read(value: Any, type_: Any) -> Any:
     raise ValueError(f"{value!r} is not plainly right")
 
 
-class _Option(typer.core.TyperOption):
-    """An option as Typer made it, with quick values."""
-
-    process_value = _process_value
+class _Quick:
+    """An option or argument as Typer made it, with quick values."""
 
     def __init__(self, made: Any, plain_type: Any) -> None:
         vars(self).update(vars(made), plain_type=plain_type)
 
+    def process_value(self: Any, ctx: Any, value: Any) -> Any:
+        """Return a value of the command line as the command wants it."""
+        if value is None and not self.required:
+            value = () if self.multiple or self.nargs == -1 else None
+        else:
+            try:
+                value = _read(value, self.plain_type)
+            except ValueError:
+                return super().process_value(ctx, value)  # type: ignore[misc]
+        return value if self.callback is None else self.callback(ctx, self, value)
 
-class _Argument(typer.core.TyperArgument):
-    """An argument as Typer made it, with quick values."""
 
-    process_value = _process_value
+class _Option(_Quick, typer.core.TyperOption):
+    pass
 
-    def __init__(self, made: Any, plain_type: Any) -> None:
-        vars(self).update(vars(made), plain_type=plain_type)
+
+class _Argument(_Quick, typer.core.TyperArgument):
+    pass

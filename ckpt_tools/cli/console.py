@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,6 +21,7 @@ from ..errors import WriteError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 NARROWEST = 40
 """Columns that a table needs; in fewer, rich would leave parts of it out, where a terminal only wraps them."""
@@ -169,6 +170,28 @@ def _short(value: float, units: tuple[str, ...]) -> str:
 def plural(number: int, noun: str, several: str | None = None) -> str:
     """Write a number and its noun: 1 tensor, 2 tensors."""
     return f"{number} {noun if number == 1 else several or noun + 's'}"
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """Write the first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def table(first: str, figures: Sequence[str], *, bars: int | None = None, cut: bool = True) -> Table:
+    """Make a table with a column of names, columns of figures, and one of bars of this width.
+
+    Args:
+        cut: figures may be cut into several lines where the terminal is narrow.
+    """
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False)
+    made.add_column(first, overflow="fold")
+    for title in figures:
+        made.add_column(title, justify="right", overflow="fold", no_wrap=not cut)
+    if bars is not None:
+        made.add_column("", no_wrap=True, width=bars)
+    return made
 
 
 def bar(value: float, largest: float, width: int = 20) -> str:

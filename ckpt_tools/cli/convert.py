@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,13 +9,12 @@ import typer
 from ..errors import UsageError
 from ..jobs.options import Computing, ConvertedOutput, ConvertedState, Missing
 from . import arguments, console
-from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.convert import ConvertReport
 
 
-@arguments.takes(ConvertedOutput, ConvertedState, Missing, Computing)
+@arguments.with_options(ConvertedOutput, ConvertedState, Missing, Computing)
 def convert(
     checkpoint: Annotated[
         str | None, typer.Argument(metavar="CKPT", help="A file, or a folder.", show_default=False)
@@ -39,14 +37,11 @@ def convert(
         raise UsageError("CKPT is missing: the checkpoint to convert. ckpt convert --list shows the layouts.")
     if options["out"] is None:
         raise UsageError("-o is missing: where to write, such as -o weights.safetensors.")
-    arguments.check_folder()
     from ..jobs.convert import convert as run
 
-    started = time.perf_counter()
-    with console.progress("converting") as on_progress:
-        report = run(arguments.path(checkpoint), **options, on_plan=_show, on_progress=on_progress)
+    source = arguments.path(checkpoint)
+    report, seconds = arguments.carried_out(run, "converting", source, **options, on_plan=_show)
     if report.written:
-        seconds = time.perf_counter() - started
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
     if json:
         console.print_json(arguments.plain(report))
@@ -58,10 +53,8 @@ def _show(report: ConvertReport) -> None:
         f"To layout {report.to}, {console.plural(report.tensors, 'tensor')}: {', '.join(report.placed)}.",
     )
     if report.dropped:
-        shown = ", ".join(report.dropped[:6])
-        more = f" and {len(report.dropped) - 6} more" if len(report.dropped) > 6 else ""
-        console.say(f"Not carried over: {shown}{more}.")
-    console.say(*map(spelled, report.notes))
+        console.say(f"Not carried over: {console.some(report.dropped)}.")
+    arguments.say_notes(report.notes)
 
 
 def _list(*, as_json: bool) -> None:

@@ -9,13 +9,12 @@ import typer
 from ..errors import UsageError
 from ..jobs.options import Comparison, Reading, Tolerance
 from . import arguments, console
-from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
-@arguments.takes(Comparison, Tolerance, Reading)
+@arguments.with_options(Comparison, Tolerance, Reading)
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
@@ -30,11 +29,9 @@ def diff(
     """
     if top < 0:
         raise UsageError(f"`top={top}`: must be 0 or more.")
-    arguments.check_folder()
     from ..jobs.diff import diff as compare
 
-    with console.progress("comparing") as on_progress:
-        report = compare(arguments.path(a), arguments.path(b), **options, on_progress=on_progress)
+    report, _ = arguments.carried_out(compare, "comparing", arguments.path(a), arguments.path(b), **options)
     _show(report, top)
     if json:
         console.print_json(arguments.plain(report))
@@ -46,7 +43,7 @@ def _show(report: DiffReport, top: int) -> None:
     for side in (report.a, report.b):
         lost = f", compared without {' and '.join(repr(p) for p in side.prefixes)}" if side.prefixes else ""
         console.say(f"{side.name}: {side.state}, {console.plural(side.tensors, 'tensor')}{lost}")
-    console.say(*map(spelled, report.notes))
+    arguments.say_notes(report.notes)
     _show_names(report.a, report.only_a, top)
     _show_names(report.b, report.only_b, top)
     for what, changes in (("shape", report.shapes), ("dtype", report.dtypes)):
@@ -75,15 +72,10 @@ def _show_rest(what: str, number: int) -> None:
 
 
 def _show_table(tensors: list[TensorDiff]) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("tensor", overflow="fold")
-    for title in ("largest absolute", "relative", "values that differ"):
-        table.add_column(title, justify="right", overflow="fold")
     width = console.bar_width(max(len(tensor.name) for tensor in tensors) + 50)
-    table.add_column("", no_wrap=True, width=width)
+    table = console.table("tensor", ("largest absolute", "relative", "values that differ"), bars=width)
     # A counter that went on by thousands would leave nothing of the bars of the weights.
     bars = [tensor.max_abs or 0.0 if tensor.weights else 0.0 for tensor in tensors]
     for tensor, bar in zip(tensors, bars, strict=True):

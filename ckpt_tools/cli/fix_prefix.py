@@ -1,32 +1,27 @@
-"""`ckpt fix-prefix`: parse, rename, show."""
+"""`ckpt fix-prefix`: parse, fix, show."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from ..jobs.options import Prefixes, RenamedOutput, Running
 from . import arguments, console
-from .arguments import spelled
 
 if TYPE_CHECKING:
-    from ..jobs.rename import PrefixReport
+    from ..jobs.fix_prefix import PrefixReport
 
 
-@arguments.takes(Prefixes, RenamedOutput, Running)
+@arguments.with_options(Prefixes, RenamedOutput, Running)
 def fix_prefix(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Take wrapper prefixes off the names; nothing else changes.
 
     Example: ckpt fix-prefix averaged.pth
     """
-    arguments.check_folder()
-    from ..jobs import rename
+    from ..jobs.fix_prefix import fix_prefix as without_prefixes
 
-    started = time.perf_counter()
-    with console.progress("copying") as on_progress:
-        report = rename.fix_prefix(arguments.averaged(checkpoint), **options, on_plan=_show, on_progress=on_progress)
+    source = arguments.averaged(checkpoint)
+    report, seconds = arguments.carried_out(without_prefixes, "copying", source, **options, on_plan=_show)
     if report.written:
-        seconds = time.perf_counter() - started
         console.wrote(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")
     if json:
         console.print_json(arguments.plain(report))
@@ -43,4 +38,4 @@ def _show(report: PrefixReport) -> None:
         console.say(f"  {place}: {done}.")
     if not report.changed:
         console.say(f"Nothing to fix; it {'stays' if report.in_place else 'is copied'} as it is.")
-    console.say(*map(spelled, report.notes))
+    arguments.say_notes(report.notes)

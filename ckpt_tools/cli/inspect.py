@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..jobs.inspect import Description, WeightSet
 
 
-@arguments.takes()
+@arguments.with_options()
 def inspect(
     path: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,

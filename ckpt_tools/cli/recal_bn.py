@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..jobs.options import Images, Inference, Measuring, Network, RecalibratedOutput, State
 from . import arguments, console
-from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..batchnorm.report import BatchNormReport
@@ -24,7 +23,7 @@ def _count(text: str | None) -> int | None:
     return int(text)
 
 
-@arguments.takes(Network, State, Images, Measuring, RecalibratedOutput, Inference, images=_count)
+@arguments.with_options(Network, State, Images, Measuring, RecalibratedOutput, Inference, images=_count)
 def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Recalibrate the BatchNorm statistics of averaged weights.
 
@@ -48,7 +47,7 @@ def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = Fa
     if report.statistics is not None and report.written:
         _show_statistics(report.statistics)
         _show_accuracy(report)
-        console.say(*map(spelled, report.notes[len(plans[0].notes) :]))
+        arguments.say_notes(report.notes[len(plans[0].notes) :])
         console.wrote(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
     if json and plans:  # of several processes only the first has one
         console.print_json(arguments.plain(report))
@@ -69,7 +68,7 @@ def _show_plan(report: RecalibrationReport) -> None:
         )
     if report.dropped:
         console.say(f"Not carried over: {', '.join(report.dropped[:6])}.")
-    console.say(*map(spelled, report.notes))
+    arguments.say_notes(report.notes)
 
 
 def _numbers(values: tuple[float, ...]) -> str:
@@ -77,17 +76,11 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def _show_statistics(found: BatchNormReport) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    screen = console.stderr()
-    table = Table(box=None, pad_edge=False)
-    table.add_column("layer", overflow="fold")
-    for title in ("largest mean", "largest variance", "mean by", "var by"):
-        table.add_column(title, justify="right", overflow="fold")
     longest = max((len(layer.name) for layer in found.layers), default=0)
     width = console.bar_width(longest + 54)
-    table.add_column("", no_wrap=True, width=width)
+    table = console.table("layer", ("largest mean", "largest variance", "mean by", "var by"), bars=width)
     largest = max((layer.mean_moved for layer in found.layers), default=0.0)
     for layer in found.layers:
         finite = layer.mean_moved != float("inf")
@@ -100,7 +93,7 @@ def _show_statistics(found: BatchNormReport) -> None:
             f"x{layer.variance_moved:.3g}",
             Text(drawn, style="green"),
         )
-    screen.print(table)
+    console.stderr().print(table)
     for name, class_name, reason in found.skipped:
         console.say(f"Left as it is: {name} ({class_name}), {reason}.")
     rate = found.images * found.passes / found.seconds if found.seconds else 0
@@ -115,12 +108,7 @@ def _show_statistics(found: BatchNormReport) -> None:
 def _show_accuracy(report: RecalibrationReport) -> None:
     if report.before is None or report.after is None:
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"on {report.before.images} images", overflow="fold")
-    for title in ("top-1 %", "top-5 %", "loss"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = console.table(f"on {report.before.images} images", ("top-1 %", "top-5 %", "loss"), cut=False)
     for name, a in (("before", report.before), ("after", report.after)):
         table.add_row(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}")
     console.say("")

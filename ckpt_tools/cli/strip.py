@@ -8,13 +8,12 @@ import typer
 
 from ..jobs.options import KeptState, Running, StrippedOutput
 from . import arguments, console
-from .arguments import spelled
 
 if TYPE_CHECKING:
     from ..jobs.strip import StripReport
 
 
-@arguments.takes(KeptState, StrippedOutput, Running)
+@arguments.with_options(KeptState, StrippedOutput, Running)
 def strip(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder of DCP; it is not changed.")],
     *,
@@ -25,11 +24,10 @@ def strip(
 
     Example: ckpt strip checkpoint-300.pth.tar
     """
-    arguments.check_folder()
     from ..jobs.strip import strip as without_training_state
 
-    with console.progress("stripping") as on_progress:
-        report = without_training_state(arguments.path(checkpoint), **options, on_plan=_show, on_progress=on_progress)
+    source = arguments.path(checkpoint)
+    report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=_show)
     if report.anything:
         console.wrote(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
     if json:
@@ -38,7 +36,8 @@ def strip(
 
 def _show(report: StripReport) -> None:
     if not report.anything:
-        console.say(f"{report.path}: nothing to strip. Nothing was written.", *map(spelled, report.notes))
+        console.say(f"{report.path}: nothing to strip. Nothing was written.")
+        arguments.say_notes(report.notes)
         return
     rows = [(entry.place, entry.nbytes) for entry in report.entries]
     if report.compacted > 0:
@@ -51,7 +50,7 @@ def _show(report: StripReport) -> None:
     console.say(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
     if report.dropped:
         console.say(f"Not carried over, because it is not plain data: {', '.join(report.dropped)}.")
-    console.say(*map(spelled, report.notes))
+    arguments.say_notes(report.notes)
 
 
 def _sizes(report: StripReport) -> str:

@@ -86,13 +86,9 @@ def in_storage_order(spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.dtype, (spec.numel,), (1,), spec.start, spec.storage)
 
 
-def tiles(shape: Sequence[int], orders: Sequence[Axes], numel: int, first_row: int | None = None) -> Iterator[Tile]:
-    """Cut a tensor into tiles of at most so many elements, with rows as long as may be in each of these orders.
-
-    Args:
-        first_row: elements that are enough for a row in the first order; those in the others can be longer then.
-    """
-    sizes = _tile_sizes(shape, orders, numel, first_row or numel)
+def tiles(shape: Sequence[int], orders: Sequence[Axes], numel: int) -> Iterator[Tile]:
+    """Cut a tensor into tiles of at most so many elements, with rows as long as may be in each of these orders."""
+    sizes = _tile_sizes(shape, orders, numel)
     for low in product(*[range(0, n, size) for n, size in zip(shape, sizes, strict=True)]):
         yield Tile(low, tuple([min(size, n - at) for at, size, n in zip(low, sizes, shape, strict=True)]))
 
@@ -103,13 +99,10 @@ def cut_tile(tile: Tile, orders: Sequence[Axes], numel: int) -> Iterator[Tile]:
         yield Tile(tuple([a + b for a, b in zip(tile.low, inner.low, strict=True)]), inner.sizes)
 
 
-def _tile_sizes(shape: Sequence[int], orders: Sequence[Axes], numel: int, first_row: int) -> list[int]:
+def _tile_sizes(shape: Sequence[int], orders: Sequence[Axes], numel: int) -> list[int]:
     sizes = [1] * len(shape)
-    left = numel
-    for i, order in enumerate(orders):
-        share = max(int(left ** (1 / (len(orders) - i))), 1)  # elements of a row
-        share = min(share, first_row) if i == 0 else share
-        left //= share
+    share = max(int(numel ** (1 / len(orders))), 1)  # elements of a row; each order takes a factor as large as this
+    for order in orders:
         row = 1
         for axis in reversed(order):
             sizes[axis] = min(shape[axis], max(sizes[axis], share // row, 1))

@@ -15,8 +15,6 @@ SLICE = 128 * 1024
 cache, enough that the price of a call and of passing the interpreter lock on is small beside the work."""
 MEMORY = SLICE * 88
 """Private bytes that a thread needs for that, at most."""
-PAGE = 4096
-"""Bytes of a page of the system: shorter rows of the output would be written at the price of one."""
 SMALL = 64 * 1024
 """Bytes in an input up to which a tensor is small: calls cost as much as moving it."""
 # Bytes of small tensors in a work unit, at most one tensor more; narrow ones count as four bytes an element, because of
@@ -203,8 +201,7 @@ def cut(
                     continue
                 swapped = any(spec.swapped for spec in tensor.terms.specs)
                 numel = other if tile is None or swapped else tile(tensor.tile_key, one_order(tensor))
-                page = PAGE // tensor.dtype.itemsize
-                slices = [tile_slice(out, tensor, offset, each) for each in tiles(tensor.shape, orders, numel, page)]
+                slices = [tile_slice(out, tensor, offset, each) for each in tiles(tensor.shape, orders, numel)]
                 for slice_ in _in_bands(slices):
                     yield WorkUnit(None if swapped else tensor.tile_key, (slice_,))
                 continue

@@ -63,7 +63,7 @@ class Batches:
     """
 
     def __init__(self, source: Any, loading: Loading) -> None:
-        self._source, self._loading = source, loading
+        self._source, self._loading = _in_batches(source, loading), loading
         self.broken: list[str] = []
         self.images = _count(len(source), loading.images) if _is_map(source) else None
         self.once = isinstance(source, Iterator)
@@ -189,7 +189,7 @@ def open_data(
                 made = factory()
         except (Exception, SystemExit) as error:  # the user's own code
             raise DataError(f"`data={source!r}`: failed ({type(error).__name__}: {error}).") from error
-        return Batches(_item_batches(made, loading), loading)
+        return Batches(made, loading)
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
     named = source.lower().startswith(_NAMED) and not path.exists()
     if not named and not path.exists():
@@ -211,7 +211,7 @@ def open_data(
                 # A reader of streams would share them out between the processes, and so does Batches.
                 if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
                     reader.dist_rank, reader.dist_num_replicas = 0, 1
-                return Batches(_item_batches(dataset, loading), loading)
+                return Batches(dataset, loading)
         else:
             if path.is_file() and path.suffix != ".tar":
                 raise DataError(f"`data={source!r}`: a file that is neither a .tar nor a factory (file.py:name).")
@@ -283,7 +283,7 @@ def _is_map(source: Any) -> bool:
     return isinstance(source, Dataset) and not isinstance(source, IterableDataset)
 
 
-def _item_batches(source: Any, loading: Loading) -> Any:
+def _in_batches(source: Any, loading: Loading) -> Any:
     """Turn a stream of single items into batches; leave datasets and streams of batches as they are."""
     if isinstance(source, IterableDataset):
         source = DataLoader(source, batch_size=loading.batch_size, num_workers=min(loading.workers, 1))

@@ -137,7 +137,7 @@ def _made(name: str, make: Any) -> nn.Module:
 
 def stored_arguments(header: Header) -> dict[str, Any]:
     """Return the arguments of the model in a checkpoint: ``arch``, ``num_classes``, ``in_chans`` and others."""
-    tree = header.view if isinstance(header.view, dict) else {}
+    tree = header.tree if isinstance(header.tree, dict) else {}
     args = tree.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     arch = next((a for a in (tree.get("arch"), args.get("model"), args.get("arch")) if isinstance(a, str)), None)

@@ -25,6 +25,11 @@ def suffixes() -> tuple[str, ...]:
     return tuple(suffix for each in FORMATS for suffix in each.suffixes)
 
 
+def holds_weights(name: str) -> bool:
+    """Return True if a file of this name has weights, or lists those of its folder."""
+    return name.endswith(tuple(suffix for each in FORMATS for suffix in (*each.suffixes, *each.indexes)))
+
+
 def format_of(target: Path) -> Format:
     """Return the format for an output of this name: by its suffix, or sharded if no suffix is known."""
     return next((each for each in FORMATS if each.writes and target.name.endswith(each.suffixes or ("\0",))), SHARDED)
@@ -80,4 +85,4 @@ def is_checkpoint(folder: Path) -> bool:
     return any(each.folder and each.sniff(folder, b"") for each in FORMATS)
 
 
-__all__ = ["FORMATS", "Format", "Header", "format_of", "is_checkpoint", "read_header", "suffixes"]
+__all__ = ["FORMATS", "Format", "Header", "format_of", "holds_weights", "is_checkpoint", "read_header", "suffixes"]

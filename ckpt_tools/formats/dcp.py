@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,17 @@ from typing import Any
 from ..errors import CorruptError, UnsupportedError, WriteError
 from ..storage.source import InputFile, read_file, store_of
 from ..tensors import Chunk, TensorSpec, UnsupportedTensor, join
-from . import dcp_metadata, torch_zip
+from . import dcp_metadata
 from .dcp_metadata import ChunkEntry, Location, Metadata, TensorEntry
 from .file_plan import FilePlan, OutTensor, joined, whole_file
-from .format import Format, Writing
+from .format import Format, Named, Writing
 from .header import Header, parse_provenance
 from .sharded import members
+from .torch_zip import TORCH_ZIP, read_archive
 from .zip import ALIGNMENT, Archive
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
-
-
-def is_folder(folder: Path) -> bool:
-    """Return True if a folder is a DCP checkpoint, complete or not."""
-    return any(name.endswith(SUFFIX) for name in store_of(folder).names(folder))
 
 
 class DCP(Format):
@@ -45,75 +41,124 @@ class DCP(Format):
     def sniff(self, path: Path, start: bytes) -> bool:
         if start:
             return path.name == METADATA or path.name.endswith(SUFFIX)
-        return is_folder(path)
+        return any(name.endswith(SUFFIX) for name in store_of(path).names(path))
 
     def read(self, path: Path) -> Header:
-        """Read the header of a folder; refuse a single file of one."""
+        """Read the header of a folder.
+
+        Raises:
+            CorruptError: incomplete or damaged, or a path leads outside the folder.
+            UnsupportedError: compressed, written by another storage, or a single file of a folder.
+        """
         if path.name == METADATA or path.name.endswith(SUFFIX):
             raise UnsupportedError(
                 f"{path}: one file of the checkpoint that the folder holds. Give the folder: {path.parent}"
             )
-        return read(path)
+        index, store = path / METADATA, store_of(path)
+        if not store.is_file(index):
+            if any(name.endswith(METADATA) for name in store.names(path)):
+                raise UnsupportedError(
+                    f"{path}: each rank saved its own {METADATA}, so no file lists the chunks of each tensor. "
+                    "Load it with torch.distributed.checkpoint and save it with collectives."
+                )
+            raise CorruptError(
+                f"{path}: holds {SUFFIX} files and no {METADATA}, which is written last: the save was interrupted, "
+                "or is under way. Get a complete copy."
+            )
+        raw, stamp = read_file(index)
+        metadata = dcp_metadata.load(io.BytesIO(raw), index)
+        foreign = Counter(metadata.foreign)
+        objects: dict[Location, Any] = {}
+        stamps = [stamp]
+        locations_of = {
+            name: list(each) for name, each in groupby(metadata.locations(), key=lambda location: location.file)
+        }
+        for name, member in members(index, locations_of).items():
+            with InputFile(member) as file:
+                stamps.append(file.stamp)
+                for location in locations_of[name]:
+                    objects[location], unknown = _read_object(file, location)
+                    foreign.update(unknown)
+        leaves = (
+            (metadata.paths.get(name, (name,)), _value(path, index, name, entry, objects))
+            for name, entry in metadata.entries.items()
+        )
+        provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
+        return Header(path, self, _nest(index, leaves), tuple(stamps), foreign, provenance=provenance)
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
-        return tuple(plan(content, max_bytes=writing.max_bytes, provenance=writing.provenance))
+        """Lay out a folder that any number of processes can load: a tensor is one chunk.
+
+        The provenance is in ``.metadata``, where torch ignores it. It is last: it makes a folder a checkpoint.
+
+        Raises:
+            WriteError: two entries have the same name, or an entry is not plain data.
+        """
+        files: list[list[tuple[int, FilePlan]]] = [[]]
+        end = 0
+        entries: dict[str, TensorEntry | Location] = {}
+        paths: dict[str, tuple[Any, ...]] = {}
+        stored: dict[OutTensor, Location] = {}
+        for path, value in _leaves(content):
+            name = ".".join(map(str, path))
+            if name in entries:
+                raise WriteError(
+                    f"two entries would have the name '{name}', which torch.distributed.checkpoint cannot tell apart. "
+                    "Rename one, or write a .pth file."
+                )
+            paths[name] = path
+            location = stored.get(value) if isinstance(value, OutTensor) else None
+            if location is None:
+                (inner,) = TORCH_ZIP.plan(value, Writing(name=name))
+                start = end + -end % ALIGNMENT
+                if writing.max_bytes is not None and start and start + inner.size > writing.max_bytes:
+                    files.append([])
+                    start = 0
+                location = Location(f"__0_{len(files) - 1}{SUFFIX}", start, inner.size)
+                files[-1].append((start, inner))
+                end = start + inner.size
+            if isinstance(value, OutTensor):
+                stored[value] = location
+                entries[name] = TensorEntry(
+                    value.dtype.name, value.shape, (ChunkEntry((0,) * len(value.shape), value.shape, location),)
+                )
+            else:
+                entries[name] = location
+        text = None if writing.provenance is None else json.dumps(writing.provenance, indent=1)
+        index = dcp_metadata.dump(Metadata(entries, paths, text))
+        return (
+            *(joined(f"__0_{number}{SUFFIX}", plans) for number, plans in enumerate(files)),
+            whole_file(METADATA, index),
+        )
+
+    def rename(self, header: Header) -> Named:
+        raise UnsupportedError(
+            f"{header.path}: a DCP checkpoint, with names in many places. Convert it to one file first: `convert(...)`."
+        )
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        return [name for name in store_of(folder).names(folder) if name.endswith(SUFFIX)] if METADATA in names else ()
 
 
 DCP_FOLDER = DCP()
 
 
-def read(folder: Path) -> Header:
-    """Read the header of a DCP folder.
-
-    Raises:
-        CorruptError: incomplete or damaged, or a path leads outside the folder.
-        UnsupportedError: compressed, or written by another storage.
-    """
-    index = folder / METADATA
-    store = store_of(folder)
-    if not store.is_file(index):
-        if any(name.endswith(METADATA) for name in store.names(folder)):
-            raise UnsupportedError(
-                f"{folder}: each rank saved its own {METADATA}, so no file lists the chunks of each tensor. "
-                "Load it with torch.distributed.checkpoint and save it with collectives."
-            )
+def _read_object(file: InputFile, location: Location) -> tuple[Any, Counter[str]]:
+    """Return a chunk or another object, and its unknown globals."""
+    end = location.offset + location.length
+    if end > file.stamp.nbytes:
         raise CorruptError(
-            f"{folder}: holds {SUFFIX} files and no {METADATA}, which is written last: the save was interrupted, "
-            "or is under way. Get a complete copy."
+            f"{file.path}: truncated: {METADATA} says that an entry ends at byte {end}, the file at "
+            f"{file.stamp.nbytes}. Get a complete copy."
         )
-    raw, stamp = read_file(index)
-    metadata = dcp_metadata.load(io.BytesIO(raw), index)
-    foreign = Counter(metadata.foreign)
-    objects: dict[Location, Any] = {}
-    stamps = [stamp]
-    locations_of = {
-        name: list(each) for name, each in groupby(metadata.locations(), key=lambda location: location.file)
-    }
-    for name, path in members(index, locations_of).items():
-        with InputFile(path) as file:
-            stamps.append(file.stamp)
-            for location in locations_of[name]:
-                if location.offset + location.length > stamps[-1].nbytes:
-                    raise CorruptError(
-                        f"{path}: truncated: {METADATA} says that an entry ends at byte "
-                        f"{location.offset + location.length}, the file at {stamps[-1].nbytes}. Get a complete copy."
-                    )
-                if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
-                    raise UnsupportedError(
-                        f"{path}: its entries were written as safetensors, which torch does not read from such a "
-                        "folder. Save it again with the default serialization format of FileSystemWriter."
-                    )
-                where = f"{path}: the entry at byte {location.offset}"
-                archive = Archive(file, location.offset, location.length, where=where)
-                saved = torch_zip.read_archive(archive, path, where=where)
-                objects[location] = saved.tree
-                foreign.update(saved.foreign)
-    leaves = (
-        (metadata.paths.get(name, (name,)), _value(folder, index, name, entry, objects))
-        for name, entry in metadata.entries.items()
-    )
-    provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
-    return Header(folder, DCP_FOLDER, _nest(index, leaves), tuple(stamps), foreign, provenance=provenance)
+    if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
+        raise UnsupportedError(
+            f"{file.path}: its entries were written as safetensors, which torch does not read from such a folder. "
+            "Save it again with the default serialization format of FileSystemWriter."
+        )
+    where = f"{file.path}: the entry at byte {location.offset}"
+    archive = Archive(file, location.offset, location.length, where=where)
+    return read_archive(archive, file.path, where=where)[1:]
 
 
 def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Location, objects: Mapping[Location, Any]) -> Any:
@@ -162,61 +207,6 @@ def _settled(node: Any) -> Any:
     if all(isinstance(key, int) for key in children) and max(children) < 2 * len(children) + 100:
         return [children.get(i) for i in range(max(children) + 1)]
     return children
-
-
-def plan(
-    tree: Mapping[Any, Any], *, max_bytes: int | None = None, provenance: Mapping[str, Any] | None = None
-) -> list[FilePlan]:
-    """Lay out a DCP folder, which any number of processes can load.
-
-    Args:
-        tree: plain data (see `pickle_write.plain`) with OutTensors: names to tensors, or nested such as
-            ``{"model": {...}, "step": 7}``. A tensor is one chunk; an OutTensor under several names is stored once.
-        max_bytes: the largest file; a larger tensor has a file of its own.
-        provenance: stored in ``.metadata``; torch ignores it.
-
-    Returns:
-        The files, in the order of writing: ``.metadata``, which makes the folder a checkpoint, is last.
-
-    Raises:
-        WriteError: two entries have the same name, or an entry is not plain data.
-    """
-    files: list[list[tuple[int, FilePlan]]] = [[]]
-    end = 0
-    entries: dict[str, TensorEntry | Location] = {}
-    paths: dict[str, tuple[Any, ...]] = {}
-    stored: dict[OutTensor, Location] = {}
-    for path, value in _leaves(tree):
-        name = ".".join(map(str, path))
-        if name in entries:
-            raise WriteError(
-                f"two entries would have the name '{name}', which torch.distributed.checkpoint cannot tell apart. "
-                "Rename one, or write a .pth file."
-            )
-        paths[name] = path
-        location = stored.get(value) if isinstance(value, OutTensor) else None
-        if location is None:
-            inner = torch_zip.plan(value, name=name)
-            start = end + -end % ALIGNMENT
-            if max_bytes is not None and start and start + inner.size > max_bytes:
-                files.append([])
-                start = 0
-            location = Location(f"__0_{len(files) - 1}{SUFFIX}", start, inner.size)
-            files[-1].append((start, inner))
-            end = start + inner.size
-        if isinstance(value, OutTensor):
-            stored[value] = location
-            entries[name] = TensorEntry(
-                value.dtype.name, value.shape, (ChunkEntry((0,) * len(value.shape), value.shape, location),)
-            )
-        else:
-            entries[name] = location
-    text = None if provenance is None else json.dumps(provenance, indent=1)
-    index = dcp_metadata.dump(Metadata(entries, paths, text))
-    return [
-        *(joined(f"__0_{number}{SUFFIX}", plans) for number, plans in enumerate(files)),
-        whole_file(METADATA, index),
-    ]
 
 
 def _leaves(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeGuard
 
 from ..errors import CorruptError, UnsupportedError, WriteError
-from ..tensors import DType, Storage
 from . import pickle_read as unpickle
 from .header import PROVENANCE
 from .pickle_read import Inert
@@ -90,7 +89,7 @@ def load(file: IO[bytes], index: Path) -> Metadata:
         CorruptError: damaged, or another pickle.
         UnsupportedError: compressed, or not written to files.
     """
-    saved, foreign = unpickle.load(file, _no_storage, where=str(index), torch_values=False)
+    saved, foreign = unpickle.load(file, where=str(index), torch_values=False)
     read = _Reader(index)
     fields = read.fields(saved, "Metadata")
     entries, stored, paths = (fields.get(key) for key in ("state_dict_metadata", "storage_data", "planner_data"))
@@ -106,12 +105,8 @@ def load(file: IO[bytes], index: Path) -> Metadata:
     return Metadata(ordered, known, fields.get(PROVENANCE), unknown)
 
 
-def _no_storage(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-    raise pickle.UnpicklingError("an unexpected storage")
-
-
 class _Reader:
-    """Parses the records of a pickle, trusting no number or name in them."""
+    """Parses the objects of a pickle, trusting no number or name in them."""
 
     def __init__(self, index: Path) -> None:
         self._index = index
@@ -119,12 +114,12 @@ class _Reader:
     def _damaged(self, what: str) -> CorruptError:
         return CorruptError(f"{self._index}: {what}. It is damaged, or not a checkpoint; get a fresh copy.")
 
-    def fields(self, record: Any, *names: str) -> dict[str, Any]:
-        """Return the fields of a record, which must be of one of these classes of torch.distributed."""
-        full = type(record).global_name if isinstance(record, Inert) else type(record).__name__
+    def fields(self, saved: Any, *names: str) -> dict[str, Any]:
+        """Return the fields of an object, which must be of one of these classes of torch.distributed."""
+        full = type(saved).global_name if isinstance(saved, Inert) else type(saved).__name__
         if not full.startswith("torch.distributed.") or full.rpartition(".")[2] not in names:
             raise self._damaged(f"holds a {full} in place of a {names[0]}")
-        return record.state if isinstance(record.state, dict) else {}  # a class without fields has no state
+        return saved.state if isinstance(saved.state, dict) else {}  # a class without fields has no state
 
     def name(self, name: Any) -> str:
         if not isinstance(name, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -46,27 +46,24 @@ class Renaming:
     Attributes:
         state: the dict, as it is in the tree.
         names: old to new, for the keys that change.
-        modules: the same for torch's ``_metadata``; of two modules with one new name, the last is kept.
+        modules: from a state dict to new names for its ``_metadata``, which torch sets; of two modules with one new
+            name, the last is kept.
     """
 
     state: Mapping[Any, Any]
     names: Mapping[str, str]
-    modules: Mapping[str, str]
+    modules: Callable[[Mapping[Any, Any]], Mapping[str, str]]
 
 
 class Named(Protocol):
-    """A file whose tensor names can be changed."""
-
-    @property
-    def path(self) -> Path:
-        """The file."""
+    """A checkpoint whose tensor names can be changed."""
 
     @property
     def tree(self) -> Any:
         """The content, as in its header."""
 
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        """Describe the file with new names.
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
+        """Describe its files with new names.
 
         Raises:
             ReadError: a name is not stored as a plain string.
@@ -80,6 +77,8 @@ class Format:
         name: as in reports, such as ``safetensors``.
         suffixes: of its files; the first is the usual one. Empty for folders.
         folder: a checkpoint is a folder, not a file.
+        singles: names of files that make their folder a checkpoint.
+        indexes: suffixes of files that list the tensors of the folder.
         nests: it stores nested objects (dicts, numbers, text), not only names to tensors.
         writes: it can be written.
         usual_suffix: the default suffix of a file converted from this format.
@@ -88,6 +87,8 @@ class Format:
     name: str
     suffixes: tuple[str, ...] = ()
     folder: bool = False
+    singles: tuple[str, ...] = ()
+    indexes: tuple[str, ...] = ()
     nests: bool = False
     writes: bool = False
     usual_suffix: str = ".pth"
@@ -125,12 +126,16 @@ class Format:
         raise UnsupportedError(f"{writing.name}: {self.name} is read, not written. Choose another name for the output.")
 
     def rename(self, header: Header) -> Named:
-        """Read the positions of the names in a file.
+        """Read the positions of the names in a checkpoint.
 
         Raises:
             UnsupportedError: names cannot be changed in place in this format.
         """
         raise UnsupportedError(f"{header.path}: names of a {self.name} checkpoint cannot be changed in place.")
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        """Return the names of files in a folder, an older output, that a new one with files of `names` may replace."""
+        return ()
 
     def __repr__(self) -> str:
         return f"<Format {self.name}>"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.source import Stamp, store_of
-from .template import Places, Template, relocated
+from .template import Places, Template, in_own_files
 
 if TYPE_CHECKING:
     from .format import Format
@@ -36,9 +36,7 @@ class Header:
     Attributes:
         path: the file or folder.
         format: the file format.
-        content: the saved object, not to be changed. A tensor is a TensorSpec or UnsupportedTensor, an object of an
-            unknown class an Inert. In formats that do not nest: a flat dict. With a template, the specs point to the
-            files of the template; see `tree`.
+        content: as `tree`, but with tensors in the files of the template, if it has one.
         files: all files of the checkpoint.
         foreign: unknown globals of the pickle, with counts.
         metadata: ``__metadata__`` of a safetensors file (of the first shard, when sharded).
@@ -46,7 +44,7 @@ class Header:
         shards: tensor name to file name, for a sharded checkpoint.
         shard_format: the format of the shards.
         template: the parsed content that this header shares with others, or None.
-        places: the files of this checkpoint in place of those of the template; empty if `content` is its own.
+        places: its own files by those of the template; a missing file has no other place.
     """
 
     path: Path
@@ -63,15 +61,12 @@ class Header:
 
     @cached_property
     def tree(self) -> Any:
-        """The saved object with the specs of this checkpoint; a copy if the content is shared."""
-        if self.template is None or not self.template.shareable:
-            return self.content
-        return relocated(self.content, self.places)
+        """The saved object, which may be shared and must not be changed.
 
-    @property
-    def view(self) -> Any:
-        """The saved object with the specs of this checkpoint; it may be shared, so do not change it."""
-        return self.tree if self.places else self.content
+        A tensor is a TensorSpec or UnsupportedTensor, an object of an unknown class an Inert. In formats that do not
+        nest, it is a flat dict.
+        """
+        return in_own_files(self.content, self.places) if self.places else self.content
 
     @property
     def file_format(self) -> Format:

@@ -12,11 +12,12 @@ import pickle
 import struct
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError
+from ..storage.splice import Span, Splice
 from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
 from . import pickle_read as unpickle
 from .format import Renaming
@@ -56,16 +57,14 @@ class TracedPickle:
 
     pickled: bytes
     tree: Any
-    _opcodes: dict[int, _TextOpcode] = field(default_factory=dict)
-    _frames: list[tuple[int, int]] = field(default_factory=list)
-    _keys: dict[int, tuple[Any, list[Any]]] = field(default_factory=dict)
+    _tracer: _Tracer
 
     def keys(self, mapping: Mapping[Any, Any]) -> list[Any]:
         """Return all keys that the pickle sets in a dict of the tree.
 
         Equal keys may occur twice: a rename can give a wrapper and its model the same name in `_metadata`.
         """
-        _, set_later = self._keys.get(id(mapping), (mapping, []))
+        _, set_later = self._tracer.keys.get(id(mapping), (mapping, []))
         return list({id(key): key for key in (*mapping, *set_later)}.values())
 
     def rewritten(self, wanted: Iterable[tuple[str, str]]) -> bytes:
@@ -80,21 +79,21 @@ class TracedPickle:
         """
         targets: dict[int, str] = {}
         for text, target in wanted:
-            if id(text) not in self._opcodes:
+            if id(text) not in self._tracer.opcodes:
                 raise CorruptError(f"its pickle does not store the name '{text}' as a plain string.")
             if targets.setdefault(id(text), target) != target:
                 raise UnsupportedError(
                     f"two state dicts share the name '{text}', which would be '{target}' in one of them only."
                 )
         edits = []
-        for opcode in self._opcodes.values():
+        for opcode in self._tracer.opcodes.values():
             target = targets.get(id(opcode.text), opcode.text)
             unedited = opcode.text if opcode.source is None else targets.get(id(opcode.source), opcode.source)
             if target != unedited:
                 edits.append((opcode.span, _literal(target, narrow=opcode.narrow)))
         if edits:
             # Frames record their length; the format makes them optional.
-            edits += [(span, b"") for span in self._frames]
+            edits += [(span, b"") for span in self._tracer.frames]
         pieces = []
         position = 0
         for (start, end), literal in sorted(edits):
@@ -110,11 +109,11 @@ def trace(pickled: bytes, *, where: str) -> TracedPickle:
         CorruptError: see `unpickle.load`.
     """
     tracer = _Tracer(io.BytesIO(pickled))
-    tree = unpickle.run(tracer, where=where)
-    return TracedPickle(pickled, tree, tracer.opcodes, tracer.frames, tracer.keys)
+    return TracedPickle(pickled, unpickle.run(tracer, where=where), tracer)
 
 
-def _nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+def nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+    """Return a storage for a tensor that is not read."""
     return Storage(Path(key), 0, sys.maxsize)
 
 
@@ -138,7 +137,7 @@ def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False)
 
 class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
     def __init__(self, pickled: io.BytesIO) -> None:
-        super().__init__(pickled, _nowhere)
+        super().__init__(pickled, nowhere)
         self.pickled = pickled
         self.opcodes: dict[int, _TextOpcode] = {}
         self.frames: list[tuple[int, int]] = []
@@ -201,12 +200,9 @@ def _literal(text: str, *, narrow: bool) -> bytes:
     """Return a string as an opcode of protocol 2, which torch.load(weights_only=True) accepts."""
     if narrow and text.isascii():
         raw = text.encode()
-        short = len(raw) < 256
-        return (
-            (pickle.SHORT_BINSTRING if short else pickle.BINSTRING)
-            + len(raw).to_bytes(1 if short else 4, "little")
-            + raw
-        )
+        if len(raw) < 256:
+            return pickle.SHORT_BINSTRING + bytes([len(raw)]) + raw
+        return pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw
     raw = text.encode("utf-8", "surrogatepass")
     return pickle.BINUNICODE + len(raw).to_bytes(4, "little") + raw
 
@@ -252,26 +248,39 @@ def _children(node: Any, names: Mapping[str, str]) -> list[Any]:
     return list(node)
 
 
-def renamed(traced: TracedPickle, renamings: Sequence[Renaming], path: Path) -> bytes:
-    """Return a pickle with new names for its tensors.
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedPickle:
+    """A file with a pickle in which names can be changed; see `Named`.
 
-    Raises:
-        UnsupportedError: a name is not stored as a plain string.
+    Attributes:
+        path: the file.
+        traced: the pickle.
+        around: from the new pickle to the pieces of the new file.
     """
-    wanted = []
-    changed: dict[int, dict[str, str]] = {}
-    for renaming in renamings:
-        metadata = getattr(renaming.state, "_metadata", None)
-        for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules)):
-            if isinstance(mapping, dict) and names:
-                wanted += [(key, names[key]) for key in traced.keys(mapping) if key in names]
-                changed.setdefault(id(mapping), {}).update(names)
-    try:
-        pickled = traced.rewritten(wanted)
-    except (CorruptError, UnsupportedError) as error:
-        raise UnsupportedError(f"{path}: {error} Load and save it with torch once.") from error
-    if differs(traced.tree, trace(pickled, where=str(path)).tree, changed):
-        raise UnsupportedError(
-            f"{path}: single names in its pickle cannot be changed. Load and save it with torch once."
-        )
-    return pickled
+
+    path: Path
+    traced: TracedPickle
+    around: Callable[[bytes], tuple[bytes | Span, ...]]
+
+    @property
+    def tree(self) -> Any:
+        return self.traced.tree
+
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
+        wanted = []
+        changed: dict[int, dict[str, str]] = {}
+        for renaming in renamings:
+            metadata = getattr(renaming.state, "_metadata", None)
+            for mapping, names in ((renaming.state, renaming.names), (metadata, renaming.modules(renaming.state))):
+                if isinstance(mapping, dict) and names:
+                    wanted += [(key, names[key]) for key in self.traced.keys(mapping) if key in names]
+                    changed.setdefault(id(mapping), {}).update(names)
+        try:
+            pickled = self.traced.rewritten(wanted)
+        except (CorruptError, UnsupportedError) as error:
+            raise UnsupportedError(f"{self.path}: {error} Load and save it with torch once.") from error
+        if differs(self.tree, trace(pickled, where=str(self.path)).tree, changed):
+            raise UnsupportedError(
+                f"{self.path}: single names in its pickle cannot be changed. Load and save it with torch once."
+            )
+        return (Splice(self.path, self.around(pickled)),)

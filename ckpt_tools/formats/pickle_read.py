@@ -52,11 +52,11 @@ class Inert(metaclass=Sealed):
     items: list[Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        record = object.__new__(cls)
-        record.args = (*args, kwargs) if kwargs else args
-        record.state = None
-        record.items = []
-        return record
+        inert = object.__new__(cls)
+        inert.args = (*args, kwargs) if kwargs else args
+        inert.state = None
+        inert.items = []
+        return inert
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Accept any arguments; `__new__` has stored them."""
@@ -337,7 +337,14 @@ class _Unpickler(Restricted, pickle.Unpickler):
     pass
 
 
-def load(file: IO[bytes], locate: Locate, *, where: str, torch_values: bool = True) -> tuple[Any, Counter[str]]:
+def no_storage(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
+    """Refuse a storage, in a pickle without tensors."""
+    raise pickle.UnpicklingError("an unexpected storage")
+
+
+def load(
+    file: IO[bytes], locate: Locate = no_storage, *, where: str, torch_values: bool = True
+) -> tuple[Any, Counter[str]]:
     """Read one pickle from an open file, and leave the file position after it.
 
     Args:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import pickle
-import secrets
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class _Names(dict[tuple[str, str], type]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._random = secrets.token_hex(16)
+        self._random = os.urandom(16).hex()
         self._modules: dict[str, ModuleType] = {}
 
     def __missing__(self, key: tuple[str, str]) -> type:

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import JSONDecoder
 from pathlib import Path
+from sys import intern
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import AlignmentError, CorruptError, UnsupportedError
 from ..storage.source import InputFile
-from ..storage.splice import Span, Splice, relocated
-from ..tensors import BY_SAFETENSORS, DType, Storage, TensorSpec, UnsupportedTensor, c_strides, make_spec
+from ..storage.splice import Span, Splice, whole_blocks
+from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, make_spec
 from .file_plan import FilePlan, OutTensor, Payload, constant
 from .format import Format, Named, Renaming, Writing
 from .header import PROVENANCE, Header, parse_provenance
@@ -59,13 +60,18 @@ class Safetensors(Format):
                     f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy."
                 )
             raw = file.read(8, length)
-        payload = size - 8 - length
-        template, metadata = _template(path, raw, payload)
-        position = template.end
-        if position != payload:
-            what = "truncated" if position > payload else "longer than its header says"
-            raise CorruptError(f"{path}: {what}: {position} bytes of data declared, {payload} found. Get a fresh copy.")
-        shift = 8 + length - template.base
+        data = Storage(path, 8 + length, size - 8 - length)
+        metadata, text = _split(path, raw)
+        key = text, tuple((alias, kept) for alias, kept in metadata.items() if _is_tie(alias, kept))
+        template = _KNOWN.get(key) or _parse(path, text, metadata, data)
+        if template.nbytes != data.nbytes:
+            what = "truncated" if template.nbytes > data.nbytes else "longer than its header says"
+            raise CorruptError(
+                f"{path}: {what}: {template.nbytes} bytes of data declared, {data.nbytes} found. Get a fresh copy."
+            )
+        _KNOWN[key] = template
+        metadata = {**metadata, **template.metadata}
+        shift = data.offset - template.base
         return Header(
             path,
             self,
@@ -77,16 +83,63 @@ class Safetensors(Format):
             places={template.files[0]: (path, shift)} if shift or template.files[0] != path else {},
         )
 
-    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
-        return (
-            plan(
-                content,
-                name=writing.name,
-                metadata=writing.metadata,
-                provenance=writing.provenance,
-                untie=writing.untie,
-            ),
-        )
+    def plan(self, content: Mapping[str, OutTensor], writing: Writing) -> tuple[FilePlan, ...]:
+        """Lay out a safetensors file.
+
+        A tied tensor (one OutTensor under several names) is written once with aliases in the metadata, unless
+        `writing.untie`; a name that `_is_tie` would not recognise as an alias is always written.
+
+        Raises:
+            UnsupportedError: the format lacks a dtype, or a name is not allowed.
+        """
+        name = writing.name
+        metadata = {"format": "pt", **writing.metadata}
+        if writing.provenance is not None:
+            metadata[PROVENANCE] = json.dumps(writing.provenance)
+        kept: dict[OutTensor, str] = {}
+        aliases: dict[str, str] = {}
+        unique: dict[str, OutTensor] = {}
+        for key, tensor in content.items():
+            if key == _METADATA:
+                raise UnsupportedError(
+                    f"{name}: '{key}' cannot name a tensor in safetensors. Write a .pth file instead."
+                )
+            if not writing.untie and tensor in kept and key not in metadata and _is_tie(key, kept[tensor]):
+                aliases[key] = kept[tensor]
+            else:
+                kept.setdefault(tensor, key)
+                unique[key] = tensor
+            if tensor.dtype.safetensors is None:
+                raise UnsupportedError(
+                    f"'{key}' is {tensor.dtype.name}, which safetensors does not support. "
+                    "Write a .pth file instead, with `out`."
+                )
+        entries: dict[str, Any] = {_METADATA: {**metadata, **aliases}}
+        position = 0
+        offsets: list[tuple[OutTensor, int]] = []
+        # Large elements first, as in the library, so that every tensor is aligned to its element size.
+        for key, tensor in sorted(unique.items(), key=lambda item: -item[1].dtype.itemsize):
+            end = position + tensor.nbytes
+            entries[key] = {
+                "dtype": tensor.dtype.safetensors,
+                "shape": list(tensor.shape),
+                "data_offsets": [position, end],
+            }
+            offsets.append((tensor, position))
+            position = end
+        try:
+            header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UnsupportedError(f"{name}: a tensor name is not valid Unicode. Write a .pth file instead.") from error
+        header += b" " * (-len(header) % 8)
+        if len(header) > MAX_HEADER:
+            raise UnsupportedError(
+                f"{name}: a header of {len(header)} bytes is over the limit of {MAX_HEADER}. Write a .pth file instead."
+            )
+        base = 8 + len(header)
+        payloads = [Payload(tensor, base + offset) for tensor, offset in offsets]
+        start = constant(0, struct.pack("<Q", len(header)) + header)
+        return (FilePlan(name, base + position, (start, *payloads)),)
 
     def rename(self, header: Header) -> Named:
         return _Named(header)
@@ -95,30 +148,31 @@ class Safetensors(Format):
 SAFETENSORS = Safetensors()
 
 
-class _Template(Template):
+@dataclass(frozen=True, eq=False)
+class _Parsed(Template):
     """The parsed tensors of a header.
 
     Attributes:
-        content: tensors by name, in the file that was parsed.
-        base: offset of its data, in bytes.
-        end: length of the data, in bytes.
+        base: offset of the data, in bytes.
+        nbytes: length of the data.
+        metadata: of a header in which it is not first.
     """
 
-    def __init__(self, content: Tensors, path: Path, base: int, end: int) -> None:
-        super().__init__(content, (path,))
-        self.base, self.end = base, end
+    base: int
+    nbytes: int
+    metadata: dict[str, str]
 
 
-_KNOWN: WeakValueDictionary[tuple[str, tuple[tuple[str, str], ...]], _Template] = WeakValueDictionary()
+_KNOWN: WeakValueDictionary[tuple[str, tuple[tuple[str, str], ...]], _Parsed] = WeakValueDictionary()
 """Templates by (header text after the metadata, ties in the metadata), kept while a header uses them."""
 
 
-def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str, str]]:
-    """Return the template of a header, shared with equal headers, and its metadata."""
+def _split(path: Path, raw: bytes) -> tuple[dict[str, str], str]:
+    """Return the metadata of a header if it is first, and the text after it."""
+    metadata: Any = {}
+    at = 0
     try:
         text = raw.decode()
-        metadata: Any = {}
-        at = 0
         if (first := _METADATA_FIRST.match(text)) is not None:
             metadata, at = _STRICT.raw_decode(text, first.end())
         rest = text[at:].strip(_SPACE)
@@ -127,23 +181,22 @@ def _template(path: Path, raw: bytes, payload: int) -> tuple[_Template, dict[str
     except (ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: its header is not valid JSON ({error}). The file is damaged.") from error
     _check_metadata(path, metadata)
-    ties = tuple((alias, kept) for alias, kept in metadata.items() if _is_tie(alias, kept))
-    template = _KNOWN.get((rest, ties))
-    if template is None:
-        entries = _entries(path, rest if not at else "{" + rest.removeprefix(","))
-        if not at:
-            metadata = entries.pop(_METADATA, {})
-            _check_metadata(path, metadata)
-        elif _METADATA in entries:
-            raise CorruptError(f"{path}: its header has two entries named {_METADATA}. The file is damaged.")
-        tensors, end = _tensors(path, entries, base=8 + len(raw), nbytes=payload)
-        for alias, kept in metadata.items():
-            if alias not in tensors and kept in entries and _is_tie(alias, kept):
-                tensors[alias] = tensors[kept]
-        template = _Template(tensors, path, 8 + len(raw), end)
-        if at or not metadata:  # otherwise `rest` contains the metadata
-            _KNOWN[rest, ties] = template
-    return template, dict(metadata)
+    return metadata, rest
+
+
+def _parse(path: Path, text: str, metadata: Mapping[str, str], data: Storage) -> _Parsed:
+    """Parse a header; see `_split` for its text and metadata."""
+    split = not text.startswith("{")
+    entries = _entries(path, "{" + text.removeprefix(",") if split else text)
+    if split and _METADATA in entries:
+        raise CorruptError(f"{path}: its header has two entries named {_METADATA}. The file is damaged.")
+    inside = entries.pop(_METADATA, {})
+    _check_metadata(path, inside)
+    tensors, nbytes = _tensors(path, entries, data)
+    for alias, kept in (inside or metadata).items():
+        if alias not in tensors and kept in entries and _is_tie(alias, kept):
+            tensors[alias] = tensors[kept]
+    return _Parsed(tensors, (path,), data.offset, nbytes, inside)
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
@@ -193,41 +246,46 @@ def _is_tie(alias: str, kept: str) -> bool:
     return "." in alias or alias == kept.rpartition(".")[2]
 
 
-def _tensors(path: Path, entries: Mapping[str, Any], *, base: int, nbytes: int) -> tuple[Tensors, int]:
-    """Return the spec of each entry, and the length of the data; refuse gaps and overlaps.
-
-    Args:
-        base: offset of the data in the file.
-        nbytes: length of the data in this file; a truncated file with the same header has less.
-    """
-    tensors: Tensors = {}
-    in_order = True
-    shapes: dict[tuple[Any, ...] | None, tuple[DType, tuple[int, ...], tuple[int, ...], int]] = {}
-    position = 0
-    whole = Storage(path, base, nbytes)
+def _tensors(path: Path, entries: Mapping[str, Any], data: Storage) -> tuple[Tensors, int]:
+    """Return the spec of each entry, and the length of the data; refuse gaps and overlaps."""
+    tensors: Tensors = {}  # all files have one string for a name
+    sizes_of: dict[tuple[Any, ...], tuple[tuple[int, ...], tuple[int, ...], int]] = {}
+    position, in_order = 0, True
     for name, entry in entries.items():
         try:
             code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise CorruptError(f"{path}: the entry of '{name}' is incomplete. The file is damaged.") from error
-        key = None
-        if type(code) is str and type(shape) is list and _INTEGERS.issuperset(map(type, (begin, end, *shape))):
-            key = (code, *shape)
-        known = shapes.get(key)
-        if known is not None and end - begin == known[3] and not begin % known[0].itemsize and begin >= 0:
-            dtype, sizes, strides, _ = known
-            tensors[name] = TensorSpec(dtype, sizes, strides, begin // dtype.itemsize, whole)
-        else:
-            spec, begin, end = _parse(path, name, entry, whole)
-            tensors[name] = spec
-            if type(spec) is TensorSpec:
-                shapes[key] = spec.dtype, spec.shape, c_strides(spec.shape), end - begin
+        sound = type(shape) is list and _INTEGERS.issuperset(map(type, (begin, end, *shape)))
+        if not sound or not 0 <= begin <= end or len(shape) > _MAX_DIMENSIONS:
+            raise CorruptError(f"{path}: the entry of '{name}' holds impossible numbers. The file is damaged.")
         in_order = in_order and begin == position
         position = end
+        dtype = _DTYPES.get(code) if type(code) is str else None
+        if dtype is None:
+            tensors[intern(name)] = UnsupportedTensor(f"of dtype {code}")
+            continue
+        key = (dtype, *shape)
+        known = sizes_of.get(key)
+        if known is None or known[2] != end - begin:
+            spec = make_spec(dtype, tuple(shape), Storage(path, data.offset + begin, end - begin))
+            if spec.nbytes != end - begin:
+                raise CorruptError(
+                    f"{path}: '{name}' of shape {shape} and dtype {code} needs {spec.nbytes} bytes, its header gives "
+                    f"{end - begin}. The file is damaged; get a fresh copy."
+                )
+            known = sizes_of[key] = spec.shape, spec.stride, spec.nbytes
+        sizes, strides, nbytes = known
+        start, odd = divmod(begin, dtype.itemsize)
+        if odd:
+            tensors[intern(name)] = TensorSpec(dtype, sizes, strides, 0, Storage(path, data.offset + begin, nbytes))
+        else:
+            tensors[intern(name)] = TensorSpec(dtype, sizes, strides, start, data)
     return tensors, position if in_order else _check_spans(path, entries)
 
 
 _INTEGERS = {int}
+_DTYPES = {code: dtype for code, dtype in BY_SAFETENSORS.items() if code != "F4"}
 
 
 def _check_spans(path: Path, entries: Mapping[str, Any]) -> int:
@@ -241,109 +299,16 @@ def _check_spans(path: Path, entries: Mapping[str, Any]) -> int:
     return position
 
 
-def _parse(path: Path, name: str, entry: Any, whole: Storage) -> tuple[TensorSpec | UnsupportedTensor, int, int]:
-    """Return (spec, begin, end) of an untrusted entry; `whole` is all data of the file."""
-    code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    sound = isinstance(shape, list) and {type(begin), type(end), *map(type, shape)} == {int}
-    if not sound or not 0 <= begin <= end or len(shape) > _MAX_DIMENSIONS:
-        raise CorruptError(f"{path}: the entry of '{name}' holds impossible numbers. The file is damaged.")
-    dtype = BY_SAFETENSORS.get(code) if isinstance(code, str) else None
-    if dtype is None or dtype.name == "float4_e2m1fn_x2":
-        return UnsupportedTensor(f"of dtype {code}"), begin, end
-    storage = Storage(path, whole.offset + begin, end - begin)
-    spec = make_spec(dtype, tuple(shape), storage)
-    if spec.nbytes != end - begin:
-        raise CorruptError(
-            f"{path}: '{name}' of shape {shape} and dtype {code} needs {spec.nbytes} bytes, its header gives "
-            f"{end - begin}. The file is damaged; get a fresh copy."
-        )
-    if begin % dtype.itemsize or end > whole.nbytes:
-        return spec, begin, end
-    return TensorSpec(dtype, spec.shape, spec.stride, begin // dtype.itemsize, whole), begin, end
-
-
-def plan(
-    tensors: Mapping[str, OutTensor],
-    *,
-    name: str,
-    metadata: Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    untie: bool = False,
-) -> FilePlan:
-    """Lay out a safetensors file. A tied tensor (one OutTensor under several names) is written once.
-
-    Args:
-        tensors: by name.
-        name: file name, for messages and sharded outputs.
-        metadata: entries of ``__metadata__``.
-        provenance: another entry of it, as JSON.
-        untie: write a tied tensor under each of its names, instead of once with aliases in the metadata
-            (a name that `_is_tie` would not recognise as an alias is always written).
-
-    Raises:
-        UnsupportedError: the format lacks a dtype, or a name is not allowed.
-    """
-    metadata = {"format": "pt", **(metadata or {})}
-    if provenance is not None:
-        metadata[PROVENANCE] = json.dumps(provenance)
-    kept: dict[OutTensor, str] = {}
-    aliases: dict[str, str] = {}
-    unique: dict[str, OutTensor] = {}
-    for key, tensor in tensors.items():
-        if key == _METADATA:
-            raise UnsupportedError(f"{name}: '{key}' cannot name a tensor in safetensors. Write a .pth file instead.")
-        if not untie and tensor in kept and key not in metadata and _is_tie(key, kept[tensor]):
-            aliases[key] = kept[tensor]
-        else:
-            kept.setdefault(tensor, key)
-            unique[key] = tensor
-        if tensor.dtype.safetensors is None:
-            raise UnsupportedError(
-                f"'{key}' is {tensor.dtype.name}, which safetensors does not support. "
-                "Write a .pth file instead, with `out`."
-            )
-    entries: dict[str, Any] = {_METADATA: {**metadata, **aliases}}
-    # Large elements first, as in the library, so that every tensor is aligned to its element size.
-    ordered = sorted(unique.items(), key=lambda item: -item[1].dtype.itemsize)
-    position = 0
-    offsets: list[tuple[OutTensor, int]] = []
-    for key, tensor in ordered:
-        end = position + tensor.nbytes
-        entries[key] = {
-            "dtype": tensor.dtype.safetensors,
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        offsets.append((tensor, position))
-        position = end
-    try:
-        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedError(f"{name}: a tensor name is not valid Unicode. Write a .pth file instead.") from error
-    header += b" " * (-len(header) % 8)
-    if len(header) > MAX_HEADER:
-        raise UnsupportedError(
-            f"{name}: a header of {len(header)} bytes is over the limit of {MAX_HEADER}. Write a .pth file instead."
-        )
-    base = 8 + len(header)
-    payloads = [Payload(tensor, base + offset) for tensor, offset in offsets]
-    return FilePlan(name, base + position, (constant(0, struct.pack("<Q", len(header)) + header), *payloads))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Named:
     header: Header
 
     @property
-    def path(self) -> Path:
-        return self.header.files[0].path
-
-    @property
     def tree(self) -> Any:
         return self.header.tree
 
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        path = self.path
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
+        path = self.header.files[0].path
         names = renamings[0].names
         with InputFile(path) as file:
             (length,) = struct.unpack("<Q", file.read(0, 8))
@@ -366,7 +331,7 @@ class _Named:
         header = _padded(_json(renamed), length)
         if len(header) > MAX_HEADER:
             raise UnsupportedError(f"{path}: its header would be over the limit of {MAX_HEADER} bytes.")
-        return Splice(path, (struct.pack("<Q", len(header)), header, Span(8 + length, self.header.nbytes)))
+        return (Splice(path, (struct.pack("<Q", len(header)), header, Span(8 + length, self.header.nbytes))),)
 
 
 def _json(entries: Mapping[str, Any]) -> bytes:
@@ -378,5 +343,5 @@ def _json(entries: Mapping[str, Any]) -> bytes:
 
 def _padded(header: bytes, length: int) -> bytes:
     """Pad a header so that the data moves by whole blocks, or to a multiple of 8 if that exceeds the limit."""
-    wanted = length + relocated(len(header) - length)
+    wanted = length + whole_blocks(len(header) - length)
     return header.ljust(wanted if wanted <= MAX_HEADER else len(header) + -len(header) % 8)

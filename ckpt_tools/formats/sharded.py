@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import intern
 from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, UsageError
 from ..storage.source import read_file, store_of
+from ..storage.splice import Splice
 from .file_plan import FilePlan, OutTensor, whole_file
-from .format import Format, Writing, read_single
+from .format import Format, Named, Renaming, Writing, read_single
 from .header import Header
 from .safetensors import SAFETENSORS
 from .template import Template
@@ -31,6 +33,8 @@ class Sharded(Format):
 
     name = "sharded"
     folder = True
+    singles = SINGLE
+    indexes = INDEX_SUFFIXES
     writes = True
 
     def sniff(self, path: Path, start: bytes) -> bool:
@@ -68,6 +72,15 @@ class Sharded(Format):
             plans.append(whole_file(f"{stem}{suffix}.index.json", index_json(shards, content)))
         return tuple(plans)
 
+    def rename(self, header: Header) -> Named:
+        index, *shards = (stamp.path for stamp in header.files)
+        return _Named(index, tuple(each.format.rename(each) for each in map(read_single, shards)))
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        store = store_of(folder)
+        index = next((name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES)), None)
+        return SINGLE if index is None else (*SINGLE, index, *read_weight_map(folder / index).values())
+
 
 SHARDED = Sharded()
 
@@ -82,99 +95,69 @@ def checkpoint_inside(folder: Path) -> Path | None:
     return folder / indexes[0] if len(indexes) == 1 else None
 
 
-class _Template(Template):
-    """The tensors of all shards of a checkpoint.
+@dataclass(frozen=True, eq=False)
+class _Union(Template):
+    """The tensors of all shards of a checkpoint, in the files of the templates of the shards.
 
     Attributes:
         weight_map: of the index: tensor name to file name.
-        shards: file name to template, in the order of `files`.
-        shifts: by how many bytes the payload of each file begins later than in the template of its shard, which may
-            have been parsed for a checkpoint with another index.
+        shards: the templates of the shards, in order.
     """
 
-    def __init__(
-        self,
-        content: Any,
-        files: tuple[Path, ...],
-        weight_map: dict[str, str],
-        shards: Mapping[str, Template],
-        shifts: tuple[int, ...],
-    ) -> None:
-        super().__init__(content, files)
-        self.weight_map, self.shards, self.shifts = weight_map, shards, shifts
+    weight_map: dict[str, str]
+    shards: tuple[Template, ...]
 
 
-_KNOWN: WeakValueDictionary[bytes, _Template] = WeakValueDictionary()
+_KNOWN: WeakValueDictionary[bytes, _Union] = WeakValueDictionary()
 """Templates by the bytes of the index, kept while a header uses them."""
 
 
 def _read_index(sharded: Format, index: Path, path: Path) -> Header:
     raw, stamp = read_file(index)
-    known = _KNOWN.get(raw)  # the last one with this index; its shards may differ
-    weight_map = read_weight_map(index, raw) if known is None else known.weight_map
+    template = _KNOWN.get(raw)  # the last one with this index; its shards may differ
+    weight_map = read_weight_map(index, raw) if template is None else template.weight_map
     headers = {name: read_single(shard) for name, shard in members(index, dict.fromkeys(weight_map.values())).items()}
-    files = (stamp, *(file for header in headers.values() for file in header.files))
+    shards = tuple([header.template for header in headers.values() if header.template is not None])
+    shared = len(shards) == len(headers)
+    if template is not None and template.shards == shards:
+        content = template.content
+    else:
+        trees = {name: header.content if shared else header.tree for name, header in headers.items()}
+        content = _union(index, weight_map, headers, trees)
+        files = tuple([file for shard in shards for file in shard.files])
+        template = _Union(content, files, weight_map, shards) if shared else None
+        if template is not None:
+            _KNOWN[raw] = template
     first = next(iter(headers.values()))
-    if known is not None and all(headers[name].template is shard for name, shard in known.shards.items()):
-        places = {
-            file: (header.files[0].path, _shift(header) - before)
-            for file, before, header in zip(known.files, known.shifts, headers.values(), strict=True)
-        }
-        return Header(
-            path,
-            sharded,
-            known.content,
-            files,
-            metadata=first.metadata,
-            provenance=first.provenance,
-            shards=weight_map,
-            shard_format=first.format,
-            template=known,
-            places=places,
-        )
-    names = {name: name for name in weight_map}
-    for header in headers.values():
-        # A header that was parsed just now: share the string objects of its names with the index.
-        if header.template is not None and not header.places:
-            header.template.content = {names.get(key, key): spec for key, spec in header.content.items()}
-    tree: dict[str, Any] = {}
-    trees = {name: header.view for name, header in headers.items()}
+    return Header(
+        path,
+        sharded,
+        content,
+        (stamp, *(file for header in headers.values() for file in header.files)),
+        sum((header.foreign for header in headers.values()), Counter()),
+        first.metadata,
+        first.provenance,
+        shards=weight_map,
+        shard_format=first.format,
+        template=template,
+        places={old: new for header in headers.values() for old, new in header.places.items()} if shared else {},
+    )
+
+
+def _union(
+    index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header], trees: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return tensor name to tensor, in the order of the index."""
     for key, name in weight_map.items():
-        tensors = trees[name]
-        if not isinstance(tensors, dict) or key not in tensors:
+        if not isinstance(trees[name], dict) or key not in trees[name]:
             raise CorruptError(f"{index}: says that {name} holds '{key}'; it does not. Get a fresh copy.")
-        tree[key] = tensors[key]
     for name, header in headers.items():
         extra = [key for key in trees[name] if weight_map.get(key) != name and key not in header.metadata]
         if extra:
             raise CorruptError(
                 f"{index}: does not list '{extra[0]}', which is in {name}. The index is stale; rewrite it."
             )
-    foreign: Counter[str] = Counter()
-    for header in headers.values():
-        foreign.update(header.foreign)
-    template = None
-    shards = {name: header.template for name, header in headers.items() if header.template is not None}
-    if len(shards) == len(headers):
-        shifts = tuple(map(_shift, headers.values()))
-        template = _KNOWN[raw] = _Template(tree, tuple(file.path for file in files[1:]), weight_map, shards, shifts)
-    return Header(
-        path,
-        sharded,
-        tree,
-        files,
-        foreign,
-        first.metadata,
-        first.provenance,
-        shards=weight_map,
-        shard_format=first.format,
-        template=template,
-    )
-
-
-def _shift(header: Header) -> int:
-    """Return by how many bytes the payload of a shard begins later than in its template."""
-    return next((shift for _, shift in header.places.values()), 0)
+    return {key: trees[name][key] for key, name in weight_map.items()}
 
 
 def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[str, Path]:
@@ -217,7 +200,7 @@ def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
         raise CorruptError(
             f"{index}: not the index of a sharded checkpoint ({type(error).__name__}: {error})."
         ) from error
-    return dict(weight_map)
+    return {intern(name): intern(file) for name, file in weight_map.items()}
 
 
 def parse_size(size: str | int, name: str = "max_shard_size") -> int:
@@ -287,8 +270,20 @@ def index_json(shards: Mapping[str, Sequence[str]], tensors: Mapping[str, OutTen
     return (json.dumps(index, indent=2) + "\n").encode()
 
 
-def renamed_index(index: Path, names: Mapping[str, str]) -> bytes:
-    """Return an index with new names for some tensors."""
-    content = json.loads(read_file(index)[0])
-    content["weight_map"] = {names.get(name, name): file for name, file in content["weight_map"].items()}
-    return (json.dumps(content, indent=2) + "\n").encode()
+@dataclass(frozen=True, slots=True, eq=False)
+class _Named:
+    """One state dict in many files: each gets the same new names."""
+
+    index: Path
+    shards: tuple[Named, ...]
+
+    @property
+    def tree(self) -> Any:
+        return {name: tensor for shard in self.shards for name, tensor in shard.tree.items()}
+
+    def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
+        (whole,) = renamings
+        splices = [splice for shard in self.shards for splice in shard.renamed([replace(whole, state=shard.tree)])]
+        content = json.loads(read_file(self.index)[0])
+        content["weight_map"] = {whole.names.get(name, name): file for name, file in content["weight_map"].items()}
+        return (*splices, Splice(self.index, ((json.dumps(content, indent=2) + "\n").encode(),)))

@@ -6,22 +6,19 @@ For each key follow the element count (int64) and the elements, always little en
 
 from __future__ import annotations
 
-import pickle
 import struct
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import CorruptError
 from ..storage.source import InputFile
-from ..storage.splice import Span, Splice
+from ..storage.splice import Span
 from ..tensors import DType, Storage
 from . import pickle_edit, pickle_read
-from .format import Format, Named, Renaming
+from .format import Format, Named
 from .header import Header
+from .pickle_edit import NamedPickle
 from .torch_zip import TORCH_ZIP
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -55,36 +52,27 @@ class TorchLegacy(Format):
     def rename(self, header: Header) -> Named:
         path = header.files[0].path
         with InputFile(path) as source, source.as_file() as file:
-            start, end = object_span(file, where=str(path))
+            start = _to_object(file, str(path))
+            pickle_read.load(file, pickle_edit.nowhere, where=str(path))
+            end, size = file.tell(), source.stamp.nbytes
             traced = pickle_edit.trace(source.read(start, end - start), where=str(path))
-        return _Named(path, traced, Span(start, end), header.nbytes)
+        return NamedPickle(path, traced, lambda pickled: (Span(0, start), pickled, Span(end, size)))
 
 
 TORCH_LEGACY = TorchLegacy()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Named:
-    path: Path
-    traced: pickle_edit.TracedPickle
-    span: Span
-    size: int
-
-    @property
-    def tree(self) -> Any:
-        return self.traced.tree
-
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
-        return Splice(self.path, (Span(0, self.span.start), pickled, Span(self.span.stop, self.size)))
+def _to_object(file: IO[bytes], where: str) -> int:
+    """Go to the pickle of the saved object; return its offset."""
+    file.seek(0)
+    for _ in range(3):  # magic number, protocol, system information
+        pickle_read.load(file, where=where)
+    return file.tell()
 
 
 def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
     declared = _declared_storages(path, file, size)
     offsets = _storage_offsets(path, file, size, declared)
-    file.seek(0)
-    for _ in range(3):  # magic number, protocol, system information
-        pickle_read.load(file, _refuse, where=str(path))
 
     # The storages follow the pickle that refers to them, so it is read again once their offsets are known.
     def locate(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
@@ -97,25 +85,8 @@ def _read(path: Path, file: IO[bytes], size: int) -> tuple[Any, Counter[str]]:
             raise CorruptError(f"{path}: a storage view reaches beyond its storage. The file is damaged.")
         return Storage(path, whole.offset + first * item, count * item)
 
+    _to_object(file, str(path))
     return pickle_read.load(file, locate, where=str(path))
-
-
-def object_span(file: IO[bytes], *, where: str) -> tuple[int, int]:
-    """Return [start, stop) of the pickle of the saved object in a file that `read` has accepted."""
-
-    def anywhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-        return Storage(Path(where), 0, sys.maxsize)
-
-    file.seek(0)
-    for _ in range(3):
-        pickle_read.load(file, _refuse, where=where)
-    start = file.tell()
-    pickle_read.load(file, anywhere, where=where)
-    return start, file.tell()
-
-
-def _refuse(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
-    raise pickle.UnpicklingError("an unexpected storage")
 
 
 def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]:
@@ -130,14 +101,13 @@ def _declared_storages(path: Path, file: IO[bytes], size: int) -> dict[str, int]
             raise CorruptError(f"{path}: storage {key} has two sizes. The file is damaged; get a fresh copy.")
         return Storage(path, 0, nbytes)
 
-    for _ in range(3):
-        pickle_read.load(file, _refuse, where=str(path))
+    _to_object(file, str(path))
     pickle_read.load(file, locate, where=str(path))
     return declared
 
 
 def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str, int]) -> dict[str, int]:
-    keys, _ = pickle_read.load(file, _refuse, where=str(path))
+    keys, _ = pickle_read.load(file, where=str(path))
     if not isinstance(keys, list) or any(type(k) is not str for k in keys) or sorted(keys) != sorted(declared):
         raise CorruptError(f"{path}: its list of storages does not match its tensors. The file is damaged.")
     offsets = {}
@@ -150,13 +120,9 @@ def _storage_offsets(path: Path, file: IO[bytes], size: int, declared: dict[str,
             raise CorruptError(
                 f"{path}: truncated: storage {key} ends at byte {end}, the file at {size}. Get a fresh copy."
             )
-        if struct.unpack("<q", count)[0] not in _possible_counts(declared[key]):
+        counts = {declared[key] // item for item in (1, 2, 4, 8, 16) if declared[key] % item == 0}
+        if struct.unpack("<q", count)[0] not in counts:
             raise CorruptError(f"{path}: storage {key} has a different size than in its pickle. The file is damaged.")
         offsets[key] = position + 8
         position = end
     return offsets
-
-
-def _possible_counts(nbytes: int) -> set[int]:
-    """Return the element counts possible for a storage of this size."""
-    return {nbytes // item for item in (1, 2, 4, 8, 16) if nbytes % item == 0}

@@ -11,19 +11,19 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, NotACheckpointError, UnsupportedError
 from ..storage.source import InputFile
-from ..storage.splice import Splice
+from ..storage.splice import Span
 from ..tensors import DType, Storage
 from . import pickle_edit, pickle_read
 from .file_plan import Computed, FilePlan, OutTensor, Payload, Segment, constant
-from .format import Format, Named, Renaming, Writing
+from .format import Format, Named, Writing
 from .header import PROVENANCE, Header, parse_provenance
+from .pickle_edit import NamedPickle
 from .pickle_write import dump
 from .template import ArchiveTemplate
 from .zip import END_SIZE, Archive, NewEntry, end_of, find_directory, replaced
@@ -52,7 +52,8 @@ class TorchZip(Format):
         """
         with InputFile(path) as file:
             start, directory = find_directory(file, 0, file.stamp.nbytes)
-            known = KNOWN.get((file.stamp.nbytes, start))
+            key = file.stamp.nbytes, start
+            known = KNOWN.get(key)
             if known is not None and known.describes(file, directory) and known.shareable:
                 return Header(
                     path,
@@ -64,20 +65,47 @@ class TorchZip(Format):
                     places={known.files[0]: (path, 0)},
                 )
             archive = Archive(file, where=str(path))
-            saved = read_archive(archive, path, where=str(path))
-        known = None
-        if (
-            archive.usual
-            and not saved.provenance
-            and all(name.startswith(f"{saved.root}/") for name in archive.entries)
-        ):
-            known = ArchiveTemplate(saved.tree, path, saved.foreign, archive, f"{saved.root}/".encode())
-            KNOWN[file.stamp.nbytes, start] = known
-        made = parse_provenance(saved.provenance or None)
-        return Header(path, self, saved.tree, (file.stamp,), saved.foreign, provenance=made, template=known)
+            root, tree, foreign = read_archive(archive, path, where=str(path))
+            made = f"{root}/{_PROVENANCE_ENTRY}"
+            provenance = parse_provenance(archive.read(made)) if made in archive.entries else None
+        template = None
+        if archive.usual and made not in archive.entries and all(n.startswith(f"{root}/") for n in archive.entries):
+            template = ArchiveTemplate(tree, (path,), Counter(foreign), archive, f"{root}/".encode())
+            KNOWN[key] = template
+        return Header(path, self, tree, (file.stamp,), foreign, provenance=provenance, template=template)
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
-        return (plan(content, name=writing.name, provenance=writing.provenance),)
+        """Lay out a torch zip file; see `pickle_write.plain` for its content."""
+        pickled, storages = dump(content, name=writing.name)
+        contents: list[tuple[str, bytes | OutTensor]] = [("data.pkl", pickled), ("byteorder", b"little")]
+        contents += [(f"data/{key}", tensor) for key, tensor in enumerate(storages)]
+        contents.append(("version", b"3\n"))
+        if writing.provenance is not None:
+            contents.append((_PROVENANCE_ENTRY, json.dumps(writing.provenance, indent=1).encode()))
+        segments: list[Segment] = []
+        entries: list[tuple[NewEntry, int | None]] = []  # with the checksum of its content; None for a tensor
+        end = 0
+        for short, part in contents:
+            crc = None
+            if isinstance(part, OutTensor):
+                entry = NewEntry(f"archive/{short}".encode(), part.nbytes, end)
+                segments.append(Computed(end, entry.data - end, (part,), entry.local_header_of))
+                segments.append(Payload(part, entry.data))
+            else:
+                entry = NewEntry(f"archive/{short}".encode(), len(part), end)
+                crc = zlib.crc32(part)
+                segments.append(constant(end, entry.local_header(crc) + part))
+            entries.append((entry, crc))
+            end = entry.end
+        size = sum(entry.line_size for entry, _ in entries)
+
+        def directory(checksums: Sequence[int]) -> bytes:
+            crcs = iter(checksums)
+            lines = [entry.line(next(crcs) if crc is None else crc) for entry, crc in entries]
+            return b"".join(lines) + end_of(end, size, len(lines))
+
+        segments.append(Computed(end, size + END_SIZE, tuple(storages), directory))
+        return (FilePlan(writing.name, end + size + END_SIZE, tuple(segments)),)
 
     def rename(self, header: Header) -> Named:
         path = header.files[0].path
@@ -87,7 +115,13 @@ class TorchZip(Format):
             except CorruptError as error:
                 raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.") from error
             name = f"{_root(str(path), archive.entries)}/data.pkl"
-            return _Named(path, pickle_edit.trace(archive.read(name), where=str(path)), name)
+            traced = pickle_edit.trace(archive.read(name), where=str(path))
+
+        def around(pickled: bytes) -> tuple[bytes | Span, ...]:
+            with InputFile(path) as file:
+                return replaced(Archive(file, where=str(path)), name, pickled, where=str(path))
+
+        return NamedPickle(path, traced, around)
 
 
 TORCH_ZIP = TorchZip()
@@ -96,28 +130,15 @@ KNOWN: WeakValueDictionary[tuple[int, int], ArchiveTemplate] = WeakValueDictiona
 """Templates by (file size, offset of the central directory), kept while a header uses them."""
 
 
-class Saved(NamedTuple):
-    """The content of an archive that `torch.save` wrote.
-
-    Attributes:
-        root: the root folder name of its entries.
-        tree: the object tree.
-        foreign: unknown globals of the pickle, with counts.
-        provenance: the content of the provenance entry; empty if there is none.
-    """
-
-    root: str
-    tree: Any
-    foreign: Counter[str]
-    provenance: bytes
-
-
-def read_archive(archive: Archive, path: Path, *, where: str) -> Saved:
+def read_archive(archive: Archive, path: Path, *, where: str) -> tuple[str, Any, Counter[str]]:
     """Read an archive that `torch.save` wrote.
 
     Args:
         path: of the file, for the specs.
         where: for messages.
+
+    Returns:
+        (the root folder name of its entries, the object tree, unknown globals of the pickle with counts).
 
     Raises:
         NotACheckpointError: a zip without a torch pickle.
@@ -144,7 +165,7 @@ def read_archive(archive: Archive, path: Path, *, where: str) -> Saved:
         return Storage(path, archive.offset_of(name), nbytes, big_endian)
 
     tree, foreign = pickle_read.load(io.BytesIO(content("data.pkl")), locate, where=where)
-    return Saved(root, tree, foreign, content(_PROVENANCE_ENTRY))
+    return root, tree, foreign
 
 
 def _root(where: str, entries: Mapping[str, Any]) -> str:
@@ -157,60 +178,3 @@ def _root(where: str, entries: Mapping[str, Any]) -> str:
             "Save its weights first: torch.save(torch.jit.load(FILE).state_dict(), NEW)."
         )
     return roots[0]
-
-
-def plan(tree: Any, *, name: str, provenance: Mapping[str, Any] | None = None) -> FilePlan:
-    """Lay out a torch zip file.
-
-    Args:
-        tree: plain data (see `pickle_write.plain`) with OutTensors; an OutTensor in several places stays tied.
-        name: file name, for messages and sharded outputs.
-        provenance: stored as a separate entry.
-    """
-    pickled, storages = dump(tree, name=name)
-    contents: list[tuple[str, bytes | OutTensor]] = [("data.pkl", pickled), ("byteorder", b"little")]
-    contents += [(f"data/{key}", tensor) for key, tensor in enumerate(storages)]
-    contents.append(("version", b"3\n"))
-    if provenance is not None:
-        contents.append((_PROVENANCE_ENTRY, json.dumps(provenance, indent=1).encode()))
-    segments: list[Segment] = []
-    entries: list[tuple[NewEntry, OutTensor | int]] = []  # with its tensor, or the checksum of its other content
-    end = 0
-    for short, content in contents:
-        if isinstance(content, OutTensor):
-            entry = NewEntry(f"archive/{short}".encode(), content.nbytes, end)
-            entries.append((entry, content))
-            segments.append(Computed(end, entry.data - end, (content,), entry.local_header_of))
-            segments.append(Payload(content, entry.data))
-        else:
-            entry = NewEntry(f"archive/{short}".encode(), len(content), end)
-            crc = zlib.crc32(content)
-            entries.append((entry, crc))
-            segments.append(constant(end, entry.local_header(crc) + content))
-        end = entry.end
-    size = sum(entry.line_size for entry, _ in entries)
-
-    def directory(checksums: Sequence[int]) -> bytes:
-        crcs = iter(checksums)
-        lines = [entry.line(crc if type(crc) is int else next(crcs)) for entry, crc in entries]
-        return b"".join(lines) + end_of(end, size, len(lines))
-
-    segments.append(Computed(end, size + END_SIZE, tuple(storages), directory))
-    return FilePlan(name, end + size + END_SIZE, tuple(segments))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Named:
-    path: Path
-    traced: pickle_edit.TracedPickle
-    entry: str
-
-    @property
-    def tree(self) -> Any:
-        return self.traced.tree
-
-    def renamed(self, renamings: Sequence[Renaming]) -> Splice:
-        pickled = pickle_edit.renamed(self.traced, renamings, self.path)
-        with InputFile(self.path) as file:
-            archive = Archive(file, where=str(self.path))
-            return Splice(self.path, replaced(archive, self.entry, pickled, where=str(self.path)))

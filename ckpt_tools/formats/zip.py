@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import CorruptError, UnsupportedError
 from ..storage.source import InputFile
-from ..storage.splice import Span, relocated
+from ..storage.splice import Span, whole_blocks
 
 ALIGNMENT = 64
 """Bytes; torch aligns the contents of entries to it, for memory mapping."""
@@ -95,13 +95,12 @@ class Archive:
         self._window = 0, b""
         self.headers: dict[int, bytes] = {}
         self.contents: dict[str, tuple[int, bytes]] = {}
-        if not self.usual:
-            self._find_by_zipfile(length)
-        self.entries = self._by_name(_parse_directory(self.directory, where, self.shift))
+        entries = _parse_directory(self.directory, where)[0] if self.usual else self._found_by_zipfile(length)
+        self.entries = self._by_name(entries)
         plain = len(self.directory) == sum(CENTRAL_SIZE + len(entry.name) for entry in self.entries.values())
         self.usual = self.usual and plain
 
-    def _find_by_zipfile(self, length: int) -> None:
+    def _found_by_zipfile(self, length: int) -> list[Entry]:
         import zipfile  # loads compression modules, which torch's archives do not need
 
         with self.file.as_file(self._start, length) as window:
@@ -115,9 +114,10 @@ class Archive:
             infos = archive.infolist()
             self.limit, self.comment = archive.start_dir, archive.comment
             self.directory = self.file.read(self._start + self.limit, length - self.limit)
-            entries = _parse_directory(self.directory, self._where, 0, count=len(infos))
-            self.directory = self.directory[: sum(map(_line_size, entries))]
+            entries, end = _parse_directory(self.directory, self._where, count=len(infos))
+            self.directory = self.directory[:end]
             self.shift = infos[0].header_offset - entries[0].offset if infos else 0
+            return [entry._replace(offset=entry.offset + self.shift) for entry in entries]
 
     def _by_name(self, entries: Sequence[Entry]) -> dict[str, Entry]:
         found: dict[str, Entry] = {}
@@ -219,13 +219,8 @@ def find_directory(file: InputFile, start: int, length: int) -> tuple[int, bytes
     return at, file.read(start + at, size)
 
 
-def _parse_directory(data: bytes, where: str, shift: int, count: int | None = None) -> list[Entry]:
-    """Parse the lines of a central directory.
-
-    Args:
-        shift: added to each offset.
-        count: number of lines; all if None.
-    """
+def _parse_directory(data: bytes, where: str, count: int | None = None) -> tuple[list[Entry], int]:
+    """Parse `count` lines of a central directory, or all; return them, and the offset after them."""
     entries: list[Entry] = []
     at, end = 0, len(data)
     unpack, size = _CENTRAL.unpack_from, _CENTRAL.size
@@ -243,22 +238,17 @@ def _parse_directory(data: bytes, where: str, shift: int, count: int | None = No
         at = name_end + fields[_EXTRA_LENGTH] + fields[_COMMENT_LENGTH]
         if at != name_end:
             extra, comment = data[name_end : at - fields[_COMMENT_LENGTH]], data[at - fields[_COMMENT_LENGTH] : at]
-            zip64 = _field(extra, _ZIP64_FIELD)
+            zip64, extra = _taken(extra, _ZIP64_FIELD)
             values = []
             for value in (length, packed, offset):
                 if value == _MAX32 and len(zip64) >= 8:
                     value, zip64 = int.from_bytes(zip64[:8], "little"), zip64[8:]
                 values.append(value)
             length, packed, offset = values
-            extra = _without(extra, _ZIP64_FIELD)
-        entries.append(Entry(name, offset + shift, length, fields[_CRC], packed, fields, extra, comment))
+        entries.append(Entry(name, offset, length, fields[_CRC], packed, fields, extra, comment))
     if at > end:
         raise CorruptError(f"{where}: truncated or damaged: its zip directory cannot be read. Get a fresh copy.")
-    return entries
-
-
-def _line_size(entry: Entry) -> int:
-    return CENTRAL_SIZE + sum(entry.fields[i] for i in (_NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH))
+    return entries, at
 
 
 class NewEntry:
@@ -278,11 +268,10 @@ class NewEntry:
     def __init__(self, name: bytes, size: int, offset: int) -> None:
         self.name, self._size, self.offset = name, size, offset
         big, far = size >= _MAX32, offset >= _MAX32
-        self._local_extra = struct.pack("<2H2Q", _ZIP64_FIELD, 16, size, size) if big else b""
-        self._central_extra = b""
-        if big or far:
-            values = ([size, size] if big else []) + ([offset] if far else [])
-            self._central_extra = struct.pack(f"<2H{len(values)}Q", _ZIP64_FIELD, 8 * len(values), *values)
+        sizes = struct.pack("<2Q", size, size) if big else b""
+        numbers = sizes + (struct.pack("<Q", offset) if far else b"")
+        self._local_extra = _field(_ZIP64_FIELD, sizes) if big else b""
+        self._central_extra = _field(_ZIP64_FIELD, numbers) if numbers else b""
         header = offset + LOCAL_SIZE + len(name) + len(self._local_extra) + 4
         self._padding = -header % ALIGNMENT
         self.data = header + self._padding
@@ -299,7 +288,7 @@ class NewEntry:
 
     def local_header(self, crc: int) -> bytes:
         """Return the bytes from `offset` to `data`."""
-        extra = self._local_extra + struct.pack("<2H", _PADDING_FIELD, self._padding) + b"Z" * self._padding
+        extra = self._local_extra + _field(_PADDING_FIELD, b"Z" * self._padding)
         version = 45 if self._local_extra else 20
         return _LOCAL.pack(b"PK\3\4", version, *self._common(crc), len(extra)) + self.name + extra
 
@@ -362,8 +351,8 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
             f"{where}: other bytes precede its zip archive, and torch cannot read such a file. Get a fresh copy."
         )
     old = archive.entries[name]
-    fields, extra = _local_fields(archive, old)
-    begin = old.offset + LOCAL_SIZE + len(old.name) + len(extra)
+    header, begin = archive.local_header(old)
+    extra = archive.file.read(old.offset + len(header), begin - old.offset - len(header))
     end = begin + old.packed
     descriptor = _descriptor(archive.file, end, old) if old.fields[_FLAGS] & _DESCRIPTOR else ""
     end += struct.calcsize(descriptor) if descriptor else 0
@@ -375,23 +364,34 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
         raise CorruptError(f"{where}: its entries overlap its directory. The file is damaged; get a fresh copy.")
 
     crc, size = zlib.crc32(body), len(body)
-    kept = _resized(_without(extra, _PADDING_FIELD), old.packed, size)
+    zip64, kept = _taken(_taken(extra, _PADDING_FIELD)[1], _ZIP64_FIELD)
+    if zip64:
+        words = (zip64[i : i + 8] for i in range(0, len(zip64), 8))
+        was, now = struct.pack("<Q", old.packed), struct.pack("<Q", size)
+        kept = _field(_ZIP64_FIELD, b"".join(now if word == was else word for word in words)) + kept
     slack = len(extra) - len(kept) - 4  # the identifier and length of a field take 4 bytes
-    shift = relocated(size - old.packed - slack)
-    slack += shift - (size - old.packed)
-    extra = kept + struct.pack("<2H", _PADDING_FIELD, slack) + b"Z" * slack
+    shift = whole_blocks(size - old.packed - slack)
+    extra = kept + _field(_PADDING_FIELD, b"Z" * (slack + shift - (size - old.packed)))
     if len(extra) > _MAX16:
         raise UnsupportedError(f"{where}: the header of its {name} has no room left. Load and save it with torch once.")
+    fields = list(_LOCAL.unpack_from(header))
+    for i, value in ((6, crc), (7, size), (8, size)):
+        in_descriptor = fields[2] & _DESCRIPTOR and fields[i] == 0
+        in_extra = i > 6 and fields[i] == _MAX32
+        fields[i] = fields[i] if in_descriptor or in_extra else value
+    fields[-1] = len(extra)
     lines = [
-        _changed_line(entry, crc, size, entry.offset)
-        if entry is old
-        else _changed_line(entry, entry.crc, None, entry.offset + (shift if entry.offset > old.offset else 0))
+        _line(
+            entry._replace(crc=crc, size=size, packed=size)
+            if entry is old
+            else entry._replace(offset=entry.offset + (shift if entry.offset > old.offset else 0))
+        )
         for entry in archive.entries.values()
     ]
     directory = b"".join(lines)
     pieces = (
         Span(0, old.offset),
-        _changed_local(fields, crc, size, len(extra)) + old.name + extra,
+        _LOCAL.pack(*fields) + old.name + extra,
         body,
         struct.pack(descriptor, *(b"PK\7\10",) * ("s" in descriptor), crc, size, size) if descriptor else b"",
         Span(end, archive.limit),
@@ -400,39 +400,17 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
     return tuple(piece for piece in pieces if piece and piece != Span(0, 0))
 
 
-def _changed_line(entry: Entry, crc: int, size: int | None, offset: int) -> bytes:
+def _line(entry: Entry) -> bytes:
     """Return a directory line; a number has 64 bits if it had before, or has to."""
     fields = list(entry.fields)
     zip64 = b""
-    for i, value in (
-        (_SIZE, entry.size if size is None else size),
-        (_PACKED, entry.packed if size is None else size),
-        (_OFFSET, offset),
-    ):
+    for i, value in ((_SIZE, entry.size), (_PACKED, entry.packed), (_OFFSET, entry.offset)):
         wide = fields[i] == _MAX32 or value >= _MAX32
         fields[i] = _MAX32 if wide else value
         zip64 += struct.pack("<Q", value) if wide else b""
-    extra = (struct.pack("<2H", _ZIP64_FIELD, len(zip64)) + zip64 if zip64 else b"") + entry.extra
-    fields[_CRC], fields[_EXTRA_LENGTH] = crc, len(extra)
+    extra = (_field(_ZIP64_FIELD, zip64) if zip64 else b"") + entry.extra
+    fields[_CRC], fields[_EXTRA_LENGTH] = entry.crc, len(extra)
     return _CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
-
-
-def _local_fields(archive: Archive, entry: Entry) -> tuple[tuple[int, ...], bytes]:
-    """Return the fields of a local file header after its signature, and its extra fields."""
-    header, data = archive.local_header(entry)
-    begin = entry.offset + len(header)
-    return _LOCAL.unpack_from(header)[1:], archive.file.read(begin, data - begin)
-
-
-def _changed_local(fields: tuple[int, ...], crc: int, size: int, extra: int) -> bytes:
-    """Return a local file header up to the name; fields: version, flags, method, time, date, CRC, sizes, lengths."""
-    changed = list(fields)
-    for i, value in ((5, crc), (6, size), (7, size)):
-        in_descriptor = fields[1] & _DESCRIPTOR and fields[i] == 0
-        in_extra = i > 5 and fields[i] == _MAX32
-        changed[i] = fields[i] if in_descriptor or in_extra else value
-    changed[9] = extra
-    return _LOCAL.pack(b"PK\3\4", *changed)
 
 
 def _descriptor(file: InputFile, position: int, entry: Entry) -> str:
@@ -448,29 +426,21 @@ def _descriptor(file: InputFile, position: int, entry: Entry) -> str:
     return ""
 
 
-def _fields(extra: bytes) -> Iterator[tuple[int, bytes]]:
-    position = 0
-    while position + 4 <= len(extra):
-        identifier, length = struct.unpack_from("<2H", extra, position)
-        yield identifier, extra[position + 4 : position + 4 + length]
-        position += 4 + length
+def _field(identifier: int, data: bytes) -> bytes:
+    """Return an extra field."""
+    return struct.pack("<2H", identifier, len(data)) + data
 
 
-def _field(extra: bytes, wanted: int) -> bytes:
-    return next((data for identifier, data in _fields(extra) if identifier == wanted), b"")
-
-
-def _without(extra: bytes, unwanted: int) -> bytes:
-    return b"".join(struct.pack("<2H", i, len(data)) + data for i, data in _fields(extra) if i != unwanted)
-
-
-def _resized(extra: bytes, old: int, new: int) -> bytes:
-    """Replace the old size in the zip64 field of a local file header."""
-    zip64 = _field(extra, _ZIP64_FIELD)
-    if not zip64:
-        return extra
-    sizes = struct.pack("<Q", old)
-    changed = b"".join(
-        struct.pack("<Q", new) if zip64[i : i + 8] == sizes else zip64[i : i + 8] for i in range(0, len(zip64), 8)
-    )
-    return struct.pack("<2H", _ZIP64_FIELD, len(zip64)) + changed + _without(extra, _ZIP64_FIELD)
+def _taken(extra: bytes, wanted: int) -> tuple[bytes, bytes]:
+    """Return (data of the first extra field with this identifier, fields with other identifiers)."""
+    found = others = b""
+    at = 0
+    while at + 4 <= len(extra):
+        identifier, length = struct.unpack_from("<2H", extra, at)
+        data = extra[at + 4 : at + 4 + length]
+        if identifier == wanted:
+            found = found or data
+        else:
+            others += _field(identifier, data)
+        at += 4 + length
+    return found, others

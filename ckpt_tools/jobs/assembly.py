@@ -19,16 +19,14 @@ from typing import Any
 from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import looks_like_training_state
 from ..errors import ReadError, UnsupportedError, UsageError
-from ..formats import format_of, without_collector
-from ..formats.dcp import DCP_FOLDER
+from ..formats import holds_weights, without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
-from ..formats.sharded import INDEX_SUFFIXES
 from ..formats.tree import holds, put, tensors_in, without
 from ..storage.source import stamp_at, store_of
-from ..tensors import TensorSpec, UnsupportedTensor
+from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .outputs import Target, check_same_format, check_shard_size
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
@@ -75,67 +73,53 @@ class Assembly:
 @without_collector()
 def assemble(
     tensors: Mapping[str, OutTensor],
+    writing: Writing,
     *,
     target: Target,
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
-    provenance: Mapping[str, Any],
-    max_shard_size: int | None = None,
-    untie: bool = False,
 ) -> Assembly:
     """Lay the output out in the format that the target's suffix asks for.
 
     Args:
         tensors: what to write; one OutTensor under two names is tied.
+        writing: how; the formats ignore what does not apply to them.
         base: header of the last checkpoint, whose container a .pth keeps.
         state: the set of weights in it that the tensors stand for.
         renamed: its names to the output's names.
-        provenance: written beside the weights.
-        max_shard_size: bytes a shard.
-        untie: write tied tensors under each name where the format cannot tie.
     """
-    check_shard_size(target, max_shard_size)
+    check_shard_size(target, writing.max_bytes)
     dropped = unkept_metadata(base)
     if target.format.nests:
         tree, kept = _container(tensors, base, state, renamed, dropped)
-        files = target.format.plan(tree, Writing(name=target.name, provenance=provenance))
+        files = target.format.plan(tree, writing)
         return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
-    dropped += beside(base.view, state)
-    return flat(
-        tensors, target=target, base=base, provenance=provenance,
-        max_shard_size=max_shard_size, untie=untie, dropped=dropped,
-    )  # fmt: skip
+    dropped += beside(base.tree, state)
+    return flat(tensors, writing, target=target, base=base, dropped=dropped)
 
 
 def unkept_metadata(base: Header) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
-    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.view)]
+    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
 
 
 def flat(
     tensors: Mapping[str, OutTensor],
+    writing: Writing,
     *,
     target: Target,
     base: Header,
-    provenance: Mapping[str, Any],
-    max_shard_size: int | None = None,
-    untie: bool = False,
     dropped: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
-    stem: str | None = None,
 ) -> Assembly:
     """Lay names and tensors out as a safetensors file, or as a folder of shards.
 
     Args:
-        base: header of the checkpoint whose companions and shards a folder takes over.
+        base: header of the checkpoint whose companions a folder takes over.
         dropped: what is not carried over.
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
-        stem: how the shards are called, ``model`` or as the input's if not given.
     """
-    writing = Writing(
-        name=target.name, provenance=provenance, untie=untie, max_bytes=max_shard_size, like=base, stem=stem
-    )
     files = target.format.plan(tensors, writing)
     if not target.folder:
         return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
@@ -146,18 +130,15 @@ def flat(
     return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
-def nested(
-    tree: Any, *, target: Path, provenance: Mapping[str, Any], dropped: Sequence[str] = (), folder: bool = False
-) -> Assembly:
-    """Lay a tree of plain data, specs and OutTensors out as a torch file, or as a folder of DCP.
+def nested(tree: Any, writing: Writing, *, target: Path, format: Format, dropped: Sequence[str] = ()) -> Assembly:
+    """Lay a tree of plain data, specs and OutTensors out in a format that nests.
 
     What is no plain data is dropped.
     """
     left_out = list(dropped)
     content = plain(tree, left_out, Copies().__getitem__)
-    form: Format = DCP_FOLDER if folder else format_of(target)
-    files = form.plan(content, Writing(name=target.name, provenance=provenance))
-    return Assembly(target, files, folder=folder, dropped=tuple(left_out))
+    files = format.plan(content, writing)
+    return Assembly(target, files, folder=format.folder, dropped=tuple(left_out))
 
 
 def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
@@ -191,7 +172,7 @@ def companions(base: Header) -> list[Path]:
         for path in (base.path / name for name in store.names(base.path))
         if store.is_file(path)
         and path.name.endswith(COMPANIONS)
-        and not path.name.endswith(INDEX_SUFFIXES)
+        and not holds_weights(path.name)
         and path.name != "trainer_state.json"
     ]
 
@@ -209,7 +190,7 @@ def _container(
 ) -> tuple[Any, Mapping[str, int]]:
     weights: Any = OrderedDict(tensors)
     if base.format.folder or not base.format.nests:
-        dropped += beside(base.view, state)
+        dropped += beside(base.tree, state)
         return weights, {}
     stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
     metadata = _renamed_modules(module_versions(base, state), stored)
@@ -218,7 +199,7 @@ def _container(
     weights.update(state.other_entries)
     dropped += [dotted((*state.path, words)) for words in state.other_set]
     dropped += [dotted(path) for path in state.ema_paths if path[: len(state.path)] == state.path]
-    tree, home = _put_in_place(weights, base.view, state, dropped)
+    tree, home = _put_in_place(weights, base.tree, state, dropped)
     for key, value in list(tree.items()):
         if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
             dropped.append(dotted([key]))
@@ -230,7 +211,7 @@ def _container(
 
 def module_versions(base: Header, state: StateDict) -> Any:
     """Find the module versions that torch keeps beside a state dict; None where there are none."""
-    metadata = getattr(reduce(getitem, state.path, base.view), "_metadata", None)
+    metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
     return metadata if isinstance(metadata, dict) else None
 
 
@@ -298,32 +279,36 @@ def rewrite(
     Raises:
         UsageError: the target's suffix asks for another format.
     """
-    check_same_format(base, target)
+    folder = base.in_folder
+    check_same_format(base, target, folder=folder)
     if state.keys is None:
         raise UsageError(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
             "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
     changed = {state.keys[name]: tensor for name, tensor in changed.items()}
-    folder = base.in_folder
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
-        tensors = {name: changed.get(name) or copies[_dense(base, name, spec)] for name, spec in base.view.items()}
-        if folder:
-            files = target.format.plan(tensors, Writing(name=target.name, provenance=provenance, like=base))
-            return Assembly(target.path, files, folder=True, companions=tuple(companions(base)))
-        kept = {key: text for key, text in base.metadata.items() if key not in (*tensors, "format")}
-        files = base.format.plan(tensors, Writing(name=target.name, metadata=kept, provenance=provenance))
-        return Assembly(target.path, files, folder=False)
-    old = reduce(getitem, state.path, base.view)
+        tensors = {name: changed.get(name) or copies[dense(base, name, spec)] for name, spec in base.tree.items()}
+        kept = {key: text for key, text in base.metadata.items() if not folder and key not in (*tensors, "format")}
+        writing = Writing(name=target.name, metadata=kept, provenance=provenance, like=base)
+        return flat(tensors, writing, target=target, base=base)
+    old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
     if (metadata := module_versions(base, state)) is not None:
         weights._metadata = metadata
-    tree = put(base.view, state.path, weights)
-    return nested(tree, target=target.path, provenance=provenance, folder=folder)
+    tree = put(base.tree, state.path, weights)
+    return nested(
+        tree, Writing(name=target.name, provenance=provenance), target=target.path, format=base.format.written_as
+    )
 
 
-def _dense(base: Header, name: str, tensor: TensorSpec | UnsupportedTensor) -> TensorSpec:
+def dense(base: Header, name: str, tensor: Tensor) -> TensorSpec:
+    """Return a tensor that can be written.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
     if isinstance(tensor, UnsupportedTensor):
         raise UnsupportedError(f"{base.path}: '{name}' is {tensor.reason}, which cannot be written here.")
     return tensor

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, select
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
-from ..checkpoints.prefixes import prefixes, unwrap
+from ..checkpoints.prefixes import prefixes, renamed, unwrap
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
 from ..errors import LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files
+from ..formats.format import Writing
 from ..formats.sharded import parse_size
 from ..series.align import align
 from ..series.find import Member, Series, find_series
 from ..series.schedules import Schedule, dominant
 from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
-from ..tensors import DType, Tensor, TensorSpec, parse_dtype
+from ..tensors import DType, TensorSpec, parse_dtype
 from .assembly import Assembly, assemble
 from .options import AveragedOutput, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
+from .reports import Report, some
 from .run import produce
 
 BUFFERS = ("average", "last")
@@ -36,7 +38,7 @@ _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
-class AverageReport:
+class AverageReport(Report):
     """What an average consists of; the plan before the work, and the result after it.
 
     Attributes:
@@ -71,10 +73,6 @@ class AverageReport:
     device: str
     written: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON."""
-        return asdict(self)
-
 
 @takes(Schedule, Selection, Matching, AveragedOutput, Summing)
 def average(
@@ -108,7 +106,7 @@ def average(
     check_threads(running.threads)
     devices.check_name(running.device)
     gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
-    target = None if output.out is None else Target.of(output.out)
+    chosen = None if output.out is None else Target.of(output.out)
     shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
 
     series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
@@ -122,19 +120,16 @@ def average(
     unique = dict.fromkeys(tensors.values())
     arguments = _arguments(schedule, matching, dtype, running)
     inputs = _inputs(members, names, coefficients, weights)
+    target = chosen or default_target([member.header for member in members])
+    base = members[-1].header
 
     def lay_out(inputs: Sequence[Input]) -> Assembly:
+        record = provenance(
+            "avg", arguments, mode=schedule.mode, state=inputs[-1].state, inputs=averaged_inputs(inputs)
+        )
+        writing = Writing(name=target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base)
         return assemble(
-            tensors,
-            target=target or default_target([member.header for member in members]),
-            base=members[-1].header,
-            state=weights.states[-1],
-            renamed=weights.renamed[-1],
-            provenance=provenance(
-                "avg", arguments, mode=schedule.mode, state=inputs[-1].state, inputs=averaged_inputs(inputs)
-            ),
-            max_shard_size=shard_bytes,
-            untie=output.untie,
+            tensors, writing, target=target, base=base, state=weights.states[-1], renamed=weights.renamed[-1]
         )
 
     def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
@@ -216,9 +211,9 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     shared = _shared(members)
     # Files with identical headers have the same tensors.
     states = _select_all(members[-1:] if shared else members, names, matching.state)
-    renamed = [unwrap(s.tensors) for s in states]
+    new_names = [unwrap(s.tensors) for s in states]
     plan = align(
-        [_renamed(s.tensors, bare) for s, bare in zip(states, renamed, strict=True)],
+        [renamed(s.tensors, bare) for s, bare in zip(states, new_names, strict=True)],
         names[-len(states) :],
         keys=matching.keys,
         match=matching.match,
@@ -227,13 +222,8 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     notes = []
     partial = [name for name, inputs in plan.aligned.items() if not all(inputs)]
     if partial:
-        more = f" and {len(partial) - 1} more" if len(partial) > 1 else ""
-        notes.append(f"Not in every checkpoint, so averaged over those that have them: '{partial[0]}'{more}.")
-    return _LinedUp(states, renamed, plan.aligned, plan.left_out, shared, tuple(notes))
-
-
-def _renamed(tensors: Mapping[str, Tensor], bare: Mapping[str, str]) -> Mapping[str, Tensor]:
-    return tensors if isinstance(bare, Unchanged) else dict(zip(bare.values(), tensors.values(), strict=True))
+        notes.append(f"Not in every checkpoint, so averaged over those that have them: {some(partial)}.")
+    return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,24 @@ from ..checkpoints.layouts.entries import left_behind, other_entries
 from ..checkpoints.layouts.layout import Content, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
-from ..errors import UnsupportedError, UsageError
+from ..errors import UsageError
 from ..formats import read_header
-from ..formats.dcp import DCP_FOLDER
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..tensors import Category, DType, TensorSpec, UnsupportedTensor, parse_dtype
-from .assembly import Assembly, companions, flat, module_versions, nested, unkept_metadata
+from ..tensors import Category, DType, TensorSpec, parse_dtype
+from .assembly import Assembly, companions, dense, flat, module_versions, nested, unkept_metadata
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
 from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
 from .provenance import provenance
+from .reports import Report, some
 from .run import produce
 
 
 @dataclass(frozen=True, slots=True)
-class ConvertReport:
+class ConvertReport(Report):
     """What a conversion does; the plan before the work, and the result after it.
 
     Attributes:
@@ -62,10 +62,6 @@ class ConvertReport:
     bytes_read: int
     bytes_written: int
     written: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON."""
-        return asdict(self)
 
 
 @takes(ConvertedOutput, ConvertedState, Missing, Computing)
@@ -101,7 +97,7 @@ def convert(
     notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("The only set of weights is used for both, raw and averaged.")
-    content = _content(header, sets, dtype, naming, notes, updates=missing.updates, decay=missing.decay)
+    content = _content(header, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
         {"to": output.to, "dtype": dtype and dtype.name},
@@ -110,11 +106,12 @@ def convert(
     )
     dropped = [
         *unkept_metadata(header),
-        *left_behind(header.view, sets, layout, nested=bool(layout.home) and target.format.nests),
+        *left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests),
     ]
     if not target.folder:
         dropped += [path.name for path in companions(header)]
-    assembly = _assembled(layout, content, header, target, said, dropped, shard_bytes, output.untie)
+    writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
+    assembly = _assembled(layout, content, header, target, writing, dropped)
     report = ConvertReport(
         path=str(header.path),
         layout=next(iter(sets.values())).layout,
@@ -208,7 +205,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], nami
             strange = [name for name in one if name not in other]
             if strange:
                 also = ", which the raw ones do not" if who == "hold" else ", which the raw ones hold"
-                yield f"The averaged weights {who} {_some(strange)}{also}."
+                yield f"The averaged weights {who} {some(strange)}{also}."
     for names, whose in ((raw, "the raw weights"), (naming.names or {}, naming.label)):
         borrowed = [
             name
@@ -216,11 +213,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], nami
             if names.get(name) is tensor and isinstance(tensor, TensorSpec) and tensor.dtype.averaged
         ]
         if borrowed:
-            yield f"Not averaged, but taken from {whose}: {_some(borrowed)}."
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            yield f"Not averaged, but taken from {whose}: {some(borrowed)}."
 
 
 def _content(
@@ -229,9 +222,7 @@ def _content(
     dtype: DType | None,
     naming: Naming,
     notes: list[str],
-    *,
-    updates: int | None,
-    decay: float | None,
+    missing: Missing,
 ) -> Content:
     copies: dict[TensorSpec, OutTensor] = {}
     written = {which: _copied(header, each, dtype, copies) for which, each in sets.items()}
@@ -244,10 +235,10 @@ def _content(
         ema=ema,
         pair=len(sets) == 2,
         parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
-        updates=updates if updates is not None else stored_updates(header, averaged),
-        decay=decay if decay is not None else stored_decay(header, averaged),
+        updates=missing.updates if missing.updates is not None else stored_updates(header, averaged),
+        decay=missing.decay if missing.decay is not None else stored_decay(header, averaged),
         settings=averaged.settings,
-        other_entries=other_entries(header.view, sets),
+        other_entries=other_entries(header.tree, sets),
         notes=notes,
     )
 
@@ -256,9 +247,8 @@ def _copied(
     header: Header, state: StateDict, dtype: DType | None, copies: dict[TensorSpec, OutTensor]
 ) -> Mapping[str, OutTensor]:
     weights: Any = OrderedDict()
-    for name, spec in state.tensors.items():
-        if isinstance(spec, UnsupportedTensor):
-            raise UnsupportedError(f"{header.path}: '{name}' is {spec.reason}, which cannot be written here.")
+    for name, stored in state.tensors.items():
+        spec = dense(header, name, stored)
         tensor = copies.get(spec)
         if tensor is None:
             changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
@@ -274,25 +264,14 @@ def _copied(
 
 
 def _assembled(
-    layout: Layout,
-    content: Content,
-    header: Header,
-    target: Target,
-    said: Mapping[str, Any],
-    dropped: Sequence[str],
-    shard_bytes: int | None,
-    untie: bool,
+    layout: Layout, content: Content, header: Header, target: Target, writing: Writing, dropped: Sequence[str]
 ) -> Assembly:
-    if target.format.nests:
-        return nested(layout.write(content), target=target.path, provenance=said, dropped=dropped)
+    form = layout.folder_format if target.folder else target.format
+    if form.nests:
+        return nested(layout.write(content), writing, target=target.path, format=form, dropped=dropped)
     whole = layout.flatten(content)
-    if layout.outputs == ("folder",):
-        files = DCP_FOLDER.plan(whole.tensors, Writing(name=target.name, max_bytes=shard_bytes, provenance=said))
-        return Assembly(target.path, files, folder=True, dropped=tuple(dropped))
-    return flat(
-        whole.tensors, target=target, base=header, provenance=said, max_shard_size=shard_bytes, untie=untie,
-        dropped=dropped, config=whole.config, stem=whole.stem,
-    )  # fmt: skip
+    writing = replace(writing, stem=whole.stem)
+    return flat(whole.tensors, writing, target=target, base=header, dropped=dropped, config=whole.config)
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Target) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.layouts import StateDict, select
-from ..checkpoints.prefixes import prefixes, unwrap
+from ..checkpoints.prefixes import prefixes, renamed, unwrap
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
@@ -17,6 +17,7 @@ from ..formats.header import Header
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 from .options import Comparison, Reading, Tolerance, takes
 from .provenance import short_names
+from .reports import Report
 
 if TYPE_CHECKING:
     from ..compute.compare import Distance
@@ -79,7 +80,7 @@ class TensorDiff:
 
 
 @dataclass(frozen=True, slots=True)
-class DiffReport:
+class DiffReport(Report):
     """The differences between two sets of weights.
 
     Attributes:
@@ -171,8 +172,7 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`.
     """
-    rtol, atol = tolerance.rtol, tolerance.atol
-    for name, value in (("rtol", rtol), ("atol", atol)):
+    for name, value in vars(tolerance).items():
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise UsageError(f"`{name}={value!r}`: must be a number, 0 or more.")
     check_threads(running.threads)
@@ -184,33 +184,29 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
     )
     bare = unwrap(chosen[0].tensors), unwrap(chosen[1].tensors)
     plan = _plan(
-        _renamed(chosen[0], bare[0]),
-        _renamed(chosen[1], bare[1]),
+        renamed(chosen[0].tensors, bare[0]),
+        renamed(chosen[1].tensors, bare[1]),
         headers=headers,
         same_place=chosen[0].path == chosen[1].path,
     )
-    found = _measured(plan, headers, rtol, atol, running.threads, running.on_progress)
-    differing = [_tensor_diff(a, tied, how) for (a, _), (tied, how) in found.items() if not how.same_bytes]
+    found = [*zip(plan.pairs.items(), _distances(plan, headers, tolerance, running), strict=True)]
+    differing = [_tensor_diff(spec, tied, how) for ((spec, _), tied), how in found if not how.same_bytes]
     return DiffReport(
         a=_side(headers[0], names[0], chosen[0], bare[0]),
         b=_side(headers[1], names[1], chosen[1], bare[1]),
-        rtol=float(rtol),
-        atol=float(atol),
+        rtol=float(tolerance.rtol),
+        atol=float(tolerance.atol),
         only_a=plan.only_a,
         only_b=plan.only_b,
         shapes=tuple(plan.shapes),
         dtypes=tuple(plan.dtypes),
         not_compared=plan.not_compared,
         compared=plan.same + sum(len(tied) for tied in plan.pairs.values()),
-        identical=plan.same + sum(len(tied) for tied, how in found.values() if how.same_bytes),
+        identical=plan.same + sum(len(tied) for (_, tied), how in found if how.same_bytes),
         tensors=tuple(sorted(differing, key=_rank)),
         notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
     )
-
-
-def _renamed(weights: StateDict, bare: Mapping[str, str]) -> dict[str, Tensor]:
-    return {bare[name]: tensor for name, tensor in weights.tensors.items()}
 
 
 def _side(header: Header, name: str, weights: StateDict, bare: Mapping[str, str]) -> Side:
@@ -294,42 +290,26 @@ def _pair_off(plan: _Plan, name: str, a: TensorSpec, b: TensorSpec) -> None:
         plan.pairs[a, b] = (*plan.pairs.get((a, b), ()), name)
 
 
-def _measured(
-    plan: _Plan,
-    headers: Sequence[Header],
-    rtol: float,
-    atol: float,
-    threads: int | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> dict[tuple[TensorSpec, TensorSpec], tuple[tuple[str, ...], Distance]]:
-    """Read the pairs; return the names and the distance of each."""
+def _distances(plan: _Plan, headers: Sequence[Header], tolerance: Tolerance, running: Reading) -> Sequence[Distance]:
+    """Read the pairs, and compare them."""
     if not plan.pairs:
-        return {}
+        return []
     from ..compute.compare import compare  # imports torch
 
-    distances = compare(
+    show = running.on_progress
+    return compare(
         list(plan.pairs),
-        rtol=rtol,
-        atol=atol,
+        **vars(tolerance),
         stamps=[stamp for header in headers for stamp in header.files],
-        threads=threads,
-        on_progress=None if on_progress is None else lambda moved: on_progress(moved, plan.nbytes),
+        threads=running.threads,
+        on_progress=None if show is None else lambda nbytes: show(nbytes, plan.nbytes),
     )
-    return {pair: (tied, distance) for (pair, tied), distance in zip(plan.pairs.items(), distances, strict=True)}
 
 
 def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -> TensorDiff:
-    return TensorDiff(
-        names[0],
-        names[1:],
-        spec.dtype.name,
-        distance.values,
-        distance.differing,
-        distance.beyond,
-        distance.nonfinite,
-        distance.max_abs,
-        distance.max_rel,
-    )
+    facts = asdict(distance)
+    del facts["same_bytes"]
+    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts)
 
 
 def _rank(tensor: TensorDiff) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, states
@@ -15,6 +15,7 @@ from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from .reports import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class Description(Report):
     """The contents of a checkpoint.
 
     Attributes:
@@ -89,31 +90,26 @@ class Description:
     foreign: dict[str, int]
     provenance: dict[str, Any] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the description as plain data for JSON."""
-        return asdict(self)
-
 
 def describe(header: Header) -> Description:
     """Describe a checkpoint from its header; no payload is read."""
     sets = states(header)
+    weights = {which: _weight_set(state) for which, state in sets.items()}
+    counted = weights.get("raw") or next(iter(weights.values()), None)
+    parameters = 0 if counted is None else counted.nbytes
     return Description(
         path=str(header.path),
         format=header.format.name,
         nbytes=header.nbytes,
         files=len(header.files),
-        sets=tuple(_weight_set(state) for state in sets.values()),
+        sets=tuple(weights.values()),
         other=_other(header, sets),
         counters=stored_counters(header),
         metric=metric_of(header, "metric"),
-        optimizers=tuple(_optimizers(header, sets)),
+        optimizers=tuple(_optimizers(header, sets, parameters)),
         foreign=dict(header.foreign),
         provenance=header.provenance,
     )
-
-
-def _nbytes(state: StateDict) -> int:
-    return sum(spec.nbytes for spec in state.tensors.values() if isinstance(spec, TensorSpec))
 
 
 def _row(name: str, spec: Tensor) -> TensorRow:
@@ -145,17 +141,15 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     if any(not state.path for state in sets.values()):
         return {}
     counts: dict[str, int] = {}
-    for path, _ in tensors_in(header.view):
+    for path, _ in tensors_in(header.tree):
         key = str(path[0]) if path else "the object itself"
         if key not in taken:
             counts[key] = counts.get(key, 0) + 1
     return counts
 
 
-def _optimizers(header: Header, sets: Mapping[str, StateDict]) -> Iterator[Optimizer]:
-    weights = sets.get("raw") or next(iter(sets.values()), None)
-    parameters = 0 if weights is None else _nbytes(weights)
-    for path, state in find_optimizers(header.view, [each.path for each in sets.values()]):
+def _optimizers(header: Header, sets: Mapping[str, StateDict], parameters: int) -> Iterator[Optimizer]:
+    for path, state in find_optimizers(header.tree, [each.path for each in sets.values()]):
         nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
         place = dotted(path) or "the whole file"
         yield Optimizer(place, optimizer_name(state), nbytes, nbytes / parameters if parameters else None)

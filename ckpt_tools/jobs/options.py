@@ -5,11 +5,12 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
-from ..series.schedules import Numbers, Option
+from ..series.schedules import Numbers, Option, Schedule
 
 R = TypeVar("R")
 REQUIRED = inspect.Parameter.empty
@@ -18,25 +19,13 @@ Words = Sequence[str]
 Pairs = Mapping[str, Any]
 
 
-class Group(Protocol):
-    """Options that belong together, with a title for the help; an instance holds their values."""
-
-    title: ClassVar[str]
-
-    def __init__(self, **values: Any) -> None: ...
-
-    @classmethod
-    def options(cls) -> tuple[Option, ...]:
-        """Return the options, in the order of the help."""
-
-
 def option(help: str, default: Any = REQUIRED, *, implied: Any = None, metavar: str | None = None) -> Any:  # noqa: A002
     """Declare an option of a group; see `Option`. Without a default it is required."""
     return Option("", None, default, help, implied, metavar)
 
 
 class Options:
-    """A group that is declared like a dataclass: frozen, keyword-only.
+    """Options that belong together, with a title for the help; declared like a dataclass: frozen, keyword-only.
 
     It is not one, because a dataclass compiles code: a dozen of them would be a tenth of the start-up of `ckpt avg`.
     """
@@ -45,10 +34,8 @@ class Options:
     _options: ClassVar[Mapping[str, Option]] = {}
 
     def __init_subclass__(cls) -> None:
-        declared = {name: (vars(cls)[name], type_) for name, type_ in inspect.get_annotations(cls).items()}
-        own = {
-            name: Option(name, type_, o.default, o.help, o.implied, o.metavar) for name, (o, type_) in declared.items()
-        }
+        declared = inspect.get_annotations(cls)
+        own = {name: replace(vars(cls)[name], name=name, type=type_) for name, type_ in declared.items()}
         cls._options = {**cls._options, **own}
 
     def __init__(self, **values: Any) -> None:
@@ -63,12 +50,8 @@ class Options:
         return tuple(cls._options.values())
 
 
-G = TypeVar("G", bound=Options)
-
-
-def replaced(group: G, **changes: Any) -> G:
-    """Return a group with other values, as `dataclasses.replace` does."""
-    return type(group)(**{**vars(group), **changes})
+Group = Options | Schedule
+"""Holds the values of its options; `options` declares them, and `title` is theirs in the help."""
 
 
 def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]]:

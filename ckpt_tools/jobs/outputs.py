@@ -8,18 +8,16 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ReadError, UsageError, WriteError
-from ..formats import format_of, suffixes
-from ..formats.dcp import METADATA
-from ..formats.dcp import SUFFIX as DISTCP
+from ..formats import FORMATS, format_of, suffixes
 from ..formats.format import Format
 from ..formats.header import Header
-from ..formats.sharded import INDEX_SUFFIXES, SHARDED, SINGLE, read_weight_map
+from ..formats.sharded import SHARDED
 from ..storage.source import store_of
 from ..storage.staged import is_writable, same_file
 
@@ -83,13 +81,12 @@ def named_after(source: Path, tail: str) -> Target:
     return Target(path, folder=store_of(source).is_folder(source) or not suffix)
 
 
-def check_same_format(base: Header, target: Target) -> None:
-    """Refuse a target of another format than the checkpoint has.
+def check_same_format(base: Header, target: Target, *, folder: bool) -> None:
+    """Refuse a target of another format than the checkpoint has, or that is no folder where it has to be one.
 
     Raises:
         UsageError: it is.
     """
-    folder = base.in_folder
     if target.folder if folder else target.format is base.format.written_as:
         return
     wanted = "a folder" if folder else f"a file named *{' or *'.join(base.format.written_as.suffixes)}"
@@ -106,18 +103,22 @@ def check_shard_size(target: Target, max_shard_size: int | None) -> None:
         raise UsageError("`max_shard_size` needs a folder: give `out` a name without suffix.")
 
 
-def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, folder: bool) -> None:
+def check_target(
+    target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, names: Collection[str] | None
+) -> None:
     """Refuse a target before any work is done.
 
     Args:
         inputs: files and folders that must stay as they are.
         nbytes: size of the output.
         force: replace what is there.
-        folder: the target is a folder of shards.
+        names: of the files in a folder; None if the target is one file.
 
     Raises:
-        WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk.
+        WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk; or it
+            is a folder with other files than these and those of an older output.
     """
+    folder = names is not None
     with _looking_at(target):
         parent = target.absolute().parent
         if parent.exists() and not parent.is_dir():
@@ -160,6 +161,8 @@ def check_target(target: Path, inputs: Iterable[Path], *, nbytes: int, force: bo
                 f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
                 "Free some space or choose another place with `out`."
             )
+        if names is not None:
+            _check_replaceable(target, names)
 
 
 @contextmanager
@@ -172,23 +175,11 @@ def _looking_at(target: Path) -> Iterator[None]:
         raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with `out`.") from error
 
 
-def check_replaceable(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to replace a folder that holds anything but what takes its place, or an older output of that kind.
-
-    Args:
-        names: files that the new folder will hold.
-
-    Raises:
-        WriteError: names a file that would be lost.
-    """
-    with _looking_at(folder):
-        if not folder.is_dir():
-            return
-        index = next((child for child in folder.iterdir() if child.name.endswith(INDEX_SUFFIXES)), None)
-        known = {*names}
-        if METADATA in known:
-            known |= {child.name for child in folder.iterdir() if child.name.endswith(DISTCP)}
-        known |= {*SINGLE} | ({index.name, *read_weight_map(index).values()} if index is not None else set())
+def _check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to replace a folder that holds anything but what takes its place, or an older output of that kind."""
+    if folder.is_dir():
+        new = {*names}
+        known = new.union(*(each.replaced(folder, new) for each in FORMATS))
         for child in sorted(folder.iterdir()):
             if child.name not in known or not child.is_file():
                 raise WriteError(

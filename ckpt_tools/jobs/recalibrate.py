@@ -28,14 +28,15 @@ from ..formats import read_header
 from ..formats.file_plan import OutTensor, Terms
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
-from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, replaced, takes
+from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, takes
 from .outputs import Target, named_after
 from .provenance import provenance
+from .reports import Report
 from .run import check_output, run, write
 
 
 @dataclass(frozen=True, slots=True)
-class RecalibrationReport:
+class RecalibrationReport(Report):
     """What a recalibration does; the plan before the work, and the result after it.
 
     Attributes:
@@ -118,8 +119,9 @@ def recalibrate_checkpoint(
         network.to(device)
         if running.channels_last:
             network.to(memory_format=torch.channels_last)
-        opened = _opened(network, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found))
-        batches = opened.batches
+        batches, held_out, preprocessing, notes = _opened(
+            network, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
+        )
         if batches is not None and batches.once and measuring.passes > 1:
             raise UsageError(
                 f"`passes={measuring.passes}` needs data that can be read again: the factory gives an iterator."
@@ -132,17 +134,17 @@ def recalibrate_checkpoint(
             device=str(device),
             data=images.data,
             images=None if batches is None else batches.images,
-            preprocessing={} if is_factory(images.data) else opened.preprocessing,
+            preprocessing={} if is_factory(images.data) else preprocessing,
             layers=len(found),
             passes=measuring.passes,
-            notes=opened.notes,
+            notes=tuple(notes),
         )
         if not group.first:  # it neither speaks nor writes
-            running = replaced(running, on_plan=None, on_progress=None)
+            running = Inference(**{**vars(running), "on_plan": None, "on_progress": None})
         if batches is None:
             left = [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
-            notes = (*report.notes, *left, "The model has no BatchNorm statistics; nothing to do.")
-            return run(replace(report, notes=notes), running)
+            nothing = "The model has no BatchNorm statistics; nothing to do."
+            return run(replace(report, notes=(*notes, *left, nothing)), running)
         arguments = {
             "data": images.data,
             "images": batches.images,
@@ -151,24 +153,34 @@ def recalibrate_checkpoint(
             "estimator": measuring.estimator,
             "batch_size": images.batch_size,
             "amp": running.amp or None,
-            **({"preprocessing": opened.preprocessing} if opened.preprocessing else {}),
+            "preprocessing": preprocessing or None,
         }
-        plan = _laid_out(checkpoint, target, arguments, {})
         header = checkpoint.header
+
+        def lay_out(buffers: Mapping[str, OutTensor], **seen: int) -> Assembly:
+            record = provenance(
+                "recal-bn",
+                arguments | seen,
+                state=checkpoint.state.label,
+                input={"name": header.path.name, "made": header.provenance},
+            )
+            return rewrite(header, checkpoint.state, buffers, target=target, provenance=record)
+
+        plan = lay_out({})
 
         def check() -> None:
             check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
             runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
-            progress = running.on_progress or _unseen
-            report = _measured(report, runner, batches, opened.held_out, measuring.estimator, group, progress)
+            progress = running.on_progress or (lambda *_: None)
+            report = _measured(report, runner, batches, held_out, measuring.estimator, group, progress)
             if measuring.require_gain:
                 _check_gain(report, measuring.eval_data)
             if group.first and report.statistics is not None:
                 buffers = _new_buffers(network, report.statistics, stored, checkpoint.specs)
                 seen = {} if batches.images else {"images": report.statistics.images}
-                write(_laid_out(checkpoint, target, arguments | seen, buffers), header.files, force=output.force)
+                write(lay_out(buffers, **seen), header.files, force=output.force)
             return report
 
         done = run(replace(report, dropped=plan.dropped), running, check=check if group.first else None, work=work)
@@ -188,27 +200,15 @@ def _check(images: Images, measuring: Measuring) -> None:
         raise UsageError("`require_gain` goes with `eval_data`.")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Opened:
-    """The images of a job.
-
-    Attributes:
-        batches: for the statistics; None if the model has none.
-        held_out: for the accuracy; None if not asked for.
-        preprocessing: empty if the code of the user prepares the images.
-        notes: decisions and warnings, in words.
-    """
-
-    batches: Batches | None
-    held_out: Batches | None
-    preprocessing: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-
 def _opened(
     network: nn.Module, images: Images, measuring: Measuring, group: Group, *, pin_memory: bool, wanted: bool
-) -> _Opened:
-    """Open the data, preprocessed as the model expects unless options change it."""
+) -> tuple[Batches | None, Batches | None, Mapping[str, Any], list[str]]:
+    """Open the data, preprocessed as the model expects unless options change it.
+
+    Returns:
+        (images for the statistics, None if not `wanted`; images for the accuracy, None if not asked for; preprocessing,
+        empty if the user's code prepares the images; notes).
+    """
     data, eval_data = images.data, measuring.eval_data
     workers = min(8, default_threads()) if images.workers is None else images.workers
     loading = Loading(
@@ -230,24 +230,7 @@ def _opened(
                 "`eval_data` is the same as `data`, so the accuracy afterwards is higher than on images that were not "
                 "used for the statistics."
             )
-    return _Opened(batches, held_out, preprocessing, tuple(notes))
-
-
-def _laid_out(
-    checkpoint: Checkpoint, target: Target, arguments: dict[str, Any], buffers: Mapping[str, OutTensor]
-) -> Assembly:
-    return rewrite(
-        checkpoint.header,
-        checkpoint.state,
-        buffers,
-        target=target,
-        provenance=provenance(
-            "recal-bn",
-            arguments,
-            state=checkpoint.state.label,
-            input={"name": checkpoint.path.name, "made": checkpoint.provenance},
-        ),
-    )
+    return batches, held_out, preprocessing, notes
 
 
 def _measured(
@@ -289,10 +272,6 @@ def _check_gain(report: RecalibrationReport, eval_data: str | None) -> None:
             f"the loss on {eval_data} went from {before.loss:.4f} to {after.loss:.4f}; nothing was written "
             "(`require_gain`). Are these the images, size and mean that the network was trained with?"
         )
-
-
-def _unseen(what: str, done: int, total: int | None) -> None:
-    """Show nothing."""
 
 
 def _same(data: str, other: str) -> bool:

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..compute import engine
-from ..compute.gpu.devices import GPU_MEMORY
 from ..compute.work_units import OutFile
 from ..errors import WriteError
 from ..formats.file_plan import FilePlan
 from ..storage import splice
 from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
-from ..storage.staged import staged_files
+from ..storage.staged import flush, keep_attributes, staged_files
 from .assembly import Assembly
 from .options import Output, Running
-from .outputs import check_replaceable, check_target
+from .outputs import check_target
 
 R = TypeVar("R")
 
@@ -76,7 +75,7 @@ def produce(
         stamps: of the input files, taken when their headers were read.
         inputs: further files and folders that the target must not be.
         finish: called after the plan is shown; returns the report and the assembly to write instead.
-        options: of `write`.
+        options: of `engine.run`.
     """
 
     def check() -> None:
@@ -97,11 +96,10 @@ def check_output(assembly: Assembly, inputs: Iterable[Path], *, force: bool) -> 
     """Refuse a target before any work is done.
 
     Raises:
-        WriteError: see `check_target` and `check_replaceable`.
+        WriteError: see `check_target`.
     """
-    check_target(assembly.target, inputs, nbytes=assembly.nbytes, force=force, folder=assembly.folder)
-    if assembly.folder:
-        check_replaceable(assembly.target, assembly.names)
+    names = assembly.names if assembly.folder else None
+    check_target(assembly.target, inputs, nbytes=assembly.nbytes, force=force, names=names)
 
 
 def write(
@@ -109,18 +107,16 @@ def write(
     stamps: Sequence[Stamp],
     *,
     force: bool = False,
-    threads: int | None = None,
-    allow_nonfinite: bool = False,
-    devices: Sequence[str] = (),
-    gpu_memory: int = GPU_MEMORY,
     on_progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> None:
     """Write an assembly next to its target, and move it into place at the end.
 
     Args:
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
-        threads, allow_nonfinite, devices, gpu_memory, on_progress: see `engine.run`.
+        on_progress: called with the bytes read and written so far.
+        options: of `engine.run`.
 
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
@@ -130,17 +126,12 @@ def write(
     with staged_files(assembly.target, names, [plan.size for plan in files], force=force) as (stage, fds):
         splices = [_spliced(plan, stamps) for plan in files]
         if all(splices):
-            _splice([each for each in splices if each], fds, stamps, on_progress)
+            show = on_progress
+            on_copied = None if show is None else lambda nbytes: show(2 * nbytes)  # read and written
+            copy([each for each in splices if each], fds, stamps, on_copied)
         else:
-            engine.run(
-                [OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)],
-                stamps=stamps,
-                threads=threads,
-                allow_nonfinite=allow_nonfinite,
-                devices=devices,
-                gpu_memory=gpu_memory,
-                on_progress=on_progress,
-            )
+            outputs = [OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)]
+            engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
         for companion in assembly.companions:
             (stage / companion.name).write_bytes(read_file(companion)[0])
 
@@ -162,20 +153,39 @@ def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
     return Splice(source, tuple(piece for _, piece in sorted(pieces, key=lambda item: item[0])))
 
 
-def _splice(
-    splices: Sequence[Splice], fds: Sequence[int], stamps: Sequence[Stamp], on_progress: Callable[[int], None] | None
+def copy(
+    splices: Sequence[Splice],
+    fds: Sequence[int],
+    stamps: Sequence[Stamp],
+    on_progress: Callable[[int], None] | None,
+    *,
+    in_place: bool = False,
 ) -> None:
-    """Let the kernel copy payloads that do not change."""
-    moved = 0
+    """Write files of which the kernel copies most.
+
+    Args:
+        splices, fds: the files, and a descriptor of each.
+        stamps: of the inputs, taken when their headers were read.
+        on_progress: called with the bytes copied so far.
+        in_place: each file replaces its source, and keeps its attributes.
+
+    Raises:
+        CkptError: see `splice.write`; or an input has changed.
+    """
+    copied = 0
 
     def count(nbytes: int) -> None:
-        nonlocal moved
-        moved += 2 * nbytes  # read and written
+        nonlocal copied
+        copied += nbytes
         if on_progress is not None:
-            on_progress(moved)
+            on_progress(copied)
 
     with OpenFiles(stamps) as sources:
+        sources.open_all(each.source for each in splices)
         for each, fd in zip(splices, fds, strict=True):
-            sources.open(each.source)
+            if in_place:
+                keep_attributes(fd, sources.descriptor(each.source))  # before it holds anything to read
             splice.write(each, sources[each.source], fd, count)
+            if in_place:
+                flush(fd)  # now, so that little time is left for others between the next lines and the rename
         sources.check_unchanged()

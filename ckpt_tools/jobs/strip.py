@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.training_state import any_tensor, leads, nodes, other_weights, stripped, training_state
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
+from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
 from ..formats.tree import tensors_in
@@ -23,6 +24,7 @@ from .assembly import nested
 from .options import KeptState, Running, StrippedOutput, takes
 from .outputs import Target, check_same_format, named_after
 from .provenance import provenance
+from .reports import Report
 from .run import produce, run
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
@@ -44,7 +46,7 @@ class Stripped:
 
 
 @dataclass(frozen=True, slots=True)
-class StripReport:
+class StripReport(Report):
     """What is stripped from a checkpoint; the plan before the work, and the result after it.
 
     Attributes:
@@ -78,10 +80,6 @@ class StripReport:
         """True if there is something to strip."""
         return bool(self.entries) or self.compacted > 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON."""
-        return asdict(self)
-
 
 @takes(KeptState, StrippedOutput, Running)
 def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: Running) -> StripReport:
@@ -100,23 +98,23 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     header = read_header(Path(path))
-    if is_optimizer(header.view):
+    if is_optimizer(header.tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     target = Target.of(output.out) if output.out is not None else named_after(header.path, "-stripped")
     found = states(header)
     chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]
     notes: list[str] = []
-    gone = list(training_state(header.view, sets, notes, alone=chosen is not None))
+    gone = list(training_state(header.tree, sets, notes, alone=chosen is not None))
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
-    tree = stripped(header.view, gone)
+    tree = stripped(header.tree, gone)
     report = StripReport(
         path=str(header.path),
         out=str(target.path),
         kept=tuple(each.label for each in sets),
         beside=_beside(tree, sets),
-        entries=_entries(header.view, tree, gone),
+        entries=_entries(header.tree, tree, gone),
         compacted=_unseen_bytes(tree),
         dropped=(),
         notes=tuple(notes),
@@ -125,7 +123,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     if not report.anything:
         return run(report, running)
     _check_kept(header, tree, sets)
-    check_same_format(header, target)
+    check_same_format(header, target, folder=header.in_folder)
     said = provenance(
         "strip",
         {"state": which.state},
@@ -133,7 +131,8 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    assembly = nested(tree, target=target.path, provenance=said, folder=header.in_folder)
+    writing = Writing(name=target.name, provenance=said)
+    assembly = nested(tree, writing, target=target.path, format=header.format.written_as)
     report = replace(report, dropped=assembly.dropped, bytes_read=assembly.bytes_read, bytes_written=assembly.nbytes)
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 
@@ -175,7 +174,7 @@ def _unseen_bytes(tree: Any) -> int:
 def _check_kept(header: Header, tree: Any, sets: Sequence[StateDict]) -> None:
     """Refuse a checkpoint that cannot be written again, or that would be left without weights."""
     if not header.format.nests or header.in_folder != header.format.folder:
-        raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See ckpt convert.")
+        raise UnsupportedError(f"{header.path}: only torch files and DCP folders can be stripped. See `convert(...)`.")
     if not any_tensor(tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     for path, tensor in tensors_in(tree):

@@ -104,7 +104,6 @@ def _checked(
         type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in tensors
     ):
         return tensors  # type: ignore[return-value]
-    checked: list[TensorSpec | None] = []
     first: tuple[TensorSpec, str] | None = None
     for tensor, file in zip(tensors, files, strict=True):
         if isinstance(tensor, UnsupportedTensor):
@@ -112,7 +111,6 @@ def _checked(
                 f"{file}: '{name}' is {tensor.reason}, which cannot be averaged. "
                 "Save it as a dense tensor with data first."
             )
-        checked.append(tensor)
         if tensor is None:
             continue
         first = first or (tensor, file)
@@ -124,12 +122,9 @@ def _checked(
             )
         both_float = tensor.dtype.averaged and tensor.dtype.category is model.dtype.category
         if tensor.dtype is not model.dtype and not (mixed_dtypes and both_float):
-            advice = (
-                "Choose the dtype of the average, such as `dtype='float32'`."
-                if both_float
-                else "They cannot be averaged."
-            )
+            choose = "Choose the dtype of the average, such as `dtype='float32'`."
+            advice = choose if both_float else "They cannot be averaged."
             raise AlignmentError(
                 f"'{name}' is {model.dtype.name} in {where} but {tensor.dtype.name} in {file}. {advice}"
             )
-    return tuple(checked)
+    return tensors  # type: ignore[return-value]

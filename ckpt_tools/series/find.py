@@ -156,10 +156,10 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
     """List (key path, spec) of all chunks, without those of the training state."""
-    tree = header.view if isinstance(header.view, dict) else {}
+    tree = header.tree if isinstance(header.tree, dict) else {}
     return [
         ((*path, *offsets), chunk)
-        for path, spec in tensors_in(header.view)
+        for path, spec in tensors_in(header.tree)
         if isinstance(spec, TensorSpec)
         and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         for offsets, chunk in spec.as_chunks
@@ -175,9 +175,8 @@ def _outlines(header: Header) -> object:
 def _middles(header: Header) -> object:
     """Compare 64 bytes of each tensor: at least one tensor changes between checkpoints."""
     with OpenFiles() as files:
-        return frozenset(
-            (path, b"".join(_blocks(files, spec, spec.extent // 2, 64))) for path, spec in _weights(header)
-        )
+        middles = ((path, _blocks(files, spec, spec.extent // 2, 64)) for path, spec in _weights(header))
+        return frozenset((path, b"".join(blocks)) for path, blocks in middles)
 
 
 def _values(header: Header) -> object:
@@ -288,8 +287,7 @@ def _between(members: list[Member], from_step: int | None, to_step: int | None) 
 def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool, notes: list[str]) -> list[Member]:
     values: dict[Member, float] = {}
     for member in members:
-        value = metric_of(member.header, key)
-        if value is None:
+        if (value := metric_of(member.header, key)) is None:
             raise SeriesError(_unranked(member.header, key))
         values[member] = value
     if best > len(members):

@@ -30,6 +30,9 @@ class Span:
     start: int
     stop: int
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 @dataclass(frozen=True, slots=True)
 class Splice:
@@ -46,15 +49,11 @@ class Splice:
     @property
     def size(self) -> int:
         """Size of the new file, in bytes."""
-        return sum(_length(piece) for piece in self.pieces)
+        return sum(map(len, self.pieces))
 
 
-def _length(piece: bytes | Span) -> int:
-    return piece.stop - piece.start if isinstance(piece, Span) else len(piece)
-
-
-def relocated(grown: int) -> int:
-    """Return the distance, in whole blocks, by which to move the bytes after a growth of `grown` bytes."""
+def whole_blocks(grown: int) -> int:
+    """Return the distance, in bytes of whole blocks, by which to move what is behind a growth of `grown` bytes."""
     return -(-grown // BLOCK) * BLOCK
 
 
@@ -76,12 +75,12 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
         if isinstance(piece, Span):
             for span in _without_holes(source, piece):
                 at = position + span.start - piece.start
-                reserve(target, at, _length(span), name)
+                reserve(target, at, len(span), name)
                 copy(splice.source, source, span, target, at, on_bytes)
         else:
             write_at(target, memoryview(piece), position, name)
             on_bytes(len(piece))
-        position += _length(piece)
+        position += len(piece)
 
 
 def _without_holes(source: Source, span: Span) -> Iterator[Span]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +37,7 @@ def staged_files(
         WriteError: the system refuses.
     """
     # Unique among concurrent and earlier runs; short, because file names have a maximum length.
-    stage = target.absolute().parent / f".{target.name[:40]}.{secrets.token_hex(4)}.partial"
+    stage = target.absolute().parent / f".{target.name[:40]}.{os.urandom(4).hex()}.partial"
     fds: list[int] = []
     raise_file_limit(len(sizes))
     try:

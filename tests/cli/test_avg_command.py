@@ -61,7 +61,7 @@ def ema_oracle(paths: list[Path], decay: float) -> dict[str, np.ndarray[Any, Any
     return average
 
 
-def test_the_line_of_the_readme_works_as_it_stands(runs: list[Path]) -> None:
+def test_avg_line_of_the_readme_works(runs: list[Path]) -> None:
     Path("runs").symlink_to(runs[0].parent)
     line = "ckpt avg runs/*.pth --mode ema --decay 0.99"
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_the_line_of_the_readme_works_as_it_stands(runs: list[Path]) -> None:
     assert Path("averaged.pth").read_bytes() == before
 
 
-def test_the_default_name_follows_the_inputs(pair: list[Path]) -> None:
+def test_avg_default_name_follows_the_inputs(pair: list[Path]) -> None:
     assert run("avg", *pair).code == 0
     for i in (1, 2):
         save_file({"w": torch.full((4,), float(i))}, f"s-{i}.safetensors")
@@ -110,14 +110,14 @@ def test_the_default_name_follows_the_inputs(pair: list[Path]) -> None:
     assert load_file("averaged/model-00002-of-00002.safetensors")["b"].tolist() == [1.5] * 3
 
 
-def test_mixed_inputs_give_a_pth(pair: list[Path]) -> None:
+def test_avg_of_mixed_formats_writes_a_pth(pair: list[Path]) -> None:
     save_file({"w": torch.full((4,), 3.0), "n": torch.tensor(3)}, "c-3.safetensors")
     assert run("avg", *pair, "c-3.safetensors").code == 0
     assert Path("averaged.pth").is_file()
 
 
 @pytest.mark.parametrize("name", ["soup.safetensors", "soup.pt", "soup.pth.tar", "soup"])
-def test_the_suffix_picks_the_format(pair: list[Path], name: str) -> None:
+def test_avg_suffix_chooses_the_format(pair: list[Path], name: str) -> None:
     assert run("avg", *pair, "-o", name).code == 0
     if name.endswith(".safetensors"):
         assert load_file(name)["w"].tolist() == [1.5] * 4
@@ -127,7 +127,7 @@ def test_the_suffix_picks_the_format(pair: list[Path], name: str) -> None:
         assert [path.name for path in Path(name).iterdir()] == ["model.safetensors"]
 
 
-def test_home_in_the_target_is_understood(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_expands_home_in_the_target(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     Path("home").mkdir()
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     assert run("avg", *pair, "--out=~/soup.pth").code == 0
@@ -137,7 +137,7 @@ def test_home_in_the_target_is_understood(pair: list[Path], monkeypatch: pytest.
 # What is shown
 
 
-def test_json_alone_stands_on_stdout_and_the_rest_on_stderr(pair: list[Path]) -> None:
+def test_avg_writes_json_alone_to_stdout(pair: list[Path]) -> None:
     result = run("avg", *pair, "--json")
     report = json.loads(result.out)
     assert result.code == 0
@@ -156,7 +156,7 @@ def test_json_alone_stands_on_stdout_and_the_rest_on_stderr(pair: list[Path]) ->
     assert run("avg", *pair, "--force").out == ""
 
 
-def test_json_of_a_refused_job_is_empty(pair: list[Path]) -> None:
+def test_avg_writes_no_json_for_a_refused_job(pair: list[Path]) -> None:
     assert "gone.pth" in refused(Path(), "avg", *pair, "gone.pth", "--json")
 
 
@@ -170,7 +170,7 @@ def no_payload_may_be_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def test_a_dry_run_writes_nothing_and_reads_no_payload(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_dry_run_writes_nothing_and_reads_no_payload(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(runs[0].parent, "runs")
     before = contents(Path())
     with no_payload_may_be_read(monkeypatch):
@@ -198,13 +198,13 @@ def test_a_dry_run_writes_nothing_and_reads_no_payload(runs: list[Path], monkeyp
     assert any("optimizer" in x and x.startswith("Not carried over") for x in lines)
 
 
-def test_a_dry_run_does_not_look_at_values_that_the_run_refuses(pair: list[Path]) -> None:
+def test_avg_dry_run_does_not_check_values(pair: list[Path]) -> None:
     torch.save({"state_dict": {"w": torch.full((4,), torch.nan), "n": torch.tensor(3)}, "epoch": 3}, "c-3.pth")
     assert run("avg", *pair, "c-3.pth", "--dry-run").code == 0
     assert "holds NaN" in refused(Path(), "avg", *pair, "c-3.pth")
 
 
-def test_a_dry_run_says_which_target_the_run_refuses(pair: list[Path]) -> None:
+def test_avg_dry_run_notes_a_target_that_the_run_rejects(pair: list[Path]) -> None:
     Path("out").mkdir()
     Path("out/train.py").touch()
     for options in ((), ("--force",)):
@@ -214,7 +214,7 @@ def test_a_dry_run_says_which_target_the_run_refuses(pair: list[Path]) -> None:
         assert f"Without --dry-run this would be refused: {refusal}" in planned.err.splitlines()
 
 
-def test_a_dry_run_announces_the_bytes_that_are_then_written(runs: list[Path]) -> None:
+def test_avg_dry_run_announces_the_bytes_then_written(runs: list[Path]) -> None:
     plan = json.loads(run("avg", *runs, "--dry-run", "--json").out)
     report = json.loads(run("avg", *runs, "--json").out)
     assert plan | {"written": True} == report
@@ -222,7 +222,7 @@ def test_a_dry_run_announces_the_bytes_that_are_then_written(runs: list[Path]) -
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
-def test_the_table_fits_the_terminal_and_keeps_names_whole(runs: list[Path], columns: int) -> None:
+def test_avg_table_fits_the_terminal_and_keeps_names_whole(runs: list[Path], columns: int) -> None:
     result = run("avg", *runs, "--dry-run", columns=columns)
     table = result.err.split("\n\n")[0].splitlines()
     assert len(table) == 13
@@ -230,7 +230,7 @@ def test_the_table_fits_the_terminal_and_keeps_names_whole(runs: list[Path], col
     assert table[-1].split()[0] == "checkpoint-12.pth"
 
 
-def test_negative_and_unknown_figures_have_their_place_in_the_table() -> None:
+def test_avg_table_shows_negative_coefficients_and_unknown_steps() -> None:
     for name in ("early", "late"):
         torch.save({"w": torch.full((2,), float(len(name)))}, f"{name}.pth")
     result = run("avg", "early.pth", "late.pth", "--mode", "weights", "--weights", "-1,2", "--dry-run")
@@ -238,7 +238,7 @@ def test_negative_and_unknown_figures_have_their_place_in_the_table() -> None:
     assert "early.pth has no step" in result.err
 
 
-def test_notes_and_the_state_used_are_said_aloud(pair: list[Path]) -> None:
+def test_avg_shows_notes_and_the_state(pair: list[Path]) -> None:
     Path("last.pth").hardlink_to(pair[1])
     result = run("avg", *pair, "last.pth")
     assert result.err.splitlines()[:2] == [
@@ -250,7 +250,7 @@ def test_notes_and_the_state_used_are_said_aloud(pair: list[Path]) -> None:
     assert run("avg", "c-1.pth", "--force").err.startswith("1 checkpoint: c-1.pth. Weights: raw (state_dict).")
 
 
-def test_tensors_that_some_checkpoints_lack_are_said_aloud(pair: list[Path]) -> None:
+def test_avg_shows_tensors_that_some_checkpoints_lack(pair: list[Path]) -> None:
     torch.save({"state_dict": {"w": torch.zeros(4), "head": torch.zeros(1)}, "epoch": 3}, "c-3.pth")
     for plan in (["--dry-run"], []):
         result = run("avg", *pair, "c-3.pth", "--keys", "intersection", *plan)
@@ -263,7 +263,7 @@ def test_tensors_that_some_checkpoints_lack_are_said_aloud(pair: list[Path]) -> 
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_the_mode_of_the_output_follows_the_umask(pair: list[Path], umask: int, mode: int) -> None:
+def test_avg_output_mode_follows_the_umask(pair: list[Path], umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
         for name in ("a.pth", "a.safetensors", "folder"):
@@ -275,7 +275,7 @@ def test_the_mode_of_the_output_follows_the_umask(pair: list[Path], umask: int, 
     assert stat.S_IMODE(Path("folder").stat().st_mode) == 0o777 & ~umask
 
 
-def test_the_inputs_are_not_touched(runs: list[Path]) -> None:
+def test_avg_does_not_touch_the_inputs(runs: list[Path]) -> None:
     shutil.copytree(runs[0].parent, "runs")
     for path in Path("runs").iterdir():
         path.chmod(0o444)
@@ -284,7 +284,7 @@ def test_the_inputs_are_not_touched(runs: list[Path]) -> None:
     assert contents(Path("runs")) == before
 
 
-def test_an_output_of_ours_does_not_get_into_the_next_average(pair: list[Path]) -> None:
+def test_avg_leaves_out_its_own_outputs(pair: list[Path]) -> None:
     assert run("avg", *pair, "-o", "averaged.pth").code == 0
     result = run("avg", "*.pth", "-o", "second.pth", "--json")
     assert [i["name"] for i in json.loads(result.out)["inputs"]] == ["c-1.pth", "c-2.pth"]
@@ -292,7 +292,7 @@ def test_an_output_of_ours_does_not_get_into_the_next_average(pair: list[Path]) 
     assert Path("second.pth").read_bytes() == Path("averaged.pth").read_bytes()
 
 
-def test_code_in_a_pickle_is_not_run_and_its_tensors_are_had(pair: list[Path]) -> None:
+def test_avg_runs_no_code_in_a_pickle_and_reads_its_tensors(pair: list[Path]) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, ("ran",)
@@ -308,7 +308,7 @@ def test_code_in_a_pickle_is_not_run_and_its_tensors_are_had(pair: list[Path]) -
     assert "x" not in saved
 
 
-def test_the_plan_and_the_last_line_name_the_gpu(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_names_the_gpu_in_the_plan_and_the_last_line(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "choose", lambda name, nbytes: ("cuda:0",))
     monkeypatch.setattr(streams, "Gpu", lambda name: Cpu())
     plan = run("avg", *pair, "--device", "cuda", "--dry-run", "--json")
@@ -319,7 +319,7 @@ def test_the_plan_and_the_last_line_name_the_gpu(pair: list[Path], monkeypatch: 
     assert torch.load("averaged.pth")["state_dict"]["w"].tolist() == [1.5] * 4
 
 
-def test_devices_that_cannot_be_had_are_refused(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_rejects_missing_devices(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, message in [
         (["--device", "abacus"], "--device abacus: write auto, cpu"),

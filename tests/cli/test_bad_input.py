@@ -75,7 +75,7 @@ needs_permissions = pytest.mark.skipif(
         ("/dev/null", "/dev/null: neither a file nor a folder."),
     ],
 )
-def test_a_path_without_a_checkpoint(path: str, message: str) -> None:
+def test_avg_rejects_a_path_without_a_checkpoint(path: str, message: str) -> None:
     Path("empty-folder").mkdir()
     if path == "c-4.pth":  # one suggestion only is near
         Path("c-1.pth").rename("x")
@@ -96,7 +96,7 @@ def test_a_path_without_a_checkpoint(path: str, message: str) -> None:
     ],
     ids=["empty", "two bytes", "text", "git lfs", "pickle", "hdf5", "zip"],
 )
-def test_a_file_that_is_no_checkpoint(content: bytes, message: str) -> None:
+def test_avg_rejects_a_file_that_is_no_checkpoint(content: bytes, message: str) -> None:
     Path("bad-4.pth").write_bytes(content)
     refusal = refused(Path(), "avg", *GOOD, "bad-4.pth")
     assert "bad-4.pth: " in refusal
@@ -104,7 +104,7 @@ def test_a_file_that_is_no_checkpoint(content: bytes, message: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_a_truncated_file(form: str) -> None:
+def test_avg_rejects_a_truncated_file(form: str) -> None:
     if form == "safetensors":
         save_file({"w": torch.zeros(3, 4)}, "c-4.pth")
     else:
@@ -116,7 +116,7 @@ def test_a_truncated_file(form: str) -> None:
 
 
 @needs_permissions
-def test_a_folder_or_file_that_may_not_be_read() -> None:
+def test_avg_rejects_an_unreadable_folder_or_file() -> None:
     Path("closed").mkdir()
     shutil.move("c-3.pth", "closed/c-3.pth")
     Path("c-2.pth").chmod(0)
@@ -155,12 +155,12 @@ def test_a_folder_or_file_that_may_not_be_read() -> None:
     ],
     ids=["none", "empty", "empty state dict", "unknown layout", "module", "module inside"],
 )
-def test_a_checkpoint_without_a_state_dict(tree: Any, message: str) -> None:
+def test_avg_rejects_a_checkpoint_without_a_state_dict(tree: Any, message: str) -> None:
     save("bad.pth", tree)
     assert refused(Path(), "avg", "bad.pth").startswith(f"Error: {message}")
 
 
-def test_the_wrong_set_of_weights_asked_for() -> None:
+def test_avg_rejects_a_missing_set_of_weights() -> None:
     assert "c-3.pth: has no ema weights, only raw (the whole file). Use --state raw." in refused(
         Path(), "avg", *GOOD, "--state", "ema"
     )
@@ -169,7 +169,7 @@ def test_the_wrong_set_of_weights_asked_for() -> None:
     )
 
 
-def test_raw_and_averaged_weights_mixed() -> None:
+def test_avg_rejects_raw_and_averaged_weights_mixed() -> None:
     save("t-1.pth", {"state_dict": state(1.0), "epoch": 1})
     save("t-2.pth", {"state_dict": state(2.0), "state_dict_ema": state(2.0), "epoch": 2})
     refusal = refused(Path(), "avg", "t-1.pth", "t-2.pth")
@@ -200,13 +200,13 @@ def lying(entry: dict[str, Any], payload: int = 48, length: int | None = None) -
         ({"dtype": "F32", "shape": [3, 4]}, {}, "the entry of 'w' is incomplete"),
     ],
 )
-def test_a_lying_safetensors_header(entry: dict[str, Any], options: dict[str, int], message: str) -> None:
+def test_avg_rejects_a_false_safetensors_header(entry: dict[str, Any], options: dict[str, int], message: str) -> None:
     lying(entry, **options)
     assert message in refused(Path(), "avg", "lie.safetensors")
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/passwd", "link.safetensors", "sub/../../outside"])
-def test_an_index_that_points_outside_its_folder(place: str) -> None:
+def test_avg_rejects_an_index_that_points_outside_its_folder(place: str) -> None:
     save_file({"w": torch.zeros(3)}, "outside.safetensors")
     Path("m").mkdir()
     Path("m/link.safetensors").symlink_to("../outside.safetensors")
@@ -218,7 +218,7 @@ def test_an_index_that_points_outside_its_folder(place: str) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_pickle_that_is_nothing_but_code(legacy: bool) -> None:
+def test_avg_rejects_a_pickle_of_code_alone(legacy: bool) -> None:
     class Code:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, ("ran",)
@@ -232,7 +232,7 @@ def test_a_pickle_that_is_nothing_but_code(legacy: bool) -> None:
 # Series that do not line up
 
 
-def test_mismatched_keys() -> None:
+def test_avg_rejects_mismatched_keys() -> None:
     save("d-4.pth", state(4.0) | {"head.bias": torch.zeros(2)})
     assert refused(Path(), "avg", *GOOD, "d-4.pth") == (
         "Error: c-1.pth has no tensor 'head.bias' (1 of 4 files have it). "
@@ -242,14 +242,14 @@ def test_mismatched_keys() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), [([1], []), ([1, 3], [3]), ([3, 1], [3, 4]), ([2, 6], [3, 4])])
-def test_shapes_that_would_broadcast_or_could_be_reshaped(one: list[int], other: list[int]) -> None:
+def test_avg_rejects_shapes_that_would_broadcast(one: list[int], other: list[int]) -> None:
     save("d-1.pth", {"w": torch.zeros(one), "v": torch.zeros(2)})
     save("d-2.pth", {"w": torch.zeros(other), "v": torch.zeros(2)})
     refusal = refused(Path(), "avg", "d-1.pth", "d-2.pth")
     assert f"'w' has shape {one} in d-1.pth but {other} in d-2.pth. These are not checkpoints of one model." in refusal
 
 
-def test_a_dtype_that_changes_along_the_series() -> None:
+def test_avg_rejects_a_dtype_that_changes_along_the_series() -> None:
     save("d-4.pth", state() | {"w": torch.zeros(3, 4, dtype=torch.float16)})
     refusal = refused(Path(), "avg", *GOOD, "d-4.pth")
     assert "'w' is float32 in c-1.pth but float16 in d-4.pth." in refusal
@@ -257,7 +257,7 @@ def test_a_dtype_that_changes_along_the_series() -> None:
     assert run("avg", *GOOD, "d-4.pth", "--dtype", "float32").code == 0
 
 
-def test_a_dtype_of_another_kind_cannot_be_had_by_any_option() -> None:
+def test_avg_rejects_a_dtype_of_another_category() -> None:
     save("d-4.pth", state() | {"n": torch.tensor(7.0)})
     for options in ([], ["--dtype", "float32"]):
         refusal = refused(Path(), "avg", *GOOD, "d-4.pth", *options)
@@ -267,7 +267,7 @@ def test_a_dtype_of_another_kind_cannot_be_had_by_any_option() -> None:
 @pytest.mark.parametrize(
     ("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (float("-inf"), "-infinity")]
 )
-def test_a_value_in_one_file_that_is_not_finite(value: float, word: str) -> None:
+def test_avg_rejects_a_nonfinite_value(value: float, word: str) -> None:
     bad = state(4.0)
     bad["w"][1, 2] = value
     save("c-4.pth", bad)
@@ -277,7 +277,7 @@ def test_a_value_in_one_file_that_is_not_finite(value: float, word: str) -> None
     assert run("avg", *GOOD, "c-4.pth", "--allow-nonfinite").code == 0
 
 
-def test_sums_that_overflow_the_output() -> None:
+def test_avg_rejects_sums_that_overflow_the_output() -> None:
     for i in (1, 2):
         save(f"h-{i}.pth", {"w": torch.full((3,), 30000.0 * i)})
     options = ("--dtype", "float16", "--mode", "weights", "--weights", "1,1", "--no-normalize")
@@ -289,7 +289,7 @@ def test_sums_that_overflow_the_output() -> None:
 @pytest.mark.parametrize(
     ("tensor", "kind"), [(torch.eye(3).to_sparse(), "sparse"), (torch.zeros(3, device="meta"), "on the meta device")]
 )
-def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str) -> None:
+def test_avg_rejects_unsupported_tensors(tensor: torch.Tensor, kind: str) -> None:
     save("d-4.pth", state() | {"w": tensor})
     refusal = refused(Path(), "avg", "d-4.pth")
     assert f"d-4.pth: 'w' is {kind}" in refusal
@@ -332,14 +332,14 @@ def test_tensors_of_a_kind_that_is_not_averaged(tensor: torch.Tensor, kind: str)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_usage_exits_with_2(options: list[str], message: str) -> None:
+def test_avg_exits_with_2_on_bad_usage(options: list[str], message: str) -> None:
     assert message in refused(Path(), "avg", *GOOD, *options, code=2)
 
 
 # Targets
 
 
-def test_the_target_is_an_input_by_any_name() -> None:
+def test_avg_rejects_a_target_that_is_an_input() -> None:
     Path("soft.pth").symlink_to("c-1.pth")
     Path("hard.pth").hardlink_to("c-1.pth")
     Path("soft-folder").symlink_to(".")
@@ -359,7 +359,7 @@ def test_the_target_is_an_input_by_any_name() -> None:
             )
 
 
-def test_the_target_lies_in_an_input_or_around_one() -> None:
+def test_avg_rejects_a_target_in_or_around_an_input() -> None:
     Path("m").mkdir()
     save_file({"w": torch.zeros(3)}, "m/model.safetensors")
     Path("all").mkdir()
@@ -371,7 +371,7 @@ def test_the_target_lies_in_an_input_or_around_one() -> None:
     assert "which is never changed" in refused(Path(), "avg", "m", "-o", "m/model.safetensors", "--force")
 
 
-def test_the_target_exists() -> None:
+def test_avg_rejects_an_existing_target() -> None:
     Path("old.pth").write_text("precious")
     Path("folder").mkdir()
     Path("folder/model.safetensors").write_text("precious")
@@ -385,14 +385,14 @@ def test_the_target_exists() -> None:
         assert f"{target}: is {kind} already." in refused(Path(), "avg", *GOOD, "-o", target, "--force")
 
 
-def test_the_folder_of_the_target_does_not_exist() -> None:
+def test_avg_rejects_a_target_in_a_missing_folder() -> None:
     assert refused(Path(), "avg", *GOOD, "-o", "new/averaged.pth") == (
         f"Error: new/averaged.pth: there is no folder {Path('new').absolute()}. "
         f"Make it first: mkdir -p {Path('new').absolute()}"
     )
 
 
-def test_the_current_folder_is_gone(runs: list[Path]) -> None:
+def test_avg_rejects_a_deleted_current_folder(runs: list[Path]) -> None:
     leave = "import os\nos.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
     done = spawn("avg", runs[0], "-o", Path("out.pth").absolute(), cwd=Path(), first=leave)
     assert (done.returncode, done.stderr) == (
@@ -404,7 +404,7 @@ def test_the_current_folder_is_gone(runs: list[Path]) -> None:
 
 
 @needs_permissions
-def test_the_folder_of_the_target_is_not_writable() -> None:
+def test_avg_rejects_a_target_in_a_write_protected_folder() -> None:
     Path("closed").mkdir()
     Path("closed").chmod(0o555)
     done = spawn("avg", *GOOD, "-o", "closed/averaged.pth", cwd=Path(), first=UNPRIVILEGED)
@@ -416,7 +416,7 @@ def test_the_folder_of_the_target_is_not_writable() -> None:
 
 
 @needs_permissions
-def test_a_target_in_a_folder_that_cannot_be_listed_is_written() -> None:
+def test_avg_writes_into_a_folder_that_cannot_be_listed() -> None:
     Path("blind").mkdir()
     Path("blind").chmod(0o777)
     reference = spawn("avg", *GOOD, "-o", "blind/a.pth", cwd=Path(), first=UNPRIVILEGED)
@@ -431,7 +431,7 @@ def test_a_target_in_a_folder_that_cannot_be_listed_is_written() -> None:
 # A full disk
 
 
-def test_a_disk_too_small_is_noticed_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_rejects_a_small_disk_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("avg", *GOOD).code == 0
     size = Path("averaged.pth").stat().st_size
     Path("averaged.pth").unlink()
@@ -443,7 +443,7 @@ def test_a_disk_too_small_is_noticed_before_the_work(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("target", ["averaged.pth", "averaged.safetensors", "averaged"])
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_leaves_nothing_on_a_disk_that_fills_up(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -453,7 +453,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(target: str, monkeypatch:
     assert "Nothing was left at the target" in refusal
 
 
-def test_a_limit_on_the_size_of_files_leaves_nothing() -> None:
+def test_avg_leaves_nothing_at_a_limit_of_file_size() -> None:
     save("big-1.pth", {"w": torch.zeros(1000)})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
@@ -464,7 +464,7 @@ def test_a_limit_on_the_size_of_files_leaves_nothing() -> None:
     assert refusal == "Error: averaged.pth: cannot be written (File too large). Choose another place with -o."
 
 
-def test_an_old_target_survives_a_failure_under_force(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_force_keeps_the_old_target_on_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("averaged.pth").write_text("precious")
     Path("averaged.pth").chmod(0o600)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
@@ -474,7 +474,7 @@ def test_an_old_target_survives_a_failure_under_force(monkeypatch: pytest.Monkey
     assert stat.S_IMODE(Path("averaged.pth").stat().st_mode) == 0o600
 
 
-def test_an_input_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_rejects_an_input_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on while the average is made: no result from halves of two files."""
     pack = native.pack
 
@@ -489,7 +489,7 @@ def test_an_input_that_changes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(path.name for path in Path().iterdir()) == sorted(GOOD)
 
 
-def test_an_input_that_is_cut_short_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_avg_rejects_an_input_that_is_cut_short_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     pack = native.pack
 
     def meddling(*args: Any, **kwargs: Any) -> Any:

@@ -31,7 +31,7 @@ from ckpt_tools.cli import console
         (2.5e12, "2.5 TB"),
     ],
 )
-def test_sizes_have_three_figures_and_a_decimal_unit(nbytes: float, text: str) -> None:
+def test_size_has_three_figures_and_a_decimal_unit(nbytes: float, text: str) -> None:
     assert console.size(nbytes) == text
 
 
@@ -39,7 +39,7 @@ def test_sizes_have_three_figures_and_a_decimal_unit(nbytes: float, text: str) -
     ("number", "text"),
     [(0, "0"), (999, "999"), (17_029, "17k"), (304_326_632, "304M"), (999_999, "1M"), (6_738_415_616, "6.74B")],
 )
-def test_counts_are_written_as_the_field_does(number: int, text: str) -> None:
+def test_count_has_three_figures_and_a_short_unit(number: int, text: str) -> None:
     assert console.count(number) == text
 
 
@@ -47,14 +47,14 @@ def test_counts_are_written_as_the_field_does(number: int, text: str) -> None:
     ("value", "drawn"),
     [(1.0, "████████"), (0.5, "████"), (-0.5, "████"), (0.02, "▏"), (1e-9, "▏"), (0.0, ""), (1.07 / 8, "█▏")],
 )
-def test_a_bar_is_as_long_as_its_value_and_what_is_not_zero_is_seen(
+def test_bar_is_as_long_as_its_value_and_visible_unless_zero(
     value: float, drawn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     assert console.bar(value, 1.0, 8) == drawn
 
 
-def test_a_terminal_without_block_characters_gets_plain_bars(runs: list[Path]) -> None:
+def test_bar_is_plain_without_block_characters(runs: list[Path]) -> None:
     result = run("avg", *runs, "--dry-run", encoding="ascii")
     assert result.code == 0
     assert result.err.isascii()
@@ -62,11 +62,11 @@ def test_a_terminal_without_block_characters_gets_plain_bars(runs: list[Path]) -
     assert "####################" in result.err
 
 
-def test_no_bar_is_drawn_where_all_is_zero() -> None:
+def test_bar_is_empty_if_all_is_zero() -> None:
     assert console.bar(0.0, 0.0) == ""
 
 
-def test_names_cannot_steer_the_terminal_or_pass_for_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_say_escapes_control_characters_and_markup_in_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "\x1b[2J\x9b31m[bold]:smile:\r\nerased"
     torch.save({name: torch.zeros(2)}, "[red]:x:.pth")
@@ -82,7 +82,7 @@ def test_names_cannot_steer_the_terminal_or_pass_for_markup(tmp_path: Path, monk
         assert not set("\x1b\x9b\r") & set(result.err)
 
 
-def test_a_name_that_is_no_unicode_is_shown_somehow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_say_shows_names_that_are_not_unicode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = b"caf\xe9-1.pth".decode(errors="surrogateescape")
     torch.save({"w": torch.zeros(2)}, "plain.pth")
@@ -92,7 +92,7 @@ def test_a_name_that_is_no_unicode_is_shown_somehow(tmp_path: Path, monkeypatch:
     assert json.loads(run("inspect", name, "--json").out)["path"] == "caf\ufffd-1.pth"
 
 
-def test_json_is_json_whatever_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_print_json_writes_strict_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN and infinity are not in JSON, and lone surrogates not in UTF-8: strict parsers refuse both."""
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {"\ud800": torch.zeros(2)}, "metric": float("-inf")}, "c.pth")
@@ -103,7 +103,7 @@ def test_json_is_json_whatever_the_file_holds(tmp_path: Path, monkeypatch: pytes
     json.dumps(described, ensure_ascii=False).encode()
 
 
-def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
+def test_progress_is_a_plain_line_now_and_then_off_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = iter([0.0, 1.0, 11.0, 11.0, 12.0, 30.0, 30.0])
@@ -116,9 +116,7 @@ def test_progress_off_a_terminal_is_a_plain_line_now_and_then(
     assert captured.out == ""
 
 
-def test_what_is_counted_is_said_with_its_unit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_counting_names_the_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = iter(range(0, 1000, 10))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
     with console.counting("images") as show:
@@ -128,7 +126,7 @@ def test_what_is_counted_is_said_with_its_unit(
 
 
 @pytest.mark.parametrize("columns", ["50", "90"])
-def test_progress_on_a_terminal_leaves_nothing_behind(columns: str) -> None:
+def test_progress_leaves_nothing_on_a_terminal(columns: str) -> None:
     script = (
         "from ckpt_tools.cli import console\n"
         "with console.progress('averaging') as p, console.counting('images') as c:\n"
@@ -162,7 +160,7 @@ def shell(line: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("end", ["2>&-", "2>/dev/full", "2>&1 | true", "2>&- >&- <&-"])
 @pytest.mark.parametrize(("job", "code"), [("$CKPT -o out.pth", 0), ("ckpt avg gone.pth", 1), ("ckpt avg --nope", 2)])
-def test_where_nothing_can_be_said_the_work_goes_on(
+def test_avg_goes_on_if_stderr_cannot_be_written(
     runs: list[Path], tmp_path: Path, job: str, code: int, end: str
 ) -> None:
     done = shell(f"{job} {end}; exit ${{PIPESTATUS[0]}}", tmp_path, CKPT=f"ckpt avg {runs[0]} {runs[1]}")
@@ -176,7 +174,9 @@ def test_where_nothing_can_be_said_the_work_goes_on(
 @pytest.mark.parametrize(
     ("end", "reason"), [(">&-", "it is closed"), (">/dev/full", "No space left on device"), ("| true", None)]
 )
-def test_a_result_that_goes_nowhere_is_an_error(runs: list[Path], tmp_path: Path, end: str, reason: str | None) -> None:
+def test_print_json_fails_if_stdout_cannot_be_written(
+    runs: list[Path], tmp_path: Path, end: str, reason: str | None
+) -> None:
     for job in (f"avg {runs[0]} --json", f"inspect {runs[0]} --json", "--help", "avg --help", "--version"):
         done = shell(f"ckpt {job} {end}; exit ${{PIPESTATUS[0]}}", tmp_path)
         *before, last = ["", *done.stderr.splitlines()]
@@ -189,16 +189,14 @@ def test_a_result_that_goes_nowhere_is_an_error(runs: list[Path], tmp_path: Path
         (tmp_path / "averaged.pth").unlink(missing_ok=True)
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(runs: list[Path], tmp_path: Path) -> None:
+def test_inspect_ends_quietly_on_a_closed_pipe(runs: list[Path], tmp_path: Path) -> None:
     for job in (f"inspect {runs[0]} --json --tensors", f"inspect {runs[0]} --tensors 2>&1"):
         done = shell(f"ckpt {job} | head -1", tmp_path)
         assert (len(done.stdout.splitlines()), done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "15", "-5", "wide", ""])
-def test_all_is_shown_however_narrow_the_terminal_claims_to_be(
-    runs: list[Path], columns: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_show_everything_in_any_width(runs: list[Path], columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cli_runner.environment", lambda **_: environment(COLUMNS=columns))
     table = run("avg", *runs, "--dry-run").err
     assert all(path.name in table for path in runs)
@@ -208,7 +206,7 @@ def test_all_is_shown_however_narrow_the_terminal_claims_to_be(
     assert "--nope" in run("avg", "--nope").err
 
 
-def test_a_terminal_breaks_lines_between_words(runs: list[Path]) -> None:
+def test_say_wraps_between_words_on_a_terminal(runs: list[Path]) -> None:
     shown = b""
     terminal, other_end = pty.openpty()
     with subprocess.Popen(["ckpt", "inspect", runs[3]], env=environment(COLUMNS="54"), stderr=other_end):
@@ -222,7 +220,7 @@ def test_a_terminal_breaks_lines_between_words(runs: list[Path]) -> None:
     assert lines[-2:] == ["  optimizer: SGD with momentum, 67.4 kB, 0.99 times", "    the weights"]
 
 
-def test_the_module_runs_as_the_script_does(tmp_path: Path) -> None:
+def test_module_runs_as_the_script_does(tmp_path: Path) -> None:
     for command in ([sys.executable, "-m", "ckpt_tools"], [str(BIN / "ckpt")]):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE)
         assert done.stdout.startswith("ckpt-tools ")

@@ -20,7 +20,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "c.pth"
 
 
-def test_it_says_which_set_came_out_and_what_was_left() -> None:
+def test_convert_shows_the_state_and_what_is_dropped() -> None:
     result = run("convert", "c.pth", "-o", "w.safetensors")
     assert result.code == 0
     assert result.err.splitlines()[:3] == [
@@ -31,7 +31,7 @@ def test_it_says_which_set_came_out_and_what_was_left() -> None:
     assert load_file("w.safetensors")["w"].tolist() == [2, 2]
 
 
-def test_the_report_is_json_on_stdout() -> None:
+def test_convert_writes_the_report_as_json() -> None:
     result = run("convert", "c.pth", "--to", "torchvision", "-o", "t.pth", "--updates", "9", "--json")
     report = json.loads(result.out)
     assert report["placed"] == ["raw (state_dict) → model", "ema (state_dict_ema) → model_ema"]
@@ -39,14 +39,14 @@ def test_the_report_is_json_on_stdout() -> None:
     assert torch.load("t.pth", weights_only=True)["model_ema"]["n_averaged"].item() == 9
 
 
-def test_a_dry_run_writes_nothing() -> None:
+def test_convert_dry_run_writes_nothing() -> None:
     result = run("convert", "c.pth", "--to", "deit", "-o", "d.pth", "--dry-run")
     assert result.code == 0
     assert "raw (state_dict) → model, ema (state_dict_ema) → model_ema" in result.err
     assert not Path("d.pth").exists()
 
 
-def test_the_layouts_are_listed() -> None:
+def test_convert_list_shows_the_layouts() -> None:
     result = run("convert", "--list")
     assert result.code == 0
     assert "timm-ema          timm, with the weights as state_dict_ema" in result.err.splitlines()
@@ -65,7 +65,7 @@ def test_the_layouts_are_listed() -> None:
         (("c.pth", "-o", "x.pt2"), "x.pt2: .pt2 is not a known suffix. Did you mean .pt"),
     ],
 )
-def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], message: str) -> None:
+def test_convert_exits_with_2_on_bad_usage(arguments: tuple[str, ...], message: str) -> None:
     result = run("convert", *arguments)
     assert result.code == 2
     assert message in result.err
@@ -73,7 +73,7 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], message: str) -> N
     assert [path.name for path in Path().iterdir()] == ["c.pth"]
 
 
-def test_a_target_that_exists_stays_without_force() -> None:
+def test_convert_keeps_an_existing_target_without_force() -> None:
     Path("w.pth").write_text("mine")
     result = run("convert", "c.pth", "-o", "w.pth")
     assert result.code == 1

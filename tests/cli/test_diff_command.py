@@ -20,14 +20,14 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_is_identical_exits_with_0_and_leaves_no_trace(runs: list[Path]) -> None:
+def test_diff_exits_with_0_for_identical_weights(runs: list[Path]) -> None:
     result = run("diff", runs[0], runs[0])
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[-1] == "Identical: 20 tensors, the same bit for bit."
     assert contents(Path()) == {}
 
 
-def test_two_checkpoints_of_a_run_differ_and_exit_with_1(runs: list[Path]) -> None:
+def test_diff_exits_with_1_for_different_weights(runs: list[Path]) -> None:
     a, b = (torch.load(path, weights_only=False)["state_dict_ema"] for path in runs[:2])
     name = max((n for n in a if a[n].is_floating_point()), key=lambda n: (a[n] - b[n]).abs().max())
     result = run("diff", runs[0], runs[1], columns=120)
@@ -39,21 +39,21 @@ def test_two_checkpoints_of_a_run_differ_and_exit_with_1(runs: list[Path]) -> No
     assert "Different: 20 of 20 tensors differ; the largest difference is 40 (bn" in result.err
 
 
-def test_the_tolerance_decides_the_exit_code(save: Save) -> None:
+def test_diff_exit_code_follows_the_tolerance(save: Save) -> None:
     a, b = save("a.pth", {"w": torch.tensor([1.0, 2.0])}), save("b.pth", {"w": torch.tensor([1.0, 2.002])})
     assert [run("diff", a, b, *o).code for o in ([], ["--rtol", "0.01"], ["--atol", "0.001"])] == [1, 0, 1]
     assert "Equal within tolerance (rtol 0.01, atol 0): 1 of 1 tensor differs" in run("diff", a, b, "--rtol", ".01").err
     assert "1 value beyond the tolerance (rtol 0, atol 0.001)" in run("diff", a, b, "--atol", "0.001").err
 
 
-def test_equal_values_of_other_bits_are_equal_and_not_identical(save: Save) -> None:
+def test_diff_calls_equal_values_of_other_bits_equal(save: Save) -> None:
     a, b = save("a.pth", {"w": torch.tensor([0.0])}), save("b.pth", {"w": torch.tensor([-0.0])})
     result = run("diff", a, b)
     assert result.code == 0
     assert "Equal: 1 tensor, the same in every value, though 1 not bit for bit" in result.err
 
 
-def test_everything_that_differs_is_named(save: Save) -> None:
+def test_diff_names_everything_that_differs(save: Save) -> None:
     a = save("a.pth", {"w": torch.ones(2), "x": torch.ones(2), "s": torch.ones(2, 3), "p": torch.eye(2).to_sparse()})
     b = save("b.pth", {"w": torch.ones(2).half(), "y": torch.ones(2), "s": torch.ones(3, 2), "p": torch.ones(2)})
     result = run("diff", a, b)
@@ -67,14 +67,14 @@ def test_everything_that_differs_is_named(save: Save) -> None:
 
 
 @pytest.mark.parametrize("top", [0, 2, 5])
-def test_top_says_how_many_are_shown(save: Save, top: int) -> None:
+def test_diff_top_limits_what_is_shown(save: Save, top: int) -> None:
     a, b = save("a.pth", FIVE), save("b.pth", {name: tensor + 1 for name, tensor in FIVE.items()})
     shown = run("diff", a, b, "--top", str(top)).err
     assert len(re.findall(r"^w\d .* 3 of 3", shown, re.MULTILINE)) == top
     assert ("... and 3 more tensors" in shown) == (top == 2)
 
 
-def test_json_alone_stands_on_stdout_and_holds_every_tensor(save: Save) -> None:
+def test_diff_writes_json_with_every_tensor_alone_to_stdout(save: Save) -> None:
     a, b = save("a.pth", FIVE), save("b.pth", {name: tensor + 1 for name, tensor in FIVE.items()})
     result = run("diff", a, b, "--json", "--top", "1")
     report = json.loads(result.out)
@@ -83,14 +83,14 @@ def test_json_alone_stands_on_stdout_and_holds_every_tensor(save: Save) -> None:
     assert json.loads(run("diff", a, a, "--json").out)["verdict"] == "identical"
 
 
-def test_the_sets_of_both_sides_are_chosen(runs: list[Path]) -> None:
+def test_diff_chooses_the_state_of_both_sides(runs: list[Path]) -> None:
     result = run("diff", runs[0], runs[0], "--state", "raw", "--state-b", "ema")
     assert result.code == 1
     assert "checkpoint-1.pth: raw (state_dict), 20 tensors" in result.err
     assert "checkpoint-1.pth: ema (state_dict_ema), 20 tensors" in result.err
 
 
-def test_values_at_the_limits_of_float64_are_shown_and_are_strict_json(save: Save) -> None:
+def test_diff_shows_values_at_the_limits_of_float64(save: Save) -> None:
     a, b = (
         save(f"{i}.pth", {"w": torch.tensor([i * 1.7e308, value], dtype=torch.float64)})
         for i, value in ((1, 1.0), (-1, float("nan")))
@@ -101,19 +101,19 @@ def test_values_at_the_limits_of_float64_are_shown_and_are_strict_json(save: Sav
     assert json.loads(result.out, parse_constant=pytest.fail)["max_abs"] > 1.7e308
 
 
-def test_names_steer_no_terminal(save: Save) -> None:
+def test_diff_escapes_control_characters_in_names(save: Save) -> None:
     a, b = save("a.pth", {"w\x1b[2J": torch.ones(1)}), save("b.pth", {"w\x1b[2J": torch.zeros(1)})
     assert "\x1b" not in run("diff", a, b).err
 
 
-def test_a_narrow_terminal_wraps_the_table_and_cuts_nothing_off(runs: list[Path]) -> None:
+def test_diff_wraps_the_table_in_a_narrow_terminal(runs: list[Path]) -> None:
     table = run("diff", runs[0], runs[1], columns=40, encoding="ascii").err.splitlines()[2:-2]
     assert max(map(len, table)) <= 40
     width = table[0].index("larg")
     assert "bn3.running_mean" in "".join(line[:width].strip() for line in table)
 
 
-def test_what_cannot_be_read_is_refused_in_words(save: Save) -> None:
+def test_diff_rejects_bad_input(save: Save) -> None:
     save("a.pth", {"w": torch.ones(2)})
     Path("text.pth").write_text("no weights")
     assert refused(Path(), "diff", "a.pth", "gone.pth") == "Error: gone.pth: no such file."

@@ -36,36 +36,36 @@ def documented(section: str) -> set[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_section_in_the_docs(command: str) -> None:
+def test_docs_have_a_section_for_every_command(command: str) -> None:
     assert command in sections(), f"docs/cli.md has no heading '## ckpt {command} ...'"
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
-def test_every_option_stands_in_the_table_of_its_command(command: str, option: str) -> None:
+def test_docs_list_every_option_of_a_command(command: str, option: str) -> None:
     assert option in documented(sections()[command]), f"docs/cli.md: the table of 'ckpt {command}' lacks {option}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_docs_promise_no_option_that_does_not_exist(command: str) -> None:
+def test_docs_name_no_unknown_option(command: str) -> None:
     assert documented(sections()[command]) <= {option for name, option in OPTIONS if name == command}
 
 
-def test_the_docs_name_no_command_that_does_not_exist() -> None:
+def test_docs_name_no_unknown_command() -> None:
     assert sections().keys() == COMMANDS.keys()
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
-def test_every_option_says_in_the_help_what_it_does(command: str, option: str) -> None:
+def test_help_describes_every_option(command: str, option: str) -> None:
     parameter = next(p for p in COMMANDS[command].params if option in (*p.opts, *p.secondary_opts))
     assert parameter.help, f"ckpt {command} {option} has no help"
 
 
 @pytest.mark.parametrize("code", ["0 done", "1 refused or failed", "2 wrong usage", "130 interrupted"])
-def test_exit_codes_are_documented(code: str) -> None:
+def test_docs_list_exit_codes(code: str) -> None:
     assert code in DOCS.read_text()
 
 
-def test_the_readme_leads_to_the_docs_and_names_every_command() -> None:
+def test_readme_links_the_docs_and_names_every_command() -> None:
     readme = (DOCS.parents[1] / "README.md").read_text()
     assert "docs/cli.md" in readme
     assert all(f"ckpt {command}" in readme for command in COMMANDS)

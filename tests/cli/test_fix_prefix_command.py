@@ -18,6 +18,8 @@ import torch
 from cli_runner import PATIENCE, contents, environment, refused, run, spawn
 from safetensors.torch import load_file, save_file
 
+from ckpt_tools import convert
+
 X = {"module.a.w": torch.arange(4.0), "module.a.b": torch.ones(2)}
 BARE = {name.removeprefix("module."): tensor for name, tensor in X.items()}
 
@@ -54,7 +56,7 @@ def shards(folder: str = "model", **others: str) -> Path:
 # In place
 
 
-def test_the_average_is_fixed_where_it_is() -> None:
+def test_fix_prefix_replaces_averaged_pth_by_default() -> None:
     save(obj={"state_dict": X, "epoch": 3})
     result = run("fix-prefix")
     assert (result.code, result.out) == (0, "")
@@ -70,25 +72,25 @@ def test_the_average_is_fixed_where_it_is() -> None:
     assert again.err.splitlines()[-1] == "Nothing to fix; it stays as it is."
 
 
-def test_without_a_pth_the_default_is_safetensors() -> None:
+def test_fix_prefix_replaces_averaged_safetensors_without_a_pth() -> None:
     save_file(X, "averaged.safetensors")
     assert run("fix-prefix").code == 0
     assert same(load_file("averaged.safetensors"), BARE)
 
 
-def test_without_either_it_says_so() -> None:
+def test_fix_prefix_rejects_a_missing_default() -> None:
     message = refused(Path(), "fix-prefix", code=2)
     assert message == "Error: no checkpoint given, and there is no averaged.pth or averaged.safetensors here."
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
-def test_the_mode_stays(mode: int) -> None:
+def test_fix_prefix_keeps_the_mode(mode: int) -> None:
     save().chmod(mode)
     assert run("fix-prefix").code == 0
     assert stat.S_IMODE(Path("averaged.pth").stat().st_mode) == mode
 
 
-def test_other_names_of_a_file_keep_the_old_one() -> None:
+def test_fix_prefix_keeps_the_old_file_under_other_hard_links() -> None:
     save("checkpoint-5.pth")
     for name in ("last.pth", "model_best.pth"):
         os.link("checkpoint-5.pth", name)
@@ -99,7 +101,7 @@ def test_other_names_of_a_file_keep_the_old_one() -> None:
     assert same(torch.load("model_best.pth"), X)
 
 
-def test_a_symbolic_link_is_not_replaced() -> None:
+def test_fix_prefix_rejects_a_symbolic_link() -> None:
     save("real.pth")
     Path("link.pth").symlink_to("real.pth")
     message = refused(Path(), "fix-prefix", "link.pth")
@@ -110,13 +112,13 @@ def test_a_symbolic_link_is_not_replaced() -> None:
     assert same(torch.load("new.pth"), BARE)
 
 
-def test_a_write_protected_file_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fix_prefix_rejects_a_write_protected_file(monkeypatch: pytest.MonkeyPatch) -> None:
     save().chmod(0o444)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root may do all things
     assert "averaged.pth: is write-protected. Lift that (chmod u+w)" in refused(Path(), "fix-prefix")
 
 
-def test_a_dry_run_writes_nothing() -> None:
+def test_fix_prefix_dry_run_writes_nothing() -> None:
     save("real.pth")
     Path("averaged.pth").symlink_to("real.pth")
     before = contents(Path())
@@ -129,7 +131,7 @@ def test_a_dry_run_writes_nothing() -> None:
     assert contents(Path()) == before
 
 
-def test_json_is_the_report() -> None:
+def test_fix_prefix_writes_the_report_as_json() -> None:
     save()
     report = json.loads(run("fix-prefix", "--strip", "module.a.", "--json").out)
     assert report == {
@@ -156,7 +158,7 @@ def test_json_is_the_report() -> None:
 # Beside it
 
 
-def test_prefixes_by_hand_go_to_another_file() -> None:
+def test_fix_prefix_writes_given_prefixes_to_another_file() -> None:
     save("c.pth")
     before = Path("c.pth").read_bytes()
     result = run("fix-prefix", "c.pth", "--strip", "module.", "--add", "net.", "--add", "ema.", "-o", "d.pth")
@@ -176,13 +178,13 @@ def test_prefixes_by_hand_go_to_another_file() -> None:
         ("gone/d.pth", 1, "gone/d.pth: there is no folder"),
     ],
 )
-def test_targets_that_cannot_be(out: str, code: int, message: str) -> None:
+def test_fix_prefix_rejects_bad_targets(out: str, code: int, message: str) -> None:
     save("c.pth")
     Path("there.pth").write_text("old")
     assert refused(Path(), "fix-prefix", "c.pth", "-o", out, code=code).startswith(f"Error: {message}")
 
 
-def test_force_replaces_a_target() -> None:
+def test_fix_prefix_force_replaces_a_target() -> None:
     save("c.pth")
     Path("d.pth").write_text("old")
     assert run("fix-prefix", "c.pth", "-o", "d.pth", "--force").code == 0
@@ -192,7 +194,7 @@ def test_force_replaces_a_target() -> None:
 # Folders
 
 
-def test_a_folder_of_shards_becomes_a_complete_new_one() -> None:
+def test_fix_prefix_writes_a_complete_folder_of_shards() -> None:
     home = shards(**{"optimizer.pt": "o", "pytorch_model.bin": "w", ".cache": "c"})
     (home / "runs").mkdir()
     before = contents(home)
@@ -213,7 +215,7 @@ def test_a_folder_of_shards_becomes_a_complete_new_one() -> None:
     assert run("fix-prefix", "new").err.splitlines()[-1] == "Nothing to fix; it stays as it is."
 
 
-def test_shards_in_the_format_of_torch() -> None:
+def test_fix_prefix_renames_torch_shards() -> None:
     home = Path("model")
     home.mkdir()
     for i, (name, tensor) in enumerate(X.items(), 1):
@@ -224,7 +226,7 @@ def test_shards_in_the_format_of_torch() -> None:
     assert same(torch.load("new/pytorch_model-1.bin") | torch.load("new/pytorch_model-2.bin"), BARE)
 
 
-def test_a_prefix_that_not_all_shards_carry_stays() -> None:
+def test_fix_prefix_keeps_a_prefix_that_not_all_shards_carry() -> None:
     """A shard by itself would lose it."""
     home = shards()
     save_file({"b.w": torch.ones(2)}, home / "model-00002-of-00002.safetensors")
@@ -234,7 +236,7 @@ def test_a_prefix_that_not_all_shards_carry_stays() -> None:
     assert run("fix-prefix", "model").err.splitlines()[-1] == "Nothing to fix; it stays as it is."
 
 
-def test_a_folder_is_not_replaced() -> None:
+def test_fix_prefix_rejects_replacing_a_folder() -> None:
     shards()
     message = refused(Path(), "fix-prefix", "model")
     assert message == (
@@ -242,7 +244,7 @@ def test_a_folder_is_not_replaced() -> None:
     )
 
 
-def test_a_folder_with_one_file() -> None:
+def test_fix_prefix_writes_a_folder_with_one_file() -> None:
     Path("model").mkdir()
     save_file(X, "model/model.safetensors")
     Path("model/config.json").write_text("{}")
@@ -267,20 +269,18 @@ def test_a_folder_with_one_file() -> None:
         ({"module.a.w": torch.ones(1), "module": 1, "m._orig_mod.x": torch.ones(1), "m.x": torch.ones(1)}, "'m.x'"),
     ],
 )
-def test_checkpoints_without_names_to_fix(obj: Any, message: str) -> None:
+def test_fix_prefix_rejects_checkpoints_without_names(obj: Any, message: str) -> None:
     save("c.pth", obj)
     assert message in refused(Path(), "fix-prefix", "c.pth")
 
 
-def test_a_dcp_checkpoint_is_sent_to_convert() -> None:
-    Path("step").mkdir()
-    Path("step/.metadata").write_bytes(b"\x80\2}.")
-    Path("step/__0_0.distcp").write_bytes(b"")
+def test_fix_prefix_rejects_dcp_and_names_convert() -> None:
+    convert(save("c.pth"), to="dcp", out="step")
     assert "step: a DCP checkpoint" in refused(Path(), "fix-prefix", "step", "-o", "new")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_file_stays_as_it_is(damage: str) -> None:
+def test_fix_prefix_leaves_a_damaged_file(damage: str) -> None:
     raw = save("c.pth").read_bytes()
     at = raw.index(b"module.a.w")
     damaged = {"truncated": raw[:-30], "flipped": raw[:at] + b"X" + raw[at + 1 :], "empty": b""}[damage]
@@ -308,7 +308,7 @@ def large() -> Path:
 SLOWLY = """
 import os, sys, time
 from ckpt_tools.storage import splice
-splice._filled = lambda fd, span: [span]
+splice._without_holes = lambda source, span: [span]
 def slow(source, target, count, start, position):
     time.sleep(0.01)
     return real(source, target, min(count, 1 << 16), start, position)
@@ -323,7 +323,7 @@ main()
     [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated"), (signal.SIGKILL, -9, "")],
 )
 @pytest.mark.parametrize("out", [(), ("-o", "new.safetensors")])
-def test_a_signal_leaves_the_old_file(
+def test_fix_prefix_leaves_the_old_file_on_a_signal(
     number: signal.Signals, code: int, word: str, out: tuple[str, ...], large: Path
 ) -> None:
     before = large.stat()
@@ -348,7 +348,7 @@ def test_a_signal_leaves_the_old_file(
         assert len(list(Path().iterdir())) == 1
 
 
-def test_a_file_that_is_written_to_meanwhile_is_not_replaced(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fix_prefix_does_not_replace_a_file_written_meanwhile(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ckpt_tools.storage import splice
 
     real = splice.write
@@ -368,7 +368,7 @@ def test_a_file_that_is_written_to_meanwhile_is_not_replaced(large: Path, monkey
     assert [path.name for path in Path().iterdir()] == [large.name]
 
 
-def test_a_file_that_is_replaced_meanwhile_is_not_replaced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fix_prefix_does_not_replace_a_file_replaced_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training saves its next checkpoint under the same name."""
     from ckpt_tools.storage import splice
 
@@ -388,7 +388,7 @@ def test_a_file_that_is_replaced_meanwhile_is_not_replaced_again(monkeypatch: py
     assert [p.name for p in Path().iterdir()] == ["last.pth"]
 
 
-def test_torch_is_not_needed(tmp_path: Path) -> None:
+def test_fix_prefix_needs_no_torch(tmp_path: Path) -> None:
     save()
     script = (
         "import sys\nfrom ckpt_tools import fix_prefix\n"
@@ -398,18 +398,18 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
     assert spawn("fix-prefix", cwd=tmp_path).returncode == 0
 
 
-def test_a_file_that_shrinks_while_it_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckpt_tools.jobs import rename as prefixes
+def test_fix_prefix_rejects_a_file_that_shrinks_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckpt_tools.jobs import fix_prefix as job
 
     path = save("c.pth")
-    real = prefixes.read_header
+    real = job.read_header
 
     def disturbed(given: Path) -> Any:
         header = real(given)
         os.truncate(given, 100)
         return header
 
-    monkeypatch.setattr(prefixes, "read_header", disturbed)
+    monkeypatch.setattr(job, "read_header", disturbed)
     result = run("fix-prefix", path)
     assert result.code == 1
     assert "c.pth: changed while it was read" in result.err

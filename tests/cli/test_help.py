@@ -45,7 +45,7 @@ def help_text(command: str) -> str:
         (["avg", "a.pth", "--decay", "2", "--mode", "ema"], 2),
     ],
 )
-def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path, arguments: list[str], code: int) -> None:
+def test_commands_without_torch_do_not_import_it(tmp_path: Path, arguments: list[str], code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments],
         cwd=tmp_path,
@@ -63,11 +63,11 @@ def test_what_needs_no_torch_does_not_wait_for_it(tmp_path: Path, arguments: lis
     [
         (["avg", "--help"], set()),
         (["avg", "RUN", "-o", "a.pth", "--force", "--mode", "ema", "--decay", "0.9"], {"average"}),
-        (["fix-prefix", "RUN", "-o", "b.pth", "--add", "model."], {"rename"}),
+        (["fix-prefix", "RUN", "-o", "b.pth", "--add", "model."], {"fix_prefix"}),
         (["strip", "RUN", "-o", "c.pth"], {"strip"}),
     ],
 )
-def test_a_command_imports_nothing_that_it_does_not_need(
+def test_commands_import_only_what_they_need(
     runs: list[Path], tmp_path: Path, arguments: list[str], jobs: set[str]
 ) -> None:
     """pydantic alone, which Typer reads values with, takes as long to import as all that an average needs."""
@@ -85,7 +85,7 @@ def test_a_command_imports_nothing_that_it_does_not_need(
     line = next(line for line in done.stdout.splitlines() if line.startswith("exit"))
     loaded = set(re.findall(r"'([\w.]+)'", line))
     assert not loaded & {"pydantic", "rich", "torch", "numpy"}
-    verbs = {"average", "convert", "diff", "inspect", "recalibrate", "rename", "strip"}
+    verbs = {"average", "convert", "diff", "fix_prefix", "inspect", "recalibrate", "strip"}
     assert {name for name in verbs if f"ckpt_tools.jobs.{name}" in loaded} == jobs
     assert (
         len([name for name in loaded if re.fullmatch(r"ckpt_tools\.cli\.(avg|convert|diff|fix_prefix|strip)", name)])
@@ -119,7 +119,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
         (["--last", ""], "Invalid value for '--last'"),
     ],
 )
-def test_typer_has_the_words_for_a_value_that_cannot_be_read(
+def test_commands_leave_messages_about_bad_values_to_typer(
     arguments: list[str], message: str, runs: list[Path]
 ) -> None:
     result = run("avg", runs[0], *arguments)
@@ -138,7 +138,7 @@ def test_help_names_every_command() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_help_of_each_command_ends_in_an_example(command: str) -> None:
+def test_help_of_each_command_ends_in_an_example(command: str) -> None:
     assert LAST_EXAMPLE.fullmatch(help_text(command).strip().splitlines()[-1])
     result = run(command, "--help")
     assert result.code == 0
@@ -146,7 +146,7 @@ def test_the_help_of_each_command_ends_in_an_example(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_example_of_each_command_is_in_its_documentation(command: str) -> None:
+def test_docs_have_the_example_of_each_command(command: str) -> None:
     example = LAST_EXAMPLE.findall(help_text(command))[-1]
     docs = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     assert example in docs
@@ -169,7 +169,7 @@ def test_help_fits_a_narrow_terminal(command: str) -> None:
         (["inspect", "a.pth", "b.pth"], "unexpected extra argument"),
     ],
 )
-def test_wrong_usage_exits_with_2_and_points_to_the_help(arguments: list[str], message: str) -> None:
+def test_commands_exit_with_2_and_name_the_help_on_bad_usage(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
     assert message in re.sub(r"[\s│]+", " ", result.err)

@@ -21,7 +21,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_a_timm_checkpoint_is_told_at_a_glance(runs: list[Path]) -> None:
+def test_inspect_summarizes_a_timm_checkpoint(runs: list[Path]) -> None:
     result = run("inspect", runs[3])
     assert (result.code, result.out) == (0, "")
     lines = [line.strip() for line in result.err.splitlines()]
@@ -35,13 +35,13 @@ def test_a_timm_checkpoint_is_told_at_a_glance(runs: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 9])
-def test_a_legacy_file_is_told_as_well(runs: list[Path], number: int) -> None:
+def test_inspect_summarizes_a_legacy_file(runs: list[Path], number: int) -> None:
     result = run("inspect", runs[number - 1])
     assert "torch-legacy" in result.err.splitlines()[0]
     assert "ema (state_dict_ema): 20 tensors" in result.err
 
 
-def test_nothing_of_the_payload_is_read(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_reads_no_payload(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> NoReturn:
         pytest.fail("payload was read")
 
@@ -49,7 +49,7 @@ def test_nothing_of_the_payload_is_read(runs: list[Path], monkeypatch: pytest.Mo
     assert run("inspect", runs[0], "--tensors").code == 0
 
 
-def test_json_alone_stands_on_stdout(runs: list[Path]) -> None:
+def test_inspect_writes_json_alone_to_stdout(runs: list[Path]) -> None:
     result = run("inspect", runs[0], "--json")
     assert (result.code, result.err) == (0, "")
     described = json.loads(result.out)
@@ -61,7 +61,7 @@ def test_json_alone_stands_on_stdout(runs: list[Path]) -> None:
     assert all("tensors" not in s for s in described["sets"])
 
 
-def test_tensors_are_listed_where_asked_for(runs: list[Path]) -> None:
+def test_inspect_lists_tensors_on_request(runs: list[Path]) -> None:
     shown = run("inspect", runs[0], "--tensors").err
     assert shown.count("head.weight ") == 2
     row = next(line for line in shown.splitlines() if "bn1.num_batches_tracked" in line)
@@ -70,7 +70,7 @@ def test_tensors_are_listed_where_asked_for(runs: list[Path]) -> None:
     assert {"name": "head.weight", "dtype": "float32", "shape": [10, 32], "nbytes": 1280} in listed
 
 
-def test_an_output_of_ours_tells_where_it_came_from(runs: list[Path]) -> None:
+def test_inspect_shows_provenance(runs: list[Path]) -> None:
     assert run("avg", *runs, "--mode", "ema", "--decay", "0.7").code == 0
     shown = run("inspect", "averaged.pth").err
     assert "ema average of ema (state_dict_ema), decay 0.7" in shown
@@ -81,7 +81,7 @@ def test_an_output_of_ours_tells_where_it_came_from(runs: list[Path]) -> None:
     assert [i["name"] for i in provenance["inputs"]] == [path.name for path in runs]
 
 
-def test_a_forged_origin_is_shown_as_far_as_it_makes_sense() -> None:
+def test_inspect_shows_forged_provenance_as_far_as_possible() -> None:
     inputs = [{"name": "a", "coefficient": c} for c in (0.5, math.nan, math.inf, 10**400, "x")]
     save_file({"w": torch.zeros(2)}, "c.safetensors", {"ckpt_tools": json.dumps({"inputs": [*inputs, [[]], None]})})
     result = run("inspect", "c.safetensors")
@@ -90,7 +90,7 @@ def test_a_forged_origin_is_shown_as_far_as_it_makes_sense() -> None:
     assert run("inspect", "c.safetensors", "--json").code == 0
 
 
-def test_what_was_not_understood_is_listed_and_not_run() -> None:
+def test_inspect_lists_foreign_names_and_runs_nothing() -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, ("ran",)
@@ -104,7 +104,7 @@ def test_what_was_not_understood_is_listed_and_not_run() -> None:
     assert contents(Path()) == before
 
 
-def test_a_file_without_known_weights_is_told_all_the_same() -> None:
+def test_inspect_summarizes_a_file_without_known_weights() -> None:
     torch.save({"student": {"backbone": {"w": torch.zeros(2)}}, "epoch": 3}, "c.pth")
     result = run("inspect", "c.pth")
     assert result.code == 0
@@ -112,7 +112,7 @@ def test_a_file_without_known_weights_is_told_all_the_same() -> None:
     assert "student: 1 other tensor" in result.err
 
 
-def test_a_sharded_folder_is_told_as_one_checkpoint() -> None:
+def test_inspect_summarizes_a_sharded_folder_as_one_checkpoint() -> None:
     Path("m").mkdir()
     for i, name in enumerate("ab", 1):
         save_file({name: torch.zeros(3)}, f"m/model-0000{i}-of-00002.safetensors")
@@ -124,13 +124,13 @@ def test_a_sharded_folder_is_told_as_one_checkpoint() -> None:
     assert "raw (the whole file): 2 tensors, 6 values, 24 B (layout plain)" in result.err
 
 
-def test_unsupported_tensors_are_shown_by_kind() -> None:
+def test_inspect_shows_unsupported_tensors_by_reason() -> None:
     torch.save({"w": torch.eye(3).to_sparse(), "v": torch.zeros(2)}, "c.pth")
     shown = run("inspect", "c.pth", "--tensors").err
     assert next(line for line in shown.splitlines() if line.startswith("  w ")).split() == ["w", "sparse"]
 
 
-def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspect_expands_home(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(runs[0].parent))
     assert run("inspect", "~/checkpoint-1.pth").code == 0
 
@@ -150,7 +150,7 @@ def test_home_is_understood(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -
         ("/dev/zero", "Error: /dev/zero: neither a file nor a folder."),
     ],
 )
-def test_what_cannot_be_inspected_is_refused_in_words(path: str, message: str) -> None:
+def test_inspect_rejects_bad_input(path: str, message: str) -> None:
     Path("folder").mkdir()
     Path("runs").mkdir()
     Path("runs/c.pth").touch()

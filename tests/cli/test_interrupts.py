@@ -73,7 +73,7 @@ def files() -> dict[str, tuple[int, int]]:
         (signal.SIGTERM, 143, "Terminated"),
     ],
 )
-def test_a_signal_stops_a_run_without_a_trace(number: signal.Signals, code: int, word: str) -> None:
+def test_avg_leaves_nothing_on_a_signal(number: signal.Signals, code: int, word: str) -> None:
     before = files()
     with running() as process:
         process.send_signal(number)
@@ -85,7 +85,7 @@ def test_a_signal_stops_a_run_without_a_trace(number: signal.Signals, code: int,
     assert Path("averaged.safetensors").read_text() == "old"
 
 
-def test_a_signal_that_comes_when_all_is_written_changes_nothing() -> None:
+def test_avg_ignores_a_signal_after_writing() -> None:
     for path in Path().glob("c-?.safetensors"):
         save_file({"w": torch.ones(3)}, path)
     for delay in (0.0, 0.002, 0.01, 0.02):  # until Python has shut down
@@ -102,7 +102,7 @@ def test_a_signal_that_comes_when_all_is_written_changes_nothing() -> None:
         assert (process.returncode, more) == (0, "")
 
 
-def test_a_signal_between_the_renaming_and_the_clearing_leaves_the_whole_file_alone() -> None:
+def test_avg_keeps_the_complete_file_on_a_signal_after_the_rename() -> None:
     """A descriptor is closed only when the target is in its place."""
     close = (
         "import os, runpy, signal, sys\n"
@@ -126,7 +126,7 @@ def test_a_signal_between_the_renaming_and_the_clearing_leaves_the_whole_file_al
     assert "Wrote out.safetensors" in done.stderr
 
 
-def test_more_signals_do_not_break_off_the_cleaning_up() -> None:
+def test_avg_cleans_up_despite_more_signals() -> None:
     """A terminal that is closed sends SIGHUP; an impatient user, Ctrl-C again and again."""
     before = files()
     with running() as process:
@@ -140,7 +140,7 @@ def test_more_signals_do_not_break_off_the_cleaning_up() -> None:
     assert files() == before
 
 
-def test_a_run_that_is_killed_leaves_the_old_target() -> None:
+def test_avg_keeps_the_old_target_when_killed() -> None:
     """Nothing can be cleaned up then; what stays is hidden, and no series takes it in."""
     with running() as process:
         process.kill()
@@ -152,7 +152,7 @@ def test_a_run_that_is_killed_leaves_the_old_target() -> None:
     assert [i["name"] for i in json.loads(again.out)["inputs"]] == ["c-1.safetensors", "c-2.safetensors"]
 
 
-def test_ctrl_c_at_a_terminal_takes_the_progress_bar_away() -> None:
+def test_avg_removes_the_progress_bar_on_ctrl_c() -> None:
     before = files()
     terminal, other_end = pty.openpty()
     process = subprocess.Popen(

@@ -33,14 +33,14 @@ def texts(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def test_no_module_outside_the_command_line_spells_an_option() -> None:
+def test_library_spells_no_option() -> None:
     assert len(LIBRARY) > 60
     for path in LIBRARY:
         found = re.findall(r"(?<![-\w])--[a-z{][\w-]*|(?<![-\w])-o\b", path.read_text())
         assert not found, f"{path}: {found}"
 
 
-def test_every_mark_in_a_message_names_a_parameter_of_a_public_function() -> None:
+def test_library_messages_mark_only_public_functions_and_parameters() -> None:
     marks = 0
     for path in LIBRARY:
         for text in texts(path):
@@ -48,7 +48,16 @@ def test_every_mark_in_a_message_names_a_parameter_of_a_public_function() -> Non
                 assert name in PARAMETERS, f"{path}: `{name}` in {text!r}"
                 assert not function or name in inspect.signature(FUNCTIONS[function]).parameters
                 marks += 1
+            for function in re.findall(r"`(\w+)\(\.\.\.\)`", text):
+                assert function in FUNCTIONS, f"{path}: `{function}(...)` in {text!r}"
+                marks += 1
     assert marks > 80
+
+
+def test_library_messages_name_no_command_that_is_a_function() -> None:
+    for path in LIBRARY:
+        for text in texts(path):
+            assert not re.search(r"\bckpt (avg|convert|diff|fix-prefix|recal-bn|strip)\b", text), f"{path}: {text!r}"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +73,7 @@ def test_every_mark_in_a_message_names_a_parameter_of_a_public_function() -> Non
         ("`data='my photos'`: no", "--data 'my photos': no"),
         ("goes with `eval_data`.", "goes with --eval."),
         ("first: `convert(to='plain')`.", "first: ckpt convert --to plain."),
+        ("first: `fix_prefix(...)`.", "first: ckpt fix-prefix."),
         ("off: `fix_prefix(strip='module.')`", "off: ckpt fix-prefix --strip module."),
         ("`decay=1.5`: must", "--decay 1.5: must"),
         ("`device='cuda:9'`: there", "--device cuda:9: there"),
@@ -74,13 +84,13 @@ def test_spelled_turns_parameters_into_options(message: str, shown: str) -> None
     assert spelled(message) == shown
 
 
-def test_the_library_and_the_command_line_say_the_same_of_a_bad_value(runs: list[Path], here: Path) -> None:
+def test_average_and_avg_report_a_bad_value_alike(runs: list[Path], here: Path) -> None:
     with pytest.raises(UsageError, match=r"^`threads=0`: must be a whole number from 1 to 256\.$"):
         ckpt_tools.average(runs, threads=0)
     assert run("avg", *runs, "--threads", "0").err == "Error: --threads 0: must be a whole number from 1 to 256.\n"
 
 
-def test_notes_name_options_on_the_screen_and_in_json(runs: list[Path], here: Path) -> None:
+def test_avg_notes_name_options_on_the_screen_and_in_json(runs: list[Path], here: Path) -> None:
     result = run("avg", *runs, "--last", "99", "--json")
     note = "--last 99: there are only 12; all are used."
     assert note in result.err.splitlines()

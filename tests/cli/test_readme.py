@@ -24,7 +24,7 @@ def comparable(text: str, command: str) -> list[str]:
     return lines
 
 
-def test_each_command_of_the_readme_prints_what_the_readme_shows(tmp_path: Path) -> None:
+def test_readme_commands_print_what_the_readme_shows(tmp_path: Path) -> None:
     for name in ("runs", "digits"):
         shutil.copytree(ROOT / "fixtures" / name, tmp_path / name)
     shutil.copy(ROOT / "fixtures" / "digits_net.py", tmp_path)
@@ -39,6 +39,6 @@ def test_each_command_of_the_readme_prints_what_the_readme_shows(tmp_path: Path)
         assert comparable(done.stderr, words[0]) == comparable(expected, words[0])
 
 
-def test_the_readme_shows_every_command() -> None:
+def test_readme_shows_every_command() -> None:
     shown = {session.split()[2] for session in SESSIONS}
     assert shown == {"avg", "convert", "diff", "fix-prefix", "inspect", "recal-bn", "strip"}

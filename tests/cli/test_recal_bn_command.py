@@ -25,7 +25,7 @@ def averaged(tmp_path: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch) 
     return tmp_path / "averaged.pth"
 
 
-def test_the_average_of_the_digits_gets_statistics_of_its_own(averaged: Path) -> None:
+def test_recal_bn_writes_new_statistics(averaged: Path) -> None:
     before = averaged.read_bytes()
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/train", "--eval", FIXTURES / "digits/val", columns=120)
     assert result.code == 0, result.err
@@ -52,7 +52,7 @@ def test_the_average_of_the_digits_gets_statistics_of_its_own(averaged: Path) ->
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
-def test_the_report_fits_a_narrow_terminal(averaged: Path, columns: int) -> None:
+def test_recal_bn_report_fits_a_narrow_terminal(averaged: Path, columns: int) -> None:
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", columns=columns)
     assert result.code == 0, result.err
     table = result.err.splitlines()[3:-4]
@@ -60,7 +60,7 @@ def test_the_report_fits_a_narrow_terminal(averaged: Path, columns: int) -> None
     assert "…" not in result.err
 
 
-def test_json_is_on_stdout_and_nothing_else(averaged: Path) -> None:
+def test_recal_bn_writes_json_alone_to_stdout(averaged: Path) -> None:
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", "--passes", "2", "--json")
     report = json.loads(result.out)
     assert report["written"] is True
@@ -69,14 +69,14 @@ def test_json_is_on_stdout_and_nothing_else(averaged: Path) -> None:
     assert [layer["name"] for layer in report["statistics"]["layers"]] == ["bn1", "bn2", "bn3"]
 
 
-def test_what_the_users_code_prints_is_not_on_stdout(averaged: Path, tmp_path: Path) -> None:
+def test_recal_bn_keeps_prints_of_user_code_off_stdout(averaged: Path, tmp_path: Path) -> None:
     (tmp_path / "loud.py").write_text("from digits_net import DigitsNet\nclass Net(DigitsNet): print('hello')\n")
     result = run("recal-bn", "--model", "loud.py:Net", *GRAY[2:], "--data", FIXTURES / "digits/val", "--json")
     assert "hello" in result.err
     assert json.loads(result.out)["written"] is True
 
 
-def test_a_broken_image_is_named(averaged: Path, tmp_path: Path) -> None:
+def test_recal_bn_names_a_broken_image(averaged: Path, tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "digits/val", tmp_path / "val")
     broken = min((tmp_path / "val").rglob("*.png"))
     broken.write_bytes(b"no image")
@@ -85,7 +85,7 @@ def test_a_broken_image_is_named(averaged: Path, tmp_path: Path) -> None:
     assert f"could not be read and were left out, such as {broken.relative_to(tmp_path)}" in result.err
 
 
-def test_a_dry_run_shows_the_plan(averaged: Path, tmp_path: Path) -> None:
+def test_recal_bn_dry_run_shows_the_plan(averaged: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", "--images", "100", "--dry-run", "--json")
     assert result.code == 0
@@ -95,7 +95,7 @@ def test_a_dry_run_shows_the_plan(averaged: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_inspect_shows_where_the_statistics_come_from(averaged: Path) -> None:
+def test_inspect_shows_the_provenance_of_statistics(averaged: Path) -> None:
     run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", "--images", "200")
     shown = run("inspect", "averaged-bn.pth").err
     assert "recal-bn" in shown
@@ -119,7 +119,7 @@ def test_inspect_shows_where_the_statistics_come_from(averaged: Path) -> None:
         (("missing.pth", "--data", "v"), "missing.pth: no such file", 1),
     ],
 )
-def test_bad_usage_is_one_message_and_no_trace(
+def test_recal_bn_rejects_bad_usage_in_one_message(
     averaged: Path, tmp_path: Path, arguments: tuple[str, ...], message: str, code: int
 ) -> None:
     (tmp_path / "v").symlink_to(FIXTURES / "digits" / "val")
@@ -146,7 +146,7 @@ def loader(): return torch.utils.data.DataLoader(Slow(), batch_size=4, num_worke
 
 @pytest.mark.parametrize("factory", ["make", "workers", "loader"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_it_without_a_trace(
+def test_recal_bn_leaves_nothing_on_a_signal(
     averaged: Path, tmp_path: Path, number: signal.Signals, code: int, factory: str
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW)

@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
 # One file
 
 
-def test_a_file_appears_whole_when_the_block_ends(here: Path) -> None:
+def test_staged_files_shows_a_complete_file_when_the_block_ends(here: Path) -> None:
     with staged_files(Path("out.pth"), None, [5]) as (_, (fd,)):
         assert not Path("out.pth").exists()
         assert len(names(here)) == 1
@@ -40,7 +40,7 @@ def test_a_file_appears_whole_when_the_block_ends(here: Path) -> None:
     assert names(here) == ["out.pth"]
 
 
-def test_the_hidden_file_stands_beside_the_target_and_has_its_size(here: Path) -> None:
+def test_staged_files_creates_a_hidden_file_of_full_size_beside_the_target(here: Path) -> None:
     Path("deep").mkdir()
     with staged_files(Path("deep/out.pth"), None, [1 << 20]) as (stage, _):
         assert stage.parent == here / "deep"
@@ -49,7 +49,7 @@ def test_the_hidden_file_stands_beside_the_target_and_has_its_size(here: Path) -
 
 
 @pytest.mark.parametrize("error", [Crash, KeyboardInterrupt, MemoryError, WriteError])
-def test_a_crash_in_the_block_leaves_the_old_file(here: Path, error: type[BaseException]) -> None:
+def test_staged_files_keeps_the_old_file_on_a_crash(here: Path, error: type[BaseException]) -> None:
     Path("out.pth").write_text("old")
     before = contents(here)
     with pytest.raises(error, match="in the block"), staged_files(Path("out.pth"), None, [5]):
@@ -57,7 +57,7 @@ def test_a_crash_in_the_block_leaves_the_old_file(here: Path, error: type[BaseEx
     assert contents(here) == before
 
 
-def test_a_new_file_replaces_the_old_one_with_its_name_alone(here: Path) -> None:
+def test_staged_files_leaves_other_hard_links_of_the_old_file(here: Path) -> None:
     """Who holds the old file open, or has a second name for it, keeps it."""
     Path("out.pth").write_text("old")
     Path("second.pth").hardlink_to("out.pth")
@@ -69,14 +69,14 @@ def test_a_new_file_replaces_the_old_one_with_its_name_alone(here: Path) -> None
     assert names(here) == ["out.pth", "second.pth"]
 
 
-def test_what_cannot_be_created_is_refused_in_words(here: Path) -> None:
+def test_staged_files_rejects_a_target_that_cannot_be_created(here: Path) -> None:
     with pytest.raises(WriteError, match=r"out\.pth: cannot be written \(.*\)\. Choose another place with `out`"):  # noqa: SIM117
         with staged_files(Path("gone/out.pth"), None, [1]):
             pytest.fail("the block was entered")
     assert names(here) == []
 
 
-def test_a_failure_to_reach_the_disk_leaves_the_old_file(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_files_keeps_the_old_file_if_the_sync_fails(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("out.pth").write_text("old")
     monkeypatch.setattr(os, "fsync", lambda fd: os.close(1 << 20))  # EBADF
     with pytest.raises(WriteError, match=r"out\.pth: cannot be written \(Bad file descriptor\)"):  # noqa: SIM117
@@ -86,7 +86,9 @@ def test_a_failure_to_reach_the_disk_leaves_the_old_file(here: Path, monkeypatch
     assert names(here) == ["out.pth"]
 
 
-def test_content_is_synced_before_the_name_and_the_folder_after(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_files_syncs_content_before_the_rename_and_the_folder_after(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
     fsync, link = os.fsync, os.link
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").readlink().name), fsync(fd)))
@@ -104,7 +106,7 @@ def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_appears_meanwhile_is_replaced_with_force_only(
+def test_staged_files_needs_force_for_a_file_that_appears_meanwhile(
     here: Path, links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not links:
@@ -119,14 +121,14 @@ def test_a_file_that_appears_meanwhile_is_replaced_with_force_only(
     assert names(here) == ["out.pth"]
 
 
-def test_a_file_system_without_hard_links_will_do(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_files_works_without_hard_links(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_links(monkeypatch)
     with staged_files(Path("out.pth"), None, [3]):
         pass
     assert names(here) == ["out.pth"]
 
 
-def test_an_interruption_after_the_rename_comes_too_late(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_files_ignores_an_interruption_after_the_rename(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not be reported as a run that wrote nothing."""
 
     def interrupted(folder: Path) -> None:
@@ -140,17 +142,17 @@ def test_an_interruption_after_the_rename_comes_too_late(here: Path, monkeypatch
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(
+def test_staged_files_replaces_a_link_but_not_its_target(
     here: Path, old_folder: Callable[..., Path], folder: bool
 ) -> None:
-    shards = ["model.safetensors"] if folder else None
-    old_folder("precious")
+    old = old_folder("precious")
+    files = [path.name for path in old.iterdir()] if folder else None
     for behind in ("precious" if folder else "precious/config.json", "nowhere"):
         Path("out").symlink_to(behind)
         with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
-            check_target(Path("out"), [], nbytes=0, force=False, folder=folder)
-        check_target(Path("out"), [], nbytes=0, force=True, folder=folder)
-        with staged_files(Path("out"), shards, [3], force=True):
+            check_target(Path("out"), [], nbytes=0, force=False, names=files)
+        check_target(Path("out"), [], nbytes=0, force=True, names=files)
+        with staged_files(Path("out"), files, [3] * (3 if folder else 1), force=True):
             pass
         assert not Path("out").is_symlink()
         assert Path("precious/config.json").read_text() == "old"
@@ -161,7 +163,7 @@ def test_a_link_is_replaced_with_force_only_and_what_it_leads_to_stays(
 # A folder
 
 
-def test_a_folder_appears_whole_with_its_index(here: Path) -> None:
+def test_staged_files_shows_a_complete_folder(here: Path) -> None:
     with staged_files(Path("out"), ["a.bin", "index.json"], [2, 2]) as (stage, fds):
         for fd in fds:
             os.pwrite(fd, b"ok", 0)
@@ -170,7 +172,7 @@ def test_a_folder_appears_whole_with_its_index(here: Path) -> None:
     assert names(here) == ["out", "out/a.bin", "out/config.json", "out/index.json"]
 
 
-def test_a_folder_is_replaced_as_a_whole(here: Path, old_folder: Callable[..., Path]) -> None:
+def test_staged_files_replaces_a_folder_as_a_whole(here: Path, old_folder: Callable[..., Path]) -> None:
     old_folder()
     with staged_files(Path("out"), ["model.safetensors"], [3], force=True) as (_, (fd,)):
         os.pwrite(fd, b"new", 0)
@@ -178,14 +180,14 @@ def test_a_folder_is_replaced_as_a_whole(here: Path, old_folder: Callable[..., P
     assert names(here) == ["out", "out/model.safetensors"]
 
 
-def test_an_empty_folder_is_filled(here: Path) -> None:
+def test_staged_files_replaces_an_empty_folder(here: Path) -> None:
     Path("out").mkdir()
     with staged_files(Path("out"), ["model.safetensors"], [3]):
         pass
     assert names(here) == ["out", "out/model.safetensors"]
 
 
-def test_a_crash_in_the_block_leaves_the_old_folder(here: Path, old_folder: Callable[..., Path]) -> None:
+def test_staged_files_keeps_the_old_folder_on_a_crash(here: Path, old_folder: Callable[..., Path]) -> None:
     old_folder()
     before = contents(here)
     with pytest.raises(Crash, match="in the block"), staged_files(Path("out"), ["model.safetensors"], [3]):
@@ -193,7 +195,7 @@ def test_a_crash_in_the_block_leaves_the_old_folder(here: Path, old_folder: Call
     assert contents(here) == before
 
 
-def test_a_folder_that_appears_meanwhile_stays(here: Path, old_folder: Callable[..., Path]) -> None:
+def test_staged_files_keeps_a_folder_that_appears_meanwhile(here: Path, old_folder: Callable[..., Path]) -> None:
     with pytest.raises(WriteError, match="out: was created by another program in the meantime, and was kept"):  # noqa: SIM117
         with staged_files(Path("out"), ["model.safetensors"], [3]):
             before = contents(old_folder())
@@ -202,7 +204,7 @@ def test_a_folder_that_appears_meanwhile_stays(here: Path, old_folder: Callable[
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt("between the renames")])
-def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+def test_staged_files_restores_the_old_folder_on_failure(
     here: Path, old_folder: Callable[..., Path], error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old_folder()
@@ -223,7 +225,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     assert contents(here) == before
 
 
-def test_an_old_folder_that_cannot_come_back_is_kept_and_named(
+def test_staged_files_names_an_old_folder_that_cannot_be_restored(
     here: Path, old_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(old_folder())
@@ -244,7 +246,7 @@ def test_an_old_folder_that_cannot_come_back_is_kept_and_named(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux sets blocks aside")
-def test_a_disk_that_is_full_is_found_before_the_work(here: Path) -> None:
+def test_staged_files_finds_a_full_disk_before_the_work(here: Path) -> None:
     """The limit of a file's size stands in for the end of the disk: the system refuses both alike."""
     script = """
 import os, resource

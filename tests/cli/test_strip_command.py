@@ -18,7 +18,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_each_entry_is_shown_with_what_it_took(runs: list[Path]) -> None:
+def test_strip_shows_each_entry_with_its_size(runs: list[Path]) -> None:
     result = run("strip", runs[3], "-o", "s.pth")
     assert (result.code, result.out) == (0, "")
     lines = result.err.splitlines()
@@ -31,7 +31,7 @@ def test_each_entry_is_shown_with_what_it_took(runs: list[Path]) -> None:
     assert run("diff", "s.pth", runs[3]).code == run("diff", "s.pth", runs[3], "--state", "raw").code == 0
 
 
-def test_nothing_to_strip_is_said_and_is_no_error(save: Save) -> None:
+def test_strip_succeeds_if_there_is_nothing_to_strip(save: Save) -> None:
     save("a.pth", {"w": torch.ones(2)})
     before = contents(Path())
     result = run("strip", "a.pth")
@@ -40,7 +40,7 @@ def test_nothing_to_strip_is_said_and_is_no_error(save: Save) -> None:
     assert json.loads(run("strip", "a.pth", "--json").out)["entries"] == []
 
 
-def test_json_alone_stands_on_stdout(runs: list[Path]) -> None:
+def test_strip_writes_json_alone_to_stdout(runs: list[Path]) -> None:
     result = run("strip", runs[3], "-o", "s.pth", "--state", "ema", "--json")
     report = json.loads(result.out)
     assert {entry["place"] for entry in report["entries"]} == {"state_dict", "optimizer", "saver"}
@@ -48,13 +48,13 @@ def test_json_alone_stands_on_stdout(runs: list[Path]) -> None:
     assert report["bytes_written"] == Path("s.pth").stat().st_size
 
 
-def test_a_dry_run_says_what_would_be_written_and_writes_nothing(runs: list[Path]) -> None:
+def test_strip_dry_run_shows_the_output_and_writes_nothing(runs: list[Path]) -> None:
     result = run("strip", runs[3], "-o", "s.pth", "--dry-run")
     assert (result.code, contents(Path())) == (0, {})
     assert result.err.splitlines()[-1].startswith("Would write s.pth: 147 kB of 220 kB")
 
 
-def test_a_view_is_told_apart_from_what_was_stripped(save: Save) -> None:
+def test_strip_shows_compacted_views_apart(save: Save) -> None:
     save("a.pth", {"model": {"v": torch.ones(1000)[:10]}, "optimizer": {"state": {}, "param_groups": []}})
     lines = run("strip", "a.pth").err.splitlines()
     assert [line.split()[:-1] for line in lines[:2]] == [
@@ -63,7 +63,7 @@ def test_a_view_is_told_apart_from_what_was_stripped(save: Save) -> None:
     ]
 
 
-def test_what_cannot_be_stripped_is_refused_in_words(save: Save) -> None:
+def test_strip_rejects_bad_input(save: Save) -> None:
     save("a.pth", {"model": {"w": torch.ones(2)}, "optimizer": {"state": {}, "param_groups": []}})
     save("o.pth", {"state": {0: {"m": torch.ones(2)}}, "param_groups": []})
     assert refused(Path(), "strip", "gone.pth") == "Error: gone.pth: no such file."

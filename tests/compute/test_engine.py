@@ -25,8 +25,9 @@ from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import CkptError, CorruptError, NumericsError, ReadError, WriteError
-from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.file_plan import OutTensor, Terms
+from ckpt_tools.formats.format import Writing
+from ckpt_tools.formats.safetensors import SAFETENSORS
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 Save = Callable[..., Path]
@@ -62,7 +63,7 @@ def average(
         specs.append(spec)
     out_dtype = DTYPES[dtype] if dtype else specs[0].dtype
     out = OutTensor(out_dtype, specs[0].shape, Terms(tuple(specs), tuple(coefficients)), "w")
-    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     path = tmp_path / "out.safetensors"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
@@ -248,7 +249,7 @@ def test_run_rejects_a_file_cut_after_its_header_was_read(tmp_path: Path, save: 
     assert isinstance(spec, TensorSpec)
     os.truncate(path, 1000)
     out = OutTensor(spec.dtype, spec.shape, Terms((spec,), (0.5,)), "w")
-    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(CorruptError, match="ends before its tensors do"):
@@ -264,7 +265,7 @@ def test_run_names_the_output_on_a_full_disk(tmp_path: Path, save: Save) -> None
     spec = open_checkpoint(save("a.pth", {"w": torch.ones(100_000)})).specs["w"]
     assert isinstance(spec, TensorSpec)
     out = OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), "w")
-    plan = safetensors.plan({"w": out}, metadata={}, name="out.safetensors")
+    plan = SAFETENSORS.plan({"w": out}, Writing(name="out.safetensors"))[0]
     fd = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(WriteError, match=r"out.safetensors: writing failed: No space left on device"):
@@ -278,7 +279,7 @@ def test_run_rejects_a_file_that_changes_meanwhile(tmp_path: Path, save: Save) -
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
     out = OutTensor(spec.dtype, spec.shape, Terms((spec,), (0.5,)), "w")
-    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
         with pytest.raises(CorruptError, match="changed while it was read"):
@@ -291,7 +292,7 @@ def test_run_rejects_a_file_that_changes_meanwhile(tmp_path: Path, save: Save) -
 def test_run_writes_bytes_that_no_input_holds(tmp_path: Path, slice_size: int) -> None:
     values = torch.arange(100, dtype=torch.float32)
     out = OutTensor(DTYPES["float32"], (10, 10), Terms(), "w", data=bytes(values.view(torch.uint8).tolist()))
-    plan = safetensors.plan({"w": out}, metadata={}, name="out")
+    plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     path = tmp_path / "out.safetensors"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -368,7 +369,7 @@ def test_run_waits_for_no_disk_when_it_fails(tmp_path: Path, save: Save, monkeyp
     assert isinstance(bad, TensorSpec)
     outs = {f"w{i}": OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), f"w{i}") for i in range(4)}
     outs["bad"] = OutTensor(bad.dtype, bad.shape, Terms((bad, bad), (0.5, 0.5)), "bad")
-    plan = safetensors.plan(outs, metadata={}, name="out")
+    plan = SAFETENSORS.plan(outs, Writing(name="out"))[0]
     fd = os.open(tmp_path / "out.safetensors", os.O_RDWR | os.O_CREAT)
     try:
         os.truncate(fd, plan.size)

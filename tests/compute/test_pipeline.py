@@ -29,8 +29,9 @@ from ckpt_tools.compute import engine
 from ckpt_tools.compute.gpu import pipeline, streams
 from ckpt_tools.compute.work_units import OutFile, Slice
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
-from ckpt_tools.formats import safetensors
 from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, Terms
+from ckpt_tools.formats.format import Writing
+from ckpt_tools.formats.safetensors import SAFETENSORS
 from ckpt_tools.tensors import DTYPES, TensorSpec
 
 DTYPE_NAMES = [*FLOATS, "complex128", "complex64", "complex32"]
@@ -198,7 +199,7 @@ def test_run_on_a_device_rejects_a_truncated_file_and_ends(tmp_path: Path, devic
 
 def test_run_on_a_device_rejects_an_output_that_cannot_be_written_and_ends(tmp_path: Path, device: str) -> None:
     tensors = out_tensors(tmp_path, series_of(2, 0, ["float32"], [(10_000,)]), [0.5, 0.25])
-    plan = safetensors.plan(tensors, metadata={}, name="out")
+    plan = SAFETENSORS.plan(tensors, Writing(name="out"))[0]
     fd = os.open(tmp_path / "0.pth", os.O_RDONLY)
     try:
         with pytest.raises(WriteError, match="out: writing failed"):
@@ -373,7 +374,7 @@ def test_pipeline_hands_nothing_over_when_it_is_stopped(tmp_path: Path, monkeypa
     assert size is not None
     with engine.OpenFiles() as files:
         files.open_all(path for tensor in tensors.values() for spec, _ in tensor.terms for path in spec.paths)
-        out = OutFile(safetensors.plan(tensors, metadata={}, name="out"), -1)
+        out = OutFile(SAFETENSORS.plan(tensors, Writing(name="out"))[0], -1)
         part = Slice(out, tensors["w0"], 0, 0, 100)
         with pipeline.StagingPipeline(late, size, files, lambda *_: None, stop) as staging:
             stream = late.streams[0]

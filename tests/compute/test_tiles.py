@@ -104,13 +104,13 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
 
 
 @RELAXED
-@given(data=st.data(), shape=shapes, numel=st.integers(1, 600), first_row=st.none() | st.integers(1, 40))
+@given(data=st.data(), shape=shapes, numel=st.integers(1, 600))
 def test_tiles_hold_each_element_once_and_no_more_than_allowed(
-    data: st.DataObject, shape: tuple[int, ...], numel: int, first_row: int | None
+    data: st.DataObject, shape: tuple[int, ...], numel: int
 ) -> None:
     orders = [storage_order(shape, data.draw(strides_of(shape))) or () for _ in range(data.draw(st.integers(1, 3)))]
     seen = []
-    for tile in tiles(shape, orders, numel, first_row):
+    for tile in tiles(shape, orders, numel):
         assert 0 < tile.numel <= numel
         for inner in cut_tile(tile, orders, max(numel // 3, 1)):
             assert 0 < inner.numel <= max(numel // 3, 1)
@@ -122,11 +122,6 @@ def test_tiles_hold_each_element_once_and_no_more_than_allowed(
 def test_tiles_of_a_transposed_matrix_have_long_rows_in_both_orders() -> None:
     for tile in tiles((6000, 6000), [(0, 1), (1, 0)], 1 << 20):
         assert min(tile.sizes) >= 1000
-
-
-def test_tiles_have_longer_rows_in_the_other_order_where_short_ones_do_for_the_first() -> None:
-    for tile in tiles((6000, 6000), [(0, 1), (1, 0)], 1 << 20, 512):
-        assert tile.sizes == (2000, 500)
 
 
 def test_tiles_of_a_convolution_in_channels_last_order_are_whole_filters() -> None:

@@ -31,9 +31,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from ckpt_tools import average, open_checkpoint, strip
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, ReadError, SeriesError, UnsupportedError, WriteError
-from ckpt_tools.formats import dcp as ours
 from ckpt_tools.formats import pickle_write, read_header
+from ckpt_tools.formats.dcp import DCP_FOLDER
 from ckpt_tools.formats.file_plan import OutTensor, Terms
+from ckpt_tools.formats.format import Writing
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.jobs.assembly import Assembly
 from ckpt_tools.jobs.run import write
@@ -209,7 +210,7 @@ def written(source: Path, target: Path, **options: Any) -> Path:
         return copies.setdefault(spec, OutTensor(spec.dtype, spec.shape, Terms.copy(spec), "w", finite=False))
 
     tree = pickle_write.plain(header.tree, [], copy)
-    write(Assembly(target, tuple(ours.plan(tree, **options)), folder=True), header.files)
+    write(Assembly(target, DCP_FOLDER.plan(tree, Writing(name=target.name, **options)), folder=True), header.files)
     return target
 
 
@@ -705,9 +706,9 @@ def test_plan_writes_properties_that_older_versions_of_torch_read(single: Path, 
 
 def test_plan_rejects_names_that_torch_cannot_tell_apart() -> None:
     with pytest.raises(WriteError, match=r"two entries would have the name 'a\.b'"):
-        ours.plan({"a.b": 1, "a": {"b": 2}})
+        DCP_FOLDER.plan({"a.b": 1, "a": {"b": 2}}, Writing(name="out"))
 
 
 def test_plan_rejects_an_entry_that_is_no_plain_data() -> None:
     with pytest.raises(WriteError, match="a.b: the entries other than weights cannot be written"):
-        ours.plan({"a": {"b": threading.Lock()}})
+        DCP_FOLDER.plan({"a": {"b": threading.Lock()}}, Writing(name="out"))

@@ -66,10 +66,12 @@ def test_plan_and_read_header_do_not_import_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
+from ckpt_tools.formats.format import Writing
 from ckpt_tools.jobs.assembly import nested
 from ckpt_tools.formats import read_header
 source = read_header(Path({str(tmp_path / "in.pth")!r}))
-planned = nested(source.tree, target=Path("out.pth"), provenance={{"made": "here"}})
+writing = Writing(name="out.pth", provenance={{"made": "here"}})
+planned = nested(source.tree, writing, target=Path("out.pth"), format=source.format)
 (plan,) = planned.files
 raw = bytearray(plan.size)
 for tensor, offset in plan.payloads:

@@ -26,10 +26,13 @@ from hypothesis import strategies as st
 
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import UnsupportedError, UsageError, WriteError
-from ckpt_tools.formats import pickle_write, read_header, torch_zip
+from ckpt_tools.formats import pickle_write, read_header
 from ckpt_tools.formats import safetensors as st_format
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Terms
+from ckpt_tools.formats.format import Writing
+from ckpt_tools.formats.safetensors import SAFETENSORS
 from ckpt_tools.formats.sharded import index_json, parse_size, plan_shards
+from ckpt_tools.formats.torch_zip import TORCH_ZIP
 from ckpt_tools.tensors import TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
@@ -75,9 +78,8 @@ def written(save: Save, tmp_path: Path) -> tuple[dict[str, torch.Tensor], Path]:
         "scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "transposed": torch.arange(12.0).view(3, 4).t(),
         "large": random_tensor("float32", (70_000,)),
     }  # fmt: skip
-    plan = torch_zip.plan(
-        OrderedDict(copies(save("in.pth", tensors))), name="out.pth", provenance={"tool": "ckpt-tools"}
-    )
+    writing = Writing(name="out.pth", provenance={"tool": "ckpt-tools"})
+    (plan,) = TORCH_ZIP.plan(OrderedDict(copies(save("in.pth", tensors))), writing)
     return tensors, write(plan, tmp_path / "out.pth")
 
 
@@ -144,7 +146,10 @@ def test_torch_zip_plan_makes_the_same_bytes_of_the_same_content(save: Save, tmp
     files = []
     for i, (source, threads) in enumerate([(path, 1), (Path(again), 4)]):
         out = copies(source)
-        plans = torch_zip.plan(out, name=f"{i}.pth"), st_format.plan(out, metadata={}, name=f"{i}.safetensors")
+        plans = (
+            TORCH_ZIP.plan(out, Writing(name=f"{i}.pth"))[0],
+            SAFETENSORS.plan(out, Writing(name=f"{i}.safetensors"))[0],
+        )
         files.append([write(plan, tmp_path / plan.name, threads=threads).read_bytes() for plan in plans])
 
     assert files[0] == files[1]
@@ -153,7 +158,9 @@ def test_torch_zip_plan_makes_the_same_bytes_of_the_same_content(save: Save, tmp
 def test_torch_zip_plan_keeps_ties(save: Save, tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     path = save("in.pth", {"a": shared, "b": shared, "c": shared.clone()})
-    loaded = torch.load(write(torch_zip.plan(copies(path), name="x"), tmp_path / "out.pth"), weights_only=True)
+    loaded = torch.load(
+        write(TORCH_ZIP.plan(copies(path), Writing(name="x"))[0], tmp_path / "out.pth"), weights_only=True
+    )
 
     assert loaded["a"].data_ptr() == loaded["b"].data_ptr() != loaded["c"].data_ptr()
     with zipfile.ZipFile(tmp_path / "out.pth") as archive:
@@ -168,7 +175,7 @@ def test_torch_zip_plan_writes_plain_data_unchanged(save: Save, tmp_path: Path) 
         "dtype": torch.bfloat16, "device": torch.device("cpu"), "nested": [(1, None), {"x": 2.5, 7: True}], "z": 1j,
         "array": bytearray(b"x"),
     }  # fmt: skip
-    loaded = torch.load(write(torch_zip.plan(tree, name="x"), tmp_path / "out.pth"), weights_only=True)
+    loaded = torch.load(write(TORCH_ZIP.plan(tree, Writing(name="x"))[0], tmp_path / "out.pth"), weights_only=True)
 
     assert same(loaded["state_dict"]["w"], torch.ones(2))
     assert {k: v for k, v in loaded.items() if k != "state_dict"} == {
@@ -185,7 +192,7 @@ def test_plain_copies_what_refers_to_itself(save: Save, tmp_path: Path) -> None:
     tree |= {"itself": tree, "twice": tree["shared"]}
     header = read_header(save("in.pth", {"cycle": tree, "w": torch.ones(2)}))
     plain = pickle_write.plain(header.tree, [], copied)
-    loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
+    loaded = torch.load(write(TORCH_ZIP.plan(plain, Writing(name="x"))[0], tmp_path / "out.pth"), weights_only=True)
     assert loaded["cycle"]["itself"] is loaded["cycle"]
     assert loaded["cycle"]["twice"] is loaded["cycle"]["shared"]
 
@@ -203,7 +210,7 @@ def test_plain_makes_a_tree_that_torch_loads_and_names_what_it_left_out(save: Sa
     out = copies(path)
     plain = pickle_write.plain({**header.tree, "state_dict": out}, dropped, copied)
 
-    loaded = torch.load(write(torch_zip.plan(plain, name="x"), tmp_path / "out.pth"), weights_only=True)
+    loaded = torch.load(write(TORCH_ZIP.plan(plain, Writing(name="x"))[0], tmp_path / "out.pth"), weights_only=True)
     assert loaded["args"] == {"lr": 0.1, "nested": {"a": 1}}
     assert (loaded["frozen"], loaded["best"], loaded["list"]) == ({1}, 0.5, [1, (2,)])
     assert dropped == ["thing", "list[]", "list[][]"]
@@ -224,9 +231,9 @@ def test_torch_zip_plan_rejects_what_cannot_be_pickled(save: Save) -> None:
         deep = [deep]
 
     with pytest.raises(WriteError, match=r"out\.pth: the entries other than weights cannot be written"):
-        torch_zip.plan({"x": deep}, name="out.pth")
+        TORCH_ZIP.plan({"x": deep}, Writing(name="out.pth"))
     with pytest.raises(WriteError, match="the entries other than weights cannot be written"):
-        torch_zip.plan({"x": (i for i in ())}, name="out.pth")
+        TORCH_ZIP.plan({"x": (i for i in ())}, Writing(name="out.pth"))[0]
 
 
 def test_torch_zip_plan_writes_zip64_headers_beyond_4_gib(tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_torch_zip_plan_writes_zip64_headers_beyond_4_gib(tmp_path: Path) -> Non
         name: zeros(tmp_path, "uint8" if name == "edge" else "float32", shape, name) for name, shape in shapes.items()
     }
     crcs = {tensors["last"]: zlib.crc32(bytes(16))}  # of the others, gigabytes of zeros, nobody asks
-    path = sparse(torch_zip.plan(tensors, name="x", provenance={}), tmp_path / "out.pth", crcs)
+    path = sparse(TORCH_ZIP.plan(tensors, Writing(name="x", provenance={}))[0], tmp_path / "out.pth", crcs)
     assert path.stat().st_blocks * 512 < 1 << 20  # a hole, but for the headers
 
     with zipfile.ZipFile(path) as archive:
@@ -258,7 +265,7 @@ def test_torch_zip_plan_writes_zip64_headers_beyond_4_gib(tmp_path: Path) -> Non
 def test_torch_zip_plan_writes_more_records_than_16_bits_can_count(tmp_path: Path) -> None:
     tensors = {str(i): zeros(tmp_path, "int8", (1,), str(i)) for i in range(66_000)}
     crcs = dict.fromkeys(tensors.values(), zlib.crc32(b"\0"))
-    path = sparse(torch_zip.plan(tensors, name="x"), tmp_path / "out.pth", crcs)
+    path = sparse(TORCH_ZIP.plan(tensors, Writing(name="x"))[0], tmp_path / "out.pth", crcs)
 
     assert_sound_zip(path)
     assert len(read_header(path).tree) == 66_000
@@ -279,7 +286,7 @@ def test_torch_zip_plan_makes_a_sound_zip_of_any_sizes(
     tensors = {str(i): random_tensor(dtype, (size,), seed=i) for i, (size, dtype) in enumerate(sizes)}
     torch.save(tensors | {"pad": torch.ones(1)}, folder / "in.pth")
     tree = {"w": copies(folder / "in.pth"), "text": text}
-    path = write(torch_zip.plan(tree, name="x", provenance={"text": text}), folder / "out.pth")
+    path = write(TORCH_ZIP.plan(tree, Writing(name="x", provenance={"text": text}))[0], folder / "out.pth")
 
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
@@ -296,7 +303,7 @@ def test_safetensors_plan_makes_a_file_that_the_library_loads_bit_for_bit(save: 
         "scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "transposed": torch.arange(12.0).view(3, 4).t(),
         'odd "name"\\\n': torch.ones(1), "重み": torch.ones(2), "large": random_tensor("float32", (70_000,)),
     }  # fmt: skip
-    plan = st_format.plan(copies(save("in.pth", tensors)), metadata={"note": "ä"}, name="out.safetensors")
+    plan = SAFETENSORS.plan(copies(save("in.pth", tensors)), Writing(metadata={"note": "ä"}, name="out.safetensors"))[0]
     path = write(plan, tmp_path / "out.safetensors")
 
     loaded = safetensors.torch.load_file(path)
@@ -344,7 +351,7 @@ def test_average_writes_out_a_tie_that_the_metadata_cannot_tell(save: Save, tmp_
     shared = torch.arange(3.0)
     names = ["a.format", "format", "note", "license", "z.w"]
     out = copies(save("in.pth", dict.fromkeys(names, shared)))
-    path = write(st_format.plan(out, metadata={"note": "text"}, name="x"), tmp_path / "out.safetensors")
+    path = write(SAFETENSORS.plan(out, Writing(metadata={"note": "text"}, name="x"))[0], tmp_path / "out.safetensors")
 
     with safetensors.safe_open(path, "pt") as file:
         assert set(file.keys()) == {"a.format", "format", "note", "license"}
@@ -367,7 +374,7 @@ def test_safetensors_plan_rejects_what_the_format_cannot_hold(
     name: str, dtype: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        st_format.plan({name: zeros(tmp_path, dtype, (2,))}, metadata={}, name="out.safetensors")
+        SAFETENSORS.plan({name: zeros(tmp_path, dtype, (2,))}, Writing(name="out.safetensors"))[0]
 
 
 def test_safetensors_plan_rejects_a_header_over_the_limit_of_the_library(
@@ -376,12 +383,12 @@ def test_safetensors_plan_rejects_a_header_over_the_limit_of_the_library(
     monkeypatch.setattr(st_format, "MAX_HEADER", 1000)
 
     with pytest.raises(UnsupportedError, match=r"out: a header of \d+ bytes is over the limit of 1000"):
-        st_format.plan({"x" * 1000: zeros(tmp_path, "int8", (1,))}, metadata={}, name="out")
+        SAFETENSORS.plan({"x" * 1000: zeros(tmp_path, "int8", (1,))}, Writing(name="out"))[0]
 
 
 def test_safetensors_plan_of_more_than_4_gib_is_read_by_the_library(tmp_path: Path) -> None:
     tensors = {name: zeros(tmp_path, "bfloat16", (3 << 30,), name) for name in "ab"}
-    path = sparse(st_format.plan(tensors, metadata={}, name="x"), tmp_path / "out.safetensors")
+    path = sparse(SAFETENSORS.plan(tensors, Writing(name="x"))[0], tmp_path / "out.safetensors")
 
     with safetensors.safe_open(path, "pt") as file:
         assert {name: file.get_slice(name).get_shape() for name in "ab"} == {name: [3 << 30] for name in "ab"}

@@ -59,7 +59,7 @@ def ema_by_hand(n: int, decay: float) -> list[float]:
     return coefficients
 
 
-def test_the_ema_of_the_digits_run_is_the_float64_oracle(runs: list[Path], tmp_path: Path) -> None:
+def test_average_ema_equals_the_float64_oracle(runs: list[Path], tmp_path: Path) -> None:
     shuffled = random.Random(0).sample(runs, len(runs))
     report = ckpt_tools.average(shuffled, mode="ema", decay=0.99, out=tmp_path / "out.pth")
     assert [Path(i.path).name for i in report.inputs] == [f"checkpoint-{i}.pth" for i in range(1, 13)]
@@ -70,7 +70,7 @@ def test_the_ema_of_the_digits_run_is_the_float64_oracle(runs: list[Path], tmp_p
     assert_is_oracle(found, oracle(states, ema_by_hand(12, 0.99)))
 
 
-def test_integers_come_from_the_last_checkpoint_and_stay_integers(runs: list[Path], tmp_path: Path) -> None:
+def test_average_copies_integers_from_the_last_checkpoint(runs: list[Path], tmp_path: Path) -> None:
     ckpt_tools.average(runs, state="raw", out=tmp_path / "out.pth")
     last = raw_states(runs, "state_dict")[-1]
     found = load(tmp_path / "out.pth")["state_dict"]
@@ -79,13 +79,13 @@ def test_integers_come_from_the_last_checkpoint_and_stay_integers(runs: list[Pat
     assert all(found[name].dtype == torch.int64 and found[name].equal(last[name]) for name in counters)
 
 
-def test_where_fewer_files_exist_than_asked_for_their_number_divides(save: Save, tmp_path: Path) -> None:
+def test_average_divides_by_the_number_of_existing_files(save: Save, tmp_path: Path) -> None:
     paths = [save(f"{i}.pth", {"w": torch.tensor([float(i)])}) for i in (1, 2, 6)]
     ckpt_tools.average(paths, last=10, out=tmp_path / "out.pth")
     assert load(tmp_path / "out.pth")["w"].tolist() == [3.0]
 
 
-def test_scalars_views_and_empty_tensors_are_averaged_like_any_other(save: Save, tmp_path: Path) -> None:
+def test_average_handles_scalars_views_and_empty_tensors(save: Save, tmp_path: Path) -> None:
     def state() -> dict[str, torch.Tensor]:
         base = torch.randn(6, 8)
         return {
@@ -100,7 +100,7 @@ def test_scalars_views_and_empty_tensors_are_averaged_like_any_other(save: Save,
     assert_is_oracle(found, oracle(states, [1 / 3] * 3))
 
 
-def test_objects_of_a_library_that_is_not_installed_are_no_obstacle(
+def test_average_reads_objects_of_missing_libraries(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Lightning keeps omegaconf's in its hyper-parameters."""
@@ -116,7 +116,7 @@ def test_objects_of_a_library_that_is_not_installed_are_no_obstacle(
     assert ckpt_tools.open_checkpoint(path).foreign == {"omegaconf.DictConfig": 1}
 
 
-def test_copies_of_one_network_average_to_themselves(save: Save, tmp_path: Path) -> None:
+def test_average_of_copies_is_the_copy(save: Save, tmp_path: Path) -> None:
     model = timm.create_model("test_resnet", num_classes=7).double()
     state = model.state_dict() | {"half": torch.randn(50).half(), "bf": torch.randn(50).bfloat16()}
     paths = [save(f"c-{i}.pth", {"state_dict": state, "epoch": i}) for i in range(5)]
@@ -125,7 +125,7 @@ def test_copies_of_one_network_average_to_themselves(save: Save, tmp_path: Path)
         assert same_bits(load(tmp_path / f"{mode}.pth")["state_dict"], state)
 
 
-def test_the_container_stays_so_that_timm_loads_it(save: Save, tmp_path: Path) -> None:
+def test_average_keeps_the_container_that_timm_loads(save: Save, tmp_path: Path) -> None:
     from timm.models import load_checkpoint
 
     model = timm.create_model("test_resnet", num_classes=7)
@@ -153,7 +153,7 @@ def test_the_container_stays_so_that_timm_loads_it(save: Save, tmp_path: Path) -
     assert same_bits(model.state_dict(), tree["state_dict"])
 
 
-def test_torchvisions_reference_form_loads_as_it_is(save: Save, tmp_path: Path) -> None:
+def test_average_keeps_the_layout_of_torchvision(save: Save, tmp_path: Path) -> None:
     import torchvision
     from torch.optim.swa_utils import AveragedModel
 
@@ -172,7 +172,7 @@ def test_torchvisions_reference_form_loads_as_it_is(save: Save, tmp_path: Path) 
     model.load_state_dict(found["model"])
 
 
-def test_a_flat_state_dict_stays_flat_and_provenance_stands_beside_it(save: Save, tmp_path: Path) -> None:
+def test_average_keeps_a_flat_state_dict_and_adds_provenance(save: Save, tmp_path: Path) -> None:
     paths = [save(f"step_{i}.pth", {"w": torch.full((2,), float(i))}) for i in (2, 10)]
     ckpt_tools.average(paths, out=tmp_path / "out.pth", hash=True)
     assert {k: v.tolist() for k, v in load(tmp_path / "out.pth").items()} == {"w": [6.0, 6.0]}
@@ -186,7 +186,7 @@ def test_a_flat_state_dict_stays_flat_and_provenance_stands_beside_it(save: Save
     assert ckpt_tools.open_checkpoint(tmp_path / "out.pth").provenance == said
 
 
-def test_wrapped_and_unwrapped_files_average_together(save: Save, tmp_path: Path) -> None:
+def test_average_lines_up_wrapped_and_unwrapped_names(save: Save, tmp_path: Path) -> None:
     names = ["module.", "_orig_mod.module.", "", "module._orig_mod."]
     paths = [
         save(f"c{i}.pth", {f"{lead}w": torch.tensor([float(i)]), f"{lead}b": torch.tensor([1.0])})
@@ -196,7 +196,7 @@ def test_wrapped_and_unwrapped_files_average_together(save: Save, tmp_path: Path
     assert {k: v.tolist() for k, v in load(tmp_path / "out.pth").items()} == {"w": [1.5], "b": [1.0]}
 
 
-def test_metadata_of_a_wrapped_state_dict_follows_its_names(save: Save, tmp_path: Path) -> None:
+def test_average_renames_module_versions_with_names(save: Save, tmp_path: Path) -> None:
     wrapped = nn.DataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
     ckpt_tools.average([save("c.pth", wrapped.state_dict())], out=tmp_path / "out.pth")
     found = load(tmp_path / "out.pth")
@@ -212,7 +212,7 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
 
 
-def test_tied_tensors_stay_tied_and_are_written_once(save: Save, tmp_path: Path) -> None:
+def test_average_writes_tied_tensors_once(save: Save, tmp_path: Path) -> None:
     paths = [save(f"{i}.pth", Tied().state_dict()) for i in range(3)]
     report = ckpt_tools.average(paths, out=tmp_path / "out.pth")
     assert report.tied == ("head.weight",)
@@ -222,7 +222,7 @@ def test_tied_tensors_stay_tied_and_are_written_once(save: Save, tmp_path: Path)
     assert_is_oracle(found, oracle(states, [1 / 3] * 3))
 
 
-def test_safetensors_keeps_one_name_of_a_tie_and_says_which(save: Save, tmp_path: Path) -> None:
+def test_average_to_safetensors_keeps_one_name_of_a_tie_and_records_it(save: Save, tmp_path: Path) -> None:
     paths = [save(f"{i}.pth", Tied().state_dict()) for i in range(2)]
     ckpt_tools.average(paths, out=tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
@@ -237,7 +237,7 @@ def test_safetensors_keeps_one_name_of_a_tie_and_says_which(save: Save, tmp_path
     assert untied["embed.weight"].equal(model.head.weight)
 
 
-def test_a_tie_that_one_file_breaks_is_no_tie(save: Save, tmp_path: Path) -> None:
+def test_average_unties_tensors_that_one_file_unties(save: Save, tmp_path: Path) -> None:
     shared = torch.ones(3)
     one = save("1.pth", {"a": shared, "b": shared})
     two = save("2.pth", {"a": torch.zeros(3), "b": torch.full((3,), 3.0)})
@@ -245,7 +245,7 @@ def test_a_tie_that_one_file_breaks_is_no_tie(save: Save, tmp_path: Path) -> Non
     assert {k: v.tolist() for k, v in load(tmp_path / "out.pth").items()} == {"a": [0.5] * 3, "b": [2.0] * 3}
 
 
-def test_aliases_of_safetensors_and_ties_of_pth_line_up(save: Save, tmp_path: Path) -> None:
+def test_average_lines_up_safetensors_aliases_and_torch_ties(save: Save, tmp_path: Path) -> None:
     one, two = Tied(), Tied()
     save_model(one, str(tmp_path / "1.safetensors"))
     ckpt_tools.average([tmp_path / "1.safetensors", save("2.pth", two.state_dict())], out=tmp_path / "out.pth")
@@ -253,7 +253,7 @@ def test_aliases_of_safetensors_and_ties_of_pth_line_up(save: Save, tmp_path: Pa
     assert_is_oracle(found, oracle([one.state_dict(), two.state_dict()], [0.5, 0.5]))
 
 
-def test_formats_mix_and_the_suffix_of_the_output_decides(tmp_path: Path, save: Save) -> None:
+def test_average_mixes_formats_and_writes_that_of_the_suffix(tmp_path: Path, save: Save) -> None:
     states = [{"w": torch.randn(5, 3), "n": torch.tensor(i)} for i in range(3)]
     save_file(states[0], tmp_path / "1.safetensors")
     paths = [
@@ -269,7 +269,7 @@ def test_formats_mix_and_the_suffix_of_the_output_decides(tmp_path: Path, save: 
     assert a["n"].item() == b["n"].item() == 2
 
 
-def test_the_output_dtype_is_chosen_and_rounded_to_once(tmp_path: Path, save: Save) -> None:
+def test_average_rounds_once_to_the_output_dtype(tmp_path: Path, save: Save) -> None:
     states = [
         {"w": torch.randn(500), "n": torch.tensor(3), "c": torch.randn(3, dtype=torch.complex64)} for _ in range(3)
     ]
@@ -281,7 +281,7 @@ def test_the_output_dtype_is_chosen_and_rounded_to_once(tmp_path: Path, save: Sa
     np.testing.assert_array_max_ulp(found["w"].numpy(), mean.astype(np.float16), maxulp=1)
 
 
-def test_union_averages_over_the_files_that_have_a_tensor(tmp_path: Path, save: Save) -> None:
+def test_average_union_averages_over_files_with_the_tensor(tmp_path: Path, save: Save) -> None:
     paths = [
         save("1.pth", {"a": torch.ones(1), "b": torch.full((1,), 7.0)}),
         save("2.pth", {"a": torch.full((1,), 3.0)}),
@@ -290,7 +290,7 @@ def test_union_averages_over_the_files_that_have_a_tensor(tmp_path: Path, save: 
     assert {k: v.item() for k, v in load(tmp_path / "out.pth").items()} == {"a": 2.0, "b": 7.0}
 
 
-def test_union_refuses_weights_that_cancel_for_a_tensor(tmp_path: Path, save: Save) -> None:
+def test_average_union_rejects_weights_that_cancel(tmp_path: Path, save: Save) -> None:
     w, b = torch.ones(2), torch.ones(3)
     paths = [save("1.pth", {"w": w, "b": b}), save("2.pth", {"w": w, "b": 2 * b}), save("3.pth", {"w": w})]
     for pair in ([1.0, -1.0], [0.3, -0.1 - 0.2]):  # -0.1 - 0.2 is 0.3 but for rounding
@@ -304,7 +304,7 @@ def test_union_refuses_weights_that_cancel_for_a_tensor(tmp_path: Path, save: Sa
     assert load(tmp_path / "o.pth")["b"].equal(b)
 
 
-def test_a_file_that_weighs_nothing_contributes_nothing(tmp_path: Path, save: Save) -> None:
+def test_average_ignores_values_of_a_file_with_weight_zero(tmp_path: Path, save: Save) -> None:
     first, last = torch.randn(5), torch.full((5,), -float("inf"))
     paths = [save("1.pth", {"w": first}), save("2.pth", {"w": last})]
     ckpt_tools.average(paths, out=tmp_path / "o.pth", mode="ema", decay=1.0)
@@ -312,9 +312,7 @@ def test_a_file_that_weighs_nothing_contributes_nothing(tmp_path: Path, save: Sa
 
 
 @pytest.mark.parametrize("options", [{"last": 1}, {"buffers": "last"}, {"keys": "union"}])
-def test_nan_is_refused_where_a_tensor_is_taken_from_one_file(
-    tmp_path: Path, save: Save, options: dict[str, Any]
-) -> None:
+def test_average_rejects_nan_in_a_copied_tensor(tmp_path: Path, save: Save, options: dict[str, Any]) -> None:
     bad = torch.tensor([1.0, float("nan")])
     name = "bn.running_mean" if "buffers" in options else "b"
     state = {"w": torch.ones(2), "bn.running_mean": torch.ones(2)}
@@ -330,9 +328,7 @@ def test_nan_is_refused_where_a_tensor_is_taken_from_one_file(
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("how", ["replaced", "overwritten"])
-def test_a_file_that_becomes_another_one_after_its_header_was_read_is_refused(
-    tmp_path: Path, suffix: str, how: str
-) -> None:
+def test_average_rejects_a_file_replaced_after_its_header_was_read(tmp_path: Path, suffix: str, how: str) -> None:
     write = torch.save if suffix == ".pth" else save_file
     paths = [tmp_path / f"{i}{suffix}" for i in range(3)]
     for i, path in enumerate(paths):
@@ -351,14 +347,14 @@ def test_a_file_that_becomes_another_one_after_its_header_was_read_is_refused(
     assert not (tmp_path / "o.pth").exists()
 
 
-def test_a_lazy_mapping_notices_that_its_file_was_replaced(tmp_path: Path, save: Save) -> None:
+def test_open_checkpoint_notices_that_its_file_was_replaced(tmp_path: Path, save: Save) -> None:
     checkpoint = ckpt_tools.open_checkpoint(save("a.pth", {"w": torch.ones(3)}))
     save("b.pth", {"v": torch.zeros(90), "w": torch.zeros(3)}).replace(tmp_path / "a.pth")
     with pytest.raises(CorruptError, match=r"a\.pth: changed while it was read"):
         checkpoint["w"]
 
 
-def test_running_statistics_may_come_from_the_last(tmp_path: Path, save: Save) -> None:
+def test_average_copies_running_statistics_with_buffers_last(tmp_path: Path, save: Save) -> None:
     paths = [
         save(f"{i}.pth", {"bn.running_mean": torch.full((1,), float(i)), "bn.weight": torch.full((1,), float(i))})
         for i in (1, 3)
@@ -367,7 +363,7 @@ def test_running_statistics_may_come_from_the_last(tmp_path: Path, save: Save) -
     assert {k: v.item() for k, v in load(tmp_path / "out.pth").items()} == {"bn.running_mean": 3.0, "bn.weight": 2.0}
 
 
-def test_entries_beside_the_weights_are_kept_bit_for_bit(tmp_path: Path, save: Save) -> None:
+def test_average_keeps_entries_beside_the_weights(tmp_path: Path, save: Save) -> None:
     queue = torch.randn(4, 4).t()
     tree = {
         "teacher": {"w": torch.ones(2)},
@@ -382,7 +378,7 @@ def test_entries_beside_the_weights_are_kept_bit_for_bit(tmp_path: Path, save: S
     assert found["teacher"]["w"].equal(torch.ones(2))
 
 
-def test_a_mixture_of_raw_and_ema_is_refused(tmp_path: Path, save: Save) -> None:
+def test_average_rejects_a_mixture_of_raw_and_ema(tmp_path: Path, save: Save) -> None:
     w = {"w": torch.ones(1)}
     paths = [save("1.pth", {"state_dict": w, "state_dict_ema": w}), save("2.pth", {"state_dict": w})]
     with pytest.raises(LayoutError, match=r"1\.pth holds EMA weights, 2\.pth does not \(1 of 2 do\).*`state='raw'`"):
@@ -393,7 +389,7 @@ def test_a_mixture_of_raw_and_ema_is_refused(tmp_path: Path, save: Save) -> None
     ("raw", "ema"),
     [("model010000.pt", "ema_0.9999_010000.pt"), ("X.ckpt", "X-EMA.ckpt"), ("unet/1.pt", "unet_ema/1.pt")],
 )
-def test_a_mixture_of_raw_and_ema_is_known_by_the_names(tmp_path: Path, save: Save, raw: str, ema: str) -> None:
+def test_average_rejects_a_mixture_of_raw_and_ema_by_file_names(tmp_path: Path, save: Save, raw: str, ema: str) -> None:
     paths = [save(raw, {"w": torch.zeros(1)}), save(ema, {"w": torch.ones(1)})]
     with pytest.raises(
         LayoutError, match=rf"{ema} (is an|holds) EMA .*, {raw} (is not|does not) \(1 of 2 (are|do)\)\."
@@ -403,7 +399,7 @@ def test_a_mixture_of_raw_and_ema_is_known_by_the_names(tmp_path: Path, save: Sa
     assert load(tmp_path / "out.pth")["w"].item() == 0.5
 
 
-def test_sharded_inputs_keep_their_layout_and_companions(tmp_path: Path) -> None:
+def test_average_keeps_shards_and_companions(tmp_path: Path) -> None:
     states = []
     for i in range(2):
         folder = tmp_path / f"checkpoint-{i + 1}"
@@ -438,7 +434,7 @@ def test_sharded_inputs_keep_their_layout_and_companions(tmp_path: Path) -> None
     assert same_bits(dict(sorted(load_file(tmp_path / "one.safetensors").items())), dict(sorted(found.items())))
 
 
-def test_a_large_average_is_sharded_by_size(tmp_path: Path, save: Save) -> None:
+def test_average_shards_by_size(tmp_path: Path, save: Save) -> None:
     state = {f"w{i}": torch.randn(100) for i in range(5)}
     ckpt_tools.average([save("1.pth", state)], out=tmp_path / "out", max_shard_size="1kB")
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
@@ -447,14 +443,16 @@ def test_a_large_average_is_sharded_by_size(tmp_path: Path, save: Save) -> None:
     assert same_bits({k: opened[k] for k in state}, state)
 
 
-def test_the_default_output_is_named_by_the_inputs(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_names_the_default_output_by_the_inputs(
+    tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     save_file({"w": torch.ones(1)}, "1.safetensors")
     assert ckpt_tools.average("1.safetensors").out == "averaged.safetensors"
     assert ckpt_tools.average(["1.safetensors", save("2.pth", {"w": torch.zeros(1)})]).out == "averaged.pth"
 
 
-def test_a_refused_job_leaves_nothing_behind(tmp_path: Path, save: Save) -> None:
+def test_average_leaves_nothing_behind_on_failure(tmp_path: Path, save: Save) -> None:
     good = save("in/1.pth", {"w": torch.ones(3)})
     bad = save("in/2.pth", {"w": torch.tensor([1.0, float("nan"), 0.0])})
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (good, bad)}
@@ -469,7 +467,7 @@ def test_a_refused_job_leaves_nothing_behind(tmp_path: Path, save: Save) -> None
     assert (good.read_bytes(), good.stat().st_mtime_ns) == before[good]
 
 
-def test_a_dry_run_reads_no_payload_and_writes_nothing(
+def test_average_dry_run_reads_no_payload_and_writes_nothing(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
@@ -506,17 +504,17 @@ def test_a_dry_run_reads_no_payload_and_writes_nothing(
         ({"out": "x.pth", "max_shard_size": "1GB"}, "needs a folder"),
     ],
 )
-def test_wrong_usage_is_refused_before_any_work(runs: list[Path], options: dict[str, Any], message: str) -> None:
+def test_average_rejects_bad_options_before_any_work(runs: list[Path], options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ckpt_tools.average(runs, **options)
 
 
-def test_a_decay_near_one_is_warned_about(runs: list[Path], tmp_path: Path) -> None:
+def test_average_notes_a_decay_near_one(runs: list[Path], tmp_path: Path) -> None:
     report = ckpt_tools.average(runs, mode="ema", decay=0.9999, out=tmp_path / "out.pth", dry_run=True)
     assert any("checkpoint-1.pth, holds 99.9%" in note for note in report.notes)
 
 
-def test_an_average_from_deep_inside_stands_where_the_raw_weights_would(tmp_path: Path, save: Save) -> None:
+def test_average_places_a_nested_ema_where_raw_weights_belong(tmp_path: Path, save: Save) -> None:
     paths = [save(f"{i}.pth", {"app": {"ema": {"w": torch.full((2,), float(i))}, "step": i}}) for i in (1, 2)]
     ckpt_tools.average(paths, out=tmp_path / "out.pth")
     found = load(tmp_path / "out.pth")

@@ -52,7 +52,7 @@ def opened(path: Path, state: str = "auto") -> State:
 
 
 @pytest.mark.parametrize("layout", PAIRS)
-def test_both_sets_go_there_and_back_bit_for_bit(save: Save, tmp_path: Path, layout: str) -> None:
+def test_convert_keeps_both_sets_in_a_round_trip(save: Save, tmp_path: Path, layout: str) -> None:
     raw, ema = weights(1), weights(2)
     source = save("timm.pth", {"state_dict": raw, "state_dict_ema": ema, "epoch": 3, "arch": "x"})
     there, back = tmp_path / "there.pth", tmp_path / "back.pth"
@@ -66,7 +66,7 @@ def test_both_sets_go_there_and_back_bit_for_bit(save: Save, tmp_path: Path, lay
 
 
 @pytest.mark.parametrize("layout", ["timm", "deit", "lightning", "mmengine", "fairseq", "dit"])
-def test_what_stands_beside_the_weights_goes_along(save: Save, tmp_path: Path, layout: str) -> None:
+def test_convert_keeps_entries_beside_the_weights(save: Save, tmp_path: Path, layout: str) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 0.1}]}
     tree = {"state_dict": weights(1), "state_dict_ema": weights(2), "epoch": 3, "optimizer": optimizer}
     ckpt_tools.convert(save("timm.pth", tree), to=layout, out=tmp_path / "out.pth", updates=1)
@@ -76,7 +76,9 @@ def test_what_stands_beside_the_weights_goes_along(save: Save, tmp_path: Path, l
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
-def test_a_flat_set_takes_any_file_format_and_says_which_it_was(save: Save, tmp_path: Path, suffix: str) -> None:
+def test_convert_writes_a_flat_set_in_any_file_format_and_records_the_state(
+    save: Save, tmp_path: Path, suffix: str
+) -> None:
     source = save("timm.pth", {"state_dict": weights(1), "state_dict_ema": weights(2), "epoch": 3})
     out = tmp_path / f"out{suffix}"
     report = ckpt_tools.convert(source, to="plain", out=out)
@@ -89,7 +91,7 @@ def test_a_flat_set_takes_any_file_format_and_says_which_it_was(save: Save, tmp_
     assert same_bits(opened(out, "raw"), {name: weights(1)[name] for name in opened(out)})
 
 
-def test_a_single_set_stands_for_both_where_a_layout_needs_two(save: Save, tmp_path: Path) -> None:
+def test_convert_uses_a_single_set_for_both(save: Save, tmp_path: Path) -> None:
     report = ckpt_tools.convert(save("ema.pth", weights(1)), to="timm-ema", out=tmp_path / "out.pth")
     found = load(tmp_path / "out.pth")
     assert same_bits(found["state_dict"], weights(1))
@@ -99,7 +101,7 @@ def test_a_single_set_stands_for_both_where_a_layout_needs_two(save: Save, tmp_p
     assert list(load(tmp_path / "one.pth")) == ["state_dict"]
 
 
-def test_averaged_model_goes_on_averaging_from_the_counter(save: Save, tmp_path: Path) -> None:
+def test_convert_to_averaged_model_lets_torch_go_on_averaging(save: Save, tmp_path: Path) -> None:
     nets = [nn.Linear(2, 2) for _ in range(4)]
     model = AveragedModel(nets[0])
     for net in nets[:3]:
@@ -116,7 +118,7 @@ def test_averaged_model_goes_on_averaging_from_the_counter(save: Save, tmp_path:
     assert same_bits(again.state_dict(), model.state_dict())
 
 
-def test_our_own_uniform_average_knows_how_many_it_is_of(runs: list[Path], tmp_path: Path) -> None:
+def test_convert_takes_the_counter_from_a_uniform_average(runs: list[Path], tmp_path: Path) -> None:
     ckpt_tools.average(runs, state="raw", out=tmp_path / "avg.pth")
     ckpt_tools.convert(tmp_path / "avg.pth", to="averaged-model", out=tmp_path / "swa.pth")
     assert load(tmp_path / "swa.pth")["n_averaged"].item() == 12
@@ -143,7 +145,7 @@ class Diffusion(nn.Module):
         self.first_stage = nn.Linear(1, 1)
 
 
-def test_lit_ema_gets_its_dots_back_from_the_raw_names(save: Save, tmp_path: Path) -> None:
+def test_convert_restores_lit_ema_names_from_the_raw_names(save: Save, tmp_path: Path) -> None:
     net = Diffusion()
     source = save("sd.ckpt", {"state_dict": net.state_dict(), "global_step": 9})
     ema, raw = opened(source, "ema"), opened(source, "raw")
@@ -158,7 +160,7 @@ def test_lit_ema_gets_its_dots_back_from_the_raw_names(save: Save, tmp_path: Pat
                      {n: net.state_dict()[n] for n in load(tmp_path / "back.ckpt")["state_dict"]})  # fmt: skip
 
 
-def test_lit_ema_alone_takes_its_names_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
+def test_convert_restores_lit_ema_names_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
     net = Diffusion()
     source = save("ema.pth", net.model_ema.state_dict())
     with pytest.raises(LayoutError, match="names have lost their dots, .* Give `names_from`, or `model`"):
@@ -170,7 +172,7 @@ def test_lit_ema_alone_takes_its_names_from_another_checkpoint(save: Save, tmp_p
 
 
 @pytest.mark.parametrize("to", ["pytorch-ema", "diffusers"])
-def test_a_list_of_parameters_gets_its_names_back(save: Save, tmp_path: Path, to: str) -> None:
+def test_convert_names_a_list_of_parameters(save: Save, tmp_path: Path, to: str) -> None:
     source = save("timm.pth", {"state_dict": weights(1), "state_dict_ema": weights(2)})
     report = ckpt_tools.convert(source, to=to, out=tmp_path / "list.pth", updates=4, decay=0.5)
     found = load(tmp_path / "list.pth")
@@ -187,7 +189,7 @@ def test_a_list_of_parameters_gets_its_names_back(save: Save, tmp_path: Path, to
     assert same_bits(load(tmp_path / "out.pth"), expected)
 
 
-def test_a_list_beside_raw_weights_needs_no_other_names(save: Save) -> None:
+def test_convert_names_a_list_by_the_raw_weights_beside_it(save: Save) -> None:
     shadow = [t + 1 for n, t in weights(1).items() if "running" not in n and "num_batches" not in n]
     tree = {"model": weights(1), "ema": {"decay": 0.9, "num_updates": 3, "shadow_params": shadow}, "step": 3}
     found = opened(save("score.pth", tree))
@@ -195,7 +197,7 @@ def test_a_list_beside_raw_weights_needs_no_other_names(save: Save) -> None:
     assert torch.equal(found["1.running_mean"], weights(1)["1.running_mean"])
 
 
-def test_a_model_gives_names_but_no_values(save: Save, tmp_path: Path) -> None:
+def test_convert_takes_names_but_no_values_from_a_model(save: Save, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "def make(): return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Sequential(nn.Linear(2, 2)))\n"
@@ -207,7 +209,7 @@ def test_a_model_gives_names_but_no_values(save: Save, tmp_path: Path) -> None:
     assert same_bits(found, {n: t for n, t in weights(1).items() if "running" not in n and "num_batches" not in n})
 
 
-def test_tied_tensors_stay_tied_and_views_are_written_whole(save: Save, tmp_path: Path) -> None:
+def test_convert_keeps_ties_and_writes_views_whole(save: Save, tmp_path: Path) -> None:
     base = torch.arange(12.0)
     tree = OrderedDict(a=base[2:8].view(2, 3).t(), b=base, c=base)
     ckpt_tools.convert(save("in.pth", tree), to="averaged-model", out=tmp_path / "out.pth")
@@ -216,7 +218,7 @@ def test_tied_tensors_stay_tied_and_views_are_written_whole(save: Save, tmp_path
     assert found["module.b"].data_ptr() == found["module.c"].data_ptr()
 
 
-def test_a_dtype_changes_floating_point_weights_and_nothing_else(save: Save, tmp_path: Path) -> None:
+def test_convert_dtype_changes_only_floating_point_weights(save: Save, tmp_path: Path) -> None:
     tree = {"state_dict": weights(1), "optimizer": {"state": {0: torch.ones(2)}, "param_groups": []}}
     ckpt_tools.convert(save("in.pth", tree), to="timm", dtype="bf16", out=tmp_path / "out.pth")
     found = load(tmp_path / "out.pth")
@@ -230,13 +232,13 @@ def test_a_dtype_changes_floating_point_weights_and_nothing_else(save: Save, tmp
         )
 
 
-def test_values_that_are_not_finite_are_copied_as_they_are(save: Save, tmp_path: Path) -> None:
+def test_convert_copies_nonfinite_values(save: Save, tmp_path: Path) -> None:
     mask = {"mask": torch.tensor([0.0, float("-inf"), float("nan")])}
     ckpt_tools.convert(save("in.pth", mask), to="plain", out=tmp_path / "out.safetensors")
     assert same_bits(load_file(tmp_path / "out.safetensors"), mask)
 
 
-def test_shards_are_cut_as_asked(save: Save, tmp_path: Path) -> None:
+def test_convert_cuts_shards_by_size(save: Save, tmp_path: Path) -> None:
     source = save("in.pth", {f"w{i}": torch.full((1000,), float(i)) for i in range(4)})
     ckpt_tools.convert(source, to="plain", out=tmp_path / "out", max_shard_size="8kB")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -245,7 +247,7 @@ def test_shards_are_cut_as_asked(save: Save, tmp_path: Path) -> None:
     assert same_bits(opened(tmp_path / "out"), load(source))
 
 
-def test_a_converted_training_checkpoint_is_averaged_and_a_converted_average_is_not(save: Save, tmp_path: Path) -> None:
+def test_average_takes_a_converted_training_checkpoint_but_no_converted_average(save: Save, tmp_path: Path) -> None:
     for i in (1, 2):
         ckpt_tools.convert(
             save(f"in{i}.pth", {"w": torch.full((2,), float(i))}), to="plain", out=tmp_path / f"c-{i}.pth"
@@ -258,7 +260,7 @@ def test_a_converted_training_checkpoint_is_averaged_and_a_converted_average_is_
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_dcp_folder_is_loaded_by_torch_and_averaged(save: Save, tmp_path: Path) -> None:
+def test_convert_writes_a_dcp_folder_that_torch_and_average_read(save: Save, tmp_path: Path) -> None:
     for i in (1, 2):
         ckpt_tools.convert(save(f"{i}.pth", weights(i)), to="dcp", out=tmp_path / f"step-{i}", max_shard_size=100)
     found = weights(0)
@@ -292,7 +294,7 @@ def scratch() -> Iterator[Path]:
 
 @settings(max_examples=40)
 @given(state=_states(), layouts=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=3))
-def test_any_chain_of_layouts_ends_where_it_began(scratch: Path, state: State, layouts: list[str]) -> None:
+def test_convert_through_any_layouts_ends_where_it_began(scratch: Path, state: State, layouts: list[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     ema = OrderedDict((name, tensor.clone()) for name, tensor in reversed(state.items()))
@@ -309,7 +311,7 @@ def test_any_chain_of_layouts_ends_where_it_began(scratch: Path, state: State, l
 
 @settings(max_examples=30)
 @given(state=_states(), formats=st.lists(st.sampled_from([".pth", ".safetensors", ""]), min_size=1, max_size=3))
-def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: State, formats: list[str]) -> None:
+def test_convert_through_any_file_formats_ends_where_it_began(scratch: Path, state: State, formats: list[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     path = scratch / "in.pth"
@@ -370,7 +372,7 @@ def test_any_chain_of_file_formats_ends_where_it_began(scratch: Path, state: Sta
         ),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_and_nothing_is_written(
+def test_convert_rejects_bad_input_and_writes_nothing(
     save: Save,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -448,14 +450,14 @@ LIST = {"decay": 0.5, "num_updates": 7, "shadow_params": [bn_weights(2)["a.weigh
          []),
     ],
 )  # fmt: skip
-def test_what_is_not_carried_over_is_said_and_nothing_else(
+def test_convert_reports_exactly_what_is_dropped(
     save: Save, tmp_path: Path, tree: Any, to: str, options: Any, dropped: list[str]
 ) -> None:
     report = ckpt_tools.convert(save("in.pth", tree), to=to, out=tmp_path / "out.pth", **options)
     assert sorted(report.dropped) == sorted(dropped)
 
 
-def test_the_average_of_lightnings_callback_is_converted_with_what_stands_beside_it(save: Save, tmp_path: Path) -> None:
+def test_convert_reads_the_ema_of_the_lightning_callback(save: Save, tmp_path: Path) -> None:
     callbacks = {"StochasticWeightAveraging": SWA, "Timer": {"time": 3}}
     source = save("last.ckpt", {"state_dict": bn_weights(1), "callbacks": callbacks, "epoch": 2})
     ckpt_tools.convert(source, to="torchvision", out=tmp_path / "out.pth")
@@ -467,7 +469,7 @@ def test_the_average_of_lightnings_callback_is_converted_with_what_stands_beside
     assert (found["callbacks"], found["epoch"]) == ({"Timer": {"time": 3}}, 2)
 
 
-def test_a_deep_path_goes_into_a_nested_layout(save: Save, tmp_path: Path) -> None:
+def test_convert_writes_a_deep_path_into_a_nested_layout(save: Save, tmp_path: Path) -> None:
     tree = {"a": {"b": {"c": bn_weights(1), "d": 4}}}
     ckpt_tools.convert(save("in.pth", tree), to="timm", state="a.b.c", out=tmp_path / "out.pth")
     found = load(tmp_path / "out.pth")
@@ -475,7 +477,7 @@ def test_a_deep_path_goes_into_a_nested_layout(save: Save, tmp_path: Path) -> No
     assert same_bits(found["state_dict"], bn_weights(1))
 
 
-def test_a_path_to_an_average_says_that_it_is_one(save: Save, tmp_path: Path) -> None:
+def test_convert_knows_that_a_path_leads_to_an_average(save: Save, tmp_path: Path) -> None:
     source = save("in.pth", {"nets": {"G": wrapped(bn_weights(2))}})
     report = ckpt_tools.convert(source, to="averaged-model", state="nets.G", out=tmp_path / "out.pth")
     assert report.placed == ("ema (nets.G) → the whole file",)
@@ -497,19 +499,19 @@ def test_a_path_to_an_average_says_that_it_is_one(save: Save, tmp_path: Path) ->
         ({"state_dict": LIT}, "Not averaged, but taken from the raw weights: 'model.bn.running_mean'"),
     ],
 )
-def test_averages_that_are_not_whole_are_named(save: Save, tmp_path: Path, tree: Any, message: str) -> None:
+def test_convert_notes_incomplete_averages(save: Save, tmp_path: Path, tree: Any, message: str) -> None:
     report = ckpt_tools.convert(save("in.pth", tree), to="timm", out=tmp_path / "out.pth")
     assert any(message in note for note in report.notes)
 
 
-def test_values_from_another_checkpoint_are_named(save: Save, tmp_path: Path) -> None:
+def test_convert_notes_values_from_another_checkpoint(save: Save, tmp_path: Path) -> None:
     names = save("names.pth", {"model": bn_weights(1), "model_ema": bn_weights(3)})
     report = ckpt_tools.convert(save("list.pth", LIST), to="plain", names_from=names, out=tmp_path / "out.pth")
     assert f"Not averaged, but taken from {names}: ema (model_ema): 'bn.running_mean'." in report.notes
     assert load(tmp_path / "out.pth")["bn.running_mean"].tolist() == [3.5, 3.5]
 
 
-def test_the_checkpoint_that_gives_names_is_an_input_and_never_replaced(save: Save, tmp_path: Path) -> None:
+def test_convert_never_replaces_the_checkpoint_that_gives_names(save: Save, tmp_path: Path) -> None:
     names = save("names.pth", bn_weights(1))
     before = names.read_bytes()
     with pytest.raises(WriteError, match="is one of the inputs, which are never changed"):
@@ -517,7 +519,7 @@ def test_the_checkpoint_that_gives_names_is_an_input_and_never_replaced(save: Sa
     assert names.read_bytes() == before
 
 
-def test_an_average_that_is_the_raw_weights_is_said_to_be(save: Save, tmp_path: Path) -> None:
+def test_convert_notes_an_average_equal_to_the_raw_weights(save: Save, tmp_path: Path) -> None:
     weights = bn_weights(1)
     source = save("in.pth", {"model": weights, "ema": OrderedDict(weights)})
     report = ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
@@ -525,7 +527,7 @@ def test_an_average_that_is_the_raw_weights_is_said_to_be(save: Save, tmp_path: 
 
 
 @pytest.mark.parametrize("out", ["ema", "ema.pth"])
-def test_the_settings_of_diffusers_stay(save: Save, tmp_path: Path, out: str) -> None:
+def test_convert_keeps_the_settings_of_diffusers(save: Save, tmp_path: Path, out: str) -> None:
     kept = {"inv_gamma": 2.0, "power": 0.75, "use_ema_warmup": True, "min_decay": 0.1, "update_after_step": 5}
     tree = {"decay": 0.5, "optimization_step": 9, **kept, "shadow_params": [torch.ones(2)]}
     names = save("names.pth", {"w": torch.zeros(2)})
@@ -548,7 +550,7 @@ def test_the_settings_of_diffusers_stay(save: Save, tmp_path: Path, out: str) ->
         (-1, "averaged-model", 1, "EMA update count is not known"),
     ],
 )
-def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word(
+def test_convert_notes_a_counter_that_lets_the_next_update_replace_the_average(
     save: Save, tmp_path: Path, count: int, to: str, written: int, note: str | None
 ) -> None:
     source = save("swa.pth", wrapped(bn_weights(1), count=count))
@@ -566,13 +568,13 @@ def test_a_counter_never_lets_the_next_update_replace_the_average_without_a_word
     )
 
 
-def test_raw_weights_do_not_get_the_counter_of_the_average(save: Save, tmp_path: Path) -> None:
+def test_convert_gives_raw_weights_no_counter(save: Save, tmp_path: Path) -> None:
     tree = {"state_dict": bn_weights(2), "ema_state_dict": wrapped(bn_weights(1), "steps")}
     ckpt_tools.convert(save("in.pth", tree), to="averaged-model", state="raw", out=tmp_path / "out.pth")
     assert load(tmp_path / "out.pth")["n_averaged"].item() == 1
 
 
-def test_a_raw_set_that_would_lose_a_tensor_is_refused_beside_its_average(save: Save, tmp_path: Path) -> None:
+def test_convert_rejects_a_raw_set_that_would_lose_a_tensor(save: Save, tmp_path: Path) -> None:
     source = save("in.pth", {"model": {"a": torch.ones(2), 3: torch.ones(2)}, "ema": {"a": torch.ones(2)}})
     with pytest.raises(LayoutError, match=r"the tensor 'model\.3' has a name that is no text"):
         ckpt_tools.convert(source, to="timm", out=tmp_path / "out.pth")
@@ -580,7 +582,7 @@ def test_a_raw_set_that_would_lose_a_tensor_is_refused_beside_its_average(save: 
 
 
 @pytest.mark.parametrize("layout", WRITTEN)
-def test_every_layout_is_written_from_one_set(save: Save, tmp_path: Path, layout: str) -> None:
+def test_convert_writes_every_layout_from_one_set(save: Save, tmp_path: Path, layout: str) -> None:
     out = tmp_path / ("out" if layout == "dcp" else "out.pth")
     ckpt_tools.convert(save("in.pth", weights(1)), to=layout, out=out, updates=2, decay=0.9)
     names = tmp_path / "in.pth" if layout in ("pytorch-ema", "diffusers") else None
@@ -588,7 +590,7 @@ def test_every_layout_is_written_from_one_set(save: Save, tmp_path: Path, layout
     assert same_bits(load(tmp_path / "back.pth"), weights(1))
 
 
-def test_copies_to_safetensors_need_no_torch(save: Save, tmp_path: Path) -> None:
+def test_convert_copies_to_safetensors_without_torch(save: Save, tmp_path: Path) -> None:
     source = save("in.pth", weights(1))
     script = (
         "import sys, ckpt_tools\n"
@@ -600,7 +602,7 @@ def test_copies_to_safetensors_need_no_torch(save: Save, tmp_path: Path) -> None
     assert same_bits({name: found[name] for name in weights(1)}, weights(1))
 
 
-def test_an_input_that_changes_meanwhile_is_refused(
+def test_convert_rejects_an_input_that_changes_meanwhile(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save("in.pth", weights(1))
@@ -617,7 +619,7 @@ def test_an_input_that_changes_meanwhile_is_refused(
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_stands_beside_an_average_deep_inside_goes_along(save: Save, tmp_path: Path) -> None:
+def test_convert_keeps_entries_beside_a_nested_average(save: Save, tmp_path: Path) -> None:
     swa = {"n_averaged": 2, "average_model_state": weights(2)}
     tree = {"state_dict": weights(1), "callbacks": {"SWA": swa, "Checkpoint": {"best": 3}}, "epoch": 4}
     ckpt_tools.convert(save("swa.ckpt", tree), to="timm", out=tmp_path / "out.pth")
@@ -631,7 +633,7 @@ def test_what_stands_beside_an_average_deep_inside_goes_along(save: Save, tmp_pa
     assert load(tmp_path / "dit.pt")["extra_state"] == {"epoch": 4}
 
 
-def test_an_average_of_parameters_alone_is_said_to_lack_the_rest(save: Save, tmp_path: Path) -> None:
+def test_convert_notes_that_an_average_of_parameters_lacks_buffers(save: Save, tmp_path: Path) -> None:
     ema = {name: tensor for name, tensor in weights(2).items() if "running" not in name and "num_b" not in name}
     source = save("c.pth", {"model": weights(1), "ema": ema})
     report = ckpt_tools.convert(source, to="plain", out=tmp_path / "out.pth")
@@ -655,7 +657,7 @@ def test_an_average_of_parameters_alone_is_said_to_lack_the_rest(save: Save, tmp
         ),
     ],
 )  # fmt: skip
-def test_an_average_is_what_is_read_back_from_it_in_any_layout(
+def test_convert_writes_averages_that_read_back_the_same_in_any_layout(
     save: Save, tmp_path: Path, tree: Any, state: str, dropped: list[str]
 ) -> None:
     paths = [save(f"step-{i}.pth", tree) for i in (1, 2)]
@@ -668,7 +670,7 @@ def test_an_average_is_what_is_read_back_from_it_in_any_layout(
         opened(tmp_path / "out.pth", "ema")
 
 
-def test_configuration_beside_the_weights_that_one_file_cannot_keep_is_said(save: Save, tmp_path: Path) -> None:
+def test_convert_reports_companions_that_one_file_cannot_keep(save: Save, tmp_path: Path) -> None:
     ckpt_tools.convert(save("in.pth", bn_weights(1)), to="plain", out=tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
     assert ckpt_tools.convert(tmp_path / "model", to="plain", out=tmp_path / "o.pth").dropped == ("config.json",)
@@ -677,7 +679,7 @@ def test_configuration_beside_the_weights_that_one_file_cannot_keep_is_said(save
 
 
 @pytest.mark.parametrize("counter", [5, None, [7], {"n_averaged": "x"}, {"n_averaged": 10**400}])
-def test_a_counter_that_is_none_is_not_known(save: Save, tmp_path: Path, counter: Any) -> None:
+def test_convert_ignores_a_counter_of_none(save: Save, tmp_path: Path, counter: Any) -> None:
     tree = {"state_dict": bn_weights(2), "current_model_state": bn_weights(1), "averaging_state": counter}
     if counter is None:
         with pytest.raises(LayoutError, match="Some libraries swap raw and averaged weights, so say which you mean"):
@@ -687,7 +689,7 @@ def test_a_counter_that_is_none_is_not_known(save: Save, tmp_path: Path, counter
     assert load(tmp_path / "out.pth")["model_ema"]["n_averaged"].item() == 1
 
 
-def test_parameters_without_elements_have_a_place_each_in_a_list(save: Save, tmp_path: Path) -> None:
+def test_convert_keeps_empty_parameters_apart_in_a_list(save: Save, tmp_path: Path) -> None:
     state = OrderedDict((name, torch.ones(n)) for name, n in (("a", 0), ("b", 0), ("c", 2)))
     source = tmp_path / "in.safetensors"
     ckpt_tools.convert(save("in.pth", state), to="plain", out=source)
@@ -713,7 +715,7 @@ def _mixtures(draw: st.DrawFn) -> dict[str, Any]:
     return {**tree, **draw(st.sampled_from([{}, {}, {"averaging_state": {"n_averaged": 4}}]))}
 
 
-def test_an_entry_that_would_make_the_raw_weights_the_averaged_ones_stays_behind(save: Save, tmp_path: Path) -> None:
+def test_convert_drops_an_entry_that_would_make_raw_weights_averages(save: Save, tmp_path: Path) -> None:
     """Lightning's swapped files are known by `current_model_state` and `averaging_state` beside `state_dict`."""
     lost = {"current_model_state": {"ema": bn_weights(2), "other": 3}, "averaging_state": {"n_averaged": 4}}
     source = save("in.pth", {"model": bn_weights(0), "ema": bn_weights(1), **lost})
@@ -729,9 +731,7 @@ def _is_state(value: Any) -> bool:
 
 @settings(max_examples=150)
 @given(tree=_mixtures(), layout=st.sampled_from(PAIRS))
-def test_what_is_read_from_any_mixture_is_read_again_from_any_layout(
-    scratch: Path, tree: dict[str, Any], layout: str
-) -> None:
+def test_convert_of_any_mixture_reads_back_from_any_layout(scratch: Path, tree: dict[str, Any], layout: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     source, out, averaged = (scratch / name for name in ("in.pth", "out.pth", "averaged.pth"))

@@ -35,7 +35,7 @@ def oracle(a: np.ndarray, b: np.ndarray, rtol: float, atol: float) -> tuple[int,
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize(("rtol", "atol"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.01), (0.02, 0.003)])
-def test_differences_are_those_of_numpy_in_float64(save: Save, dtype: str, rtol: float, atol: float) -> None:
+def test_diff_equals_numpy_in_float64(save: Save, dtype: str, rtol: float, atol: float) -> None:
     a = torch.randn(300, 7)
     b = torch.where(torch.rand(300, 7) < 0.5, a, a * (1 + 0.1 * torch.randn(300, 7)))
     a[0], b[1] = 0.0, 0.0
@@ -48,7 +48,7 @@ def test_differences_are_those_of_numpy_in_float64(save: Save, dtype: str, rtol:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("slice_size", [7, 64, 100_000])
-def test_no_result_depends_on_slices_or_threads(save: Save, threads: int, slice_size: int) -> None:
+def test_diff_does_not_depend_on_slices_or_threads(save: Save, threads: int, slice_size: int) -> None:
     a, b = {"w": torch.randn(50, 33), "n": torch.arange(99)}, {"w": torch.randn(50, 33), "n": torch.arange(99) * 3}
     files = [ckpt_tools.open_checkpoint(save(f"{n}.pth", s)) for n, s in (("a", a), ("b", b))]
     pairs = [(files[0].specs[name], files[1].specs[name]) for name in a]
@@ -59,7 +59,7 @@ def test_no_result_depends_on_slices_or_threads(save: Save, threads: int, slice_
     assert (n.values, n.differing, n.max_abs) == (99, 98, 2 * 98)
 
 
-def test_complex_values_are_compared_by_their_parts(save: Save) -> None:
+def test_diff_compares_complex_values_by_their_parts(save: Save) -> None:
     a, b = torch.randn(40, dtype=torch.complex64), torch.randn(40, dtype=torch.complex64)
     found = only(ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b})))
     want = oracle(torch.view_as_real(a).double().numpy(), torch.view_as_real(b).double().numpy(), 0, 0)
@@ -79,7 +79,9 @@ def test_complex_values_are_compared_by_their_parts(save: Save) -> None:
         (False, True, "bool", 1.0),
     ],
 )
-def test_integers_are_compared_exactly_and_by_no_tolerance(save: Save, a: int, b: int, dtype: str, gap: float) -> None:
+def test_diff_compares_integers_exactly_whatever_the_tolerance(
+    save: Save, a: int, b: int, dtype: str, gap: float
+) -> None:
     tensors = [torch.from_numpy(np.array([5, v], dtype=dtype)) for v in (a % 2 if dtype == "bool" else a, b)]
     paths = [save(f"{i}.pth", {"n": t}) for i, t in enumerate(tensors)]
     report = ckpt_tools.diff(*paths, rtol=10.0, atol=1e30)
@@ -96,7 +98,7 @@ def test_integers_are_compared_exactly_and_by_no_tolerance(save: Save, a: int, b
         ([INF, 3.0], [7.0, INF], 2, 0.0),
     ],
 )
-def test_values_that_are_not_finite_are_counted_apart_and_within_no_tolerance(
+def test_diff_counts_nonfinite_values_apart_and_outside_the_tolerance(
     save: Save, a: list[float], b: list[float], nonfinite: int, gap: float
 ) -> None:
     paths = [save(f"{i}.pth", {"w": torch.tensor(v)}) for i, v in enumerate((a, b))]
@@ -106,20 +108,20 @@ def test_values_that_are_not_finite_are_counted_apart_and_within_no_tolerance(
     assert report.verdict == ("different" if nonfinite else "within tolerance")
 
 
-def test_a_difference_beyond_float64_counts_as_the_largest_there_is(save: Save) -> None:
+def test_diff_caps_differences_at_the_largest_float64(save: Save) -> None:
     a, b = torch.tensor([1.7e308, 0.0], dtype=torch.float64), torch.tensor([-1.7e308, 1.0], dtype=torch.float64)
     report = ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b}), rtol=0.9)
     assert (only(report).differing, only(report).beyond, only(report).nonfinite) == (2, 2, 0)
     assert only(report).max_abs == np.finfo(np.float64).max
 
 
-def test_of_equally_large_differences_the_one_shown_first_is_named(save: Save) -> None:
+def test_diff_names_the_first_of_equally_large_differences(save: Save) -> None:
     zeros, ones = ({name: torch.full((2,), value) for name in ("a", "b")} for value in (0.0, 1.0))
     report = ckpt_tools.diff(save("a.pth", zeros), save("b.pth", ones))
     assert (report.max_abs, report.max_rel) == ((1.0, report.tensors[0].name),) * 2
 
 
-def test_the_sign_of_a_zero_and_the_bits_of_a_nan_are_equal_but_not_identical(save: Save) -> None:
+def test_diff_calls_signs_of_zero_and_bits_of_nan_equal_but_not_identical(save: Save) -> None:
     other_nan = torch.tensor([0x7FC00001], dtype=torch.int32).view(torch.float32)
     a, b = torch.cat([torch.tensor([0.0, NAN]), other_nan]), torch.tensor([-0.0, NAN, NAN])
     report = ckpt_tools.diff(save("a.pth", {"w": a, "v": a}), save("b.pth", {"w": b, "v": b.clone()}))
@@ -129,7 +131,7 @@ def test_the_sign_of_a_zero_and_the_bits_of_a_nan_are_equal_but_not_identical(sa
     assert (same.verdict, same.tensors) == ("identical", ())
 
 
-def test_a_dtype_that_changed_is_a_difference_unless_there_is_a_tolerance(save: Save) -> None:
+def test_diff_reports_another_dtype_as_different_without_a_tolerance(save: Save) -> None:
     a = torch.randn(64)
     paths = save("a.pth", {"w": a}), save("b.pth", {"w": a.bfloat16()})
     strict, loose, tight = (ckpt_tools.diff(*paths, rtol=rtol) for rtol in (0.0, 2**-8, 2**-20))
@@ -140,7 +142,7 @@ def test_a_dtype_that_changed_is_a_difference_unless_there_is_a_tolerance(save: 
     assert [ckpt_tools.diff(*exact, atol=atol).verdict for atol in (0.0, 1e-9)] == ["different", "within tolerance"]
 
 
-def test_names_and_shapes_that_differ_are_told_whatever_the_tolerance(save: Save) -> None:
+def test_diff_reports_names_and_shapes_whatever_the_tolerance(save: Save) -> None:
     a = save("a.pth", {"w": torch.ones(2), "x": torch.ones(2), "s": torch.ones(2, 3)})
     b = save("b.pth", {"y": torch.ones(2), "w": torch.ones(2), "s": torch.ones(3, 2)})
     report = ckpt_tools.diff(a, b, rtol=1, atol=1)
@@ -149,7 +151,7 @@ def test_names_and_shapes_that_differ_are_told_whatever_the_tolerance(save: Save
     assert (report.compared, report.identical) == (1, 1)
 
 
-def test_two_formats_two_layouts_and_wrapped_names_are_compared(tmp_path: Path, save: Save) -> None:
+def test_diff_compares_formats_layouts_and_wrapped_names(tmp_path: Path, save: Save) -> None:
     weights = {"a.w": torch.randn(4, 5), "a.b": torch.randn(5)}
     wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
     timm = save("a.pth", {"state_dict": weights, "state_dict_ema": wrapped, "epoch": 3})
@@ -167,7 +169,7 @@ def test_two_formats_two_layouts_and_wrapped_names_are_compared(tmp_path: Path, 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_of_dcp_is_compared_with_a_file(tmp_path: Path, save: Save) -> None:
+def test_diff_compares_a_dcp_folder_with_a_file(tmp_path: Path, save: Save) -> None:
     from torch.distributed import checkpoint as dcp
 
     w = torch.randn(64, 50)
@@ -177,7 +179,7 @@ def test_a_folder_of_dcp_is_compared_with_a_file(tmp_path: Path, save: Save) -> 
     assert found.max_abs == (w.double() - w.half().double()).abs().max().item()
 
 
-def test_views_are_compared_by_what_they_show(save: Save) -> None:
+def test_diff_compares_the_values_of_views(save: Save) -> None:
     base = torch.randn(40, 60)
     view = base.t()[3:50, ::3]
     assert ckpt_tools.diff(save("a.pth", {"w": view}), save("b.pth", {"w": view.contiguous()})).verdict == "identical"
@@ -187,7 +189,7 @@ def test_views_are_compared_by_what_they_show(save: Save) -> None:
     assert (found.differing, found.max_abs) == (1, (view.double() - changed.double()).abs().max().item())
 
 
-def test_one_file_under_two_names_is_not_read_at_all(tmp_path: Path, save: Save) -> None:
+def test_diff_does_not_read_one_file_under_two_names(tmp_path: Path, save: Save) -> None:
     a = save("a.pth", {"w": torch.randn(9), "s": torch.eye(3).to_sparse()})
     (tmp_path / "b.pth").hardlink_to(a)
     (tmp_path / "c.pth").symlink_to(a)
@@ -196,7 +198,7 @@ def test_one_file_under_two_names_is_not_read_at_all(tmp_path: Path, save: Save)
         assert (report.verdict, report.compared, report.bytes_read) == ("identical", 2, 0)
 
 
-def test_tied_tensors_are_read_once_and_told_together(save: Save) -> None:
+def test_diff_reads_tied_tensors_once_and_reports_them_together(save: Save) -> None:
     a, b = torch.randn(10), torch.randn(10)
     report = ckpt_tools.diff(save("a.pth", {"x": a, "y": a}), save("b.pth", {"x": b, "y": b}))
     assert (report.bytes_read, report.compared) == (80, 2)
@@ -205,7 +207,7 @@ def test_tied_tensors_are_read_once_and_told_together(save: Save) -> None:
     assert (only(untied).name, untied.identical) == ("y", 1)
 
 
-def test_what_cannot_be_compared_is_named_and_never_called_the_same(tmp_path: Path, save: Save) -> None:
+def test_diff_names_tensors_that_cannot_be_compared_and_calls_them_different(tmp_path: Path, save: Save) -> None:
     sparse = {"w": torch.ones(2), "s": torch.eye(3).to_sparse(), "c": torch.ones(2)}
     a = save("a.pth", sparse)
     b = save("b.pth", sparse | {"c": torch.ones(2, dtype=torch.complex64)})
@@ -215,13 +217,13 @@ def test_what_cannot_be_compared_is_named_and_never_called_the_same(tmp_path: Pa
     assert ckpt_tools.diff(a, tmp_path / "copy.pth").not_compared == {"s": "sparse"}
 
 
-def test_packed_codes_are_compared_as_bytes(save: Save) -> None:
+def test_diff_compares_packed_codes_as_bytes(save: Save) -> None:
     a, b = (torch.tensor(v, dtype=torch.uint8).view(torch.float8_e8m0fnu) for v in ([1, 2, 3], [1, 9, 9]))
     found = only(ckpt_tools.diff(save("a.pth", {"w": a}), save("b.pth", {"w": b}), rtol=1, atol=1e9))
     assert (found.differing, found.beyond, found.max_abs, found.max_rel) == (2, 2, None, None)
 
 
-def test_the_largest_differences_come_first_and_weights_before_counters(save: Save) -> None:
+def test_diff_sorts_by_difference_with_weights_before_counters(save: Save) -> None:
     a = {"small": torch.tensor([1.0]), "steps": torch.tensor(7), "nan": torch.tensor([NAN]), "big": torch.tensor([1.0])}
     b = {"small": torch.tensor([1.1]), "steps": torch.tensor(900), "nan": torch.tensor([1.0]), "big": torch.tensor([3])}
     b["big"] = b["big"].float()
@@ -232,13 +234,13 @@ def test_the_largest_differences_come_first_and_weights_before_counters(save: Sa
     assert [t.name for t in loose.tensors] == ["nan", "big", "steps", "small"]
 
 
-def test_empty_and_scalar_tensors_are_compared(save: Save) -> None:
+def test_diff_compares_empty_and_scalar_tensors(save: Save) -> None:
     a = {"none": torch.empty(0, 3), "one": torch.tensor(2.0)}
     report = ckpt_tools.diff(save("a.pth", a), save("b.pth", a))
     assert (report.verdict, report.compared) == ("identical", 2)
 
 
-def test_progress_counts_the_bytes_of_both(save: Save) -> None:
+def test_diff_reports_progress_in_bytes_of_both(save: Save) -> None:
     seen: list[tuple[int, int]] = []
     paths = [save(f"{i}.pth", {"w": torch.randn(1000)}) for i in range(2)]
     ckpt_tools.diff(*paths, on_progress=lambda done, total: seen.append((done, total)))
@@ -253,15 +255,13 @@ def test_progress_counts_the_bytes_of_both(save: Save) -> None:
         ({"threads": 0}, r"`threads=0`: must be a whole number from 1"),
     ],
 )
-def test_tolerances_and_threads_that_make_no_sense_are_refused(
-    save: Save, options: dict[str, Any], message: str
-) -> None:
+def test_diff_rejects_bad_tolerances_and_threads(save: Save, options: dict[str, Any], message: str) -> None:
     path = save("a.pth", {"w": torch.ones(2)})
     with pytest.raises(UsageError, match=message):
         ckpt_tools.diff(path, path, **options)
 
 
-def test_weights_that_are_not_there_are_refused_by_file(tmp_path: Path, save: Save) -> None:
+def test_diff_names_the_file_without_the_chosen_weights(tmp_path: Path, save: Save) -> None:
     a, b = save("a.pth", {"state_dict": {"w": torch.ones(2)}}), save("b.pth", {"epoch": 3})
     with pytest.raises(LayoutError, match=r"b\.pth: no tensor inside"):
         ckpt_tools.diff(a, b)

@@ -12,57 +12,62 @@ import pytest
 
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.errors import UsageError, WriteError
-from ckpt_tools.jobs.outputs import Target, check_replaceable, check_target
+from ckpt_tools.jobs.outputs import Target, check_target
+
+NEW = ["model.safetensors", "config.json"]
+"""Files of a new folder."""
 
 
 def check(
     target: str, *, inputs: tuple[str, ...] = (), nbytes: int = 0, force: bool = False, folder: bool = False
 ) -> None:
-    check_target(Path(target), map(Path, inputs), nbytes=nbytes, force=force, folder=folder)
+    check_target(Path(target), map(Path, inputs), nbytes=nbytes, force=force, names=NEW if folder else None)
 
 
-def test_a_folder_with_nothing_but_checkpoint_files_is_replaced_with_force_only(
-    here: Path, old_folder: Callable[..., Path]
-) -> None:
-    old_folder()
+def add_index(folder: Path) -> None:
+    shards = {name: name for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+
+
+def test_check_target_needs_force_for_an_older_output_folder(here: Path, old_folder: Callable[..., Path]) -> None:
+    add_index(old_folder())
     with pytest.raises(WriteError, match="out: exists already. Pass `force=True`"):
         check("out", folder=True)
     check("out", folder=True, force=True)
 
 
 @pytest.mark.parametrize("stranger", ["train.py", "notes.txt", "other.pth", "runs", ".git"])
-def test_a_folder_with_anything_else_is_never_replaced(
+def test_check_target_rejects_a_folder_with_other_files(
     here: Path, old_folder: Callable[..., Path], stranger: str
 ) -> None:
     folder = old_folder()
-    shards = {name: name for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    check_replaceable(folder, ["model.safetensors", "config.json"])
+    add_index(folder)
+    check("out", folder=True, force=True)
     if "." in stranger[1:]:
         (folder / stranger).write_text("precious")
     else:
         (folder / stranger).mkdir()
     with pytest.raises(WriteError, match=rf"out: holds {re.escape(stranger)}, which the new folder would not"):
-        check_replaceable(folder, ["model.safetensors", "config.json"])
+        check("out", folder=True, force=True)
 
 
-def test_a_folder_whose_index_cannot_be_read_is_refused_in_words(here: Path, old_folder: Callable[..., Path]) -> None:
+def test_check_target_rejects_a_folder_with_a_bad_index(here: Path, old_folder: Callable[..., Path]) -> None:
     index = old_folder() / "model.safetensors.index.json"
     index.write_text("no JSON")
     with pytest.raises(WriteError, match="out: cannot be a target .*not the index of a sharded checkpoint"):
-        check_replaceable(Path("out"), [])
+        check("out", folder=True, force=True)
     index.unlink()
     index.mkdir()
     with pytest.raises(WriteError, match="out: cannot be a target .*Is a directory"):
-        check_replaceable(Path("out"), [])
+        check("out", folder=True, force=True)
 
 
-def test_an_empty_folder_needs_no_force(here: Path) -> None:
+def test_check_target_accepts_an_empty_folder(here: Path) -> None:
     Path("out").mkdir()
     check("out", folder=True)
 
 
-def test_a_file_is_no_folder_and_a_folder_no_file(here: Path) -> None:
+def test_check_target_rejects_a_file_for_a_folder_and_a_folder_for_a_file(here: Path) -> None:
     Path("file").touch()
     Path("folder.pth").mkdir()
     with pytest.raises(WriteError, match="file: is a file already"):
@@ -71,7 +76,7 @@ def test_a_file_is_no_folder_and_a_folder_no_file(here: Path) -> None:
         check("folder.pth", force=True)
 
 
-def test_an_input_is_refused_through_any_link(here: Path) -> None:
+def test_check_target_rejects_an_input_through_any_link(here: Path) -> None:
     Path("a.pth").touch()
     Path("hard.pth").hardlink_to("a.pth")
     Path("soft.pth").symlink_to("hard.pth")
@@ -80,7 +85,7 @@ def test_an_input_is_refused_through_any_link(here: Path) -> None:
             check(one, inputs=(other,), force=True)
 
 
-def test_a_folder_within_or_around_an_input_is_refused(here: Path, old_folder: Callable[..., Path]) -> None:
+def test_check_target_rejects_a_folder_in_or_around_an_input(here: Path, old_folder: Callable[..., Path]) -> None:
     old_folder("in")
     with pytest.raises(WriteError, match="in/new: lies inside the input in"):
         check("in/new", inputs=("in",), folder=True)
@@ -91,7 +96,7 @@ def test_a_folder_within_or_around_an_input_is_refused(here: Path, old_folder: C
     check("all/new", inputs=("all/in",), folder=True)
 
 
-def test_the_folder_one_is_in_is_no_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_target_rejects_the_current_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("empty").mkdir()
     monkeypatch.chdir("empty")
     for target in (".", "..", "../empty", "/", str(here)):
@@ -99,12 +104,12 @@ def test_the_folder_one_is_in_is_no_target(here: Path, monkeypatch: pytest.Monke
             check(target, folder=True, force=True)
 
 
-def test_a_zero_byte_in_a_target_is_refused_in_words(here: Path) -> None:
+def test_check_target_rejects_a_zero_byte(here: Path) -> None:
     with pytest.raises(WriteError, match=r"cannot be a target \(embedded null byte\)"):
         check("a\0b.pth")
 
 
-def test_free_space_is_asked_of_the_disk_of_the_target(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_target_asks_the_disk_of_the_target_for_free_space(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: (asked.append(path), usage._replace(free=10))[1])

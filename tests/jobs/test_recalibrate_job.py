@@ -68,12 +68,12 @@ def assert_only_buffers_changed(before: Mapping[str, torch.Tensor], after: Mappi
         assert old.equal(new) or name.endswith(BUFFERS), name
 
 
-def test_the_comparison_of_these_tests_sees_a_changed_scalar() -> None:
+def test_comparison_of_these_tests_sees_a_changed_scalar() -> None:
     with pytest.raises(AssertionError, match="scale"):
         assert_only_buffers_changed({"scale": torch.tensor(1.0)}, {"scale": torch.tensor(2.0)})
 
 
-def test_a_timm_checkpoint_keeps_all_but_the_buffers(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_changes_only_the_buffers(save: Save, photos: Photos) -> None:
     model = network()
     tree = {
         "epoch": 3,
@@ -103,7 +103,7 @@ def test_a_timm_checkpoint_keeps_all_but_the_buffers(save: Save, photos: Photos)
     timm.models.load_checkpoint(again, str(path.with_name("averaged-bn.pth")))
 
 
-def test_the_output_is_a_sound_zip_with_provenance(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_writes_a_valid_zip_with_provenance(save: Save, photos: Photos) -> None:
     paths = [save(f"{i}.pth", network(i).state_dict()) for i in range(2)]
     average(paths, out=paths[0].with_name("averaged.pth"))
     path = paths[0].with_name("averaged.pth")
@@ -120,7 +120,7 @@ def test_the_output_is_a_sound_zip_with_provenance(save: Save, photos: Photos) -
     assert [i["name"] for i in made["input"]["made"]["inputs"]] == ["0.pth", "1.pth"]
 
 
-def test_the_state_that_is_used_is_the_one_that_changes(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_changes_the_chosen_state(save: Save, photos: Photos) -> None:
     tree = {"arch": "test_resnet", "state_dict": network(0).state_dict(), "state_dict_ema": network(1).state_dict()}
     path, folder = save("a.pth", tree), str(photos())
     for state, changed in (("auto", "state_dict_ema"), ("raw", "state_dict"), ("state_dict", "state_dict")):
@@ -132,7 +132,7 @@ def test_the_state_that_is_used_is_the_one_that_changes(save: Save, photos: Phot
             assert found[key][name].equal(tree[key][name]) is (key != changed)
 
 
-def test_safetensors_keeps_its_metadata_and_dtypes(tmp_path: Path, photos: Photos) -> None:
+def test_recalibrate_checkpoint_keeps_safetensors_metadata_and_dtypes(tmp_path: Path, photos: Photos) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in network().state_dict().items()}
     save_file(state, tmp_path / "averaged.safetensors", metadata={"format": "pt", "note": "mine"})
     recalibrate_checkpoint(tmp_path / "averaged.safetensors", data=str(photos()), model="test_resnet", **QUICK)
@@ -143,7 +143,7 @@ def test_safetensors_keeps_its_metadata_and_dtypes(tmp_path: Path, photos: Photo
         assert file.metadata()["note"] == "mine"
 
 
-def test_a_folder_of_distributed_checkpoint_stays_one(tmp_path: Path, photos: Photos) -> None:
+def test_recalibrate_checkpoint_keeps_a_dcp_folder(tmp_path: Path, photos: Photos) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
@@ -168,7 +168,7 @@ def test_a_folder_of_distributed_checkpoint_stays_one(tmp_path: Path, photos: Ph
     assert made["command"] == "recal-bn"
 
 
-def test_a_sharded_folder_stays_one(tmp_path: Path, photos: Photos) -> None:
+def test_recalibrate_checkpoint_keeps_a_sharded_folder(tmp_path: Path, photos: Photos) -> None:
     paths = []
     for i in range(2):
         paths.append(tmp_path / f"{i}.safetensors")
@@ -184,7 +184,7 @@ def test_a_sharded_folder_stays_one(tmp_path: Path, photos: Photos) -> None:
     assert not new["bn1.running_var"].equal(old["bn1.running_var"])
 
 
-def test_legacy_files_become_zip_files(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_writes_legacy_files_as_zip(save: Save, photos: Photos) -> None:
     path = save("old.pth", network().state_dict(), _use_new_zipfile_serialization=False)
     recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", **QUICK)
     assert_only_buffers_changed(network().state_dict(), load(path.with_name("old-bn.pth")))
@@ -232,7 +232,7 @@ def test_recalibrate_checkpoint_leaves_sys_path_as_it_was(save: Save, photos: Ph
     assert sys.path == before
 
 
-def test_accuracy_is_that_of_torch_before_and_after(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_measures_the_accuracy_that_torch_does(save: Save, photos: Photos) -> None:
     path, folder = save("a.pth", network().state_dict()), photos(each=6)
     report = recalibrate_checkpoint(
         path, data=str(folder), model="test_resnet", eval_data=str(folder), **QUICK | {"batch_size": 18}
@@ -257,7 +257,9 @@ def test_accuracy_is_that_of_torch_before_and_after(save: Save, photos: Photos) 
         assert found.images == 18
 
 
-def test_without_a_gain_nothing_is_written_where_one_is_required(save: Save, photos: Photos, tmp_path: Path) -> None:
+def test_recalibrate_checkpoint_with_require_gain_writes_nothing_without_a_gain(
+    save: Save, photos: Photos, tmp_path: Path
+) -> None:
     folder = photos(each=6)
     good = save("good.pth", network().state_dict())
     recalibrate_checkpoint(good, data=str(folder), model="test_resnet", **QUICK)
@@ -276,7 +278,7 @@ def test_without_a_gain_nothing_is_written_where_one_is_required(save: Save, pho
     assert recalibrate_checkpoint(path, **right, require_gain=True, out=target).written
 
 
-def test_a_layer_that_stands_in_two_places_changes_in_both(save: Save, tmp_path: Path) -> None:
+def test_recalibrate_checkpoint_changes_a_shared_layer_in_both_places(save: Save, tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(
         "import torch\nfrom torch import nn\n"
         "def net():\n    bn = nn.BatchNorm2d(3)\n    return nn.Sequential(bn, nn.ReLU(), bn)\n"
@@ -298,7 +300,7 @@ def test_a_layer_that_stands_in_two_places_changes_in_both(save: Save, tmp_path:
     assert not open_checkpoint(tmp_path / "a-bn.safetensors")["2.running_mean"].equal(torch.zeros(3))
 
 
-def test_the_counter_is_int64_whatever_an_earlier_tool_made_of_it(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_writes_the_counter_as_int64(save: Save, photos: Photos) -> None:
     state = {k: v.float() if k.endswith("num_batches_tracked") else v for k, v in network().state_dict().items()}
     path = save("a.pth", state)
     recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", **QUICK)
@@ -307,7 +309,7 @@ def test_the_counter_is_int64_whatever_an_earlier_tool_made_of_it(save: Save, ph
     assert all(value.dtype == torch.int64 and value.item() == 3 for value in counters)
 
 
-def test_the_origin_says_how_many_images_a_stream_gave(save: Save, tmp_path: Path) -> None:
+def test_recalibrate_checkpoint_records_the_number_of_images_of_a_stream(save: Save, tmp_path: Path) -> None:
     (tmp_path / "stream.py").write_text("import torch\ndef make(): return [torch.randn(8, 3, 32, 32)] * 3\n")
     path = save("a.pth", network().state_dict())
     recalibrate_checkpoint(path, data=f"{tmp_path}/stream.py:make", model="test_resnet")
@@ -316,7 +318,7 @@ def test_the_origin_says_how_many_images_a_stream_gave(save: Save, tmp_path: Pat
     assert made["arguments"]["images"] == 24
 
 
-def test_frozen_layers_alone_are_named_and_left(save: Save, tmp_path: Path) -> None:
+def test_recalibrate_checkpoint_names_frozen_layers_and_writes_nothing(save: Save, tmp_path: Path) -> None:
     (tmp_path / "frozen.py").write_text("from torchvision.ops import FrozenBatchNorm2d as net\n")
     path = save("a.pth", FrozenBatchNorm2d(3).state_dict())
     report = recalibrate_checkpoint(
@@ -326,7 +328,7 @@ def test_frozen_layers_alone_are_named_and_left(save: Save, tmp_path: Path) -> N
     assert not report.written
 
 
-def test_mixed_precision_is_close_and_channels_last_changes_nothing(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_is_close_with_amp_and_equal_with_channels_last(save: Save, photos: Photos) -> None:
     path, folder = save("a.pth", network().state_dict()), str(photos())
     found = {}
     for name, options in (("plain", {"channels_last": False}), ("last", {}), ("amp", {"amp": True})):
@@ -338,7 +340,7 @@ def test_mixed_precision_is_close_and_channels_last_changes_nothing(save: Save, 
     assert not found["amp"].equal(found["last"])
 
 
-def test_a_model_without_batchnorm_is_left_alone(save: Save, tmp_path: Path) -> None:
+def test_recalibrate_checkpoint_writes_nothing_without_batchnorm(save: Save, tmp_path: Path) -> None:
     path = save("a.pth", nn.Linear(3, 2).state_dict())
     kwargs = {"in_features": 3, "out_features": 2}
     report = recalibrate_checkpoint(path, data="nowhere", model="torch.nn:Linear", model_kwargs=kwargs)
@@ -348,7 +350,7 @@ def test_a_model_without_batchnorm_is_left_alone(save: Save, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_dry_run_runs_nothing(save: Save, photos: Photos, tmp_path: Path) -> None:
+def test_recalibrate_checkpoint_dry_run_runs_nothing(save: Save, photos: Photos, tmp_path: Path) -> None:
     path, folder = save("a.pth", network().state_dict()), photos()
     before = sorted(tmp_path.iterdir())
     plans: list[Any] = []
@@ -406,7 +408,7 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
         ),
     ],
 )
-def test_what_cannot_be_done_is_said_and_nothing_is_written(
+def test_recalibrate_checkpoint_rejects_bad_jobs_and_writes_nothing(
     save: Save,
     photos: Photos,
     tmp_path: Path,

@@ -48,7 +48,7 @@ def payload(tree: Any) -> int:
     return sum(found.values())
 
 
-def test_a_timm_checkpoint_keeps_both_sets_and_loses_the_optimizer(runs: list[Path], tmp_path: Path) -> None:
+def test_strip_keeps_both_sets_and_removes_the_optimizer(runs: list[Path], tmp_path: Path) -> None:
     before = hashlib.sha256(runs[3].read_bytes()).digest()
     report = ckpt_tools.strip(runs[3], out=tmp_path / "s.pth")
     assert hashlib.sha256(runs[3].read_bytes()).digest() == before
@@ -71,7 +71,7 @@ def test_a_timm_checkpoint_keeps_both_sets_and_loses_the_optimizer(runs: list[Pa
 @pytest.mark.parametrize(
     ("state", "kept"), [("ema", "state_dict_ema"), ("raw", "state_dict"), ("state_dict", "state_dict")]
 )
-def test_one_set_alone_stays_where_it_was(runs: list[Path], tmp_path: Path, state: str, kept: str) -> None:
+def test_strip_keeps_one_chosen_set_in_its_place(runs: list[Path], tmp_path: Path, state: str, kept: str) -> None:
     ckpt_tools.strip(runs[0], out=tmp_path / "s.pth", state=state)
     with torch.serialization.safe_globals([argparse.Namespace]):
         old = torch.load(runs[0], weights_only=True)
@@ -81,7 +81,7 @@ def test_one_set_alone_stays_where_it_was(runs: list[Path], tmp_path: Path, stat
     assert new["arch"] == old["arch"]
 
 
-def test_the_other_weights_are_known_by_their_names(save: Save, tmp_path: Path) -> None:
+def test_strip_finds_the_other_weights_by_their_names(save: Save, tmp_path: Path) -> None:
     model, _ = trained()
     nets = {"a": {"net": model.state_dict()}, "b": {"module." + k: v + 1 for k, v in model.state_dict().items()}}
     path = save("c.pth", {"nets": nets, "criterion": {"center": torch.zeros(3)}, "epoch": 3})
@@ -94,7 +94,7 @@ def test_the_other_weights_are_known_by_their_names(save: Save, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "LBFGS"])
-def test_optimizers_of_torch_go_whatever_they_are_called(save: Save, name: str) -> None:
+def test_strip_removes_torch_optimizers_under_any_name(save: Save, name: str) -> None:
     if name == "LBFGS":
         model = nn.Linear(3, 2)
         optimizer: Any = torch.optim.LBFGS(model.parameters())
@@ -133,7 +133,7 @@ def test_optimizers_of_torch_go_whatever_they_are_called(save: Save, name: str) 
         ({"optimizer": torch.optim.SGD([torch.ones(2)], lr=1.0)}, {"optimizer"}),
     ],
 )  # fmt: skip
-def test_training_state_of_many_libraries_goes(save: Save, around: dict[str, Any], gone: set[str]) -> None:
+def test_strip_removes_training_state_of_many_libraries(save: Save, around: dict[str, Any], gone: set[str]) -> None:
     model, optimizer = trained()
     state = optimizer.state_dict()
     around = {k: state if v == "opt" else [state] if v == ["opt"] else v for k, v in around.items()}
@@ -145,7 +145,7 @@ def test_training_state_of_many_libraries_goes(save: Save, around: dict[str, Any
     assert same_bits(new["state_dict"], model.state_dict())
 
 
-def test_a_checkpoint_one_level_below_is_stripped_too(save: Save) -> None:
+def test_strip_removes_training_state_one_level_below(save: Save) -> None:
     model, optimizer = trained()
     inner = {
         "model": model.state_dict(), "optimizers": {"AdamW": optimizer.state_dict()}, "rng": [{"python": (3, (1, 2))}],
@@ -158,7 +158,7 @@ def test_a_checkpoint_one_level_below_is_stripped_too(save: Save) -> None:
     assert same_bits(new["state"]["model"], model.state_dict())
 
 
-def test_a_configuration_and_modules_that_are_called_like_training_state_stay(save: Save) -> None:
+def test_strip_keeps_configuration_and_modules_named_like_training_state(save: Save) -> None:
     config = {"optimizer": {"name": "adamw", "lr": 0.1}, "scheduler": {"name": "cosine"}}
     nets = {"encoder": {"w": torch.ones(2)}, "scaler": {"mean": torch.ones(2)}}
     flat = {"scheduler": torch.ones(2), "rng_state": torch.ones(3), "w": torch.ones(4)}
@@ -169,7 +169,7 @@ def test_a_configuration_and_modules_that_are_called_like_training_state_stay(sa
     assert not report.anything
 
 
-def test_lightnings_swa_keeps_its_average_and_what_tells_that_it_is_one(save: Save) -> None:
+def test_strip_keeps_the_swa_average_of_lightning(save: Save) -> None:
     model, optimizer = trained()
     average = OrderedDict((k, v + 1) for k, v in model.state_dict().items())
     swa = {"n_averaged": 3, "latest_update_epoch": 9, "average_model_state": average}
@@ -194,7 +194,7 @@ def test_lightnings_swa_keeps_its_average_and_what_tells_that_it_is_one(save: Sa
     assert set(load(Path(raw.out))) == {"state_dict"}
 
 
-def test_averages_that_an_optimizer_keeps_stay_and_are_named(save: Save) -> None:
+def test_strip_keeps_and_names_averages_in_an_optimizer(save: Save) -> None:
     model, optimizer = trained()
     shadow = tuple(p.detach() + 1 for p in model.parameters())
     tree = {
@@ -208,7 +208,7 @@ def test_averages_that_an_optimizer_keeps_stay_and_are_named(save: Save) -> None
     assert report.notes[0] == "'optimizer_states' holds weights, which stay: optimizer_states.0.ema."
 
 
-def test_weights_without_a_telling_place_are_known_by_their_names(save: Save) -> None:
+def test_strip_knows_weights_by_their_names(save: Save) -> None:
     model, _ = trained()
     best = {"module." + k: v + 1 for k, v in model.state_dict().items()}
     report = ckpt_tools.strip(
@@ -217,7 +217,7 @@ def test_weights_without_a_telling_place_are_known_by_their_names(save: Save) ->
     assert same_bits(load(Path(report.out))["callbacks"]["keeper"]["best"], best)
 
 
-def test_copies_in_float32_that_go_with_the_optimizer_are_named(save: Save) -> None:
+def test_strip_names_float32_copies_that_go_with_the_optimizer(save: Save) -> None:
     model, optimizer = trained()
     tree = {
         "model": model.bfloat16().state_dict(),
@@ -228,7 +228,7 @@ def test_copies_in_float32_that_go_with_the_optimizer_are_named(save: Save) -> N
     assert set(load(Path(report.out))) == {"model"}
 
 
-def test_tied_tensors_stay_tied_and_views_are_written_compact(save: Save) -> None:
+def test_strip_keeps_ties_and_writes_views_compact(save: Save) -> None:
     whole = torch.randn(1000, 10)
     head = nn.Parameter(torch.randn(10, 10))
     tree = {"model": {"view": whole[:3], "a": head, "b": head}, "optimizer": {"state": {}, "param_groups": []}}
@@ -240,25 +240,25 @@ def test_tied_tensors_stay_tied_and_views_are_written_compact(save: Save) -> Non
     assert new["view"].untyped_storage().nbytes() == 120
 
 
-def test_what_weights_and_optimizer_share_is_no_gain(save: Save) -> None:
+def test_strip_counts_no_bytes_shared_with_the_weights(save: Save) -> None:
     w = torch.randn(100)
     tree = {"model": {"w": w}, "optimizer": {"state": {0: {"z": w, "m": torch.ones(7)}}, "param_groups": []}}
     (entry,) = ckpt_tools.strip(save("c.pth", tree)).entries
     assert (entry.place, entry.tensors, entry.nbytes) == ("optimizer", 2, 28)
 
 
-def test_not_a_number_is_no_reason_to_refuse(save: Save) -> None:
+def test_strip_copies_nan(save: Save) -> None:
     tree = {"model": {"w": torch.tensor([float("nan"), 1.0])}, "optimizer": {"state": {}, "param_groups": []}}
     assert same_bits(load(Path(ckpt_tools.strip(save("c.pth", tree)).out))["model"], tree["model"])
 
 
-def test_a_legacy_file_becomes_one_of_today(runs: list[Path], tmp_path: Path) -> None:
+def test_strip_writes_a_legacy_file_as_zip(runs: list[Path], tmp_path: Path) -> None:
     ckpt_tools.strip(runs[1], out=tmp_path / "s.pth")
     assert "optimizer" not in load(tmp_path / "s.pth")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_of_dcp_is_stripped_and_stays_one(tmp_path: Path) -> None:
+def test_strip_keeps_a_dcp_folder(tmp_path: Path) -> None:
     from torch.distributed import checkpoint as dcp
 
     model, optimizer = trained()
@@ -276,7 +276,7 @@ def test_a_folder_of_dcp_is_stripped_and_stays_one(tmp_path: Path) -> None:
         ckpt_tools.strip(tmp_path / "d")
 
 
-def test_nothing_to_strip_writes_nothing(save: Save, tmp_path: Path) -> None:
+def test_strip_writes_nothing_if_there_is_nothing_to_strip(save: Save, tmp_path: Path) -> None:
     weights = {"w": torch.ones(3)}
     paths = [save("a.pth", weights), save("b.pth", {"state_dict": weights, "callbacks": {}, "optimizer": None})]
     save_file(weights, tmp_path / "c.safetensors")
@@ -289,7 +289,7 @@ def test_nothing_to_strip_writes_nothing(save: Save, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_plan_is_the_report_and_a_dry_run_writes_nothing(save: Save, tmp_path: Path) -> None:
+def test_strip_plan_equals_the_report_and_a_dry_run_writes_nothing(save: Save, tmp_path: Path) -> None:
     model, optimizer = trained()
     path = save("c.pth", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     plans: list[Any] = []
@@ -314,7 +314,7 @@ OPTIMIZER = {"state": {}, "param_groups": []}
         ({"state": {0: {"m": torch.ones(2)}}, "param_groups": []}, LayoutError, "nothing but training"),
     ],
 )  # fmt: skip
-def test_weights_that_would_be_lost_are_refused(
+def test_strip_rejects_a_loss_of_weights(
     save: Save, tmp_path: Path, tree: Any, error: type[Exception], message: str
 ) -> None:
     path = save("c.pth", tree)
@@ -324,7 +324,7 @@ def test_weights_that_would_be_lost_are_refused(
     assert (list(tmp_path.iterdir()), path.read_bytes()) == ([path], before)
 
 
-def test_targets_that_must_not_be_are_refused(save: Save, tmp_path: Path) -> None:
+def test_strip_rejects_bad_targets(save: Save, tmp_path: Path) -> None:
     path = save("c.pth", {"model": {"w": torch.ones(2)}, "optimizer": OPTIMIZER})
     save("c-stripped.pth", {"mine": 1})
     with pytest.raises(WriteError, match=r"c-stripped\.pth: exists already\. Pass `force=True`"):
@@ -338,7 +338,7 @@ def test_targets_that_must_not_be_are_refused(save: Save, tmp_path: Path) -> Non
     assert ckpt_tools.strip(path, force=True).written
 
 
-def test_hostile_nesting_takes_no_time_and_no_stack(save: Save) -> None:
+def test_strip_handles_hostile_nesting(save: Save) -> None:
     deep: Any = {}
     for _ in range(300):
         deep = {"a": deep, "b": deep}
@@ -354,7 +354,7 @@ def average(model: nn.Module, lead: str = "") -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("lead", "inner"), [("model.", ""), ("", "net."), ("module.", ""), ("model.", "net.module.")])
-def test_weights_in_a_callback_stay_whatever_stands_before_their_names(lead: str, inner: str, save: Save) -> None:
+def test_strip_keeps_weights_in_a_callback_whatever_their_prefix(lead: str, inner: str, save: Save) -> None:
     model, optimizer = trained()
     weights = {lead + name: tensor for name, tensor in model.state_dict().items()}
     # Half of the names are enough: an average may leave the buffers out.
@@ -374,7 +374,7 @@ def test_weights_in_a_callback_stay_whatever_stands_before_their_names(lead: str
     assert same_bits(new["callbacks"]["Mine"]["w"], kept)
 
 
-def test_weights_in_training_state_stay_in_an_unknown_layout_too(save: Save) -> None:
+def test_strip_keeps_weights_in_training_state_of_an_unknown_layout(save: Save) -> None:
     model, optimizer = trained()
     path = save(
         "c.pth", {"netG": model.state_dict(), "callbacks": {"best": average(model)}, "optimG": optimizer.state_dict()}
@@ -386,7 +386,7 @@ def test_weights_in_training_state_stay_in_an_unknown_layout_too(save: Save) -> 
 
 
 @pytest.mark.parametrize("several", [lambda state: [state, state], lambda state: {"g": state, "d": state}])
-def test_optimizers_go_whatever_they_are_called(several: Callable[[Any], Any], save: Save) -> None:
+def test_strip_removes_optimizers_under_any_name(several: Callable[[Any], Any], save: Save) -> None:
     model, optimizer = trained()
     path = save("c.pth", {"weights": model.state_dict(), "opts": several(optimizer.state_dict()), "epoch": 3})
     report = ckpt_tools.strip(path)
@@ -394,7 +394,7 @@ def test_optimizers_go_whatever_they_are_called(several: Callable[[Any], Any], s
     assert set(load(Path(report.out))) == {"weights", "epoch"}
 
 
-def test_optimizers_go_from_checkpoints_deep_inside(save: Save) -> None:
+def test_strip_removes_optimizers_deep_inside(save: Save) -> None:
     model, optimizer = trained()
     inner = {"model": model.state_dict(), "adam": optimizer.state_dict(), "lr_scheduler": {"last_epoch": 1}, "step": 3}
     report = ckpt_tools.strip(save("c.pth", {"run": {"trainer": inner}, "list": [inner | {"step": 4}]}))
@@ -403,7 +403,7 @@ def test_optimizers_go_from_checkpoints_deep_inside(save: Save) -> None:
     assert same_bits(new["run"]["trainer"]["model"], model.state_dict())
 
 
-def test_modules_that_are_called_like_training_state_stay(save: Save) -> None:
+def test_strip_keeps_modules_named_like_training_state(save: Save) -> None:
     _, optimizer = trained()
     weights = {"scheduler.weight": torch.ones(2), "optimizer_net.weight": torch.ones(3), "scaler": torch.ones(4)}
     for tree in (
@@ -414,14 +414,14 @@ def test_modules_that_are_called_like_training_state_stay(save: Save) -> None:
         assert same_bits(new.get("model", new), weights)
 
 
-def test_an_optimizer_that_keeps_its_averages_by_name_goes(save: Save) -> None:
+def test_strip_removes_an_optimizer_with_averages_by_name(save: Save) -> None:
     model, _ = trained()
     state = {"exp_avg": average(model), "exp_avg_sq": average(model)}
     new = load(Path(ckpt_tools.strip(save("c.pth", {"model": model.state_dict(), "optimizer": state})).out))
     assert set(new) == {"model"}
 
 
-def test_names_in_training_state_may_collide(save: Save) -> None:
+def test_strip_handles_names_that_collide_in_training_state(save: Save) -> None:
     model, _ = trained()
     state = {"kept": {"a._orig_mod.w": torch.ones(2), "a.w": torch.ones(2)}}
     new = load(Path(ckpt_tools.strip(save("c.pth", {"model": model.state_dict(), "optimizer": state})).out))
@@ -429,7 +429,7 @@ def test_names_in_training_state_may_collide(save: Save) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_averages_that_a_schedule_free_optimizer_still_owes_are_spoken_of(training: bool, save: Save) -> None:
+def test_strip_notes_averages_of_a_schedule_free_optimizer(training: bool, save: Save) -> None:
     """schedulefree's optimizers swap weights and averages in eval() and train(), and say which in each group."""
     model, optimizer = trained()
     state = optimizer.state_dict()
@@ -441,7 +441,7 @@ def test_averages_that_a_schedule_free_optimizer_still_owes_are_spoken_of(traini
     assert ["schedule-free" in note and "optimizer.eval()" in note for note in report.notes] == [True] * training
 
 
-def test_a_checkpoint_that_contains_itself(save: Save) -> None:
+def test_strip_handles_a_checkpoint_that_contains_itself(save: Save) -> None:
     model, optimizer = trained()
     tree: dict[str, Any] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     tree["self"] = tree

@@ -198,11 +198,22 @@ def test_open_files_refuse_a_file_that_is_another_by_now(tmp_path: Path) -> None
 
 
 def test_only_storage_asks_the_system_for_files() -> None:
-    """Outside storage, `os` serves the environment, paths as text, and the console alone."""
+    """Outside storage, `os` serves the environment, paths as text, random bytes and the console alone."""
     import ast
 
     package = Path(ckpt_tools.__file__).parent
-    allowed = {"environ", "path", "strerror", "PathLike", "fspath", "sched_getaffinity", "cpu_count", "name", "devnull"}
+    allowed = {
+        "environ",
+        "path",
+        "strerror",
+        "PathLike",
+        "fspath",
+        "sched_getaffinity",
+        "cpu_count",
+        "name",
+        "devnull",
+        "urandom",
+    }
     found: dict[str, set[Any]] = {}
     for path in package.rglob("*.py"):
         place = path.relative_to(package)

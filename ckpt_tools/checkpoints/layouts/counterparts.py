@@ -48,8 +48,6 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
         found["raw"] = replace(raws[0], which="raw", layout=known.layout)
         home = raws[0].path
         places.append(home)
-    if "raw" in found and "ema" in found and home == found["raw"].path:
-        found["ema"] = _with_names_of(found["raw"], found["ema"])
     return {which: replace(each, home=home, set_paths=tuple(dict.fromkeys(places))) for which, each in found.items()}
 
 
@@ -66,20 +64,17 @@ def _any_of(sets: Sequence[StateDict]) -> str:
     return f"{' or '.join(paths)}. Choose with `state={paths[0]!r}`."
 
 
-def _with_names_of(raw: StateDict, ema: StateDict) -> StateDict:
-    """Give an average that takes the place of raw weights their names, and what it lacks of them: buffers, as a rule."""
-    if ema.fault is not None or ema.tensors.keys() == raw.tensors.keys():
+def with_names_of(raw: StateDict, ema: StateDict) -> StateDict | None:
+    """Give an average the names of the raw weights, and what it lacks of them: buffers, as a rule.
+
+    Returns:
+        None if it has other names or shapes, so that it cannot take their place.
+    """
+    if ema.tensors.keys() == raw.tensors.keys():
         return ema
     names = _named(ema.tensors, raw.tensors)
     if names is None:
-        other = next((name for name in ema.tensors if name not in raw.tensors), next(iter(raw.tensors)))
-        return replace(
-            ema,
-            fault=(
-                f"of other names or shapes than {raw.label} ('{other}' is in one of them alone), so it cannot take its place. "
-                f"Choose with `state='raw'`, or write the average by itself: `convert(to='plain', state='ema')`."
-            ),
-        )
+        return None
     whole = names.keys() == raw.tensors.keys()
     keys = ema.keys and {name: ema.keys[own] for name, own in names.items()} if whole else None
     return replace(ema, tensors={**raw.tensors, **{name: ema.tensors[own] for name, own in names.items()}}, keys=keys)

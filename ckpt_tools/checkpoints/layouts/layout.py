@@ -12,7 +12,9 @@ from typing import Any
 
 from ...errors import LayoutError
 from ...formats.file_plan import OutTensor, Terms
+from ...formats.format import Format
 from ...formats.header import Header
+from ...formats.sharded import SHARDED
 from ...formats.tree import Path, follow, put
 from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 
@@ -306,6 +308,7 @@ class Layout:
         updates: path of the EMA update count, if the encoding has none.
         alone: what raw weights without averaged ones are called; empty if this layout always has both.
         written: `convert` writes it.
+        folder_format: of a folder in this layout.
         held_by: see `outputs`; empty where it follows from the paths and encodings.
     """
 
@@ -319,6 +322,7 @@ class Layout:
     updates: Path | None = None
     alone: str = ""
     written: bool = True
+    folder_format: Format = SHARDED
     held_by: tuple[str, ...] = ()
 
     @property
@@ -384,13 +388,11 @@ class Layout:
             raw = sets.get("raw")
         home = self.home if raw is None or self.single == "ema" else raw_path  # the script loads its weights from there
         known = {"layout": self.name, "home": home, "set_paths": self.set_paths(tree)}
-        found = {"ema": ema.below(self.ema, which="ema", **known)}
+        ema = ema.below(self.ema, which="ema", **known)
         if self.updates is not None:
-            ema_paths = (*found["ema"].ema_paths, self.updates)
-            found["ema"] = replace(found["ema"], updates=follow(tree, self.updates), ema_paths=ema_paths)
-        if raw is not None:
-            found["raw"] = raw.below(raw_path, which="raw", **known)
-        return found
+            ema_paths = (*ema.ema_paths, self.updates)
+            ema = replace(ema, updates=follow(tree, self.updates), ema_paths=ema_paths)
+        return {"ema": ema} if raw is None else {"ema": ema, "raw": raw.below(raw_path, which="raw", **known)}
 
     def read_alone(self, tree: Mapping[Any, Any], names: Names) -> Sets:
         """Read raw weights without an average; empty if there are none."""
@@ -450,13 +452,12 @@ class Layout:
 
 def _of_one_model(raw: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> bool:
     """False if an average cannot be of these weights: the teacher of a model that distils it."""
-    shapes = {name.removeprefix("module."): getattr(tensor, "shape", None) for name, tensor in raw.items()}
-    shared = [
-        shapes[name] == getattr(tensor, "shape", None)
-        for name, tensor in ((name.removeprefix("module."), tensor) for name, tensor in ema.items())
-        if name in shapes
-    ]
-    return bool(shared) and all(shared)
+    shapes, averaged = (
+        {name.removeprefix("module."): getattr(tensor, "shape", None) for name, tensor in weights.items()}
+        for weights in (raw, ema)
+    )
+    shared = shapes.keys() & averaged.keys()
+    return bool(shared) and all(shapes[name] == averaged[name] for name in shared)
 
 
 def _may_be_a_set(tree: Mapping[Any, Any], path: Path) -> bool:

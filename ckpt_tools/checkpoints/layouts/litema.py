@@ -102,7 +102,7 @@ def _undotted(
 def _write(weights: Weights, content: Content) -> dict[str, Any]:
     taken = next((name for name in content.raw if name.startswith("model_ema.")), None)
     if taken is not None:
-        raise LayoutError(f"'{taken}' has the prefix that LitEma gives its averages. Rename it: ckpt fix-prefix.")
+        raise LayoutError(f"'{taken}' has the prefix that LitEma gives its averages. Rename it: `fix_prefix(...)`.")
     # Latent diffusion averages its `model` alone, and leaves that out of the names.
     lead = "model." if any(name.startswith("model.") for name in content.raw) else ""
     short: dict[str, str] = {}
@@ -118,7 +118,7 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     if strange is not None:
         raise LayoutError(
             f"'{strange}' is the name of an averaged weight and of no raw one, so LitEma could not find it. "
-            "If they differ by a prefix, take that off first: ckpt fix-prefix. Or take one set: `state='ema'`."
+            "If they differ by a prefix, take that off first: `fix_prefix(...)`. Or take one set: `state='ema'`."
         )
     taken = next((short[key] for key in _COUNTS if key in short), None)
     if taken is not None:

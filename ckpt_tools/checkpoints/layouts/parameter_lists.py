@@ -33,17 +33,17 @@ def _read(node: Any, names: Names, raw: Names) -> Sets:
     weights = {**((raw if raw is not None else names) or {}), **matched}
     if fault is not None:
         weights = {f"shadow_params.{i}": tensor for i, tensor in enumerate(shadow)}
-    return {
-        "ema": StateDict(
-            weights, None, {key: node[key] for key in node if key not in ("shadow_params", *_RAW_COPIES, *_EMA_KEYS)},
-            other_set=tuple(key for key in _RAW_COPIES if node.get(key) is not None),
-            ema_paths=tuple((key,) for key in _EMA_KEYS if node.get(key) is not None),
-            updates=node.get("optimization_step", node.get("num_updates")),
-            decay=node.get("decay"),
-            settings=_settings(node),
-            fault=fault,
-        )
-    }  # fmt: skip
+    state = StateDict(
+        weights,
+        other_entries={key: node[key] for key in node if key not in ("shadow_params", *_RAW_COPIES, *_EMA_KEYS)},
+        other_set=tuple(key for key in _RAW_COPIES if node.get(key) is not None),
+        ema_paths=tuple((key,) for key in _EMA_KEYS if node.get(key) is not None),
+        updates=node.get("optimization_step", node.get("num_updates")),
+        decay=node.get("decay"),
+        settings=_settings(node),
+        fault=fault,
+    )
+    return {"ema": state}
 
 
 def _settings(source: Mapping[Any, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ...formats.dcp import DCP_FOLDER
 from ...formats.header import Header
 from .layout import Layout
 
@@ -22,5 +23,10 @@ class Plain(Layout):
 
 PLAIN = Plain("plain", "names to tensors: one set of weights", raw=(), alone="plain")
 DCP = Layout(
-    "dcp", "torch.distributed.checkpoint: a folder, names to tensors", raw=(), alone="dcp", held_by=("folder",)
+    "dcp",
+    "torch.distributed.checkpoint: a folder, names to tensors",
+    raw=(),
+    alone="dcp",
+    held_by=("folder",),
+    folder_format=DCP_FOLDER,
 )

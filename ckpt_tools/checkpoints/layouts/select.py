@@ -37,7 +37,7 @@ def states(header: Header, names: Names = None, *, by_name: bool = True) -> Sets
         names: a state dict of the same model, for encodings that keep no names (lists) or change them (LitEma's).
         by_name: let the name of a file with one set say that it is an EMA.
     """
-    tree = header.view
+    tree = header.tree
     whole = read_sets(tree, names)
     found = _in_layouts(tree, names) if isinstance(tree, dict) else {}
     if whole and found.keys() <= {"ema"}:
@@ -91,7 +91,7 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
     Raises:
         LayoutError: it is not there, is empty, or would lose an entry; or the layout's names mislead.
     """
-    tree = header.view
+    tree = header.tree
     if state not in ("auto", "raw", "ema"):
         return _at_path(header, state, names)
     # A name may mislead, so what is asked for goes before it.
@@ -153,7 +153,7 @@ def _refuse_nested(header: Header, state: StateDict) -> None:
 def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     """Say how to choose among the dicts that hold these tensors."""
     places = dict.fromkeys(dotted(path[:-1]) for path in tensors)
-    reached = (place for place in places if place and has_tensors(_follow(header.view, place)[1]))
+    reached = (place for place in places if place and has_tensors(_follow(header.tree, place)[1]))
     first, *others = [*islice(reached, 2)] or [""]
     each = " Each of these is averaged by a run of its own." if others else ""
     return f"Choose with `state={first!r}`.{each}" if first else "Save the weights as one dict of names to tensors."
@@ -168,9 +168,9 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
             return f"has no ema weights; they are in {other_file}."
         return f"has no {which} weights, only {other.label}. Use `state={other.which!r}`."
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
-    if isinstance(header.view, Inert):
-        return f"{_in_words(header.view)}, {from_code}"
-    top = header.view if isinstance(header.view, dict) else {}
+    if isinstance(header.tree, Inert):
+        return f"{_in_words(header.tree)}, {from_code}"
+    top = header.tree if isinstance(header.tree, dict) else {}
     for key in set_keys():
         value = top.get(key)
         if isinstance(value, Inert):
@@ -182,7 +182,7 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
             return f"its '{key}' holds no tensor. Nothing to average."
     tensors = [
         path
-        for path, _ in tensors_in(header.view)
+        for path, _ in tensors_in(header.tree)
         if not path or path[0] not in top or not looks_like_training_state(path[0], top[path[0]])
     ]
     places = list(dict.fromkeys(dotted(path[:-1]) for path in tensors if len(path) > 1))
@@ -198,7 +198,7 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
 
 
 def _at_path(header: Header, asked: str, names: Names) -> StateDict:
-    path, node, rest = _follow(header.view, asked)
+    path, node, rest = _follow(header.tree, asked)
     here = dotted(path)
     sets = {} if rest else read_sets(node, names)
     found = one_of(sets, "ema")
@@ -225,8 +225,8 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     set_paths = tuple(dict.fromkeys((path, *(p for each in others for p in each.set_paths))))
     which, layout = ("ema", found.layout) if "ema" in sets else (asked, "dotted path")
     chosen = found.below(path, which=which, layout=layout, set_paths=set_paths)
-    known = next((each for each in others if each.path == path), None)
-    return chosen_in(header.view, chosen if known is None else replace(chosen, home=known.home))
+    same = next((each for each in others if each.path == path), None)
+    return chosen_in(header.tree, chosen if same is None else replace(chosen, home=same.home))
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:

@@ -12,10 +12,10 @@ static Result failed(Status status, size_t slice, size_t term) {
     return result;
 }
 
-/* Elements of a block: the reals of a term take SIZE bytes at most, their sums 4 * SIZE. */
-static size_t block_of(const Formula *f, size_t size) {
-    if (f->copied) return size / f->item;
-    return size / (f->widest < 2 ? 2 : f->widest) / f->out->reals;
+/* Elements of a block: the reals of a term take READ bytes at most, their sums 4 * READ. */
+static size_t block_of(const Formula *f) {
+    if (f->copied) return READ / f->item;
+    return READ / (f->widest < 2 ? 2 : f->widest) / f->out->reals;
 }
 
 /* A box of a tile, as large as a block. */
@@ -53,13 +53,12 @@ static Result sum_block(const Formula *f, const Block *block, const Place *in, s
                         double *sum, void *to, int *bad) {
     size_t reals = n * f->out->reals;
     double *first = sum + reals;
-    size_t room = block ? TILE_READ : READ;
     for (size_t t = 0; t < f->count;) {
         const Dtype *dtype = f->terms[t].dtype;
         size_t start = t, item = dtype->size * dtype->reals;
         Terms terms = {.count = 0};
         for (; terms.count < (f->anchored ? 1 : 4) && t < f->count && f->terms[t].dtype == dtype; t++, terms.count++) {
-            char *term = x + (size_t)terms.count * room;
+            char *term = x + (size_t)terms.count * READ;
             Status status = read_term(block, t, in[t], item, done, n, term);
             if (status != DONE) return failed(status, 0, t);
             terms.x[terms.count] = term;
@@ -92,7 +91,7 @@ Result fill_large(const Formula *f, size_t n, const Place *out, const Place *in,
                   uint32_t *crc, int *bad) {
     char *x = scratch, *window = scratch + 8 * READ;
     double *sum = (double *)(scratch + 4 * READ);
-    size_t block = block_of(f, READ), filled;
+    size_t block = block_of(f), filled;
     *crc = 0, *bad = 0;
     for (size_t done = 0; done < n; done += filled) {
         int64_t position = out->offset + (int64_t)(done * f->item);
@@ -170,7 +169,7 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *rows, char *sc
 }
 
 size_t largest_tile(const Formula *f, int one_order) {
-    size_t most = TILE / f->item, block = block_of(f, TILE_READ);
+    size_t most = TILE / f->item, block = block_of(f);
     return one_order || block > most ? most : block;
 }
 
@@ -189,13 +188,13 @@ static void choose_block(const Tile *tile, const int64_t *packed, size_t most, i
 
 Result fill_tile(const Formula *f, const Tile *tile, const Place *out, const Place *in, char *scratch, int wants_crc,
                  uint32_t *crc, int *bad) {
-    char *x = scratch, *summed = scratch + 9 * TILE_READ, *written = summed + 4 * TILE_READ;
-    double *sum = (double *)(scratch + 4 * TILE_READ);
+    char *x = scratch, *summed = scratch + 9 * READ, *written = summed + 4 * READ;
+    double *sum = (double *)(scratch + 4 * READ);
     int64_t order[AXES], target[AXES], whole[AXES];
-    Block block = {.box = {tile->axes, block.sizes, tile->strides}, .spare = scratch + 8 * TILE_READ};
+    Block block = {.box = {tile->axes, block.sizes, tile->strides}, .spare = scratch + 8 * READ};
     pack_strides(tile, tile->strides, target);
     pack_strides(tile, tile->strides + tile->axes, order);
-    choose_block(tile, order, block_of(f, TILE_READ), whole);
+    choose_block(tile, order, block_of(f), whole);
     *crc = 0, *bad = 0;
     for (size_t a = 0; a < tile->axes;) { /* counts BEGIN up to the end of the tile */
         for (a = 0; a < tile->axes; a++) {

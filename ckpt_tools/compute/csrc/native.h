@@ -17,9 +17,8 @@
 #define WINDOW (512 << 10) /* bytes of a large slice written in one call, up to a multiple of it in the file: the page
                               cache has large folios for them */
 #define SCRATCH (3 << 19) /* bytes that a thread provides */
-#define TILE_READ (128 << 10) /* the same as READ, of a tile: more rows, so that more of a line is written at once */
-#define TILE (8 << 20)    /* bytes of the results of a tile: rows of a page in the output and two in an input */
-#define TILE_SCRATCH (13 * TILE_READ + TILE + 64) /* bytes that a thread provides for tiles */
+#define TILE (4 << 20)    /* bytes of the results of a tile: rows of two pages, if there are as many columns */
+#define TILE_SCRATCH (13 * READ + TILE + 64) /* bytes that a thread provides for tiles */
 #define AXES 16           /* of a tile, at most */
 
 /* ---- dtypes ---- */

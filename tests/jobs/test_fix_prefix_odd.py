@@ -44,7 +44,7 @@ def check_zip(path: Path) -> None:
     ids=["none", "padded", "padded twice", "no field", "padded and a rest", "sizes twice"],
 )
 @pytest.mark.parametrize("add", [(), ("p" * 5000 + ".",)], ids=["shorter", "longer"])
-def test_whatever_a_zip_has_in_the_headers_of_its_records(
+def test_fix_prefix_keeps_zip_headers_of_any_kind(
     extra: bytes, last: bool, add: tuple[str, ...], tmp_path: Path, save: Save
 ) -> None:
     state = weights("module.a.weight", "module.b.weight")
@@ -63,7 +63,7 @@ def test_whatever_a_zip_has_in_the_headers_of_its_records(
         assert found["".join(add) + name.removeprefix("module.")].equal(tensor)
 
 
-def test_a_name_of_numpy_is_not_left_behind(save: Save) -> None:
+def test_fix_prefix_rejects_names_that_are_not_plain_text(save: Save) -> None:
     path = save("c.pth", {"model": {"module.a": torch.ones(2), np.str_("module.b"): torch.ones(2)}})
     before = path.read_bytes()
     with pytest.raises(AlignmentError, match=r"in model, a tensor has a name that is no plain text.*str\(name\)"):
@@ -71,7 +71,7 @@ def test_a_name_of_numpy_is_not_left_behind(save: Save) -> None:
     assert path.read_bytes() == before
 
 
-def test_an_optimizer_alone_has_no_names_to_fix(save: Save) -> None:
+def test_fix_prefix_rejects_the_state_of_an_optimizer(save: Save) -> None:
     path = save("optimizer.pt", {"state": {"module.w": {"exp_avg": torch.ones(2)}}, "param_groups": []})
     before = path.read_bytes()
     for add in ([], ["model."]):
@@ -80,7 +80,7 @@ def test_an_optimizer_alone_has_no_names_to_fix(save: Save) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_prefix_on_most_names_is_spoken_of(save: Save) -> None:
+def test_fix_prefix_notes_a_prefix_on_most_names(save: Save) -> None:
     path = save("c.pth", weights("module.a", "module.b", "c"))
     report = fix_prefix(path)
     assert not report.changed
@@ -93,7 +93,7 @@ def test_a_prefix_on_most_names_is_spoken_of(save: Save) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
-def test_the_dotless_names_of_litema_follow_the_weights(wrapper: str, save: Save) -> None:
+def test_fix_prefix_renames_litema_names_with_the_weights(wrapper: str, save: Save) -> None:
     """LitEma's buffers are called as the parameters, without dots; `module` in a dotless name is no wrapper."""
     outer, inner = ("module.", wrapper.removeprefix("module.")) if wrapper.startswith("module.") else ("", wrapper)
     raw = weights(*(f"{inner}{name}" for name in ("submodule.weight", f"{inner}a.bias")))
@@ -111,7 +111,7 @@ def test_the_dotless_names_of_litema_follow_the_weights(wrapper: str, save: Save
         assert torch.equal(torch.as_tensor(average[f"model.{name.replace(inner, '')}"]), tensor + 1)
 
 
-def test_a_private_file_is_private_while_it_is_made(
+def test_fix_prefix_creates_a_private_copy_of_a_private_file(
     tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save("c.pth", weights("module.a"))
@@ -129,7 +129,7 @@ def test_a_private_file_is_private_while_it_is_made(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_attributes_of_the_file_stay(save: Save) -> None:
+def test_fix_prefix_keeps_file_attributes(save: Save) -> None:
     path = save("c.pth", weights("module.a"))
     try:
         os.setxattr(path, "user.origin", b"run 7")
@@ -139,7 +139,7 @@ def test_attributes_of_the_file_stay(save: Save) -> None:
     assert os.getxattr(path, "user.origin") == b"run 7"
 
 
-def test_a_folder_of_more_files_than_may_be_open_at_first(tmp_path: Path) -> None:
+def test_fix_prefix_raises_the_limit_of_open_files(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     names = {f"module.{i}": f"model-{i:05}-of-00060.safetensors" for i in range(60)}

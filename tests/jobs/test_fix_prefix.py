@@ -76,7 +76,7 @@ def net() -> nn.Module:
 # What goes
 
 
-def test_a_training_checkpoint_loads_into_the_bare_model(save: Save) -> None:
+def test_fix_prefix_lets_a_training_checkpoint_load_into_the_bare_model(save: Save) -> None:
     """As timm and torchvision save: DDP's names, the EMA's without, an optimizer, the arguments."""
     model, ema = nn.DataParallel(net()), net()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -115,13 +115,15 @@ def test_a_training_checkpoint_loads_into_the_bare_model(save: Save) -> None:
         (["a.module.w"], ["a.module.w"]),
     ],
 )
-def test_wrappers_go_as_averaging_takes_them_off(names: list[str], expected: list[str], save: Save) -> None:
+def test_fix_prefix_removes_the_wrappers_that_average_removes(
+    names: list[str], expected: list[str], save: Save
+) -> None:
     path = save("c.pth", {name: torch.full((2,), float(i)) for i, name in enumerate(names)})
     fix_prefix(path)
     assert equal(free(path), {name: torch.full((2,), float(i)) for i, name in enumerate(expected)})
 
 
-def test_metadata_says_the_versions_of_the_modules_inside(save: Save) -> None:
+def test_fix_prefix_renames_module_versions(save: Save) -> None:
     """What stands for the wrapper itself gives way to what stands for the model, as torch's own function has it."""
     state = nn.DataParallel(nn.DataParallel(net())).state_dict()
     path = save("c.pth", state)
@@ -133,13 +135,13 @@ def test_metadata_says_the_versions_of_the_modules_inside(save: Save) -> None:
     assert found._metadata == state._metadata == net().state_dict()._metadata
 
 
-def test_what_a_module_keeps_beside_tensors_is_renamed_with_them(save: Save) -> None:
+def test_fix_prefix_renames_entries_of_modules_that_are_not_tensors(save: Save) -> None:
     path = save("c.pth", {"module.w": torch.ones(2), "module.fc.scale": 1.0, "module.fc._extra_state": {"module.x": 1}})
     fix_prefix(path)
     assert equal(free(path), {"w": torch.ones(2), "fc.scale": 1.0, "fc._extra_state": {"module.x": 1}})
 
 
-def test_state_dicts_anywhere_but_in_an_optimizer(save: Save) -> None:
+def test_fix_prefix_finds_state_dicts_anywhere_but_in_an_optimizer(save: Save) -> None:
     weights = {"module.w": torch.ones(2)}
     adam = {"state": {"module.w": {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": ["module.w"]}]}
     swa = {"callbacks": {"SWA": {"average_model_state": weights}}}
@@ -162,7 +164,7 @@ def test_state_dicts_anywhere_but_in_an_optimizer(save: Save) -> None:
 
 
 @pytest.mark.parametrize("counter", ["n_averaged", "steps"])
-def test_an_averaged_model_keeps_its_own_module(counter: str, save: Save) -> None:
+def test_fix_prefix_keeps_the_module_of_an_averaged_model(counter: str, save: Save) -> None:
     averaged = AveragedModel(nn.DataParallel(net()))
     state = OrderedDict((counter if k == "n_averaged" else k, v) for k, v in averaged.state_dict().items())
     path = save("c.pth", {"model_ema": state})
@@ -176,20 +178,20 @@ def test_an_averaged_model_keeps_its_own_module(counter: str, save: Save) -> Non
     assert (again.changed, again.written) == (False, False)
 
 
-def test_a_compiled_averaged_model_loses_what_stands_before_its_module(save: Save) -> None:
+def test_fix_prefix_removes_prefixes_before_the_module_of_an_averaged_model(save: Save) -> None:
     averaged = AveragedModel(net()).state_dict()
     path = save("c.pth", {f"_orig_mod.{name}": tensor for name, tensor in averaged.items()})
     fix_prefix(path)
     assert list(torch.load(path)) == list(averaged)
 
 
-def test_a_counter_of_another_kind_is_a_tensor_like_others(save: Save) -> None:
+def test_fix_prefix_treats_a_counter_of_another_shape_as_a_tensor(save: Save) -> None:
     path = save("c.pth", {"module.steps": torch.ones(2), "module.w": torch.ones(2)})
     fix_prefix(path)
     assert list(torch.load(path)) == ["steps", "w"]
 
 
-def test_nothing_to_fix_leaves_the_file_alone(tmp_path: Path, save: Save) -> None:
+def test_fix_prefix_writes_nothing_if_no_name_changes(tmp_path: Path, save: Save) -> None:
     path = save("c.pth", {"w": torch.ones(2)})
     before = contents(tmp_path)
     report = fix_prefix(path)
@@ -197,7 +199,7 @@ def test_nothing_to_fix_leaves_the_file_alone(tmp_path: Path, save: Save) -> Non
     assert contents(tmp_path) == before
 
 
-def test_nothing_to_fix_is_copied_to_where_it_is_asked_for(tmp_path: Path, save: Save) -> None:
+def test_fix_prefix_copies_to_out_if_no_name_changes(tmp_path: Path, save: Save) -> None:
     path = save("c.pth", {"w": torch.ones(2)})
     report = fix_prefix(path, out=tmp_path / "d.pth")
     assert (report.changed, report.written) == (False, True)
@@ -211,7 +213,7 @@ class Unknown:
         self.names = ["module.w", "module.w"]
 
 
-def test_objects_that_nobody_knows_stay_as_they_are(save: Save) -> None:
+def test_fix_prefix_keeps_unknown_objects(save: Save) -> None:
     path = save("c.pth", {"state_dict": {"module.w": torch.ones(2)}, "cfg": Unknown(), "module.w": Counter(a=2)})
     fix_prefix(path)
     found = free(path)
@@ -220,7 +222,7 @@ def test_objects_that_nobody_knows_stay_as_they_are(save: Save) -> None:
     assert list(found["state_dict"]) == ["w"]
 
 
-def test_our_own_record_of_where_it_comes_from_is_kept(tmp_path: Path, save: Save) -> None:
+def test_fix_prefix_keeps_provenance(tmp_path: Path, save: Save) -> None:
     path = save("c.pth", {"state_dict": {"w": torch.ones(2)}})
     ckpt_tools.average([path], out=tmp_path / "averaged.pth")
     made = open_checkpoint(tmp_path / "averaged.pth").provenance
@@ -231,7 +233,7 @@ def test_our_own_record_of_where_it_comes_from_is_kept(tmp_path: Path, save: Sav
     check_zip(tmp_path / "averaged.pth")
 
 
-def test_views_of_one_storage_stay_so(save: Save) -> None:
+def test_fix_prefix_keeps_views_of_one_storage(save: Save) -> None:
     whole = torch.arange(12.0)
     path = save("c.pth", {"module.a": whole[2:6], "module.b": whole.view(3, 4).t(), "module.c": whole})
     size = path.stat().st_size
@@ -303,7 +305,7 @@ def with_prefix(tree: Any, prefix: str) -> Any:
 
 @settings(max_examples=150)
 @given(trees(), st.sampled_from([2, 3, 4, 5, None]))
-def test_random_trees_come_out_as_if_renamed_in_python(pair: tuple[Any, Any], protocol: int | None) -> None:
+def test_fix_prefix_renames_random_trees_as_python_does(pair: tuple[Any, Any], protocol: int | None) -> None:
     """A file of each protocol, and one of the format before zip."""
     tree, expected = pair
     as_zip = protocol is not None
@@ -325,7 +327,7 @@ def test_random_trees_come_out_as_if_renamed_in_python(pair: tuple[Any, Any], pr
 # Prefixes by hand
 
 
-def test_strip_and_add_do_only_what_they_say(save: Save) -> None:
+def test_fix_prefix_strips_and_adds_only_the_given_prefixes(save: Save) -> None:
     path = save(
         "c.pth", {"module.model.a.w": torch.ones(1), "module.model.b.w": torch.ones(2), "head.w": torch.ones(3)}
     )
@@ -339,7 +341,7 @@ def versions(model: nn.Module) -> dict[str, Any]:
     return dict(model.state_dict()._metadata)
 
 
-def test_metadata_follows_prefixes_given_by_hand(save: Save) -> None:
+def test_fix_prefix_renames_module_versions_by_given_prefixes(save: Save) -> None:
     path = save("c.pth", net().state_dict())
     fix_prefix(path, add=["model."])
     assert list(torch.load(path)._metadata) == ["model", "model.conv", "model.bn", "model.head"]
@@ -353,7 +355,7 @@ def test_metadata_follows_prefixes_given_by_hand(save: Save) -> None:
     assert list(torch.load(path)._metadata) == ["", "ema_conv", "ema_bn", "ema_head"]
 
 
-def test_a_stray_tensor_beside_the_weights_gets_no_prefix(save: Save) -> None:
+def test_fix_prefix_adds_no_prefix_to_a_tensor_beside_the_weights(save: Save) -> None:
     path = save("c.pth", {"best_acc": torch.tensor(0.9), "net": {"w": torch.ones(1)}})
     fix_prefix(path, add=["model."])
     assert equal(free(path), {"best_acc": torch.tensor(0.9), "net": {"model.w": torch.ones(1)}})
@@ -369,7 +371,7 @@ def test_a_stray_tensor_beside_the_weights_gets_no_prefix(save: Save) -> None:
         ({"add": "model."}, UsageError, "`add` takes prefixes such as 'model.'"),
     ],
 )  # fmt: skip
-def test_prefixes_that_do_not_fit(
+def test_fix_prefix_rejects_prefixes_that_do_not_fit(
     options: dict[str, Any], error: type[CkptError], message: str, tmp_path: Path, save: Save
 ) -> None:
     path = save("c.pth", {"module.a.w": torch.ones(1), "module.b.w": torch.ones(1)})
@@ -380,7 +382,7 @@ def test_prefixes_that_do_not_fit(
 
 
 @pytest.mark.parametrize("other", ["w", 1])
-def test_two_names_that_become_one_are_refused(other: Any, tmp_path: Path, save: Save) -> None:
+def test_fix_prefix_rejects_two_names_that_become_one(other: Any, tmp_path: Path, save: Save) -> None:
     path = save("c.pth", {"net": {"a._orig_mod.w": torch.ones(1), "a.w": torch.ones(1), other: torch.ones(1)}})
     before = contents(tmp_path)
     with pytest.raises(AlignmentError, match=r"c\.pth: in net: 'a\._orig_mod\.w' and 'a\.w' would both be 'a\.w'"):
@@ -401,7 +403,7 @@ def test_fix_prefix_requires_a_path(save: Save, tmp_path: Path, monkeypatch: pyt
 # Bytes
 
 
-def test_a_text_of_the_memo_comes_out_right_at_each_use(save: Save) -> None:
+def test_fix_prefix_renames_a_memoized_string_at_each_use(save: Save) -> None:
     """One object: a key that changes in one dict, stays in another, and is a value."""
     name = "module.w"
     tree = [
@@ -418,7 +420,7 @@ def test_a_text_of_the_memo_comes_out_right_at_each_use(save: Save) -> None:
     assert equal(torch.load(path, weights_only=True), expected)
 
 
-def test_the_restricted_loader_of_torch_reads_the_result_as_the_original(save: Save) -> None:
+def test_fix_prefix_output_loads_with_weights_only(save: Save) -> None:
     """The restricted loader of torch knows protocol 2 alone."""
     bare = net().state_dict()
     path = save("c.pth", {f"module.{name}": tensor for name, tensor in bare.items()}, pickle_protocol=2)
@@ -427,7 +429,7 @@ def test_the_restricted_loader_of_torch_reads_the_result_as_the_original(save: S
 
 
 @pytest.mark.parametrize("names", [1, 40, 3000])
-def test_storages_stay_aligned_whatever_the_pickle_loses_or_gains(names: int, save: Save) -> None:
+def test_fix_prefix_keeps_storages_aligned(names: int, save: Save) -> None:
     path = save("c.pth", {f"module.{i}.w": torch.full((3,), float(i)) for i in range(names)})
     before = offsets(path)
     for options in (

@@ -1,10 +1,9 @@
-"""Renaming: names of tensors change, and the kernel copies the payload."""
+"""Fixing prefixes: names of tensors change, and the kernel copies the payload."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -14,23 +13,21 @@ from zipfile import BadZipFile
 from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.prefixes import NewNames, StateNames, plan_names
 from ..checkpoints.state_dicts import state_dicts
-from ..errors import CorruptError, LayoutError, ReadError, UnsupportedError, UsageError, WriteError
-from ..formats import read_header, suffixes
-from ..formats.format import Named, Renaming
+from ..errors import CorruptError, LayoutError, ReadError, UsageError, WriteError
+from ..formats import holds_weights, read_header
+from ..formats.format import Renaming
 from ..formats.header import Header
-from ..formats.sharded import INDEX_SUFFIXES, renamed_index
-from ..storage import splice
-from ..storage.local import raise_file_limit
-from ..storage.source import LOCAL, OpenFiles, Stamp, stamp_at, store_of
+from ..storage.source import LOCAL, Stamp, stamp_at, store_of
 from ..storage.splice import Span, Splice
-from ..storage.staged import flush, is_writable, keep_attributes, staged_files
+from ..storage.staged import is_writable, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
-from .outputs import Target, check_replaceable, check_target
-from .run import run
+from .outputs import Target, check_same_format, check_target
+from .reports import Report
+from .run import copy, run
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixReport:
+class PrefixReport(Report):
     """What a change of names does; the plan before the work, and the result after it.
 
     Attributes:
@@ -84,10 +81,6 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         if isinstance(given, str) or not all(isinstance(prefix, str) and prefix for prefix in given):
             raise UsageError(f"`{name}` takes prefixes such as 'model.', not {given!r}.")
     source = Path(path)
-    if store_of(source).is_file(source / ".metadata"):
-        raise UnsupportedError(
-            f"{source}: a DCP checkpoint, with names in many places. Convert it to one file first: ckpt convert."
-        )
     header = read_header(source)
     notes: list[str] = []
     in_place = output.out is None
@@ -96,14 +89,17 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     sharded = header.format.folder
     if output.out is not None:
         chosen = Target.of(output.out)
-        target, folder = chosen.path, _stays(header, chosen)
+        target, folder = chosen.path, sharded or (header.in_folder and chosen.format is not header.format.written_as)
+        check_same_format(header, chosen, folder=folder)
     else:
         target, folder = header.path if sharded else header.files[0].path, sharded
     stamps = list(header.files)
-    with _undisturbed(source):
+    try:
         changes, splices = _renamed(header, prefixes.strip, prefixes.add, notes)
         if folder and not in_place:
             stamps += _add_companions(header, splices, notes)
+    except (OSError, BadZipFile, JSONDecodeError, struct.error) as error:
+        raise CorruptError(f"{source}: changed while it was read ({error}). Try again when it is whole.") from error
     nbytes = sum(part.size for part in splices.values())
     idle = in_place and not any(change.names for change in changes)
     if in_place and not idle and target.stat().st_nlink > 1 and not sharded:
@@ -122,69 +118,44 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         if in_place:
             _check_in_place(header, target, nbytes)
             return
-        _refuse_itself(header, target)
-        inputs = [*([_home(header)] if folder else []), *(stamp.path for stamp in header.files)]
-        check_target(target, inputs, nbytes=nbytes, force=output.force, folder=folder)
-        if folder:
-            check_replaceable(target, splices)
+        if target.exists() and any(target.samefile(stamp.path) for stamp in header.files):
+            raise WriteError(f"{target}: is the checkpoint itself. Omit `out` to replace it, or choose another name.")
+        inputs = [*([header.files[0].path.parent] if folder else []), *(stamp.path for stamp in header.files)]
+        check_target(target, inputs, nbytes=nbytes, force=output.force, names=splices if folder else None)
 
     def work(plan: PrefixReport) -> PrefixReport:
-        _write(
-            target,
-            splices,
-            stamps,
-            in_place=in_place,
-            folder=folder,
-            force=output.force,
-            on_progress=running.on_progress,
-        )
+        names = list(splices) if folder else None
+        sizes = [each.size for each in splices.values()]
+        show = running.on_progress
+        on_copied = None if show is None else lambda copied: show(copied, nbytes)
+        with staged_files(target, names, sizes, force=output.force or in_place) as (_, fds):
+            copy(list(splices.values()), fds, stamps, on_copied, in_place=in_place)
+            if in_place:
+                _check_same(target, stamps[0])
         return plan
 
     return run(report, running) if idle else run(report, running, check=check, work=work)
 
 
-@contextmanager
-def _undisturbed(source: Path) -> Iterator[None]:
-    """Report a file that cannot be read a second time as changed."""
-    try:
-        yield
-    except (OSError, BadZipFile, JSONDecodeError, struct.error) as error:
-        raise CorruptError(f"{source}: changed while it was read ({error}). Try again when it is whole.") from error
-
-
 def _renamed(
     header: Header, strip: Sequence[str], add: Sequence[str], notes: list[str]
 ) -> tuple[list[NewNames], dict[str, Splice]]:
-    """Plan the names of a checkpoint, and from them its files, the index of a sharded one last."""
-    if not header.format.folder:
-        file = header.format.rename(header)
-        states = state_dicts(file.tree)
-        if not states:
-            raise LayoutError(f"{header.path}: {_no_names(file.tree)}")
-        changes = plan_names(states, strip, add, where=str(header.path), notes=notes)
-        return changes, {file.path.name: _splice(file, list(zip(states.values(), changes, strict=True)))}
-    index, *shards = (stamp.path for stamp in header.files)
-    files = [each.format.rename(each) for each in map(read_header, shards)]
-    # One state dict in many files: what all names carry, all names in all files carry.
-    whole = {name: tensor for file in files for name, tensor in file.tree.items()}
-    (change,) = plan_names({(): whole}, strip, add, where=str(header.path), notes=notes)
-    splices = {file.path.name: _splice(file, [(file.tree, change)]) for file in files}
-    splices[index.name] = Splice(index, (renamed_index(index, change.names),)) if change.names else _copy(index)
-    return [change], splices
-
-
-def _splice(file: Named, states: Sequence[tuple[Mapping[Any, Any], NewNames]]) -> Splice:
-    if not any(change.names for _, change in states):
-        return _copy(file.path)
-    return file.renamed([Renaming(state, change.names, change.modules(state)) for state, change in states])
+    """Plan the names of a checkpoint, and from them its files by name."""
+    named = header.format.rename(header)
+    tree = named.tree
+    states = state_dicts(tree)
+    if not states:
+        raise LayoutError(f"{header.path}: {_no_names(tree)}")
+    changes = plan_names(states, strip, add, where=str(header.path), notes=notes)
+    if not any(change.names for change in changes):
+        return changes, {stamp.path.name: _copy(stamp.path) for stamp in header.files}
+    pairs = zip(states.values(), changes, strict=True)
+    splices = named.renamed([Renaming(state, change.names, change.modules) for state, change in pairs])
+    return changes, {part.source.name: part for part in splices}
 
 
 def _copy(path: Path) -> Splice:
     return Splice(path, (Span(0, stamp_at(path).nbytes),))
-
-
-def _home(header: Header) -> Path:
-    return header.files[0].path.parent
 
 
 def _no_names(tree: Any) -> str:
@@ -193,29 +164,14 @@ def _no_names(tree: Any) -> str:
     return "holds no dict of names to tensors. Save the model's state_dict(), not the model."
 
 
-def _stays(header: Header, target: Target) -> bool:
-    """Return whether the target is a folder, as the checkpoint is.
-
-    Raises:
-        UsageError: its suffix asks for something else.
-    """
-    written_as = header.format.written_as
-    file = target.format is written_as
-    folder = header.format.folder or (header.in_folder and not file)
-    if not target.folder if folder else not file:
-        wanted = "a folder" if folder else f"a file named *{' or *'.join(written_as.suffixes)}"
-        raise UsageError(f"{target.path}: the checkpoint is {wanted}, and stays one. Choose another name with `out`.")
-    return folder
-
-
 def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]) -> list[Stamp]:
     """Add the other files of the folder, but no other weights; return their stamps."""
     left_out, stamps = [], []
-    store, home = store_of(header.path), _home(header)
+    store, home = store_of(header.path), header.files[0].path.parent
     for path in (home / name for name in store.names(home)):
         if path.name in splices or path.name.startswith("."):
             continue
-        if not store.is_file(path) or path.name.endswith((*suffixes(), *INDEX_SUFFIXES)):
+        if not store.is_file(path) or holds_weights(path.name):
             left_out.append(path.name)
             continue
         try:
@@ -226,11 +182,6 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
     if left_out:
         notes.append(f"Not copied into the new folder: {', '.join(left_out[:6])}{' ...' if left_out[6:] else ''}.")
     return stamps
-
-
-def _refuse_itself(header: Header, target: Path) -> None:
-    if target.exists() and any(target.samefile(stamp.path) for stamp in header.files):
-        raise WriteError(f"{target}: is the checkpoint itself. Omit `out` to replace it, or choose another name.")
 
 
 def _check_in_place(header: Header, target: Path, nbytes: int) -> None:
@@ -244,47 +195,12 @@ def _check_in_place(header: Header, target: Path, nbytes: int) -> None:
         )
     if not is_writable(target):
         raise WriteError(f"{target}: is write-protected. Lift that (chmod u+w), or name a new file with `out`.")
-    check_target(target, [], nbytes=nbytes, force=True, folder=False)
+    check_target(target, [], nbytes=nbytes, force=True, names=None)
 
 
 def _other_names(target: Path) -> str:
     others = target.stat().st_nlink - 1
     return f"{target} has {others} more {'name' if others == 1 else 'names'} (hard links); there the old file stays."
-
-
-def _write(
-    target: Path,
-    splices: Mapping[str, Splice],
-    stamps: Sequence[Stamp],
-    *,
-    in_place: bool,
-    folder: bool,
-    force: bool,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    total = sum(part.size for part in splices.values())
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if on_progress is not None:
-            on_progress(done, total)
-
-    names = list(splices) if folder else None
-    sizes = [part.size for part in splices.values()]
-    with OpenFiles(stamps) as files, staged_files(target, names, sizes, force=force or in_place) as (_, fds):
-        raise_file_limit(len(splices))
-        for part, fd in zip(splices.values(), fds, strict=True):
-            files.open(part.source)
-            if in_place:
-                keep_attributes(fd, files.descriptor(part.source))  # before it holds anything to read
-            splice.write(part, files[part.source], fd, count)
-        if in_place:
-            flush(fds[0])  # now, so that little time is left for others between the next lines and the rename
-        files.check_unchanged()
-        if in_place:
-            _check_same(target, stamps[0])
 
 
 def _check_same(path: Path, stamp: Stamp) -> None:
