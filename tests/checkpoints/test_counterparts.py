@@ -35,10 +35,11 @@ def value_of(state: Any) -> float:
 
 
 def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], float]:
-    """Return the value of each dict of tensors, by path."""
+    """Return the value of the parameters in each dict of tensors, by path."""
     if not isinstance(tree, dict):
         return {}
-    tensors = {key: value for key, value in tree.items() if isinstance(value, torch.Tensor) and value.dim()}
+    own = {key: value for key, value in tree.items() if isinstance(value, torch.Tensor) and value.dim()}
+    tensors = {key: value for key, value in own.items() if "running" not in key}
     found = {path: value_of(tensors)} if tensors else {}
     for key, value in tree.items():
         found |= paths_of(value, (*path, key))
@@ -80,8 +81,8 @@ def test_average_takes_an_average_at_any_path_and_puts_it_where_the_raw_weights_
     assert {name.removeprefix("module.") for name in found[raw]} >= {
         (prefixes[0] + name).removeprefix("module.") for name in NAMES
     }
-    assert {float(found[raw][name][0, 0]) for name in found[raw] if "running" not in name} == {20.0}
-    assert set(paths_of(found)) == {(raw,)}  # no other weights stay
+    assert paths_of(found) == {(raw,): 20.0}  # and no other weights stay
+    assert {float(x[0, 0]) for name, x in found[raw].items() if "running" in name} == {20.0 if buffers else 2.0}
     average(paths, state="raw", out=tmp_path / "raw.pth", force=True)
     assert paths_of(load(tmp_path / "raw.pth")) == {(raw,): 2.0}
 
@@ -144,3 +145,20 @@ def test_convert_knows_an_average_at_a_path_of_its_own(save: Save, tmp_path: Pat
     assert {each.path for each in states(read_header(path)).values()} == {("model",), ("ema", "module")}
     convert(path, to="timm", out=tmp_path / "out.pth")
     assert paths_of(load(tmp_path / "out.pth")) == {("state_dict",): 1.0, ("state_dict_ema",): 10.0}
+
+
+@pytest.mark.parametrize(
+    ("ema", "message"),
+    [
+        (weights(5, names=("other.weight", "one.more")), r"its ema has other names or shapes than raw \(model\)"),
+        ([weights(5), weights(6)], r"one of several averages: ema\.0 or ema\.1"),
+    ],
+)
+def test_average_rejects_an_average_that_cannot_take_the_place_of_the_raw_weights(
+    save: Save, tmp_path: Path, ema: Any, message: str
+) -> None:
+    path = save("c.pth", {"model": weights(1), "ema": ema})
+    with pytest.raises(LayoutError, match=message):
+        average([path], out=tmp_path / "out.pth")
+    average([path], state="raw", out=tmp_path / "out.pth")
+    assert paths_of(load(tmp_path / "out.pth")) == {("model",): 1.0}

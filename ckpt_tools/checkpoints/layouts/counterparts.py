@@ -7,7 +7,7 @@ an average in a dict of their own making: ``ema.module``, ``ema.shadow``, ``net_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -113,22 +113,24 @@ def _named(own: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, 
 
     It may lack buffers, and what is not trained: but not most of the parameters.
     """
-    own = {name: tensor for name, tensor in own.items() if getattr(tensor, "shape", ()) or name in known}
     parameters = sum(not is_buffer(name, tensor) for name, tensor in known.items())
-    if not 0 < len(own) <= len(known) or 2 * len(own) < parameters:
-        return None
-    for lead in dict.fromkeys((("", ""), (_lead(known), _lead(own)), (_lead(known), ""), ("", _lead(own)))):
-        pairs = {lead[0] + name.removeprefix(lead[1]): name for name in own}
-        if len(pairs) == len(own) and all(_alike(known.get(name), own[other]) for name, other in pairs.items()):
-            return {name: pairs[name] for name in known if name in pairs}
+    leads = _lead(known), _lead(name for name, tensor in own.items() if getattr(tensor, "shape", ()))
+    for to, lead in dict.fromkeys((("", ""), leads, (leads[0], ""), ("", leads[1]))):
+        pairs = {to + name.removeprefix(lead): name for name in own}
+        found = {name: pairs[name] for name in known if name in pairs}
+        strays = (tensor for name, tensor in own.items() if to + name.removeprefix(lead) not in known)
+        if any(getattr(tensor, "shape", ()) for tensor in strays):  # a count or a decay may be among them
+            continue
+        if found and 2 * len(found) >= parameters and all(_alike(known[name], own[pairs[name]]) for name in found):
+            return found
     return None
 
 
-def _alike(known: Tensor | None, other: Tensor) -> bool:
-    return known is not None and getattr(known, "shape", None) == getattr(other, "shape", None)
+def _alike(known: Tensor, other: Tensor) -> bool:
+    return getattr(known, "shape", None) == getattr(other, "shape", None)
 
 
-def _lead(names: Mapping[str, object]) -> str:
+def _lead(names: Iterable[str]) -> str:
     """Return the components with which all names begin: wrappers, and the attribute that has the model."""
     split = [name.split(".")[:-1] for name in names]
     common = 0
