@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.layouts import StateDict, select, states
+from ..checkpoints.layouts.counterparts import with_names_of
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.prefixes import prefixes, renamed, unwrap
@@ -19,6 +20,7 @@ from ..errors import LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.format import Writing
+from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series.align import align
 from ..series.find import Member, Series, find_series
@@ -253,11 +255,11 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
 
 
 def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> list[StateDict]:
-    states = [select(member.header, state) for member in members]
-    which = {s.which for s in states}
+    found = [_in_place(member.header, select(member.header, state)) for member in members]
+    which = {s.which for s in found}
     if len(which) > 1:
-        having = [name for name, s in zip(names, states, strict=True) if s.which == "ema"]
-        lacking = [name for name, s in zip(names, states, strict=True) if s.which != "ema"]
+        having = [name for name, s in zip(names, found, strict=True) if s.which == "ema"]
+        lacking = [name for name, s in zip(names, found, strict=True) if s.which != "ema"]
         raise LayoutError(
             f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
             "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
@@ -269,7 +271,25 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
             f"({len(marked)} of {len(names)} are). Raw and averaged weights cannot be mixed: leave the others out, "
             "or use `state='raw'` if the names are wrong."
         )
-    return states
+    return found
+
+
+def _in_place(header: Header, chosen: StateDict) -> StateDict:
+    """Give an average that takes the place of raw weights their names, and the buffers that it may lack.
+
+    Raises:
+        LayoutError: it has other names or shapes, and no script could load it from there.
+    """
+    raw = states(header).get("raw") if chosen.home != chosen.path else None
+    if raw is None or raw.fault is not None or raw.path != chosen.home:
+        return chosen
+    named = with_names_of(raw, chosen)
+    if named is None:
+        raise LayoutError(
+            f"{header.path}: its {chosen.label} has other names or shapes than {raw.label}, so it cannot take "
+            "the place of these. Use `state='raw'`, or make a file of each average first: `convert(to='plain')`."
+        )
+    return named
 
 
 def _inputs(

@@ -423,7 +423,11 @@ def test_average_names_all_that_a_flat_output_leaves_out(out: str, save: Save, t
     weights = {"fc.w": torch.ones(2)}
     trees: list[tuple[dict[Any, Any], str, set[str]]] = [
         (weights | BESIDE, "auto", {"optimizer", "sched", "epoch", "lr_scheduler", "7"}),
-        ({"model": weights | {"_extra_state": None}, "g_ema": weights}, "auto", {"model._extra_state", "g_ema"}),
+        (
+            {"model": weights | {"_extra_state": None}, "g_loss": {"v": torch.ones(2)}},
+            "auto",
+            {"model._extra_state", "g_loss"},
+        ),
         ({"nets": {"a": weights, "b": weights}, "epoch": 1}, "nets.a", {"nets.b", "epoch"}),
     ]
     for tree, state, left_out in trees:
@@ -442,16 +446,16 @@ def test_average_names_metadata_of_safetensors_that_it_leaves_out(tmp_path: Path
 def test_average_keeps_and_names_other_weights(save: Save, tmp_path: Path) -> None:
     weights = {"w": torch.ones(2), "b": torch.ones(1)}
     tree = {
-        "model": weights, "g_ema": {"w": torch.full((2,), 2.0)}, "ema": {"shadow": weights | {"c": torch.ones(3)}},
+        "model": weights, "g_loss": {"v": torch.full((2,), 2.0)}, "extra": {"net": weights | {"c": torch.ones(3)}},
         "best_acc": torch.tensor(1.0), "steps": torch.ones(2, dtype=torch.int64), "optimizer": OPTIMIZER,
         "module": Fraction(1, 2),
     }  # fmt: skip
     path = save("in.pth", tree)
     report = average([path], out=tmp_path / "out.pth")
-    assert report.notes == ("Copied from the last checkpoint, not averaged: g_ema (1 tensor), ema (3 tensors).",)
-    assert torch.load(tmp_path / "out.pth", weights_only=True)["g_ema"]["w"].tolist() == [2, 2]
-    report = average([path], out=tmp_path / "out2.pth", state="ema.shadow")
-    assert [note.partition(": ")[2] for note in report.notes] == ["g_ema (1 tensor)."]
+    assert report.notes == ("Copied from the last checkpoint, not averaged: g_loss (1 tensor), extra (3 tensors).",)
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["g_loss"]["v"].tolist() == [2, 2]
+    report = average([path], out=tmp_path / "out2.pth", state="extra.net")
+    assert [note.partition(": ")[2] for note in report.notes] == ["g_loss (1 tensor)."]
     assert "model" in report.dropped  # without a path it would be read in place of the average
     assert average([path], out=tmp_path / "out.safetensors").notes == ()
 

@@ -725,6 +725,10 @@ def test_convert_drops_an_entry_that_would_make_raw_weights_averages(save: Save,
     assert "current_model_state" in report.dropped
 
 
+def _is_state(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(each, torch.Tensor) for each in value.values())
+
+
 @settings(max_examples=150)
 @given(tree=_mixtures(), layout=st.sampled_from(PAIRS))
 def test_convert_of_any_mixture_reads_back_from_any_layout(scratch: Path, tree: dict[str, Any], layout: str) -> None:
@@ -742,4 +746,9 @@ def test_convert_of_any_mixture_reads_back_from_any_layout(scratch: Path, tree: 
     if len(report.state) == 2:
         assert same_bits(opened(out, "raw"), opened(source, "raw"))
     ckpt_tools.average([source], out=averaged)
-    assert list(opened(averaged).values())[0].tolist() == list(before.values())[0].tolist()
+    try:
+        again = opened(averaged)
+    except LayoutError:  # raw weights at a path that no layout has: the average is there, too
+        whole = torch.load(averaged)
+        again = opened(averaged, next(key for key, value in whole.items() if _is_state(value)))
+    assert list(again.values())[0].tolist() == list(before.values())[0].tolist()

@@ -31,7 +31,7 @@ def _is_nested(tree: Any, sets: Sets) -> bool:
 
 def _misleading(tree: Any, sets: Sets) -> list[Path]:
     """Find entries of no set that would make the sets of the output look like others."""
-    known = {path[:1] for path in _paths(sets)}
+    known = set(_paths(sets))
     keys = swapped_keys() if _is_nested(tree, sets) else ()
     return [(key,) for key in keys if key in tree and (key,) not in known]
 

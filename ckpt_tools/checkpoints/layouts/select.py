@@ -14,6 +14,7 @@ from ...formats.tree import tensors_in
 from ...storage.source import store_of
 from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
+from .counterparts import chosen_in, completed
 from .layout import (
     DETECTED,
     LAYOUTS,
@@ -43,6 +44,8 @@ def states(header: Header, names: Names = None, *, by_name: bool = True) -> Sets
         found = whole  # a flat state dict, one of whose modules has such a name
     elif not found and isinstance(tree, dict):
         found = _one_below(tree, names)
+    if isinstance(tree, dict):
+        found = completed(tree, found)
     for layout in LAYOUTS if list(found) == ["raw"] else ():
         facts = layout.ema_file(header)
         if facts is not None:
@@ -221,7 +224,9 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     # What is found without a path would be found again in an output, and taken for its weights.
     set_paths = tuple(dict.fromkeys((path, *(p for each in others for p in each.set_paths))))
     which, layout = ("ema", found.layout) if "ema" in sets else (asked, "dotted path")
-    return found.below(path, which=which, layout=layout, set_paths=set_paths)
+    chosen = found.below(path, which=which, layout=layout, set_paths=set_paths)
+    same = next((each for each in others if each.path == path), None)
+    return chosen_in(header.tree, chosen if same is None else replace(chosen, home=same.home))
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:

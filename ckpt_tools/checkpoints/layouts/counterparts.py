@@ -1,0 +1,158 @@
+"""Counterparts: the averaged weights of raw ones, or the raw weights of an average, at a path that no layout names.
+
+They are known by their tensors, which have the names and shapes of those of the other set. Many training scripts keep
+an average in a dict of their own making: ``ema.module``, ``ema.shadow``, ``net_avg``, the state of a callback.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...formats.tree import Path, entries, follow, walk
+from ...tensors import Tensor
+from ..optimizers import is_optimizer, looks_like_training_state
+from .layout import Sets, StateDict, dotted, is_buffer, one_of, read_sets
+
+_AVERAGED = re.compile(r"ema|swa|(?<!exp_)avg|averag|shadow|polyak|teacher", re.IGNORECASE)
+_DEEPEST = 8
+"""Levels at which sets are looked for; a hostile file may have any number."""
+
+
+def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
+    """Add the set that the layout of a checkpoint does not name, and let none stay beside a new average.
+
+    Args:
+        tree: of the checkpoint.
+        found: its sets in a known layout.
+    """
+    known = found.get("raw") or found.get("ema")
+    if known is None or not known.path:
+        return found
+    taken = {each.path for each in found.values()}
+    others = [each for each in _counterparts(tree, known) if each.path not in taken]
+    base = known.path if "raw" in found else ()  # no key of raw weights says that they are an average
+    averages = [each for each in others if _is_average(each.path, base)]
+    raws = [each for each in others if each not in averages] if "raw" not in found else []
+    found = dict(found)
+    if averages and "ema" not in found:
+        fault = averages[0].fault if len(averages) == 1 else f"one of several averages: {_any_of(averages)}"
+        found["ema"] = replace(averages[0], which="ema", layout=known.layout, fault=fault)
+    if len(raws) > 1:
+        found["ema"] = replace(known, fault=f"the average of {_any_of(raws)}")
+    places = [*known.set_paths, *(_whole_entry(each.path, base) for each in averages)]
+    home = known.home
+    if len(raws) == 1:  # the script loads its weights from there
+        found["raw"] = replace(raws[0], which="raw", layout=known.layout)
+        home = raws[0].path
+        places.append(home)
+    return {which: replace(each, home=home, set_paths=tuple(dict.fromkeys(places))) for which, each in found.items()}
+
+
+def chosen_in(tree: Any, chosen: StateDict) -> StateDict:
+    """Return a set that was asked for by its path, with the places at which its counterparts are."""
+    if not isinstance(tree, dict):
+        return chosen
+    which = "ema" if _is_average(chosen.path, ()) else "raw"
+    return replace(completed(tree, {which: chosen})[which], which=chosen.which, layout=chosen.layout, fault=None)
+
+
+def _any_of(sets: Sequence[StateDict]) -> str:
+    paths = [dotted(each.path) for each in sets]
+    return f"{' or '.join(paths)}. Choose with `state={paths[0]!r}`."
+
+
+def with_names_of(raw: StateDict, ema: StateDict) -> StateDict | None:
+    """Give an average the names of the raw weights, and what it lacks of them: buffers, as a rule.
+
+    Returns:
+        None if it has other names or shapes, so that it cannot take their place.
+    """
+    if ema.tensors.keys() == raw.tensors.keys():
+        return ema
+    names = _named(ema.tensors, raw.tensors)
+    if names is None:
+        return None
+    whole = names.keys() == raw.tensors.keys()
+    keys = ema.keys and {name: ema.keys[own] for name, own in names.items()} if whole else None
+    return replace(ema, tensors={**raw.tensors, **{name: ema.tensors[own] for name, own in names.items()}}, keys=keys)
+
+
+def _counterparts(tree: Mapping[Any, Any], known: StateDict) -> Iterator[StateDict]:
+    """Find the sets at other paths whose tensors have the names and shapes of these."""
+
+    def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
+        if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
+            return []
+        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple)))
+        return [
+            (key, child) for key, child in inside if key == "callbacks" or not looks_like_training_state(key, child)
+        ]
+
+    for path, node in walk(tree, below):
+        place = tuple(path)
+        if not isinstance(node, dict) or known.path[: len(place)] == place or place[: len(known.path)] == known.path:
+            continue
+        if _not_begun(follow(tree, place[:-1])):  # there is no average before it began
+            continue
+        each = one_of(read_sets(node, known.tensors, known.tensors), "ema")
+        if each is None:
+            continue
+        if each.fault is not None or _named(each.tensors, known.tensors) is not None:
+            yield each.below(place)
+
+
+def _not_begun(above: Any) -> bool:
+    return isinstance(above, dict) and above.get("n_averaged") == 0
+
+
+def _named(own: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, str] | None:
+    """Map names of the known set to those of another one; None if it is not of the same model.
+
+    It may lack buffers, and what is not trained: but not most of the parameters.
+    """
+    parameters = sum(not is_buffer(name, tensor) for name, tensor in known.items())
+    leads = _lead(known), _lead(name for name, tensor in own.items() if getattr(tensor, "shape", ()))
+    for to, lead in dict.fromkeys((("", ""), leads, (leads[0], ""), ("", leads[1]))):
+        pairs = {to + name.removeprefix(lead): name for name in own}
+        found = {name: pairs[name] for name in known if name in pairs}
+        strays = (tensor for name, tensor in own.items() if to + name.removeprefix(lead) not in known)
+        if any(getattr(tensor, "shape", ()) for tensor in strays):  # a count or a decay may be among them
+            continue
+        if found and 2 * len(found) >= parameters and all(_alike(known[name], own[pairs[name]]) for name in found):
+            return found
+    return None
+
+
+def _alike(known: Tensor, other: Tensor) -> bool:
+    return getattr(known, "shape", None) == getattr(other, "shape", None)
+
+
+def _lead(names: Iterable[str]) -> str:
+    """Return the components with which all names begin: wrappers, and the attribute that has the model."""
+    split = [name.split(".")[:-1] for name in names]
+    common = 0
+    while split and all(len(each) > common and each[common] == split[0][common] for each in split):
+        common += 1
+    return "".join(f"{part}." for part in (split[0][:common] if split else ()))
+
+
+def _is_average(path: Path, raw: Path) -> bool:
+    return any(isinstance(key, str) and _AVERAGED.search(key) for key in _apart(path, raw))
+
+
+def _apart(path: Path, raw: Path) -> Path:
+    """Return the keys of a path from where it leaves that of the raw weights."""
+    same = 0
+    while same < min(len(path), len(raw)) and path[same] == raw[same]:
+        same += 1
+    return path[same:]
+
+
+def _whole_entry(path: Path, raw: Path) -> Path:
+    """Return the path of the entry that is all about an average: the first key that says so."""
+    apart = _apart(path, raw)
+    first = next(i for i, key in enumerate(apart) if isinstance(key, str) and _AVERAGED.search(key))
+    return path[: len(path) - len(apart) + first + 1]

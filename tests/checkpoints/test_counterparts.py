@@ -1,0 +1,164 @@
+"""Counterparts: an average at a path of the script's own is the average, and never stays beside a new one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools.checkpoints.layouts import states
+from ckpt_tools.errors import LayoutError
+from ckpt_tools.formats import read_header
+
+Save = Callable[..., Path]
+State = dict[str, torch.Tensor]
+
+NAMES = ("stem.weight", "stem.bias", "bn.running_mean", "head.weight")
+
+
+def weights(value: float, prefix: str = "", names: tuple[str, ...] = NAMES) -> State:
+    return OrderedDict((f"{prefix}{name}", torch.full((2, 3), float(value))) for name in names)
+
+
+def value_of(state: Any) -> float:
+    """Return the one value of all tensors."""
+    (value,) = {float(x) for tensor in state.values() for x in tensor.unique()}
+    return value
+
+
+def paths_of(tree: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], float]:
+    """Return the value of the parameters in each dict of tensors, by path."""
+    if not isinstance(tree, dict):
+        return {}
+    own = {key: value for key, value in tree.items() if isinstance(value, torch.Tensor) and value.dim()}
+    tensors = {key: value for key, value in own.items() if "running" not in key}
+    found = {path: value_of(tensors)} if tensors else {}
+    for key, value in tree.items():
+        found |= paths_of(value, (*path, key))
+    return found
+
+
+def nest(path: tuple[str, ...], value: Any) -> Any:
+    return nest(path[:-1], {path[-1]: value, "note": "kept"}) if path else value
+
+
+words = st.sampled_from(
+    ["ema", "EMA", "swa_model", "averaged", "avg_net", "shadow", "model_ema2", "ema_weights", "polyak"]
+)
+plain = st.sampled_from(["module", "params", "state", "values", "inner", "x"])
+places = st.lists(plain, max_size=2).flatmap(
+    lambda inner: words.map(lambda word: (word, *inner)) | words.map(lambda word: (*inner, word))
+)
+
+
+@settings(max_examples=60)
+@given(
+    raw=st.sampled_from(["model", "state_dict", "model_state_dict"]),
+    place=places,
+    prefixes=st.sampled_from([("", ""), ("module.", ""), ("", "module."), ("model.", ""), ("net.module.", "net.")]),
+    buffers=st.booleans(),
+)
+def test_average_takes_an_average_at_any_path_and_puts_it_where_the_raw_weights_were(
+    tmp_path: Path, raw: str, place: tuple[str, ...], prefixes: tuple[str, str], buffers: bool
+) -> None:
+    names = NAMES if buffers else tuple(name for name in NAMES if "running" not in name)
+    paths = []
+    for i in (1, 2, 3):
+        tree = {raw: weights(i, prefixes[0]), **nest(place, weights(10 * i, prefixes[1], names)), "epoch": i}
+        paths.append(tmp_path / f"{i}.pth")
+        torch.save(tree, paths[-1])
+    report = average(paths, out=tmp_path / "out.pth", force=True)
+    assert {each.state.removeprefix("ema").strip(" ()") for each in report.inputs} <= {".".join(place), ""}
+    found = load(tmp_path / "out.pth")
+    assert {name.removeprefix("module.") for name in found[raw]} >= {
+        (prefixes[0] + name).removeprefix("module.") for name in NAMES
+    }
+    assert paths_of(found) == {(raw,): 20.0}  # and no other weights stay
+    assert {float(x[0, 0]) for name, x in found[raw].items() if "running" in name} == {20.0 if buffers else 2.0}
+    average(paths, state="raw", out=tmp_path / "raw.pth", force=True)
+    assert paths_of(load(tmp_path / "raw.pth")) == {(raw,): 2.0}
+
+
+def test_average_takes_an_average_out_of_the_state_of_a_callback(save: Save, tmp_path: Path) -> None:
+    paths = [
+        save(f"{i}.ckpt", {"state_dict": weights(i, "net."), "callbacks": {"MyEMA": {"shadow": weights(10 * i)}}})
+        for i in (1, 2)
+    ]
+    average(paths, out=tmp_path / "out.ckpt")
+    assert paths_of(load(tmp_path / "out.ckpt")) == {("state_dict",): 15.0}
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema"),
+    [("net", "ema"), ("state_dict", "ema"), ("model_state_dict", "model_ema"), ("generator", "ema_state_dict")],
+)
+def test_average_stands_at_the_key_of_the_raw_weights(save: Save, tmp_path: Path, raw: str, ema: str) -> None:
+    paths = [save(f"{i}.pth", {raw: weights(i), ema: weights(10 * i), "epoch": i}) for i in (1, 2, 3)]
+    average(paths, out=tmp_path / "out.pth")
+    assert paths_of(load(tmp_path / "out.pth")) == {(raw,): 20.0}
+
+
+def test_average_of_a_path_leaves_no_counterpart_behind(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", {"net": weights(i), "net_ema": weights(10 * i)}) for i in (1, 3)]
+    for state, value in (("net", 2.0), ("net_ema", 20.0)):
+        average(paths, state=state, out=tmp_path / "out.pth", force=True)
+        assert paths_of(load(tmp_path / "out.pth")) == {("net",): value}
+
+
+def test_average_rejects_several_averages_and_names_them(save: Save, tmp_path: Path) -> None:
+    tree = {"model": weights(1), "emas": {"0.999": weights(2), "0.9999": weights(3)}}
+    paths = [save(f"{i}.pth", tree) for i in (1, 2)]
+    with pytest.raises(
+        LayoutError, match=r"one of several averages: emas\.0\.999 or emas\.0\.9999.*state='emas\.0\.999'"
+    ):
+        average(paths, out=tmp_path / "out.pth")
+    average(paths, state="emas.0.9999", out=tmp_path / "out.pth")
+    assert paths_of(load(tmp_path / "out.pth"))[("model",)] == 3.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"ema": {"module": weights(5, names=("other.weight",))}},  # of another model
+        {"ema": {"decay": 0.999, "updates": 4}},
+        {"semantic_head": {"weight": torch.ones(2)}},
+        {"optimizer": {"state": {0: {"exp_avg": torch.ones(2, 3)}}, "param_groups": []}},
+    ],
+)
+def test_select_takes_the_raw_weights_where_nothing_else_is_of_their_names_and_shapes(
+    save: Save, other: dict[str, Any]
+) -> None:
+    checkpoint = open_checkpoint(save("c.pth", {"model": weights(1), **other}))
+    assert checkpoint.state.which == "raw"
+
+
+def test_convert_knows_an_average_at_a_path_of_its_own(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"model": weights(1), "ema": {"module": weights(10), "updates": 7}})
+    assert {each.path for each in states(read_header(path)).values()} == {("model",), ("ema", "module")}
+    convert(path, to="timm", out=tmp_path / "out.pth")
+    assert paths_of(load(tmp_path / "out.pth")) == {("state_dict",): 1.0, ("state_dict_ema",): 10.0}
+
+
+@pytest.mark.parametrize(
+    ("ema", "message"),
+    [
+        (weights(5, names=("other.weight", "one.more")), r"its ema has other names or shapes than raw \(model\)"),
+        ([weights(5), weights(6)], r"one of several averages: ema\.0 or ema\.1"),
+    ],
+)
+def test_average_rejects_an_average_that_cannot_take_the_place_of_the_raw_weights(
+    save: Save, tmp_path: Path, ema: Any, message: str
+) -> None:
+    path = save("c.pth", {"model": weights(1), "ema": ema})
+    with pytest.raises(LayoutError, match=message):
+        average([path], out=tmp_path / "out.pth")
+    average([path], state="raw", out=tmp_path / "out.pth")
+    assert paths_of(load(tmp_path / "out.pth")) == {("model",): 1.0}
