@@ -72,7 +72,7 @@ def _for_typer(
         inspect.Parameter(
             option.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=None if option.default in (REQUIRED, ()) else option.default,
+            default=_default(option),
             annotation=_annotation(title, option, as_text=option.name in readers),
         )
         for title, option in options
@@ -82,6 +82,12 @@ def _for_typer(
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
+
+
+def _default(option: Option) -> Any:
+    if option.default in (REQUIRED, ()):
+        return None
+    return [option.default] if _kind(option) is Words and isinstance(option.default, str) else option.default
 
 
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:

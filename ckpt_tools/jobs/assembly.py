@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import takewhile
@@ -154,12 +154,17 @@ def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
 
 def beside(tree: Any, state: StateDict) -> list[str]:
     """List what a flat file has no place for: all that stands beside the weights, on each level down to them."""
-    others = []
-    for depth, key in enumerate(state.path):
-        others += [dotted((*state.path[:depth], other)) for other in tree if other != key]
-        tree = tree[key]
-    within = [*((*state.path, key) for key in (*state.other_entries, *state.other_set)), *state.ema_paths]
-    return [*others, *(dotted(path) for path in within if path[: len(state.path)] == state.path)]
+    parts = state.parts or (state,)
+    above = {part.path[:depth] for part in parts for depth in range(len(part.path) + 1)}
+    others: list[Sequence[Any]] = []
+    for part in parts:
+        node = tree
+        for depth, key in enumerate(part.path):
+            others += [(*part.path[:depth], other) for other in node if (*part.path[:depth], other) not in above]
+            node = node[key]
+        within = [*((*part.path, key) for key in (*part.other_entries, *part.other_set)), *part.ema_paths]
+        others += [path for path in within if path[: len(part.path)] == part.path]
+    return [dotted(path) for path in dict.fromkeys(others)]
 
 
 def companions(base: Header) -> list[Path]:
@@ -188,10 +193,38 @@ class Copies(dict[TensorSpec, OutTensor]):
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
-    weights: Any = OrderedDict(tensors)
     if base.format.folder or not base.format.nests:
         dropped += beside(base.tree, state)
-        return weights, {}
+        return OrderedDict(tensors), {}
+    tree = base.tree
+    parts = state.parts or (state,)
+    for part in parts:
+        own = {name: tensors[lead + name] for lead, name in _names_of(part, state, tensors)}
+        names = {name: renamed[lead + name].removeprefix(lead) for lead, name in _names_of(part, state, renamed)}
+        tree = _put_in_place(_with_entries(own, base, part, names, dropped), tree, part, dropped)
+    homes = [part.home for part in parts]
+    for key, value in list(tree.items()):
+        if looks_like_training_state(key, value) and (key,) not in [home[:1] for home in homes]:
+            if isinstance(value, OutTensor):
+                continue
+            dropped.append(dotted([key]))
+            del tree[key]
+    copies = Copies()
+    out = plain(tree, dropped, copies.__getitem__)
+    return out, _unaveraged(tree, homes[0], {spec for spec in copies if spec.dtype.averaged and spec.shape})
+
+
+def _names_of(part: StateDict, state: StateDict, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (what is before the names of a part, name in the part) for those of the names that are of this part."""
+    lead = f"{dotted(part.path)}." if state.parts else ""
+    return ((lead, name.removeprefix(lead)) for name in names if name.startswith(lead))
+
+
+def _with_entries(
+    tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
+) -> OrderedDict[Any, Any]:
+    """Make the dict that holds the average: with the module versions and the other entries of the last checkpoint."""
+    weights: Any = OrderedDict(tensors)
     stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
     metadata = _renamed_modules(module_versions(base, state), stored)
     if metadata is not None:
@@ -199,14 +232,7 @@ def _container(
     weights.update(state.other_entries)
     dropped += [dotted((*state.path, words)) for words in state.other_set]
     dropped += [dotted(path) for path in state.ema_paths if path[: len(state.path)] == state.path]
-    tree, home = _put_in_place(weights, base.tree, state, dropped)
-    for key, value in list(tree.items()):
-        if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
-            dropped.append(dotted([key]))
-            del tree[key]
-    copies = Copies()
-    out = plain(tree, dropped, copies.__getitem__)
-    return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
+    return weights  # type: ignore[no-any-return]
 
 
 def module_versions(base: Header, state: StateDict) -> Any:
@@ -217,20 +243,16 @@ def module_versions(base: Header, state: StateDict) -> Any:
 
 def _put_in_place(
     weights: dict[Any, Any], tree: Mapping[Any, Any], state: StateDict, dropped: list[str]
-) -> tuple[dict[Any, Any], tuple[Any, ...]]:
-    """Put the average where the layout keeps weights that stand alone; its other places go.
-
-    Returns:
-        (a tree of its own, the path of the average in it).
-    """
+) -> dict[Any, Any]:
+    """Copy a tree with the average where the layout keeps weights that stand alone; its other places go."""
     if not state.path:
-        return weights, ()
+        return weights
     placed = dict(tree)
     for place in sorted(state.set_paths, key=len):
         if place not in (state.home, state.home[:1]) and holds(placed, place):
             placed = without(placed, place)
             dropped.append(dotted(place))
-    return put(placed, state.home, weights), state.home
+    return put(placed, state.home, weights)  # type: ignore[no-any-return]
 
 
 def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Collection[Any]) -> Mapping[str, int]:

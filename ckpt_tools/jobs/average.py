@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, select, states
+from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.counterparts import with_names_of
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
-from ..checkpoints.prefixes import prefixes, renamed, unwrap
+from ..checkpoints.parts import select_parts, unwrapped
+from ..checkpoints.prefixes import prefixes, renamed
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
@@ -212,8 +213,9 @@ class _LinedUp:
 def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching, *, mixed_dtypes: bool) -> _LinedUp:
     shared = _shared(members)
     # Files with identical headers have the same tensors.
-    states = _select_all(members[-1:] if shared else members, names, matching.state)
-    new_names = [unwrap(s.tensors) for s in states]
+    asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
+    states = _select_all(members[-1:] if shared else members, names, asked)
+    new_names = [unwrapped(s) for s in states]
     plan = align(
         [renamed(s.tensors, bare) for s, bare in zip(states, new_names, strict=True)],
         names[-len(states) :],
@@ -254,8 +256,8 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 
-def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> list[StateDict]:
-    found = [_in_place(member.header, select(member.header, state)) for member in members]
+def _select_all(members: Sequence[Member], names: Sequence[str], asked: Sequence[str]) -> list[StateDict]:
+    found = [_in_place(member.header, select_parts(member.header, asked)) for member in members]
     which = {s.which for s in found}
     if len(which) > 1:
         having = [name for name, s in zip(names, found, strict=True) if s.which == "ema"]
@@ -265,7 +267,7 @@ def _select_all(members: Sequence[Member], names: Sequence[str], state: str) -> 
             "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
         )
     marked = [name for name in names if _EMA_NAME.search(name)]
-    if state == "auto" and which == {"raw"} and 0 < len(marked) < len(names):
+    if "auto" in asked and "ema" not in which and 0 < len(marked) < len(names):
         raise LayoutError(
             f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
             f"({len(marked)} of {len(names)} are). Raw and averaged weights cannot be mixed: leave the others out, "

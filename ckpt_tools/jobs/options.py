@@ -118,7 +118,7 @@ class Matching(Options):
 
     title = "Which weights"
 
-    state: str = option("auto (the EMA where all have one), raw, ema, or a dotted path.", "auto")
+    state: str | Words = option("auto (the EMA where all have one), raw, ema, or a dotted path.", "auto")
     match: str = option("name or order.", "name")
     keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
     buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")

@@ -745,7 +745,10 @@ def test_convert_of_any_mixture_reads_back_from_any_layout(scratch: Path, tree: 
     assert same_bits(opened(out), before)
     if len(report.state) == 2:
         assert same_bits(opened(out, "raw"), opened(source, "raw"))
-    ckpt_tools.average([source], out=averaged)
+    try:
+        ckpt_tools.average([source], out=averaged)
+    except LayoutError:  # weights in yet another place, of which there is no average
+        return
     try:
         again = opened(averaged)
     except LayoutError:  # raw weights at a path that no layout has: the average is there, too

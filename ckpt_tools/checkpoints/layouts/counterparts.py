@@ -34,7 +34,7 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     taken = {each.path for each in found.values()}
     others = [each for each in _counterparts(tree, known) if each.path not in taken]
     base = known.path if "raw" in found else ()  # no key of raw weights says that they are an average
-    averages = [each for each in others if _is_average(each.path, base)]
+    averages = [each for each in others if is_average(each.path, base)]
     raws = [each for each in others if each not in averages] if "raw" not in found else []
     found = dict(found)
     if averages and "ema" not in found:
@@ -55,7 +55,7 @@ def chosen_in(tree: Any, chosen: StateDict) -> StateDict:
     """Return a set that was asked for by its path, with the places at which its counterparts are."""
     if not isinstance(tree, dict):
         return chosen
-    which = "ema" if _is_average(chosen.path, ()) else "raw"
+    which = "ema" if is_average(chosen.path, ()) else "raw"
     return replace(completed(tree, {which: chosen})[which], which=chosen.which, layout=chosen.layout, fault=None)
 
 
@@ -139,7 +139,8 @@ def _lead(names: Iterable[str]) -> str:
     return "".join(f"{part}." for part in (split[0][:common] if split else ()))
 
 
-def _is_average(path: Path, raw: Path) -> bool:
+def is_average(path: Path, raw: Path) -> bool:
+    """True if a key of a path says so, from where it leaves that of the raw weights."""
     return any(isinstance(key, str) and _AVERAGED.search(key) for key in _apart(path, raw))
 
 

@@ -40,6 +40,7 @@ class StateDict:
         layout: name of the layout.
         home: path at which the layout keeps the weights of a checkpoint with one set.
         set_paths: paths of all sets of weights and of what belongs to them, this one among them.
+        parts: the sets that this one joins, each with its path before its names; empty for a set of its own.
     """
 
     tensors: Mapping[str, Tensor]
@@ -56,12 +57,13 @@ class StateDict:
     layout: str = ""
     home: Path = ()
     set_paths: tuple[Path, ...] = ()
+    parts: tuple[StateDict, ...] = ()
 
     @property
     def label(self) -> str:
         """What to call it in a table: ``ema (state_dict_ema)``."""
         where = dotted(self.path)
-        return self.which if self.which == where else f"{self.which} ({where or 'the whole file'})"
+        return self.which if self.parts or self.which == where else f"{self.which} ({where or 'the whole file'})"
 
     def below(self, path: Path, **known: Any) -> StateDict:
         """Return it as a set of a larger tree, which has its tree at this path.

@@ -1,0 +1,103 @@
+"""Parts: a model in several dicts is averaged as a whole, or not without a word."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import run
+from conftest import load
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from ckpt_tools import average
+from ckpt_tools.errors import LayoutError
+
+Save = Callable[..., Path]
+
+
+def network(seed: int, wrapped: bool = False) -> OrderedDict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    return (nn.DataParallel(model) if wrapped else model).state_dict()
+
+
+def mean(states: list[OrderedDict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    return torch.stack([state[name].double() for state in states]).mean(0).float()
+
+
+@given(
+    others=st.lists(
+        st.sampled_from(["decoder", "generator", "netD", "critic", "vq.code"]), min_size=1, max_size=3, unique=True
+    ),
+    first=st.sampled_from(["model", "state_dict"]),
+    wrapped=st.booleans(),
+)
+def test_average_takes_all_parts_of_a_model(tmp_path: Path, others: list[str], first: str, wrapped: bool) -> None:
+    keys = [first, *others]
+    trees = [{key: network(10 * i + j, wrapped) for j, key in enumerate(keys)} | {"epoch": i} for i in range(3)]
+    paths = [tmp_path / f"{i}.pth" for i in range(3)]
+    for path, tree in zip(paths, trees, strict=True):
+        torch.save(tree, path)
+    report = average(paths, out=tmp_path / "out.pth", force=True)
+    found = load(tmp_path / "out.pth")
+    lead = "module." if wrapped else ""
+    for key in keys:
+        assert list(found[key]) == [name.removeprefix(lead) for name in trees[0][key]]
+        assert found[key]._metadata == network(0)._metadata
+        for name in found[key]:
+            if found[key][name].is_floating_point():
+                assert torch.equal(found[key][name], mean([tree[key] for tree in trees], lead + name))
+    assert all(f"raw ({key})" in report.inputs[0].state for key in keys)
+
+
+def test_average_of_a_part_asked_for_by_its_path_reports_the_others(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", {"model": network(i), "critic": network(10 + i)}) for i in range(2)]
+    report = average(paths, state="model", out=tmp_path / "out.pth")
+    assert torch.equal(load(tmp_path / "out.pth")["critic"]["0.weight"], network(11)["0.weight"])
+    assert any("critic" in note for note in report.notes)
+
+
+def test_average_takes_the_parts_that_are_asked_for(save: Save, tmp_path: Path) -> None:
+    trees = [{"nets": {"a": network(i), "b": network(10 + i), "c": network(20 + i)}} for i in range(2)]
+    paths = [save(f"{i}.pth", tree) for i, tree in enumerate(trees)]
+    average(paths, state=["nets.a", "nets.c"], out=tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    assert {name.rpartition(".0.")[0] for name in found if name.endswith("0.weight")} == {"nets.a", "nets.c"}
+    for part in "ac":
+        want = mean([tree["nets"][part] for tree in trees], "0.weight")
+        assert torch.equal(found[f"nets.{part}.0.weight"], want)
+
+
+def test_avg_takes_state_several_times(save: Save, here: Path) -> None:
+    for i in range(2):
+        torch.save({"enc": network(i), "dec": network(10 + i)}, f"{i}.pth")
+    done = run("avg", "0.pth", "1.pth", "--state", "enc", "--state", "dec", "-o", "out.pth", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["inputs"][0]["state"] == "enc and dec"
+    want = mean([network(10), network(11)], "0.bias")
+    assert torch.equal(load(Path("out.pth"))["dec"]["0.bias"], want)
+
+
+def test_average_rejects_an_average_of_one_part_alone(save: Save, tmp_path: Path) -> None:
+    tree = {"model": network(1), "model_ema": network(2), "generator": network(3)}
+    path = save("c.pth", tree)
+    with pytest.raises(
+        LayoutError, match=r"'generator' holds weights, too, and only 'model_ema' is an average.*state='raw'"
+    ):
+        average([path], out=tmp_path / "out.pth")
+    average([path], state="model_ema", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert torch.equal(found["model"]["0.weight"], network(2)["0.weight"])
+
+
+def test_average_leaves_the_state_of_a_loss_out_of_the_model(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"model": network(1), "loss": {"center": torch.ones(1, 4)}})
+    average([path], out=tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors").keys() == network(1).keys()
