@@ -98,7 +98,7 @@ def test_select_rejects_sets_that_may_be_swapped(save: Save, other: str) -> None
         (
             {"actor": weights(), "critic": weights()},
             "auto",
-            r"There are tensors in actor, critic\. Choose with `state='actor'`\. Each .* by a run of its own",
+            r"There are tensors in actor, critic\. Choose with `state='actor'`\. To average several .* for each",
         ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),

@@ -155,7 +155,7 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     places = dict.fromkeys(dotted(path[:-1]) for path in tensors)
     reached = (place for place in places if place and has_tensors(_follow(header.tree, place)[1]))
     first, *others = [*islice(reached, 2)] or [""]
-    each = " Each of these is averaged by a run of its own." if others else ""
+    each = " To average several of them together, give `state` for each." if others else ""
     return f"Choose with `state={first!r}`.{each}" if first else "Save the weights as one dict of names to tensors."
 
 
