@@ -105,7 +105,7 @@ def test_select_rejects_sets_that_may_be_swapped(save: Save, other: str) -> None
         (
             {"model": {"encoder": weights(), "decoder": weights()}, "optimizer": {"state": {0: weights()}}},
             "auto",
-            r"tensors in model\.encoder, model\.decoder\. Choose with `state='model\.encoder'`\. Each of these",
+            r"tensors in model\.encoder, model\.decoder\. Choose with `state='model\.encoder'`\. To average several",
         ),
         ({"model": {"encoder": weights()}}, "model", r"'model' is no state dict: .* `state='model\.encoder'`\.$"),
         ({"nets": [weights()]}, "auto", r"There are tensors in nets\.0\. Save the weights as one dict"),
