@@ -10,12 +10,15 @@ from dataclasses import replace
 
 from ..errors import LayoutError
 from ..formats.header import Header
+from ..formats.tree import Path
+from ..formats.tree import holds as in_dicts
 from ..tensors import TensorSpec
-from .layouts import StateDict, select
+from .layouts import StateDict, select, states
 from .layouts.counterparts import is_average
-from .layouts.layout import dotted, one_of, read_sets
+from .layouts.layout import dotted, one_of, read_sets, set_keys
 from .prefixes import unwrap
 from .state_dicts import state_dicts
+from .training_state import leads
 
 
 def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
@@ -27,52 +30,53 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
     Raises:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
-    chosen = [select(header, state) for state in asked]
-    if len(chosen) == 1 and asked[0] in ("auto", "raw"):
-        others = [*_beside(header, chosen[0])]
-        if chosen[0].which == "ema" and others:
-            own, other = dotted(chosen[0].path), dotted(others[0].path)
-            raise LayoutError(
-                f"{header.path}: '{other}' holds weights, too, and only '{own}' is an average. Use `state='raw'` for "
-                f"the raw weights of both, or `state={own!r}` to leave '{other}' as in the last checkpoint."
-            )
-        chosen += others
-    return chosen[0] if len(chosen) == 1 else _joined(header, chosen)
-
-
-def _beside(header: Header, chosen: StateDict) -> Iterator[StateDict]:
-    """Find the other networks, but for averages, in the dict that holds the chosen one.
-
-    A dict is a network if it has a weight or a bias: other tensors, such as the center of a loss, are not of the model.
-    """
-    above = chosen.path[:-1]
+    if [*asked] not in (["auto"], ["raw"]):
+        return _joined(header, [select(header, state) for state in asked])
+    nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
+    if nested:
+        return _joined(header, nested)
+    chosen = select(header, asked[0])
     taken = {chosen.path, *chosen.set_paths}
-    for path in state_dicts(header.tree) if chosen.path else ():
-        if path[: len(above)] != above or len(path) <= len(above) or is_average(path, chosen.path):
-            continue
-        if any(path[: len(each)] == each or each[: len(path)] == path for each in taken):
-            continue
-        each = one_of(read_sets(_at(header, path)), "raw")
-        if each is not None and each.fault is None and any(map(_is_weight, each.tensors, each.tensors.values())):
+    others = [
+        each
+        for each in (_sets(header, chosen.path[:-1]) if chosen.path else ())
+        if any(map(_is_weight, each.tensors, each.tensors.values()))
+        and not is_average(each.path, chosen.path)
+        and not any(leads(each.path, path) or leads(path, each.path) for path in taken)
+    ]
+    for other in others:
+        own, place = dotted(chosen.path), dotted(other.path)
+        alone = f"`state={own!r}` to leave '{place}' as in the last checkpoint."
+        if chosen.which == "ema":
+            raise LayoutError(
+                f"{header.path}: '{place}' holds weights, too, and only '{own}' is an average. Use `state='raw'` for "
+                f"the raw weights of both, or {alone}"
+            )
+        if not in_dicts(header.tree, other.path):
+            raise LayoutError(f"{header.path}: '{place}' holds weights, too, but in a list. Use {alone}")
+    return _joined(header, [chosen, *others])
+
+
+def _sets(header: Header, above: Path) -> Iterator[StateDict]:
+    """Read the dicts of tensors below a path, each as a set of its own; not those of training state."""
+    for path, node in state_dicts(header.tree).items():
+        each = one_of(read_sets(node), "raw") if leads(above, path) and len(path) > len(above) else None
+        if each is not None and each.fault is None:
             yield replace(each.below(path), which="raw", home=path, set_paths=(path,))
 
 
-def _at(header: Header, path: Sequence[object]) -> object:
-    node = header.tree
-    for key in path:
-        node = node[key]
-    return node
-
-
 def _is_weight(name: str, tensor: object) -> bool:
+    """True for what only a network has: other tensors, such as the center of a loss, are not of the model."""
     return isinstance(tensor, TensorSpec) and tensor.dtype.averaged and name.endswith(("weight", "bias"))
 
 
 def _joined(header: Header, parts: Sequence[StateDict]) -> StateDict:
+    if len(parts) == 1:
+        return parts[0]
     tensors = {f"{dotted(part.path)}.{name}": tensor for part in parts for name, tensor in part.tensors.items()}
     which = {part.which for part in parts}
-    leads = [f"{dotted(part.path)}." for part in parts]
-    if any(a.startswith(b) for a in leads for b in leads if a is not b):
+    befores = [f"{dotted(part.path)}." for part in parts]
+    if any(a.startswith(b) for i, a in enumerate(befores) for j, b in enumerate(befores) if i != j):
         raise LayoutError(f"{header.path}: {' and '.join(part.label for part in parts)} give one name to two tensors.")
     if "ema" in which and len(which) > 1:
         labels = " and ".join(part.label for part in parts)
@@ -96,5 +100,5 @@ def unwrapped(state: StateDict) -> Mapping[str, str]:
     """
     if not state.parts:
         return unwrap(state.tensors)
-    leads = ((f"{dotted(part.path)}.", part) for part in state.parts)
-    return {lead + name: lead + bare for lead, part in leads for name, bare in unwrap(part.tensors).items()}
+    named = ((f"{dotted(part.path)}.", part) for part in state.parts)
+    return {lead + name: lead + bare for lead, part in named for name, bare in unwrap(part.tensors).items()}

@@ -101,3 +101,34 @@ def test_average_leaves_the_state_of_a_loss_out_of_the_model(save: Save, tmp_pat
     path = save("c.pth", {"model": network(1), "loss": {"center": torch.ones(1, 4)}})
     average([path], out=tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors").keys() == network(1).keys()
+
+
+def test_average_takes_all_dicts_of_a_nested_model(save: Save, tmp_path: Path) -> None:
+    trees = [
+        {
+            "model": {"lm": {"embedding": {"words": network(i)}, "encoder": network(5 + i)}},
+            "optimizer": {"x": 1},
+            "it": i,
+        }
+        for i in range(3)
+    ]
+    paths = [save(f"{i}.pt", tree) for i, tree in enumerate(trees)]
+    average(paths, out=tmp_path / "out.pt")
+    found = load(tmp_path / "out.pt")["model"]["lm"]
+    want = mean([tree["model"]["lm"]["encoder"] for tree in trees], "0.weight")
+    assert torch.equal(found["encoder"]["0.weight"], want)
+    want = mean([tree["model"]["lm"]["embedding"]["words"] for tree in trees], "0.bias")
+    assert torch.equal(found["embedding"]["words"]["0.bias"], want)
+
+
+def test_average_rejects_parts_in_a_list(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"model": network(1), "critics": [network(2), network(3)]})
+    with pytest.raises(LayoutError, match=r"'critics\.0' holds weights, too, but in a list\. Use `state='model'`"):
+        average([path], out=tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize("state", [["net", "net.x"], ["net", "net"]])
+def test_average_rejects_parts_whose_names_are_not_apart(save: Save, tmp_path: Path, state: list[str]) -> None:
+    path = save("c.pth", {"net": network(1), "net.x": network(2)})
+    with pytest.raises(LayoutError, match="give one name to two tensors"):
+        average([path], state=state, out=tmp_path / "out.pth")
