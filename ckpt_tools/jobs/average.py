@@ -227,6 +227,10 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     partial = [name for name, inputs in plan.aligned.items() if not all(inputs)]
     if partial:
         notes.append(f"Not in every checkpoint, so averaged over those that have them: {some(partial)}.")
+    if plan.differing:
+        notes.append(
+            f"Of another shape or dtype in other checkpoints, so taken from the last one: {some(plan.differing)}."
+        )
     return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 
 

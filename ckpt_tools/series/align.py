@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import AlignmentError, UsageError
-from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from ..tensors import Category, Tensor, TensorSpec, UnsupportedTensor
 
 KEYS = ("strict", "intersection", "union")
 MATCHES = ("name", "order")
@@ -20,10 +20,12 @@ class KeyPlan:
     Attributes:
         aligned: output name to one tensor per checkpoint; None if a checkpoint lacks it (``union``).
         left_out: names of some checkpoints that the output lacks.
+        differing: names that are copied from the last checkpoint, and have another shape or dtype in others.
     """
 
     aligned: dict[str, tuple[TensorSpec | None, ...]]
     left_out: tuple[str, ...]
+    differing: tuple[str, ...]
 
 
 def align(
@@ -64,13 +66,21 @@ def align(
     if keys == "intersection":
         names = [name for name in names if counts[name] == len(states)]
         if not names:
-            raise AlignmentError("the checkpoints share no tensor name. Look at them with ckpt inspect.")
+            advice = _prefix_advice(states, files) or "Look at them with ckpt inspect."
+            raise AlignmentError(f"the checkpoints share no tensor name. {advice}")
     columns = [map(state.get, names) for state in states]
+    differing: list[str] = []
     aligned = {
-        name: _checked(name, tensors, files, mixed_dtypes=mixed_dtypes)
+        name: _checked(name, tensors, files, differing, mixed_dtypes=mixed_dtypes)
         for name, tensors in zip(names, zip(*columns, strict=True), strict=True)
     }
-    return KeyPlan(aligned, tuple(partial) if keys == "intersection" else ())
+    return KeyPlan(aligned, tuple(partial) if keys == "intersection" else (), tuple(differing))
+
+
+def is_copied(name: str, last: TensorSpec) -> bool:
+    """True for what is copied from the last checkpoint: integers, and the extra state of modules, which has no meaning
+    but for them."""
+    return last.dtype.category is Category.INTEGER or name.rsplit(".", 1)[-1] == "_extra_state"
 
 
 def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -90,19 +100,42 @@ def _missing(
     name = partial[0]
     lacking = [file for file, state in zip(files, states, strict=True) if name not in state]
     more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
-    return (
-        f"{lacking[0]} has no tensor '{name}' ({counts[name]} of {len(states)} files have it).{more} "
-        "Use `keys='intersection'` to average what all files share."
+    return f"{lacking[0]} has no tensor '{name}' ({counts[name]} of {len(states)} files have it).{more} " + (
+        _prefix_advice(states, files) or "Use `keys='intersection'` to average what all files share."
     )
 
 
+def _prefix_advice(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> str | None:
+    """Say which prefix to take off where the names of two checkpoints differ in nothing else; None elsewhere."""
+    for one, file in zip(states, files, strict=True):
+        for other, than in zip(states, files, strict=True):
+            first = next(iter(other))
+            name = next((name for name in one if name.endswith(f".{first}")), None)
+            lead = "" if name is None else name.removesuffix(first)
+            if lead and one.keys() == {lead + each for each in other}:
+                return (
+                    f"The names in {file} are those in {than} with '{lead}' before them. "
+                    f"Take it off first: `fix_prefix(strip={lead!r})`."
+                )
+    return None
+
+
 def _checked(
-    name: str, tensors: tuple[Tensor | None, ...], files: Sequence[str], *, mixed_dtypes: bool
+    name: str, tensors: tuple[Tensor | None, ...], files: Sequence[str], differing: list[str], *, mixed_dtypes: bool
 ) -> tuple[TensorSpec | None, ...]:
     model = tensors[0]
     if isinstance(model, TensorSpec) and all(
         type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in tensors
     ):
+        return tensors  # type: ignore[return-value]
+    last = next(tensor for tensor in reversed(tensors) if tensor is not None)
+    if isinstance(last, TensorSpec) and is_copied(name, last):
+        if any(
+            (tensor.shape, tensor.dtype) != (last.shape, last.dtype)
+            for tensor in tensors
+            if isinstance(tensor, TensorSpec)
+        ):
+            differing.append(name)
         return tensors  # type: ignore[return-value]
     first: tuple[TensorSpec, str] | None = None
     for tensor, file in zip(tensors, files, strict=True):

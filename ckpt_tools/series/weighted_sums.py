@@ -12,6 +12,7 @@ from ..errors import LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files, OutTensor, Terms
 from ..tensors import Category, DType, TensorSpec
+from .align import is_copied
 
 # Only names tell float buffers from parameters; averaging harms these, which are BatchNorm's.
 _RUNNING = ("running_mean", "running_var")
@@ -65,13 +66,13 @@ def weighted_sums(
                     "scales. Average the checkpoints before they are quantized."
                 )
             from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
-            if from_last or not last.dtype.averaged:
-                terms = Terms.copy(last)
+            narrowed = dtype is not None and last.dtype.category is Category.FLOAT
+            if from_last or is_copied(name, last):
+                terms, narrowed = Terms.copy(last), narrowed and from_last
             else:
                 files = counted.get(last.storage.path)
                 terms = Terms((last,), weights, files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
-            out_dtype = dtype if dtype is not None and last.dtype.category is Category.FLOAT else last.dtype
-            tensor = OutTensor(out_dtype, last.shape, terms, name)
+            tensor = OutTensor(dtype if dtype and narrowed else last.dtype, last.shape, terms, name)
             if tensor.numel and not alone:
                 tied[inputs] = tensor
         tensors[name] = tensor
