@@ -12,12 +12,13 @@ from ..storage.source import store_of
 from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
 from .header import Header
+from .nemo import NEMO
 from .safetensors import SAFETENSORS
 from .sharded import SHARDED
 from .torch_legacy import TORCH_LEGACY
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS]
+FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
 
 
 def suffixes() -> tuple[str, ...]:

@@ -160,10 +160,6 @@ def read_single(path: Path) -> Header:
     for each in FORMATS:
         if each.sniff(path, start):
             return each.read(path)
-    if start[257:262] == b"ustar":
-        raise UnsupportedError(
-            f"{path}: a tar file; torch has not written any since 0.1.10. Load and save it with torch once."
-        )
     raise NotACheckpointError(
         f"{path}: not a checkpoint: neither a torch file (zip or legacy) nor safetensors.{_hint(start)}"
     )
@@ -177,6 +173,8 @@ def _hint(start: bytes) -> str:
         return " It is a Git LFS pointer; run git lfs pull."
     if start.startswith(b"\x80"):
         return " It is a pickle that torch.save did not write."
+    if start.startswith(b"\x1f\x8b"):
+        return " It is compressed; run gunzip."
     if start.startswith(b"\x89HDF"):
         return " It is an HDF5 file."
     return ""
