@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import AlignmentError, UsageError
+from ..checkpoints.quantized import quantized
+from ..errors import AlignmentError, UnsupportedError, UsageError
 from ..tensors import Category, Tensor, TensorSpec, UnsupportedTensor
 
 KEYS = ("strict", "intersection", "union")
@@ -49,11 +50,19 @@ def align(
 
     Raises:
         AlignmentError: names, shapes or dtypes differ, or no name is left; names tensor and file.
+        UnsupportedError: quantized weights.
         UsageError: an unknown value of `keys` or `match`.
     """
     for name, value, known in (("keys", keys, KEYS), ("match", match, MATCHES)):
         if value not in known:
             raise UsageError(f"`{name}` is one of {', '.join(known)}, not {value!r}.")
+    for state, file in zip(states, files, strict=True):
+        if (found := quantized(state)) is not None:
+            raise UnsupportedError(
+                f"{file}: '{found[0]}' holds quantized weights, with their scales in '{found[1]}'. Averages of codes "
+                "and scales are no average of the weights. Dequantize the checkpoints, average them, then quantize the "
+                "average."
+            )
     if match == "order":
         states = _by_order(states, files)
     counts: Counter[str] = Counter()
