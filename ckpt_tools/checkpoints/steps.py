@@ -126,15 +126,19 @@ def stored_positions(headers: Sequence[Header]) -> Positions | None:
     return Positions([(value,) for value in values], steps, key, f"the {key} stored in the files")
 
 
+def telling_names(paths: Sequence[Path]) -> Sequence[str]:
+    """Return the names, or where all are the same (epoch_1/weights.pt), those of the nearest folders that differ."""
+    levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
+    return next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
+
+
 def named_positions(paths: Sequence[Path]) -> Positions:
     """Order checkpoints by the numbers in their names.
 
     Where the numbers of all names line up, those that vary decide: the ones behind a word, the coarser first
     (iterations may start anew in each epoch), or else all of them from left to right.
     """
-    # Names, or where all are the same (epoch_1/weights.pt), the nearest folders that differ.
-    levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
-    names = next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
+    names = telling_names(paths)
     rows = [_numbers_in(name) for name in names]
     # One name for each sequence of words before the numbers.
     forms = {tuple(word for word, _ in row): name for row, name in sorted(zip(rows, names, strict=True), reverse=True)}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..checkpoints.optimizers import looks_like_training_state
-from ..checkpoints.steps import named_positions, stored_counters, stored_positions, unread_tensors
+from ..checkpoints.steps import named_positions, stored_counters, stored_positions, telling_names, unread_tensors
 from ..errors import ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
@@ -19,8 +19,9 @@ from ..formats.tree import tensors_in
 from ..storage.source import LOCAL, OpenFiles, read_at, store_of
 from ..tensors import TensorSpec
 from .metrics import measured, metric_of, stored_under
-from .paths import find, keep_one, natural_key, numbered_first
+from .paths import as_path, find, keep_one, listed, natural_key, numbered_first
 
+_AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
 ORDERS = ("auto", "given", "natural", "mtime")
 
 
@@ -49,7 +50,7 @@ class Series:
         members: the checkpoints to average.
         given: all checkpoints found, selected or not, except ckpt-tools outputs that were left out.
         ordered_by: in words.
-        notes: decisions to report: duplicates, outputs left out, ties.
+        notes: decisions to report: duplicates, outputs and averages left out, ties.
     """
 
     members: tuple[Member, ...]
@@ -85,10 +86,10 @@ def find_series(
         lower_is_better: for a metric such as a loss.
         every: keep every K-th, counted back from the last.
         from_step, to_step: inclusive bounds of the step.
-        include_outputs: include files that ckpt-tools wrote.
+        include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
 
     Raises:
-        UsageError, SeriesError: an invalid selection; no checkpoint found or left.
+        UsageError, SeriesError: an invalid selection; no checkpoint found or left; one left beside averages.
         ReadError: a file is not a checkpoint.
     """
     counts = {"last": last, "best": best, "every": every}
@@ -102,11 +103,14 @@ def find_series(
     if best is None and (lower_is_better or metric != "metric"):
         raise UsageError("`metric` and `lower_is_better` go with `best`.")
     notes: list[str] = []
+    paths = listed(paths)
     found = find(paths, notes)
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
     headers = _without_copies([header for header in headers if header.path not in ours], notes)
+    if not include_outputs:
+        headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
     members, ordered_by = _ordered(headers, order, notes)
     members = _between(members, from_step, to_step)
     if best is not None:
@@ -224,6 +228,42 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
         for path in sorted(ours, key=natural_key)
     )
     return ours
+
+
+def _without_averages(headers: Sequence[Header], given: Collection[Path], notes: list[str]) -> list[Header]:
+    """Leave out averages that other tools made of the series, as their names say.
+
+    A word for an average that all names have tells nothing, and neither does one in several EMAs, which may be a series
+    of their own. Paths of `given` stay.
+
+    Raises:
+        SeriesError: it would leave one checkpoint only.
+    """
+    paths = [header.path for header in headers]
+    words = [{word.lower() for word in _AVERAGE.findall(name)} for name in telling_names(paths)]
+    shared = set.intersection(*words)
+    marked = {path: own for path, each in zip(paths, words, strict=True) if (own := each - shared)}
+    if len(marked) == len(paths):
+        return [*headers]
+    asked = [path for path in marked if path in given]
+    if asked:
+        notes.append(f"By their names these are averages, and count because their paths are given: {_some(asked)}.")
+    emas = [path for path, own in marked.items() if own == {"ema"}]
+    left_out = [path for path in marked if path not in given and (path not in emas or len(emas) == 1)]
+    if left_out and len(paths) - len(left_out) == 1:
+        (other,) = (path for path in paths if path not in left_out)
+        raise SeriesError(
+            f"{_some(left_out)}: averages by their names, beside {other} alone. Give the paths of the checkpoints to "
+            "average, or add `include_outputs` to take all of them."
+        )
+    notes.extend(
+        f"{path.name} is an average by its name: left out (add it with `include_outputs`)." for path in left_out
+    )
+    return [header for header in headers if header.path not in left_out]
+
+
+def _some(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:

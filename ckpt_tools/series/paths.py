@@ -36,6 +36,22 @@ _SHARDS = (
 )
 
 
+def listed(paths: Iterable[str | Path]) -> list[str | Path]:
+    """Return paths as a list.
+
+    Raises:
+        UsageError: they are not several.
+    """
+    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
+        raise UsageError(f"paths is a list of paths, not {paths!r}.")
+    return [*paths]
+
+
+def as_path(given: str | Path) -> Path:
+    """Return what a user gives as a path."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
+
+
 def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
     """Expand files, globs and folders to checkpoints, without duplicates.
 
@@ -47,8 +63,6 @@ def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
         SeriesError: a path that does not exist, a glob without matches, a folder without checkpoints, or shards of
             one checkpoint.
     """
-    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
-        raise UsageError(f"paths is a list of paths, not {paths!r}.")
     try:
         found = _without_duplicates(expand(paths), notes)
         _note_nested(found, notes)
@@ -71,7 +85,7 @@ def _find(given: str | Path) -> list[Path]:
         raise UsageError(f"a path is text, not {given!r}.")
     if given == "":
         raise SeriesError("an empty path. Is a variable of the shell unset?")
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
+    path = as_path(given)
     store = store_of(path)
     if store.is_folder(path):
         return _in_folder(path)

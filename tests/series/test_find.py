@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from ckpt_tools import average
 from ckpt_tools.checkpoints.steps import number_in_name, stored_counters
-from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
+from ckpt_tools.errors import LayoutError, NotACheckpointError, SeriesError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.series.find import Series, find_series
 from ckpt_tools.series.paths import expand
@@ -406,6 +406,87 @@ def test_find_series_takes_own_outputs_by_name_or_where_nothing_else_is() -> Non
     assert sorted(names(find_series(["."], include_outputs=True))) == everything
     alone = find_series(["averaged.pth", "averaged.safetensors"])
     assert (sorted(names(alone)), len(alone.members)) == (everything[2:], 2)
+
+
+# Averages by other tools
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["ave", "avg", "average", "Averaged", "SWA", "ema", "soup", "merged"]),
+    st.sampled_from(["{}_3to5", "net.{}.final", "dev-{}7best", "{}"]),
+)
+def test_find_series_leaves_out_one_average_by_its_name(
+    tmp_path_factory: pytest.TempPathFactory, word: str, form: str
+) -> None:
+    folder = tmp_path_factory.mktemp("named")
+    for value, name in enumerate(["net-3", "net-4", "net-5", form.format(word)]):
+        torch.save(weights(float(value)), folder / f"{name}.pt")
+    for given_as in (folder, folder / "*.pt"):
+        series = find_series([given_as])
+        assert names(series) == ["net-3.pt", "net-4.pt", "net-5.pt"]
+        (note,) = series.notes
+        assert note == f"{form.format(word)}.pt is an average by its name: left out (add it with `include_outputs`)."
+        assert len(find_series([given_as], include_outputs=True).members) == 4
+
+
+def test_find_series_leaves_out_all_averages_of_a_folder_but_those_given_by_path(
+    plain: Callable[..., list[Path]],
+) -> None:
+    plain("exp/6.pt", "exp/7.pt", "exp/dev.wer.ave_2best.pt", "exp/swa/model.safetensors", "exp/7-avg-2.pt")
+    series = find_series(["exp", "exp/7-avg-2.pt"])
+    assert sorted(names(series)) == ["6.pt", "7-avg-2.pt", "7.pt"]
+    assert series.notes[:2] == (
+        "By their names these are averages, and count because their paths are given: exp/7-avg-2.pt.",
+        "dev.wer.ave_2best.pt is an average by its name: left out (add it with `include_outputs`).",
+    )
+
+
+def test_find_series_knows_the_folder_of_an_average_where_all_files_have_one_name(
+    plain: Callable[..., list[Path]],
+) -> None:
+    plain("step_1/net.pt", "step_2/net.pt", "step_average/net.pt")
+    assert [member.step for member in find_series(["*/net.pt"]).members] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        ["avg-of-3_1.pt", "avg-of-3_2.pt"],
+        ["net-ema-2.pth", "net-ema-3.pth", "net-ema-10.pth"],
+        ["average_1.pt", "swa_2.pt"],
+        ["cave_1.pt", "cave_2.pt", "schema_3.pt", "emma_4.pt"],
+    ],
+)
+def test_find_series_takes_a_series_of_averages(plain: Callable[..., list[Path]], series: list[str]) -> None:
+    plain(*series)
+    found = find_series(["."], order="given")
+    assert sorted(names(found)) == sorted(series)
+    assert found.notes == ()
+
+
+def test_find_series_leaves_an_average_out_of_a_series_of_averages(plain: Callable[..., list[Path]]) -> None:
+    plain("ema-1.pth", "ema-2.pth", "ema-swa.pth")
+    assert names(find_series(["."])) == ["ema-1.pth", "ema-2.pth"]
+
+
+def test_find_series_takes_a_series_of_averages_with_a_copy_of_another_name(plain: Callable[..., list[Path]]) -> None:
+    plain("avg-1.pth", "avg-2.pth")
+    shutil.copy("avg-2.pth", "last.pth")
+    assert names(find_series(["."])) == ["avg-1.pth", "avg-2.pth"]
+
+
+def test_average_rejects_a_folder_of_raw_weights_and_several_emas(plain: Callable[..., list[Path]]) -> None:
+    plain("net_1.pt", "net_2.pt", "ema_1.pt", "ema_2.pt")
+    with pytest.raises(LayoutError, match=r"ema_1.pt is an EMA by its name, net_1.pt is not \(2 of 4 are\)"):
+        average(".", out="o.pt")
+
+
+def test_find_series_rejects_one_checkpoint_beside_averages(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("net.pt", "soup.pt", "net-swa.pt")
+    with pytest.raises(SeriesError, match=r"averages by their names, beside net\.pt alone\. Give the paths"):
+        find_series(["*.pt"])
+    assert len(find_series(paths).members) == len(find_series(["."], include_outputs=True).members) == 3
 
 
 # Selection
