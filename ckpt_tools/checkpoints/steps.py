@@ -12,6 +12,7 @@ from typing import Any
 
 from ..formats import FORMATS
 from ..formats.header import Header
+from ..formats.tree import follow
 from ..storage.source import read_file, store_of
 from ..tensors import TensorSpec
 
@@ -20,7 +21,9 @@ _STEP_KEYS = (
     "global_step", "global_steps", "step", "num_steps", "iteration", "iter", "iter_num", "num_updates",
     "batch_idx_train", "epoch",
 )  # fmt: skip
-_NESTED = ("meta", "trainer_state")  # mmengine keeps its training counters one level down
+# Where mmengine, ESPnet and fairseq keep their training counters.
+_NESTED = (("meta",), ("trainer_state",), ("reporter",), ("extra_state", "train_iterator"))
+_HISTORY = ("optimizer_history",)  # of fairseq; the last entry is of now
 # Coarse to fine. A decimal is a metric (acc0.91), not a counter, unless it counts thousands or millions.
 _WORDS = ("epoch", "iter", "step")
 _NUMBER = re.compile(
@@ -67,9 +70,10 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
 
 def _mappings(header: Header) -> list[dict[Any, Any]]:
     """Return the dicts of the saved object that may hold training counters."""
-    tree = header.content
-    nested = [tree.get(key) for key in _NESTED] if isinstance(tree, dict) else []
-    return [mapping for mapping in (tree, *nested) if isinstance(mapping, dict)]
+    history = follow(header.content, _HISTORY)
+    found = [header.content, *(follow(header.content, path) for path in _NESTED)]
+    found += history[-1:] if isinstance(history, list) else []
+    return [mapping for mapping in found if isinstance(mapping, dict)]
 
 
 def _parsed(text: str) -> float | None:

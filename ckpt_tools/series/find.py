@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from ..checkpoints.layouts import select
 from ..checkpoints.optimizers import looks_like_training_state
+from ..checkpoints.prefixes import renamed, unwrap
 from ..checkpoints.steps import named_positions, stored_counters, stored_positions, telling_names, unread_tensors
-from ..errors import ReadError, SeriesError, UsageError
+from ..errors import AlignmentError, LayoutError, ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..storage.source import LOCAL, OpenFiles, read_at, store_of
-from ..tensors import TensorSpec
+from ..tensors import Tensor, TensorSpec
 from .metrics import measured, metric_of, stored_under
-from .paths import as_path, find, keep_one, listed, natural_key, numbered_first
+from .paths import as_path, find, keep_one, lined_up_first, listed, natural_key, without_numbers
 
 _AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
 ORDERS = ("auto", "given", "natural", "mtime")
@@ -125,7 +127,7 @@ def find_series(
 
 
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Drop copies: checkpoints with the same weights at the same step, whatever their other entries.
+    """Drop copies: checkpoints with the same weights at the same step, whatever their layout and other entries.
 
     Names that differ only in numbers belong to different checkpoints, whatever the weights.
     """
@@ -133,21 +135,27 @@ def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]
     # Each comparison costs more than the one before, and is limited to headers that were equal so far.
     for look in (_outlines, _middles, _values):
         groups = [subgroup for group in groups for subgroup in _split(group, look)]
-    copies: set[Path] = set()
-    for paths in ([header.path for header in group] for group in groups):
-        first = min(paths, key=numbered_first)
-        others = [path for path in paths if _family(path) != _family(first)]
-        keep_one([first, *others], "again (the same weights)", notes)
-        copies.update(others)
-    return [header for header in headers if header.path not in copies]
+    key = lined_up_first(header.path for header in headers)
+    copies: set[Header] = set()
+    for group in groups:
+        same = sorted(group, key=lambda header: key(header.path))
+        while same:
+            first, *rest = same
+            others = [each for each in rest if _is_copy(each, first)]
+            keep_one([header.path for header in (first, *others)], "again (the same weights)", notes)
+            copies.update(others)
+            same = [each for each in rest if each not in others]
+    return [header for header in headers if header not in copies]
 
 
-def _family(path: Path) -> str:
-    return re.sub(r"\d+", "#", str(path.absolute()))
+def _is_copy(header: Header, other: Header) -> bool:
+    """Tell a copy from another checkpoint with the same weights; weights alone are of any step."""
+    a, b = stored_counters(header), stored_counters(other)
+    return without_numbers(header.path) != without_numbers(other.path) and all(a[key] == b[key] for key in a.keys() & b)
 
 
 def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list[Header]]:
-    if len({_family(header.path) for header in headers}) < 2:
+    if len({without_numbers(header.path) for header in headers}) < 2:
         return [headers]
     groups: dict[object, list[Header]] = {}
     for header in headers:
@@ -159,21 +167,29 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
 
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
-    """List (key path, spec) of all chunks, without those of the training state."""
+    """List (bare name, spec) of all chunks of the weights; if no layout tells them, of all but the training state."""
     tree = header.tree if isinstance(header.tree, dict) else {}
+    found: Iterable[tuple[tuple[Any, ...], Tensor]]
+    try:
+        tensors = select(header).tensors
+        found = (((name,), spec) for name, spec in renamed(tensors, unwrap(tensors)).items())
+    except (AlignmentError, LayoutError):
+        found = (
+            (path, spec)
+            for path, spec in tensors_in(header.tree)
+            if not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
+        )
     return [
         ((*path, *offsets), chunk)
-        for path, spec in tensors_in(header.tree)
+        for path, spec in found
         if isinstance(spec, TensorSpec)
-        and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         for offsets, chunk in spec.as_chunks
     ]
 
 
 def _outlines(header: Header) -> object:
-    """Compare names, dtypes, shapes and counters; no payload is read."""
-    specs = ((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
-    return frozenset(specs), frozenset(stored_counters(header).items())
+    """Compare names, dtypes and shapes; no payload is read."""
+    return frozenset((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
 
 
 def _middles(header: Header) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -174,18 +175,26 @@ def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
         if path.is_symlink() and not path.exists():
             raise SeriesError(_dangling(path))
         groups.setdefault(store_of(path).identity(path), {})[path.absolute()] = path
-    return [keep_one(names.values(), "under another name", notes) for names in groups.values()]
+    key = lined_up_first(path for names in groups.values() for path in names.values())
+    return [keep_one(sorted(names.values(), key=key), "under another name", notes) for names in groups.values()]
 
 
 def keep_one(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
-    kept, *others = sorted(paths, key=numbered_first)
+    """Return the first."""
+    kept, *others = paths
     notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
     return kept
 
 
-def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
-    """Sort key under which names with a number come before last and model_best."""
-    return not re.search(r"\d", path.name), natural_key(path)
+def lined_up_first(paths: Iterable[Path]) -> Callable[[Path], tuple[object, ...]]:
+    """Return a sort key: names with a number before last and model_best, then those like most of the series."""
+    times = Counter(map(without_numbers, paths))
+    return lambda path: (not re.search(r"\d", path.name), -times[without_numbers(path)], natural_key(path))
+
+
+def without_numbers(path: Path) -> str:
+    """Return what the paths of one series have in common."""
+    return re.sub(r"\d+", "#", str(path.absolute()))
 
 
 def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:

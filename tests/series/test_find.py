@@ -364,6 +364,77 @@ def test_find_series_keeps_equal_files_with_other_numbers(save: Save, suffix: st
     assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same weights): counted once.",)
 
 
+@pytest.mark.parametrize("duplicate", [shutil.copy, os.link, os.symlink])
+@settings(max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(1, 99), st.integers(1, 10**6)), min_size=3, max_size=7, unique_by=lambda eu: eu[1]),
+    st.data(),
+)
+def test_find_series_keeps_the_name_of_two_copies_that_lines_up_with_the_rest(
+    tmp_path_factory: pytest.TempPathFactory,
+    duplicate: Callable[[Path, Path], None],
+    pairs: list[tuple[int, int]],
+    data: st.DataObject,
+) -> None:
+    folder = tmp_path_factory.mktemp("copies")
+    in_order = sorted(pairs)
+    saved = [folder / f"net_{epoch}_{update}.pt" for epoch, update in in_order]
+    for value, path in enumerate(saved):
+        torch.save(weights(float(value)), path)
+    again = data.draw(st.dictionaries(st.sampled_from(range(1, 99)), st.sampled_from(saved), max_size=len(pairs) - 1))
+    for number, path in again.items():
+        duplicate(path, folder / f"net{number}.pt")
+    series = find_series([folder])
+    assert [member.path for member in series.members] == saved
+    assert sum("counted once" in note for note in series.notes) == len(again)
+
+
+def test_find_series_counts_a_copy_in_another_layout_once(save: Save) -> None:
+    """Beside the weights of each epoch, ESPnet keeps all that a run needs to go on."""
+    for i in (3, 4, 5):
+        save(f"{i}ep.pth", weights(i))
+    save("resume.pth", {"model": weights(5), "optimizers": [{"state": {0: {"m": torch.ones(9)}}}], "reporter": {}})
+    save("ddp.pth", {"state_dict": {f"module.{key}": value for key, value in weights(4).items()}, "epoch": 4})
+    save_file(weights(3), "3ep.safetensors")
+    save("new.pth", {"model": weights(6)})
+    series = find_series(["."])
+    assert sorted(names(series)) == ["3ep.pth", "4ep.pth", "5ep.pth", "new.pth"]
+    assert series.notes[:3] == (
+        "3ep.safetensors is 3ep.pth again (the same weights): counted once.",
+        "ddp.pth is 4ep.pth again (the same weights): counted once.",
+        "resume.pth is 5ep.pth again (the same weights): counted once.",
+    )
+
+
+def test_find_series_keeps_copies_of_equal_weights_at_their_own_steps(save: Save) -> None:
+    for name, step in (("frozen-1.pth", 1), ("early.pth", 1), ("frozen-2.pth", 2), ("late.pth", 2)):
+        save(name, {"model": weights(), "epoch": step})
+    series = find_series(["."])
+    assert names(series) == ["frozen-1.pth", "frozen-2.pth"]
+    assert series.notes == (
+        "early.pth is frozen-1.pth again (the same weights): counted once.",
+        "late.pth is frozen-2.pth again (the same weights): counted once.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("num_updates", lambda n: {"optimizer_history": [{"num_updates": 7}, {"num_updates": n}]}),
+        ("epoch", lambda n: {"optimizer_history": [], "extra_state": {"train_iterator": {"epoch": n}}}),
+        ("epoch", lambda n: {"reporter": {"epoch": n, "stats": {}}}),
+    ],
+)
+def test_find_series_reads_the_counters_of_fairseq_and_espnet(
+    save: Save, key: str, entry: Callable[[int], dict[str, Any]]
+) -> None:
+    for name, number in (("1", 300), ("2", 20)):
+        save(f"{name}.pt", {"model": weights(number), **entry(number)})
+    series = find_series(["*.pt"])
+    assert [member.step for member in series.members] == [20, 300]
+    assert series.ordered_by == f"the {key} stored in the files"
+
+
 def test_find_series_keeps_files_that_differ_in_one_value(save: Save) -> None:
     state = {f"w{i}": torch.zeros(100) for i in range(5)}
     save("a-1.pth", state)
