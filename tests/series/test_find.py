@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from ckpt_tools import average
 from ckpt_tools.checkpoints.steps import number_in_name, stored_counters
-from ckpt_tools.errors import LayoutError, NotACheckpointError, SeriesError, UsageError
+from ckpt_tools.errors import LayoutError, NotACheckpointError, SeriesError, UnsupportedError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.series.find import Series, find_series
 from ckpt_tools.series.paths import expand
@@ -725,16 +726,69 @@ def test_find_series_orders_files_of_one_name_by_the_numbers_of_their_folders(sa
     assert [(member.step, member.path) for member in series.members] == [(9, paths[1]), (10, paths[0])]
 
 
-def test_find_series_says_how_to_reach_the_checkpoints_of_a_trainer_folder() -> None:
+@pytest.mark.parametrize("argument", ["out", "ou?"])
+def test_find_series_rejects_the_final_model_next_to_a_series_in_folders(argument: str) -> None:
     trainer_folder(Path("out"), 1000)
     for step in (500, 1000):
         trainer_folder(Path(f"out/checkpoint-{step}"), step)
-    series = find_series(["out"])
-    assert names(series) == ["out"]
-    assert series.notes == (
-        "out is one checkpoint itself. For the checkpoints in its 2 folders, use 'out/checkpoint-*'.",
-    )
+    with pytest.raises(SeriesError, match=r"use 'out/checkpoint-\*'\. To take the one alone, give out/model\.safetens"):
+        find_series([argument])
     assert len(find_series(["out/checkpoint-*"]).members) == 2
+    assert names(find_series(["out/model.safetensors"])) == ["model.safetensors"]
+
+
+def test_find_series_notes_the_series_in_each_of_several_folders() -> None:
+    for run in ("a", "b"):
+        trainer_folder(Path(run), 1000)
+        trainer_folder(Path(f"{run}/step_500"), 500)
+        Path(f"{run}/step_500/global_step500").mkdir()
+        torch.save(weights(), f"{run}/step_500/global_step500/mp_rank_00_model_states.pt")
+    assert find_series(["a", "b"], order="given").notes[:2] == tuple(
+        f"{run} is one checkpoint itself. For those in its folder, use '{run}/step_*'." for run in ("a", "b")
+    )
+    assert names(find_series(["a/step_500"])) == ["step_500"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "series", "glob"),
+    [
+        ("run/pytorch_model.bin", ["run/step-1.safetensors", "run/step-2.safetensors"], "run/step-*.safetensors"),
+        ("run/net.pt", ["run/epochs/1.pt", "run/epochs/2.pt"], "run/epochs"),
+        ("run/net.pt", ["run/it_100/w.pt", "run/it_200/w.pt"], "run/it_*"),
+    ],
+)
+def test_find_series_rejects_one_file_next_to_a_series_unless_it_is_given_by_its_path(
+    plain: Callable[..., list[Path]], alone: str, series: list[str], glob: str
+) -> None:
+    plain(alone, *series)
+    for argument in ("run", f"{alone[:-1]}?"):
+        advice = f"To average the series, use '{glob}'. To take the one alone, give {alone}."
+        with pytest.raises(SeriesError, match=re.escape(advice)):
+            find_series([argument])
+    assert names(find_series([alone])) == [Path(alone).name]
+    assert len(find_series([glob]).members) == 2
+
+
+def test_find_series_takes_a_folder_with_other_files_of_one_checkpoint(plain: Callable[..., list[Path]]) -> None:
+    plain("run/model.safetensors", "run/model.fp16.safetensors", "run/consolidated.00.pth", "run/consolidated.01.pth")
+    Path("run/logs").mkdir()
+    series = find_series(["run"])
+    assert (names(series), series.notes) == (["run"], ())
+
+
+@pytest.mark.parametrize("further", ["model_1.safetensors", "pytorch_model_1.bin"])
+def test_find_series_rejects_folders_with_several_models_but_takes_the_files_of_one(
+    plain: Callable[..., list[Path]], further: str
+) -> None:
+    first = further.replace("_1", "")
+    plain(*(f"ckpt_{step}/{name}" for step in (5, 10) for name in (first, further)))
+    for paths in (["ckpt_5"], ["ckpt_*"]):
+        with pytest.raises(
+            UnsupportedError, match=rf"ckpt_5: has several models: {first}, {further}\. Give one by the"
+        ):
+            find_series(paths)
+    for name in (first, further):
+        assert [member.step for member in find_series([f"ckpt_*/{name}"]).members] == [5, 10]
 
 
 def test_find_series_rejects_loose_shards() -> None:
