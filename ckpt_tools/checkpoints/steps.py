@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..formats import FORMATS
 from ..formats.header import Header
 from ..formats.tree import follow
 from ..storage.source import read_file, store_of
-from ..tensors import TensorSpec
+from .scalars import as_number
 
 # Finer counters first: a file that stores both a step and an epoch is ordered by its step.
 _STEP_KEYS = (
@@ -51,7 +51,7 @@ class Positions:
 
 
 def stored_counters(header: Header) -> dict[str, int]:
-    """Return the training counters that a checkpoint stores as whole numbers, by name."""
+    """Return the training counters that a checkpoint stores as whole numbers, or tensors of one, by name."""
     return {key: value for key, value in _stored_numbers(header).items() if isinstance(value, int)}
 
 
@@ -61,7 +61,7 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
     metadata = {key: _parsed(text) for key, text in header.metadata.items() if key in _STEP_KEYS}
     for source in (*_mappings(header), trainer_state(header), metadata):
         for key in _STEP_KEYS:
-            value = source.get(key)
+            value = as_number(header, source.get(key))
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1 << 63:
                 continue
             counters.setdefault(key, int(value) if value == int(value) else value)
@@ -171,16 +171,3 @@ def named_positions(paths: Sequence[Path]) -> Positions:
         if numbers not in agreeing
     ]
     return Positions(keys, agreeing[-1], "name", by, remarks)
-
-
-def unread_tensors(headers: Sequence[Header], stored: Positions | None) -> list[str]:
-    """Note a training counter that would have decided, but is a tensor, whose value no header has."""
-    finer = _STEP_KEYS if stored is None else _STEP_KEYS[: _STEP_KEYS.index(stored.counter)]
-    found = (
-        f"{header.path}: its '{key}' is a tensor, which is not read here, so it does not count as the step."
-        for header in headers
-        for mapping in _mappings(header)
-        for key in finer
-        if isinstance(value := mapping.get(key), TensorSpec) and value.numel == 1
-    )
-    return [*islice(found, 1)]

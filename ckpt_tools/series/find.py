@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from ..checkpoints.layouts import select
 from ..checkpoints.optimizers import looks_like_training_state
 from ..checkpoints.prefixes import renamed, unwrap
-from ..checkpoints.steps import named_positions, stored_counters, stored_positions, telling_names, unread_tensors
+from ..checkpoints.steps import named_positions, stored_counters, stored_positions, telling_names
 from ..errors import AlignmentError, LayoutError, ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
@@ -283,9 +284,7 @@ def _some(paths: Sequence[Path]) -> str:
 
 
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:
-    stored = stored_positions(headers)
-    notes.extend(unread_tensors(headers, stored))
-    places = stored or named_positions([header.path for header in headers])
+    places = stored_positions(headers) or named_positions([header.path for header in headers])
     members = [
         Member(header.path, header, step, None if step is None else places.counter)
         for header, step in zip(headers, places.steps, strict=True)
@@ -356,12 +355,13 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
 
 def _unranked(header: Header, key: str) -> str:
     """Return the message for a checkpoint without a usable metric."""
-    known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
+    numbers = (k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None)
+    known = [*islice(numbers, 8)]
     what = f"has no number under '{key}'"
-    advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It stores no numbers."
+    advice = f"Name another with `metric`; it has {', '.join(known)}." if known else "It stores no numbers."
     stored = stored_under(header, key)
     if isinstance(stored, TensorSpec):
-        what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
+        what, advice = f"its '{key}' is a tensor, and not of one number", "Store metric.item() to have a number."
     elif isinstance(stored, float):
         what, advice = f"its '{key}' is NaN", "Leave this file out."
     return f"{header.path}: {what}, so `best` cannot rank it. {advice}"

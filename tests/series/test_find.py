@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools import average
+from ckpt_tools.checkpoints.scalars import as_number
 from ckpt_tools.checkpoints.steps import number_in_name, stored_counters
 from ckpt_tools.errors import LayoutError, NotACheckpointError, SeriesError, UnsupportedError, UsageError
 from ckpt_tools.formats import read_header
@@ -228,14 +232,12 @@ def test_find_series_orders_by_a_stored_fraction(save: Save) -> None:
     assert (series.ordered_by, series.notes) == ("the epoch stored in the files", ())
 
 
-def test_find_series_notes_a_step_in_a_tensor_as_unread(save: Save) -> None:
+def test_find_series_reads_a_step_in_a_tensor(save: Save) -> None:
     for name, step in (("a-1.pth", 2), ("a-2.pth", 1)):
         save(name, {"state_dict": weights(step), "step": torch.tensor(step), "epoch": 3 - step})
     series = find_series(["*.pth"])
-    assert names(series) == ["a-1.pth", "a-2.pth"]
-    assert series.notes == (
-        "a-1.pth: its 'step' is a tensor, which is not read here, so it does not count as the step.",
-    )
+    assert [(member.path.name, member.step) for member in series.members] == [("a-2.pth", 1), ("a-1.pth", 2)]
+    assert (series.ordered_by, series.notes) == ("the step stored in the files", ())
 
 
 @pytest.mark.parametrize("key", ["step", "global_step", "epoch"])
@@ -603,11 +605,48 @@ def test_find_series_rejects_a_metric_that_is_no_number(save: Save, metric: Any)
         find_series(["a.pth"], best=1)
 
 
-@pytest.mark.parametrize(("metric", "what"), [(float("nan"), "is NaN"), (torch.tensor(1.0), "is a tensor")])
+@pytest.mark.parametrize(
+    ("metric", "what"), [(float("nan"), "is NaN"), (torch.ones(2), "is a tensor"), (torch.tensor(math.nan), "is NaN")]
+)
 def test_find_series_says_what_a_metric_is_that_cannot_be_ranked(save: Save, metric: Any, what: str) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
     with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so `best` cannot rank it"):
         find_series(["a.pth"], best=1)
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "dcp"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
+)
+def test_find_series_with_best_reads_a_metric_that_is_a_tensor(save: Save, write: str, dtype: str) -> None:
+    scores = torch.tensor([3, 100, 40, 77, 12], dtype=getattr(torch, dtype))
+    for i, score in enumerate(scores):
+        state = {"net": weights(i), "val": {"score": score.reshape(1, 1) if i % 2 else score}}
+        if write == "safetensors":
+            save_file({**weights(i), "val.score": score.clone()}, f"run-{i}.st")
+        elif write == "dcp":
+            with warnings.catch_warnings(action="ignore"):  # of a single process
+                dcp.save(state, checkpoint_id=f"run-{i}.st")
+        else:
+            save(f"run-{i}.st", state, _use_new_zipfile_serialization=write == "zip")
+    (best,) = find_series(["run-*.st"], best=1, metric="val.score").members
+    worst = find_series(["run-*.st"], best=2, metric="val.score", lower_is_better=True)
+    assert best.path.name == f"run-{int(scores.double().argmax())}.st"
+    assert names(worst) == [f"run-{i}.st" for i in sorted(scores.double().argsort()[:2].tolist())]
+
+
+def test_as_number_reads_the_value_that_torch_reads(tmp_path: Path) -> None:
+    values = {
+        "f": torch.tensor(1 / 3),
+        "b": torch.tensor(-2.71828, dtype=torch.bfloat16),
+        "i": torch.tensor([-(2**62)]),
+    }
+    values |= {"view": torch.arange(9, dtype=torch.float64)[4], "many": torch.ones(2)}
+    torch.save(values, tmp_path / "a.pt")
+    header = read_header(tmp_path / "a.pt")
+    for name in ("f", "b", "i", "view"):
+        assert as_number(header, header.tree[name]) == values[name].item()
+    assert as_number(header, header.tree["many"]) is header.tree["many"]
 
 
 def test_find_series_takes_the_metrics_of_trainer_folders_at_their_step() -> None:
