@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 from ..formats.header import Header
-from ..storage.source import OpenFiles, read_at
-from ..tensors import TensorSpec
 from .layouts import StateDict
-
-_CODES = {"int64": "q", "int32": "i", "float64": "d", "float32": "f", "float16": "e"}
+from .scalars import as_number
 
 
 def _number(header: Header, value: Any) -> float | None:
-    """Read a number, or a tensor of one element, for which torch need not be imported."""
-    if isinstance(value, TensorSpec) and value.numel == 1 and value.dtype.name in _CODES:
-        with OpenFiles(header.files) as files:
-            files.open(value.storage.path)
-            raw = bytearray(value.dtype.itemsize)
-            read_at(files[value.storage.path], memoryview(raw), value.begin, value.storage.path)
-        order = ">" if value.storage.big_endian else "<"
-        value = struct.unpack(order + _CODES[value.dtype.name], raw)[0]
+    """Read a number, or a tensor of one element."""
+    value = as_number(header, value)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 

@@ -6,21 +6,24 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..formats import FORMATS
 from ..formats.header import Header
+from ..formats.tree import follow
 from ..storage.source import read_file, store_of
-from ..tensors import TensorSpec
+from .scalars import as_number
 
 # Finer counters first: a file that stores both a step and an epoch is ordered by its step.
 _STEP_KEYS = (
     "global_step", "global_steps", "step", "num_steps", "iteration", "iter", "iter_num", "num_updates",
     "batch_idx_train", "epoch",
 )  # fmt: skip
-_NESTED = ("meta", "trainer_state")  # mmengine keeps its training counters one level down
+# Where mmengine, ESPnet and fairseq keep their training counters.
+_NESTED = (("meta",), ("trainer_state",), ("reporter",), ("extra_state", "train_iterator"))
+_HISTORY = ("optimizer_history",)  # of fairseq; the last entry is of now
 # Coarse to fine. A decimal is a metric (acc0.91), not a counter, unless it counts thousands or millions.
 _WORDS = ("epoch", "iter", "step")
 _NUMBER = re.compile(
@@ -48,7 +51,7 @@ class Positions:
 
 
 def stored_counters(header: Header) -> dict[str, int]:
-    """Return the training counters that a checkpoint stores as whole numbers, by name."""
+    """Return the training counters that a checkpoint stores as whole numbers, or tensors of one, by name."""
     return {key: value for key, value in _stored_numbers(header).items() if isinstance(value, int)}
 
 
@@ -58,7 +61,7 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
     metadata = {key: _parsed(text) for key, text in header.metadata.items() if key in _STEP_KEYS}
     for source in (*_mappings(header), trainer_state(header), metadata):
         for key in _STEP_KEYS:
-            value = source.get(key)
+            value = as_number(header, source.get(key))
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1 << 63:
                 continue
             counters.setdefault(key, int(value) if value == int(value) else value)
@@ -67,9 +70,10 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
 
 def _mappings(header: Header) -> list[dict[Any, Any]]:
     """Return the dicts of the saved object that may hold training counters."""
-    tree = header.content
-    nested = [tree.get(key) for key in _NESTED] if isinstance(tree, dict) else []
-    return [mapping for mapping in (tree, *nested) if isinstance(mapping, dict)]
+    history = follow(header.content, _HISTORY)
+    found = [header.content, *(follow(header.content, path) for path in _NESTED)]
+    found += history[-1:] if isinstance(history, list) else []
+    return [mapping for mapping in found if isinstance(mapping, dict)]
 
 
 def _parsed(text: str) -> float | None:
@@ -126,15 +130,19 @@ def stored_positions(headers: Sequence[Header]) -> Positions | None:
     return Positions([(value,) for value in values], steps, key, f"the {key} stored in the files")
 
 
+def telling_names(paths: Sequence[Path]) -> Sequence[str]:
+    """Return the names, or where all are the same (epoch_1/weights.pt), those of the nearest folders that differ."""
+    levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
+    return next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
+
+
 def named_positions(paths: Sequence[Path]) -> Positions:
     """Order checkpoints by the numbers in their names.
 
     Where the numbers of all names line up, those that vary decide: the ones behind a word, the coarser first
     (iterations may start anew in each epoch), or else all of them from left to right.
     """
-    # Names, or where all are the same (epoch_1/weights.pt), the nearest folders that differ.
-    levels = zip(*(reversed(path.absolute().parts) for path in paths), strict=False)
-    names = next((level for level in levels if len(set(level)) > 1), [path.name for path in paths])
+    names = telling_names(paths)
     rows = [_numbers_in(name) for name in names]
     # One name for each sequence of words before the numbers.
     forms = {tuple(word for word, _ in row): name for row, name in sorted(zip(rows, names, strict=True), reverse=True)}
@@ -163,16 +171,3 @@ def named_positions(paths: Sequence[Path]) -> Positions:
         if numbers not in agreeing
     ]
     return Positions(keys, agreeing[-1], "name", by, remarks)
-
-
-def unread_tensors(headers: Sequence[Header], stored: Positions | None) -> list[str]:
-    """Note a training counter that would have decided, but is a tensor, whose value no header has."""
-    finer = _STEP_KEYS if stored is None else _STEP_KEYS[: _STEP_KEYS.index(stored.counter)]
-    found = (
-        f"{header.path}: its '{key}' is a tensor, which is not read here, so it does not count as the step."
-        for header in headers
-        for mapping in _mappings(header)
-        for key in finer
-        if isinstance(value := mapping.get(key), TensorSpec) and value.numel == 1
-    )
-    return [*islice(found, 1)]

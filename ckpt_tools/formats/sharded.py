@@ -12,7 +12,7 @@ from sys import intern
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..errors import CorruptError, UsageError
+from ..errors import CorruptError, UnsupportedError, UsageError
 from ..storage.source import read_file, store_of
 from ..storage.splice import Splice
 from .file_plan import FilePlan, OutTensor, whole_file
@@ -25,6 +25,8 @@ from .torch_zip import TORCH_ZIP
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors")
 """A folder with one of these files is a Hugging Face checkpoint."""
+FURTHER_MODEL = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)")
+"""A file with the second model, and so on, of Accelerate; the first has a name of `SINGLE`."""
 _INDEXES = tuple(f"{stem}.index.json" for stem in SINGLE)
 
 
@@ -47,11 +49,20 @@ class Sharded(Format):
 
         Raises:
             CorruptError: the index is invalid, leads outside its folder, or differs from its shards.
+            UnsupportedError: the folder has several models.
         """
-        inside = checkpoint_inside(path) if store_of(path).is_folder(path) else path
-        if inside is not None and inside.name.endswith(INDEX_SUFFIXES):
+        inside = checkpoint_inside(path) if store_of(path).is_folder(path) else None
+        if inside is not None and inside.name in SINGLE:
+            further = sorted(filter(FURTHER_MODEL.fullmatch, store_of(path).names(path)))
+            if further:
+                raise UnsupportedError(
+                    f"{path}: has several models: {', '.join((inside.name, *further))}. Give one by the path of its "
+                    f"file, such as {path / further[0]}."
+                )
+        inside = inside or path
+        if inside.name.endswith(INDEX_SUFFIXES):
             return _read_index(self, inside, path)
-        return replace(read_single(inside or path), path=path)
+        return replace(read_single(inside), path=path)
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
         like, stem = writing.like, writing.stem

@@ -110,7 +110,7 @@ class Selection(Options):
     from_step: int | None = option("From this step (or epoch) on.", None, metavar="N")
     to_step: int | None = option("Up to this step (or epoch).", None, metavar="N")
     order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
-    include_outputs: bool = option("Include files that ckpt wrote.", False)
+    include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
 
 
 class Matching(Options):

@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from ..checkpoints.layouts import select
 from ..checkpoints.optimizers import looks_like_training_state
-from ..checkpoints.steps import named_positions, stored_counters, stored_positions, unread_tensors
-from ..errors import ReadError, SeriesError, UsageError
+from ..checkpoints.prefixes import renamed, unwrap
+from ..checkpoints.steps import named_positions, stored_counters, stored_positions, telling_names
+from ..errors import AlignmentError, LayoutError, ReadError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..storage.source import LOCAL, OpenFiles, read_at, store_of
-from ..tensors import TensorSpec
+from ..tensors import Tensor, TensorSpec
 from .metrics import measured, metric_of, stored_under
-from .paths import find, keep_one, natural_key, numbered_first
+from .paths import as_path, find, keep_one, lined_up_first, listed, natural_key, without_numbers
 
+_AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
 ORDERS = ("auto", "given", "natural", "mtime")
 
 
@@ -49,7 +53,7 @@ class Series:
         members: the checkpoints to average.
         given: all checkpoints found, selected or not, except ckpt-tools outputs that were left out.
         ordered_by: in words.
-        notes: decisions to report: duplicates, outputs left out, ties.
+        notes: decisions to report: duplicates, outputs and averages left out, ties.
     """
 
     members: tuple[Member, ...]
@@ -85,10 +89,10 @@ def find_series(
         lower_is_better: for a metric such as a loss.
         every: keep every K-th, counted back from the last.
         from_step, to_step: inclusive bounds of the step.
-        include_outputs: include files that ckpt-tools wrote.
+        include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
 
     Raises:
-        UsageError, SeriesError: an invalid selection; no checkpoint found or left.
+        UsageError, SeriesError: an invalid selection; no checkpoint found or left; one left beside averages.
         ReadError: a file is not a checkpoint.
     """
     counts = {"last": last, "best": best, "every": every}
@@ -102,11 +106,14 @@ def find_series(
     if best is None and (lower_is_better or metric != "metric"):
         raise UsageError("`metric` and `lower_is_better` go with `best`.")
     notes: list[str] = []
+    paths = listed(paths)
     found = find(paths, notes)
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
     headers = _without_copies([header for header in headers if header.path not in ours], notes)
+    if not include_outputs:
+        headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
     members, ordered_by = _ordered(headers, order, notes)
     members = _between(members, from_step, to_step)
     if best is not None:
@@ -121,7 +128,7 @@ def find_series(
 
 
 def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Drop copies: checkpoints with the same weights at the same step, whatever their other entries.
+    """Drop copies: checkpoints with the same weights at the same step, whatever their layout and other entries.
 
     Names that differ only in numbers belong to different checkpoints, whatever the weights.
     """
@@ -129,21 +136,27 @@ def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]
     # Each comparison costs more than the one before, and is limited to headers that were equal so far.
     for look in (_outlines, _middles, _values):
         groups = [subgroup for group in groups for subgroup in _split(group, look)]
-    copies: set[Path] = set()
-    for paths in ([header.path for header in group] for group in groups):
-        first = min(paths, key=numbered_first)
-        others = [path for path in paths if _family(path) != _family(first)]
-        keep_one([first, *others], "again (the same weights)", notes)
-        copies.update(others)
-    return [header for header in headers if header.path not in copies]
+    key = lined_up_first(header.path for header in headers)
+    copies: set[Header] = set()
+    for group in groups:
+        same = sorted(group, key=lambda header: key(header.path))
+        while same:
+            first, *rest = same
+            others = [each for each in rest if _is_copy(each, first)]
+            keep_one([header.path for header in (first, *others)], "again (the same weights)", notes)
+            copies.update(others)
+            same = [each for each in rest if each not in others]
+    return [header for header in headers if header not in copies]
 
 
-def _family(path: Path) -> str:
-    return re.sub(r"\d+", "#", str(path.absolute()))
+def _is_copy(header: Header, other: Header) -> bool:
+    """Tell a copy from another checkpoint with the same weights; weights alone are of any step."""
+    a, b = stored_counters(header), stored_counters(other)
+    return without_numbers(header.path) != without_numbers(other.path) and all(a[key] == b[key] for key in a.keys() & b)
 
 
 def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list[Header]]:
-    if len({_family(header.path) for header in headers}) < 2:
+    if len({without_numbers(header.path) for header in headers}) < 2:
         return [headers]
     groups: dict[object, list[Header]] = {}
     for header in headers:
@@ -155,21 +168,29 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
 
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
-    """List (key path, spec) of all chunks, without those of the training state."""
+    """List (bare name, spec) of all chunks of the weights; if no layout tells them, of all but the training state."""
     tree = header.tree if isinstance(header.tree, dict) else {}
+    found: Iterable[tuple[tuple[Any, ...], Tensor]]
+    try:
+        tensors = select(header).tensors
+        found = (((name,), spec) for name, spec in renamed(tensors, unwrap(tensors)).items())
+    except (AlignmentError, LayoutError):
+        found = (
+            (path, spec)
+            for path, spec in tensors_in(header.tree)
+            if not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
+        )
     return [
         ((*path, *offsets), chunk)
-        for path, spec in tensors_in(header.tree)
+        for path, spec in found
         if isinstance(spec, TensorSpec)
-        and not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         for offsets, chunk in spec.as_chunks
     ]
 
 
 def _outlines(header: Header) -> object:
-    """Compare names, dtypes, shapes and counters; no payload is read."""
-    specs = ((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
-    return frozenset(specs), frozenset(stored_counters(header).items())
+    """Compare names, dtypes and shapes; no payload is read."""
+    return frozenset((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
 
 
 def _middles(header: Header) -> object:
@@ -226,10 +247,44 @@ def _outputs(headers: Sequence[Header], notes: list[str]) -> set[Path]:
     return ours
 
 
+def _without_averages(headers: Sequence[Header], given: Collection[Path], notes: list[str]) -> list[Header]:
+    """Leave out averages that other tools made of the series, as their names say.
+
+    A word for an average that all names have tells nothing, and neither does one in several EMAs, which may be a series
+    of their own. Paths of `given` stay.
+
+    Raises:
+        SeriesError: it would leave one checkpoint only.
+    """
+    paths = [header.path for header in headers]
+    words = [{word.lower() for word in _AVERAGE.findall(name)} for name in telling_names(paths)]
+    shared = set.intersection(*words)
+    marked = {path: own for path, each in zip(paths, words, strict=True) if (own := each - shared)}
+    if len(marked) == len(paths):
+        return [*headers]
+    asked = [path for path in marked if path in given]
+    if asked:
+        notes.append(f"By their names these are averages, and count because their paths are given: {_some(asked)}.")
+    emas = [path for path, own in marked.items() if own == {"ema"}]
+    left_out = [path for path in marked if path not in given and (path not in emas or len(emas) == 1)]
+    if left_out and len(paths) - len(left_out) == 1:
+        (other,) = (path for path in paths if path not in left_out)
+        raise SeriesError(
+            f"{_some(left_out)}: averages by their names, beside {other} alone. Give the paths of the checkpoints to "
+            "average, or add `include_outputs` to take all of them."
+        )
+    notes.extend(
+        f"{path.name} is an average by its name: left out (add it with `include_outputs`)." for path in left_out
+    )
+    return [header for header in headers if header.path not in left_out]
+
+
+def _some(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
 def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[list[Member], str]:
-    stored = stored_positions(headers)
-    notes.extend(unread_tensors(headers, stored))
-    places = stored or named_positions([header.path for header in headers])
+    places = stored_positions(headers) or named_positions([header.path for header in headers])
     members = [
         Member(header.path, header, step, None if step is None else places.counter)
         for header, step in zip(headers, places.steps, strict=True)
@@ -300,12 +355,13 @@ def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool,
 
 def _unranked(header: Header, key: str) -> str:
     """Return the message for a checkpoint without a usable metric."""
-    known = [k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None]
+    numbers = (k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None)
+    known = [*islice(numbers, 8)]
     what = f"has no number under '{key}'"
-    advice = f"Name another with `metric`; it has {', '.join(known[:8])}." if known else "It stores no numbers."
+    advice = f"Name another with `metric`; it has {', '.join(known)}." if known else "It stores no numbers."
     stored = stored_under(header, key)
     if isinstance(stored, TensorSpec):
-        what, advice = f"its '{key}' is a tensor, which is not read here", "Store metric.item() to have a number."
+        what, advice = f"its '{key}' is a tensor, and not of one number", "Store metric.item() to have a number."
     elif isinstance(stored, float):
         what, advice = f"its '{key}' is NaN", "Leave this file out."
     return f"{header.path}: {what}, so `best` cannot rank it. {advice}"

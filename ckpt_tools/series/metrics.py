@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..checkpoints.scalars import as_number
 from ..checkpoints.steps import trainer_state
 from ..formats.header import Header
 
@@ -21,13 +22,13 @@ def metric_of(header: Header, key: str) -> float | None:
 
 
 def stored_under(header: Header, key: str) -> Any:
-    """Return the value of a checkpoint at a key, dotted if nested; None if there is none."""
+    """Return the value of a checkpoint at a key, dotted if nested, or the number in a tensor; None if there is none."""
     node: Any = measured(header)
     for part in [key] if key in node else key.split("."):
         if not isinstance(node, dict):
             return None
         node = node.get(part)
-    return node
+    return as_number(header, node)
 
 
 def measured(header: Header) -> dict[Any, Any]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
+from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
 from ..storage.source import store_of
 
 _MAGIC = re.compile("[*?[]")
@@ -36,7 +38,23 @@ _SHARDS = (
 )
 
 
-def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
+def listed(paths: Iterable[str | Path]) -> list[str | Path]:
+    """Return paths as a list.
+
+    Raises:
+        UsageError: they are not several.
+    """
+    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
+        raise UsageError(f"paths is a list of paths, not {paths!r}.")
+    return [*paths]
+
+
+def as_path(given: str | Path) -> Path:
+    """Return what a user gives as a path."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
+
+
+def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
     """Expand files, globs and folders to checkpoints, without duplicates.
 
     Args:
@@ -44,14 +62,12 @@ def find(paths: Iterable[str | Path], notes: list[str]) -> list[Path]:
 
     Raises:
         UsageError: an argument is not a path.
-        SeriesError: a path that does not exist, a glob without matches, a folder without checkpoints, or shards of
-            one checkpoint.
+        SeriesError: a path that does not exist, a glob without matches, a folder without checkpoints, shards of one
+            checkpoint, or one checkpoint next to a series.
     """
-    if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
-        raise UsageError(f"paths is a list of paths, not {paths!r}.")
     try:
         found = _without_duplicates(expand(paths), notes)
-        _note_nested(found, notes)
+        _note_nested(found, {as_path(each) for each in paths}, notes)
     except OSError as error:
         raise SeriesError(f"{error.filename}: {error.strerror}.") from error
     _refuse_shards(found)
@@ -71,7 +87,7 @@ def _find(given: str | Path) -> list[Path]:
         raise UsageError(f"a path is text, not {given!r}.")
     if given == "":
         raise SeriesError("an empty path. Is a variable of the shell unset?")
-    path = Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
+    path = as_path(given)
     store = store_of(path)
     if store.is_folder(path):
         return _in_folder(path)
@@ -102,13 +118,17 @@ def _in_folder(folder: Path) -> list[Path]:
 def _checkpoints(folder: Path) -> list[Path]:
     if is_checkpoint(folder):
         return [folder]
-    store, known = store_of(folder), suffixes()
+    store = store_of(folder)
     return [
         child
         for child in _children(folder)
-        if (store.is_file(child) and child.name.endswith(known) and not _NOT_WEIGHTS.search(child.name))
+        if _is_weights(child)
         or (store.is_folder(child) and is_checkpoint(child) and not _OPTIMIZER_FOLDER.fullmatch(child.name))
     ]
+
+
+def _is_weights(path: Path) -> bool:
+    return path.name.endswith(suffixes()) and not _NOT_WEIGHTS.search(path.name) and store_of(path).is_file(path)
 
 
 def _children(folder: Path) -> list[Path]:
@@ -160,31 +180,65 @@ def _without_duplicates(paths: Sequence[Path], notes: list[str]) -> list[Path]:
         if path.is_symlink() and not path.exists():
             raise SeriesError(_dangling(path))
         groups.setdefault(store_of(path).identity(path), {})[path.absolute()] = path
-    return [keep_one(names.values(), "under another name", notes) for names in groups.values()]
+    key = lined_up_first(path for names in groups.values() for path in names.values())
+    return [keep_one(sorted(names.values(), key=key), "under another name", notes) for names in groups.values()]
 
 
 def keep_one(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
-    kept, *others = sorted(paths, key=numbered_first)
+    """Return the first."""
+    kept, *others = paths
     notes.extend(f"{other} is {kept} {what}: counted once." for other in others)
     return kept
 
 
-def numbered_first(path: Path) -> tuple[bool, tuple[object, ...]]:
-    """Sort key under which names with a number come before last and model_best."""
-    return not re.search(r"\d", path.name), natural_key(path)
+def lined_up_first(paths: Iterable[Path]) -> Callable[[Path], tuple[object, ...]]:
+    """Return a sort key: names with a number before last and model_best, then those like most of the series."""
+    times = Counter(map(without_numbers, paths))
+    return lambda path: (not re.search(r"\d", path.name), -times[without_numbers(path)], natural_key(path))
 
 
-def _note_nested(paths: Sequence[Path], notes: list[str]) -> None:
-    """Note checkpoints inside a checkpoint: Hugging Face's Trainer saves the last weights next to its checkpoints."""
+def without_numbers(path: Path) -> str:
+    """Return what the paths of one series have in common."""
+    return re.sub(r"\d+", "#", str(path.absolute()))
+
+
+def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str]) -> None:
+    """Note a series in the folder of a checkpoint: Hugging Face's Trainer saves the last weights next to its others.
+
+    Raises:
+        SeriesError: that checkpoint is the only one, and is not given by the path of its file.
+    """
+    alone = len(paths) == 1
     for path in paths:
-        store = store_of(path)
-        inside = _children(path) if store.is_folder(path) else []
-        inner = [child for child in inside if store.is_folder(child) and is_checkpoint(child)]
-        if inner:
-            notes.append(
-                f"{path} is one checkpoint itself. For the checkpoints in its {len(inner)} folders, "
-                f"use '{_like(inner[0])}'."
+        folder = store_of(path).is_folder(path)
+        if not folder and (not alone or path in given):
+            continue
+        inside = _series_in(path if folder else path.parent)
+        if inside and alone:
+            file = checkpoint_inside(path) if folder else path
+            way = "" if file is None else f" To take the one alone, give {file}."
+            raise SeriesError(
+                f"{path} is one checkpoint, and a series is next to it. To average the series, use '{inside[0]}'.{way}"
             )
+        notes.extend(f"{path} is one checkpoint itself. For those in its folder, use '{each}'." for each in inside)
+
+
+def _series_in(folder: Path) -> list[Path]:
+    """Return globs for the series in a folder that is a checkpoint or has one: in folders below, or loose files."""
+    store, loose = store_of(folder), is_checkpoint(folder)
+    times: Counter[Path] = Counter()
+    for child in _children(folder):
+        if not store.is_folder(child):
+            own = [child] if loose and re.search(r"\d", child.name) and _is_weights(child) else []
+        else:
+            own = _checkpoints(child) * (1 + is_checkpoint(child))  # one is enough, if it is a folder
+        times[_like(child)] += sum(not _is_part(each) for each in own)
+    return [glob for glob, n in times.items() if n > 1]
+
+
+def _is_part(path: Path) -> bool:
+    """True for a shard, and for a further model of a checkpoint."""
+    return bool(FURTHER_MODEL.fullmatch(path.name)) or any(p.search(str(path.absolute())) for p, _ in _SHARDS)
 
 
 def _refuse_shards(paths: Sequence[Path]) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ckpt_tools import average
+from ckpt_tools.checkpoints.scalars import as_number
 from ckpt_tools.checkpoints.steps import number_in_name, stored_counters
-from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
+from ckpt_tools.errors import LayoutError, NotACheckpointError, SeriesError, UnsupportedError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.series.find import Series, find_series
 from ckpt_tools.series.paths import expand
@@ -227,14 +232,12 @@ def test_find_series_orders_by_a_stored_fraction(save: Save) -> None:
     assert (series.ordered_by, series.notes) == ("the epoch stored in the files", ())
 
 
-def test_find_series_notes_a_step_in_a_tensor_as_unread(save: Save) -> None:
+def test_find_series_reads_a_step_in_a_tensor(save: Save) -> None:
     for name, step in (("a-1.pth", 2), ("a-2.pth", 1)):
         save(name, {"state_dict": weights(step), "step": torch.tensor(step), "epoch": 3 - step})
     series = find_series(["*.pth"])
-    assert names(series) == ["a-1.pth", "a-2.pth"]
-    assert series.notes == (
-        "a-1.pth: its 'step' is a tensor, which is not read here, so it does not count as the step.",
-    )
+    assert [(member.path.name, member.step) for member in series.members] == [("a-2.pth", 1), ("a-1.pth", 2)]
+    assert (series.ordered_by, series.notes) == ("the step stored in the files", ())
 
 
 @pytest.mark.parametrize("key", ["step", "global_step", "epoch"])
@@ -364,6 +367,77 @@ def test_find_series_keeps_equal_files_with_other_numbers(save: Save, suffix: st
     assert series.notes == (f"last.{suffix} is c-1.{suffix} again (the same weights): counted once.",)
 
 
+@pytest.mark.parametrize("duplicate", [shutil.copy, os.link, os.symlink])
+@settings(max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(1, 99), st.integers(1, 10**6)), min_size=3, max_size=7, unique_by=lambda eu: eu[1]),
+    st.data(),
+)
+def test_find_series_keeps_the_name_of_two_copies_that_lines_up_with_the_rest(
+    tmp_path_factory: pytest.TempPathFactory,
+    duplicate: Callable[[Path, Path], None],
+    pairs: list[tuple[int, int]],
+    data: st.DataObject,
+) -> None:
+    folder = tmp_path_factory.mktemp("copies")
+    in_order = sorted(pairs)
+    saved = [folder / f"net_{epoch}_{update}.pt" for epoch, update in in_order]
+    for value, path in enumerate(saved):
+        torch.save(weights(float(value)), path)
+    again = data.draw(st.dictionaries(st.sampled_from(range(1, 99)), st.sampled_from(saved), max_size=len(pairs) - 1))
+    for number, path in again.items():
+        duplicate(path, folder / f"net{number}.pt")
+    series = find_series([folder])
+    assert [member.path for member in series.members] == saved
+    assert sum("counted once" in note for note in series.notes) == len(again)
+
+
+def test_find_series_counts_a_copy_in_another_layout_once(save: Save) -> None:
+    """Beside the weights of each epoch, ESPnet keeps all that a run needs to go on."""
+    for i in (3, 4, 5):
+        save(f"{i}ep.pth", weights(i))
+    save("resume.pth", {"model": weights(5), "optimizers": [{"state": {0: {"m": torch.ones(9)}}}], "reporter": {}})
+    save("ddp.pth", {"state_dict": {f"module.{key}": value for key, value in weights(4).items()}, "epoch": 4})
+    save_file(weights(3), "3ep.safetensors")
+    save("new.pth", {"model": weights(6)})
+    series = find_series(["."])
+    assert sorted(names(series)) == ["3ep.pth", "4ep.pth", "5ep.pth", "new.pth"]
+    assert series.notes[:3] == (
+        "3ep.safetensors is 3ep.pth again (the same weights): counted once.",
+        "ddp.pth is 4ep.pth again (the same weights): counted once.",
+        "resume.pth is 5ep.pth again (the same weights): counted once.",
+    )
+
+
+def test_find_series_keeps_copies_of_equal_weights_at_their_own_steps(save: Save) -> None:
+    for name, step in (("frozen-1.pth", 1), ("early.pth", 1), ("frozen-2.pth", 2), ("late.pth", 2)):
+        save(name, {"model": weights(), "epoch": step})
+    series = find_series(["."])
+    assert names(series) == ["frozen-1.pth", "frozen-2.pth"]
+    assert series.notes == (
+        "early.pth is frozen-1.pth again (the same weights): counted once.",
+        "late.pth is frozen-2.pth again (the same weights): counted once.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("num_updates", lambda n: {"optimizer_history": [{"num_updates": 7}, {"num_updates": n}]}),
+        ("epoch", lambda n: {"optimizer_history": [], "extra_state": {"train_iterator": {"epoch": n}}}),
+        ("epoch", lambda n: {"reporter": {"epoch": n, "stats": {}}}),
+    ],
+)
+def test_find_series_reads_the_counters_of_fairseq_and_espnet(
+    save: Save, key: str, entry: Callable[[int], dict[str, Any]]
+) -> None:
+    for name, number in (("1", 300), ("2", 20)):
+        save(f"{name}.pt", {"model": weights(number), **entry(number)})
+    series = find_series(["*.pt"])
+    assert [member.step for member in series.members] == [20, 300]
+    assert series.ordered_by == f"the {key} stored in the files"
+
+
 def test_find_series_keeps_files_that_differ_in_one_value(save: Save) -> None:
     state = {f"w{i}": torch.zeros(100) for i in range(5)}
     save("a-1.pth", state)
@@ -408,6 +482,87 @@ def test_find_series_takes_own_outputs_by_name_or_where_nothing_else_is() -> Non
     assert (sorted(names(alone)), len(alone.members)) == (everything[2:], 2)
 
 
+# Averages by other tools
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(["ave", "avg", "average", "Averaged", "SWA", "ema", "soup", "merged"]),
+    st.sampled_from(["{}_3to5", "net.{}.final", "dev-{}7best", "{}"]),
+)
+def test_find_series_leaves_out_one_average_by_its_name(
+    tmp_path_factory: pytest.TempPathFactory, word: str, form: str
+) -> None:
+    folder = tmp_path_factory.mktemp("named")
+    for value, name in enumerate(["net-3", "net-4", "net-5", form.format(word)]):
+        torch.save(weights(float(value)), folder / f"{name}.pt")
+    for given_as in (folder, folder / "*.pt"):
+        series = find_series([given_as])
+        assert names(series) == ["net-3.pt", "net-4.pt", "net-5.pt"]
+        (note,) = series.notes
+        assert note == f"{form.format(word)}.pt is an average by its name: left out (add it with `include_outputs`)."
+        assert len(find_series([given_as], include_outputs=True).members) == 4
+
+
+def test_find_series_leaves_out_all_averages_of_a_folder_but_those_given_by_path(
+    plain: Callable[..., list[Path]],
+) -> None:
+    plain("exp/6.pt", "exp/7.pt", "exp/dev.wer.ave_2best.pt", "exp/swa/model.safetensors", "exp/7-avg-2.pt")
+    series = find_series(["exp", "exp/7-avg-2.pt"])
+    assert sorted(names(series)) == ["6.pt", "7-avg-2.pt", "7.pt"]
+    assert series.notes[:2] == (
+        "By their names these are averages, and count because their paths are given: exp/7-avg-2.pt.",
+        "dev.wer.ave_2best.pt is an average by its name: left out (add it with `include_outputs`).",
+    )
+
+
+def test_find_series_knows_the_folder_of_an_average_where_all_files_have_one_name(
+    plain: Callable[..., list[Path]],
+) -> None:
+    plain("step_1/net.pt", "step_2/net.pt", "step_average/net.pt")
+    assert [member.step for member in find_series(["*/net.pt"]).members] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        ["avg-of-3_1.pt", "avg-of-3_2.pt"],
+        ["net-ema-2.pth", "net-ema-3.pth", "net-ema-10.pth"],
+        ["average_1.pt", "swa_2.pt"],
+        ["cave_1.pt", "cave_2.pt", "schema_3.pt", "emma_4.pt"],
+    ],
+)
+def test_find_series_takes_a_series_of_averages(plain: Callable[..., list[Path]], series: list[str]) -> None:
+    plain(*series)
+    found = find_series(["."], order="given")
+    assert sorted(names(found)) == sorted(series)
+    assert found.notes == ()
+
+
+def test_find_series_leaves_an_average_out_of_a_series_of_averages(plain: Callable[..., list[Path]]) -> None:
+    plain("ema-1.pth", "ema-2.pth", "ema-swa.pth")
+    assert names(find_series(["."])) == ["ema-1.pth", "ema-2.pth"]
+
+
+def test_find_series_takes_a_series_of_averages_with_a_copy_of_another_name(plain: Callable[..., list[Path]]) -> None:
+    plain("avg-1.pth", "avg-2.pth")
+    shutil.copy("avg-2.pth", "last.pth")
+    assert names(find_series(["."])) == ["avg-1.pth", "avg-2.pth"]
+
+
+def test_average_rejects_a_folder_of_raw_weights_and_several_emas(plain: Callable[..., list[Path]]) -> None:
+    plain("net_1.pt", "net_2.pt", "ema_1.pt", "ema_2.pt")
+    with pytest.raises(LayoutError, match=r"ema_1.pt is an EMA by its name, net_1.pt is not \(2 of 4 are\)"):
+        average(".", out="o.pt")
+
+
+def test_find_series_rejects_one_checkpoint_beside_averages(plain: Callable[..., list[Path]]) -> None:
+    paths = plain("net.pt", "soup.pt", "net-swa.pt")
+    with pytest.raises(SeriesError, match=r"averages by their names, beside net\.pt alone\. Give the paths"):
+        find_series(["*.pt"])
+    assert len(find_series(paths).members) == len(find_series(["."], include_outputs=True).members) == 3
+
+
 # Selection
 
 
@@ -450,11 +605,48 @@ def test_find_series_rejects_a_metric_that_is_no_number(save: Save, metric: Any)
         find_series(["a.pth"], best=1)
 
 
-@pytest.mark.parametrize(("metric", "what"), [(float("nan"), "is NaN"), (torch.tensor(1.0), "is a tensor")])
+@pytest.mark.parametrize(
+    ("metric", "what"), [(float("nan"), "is NaN"), (torch.ones(2), "is a tensor"), (torch.tensor(math.nan), "is NaN")]
+)
 def test_find_series_says_what_a_metric_is_that_cannot_be_ranked(save: Save, metric: Any, what: str) -> None:
     save("a.pth", {"state_dict": weights(), "metric": metric})
     with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so `best` cannot rank it"):
         find_series(["a.pth"], best=1)
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "dcp"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
+)
+def test_find_series_with_best_reads_a_metric_that_is_a_tensor(save: Save, write: str, dtype: str) -> None:
+    scores = torch.tensor([3, 100, 40, 77, 12], dtype=getattr(torch, dtype))
+    for i, score in enumerate(scores):
+        state = {"net": weights(i), "val": {"score": score.reshape(1, 1) if i % 2 else score}}
+        if write == "safetensors":
+            save_file({**weights(i), "val.score": score.clone()}, f"run-{i}.st")
+        elif write == "dcp":
+            with warnings.catch_warnings(action="ignore"):  # of a single process
+                dcp.save(state, checkpoint_id=f"run-{i}.st")
+        else:
+            save(f"run-{i}.st", state, _use_new_zipfile_serialization=write == "zip")
+    (best,) = find_series(["run-*.st"], best=1, metric="val.score").members
+    worst = find_series(["run-*.st"], best=2, metric="val.score", lower_is_better=True)
+    assert best.path.name == f"run-{int(scores.double().argmax())}.st"
+    assert names(worst) == [f"run-{i}.st" for i in sorted(scores.double().argsort()[:2].tolist())]
+
+
+def test_as_number_reads_the_value_that_torch_reads(tmp_path: Path) -> None:
+    values = {
+        "f": torch.tensor(1 / 3),
+        "b": torch.tensor(-2.71828, dtype=torch.bfloat16),
+        "i": torch.tensor([-(2**62)]),
+    }
+    values |= {"view": torch.arange(9, dtype=torch.float64)[4], "many": torch.ones(2)}
+    torch.save(values, tmp_path / "a.pt")
+    header = read_header(tmp_path / "a.pt")
+    for name in ("f", "b", "i", "view"):
+        assert as_number(header, header.tree[name]) == values[name].item()
+    assert as_number(header, header.tree["many"]) is header.tree["many"]
 
 
 def test_find_series_takes_the_metrics_of_trainer_folders_at_their_step() -> None:
@@ -573,16 +765,69 @@ def test_find_series_orders_files_of_one_name_by_the_numbers_of_their_folders(sa
     assert [(member.step, member.path) for member in series.members] == [(9, paths[1]), (10, paths[0])]
 
 
-def test_find_series_says_how_to_reach_the_checkpoints_of_a_trainer_folder() -> None:
+@pytest.mark.parametrize("argument", ["out", "ou?"])
+def test_find_series_rejects_the_final_model_next_to_a_series_in_folders(argument: str) -> None:
     trainer_folder(Path("out"), 1000)
     for step in (500, 1000):
         trainer_folder(Path(f"out/checkpoint-{step}"), step)
-    series = find_series(["out"])
-    assert names(series) == ["out"]
-    assert series.notes == (
-        "out is one checkpoint itself. For the checkpoints in its 2 folders, use 'out/checkpoint-*'.",
-    )
+    with pytest.raises(SeriesError, match=r"use 'out/checkpoint-\*'\. To take the one alone, give out/model\.safetens"):
+        find_series([argument])
     assert len(find_series(["out/checkpoint-*"]).members) == 2
+    assert names(find_series(["out/model.safetensors"])) == ["model.safetensors"]
+
+
+def test_find_series_notes_the_series_in_each_of_several_folders() -> None:
+    for run in ("a", "b"):
+        trainer_folder(Path(run), 1000)
+        trainer_folder(Path(f"{run}/step_500"), 500)
+        Path(f"{run}/step_500/global_step500").mkdir()
+        torch.save(weights(), f"{run}/step_500/global_step500/mp_rank_00_model_states.pt")
+    assert find_series(["a", "b"], order="given").notes[:2] == tuple(
+        f"{run} is one checkpoint itself. For those in its folder, use '{run}/step_*'." for run in ("a", "b")
+    )
+    assert names(find_series(["a/step_500"])) == ["step_500"]
+
+
+@pytest.mark.parametrize(
+    ("alone", "series", "glob"),
+    [
+        ("run/pytorch_model.bin", ["run/step-1.safetensors", "run/step-2.safetensors"], "run/step-*.safetensors"),
+        ("run/net.pt", ["run/epochs/1.pt", "run/epochs/2.pt"], "run/epochs"),
+        ("run/net.pt", ["run/it_100/w.pt", "run/it_200/w.pt"], "run/it_*"),
+    ],
+)
+def test_find_series_rejects_one_file_next_to_a_series_unless_it_is_given_by_its_path(
+    plain: Callable[..., list[Path]], alone: str, series: list[str], glob: str
+) -> None:
+    plain(alone, *series)
+    for argument in ("run", f"{alone[:-1]}?"):
+        advice = f"To average the series, use '{glob}'. To take the one alone, give {alone}."
+        with pytest.raises(SeriesError, match=re.escape(advice)):
+            find_series([argument])
+    assert names(find_series([alone])) == [Path(alone).name]
+    assert len(find_series([glob]).members) == 2
+
+
+def test_find_series_takes_a_folder_with_other_files_of_one_checkpoint(plain: Callable[..., list[Path]]) -> None:
+    plain("run/model.safetensors", "run/model.fp16.safetensors", "run/consolidated.00.pth", "run/consolidated.01.pth")
+    Path("run/logs").mkdir()
+    series = find_series(["run"])
+    assert (names(series), series.notes) == (["run"], ())
+
+
+@pytest.mark.parametrize("further", ["model_1.safetensors", "pytorch_model_1.bin"])
+def test_find_series_rejects_folders_with_several_models_but_takes_the_files_of_one(
+    plain: Callable[..., list[Path]], further: str
+) -> None:
+    first = further.replace("_1", "")
+    plain(*(f"ckpt_{step}/{name}" for step in (5, 10) for name in (first, further)))
+    for paths in (["ckpt_5"], ["ckpt_*"]):
+        with pytest.raises(
+            UnsupportedError, match=rf"ckpt_5: has several models: {first}, {further}\. Give one by the"
+        ):
+            find_series(paths)
+    for name in (first, further):
+        assert [member.step for member in find_series([f"ckpt_*/{name}"]).members] == [5, 10]
 
 
 def test_find_series_rejects_loose_shards() -> None:
