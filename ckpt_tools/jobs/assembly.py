@@ -192,8 +192,7 @@ def _container(
     if base.format.folder or not base.format.nests:
         dropped += beside(base.tree, state)
         return weights, {}
-    stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
-    metadata = _renamed_modules(module_versions(base, state), stored)
+    metadata = module_versions(base, state, renamed)
     if metadata is not None:
         weights._metadata = metadata
     weights.update(state.other_entries)
@@ -209,10 +208,21 @@ def _container(
     return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
 
 
-def module_versions(base: Header, state: StateDict) -> Any:
-    """Find the module versions that torch keeps beside a state dict; None where there are none."""
+def module_versions(base: Header, state: StateDict, renamed: Mapping[str, str]) -> Any:
+    """Find the module versions that torch keeps beside a state dict, by new names.
+
+    Args:
+        renamed: names of the set to new ones.
+
+    Returns:
+        None where there are none, or where the names of the modules cannot be told from those of the tensors.
+    """
+    if state.keys is None:
+        return None
     metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
-    return metadata if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict):
+        return None
+    return _renamed_modules(metadata, {state.keys[name]: bare for name, bare in renamed.items()})
 
 
 def _put_in_place(
@@ -243,14 +253,12 @@ def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Collection[Any]) -> Ma
     return counts
 
 
-def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str] | None) -> Any:
+def _renamed_modules(metadata: Mapping[Any, Any], renamed: Mapping[str, str]) -> Any:
     """Take a common prefix off the names of modules, too; None where there is no saying which goes."""
-    leads = {name.removesuffix(bare) for name, bare in (renamed or {}).items()}
-    if metadata is None or len(leads) != 1:
+    leads = {name.removesuffix(bare) for name, bare in renamed.items()}
+    if len(leads) != 1:
         return None
     lead = leads.pop()
-    if not lead:
-        return OrderedDict(metadata)
     module = lead.rstrip(".")
     return OrderedDict(
         ("" if key == module else key.removeprefix(lead), value)
@@ -295,7 +303,7 @@ def rewrite(
         return flat(tensors, writing, target=target, base=base)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
-    if (metadata := module_versions(base, state)) is not None:
+    if isinstance(metadata := getattr(old, "_metadata", None), dict):
         weights._metadata = metadata
     tree = put(base.tree, state.path, weights)
     return nested(

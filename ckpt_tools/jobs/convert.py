@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.ema_updates import stored_decay, stored_updates
 from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
 from ..checkpoints.layouts.entries import left_behind, other_entries
-from ..checkpoints.layouts.layout import Content, dotted
+from ..checkpoints.layouts.layout import Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
 from ..errors import UsageError
@@ -97,7 +97,7 @@ def convert(
     notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("The only set of weights is used for both, raw and averaged.")
-    content = _content(header, sets, dtype, naming, notes, missing)
+    content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
         {"to": output.to, "dtype": dtype and dtype.name},
@@ -218,6 +218,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], nami
 
 def _content(
     header: Header,
+    found: Mapping[str, StateDict],
     sets: dict[str, StateDict],
     dtype: DType | None,
     naming: Naming,
@@ -225,7 +226,7 @@ def _content(
     missing: Missing,
 ) -> Content:
     copies: dict[TensorSpec, OutTensor] = {}
-    written = {which: _copied(header, each, dtype, copies) for which, each in sets.items()}
+    written = {which: _copied(header, each, found.get("raw"), dtype, copies) for which, each in sets.items()}
     ema = written.get("ema") or next(iter(written.values()))
     raw = written.get("raw", ema)
     averaged = sets.get("ema") or next(iter(sets.values()))
@@ -244,7 +245,7 @@ def _content(
 
 
 def _copied(
-    header: Header, state: StateDict, dtype: DType | None, copies: dict[TensorSpec, OutTensor]
+    header: Header, state: StateDict, raw: StateDict | None, dtype: DType | None, copies: dict[TensorSpec, OutTensor]
 ) -> Mapping[str, OutTensor]:
     weights: Any = OrderedDict()
     for name, stored in state.tensors.items():
@@ -257,9 +258,11 @@ def _copied(
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
         weights[name] = tensor
-    as_stored = state.keys is not None and all(name == key for name, key in state.keys.items())
-    if as_stored and (versions := module_versions(header, state)) is not None:
-        weights._metadata = versions
+    # An average that is no state dict of torch's own is of the same modules as the raw weights.
+    for source in (state, raw):
+        if source is not None and (versions := module_versions(header, source, Unchanged(source.tensors))):
+            weights._metadata = versions
+            break
     return weights  # type: ignore[no-any-return]
 
 
