@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import takewhile
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts.layout import StateDict, dotted
-from ..checkpoints.optimizers import looks_like_training_state
+from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
+from ..checkpoints.training_state import leads
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import holds_weights, without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
@@ -199,13 +200,30 @@ def _container(
     dropped += [dotted((*state.path, words)) for words in state.other_set]
     dropped += [dotted(path) for path in state.ema_paths if path[: len(state.path)] == state.path]
     tree, home = _put_in_place(weights, base.tree, state, dropped)
-    for key, value in list(tree.items()):
-        if looks_like_training_state(key, value) and key not in home[:1] and not isinstance(value, OutTensor):
-            dropped.append(dotted([key]))
-            del tree[key]
+    for path in [*_training_state(tree, home)]:
+        dropped.append(dotted(path))
+        tree = without(tree, path)
     copies = Copies()
     out = plain(tree, dropped, copies.__getitem__)
     return out, _unaveraged(tree, home, {spec for spec in copies if spec.dtype.averaged and spec.shape})
+
+
+def _training_state(tree: Mapping[Any, Any], home: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Find training state at the top level, and at every level that holds optimizers."""
+    levels: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), tree)]
+    seen = set()
+    while levels:
+        outer, node = levels.pop()
+        seen.add(id(node))
+        for key, value in node.items():
+            path = (*outer, key)
+            if path == home:
+                continue
+            weights = [home[len(path) :]] if leads(path, home) else []
+            if looks_like_training_state(key, value) and not weights and not isinstance(value, OutTensor):
+                yield path
+            elif isinstance(value, dict) and id(value) not in seen and any(find_optimizers(value, weights)):
+                levels.append((path, value))
 
 
 def module_versions(base: Header, state: StateDict, renamed: Mapping[str, str]) -> Any:
