@@ -7,9 +7,10 @@ a .safetensors is flat; a folder is sharded. All of it is planned from headers; 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from itertools import takewhile
 from operator import getitem
@@ -91,18 +92,34 @@ def assemble(
         renamed: its names to the output's names.
     """
     check_shard_size(target, writing.max_bytes)
-    dropped = unkept_metadata(base)
     if target.format.nests:
+        dropped = unkept_metadata(base)
         tree, kept = _container(tensors, base, state, renamed, dropped)
         files = target.format.plan(tree, writing)
         return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
-    dropped += beside(base.tree, state)
-    return flat(tensors, writing, target=target, base=base, dropped=dropped)
+    return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state))
 
 
-def unkept_metadata(base: Header) -> list[str]:
+def unkept_metadata(base: Header, kept: Collection[str] = ()) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
-    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
+    ours = ("format", PROVENANCE, *base.tree, *kept)
+    return [f"__metadata__.{key}" for key in base.metadata if key not in ours]
+
+
+# By sd-scripts and modelspec: checksums of the tensors, which are others in an output.
+_CHECKSUMS = re.compile(r"sshs_.*|modelspec\.hash_.*")
+
+
+def _kept_metadata(base: Header, target: Target, names: Collection[str]) -> dict[str, str]:
+    """Return what one safetensors file takes over from the ``__metadata__`` of another."""
+    if base.in_folder or target.folder:
+        return {}
+    ours = {"format", PROVENANCE, *base.tree, *names}
+    return {
+        key: text
+        for key, text in base.metadata.items()
+        if key not in ours and text not in names and not _CHECKSUMS.fullmatch(key)
+    }
 
 
 def flat(
@@ -117,11 +134,13 @@ def flat(
     """Lay names and tensors out as a safetensors file, or as a folder of shards.
 
     Args:
-        base: header of the checkpoint whose companions a folder takes over.
+        base: header of the checkpoint whose companions a folder takes over, or whose ``__metadata__`` a file does.
         dropped: what is not carried over.
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
     """
-    files = target.format.plan(tensors, writing)
+    metadata = _kept_metadata(base, target, tensors)
+    dropped = [*unkept_metadata(base, metadata), *dropped]
+    files = target.format.plan(tensors, replace(writing, metadata=metadata))
     if not target.folder:
         return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
     beside_them = companions(base)
@@ -316,8 +335,7 @@ def rewrite(
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
         tensors = {name: changed.get(name) or copies[dense(base, name, spec)] for name, spec in base.tree.items()}
-        kept = {key: text for key, text in base.metadata.items() if not folder and key not in (*tensors, "format")}
-        writing = Writing(name=target.name, metadata=kept, provenance=provenance, like=base)
+        writing = Writing(name=target.name, provenance=provenance, like=base)
         return flat(tensors, writing, target=target, base=base)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())

@@ -104,10 +104,7 @@ def convert(
         state=" and ".join(each.label for each in sets.values()),
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    dropped = [
-        *unkept_metadata(header),
-        *left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests),
-    ]
+    dropped = left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests)
     if not target.folder:
         dropped += [path.name for path in companions(header)]
     writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
@@ -271,6 +268,7 @@ def _assembled(
 ) -> Assembly:
     form = layout.folder_format if target.folder else target.format
     if form.nests:
+        dropped = [*unkept_metadata(header), *dropped]
         return nested(layout.write(content), writing, target=target.path, format=form, dropped=dropped)
     whole = layout.flatten(content)
     writing = replace(writing, stem=whole.stem)
