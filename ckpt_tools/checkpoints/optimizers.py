@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from ..formats.tree import Path, entries, walk
+from ..formats.tree import Path, entries, tensors_in, walk
 from ..tensors import Tensor
 
 _DEEPEST = 4
@@ -26,6 +26,9 @@ _SLOTS = (
     ({"exp_avg_sq_row", "exp_avg_sq_col"}, "Adafactor"),
     ({"momentum_buffer"}, "SGD with momentum"),
     ({"old_dirs"}, "LBFGS"),
+    ({"grad_avg", "sqr_avg"}, "Adam family"),  # these three of fastai
+    ({"sqr_avg"}, "RMSprop"),
+    ({"grad_avg"}, "SGD with momentum"),
 )
 
 SLOTS = frozenset().union(*(names for names, _ in _SLOTS)) - {"ax"}
@@ -43,14 +46,20 @@ _TRAINING_STATE = re.compile(
 
 
 def is_optimizer(value: Any) -> bool:
-    """True for what torch's optimizers give as their state."""
-    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
+    """True for what the optimizers of torch and fastai give as their state."""
+    if not isinstance(value, dict) or "state" not in value:
+        return False
+    of_fastai = isinstance(value["state"], list) and isinstance(value.get("hypers"), list)
+    return "param_groups" in value or of_fastai
 
 
 def looks_like_training_state(key: Any, value: Any) -> bool:
     """True for what a run needs to go on and finished weights do not: optimizers, scalers, random states."""
-    if is_optimizer(value):
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    if is_optimizer(value) or (len(children) > 0 and all(map(is_optimizer, children))):
         return True
+    if key == "optimizer_history":  # a file without it is one of before 2018 to fairseq, and not loaded
+        return any(True for _ in tensors_in(value))
     return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
 
 
@@ -106,10 +115,9 @@ def _without_state(options: Collection[str], groups: list[Mapping[Any, Any]]) ->
 
 def _kept(state: Any) -> set[str]:
     """Return the names of what is kept for the parameters; what is None is not kept."""
-    entries = state.values() if isinstance(state, dict) else ()
     return {
         key
-        for entry in entries
+        for _, entry in entries(state)
         if isinstance(entry, dict)
         for key, value in entry.items()
         if isinstance(key, str) and isinstance(value, (Tensor, list))

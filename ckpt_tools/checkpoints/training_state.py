@@ -64,9 +64,7 @@ def _goes(key: Any, value: Any) -> bool:
     empty = isinstance(value, (dict, list, tuple, set)) and not value
     if empty or value is None or isinstance(value, (int, float, str)) or key == "metric":
         return False
-    inside = entries(value)
-    optimizers = len(inside) > 0 and all(is_optimizer(child) for _, child in inside)
-    return optimizers or looks_like_training_state(key, value)
+    return looks_like_training_state(key, value)
 
 
 def _all_but_weights(
@@ -96,7 +94,7 @@ def _all_but_weights(
 
 def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
     """True if it was saved in training mode, as the schedulefree library notes in each group."""
-    groups = optimizer["param_groups"]
+    groups = optimizer.get("param_groups")
     return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
 
 
@@ -155,10 +153,10 @@ def any_tensor(tree: Any) -> bool:
 
 
 def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
-    """Walk dicts and lists, the last entries first, but not what torch's optimizers keep for each parameter."""
+    """Walk dicts and lists, the last entries first, but not what optimizers keep for each parameter."""
 
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
-        own = ("state", "param_groups") if is_optimizer(node) else ()
+        own = ("state", "param_groups", "hypers") if is_optimizer(node) else ()
         inside = entries(node) if len(path) < _DEEPEST else ()
         return [(key, child) for key, child in inside if key not in own][::-1]
 

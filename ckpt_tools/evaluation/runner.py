@@ -29,7 +29,8 @@ class Runner:
     Args:
         network: on that device.
         amp: use bfloat16 where torch.autocast does.
-        channels_last: pass images in channels-last order.
+        channels_last: put images, and the weights of convolutions over them, in channels-last order. Only those of
+            four dimensions have it; volumes and their weights stay as they are.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, *, amp: bool, channels_last: bool) -> None:
@@ -38,6 +39,9 @@ class Runner:
         self._channels_last = channels_last
         self._shape: list[int] | None = None  # of the batch at work, for messages
         self._on_cpu = device.type == "cpu"
+        for module in network.modules() if channels_last else ():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                module.weight.data = self._ordered(module.weight.data)
 
     def recalibrate(self, batches: Batches, passes: int, estimator: str, on_progress: Progress) -> BatchNormReport:
         """Measure the statistics of the network; see `recalibrate_bn`.
@@ -75,8 +79,11 @@ class Runner:
 
     def _prepare(self, images: Tensor) -> Tensor:
         self._shape = list(images.shape)
-        last = self._channels_last and images.dim() == 4
-        return images.contiguous(memory_format=torch.channels_last) if last else images
+        return self._ordered(images)
+
+    def _ordered(self, tensor: Tensor) -> Tensor:
+        last = self._channels_last and tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,6 +82,28 @@ class Inert(metaclass=Sealed):
         return f"<{type(self).global_name or 'unknown object'}, not loaded>"
 
 
+def _inert(global_name: str, base: type = Inert) -> type:
+    return Sealed("Inert", (base,), {"__slots__": (), "global_name": global_name})
+
+
+class _InertGetattr(Inert):
+    """builtins.getattr(class, name), by which protocol 2 writes a class inside a class: such a class, inert too.
+
+    Nothing is looked up. A name is cut, because a few bytes of a pickle can double it.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        match args:
+            case (Sealed() as outer, str(name)) if issubclass(outer, Inert):
+                return _inert(f"{outer.global_name}.{name}"[:_LONGEST_NAME])
+        return super().__new__(cls, *args, **kwargs)
+
+
+_LONGEST_NAME = 1000
+
+
 class Namespace(argparse.Namespace, metaclass=Sealed):
     """argparse.Namespace, sealed; timm and Megatron store their arguments in it."""
 
@@ -312,7 +334,7 @@ class Restricted:
 
             return getattr(torch, name)
         if full not in self._inert:
-            self._inert[full] = Sealed("Inert", (Inert,), {"__slots__": (), "global_name": full})
+            self._inert[full] = _inert(full, _InertGetattr if full == "builtins.getattr" else Inert)
         self.foreign[full] += 1
         return self._inert[full]
 

@@ -7,9 +7,10 @@ a .safetensors is flat; a folder is sharded. All of it is planned from headers; 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from itertools import takewhile
 from operator import getitem
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts.layout import StateDict, dotted
-from ..checkpoints.optimizers import looks_like_training_state
+from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
+from ..checkpoints.training_state import leads
 from ..errors import ReadError, UnsupportedError, UsageError
 from ..formats import holds_weights, without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
@@ -90,18 +92,34 @@ def assemble(
         renamed: its names to the output's names.
     """
     check_shard_size(target, writing.max_bytes)
-    dropped = unkept_metadata(base)
     if target.format.nests:
+        dropped = unkept_metadata(base)
         tree, kept = _container(tensors, base, state, renamed, dropped)
         files = target.format.plan(tree, writing)
         return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
-    dropped += beside(base.tree, state)
-    return flat(tensors, writing, target=target, base=base, dropped=dropped)
+    return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state))
 
 
-def unkept_metadata(base: Header) -> list[str]:
+def unkept_metadata(base: Header, kept: Collection[str] = ()) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
-    return [f"__metadata__.{key}" for key in base.metadata if key not in ("format", PROVENANCE, *base.tree)]
+    ours = ("format", PROVENANCE, *base.tree, *kept)
+    return [f"__metadata__.{key}" for key in base.metadata if key not in ours]
+
+
+# By sd-scripts and modelspec: checksums of the tensors, which are others in an output.
+_CHECKSUMS = re.compile(r"sshs_.*|modelspec\.hash_.*")
+
+
+def _kept_metadata(base: Header, target: Target, names: Collection[str]) -> dict[str, str]:
+    """Return what one safetensors file takes over from the ``__metadata__`` of another."""
+    if base.in_folder or target.folder:
+        return {}
+    ours = {"format", PROVENANCE, *base.tree, *names}
+    return {
+        key: text
+        for key, text in base.metadata.items()
+        if key not in ours and text not in names and not _CHECKSUMS.fullmatch(key)
+    }
 
 
 def flat(
@@ -116,11 +134,13 @@ def flat(
     """Lay names and tensors out as a safetensors file, or as a folder of shards.
 
     Args:
-        base: header of the checkpoint whose companions a folder takes over.
+        base: header of the checkpoint whose companions a folder takes over, or whose ``__metadata__`` a file does.
         dropped: what is not carried over.
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
     """
-    files = target.format.plan(tensors, writing)
+    metadata = _kept_metadata(base, target, tensors)
+    dropped = [*unkept_metadata(base, metadata), *dropped]
+    files = target.format.plan(tensors, replace(writing, metadata=metadata))
     if not target.folder:
         return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
     beside_them = companions(base)
@@ -203,12 +223,9 @@ def _container(
         names = {name: renamed[lead + name].removeprefix(lead) for lead, name in _names_of(part, state, renamed)}
         tree = _put_in_place(_with_entries(own, base, part, names, dropped), tree, part, dropped)
     homes = [part.home for part in parts]
-    for key, value in list(tree.items()):
-        if looks_like_training_state(key, value) and (key,) not in [home[:1] for home in homes]:
-            if isinstance(value, OutTensor):
-                continue
-            dropped.append(dotted([key]))
-            del tree[key]
+    for path in [*_training_state(tree, homes)]:
+        dropped.append(dotted(path))
+        tree = without(tree, path)
     copies = Copies()
     out = plain(tree, dropped, copies.__getitem__)
     return out, _unaveraged(tree, homes[0], {spec for spec in copies if spec.dtype.averaged and spec.shape})
@@ -225,8 +242,7 @@ def _with_entries(
 ) -> OrderedDict[Any, Any]:
     """Make the dict that holds the average: with the module versions and the other entries of the last checkpoint."""
     weights: Any = OrderedDict(tensors)
-    stored = None if state.keys is None else {state.keys[name]: bare for name, bare in renamed.items()}
-    metadata = _renamed_modules(module_versions(base, state), stored)
+    metadata = module_versions(base, state, renamed)
     if metadata is not None:
         weights._metadata = metadata
     weights.update(state.other_entries)
@@ -235,10 +251,39 @@ def _with_entries(
     return weights  # type: ignore[no-any-return]
 
 
-def module_versions(base: Header, state: StateDict) -> Any:
-    """Find the module versions that torch keeps beside a state dict; None where there are none."""
+def _training_state(tree: Mapping[Any, Any], homes: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Find training state at the top level, and at every level that holds optimizers; not the weights at `homes`."""
+    levels: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), tree)]
+    seen = set()
+    while levels:
+        outer, node = levels.pop()
+        seen.add(id(node))
+        for key, value in node.items():
+            path = (*outer, key)
+            if path in homes:
+                continue
+            weights = [home[len(path) :] for home in homes if leads(path, home)]
+            if looks_like_training_state(key, value) and not weights and not isinstance(value, OutTensor):
+                yield path
+            elif isinstance(value, dict) and id(value) not in seen and any(find_optimizers(value, weights)):
+                levels.append((path, value))
+
+
+def module_versions(base: Header, state: StateDict, renamed: Mapping[str, str]) -> Any:
+    """Find the module versions that torch keeps beside a state dict, by new names.
+
+    Args:
+        renamed: names of the set to new ones.
+
+    Returns:
+        None where there are none, or where the names of the modules cannot be told from those of the tensors.
+    """
+    if state.keys is None:
+        return None
     metadata = getattr(reduce(getitem, state.path, base.tree), "_metadata", None)
-    return metadata if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict):
+        return None
+    return _renamed_modules(metadata, {state.keys[name]: bare for name, bare in renamed.items()})
 
 
 def _put_in_place(
@@ -265,14 +310,12 @@ def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Collection[Any]) -> Ma
     return counts
 
 
-def _renamed_modules(metadata: Mapping[Any, Any] | None, renamed: Mapping[str, str] | None) -> Any:
+def _renamed_modules(metadata: Mapping[Any, Any], renamed: Mapping[str, str]) -> Any:
     """Take a common prefix off the names of modules, too; None where there is no saying which goes."""
-    leads = {name.removesuffix(bare) for name, bare in (renamed or {}).items()}
-    if metadata is None or len(leads) != 1:
+    leads = {name.removesuffix(bare) for name, bare in renamed.items()}
+    if len(leads) != 1:
         return None
     lead = leads.pop()
-    if not lead:
-        return OrderedDict(metadata)
     module = lead.rstrip(".")
     return OrderedDict(
         ("" if key == module else key.removeprefix(lead), value)
@@ -312,12 +355,11 @@ def rewrite(
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
         tensors = {name: changed.get(name) or copies[dense(base, name, spec)] for name, spec in base.tree.items()}
-        kept = {key: text for key, text in base.metadata.items() if not folder and key not in (*tensors, "format")}
-        writing = Writing(name=target.name, metadata=kept, provenance=provenance, like=base)
+        writing = Writing(name=target.name, provenance=provenance, like=base)
         return flat(tensors, writing, target=target, base=base)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
-    if (metadata := module_versions(base, state)) is not None:
+    if isinstance(metadata := getattr(old, "_metadata", None), dict):
         weights._metadata = metadata
     tree = put(base.tree, state.path, weights)
     return nested(

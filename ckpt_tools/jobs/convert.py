@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.ema_updates import stored_decay, stored_updates
 from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
 from ..checkpoints.layouts.entries import left_behind, other_entries
-from ..checkpoints.layouts.layout import Content, dotted
+from ..checkpoints.layouts.layout import Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
 from ..compute.threads import check_threads
 from ..errors import UsageError
@@ -97,17 +97,14 @@ def convert(
     notes = list(_remarks(found, sets, naming))
     if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("The only set of weights is used for both, raw and averaged.")
-    content = _content(header, sets, dtype, naming, notes, missing)
+    content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
         {"to": output.to, "dtype": dtype and dtype.name},
         state=" and ".join(each.label for each in sets.values()),
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    dropped = [
-        *unkept_metadata(header),
-        *left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests),
-    ]
+    dropped = left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests)
     if not target.folder:
         dropped += [path.name for path in companions(header)]
     writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
@@ -218,6 +215,7 @@ def _remarks(found: Mapping[str, StateDict], sets: Mapping[str, StateDict], nami
 
 def _content(
     header: Header,
+    found: Mapping[str, StateDict],
     sets: dict[str, StateDict],
     dtype: DType | None,
     naming: Naming,
@@ -225,7 +223,7 @@ def _content(
     missing: Missing,
 ) -> Content:
     copies: dict[TensorSpec, OutTensor] = {}
-    written = {which: _copied(header, each, dtype, copies) for which, each in sets.items()}
+    written = {which: _copied(header, each, found.get("raw"), dtype, copies) for which, each in sets.items()}
     ema = written.get("ema") or next(iter(written.values()))
     raw = written.get("raw", ema)
     averaged = sets.get("ema") or next(iter(sets.values()))
@@ -244,7 +242,7 @@ def _content(
 
 
 def _copied(
-    header: Header, state: StateDict, dtype: DType | None, copies: dict[TensorSpec, OutTensor]
+    header: Header, state: StateDict, raw: StateDict | None, dtype: DType | None, copies: dict[TensorSpec, OutTensor]
 ) -> Mapping[str, OutTensor]:
     weights: Any = OrderedDict()
     for name, stored in state.tensors.items():
@@ -257,9 +255,11 @@ def _copied(
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
         weights[name] = tensor
-    as_stored = state.keys is not None and all(name == key for name, key in state.keys.items())
-    if as_stored and (versions := module_versions(header, state)) is not None:
-        weights._metadata = versions
+    # An average that is no state dict of torch's own is of the same modules as the raw weights.
+    for source in (state, raw):
+        if source is not None and (versions := module_versions(header, source, Unchanged(source.tensors))):
+            weights._metadata = versions
+            break
     return weights  # type: ignore[no-any-return]
 
 
@@ -268,6 +268,7 @@ def _assembled(
 ) -> Assembly:
     form = layout.folder_format if target.folder else target.format
     if form.nests:
+        dropped = [*unkept_metadata(header), *dropped]
         return nested(layout.write(content), writing, target=target.path, format=form, dropped=dropped)
     whole = layout.flatten(content)
     writing = replace(writing, stem=whole.stem)

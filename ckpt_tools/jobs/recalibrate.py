@@ -117,8 +117,6 @@ def recalibrate_checkpoint(
         stored = load_weights(network, checkpoint)
         found, skipped = find_layers(network)
         network.to(device)
-        if running.channels_last:
-            network.to(memory_format=torch.channels_last)
         batches, held_out, preprocessing, notes = _opened(
             network, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
         )

@@ -138,12 +138,13 @@ def _checked(
     ):
         return tensors  # type: ignore[return-value]
     last = next(tensor for tensor in reversed(tensors) if tensor is not None)
-    if isinstance(last, TensorSpec) and is_copied(name, last):
-        if any(
-            (tensor.shape, tensor.dtype) != (last.shape, last.dtype)
-            for tensor in tensors
-            if isinstance(tensor, TensorSpec)
-        ):
+    known = [tensor for tensor in tensors if isinstance(tensor, TensorSpec)]
+    if (
+        isinstance(last, TensorSpec)
+        and is_copied(name, last)
+        and {each.dtype.category for each in known} == {last.dtype.category}
+    ):
+        if any((each.shape, each.dtype) != (last.shape, last.dtype) for each in known):
             differing.append(name)
         return tensors  # type: ignore[return-value]
     first: tuple[TensorSpec, str] | None = None

@@ -134,6 +134,24 @@ def test_describe_finds_optimizers_where_libraries_put_them(save: Save, around: 
     assert all(optimizer.multiple == pytest.approx(2, abs=1e-3) for optimizer in found)
 
 
+@pytest.mark.parametrize(
+    ("slots", "name"),
+    [
+        (("grad_avg", "sqr_avg"), "Adam family"),
+        (("sqr_avg",), "RMSprop"),
+        (("grad_avg",), "SGD with momentum"),
+        ((), "without state"),
+    ],
+)
+def test_describe_knows_the_optimizers_of_fastai(save: Save, slots: tuple[str, ...], name: str) -> None:
+    # Optimizer.state_dict of fastai/optimizer.py: the state of each parameter, and of each group its options.
+    model = nn.Linear(3, 2)
+    kept = [{**{slot: torch.zeros_like(p) for slot in slots}, "step": 3} for p in model.parameters()]
+    opt = {"state": kept, "hypers": [{"lr": 0.1, "mom": 0.9, "wd": 0.01}]}
+    (found,) = described(save, {"model": model.state_dict(), "opt": opt}).optimizers
+    assert (found.place, found.name, found.multiple) == ("opt", name, len(slots))
+
+
 def test_describe_takes_a_file_with_an_optimizer_alone(save: Save) -> None:
     (found,) = described(save, trained(torch.optim.Adagrad)[1]).optimizers
     assert (found.place, found.name, found.multiple) == ("the whole file", "Adagrad", None)

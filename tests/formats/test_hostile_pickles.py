@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,31 @@ def test_the_payloads_of_these_tests_are_live(tmp_path: Path) -> None:
         made = tmp_path / call
         pickle.loads(CALLS[call]("os.system", text(f"touch '{made}'")) + b".")  # noqa: S301 - the point of this test
         assert made.exists(), call
+
+
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])
+@pytest.mark.parametrize("owner", ["os", "os.environ", "argparse.Namespace", "collections.OrderedDict", "torch.Size"])
+@pytest.mark.parametrize("attribute", ["system", "__init__", "__class__", "__subclasses__", "fromkeys"])
+def test_read_header_looks_up_no_attribute_for_a_pickle(
+    module: str, owner: str, attribute: str, tmp_path: Path, sentinel: Path
+) -> None:
+    found = global_(f"{module}.getattr") + global_(owner) + text(attribute) + b"\x86R"
+    # Python's own unpickler gets the attribute, and calls it.
+    for call in (b"", text(f"touch {sentinel}") + b"\x85R", b")R}b", text("x") + b"\x85\x81"):
+        with suppress(CorruptError):
+            tree = read(tmp_path, b"\x80\2" + found + call).tree
+            assert isinstance(tree, Inert) or issubclass(tree, Inert)
+
+
+def test_read_header_takes_little_memory_for_names_of_nested_classes(tmp_path: Path) -> None:
+    # Each class is inside the one before, and all of them are kept: names of 5 GB together.
+    outer = global_("builtins.getattr") + b"q\0" + global_("a.thing")
+    steps = b"".join(
+        b"r" + struct.pack("<I", i) + b"0h\0j" + struct.pack("<I", i) + b"h\1\x86R" for i in range(2, 3000)
+    )
+    with bounded_resident(256 << 20):
+        header = read(tmp_path, b"\x80\2" + text("x" * 1000) + b"q\x010" + outer + steps)
+    assert issubclass(header.tree, Inert)
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])

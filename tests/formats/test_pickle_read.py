@@ -8,13 +8,14 @@ import pickle
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from crafting import TENSOR, same, torch_zip
 
+import ckpt_tools
 from ckpt_tools import open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
@@ -46,6 +47,27 @@ class Names(list):
 
 class Table(dict):
     pass
+
+
+class Plan:
+    """Classes inside classes, which protocol 2 names by getattr and protocol 4 by a path."""
+
+    class Stage:
+        def __init__(self, **state: Any) -> None:
+            self.__dict__.update(state)
+
+        class Kind(enum.Enum):
+            WARM = "warm"
+
+    class Steps(list):
+        pass
+
+    class Flags(enum.IntFlag):
+        A = 1
+        B = 2
+
+    class Point(NamedTuple):
+        x: int
 
 
 class Block(torch.nn.Module):
@@ -177,6 +199,59 @@ def test_inert_keeps_name_arguments_state_and_items(save: Save) -> None:
     assert header.tree["table"].items == [("k", "v")]
     assert header.tree["color"].args == (1,)
     assert header.foreign == {f"{here}.{name}": 1 for name in ("Thing", "Names", "Table", "Color")}
+
+
+NESTED = {
+    "Plan.Stage": Plan.Stage(width=8),
+    "Plan.Stage.Kind": Plan.Stage.Kind.WARM,
+    "Plan.Steps": Plan.Steps([1]),
+    "Plan.Flags": Plan.Flags.A | Plan.Flags.B,
+    "Plan.Point": Plan.Point(3),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", NESTED)
+def test_read_header_keeps_objects_of_nested_classes_inert(name: str, protocol: int, save: Save) -> None:
+    tree = {"w": torch.ones(3), "cfg": {"one": NESTED[name], "two": [NESTED[name]]}}
+    path = save("a.pth", tree, pickle_protocol=protocol, _use_new_zipfile_serialization=protocol != 2)
+    cfg = read_header(path).tree["cfg"]
+    assert isinstance(cfg["one"], Inert)
+    assert cfg["two"] == [cfg["one"]]
+    assert repr(cfg["one"]) == f"<{__name__}.{name}, not loaded>"
+    assert same(open_checkpoint(path)["w"], torch.ones(3))
+
+
+def test_inert_of_a_nested_class_keeps_arguments_state_items_and_tensors(save: Save) -> None:
+    stage = Plan.Stage(width=8, w=torch.ones(2), kind=Plan.Stage.Kind.WARM)
+    tree = read_header(save("a.pth", {"stage": stage, "steps": Plan.Steps([1, 2]), "point": Plan.Point(3)})).tree
+    assert tree["stage"].state["width"] == 8
+    assert tree["stage"].state["kind"].args == ("warm",)
+    assert tree["steps"].items == [1, 2]
+    assert tree["point"].args == (3,)
+    assert [path for path, _ in tensors_in(tree)] == [("stage", "state", "w")]
+
+
+def test_inert_of_a_bound_method_keeps_its_object(save: Save) -> None:
+    tree = read_header(save("a.pth", {"hook": Plan.Stage(w=torch.ones(2)).__init__})).tree
+    assert [path for path, _ in tensors_in(tree)] == [("hook", 0, "state", "w")]
+
+
+def test_jobs_leave_objects_of_nested_classes_out_and_report_them(save: Save, tmp_path: Path) -> None:
+    paths = [
+        save(f"{i}.pth", {"model": {"module.w": torch.full((3,), float(i))}, "cfg": {"stage": Plan.Stage(), "lr": i}})
+        for i in (1, 3)
+    ]
+    report = ckpt_tools.average(paths, out=tmp_path / "avg.pth")
+    assert report.dropped == ("cfg.stage",)
+    averaged = torch.load(tmp_path / "avg.pth", weights_only=True)
+    assert averaged["model"]["w"].tolist() == [2, 2, 2]
+    assert averaged["cfg"] == {"lr": 3}
+    # Names are changed in place, and the object stays.
+    ckpt_tools.fix_prefix(paths[0], out=tmp_path / "fixed.pth")
+    fixed = torch.load(tmp_path / "fixed.pth", weights_only=False)
+    assert list(fixed["model"]) == ["w"]
+    assert isinstance(fixed["cfg"]["stage"], Plan.Stage)
 
 
 def test_open_checkpoint_finds_tensors_inside_unknown_objects(save: Save) -> None:

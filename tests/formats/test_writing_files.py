@@ -24,7 +24,7 @@ from crafting import TORCH_DTYPES, copies, random_tensor, raw_bytes, same, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_tools import average, open_checkpoint
+from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.errors import UnsupportedError, UsageError, WriteError
 from ckpt_tools.formats import pickle_write, read_header
 from ckpt_tools.formats import safetensors as st_format
@@ -438,9 +438,41 @@ def test_average_names_all_that_a_flat_output_leaves_out(out: str, save: Save, t
 def test_average_names_metadata_of_safetensors_that_it_leaves_out(tmp_path: Path) -> None:
     metadata = {"format": "pt", "license": "MIT", "b.w": "a.w"}
     safetensors.torch.save_file({"a.w": torch.ones(2)}, tmp_path / "in.safetensors", metadata=metadata)
-    for out in ("out.pth", "out.safetensors"):
+    for out in ("out.pth", "out"):
         report = average([tmp_path / "in.safetensors"], out=tmp_path / out)
         assert (report.dropped, report.tied) == (("__metadata__.license",), ("b.w",))
+
+
+METADATA = {"ss_base": "sdxl", "license": "MIT", "modelspec.title": "x", "note.by": "author"}
+CHECKSUMS = {"sshs_model_hash": "0a", "sshs_legacy_hash": "0b", "modelspec.hash_sha256": "0x0c"}
+
+
+@pytest.mark.parametrize("job", ["average", "convert", "to half", "to averaged-model"])
+def test_jobs_keep_the_metadata_of_the_last_safetensors_file_without_its_checksums(job: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in (1, 2)]
+    for i, path in enumerate(paths):
+        metadata = {**METADATA, **CHECKSUMS, "ss_steps": str(i), "format": "pt", "b.w": "a.w", "ckpt_tools": "{}"}
+        safetensors.torch.save_file({"a.w": torch.ones(2) * i, "c": torch.ones(1)}, path, metadata=metadata)
+    out = tmp_path / "out.safetensors"
+    if job == "average":
+        report: Any = average(paths, out=out)
+    else:
+        options = {"to half": {"dtype": "float16"}, "to averaged-model": {"to": "averaged-model"}}.get(job, {})
+        report = convert(paths[1], out=out, **{"to": "plain", **options})
+    with safetensors.safe_open(out, "pt") as file:
+        found = dict(file.metadata())
+    assert json.loads(found.pop("ckpt_tools"))["tool"] == "ckpt-tools"
+    tie = ("module.b.w", "module.a.w") if job == "to averaged-model" else ("b.w", "a.w")
+    assert found == {**METADATA, "ss_steps": "1", "format": "pt", **dict([tie])}
+    assert sorted(report.dropped) == sorted(f"__metadata__.{key}" for key in CHECKSUMS)
+
+
+def test_average_keeps_no_metadata_that_would_read_as_a_tie(tmp_path: Path) -> None:
+    # Without its prefix the tensor has the name that an entry of the metadata speaks of.
+    safetensors.torch.save_file({"module.w": torch.ones(2)}, tmp_path / "in.safetensors", metadata={"trigger.x": "w"})
+    report = average([tmp_path / "in.safetensors"], out=tmp_path / "out.safetensors")
+    assert list(open_checkpoint(tmp_path / "out.safetensors")) == ["w"]
+    assert report.dropped == ("__metadata__.trigger.x",)
 
 
 def test_average_keeps_and_names_other_weights(save: Save, tmp_path: Path) -> None:

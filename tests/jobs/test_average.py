@@ -153,6 +153,63 @@ def test_average_keeps_the_container_that_timm_loads(save: Save, tmp_path: Path)
     assert same_bits(model.state_dict(), tree["state_dict"])
 
 
+@pytest.mark.parametrize(
+    ("around", "kept", "gone"),
+    [
+        # As MosaicML's Composer, torch's recipe for FSDP, a script of one's own, and fastai keep them.
+        (
+            lambda w, o: {"state": {"model": w, "optimizers": {"Adam": o}, "schedulers": {"a": 1}, "run_name": "x"}},
+            {"state": {"model": {}, "run_name": "x"}},
+            {"state.optimizers", "state.schedulers"},
+        ),
+        (lambda w, o: {"app": {"model": w, "optim": o}}, {"app": {"model": {}}}, {"app.optim"}),
+        (
+            lambda w, o: {"net": w, "trainer": {"lr": 1, "inner": {"opt": o, "rng_state": torch.ones(2)}, "epoch": 2}},
+            {"net": {}, "trainer": {"lr": 1, "inner": {}, "epoch": 2}},
+            {"trainer.inner.opt", "trainer.inner.rng_state"},
+        ),
+        (
+            lambda w, o: {"model": w, "opt": {"state": [{"grad_avg": torch.ones(9)}], "hypers": [{"lr": 0.1}]}},
+            {"model": {}},
+            {"opt"},
+        ),
+        (lambda w, o: {"net": w, "run": {"gan": [o, o], "lr": 1}}, {"net": {}, "run": {"lr": 1}}, {"run.gan"}),
+        # Configuration, and modules with such names.
+        (
+            lambda w, o: {"model": {"scheduler.w": torch.ones(2)}, "config": {"optimizer": {"name": "adam"}}},
+            {"model": {}, "config": {"optimizer": {"name": "adam"}}},
+            set(),
+        ),
+    ],
+)
+def test_average_leaves_training_state_out_wherever_it_is(
+    save: Save, tmp_path: Path, around: Any, kept: Any, gone: set[str]
+) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    paths = [save(f"{i}.pth", around(model.state_dict(), optimizer.state_dict())) for i in (1, 2)]
+    state = "net" if "net" in kept else "auto"
+    report = ckpt_tools.average(paths, state=state, out=tmp_path / "out.pth")
+
+    def without_weights(node: Any) -> Any:
+        is_dict = isinstance(node, dict)
+        return {k: without_weights(v) for k, v in node.items() if not isinstance(v, torch.Tensor)} if is_dict else node
+
+    assert set(report.dropped) == gone
+    assert without_weights(load(tmp_path / "out.pth")) == kept
+
+
+def test_average_of_a_checkpoint_that_contains_itself_leaves_its_optimizer_out(save: Save, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    inner: dict[str, Any] = {"my_opt": torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), "lr": 1}
+    inner["self"] = inner
+    path = save("loop.pth", {"model": model.state_dict(), "run": inner})
+    assert ckpt_tools.average(path, out=tmp_path / "out.pth").dropped == ("run.my_opt",)
+    assert load(tmp_path / "out.pth")["run"]["lr"] == 1
+
+
 def test_average_keeps_the_layout_of_torchvision(save: Save, tmp_path: Path) -> None:
     import torchvision
     from torch.optim.swa_utils import AveragedModel

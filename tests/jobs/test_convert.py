@@ -755,3 +755,95 @@ def test_convert_of_any_mixture_reads_back_from_any_layout(scratch: Path, tree: 
         whole = torch.load(averaged)
         again = opened(averaged, next(key for key, value in whole.items() if _is_state(value)))
     assert list(again.values())[0].tolist() == list(before.values())[0].tolist()
+
+
+class Versioned(nn.Linear):
+    """A layer that takes only its own version, as torchvision's MNASNet does; a file without one is version None."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        assert local_metadata.get("version") == 3, f"{prefix} is of version {local_metadata.get('version')}"
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class TwoModels(nn.Module):
+    """As ema-pytorch's EMA keeps them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online_model, self.ema_model = versioned(1), versioned(2)
+        self.register_buffer("initted", torch.tensor(True))
+        self.register_buffer("step", torch.tensor(0))
+
+
+def versioned(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(Versioned(2, 3), nn.BatchNorm1d(3), nn.Sequential(Versioned(3, 2)))
+
+
+def averaged(seed: int) -> nn.Module:
+    return AveragedModel(versioned(seed))
+
+
+@pytest.mark.parametrize("source", ["timm", "ema-pytorch", "lightning", "mmengine", "litema"])
+@pytest.mark.parametrize("layout", [*PAIRS, "litema"])
+def test_convert_keeps_module_versions_in_any_layout(save: Save, tmp_path: Path, source: str, layout: str) -> None:
+    raw, ema = versioned(1).state_dict(), versioned(2).state_dict()
+    path = save("timm.pth", {"state_dict": raw, "state_dict_ema": ema})
+    if source != "timm":
+        given, path = path, tmp_path / "source.pth"
+        ckpt_tools.convert(given, to=source, out=path, updates=5, decay=0.9)
+    ckpt_tools.convert(path, to=layout, out=tmp_path / "there.pth", updates=5, decay=0.9)
+    for state in ("raw", "ema"):
+        out = tmp_path / f"{state}.pth"
+        ckpt_tools.convert(tmp_path / "there.pth", to="plain", state=state, out=out)
+        versioned(0).load_state_dict(load(out))
+
+
+@pytest.mark.parametrize(
+    ("layout", "keys", "make"),
+    [
+        ("plain", [], versioned),
+        ("timm", ["state_dict", "state_dict_ema"], versioned),
+        ("averaged-model", [], averaged),
+        ("torchvision", ["model_ema"], averaged),
+        ("ema-pytorch", [], lambda seed: TwoModels()),
+    ],
+)
+def test_convert_writes_state_dicts_that_modules_with_versions_load(
+    save: Save, tmp_path: Path, layout: str, keys: list[str], make: Callable[[int], nn.Module]
+) -> None:
+    source = save("deit.pth", {"model": versioned(1).state_dict(), "model_ema": versioned(2).state_dict()})
+    ckpt_tools.convert(source, to=layout, out=tmp_path / "out.pth", updates=5)
+    found = load(tmp_path / "out.pth")
+    for state in [found[key] for key in keys] or [found]:
+        made = make(0)
+        made.load_state_dict(state)
+        shells = {"", "module"}  # modules that have no version in any release
+        assert (
+            dict(state._metadata).items()
+            >= {key: version for key, version in made.state_dict()._metadata.items() if key not in shells}.items()
+        )
+
+
+def test_convert_takes_the_prefix_of_an_averaged_model_off_its_module_versions(save: Save, tmp_path: Path) -> None:
+    ckpt_tools.convert(save("swa.pth", averaged(1).state_dict()), to="plain", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found._metadata == versioned(0).state_dict()._metadata
+    versioned(0).load_state_dict(found)
+
+
+def test_convert_gives_an_average_without_versions_those_of_the_raw_weights(save: Save, tmp_path: Path) -> None:
+    ema = {name: tensor.clone() for name, tensor in versioned(2).state_dict().items()}
+    source = save("own.pth", {"model": versioned(1).state_dict(), "model_ema": ema})
+    ckpt_tools.convert(source, to="plain", dtype="float16", out=tmp_path / "out.pth")
+    versioned(0).load_state_dict(load(tmp_path / "out.pth"))
+
+
+@pytest.mark.parametrize("metadata", [None, 3, [1], {1: 2}, {"": 10**5000}, {10**5000: 2, "0": {"version": 3}}])
+def test_convert_takes_module_versions_of_any_kind(save: Save, tmp_path: Path, metadata: Any) -> None:
+    state = weights(1)
+    state._metadata = metadata  # type: ignore[attr-defined]
+    ckpt_tools.convert(save("odd.pth", state), to="averaged-model", out=tmp_path / "out.pth")
+    assert same_bits(opened(tmp_path / "out.pth"), weights(1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import sys
 import warnings
 import zipfile
@@ -338,6 +339,52 @@ def test_recalibrate_checkpoint_is_close_with_amp_and_equal_with_channels_last(s
     torch.testing.assert_close(found["last"], found["plain"], rtol=1e-4, atol=0)
     torch.testing.assert_close(found["amp"], found["plain"], rtol=0.1, atol=0)
     assert not found["amp"].equal(found["last"])
+
+
+VOLUMES = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):  # over a volume, then over its slices, then over what is left of time
+    def __init__(self):
+        super().__init__()
+        self.volume, self.bn3 = nn.Conv3d(2, 4, 3, groups=2), nn.BatchNorm3d(4)
+        self.up, self.bn_up = nn.ConvTranspose3d(4, 3, 2), nn.BatchNorm3d(3)
+        self.plane, self.bn2 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+        self.line, self.bn1 = nn.Conv1d(5, 2, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        x = self.bn_up(self.up(self.bn3(self.volume(x)).relu())).relu()
+        x = self.bn2(self.plane(x.amax(2))).relu()
+        return self.bn1(self.line(x.mean(3)))
+
+
+def net():
+    return Net().double()
+
+
+def data():
+    torch.manual_seed(5)
+    return [torch.randn(n, 2, 6, 7, 8, dtype=torch.float64) + n for n in (3, 4, 6)]
+"""
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_recalibrate_checkpoint_measures_volumes_as_torch_does(save: Save, tmp_path: Path, channels_last: bool) -> None:
+    script = tmp_path / "volumes.py"
+    script.write_text(VOLUMES)
+    names = runpy.run_path(str(script))
+    model = names["net"]()
+    path = save("v.pth", model.state_dict())
+    recalibrate_checkpoint(
+        path, model=f"{script}:net", data=f"{script}:data", estimator="batch-mean", channels_last=channels_last
+    )
+    torch.optim.swa_utils.update_bn(names["data"](), model)
+    found = load(path.with_name("v-bn.pth"))
+    assert found.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14, msg=name)
 
 
 def test_recalibrate_checkpoint_writes_nothing_without_batchnorm(save: Save, tmp_path: Path) -> None:

@@ -118,8 +118,12 @@ def test_strip_removes_torch_optimizers_under_any_name(save: Save, name: str) ->
             {"optimizer_states", "lr_schedulers", "loops", "callbacks"},
         ),
         (
-            {"last_optimizer_state": "opt", "optimizer_history": [{"n": 1}]},
+            {"last_optimizer_state": "opt", "optimizer_history": [{"n": torch.ones(2)}]},
             {"last_optimizer_state", "optimizer_history"},
+        ),
+        (
+            {"opt": {"state": [{"grad_avg": torch.ones(9), "step": 3}], "hypers": [{"lr": 0.1, "mom": 0.9}]}},
+            {"opt"},
         ),
         ({"optimizer": "opt", "scaler": {"scale": 2.0, "_growth_tracker": 0}}, {"optimizer", "scaler"}),
         ({"opt": "opt"}, {"opt"}),
@@ -143,6 +147,29 @@ def test_strip_removes_training_state_of_many_libraries(save: Save, around: dict
     assert set(new) == {"state_dict", "epoch", "hyper_parameters"}
     assert {entry.place for entry in report.entries} == gone
     assert same_bits(new["state_dict"], model.state_dict())
+
+
+HISTORY = [{"optimizer_name": "FairseqAdam", "num_updates": 7, "lr_scheduler_state": {"best": 2.5}}]
+
+
+@pytest.mark.parametrize("job", ["strip", "average"])
+def test_jobs_keep_the_history_of_optimizers_without_which_fairseq_loads_nothing(
+    save: Save, tmp_path: Path, job: str
+) -> None:
+    model, optimizer = trained()
+    tree = {"model": model.state_dict(), "optimizer_history": HISTORY, "last_optimizer_state": optimizer.state_dict()}
+    getattr(ckpt_tools, job)(save("checkpoint_last.pt", tree), out=tmp_path / "out.pt")
+    new = load(tmp_path / "out.pt")
+    assert new.keys() == {"model", "optimizer_history"}
+    assert new["optimizer_history"] == HISTORY
+
+
+def test_strip_takes_no_checkpoint_for_an_optimizer_of_fastai(save: Save) -> None:
+    model, optimizer = trained()
+    tree = {"state": model.state_dict(), "hypers": {"lr": 0.1}, "optimizer": optimizer.state_dict()}
+    new = load(Path(ckpt_tools.strip(save("own.pth", tree)).out))
+    assert new.keys() == {"state", "hypers"}
+    assert same_bits(new["state"], model.state_dict())
 
 
 def test_strip_removes_training_state_one_level_below(save: Save) -> None:

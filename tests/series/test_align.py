@@ -40,13 +40,15 @@ def test_average_takes_extra_state_of_any_length_from_the_last_checkpoint(
 
 
 def test_average_takes_integers_of_another_dtype_or_shape_from_the_last_checkpoint(save: Save, tmp_path: Path) -> None:
-    ids = [torch.arange(4, dtype=torch.float32), torch.arange(6, dtype=torch.int32)[None], torch.arange(8)[None]]
+    ids = [torch.arange(4, dtype=torch.int16), torch.arange(6, dtype=torch.int32)[None], torch.arange(8)[None]]
     paths = [save(f"{i}.pth", {"w": torch.full((2,), float(i)), "position_ids": each}) for i, each in enumerate(ids)]
     report = average(paths, out=tmp_path / "out.pth")
     assert torch.equal(load(tmp_path / "out.pth")["position_ids"], ids[-1])
     assert any("'position_ids'" in note for note in report.notes)
-    with pytest.raises(AlignmentError, match="'position_ids'"):
-        average(paths[::-1], order="given", out=tmp_path / "other.pth")  # the last one has floating-point numbers
+    paths.append(save("3.pth", {"w": torch.ones(2), "position_ids": torch.ones(4)}))
+    for order in (paths, paths[::-1]):
+        with pytest.raises(AlignmentError, match="'position_ids'"):
+            average(order, order="given", out=tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("lead", ["model.", "net.encoder.", "student."])

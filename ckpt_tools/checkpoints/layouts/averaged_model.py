@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from ...formats.tree import follow
 from ...tensors import TensorSpec, UnsupportedTensor
-from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, split
+from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, split, state_dict_of
 
 COUNTS = ("n_averaged", "steps")
 """Keys of the update count: torch's, and mmengine's."""
@@ -31,7 +30,7 @@ def _encoding(name: str, count: str) -> Encoding:
         return {"ema": StateDict(weights, keys, others, ema_paths=((count,),), updates=tensors[count])}
 
     def write(weights: Weights, content: Content) -> dict[str, Any]:
-        return OrderedDict({count: content.count(), **{f"module.{name}": t for name, t in weights.items()}})
+        return state_dict_of({count: content.count()}, {"module.": weights})
 
     return Encoding(name, detect, read, write, frozenset({"updates"}))
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 from ...tensors import Tensor
-from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, scalar, split
+from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, scalar, split, state_dict_of
 
 _PREFIXES = {"ema": "ema_model.", "raw": "online_model."}
 _COUNTS = ("initted", "step")
@@ -44,14 +43,8 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
             f"ema-pytorch replaces the average until its step, {step} here, is above its update_after_step "
             f"({_UPDATE_AFTER_STEP} if you set none): set that lower, or give `updates`."
         )
-    return OrderedDict(
-        {
-            "initted": scalar("bool", "?", True),
-            "step": scalar("int64", "q", step),
-            **{f"online_model.{name}": tensor for name, tensor in content.raw.items()},
-            **{f"ema_model.{name}": tensor for name, tensor in weights.items()},
-        }
-    )
+    counts = {"initted": scalar("bool", "?", True), "step": scalar("int64", "q", step)}
+    return state_dict_of(counts, {_PREFIXES["raw"]: content.raw, _PREFIXES["ema"]: weights})
 
 
 EMA_PYTORCH_ENCODING = Encoding("ema-pytorch", _detect, _read, _write, frozenset({"updates"}))

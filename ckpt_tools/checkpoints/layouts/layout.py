@@ -163,7 +163,20 @@ def _read_plain(node: Any, names: Names, raw: Names) -> Sets:
     return {"raw": StateDict(tensors, Unchanged(tensors), others)}
 
 
-PLAIN_ENCODING = Encoding("plain", has_tensors, _read_plain, lambda weights, content: OrderedDict(weights))
+def state_dict_of(counts: Weights, sets: Mapping[str, Weights]) -> dict[str, Any]:
+    """Make a state dict of EMA values and of weights below prefixes, with their module versions (``_metadata``)."""
+    made: Any = OrderedDict(counts)
+    versions: dict[str, Any] = OrderedDict()
+    for prefix, weights in sets.items():
+        made.update((f"{prefix}{name}", tensor) for name, tensor in weights.items())
+        for module, version in getattr(weights, "_metadata", {}).items():
+            versions[f"{prefix}{module}" if module else prefix.removesuffix(".")] = version
+    if versions:
+        made._metadata = versions
+    return made  # type: ignore[no-any-return]
+
+
+PLAIN_ENCODING = Encoding("plain", has_tensors, _read_plain, lambda weights, content: state_dict_of({}, {"": weights}))
 """A dict of names to tensors."""
 
 
@@ -214,7 +227,8 @@ class Content:
     """What goes into a checkpoint.
 
     Attributes:
-        raw, ema: the sets, by the names of the bare model; of one alone, both are that one.
+        raw, ema: the sets, by the names of the bare model; of one alone, both are that one. They may have a
+            ``_metadata``, as torch's state dicts have, with the versions of the modules.
         pair: there are two sets, and not one for both.
         parameters: names of what is averaged by libraries that average parameters alone.
         updates: EMA update count; None where nobody knows.

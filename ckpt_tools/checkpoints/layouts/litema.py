@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 from ...errors import LayoutError
 from ...tensors import Tensor, TensorSpec
-from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, scalar, split
+from .layout import Content, Encoding, Layout, Names, Sets, StateDict, Weights, is_scalar, scalar, split, state_dict_of
 
 _COUNTS = ("decay", "num_updates")
 
@@ -128,14 +127,12 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     updates = -1 if content.updates is None else min(content.updates, (1 << 31) - 1)
     if content.updates is None:
         content.notes.append("The EMA update count is not known: num_updates is -1, which LitEma takes for no warm-up.")
-    return OrderedDict(
-        {
-            **content.raw,
-            "model_ema.decay": scalar("float32", "f", content.known_decay()),
-            "model_ema.num_updates": scalar("int32", "i", updates),
-            **{f"model_ema.{name}": weights[full] for name, full in short.items()},
-        }
-    )
+    averages = {
+        "decay": scalar("float32", "f", content.known_decay()),
+        "num_updates": scalar("int32", "i", updates),
+        **{name: weights[full] for name, full in short.items()},
+    }
+    return state_dict_of({}, {"": content.raw, "model_ema.": averages})
 
 
 LITEMA_ENCODING = Encoding("litema", _detect, _read, _write, frozenset({"updates", "decay"}))
