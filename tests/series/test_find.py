@@ -625,7 +625,8 @@ def test_find_series_with_best_reads_a_metric_that_is_a_tensor(save: Save, write
         if write == "safetensors":
             save_file({**weights(i), "val.score": score.clone()}, f"run-{i}.st")
         elif write == "dcp":
-            with warnings.catch_warnings(action="ignore"):  # of a single process
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is one process
                 dcp.save(state, checkpoint_id=f"run-{i}.st")
         else:
             save(f"run-{i}.st", state, _use_new_zipfile_serialization=write == "zip")
