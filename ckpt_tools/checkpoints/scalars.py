@@ -17,7 +17,7 @@ _CODES = {
 
 
 def as_number(header: Header, value: Any) -> Any:
-    """Return the number in a tensor of one element; any other value as it is.
+    """Return the number in a tensor of one element; any other value, a chunked tensor too, as it is.
 
     Args:
         value: of the tree or the content of the header.
@@ -25,9 +25,9 @@ def as_number(header: Header, value: Any) -> Any:
     Raises:
         ReadError: the file cannot be read, or has changed since its header was read.
     """
-    if not isinstance(value, TensorSpec) or value.numel != 1 or value.dtype.name not in _CODES:
+    if type(value) is not TensorSpec or value.numel != 1 or value.dtype.name not in _CODES:
         return value
-    ((_, spec),) = in_own_files(value, header.places).as_chunks
+    spec: TensorSpec = in_own_files(value, header.places)
     raw = bytearray(spec.dtype.itemsize)
     with OpenFiles(header.files) as files:
         files.open(spec.storage.path)

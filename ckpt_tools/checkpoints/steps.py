@@ -62,7 +62,7 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
     for source in (*_mappings(header), trainer_state(header), metadata):
         for key in _STEP_KEYS:
             value = as_number(header, source.get(key))
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1 << 63:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 63:
                 continue
             counters.setdefault(key, int(value) if value == int(value) else value)
     return counters

@@ -67,6 +67,11 @@ class Assembly:
         return sum(tensor.numel * tensor.terms.width for plan in self.files for tensor, _ in plan.payloads)
 
     @property
+    def bytes_moved(self) -> int:
+        """Bytes of tensors to read and to write."""
+        return self.bytes_read + sum(tensor.nbytes for plan in self.files for tensor, _ in plan.payloads)
+
+    @property
     def names(self) -> list[str]:
         """Names of all its files."""
         return [*(plan.name for plan in self.files), *(path.name for path in self.companions)]

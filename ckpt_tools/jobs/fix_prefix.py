@@ -127,7 +127,8 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         names = list(splices) if folder else None
         sizes = [each.size for each in splices.values()]
         show = running.on_progress
-        on_copied = None if show is None else lambda copied: show(copied, nbytes)
+        total = sum(each.copied for each in splices.values())
+        on_copied = None if show is None else lambda copied: show(copied, total)
         with staged_files(target, names, sizes, force=output.force or in_place) as (_, fds):
             copy(list(splices.values()), fds, stamps, on_copied, in_place=in_place)
             if in_place:

@@ -83,9 +83,8 @@ def produce(
 
     def work(plan: R) -> R:
         done, final = (plan, assembly) if finish is None else finish(plan)
-        total = final.bytes_read + final.nbytes
         show = running.on_progress
-        on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
+        on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
         write(final, stamps, force=output.force, on_progress=on_bytes, **options)
         return done
 
@@ -115,7 +114,7 @@ def write(
     Args:
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
-        on_progress: called with the bytes read and written so far.
+        on_progress: called with the bytes of tensors read and written so far.
         options: of `engine.run`.
 
     Raises:

@@ -42,7 +42,7 @@ def listed(paths: Iterable[str | Path]) -> list[str | Path]:
     """Return paths as a list.
 
     Raises:
-        UsageError: they are not several.
+        UsageError: they are not several, but one path or none.
     """
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
         raise UsageError(f"paths is a list of paths, not {paths!r}.")
@@ -238,7 +238,9 @@ def _series_in(folder: Path) -> list[Path]:
 
 def _is_part(path: Path) -> bool:
     """True for a shard, and for a further model of a checkpoint."""
-    return bool(FURTHER_MODEL.fullmatch(path.name)) or any(p.search(str(path.absolute())) for p, _ in _SHARDS)
+    return bool(FURTHER_MODEL.fullmatch(path.name)) or any(
+        p.search(f"{path.parent.name}/{path.name}") for p, _ in _SHARDS
+    )
 
 
 def _refuse_shards(paths: Sequence[Path]) -> None:

@@ -51,6 +51,11 @@ class Splice:
         """Size of the new file, in bytes."""
         return sum(map(len, self.pieces))
 
+    @property
+    def copied(self) -> int:
+        """Bytes of it that are of the old file."""
+        return sum(len(piece) for piece in self.pieces if isinstance(piece, Span))
+
 
 def whole_blocks(grown: int) -> int:
     """Return the distance, in bytes of whole blocks, by which to move what is behind a growth of `grown` bytes."""
@@ -63,7 +68,7 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
     Args:
         source: the old file.
         target: descriptor of the new file, which has its final size and no data.
-        on_bytes: called with the number of bytes just written.
+        on_bytes: called with the number of bytes just copied.
 
     Raises:
         CorruptError: the old file ends too early.
@@ -79,7 +84,6 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
                 copy(splice.source, source, span, target, at, on_bytes)
         else:
             write_at(target, memoryview(piece), position, name)
-            on_bytes(len(piece))
         position += len(piece)
 
 

@@ -249,7 +249,7 @@ def test_find_series_reads_the_step_in_the_metadata_of_safetensors(key: str) -> 
     assert series.ordered_by == f"the {key} stored in the files"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, True, "3", None, 1 << 5000])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.5, True, "3", None, 1 << 5000, -1])
 def test_stored_counters_ignores_what_is_no_whole_number(save: Save, value: Any) -> None:
     assert stored_counters(read_header(save("a.pth", {"state_dict": weights(), "epoch": value}))) == {}
 
@@ -625,7 +625,8 @@ def test_find_series_with_best_reads_a_metric_that_is_a_tensor(save: Save, write
         if write == "safetensors":
             save_file({**weights(i), "val.score": score.clone()}, f"run-{i}.st")
         elif write == "dcp":
-            with warnings.catch_warnings(action="ignore"):  # of a single process
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is one process
                 dcp.save(state, checkpoint_id=f"run-{i}.st")
         else:
             save(f"run-{i}.st", state, _use_new_zipfile_serialization=write == "zip")
@@ -794,13 +795,14 @@ def test_find_series_notes_the_series_in_each_of_several_folders() -> None:
         ("run/pytorch_model.bin", ["run/step-1.safetensors", "run/step-2.safetensors"], "run/step-*.safetensors"),
         ("run/net.pt", ["run/epochs/1.pt", "run/epochs/2.pt"], "run/epochs"),
         ("run/net.pt", ["run/it_100/w.pt", "run/it_200/w.pt"], "run/it_*"),
+        ("rank_0/run/net.pt", ["rank_0/run/all/1.pt", "rank_0/run/all/2.pt"], "rank_0/run/all"),
     ],
 )
 def test_find_series_rejects_one_file_next_to_a_series_unless_it_is_given_by_its_path(
     plain: Callable[..., list[Path]], alone: str, series: list[str], glob: str
 ) -> None:
     plain(alone, *series)
-    for argument in ("run", f"{alone[:-1]}?"):
+    for argument in (str(Path(alone).parent), f"{alone[:-1]}?"):
         advice = f"To average the series, use '{glob}'. To take the one alone, give {alone}."
         with pytest.raises(SeriesError, match=re.escape(advice)):
             find_series([argument])
