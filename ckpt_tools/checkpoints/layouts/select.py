@@ -192,6 +192,8 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     fault = _fault(top, ())
     if fault is not None:
         return fault
+    if has_tensors(top):
+        return "holds training state alone, and no weights."
     if tensors:
         return "holds tensors without names, so it is no state dict. Save a dict of names to tensors."
     return "no tensor inside. It is a checkpoint file, but holds no weights."
