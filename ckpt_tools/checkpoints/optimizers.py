@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from ..formats.tree import Path, entries, tensors_in, walk
@@ -61,6 +62,41 @@ def looks_like_training_state(key: Any, value: Any) -> bool:
     if key == "optimizer_history":  # a file without it is one of before 2018 to fairseq, and not loaded
         return any(True for _ in tensors_in(value))
     return isinstance(key, str) and not isinstance(value, str) and _TRAINING_STATE.fullmatch(key) is not None
+
+
+# In a dict without nesting, what marks a name as one of an optimizer: `sum` and its like may be in a name of weights.
+_KEPT = SLOTS - {"sum", "prev", "step_size"}
+_MASTER = re.compile(r"fp32_param.*|(fp32_)?master(_.*)?|main_params?")
+_FLAT_OTHERS = re.compile(r"((?:\w+_)?scheduler|rng|\w+_rng_states?|random_states|param_groups)(_.*|/.*)?")
+
+
+def flat_training_state(names: Iterable[Any]) -> dict[str, list[str]]:
+    """Find training state among the names of a dict without nesting, by what optimizers keep for each parameter.
+
+    Returns:
+        First component or components, such as ``optimizer``, to the names that begin with it.
+    """
+    texts = [name for name in names if isinstance(name, str)]
+    likely = (name.split(".") for name in texts if "optim" in name or name.startswith("state."))
+    heads = {head for parts in likely if (head := _optimizer_of(parts)) is not None}
+    found: dict[str, list[str]] = {}
+    for name in texts if heads else ():
+        first, *more = name.split(".", 3)
+        begins = accumulate([first, *more[:2]], "{}.{}".format)
+        head = next((begin for begin in begins if begin in heads), None)
+        if head is not None or _FLAT_OTHERS.fullmatch(first):
+            found.setdefault(head or first, []).append(name)
+    return found
+
+
+def _optimizer_of(parts: list[str]) -> str | None:
+    """Return the begin of a name that is the optimizer's: ``optimizer`` of ``optimizer.state.exp_avg.NAME``."""
+    for i, part in enumerate(parts[:3]):
+        below = parts[i + 1 :]
+        flattened = below[:1] == ["state"] and below[-1] in SLOTS
+        if part.startswith("optim") and (flattened or any(p in _KEPT or _MASTER.fullmatch(p) for p in below)):
+            return ".".join(parts[: i + 1])
+    return "state" if parts[0] == "state" and len(parts) > 2 and parts[-1] in _KEPT else None
 
 
 def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple[Path, Any]]:

@@ -37,6 +37,8 @@ from .reports import Report, some
 from .run import produce
 
 BUFFERS = ("average", "last")
+# Factors of a low-rank update, as PEFT, loralib, torchtune, diffusers and kohya name them.
+_LORA = re.compile(r"(?<![A-Za-z])lora[._](?:embedding_)?(?:[AaBb]|down|up)(?:[._]|$)")
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
@@ -230,6 +232,13 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     if plan.differing:
         notes.append(
             f"Of another shape or dtype in other checkpoints, so taken from the last one: {some(plan.differing)}."
+        )
+    factor = next((name for name in plan.aligned if _LORA.search(name)), None) if len(members) > 1 else None
+    if factor is not None:
+        notes.append(
+            f"'{factor}' is a factor of a LoRA update. The factors are averaged apart, and their product is not the "
+            "average of the products: far from it for adapters of different runs. To average the updates themselves, "
+            "merge each adapter into its model first."
         )
     return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 

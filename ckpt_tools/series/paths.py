@@ -7,17 +7,25 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
 from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
-from ..storage.source import store_of
+from ..storage.source import LOCAL, store_of
 
 _MAGIC = re.compile("[*?[]")
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
+_RANK = re.compile(
+    r"mp_rank_\d\d(?:_\d{3})*(?!\d)"  # Megatron, DeepSpeed
+    r"|(?<![A-Za-z])rank[-_=]?\d+"
+    r"|(?<![^/])consolidated\.\d+(?=\.\w+$)"  # Meta
+    r"|(?<![^/])layer_\d+-model_\d+"  # DeepSpeed's pipelines
+)
+_NUMBERS = re.compile(r"\d+")
 # (pattern whose removal makes the paths of the shards of one checkpoint equal, advice).
 _SHARDS = (
     (
@@ -25,13 +33,7 @@ _SHARDS = (
         "are shards of one checkpoint, not two. Give the folder that has their index.",
     ),
     (
-        re.compile(
-            r"mp_rank_\d\d(?:_\d{3})*(?!\d)"  # Megatron, DeepSpeed
-            r"|(?<![A-Za-z])rank[-_=]?\d+"
-            r"|(?<![^/])consolidated\.\d+(?=\.\w+$)"  # Meta
-            r"|pytorch_model_fsdp_\d+"  # Accelerate
-            r"|(?<![^/])layer_\d+-model_\d+"  # DeepSpeed's pipelines
-        ),
+        re.compile(rf"{_RANK.pattern}|pytorch_model_fsdp_\d+"),  # Accelerate
         "differ only in the rank, so they are shards of one checkpoint, not two. "
         "Merge the shards first, with the tools of the program that wrote them.",
     ),
@@ -63,7 +65,7 @@ def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
     Raises:
         UsageError: an argument is not a path.
         SeriesError: a path that does not exist, a glob without matches, a folder without checkpoints, shards of one
-            checkpoint, or one checkpoint next to a series.
+            checkpoint, one rank of several, or one checkpoint next to a series.
     """
     try:
         found = _without_duplicates(expand(paths), notes)
@@ -71,6 +73,7 @@ def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
     except OSError as error:
         raise SeriesError(f"{error.filename}: {error.strerror}.") from error
     _refuse_shards(found)
+    _refuse_one_rank(found)
     return found
 
 
@@ -252,6 +255,31 @@ def _refuse_shards(paths: Sequence[Path]) -> None:
             other = path if whole == str(path.absolute()) else seen.setdefault(whole, path)
             if other != path:
                 raise SeriesError(f"{other} and {path} {what}")
+
+
+def _refuse_one_rank(paths: Sequence[Path]) -> None:
+    """Refuse one rank of a checkpoint that has more of them beside it: it holds a part of the weights."""
+    for path in paths:
+        whole = path.absolute() if store_of(path) is LOCAL else path
+        for place in (whole, *whole.parents):
+            other = _other_rank(place, whole.relative_to(place)) if _RANK.search(place.name) else None
+            if other is not None:
+                raise SeriesError(
+                    f"{path} is one rank of several, and holds a part of the weights; {other} holds another. "
+                    "Merge the ranks first, with the tools of the program that wrote them."
+                )
+
+
+def _other_rank(place: Path, inside: Path) -> Path | None:
+    """Find the same file of another rank, where a file or folder is named by its rank."""
+    store = store_of(place)
+    with suppress(OSError):  # a folder that may be searched, but not listed
+        names = [n for n in store.names(place.parent) if _RANK.sub("", n) == _RANK.sub("", place.name)]
+        # Ranks count from 0; folders named lora_rank_8 and lora_rank_16 are none.
+        if any(int(_NUMBERS.findall(_RANK.findall(name)[-1])[-1]) == 0 for name in names):
+            others = (place.with_name(name) / inside for name in names if name != place.name)
+            return next((other for other in others if store.is_file(other) or store.is_folder(other)), None)
+    return None
 
 
 def natural_key(path: Path) -> tuple[object, ...]:

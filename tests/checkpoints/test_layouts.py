@@ -408,3 +408,77 @@ def test_layouts_are_named_in_no_module_but_their_own() -> None:
         f"{path}: {match}" for path, text in code.items() for match in re.findall(r"\blayout(?:\.name)? [!=]= .*", text)
     ]
     assert [line for line in named if '"' in line] == []
+
+
+# Weights that are not in the file
+
+
+def zero3(model: nn.Module, threshold: int) -> dict[str, Any]:
+    """Lay a `*_model_states.pt` out as DeepSpeed's engine does with ZeRO-3; smaller parameters stay whole."""
+    module = OrderedDict(
+        (name, torch.empty(0) if t.is_floating_point() and t.numel() > threshold else t)
+        for name, t in model.state_dict().items()
+    )
+    shapes = OrderedDict((name, p.shape) for name, p in model.named_parameters())
+    return {
+        "module": module,
+        "buffer_names": [name for name, _ in model.named_buffers()],
+        "optimizer": None,
+        "param_shapes": [shapes],
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "sparse_tensor_module_names": set(),
+        "skipped_steps": 0,
+        "global_steps": 30,
+        "dp_world_size": 2,
+        "mp_world_size": 1,
+        "ds_config": {"zero_optimization": {"stage": 3}},
+        "ds_version": "0.16.4",
+    }
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    return nn.Sequential(layer, nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize("threshold", [0, 20])
+@pytest.mark.parametrize("with_shapes", [True, False])
+def test_select_rejects_the_placeholders_of_zero_3(threshold: int, with_shapes: bool, tmp_path: Path) -> None:
+    tree = zero3(encoder(), threshold)
+    if not with_shapes:
+        del tree["param_shapes"]
+    torch.save(tree, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    torch.save(tree["module"], tmp_path / "pytorch_model.bin")  # as transformers saves it without gathering
+    path = tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    message = r"model_states\.pt: module has '0\.[\w.]*weight' of shape \[0\].*zero_to_fp32\.py"
+    for job in (
+        lambda: average(path, state="module", out=tmp_path / "o.pth"),
+        lambda: select(read_header(path), "module"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            job()
+    with pytest.raises(LayoutError, match=r"pytorch_model\.bin: raw \(the whole file\) has .*zero_to_fp32\.py"):
+        average(tmp_path / "pytorch_model.bin", out=tmp_path / "o.pth")
+    assert not (tmp_path / "o.pth").exists()
+
+
+def test_select_rejects_weights_of_other_shapes_than_param_shapes(tmp_path: Path) -> None:
+    tree = zero3(encoder(), 1000)
+    tree["module"]["0.linear1.bias"] = torch.ones(3)
+    torch.save(tree, tmp_path / "m.pt")
+    with pytest.raises(
+        LayoutError, match=r"module has '0\.linear1\.bias' of shape \[3\], from which its 'param_shapes'"
+    ):
+        average(tmp_path / "m.pt", state="module", out=tmp_path / "o.pth")
+
+
+def test_select_takes_the_whole_weights_of_zero_1_and_few_empty_ones(tmp_path: Path) -> None:
+    tree = zero3(encoder(), 1000)
+    tree["module"]["spare.weight"] = torch.empty(0)
+    torch.save(tree, tmp_path / "mp_rank_00_model_states.pt")
+    average(tmp_path / "mp_rank_00_model_states.pt", state="module", out=tmp_path / "o.pth")
+    found = torch.load(tmp_path / "o.pth")["module"]
+    assert found.keys() == tree["module"].keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tree["module"].items())

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from ckpt_tools import average, convert
+from ckpt_tools.checkpoints.optimizers import flat_training_state
+from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
 from ckpt_tools.jobs.inspect import Description, describe
 
@@ -164,3 +173,115 @@ def test_describe_accepts_an_unknown_state(save: Save) -> None:
     loop: dict[str, Any] = {}
     loop["a"] = [loop]
     assert described(save, {"model": {"w": torch.ones(2)}, "x": loop}).optimizers == ()
+
+
+# Dicts without nesting, in which the optimizer has names of its own
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(4, 3, generator=generator) for name in ("decoder.0.fc.weight", "decoder.0.fc.bias")}
+
+
+def megatron(seed: int) -> dict[str, Any]:
+    kept = ("exp_avg", "exp_avg_sq", "fp32_param")
+    state = {f"optimizer.state.{slot}.{name}": t + 7 for slot in kept for name, t in weights(seed).items()}
+    return {**weights(seed), **state, "rng_state": torch.zeros(5, dtype=torch.uint8)}
+
+
+def chained(seed: int) -> dict[str, Any]:
+    place = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.bfloat16).bucket_idx_0"
+    state = {f"chained_{i}.{place}.{slot}": torch.ones(9) for i in (0, 1) for slot in ("param", "exp_avg")}
+    return {**weights(seed), **state}
+
+
+def flattened(make: Any, prefix: str = "", **options: Any) -> Callable[[int], dict[str, Any]]:
+    """As torch flattens an optimizer: NAME is that of a parameter in `state.NAME.exp_avg`."""
+
+    def of(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        optimizer = make(model.parameters(), **options)
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        return {**model.state_dict(), **{f"{prefix}{name}": value for name, value in state.items()}}
+
+    return of
+
+
+FLAT = {
+    "megatron": (megatron, {"optimizer.*", "rng_state"}),
+    "chained": (chained, {"chained_0.optimizer.*", "chained_1.optimizer.*"}),
+    "adam": (flattened(torch.optim.Adam), {"state.*", "param_groups.*"}),
+    "sgd": (flattened(torch.optim.SGD, "trainer.optim.", lr=0.1, momentum=0.9), {"trainer.optim.*"}),
+    "adagrad": (flattened(torch.optim.Adagrad, "optimizers."), {"optimizers.*"}),
+}
+
+
+@pytest.mark.parametrize("written", ["pth", "safetensors", "dcp"])
+@pytest.mark.parametrize("which", FLAT)
+def test_average_and_convert_leave_out_an_optimizer_among_the_weights(which: str, written: str, tmp_path: Path) -> None:
+    make, left_out = FLAT[which]
+    states, paths = [make(seed) for seed in (3, 8)], []
+    for i, state in enumerate(states):
+        path = tmp_path / (f"s{i}" if written == "dcp" else f"s{i}.{written}")
+        if written == "dcp":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is one process
+                dcp.save(state, checkpoint_id=path)
+        elif written == "pth":
+            torch.save(state, path)
+        else:
+            save_file({name: t.contiguous() for name, t in state.items() if isinstance(t, torch.Tensor)}, path)
+        paths.append(path)
+    bare = [{name: t for name, t in state.items() if re.match(r"decoder\.|\d\.", name)} for state in states]
+    report = average(paths, out=tmp_path / "avg.pth")
+    found = torch.load(tmp_path / "avg.pth")
+    assert set(found) == set(bare[0])
+    for name, tensor in found.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, (bare[0][name] + bare[1][name]) / 2)
+    tensors_left_out = {each for each in left_out if written != "safetensors" or each != "param_groups.*"}
+    assert tensors_left_out <= set(report.dropped)
+    converted = convert(paths[1], out=tmp_path / "plain.safetensors")
+    loaded = load_file(tmp_path / "plain.safetensors")
+    assert set(loaded) == set(bare[1])
+    assert all(torch.equal(loaded[name], bare[1][name]) for name in loaded)
+    assert tensors_left_out <= set(converted.dropped)
+
+
+def test_average_takes_modules_that_are_called_like_training_state(tmp_path: Path) -> None:
+    names = [
+        "optimizer.fc.weight",
+        "scaler.weight",
+        "lr_scheduler.a",
+        "state.fc.weight",
+        "state.exp_avg",
+        "state.x.sum",
+    ]
+    for i in range(2):
+        torch.save({name: torch.full((2,), float(i)) for name in names}, tmp_path / f"{i}.pth")
+    average([tmp_path / "0.pth", tmp_path / "1.pth"], out=tmp_path / "out.pth")
+    found = torch.load(tmp_path / "out.pth")
+    assert set(found) == set(names)
+    assert all(torch.equal(tensor, torch.full((2,), 0.5)) for tensor in found.values())
+
+
+def test_average_rejects_files_of_an_optimizer_alone(tmp_path: Path) -> None:
+    state = {name: value for name, value in megatron(0).items() if name.startswith("optimizer")}
+    save_file(state, tmp_path / "o.safetensors")
+    with pytest.raises(LayoutError, match=r"o\.safetensors: holds training state alone, and no weights"):
+        average(tmp_path / "o.safetensors", out=tmp_path / "out.pth")
+
+
+@given(st.lists(st.sampled_from(["optim", "optimizer", "state", "exp_avg", "w", "sum", "a" * 99]), max_size=9))
+def test_flat_training_state_begins_with_an_optimizer_and_has_a_slot(parts: list[str]) -> None:
+    name = ".".join(parts)
+    found = flat_training_state([name, "w"])
+    if found:
+        assert [name] in found.values()
+        assert {"optim", "optimizer", "state"} & set(parts[:3])
+        assert {"exp_avg", "sum"} & set(parts)
+    if parts[:1] == ["optimizer"] and "exp_avg" in parts:
+        assert found == {"optimizer": [name]}

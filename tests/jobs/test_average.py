@@ -578,3 +578,33 @@ def test_average_places_a_nested_ema_where_raw_weights_belong(tmp_path: Path, sa
     assert found["app"]["model"]["w"].tolist() == [1.5, 1.5]
     assert (found["app"].keys(), found["app"]["step"]) == ({"model", "step"}, 2)
     assert dict(ckpt_tools.open_checkpoint(tmp_path / "out.pth"))["w"].tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("base_model.model.q_proj.lora_A.weight", "base_model.model.q_proj.lora_B.weight"),
+        ("emb.lora_embedding_A.default", "emb.lora_embedding_B.default"),
+        ("attn.wq.lora_A", "attn.wq.lora_B"),
+        ("layers.0.q_proj.lora_a.weight", "layers.0.q_proj.lora_b.weight"),
+        ("lora_unet_mid_to_q.lora_down.weight", "lora_unet_mid_to_q.lora_up.weight"),
+        ("to_q_lora.down.weight", "to_q_lora.up.weight"),
+    ],
+)
+def test_average_notes_that_lora_factors_are_averaged_apart(tmp_path: Path, save: Save, a: str, b: str) -> None:
+    torch.manual_seed(0)
+    states = [{a: torch.randn(2, 8), b: torch.randn(8, 2)} for _ in range(2)]
+    paths = [save(f"{i}.pth", state) for i, state in enumerate(states)]
+    report = ckpt_tools.average(paths, out=tmp_path / "out.pth")
+    (note,) = report.notes
+    assert note.startswith(f"'{a}' is a factor of a LoRA update. The factors are averaged apart")
+    found = load(tmp_path / "out.pth")
+    products = torch.stack([state[b] @ state[a] for state in states]).mean(0)
+    assert not torch.allclose(found[b] @ found[a], products, atol=0.1)
+    assert ckpt_tools.average(paths[0], out=tmp_path / "one.pth").notes == ()
+
+
+def test_average_notes_no_lora_where_names_are_only_alike(tmp_path: Path, save: Save) -> None:
+    names = ("flora.a.weight", "exploratory.lora_about", "lora_alpha", "explora_a.weight")
+    paths = [save(f"{i}.pth", dict.fromkeys(names, torch.full((2,), float(i)))) for i in range(2)]
+    assert ckpt_tools.average(paths, out=tmp_path / "out.pth").notes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_store import MemoryStore
 from safetensors.torch import save_file
 
 from ckpt_tools import average
@@ -26,6 +28,7 @@ from ckpt_tools.errors import LayoutError, NotACheckpointError, SeriesError, Uns
 from ckpt_tools.formats import read_header
 from ckpt_tools.series.find import Series, find_series
 from ckpt_tools.series.paths import expand
+from ckpt_tools.storage.source import STORES
 
 Save = Callable[..., Path]
 
@@ -852,13 +855,75 @@ def test_find_series_rejects_loose_shards() -> None:
         "layer_0{}-model_00-model_states.pt",
     ],
 )
-def test_find_series_rejects_the_ranks_of_one_checkpoint_but_takes_one_rank_of_each_step(
-    plain: Callable[..., list[Path]], pattern: str
-) -> None:
+def test_find_series_rejects_several_ranks_of_one_checkpoint(plain: Callable[..., list[Path]], pattern: str) -> None:
     paths = plain(*(f"{folder}/{pattern.format(rank)}" for folder in ("iter_9", "iter_10") for rank in (0, 1)))
     with pytest.raises(SeriesError, match="differ only in the rank, so they are shards of one checkpoint"):
         find_series(paths)
-    assert [member.path for member in find_series([paths[2], paths[0]]).members] == [paths[0], paths[2]]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"),
+        ("mp_rank_01_000/model_optim_rng.pt", "mp_rank_00_000/model_optim_rng.pt"),
+        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
+        ("zero_pp_rank_1_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        ("consolidated.00.pth", "consolidated.01.pth"),
+        ("model_world_size_8_rank_0.pt", "model_world_size_8_rank_5.pt"),
+        ("layer_03-model_00-model_states.pt", "layer_04-model_00-model_states.pt"),
+    ],
+)
+def test_find_series_rejects_one_rank_of_several(
+    plain: Callable[..., list[Path]], one: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = plain(*(f"run/iter_{i}/{rank}" for i in (9, 10) for rank in (one, other)))
+    message = (
+        rf"{re.escape(one)} is one rank of several, .*; .*{re.escape(other)} holds another\. Merge the ranks first"
+    )
+    with pytest.raises(SeriesError, match=message):
+        find_series([paths[2], paths[0]])
+    with pytest.raises(SeriesError, match=message):
+        find_series([f"run/iter_*/{one}"])
+    monkeypatch.chdir(paths[0].parent)
+    with pytest.raises(SeriesError, match="is one rank of several"):
+        find_series([Path(one).name])
+
+
+@pytest.mark.parametrize(
+    ("one", "others"),
+    [
+        ("mp_rank_00/model_optim_rng.pt", ["mp_rank_00/distrib_optim.pt", "rng_state/mp_rank_01/rng.pt"]),
+        (
+            "mp_rank_00_model_states.pt",
+            ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"],
+        ),
+        ("consolidated.00.pth", ["consolidated.pth", "params.pth"]),
+        ("lora_rank_8/model.pt", ["lora_rank_16/model.pt", "lora_rank_4/model.pt"]),
+        ("pytorch_model_fsdp_0/model.pt", ["pytorch_model_fsdp_1/model.pt"]),
+        ("ranking0.pt", ["ranking1.pt"]),
+    ],
+)
+def test_find_series_takes_the_only_rank_and_what_is_named_alike(
+    plain: Callable[..., list[Path]], one: str, others: list[str]
+) -> None:
+    plain(*(f"step_{i}/{name}" for i in (9, 10) for name in (one, *others)))
+    assert [member.path for member in find_series([f"step_*/{one}"]).members] == [
+        Path(f"step_{i}/{one}") for i in (9, 10)
+    ]
+
+
+def test_find_series_rejects_one_rank_of_several_in_another_store() -> None:
+    data = io.BytesIO()
+    torch.save(weights(1), data)
+    files = {Path(f"memory:/run/iter_1/mp_rank_0{i}/m.pt"): data.getvalue() for i in (0, 1)}
+    STORES["memory"] = MemoryStore(files)
+    try:
+        with pytest.raises(
+            SeriesError, match=r"mp_rank_00/m\.pt is one rank of several.*mp_rank_01/m\.pt holds another"
+        ):
+            find_series(["memory://run/iter_1/mp_rank_00/m.pt"])
+    finally:
+        del STORES["memory"]
 
 
 def test_find_series_says_what_it_looked_for_in_a_folder_without_checkpoints() -> None:

@@ -17,6 +17,7 @@ from ...formats.header import Header
 from ...formats.sharded import SHARDED
 from ...formats.tree import Path, follow, put
 from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
+from ..optimizers import flat_training_state
 
 Weights = Mapping[str, OutTensor]
 
@@ -29,7 +30,7 @@ class StateDict:
         tensors: by the names that the bare model has; wrapper prefixes such as DDP's stay.
         keys: these names to the keys of the dict at `path`; None where the set is not one dict.
         other_entries: entries of that dict that are no tensors with names.
-        other_set: entries of the dict that belong to the other set, in words: ``model_ema.*``.
+        other_set: entries of the dict that are no weights of this set, in words: ``model_ema.*``, ``optimizer.*``.
         ema_paths: paths of the EMA update count, decay and settings.
         updates: EMA update count, as it is stored: a number, a tensor of one, or what a damaged file has.
         decay: of the EMA, likewise.
@@ -159,8 +160,13 @@ def split(node: Mapping[Any, Any]) -> tuple[Mapping[str, Tensor], dict[Any, Any]
 
 
 def _read_plain(node: Any, names: Names, raw: Names) -> Sets:
+    training = flat_training_state(node)
+    if training:
+        gone = {name for names in training.values() for name in names}
+        node = {key: value for key, value in node.items() if key not in gone}
     tensors, others = split(node)
-    return {"raw": StateDict(tensors, Unchanged(tensors), others)}
+    left_out = tuple(head if [head] == names else f"{head}.*" for head, names in training.items())
+    return {"raw": StateDict(tensors, Unchanged(tensors), others, left_out)} if tensors else {}
 
 
 def state_dict_of(counts: Weights, sets: Mapping[str, Weights]) -> dict[str, Any]:

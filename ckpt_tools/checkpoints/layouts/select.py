@@ -12,7 +12,7 @@ from ...formats.header import Header
 from ...formats.pickle_read import Inert
 from ...formats.tree import tensors_in
 from ...storage.source import store_of
-from ...tensors import Tensor
+from ...tensors import Tensor, TensorSpec
 from ..optimizers import is_optimizer, looks_like_training_state
 from .counterparts import chosen_in, completed
 from .layout import (
@@ -23,6 +23,7 @@ from .layout import (
     StateDict,
     dotted,
     has_tensors,
+    is_buffer,
     one_of,
     read_sets,
     set_keys,
@@ -109,7 +110,7 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
         if found[which].fault is not None:
             raise LayoutError(f"{header.path}: its {found[which].label} is {found[which].fault}")
         _refuse_nested(header, found[which])
-        return found[which]
+        return _with_weights(header, found[which])
     raise LayoutError(f"{header.path}: {_nothing(header, found, which)}")
 
 
@@ -148,6 +149,33 @@ def _refuse_nested(header: Header, state: StateDict) -> None:
                 f"{header.path}: tensors are both in {dotted(state.path) or 'the top level'} and below "
                 f"'{dotted(outer)}', so it is not clear which are the weights. {_choice(header, below)}"
             )
+
+
+def _with_weights(header: Header, state: StateDict) -> StateDict:
+    """Refuse weights that are elsewhere: DeepSpeed's ZeRO-3 leaves an empty tensor in the place of each that it splits.
+
+    It splits large ones alone, so in a plain file many, but not all, have to be empty.
+    """
+    weights = {
+        name: tensor
+        for name, tensor in state.tensors.items()
+        if isinstance(tensor, TensorSpec) and not is_buffer(name, tensor)
+    }
+    stored = header.tree.get("param_shapes") if isinstance(header.tree, dict) else None
+    shapes: dict[Any, Any] = {}
+    for group in stored if isinstance(stored, list) else [stored]:  # one for each group of the optimizer
+        shapes.update(group if isinstance(group, dict) else {})
+    empty = [name for name, tensor in weights.items() if tensor.shape == (0,) and name.endswith("weight")]
+    wrong = [name for name, tensor in weights.items() if shapes.get(name, tensor.shape) != tensor.shape]
+    if not wrong and 4 * len(empty) <= len(weights):
+        return state
+    where = "from which its 'param_shapes' differ" if wrong else "which is empty"
+    raise LayoutError(
+        f"{header.path}: {state.label} has '{(wrong or empty)[0]}' of shape "
+        f"{[*weights[(wrong or empty)[0]].shape]}, {where}. DeepSpeed's ZeRO-3 keeps the weights in the "
+        "*_optim_states.pt files beside such a file. Make a whole checkpoint of them with the zero_to_fp32.py that "
+        "DeepSpeed puts into the folder of the run."
+    )
 
 
 def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
@@ -192,6 +220,8 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     fault = _fault(top, ())
     if fault is not None:
         return fault
+    if has_tensors(top):
+        return "holds training state alone, and no weights."
     if tensors:
         return "holds tensors without names, so it is no state dict. Save a dict of names to tensors."
     return "no tensor inside. It is a checkpoint file, but holds no weights."
@@ -226,7 +256,7 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     which, layout = ("ema", found.layout) if "ema" in sets else (asked, "dotted path")
     chosen = found.below(path, which=which, layout=layout, set_paths=set_paths)
     same = next((each for each in others if each.path == path), None)
-    return chosen_in(header.tree, chosen if same is None else replace(chosen, home=same.home))
+    return _with_weights(header, chosen_in(header.tree, chosen if same is None else replace(chosen, home=same.home)))
 
 
 def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:
