@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import LayoutError
 from ...formats.header import Header
-from ...formats.pickle_read import Inert
+from ...formats.pickle_read import NUMPY_ARRAYS, Inert
 from ...formats.tree import tensors_in
 from ...storage.source import store_of
 from ...tensors import Tensor
@@ -118,19 +118,10 @@ def _fault(node: Mapping[Any, Any], path: tuple[Any, ...]) -> str | None:
     for key, value in node.items():
         if isinstance(value, Tensor) and not isinstance(key, str):
             return f"the tensor '{dotted((*path, key))}' has a name that is no text. Save it under a text."
-        is_array = isinstance(value, Inert) and type(value).global_name in _ARRAYS
+        is_array = isinstance(value, Inert) and type(value).global_name in NUMPY_ARRAYS
         if is_array and not looks_like_training_state(key, value):
             return f"'{dotted((*path, key))}' is a NumPy array, not a tensor. Save it as one: torch.from_numpy(array)."
     return None
-
-
-# By these NumPy 1 and 2 pickle an array; the last two since protocol 5.
-_ARRAYS = (
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.numeric._frombuffer",
-    "numpy._core.numeric._frombuffer",
-)
 
 
 def _refuse_nested(header: Header, state: StateDict) -> None:
