@@ -139,8 +139,13 @@ def _lead(names: Iterable[str]) -> str:
     return "".join(f"{part}." for part in (split[0][:common] if split else ()))
 
 
+def is_average(key: str) -> bool:
+    """True for a key that says so."""
+    return _AVERAGED.search(key) is not None
+
+
 def _is_average(path: Path, raw: Path) -> bool:
-    return any(isinstance(key, str) and _AVERAGED.search(key) for key in _apart(path, raw))
+    return any(isinstance(key, str) and is_average(key) for key in _apart(path, raw))
 
 
 def _apart(path: Path, raw: Path) -> Path:
@@ -154,5 +159,5 @@ def _apart(path: Path, raw: Path) -> Path:
 def _whole_entry(path: Path, raw: Path) -> Path:
     """Return the path of the entry that is all about an average: the first key that says so."""
     apart = _apart(path, raw)
-    first = next(i for i, key in enumerate(apart) if isinstance(key, str) and _AVERAGED.search(key))
+    first = next(i for i, key in enumerate(apart) if isinstance(key, str) and is_average(key))
     return path[: len(path) - len(apart) + first + 1]

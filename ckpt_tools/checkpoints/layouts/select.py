@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
+from os.path import commonprefix
 from typing import Any
 
 from ...errors import LayoutError
@@ -14,7 +15,7 @@ from ...formats.tree import tensors_in
 from ...storage.source import store_of
 from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
-from .counterparts import chosen_in, completed
+from .counterparts import chosen_in, completed, is_average
 from .layout import (
     DETECTED,
     LAYOUTS,
@@ -145,8 +146,13 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     """Say how to choose among the dicts that hold these tensors."""
     places = dict.fromkeys(dotted(path[:-1]) for path in tensors)
     reached = (place for place in places if place and has_tensors(_follow(header.tree, place)[1]))
-    first, *others = [*islice(reached, 2)] or [""]
+    first, *others = [*islice(reached, 8)] or [""]
     each = " Each of these is averaged by a run of its own." if others else ""
+    averages, raws = ([place for place in (first, *others) if is_average(place) is which] for which in (True, False))
+    if averages and raws:
+        # The raw weights of params_ema are params, and of g_ema g.
+        raw = max(raws, key=lambda place: len(commonprefix([place, averages[0]])))
+        return f"Choose with `state={averages[0]!r}`, an average by its name, or `state={raw!r}`.{each}"
     return f"Choose with `state={first!r}`.{each}" if first else "Save the weights as one dict of names to tensors."
 
 
