@@ -13,6 +13,7 @@ from ..checkpoints.layouts.counterparts import with_names_of
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.prefixes import prefixes, renamed, unwrap
+from ..checkpoints.training_state import training_mode_note
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
@@ -225,6 +226,11 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     partial = [name for name, inputs in plan.aligned.items() if not all(inputs)]
     if partial:
         notes.append(f"Not in every checkpoint, so averaged over those that have them: {some(partial)}.")
+    for member, state in zip(members[-len(states) :], states, strict=True):
+        note = training_mode_note(member.header.tree, [state.path]) if state.which != "ema" else None
+        if note is not None:
+            notes.append(f"{member.path.name}: {note}")
+            break
     return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 
 
