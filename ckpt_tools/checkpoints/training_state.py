@@ -98,6 +98,21 @@ def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
     return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
 
 
+def training_mode_note(tree: Any, weights: Collection[Path]) -> str | None:
+    """Say that raw weights are not the averages that a schedule-free optimizer makes of them; None if they may be.
+
+    Args:
+        weights: paths of sets of weights, which are not searched.
+    """
+    found = (path for path, optimizer in find_optimizers(tree, weights) if _schedule_free(optimizer))
+    if (path := next(found, None)) is None:
+        return None
+    return (
+        f"'{dotted(path)}' is of a schedule-free optimizer that was training: the raw weights are what it trains, "
+        "not its averages. To have these in the file, call optimizer.eval() before you save."
+    )
+
+
 def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
     if not any(leads(path, to) for to in kept):
         yield path

@@ -131,8 +131,8 @@ def _read(option: Option, value: Any) -> Any:
 def spelled(text: str) -> str:
     """Turn the parameters that a message of the library names into options.
 
-    `name` becomes --name, `name=value` --name value, `name=True` --name, `name=False` --no-name, and
-    `function(name=value)` or `function(...)` the command that does it.
+    `name` becomes --name, `name=value` --name value (for each text of a list), `name=True` --name, `name=False`
+    --no-name, and `function(name=value)` or `function(...)` the command that does it.
     """
     return re.sub(r"`(?:(\w+)\()?(\w+|\.{3})(?:=([^`]*?))?\)?`", _option, text)
 
@@ -153,7 +153,8 @@ def _option(match: re.Match[str]) -> str:
         value = text
     from shlex import quote
 
-    return f"{command}{option} {quote(value) if isinstance(value, str) else value}"
+    values = value if isinstance(value, list) and value and all(isinstance(word, str) for word in value) else [value]
+    return command + " ".join(f"{option} {quote(each) if isinstance(each, str) else each}" for each in values)
 
 
 def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:

@@ -45,7 +45,9 @@ def _show_summary(report: AverageReport) -> None:
     first, last = report.inputs[0], report.inputs[-1]
     n = len(report.inputs)
     span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
-    console.say(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.")
+    console.say(
+        f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.", *_prefixes(report)
+    )
     _show_dropped(report)
     arguments.say_notes(report.notes)
 

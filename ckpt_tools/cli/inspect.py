@@ -72,6 +72,7 @@ def _show(d: Description) -> None:
         console.say(f"  not understood, so neither imported nor run: {names}")
     if d.provenance is not None:
         _show_provenance(d.provenance)
+    arguments.say_notes(d.notes)
 
 
 def _show_provenance(provenance: dict[str, object]) -> None:

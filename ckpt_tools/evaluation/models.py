@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -187,12 +187,27 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         if found
     ]
     if parts:
+        fit = f"{checkpoint.path}: the weights do not fit {type(model).__name__}"
+        for option, names, others in (("strip", stored.values(), own), ("add", own, stored.values())):
+            if (lead := _lead(names, others)) is not None:
+                what = "start with" if option == "strip" else "lack"
+                raise ModelError(f"{fit}: its names {what} '{lead}'. Run `fix_prefix({option}=[{lead!r}])` first.")
         raise ModelError(
-            f"{checkpoint.path}: the weights do not fit {type(model).__name__}: {'; '.join(parts)}. "
+            f"{fit}: {'; '.join(parts)}. "
             "Is it the right `model`, with the right `model_kwargs` (num_classes=..., in_chans=...)?"
         )
     model.load_state_dict({own[name]: checkpoint[stored[name]] for name in shared}, strict=False)
     return {own[name]: stored[name] for name in shared}
+
+
+def _lead(names: Iterable[str], others: Iterable[str]) -> str | None:
+    """Return the prefix by which all names differ from the others, as Lightning's ``model.``; None if there is none."""
+    counters = "num_batches_tracked"  # may be missing, see above
+    wanted = {name for name in others if not name.endswith(counters)}
+    found = {name for name in names if not name.endswith(counters)}
+    one = min(wanted, default=None)
+    leads = {name.removesuffix(one) for name in found if one is not None and name.endswith(f".{one}")}
+    return next((lead for lead in leads if {f"{lead}{name}" for name in wanted} == found), None)
 
 
 def input_channels(model: nn.Module) -> int:

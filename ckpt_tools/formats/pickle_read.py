@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import copyreg
+import math
 import pickle
 import struct
 from collections import Counter, OrderedDict
@@ -176,6 +177,45 @@ class _NumpyScalar(metaclass=Sealed):
         if code is None or not isinstance(raw, bytes) or struct.calcsize(code) != len(raw):
             return Inert(dtype, raw)
         return struct.unpack(dtype.order + code, raw)[0]
+
+
+# By these NumPy 1 and 2 pickle an array; the last two since protocol 5.
+_RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+NUMPY_ARRAYS = (*_RECONSTRUCT, *_FROM_BUFFER)
+_LARGEST_ARRAY = 1 << 20  # bytes; a configuration has small ones
+
+
+def numbers_of(inert: Inert) -> Any:
+    """Return a small NumPy array of numbers as nested lists, one without dimensions as a number; None for others."""
+    match inert:
+        case Inert(state=(_, tuple() as shape, _NumpyDtype() as dtype, bool(fortran), raw)):
+            names = _RECONSTRUCT
+        case Inert(args=(raw, _NumpyDtype() as dtype, tuple() as shape, str(order))):
+            names, fortran = _FROM_BUFFER, order == "F"
+        case _:
+            return None
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    if type(inert).global_name not in names or not isinstance(raw, (bytes, bytearray)) or len(raw) > _LARGEST_ARRAY:
+        return None
+    if not (len(shape) <= 64 and all(type(size) is int and 0 <= size <= _LARGEST_ARRAY for size in shape)):
+        return None
+    count = math.prod(shape)
+    parts = 2 if dtype.code in ("c8", "c16") else 1
+    code = {"c8": "f", "c16": "d"}.get(dtype.code) or _NUMPY_CODES.get(dtype.code)
+    if code is None or parts * count * struct.calcsize(code) != len(raw):
+        return None
+    values = struct.unpack(f"{dtype.order}{parts * count}{code}", raw)
+    if parts == 2:
+        values = tuple(map(complex, values[::2], values[1::2]))
+    steps = [math.prod(shape[:axis] if fortran else shape[axis + 1 :]) for axis in range(len(shape))]
+
+    def nested(axis: int, at: int) -> Any:
+        if axis == len(shape):
+            return values[at]
+        return [nested(axis + 1, at + i * steps[axis]) for i in range(shape[axis])]
+
+    return nested(0, 0) if values else []
 
 
 class _StorageType(metaclass=Sealed):

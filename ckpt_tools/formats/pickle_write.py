@@ -21,7 +21,8 @@ from typing import IO, Any
 from ..errors import WriteError
 from ..tensors import TensorSpec, c_strides
 from .file_plan import OutTensor
-from .tree import ITEM, LEFT_OUT, map_tree
+from .pickle_read import Inert, numbers_of
+from .tree import ITEM, LEFT_OUT, Instead, map_tree
 
 _REBUILD, _REBUILD_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = ("torch.storage", "UntypedStorage")
@@ -128,11 +129,21 @@ def dump(tree: Any, *, name: str) -> tuple[bytes, list[OutTensor]]:
     return names.with_torch_names(stream.getvalue()), pickler.storages
 
 
+def _data(inert: Inert) -> Any:
+    """Return the data in an object of omegaconf or NumPy; None for other objects."""
+    if type(inert).global_name.startswith("omegaconf.") and isinstance(inert.state, dict):
+        # Containers have a content, which is text or None for an interpolation or nothing; nodes have a value.
+        key = next((key for key in ("_content", "_val") if key in inert.state), None)
+        return None if key is None else Instead(inert.state[key])
+    return numbers_of(inert)
+
+
 def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
     """Copy a tree so that torch.load(weights_only=True) accepts it.
 
-    Namespaces become dicts, frozensets become sets, and objects that are not plain data are left out. Shared and
-    recursive containers stay so in the copy.
+    Namespaces and omegaconf's configurations become dicts and lists (interpolations stay text), frozensets become sets,
+    small NumPy arrays of numbers become lists, and objects that are not plain data are left out. Shared and recursive
+    containers stay so in the copy.
 
     Args:
         tree: of a header; it may contain OutTensors.
@@ -165,6 +176,8 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
                 return convert(node)
             if isinstance(node, containers):
                 return NotImplemented
+            if isinstance(node, Inert) and (found := _data(node)) is not None:
+                return found
         dropped.append(place(path))
         return LEFT_OUT
 

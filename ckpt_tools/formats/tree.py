@@ -9,7 +9,7 @@ import argparse
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .pickle_read import Inert
@@ -21,6 +21,12 @@ ITEM = "[]"
 """In a path of `map_tree`: an item of a list, tuple or set."""
 LEFT_OUT = object()
 """Result of `replace` in `map_tree` for a node that the copy lacks."""
+
+
+class Instead(NamedTuple):
+    """Result of `replace` in `map_tree` for a node in whose place another one is copied."""
+
+    node: Any
 
 
 def contents(node: Any) -> Iterable[tuple[Any, Any]]:
@@ -90,9 +96,9 @@ def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
     keeps the ``_metadata`` that torch sets on a state dict.
 
     Args:
-        replace: called with (path, node) for every node; returns its replacement, LEFT_OUT to leave it out, or
-            NotImplemented to copy a container. The path is one list, as in `walk`, with ITEM for each item of a
-            list, tuple or set.
+        replace: called with (path, node) for every node; returns its replacement, LEFT_OUT to leave it out, Instead to
+            copy another node, or NotImplemented to copy a container. The path is one list, as in `walk`, with ITEM for
+            each item of a list, tuple or set.
 
     Raises:
         RecursionError: nested beyond Python's recursion limit.
@@ -102,6 +108,8 @@ def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
 
     def copy(node: Any) -> Any:
         replaced = replace(path, node)
+        if isinstance(replaced, Instead):
+            return copy(replaced.node)
         if replaced is not NotImplemented:
             return replaced
         if id(node) in copies:

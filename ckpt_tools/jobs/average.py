@@ -14,6 +14,7 @@ from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.parts import select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
+from ..checkpoints.training_state import training_mode_note
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
@@ -240,6 +241,15 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
             "average of the products: far from it for adapters of different runs. To average the updates themselves, "
             "merge each adapter into its model first."
         )
+    for member, state in zip(members[-len(states) :], states, strict=True):
+        note = (
+            training_mode_note(member.header.tree, [part.path for part in state.parts or (state,)])
+            if state.which != "ema"
+            else None
+        )
+        if note is not None:
+            notes.append(f"{member.path.name}: {note}")
+            break
     return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 
 

@@ -14,6 +14,7 @@ from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
 from ..checkpoints.layouts.entries import left_behind, other_entries
 from ..checkpoints.layouts.layout import Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
+from ..checkpoints.training_state import training_mode_note
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
@@ -95,6 +96,8 @@ def convert(
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
     notes = list(_remarks(found, sets, naming))
+    if "raw" in sets and (note := training_mode_note(header.tree, [each.path for each in sets.values()])) is not None:
+        notes.append(note)
     if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("The only set of weights is used for both, raw and averaged.")
     content = _content(header, found, sets, dtype, naming, notes, missing)

@@ -11,6 +11,7 @@ from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.optimizers import find_optimizers, optimizer_name
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
+from ..checkpoints.training_state import training_mode_note
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
@@ -76,6 +77,7 @@ class Description(Report):
         optimizers: their states.
         foreign: unknown Python names; they were neither imported nor run.
         provenance: the record of ckpt-tools in its own outputs.
+        notes: warnings, in words.
     """
 
     path: str
@@ -89,6 +91,7 @@ class Description(Report):
     optimizers: tuple[Optimizer, ...]
     foreign: dict[str, int]
     provenance: dict[str, Any] | None
+    notes: tuple[str, ...] = ()
 
 
 def describe(header: Header) -> Description:
@@ -97,6 +100,7 @@ def describe(header: Header) -> Description:
     weights = {which: _weight_set(state) for which, state in sets.items()}
     counted = weights.get("raw") or next(iter(weights.values()), None)
     parameters = 0 if counted is None else counted.nbytes
+    note = training_mode_note(header.tree, [each.path for each in sets.values()])
     return Description(
         path=str(header.path),
         format=header.format.name,
@@ -109,6 +113,7 @@ def describe(header: Header) -> Description:
         optimizers=tuple(_optimizers(header, sets, parameters)),
         foreign=dict(header.foreign),
         provenance=header.provenance,
+        notes=() if note is None else (note,),
     )
 
 

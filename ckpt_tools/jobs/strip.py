@@ -133,7 +133,13 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     )
     writing = Writing(name=target.name, provenance=said)
     assembly = nested(tree, writing, target=target.path, format=header.format.written_as)
-    report = replace(report, dropped=assembly.dropped, bytes_read=assembly.bytes_read, bytes_written=assembly.nbytes)
+    report = replace(
+        report,
+        beside=tuple(place for place in report.beside if place not in assembly.dropped),
+        dropped=assembly.dropped,
+        bytes_read=assembly.bytes_read,
+        bytes_written=assembly.nbytes,
+    )
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 
 

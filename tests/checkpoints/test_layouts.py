@@ -100,6 +100,17 @@ def test_select_rejects_sets_that_may_be_swapped(save: Save, other: str) -> None
             "auto",
             r"There are tensors in actor, critic\. Choose with `state='actor'`\. To average several .* for each",
         ),
+        # As StyleGAN2 has them: the average first, with the raw weights whose name it has.
+        (
+            {"d": weights(1), "net_g": weights(2), "net_g_averaged": weights(3)},
+            "auto",
+            r"Choose with `state='net_g_averaged'`, an average by its name, or `state='net_g'`\. Each of these",
+        ),
+        (
+            {"raw": {"nets": weights(1)}, "shadow": {"nets": weights(3)}},
+            "auto",
+            r"Choose with `state='shadow\.nets'`, an average by its name, or `state='raw\.nets'`\.",
+        ),
         ({"epoch": 3, "args": argparse.Namespace(lr=1)}, "auto", "no tensor inside"),
         ({"state_dict": {}}, "auto", "'state_dict' holds no tensor"),
         (

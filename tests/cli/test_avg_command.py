@@ -61,6 +61,18 @@ def ema_oracle(paths: list[Path], decay: float) -> dict[str, np.ndarray[Any, Any
     return average
 
 
+@pytest.mark.parametrize(
+    ("lead", "lost"), [("module.", "'module.'"), ("module._orig_mod.", "'module.' and '_orig_mod.'")]
+)
+def test_avg_summary_names_prefixes_that_names_lose(save: Any, here: Path, lead: str, lost: str) -> None:
+    for i in (1, 2):
+        save(f"w{i}.pth", {f"{lead}{name}": torch.ones(2) for name in ("a", "b")})
+    save("plain.pth", {"a": torch.ones(2), "b": torch.ones(2)})
+    done = run("avg", "w1.pth", "w2.pth", "-o", "out.pth")
+    assert f"Names lose {lost} in w1.pth, w2.pth." in done.err.splitlines()
+    assert "Names lose" not in run("avg", "plain.pth", "-o", "out2.pth").err
+
+
 def test_avg_line_of_the_readme_works(runs: list[Path]) -> None:
     Path("runs").symlink_to(runs[0].parent)
     line = "ckpt avg runs/*.pth --mode ema --decay 0.99"

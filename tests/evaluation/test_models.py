@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from ckpt_tools import open_checkpoint
+from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.cli.arguments import parse_kwargs
 from ckpt_tools.errors import ModelError, UsageError
 from ckpt_tools.evaluation.models import build_model, input_channels, load_weights, pick_device
@@ -135,6 +135,29 @@ def test_load_weights_names_weights_that_do_not_fit(save: Save) -> None:
     )
     with pytest.raises(ModelError, match=r"1 missing \(1\.running_mean\); 1 unexpected \(2\.bias\)"):
         built(path, f"{path.parent}/fits.py:net")
+
+
+@pytest.mark.parametrize(
+    ("own", "stored", "fix"),
+    [
+        ("", "model.", r"start with 'model\.'\. Run `fix_prefix\(strip=\['model\.'\]\)`"),
+        ("", "net.backbone.", r"`fix_prefix\(strip=\['net\.backbone\.'\]\)`"),
+        ("", "module.student.", r"`fix_prefix\(strip=\['module\.student\.'\]\)`"),
+        ("head.", "", r"lack 'head\.'\. Run `fix_prefix\(add=\['head\.'\]\)`"),
+    ],
+)
+def test_load_weights_names_the_prefix_by_which_all_names_differ(save: Save, own: str, stored: str, fix: str) -> None:
+    layers = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    path = save("a.pth", {"state_dict": {f"{stored}{name}": tensor for name, tensor in layers.state_dict().items()}})
+    made = "nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))"
+    made = f"nn.ModuleDict({{'head': {made}}})" if own else made
+    file = path.parent / f"net{len(own)}.py"  # of its own for each model: an imported module stays
+    file.write_text(f"from torch import nn\ndef net(): return {made}\n")
+    with pytest.raises(ModelError, match=fix):
+        built(path, f"{file}:net")
+    kind, prefix = ("add", own) if own else ("strip", stored)
+    fixed = fix_prefix(path, out=path.with_name("b.pth"), **{kind: [prefix]})
+    assert isinstance(built(Path(fixed.out), f"{file}:net"), nn.Module)
 
 
 def test_load_weights_accepts_files_without_num_batches_tracked(save: Save) -> None:

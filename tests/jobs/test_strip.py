@@ -19,6 +19,8 @@ from torch import nn
 
 import ckpt_tools
 from ckpt_tools.errors import LayoutError, UnsupportedError, UsageError, WriteError
+from ckpt_tools.formats import read_header
+from ckpt_tools.jobs.inspect import describe
 
 Save = Callable[..., Path]
 
@@ -466,6 +468,30 @@ def test_strip_notes_averages_of_a_schedule_free_optimizer(training: bool, save:
         entry["z"] = entry.pop("exp_avg")
     report = ckpt_tools.strip(save("c.pth", {"model": model.state_dict(), "optimizer": state}))
     assert ["schedule-free" in note and "optimizer.eval()" in note for note in report.notes] == [True] * training
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("place", [["optimizer"], ["trainer", "opts", "main"]])
+def test_jobs_note_weights_of_a_schedule_free_optimizer_that_was_training(
+    training: bool, place: list[str], save: Save, tmp_path: Path
+) -> None:
+    # As the state of schedulefree's AdamWScheduleFree has it.
+    groups = [{"lr": 0.1, "train_mode": training, "weight_sum": 1.0, "params": [0]}]
+    tree: Any = {"state": {0: {"z": torch.ones(2), "exp_avg_sq": torch.ones(2)}}, "param_groups": groups}
+    for key in reversed(place):
+        tree = {key: tree}
+    weights = {"w": torch.ones(2)}
+    paths = [save(f"{i}.pth", {"model": weights, "epoch": i, **(tree if i == 1 else {})}) for i in (1, 2)]
+    with_ema = save("ema.pth", {"model": weights, "model_ema": {"w": torch.zeros(2)}, **tree})
+    noted = {
+        "average": ckpt_tools.average(paths, out=tmp_path / "a.pth").notes,
+        "convert": ckpt_tools.convert(paths[0], to="plain", out=tmp_path / "c.pth").notes,
+        "inspect": describe(read_header(paths[0])).notes,
+        "ema": ckpt_tools.average(with_ema, out=tmp_path / "e.pth").notes,
+    }
+    said = f"'{'.'.join(place)}' is of a schedule-free optimizer that was training"
+    found = {job: any(said in note for note in notes) for job, notes in noted.items()}
+    assert found == {"average": training, "convert": training, "inspect": training, "ema": False}
 
 
 def test_strip_handles_a_checkpoint_that_contains_itself(save: Save) -> None:

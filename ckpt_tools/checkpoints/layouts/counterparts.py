@@ -32,7 +32,8 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     if known is None or not known.path:
         return found
     taken = {each.path for each in found.values()}
-    others = [each for each in _counterparts(tree, known) if each.path not in taken]
+    alike = {other.path: other for each in found.values() for other in _counterparts(tree, each)}
+    others = [each for path, each in alike.items() if path not in taken]
     base = known.path if "raw" in found else ()  # no key of raw weights says that they are an average
     averages = [each for each in others if is_average(each.path, base)]
     raws = [each for each in others if each not in averages] if "raw" not in found else []

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
+from os.path import commonprefix
 from typing import Any
 
 from ...errors import LayoutError
 from ...formats.header import Header
-from ...formats.pickle_read import Inert
+from ...formats.pickle_read import NUMPY_ARRAYS, Inert
 from ...formats.tree import tensors_in
 from ...storage.source import store_of
 from ...tensors import Tensor, TensorSpec
 from ..optimizers import is_optimizer, looks_like_training_state
-from .counterparts import chosen_in, completed
+from .counterparts import chosen_in, completed, is_average
 from .layout import (
     DETECTED,
     LAYOUTS,
@@ -119,19 +120,10 @@ def _fault(node: Mapping[Any, Any], path: tuple[Any, ...]) -> str | None:
     for key, value in node.items():
         if isinstance(value, Tensor) and not isinstance(key, str):
             return f"the tensor '{dotted((*path, key))}' has a name that is no text. Save it under a text."
-        is_array = isinstance(value, Inert) and type(value).global_name in _ARRAYS
+        is_array = isinstance(value, Inert) and type(value).global_name in NUMPY_ARRAYS
         if is_array and not looks_like_training_state(key, value):
             return f"'{dotted((*path, key))}' is a NumPy array, not a tensor. Save it as one: torch.from_numpy(array)."
     return None
-
-
-# By these NumPy 1 and 2 pickle an array; the last two since protocol 5.
-_ARRAYS = (
-    "numpy.core.multiarray._reconstruct",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.numeric._frombuffer",
-    "numpy._core.numeric._frombuffer",
-)
 
 
 def _refuse_nested(header: Header, state: StateDict) -> None:
@@ -182,8 +174,15 @@ def _choice(header: Header, tensors: Iterable[tuple[Any, ...]]) -> str:
     """Say how to choose among the dicts that hold these tensors."""
     places = dict.fromkeys(dotted(path[:-1]) for path in tensors)
     reached = (place for place in places if place and has_tensors(_follow(header.tree, place)[1]))
-    first, *others = [*islice(reached, 2)] or [""]
+    first, *others = [*islice(reached, 8)] or [""]
     each = " To average several of them together, give `state` for each." if others else ""
+    averages, raws = (
+        [place for place in (first, *others) if is_average((place,), ()) is which] for which in (True, False)
+    )
+    if averages and raws:
+        # The raw weights of params_ema are params, and of g_ema g.
+        raw = max(raws, key=lambda place: len(commonprefix([place, averages[0]])))
+        return f"Choose with `state={averages[0]!r}`, an average by its name, or `state={raw!r}`.{each}"
     return f"Choose with `state={first!r}`.{each}" if first else "Save the weights as one dict of names to tensors."
 
 
