@@ -14,7 +14,7 @@ from ..formats.tree import Path
 from ..formats.tree import holds as in_dicts
 from ..tensors import TensorSpec
 from .layouts import StateDict, select, states
-from .layouts.counterparts import is_average
+from .layouts.counterparts import are_twins, is_average
 from .layouts.layout import dotted, one_of, read_sets, set_keys
 from .prefixes import unwrap
 from .state_dicts import state_dicts
@@ -31,30 +31,47 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
     if [*asked] not in (["auto"], ["raw"]):
-        return _joined(header, [select(header, state) for state in asked])
+        chosen = [select(header, state) for state in asked]
+        homes = [each.home for each in chosen]
+        for i, each in enumerate(chosen):  # no part takes another one's place
+            taken = homes[:i] + homes[i + 1 :]
+            places = tuple(path for path in each.set_paths if not any(_meet(path, home) for home in taken))
+            chosen[i] = replace(each, set_paths=places)
+        return _joined(header, chosen)
     nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
-    if nested:
-        return _joined(header, nested)
-    chosen = select(header, asked[0])
-    taken = {chosen.path, *chosen.set_paths}
-    others = [
+    known = nested[0] if nested else select(header, asked[0])
+    above = nested[0].path[:1] if nested else known.path
+    beside = [
         each
-        for each in (_sets(header, chosen.path[:-1]) if chosen.path else ())
+        for each in (_sets(header, above[:-1]) if above else ())
         if any(map(_is_weight, each.tensors, each.tensors.values()))
-        and not is_average(each.path, chosen.path)
-        and not any(leads(each.path, path) or leads(path, each.path) for path in taken)
+        and not any(_meet(each.path, path) for path in (above, *known.set_paths))
+        and (nested or not are_twins(each, known))  # the same model at another time, or another one like it
     ]
-    for other in others:
-        own, place = dotted(chosen.path), dotted(other.path)
+    averages = [each for each in (*nested, *beside) if is_average(each.path, above)]
+    if averages and known.which == "raw" and asked[0] == "auto":
+        raise LayoutError(
+            f"{header.path}: '{dotted(averages[0].path)}' looks like an average of a part of the model, and the other "
+            "parts have none that is known. Give `state` for each part, or `state='raw'` for the raw weights of all."
+        )
+    others = [] if nested else [each for each in beside if each not in averages]
+    for other in (*nested, *others):
+        own, place = dotted(known.path), dotted(other.path)
         alone = f"`state={own!r}` to leave '{place}' as in the last checkpoint."
-        if chosen.which == "ema":
+        if known.which == "ema":
             raise LayoutError(
                 f"{header.path}: '{place}' holds weights, too, and only '{own}' is an average. Use `state='raw'` for "
                 f"the raw weights of both, or {alone}"
             )
         if not in_dicts(header.tree, other.path):
             raise LayoutError(f"{header.path}: '{place}' holds weights, too, but in a list. Use {alone}")
-    return _joined(header, [chosen, *others])
+    gone = tuple(each.path for each in averages if in_dicts(header.tree, each.path))
+    parts = [each for each in nested if each not in averages] or [known, *others]
+    return _joined(header, [replace(parts[0], set_paths=(*parts[0].set_paths, *gone)), *parts[1:]])
+
+
+def _meet(path: Path, other: Path) -> bool:
+    return leads(path, other) or leads(other, path)
 
 
 def _sets(header: Header, above: Path) -> Iterator[StateDict]:
@@ -67,7 +84,7 @@ def _sets(header: Header, above: Path) -> Iterator[StateDict]:
 
 def _is_weight(name: str, tensor: object) -> bool:
     """True for what only a network has: other tensors, such as the center of a loss, are not of the model."""
-    return isinstance(tensor, TensorSpec) and tensor.dtype.averaged and name.endswith(("weight", "bias"))
+    return isinstance(tensor, TensorSpec) and tensor.dtype.averaged and name.rpartition(".")[2] in ("weight", "bias")
 
 
 def _joined(header: Header, parts: Sequence[StateDict]) -> StateDict:

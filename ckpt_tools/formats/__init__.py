@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import NotACheckpointError, ReadError
+from ..errors import NotACheckpointError, ReadError, UnsupportedError
 from ..storage.source import store_of
 from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
@@ -32,7 +32,18 @@ def holds_weights(name: str) -> bool:
 
 
 def format_of(target: Path) -> Format:
-    """Return the format for an output of this name: by its suffix, or sharded if no suffix is known."""
+    """Return the format for an output of this name: by its suffix, or sharded if no suffix is known.
+
+    Raises:
+        UnsupportedError: the suffix is of a format that is read only.
+    """
+    read_only = next(
+        (each for each in FORMATS if not each.writes and target.name.endswith(each.suffixes or ("\0",))), None
+    )
+    if read_only is not None:
+        raise UnsupportedError(
+            f"{target.name}: {read_only.name} is read, not written. Choose another name for the output."
+        )
     return next((each for each in FORMATS if each.writes and target.name.endswith(each.suffixes or ("\0",))), SHARDED)
 
 

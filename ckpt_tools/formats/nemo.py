@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tarfile import TarInfo
 
 _MOST_MEMBERS = 10_000
-_LONGEST_RECORD = 1 << 20
+_LONGEST_RECORD = 16 << 10
 """Bytes of a record of names and times before a member; a hostile file may claim any number."""
 
 
@@ -59,7 +59,7 @@ class Nemo(Format):
             found = [
                 member
                 for member in _members(file, path)
-                if member.isreg() and not member.issparse() and member.name.endswith((".ckpt", ".pt"))
+                if member.isreg() and not member.issparse() and member.name.endswith(".ckpt")
             ]
             if len(found) != 1:
                 raise UnsupportedError(
@@ -80,7 +80,7 @@ def _members(file: InputFile, path: Path) -> list[TarInfo]:
         try:
             with tarfile.open(fileobj=bounded, mode="r:") as archive:
                 members = [*islice(archive, _MOST_MEMBERS)]
-        except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
             raise CorruptError(f"{path}: a damaged tar file ({error}). Get a fresh copy.") from error
     for member in members:
         if member.isreg() and member.offset_data + member.size > file.stamp.nbytes:

@@ -20,7 +20,7 @@ from typing import Any
 from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
 from ..checkpoints.training_state import leads
-from ..errors import ReadError, UnsupportedError, UsageError
+from ..errors import LayoutError, ReadError, UnsupportedError, UsageError
 from ..formats import holds_weights, without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
@@ -226,6 +226,10 @@ def _container(
     for part in parts:
         own = {name: tensors[lead + name] for lead, name in _names_of(part, state, tensors)}
         names = {name: renamed[lead + name].removeprefix(lead) for lead, name in _names_of(part, state, renamed)}
+        if not own:
+            raise LayoutError(
+                f"the checkpoints share no tensor of '{dotted(part.path)}'. Look at them with ckpt inspect."
+            )
         tree = _put_in_place(_with_entries(own, base, part, names, dropped), tree, part, dropped)
     homes = [part.home for part in parts]
     for path in [*_training_state(tree, homes)]:

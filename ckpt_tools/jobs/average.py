@@ -282,7 +282,7 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
 def _select_all(members: Sequence[Member], names: Sequence[str], asked: Sequence[str]) -> list[StateDict]:
     found = [_in_place(member.header, select_parts(member.header, asked)) for member in members]
     which = {s.which for s in found}
-    if len(which) > 1:
+    if "ema" in which and len(which) > 1:
         having = [name for name, s in zip(names, found, strict=True) if s.which == "ema"]
         lacking = [name for name, s in zip(names, found, strict=True) if s.which != "ema"]
         raise LayoutError(

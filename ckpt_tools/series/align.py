@@ -80,7 +80,7 @@ def align(
     columns = [map(state.get, names) for state in states]
     differing: list[str] = []
     aligned = {
-        name: _checked(name, tensors, files, differing, mixed_dtypes=mixed_dtypes)
+        name: _checked(name, tensors, files, differing if match == "name" else None, mixed_dtypes=mixed_dtypes)
         for name, tensors in zip(names, zip(*columns, strict=True), strict=True)
     }
     return KeyPlan(aligned, tuple(partial) if keys == "intersection" else (), tuple(differing))
@@ -116,37 +116,40 @@ def _missing(
 
 def _prefix_advice(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> str | None:
     """Say which prefix to take off where the names of two checkpoints differ in nothing else; None elsewhere."""
-    for one, file in zip(states, files, strict=True):
-        for other, than in zip(states, files, strict=True):
-            first = next(iter(other))
+    last = states[-1]
+    for state, file in zip(states[:-1], files[:-1], strict=True):
+        for one, other, name_of_one, name_of_other in ((state, last, file, files[-1]), (last, state, files[-1], file)):
+            first = next(iter(other), "")
             name = next((name for name in one if name.endswith(f".{first}")), None)
             lead = "" if name is None else name.removesuffix(first)
             if lead and one.keys() == {lead + each for each in other}:
                 return (
-                    f"The names in {file} are those in {than} with '{lead}' before them. "
+                    f"The names in {name_of_one} are those in {name_of_other} with '{lead}' before them. "
                     f"Take it off first: `fix_prefix(strip={lead!r})`."
                 )
     return None
 
 
 def _checked(
-    name: str, tensors: tuple[Tensor | None, ...], files: Sequence[str], differing: list[str], *, mixed_dtypes: bool
+    name: str,
+    tensors: tuple[Tensor | None, ...],
+    files: Sequence[str],
+    differing: list[str] | None,
+    *,
+    mixed_dtypes: bool,
 ) -> tuple[TensorSpec | None, ...]:
     model = tensors[0]
     if isinstance(model, TensorSpec) and all(
         type(tensor) is TensorSpec and tensor.dtype is model.dtype and tensor.shape == model.shape for tensor in tensors
     ):
         return tensors  # type: ignore[return-value]
-    last = next(tensor for tensor in reversed(tensors) if tensor is not None)
-    known = [tensor for tensor in tensors if isinstance(tensor, TensorSpec)]
-    if (
-        isinstance(last, TensorSpec)
-        and is_copied(name, last)
-        and {each.dtype.category for each in known} == {last.dtype.category}
-    ):
-        if any((each.shape, each.dtype) != (last.shape, last.dtype) for each in known):
-            differing.append(name)
-        return tensors  # type: ignore[return-value]
+    last = tensors[-1]
+    if differing is not None and isinstance(last, TensorSpec) and is_copied(name, last):
+        known = [tensor for tensor in tensors if isinstance(tensor, TensorSpec)]
+        if last.dtype.averaged or {each.dtype.category for each in known} == {last.dtype.category}:
+            if any((each.shape, each.dtype) != (last.shape, last.dtype) for each in known):
+                differing.append(name)
+            return tensors  # type: ignore[return-value]
     first: tuple[TensorSpec, str] | None = None
     for tensor, file in zip(tensors, files, strict=True):
         if isinstance(tensor, UnsupportedTensor):

@@ -162,3 +162,31 @@ def test_average_rejects_an_average_that_cannot_take_the_place_of_the_raw_weight
         average([path], out=tmp_path / "out.pth")
     average([path], state="raw", out=tmp_path / "out.pth")
     assert paths_of(load(tmp_path / "out.pth")) == {("model",): 1.0}
+
+
+def test_average_gives_a_tied_tensor_its_average_under_every_name(save: Save, tmp_path: Path) -> None:
+    paths = []
+    for i in (1, 3):
+        shared = torch.full((3, 2), float(i))
+        raw = {"emb.weight": shared, "head.weight": shared, "bn.running_mean": torch.full((2,), float(i))}
+        ema = {"emb.weight": torch.full((3, 2), 10.0 * i)}
+        paths.append(save(f"{i}.pth", {"model": raw, "ema": {"shadow": ema}}))
+    average(paths, out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")["model"]
+    assert {name: float(tensor.unique()) for name, tensor in found.items()} == {
+        "emb.weight": 20.0, "head.weight": 20.0, "bn.running_mean": 2.0,
+    }  # fmt: skip
+    assert found["emb.weight"].data_ptr() == found["head.weight"].data_ptr()
+
+
+def test_average_rejects_an_average_of_some_parameters(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"model": weights(1), "ema": weights(5, names=NAMES[:2])})
+    with pytest.raises(LayoutError, match="cannot take the place"):
+        average([path], out=tmp_path / "out.pth")
+
+
+def test_average_knows_an_average_of_wrapped_modules(save: Save, tmp_path: Path) -> None:
+    raw = {"l0._orig_mod.weight": torch.ones(2), "l1.weight": torch.ones(2)}
+    ema = {"l0.weight": torch.full((2,), 5.0), "l1.weight": torch.full((2,), 5.0)}
+    average([save("c.pth", {"model": raw, "ema": {"m": ema}})], out=tmp_path / "out.pth")
+    assert value_of(load(tmp_path / "out.pth")["model"]) == 5.0

@@ -104,7 +104,7 @@ def test_select_rejects_sets_that_may_be_swapped(save: Save, other: str) -> None
         (
             {"d": weights(1), "net_g": weights(2), "net_g_averaged": weights(3)},
             "auto",
-            r"Choose with `state='net_g_averaged'`, an average by its name, or `state='net_g'`\. Each of these",
+            r"Choose with `state='net_g_averaged'`, an average by its name, or `state='net_g'`\. To average several",
         ),
         (
             {"raw": {"nets": weights(1)}, "shadow": {"nets": weights(3)}},

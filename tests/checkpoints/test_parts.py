@@ -23,8 +23,9 @@ Save = Callable[..., Path]
 
 
 def network(seed: int, wrapped: bool = False) -> OrderedDict[str, torch.Tensor]:
+    """Return the weights of a small network; every ten seeds are of one model."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.Linear(3 + seed // 10, 2), nn.BatchNorm1d(2))
     return (nn.DataParallel(model) if wrapped else model).state_dict()
 
 
@@ -41,7 +42,7 @@ def mean(states: list[OrderedDict[str, torch.Tensor]], name: str) -> torch.Tenso
 )
 def test_average_takes_all_parts_of_a_model(tmp_path: Path, others: list[str], first: str, wrapped: bool) -> None:
     keys = [first, *others]
-    trees = [{key: network(10 * i + j, wrapped) for j, key in enumerate(keys)} | {"epoch": i} for i in range(3)]
+    trees = [{key: network(10 * j + i, wrapped) for j, key in enumerate(keys)} | {"epoch": i} for i in range(3)]
     paths = [tmp_path / f"{i}.pth" for i in range(3)]
     for path, tree in zip(paths, trees, strict=True):
         torch.save(tree, path)
@@ -86,7 +87,7 @@ def test_avg_takes_state_several_times(save: Save, here: Path) -> None:
 
 
 def test_average_rejects_an_average_of_one_part_alone(save: Save, tmp_path: Path) -> None:
-    tree = {"model": network(1), "model_ema": network(2), "generator": network(3)}
+    tree = {"model": network(1), "model_ema": network(2), "generator": network(13)}
     path = save("c.pth", tree)
     with pytest.raises(
         LayoutError, match=r"'generator' holds weights, too, and only 'model_ema' is an average.*state='raw'"
@@ -106,7 +107,7 @@ def test_average_leaves_the_state_of_a_loss_out_of_the_model(save: Save, tmp_pat
 def test_average_takes_all_dicts_of_a_nested_model(save: Save, tmp_path: Path) -> None:
     trees = [
         {
-            "model": {"lm": {"embedding": {"words": network(i)}, "encoder": network(5 + i)}},
+            "model": {"lm": {"embedding": {"words": network(i)}, "encoder": network(10 + i)}},
             "optimizer": {"x": 1},
             "it": i,
         }
@@ -122,7 +123,7 @@ def test_average_takes_all_dicts_of_a_nested_model(save: Save, tmp_path: Path) -
 
 
 def test_average_rejects_parts_in_a_list(save: Save, tmp_path: Path) -> None:
-    path = save("c.pth", {"model": network(1), "critics": [network(2), network(3)]})
+    path = save("c.pth", {"model": network(1), "critics": [network(12), network(13)]})
     with pytest.raises(LayoutError, match=r"'critics\.0' holds weights, too, but in a list\. Use `state='model'`"):
         average([path], out=tmp_path / "out.pth")
 
@@ -132,3 +133,50 @@ def test_average_rejects_parts_whose_names_are_not_apart(save: Save, tmp_path: P
     path = save("c.pth", {"net": network(1), "net.x": network(2)})
     with pytest.raises(LayoutError, match="give one name to two tensors"):
         average([path], state=state, out=tmp_path / "out.pth")
+
+
+def test_average_leaves_copies_of_the_model_as_they_are(save: Save, tmp_path: Path) -> None:
+    """The best weights so far, running gradients, another model of the same kind: none is a part of the model."""
+    for key in ("best_state_dict", "grads_avg", "best_ema", "semantic_model", "swav", "momentum_encoder"):
+        paths = [save(f"{i}.pth", {"state_dict": network(i), key: network(5 + i)}) for i in (1, 2)]
+        report = average(paths, out=tmp_path / "out.pth", force=True)
+        found = load(tmp_path / "out.pth")
+        assert torch.equal(found["state_dict"]["0.weight"], mean([network(1), network(2)], "0.weight"))
+        assert torch.equal(found[key]["0.weight"], network(7)["0.weight"])
+        assert any(key in note for note in report.notes)
+
+
+def test_average_of_several_averages_puts_each_in_the_place_of_its_raw_weights(save: Save, tmp_path: Path) -> None:
+    trees = [
+        {"netG_A": network(i), "netG_B": network(2 + i), "netG_A_ema": network(4 + i), "netG_B_ema": network(6 + i)}
+        for i in (1, 2)
+    ]
+    paths = [save(f"{i}.pth", tree) for i, tree in enumerate(trees)]
+    average(paths, state=["netG_A_ema", "netG_B_ema"], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert found.keys() == {"netG_A", "netG_B"}
+    for key in found:
+        assert torch.equal(found[key]["0.weight"], mean([tree[f"{key}_ema"] for tree in trees], "0.weight"))
+
+
+def test_average_of_a_known_and_another_part_keeps_both(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", {"model": network(i), "generator": network(10 + i)}) for i in (1, 2)]
+    for order in (["model", "generator"], ["generator", "model"], ["raw", "generator"]):
+        average(paths, state=order, out=tmp_path / "out.pth", force=True)
+        found = load(tmp_path / "out.pth")
+        assert torch.equal(found["model"]["0.weight"], mean([network(1), network(2)], "0.weight"))
+        assert torch.equal(found["generator"]["0.weight"], mean([network(11), network(12)], "0.weight"))
+
+
+@pytest.mark.parametrize("ema", [{"generator_ema": network(3)}, {"ema": {"enc": network(4), "dec": network(5)}}])
+def test_average_rejects_averages_of_some_parts(save: Save, tmp_path: Path, ema: dict[str, object]) -> None:
+    raw = {"generator": network(12)} if "generator_ema" in ema else {}
+    model = network(22) if raw else {"enc": network(1), "dec": network(12)}
+    path = save("c.pth", {"model": model, **raw, **ema})
+    if raw:
+        ema["generator_ema"] = network(13)
+        path = save("c.pth", {"model": model, **raw, **ema})
+    with pytest.raises(LayoutError, match="looks like an average of a part"):
+        average([path], out=tmp_path / "out.pth")
+    average([path], state="raw", out=tmp_path / "out.pth")
+    assert "generator_ema" not in load(tmp_path / "out.pth")

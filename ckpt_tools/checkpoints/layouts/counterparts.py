@@ -16,7 +16,13 @@ from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
 from .layout import Sets, StateDict, dotted, is_buffer, one_of, read_sets
 
-_AVERAGED = re.compile(r"ema|swa|(?<!exp_)avg|averag|shadow|polyak|teacher", re.IGNORECASE)
+_AVERAGE_WORDS = frozenset({"ema", "emas", "swa", "avg", "average", "averaged", "averages", "shadow", "polyak"})
+# Averages of something else than weights, or of weights of an earlier time.
+_OTHER_WORDS = frozenset(
+    {"grad", "grads", "gradient", "sq", "square", "momentum", "exp", "var", "variance", "std", "fisher", "stats",
+     "loss", "meter", "best", "last", "optim", "optimizer", "opt"}
+)  # fmt: skip
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _DEEPEST = 8
 """Levels at which sets are looked for; a hostile file may have any number."""
 
@@ -32,11 +38,16 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     if known is None or not known.path:
         return found
     taken = {each.path for each in found.values()}
-    alike = {other.path: other for each in found.values() for other in _counterparts(tree, each)}
-    others = [each for path, each in alike.items() if path not in taken]
     base = known.path if "raw" in found else ()  # no key of raw weights says that they are an average
+    alike = {
+        other.path: other
+        for each in found.values()
+        for other in _counterparts(tree, each, base, also_raw=len(taken) == 1)
+    }
+    others = [each for path, each in alike.items() if path not in taken]
     averages = [each for each in others if is_average(each.path, base)]
     raws = [each for each in others if each not in averages] if "raw" not in found else []
+    averages, raws = _of_this_name(averages, known), _of_this_name(raws, known)
     found = dict(found)
     if averages and "ema" not in found:
         fault = averages[0].fault if len(averages) == 1 else f"one of several averages: {_any_of(averages)}"
@@ -50,6 +61,16 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
         home = raws[0].path
         places.append(home)
     return {which: replace(each, home=home, set_paths=tuple(dict.fromkeys(places))) for which, each in found.items()}
+
+
+def _of_this_name(sets: list[StateDict], known: StateDict) -> list[StateDict]:
+    """Return the one set whose path is that of the known one but for what says that it is an average, or else all."""
+    same = [each for each in sets if _without_average(each.path) == _without_average(known.path)]
+    return same if len(same) == 1 else sets
+
+
+def _without_average(path: Path) -> list[str]:
+    return [word for key in path for word in _words(key) if word not in _AVERAGE_WORDS]
 
 
 def chosen_in(tree: Any, chosen: StateDict) -> StateDict:
@@ -66,23 +87,34 @@ def _any_of(sets: Sequence[StateDict]) -> str:
 
 
 def with_names_of(raw: StateDict, ema: StateDict) -> StateDict | None:
-    """Give an average the names of the raw weights, and what it lacks of them: buffers, as a rule.
+    """Give an average the names of the raw weights, and the buffers that it lacks of them.
 
     Returns:
-        None if it has other names or shapes, so that it cannot take their place.
+        None if it has other names or shapes, or lacks parameters, so that it cannot take their place.
     """
     if ema.tensors.keys() == raw.tensors.keys():
         return ema
     names = _named(ema.tensors, raw.tensors)
     if names is None:
         return None
+    # A tied tensor is in an average once, under one of its names.
+    tied = {raw.tensors[name]: ema.tensors[own] for name, own in names.items()}
+    tensors = {name: tied.get(tensor, tensor) for name, tensor in raw.tensors.items()}
+    tensors |= {name: ema.tensors[own] for name, own in names.items()}
     whole = names.keys() == raw.tensors.keys()
-    keys = ema.keys and {name: ema.keys[own] for name, own in names.items()} if whole else None
-    return replace(ema, tensors={**raw.tensors, **{name: ema.tensors[own] for name, own in names.items()}}, keys=keys)
+    return replace(
+        ema, tensors=tensors, keys=ema.keys and {n: ema.keys[o] for n, o in names.items()} if whole else None
+    )
 
 
-def _counterparts(tree: Mapping[Any, Any], known: StateDict) -> Iterator[StateDict]:
-    """Find the sets at other paths whose tensors have the names and shapes of these."""
+def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also_raw: bool) -> Iterator[StateDict]:
+    """Find the sets at other paths whose tensors have the names and shapes of these.
+
+    Args:
+        base: path of the raw weights, if that is known.
+        also_raw: not averages alone.
+    """
+    parameters = sum(not is_buffer(name, tensor) for name, tensor in known.tensors.items())
 
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
@@ -96,12 +128,13 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict) -> Iterator[StateDi
         place = tuple(path)
         if not isinstance(node, dict) or known.path[: len(place)] == place or place[: len(known.path)] == known.path:
             continue
+        average = is_average(place, base)
+        if not average and (not also_raw or 2 * len(node) < parameters):  # a tied parameter has several names
+            continue
         if _not_begun(follow(tree, place[:-1])):  # there is no average before it began
             continue
         each = one_of(read_sets(node, known.tensors, known.tensors), "ema")
-        if each is None:
-            continue
-        if each.fault is not None or _named(each.tensors, known.tensors) is not None:
+        if each is not None and (each.fault is not None or _named(each.tensors, known.tensors) is not None):
             yield each.below(place)
 
 
@@ -112,19 +145,43 @@ def _not_begun(above: Any) -> bool:
 def _named(own: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, str] | None:
     """Map names of the known set to those of another one; None if it is not of the same model.
 
-    It may lack buffers, and what is not trained: but not most of the parameters.
+    It may lack buffers, but no parameter. Names may differ by wrappers, and by what one set has before all of them.
     """
-    parameters = sum(not is_buffer(name, tensor) for name, tensor in known.items())
-    leads = _lead(known), _lead(name for name, tensor in own.items() if getattr(tensor, "shape", ()))
-    for to, lead in dict.fromkeys((("", ""), leads, (leads[0], ""), ("", leads[1]))):
-        pairs = {to + name.removeprefix(lead): name for name in own}
-        found = {name: pairs[name] for name in known if name in pairs}
-        strays = (tensor for name, tensor in own.items() if to + name.removeprefix(lead) not in known)
+    ours, theirs = ({_bare(name): name for name in names} for names in (known, own))
+    if len(ours) != len(known) or len(theirs) != len(own):
+        return None
+    leads = [
+        _lead(name for name in names if getattr(names_of[names[name]], "shape", ()))
+        for names, names_of in ((ours, known), (theirs, own))
+    ]
+    for to, lead in dict.fromkeys((("", ""), (leads[0], ""), ("", leads[1]))):
+        pairs = {to + name.removeprefix(lead): name for name in theirs}
+        found = {ours[name]: theirs[pairs[name]] for name in ours if name in pairs}
+        strays = (own[theirs[name]] for name in theirs if to + name.removeprefix(lead) not in ours)
         if any(getattr(tensor, "shape", ()) for tensor in strays):  # a count or a decay may be among them
             continue
-        if found and 2 * len(found) >= parameters and all(_alike(known[name], own[pairs[name]]) for name in found):
+        averaged = {known[name] for name in found}
+        if not any(is_parameter(name, known[name]) for name in found):
+            continue
+        if any(is_parameter(name, tensor) and tensor not in averaged for name, tensor in known.items()):
+            continue
+        if all(_alike(known[name], own[other]) for name, other in found.items()):
             return found
     return None
+
+
+def is_parameter(name: str, tensor: Tensor) -> bool:
+    """True for what is trained, as far as a state dict tells."""
+    return not is_buffer(name, tensor) and not name.endswith("_extra_state")
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def are_twins(one: StateDict, other: StateDict) -> bool:
+    """True for sets of the same model: the names and shapes of one are those of the other."""
+    return _named(one.tensors, other.tensors) is not None
 
 
 def _alike(known: Tensor, other: Tensor) -> bool:
@@ -141,8 +198,15 @@ def _lead(names: Iterable[str]) -> str:
 
 
 def is_average(path: Path, raw: Path) -> bool:
-    """True if a key of a path says so, from where it leaves that of the raw weights."""
-    return any(isinstance(key, str) and _AVERAGED.search(key) for key in _apart(path, raw))
+    """True if a word of a path says so, from where it leaves that of the raw weights."""
+    words = {word for key in _apart(path, raw) for word in _words(key)}
+    return not words.isdisjoint(_AVERAGE_WORDS) and words.isdisjoint(_OTHER_WORDS)
+
+
+def _words(key: Any) -> list[str]:
+    """Return the words of a key, in small letters: ``net_avg``, ``ModelEMA``."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key) if isinstance(key, str) else ""
+    return [word for word in re.split(r"[^a-z]+", apart.lower()) if word]
 
 
 def _apart(path: Path, raw: Path) -> Path:
@@ -156,5 +220,5 @@ def _apart(path: Path, raw: Path) -> Path:
 def _whole_entry(path: Path, raw: Path) -> Path:
     """Return the path of the entry that is all about an average: the first key that says so."""
     apart = _apart(path, raw)
-    first = next(i for i, key in enumerate(apart) if isinstance(key, str) and _AVERAGED.search(key))
+    first = next(i for i, key in enumerate(apart) if not _AVERAGE_WORDS.isdisjoint(_words(key)))
     return path[: len(path) - len(apart) + first + 1]

@@ -408,7 +408,8 @@ class Layout:
             return {}
         if raw is None and "ema" in sets:  # an encoding that may hold both
             raw = sets.get("raw")
-        home = self.home if raw is None or self.single == "ema" else raw_path  # the script loads its weights from there
+        swapped = self.single == "ema" and raw_path == self.raw
+        home = self.home if raw is None or swapped else raw_path  # the script loads its weights from there
         known = {"layout": self.name, "home": home, "set_paths": self.set_paths(tree)}
         ema = ema.below(self.ema, which="ema", **known)
         if self.updates is not None:
