@@ -14,7 +14,7 @@ from typing import Any
 from ...formats.tree import Path, entries, follow, walk
 from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
-from .layout import Sets, StateDict, dotted, is_buffer, one_of, read_sets
+from .layout import Sets, StateDict, dotted, has_tensors, is_buffer, one_of, read_sets
 
 _AVERAGE_WORDS = frozenset({"ema", "emas", "swa", "avg", "average", "averaged", "averages", "shadow", "polyak"})
 # Averages of something else than weights, or of weights of an earlier time.
@@ -46,15 +46,17 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     }
     others = [each for path, each in alike.items() if path not in taken]
     averages = [each for each in others if is_average(each.path, base)]
-    raws = [each for each in others if each not in averages] if "raw" not in found else []
-    averages, raws = _of_this_name(averages, known), _of_this_name(raws, known)
+    twins = [each for each in others if each not in averages]
+    raws = [] if "raw" in found else _of_this_name(twins, known)
+    gone = _of_this_name(averages, known) if twins else averages  # the others are those of the twins
+    averages = _of_this_name(averages, known)
     found = dict(found)
     if averages and "ema" not in found:
         fault = averages[0].fault if len(averages) == 1 else f"one of several averages: {_any_of(averages)}"
         found["ema"] = replace(averages[0], which="ema", layout=known.layout, fault=fault)
     if len(raws) > 1:
         found["ema"] = replace(known, fault=f"the average of {_any_of(raws)}")
-    places = [*known.set_paths, *(_whole_entry(each.path, base) for each in averages)]
+    places = [*known.set_paths, *(_whole_entry(each.path, base) for each in gone)]
     home = known.home
     if len(raws) == 1:  # the script loads its weights from there
         found["raw"] = replace(raws[0], which="raw", layout=known.layout)
@@ -114,7 +116,7 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
         base: path of the raw weights, if that is known.
         also_raw: not averages alone.
     """
-    parameters = sum(not is_buffer(name, tensor) for name, tensor in known.tensors.items())
+    fewest = len({tensor for name, tensor in known.tensors.items() if is_parameter(name, tensor)})
 
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
@@ -128,8 +130,9 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
         place = tuple(path)
         if not isinstance(node, dict) or known.path[: len(place)] == place or place[: len(known.path)] == known.path:
             continue
-        average = is_average(place, base)
-        if not average and (not also_raw or 2 * len(node) < parameters):  # a tied parameter has several names
+        if has_tensors(node) and len(node) < fewest:
+            continue
+        if not also_raw and not is_average(place, base):
             continue
         if _not_begun(follow(tree, place[:-1])):  # there is no average before it began
             continue
