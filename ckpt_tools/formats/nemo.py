@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tarfile import TarInfo
 
 _MOST_MEMBERS = 10_000
-_LONGEST_RECORD = 16 << 10
+_LONGEST_RECORD = 4 << 10
 """Bytes of a record of names and times before a member; a hostile file may claim any number."""
 
 
