@@ -139,6 +139,8 @@ def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]
     key = lined_up_first(header.path for header in headers)
     copies: set[Header] = set()
     for group in groups:
+        if not _may_hold_copies(group):
+            continue
         same = sorted(group, key=lambda header: key(header.path))
         while same:
             first, *rest = same
@@ -151,12 +153,18 @@ def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]
 
 def _is_copy(header: Header, other: Header) -> bool:
     """Tell a copy from another checkpoint with the same weights; weights alone are of any step."""
+    if without_numbers(header.path) == without_numbers(other.path):
+        return False
     a, b = stored_counters(header), stored_counters(other)
-    return without_numbers(header.path) != without_numbers(other.path) and all(a[key] == b[key] for key in a.keys() & b)
+    return all(a[key] == b[key] for key in a.keys() & b)
+
+
+def _may_hold_copies(headers: list[Header]) -> bool:
+    return len({without_numbers(header.path) for header in headers}) > 1
 
 
 def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list[Header]]:
-    if len({without_numbers(header.path) for header in headers}) < 2:
+    if not _may_hold_copies(headers):
         return [headers]
     groups: dict[object, list[Header]] = {}
     for header in headers:
