@@ -30,44 +30,50 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
     Raises:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
-    if [*asked] not in (["auto"], ["raw"]):
-        chosen = [select(header, state) for state in asked]
-        homes = [each.home for each in chosen]
-        for i, each in enumerate(chosen):  # no part takes another one's place
-            taken = homes[:i] + homes[i + 1 :]
-            places = tuple(path for path in each.set_paths if not any(_meet(path, home) for home in taken))
-            chosen[i] = replace(each, set_paths=places)
-        return _joined(header, chosen)
-    nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
-    known = nested[0] if nested else select(header, asked[0])
-    above = nested[0].path[:1] if nested else known.path
+    if [*asked] in (["auto"], ["raw"]):
+        nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
+        return _joined(header, _whole(header, nested or [select(header, asked[0])], asked[0]))
+    chosen = [select(header, state) for state in asked]
+    for i, each in enumerate(chosen):  # no part takes another one's place
+        homes = [other.home for other in chosen if other is not each]
+        places = tuple(path for path in each.set_paths if not any(_meet(path, home) for home in homes))
+        chosen[i] = replace(each, set_paths=places)
+    return _joined(header, chosen)
+
+
+def _whole(header: Header, found: Sequence[StateDict], asked: str) -> list[StateDict]:
+    """Add the parts beside those that were found: one set of weights, or the dicts of a nested model."""
+    first = found[0]
+    nested = not states(header)
+    top = first.path[:1] if nested else first.path
     beside = [
         each
-        for each in (_sets(header, above[:-1]) if above else ())
+        for each in (_sets(header, top[:-1]) if top else ())
         if any(map(_is_weight, each.tensors, each.tensors.values()))
-        and not any(_meet(each.path, path) for path in (above, *known.set_paths))
-        and (nested or not are_twins(each, known))  # the same model at another time, or another one like it
+        and not any(_meet(each.path, path) for path in (top, *first.set_paths))
+        and (nested or not are_twins(each, first))  # the same model at another time, or another one like it
     ]
-    averages = [each for each in (*nested, *beside) if is_average(each.path, above)]
-    if averages and known.which == "raw" and asked[0] == "auto":
+    averages = [each for each in (*found, *beside) if each.which == "raw" and is_average(each.path, top)]
+    if averages and first.which == "raw" and asked == "auto":
         raise LayoutError(
             f"{header.path}: '{dotted(averages[0].path)}' looks like an average of a part of the model, and the other "
             "parts have none that is known. Give `state` for each part, or `state='raw'` for the raw weights of all."
         )
-    others = [] if nested else [each for each in beside if each not in averages]
-    for other in (*nested, *others):
-        own, place = dotted(known.path), dotted(other.path)
-        alone = f"`state={own!r}` to leave '{place}' as in the last checkpoint."
-        if known.which == "ema":
+    own = dotted(first.path)
+    parts = [each for each in (*found, *(() if nested else beside)) if each not in averages]
+    if not parts:
+        raise LayoutError(f"{header.path}: all of its dicts look like averages. Choose with `state={own!r}`.")
+    for other in parts[0 if nested else 1 :]:
+        alone = f"`state={own!r}` to leave '{dotted(other.path)}' as in the last checkpoint."
+        if first.which == "ema":
             raise LayoutError(
-                f"{header.path}: '{place}' holds weights, too, and only '{own}' is an average. Use `state='raw'` for "
-                f"the raw weights of both, or {alone}"
+                f"{header.path}: '{dotted(other.path)}' holds weights, too, and only '{own}' is an average. "
+                f"Use `state='raw'` for the raw weights of both, or {alone}"
             )
         if not in_dicts(header.tree, other.path):
-            raise LayoutError(f"{header.path}: '{place}' holds weights, too, but in a list. Use {alone}")
+            raise LayoutError(f"{header.path}: '{dotted(other.path)}' holds weights, too, but in a list. Use {alone}")
     gone = tuple(each.path for each in averages if in_dicts(header.tree, each.path))
-    parts = [each for each in nested if each not in averages] or [known, *others]
-    return _joined(header, [replace(parts[0], set_paths=(*parts[0].set_paths, *gone)), *parts[1:]])
+    return [replace(parts[0], set_paths=(*parts[0].set_paths, *gone)), *parts[1:]]
 
 
 def _meet(path: Path, other: Path) -> bool:

@@ -180,3 +180,11 @@ def test_average_rejects_averages_of_some_parts(save: Save, tmp_path: Path, ema:
         average([path], out=tmp_path / "out.pth")
     average([path], state="raw", out=tmp_path / "out.pth")
     assert "generator_ema" not in load(tmp_path / "out.pth")
+
+
+def test_average_rejects_a_nested_model_of_averages_alone(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"model": {"net_ema": network(1)}})
+    with pytest.raises(LayoutError, match=r"look like averages\. Choose with `state='model\.net_ema'`"):
+        average([path], state="raw", out=tmp_path / "out.pth")
+    average([path], state="model.net_ema", out=tmp_path / "out.pth")
+    assert torch.equal(load(tmp_path / "out.pth")["model"]["net_ema"]["0.weight"], network(1)["0.weight"])

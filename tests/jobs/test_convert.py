@@ -795,10 +795,12 @@ def test_convert_keeps_module_versions_in_any_layout(save: Save, tmp_path: Path,
         given, path = path, tmp_path / "source.pth"
         ckpt_tools.convert(given, to=source, out=path, updates=5, decay=0.9)
     ckpt_tools.convert(path, to=layout, out=tmp_path / "there.pth", updates=5, decay=0.9)
-    for state in ("raw", "ema"):
+    for state, seed in (("raw", 1), ("ema", 2)):
         out = tmp_path / f"{state}.pth"
         ckpt_tools.convert(tmp_path / "there.pth", to="plain", state=state, out=out)
-        versioned(0).load_state_dict(load(out))
+        made = versioned(0)
+        made.load_state_dict(load(out))  # fails without the versions
+        assert torch.equal(made.state_dict()["0.weight"], versioned(seed).state_dict()["0.weight"])
 
 
 @pytest.mark.parametrize(
@@ -838,7 +840,9 @@ def test_convert_gives_an_average_without_versions_those_of_the_raw_weights(save
     ema = {name: tensor.clone() for name, tensor in versioned(2).state_dict().items()}
     source = save("own.pth", {"model": versioned(1).state_dict(), "model_ema": ema})
     ckpt_tools.convert(source, to="plain", dtype="float16", out=tmp_path / "out.pth")
-    versioned(0).load_state_dict(load(tmp_path / "out.pth"))
+    made = versioned(0)
+    made.load_state_dict(load(tmp_path / "out.pth"))  # fails without the versions
+    assert torch.equal(made.state_dict()["0.weight"], ema["0.weight"].half().float())
 
 
 @pytest.mark.parametrize("metadata", [None, 3, [1], {1: 2}, {"": 10**5000}, {10**5000: 2, "0": {"version": 3}}])
