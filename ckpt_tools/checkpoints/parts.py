@@ -5,8 +5,10 @@ All parts go into one average: one of them from the last checkpoint alone would 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from ..errors import LayoutError
 from ..formats.header import Header
@@ -31,7 +33,8 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
     if [*asked] in (["auto"], ["raw"]):
-        nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
+        keys = () if states(header) else (*set_keys(), *_numbered_models(header))
+        nested = [each for key in keys for each in _sets(header, (key,))]
         return _joined(header, _whole(header, nested or [select(header, asked[0])], asked[0]))
     chosen = [select(header, state) for state in asked]
     for i, each in enumerate(chosen):  # no part takes another one's place
@@ -39,6 +42,32 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
         places = tuple(path for path in each.set_paths if not any(_meet(path, home) for home in homes))
         chosen[i] = replace(each, set_paths=places)
     return _joined(header, chosen)
+
+
+def of_ranks(header: Header, choose: Callable[[Header], StateDict]) -> StateDict:
+    """Select the weights of a checkpoint, those in the files of all ranks together.
+
+    Args:
+        choose: from the header of one file to the weights in it.
+
+    Raises:
+        LayoutError: as `choose`; or one rank has averages, and another one has none.
+    """
+    if not header.ranks:
+        return choose(header)
+    parts: list[StateDict] = []
+    for name, each in header.ranks.items():
+        chosen = choose(each)
+        own = chosen.parts or (chosen,)
+        parts += [replace(part.below((name,)), file=name) for part in own]
+    return _joined(header, parts)
+
+
+def _numbered_models(header: Header) -> list[str]:
+    """Return the keys of the models of Megatron-LM's interleaved pipelines: model0, model1, and so on."""
+    tree = header.tree if isinstance(header.tree, dict) else {}
+    found = [key for key in tree if isinstance(key, str) and re.fullmatch(r"model\d", key)]
+    return found if len(found) > 1 and all(f"model{i}" in tree for i in range(len(found))) else []
 
 
 def _whole(header: Header, found: Sequence[StateDict], asked: str) -> list[StateDict]:
@@ -94,12 +123,11 @@ def _is_weight(name: str, tensor: object) -> bool:
 
 
 def _joined(header: Header, parts: Sequence[StateDict]) -> StateDict:
-    if len(parts) == 1:
+    if len(parts) == 1 and not header.ranks:
         return parts[0]
-    tensors = {f"{dotted(part.path)}.{name}": tensor for part in parts for name, tensor in part.tensors.items()}
+    tensors = {f"{part.lead}{name}": tensor for part in parts for name, tensor in part.tensors.items()}
     which = {part.which for part in parts}
-    befores = [f"{dotted(part.path)}." for part in parts]
-    if any(a.startswith(b) for i, a in enumerate(befores) for j, b in enumerate(befores) if i != j):
+    if any(lead.startswith(before) for before, lead in pairwise(sorted(part.lead for part in parts))):
         raise LayoutError(f"{header.path}: {' and '.join(part.label for part in parts)} give one name to two tensors.")
     if "ema" in which and len(which) > 1:
         labels = " and ".join(part.label for part in parts)
@@ -108,7 +136,7 @@ def _joined(header: Header, parts: Sequence[StateDict]) -> StateDict:
         )
     return StateDict(
         tensors,
-        which=" and ".join(part.label for part in parts),
+        which=" and ".join(sorted(which) if header.ranks else (part.label for part in parts)),
         layout=parts[0].layout,
         set_paths=tuple(path for part in parts for path in part.set_paths),
         parts=tuple(parts),
@@ -123,5 +151,4 @@ def unwrapped(state: StateDict) -> Mapping[str, str]:
     """
     if not state.parts:
         return unwrap(state.tensors)
-    named = ((f"{dotted(part.path)}.", part) for part in state.parts)
-    return {lead + name: lead + bare for lead, part in named for name, bare in unwrap(part.tensors).items()}
+    return {part.lead + name: part.lead + bare for part in state.parts for name, bare in unwrap(part.tensors).items()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..errors import LayoutError
 from ..formats import FORMATS
 from ..formats.header import Header
 from ..formats.tree import follow
@@ -57,6 +58,8 @@ def stored_counters(header: Header) -> dict[str, int]:
 
 def _stored_numbers(header: Header) -> dict[str, int | float]:
     """Counters, fractions too: Hugging Face counts parts of epochs."""
+    if header.ranks:
+        return _shared_numbers(header)
     counters: dict[str, int | float] = {}
     metadata = {key: _parsed(text) for key, text in header.metadata.items() if key in _STEP_KEYS}
     for source in (*_mappings(header), trainer_state(header), metadata):
@@ -65,6 +68,26 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 63:
                 continue
             counters.setdefault(key, int(value) if value == int(value) else value)
+    return counters
+
+
+def _shared_numbers(header: Header) -> dict[str, int | float]:
+    """Return the counters in the files of all ranks.
+
+    Raises:
+        LayoutError: two ranks are of different steps.
+    """
+    counters: dict[str, int | float] = {}
+    first: dict[str, str] = {}
+    for name, tree in header.content.items():
+        rank = header.ranks.get(name) or replace(header, content=tree, ranks={})
+        for key, value in _stored_numbers(rank).items():
+            if counters.setdefault(key, value) != value:
+                raise LayoutError(
+                    f"{header.path}: its files are not of one step: {first[key]} has the {key} {counters[key]}, and "
+                    f"{name} has {value}. Get a complete copy of one step."
+                )
+            first.setdefault(key, name)
     return counters
 
 

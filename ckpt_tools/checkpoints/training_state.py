@@ -27,7 +27,9 @@ _DEEPEST = 8
 """Levels at which weights are looked for in training state; a hostile file may have any number."""
 
 
-def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, alone: bool) -> Iterator[Path]:
+def training_state(
+    tree: Any, sets: Sequence[StateDict], notes: list[str], *, alone: bool, tops: Sequence[Path] = ((),)
+) -> Iterator[Path]:
     """Find entries to strip: at the top level, and at every level that holds optimizers.
 
     Args:
@@ -35,13 +37,14 @@ def training_state(tree: Any, sets: Sequence[StateDict], notes: list[str], *, al
         sets: of weights, which stay wherever they are.
         notes: receives notes for the user.
         alone: no other weights stay.
+        tops: paths of the top levels: one, or those of the files of ranks.
     """
     known = None
     if not alone:
         found = [each.tensors for each in sets] or state_dicts(tree).values()
         known = [_WeightNames(key for key in names if isinstance(key, str)) for names in found]
     seen: set[int] = set()
-    stack: list[tuple[Path, Any]] = [((), tree)]
+    stack: list[tuple[Path, Any]] = [(top, reduce(getitem, top, tree)) for top in tops]
     while stack:
         outer, node = stack.pop()
         if id(node) in seen:

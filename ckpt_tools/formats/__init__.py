@@ -13,12 +13,13 @@ from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
 from .header import Header
 from .nemo import NEMO
+from .ranks import RANKS
 from .safetensors import SAFETENSORS
 from .sharded import SHARDED
 from .torch_legacy import TORCH_LEGACY
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
+FORMATS[:] = [SHARDED, DCP_FOLDER, RANKS, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
 
 
 def suffixes() -> tuple[str, ...]:

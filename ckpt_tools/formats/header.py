@@ -43,6 +43,8 @@ class Header:
         provenance: the ckpt-tools record of how the file was made, if any.
         shards: tensor name to file name, for a sharded checkpoint.
         shard_format: the format of the shards.
+        ranks: file name to header, for a checkpoint with a part of the model in each file; the first keys of `tree` are
+            the names of the files.
         template: the parsed content that this header shares with others, or None.
         places: its own files by those of the template; a missing file has no other place.
     """
@@ -56,6 +58,7 @@ class Header:
     provenance: dict[str, Any] | None = None
     shards: Mapping[str, str] = field(default_factory=dict)
     shard_format: Format | None = None
+    ranks: Mapping[str, Header] = field(default_factory=dict)
     template: Template | None = None
     places: Places = field(default_factory=dict)
 
@@ -77,6 +80,14 @@ class Header:
     def in_folder(self) -> bool:
         """True if its path is a folder, even one with a single file."""
         return store_of(self.path).is_folder(self.path)
+
+    @property
+    def names(self) -> dict[str, Path]:
+        """Its files by their names in the folder."""
+        return {
+            (stamp.path.relative_to(self.path).as_posix() if self.ranks else stamp.path.name): stamp.path
+            for stamp in self.files
+        }
 
     @property
     def nbytes(self) -> int:

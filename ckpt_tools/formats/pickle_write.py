@@ -138,12 +138,20 @@ def _data(inert: Inert) -> Any:
     return numbers_of(inert)
 
 
+def _stream(inert: Inert) -> io.BytesIO | None:
+    """Return the file in memory that Transformer Engine had for the scales of a module; None for other objects."""
+    state = inert.state if type(inert).global_name == "_io.BytesIO" else None
+    whole = isinstance(state, tuple) and len(state) == 3 and type(state[0]) is bytes and state[2] is None
+    return io.BytesIO(state[0]) if whole and state is not None else None
+
+
 def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
     """Copy a tree so that torch.load(weights_only=True) accepts it.
 
     Namespaces and omegaconf's configurations become dicts and lists (interpolations stay text), frozensets become sets,
     small NumPy arrays of numbers become lists, and objects that are not plain data are left out. Shared and recursive
-    containers stay so in the copy.
+    containers stay so in the copy. An ``_extra_state`` that is a file in memory (`io.BytesIO`) stays one: its model is
+    not loaded without it, and its checkpoints never load with weights_only.
 
     Args:
         tree: of a header; it may contain OutTensors.
@@ -178,6 +186,10 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
                 return NotImplemented
             if isinstance(node, Inert) and (found := _data(node)) is not None:
                 return found
+            if isinstance(node, Inert) and str(path[-1]).endswith("_extra_state"):
+                found = _stream(node)
+                if found is not None:
+                    return found
         dropped.append(place(path))
         return LEFT_OUT
 

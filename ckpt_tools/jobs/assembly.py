@@ -12,8 +12,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from itertools import takewhile
 from operator import getitem
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
+from ..formats.ranks import further_files
 from ..formats.tree import holds, put, tensors_in, without
 from ..storage.source import stamp_at, store_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
@@ -97,12 +98,51 @@ def assemble(
         renamed: its names to the output's names.
     """
     check_shard_size(target, writing.max_bytes)
-    if target.format.nests:
+    if base.ranks:
+        _check_ranks(base, target, writing)
+    form = base.format if base.ranks else target.format
+    if form.nests:
         dropped = unkept_metadata(base)
         tree, kept = _container(tensors, base, state, renamed, dropped)
-        files = target.format.plan(tree, writing)
-        return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
+        files = form.plan(tree, writing)
+        beside_them = companions(base) if base.ranks else []
+        if base.ranks:
+            known = {*base.tree, *(path.name for path in beside_them)}
+            dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
+        return Assembly(
+            target.path,
+            files,
+            folder=target.folder,
+            companions=tuple(beside_them),
+            dropped=tuple(dropped),
+            kept=kept,
+        )
     return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state))
+
+
+def _check_ranks(base: Header, target: Target, writing: Writing) -> None:
+    """Refuse an output of ranks that is no folder of the same files.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not target.folder:
+        raise UsageError(
+            f"{target.path}: the checkpoints are folders with a file for each rank, and so is their average. Give "
+            "`out` a name without suffix."
+        )
+    if writing.max_bytes is not None:
+        raise UsageError("`max_shard_size` does not go with folders of ranks, whose files stay as they are.")
+
+
+def _of_all_ranks(places: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Shorten a list of places in ranks, and of files beside them, to one entry for those of the same name."""
+    befores = {f"{file}.": "" for file in files} | {f"{file.rpartition('/')[0]}/": "" for file in files}
+    counts: Counter[str] = Counter()
+    for place in places:
+        before = next((each for each in befores if each != "/" and place.startswith(each)), "")
+        counts[place.removeprefix(before)] += 1
+    return [f"{name} (of {n} ranks)" if n > 1 else name for name, n in counts.items()]
 
 
 def unkept_metadata(base: Header, kept: Collection[str] = ()) -> list[str]:
@@ -218,32 +258,39 @@ class Copies(dict[TensorSpec, OutTensor]):
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
-    if base.format.folder or not base.format.nests:
+    if (base.format.folder and not base.ranks) or not base.format.nests:
         dropped += beside(base.tree, state)
         return OrderedDict(tensors), {}
     tree = base.tree
     parts = state.parts or (state,)
-    for part in parts:
-        own = {name: tensors[lead + name] for lead, name in _names_of(part, state, tensors)}
-        names = {name: renamed[lead + name].removeprefix(lead) for lead, name in _names_of(part, state, renamed)}
+    leads = {part.lead if state.parts else "": part for part in parts}
+    ours, theirs = _by_lead(tensors, leads), _by_lead(renamed, leads)
+    for lead, part in leads.items():
+        own = {name: tensors[lead + name] for name in ours[lead]}
+        names = {name: renamed[lead + name].removeprefix(lead) for name in theirs[lead]}
         if not own:
             raise LayoutError(
                 f"the checkpoints share no tensor of '{dotted(part.path)}'. Look at them with ckpt inspect."
             )
         tree = _put_in_place(_with_entries(own, base, part, names, dropped), tree, part, dropped)
     homes = [part.home for part in parts]
-    for path in [*_training_state(tree, homes)]:
+    for path in [*_training_state(tree, homes, [(name,) for name in base.tree] if base.ranks else [()])]:
         dropped.append(dotted(path))
         tree = without(tree, path)
     copies = Copies()
     out = plain(tree, dropped, copies.__getitem__)
-    return out, _unaveraged(tree, homes[0], {spec for spec in copies if spec.dtype.averaged and spec.shape})
+    return out, _unaveraged(tree, homes, {spec for spec in copies if spec.dtype.averaged and spec.shape})
 
 
-def _names_of(part: StateDict, state: StateDict, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (what is before the names of a part, name in the part) for those of the names that are of this part."""
-    lead = f"{dotted(part.path)}." if state.parts else ""
-    return ((lead, name.removeprefix(lead)) for name in names if name.startswith(lead))
+def _by_lead(names: Iterable[str], leads: Collection[str]) -> dict[str, list[str]]:
+    """Sort names by what is before them, which goes; no lead is the start of another one."""
+    found: dict[str, list[str]] = {lead: [] for lead in leads}
+    lengths = sorted({*map(len, leads)})
+    for name in names:
+        lead = next((name[:n] for n in lengths if name[:n] in found), None)
+        if lead is not None:
+            found[lead].append(name[len(lead) :])
+    return found
 
 
 def _with_entries(
@@ -260,9 +307,11 @@ def _with_entries(
     return weights  # type: ignore[no-any-return]
 
 
-def _training_state(tree: Mapping[Any, Any], homes: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Find training state at the top level, and at every level that holds optimizers; not the weights at `homes`."""
-    levels: list[tuple[tuple[Any, ...], Mapping[Any, Any]]] = [((), tree)]
+def _training_state(
+    tree: Mapping[Any, Any], homes: Sequence[tuple[Any, ...]], tops: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[Any, ...]]:
+    """Find training state at the levels of `tops`, and at those below that hold optimizers; not weights at `homes`."""
+    levels = [(top, node) for top in tops if isinstance(node := reduce(getitem, top, tree), Mapping)]
     seen = set()
     while levels:
         outer, node = levels.pop()
@@ -309,13 +358,13 @@ def _put_in_place(
     return put(placed, state.home, weights)  # type: ignore[no-any-return]
 
 
-def _unaveraged(tree: Any, home: tuple[Any, ...], copied: Collection[Any]) -> Mapping[str, int]:
+def _unaveraged(tree: Any, homes: Sequence[tuple[Any, ...]], copied: Collection[Any]) -> Mapping[str, int]:
     """Count the copied tensors by place: the first key at which a path leaves that of the weights."""
     counts: Counter[str] = Counter()
     for path, spec in tensors_in(tree) if copied else ():
         if spec in copied:
-            shared = takewhile(lambda keys: keys[0] == keys[1], zip(path, home, strict=False))
-            counts[dotted(path[: len(list(shared)) + 1])] += 1
+            shared = max(len(commonprefix([path, home])) for home in homes)
+            counts[dotted(path[: shared + 1])] += 1
     return counts
 
 

@@ -12,13 +12,13 @@ from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.counterparts import with_names_of
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
-from ..checkpoints.parts import select_parts, unwrapped
+from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
 from ..checkpoints.training_state import training_mode_note
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import LayoutError, UsageError
+from ..errors import AlignmentError, LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.format import Writing
@@ -140,7 +140,7 @@ def average(
 
     def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
         hashed = tuple(
-            replace(entry, sha256={stamp.path.name: sha256(stamp.path) for stamp in member.header.files})
+            replace(entry, sha256={name: sha256(path) for name, path in member.header.names.items()})
             for entry, member in zip(inputs, members, strict=True)
         )
         assembly = lay_out(hashed)
@@ -280,7 +280,10 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
 
 
 def _select_all(members: Sequence[Member], names: Sequence[str], asked: Sequence[str]) -> list[StateDict]:
-    found = [_in_place(member.header, select_parts(member.header, asked)) for member in members]
+    _check_ranks(members, names)
+    found = [
+        of_ranks(member.header, lambda header: _in_place(header, select_parts(header, asked))) for member in members
+    ]
     which = {s.which for s in found}
     if "ema" in which and len(which) > 1:
         having = [name for name, s in zip(names, found, strict=True) if s.which == "ema"]
@@ -297,6 +300,22 @@ def _select_all(members: Sequence[Member], names: Sequence[str], asked: Sequence
             "or use `state='raw'` if the names are wrong."
         )
     return found
+
+
+def _check_ranks(members: Sequence[Member], names: Sequence[str]) -> None:
+    """Refuse a series in which one checkpoint lacks the file of a rank that another one has.
+
+    Raises:
+        AlignmentError: it does.
+    """
+    for rank in {rank: None for member in members for rank in member.header.ranks}:
+        lacking = [name for name, member in zip(names, members, strict=True) if rank not in member.header.ranks]
+        if lacking:
+            raise AlignmentError(
+                f"{lacking[0]} has no file {rank} ({len(members) - len(lacking)} of {len(members)} checkpoints have "
+                "it), and ranks are averaged each with its own kind. Leave out what is incomplete, or was trained with "
+                "another number of ranks."
+            )
 
 
 def _in_place(header: Header, chosen: StateDict) -> StateDict:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.layouts import StateDict, select
-from ..checkpoints.prefixes import prefixes, renamed, unwrap
+from ..checkpoints.parts import of_ranks, select_parts, unwrapped
+from ..checkpoints.prefixes import prefixes, renamed
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
@@ -179,10 +180,10 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
     headers = read_header(Path(a)), read_header(Path(b))
     names = short_names([header.path for header in headers])
     chosen = (
-        select(headers[0], which.state),
-        select(headers[1], which.state if which.state_b is None else which.state_b),
+        _select(headers[0], which.state),
+        _select(headers[1], which.state if which.state_b is None else which.state_b),
     )
-    bare = unwrap(chosen[0].tensors), unwrap(chosen[1].tensors)
+    bare = unwrapped(chosen[0]), unwrapped(chosen[1])
     plan = _plan(
         renamed(chosen[0].tensors, bare[0]),
         renamed(chosen[1].tensors, bare[1]),
@@ -207,6 +208,12 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
     )
+
+
+def _select(header: Header, state: str) -> StateDict:
+    if not header.ranks:
+        return select(header, state)
+    return of_ranks(header, lambda rank: select_parts(rank, [state]))
 
 
 def _side(header: Header, name: str, weights: StateDict, bare: Mapping[str, str]) -> Side:

@@ -9,9 +9,11 @@ from typing import Any
 from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.optimizers import find_optimizers, optimizer_name
+from ..checkpoints.parts import of_ranks, select_parts
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
 from ..checkpoints.training_state import training_mode_note
+from ..errors import LayoutError
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
@@ -96,7 +98,7 @@ class Description(Report):
 
 def describe(header: Header) -> Description:
     """Describe a checkpoint from its header; no payload is read."""
-    sets = states(header)
+    sets = _sets(header)
     weights = {which: _weight_set(state) for which, state in sets.items()}
     counted = weights.get("raw") or next(iter(weights.values()), None)
     parameters = 0 if counted is None else counted.nbytes
@@ -115,6 +117,16 @@ def describe(header: Header) -> Description:
         provenance=header.provenance,
         notes=() if note is None else (note,),
     )
+
+
+def _sets(header: Header) -> Mapping[str, StateDict]:
+    if not header.ranks:
+        return states(header)
+    try:
+        found = of_ranks(header, lambda rank: select_parts(rank, ["auto"]))
+    except LayoutError:
+        return {}
+    return {found.which: found}
 
 
 def _row(name: str, spec: Tensor) -> TensorRow:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..errors import ReadError, UsageError, WriteError
 from ..formats import FORMATS, format_of, suffixes
@@ -68,7 +68,7 @@ class Target:
 
 def default_target(headers: list[Header]) -> Target:
     """Name the output as its inputs suggest."""
-    if all(header.shards for header in headers):
+    if all(header.shards or header.ranks for header in headers):
         return Target.of("averaged")
     usual = {header.file_format.usual_suffix for header in headers}
     return Target.of("averaged" + (usual.pop() if len(usual) == 1 else ".pth"))
@@ -180,8 +180,14 @@ def _check_replaceable(folder: Path, names: Iterable[str]) -> None:
     if folder.is_dir():
         new = {*names}
         known = new.union(*(each.replaced(folder, new) for each in FORMATS))
-        for child in sorted(folder.iterdir()):
-            if child.name not in known or not child.is_file():
-                raise WriteError(
-                    f"{folder}: holds {child.name}, which the new folder would not. Choose a new folder with `out`."
-                )
+        around = {parent.as_posix() for name in known for parent in PurePath(name).parents}
+        waiting = [folder]
+        while waiting:
+            for child in sorted(waiting.pop().iterdir()):
+                name = child.relative_to(folder).as_posix()
+                if name in around and child.is_dir() and not child.is_symlink():
+                    waiting.append(child)
+                elif name not in known or not child.is_file():
+                    raise WriteError(
+                        f"{folder}: holds {name}, which the new folder would not. Choose a new folder with `out`."
+                    )

@@ -105,7 +105,8 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]
     notes: list[str] = []
-    gone = list(training_state(header.tree, sets, notes, alone=chosen is not None))
+    tops = [(name,) for name in header.tree] if header.ranks else [()]
+    gone = list(training_state(header.tree, sets, notes, alone=chosen is not None, tops=tops))
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
     tree = stripped(header.tree, gone)

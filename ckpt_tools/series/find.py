@@ -177,6 +177,8 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
 
 def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
     """List (bare name, spec) of all chunks of the weights; if no layout tells them, of all but the training state."""
+    if header.ranks:
+        return [((name, *path), spec) for name, rank in header.ranks.items() for path, spec in _weights(rank)]
     tree = header.tree if isinstance(header.tree, dict) else {}
     found: Iterable[tuple[tuple[Any, ...], Tensor]]
     try:

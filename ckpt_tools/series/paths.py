@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
+from ..formats.ranks import rank_files
 from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
 from ..storage.source import LOCAL, store_of
 
@@ -23,7 +24,8 @@ _RANK = re.compile(
     r"mp_rank_\d\d(?:_\d{3})*(?!\d)"  # Megatron, DeepSpeed
     r"|(?<![A-Za-z])rank[-_=]?\d+"
     r"|(?<![^/])consolidated\.\d+(?=\.\w+$)"  # Meta
-    r"|(?<![^/])layer_\d+-model_\d+"  # DeepSpeed's pipelines
+    r"|(?<![^/])layer_\d+(?:-model_\d+)?(?=-model_states)"  # DeepSpeed's pipelines
+    r"|-(?:model_part-|shard)\d+(?=\.\w+$)"  # fairseq
 )
 _NUMBERS = re.compile(r"\d+")
 # (pattern whose removal makes the paths of the shards of one checkpoint equal, advice).
@@ -34,8 +36,7 @@ _SHARDS = (
     ),
     (
         re.compile(rf"{_RANK.pattern}|pytorch_model_fsdp_\d+"),  # Accelerate
-        "differ only in the rank, so they are shards of one checkpoint, not two. "
-        "Merge the shards first, with the tools of the program that wrote them.",
+        "differ only in the rank, so they are shards of one checkpoint, not two.",
     ),
 )
 
@@ -254,7 +255,8 @@ def _refuse_shards(paths: Sequence[Path]) -> None:
             whole = pattern.sub("", str(path.absolute()))
             other = path if whole == str(path.absolute()) else seen.setdefault(whole, path)
             if other != path:
-                raise SeriesError(f"{other} and {path} {what}")
+                ranks = pattern is not _SHARDS[0][0]
+                raise SeriesError(f"{other} and {path} {what}{_way_on(path) if ranks else ''}")
 
 
 def _refuse_one_rank(paths: Sequence[Path]) -> None:
@@ -265,9 +267,18 @@ def _refuse_one_rank(paths: Sequence[Path]) -> None:
             other = _other_rank(place, whole.relative_to(place)) if _RANK.search(place.name) else None
             if other is not None:
                 raise SeriesError(
-                    f"{path} is one rank of several, and holds a part of the weights; {other} holds another. "
-                    "Merge the ranks first, with the tools of the program that wrote them."
+                    f"{path} is one rank of several, and holds a part of the weights; {other} holds another."
+                    f"{_way_on(path)}"
                 )
+
+
+def _way_on(rank: Path) -> str:
+    """Say what to give instead of a rank: the folder of all ranks, if their files are read together."""
+    folder = next((folder for folder in [*rank.parents][:2] if rank_files(folder)), None)
+    if folder is None:
+        return " Merge the ranks first, with the tools of the program that wrote them."
+    glob = _like(folder)
+    return f" Give the folder of all ranks: {folder}" + (f", or '{glob}' for a series." if glob != folder else ".")
 
 
 def _other_rank(place: Path, inside: Path) -> Path | None:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from stat import S_IMODE
 
 from ..errors import WriteError
@@ -26,7 +26,7 @@ def staged_files(
 
     Args:
         target: the output file or folder.
-        names: files in the folder; None if the target is one file.
+        names: files in the folder, with folders in it before their names; None if the target is one file.
         sizes: of the files, in bytes.
         force: replace an existing target.
 
@@ -44,6 +44,9 @@ def staged_files(
         try:
             if names is not None:
                 stage.mkdir()
+            folders = {stage / name: None for each in names or () for name in [*PurePath(each).parents][-2::-1]}
+            for folder in folders:
+                folder.mkdir()
             for path, size in zip([stage] if names is None else [stage / n for n in names], sizes, strict=True):
                 # 0o666 minus the umask: the default mode of new files.
                 fds.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666))
@@ -56,8 +59,8 @@ def staged_files(
         try:
             for fd in fds:
                 os.fsync(fd)
-            if names is not None:
-                _sync_folder(stage)
+            for folder in [*folders, stage] if names is not None else ():
+                _sync_folder(folder)
             _put(stage, target, force)
             _sync_folder(stage.parent)
             _clear(stage, fds)

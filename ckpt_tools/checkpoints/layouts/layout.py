@@ -42,6 +42,7 @@ class StateDict:
         home: path at which the layout keeps the weights of a checkpoint with one set.
         set_paths: paths of all sets of weights and of what belongs to them, this one among them.
         parts: the sets that this one joins, each with its path before its names; empty for a set of its own.
+        file: that of a rank, by its name: the first key of `path`; empty where the checkpoint is not of ranks.
     """
 
     tensors: Mapping[str, Tensor]
@@ -59,10 +60,19 @@ class StateDict:
     home: Path = ()
     set_paths: tuple[Path, ...] = ()
     parts: tuple[StateDict, ...] = ()
+    file: str = ""
+
+    @property
+    def lead(self) -> str:
+        """What is before its names where all parts are together: ``encoder.``, ``consolidated.00.pth: ``."""
+        below = dotted(self.path[1:] if self.file else self.path)
+        return (f"{self.file}: " if self.file else "") + (f"{below}." if below else "")
 
     @property
     def label(self) -> str:
         """What to call it in a table: ``ema (state_dict_ema)``."""
+        if files := {part.file for part in self.parts if part.file}:
+            return f"{self.which} ({len(files)} file{'s' * (len(files) > 1)})"
         where = dotted(self.path)
         return self.which if self.parts or self.which == where else f"{self.which} ({where or 'the whole file'})"
 

@@ -94,6 +94,11 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
         LayoutError: it is not there, is empty, or would lose an entry; or the layout's names mislead.
     """
     tree = header.tree
+    if header.ranks:
+        raise LayoutError(
+            f"{header.path}: each of its {len(header.ranks)} files has the part of one rank, so it is no whole set of "
+            "weights. Merge the ranks first, with the tools of the program that wrote them."
+        )
     if state not in ("auto", "raw", "ema"):
         return _at_path(header, state, names)
     # A name may mislead, so what is asked for goes before it.

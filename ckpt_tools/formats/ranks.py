@@ -1,0 +1,163 @@
+"""Ranks: one folder with a file for each rank of model parallelism, and a part of the weights in each file.
+
+Each model says how its tensors are split, so the parts are not joined here: each file keeps its name and its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, UnsupportedError
+from ..storage.source import store_of
+from .file_plan import FilePlan
+from .format import Format, Writing, read_single
+from .header import Header
+from .torch_zip import TORCH_ZIP
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Kind:
+    """Names with the numbers of a rank, each from 0 on.
+
+    Attributes:
+        names: of files, or of folders with one file of weights in each.
+        folders: they are those of folders.
+        layers: the first number is that of a layer, which has ranks of its own.
+    """
+
+    names: re.Pattern[str]
+    folders: bool = False
+    layers: bool = False
+
+
+# Those that are beside each other, from the functions of the programs that make the names.
+_PROGRAMS = (
+    # Megatron-LM: tensor, pipeline and expert rank. NeMo has words for them.
+    (_Kind(re.compile(r"mp_rank_\d{2,3}(_\d{3}){0,2}|tp_rank_\d{2,3}_pp_rank_\d{3}"), folders=True),),
+    (_Kind(re.compile(r"consolidated\.\d{2}\.pth")),),  # Meta
+    (  # DeepSpeed: tensor rank, layers of a pipeline, experts
+        _Kind(re.compile(r"mp_rank_\d{2}_model_states\.pt")),
+        _Kind(re.compile(r"layer_\d{2,4}(-model_\d{2})?-model_states\.pt"), layers=True),
+        _Kind(re.compile(r"layer_\d{1,4}_expert_\d{1,4}_mp_rank_\d{2}_model_states\.pt"), layers=True),
+    ),
+)
+_OPTIMIZER = re.compile(r"(distrib_)?optim(izer)?\.pt")
+_ZERO = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+_NUMBER = re.compile(r"\d+")
+
+
+class Ranks(Format):
+    """A folder with a torch file for each rank, or with a folder for each and a torch file in it."""
+
+    name = "ranks"
+    folder = True
+    nests = True
+    writes = True
+
+    def sniff(self, path: Path, start: bytes) -> bool:
+        return not start and store_of(path).is_folder(path) and bool(rank_files(path))
+
+    def read(self, path: Path) -> Header:
+        """Read the headers of all ranks. The tree has that of each file by its name, with folders before it.
+
+        Raises:
+            CorruptError: a rank is missing.
+            UnsupportedError: a file is not a torch file.
+        """
+        names = rank_files(path)
+        _check_complete(path, names)
+        headers = {name: read_single(path / name) for name in names}
+        other = next((each for each in headers.values() if not each.format.nests), None)
+        if other is not None:
+            raise UnsupportedError(
+                f"{other.path}: a {other.format.name} file, and the files of ranks are read as torch files alone. "
+                "Save it with torch.save."
+            )
+        first = next(iter(headers.values()))
+        return Header(
+            path,
+            self,
+            {name: header.tree for name, header in headers.items()},
+            tuple(stamp for header in headers.values() for stamp in header.files),
+            sum((header.foreign for header in headers.values()), Counter()),
+            provenance=first.provenance,
+            shard_format=first.format,
+            ranks={name: header for name, header in headers.items() if not _without_model(header.tree)},
+        )
+
+    def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
+        """Lay out a file for each entry; the names may have folders before them."""
+        return tuple(
+            plan for name, tree in content.items() for plan in TORCH_ZIP.plan(tree, replace(writing, name=name))
+        )
+
+    def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
+        old = rank_files(folder)
+        return old if not set(old).isdisjoint(names) else ()
+
+
+RANKS = Ranks()
+
+
+def rank_files(folder: Path) -> list[str]:
+    """Return the files of the ranks of a checkpoint, by their names in the folder; empty for any other folder."""
+    names = sorted(store_of(folder).names(folder))
+    for kinds in _PROGRAMS:
+        found: list[str] = []
+        for kind in kinds:
+            for name in filter(kind.names.fullmatch, names):
+                files = [f"{name}/{file}" for file in _weights_in(folder / name)] if kind.folders else [name]
+                if len(files) > 1:  # those of several steps
+                    return []
+                found += files
+        zero = any(map(_ZERO.fullmatch, names)) and not any(name.startswith("layer_") for name in found)
+        if found and not zero and (kinds[0].folders or len(found) > 1):
+            return found
+    return []
+
+
+def further_files(folder: Path, known: Collection[str]) -> Iterator[str]:
+    """Yield the names of files beside those of the ranks, such as those of distributed optimizers."""
+    store = store_of(folder)
+    places = store.names(folder)
+    for above in sorted({name.rpartition("/")[0] for name in rank_files(folder)} - {""}):
+        places += [f"{above}/{name}" for name in store.names(folder / above)]
+    return (name for name in places if name not in known and store.is_file(folder / name))
+
+
+def _weights_in(folder: Path) -> list[str]:
+    store = store_of(folder)
+    names = store.names(folder) if store.is_folder(folder) else []
+    return [name for name in names if name.endswith(TORCH_ZIP.suffixes) and not _OPTIMIZER.fullmatch(name)]
+
+
+def _without_model(tree: Any) -> bool:
+    """True for a layer without parameters, and for the state of the training that DeepSpeed keeps beside the layers."""
+    return isinstance(tree, dict) and (not tree or ("module" in tree and not tree["module"]))
+
+
+def _check_complete(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a folder in which a rank is missing: each number counts from 0, and all combinations are there."""
+    groups: dict[object, dict[tuple[int, ...], str]] = {}
+    for name in names:
+        own = name.partition("/")[0]
+        kind = next(kind for kinds in _PROGRAMS for kind in kinds if kind.names.fullmatch(own))
+        numbers = [int(number) for number in _NUMBER.findall(own)]
+        groups.setdefault((kind, *numbers[: kind.layers]), {})[tuple(numbers[kind.layers :])] = own
+    for group in groups.values():
+        counts = [max(axis) + 1 for axis in zip(*group, strict=True)] if len({*map(len, group)}) == 1 else []
+        # Of one more than there are, one at least is missing.
+        missing = next((numbers for numbers in product(*map(range, counts)) if numbers not in group), None)
+        if missing is not None:
+            first, *rest = group.values()
+            here = ", ".join((first, *rest[:2])) + (f" and {len(rest) - 2} more" if len(rest) > 2 else "")
+            raise CorruptError(
+                f"{folder}: the rank {'_'.join(map(str, missing))} is missing, and has {here}. "
+                "Was the save interrupted? Get a complete copy."
+            )
