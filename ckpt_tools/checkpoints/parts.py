@@ -33,8 +33,9 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
     if [*asked] in (["auto"], ["raw"]):
-        keys = () if states(header) else (*set_keys(), *_numbered_models(header))
-        nested = [each for key in keys for each in _sets(header, (key,))]
+        nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
+        if not states(header) and (numbered := _numbered_models(header)):
+            nested += [each for each in _sets(header, ()) if each.path[0] in numbered]
         return _joined(header, _whole(header, nested or [select(header, asked[0])], asked[0]))
     chosen = [select(header, state) for state in asked]
     for i, each in enumerate(chosen):  # no part takes another one's place

@@ -22,8 +22,8 @@ _STEP_KEYS = (
     "global_step", "global_steps", "step", "num_steps", "iteration", "iter", "iter_num", "num_updates",
     "batch_idx_train", "epoch",
 )  # fmt: skip
-# Where mmengine, ESPnet and fairseq keep their training counters.
-_NESTED = (("meta",), ("trainer_state",), ("reporter",), ("extra_state", "train_iterator"))
+# Where mmengine, Lightning, torchtitan, ESPnet and fairseq keep their training counters.
+_NESTED = (("meta",), ("trainer_state",), ("train_state",), ("reporter",), ("extra_state", "train_iterator"))
 _HISTORY = ("optimizer_history",)  # of fairseq; the last entry is of now
 # Coarse to fine. A decimal is a metric (acc0.91), not a counter, unless it counts thousands or millions.
 _WORDS = ("epoch", "iter", "step")

@@ -28,12 +28,14 @@ class _Kind:
     Attributes:
         names: of files, or of folders with one file of weights in each.
         folders: they are those of folders.
-        layers: the first number is that of a layer, which has ranks of its own.
+        layers: the first number is that of a layer, which has ranks of its own, each the same.
+        experts: a layer may have more of them than another one.
     """
 
     names: re.Pattern[str]
     folders: bool = False
     layers: bool = False
+    experts: bool = False
 
 
 # Those that are beside each other, from the functions of the programs that make the names.
@@ -44,7 +46,7 @@ _PROGRAMS = (
     (  # DeepSpeed: tensor rank, layers of a pipeline, experts
         _Kind(re.compile(r"mp_rank_\d{2}_model_states\.pt")),
         _Kind(re.compile(r"layer_\d{2,4}(-model_\d{2})?-model_states\.pt"), layers=True),
-        _Kind(re.compile(r"layer_\d{1,4}_expert_\d{1,4}_mp_rank_\d{2}_model_states\.pt"), layers=True),
+        _Kind(re.compile(r"layer_\d{1,4}_expert_\d{1,4}_mp_rank_\d{2}_model_states\.pt"), layers=True, experts=True),
     ),
 )
 _OPTIMIZER = re.compile(r"(distrib_)?optim(izer)?\.pt")
@@ -144,7 +146,7 @@ def _without_model(tree: Any) -> bool:
 
 def _check_complete(folder: Path, names: Sequence[str]) -> None:
     """Refuse a folder in which a rank is missing: each number counts from 0, and all combinations are there."""
-    groups: dict[object, dict[tuple[int, ...], str]] = {}
+    groups: dict[tuple[Any, ...], dict[tuple[int, ...], str]] = {}
     for name in names:
         own = name.partition("/")[0]
         kind = next(kind for kinds in _PROGRAMS for kind in kinds if kind.names.fullmatch(own))
@@ -152,12 +154,19 @@ def _check_complete(folder: Path, names: Sequence[str]) -> None:
         groups.setdefault((kind, *numbers[: kind.layers]), {})[tuple(numbers[kind.layers :])] = own
     for group in groups.values():
         counts = [max(axis) + 1 for axis in zip(*group, strict=True)] if len({*map(len, group)}) == 1 else []
-        # Of one more than there are, one at least is missing.
+        # At most one more than there are is looked at.
         missing = next((numbers for numbers in product(*map(range, counts)) if numbers not in group), None)
         if missing is not None:
             first, *rest = group.values()
-            here = ", ".join((first, *rest[:2])) + (f" and {len(rest) - 2} more" if len(rest) > 2 else "")
+            more = f" and {len(rest)} more" if rest else ""
             raise CorruptError(
-                f"{folder}: the rank {'_'.join(map(str, missing))} is missing, and has {here}. "
+                f"{folder}: has {first}{more}, and not the one of rank {'_'.join(map(str, missing))}. "
                 "Was the save interrupted? Get a complete copy."
             )
+    layers = [group for (kind, *_), group in groups.items() if kind.layers and not kind.experts]
+    fewest, most = min(layers, key=len, default={}), max(layers, key=len, default={})
+    if len(fewest) < len(most):
+        raise CorruptError(
+            f"{folder}: of the ranks of {next(iter(fewest.values()))} there are {len(fewest)}, and {len(most)} of "
+            f"{next(iter(most.values()))}. Was the save interrupted? Get a complete copy."
+        )

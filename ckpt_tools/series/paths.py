@@ -277,6 +277,7 @@ def _way_on(rank: Path) -> str:
     folder = next((folder for folder in [*rank.parents][:2] if rank_files(folder)), None)
     if folder is None:
         return " Merge the ranks first, with the tools of the program that wrote them."
+    folder = folder if folder.name else folder.absolute()
     glob = _like(folder)
     return f" Give the folder of all ranks: {folder}" + (f", or '{glob}' for a series." if glob != folder else ".")
 
@@ -286,8 +287,10 @@ def _other_rank(place: Path, inside: Path) -> Path | None:
     store = store_of(place)
     with suppress(OSError):  # a folder that may be searched, but not listed
         names = [n for n in store.names(place.parent) if _RANK.sub("", n) == _RANK.sub("", place.name)]
-        # Ranks count from 0; folders named lora_rank_8 and lora_rank_16 are none.
-        if any(int(_NUMBERS.findall(_RANK.findall(name)[-1])[-1]) == 0 for name in names):
+        # Ranks count from 0; folders named lora_rank_8 and lora_rank_16 are none. Some layers have no file.
+        if place.name.startswith("layer_") or any(
+            int(_NUMBERS.findall(_RANK.findall(name)[-1])[-1]) == 0 for name in names
+        ):
             others = (place.with_name(name) / inside for name in names if name != place.name)
             return next((other for other in others if store.is_file(other) or store.is_folder(other)), None)
     return None

@@ -31,6 +31,7 @@ LAYOUTS = (
     "nemo",
     "mmengine",
     "ultralytics",
+    "torchtitan",
     "d2go",
     "ema-pytorch",
     "diffusers",
@@ -62,6 +63,8 @@ WITHOUT = {
     ("nemo", "library loads"): "as it is not written",
     ("ultralytics", "write"): "is a pickled object of its classes, which only its code makes; write `plain`",
     ("ultralytics", "library loads"): "as it is not written; `plain` loads into its model",
+    ("torchtitan", "write"): "write `dcp` of one set of weights, which it loads as a model",
+    ("torchtitan", "library loads"): "as it is not written",
     ("score_sde", "write"): "write `pytorch-ema`, whose `ema` it is",
     ("score_sde", "library loads"): "as it is not written",
 }

@@ -871,15 +871,20 @@ def test_find_series_rejects_several_ranks_of_one_checkpoint(plain: Callable[...
         ("consolidated.00.pth", "consolidated.01.pth"),
         ("model_world_size_8_rank_0.pt", "model_world_size_8_rank_5.pt"),
         ("layer_03-model_00-model_states.pt", "layer_04-model_00-model_states.pt"),
+        ("layer_03-model_states.pt", "layer_04-model_states.pt"),
+        ("checkpoint_1_100-model_part-0.pt", "checkpoint_1_100-model_part-1.pt"),
+        ("checkpoint_last-shard1.pt", "checkpoint_last-shard0.pt"),
     ],
 )
 def test_find_series_rejects_one_rank_of_several(
     plain: Callable[..., list[Path]], one: str, other: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = plain(*(f"run/iter_{i}/{rank}" for i in (9, 10) for rank in (one, other)))
-    message = (
-        rf"{re.escape(one)} is one rank of several, .*; .*{re.escape(other)} holds another\. Merge the ranks first"
+    together = one.startswith(("mp_rank", "consolidated", "layer"))
+    advice = (
+        r"Give the folder of all ranks: .*run/iter_\d+, or '.*run/iter_\*'" if together else "Merge the ranks first"
     )
+    paths = plain(*(f"run/iter_{i}/{rank}" for i in (9, 10) for rank in (one, other)))
+    message = rf"{re.escape(one)} is one rank of several, .*; .*{re.escape(other)} holds another\. {advice}"
     with pytest.raises(SeriesError, match=message):
         find_series([paths[2], paths[0]])
     with pytest.raises(SeriesError, match=message):

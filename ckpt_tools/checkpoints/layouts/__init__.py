@@ -23,18 +23,19 @@ from .pairs import D2GO, DEIT, DINO, DIT, FAIRSEQ, ICEFALL, MODEL_STATE_DICT, TI
 from .parameter_lists import DIFFUSERS, PYTORCH_EMA
 from .plain import DCP, PLAIN
 from .select import select, states
+from .torchtitan import TORCHTITAN
 from .ultralytics import ULTRALYTICS
 
 # As the list of layouts shows them. Raw weights alone are looked for in this order, too, which is timm's.
 LAYOUTS += [
     PLAIN, TIMM, TIMM_EMA, DEIT, TORCHVISION, MODEL_STATE_DICT, AVERAGED_MODEL, LITEMA, LIGHTNING, LIGHTNING_SWA, NEMO,
-    MMENGINE, ULTRALYTICS, D2GO, EMA_PYTORCH, DIT, ICEFALL, DINO, FAIRSEQ, DIFFUSERS, PYTORCH_EMA, DCP,
+    MMENGINE, ULTRALYTICS, TORCHTITAN, D2GO, EMA_PYTORCH, DIT, ICEFALL, DINO, FAIRSEQ, DIFFUSERS, PYTORCH_EMA, DCP,
 ]  # fmt: skip
 # The order of detection of averaged weights: what is known for certain goes first, then timm's order. Where two
 # layouts differ in the encoding of the average alone, the plain one is the second.
 DETECTED += [
-    LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL, DINO, FAIRSEQ,
-    LIGHTNING_SWA,
+    TORCHTITAN, LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL, DINO,
+    FAIRSEQ, LIGHTNING_SWA,
 ]  # fmt: skip
 
 __all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "register", "select", "states", "unregister"]
