@@ -57,6 +57,8 @@ def _show_dropped(report: AverageReport) -> None:
         console.say(f"Left out, because some checkpoints do not have them: {console.some(report.left_out)}.")
     if report.dropped:
         console.say(f"Not carried over from the last checkpoint: {console.some(report.dropped)}.")
+    if report.companions:
+        console.say(f"Copied beside the weights: {console.some(report.companions)}.")
 
 
 def _show_table(report: AverageReport) -> None:

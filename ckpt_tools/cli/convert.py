@@ -54,6 +54,8 @@ def _show(report: ConvertReport) -> None:
     )
     if report.dropped:
         console.say(f"Not carried over: {console.some(report.dropped)}.")
+    if report.companions:
+        console.say(f"Copied beside the weights: {console.some(report.companions)}.")
     arguments.say_notes(report.notes)
 
 

@@ -178,20 +178,24 @@ def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[st
         CorruptError: a file is missing, or outside the folder.
     """
     folder, store = index.parent, store_of(index)
-    real_folder = store.real_path(folder)
-    # A symlink may leave the folder only as in the Hugging Face cache: to ../../blobs.
-    allowed = (real_folder, store.real_path(real_folder / "../../blobs"))
     found = {}
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
         file = found[name] = folder / name
-        target = store.real_path(file)
-        if target.parent not in allowed:
+        if not stays_inside(file):
+            target = store.real_path(file)
             raise CorruptError(f"{index}: its shard {name!r} is a link out of the folder ({target}); refused.")
         if not store.is_file(file):
             raise CorruptError(f"{index}: its shard {name!r} is missing. Get a complete copy.")
     return found
+
+
+def stays_inside(file: Path) -> bool:
+    """Return True unless a file is a link out of its folder; the Hugging Face cache has links to ../../blobs."""
+    store = store_of(file)
+    folder = store.real_path(file.parent)
+    return store.real_path(file).parent in (folder, store.real_path(folder / "../../blobs"))
 
 
 def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:

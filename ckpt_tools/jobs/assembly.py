@@ -21,19 +21,17 @@ from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
 from ..checkpoints.training_state import leads
 from ..errors import LayoutError, ReadError, UnsupportedError, UsageError
-from ..formats import holds_weights, without_collector
+from ..formats import without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
 from ..formats.ranks import further_files
 from ..formats.tree import holds, put, tensors_in, without
-from ..storage.source import stamp_at, store_of
+from ..storage.source import stamp_at
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from .companions import companions
 from .outputs import Target, check_same_format, check_shard_size
-
-COMPANIONS = (".json", ".txt", ".model", ".jinja", ".md")
-"""What stands beside the shards of a model: configuration, tokenizer, chat template, card."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +103,7 @@ def assemble(
         dropped = unkept_metadata(base)
         tree, kept = _container(tensors, base, state, renamed, dropped)
         files = form.plan(tree, writing)
-        beside_them = companions(base) if base.ranks else []
+        beside_them = companions(base, dropped) if base.ranks else []
         if base.ranks:
             known = {*base.tree, *(path.name for path in beside_them)}
             dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
@@ -188,7 +186,7 @@ def flat(
     files = target.format.plan(tensors, replace(writing, metadata=metadata))
     if not target.folder:
         return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
-    beside_them = companions(base)
+    beside_them = companions(base, dropped)
     if config is not None:
         files += (whole_file("config.json", _with_config(beside_them, config)),)
         beside_them = [path for path in beside_them if path.name != "config.json"]
@@ -230,21 +228,6 @@ def beside(tree: Any, state: StateDict) -> list[str]:
         within = [*((*part.path, key) for key in (*part.other_entries, *part.other_set)), *part.ema_paths]
         others += [path for path in within if path[: len(part.path)] == part.path]
     return [dotted(path) for path in dict.fromkeys(others)]
-
-
-def companions(base: Header) -> list[Path]:
-    """Find what `from_pretrained` wants beside the weights, and training does not own."""
-    store = store_of(base.path)
-    if not store.is_folder(base.path):
-        return []
-    return [
-        path
-        for path in (base.path / name for name in store.names(base.path))
-        if store.is_file(path)
-        and path.name.endswith(COMPANIONS)
-        and not holds_weights(path.name)
-        and path.name != "trainer_state.json"
-    ]
 
 
 class Copies(dict[TensorSpec, OutTensor]):

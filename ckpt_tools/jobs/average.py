@@ -60,6 +60,7 @@ class AverageReport(Report):
         bytes_read, bytes_written: of the whole job.
         memory: bytes of private buffers in host memory.
         device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
+        companions: names of files beside the weights that go along: configuration and tokenizer.
         written: False for a plan.
     """
 
@@ -77,6 +78,7 @@ class AverageReport(Report):
     bytes_written: int
     memory: int
     device: str
+    companions: tuple[str, ...] = ()
     written: bool = False
 
 
@@ -159,6 +161,7 @@ def average(
         notes=(*series.notes, *_remarks(schedule, members, coefficients), *weights.notes, *_kept(assembly)),
         dropped=assembly.dropped,
         out=str(assembly.target),
+        companions=tuple(path.name for path in assembly.companions),
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
         memory=engine.memory_needed(unique, running.threads, gpus, gpu_bytes),

@@ -23,7 +23,8 @@ from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..tensors import Category, DType, TensorSpec, parse_dtype
-from .assembly import Assembly, companions, dense, flat, module_versions, nested, unkept_metadata
+from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
+from .companions import companions
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
 from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
@@ -47,6 +48,7 @@ class ConvertReport(Report):
         notes: what is lost, and what is filled in.
         out: the target.
         bytes_read, bytes_written: of the whole job.
+        companions: names of files beside the weights that go along: configuration and tokenizer.
         written: False for a plan.
     """
 
@@ -62,6 +64,7 @@ class ConvertReport(Report):
     out: str
     bytes_read: int
     bytes_written: int
+    companions: tuple[str, ...] = ()
     written: bool = False
 
 
@@ -108,8 +111,8 @@ def convert(
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
     dropped = left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests)
-    if not target.folder:
-        dropped += [path.name for path in companions(header)]
+    if not target.folder and header.in_folder:
+        dropped += [path.name for path in companions(header, dropped) if path.parent == header.path]
     writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
     assembly = _assembled(layout, content, header, target, writing, dropped)
     report = ConvertReport(
@@ -123,6 +126,7 @@ def convert(
         dropped=assembly.dropped,
         notes=tuple(notes),
         out=str(target.path),
+        companions=tuple(path.name for path in assembly.companions),
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
     )

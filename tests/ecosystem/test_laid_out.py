@@ -2,7 +2,7 @@
 
 d2go (d2go/modeling/ema.py), DINO (main_dino.py, utils.py), icefall (icefall/checkpoint.py), fairseq (trainer.py,
 checkpoint_utils.py, models/ema/ema.py), DiT (train.py, download.py), guided-diffusion (train_util.py), NeMo
-(nemo/collections/common/callbacks/ema.py), score_sde (losses.py, utils.py).
+(nemo/collections/common/callbacks/ema.py), score_sde (losses.py, utils.py), torchtitan (see there).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import Net, Weights, differences, load, pair, parameters_of, save, train, weights_of
+import torch.distributed.checkpoint as dcp
+from small import Net, Weights, differences, load, mean, pair, parameters_of, save, train, weights_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -255,3 +256,48 @@ def test_the_nameless_average_of_score_sde_gets_the_names_of_its_model(tmp_path:
     smooth = {f"module.{name}": parameter for name, parameter in parameters_of(average).items()}
     assert not differences(ckpt_tools.open_checkpoint(path, state="raw"), weights_of(model))
     assert not differences(ckpt_tools.open_checkpoint(path, state="ema"), {**weights_of(model), **smooth})
+
+
+def titan(folder: Path, model: nn.Module, average: nn.Module, frozen: tuple[str, ...] = ()) -> Path:
+    """Save as torchtitan does (components: checkpointer/dcp.py, optimizer/utils.py, optimizer/ema.py).
+
+    The model is at the top level; states of optimizers are flat, and the average is one of them.
+    """
+    names = [name for name, _ in model.named_parameters() if name not in frozen]
+    ema = {f"state.{name}.ema_params": average.state_dict()[name] for name in names}
+    optimizer = {f"state.{name}.{slot}": torch.ones(2) for name in names for slot in ("exp_avg", "exp_avg_sq", "step")}
+    optimizer |= {f"param_groups.{name}.lr": 0.1 for name in names}
+    content = {
+        **model.state_dict(),
+        "optimizer": optimizer,
+        "lr_scheduler": {"last_epoch": 7},
+        "dataloader": {"dp_rank_0": b"state", "world_size": 1},
+        "train_state": {"step": 7, "ntokens_seen": 99},
+        "ema": ema,
+    }
+    dcp.save(content, checkpoint_id=folder)
+    return folder
+
+
+@pytest.mark.shows("torchtitan", "read raw")
+@pytest.mark.shows("torchtitan", "read EMA")
+def test_both_sets_of_torchtitan_are_read(tmp_path: Path, trained: Both) -> None:
+    model, average = trained
+    # It averages parameters that are trained, and no buffers unless the run names them.
+    for frozen in ((), ("head.weight",)):
+        path = titan(tmp_path / f"step-{len(frozen)}", model, average, frozen)
+        ema = weights_of(model) | {k: v for k, v in parameters_of(average).items() if k not in frozen}
+        check(path, weights_of(model), ema, "torchtitan")
+        assert ckpt_tools.open_checkpoint(path).counters["step"] == 7
+
+
+def test_averages_of_torchtitan_are_averaged(tmp_path: Path, trained: Both) -> None:
+    model, average = trained
+    titan(tmp_path / "step-10", model, average)
+    titan(tmp_path / "step-20", average, model)
+    for state in ("ema", "raw"):
+        report = ckpt_tools.average(tmp_path, state=state, out=tmp_path / f"{state}.pth")
+        assert report.inputs[-1].state.startswith(state)
+        expected = mean(parameters_of(model), parameters_of(average))
+        found = {name: tensor for name, tensor in load(tmp_path / f"{state}.pth").items() if name in expected}
+        assert not differences(found, expected)
