@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import CorruptError, UnsupportedError
 from ..storage.source import store_of
 from .file_plan import FilePlan
-from .format import Format, Writing, read_single
+from .format import Format, Named, Writing, read_single
 from .header import Header
 from .torch_zip import TORCH_ZIP
 
@@ -99,6 +99,11 @@ class Ranks(Format):
             plan for name, tree in content.items() for plan in TORCH_ZIP.plan(tree, replace(writing, name=name))
         )
 
+    def rename(self, header: Header) -> Named:
+        raise UnsupportedError(
+            f"{header.path}: a file for each rank. Change their names one by one: {header.files[0].path}"
+        )
+
     def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
         old = rank_files(folder)
         return old if not set(old).isdisjoint(names) else ()
@@ -153,7 +158,10 @@ def _check_complete(folder: Path, names: Sequence[str]) -> None:
         numbers = [int(number) for number in _NUMBER.findall(own)]
         groups.setdefault((kind, *numbers[: kind.layers]), {})[tuple(numbers[kind.layers :])] = own
     for group in groups.values():
-        counts = [max(axis) + 1 for axis in zip(*group, strict=True)] if len({*map(len, group)}) == 1 else []
+        fewest, most = min(group, key=len), max(group, key=len)
+        if len(fewest) < len(most):
+            raise CorruptError(f"{folder}: has {group[fewest]} and {group[most]}, which are not of one save. Keep one.")
+        counts = [max(axis) + 1 for axis in zip(*group, strict=True)]
         # At most one more than there are is looked at.
         missing = next((numbers for numbers in product(*map(range, counts)) if numbers not in group), None)
         if missing is not None:
@@ -163,10 +171,10 @@ def _check_complete(folder: Path, names: Sequence[str]) -> None:
                 f"{folder}: has {first}{more}, and not the one of rank {'_'.join(map(str, missing))}. "
                 "Was the save interrupted? Get a complete copy."
             )
-    layers = [group for (kind, *_), group in groups.items() if kind.layers and not kind.experts]
-    fewest, most = min(layers, key=len, default={}), max(layers, key=len, default={})
-    if len(fewest) < len(most):
+    layers = [[*group.values()] for (kind, *_), group in groups.items() if kind.layers and not kind.experts]
+    short, long = min(layers, key=len, default=[]), max(layers, key=len, default=[])
+    if len(short) < len(long):
         raise CorruptError(
-            f"{folder}: of the ranks of {next(iter(fewest.values()))} there are {len(fewest)}, and {len(most)} of "
-            f"{next(iter(most.values()))}. Was the save interrupted? Get a complete copy."
+            f"{folder}: of the ranks of {short[0]} there are {len(short)}, and {len(long)} of {long[0]}. "
+            "Was the save interrupted? Get a complete copy."
         )

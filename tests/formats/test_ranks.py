@@ -133,6 +133,15 @@ def test_ranks_of_one_layer_are_not_fewer_than_those_of_another(folder: Callable
         read_header(folder(*names[:-1]))
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("mp_rank_00/m.pt", "mp_rank_00_000/m.pt"), ("layer_01-model_00-model_states.pt", "layer_01-model_states.pt")],
+)
+def test_names_of_two_saves_are_refused(folder: Callable[..., Path], one: str, other: str) -> None:
+    with pytest.raises(CorruptError, match=r"step: has .* and .*, which are not of one save"):
+        read_header(folder(one, other))
+
+
 def test_a_rank_that_is_no_torch_file_is_refused(folder: Callable[..., Path]) -> None:
     step = folder(*MEGATRON)
     save_file({"w": torch.ones(2)}, step / MEGATRON[1])

@@ -17,7 +17,15 @@ import torch
 
 import ckpt_tools
 from ckpt_tools import strip
-from ckpt_tools.errors import AlignmentError, LayoutError, NumericsError, SeriesError, UsageError, WriteError
+from ckpt_tools.errors import (
+    AlignmentError,
+    LayoutError,
+    NumericsError,
+    SeriesError,
+    UnsupportedError,
+    UsageError,
+    WriteError,
+)
 from ckpt_tools.formats import read_header
 from ckpt_tools.jobs.inspect import describe
 
@@ -303,6 +311,12 @@ def test_convert_and_recalibrate_refuse_ranks(run: Callable[..., Path]) -> None:
         ckpt_tools.convert("run/iter_0000100", to="plain", out="x.pth")
     with pytest.raises(LayoutError, match=message):
         ckpt_tools.open_checkpoint("run/iter_0000100")
+
+
+def test_fix_prefix_names_the_files(run: Callable[..., Path]) -> None:
+    run(META, flat)
+    with pytest.raises(UnsupportedError, match=r"one by one: run/iter_0000100/consolidated\.00\.pth"):
+        ckpt_tools.fix_prefix("run/iter_0000100", out="x")
 
 
 def test_diff_compares_all_ranks(run: Callable[..., Path]) -> None:
