@@ -113,7 +113,7 @@ def _find(given: str | Path) -> list[Path]:
 def _in_folder(folder: Path) -> list[Path]:
     found = _checkpoints(folder)
     if not found:
-        looked_for = " ".join(f"*{suffix}" for suffix in suffixes())
+        looked_for = " ".join(f"*{suffix}" for suffix in suffixes(exports=False))
         raise SeriesError(f"{folder}: no checkpoints in this folder (looked for {looked_for}).{_hint_below(folder)}")
     return found
 
@@ -131,7 +131,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_weights(path: Path) -> bool:
-    return path.name.endswith(suffixes()) and not _NOT_WEIGHTS.search(path.name) and store_of(path).is_file(path)
+    own = suffixes(exports=False)
+    return path.name.endswith(own) and not _NOT_WEIGHTS.search(path.name) and store_of(path).is_file(path)
 
 
 def _children(folder: Path) -> list[Path]:

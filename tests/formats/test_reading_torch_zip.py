@@ -237,13 +237,6 @@ def test_read_header_rejects_a_zip_that_torch_did_not_write(tmp_path: Path) -> N
         read_header(zip_of(tmp_path / "two.zip", {"a/data.pkl": b"N.", "b/data.pkl": b"N."}))
 
 
-def test_read_header_rejects_a_torchscript_archive_and_says_what_to_do(tmp_path: Path) -> None:
-    path = zip_of(tmp_path / "a.pt", {"a/data.pkl": b"\x80\2N.", "a/constants.pkl": b"\x80\2)."})
-
-    with pytest.raises(UnsupportedError, match=r"TorchScript.*state_dict"):
-        read_header(path)
-
-
 def test_read_header_rejects_compressed_records(tmp_path: Path) -> None:
     records = {"archive/data.pkl": b"\x80\2" + TENSOR + b".", "archive/data/0": PAYLOAD}
 
