@@ -29,6 +29,7 @@ from .template import ArchiveTemplate
 from .zip import END_SIZE, Archive, NewEntry, end_of, find_directory, replaced
 
 _PROVENANCE_ENTRY = f"{PROVENANCE}.json"
+_FILES = (".pth", ".ckpt", ".safetensors")  # of weights, in a zip of something else, such as stable-baselines3's
 
 
 class TorchZip(Format):
@@ -184,5 +185,7 @@ def root_of(entries: Mapping[str, Any], *, where: str, script: bool = False) -> 
     """
     roots = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) != 1 or (f"{roots[0]}/constants.pkl" in entries) is not script:
-        raise NotACheckpointError(f"{where}: a zip file, but not one that torch.save wrote (no data.pkl inside).")
+        found = next((name for name in entries if name.endswith(_FILES)), None)
+        holds = "no data.pkl inside" if found is None else f"a file {found} inside; unpack it, and give that"
+        raise NotACheckpointError(f"{where}: a zip file, but not one that torch.save wrote ({holds}).")
     return roots[0]

@@ -109,8 +109,11 @@ def _missing(
     name = partial[0]
     lacking = [file for file, state in zip(files, states, strict=True) if name not in state]
     more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
+    advice = "Use `keys='intersection'` to average what all files share."
+    if len(partial) == len(counts):
+        advice = "No name is in all files, so they are of different models: give the files of one."
     return f"{lacking[0]} has no tensor '{name}' ({counts[name]} of {len(states)} files have it).{more} " + (
-        _prefix_advice(states, files) or "Use `keys='intersection'` to average what all files share."
+        _prefix_advice(states, files) or advice
     )
 
 

@@ -144,7 +144,11 @@ def _children(folder: Path) -> list[Path]:
 def _hint_below(folder: Path) -> str:
     """Point to a subfolder: Accelerate and Hugging Face's Trainer save weights in a folder inside each checkpoint's."""
     for child in _children(folder):
-        if store_of(child).is_folder(child) and _checkpoints(child):
+        inside = _checkpoints(child) if store_of(child).is_folder(child) else []
+        if len({without_numbers(path) for path in inside}) > 1:  # SpeechBrain's model.ckpt, brain.ckpt and more
+            named = min(inside, key=lambda path: "model" not in path.name)
+            return f" There are several in {child}; if {named.name} has the weights, use '{_like(child) / named.name}'."
+        if inside:
             return f" There are some in {child}; use '{_like(child)}'."
     return ""
 

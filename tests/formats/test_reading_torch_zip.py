@@ -237,6 +237,12 @@ def test_read_header_rejects_a_zip_that_torch_did_not_write(tmp_path: Path) -> N
         read_header(zip_of(tmp_path / "two.zip", {"a/data.pkl": b"N.", "b/data.pkl": b"N."}))
 
 
+def test_read_header_names_a_file_of_weights_inside_a_zip_of_something_else(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "agent.zip", {"data": b"{}", "net/actor.pth": b"PK", "version": b"2"})
+    with pytest.raises(NotACheckpointError, match=r"a file net/actor\.pth inside; unpack it, and give that"):
+        read_header(path)
+
+
 def test_read_header_rejects_compressed_records(tmp_path: Path) -> None:
     records = {"archive/data.pkl": b"\x80\2" + TENSOR + b".", "archive/data/0": PAYLOAD}
 
