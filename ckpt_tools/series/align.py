@@ -100,6 +100,10 @@ def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> l
                 f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. "
                 "The counts must be equal."
             )
+        if [*state] != last and state.keys() == states[-1].keys():
+            raise AlignmentError(
+                f"`match='order'`: {file} holds the same names as {files[-1]}, in another order. Leave `match` out."
+            )
     return [dict(zip(last, state.values(), strict=True)) for state in states]
 
 

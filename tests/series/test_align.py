@@ -73,6 +73,13 @@ def test_average_says_that_files_without_a_common_name_are_of_different_models(s
         average([*paths[::2], shared], out=tmp_path / "out.pth")
 
 
+def test_average_by_order_refuses_names_that_one_file_has_sorted(save: Save, tmp_path: Path) -> None:
+    state = {name: torch.ones(2) for name in ("to_q", "to_k", "to_v")}
+    paths = [save("1.pth", state), save("2.pth", dict(sorted(state.items())))]
+    with pytest.raises(AlignmentError, match=r"1\.pth holds the same names as 2\.pth, in another order"):
+        average(paths, match="order", out=tmp_path / "out.pth")
+
+
 def test_avg_names_the_command_that_takes_a_prefix_off(save: Save, here: Path) -> None:
     torch.save({"w": torch.ones(2)}, "1.pth")
     torch.save({"model.w": torch.ones(2)}, "2.pth")
