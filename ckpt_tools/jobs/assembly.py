@@ -107,6 +107,8 @@ def assemble(
 
 def unkept_metadata(base: Header, kept: Collection[str] = ()) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
+    if not base.metadata:
+        return []
     ours = ("format", PROVENANCE, *base.tree, *kept)
     return [f"__metadata__.{key}" for key in base.metadata if key not in ours]
 
@@ -117,7 +119,7 @@ _CHECKSUMS = re.compile(r"sshs_.*|modelspec\.hash_.*")
 
 def _kept_metadata(base: Header, target: Target, names: Collection[str]) -> dict[str, str]:
     """Return what one safetensors file takes over from the ``__metadata__`` of another."""
-    if base.in_folder or target.folder:
+    if not base.metadata or base.in_folder or target.folder:
         return {}
     ours = {"format", PROVENANCE, *base.tree, *names}
     return {

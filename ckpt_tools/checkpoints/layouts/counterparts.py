@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...formats.pickle_read import Inert
 from ...formats.tree import Path, entries, follow, walk
 from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
@@ -122,16 +123,18 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
             return []
-        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple)))
+        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple, Inert)))
         return [
             (key, child) for key, child in inside if key == "callbacks" or not looks_like_training_state(key, child)
         ]
 
     for path, node in walk(tree, below):
         place = tuple(path)
-        if not isinstance(node, dict) or known.path[: len(place)] == place or place[: len(known.path)] == known.path:
+        if not isinstance(node, (dict, Inert)):  # which may be a pickled module
             continue
-        if has_tensors(node) and len(node) < fewest:
+        if known.path[: len(place)] == place or place[: len(known.path)] == known.path:
+            continue
+        if isinstance(node, dict) and has_tensors(node) and len(node) < fewest:
             continue
         if not also_raw and not is_average(place, base):
             continue
