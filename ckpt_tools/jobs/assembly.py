@@ -26,7 +26,7 @@ from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
-from ..formats.tree import holds, put, tensors_in, without
+from ..formats.tree import put, tensors_in, without
 from ..storage.source import stamp_at, store_of
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .outputs import Target, check_same_format, check_shard_size
@@ -305,8 +305,9 @@ def _put_in_place(
         return weights
     placed = dict(tree)
     for place in sorted(state.set_paths, key=len):
-        if place not in (state.home, state.home[:1]) and holds(placed, place):
-            placed = without(placed, place)
+        left = placed if place in (state.home, state.home[:1]) else without(placed, place)
+        if left is not placed:
+            placed = left
             dropped.append(dotted(place))
     return put(placed, state.home, weights)  # type: ignore[no-any-return]
 
