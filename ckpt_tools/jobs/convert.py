@@ -22,6 +22,7 @@ from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
+from ..series.paths import rank_note
 from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, companions, dense, flat, module_versions, nested, unkept_metadata
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
@@ -95,7 +96,8 @@ def convert(
     header = read_header(Path(path))
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
-    notes = list(_remarks(found, sets, naming))
+    notes = [note] if (note := rank_note(header.path)) is not None else []
+    notes += _remarks(found, sets, naming)
     if "raw" in sets and (note := training_mode_note(header.tree, [each.path for each in sets.values()])) is not None:
         notes.append(note)
     if len(sets) == 1 and layout.pair and not layout.alone:

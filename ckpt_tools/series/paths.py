@@ -275,6 +275,15 @@ def _refuse_one_rank(paths: Sequence[Path]) -> None:
                 )
 
 
+def rank_note(path: Path) -> str | None:
+    """Say that a checkpoint is one rank of several; None if it is not."""
+    try:
+        _refuse_one_rank([path])
+    except SeriesError as error:
+        return str(error)
+    return None
+
+
 def _other_rank(place: Path, inside: Path) -> Path | None:
     """Find the same file of another rank, where a file or folder is named by its rank."""
     store = store_of(place)

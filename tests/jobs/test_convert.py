@@ -698,6 +698,18 @@ def test_convert_keeps_empty_parameters_apart_in_a_list(save: Save, tmp_path: Pa
     assert same_bits(load(tmp_path / "out.pth"), state)
 
 
+@pytest.mark.parametrize("names", [("mp_rank_00", "mp_rank_01"), ("consolidated.00.pth", "consolidated.01.pth")])
+def test_convert_notes_that_a_checkpoint_is_one_rank_of_several(tmp_path: Path, names: tuple[str, str]) -> None:
+    files = [tmp_path / name if name.endswith(".pth") else tmp_path / name / "model.pt" for name in names]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(weights(1), path)
+    report = ckpt_tools.convert(files[0], to="plain", out=tmp_path / "out.safetensors")
+    assert any("one rank of several, and holds a part of the weights" in note for note in report.notes)
+    files[1].unlink()
+    assert not ckpt_tools.convert(files[0], to="plain", out=tmp_path / "alone.safetensors").notes
+
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out")  # of one shape, so only their order tells them apart
 
 
