@@ -2,7 +2,7 @@
 
 d2go (d2go/modeling/ema.py), DINO (main_dino.py, utils.py), icefall (icefall/checkpoint.py), fairseq (trainer.py,
 checkpoint_utils.py, models/ema/ema.py), DiT (train.py, download.py), guided-diffusion (train_util.py), NeMo
-(nemo/collections/common/callbacks/ema.py), score_sde (losses.py, utils.py).
+(nemo/collections/common/callbacks/ema.py), score_sde (losses.py, utils.py), mmcv 1.x (mmcv/runner/hooks/ema.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import Net, Weights, differences, load, pair, parameters_of, save, train, weights_of
+from small import Net, Weights, differences, load, mean, pair, parameters_of, save, train, weights_of
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
@@ -255,3 +255,23 @@ def test_the_nameless_average_of_score_sde_gets_the_names_of_its_model(tmp_path:
     smooth = {f"module.{name}": parameter for name, parameter in parameters_of(average).items()}
     assert not differences(ckpt_tools.open_checkpoint(path, state="raw"), weights_of(model))
     assert not differences(ckpt_tools.open_checkpoint(path, state="ema"), {**weights_of(model), **smooth})
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_both_sets_of_mmcv_are_averaged_each_in_its_place(tmp_path: Path, swapped: bool) -> None:
+    """EMAHook registers a buffer ``ema_*`` for each parameter, and swaps them after an epoch.
+
+    Whether a file was saved before or after that depends on the priorities of the hooks, and the file does not say it.
+    """
+    contents = []
+    for i in range(2):
+        model = Net()
+        average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9))
+        train(model, 3, lambda model=model, average=average: average.update_parameters(model))  # type: ignore[misc]
+        first, second = (average.module, model) if swapped else (model, average.module)
+        for name, parameter in parameters_of(second).items():
+            first.register_buffer(f"ema_{name.replace('.', '_')}", parameter)
+        contents.append(weights_of(first))
+        save(tmp_path / f"epoch_{i + 1}.pth", {"meta": {"epoch": i + 1, "iter": 3}, "state_dict": contents[-1]})
+    ckpt_tools.average(tmp_path, out=tmp_path / "out.pth")
+    assert not differences(load(tmp_path / "out.pth")["state_dict"], mean(*contents))
