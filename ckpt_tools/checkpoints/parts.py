@@ -14,10 +14,9 @@ from ..errors import LayoutError
 from ..formats.header import Header
 from ..formats.tree import Path
 from ..formats.tree import holds as in_dicts
-from ..tensors import TensorSpec
 from .layouts import StateDict, select, states
-from .layouts.counterparts import are_twins, is_average
-from .layouts.layout import dotted, one_of, read_sets, set_keys
+from .layouts.counterparts import are_twins, completed, is_average, is_parameter, is_weight, whole_entry, with_names_of
+from .layouts.layout import Sets, dotted, one_of, read_sets, set_keys
 from .prefixes import unwrap
 from .state_dicts import state_dicts
 from .training_state import leads
@@ -27,12 +26,12 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
     """Select the weights of a checkpoint, all parts of the model together.
 
     Args:
-        asked: for one part each, what `select` takes; ``auto`` and ``raw`` take the parts beside the weights, too.
+        asked: for one part each, what `select` takes; ``auto``, ``raw`` and ``ema`` take all parts of the model.
 
     Raises:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
-    if [*asked] in (["auto"], ["raw"]):
+    if [*asked] in (["auto"], ["raw"], ["ema"]):
         nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
         if not states(header) and (numbered := _numbered_models(header)):
             nested += [each for each in _sets(header, ()) if each.path[0] in numbered]
@@ -79,31 +78,68 @@ def _whole(header: Header, found: Sequence[StateDict], asked: str) -> list[State
     beside = [
         each
         for each in (_sets(header, top[:-1]) if top else ())
-        if any(map(_is_weight, each.tensors, each.tensors.values()))
+        if any(map(is_weight, each.tensors, each.tensors.values()))
         and not any(_meet(each.path, path) for path in (top, *first.set_paths))
         and (nested or not are_twins(each, first))  # the same model at another time, or another one like it
     ]
     averages = [each for each in (*found, *beside) if each.which == "raw" and is_average(each.path, top)]
-    if averages and first.which == "raw" and asked == "auto":
+    others = [completed(header.tree, {"raw": each}) for each in beside if not nested and each not in averages]
+    strange = [*averages, *(sets["ema"] for sets in others if "ema" in sets)]
+    if strange and first.which == "raw" and asked == "auto":
         raise LayoutError(
-            f"{header.path}: '{dotted(averages[0].path)}' looks like an average of a part of the model, and the other "
+            f"{header.path}: '{dotted(strange[0].path)}' looks like an average of a part of the model, and the other "
             "parts have none that is known. Give `state` for each part, or `state='raw'` for the raw weights of all."
         )
     own = dotted(first.path)
-    parts = [each for each in (*found, *(() if nested else beside)) if each not in averages]
+    parts = [each for each in found if each not in averages]
     if not parts:
         raise LayoutError(f"{header.path}: all of its dicts look like averages. Choose with `state={own!r}`.")
+    if first.which == "ema" and others:
+        parts = [in_place(header, first), *map(_averaged, others)]
+    else:
+        parts += [sets["raw"] for sets in others]
     for other in parts[0 if nested else 1 :]:
         alone = f"`state={own!r}` to leave '{dotted(other.path)}' as in the last checkpoint."
-        if first.which == "ema":
+        if first.which == "ema" and other.which != "ema":
             raise LayoutError(
                 f"{header.path}: '{dotted(other.path)}' holds weights, too, and only '{own}' is an average. "
                 f"Use `state='raw'` for the raw weights of both, or {alone}"
             )
         if not in_dicts(header.tree, other.path):
             raise LayoutError(f"{header.path}: '{dotted(other.path)}' holds weights, too, but in a list. Use {alone}")
-    gone = tuple(each.path for each in averages if in_dicts(header.tree, each.path))
+    gone = tuple(whole_entry(each.path, top) for each in averages)
     return [replace(parts[0], set_paths=(*parts[0].set_paths, *gone)), *parts[1:]]
+
+
+def _averaged(part: Sets) -> StateDict:
+    """Return the average of a part under the names of its raw weights; these where it has none that can be used."""
+    ema = part.get("ema")
+    return part["raw"] if ema is None or ema.fault is not None else with_names_of(part["raw"], ema) or part["raw"]
+
+
+def in_place(header: Header, chosen: StateDict) -> StateDict:
+    """Give an average that takes the place of raw weights their names, and the buffers that it may lack.
+
+    Raises:
+        LayoutError: it has other names or shapes, and no script could load it from there.
+    """
+    raw = states(header).get("raw") if chosen.home != chosen.path else None
+    if raw is None or raw.fault is not None or raw.path != chosen.home:
+        return chosen
+    named = with_names_of(raw, chosen)
+    if named is None:
+        raise LayoutError(
+            f"{header.path}: its {chosen.label} has other names or shapes than {raw.label}, so it cannot take "
+            "the place of these. Use `state='raw'`, or make a file of each average first: `convert(to='plain')`."
+        )
+    return named
+
+
+def not_averaged(header: Header, chosen: StateDict) -> list[str]:
+    """List the parameters of an average that are raw weights: those of a loss, say, beside the averaged net."""
+    raw = states(header).get("raw") if chosen.which == "ema" else None
+    known = {} if raw is None else raw.tensors
+    return [name for name, tensor in chosen.tensors.items() if known.get(name) is tensor and is_parameter(name, tensor)]
 
 
 def _meet(path: Path, other: Path) -> bool:
@@ -116,11 +152,6 @@ def _sets(header: Header, above: Path) -> Iterator[StateDict]:
         each = one_of(read_sets(node), "raw") if leads(above, path) and len(path) > len(above) else None
         if each is not None and each.fault is None:
             yield replace(each.below(path), which="raw", home=path, set_paths=(path,))
-
-
-def _is_weight(name: str, tensor: object) -> bool:
-    """True for what only a network has: other tensors, such as the center of a loss, are not of the model."""
-    return isinstance(tensor, TensorSpec) and tensor.dtype.averaged and name.rpartition(".")[2] in ("weight", "bias")
 
 
 def _joined(header: Header, parts: Sequence[StateDict]) -> StateDict:

@@ -15,10 +15,12 @@ from ..tensors import Tensor
 from .layouts.averaged_model import COUNTS
 from .layouts.layout import Unchanged, dotted, is_scalar, split
 
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What DataParallel and DDP, torch.compile, FSDP and activation checkpointing put before names."""
-# No model uses the private names, so they go anywhere in a name; `module` goes in front only, and from all names.
-_LEADING, *_ANYWHERE = WRAPPERS
+# No model uses the private names, so they go anywhere in a name; those that a model may use for a module of its own go
+# in front only, and from all names.
+_LEADING = ("module.", "_module.")
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+WRAPPERS = (*_LEADING, *_ANYWHERE)
+"""What DataParallel and DDP, Opacus, torch.compile, FSDP, activation checkpointing and Fabric put before names."""
 
 
 def unwrap(names: Iterable[str]) -> Mapping[str, str]:
@@ -54,18 +56,24 @@ def renamed(tensors: Mapping[str, Tensor], bare: Mapping[str, str]) -> Mapping[s
 def unwrapping(names: Iterable[str]) -> Callable[[str], str]:
     """Make the function that takes from a name the wrapper prefixes that go from all these names; see `unwrap`."""
     bare = [_strip_private(name) for name in names]
-    depth = 0
-    while bare and all(name.startswith(_LEADING) and name != _LEADING for name in bare):
-        bare = [_strip_private(name.removeprefix(_LEADING)) for name in bare]
-        depth += 1
+    gone: list[str] = []
+    while (lead := _common(bare)) is not None:
+        bare = [_strip_private(name.removeprefix(lead)) for name in bare]
+        gone.append(lead)
 
     def strip(name: str) -> str:
         name = _strip_private(name)
-        for _ in range(depth):
-            name = _strip_private(name.removeprefix(_LEADING))
+        for lead in gone:
+            name = _strip_private(name.removeprefix(lead))
         return name
 
     return strip
+
+
+def _common(names: Sequence[str]) -> str | None:
+    """Return the wrapper prefix with which all names begin, and of which none consists."""
+    lead = next((lead for lead in _LEADING if names and names[0].startswith(lead)), None)
+    return lead if lead is not None and all(name.startswith(lead) and name != lead for name in names) else None
 
 
 def _strip_private(name: str) -> str:
@@ -252,7 +260,7 @@ def _with_dotless(rule: Rename) -> Rename:
         name = rule(name)
         module, _, inner = name.partition(".")
         if module.endswith("_ema") and "." not in inner:
-            for wrapper in WRAPPERS[1:]:  # `module` is a part of common words
+            for wrapper in _ANYWHERE:  # `module` is a part of common words
                 inner = inner.replace(wrapper.removesuffix("."), "")
             return f"{module}.{inner}" if inner else name
         return name

@@ -13,18 +13,24 @@ from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
 from .header import Header
 from .nemo import NEMO
+from .pt2 import PT2
 from .ranks import RANKS
 from .safetensors import SAFETENSORS
 from .sharded import SHARDED
 from .torch_legacy import TORCH_LEGACY
+from .torch_script import TORCH_SCRIPT
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, RANKS, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
+FORMATS[:] = [SHARDED, DCP_FOLDER, RANKS, TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO]
 
 
-def suffixes() -> tuple[str, ...]:
-    """Return the suffixes of weight files, to search folders; never to choose a reader."""
-    return tuple(suffix for each in FORMATS for suffix in each.suffixes)
+def suffixes(*, exports: bool = True) -> tuple[str, ...]:
+    """Return the suffixes of weight files, to search folders; never to choose a reader.
+
+    Args:
+        exports: also those of models made ready for use, which lie in the folder of a training, but are no series.
+    """
+    return tuple(suffix for each in FORMATS if exports or not each.export for suffix in each.suffixes)
 
 
 def holds_weights(name: str) -> bool:

@@ -80,6 +80,7 @@ class Format:
         singles: names of files that make their folder a checkpoint.
         indexes: suffixes of files that list the tensors of the folder.
         nests: it stores nested objects (dicts, numbers, text), not only names to tensors.
+        export: a model made ready for use; training saves other files, so a folder is not searched for it.
         writes: it can be written.
         usual_suffix: the default suffix of a file converted from this format.
     """
@@ -90,6 +91,7 @@ class Format:
     singles: tuple[str, ...] = ()
     indexes: tuple[str, ...] = ()
     nests: bool = False
+    export: bool = False
     writes: bool = False
     usual_suffix: str = ".pth"
 
@@ -131,7 +133,10 @@ class Format:
         Raises:
             UnsupportedError: names cannot be changed in place in this format.
         """
-        raise UnsupportedError(f"{header.path}: names of a {self.name} checkpoint cannot be changed in place.")
+        raise UnsupportedError(
+            f"{header.path}: names of a {self.name} checkpoint cannot be changed in place. "
+            "Make plain weights of it first: `convert(to='plain')`."
+        )
 
     def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
         """Return the names of files in a folder, an older output, that a new one with files of `names` may replace."""
@@ -157,10 +162,14 @@ def read_single(path: Path) -> Header:
         start = file.read(0, _START)
     if not start:
         raise CorruptError(f"{path}: empty file. Get a fresh copy.")
+    other: NotACheckpointError | None = None
     for each in FORMATS:
         if each.sniff(path, start):
-            return each.read(path)
-    raise NotACheckpointError(
+            try:
+                return each.read(path)
+            except NotACheckpointError as error:  # several formats are zip files
+                other = other or error
+    raise other or NotACheckpointError(
         f"{path}: not a checkpoint: neither a torch file (zip or legacy) nor safetensors.{_hint(start)}"
     )
 

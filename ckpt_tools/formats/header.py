@@ -77,6 +77,11 @@ class Header:
         return self.shard_format or self.format
 
     @property
+    def in_model_order(self) -> bool:
+        """True if names are in the order in which they were saved: safetensors files and indexes sort them."""
+        return self.format.nests and not self.format.folder
+
+    @property
     def in_folder(self) -> bool:
         """True if its path is a folder, even one with a single file."""
         return store_of(self.path).is_folder(self.path)

@@ -319,6 +319,13 @@ def _dtype_of(value: Any) -> DType | None:
     return DTYPES.get(str(value).removeprefix("torch.")) if type(value).__module__ == "torch" else None
 
 
+# TorchScript calls storages by C++ names of dtypes; torch.save has no class for these.
+_OF_TORCHSCRIPT = {
+    "ComplexHalf": "complex32", "Float8_e4m3fn": "float8_e4m3fn", "Float8_e5m2": "float8_e5m2",
+    "Float8_e4m3fnuz": "float8_e4m3fnuz", "Float8_e5m2fnuz": "float8_e5m2fnuz", "Float8_e8m0fnu": "float8_e8m0fnu",
+    "Float4_e2m1fn_x2": "float4_e2m1fn_x2", "UInt16": "uint16", "UInt32": "uint32", "UInt64": "uint64",
+}  # fmt: skip
+
 _TABLE: dict[str, Any] = {
     "collections.OrderedDict": SealedDict,
     "collections.defaultdict": Sealed(
@@ -345,6 +352,7 @@ _TABLE: dict[str, Any] = {
     "torch._tensor._rebuild_from_type_v2": _FromType,
     **_UNSUPPORTED,
     **{f"torch.{name}": _storage_type(dtype) for name, dtype in BY_STORAGE.items()},
+    **{f"torch.{name}Storage": _storage_type(DTYPES[dtype]) for name, dtype in _OF_TORCHSCRIPT.items()},
     **{f"torch.cuda.{name}": _storage_type(dtype) for name, dtype in BY_STORAGE.items()},
     "torch.storage.UntypedStorage": _storage_type(None),
     "torch.UntypedStorage": _storage_type(None),

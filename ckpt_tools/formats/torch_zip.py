@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..errors import CorruptError, NotACheckpointError, UnsupportedError
+from ..errors import CorruptError, NotACheckpointError
 from ..storage.source import InputFile
 from ..storage.splice import Span
 from ..tensors import DType, Storage
@@ -29,6 +29,7 @@ from .template import ArchiveTemplate
 from .zip import END_SIZE, Archive, NewEntry, end_of, find_directory, replaced
 
 _PROVENANCE_ENTRY = f"{PROVENANCE}.json"
+_FILES = (".pth", ".ckpt", ".safetensors")  # of weights, in a zip of something else, such as stable-baselines3's
 
 
 class TorchZip(Format):
@@ -46,8 +47,8 @@ class TorchZip(Format):
         """Read the header of a torch zip file.
 
         Raises:
-            NotACheckpointError: a zip without a torch pickle.
-            UnsupportedError: a TorchScript archive, or compressed entries.
+            NotACheckpointError: a zip that torch.save did not write.
+            UnsupportedError: compressed entries.
             CorruptError: truncated or damaged.
         """
         with InputFile(path) as file:
@@ -114,7 +115,7 @@ class TorchZip(Format):
                 archive = Archive(file, where=str(path))
             except CorruptError as error:
                 raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.") from error
-            name = f"{_root(str(path), archive.entries)}/data.pkl"
+            name = f"{root_of(archive.entries, where=str(path))}/data.pkl"
             traced = pickle_edit.trace(archive.read(name), where=str(path))
 
         def around(pickled: bytes) -> tuple[bytes | Span, ...]:
@@ -130,28 +131,25 @@ KNOWN: WeakValueDictionary[tuple[int, int], ArchiveTemplate] = WeakValueDictiona
 """Templates by (file size, offset of the central directory), kept while a header uses them."""
 
 
-def read_archive(archive: Archive, path: Path, *, where: str) -> tuple[str, Any, Counter[str]]:
+def read_archive(archive: Archive, path: Path, *, where: str, script: bool = False) -> tuple[str, Any, Counter[str]]:
     """Read an archive that `torch.save` wrote.
 
     Args:
         path: of the file, for the specs.
         where: for messages.
+        script: it is of TorchScript instead, see `root_of`.
 
     Returns:
         (the root folder name of its entries, the object tree, unknown globals of the pickle with counts).
 
     Raises:
-        NotACheckpointError: a zip without a torch pickle.
-        UnsupportedError: a TorchScript archive, or compressed entries.
+        NotACheckpointError: a zip that torch.save did not write.
+        UnsupportedError: compressed entries.
         CorruptError: truncated or damaged.
     """
     entries = archive.entries
-    root = _root(where, entries)
-
-    def content(name: str) -> bytes:
-        return archive.read(f"{root}/{name}") if f"{root}/{name}" in entries else b""
-
-    big_endian = content("byteorder").strip() == b"big"
+    root = root_of(entries, where=where, script=script)
+    big_endian = is_big_endian(archive, root)
 
     def locate(key: str, dtype: DType | None, numel: int, _view: Any) -> Storage:
         name = f"{root}/data/{key}"
@@ -164,17 +162,30 @@ def read_archive(archive: Archive, path: Path, *, where: str) -> tuple[str, Any,
             )
         return Storage(path, archive.offset_of(name), nbytes, big_endian)
 
-    tree, foreign = pickle_read.load(io.BytesIO(content("data.pkl")), locate, where=where)
+    tree, foreign = pickle_read.load(io.BytesIO(archive.read(f"{root}/data.pkl")), locate, where=where)
     return root, tree, foreign
 
 
-def _root(where: str, entries: Mapping[str, Any]) -> str:
+def is_big_endian(archive: Archive, root: str) -> bool:
+    """Return True if an archive of torch says that its numbers have the most significant byte first."""
+    name = f"{root}/byteorder"
+    return name in archive.entries and archive.read(name).strip() == b"big"
+
+
+def root_of(entries: Mapping[str, Any], *, where: str, script: bool = False) -> str:
+    """Return the name of the folder that is around all in an archive with a torch pickle.
+
+    Args:
+        entries: by name.
+        where: for messages.
+        script: it is of TorchScript, which has constants of a program, too.
+
+    Raises:
+        NotACheckpointError: it is not such an archive.
+    """
     roots = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(roots) != 1:
-        raise NotACheckpointError(f"{where}: a zip file, but not one that torch.save wrote (no data.pkl inside).")
-    if f"{roots[0]}/constants.pkl" in entries:
-        raise UnsupportedError(
-            f"{where}: a TorchScript archive, which holds a program. "
-            "Save its weights first: torch.save(torch.jit.load(FILE).state_dict(), NEW)."
-        )
+    if len(roots) != 1 or (f"{roots[0]}/constants.pkl" in entries) is not script:
+        found = next((name for name in entries if name.endswith(_FILES)), None)
+        holds = "no data.pkl inside" if found is None else f"a file {found} inside; unpack it, and give that"
+        raise NotACheckpointError(f"{where}: a zip file, but not one that torch.save wrote ({holds}).")
     return roots[0]

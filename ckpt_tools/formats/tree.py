@@ -169,10 +169,22 @@ def put(tree: Any, path: Path, value: Any) -> Any:
 
 
 def without(tree: Any, path: Path, *, prune: bool = False) -> Any:
-    """Copy a tree without the value at a path; if `prune`, also without levels that become empty."""
-    if not path or not holds(tree, path):
+    """Copy a tree without the value at a path; if `prune`, also without levels that become empty.
+
+    The path may lead through lists, which keep their items.
+    """
+    if not path:
         return tree
     key, *below = path
+    if isinstance(tree, (list, tuple)) and below and type(key) is int and 0 <= key < len(tree):
+        inner = without(tree[key], tuple(below), prune=prune)
+        if inner is tree[key]:
+            return tree
+        return type(tree)(inner if i == key else item for i, item in enumerate(tree))
+    if not isinstance(tree, Mapping) or key not in tree:
+        return tree
     inner = without(tree[key], tuple(below), prune=prune) if below else None
+    if below and inner is tree[key]:
+        return tree
     gone = not below or (prune and not inner)
     return {k: inner if k == key else value for k, value in tree.items() if k != key or not gone}

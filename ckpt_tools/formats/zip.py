@@ -29,6 +29,7 @@ _UTF8, _ENCRYPTED, _DESCRIPTOR = 1 << 11, 1 << 0, 1 << 3  # general purpose flag
 _NEWEST = 63  # the newest version of the format that zipfile reads
 _ZIP64_FIELD, _PADDING_FIELD = 1, 0x4246  # extra fields: 64-bit sizes; torch's padding
 _DATE_1980 = 0x21  # the first date of the format: a constant, so that equal contents give equal bytes
+_DEFLATED = 8  # compression method
 _ONE, _SEVERAL = 1 << 10, 1 << 13  # bytes per read: for one local file header, or for several close together
 # Fields of a directory line, after the signature.
 _VERSION, _FLAGS, _METHOD, _CRC, _PACKED, _SIZE = 1, 2, 3, 6, 7, 8
@@ -185,6 +186,32 @@ class Archive:
             short = name.partition("/")[2]
             raise CorruptError(f"{self._where}: the checksum of its {short} does not match. The file is damaged.")
         self.contents[name] = offset - self._start, content
+        return content
+
+    def inflated(self, name: str, most: int) -> bytes:
+        """Return the content of an entry that may be compressed.
+
+        Args:
+            most: bytes that it may have.
+
+        Raises:
+            UnsupportedError: it is encrypted, or compressed by another method than deflate.
+            CorruptError: it is larger, truncated or damaged.
+        """
+        entry = self.entries[name]
+        if entry.size > most:
+            raise CorruptError(f"{self._where}: {name} claims {entry.size} bytes, more than such an entry has.")
+        if entry.fields[_METHOD] != _DEFLATED or entry.fields[_FLAGS] & _ENCRYPTED:
+            return self.read(name)
+        _, offset = self.local_header(entry)
+        try:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(
+                self.file.read(self._start + offset, entry.packed), entry.size + 1
+            )
+        except zlib.error as error:
+            raise CorruptError(f"{self._where}: {name} cannot be decompressed ({error}). Get a fresh copy.") from error
+        if len(content) != entry.size or (entry.crc and zlib.crc32(content) != entry.crc):
+            raise CorruptError(f"{self._where}: {name} is not what its directory says. The file is damaged.")
         return content
 
 

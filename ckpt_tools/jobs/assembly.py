@@ -27,7 +27,7 @@ from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
 from ..formats.pickle_write import plain
 from ..formats.ranks import further_files
-from ..formats.tree import holds, put, tensors_in, without
+from ..formats.tree import put, tensors_in, without
 from ..storage.source import stamp_at
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .companions import companions
@@ -145,6 +145,8 @@ def _of_all_ranks(places: Iterable[str], files: Iterable[str]) -> list[str]:
 
 def unkept_metadata(base: Header, kept: Collection[str] = ()) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
+    if not base.metadata:
+        return []
     ours = ("format", PROVENANCE, *base.tree, *kept)
     return [f"__metadata__.{key}" for key in base.metadata if key not in ours]
 
@@ -155,7 +157,7 @@ _CHECKSUMS = re.compile(r"sshs_.*|modelspec\.hash_.*")
 
 def _kept_metadata(base: Header, target: Target, names: Collection[str]) -> dict[str, str]:
     """Return what one safetensors file takes over from the ``__metadata__`` of another."""
-    if base.in_folder or target.folder:
+    if not base.metadata or base.in_folder or target.folder:
         return {}
     ours = {"format", PROVENANCE, *base.tree, *names}
     return {
@@ -335,8 +337,9 @@ def _put_in_place(
         return weights
     placed = dict(tree)
     for place in sorted(state.set_paths, key=len):
-        if place not in (state.home, state.home[:1]) and holds(placed, place):
-            placed = without(placed, place)
+        left = placed if place in (state.home, state.home[:1]) else without(placed, place)
+        if left is not placed:
+            placed = left
             dropped.append(dotted(place))
     return put(placed, state.home, weights)  # type: ignore[no-any-return]
 

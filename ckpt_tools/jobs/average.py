@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict, states
-from ..checkpoints.layouts.counterparts import with_names_of
+from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.layouts.select import is_ema_by_name
-from ..checkpoints.parts import of_ranks, select_parts, unwrapped
+from ..checkpoints.parts import in_place, not_averaged, of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
 from ..checkpoints.training_state import training_mode_note
 from ..compute import engine
@@ -22,7 +21,6 @@ from ..errors import AlignmentError, LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.format import Writing
-from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series.align import align
 from ..series.find import Member, Series, find_series
@@ -237,6 +235,9 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
         notes.append(
             f"Of another shape or dtype in other checkpoints, so taken from the last one: {some(plan.differing)}."
         )
+    borrowed = not_averaged(members[-1].header, states[-1])
+    if borrowed:
+        notes.append(f"The averages lack these, so they are averages of the raw weights: {some(borrowed)}.")
     factor = next((name for name in plan.aligned if _LORA.search(name)), None) if len(members) > 1 else None
     if factor is not None:
         notes.append(
@@ -285,7 +286,7 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
 def _select_all(members: Sequence[Member], names: Sequence[str], asked: Sequence[str]) -> list[StateDict]:
     _check_ranks(members, names)
     found = [
-        of_ranks(member.header, lambda header: _in_place(header, select_parts(header, asked))) for member in members
+        of_ranks(member.header, lambda header: in_place(header, select_parts(header, asked))) for member in members
     ]
     which = {s.which for s in found}
     if "ema" in which and len(which) > 1:
@@ -319,24 +320,6 @@ def _check_ranks(members: Sequence[Member], names: Sequence[str]) -> None:
                 "it), and ranks are averaged each with its own kind. Leave out what is incomplete, or was trained with "
                 "another number of ranks."
             )
-
-
-def _in_place(header: Header, chosen: StateDict) -> StateDict:
-    """Give an average that takes the place of raw weights their names, and the buffers that it may lack.
-
-    Raises:
-        LayoutError: it has other names or shapes, and no script could load it from there.
-    """
-    raw = states(header).get("raw") if chosen.home != chosen.path else None
-    if raw is None or raw.fault is not None or raw.path != chosen.home:
-        return chosen
-    named = with_names_of(raw, chosen)
-    if named is None:
-        raise LayoutError(
-            f"{header.path}: its {chosen.label} has other names or shapes than {raw.label}, so it cannot take "
-            "the place of these. Use `state='raw'`, or make a file of each average first: `convert(to='plain')`."
-        )
-    return named
 
 
 def _inputs(

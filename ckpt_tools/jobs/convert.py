@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints.ema_updates import stored_decay, stored_updates
 from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
 from ..checkpoints.layouts.entries import left_behind, other_entries
-from ..checkpoints.layouts.layout import Content, Unchanged, dotted
+from ..checkpoints.layouts.layout import AnyOrder, Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
 from ..checkpoints.training_state import training_mode_note
 from ..compute.threads import check_threads
@@ -22,6 +22,7 @@ from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
+from ..series.paths import rank_note
 from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
 from .companions import companions
@@ -98,7 +99,8 @@ def convert(
     header = read_header(Path(path))
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
-    notes = list(_remarks(found, sets, naming))
+    notes = [note] if (note := rank_note(header.path)) is not None else []
+    notes += _remarks(found, sets, naming)
     if "raw" in sets and (note := training_mode_note(header.tree, [each.path for each in sets.values()])) is not None:
         notes.append(note)
     if len(sets) == 1 and layout.pair and not layout.alone:
@@ -234,18 +236,31 @@ def _content(
     ema = written.get("ema") or next(iter(written.values()))
     raw = written.get("raw", ema)
     averaged = sets.get("ema") or next(iter(sets.values()))
-    known = parameters(averaged.tensors)
+    order, in_order = _order(header, averaged, naming)
     return Content(
         raw=raw,
         ema=ema,
         pair=len(sets) == 2,
-        parameters=tuple(known) if naming.order is None else tuple(n for n in naming.order if n in ema),
+        parameters=tuple(name for name in order if name in ema),
+        in_order=in_order,
         updates=missing.updates if missing.updates is not None else stored_updates(header, averaged),
         decay=missing.decay if missing.decay is not None else stored_decay(header, averaged),
         settings=averaged.settings,
         other_entries=other_entries(header.tree, sets),
         notes=notes,
     )
+
+
+def _order(header: Header, averaged: StateDict, naming: Naming) -> tuple[Iterable[str], bool]:
+    """Return the names of the parameters, and whether they are in the order of the model."""
+    if naming.order is not None:
+        return naming.order, True
+    own = parameters(averaged.tensors)
+    if header.in_model_order:
+        return own, True
+    if naming.names is None or isinstance(naming.names, AnyOrder) or not own.keys() <= naming.names.keys():
+        return own, False
+    return [name for name in naming.names if name in own], True
 
 
 def _copied(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import select
+from ..checkpoints.layouts.layout import AnyOrder
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.header import Header
@@ -50,7 +51,8 @@ def find_names(header: Header, names_from: str | Path | None, model: str | None,
     if names_from is not None:
         other = read_header(Path(names_from))
         chosen = select(other)
-        return Naming(chosen.tensors, files=other.files, label=f"{other.path}: {chosen.label}")
+        names = chosen.tensors if other.in_model_order else AnyOrder(chosen.tensors)
+        return Naming(names, files=other.files, label=f"{other.path}: {chosen.label}")
     if model is None:
         return Naming()
     from torch.nn import Parameter

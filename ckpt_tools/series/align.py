@@ -100,6 +100,10 @@ def _by_order(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> l
                 f"`match='order'`: {file} holds {len(state)} tensors, {files[-1]} {len(last)}. "
                 "The counts must be equal."
             )
+        if [*state] != last and state.keys() == states[-1].keys():
+            raise AlignmentError(
+                f"`match='order'`: {file} holds the same names as {files[-1]}, in another order. Leave `match` out."
+            )
     return [dict(zip(last, state.values(), strict=True)) for state in states]
 
 
@@ -109,8 +113,11 @@ def _missing(
     name = partial[0]
     lacking = [file for file, state in zip(files, states, strict=True) if name not in state]
     more = f" ({len(partial) - 1} more names differ.)" if len(partial) > 1 else ""
+    advice = "Use `keys='intersection'` to average what all files share."
+    if len(partial) == len(counts):
+        advice = "No name is in all files, so they are of different models: give the files of one."
     return f"{lacking[0]} has no tensor '{name}' ({counts[name]} of {len(states)} files have it).{more} " + (
-        _prefix_advice(states, files) or "Use `keys='intersection'` to average what all files share."
+        _prefix_advice(states, files) or advice
     )
 
 

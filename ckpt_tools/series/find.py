@@ -92,7 +92,8 @@ def find_series(
         include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
 
     Raises:
-        UsageError, SeriesError: an invalid selection; no checkpoint found or left; one left beside averages.
+        UsageError, SeriesError: an invalid selection; no checkpoint found or left; one left beside averages; an export
+            among checkpoints.
         ReadError: a file is not a checkpoint.
     """
     counts = {"last": last, "best": best, "every": every}
@@ -112,6 +113,7 @@ def find_series(
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
     headers = _without_copies([header for header in headers if header.path not in ours], notes)
+    _refuse_exports_among_others(headers)
     if not include_outputs:
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
     members, ordered_by = _ordered(headers, order, notes)
@@ -287,6 +289,18 @@ def _without_averages(headers: Sequence[Header], given: Collection[Path], notes:
         f"{path.name} is an average by its name: left out (add it with `include_outputs`)." for path in left_out
     )
     return [header for header in headers if header.path not in left_out]
+
+
+def _refuse_exports_among_others(headers: Sequence[Header]) -> None:
+    """Refuse an export, which is made after training from any of the checkpoints, as one more of them."""
+    exports = [header for header in headers if header.format.export]
+    others = [header for header in headers if not header.format.export]
+    if exports and others:
+        raise SeriesError(
+            f"{exports[0].path} is an export ({exports[0].format.name}), and {others[0].path} is none. An export "
+            "has the weights of a checkpoint that is there already, or of an average. Leave it out, or give exports "
+            "alone."
+        )
 
 
 def _some(paths: Sequence[Path]) -> str:

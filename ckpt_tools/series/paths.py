@@ -114,7 +114,7 @@ def _find(given: str | Path) -> list[Path]:
 def _in_folder(folder: Path) -> list[Path]:
     found = _checkpoints(folder)
     if not found:
-        looked_for = " ".join(f"*{suffix}" for suffix in suffixes())
+        looked_for = " ".join(f"*{suffix}" for suffix in suffixes(exports=False))
         raise SeriesError(f"{folder}: no checkpoints in this folder (looked for {looked_for}).{_hint_below(folder)}")
     return found
 
@@ -132,7 +132,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_weights(path: Path) -> bool:
-    return path.name.endswith(suffixes()) and not _NOT_WEIGHTS.search(path.name) and store_of(path).is_file(path)
+    own = suffixes(exports=False)
+    return path.name.endswith(own) and not _NOT_WEIGHTS.search(path.name) and store_of(path).is_file(path)
 
 
 def _children(folder: Path) -> list[Path]:
@@ -144,7 +145,11 @@ def _children(folder: Path) -> list[Path]:
 def _hint_below(folder: Path) -> str:
     """Point to a subfolder: Accelerate and Hugging Face's Trainer save weights in a folder inside each checkpoint's."""
     for child in _children(folder):
-        if store_of(child).is_folder(child) and _checkpoints(child):
+        inside = _checkpoints(child) if store_of(child).is_folder(child) else []
+        if len({without_numbers(path) for path in inside}) > 1:  # SpeechBrain's model.ckpt, brain.ckpt and more
+            named = min(inside, key=lambda path: "model" not in path.name)
+            return f" There are several in {child}; if {named.name} has the weights, use '{_like(child) / named.name}'."
+        if inside:
             return f" There are some in {child}; use '{_like(child)}'."
     return ""
 
@@ -280,6 +285,15 @@ def _way_on(rank: Path) -> str:
     folder = folder if folder.name else folder.absolute()
     glob = _like(folder)
     return f" Give the folder of all ranks: {folder}" + (f", or '{glob}' for a series." if glob != folder else ".")
+
+
+def rank_note(path: Path) -> str | None:
+    """Say that a checkpoint is one rank of several; None if it is not."""
+    try:
+        _refuse_one_rank([path])
+    except SeriesError as error:
+        return str(error)
+    return None
 
 
 def _other_rank(place: Path, inside: Path) -> Path | None:

@@ -190,3 +190,63 @@ def test_average_knows_an_average_of_wrapped_modules(save: Save, tmp_path: Path)
     ema = {"l0.weight": torch.full((2,), 5.0), "l1.weight": torch.full((2,), 5.0)}
     average([save("c.pth", {"model": raw, "ema": {"m": ema}})], out=tmp_path / "out.pth")
     assert value_of(load(tmp_path / "out.pth")["model"]) == 5.0
+
+
+@pytest.mark.parametrize("lead", ["net.", "model.backbone.", "module.net."])
+def test_average_knows_an_average_of_the_net_beside_which_there_is_a_loss(
+    save: Save, tmp_path: Path, lead: str
+) -> None:
+    paths = []
+    for i in (1, 2):
+        state = {**weights(i, lead), "loss.center": torch.full((4,), float(i)), "metric.total": torch.ones(1)}
+        tree = {"state_dict": state, "callbacks": {"EMACallback": {"ema_weights": weights(10 * i), "decay": 0.9}}}
+        paths.append(save(f"{i}.ckpt", tree))
+    report = average(paths, out=tmp_path / "out.ckpt")
+    found = load(tmp_path / "out.ckpt")
+    assert found.keys() == {"state_dict"}
+    bare = {name.removeprefix("module."): tensor for name, tensor in found["state_dict"].items()}
+    assert value_of({name: t for name, t in bare.items() if name.startswith(lead.removeprefix("module."))}) == 15.0
+    assert bare["loss.center"].tolist() == [1.5] * 4
+    assert any("averages of the raw weights: 'loss.center'" in note for note in report.notes)
+
+
+def test_average_rejects_an_average_of_one_of_two_nets_in_a_dict(save: Save, tmp_path: Path) -> None:
+    state = {**weights(1, "generator."), **weights(2, "critic.")}
+    path = save("c.pth", {"state_dict": state, "ema_generator": weights(3)})
+    with pytest.raises(LayoutError, match=r"the average of 'generator\.\*' alone, and 'critic\.stem\.weight' has none"):
+        average([path], out=tmp_path / "out.pth")
+    average([path], state="raw", out=tmp_path / "out.pth")
+    assert load(tmp_path / "out.pth").keys() == {"state_dict"}
+
+
+@pytest.mark.parametrize("place", ["list", "tuple"])
+def test_average_leaves_no_average_inside_a_list(save: Save, tmp_path: Path, place: str) -> None:
+    kind = list if place == "list" else tuple
+    paths = [
+        save(f"{i}.pth", {"model": weights(i), "extras": kind([{"ema": weights(10 * i), "lr": 0.1}, "note"])})
+        for i in (1, 2)
+    ]
+    average(paths, out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert value_of(found["model"]) == 15.0
+    assert found["extras"] == kind([{"lr": 0.1}, "note"])
+
+
+def test_average_takes_a_list_without_names_for_that_of_the_part_that_it_fits(save: Save, tmp_path: Path) -> None:
+    critic = {"c.weight": torch.ones(4, 4), "c.bias": torch.ones(4)}
+    shadow = {"decay": 0.9, "num_updates": 3, "shadow_params": list(critic.values())}
+    paths = [save(f"{i}.pth", {"model": weights(i), "critic": critic, "ema_critic": shadow}) for i in (1, 2)]
+    with pytest.raises(LayoutError, match=r"looks like an average of a part|only 'ema_critic"):
+        average(paths, out=tmp_path / "out.pth")
+    average(paths, state="raw", out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    assert {key: {*value} for key, value in found.items()} == {"model": {*NAMES}, "critic": {*critic}}
+
+
+def test_average_rejects_weights_with_two_modules_of_one_name_beside_an_average(save: Save, tmp_path: Path) -> None:
+    raw = {**weights(1), "module.stem.weight": torch.ones(2, 3)}
+    path = save("c.pth", {"model": raw, "ema": {"m": weights(5)}})
+    with pytest.raises(LayoutError, match=r"'ema\.m' looks like an average"):
+        average([path], out=tmp_path / "out.pth")
+    average([path], state="raw", out=tmp_path / "out.pth")
+    assert value_of(load(tmp_path / "out.pth")["model"]) == 1.0

@@ -313,6 +313,15 @@ def test_open_checkpoint_reads_raw_and_ema_of_each_library_the_right_way_round(
         }
 
 
+def test_average_of_averages_without_their_online_models_lists_none_as_lost(save: Save, tmp_path: Path) -> None:
+    count = {"initted": torch.tensor(True), "step": torch.tensor(7)}
+    for i in range(2):
+        save(f"{i}.pth", {"net_state_dict": weights(i), "ema_state_dict": {**count, **weights(i, "ema_model.")}})
+    report = average(tmp_path / "*.pth", state="ema_state_dict", out=tmp_path / "out.pth")
+    assert not any("online_model" in entry for entry in report.dropped)
+    assert any("initted" in entry for entry in report.dropped)
+
+
 def test_select_finds_the_only_checkpoint_one_level_below(save: Save) -> None:
     optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}
     inside = {"model": weights(1), "optim": optimizer}

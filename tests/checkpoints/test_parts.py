@@ -188,3 +188,62 @@ def test_average_rejects_a_nested_model_of_averages_alone(save: Save, tmp_path: 
         average([path], state="raw", out=tmp_path / "out.pth")
     average([path], state="model.net_ema", out=tmp_path / "out.pth")
     assert torch.equal(load(tmp_path / "out.pth")["model"]["net_ema"]["0.weight"], network(1)["0.weight"])
+
+
+@pytest.mark.parametrize("own", [("state_dict_ema", "task_state_ema"), ("model_ema", "ema_heads")])
+def test_average_takes_the_average_of_each_part(save: Save, tmp_path: Path, own: tuple[str, str]) -> None:
+    """timm's tasks keep the state of a projection in a dict of its own, and its average in another one."""
+    raw = ("state_dict", "task_state") if own[0] == "state_dict_ema" else ("model", "heads")
+    trees = [
+        {
+            raw[0]: network(i), raw[1]: {"projection": network(10 + i)},
+            own[0]: network(3 + i), own[1]: {"projection": network(13 + i)}, "epoch": i,
+        }
+        for i in range(3)
+    ]  # fmt: skip
+    paths = [save(f"{i}.pth", tree) for i, tree in enumerate(trees)]
+    for state, keys in (("auto", own), ("ema", own), ("raw", raw)):
+        average(paths, state=state, out=tmp_path / "out.pth", force=True)
+        found = load(tmp_path / "out.pth")
+        assert found.keys() == {*raw, "epoch"}
+        want = mean([tree[keys[0]] for tree in trees], "0.weight")  # type: ignore[misc]
+        assert torch.equal(found[raw[0]]["0.weight"], want)
+        want = mean([tree[keys[1]]["projection"] for tree in trees], "0.weight")  # type: ignore[index]
+        assert torch.equal(found[raw[1]]["projection"]["0.weight"], want)
+
+
+def test_average_gives_averages_of_parts_the_names_of_their_raw_weights(save: Save, tmp_path: Path) -> None:
+    """Without their buffers, and with the prefix of a wrapper: nobody could load them so from the place of the raw."""
+
+    def averaged(seed: int) -> dict[str, torch.Tensor]:
+        return {f"module.{name}": tensor for name, tensor in network(seed).items() if "_" not in name}
+
+    trees = [
+        {"model": network(i), "head": network(10 + i), "model_ema": averaged(3 + i), "head_ema": averaged(13 + i)}
+        for i in range(2)
+    ]
+    average([save(f"{i}.pth", tree) for i, tree in enumerate(trees)], out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")
+    for key, seeds in (("model", (3, 4)), ("head", (13, 14))):
+        assert found[key].keys() == network(0).keys()
+        assert torch.equal(found[key]["0.weight"], mean([network(seed) for seed in seeds], "0.weight"))
+        assert torch.equal(found[key]["1.running_var"], mean([tree[key] for tree in trees], "1.running_var"))
+
+
+def test_average_rejects_a_part_of_which_the_files_share_no_tensor(save: Save, tmp_path: Path) -> None:
+    paths = [save(f"{i}.pth", {"model": network(i), "head": {f"{i}.weight": torch.ones(2)}}) for i in range(2)]
+    with pytest.raises(LayoutError, match=r"share no tensor of 'head'"):
+        average(paths, keys="intersection", out=tmp_path / "out.pth")
+
+
+def test_average_rejects_a_list_of_model_and_training_state(save: Save, tmp_path: Path) -> None:
+    optimizer = {"state": {}, "param_groups": []}
+    paths = [save(f"{i}.pth", [network(i), optimizer, i, 100 * i, network(5 + i)]) for i in range(2)]
+    with pytest.raises(LayoutError, match=r"tensors in 0, 4\. Save the weights as one dict of names to tensors"):
+        average(paths, out=tmp_path / "out.pth")
+
+
+def test_average_rejects_raw_weights_of_averages_alone(save: Save, tmp_path: Path) -> None:
+    path = save("c.pth", {"state_dict_ema": network(1), "epoch": 3})
+    with pytest.raises(LayoutError, match=r"has no raw weights, only ema \(state_dict_ema\)\. Use `state='ema'`"):
+        average([path], state="raw", out=tmp_path / "out.pth")

@@ -13,7 +13,9 @@ from ckpt_tools.errors import AlignmentError, UsageError
 from ckpt_tools.series.align import align
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec, UnsupportedTensor, make_spec
 
-WRAPPERS = ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]
+WRAPPERS = [
+    "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.", "_module.",
+]  # fmt: skip
 
 
 def tensor(shape: tuple[int, ...] = (2,), dtype: str = "float32") -> TensorSpec:
@@ -34,6 +36,8 @@ def test_unwrap_takes_private_wrappers_off_in_the_middle() -> None:
 
 def test_unwrap_keeps_a_real_submodule_called_module() -> None:
     names = ["encoder.module.weight", "module.weight", "head.bias"]
+    assert list(unwrap(names).values()) == names
+    names = ["encoder._module.weight", "_module.weight", "head.bias"]
     assert list(unwrap(names).values()) == names
 
 

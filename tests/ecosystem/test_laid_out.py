@@ -2,7 +2,8 @@
 
 d2go (d2go/modeling/ema.py), DINO (main_dino.py, utils.py), icefall (icefall/checkpoint.py), fairseq (trainer.py,
 checkpoint_utils.py, models/ema/ema.py), DiT (train.py, download.py), guided-diffusion (train_util.py), NeMo
-(nemo/collections/common/callbacks/ema.py), score_sde (losses.py, utils.py), torchtitan (see there).
+(nemo/collections/common/callbacks/ema.py), score_sde (losses.py, utils.py), mmcv 1.x (mmcv/runner/hooks/ema.py),
+torchtitan (see there).
 """
 
 from __future__ import annotations
@@ -301,3 +302,23 @@ def test_averages_of_torchtitan_are_averaged(tmp_path: Path, trained: Both) -> N
         expected = mean(parameters_of(model), parameters_of(average))
         found = {name: tensor for name, tensor in load(tmp_path / f"{state}.pth").items() if name in expected}
         assert not differences(found, expected)
+
+
+@pytest.mark.parametrize("swapped", [True, False])
+def test_both_sets_of_mmcv_are_averaged_each_in_its_place(tmp_path: Path, swapped: bool) -> None:
+    """EMAHook registers a buffer ``ema_*`` for each parameter, and swaps them after an epoch.
+
+    Whether a file was saved before or after that depends on the priorities of the hooks, and the file does not say it.
+    """
+    contents = []
+    for i in range(2):
+        model = Net()
+        average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9))
+        train(model, 3, lambda model=model, average=average: average.update_parameters(model))  # type: ignore[misc]
+        first, second = (average.module, model) if swapped else (model, average.module)
+        for name, parameter in parameters_of(second).items():
+            first.register_buffer(f"ema_{name.replace('.', '_')}", parameter)
+        contents.append(weights_of(first))
+        save(tmp_path / f"epoch_{i + 1}.pth", {"meta": {"epoch": i + 1, "iter": 3}, "state_dict": contents[-1]})
+    ckpt_tools.average(tmp_path, out=tmp_path / "out.pth")
+    assert not differences(load(tmp_path / "out.pth")["state_dict"], mean(*contents))

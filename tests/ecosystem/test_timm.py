@@ -139,3 +139,44 @@ def test_one_set_written_plainly_loads_into_a_timm_model(run: Run, tmp_path: Pat
     load_checkpoint(model, str(out))
     assert not differences(model.state_dict(), averages[1])
     assert not differences(ckpt_tools.open_checkpoint(out, state="raw"), averages[1])
+
+
+@pytest.mark.shows("timm", "read EMA")
+@pytest.mark.shows("timm", "library loads")
+def test_the_state_of_a_task_is_averaged_with_the_model(tmp_path: Path) -> None:
+    """A distillation trains a projection, too, which timm keeps as task_state, and its average as task_state_ema."""
+    task_module = pytest.importorskip("timm.task", reason="this timm has no tasks")
+
+    def a_task() -> Any:
+        teacher = timm.create_model("test_resnet", num_classes=3)
+        task = task_module.FeatureDistillationTask(
+            network(), teacher, torch.nn.CrossEntropyLoss(), teacher_feature_dim=7, verbose=False
+        )
+        task.setup_ema(decay=0.8)
+        return task
+
+    task = a_task()
+    trained = task.get_trainable_module()
+    saver = CheckpointSaver(
+        task.get_eval_model(),
+        torch.optim.SGD(trained.parameters()),
+        task=task,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    sets: dict[bool, list[Weights]] = {False: [], True: []}
+    for epoch in range(2):
+        with torch.no_grad():
+            for parameter in trained.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        task.update_ema(step=epoch)
+        saver.save_checkpoint(epoch, metric=50.0 + epoch)
+        for ema, kept in sets.items():
+            module = task.get_trainable_module(ema=ema)
+            kept.append(weights_of(module.module if ema else module))
+    paths = [tmp_path / f"checkpoint-{epoch}.pth.tar" for epoch in range(2)]
+    for state, ema in (("auto", True), ("raw", False)):
+        ckpt_tools.average(paths, state=state, out=tmp_path / "out.pth.tar", force=True)
+        loaded = a_task()
+        task_module.resume_task_checkpoint(loaded, str(tmp_path / "out.pth.tar"), log_info=False)
+        assert not differences(weights_of(loaded.get_trainable_module()), mean(*sets[ema]))

@@ -57,6 +57,13 @@ def test_average_finds_nemo_files_in_a_folder(tmp_path: Path) -> None:
     assert len(average(tmp_path, out=tmp_path / "out" / "..", dry_run=True).inputs) == 2
 
 
+def test_no_output_is_named_as_a_nemo_file(tmp_path: Path) -> None:
+    for name in ("out.nemo", "a.b.nemo"):
+        with pytest.raises(UnsupportedError, match=rf"{name}: nemo is read, not written\. Choose another name"):
+            average([nemo(tmp_path / "1.nemo", state(1))], out=tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
 def test_open_checkpoint_says_what_a_tar_file_is_that_has_no_single_torch_file(tmp_path: Path) -> None:
     path = nemo(tmp_path / "m.nemo", state(1), **{"other.ckpt": b"x"})
     with pytest.raises(UnsupportedError, match="a tar file with 2 torch files.*tar -xf"):

@@ -237,10 +237,9 @@ def test_read_header_rejects_a_zip_that_torch_did_not_write(tmp_path: Path) -> N
         read_header(zip_of(tmp_path / "two.zip", {"a/data.pkl": b"N.", "b/data.pkl": b"N."}))
 
 
-def test_read_header_rejects_a_torchscript_archive_and_says_what_to_do(tmp_path: Path) -> None:
-    path = zip_of(tmp_path / "a.pt", {"a/data.pkl": b"\x80\2N.", "a/constants.pkl": b"\x80\2)."})
-
-    with pytest.raises(UnsupportedError, match=r"TorchScript.*state_dict"):
+def test_read_header_names_a_file_of_weights_inside_a_zip_of_something_else(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "agent.zip", {"data": b"{}", "net/actor.pth": b"PK", "version": b"2"})
+    with pytest.raises(NotACheckpointError, match=r"a file net/actor\.pth inside; unpack it, and give that"):
         read_header(path)
 
 

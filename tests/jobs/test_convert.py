@@ -690,12 +690,54 @@ def test_convert_ignores_a_counter_of_none(save: Save, tmp_path: Path, counter: 
 
 
 def test_convert_keeps_empty_parameters_apart_in_a_list(save: Save, tmp_path: Path) -> None:
-    state = OrderedDict((name, torch.ones(n)) for name, n in (("a", 0), ("b", 0), ("c", 2)))
-    source = tmp_path / "in.safetensors"
-    ckpt_tools.convert(save("in.pth", state), to="plain", out=source)
+    empty = torch.ones(0)
+    state = OrderedDict({"a": empty, "b": empty, "c": torch.ones(2)})
+    source = save("in.pth", state)
     tree = {"decay": 0.5, "num_updates": 1, "shadow_params": list(state.values()), "collected_params": None}
     ckpt_tools.convert(save("list.pth", tree), to="plain", names_from=source, out=tmp_path / "out.pth")
     assert same_bits(load(tmp_path / "out.pth"), state)
+
+
+@pytest.mark.parametrize("names", [("mp_rank_00", "mp_rank_01"), ("consolidated.00.pth", "consolidated.01.pth")])
+def test_convert_notes_that_a_checkpoint_is_one_rank_of_several(tmp_path: Path, names: tuple[str, str]) -> None:
+    files = [tmp_path / name if name.endswith(".pth") else tmp_path / name / "model.pt" for name in names]
+    for path in files:
+        path.parent.mkdir(exist_ok=True)
+        torch.save(weights(1), path)
+    report = ckpt_tools.convert(files[0], to="plain", out=tmp_path / "out.safetensors")
+    assert any("one rank of several, and holds a part of the weights" in note for note in report.notes)
+    files[1].unlink()
+    assert not ckpt_tools.convert(files[0], to="plain", out=tmp_path / "alone.safetensors").notes
+
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out")  # of one shape, so only their order tells them apart
+
+
+def attention(seed: int) -> OrderedDict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return OrderedDict((f"{name}.weight", torch.randn(3, 3)) for name in ATTENTION)
+
+
+@pytest.mark.parametrize("out", ["names.safetensors", "names"])
+def test_convert_takes_no_names_for_a_list_from_a_file_that_sorts_them(save: Save, tmp_path: Path, out: str) -> None:
+    ckpt_tools.convert(save("names.pth", attention(1)), to="plain", out=tmp_path / out)
+    tree = {"decay": 0.5, "num_updates": 1, "shadow_params": list(attention(2).values()), "collected_params": None}
+    source = save("list.pth", tree)
+    with pytest.raises(LayoutError, match="in the order of the model's parameters, .* keeps names in another order"):
+        ckpt_tools.convert(source, to="plain", names_from=tmp_path / out, out=tmp_path / "out.pth")
+    ckpt_tools.convert(source, to="plain", names_from=tmp_path / "names.pth", out=tmp_path / "out.pth")
+    assert same_bits(load(tmp_path / "out.pth"), attention(2))
+
+
+@pytest.mark.parametrize("to", ["pytorch-ema", "diffusers"])
+def test_convert_makes_no_list_of_names_that_a_file_has_sorted(save: Save, tmp_path: Path, to: str) -> None:
+    source, sorted_one = save("in.pth", attention(1)), tmp_path / "in.safetensors"
+    ckpt_tools.convert(source, to="plain", out=sorted_one)
+    with pytest.raises(LayoutError, match="the list .* in the order of the model, .* Give `names_from`"):
+        ckpt_tools.convert(sorted_one, to=to, updates=3, out=tmp_path / "out.pth")
+    ckpt_tools.convert(sorted_one, to=to, updates=3, names_from=source, out=tmp_path / "out.pth")
+    found = load(tmp_path / "out.pth")["shadow_params"]
+    assert all(torch.equal(a, b) for a, b in zip(found, attention(1).values(), strict=True))
 
 
 _PLACES = sorted({place[0] for layout in LAYOUTS for place in (layout.raw, layout.ema) if place} - {"callbacks"})

@@ -141,7 +141,7 @@ def test_target_is_a_folder_unless_its_suffix_is_a_known_one(out: str | Path, fo
 
 @pytest.mark.parametrize(
     ("out", "meant"),
-    [("a.pht", ".pt or .pth"), ("a.safetensor", ".safetensors"), ("a.pt2", ".pt or .pth"), ("a.PTH", ".pth or .pt")],
+    [("a.pht", ".pt or .pth"), ("a.safetensor", ".safetensors"), ("a.ptx", ".pt or .pth"), ("a.PTH", ".pth or .pt")],
 )
 def test_target_rejects_a_slip_in_a_suffix(here: Path, out: str, meant: str) -> None:
     with pytest.raises(UsageError, match=rf"not a known suffix\. Did you mean {re.escape(meant)}\?.* slash: {out}/"):

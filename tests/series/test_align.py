@@ -63,6 +63,23 @@ def test_average_names_the_prefix_that_some_files_lack(
             average(order, order="given", out=tmp_path / "out.pth", **options)
 
 
+def test_average_says_that_files_without_a_common_name_are_of_different_models(save: Save, tmp_path: Path) -> None:
+    actor, critic = ({f"{who}.{i}.weight": torch.ones(2) for i in range(3)} for who in ("actor", "critic"))
+    paths = [save(f"{who}_{i}.pth", state) for i in range(2) for who, state in (("A", actor), ("C", critic))]
+    with pytest.raises(AlignmentError, match=r"2 of 4 files .*different models: give the files of one\."):
+        average(paths, out=tmp_path / "out.pth")
+    shared = save("A_9.pth", {**actor, **critic})
+    with pytest.raises(AlignmentError, match="`keys='intersection'`"):
+        average([*paths[::2], shared], out=tmp_path / "out.pth")
+
+
+def test_average_by_order_refuses_names_that_one_file_has_sorted(save: Save, tmp_path: Path) -> None:
+    state = {name: torch.ones(2) for name in ("to_q", "to_k", "to_v")}
+    paths = [save("1.pth", state), save("2.pth", dict(sorted(state.items())))]
+    with pytest.raises(AlignmentError, match=r"1\.pth holds the same names as 2\.pth, in another order"):
+        average(paths, match="order", out=tmp_path / "out.pth")
+
+
 def test_avg_names_the_command_that_takes_a_prefix_off(save: Save, here: Path) -> None:
     torch.save({"w": torch.ones(2)}, "1.pth")
     torch.save({"model.w": torch.ones(2)}, "2.pth")

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...formats.pickle_read import Inert
 from ...formats.tree import Path, entries, follow, walk
-from ...tensors import Tensor
+from ...tensors import Tensor, TensorSpec
 from ..optimizers import is_optimizer, looks_like_training_state
-from .layout import Sets, StateDict, dotted, has_tensors, is_buffer, one_of, read_sets
+from .layout import Sets, StateDict, dotted, has_tensors, is_buffer, one_of, read_sets, split
 
 _AVERAGE_WORDS = frozenset({"ema", "emas", "swa", "avg", "average", "averaged", "averages", "shadow", "polyak"})
 # Averages of something else than weights, or of weights of an earlier time.
@@ -22,7 +23,9 @@ _OTHER_WORDS = frozenset(
     {"grad", "grads", "gradient", "sq", "square", "momentum", "exp", "var", "variance", "std", "fisher", "stats",
      "loss", "meter", "best", "last", "optim", "optimizer", "opt"}
 )  # fmt: skip
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPERS = frozenset(
+    {"module", "_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
 _DEEPEST = 8
 """Levels at which sets are looked for; a hostile file may have any number."""
 
@@ -57,7 +60,7 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
         found["ema"] = replace(averages[0], which="ema", layout=known.layout, fault=fault)
     if len(raws) > 1:
         found["ema"] = replace(known, fault=f"the average of {_any_of(raws)}")
-    places = [*known.set_paths, *(_whole_entry(each.path, base) for each in gone)]
+    places = [*known.set_paths, *(whole_entry(each.path, base) for each in gone)]
     home = known.home
     if len(raws) == 1:  # the script loads its weights from there
         found["raw"] = replace(raws[0], which="raw", layout=known.layout)
@@ -90,7 +93,7 @@ def _any_of(sets: Sequence[StateDict]) -> str:
 
 
 def with_names_of(raw: StateDict, ema: StateDict) -> StateDict | None:
-    """Give an average the names of the raw weights, and the buffers that it lacks of them.
+    """Give an average the names of the raw weights, and what it lacks of them: buffers, and all that is of a loss.
 
     Returns:
         None if it has other names or shapes, or lacks parameters, so that it cannot take their place.
@@ -99,7 +102,10 @@ def with_names_of(raw: StateDict, ema: StateDict) -> StateDict | None:
         return ema
     names = _named(ema.tensors, raw.tensors)
     if names is None:
-        return None
+        part = _named_part(ema.tensors, raw.tensors)
+        if part is None or _fault_of_part(part[0], raw) is not None:
+            return None
+        names = part[1]
     # A tied tensor is in an average once, under one of its names.
     tied = {raw.tensors[name]: ema.tensors[own] for name, own in names.items()}
     tensors = {name: tied.get(tensor, tensor) for name, tensor in raw.tensors.items()}
@@ -122,24 +128,76 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
             return []
-        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple)))
+        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple, Inert)))
         return [
             (key, child) for key, child in inside if key == "callbacks" or not looks_like_training_state(key, child)
         ]
 
     for path, node in walk(tree, below):
         place = tuple(path)
-        if not isinstance(node, dict) or known.path[: len(place)] == place or place[: len(known.path)] == known.path:
+        if not isinstance(node, (dict, Inert)):  # which may be a pickled module
             continue
-        if has_tensors(node) and len(node) < fewest:
+        if known.path[: len(place)] == place or place[: len(known.path)] == known.path:
             continue
-        if not also_raw and not is_average(place, base):
+        averaged = is_average(place, base)
+        if not averaged and (not also_raw or (isinstance(node, dict) and has_tensors(node) and len(node) < fewest)):
             continue
         if _not_begun(follow(tree, place[:-1])):  # there is no average before it began
             continue
         each = one_of(read_sets(node, known.tensors, known.tensors), "ema")
-        if each is not None and (each.fault is not None or _named(each.tensors, known.tensors) is not None):
-            yield each.below(place)
+        if each is None:
+            continue
+        if each.fault is None and _named(each.tensors, known.tensors) is None:
+            part = _named_part(each.tensors, known.tensors) if averaged else None
+            if part is None:
+                continue
+            each = replace(each, fault=_fault_of_part(part[0], known))
+        elif each.fault is not None and _fits_another(tree, node, place):
+            continue
+        yield each.below(place)
+
+
+def _named_part(own: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> tuple[str, dict[str, str]] | None:
+    """Map names as `_named` does for an average of one module of the known set, such as its net without the loss.
+
+    Returns:
+        (what is before the names of that module, the map); None if it is not such an average.
+    """
+    first = next((name for name, tensor in own.items() if is_parameter(name, tensor)), None)
+    leads = [name.removesuffix(f".{first}") for name in known if name.endswith(f".{first}")][:_DEEPEST]
+    for lead in leads:
+        inside = {name: tensor for name, tensor in known.items() if name.startswith(f"{lead}.")}
+        found = _named(own, inside) if len(inside) < len(known) else None
+        if found is not None:
+            return f"{lead}.", found
+    return None
+
+
+def _fault_of_part(lead: str, known: StateDict) -> str | None:
+    """Return why an average of one module cannot stand for all: others have weights, too."""
+    other = next(
+        (name for name, tensor in known.tensors.items() if not name.startswith(lead) and is_weight(name, tensor)), None
+    )
+    if other is None:
+        return None
+    return f"the average of '{lead}*' alone, and '{other}' has none. Use `state='raw'` for the raw weights of both."
+
+
+def is_weight(name: str, tensor: object) -> bool:
+    """True for what only a network has: other tensors, such as the center of a loss, are not of the model."""
+    return isinstance(tensor, TensorSpec) and tensor.dtype.averaged and name.rpartition(".")[2] in ("weight", "bias")
+
+
+def _fits_another(tree: Mapping[Any, Any], node: Any, place: Path) -> bool:
+    """True for an average without names that fits other weights in the checkpoint, another part of the model."""
+    others = (child for path, child in walk(tree, _dicts) if has_tensors(child) and tuple(path) != place)
+    found = (one_of(read_sets(node, split(other)[0], None), "ema") for other in others)
+    return any(each is not None and each.fault is None for each in found)
+
+
+def _dicts(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
+    inside = entries(node) if len(path) < _DEEPEST and not is_optimizer(node) else ()
+    return [(key, child) for key, child in inside if isinstance(child, (dict, list, tuple))]
 
 
 def _not_begun(above: Any) -> bool:
@@ -221,7 +279,7 @@ def _apart(path: Path, raw: Path) -> Path:
     return path[same:]
 
 
-def _whole_entry(path: Path, raw: Path) -> Path:
+def whole_entry(path: Path, raw: Path) -> Path:
     """Return the path of the entry that is all about an average: the first key that says so."""
     apart = _apart(path, raw)
     first = next(i for i, key in enumerate(apart) if not _AVERAGE_WORDS.isdisjoint(_words(key)))

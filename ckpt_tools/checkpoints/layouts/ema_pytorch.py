@@ -30,7 +30,7 @@ def _read(node: Any, names: Names, raw: Names) -> Sets:
         keys = {key.removeprefix(prefix): key for key in tensors if key.startswith(prefix)}
         if keys:
             weights = {name: tensors[key] for name, key in keys.items()}
-            other_set = tuple(f"{other}*" for other in prefixes if other != prefix)
+            other_set = tuple(f"{p}*" for p in prefixes if p != prefix and any(key.startswith(p) for key in tensors))
             updates = tensors["step"] if which == "ema" else None
             found[which] = StateDict(weights, keys, others, other_set, ema_paths, updates)
     return found

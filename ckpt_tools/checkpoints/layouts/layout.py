@@ -110,6 +110,10 @@ Names = Mapping[str, Tensor] | None
 """A state dict of the same model, for encodings that keep no names, or change them."""
 
 
+class AnyOrder(dict[str, Tensor]):
+    """A state dict whose order is not the model's: safetensors files and indexes sort names."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding:
     """How a set of weights, or two in one object, is encoded, wherever it is.
@@ -247,6 +251,7 @@ class Content:
             ``_metadata``, as torch's state dicts have, with the versions of the modules.
         pair: there are two sets, and not one for both.
         parameters: names of what is averaged by libraries that average parameters alone.
+        in_order: they are in the order of the model.
         updates: EMA update count; None where nobody knows.
         decay: of the EMA, likewise.
         settings: of diffusers' EMAModel, as the checkpoint has them.
@@ -258,6 +263,7 @@ class Content:
     ema: Weights
     pair: bool
     parameters: tuple[str, ...]
+    in_order: bool = True
     updates: int | None = None
     decay: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)

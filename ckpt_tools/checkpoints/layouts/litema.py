@@ -65,7 +65,7 @@ def _undotted(
     if not reference:
         return {}, (
             f"a LitEma: its {len(averages)} names have lost their dots, and there are no raw weights with them. "
-            "Give `names_from`, or `model`."
+            "Give `names_from`, or `model`, to `convert(...)`."
         )
     model = prefix.removesuffix("_ema.")
     leads = [f"{model}.", "", *(f"{lead}." for lead in dict.fromkeys(name.partition(".")[0] for name in reference))]

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ...errors import LayoutError
 from ...formats.header import Header
 from ...tensors import Tensor, TensorSpec
-from .layout import Content, Encoding, Flat, Layout, Names, Sets, StateDict, Weights, is_buffer
+from .layout import AnyOrder, Content, Encoding, Flat, Layout, Names, Sets, StateDict, Weights, is_buffer
 
 _RAW_COPIES = ("collected_params", "temp_stored_params")
 """Keys of raw weights that were put by while the averages were in use."""
@@ -69,7 +70,13 @@ def _named(shadow: Sequence[Tensor], names: Names) -> tuple[dict[str, Tensor], s
         (every name that the tensor goes by, to it; what is wrong).
     """
     if names is None:
-        return {}, f"a list of {len(shadow)} tensors without names. Give `names_from`, or `model`."
+        return {}, f"a list of {len(shadow)} tensors without names. Give `names_from`, or `model`, to `convert(...)`."
+    if isinstance(names, AnyOrder) and len(shadow) > 1:
+        return {}, (
+            f"a list of {len(shadow)} tensors in the order of the model's parameters, and the file with the names "
+            "keeps names in another order. Give `names_from`, a file that torch.save wrote of the state_dict(), or "
+            "`model`."
+        )
     own = parameters(names)
     if len(own) != len(shadow):
         return {}, (
@@ -88,6 +95,11 @@ def _named(shadow: Sequence[Tensor], names: Names) -> tuple[dict[str, Tensor], s
 
 
 def _shadow(weights: Weights, content: Content) -> list[Any]:
+    if not content.in_order and len(content.parameters) > 1:
+        raise LayoutError(
+            "the list that it becomes has the parameters in the order of the model, and the checkpoint keeps names in "
+            "another order. Give `names_from`, a file that torch.save wrote of the state_dict(), or `model`."
+        )
     content.note_lost(set(content.parameters), "the list holds parameters", raw_stays=False)
     return [weights[name] for name in content.parameters]
 
