@@ -11,6 +11,7 @@ from ..errors import NotACheckpointError, ReadError, UnsupportedError
 from ..storage.source import store_of
 from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
+from .fsdp import FSDP_FOLDER
 from .header import Header
 from .nemo import NEMO
 from .safetensors import SAFETENSORS
@@ -18,7 +19,7 @@ from .sharded import SHARDED
 from .torch_legacy import TORCH_LEGACY
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
+FORMATS[:] = [SHARDED, DCP_FOLDER, FSDP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
 
 
 def suffixes() -> tuple[str, ...]:
