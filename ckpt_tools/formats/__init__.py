@@ -13,13 +13,18 @@ from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
 from .fsdp import FSDP_FOLDER
 from .header import Header
+from .hf_shards import HF_SHARDS
+from .lightning_folder import LIGHTNING_FOLDER
 from .nemo import NEMO
 from .safetensors import SAFETENSORS
 from .sharded import SHARDED
 from .torch_legacy import TORCH_LEGACY
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, FSDP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
+FORMATS[:] = [
+    SHARDED, LIGHTNING_FOLDER, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER,
+    TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO,
+]  # fmt: skip
 
 
 def suffixes() -> tuple[str, ...]:

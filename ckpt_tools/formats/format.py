@@ -131,7 +131,10 @@ class Format:
         Raises:
             UnsupportedError: names cannot be changed in place in this format.
         """
-        raise UnsupportedError(f"{header.path}: names of a {self.name} checkpoint cannot be changed in place.")
+        raise UnsupportedError(
+            f"{header.path}: names of a {self.name} checkpoint cannot be changed in place. "
+            "Convert it to one file first: `convert(...)`."
+        )
 
     def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
         """Return the names of files in a folder, an older output, that a new one with files of `names` may replace."""

@@ -104,6 +104,13 @@ class FSDP(Format):
 FSDP_FOLDER = FSDP()
 
 
+def rank_files_of(folder: Path) -> set[str]:
+    """Return the names of the rank files, if the folder is such a checkpoint."""
+    if not FSDP_FOLDER.sniff(folder, b""):
+        return set()
+    return {name for each in rank_files(store_of(folder).names(folder)) for name in each.by_rank.values()}
+
+
 def _has_parts(path: Path) -> bool:
     try:
         return any(type(tensor) is RankPart for _, tensor in tensors_in(TORCH_ZIP.parse(path).content))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError
-from ..tensors import RankPart, Storage, Tensor, TensorSpec, join, make_spec
+from ..tensors import Chunk, DType, RankPart, Storage, Tensor, TensorSpec, join, make_spec
 from .header import Header
 from .rank_parts import CLASSES
 from .tree import map_tree, tensors_in
@@ -121,11 +121,18 @@ def _joined(where: Path, path: tuple[Any, ...], parts: Sequence[RankPart]) -> Te
             f"{where}: '{name}' is {first.dtype.name} {list(first.shape)} for one rank, and {other.dtype.name} "
             f"{list(other.shape)} for another. The files are of different models, or damaged."
         )
-    boxes: dict[Any, TensorSpec] = {}
-    for part in parts:
-        for offsets, chunk in part.chunks:
-            boxes.setdefault((offsets, chunk.shape), chunk)
-    chunks = [(offsets, chunk) for (offsets, _), chunk in boxes.items()]
-    if not chunks and 0 in first.shape:
-        return make_spec(first.dtype, first.shape, Storage(where, 0, 0))
-    return join(where, name, first.dtype, first.shape, chunks)
+    return join_chunks(where, name, first.dtype, first.shape, [chunk for part in parts for chunk in part.chunks])
+
+
+def join_chunks(where: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Iterable[Chunk]) -> TensorSpec:
+    """Join chunks of a tensor as `join` does; of copies of one chunk, the first is taken.
+
+    Raises:
+        CorruptError: see `join`.
+    """
+    boxes: dict[Any, Chunk] = {}
+    for offsets, chunk in chunks:
+        boxes.setdefault((offsets, chunk.shape), (offsets, chunk))
+    if not boxes and 0 in shape:
+        return make_spec(dtype, shape, Storage(where, 0, 0))
+    return join(where, name, dtype, shape, [*boxes.values()])

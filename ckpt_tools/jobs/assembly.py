@@ -353,7 +353,7 @@ def rewrite(
     Raises:
         UsageError: the target's suffix asks for another format.
     """
-    folder = base.in_folder
+    folder = base.copied_to_folder
     check_same_format(base, target, folder=folder)
     if state.keys is None:
         raise UsageError(
