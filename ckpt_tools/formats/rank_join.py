@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError
-from ..tensors import Chunk, DType, RankPart, Storage, Tensor, TensorSpec, join, make_spec
+from ..tensors import Chunk, DType, RankPart, Storage, Tensor, TensorSpec, UnsupportedTensor, join, make_spec
 from .header import Header
 from .rank_parts import CLASSES
 from .tree import map_tree, tensors_in
@@ -99,6 +99,9 @@ def _tensor(where: Path, path: tuple[Any, ...], nodes: Sequence[Any]) -> Tensor:
     parts = [node for node in nodes if isinstance(node, RankPart)]
     if len(parts) == len(nodes):
         return _joined(where, path, parts)
+    unread = next((node for node in nodes if type(node) is UnsupportedTensor), None)
+    if unread is not None:  # which only those who need this tensor refuse
+        return unread
     name = ".".join(map(str, path))
     described = {
         (type(node), node.dtype.name, node.shape) if isinstance(node, (TensorSpec, RankPart)) else type(node)
