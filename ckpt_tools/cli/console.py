@@ -265,7 +265,7 @@ def _bar(unit: str | None) -> Progress:
 
 
 @contextmanager
-def patience(text: str, seconds: float = 5) -> Iterator[Callable[[], None]]:
+def patience(text: str, seconds: float = 10) -> Iterator[Callable[[], None]]:
     """Write a line, once, if what comes first takes longer than this.
 
     Yields:
