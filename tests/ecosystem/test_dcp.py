@@ -34,6 +34,8 @@ def whole(model: Net) -> dict[str, torch.Tensor]:
 def save_sharded(rank: int, folder: Path) -> None:
     for seed in (1, 2):
         model, _ = sharded(seed)
+        (folder / f"ranks-{seed}").mkdir(exist_ok=True)
+        torch.save(model.state_dict(), folder / f"ranks-{seed}" / f"model_world_size_2_rank_{rank}.pt")
         nested = {"model": get_model_state_dict(model), "epoch": seed}
         dcp.save(nested, checkpoint_id=folder / f"step-{seed}")
         if seed == 1:
@@ -67,6 +69,12 @@ def test_shards_of_two_processes_are_read_as_whole_tensors(run: Path) -> None:
     expected = load(run / "expected-1.pth")
     assert not differences(ckpt_tools.open_checkpoint(run / "step-1", state="raw"), expected)
     assert not differences(ckpt_tools.open_checkpoint(run / "flat"), expected)
+
+
+def test_a_file_of_each_of_two_processes_is_read_as_whole_tensors(run: Path) -> None:
+    for seed in (1, 2):
+        found = ckpt_tools.open_checkpoint(run / f"ranks-{seed}")
+        assert not differences(found, load(run / f"expected-{seed}.pth"))
 
 
 @pytest.mark.shows("dcp", "read raw")
