@@ -218,7 +218,7 @@ class Copies(dict[TensorSpec, OutTensor]):
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
-    if base.format.folder or not base.format.nests:
+    if base.format.written_as.folder or not base.format.nests:
         dropped += beside(base.tree, state)
         return OrderedDict(tensors), {}
     tree = base.tree
