@@ -79,7 +79,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.shows("fsdp", "read raw")
+@pytest.mark.shows("fsdp-ranks", "read raw")
+@pytest.mark.shows("hf-shards", "read raw")
 def test_every_way_of_saving_is_read_as_torch_gathers_it(saved: Path) -> None:
     ways = [path for path in sorted(saved.glob("*/*/")) if path.parent.name != "fsdp1-local"]
     assert len(ways) == 13
@@ -94,7 +95,7 @@ def test_flat_parameters_are_refused(saved: Path) -> None:
         ckpt_tools.open_checkpoint(saved / "fsdp1-local" / "ranks")
 
 
-@pytest.mark.shows("fsdp", "read raw")
+@pytest.mark.shows("fsdp-ranks", "read raw")
 def test_rank_files_are_averaged_and_load(saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "averaged.pth"
     ckpt_tools.average([saved / "fsdp2-1" / "ranks", saved / "fsdp2-2" / "ranks"], out=out)

@@ -101,6 +101,7 @@ def test_folders_are_read_as_lightning_consolidates_them(run: Path, kind: str) -
         assert len(tree["optimizer_states"]) == 1
 
 
+@pytest.mark.shows("lightning-folder", "library loads")
 @pytest.mark.parametrize("kind", ["parallel", "fsdp"])
 def test_folders_are_averaged_into_a_file_that_lightning_loads(run: Path, kind: str, tmp_path: Path) -> None:
     report = ckpt_tools.average([run / kind], out=tmp_path / "averaged.ckpt")
