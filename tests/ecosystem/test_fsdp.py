@@ -1,4 +1,4 @@
-"""FSDP: what a real group of four processes saves (of two: test_dcp.py), a file a rank or by DCP, is read as torch gathers it."""
+"""FSDP: what four real processes save (two: test_dcp.py), a file a rank or by DCP, is read as torch gathers it."""
 
 from __future__ import annotations
 
