@@ -89,7 +89,7 @@ def _read_header(path: Path) -> Header:
         for each in FORMATS:
             if each.folder and each.sniff(path, b""):
                 return each.read(path)
-        files = any(store.is_file(path / name) for name in store.names(path))
+        files = any(holds_weights(name) and store.is_file(path / name) for name in store.names(path))
         raise NotACheckpointError(
             f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
             + (" Give one of its files." if files else "")
