@@ -267,6 +267,27 @@ class UnsupportedTensor:
     reason: str
 
 
+@_unchanging
+class RankPart(UnsupportedTensor):
+    """What one process saved of a tensor that several processes share: not the tensor, which `join` makes of all parts.
+
+    Attributes:
+        dtype, shape: of the whole tensor.
+        chunks: what this process has of it; there may be none.
+        ranks: the number of processes.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    ranks: int
+
+    @property
+    def complete(self) -> bool:
+        """True if this process has all of it."""
+        return sum(chunk.numel for _, chunk in self.chunks) == math.prod(self.shape)
+
+
 Tensor = TensorSpec | UnsupportedTensor
 """A tensor in the object tree of a header."""
 

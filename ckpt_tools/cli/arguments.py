@@ -161,8 +161,18 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
     started = time.perf_counter()
-    with console.progress(doing) as on_progress:
-        report = job(*inputs, **options, on_progress=on_progress)
+    with console.progress(doing) as show, console.patience("Still planning: reading headers ...") as planned:
+
+        def after_planning(call: Callable[..., None]) -> Callable[..., None]:
+            def called(*given: Any) -> None:
+                planned()
+                call(*given)
+
+            return called
+
+        if "on_plan" in options:
+            options["on_plan"] = after_planning(options["on_plan"])
+        report = job(*inputs, **options, on_progress=after_planning(show))
     return report, time.perf_counter() - started
 
 

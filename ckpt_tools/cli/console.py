@@ -265,6 +265,24 @@ def _bar(unit: str | None) -> Progress:
 
 
 @contextmanager
+def patience(text: str, seconds: float = 10) -> Iterator[Callable[[], None]]:
+    """Write a line, once, if what comes first takes longer than this.
+
+    Yields:
+        A function to call when it is done.
+    """
+    import threading
+
+    timer = threading.Timer(seconds, say, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield timer.cancel
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show bytes, rate and time left of one piece of work.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -25,8 +24,9 @@ def inspect(
     """
     from ..formats import read_header
     from ..jobs.inspect import describe
+    from ..series.paths import one_checkpoint
 
-    description = describe(read_header(Path(arguments.path(path))))
+    description = describe(read_header(one_checkpoint(arguments.path(path))))
     if json:
         data = description.to_dict()
         if not tensors:

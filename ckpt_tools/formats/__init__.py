@@ -11,7 +11,10 @@ from ..errors import NotACheckpointError, ReadError, UnsupportedError
 from ..storage.source import store_of
 from .dcp import DCP_FOLDER
 from .format import FORMATS, Format, read_single
+from .fsdp import FSDP_FOLDER
 from .header import Header
+from .hf_shards import HF_SHARDS
+from .lightning_folder import LIGHTNING_FOLDER
 from .nemo import NEMO
 from .pt2 import PT2
 from .ranks import RANKS
@@ -21,7 +24,10 @@ from .torch_legacy import TORCH_LEGACY
 from .torch_script import TORCH_SCRIPT
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, RANKS, TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO]
+FORMATS[:] = [
+    SHARDED, LIGHTNING_FOLDER, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER, RANKS,
+    TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO,
+]  # fmt: skip
 
 
 def suffixes(*, exports: bool = True) -> tuple[str, ...]:
@@ -90,7 +96,7 @@ def _read_header(path: Path) -> Header:
         for each in FORMATS:
             if each.folder and each.sniff(path, b""):
                 return each.read(path)
-        files = any(store.is_file(path / name) for name in store.names(path))
+        files = any(holds_weights(name) and store.is_file(path / name) for name in store.names(path))
         raise NotACheckpointError(
             f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
             + (" Give one of its files." if files else "")

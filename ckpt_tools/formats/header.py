@@ -94,6 +94,10 @@ class Header:
             for stamp in self.files
         }
 
+    def copied_to_folder(self) -> bool:
+        """True if an edited copy of it is a folder; the files of several processes become one file."""
+        return self.in_folder and (self.format.written_as.folder or not self.format.folder)
+
     @property
     def nbytes(self) -> int:
         """Size on disk, in bytes."""

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from ..errors import CkptError, CorruptError
 from ..tensors import BY_STORAGE, DTYPES, DType, Storage, UnsupportedTensor, make_spec
+from .rank_parts import part_of
 
 # From torch's persistent id (key, element type, element count, view) to a byte range of the file.
 # The element type is None for an untyped storage, whose count is in bytes.
@@ -285,10 +286,19 @@ class _Parameter(metaclass=Sealed):
 class _FromType(metaclass=Sealed):
     """torch._tensor._rebuild_from_type_v2(function, type, arguments, state): the result of a known function."""
 
-    def __new__(cls, function: Any, type_: Any, args: Any, *_: Any) -> Any:
+    def __new__(cls, function: Any, type_: Any, args: Any, state: Any = None) -> Any:
         if function in (_Tensor, _Parameter) or function in _UNSUPPORTED_TYPES:
             return function(*args)
+        if function is _Wrapper:
+            return part_of(type_, _dtype_of(args[1]), _ints(args[2]), state)
         return UnsupportedTensor(f"a tensor subclass ({getattr(type_, 'global_name', '') or 'unknown'})")
+
+
+class _Wrapper(metaclass=Sealed):
+    """torch._utils._rebuild_wrapper_subclass, which makes a tensor without values for `_FromType` to fill."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return UnsupportedTensor("a tensor subclass without values")
 
 
 class _Unsupported(metaclass=Sealed):
@@ -308,7 +318,6 @@ _UNSUPPORTED = {
         "_rebuild_meta_tensor_no_storage": "on the meta device, without data",
         "_rebuild_device_tensor_from_numpy": "an array of another device",
         "_rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
-        "_rebuild_wrapper_subclass": "a wrapper subclass (DTensor or the like)",
     }.items()
 }
 _UNSUPPORTED_TYPES = frozenset(_UNSUPPORTED.values())
@@ -350,6 +359,7 @@ _TABLE: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _Parameter,
     "torch._utils._rebuild_parameter_with_state": _Parameter,
     "torch._tensor._rebuild_from_type_v2": _FromType,
+    "torch._utils._rebuild_wrapper_subclass": _Wrapper,
     **_UNSUPPORTED,
     **{f"torch.{name}": _storage_type(dtype) for name, dtype in BY_STORAGE.items()},
     **{f"torch.{name}Storage": _storage_type(DTYPES[dtype]) for name, dtype in _OF_TORCHSCRIPT.items()},

@@ -24,7 +24,9 @@ from .template import Template
 
 MAX_HEADER = 100_000_000
 """Bytes; the library's own limit."""
-_CHUNKS = "DCP_SHARDING_INFO"  # HuggingFaceStorageWriter's key for the offsets of the chunks in a file
+# Keys of HuggingFaceStorageWriter: the offsets of the chunks in a file, and a version.
+_CHUNKS, _CHUNKS_VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
+_UNSPLIT = re.compile(r"model-\d+-of-\d+\.safetensors")  # its file of whole tensors, saved by one process
 _MAX_DIMENSIONS = 64  # torch's own limit; bounds the product of a false shape
 _METADATA = "__metadata__"
 _SPACE = " \t\n\r"  # of JSON
@@ -52,6 +54,23 @@ class Safetensors(Format):
             CorruptError: truncated, or offsets that overlap, leave gaps or do not match the shapes.
             UnsupportedError: its tensors are chunks of larger ones.
         """
+        header, offsets = self.parse(path)
+        if offsets is not None and not (_UNSPLIT.fullmatch(path.name) and not any(map(any, offsets.values()))):
+            raise UnsupportedError(
+                f"{path}: holds the tensor chunks of one process, and is not a checkpoint by itself. "
+                f"Give the folder that has the files of all processes: {path.parent}"
+            )
+        return header
+
+    def parse(self, path: Path) -> tuple[Header, dict[str, tuple[int, ...]] | None]:
+        """Read the header of a file that may hold chunks of tensors.
+
+        Returns:
+            The header, and of a file that HuggingFaceStorageWriter wrote, the offsets of each chunk in its tensor.
+
+        Raises:
+            CorruptError: as for `read`.
+        """
         with InputFile(path) as file:
             size = file.stamp.nbytes
             (length,) = struct.unpack("<Q", file.read(0, 8).ljust(8, b"\0"))
@@ -71,8 +90,11 @@ class Safetensors(Format):
             )
         _KNOWN[key] = template
         metadata = {**metadata, **template.metadata}
+        offsets = _offsets(path, metadata.pop(_CHUNKS), template.content) if _CHUNKS in metadata else None
+        if offsets is not None:
+            metadata.pop(_CHUNKS_VERSION, None)
         shift = data.offset - template.base
-        return Header(
+        header = Header(
             path,
             self,
             template.content,
@@ -82,6 +104,7 @@ class Safetensors(Format):
             template=template,
             places={template.files[0]: (path, shift)} if shift or template.files[0] != path else {},
         )
+        return header, offsets
 
     def plan(self, content: Mapping[str, OutTensor], writing: Writing) -> tuple[FilePlan, ...]:
         """Lay out a safetensors file.
@@ -202,12 +225,19 @@ def _parse(path: Path, text: str, metadata: Mapping[str, str], data: Storage) ->
 def _check_metadata(path: Path, metadata: object) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CorruptError(f"{path}: its __metadata__ is not a map of text to text. The file is damaged.")
-    if _CHUNKS in metadata:
-        raise UnsupportedError(
-            f"{path}: holds the tensor chunks of one process, and is not a checkpoint by itself. "
-            "Join the chunks first: use consolidate_safetensors_files of torch.distributed.checkpoint, "
-            "or save with enable_consolidation."
-        )
+
+
+def _offsets(path: Path, text: str, tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return name to offsets in the whole tensor, in the order of the record."""
+    try:
+        offsets = {name: tuple(entry["saved_offsets"]) for name, entry in json.loads(text).items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{path}: its {_CHUNKS} is not a map of names to offsets. The file is damaged.") from error
+    if offsets.keys() != tensors.keys():
+        raise CorruptError(f"{path}: its {_CHUNKS} does not list the tensors of the file. The file is damaged.")
+    if not all(_INTEGERS.issuperset(map(type, each)) for each in offsets.values()):
+        raise CorruptError(f"{path}: its {_CHUNKS} holds impossible numbers. The file is damaged.")
+    return offsets
 
 
 def _entries(path: Path, text: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.source import InputFile
-from ..tensors import Storage, TensorSpec, UnsupportedTensor
+from ..tensors import RankPart, Storage, TensorSpec, UnsupportedTensor
 from .pickle_read import SealedDict
 from .tree import map_tree
 from .zip import CENTRAL_SIZE, LOCAL_SIZE, Archive
@@ -61,6 +61,9 @@ def in_own_files(content: Any, places: Places) -> Any:
     def replace(_: object, node: Any) -> Any:
         if type(node) is TensorSpec:
             return placed.get(id(node)) or placed.setdefault(id(node), place(node))
+        if type(node) is RankPart:
+            chunks = tuple([(offsets, place(chunk)) for offsets, chunk in node.chunks])
+            return RankPart(node.reason, node.dtype, node.shape, chunks, node.ranks)
         return node if type(node) in _ATOMS else NotImplemented
 
     return map_tree(content, replace)
@@ -100,7 +103,7 @@ class ArchiveTemplate(Template):
         while waiting:
             node, depth = waiting.pop()
             cls = type(node)
-            if cls is TensorSpec or cls in _ATOMS or id(node) in seen:
+            if cls is TensorSpec or cls is RankPart or cls in _ATOMS or id(node) in seen:
                 continue
             seen.add(id(node))
             inside: Iterable[Any]

@@ -25,6 +25,7 @@ from .format import Format, Named, Writing
 from .header import PROVENANCE, Header, parse_provenance
 from .pickle_edit import NamedPickle
 from .pickle_write import dump
+from .rank_join import whole_alone
 from .template import ArchiveTemplate
 from .zip import END_SIZE, Archive, NewEntry, end_of, find_directory, replaced
 
@@ -48,9 +49,13 @@ class TorchZip(Format):
 
         Raises:
             NotACheckpointError: a zip that torch.save did not write.
-            UnsupportedError: compressed entries.
+            UnsupportedError: compressed entries, or one rank's part of a checkpoint.
             CorruptError: truncated or damaged.
         """
+        return whole_alone(self.parse(path))
+
+    def parse(self, path: Path) -> Header:
+        """Read the header of a file that may be one rank's part of a checkpoint; otherwise as `read`."""
         with InputFile(path) as file:
             start, directory = find_directory(file, 0, file.stamp.nbytes)
             key = file.stamp.nbytes, start

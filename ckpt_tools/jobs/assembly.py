@@ -243,7 +243,7 @@ class Copies(dict[TensorSpec, OutTensor]):
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
-    if (base.format.folder and not base.ranks) or not base.format.nests:
+    if (base.format.written_as.folder and not base.ranks) or not base.format.nests:
         dropped += beside(base.tree, state)
         return OrderedDict(tensors), {}
     tree = base.tree
@@ -388,7 +388,7 @@ def rewrite(
     Raises:
         UsageError: the target's suffix asks for another format.
     """
-    folder = base.in_folder
+    folder = base.copied_to_folder
     check_same_format(base, target, folder=folder)
     if state.keys is None:
         raise UsageError(

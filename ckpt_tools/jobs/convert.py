@@ -22,7 +22,7 @@ from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..series.paths import rank_note
+from ..series.paths import one_checkpoint, rank_note
 from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
 from .companions import companions
@@ -96,7 +96,7 @@ def convert(
     _check_counters(missing.updates, missing.decay)
     dtype = parse_dtype(output.dtype)
     check_threads(running.threads)
-    header = read_header(Path(path))
+    header = read_header(one_checkpoint(path))
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
     notes = [note] if (note := rank_note(header.path)) is not None else []

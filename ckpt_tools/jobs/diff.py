@@ -15,6 +15,7 @@ from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.header import Header
+from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 from .options import Comparison, Reading, Tolerance, takes
 from .provenance import short_names
@@ -177,7 +178,7 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise UsageError(f"`{name}={value!r}`: must be a number, 0 or more.")
     check_threads(running.threads)
-    headers = read_header(Path(a)), read_header(Path(b))
+    headers = read_header(one_checkpoint(a)), read_header(one_checkpoint(b))
     names = short_names([header.path for header in headers])
     chosen = (
         _select(headers[0], which.state),

@@ -17,6 +17,7 @@ from ..errors import CorruptError, LayoutError, ReadError, UsageError, WriteErro
 from ..formats import holds_weights, read_header
 from ..formats.format import Renaming
 from ..formats.header import Header
+from ..series.paths import one_checkpoint
 from ..storage.source import LOCAL, Stamp, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
@@ -80,7 +81,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     for name, given in (("strip", prefixes.strip), ("add", prefixes.add)):
         if isinstance(given, str) or not all(isinstance(prefix, str) and prefix for prefix in given):
             raise UsageError(f"`{name}` takes prefixes such as 'model.', not {given!r}.")
-    source = Path(path)
+    source = one_checkpoint(path)
     header = read_header(source)
     notes: list[str] = []
     in_place = output.out is None

@@ -18,7 +18,6 @@ from ..formats import FORMATS, format_of, suffixes
 from ..formats.format import Format
 from ..formats.header import Header
 from ..formats.sharded import SHARDED
-from ..storage.source import store_of
 from ..storage.staged import is_writable, same_file
 
 
@@ -74,11 +73,14 @@ def default_target(headers: list[Header]) -> Target:
     return Target.of("averaged" + (usual.pop() if len(usual) == 1 else ".pth"))
 
 
-def named_after(source: Path, tail: str) -> Target:
+def named_after(header: Header, tail: str) -> Target:
     """Name an output after its input, with something before the suffix: ``last-bn.pth``."""
+    source = header.path
     suffix = next((s for s in (".pth.tar", *suffixes()) if source.name.endswith(s)), "")
-    path = source.with_name(f"{source.name.removesuffix(suffix)}{tail}{suffix}")
-    return Target(path, folder=store_of(source).is_folder(source) or not suffix)
+    stem = source.name.removesuffix(suffix)
+    if header.in_folder and not header.copied_to_folder:
+        suffix = suffix or header.format.usual_suffix
+    return Target(source.with_name(f"{stem}{tail}{suffix}"), folder=header.copied_to_folder or not suffix)
 
 
 def check_same_format(base: Header, target: Target, *, folder: bool) -> None:

@@ -12,6 +12,7 @@ from ..checkpoints.layouts.layout import AnyOrder
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.header import Header
+from ..series.paths import one_checkpoint
 from ..storage.source import Stamp
 from ..tensors import DTYPES, Storage, Tensor, TensorSpec, make_spec
 
@@ -49,7 +50,7 @@ def find_names(header: Header, names_from: str | Path | None, model: str | None,
     if names_from is not None and model is not None:
         raise UsageError("`names_from` and `model` both give names. Leave one of them out.")
     if names_from is not None:
-        other = read_header(Path(names_from))
+        other = read_header(one_checkpoint(names_from))
         chosen = select(other)
         names = chosen.tensors if other.in_model_order else AnyOrder(chosen.tensors)
         return Naming(names, files=other.files, label=f"{other.path}: {chosen.label}")

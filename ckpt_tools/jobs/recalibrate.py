@@ -26,6 +26,7 @@ from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy
 from ..formats import read_header
 from ..formats.file_plan import OutTensor, Terms
+from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
 from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, takes
@@ -107,9 +108,9 @@ def recalibrate_checkpoint(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     _check(images, measuring)
-    source = Path(path)
+    source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)
-    target = Target.of(output.out) if output.out is not None else named_after(source, "-bn")
+    target = Target.of(output.out) if output.out is not None else named_after(checkpoint.header, "-bn")
     device = local_device(pick_device(running.device))
     factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]
     with importable(*factories), joined_group(device) as group:

@@ -19,6 +19,7 @@ from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
 from ..formats.tree import tensors_in
+from ..series.paths import one_checkpoint
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
 from .options import KeptState, Running, StrippedOutput, takes
@@ -97,10 +98,10 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    header = read_header(Path(path))
+    header = read_header(one_checkpoint(path))
     if is_optimizer(header.tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
-    target = Target.of(output.out) if output.out is not None else named_after(header.path, "-stripped")
+    target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
     found = states(header)
     chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]
@@ -124,7 +125,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     if not report.anything:
         return run(report, running)
     _check_kept(header, tree, sets)
-    check_same_format(header, target, folder=header.in_folder)
+    check_same_format(header, target, folder=header.copied_to_folder)
     said = provenance(
         "strip",
         {"state": which.state},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
+from ..formats.fsdp import rank_files_of
 from ..formats.ranks import rank_files
 from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
 from ..storage.source import LOCAL, store_of
@@ -73,6 +74,7 @@ def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
         _note_nested(found, {as_path(each) for each in paths}, notes)
     except OSError as error:
         raise SeriesError(f"{error.filename}: {error.strerror}.") from error
+    _refuse_rank_files(found)
     _refuse_shards(found)
     _refuse_one_rank(found)
     return found
@@ -84,6 +86,42 @@ def expand(paths: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise SeriesError("no checkpoint given.")
     return found
+
+
+def one_checkpoint(given: str | Path) -> Path:
+    """Find the checkpoint that a path names: the path itself, or the only checkpoint in a folder that is none.
+
+    Raises:
+        SeriesError: the folder holds several, or a shard or rank of one.
+    """
+    path = as_path(given)
+    try:
+        store = store_of(path)
+        if not store.is_folder(path):
+            if store is LOCAL:
+                _refuse_url(given, path)
+            return path
+        found = _checkpoints(path)
+    except OSError:  # which the reader of the path reports
+        return path
+    _refuse_rank_files(found)
+    _refuse_shards(found)
+    _refuse_one_rank([each for each in found if each != path])
+    if len(found) > 1:
+        names = ", ".join(str(each.relative_to(path)) for each in found[:6])
+        more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+        raise SeriesError(f"{path}: a folder with {len(found)} checkpoints: {names}{more}. Give the path of one.")
+    return found[0] if found else path
+
+
+def _refuse_url(given: str | Path, path: Path) -> None:
+    """Refuse an object of a store that is not known, which as a path would be a file in a folder named ``s3:``."""
+    scheme = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):", path.parts[0] if path.parts else "")
+    if scheme is not None and not Path(path.parts[0]).exists():
+        raise SeriesError(
+            f"{given}: {scheme[1]}:// is not read yet, only files on this machine are. Download the checkpoint first, "
+            "and give its path."
+        )
 
 
 def _find(given: str | Path) -> list[Path]:
@@ -99,6 +137,8 @@ def _find(given: str | Path) -> list[Path]:
         return [path]
     if path.is_symlink():
         raise SeriesError(_dangling(path))
+    if store is LOCAL:
+        _refuse_url(given, path)
     missing = _missing_folder(path)
     if not _MAGIC.search(str(path)):
         raise SeriesError(f"{given}: no such file or folder.{_near(path) if missing is None else missing}")
@@ -240,7 +280,8 @@ def _series_in(folder: Path) -> list[Path]:
         if not store.is_folder(child):
             own = [child] if loose and re.search(r"\d", child.name) and _is_weights(child) else []
         else:
-            own = _checkpoints(child) * (1 + is_checkpoint(child))  # one is enough, if it is a folder
+            # One is enough, if it is a folder of a series; verl exports a model into each checkpoint's `huggingface`.
+            own = _checkpoints(child) * (1 + (is_checkpoint(child) and bool(re.search(r"\d", child.name))))
         times[_like(child)] += sum(not _is_part(each) for each in own)
     return [glob for glob, n in times.items() if n > 1]
 
@@ -262,6 +303,16 @@ def _refuse_shards(paths: Sequence[Path]) -> None:
             if other != path:
                 ranks = pattern is not _SHARDS[0][0]
                 raise SeriesError(f"{other} and {path} {what}{_way_on(path) if ranks else ''}")
+
+
+def _refuse_rank_files(paths: Sequence[Path]) -> None:
+    """Refuse the files of processes where their folder is the checkpoint, which is read put together."""
+    for path in paths:
+        if not store_of(path).is_folder(path) and path.name in rank_files_of(path.parent):
+            raise SeriesError(
+                f"{path} is the file of one rank, and holds a part of the weights. Give the folder, whose ranks are "
+                f"put together: {path.parent}"
+            )
 
 
 def _refuse_one_rank(paths: Sequence[Path]) -> None:

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_progress_is_a_plain_line_now_and_then_off_a_terminal(
     captured = capsys.readouterr()
     assert captured.err.splitlines() == ["averaging: 50% of 4 GB", "averaging: 100% of 4 GB"]
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_patience_says_a_line_if_its_time_is_up(wait: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(threading.enumerate())
+    with console.patience("Still at it.", 0 if wait else 3600) as done:
+        (timer,) = set(threading.enumerate()) - before or {threading.main_thread()}
+        if wait and timer is not threading.main_thread():  # it may have ended already
+            timer.join()
+        done()
+    assert capsys.readouterr().err == ("Still at it.\n" if wait else "")
 
 
 def test_counting_names_the_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

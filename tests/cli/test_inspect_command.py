@@ -142,8 +142,7 @@ def test_inspect_expands_home(runs: list[Path], monkeypatch: pytest.MonkeyPatch)
         ("folder", "Error: folder: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."),
         (
             "runs",
-            "Error: runs: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp. "
-            "Give one of its files.",
+            "Error: runs: a folder with 2 checkpoints: c.pth, d.pth. Give the path of one.",
         ),
         ("text.pth", "Error: text.pth: not a checkpoint: neither a torch file (zip or legacy) nor safetensors."),
         ("empty.pth", "Error: empty.pth: empty file. Get a fresh copy."),
@@ -154,6 +153,7 @@ def test_inspect_rejects_bad_input(path: str, message: str) -> None:
     Path("folder").mkdir()
     Path("runs").mkdir()
     Path("runs/c.pth").touch()
+    Path("runs/d.pth").touch()
     Path("text.pth").write_text("these are not the weights you are looking for")
     Path("empty.pth").touch()
     assert refused(Path(), "inspect", path) == message

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
+from processes import in_processes
 from small import Net, differences, load, mean, save, train, weights_of
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,48 +31,35 @@ def whole(model: Net) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def save_sharded(folder: Path) -> None:
+def save_sharded(rank: int, folder: Path) -> None:
     for seed in (1, 2):
         model, _ = sharded(seed)
+        (folder / f"ranks-{seed}").mkdir(exist_ok=True)
+        torch.save(model.state_dict(), folder / f"ranks-{seed}" / f"model_world_size_2_rank_{rank}.pt")
         nested = {"model": get_model_state_dict(model), "epoch": seed}
         dcp.save(nested, checkpoint_id=folder / f"step-{seed}")
         if seed == 1:
             dcp.save(get_model_state_dict(model), checkpoint_id=folder / "flat")
         full = whole(model)
-        if dist.get_rank() == 0:
+        if rank == 0:
             save(folder / f"expected-{seed}.pth", full)
 
 
-def load_sharded(folder: Path) -> None:
+def load_sharded(rank: int, folder: Path) -> None:
     model, _ = sharded(3)
     state = get_model_state_dict(model)
     dcp.load(state, checkpoint_id=folder / "ours")
     model.load_state_dict(state)
     full = whole(model)
-    if dist.get_rank() == 0:
+    if rank == 0:
         save(folder / "loaded.pth", full)
-
-
-def _process(rank: int, folder: Path, work: Callable[[Path], None]) -> None:
-    torch.set_num_threads(1)
-    meeting = folder / f"meeting-{work.__name__}"
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
-    try:
-        work(folder)
-        dist.barrier()  # nobody leaves while another still talks
-    finally:
-        dist.destroy_process_group()
-
-
-def in_processes(folder: Path, work: Callable[[Path], None]) -> None:
-    torch.multiprocessing.spawn(_process, args=(folder, work), nprocs=PROCESSES)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints of a model sharded over two processes, and its whole weights."""
     folder = tmp_path_factory.mktemp("dcp")
-    in_processes(folder, save_sharded)
+    in_processes(PROCESSES, save_sharded, folder)
     return folder
 
 
@@ -84,6 +69,12 @@ def test_shards_of_two_processes_are_read_as_whole_tensors(run: Path) -> None:
     expected = load(run / "expected-1.pth")
     assert not differences(ckpt_tools.open_checkpoint(run / "step-1", state="raw"), expected)
     assert not differences(ckpt_tools.open_checkpoint(run / "flat"), expected)
+
+
+def test_a_file_of_each_of_two_processes_is_read_as_whole_tensors(run: Path) -> None:
+    for seed in (1, 2):
+        found = ckpt_tools.open_checkpoint(run / f"ranks-{seed}")
+        assert not differences(found, load(run / f"expected-{seed}.pth"))
 
 
 @pytest.mark.shows("dcp", "read raw")
@@ -111,7 +102,7 @@ def test_sharded_models_load_what_convert_writes(tmp_path: Path) -> None:
     model = Net(width=6)
     train(model, 1)
     ckpt_tools.convert(save(tmp_path / "plain.pth", weights_of(model)), to="dcp", out=tmp_path / "ours")
-    in_processes(tmp_path, load_sharded)
+    in_processes(PROCESSES, load_sharded, tmp_path)
     assert not differences(load(tmp_path / "loaded.pth"), model.state_dict())
 
 
