@@ -94,6 +94,7 @@ class Header:
             for stamp in self.files
         }
 
+    @property
     def copied_to_folder(self) -> bool:
         """True if an edited copy of it is a folder; the files of several processes become one file."""
         return self.in_folder and (self.format.written_as.folder or not self.format.folder)
