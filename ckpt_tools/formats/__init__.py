@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import NotACheckpointError, ReadError, UnsupportedError
 from ..storage.source import store_of
 from .dcp import DCP_FOLDER
+from .deepspeed import DEEPSPEED
 from .format import FORMATS, Format, read_single
 from .header import Header
 from .nemo import NEMO
@@ -18,7 +19,7 @@ from .sharded import SHARDED
 from .torch_legacy import TORCH_LEGACY
 from .torch_zip import TORCH_ZIP
 
-FORMATS[:] = [SHARDED, DCP_FOLDER, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
+FORMATS[:] = [SHARDED, DCP_FOLDER, DEEPSPEED, TORCH_ZIP, TORCH_LEGACY, SAFETENSORS, NEMO]
 
 
 def suffixes() -> tuple[str, ...]:

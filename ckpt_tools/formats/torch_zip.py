@@ -130,12 +130,15 @@ KNOWN: WeakValueDictionary[tuple[int, int], ArchiveTemplate] = WeakValueDictiona
 """Templates by (file size, offset of the central directory), kept while a header uses them."""
 
 
-def read_archive(archive: Archive, path: Path, *, where: str) -> tuple[str, Any, Counter[str]]:
+def read_archive(
+    archive: Archive, path: Path, *, where: str, torch_values: bool = True
+) -> tuple[str, Any, Counter[str]]:
     """Read an archive that `torch.save` wrote.
 
     Args:
         path: of the file, for the specs.
         where: for messages.
+        torch_values: as `pickle_read.load` takes it.
 
     Returns:
         (the root folder name of its entries, the object tree, unknown globals of the pickle with counts).
@@ -164,7 +167,7 @@ def read_archive(archive: Archive, path: Path, *, where: str) -> tuple[str, Any,
             )
         return Storage(path, archive.offset_of(name), nbytes, big_endian)
 
-    tree, foreign = pickle_read.load(io.BytesIO(content("data.pkl")), locate, where=where)
+    tree, foreign = pickle_read.load(io.BytesIO(content("data.pkl")), locate, where=where, torch_values=torch_values)
     return root, tree, foreign
 
 
