@@ -84,10 +84,12 @@ def _read_header(path: Path) -> Header:
         for each in FORMATS:
             if each.folder and each.sniff(path, b""):
                 return each.read(path)
-        files = any(store.is_file(path / name) for name in store.names(path))
+        names = store.names(path)
+        inside = next((path / n for n in names if store.is_folder(path / n) and is_checkpoint(path / n)), None)
+        files = any(store.is_file(path / name) for name in names)
         raise NotACheckpointError(
             f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
-            + (" Give one of its files." if files else "")
+            + (f" Give one of its folders, such as {inside}" if inside else " Give one of its files." if files else "")
         )
     except OSError as error:
         raise ReadError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error

@@ -1,14 +1,15 @@
 """DeepSpeed: a folder with the files of each rank, and its universal checkpoints. Read only.
 
-With ZeRO a rank keeps a part of the float32 weights: ``[bf16_]zero_pp_rank_<rank>_mp_rank_00_optim_states.pt`` has it, as
-one flat tensor for each group of the optimizer. What was the name of what is in ``*_model_states.pt``:
+With ZeRO, each rank has a part of the float32 weights: one flat tensor for each group of the optimizer, in
+``[bf16_]zero_pp_rank_<rank>_mp_rank_00_optim_states.pt``. ``*_model_states.pt`` have the names and shapes, as
+``param_shapes``, in the order of the flat tensors.
 
 - Stages 1 and 2 put the parameters of a group one behind another and cut the whole into equal partitions, the last ones
-  shorter. ``mp_rank_00_model_states.pt`` has ``param_shapes``, in this order, and the 16-bit weights as ``module``.
-- Stage 3 cuts each parameter into equal parts, the last ones padded, and a rank puts its parts one behind another. There
-  is a ``zero_pp_rank_<rank>_mp_rank_00_model_states.pt`` for each rank, whose ``module`` has empty placeholders.
+  shorter. ``mp_rank_00_model_states.pt`` has the weights of 16 bits, too, as ``module``.
+- Stage 3 cuts each parameter into equal parts, the last ones padded; a rank puts its parts one behind another. Each rank
+  has a ``zero_pp_rank_<rank>_mp_rank_00_model_states.pt``, whose ``module`` has an empty tensor for each parameter.
 
-A universal checkpoint has each parameter whole, in ``zero/<name>/fp32.pt``. The weights, their names and their order are
+A universal checkpoint has each parameter whole, in ``zero/<name>/fp32.pt``. The weights, and their names and order, are
 those that ``zero_to_fp32.py`` of DeepSpeed 0.19 makes.
 """
 
@@ -30,11 +31,14 @@ from .format import Format, read_single
 from .header import Header
 from .pickle_read import Inert
 from .torch_zip import TORCH_ZIP, read_archive
+from .tree import follow
 from .zip import Archive
 
 STATES = ("_model_states.pt", "_optim_states.pt")
 MASTERS = "fp32"
 """Key of the float32 weights in the tree of a header."""
+FLAT_KEYS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+"""In the optimizer states, the keys of the flat tensors: of stages 1 and 2, and of stage 3."""
 _FILE = re.compile(r"(?:(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_)?mp_rank_(\d{1,9})(_\d+)?_(model|optim)_states\.pt")
 _EXPERTS = re.compile(r"(?:layer_\d+_)?expert_\d+_.*_model_states\.pt|expp_rank_.*_optim_states\.pt")
 _LAYER = re.compile(r"layer_\d+-model_.*_states\.pt")
@@ -45,7 +49,8 @@ _NOT_CARRIED = {
     "shared_params", "ds_config", "universal_checkpoint_info",
 }  # fmt: skip
 _MOST_DIMENSIONS = 64  # of torch
-_UNIVERSAL = "Make a universal checkpoint of it with DeepSpeed's ds_to_universal.py, and give the folder that it writes."
+_MOST_RANKS = 1 << 24
+_UNIVERSAL = "Make a universal checkpoint of it with DeepSpeed's ds_to_universal.py, and give its folder."
 
 
 class Masters(dict[str, Tensor]):
@@ -64,7 +69,7 @@ class DeepSpeed(Format):
         return TORCH_ZIP
 
     def sniff(self, path: Path, start: bytes) -> bool:
-        return not start and _folder_of(path) is not None
+        return not start and folder_of(path) is not None
 
     def read(self, path: Path) -> Header:
         """Read the headers of all ranks.
@@ -77,7 +82,7 @@ class DeepSpeed(Format):
             CorruptError: a file is missing or damaged, or the ranks do not agree, or do not add up.
             UnsupportedError: the weights are split in another way as well: tensor parallel, pipelines, experts.
         """
-        folder = _folder_of(path) or path
+        folder = folder_of(path) or path
         found = _Files.of(folder)
         tree, loaded = _universal(found) if found.universal else _ranks(found)
         stamps = tuple(each.stamp for each in loaded)
@@ -87,20 +92,20 @@ class DeepSpeed(Format):
 DEEPSPEED = DeepSpeed()
 
 
-def _folder_of(path: Path) -> Path | None:
+def folder_of(path: Path) -> Path | None:
     """Return the folder with the files of the ranks: this one, or the only such one beside the file ``latest``."""
     store = store_of(path)
     names = store.names(path)
-    if any(name.endswith(STATES) for name in names):
+    if _has_ranks(names):
         return path
     if _LATEST not in names:
         return None
-    inside = [
-        path / name
-        for name in names
-        if store.is_folder(path / name) and any(inner.endswith(STATES) for inner in store.names(path / name))
-    ]
+    inside = [path / name for name in names if store.is_folder(path / name) and _has_ranks(store.names(path / name))]
     return inside[0] if len(inside) == 1 else None
+
+
+def _has_ranks(names: Iterable[str]) -> bool:
+    return any(name.endswith(STATES) and any(p.fullmatch(name) for p in (_FILE, _EXPERTS, _LAYER)) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ class _Files:
             if _LAYER.fullmatch(name) or (match is not None and match[3]):
                 raise UnsupportedError(f"{folder}: has the layers of a pipeline, in {name}. {_UNIVERSAL}")
             if match is None or (match[4] == "optim" and match[1] is None):
-                raise UnsupportedError(f"{folder}: {name} is no file that DeepSpeed writes. Move it out of the folder.")
+                raise UnsupportedError(f"{folder}: {name} is no file that DeepSpeed writes. Move it out of there.")
             key = (None if match[1] is None else int(match[1]), int(match[2]))
             other = found[match[4]].setdefault(key, folder / name)
             if other.name != name:
@@ -155,7 +160,8 @@ class _Files:
         universal = not optims and store.is_folder(folder / "zero")
         parallel = {mp for _, mp in (*models, *optims)}
         if parallel != {0} and not universal:
-            raise UnsupportedError(f"{folder}: tensor parallel, with {len(parallel)} parts of each weight. {_UNIVERSAL}")
+            other = next(path.name for (_, mp), path in (*models.items(), *optims.items()) if mp)
+            raise UnsupportedError(f"{folder}: weights are split over model-parallel ranks ({other}). {_UNIVERSAL}")
         split = any(rank is not None for rank, _ in models)
         if split and any(rank is None for rank, _ in models):
             raise CorruptError(f"{folder}: has the model states of stage 3, and those of another stage. {_TWO_SAVES}")
@@ -248,7 +254,9 @@ def _shapes(file: _Loaded, value: Any) -> dict[str, tuple[int, ...]]:
     shapes = {name: _size(size) for name, size in value.items()} if isinstance(value, dict) else {None: None}
     for name, shape in shapes.items():
         if not isinstance(name, str) or shape is None:
-            raise CorruptError(f"{file.path}: its 'param_shapes' or 'frozen_param_shapes' are no shapes. It is damaged.")
+            raise CorruptError(
+                f"{file.path}: its 'param_shapes' or 'frozen_param_shapes' are no shapes. The file is damaged."
+            )
     return shapes  # type: ignore[return-value]
 
 
@@ -268,7 +276,7 @@ def _ranks(files: _Files) -> tuple[dict[Any, Any], list[_Loaded]]:
     first = _model_states(next(iter(files.models.values())))
     stored = first.tree.get("mp_world_size")
     if isinstance(stored, int) and stored > 1:
-        raise UnsupportedError(f"{first.path}: one of {stored} parts of each weight (tensor parallel). {_UNIVERSAL}")
+        raise UnsupportedError(f"{first.path}: says that weights are split ('mp_world_size'). {_UNIVERSAL}")
     if not files.optims:
         if files.split or first.tree.get("param_shapes") is not None:
             raise CorruptError(
@@ -276,6 +284,11 @@ def _ranks(files: _Files) -> tuple[dict[Any, Any], list[_Loaded]]:
             )
         first.of_type(dict, "module")
         return _carried(first, module=True), [first]
+    if first.tree.get("param_shapes") is None:
+        raise UnsupportedError(
+            f"{first.path}: does not say what is in the partitions of the ranks (its 'param_shapes' are None). "
+            "Give this file for the weights as the network computes with them."
+        )
     optims = [_load(path) for path in files.optims.values()]
     stage, ranks = _agreed(files, optims)
     files.check_ranks(files.optims, ranks, optims[0].path)
@@ -288,15 +301,12 @@ def _ranks(files: _Files) -> tuple[dict[Any, Any], list[_Loaded]]:
     if stage == 3:
         files.check_ranks(files.models, ranks, optims[0].path)
         models += [_model_states(path) for path in [*files.models.values()][1:]]
-        _check_same_save(models)
     groups = _groups(first)
+    _check_same(models, "'global_steps'", [model.tree.get("global_steps") for model in models])
+    _check_same(models, "'param_shapes'", [_groups(model) for model in models])
+    _check_same(optims, "learning rates", [_learning_rate(optim) for optim in optims])
     flats = [_flat_tensors(each, stage, files) for each in optims]
-    few = next((i for i, flat in enumerate(flats) if len(flat) != len(flats[0])), None)
-    if few is not None:
-        raise CorruptError(
-            f"{files.folder}: {optims[few].path.name} has {len(flats[few])} flat tensors, and "
-            f"{optims[0].path.name} {len(flats[0])}. {_TWO_SAVES}"
-        )
+    _check_same(optims, "number of flat tensors", [len(flat) for flat in flats])
     parameters = _of_stage_3(files, groups, flats) if stage == 3 else _of_stages_1_and_2(files, groups, flats, optims)
     masters = _completed(files, models, parameters, stage=stage)
     return {MASTERS: masters, **_carried(first, module=stage != 3)}, [*models, *optims]
@@ -327,23 +337,22 @@ def _agreed(files: _Files, optims: Sequence[_Loaded]) -> tuple[int, int]:
         stage, count = state.get("zero_stage"), state.get("partition_count")
         if isinstance(stage, Inert):  # an enumeration of DeepSpeed
             stage = stage.args[0] if len(stage.args) == 1 else None
-        if stage is None and "single_partition_of_fp32_groups" in state:
+        if stage is None and FLAT_KEYS[0] in state:
             stage = 1  # its optimizer for bf16 with float32 gradients, which has the partitions of stage 1
         if state.get("ds_zero_partition_groups"):
             raise UnsupportedError(
                 f"{each.path}: its experts are split over the ranks in another way. Save the whole model from the "
                 "code that trained it."
             )
-        counts = {*count} if isinstance(count, list) and all(type(n) is int for n in count) else {count}
-        if len(counts) > 1 and all(type(n) is int for n in counts):
-            raise UnsupportedError(
-                f"{each.path}: its groups are split over {' and '.join(map(str, sorted(counts)))} ranks, as those of "
-                "a mixture of experts. Save the whole model from the code that trained it."
-            )
-        (only,) = counts or {None}
-        if type(stage) is not int or stage not in (1, 2, 3) or type(only) is not int or only < 1:
+        counts = [n for n in (count if isinstance(count, list) else [count]) if type(n) is int and 0 < n <= _MOST_RANKS]
+        if type(stage) is not int or stage not in (1, 2, 3) or not counts:
             raise CorruptError(f"{each.path}: does not say its 'zero_stage' or 'partition_count'. It is damaged.")
-        said.append((stage, only))
+        if len({*counts}) > 1:
+            raise UnsupportedError(
+                f"{each.path}: its groups are split over {min(counts)} and over {max(counts)} ranks, as those of a "
+                "mixture of experts. Save the whole model from the code that trained it."
+            )
+        said.append((stage, counts[0]))
     other = next((i for i, each in enumerate(said) if each != said[0]), None)
     if other is not None:
         raise CorruptError(
@@ -353,26 +362,29 @@ def _agreed(files: _Files, optims: Sequence[_Loaded]) -> tuple[int, int]:
     return said[0]
 
 
-def _check_same_save(models: Sequence[_Loaded]) -> None:
-    """Refuse model states of stage 3 that say different things of one model."""
-    for each in models[1:]:
-        for key in ("global_steps", "dp_world_size"):
-            ours, theirs = models[0].tree.get(key), each.tree.get(key)
-            if type(ours) is int and ours != theirs:
-                raise CorruptError(
-                    f"{each.path.parent}: {models[0].path.name} has {key} {ours}, and {each.path.name} {theirs!r:.20}. "
-                    f"{_TWO_SAVES}"
-                )
-        if _groups(each) != _groups(models[0]):
-            raise CorruptError(
-                f"{each.path.parent}: {models[0].path.name} and {each.path.name} differ in their 'param_shapes'. "
-                f"{_TWO_SAVES}"
-            )
+def _check_same(files: Sequence[_Loaded], what: str, values: Sequence[Any]) -> None:
+    """Refuse files of several ranks, of which one has another value of what all have in one save."""
+    other = next((i for i, value in enumerate(values) if value != values[0]), None)
+    if other is not None:
+        raise CorruptError(
+            f"{files[0].path.parent}: {files[0].path.name} and {files[other].path.name} differ in their {what}. "
+            f"{_TWO_SAVES}"
+        )
+
+
+def _learning_rate(optim: _Loaded) -> float | None:
+    """Return that of the first group, if it is a number."""
+    for key in ("base_optimizer_state", "optimizer_state_dict"):
+        groups = follow(optim.tree, ("optimizer_state_dict", key, "param_groups"))
+        rate = groups[0].get("lr") if isinstance(groups, list) and groups and isinstance(groups[0], dict) else None
+        if isinstance(rate, (int, float)):
+            return rate
+    return None
 
 
 def _flat_tensors(optim: _Loaded, stage: int, files: _Files) -> list[TensorSpec]:
     """Return the flat tensors of one rank, one for each group."""
-    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    key = FLAT_KEYS[stage == 3]
     flats = optim.of_type(list, "optimizer_state_dict", key)
     for flat in flats:
         if not (isinstance(flat, TensorSpec) and len(flat.shape) == 1 and flat.contiguous and flat.dtype.averaged):
@@ -438,7 +450,7 @@ def _paddings(optim: _Loaded, stored: Any, number: int, count: int) -> list[int]
     if stored is None:
         return [0] * count
     own = stored[number] if isinstance(stored, list) and number < len(stored) else None
-    if not isinstance(own, list) or len(own) != count or any(type(n) is not int or n < 0 for n in own):
+    if not isinstance(own, list) or len(own) != count or any(type(n) is not int or not 0 <= n < 1 << 63 for n in own):
         raise CorruptError(f"{optim.path}: its 'param_alignment_paddings' do not fit its parameters. It is damaged.")
     return own
 
@@ -447,10 +459,17 @@ def _slices(optim: _Loaded, number: int) -> Mapping[str, tuple[int, int]] | None
     """Return where the rank says that the parameters of a group are in its partition: name to (start, numel)."""
     stored = optim.tree["optimizer_state_dict"].get("param_slice_mappings")
     own = stored[number] if isinstance(stored, list) and number < len(stored) else None
-    if not isinstance(own, dict):
+    if not isinstance(own, dict) or _is_round_robin(optim):
         return None
     states = {name: value.state if isinstance(value, Inert) else None for name, value in own.items()}
     return {n: (s.get("start"), s.get("numel")) for n, s in states.items() if isinstance(s, dict)}  # type: ignore[misc]
+
+
+def _is_round_robin(file: _Loaded) -> bool:
+    """True if the parameters of a group are in another order than ``param_slice_mappings`` of DeepSpeed 0.19 says."""
+    config = file.tree.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
 
 
 def _check_slices(
@@ -500,9 +519,7 @@ def _of_stage_3(
     return found
 
 
-def _tensor(
-    folder: Path, name: str, shape: tuple[int, ...], ranges: Iterable[Range], like: TensorSpec
-) -> TensorSpec:
+def _tensor(folder: Path, name: str, shape: tuple[int, ...], ranges: Iterable[Range], like: TensorSpec) -> TensorSpec:
     if 0 in shape:
         return make_spec(like.dtype, shape, like.storage)
     return from_ranges(folder, name, shape, ranges)
@@ -571,9 +588,17 @@ def _universal(files: _Files) -> tuple[dict[Any, Any], list[_Loaded]]:
     missing = next((name for name in shapes if name not in there), None)
     if missing is not None:
         raise CorruptError(f"{files.folder}: zero/{missing}/fp32.pt is missing. {_INCOMPLETE}")
-    unknown = next((name for name in sorted(there) if name not in shapes), None)
+    # Of what has no master, there are copies: also of buffers (as floats), and of tied parameters (of 16 bits).
+    modules = [model.tree["module"] for model in models if isinstance(model.tree["module"], dict)]
+    known = {*shapes, *(name for module in modules for name in module)}
+    unknown = next((name for name in sorted(there) if name not in known), None)
     if unknown is not None:
         raise CorruptError(f"{files.folder}: zero/{unknown} is of no parameter in its *_model_states.pt. {_TWO_SAVES}")
+    if not files.split and _is_round_robin(first):
+        raise UnsupportedError(
+            f"{files.folder}: with round_robin_gradients, as here, ds_to_universal.py of DeepSpeed mixes the "
+            "parameters up. Give the folder that it was made of."
+        )
     whole = not (files.split or files.model_parallel > 1)
     loaded = {name: _load(zero / name / "fp32.pt") for name in shapes}
     parameters = {

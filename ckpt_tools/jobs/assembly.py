@@ -194,12 +194,14 @@ def beside(tree: Any, state: StateDict) -> list[str]:
 
 def companions(base: Header) -> list[Path]:
     """Find what `from_pretrained` wants beside the weights, and training does not own."""
-    store = store_of(base.path)
-    if not store.is_folder(base.path):
+    store, folder = store_of(base.path), base.path
+    if not store.is_folder(folder):
         return []
+    if base.format.nests and store.is_file(folder.parent / "config.json"):
+        folder = folder.parent  # Hugging Face's Trainer has the folder of DeepSpeed inside that of the checkpoint
     return [
         path
-        for path in (base.path / name for name in store.names(base.path))
+        for path in (folder / name for name in store.names(folder))
         if store.is_file(path)
         and path.name.endswith(COMPANIONS)
         and not holds_weights(path.name)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
+from ..formats.deepspeed import folder_of
 from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
 from ..storage.source import LOCAL, store_of
 
@@ -26,15 +27,16 @@ _RANK = re.compile(
     r"|(?<![^/])layer_\d+-model_\d+"  # DeepSpeed's pipelines
 )
 _NUMBERS = re.compile(r"\d+")
-# (pattern whose removal makes the paths of the shards of one checkpoint equal, advice).
+# (pattern whose removal makes the paths of the shards of one checkpoint equal, what they are, advice).
 _SHARDS = (
     (
         re.compile(r"-\d+(?=-of-\d+\.\w+$)"),
-        "are shards of one checkpoint, not two. Give the folder that has their index.",
+        "are shards of one checkpoint, not two.",
+        "Give the folder that has their index.",
     ),
     (
         re.compile(rf"{_RANK.pattern}|pytorch_model_fsdp_\d+"),  # Accelerate
-        "differ only in the rank, so they are shards of one checkpoint, not two. "
+        "differ only in the rank, so they are shards of one checkpoint, not two.",
         "Merge the shards first, with the tools of the program that wrote them.",
     ),
 )
@@ -229,8 +231,11 @@ def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str
 def _series_in(folder: Path) -> list[Path]:
     """Return globs for the series in a folder that is a checkpoint or has one: in folders below, or loose files."""
     store, loose = store_of(folder), is_checkpoint(folder)
+    inside = folder_of(folder)  # of DeepSpeed, and the checkpoint itself
     times: Counter[Path] = Counter()
     for child in _children(folder):
+        if child == inside:
+            continue
         if not store.is_folder(child):
             own = [child] if loose and re.search(r"\d", child.name) and _is_weights(child) else []
         else:
@@ -242,19 +247,19 @@ def _series_in(folder: Path) -> list[Path]:
 def _is_part(path: Path) -> bool:
     """True for a shard, and for a further model of a checkpoint."""
     return bool(FURTHER_MODEL.fullmatch(path.name)) or any(
-        p.search(f"{path.parent.name}/{path.name}") for p, _ in _SHARDS
+        p.search(f"{path.parent.name}/{path.name}") for p, *_ in _SHARDS
     )
 
 
 def _refuse_shards(paths: Sequence[Path]) -> None:
     """Refuse a glob that matches the shards of one checkpoint."""
-    for pattern, what in _SHARDS:
+    for pattern, what, advice in _SHARDS:
         seen: dict[str, Path] = {}
         for path in paths:
             whole = pattern.sub("", str(path.absolute()))
             other = path if whole == str(path.absolute()) else seen.setdefault(whole, path)
             if other != path:
-                raise SeriesError(f"{other} and {path} {what}")
+                raise SeriesError(f"{other} and {path} {what} {_whole_folder(path) or advice}")
 
 
 def _refuse_one_rank(paths: Sequence[Path]) -> None:
@@ -266,8 +271,13 @@ def _refuse_one_rank(paths: Sequence[Path]) -> None:
             if other is not None:
                 raise SeriesError(
                     f"{path} is one rank of several, and holds a part of the weights; {other} holds another. "
-                    "Merge the ranks first, with the tools of the program that wrote them."
+                    + (_whole_folder(place) or "Merge the ranks first, with the tools of the program that wrote them.")
                 )
+
+
+def _whole_folder(file: Path) -> str:
+    """Advise to give the folder of a file, if that is a checkpoint: DeepSpeed's have a file for each rank."""
+    return f"Give the folder: {file.parent}" if is_checkpoint(file.parent) else ""
 
 
 def _other_rank(place: Path, inside: Path) -> Path | None:
