@@ -6,8 +6,8 @@ With ZeRO, each rank has a part of the float32 weights: one flat tensor for each
 
 - Stages 1 and 2 put the parameters of a group one behind another and cut the whole into equal partitions, the last ones
   shorter. ``mp_rank_00_model_states.pt`` has the weights of 16 bits, too, as ``module``.
-- Stage 3 cuts each parameter into equal parts, the last ones padded; a rank puts its parts one behind another. Each rank
-  has a ``zero_pp_rank_<rank>_mp_rank_00_model_states.pt``, whose ``module`` has an empty tensor for each parameter.
+- Stage 3 cuts each parameter into equal parts, the last ones padded; a rank puts its parts one behind another. Each
+  rank has a ``zero_pp_rank_<rank>_mp_rank_00_model_states.pt``, with an empty tensor for each parameter in ``module``.
 
 A universal checkpoint has each parameter whole, in ``zero/<name>/fp32.pt``. The weights, and their names and order, are
 those that ``zero_to_fp32.py`` of DeepSpeed 0.19 makes.
@@ -27,7 +27,7 @@ from ..errors import CorruptError, UnsupportedError
 from ..storage.source import InputFile, Stamp, store_of
 from ..tensors import Storage, Tensor, TensorSpec, make_spec
 from .flat import Flat, Range, from_ranges
-from .format import Format, read_single
+from .format import Format, Named, read_single
 from .header import Header
 from .pickle_read import Inert
 from .torch_zip import TORCH_ZIP, read_archive
@@ -87,6 +87,12 @@ class DeepSpeed(Format):
         tree, loaded = _universal(found) if found.universal else _ranks(found)
         stamps = tuple(each.stamp for each in loaded)
         return Header(path, self, tree, stamps, sum((each.foreign for each in loaded), Counter()))
+
+    def rename(self, header: Header) -> Named:
+        raise UnsupportedError(
+            f"{header.path}: a DeepSpeed checkpoint, with names in many files. Convert it to one file first: "
+            "`convert(...)`."
+        )
 
 
 DEEPSPEED = DeepSpeed()
@@ -160,8 +166,10 @@ class _Files:
         universal = not optims and store.is_folder(folder / "zero")
         parallel = {mp for _, mp in (*models, *optims)}
         if parallel != {0} and not universal:
-            other = next(path.name for (_, mp), path in (*models.items(), *optims.items()) if mp)
-            raise UnsupportedError(f"{folder}: weights are split over model-parallel ranks ({other}). {_UNIVERSAL}")
+            split_over = next(path.name for (_, mp), path in (*models.items(), *optims.items()) if mp)
+            raise UnsupportedError(
+                f"{folder}: weights are split over model-parallel ranks ({split_over}). {_UNIVERSAL}"
+            )
         split = any(rank is not None for rank, _ in models)
         if split and any(rank is None for rank, _ in models):
             raise CorruptError(f"{folder}: has the model states of stage 3, and those of another stage. {_TWO_SAVES}")

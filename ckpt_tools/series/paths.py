@@ -226,20 +226,29 @@ def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str
                 f"{path} is one checkpoint, and a series is next to it. To average the series, use '{inside[0]}'.{way}"
             )
         notes.extend(f"{path} is one checkpoint itself. For those in its folder, use '{each}'." for each in inside)
+    _note_masters(paths, notes)
+
+
+def _note_masters(paths: Sequence[Path], notes: list[str]) -> None:
+    """Note float32 weights beside others: Hugging Face's Trainer has DeepSpeed's folder in that of its checkpoint."""
+    for path in paths[:1]:
+        if store_of(path).is_folder(path) and folder_of(path) is None:
+            inside = (child for child in _children(path) if store_of(child).is_folder(child))
+            for masters in (child for child in inside if folder_of(child) == child):
+                like = _like(path) / _like(masters).name
+                notes.append(f"{path} has DeepSpeed's float32 weights, too. To take these, use '{like}'.")
 
 
 def _series_in(folder: Path) -> list[Path]:
     """Return globs for the series in a folder that is a checkpoint or has one: in folders below, or loose files."""
     store, loose = store_of(folder), is_checkpoint(folder)
-    inside = folder_of(folder)  # of DeepSpeed, and the checkpoint itself
     times: Counter[Path] = Counter()
     for child in _children(folder):
-        if child == inside:
-            continue
         if not store.is_folder(child):
             own = [child] if loose and re.search(r"\d", child.name) and _is_weights(child) else []
         else:
-            own = _checkpoints(child) * (1 + is_checkpoint(child))  # one is enough, if it is a folder
+            # One is enough, if it is a folder, but not DeepSpeed's, which is of the same checkpoint.
+            own = _checkpoints(child) * (1 + (is_checkpoint(child) and folder_of(child) != child))
         times[_like(child)] += sum(not _is_part(each) for each in own)
     return [glob for glob, n in times.items() if n > 1]
 
