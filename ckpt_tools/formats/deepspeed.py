@@ -34,7 +34,8 @@ from .torch_zip import TORCH_ZIP, read_archive
 from .tree import follow
 from .zip import Archive
 
-STATES = ("_model_states.pt", "_optim_states.pt")
+STATES = ("model_states.pt", "optim_states.pt")
+"""How the names of the files end."""
 MASTERS = "fp32"
 """Key of the float32 weights in the tree of a header."""
 FLAT_KEYS = ("single_partition_of_fp32_groups", "fp32_flat_groups")

@@ -231,12 +231,12 @@ def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str
 
 def _note_masters(paths: Sequence[Path], notes: list[str]) -> None:
     """Note float32 weights beside others: Hugging Face's Trainer has DeepSpeed's folder in that of its checkpoint."""
-    for path in paths[:1]:
-        if store_of(path).is_folder(path) and folder_of(path) is None:
-            inside = (child for child in _children(path) if store_of(child).is_folder(child))
-            for masters in (child for child in inside if folder_of(child) == child):
-                like = _like(path) / _like(masters).name
-                notes.append(f"{path} has DeepSpeed's float32 weights, too. To take these, use '{like}'.")
+    path = paths[0]
+    if store_of(path).is_folder(path) and checkpoint_inside(path) is not None:
+        masters = folder_of(path)
+        if masters is not None:
+            like = _like(path) / _like(masters).name
+            notes.append(f"{path} has DeepSpeed's float32 weights, too. To take these, use '{like}'.")
 
 
 def _series_in(folder: Path) -> list[Path]:
