@@ -868,7 +868,6 @@ def test_find_series_rejects_several_ranks_of_one_checkpoint(plain: Callable[...
         ("mp_rank_01_000/model_optim_rng.pt", "mp_rank_00_000/model_optim_rng.pt"),
         ("consolidated.00.pth", "consolidated.01.pth"),
         ("model_world_size_8_rank_0.pt", "model_world_size_8_rank_5.pt"),
-        ("layer_03-model_00-model_states.pt", "layer_04-model_00-model_states.pt"),
     ],
 )
 def test_find_series_rejects_one_rank_of_several(
