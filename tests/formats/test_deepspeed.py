@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zero import Arrays, arrays, fragment_address, load, save, save_universal, save_zero
+from zero_files import Arrays, arrays, fragment_address, load, save, save_universal, save_zero
 
 from ckpt_tools import average, convert, diff, open_checkpoint
 from ckpt_tools.errors import CkptError, CorruptError, LayoutError, NotACheckpointError, UnsupportedError, UsageError
