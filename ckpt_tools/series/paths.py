@@ -285,8 +285,8 @@ def _refuse_one_rank(paths: Sequence[Path]) -> None:
 
 
 def _whole_folder(file: Path) -> str:
-    """Advise to give the folder of a file, if that is a checkpoint: DeepSpeed's have a file for each rank."""
-    return f"Give the folder: {file.parent}" if is_checkpoint(file.parent) else ""
+    """Advise to give the folder of a file, if it is one of DeepSpeed's, which are read whole."""
+    return f"Give the folder: {file.parent}" if folder_of(file.parent) == file.parent else ""
 
 
 def _other_rank(place: Path, inside: Path) -> Path | None:
