@@ -30,7 +30,7 @@ from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
 from .threads import in_threads
 from .tiles import Tile, rows
-from .work_units import MEMORY, SLICE, Band, OutFile, Slice, WorkUnit, cut, divided, of_tensors, orders_of
+from .work_units import MEMORY, SLICE, Band, OutFile, Slice, WorkUnit, cut, divided, of_tensors, orders_of, pieces
 
 if TYPE_CHECKING:
     from .torch_sums import Recipe, Worker
@@ -53,7 +53,7 @@ def memory_needed(
     Raises:
         UsageError: `gpu_memory` is too little.
     """
-    keyed = [(tensor, tensor.group_key) for tensor in tensors]
+    keyed = [(piece, piece.group_key) for tensor in tensors for piece in pieces(tensor)]
     tiled = [tensor for tensor, key in keyed if key is None and tensor.data is None]
     keys = dict.fromkeys(key for _, key in keyed if key is not None)
     each = native.MEMORY if all(map(native.knows, keys)) else MEMORY
@@ -99,7 +99,7 @@ def run(
         # By identity first: tensors of a shared template have one tuple of files. The dict keeps all tuples alive.
         shared = {id(each): each for _, each in places}
         files.open_all(path for each in shared.values() for path, _ in each)
-        tensors = (tensor for out in outputs for tensor, _ in out.plan.payloads)
+        tensors = (piece for out in outputs for tensor, _ in out.plan.payloads for piece in pieces(tensor))
         gpus = Accelerator(tensors, threads, devices, gpu_memory)
         other = slice_size or SLICE
 
@@ -219,7 +219,8 @@ class _Job:
             for slice_, crc in written:
                 self.disk.written(slice_)
                 if slice_.out.plan.needs_checksums:
-                    self._crcs.setdefault(slice_.tensor, {})[slice_.stop * slice_.tensor.dtype.itemsize] = crc
+                    tensor, end = slice_.end
+                    self._crcs.setdefault(tensor, {})[end] = crc
 
     def checksum(self, tensor: OutTensor) -> int:
         total = before = 0

@@ -16,7 +16,7 @@ import torch
 from ..errors import NumericsError
 from ..formats.file_plan import OutTensor
 from ..storage.source import OpenFiles
-from ..tensors import Category, DType
+from ..tensors import Category, DType, c_strides
 from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .tiles import Tile
@@ -256,10 +256,10 @@ class Worker:
 def _index(slice_: Slice, at: int) -> list[int]:
     """Return the index in its tensor of an element of a slice."""
     tile = slice_.tile or Tile((0,) * len(slice_.tensor.shape), slice_.tensor.shape)
-    if not tile.sizes:
-        return []
-    place = torch.unravel_index(torch.tensor(at if slice_.tile else slice_.start + at), tile.sizes)
-    return [low + int(i) for low, i in zip(tile.low, place, strict=True)]
+    at = at if slice_.tile else slice_.start + at
+    # torch.unravel_index would import 500 modules.
+    strides = c_strides(tile.sizes)
+    return [low + at // step % size for low, size, step in zip(tile.low, tile.sizes, strides, strict=True)]
 
 
 def _overflow(dtype: torch.dtype) -> float:

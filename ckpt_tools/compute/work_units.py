@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..formats.file_plan import Computed, FilePlan, Files, GroupKey, OutTensor
-from ..tensors import Storage, TensorSpec, c_strides
+from ..tensors import Chunk, ChunkedSpec, Storage, TensorSpec, c_strides, in_c_order
 from .tiles import Axes, Tile, cut_tile, storage_order, storage_orders, tiles
 
 SLICE = 128 * 1024
@@ -88,6 +88,12 @@ class Slice(NamedTuple):
         return self.numel * self.tensor.dtype.itemsize
 
     @property
+    def end(self) -> tuple[OutTensor, int]:
+        """The tensor that it is a slice of, whole, and the byte of it at which it ends."""
+        whole, before = (self.tensor.whole, self.tensor.before) if isinstance(self.tensor, Piece) else (self.tensor, 0)
+        return whole, (before + self.stop) * self.tensor.dtype.itemsize
+
+    @property
     def bytes_moved(self) -> int:
         """Bytes to read from all inputs and to write."""
         return self.numel * (self.tensor.terms.width + self.tensor.dtype.itemsize)
@@ -118,12 +124,73 @@ class CoalescedRange(OutTensor):
     members: tuple[tuple[OutTensor, int], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece(OutTensor):
+    """Elements of a tensor that are in one range of bytes in each input, as a tensor of their own.
+
+    Attributes:
+        whole: the tensor.
+        before: elements of it before these.
+    """
+
+    whole: OutTensor = field(kw_only=True)
+    before: int = field(kw_only=True)
+
+
+def pieces(tensor: OutTensor) -> Sequence[OutTensor]:
+    """Cut a tensor whose inputs are chunks in C order where a chunk ends; return any other tensor as it is."""
+    specs = tensor.terms.specs
+    if not any(type(spec) is ChunkedSpec for spec in specs):
+        return (tensor,)
+    if not all(
+        in_c_order(spec) and not spec.swapped and all(c.contiguous for _, c in spec.as_chunks) for spec in specs
+    ):
+        return (tensor,)
+    stored = [_ranges(spec.as_chunks) for spec in specs]
+    found: list[OutTensor] = []
+    start = 0
+    at = [0] * len(stored)  # the range of each input
+    begins = [0] * len(stored)  # where it begins, in elements
+    while start < tensor.numel:
+        stop = min(begin + ranges[i].numel for ranges, i, begin in zip(stored, at, begins, strict=True))
+        own = tuple(
+            TensorSpec(each.dtype, (stop - start,), (1,), each.start + start - begin, each.storage)
+            for each, begin in ((ranges[i], begin) for ranges, i, begin in zip(stored, at, begins, strict=True))
+        )
+        terms = replace(tensor.terms, specs=own)
+        found.append(
+            Piece(tensor.dtype, (stop - start,), terms, tensor.name, tensor.finite, whole=tensor, before=start)
+        )
+        for k, ranges in enumerate(stored):
+            if begins[k] + ranges[at[k]].numel == stop:
+                at[k], begins[k] = at[k] + 1, stop
+        start = stop
+    return found
+
+
+def _ranges(chunks: Sequence[Chunk]) -> list[TensorSpec]:
+    """Return chunks as flat tensors, those that are one behind another in a file as one."""
+    found: list[TensorSpec] = []
+    for _, chunk in chunks:
+        begin, numel, item = chunk.begin, chunk.numel, chunk.dtype.itemsize
+        if found and found[-1].storage.path == chunk.storage.path and found[-1].begin + found[-1].nbytes == begin:
+            begin, numel = found[-1].begin, found.pop().numel + numel
+        storage = Storage(chunk.storage.path, begin, numel * item, chunk.storage.big_endian)
+        found.append(TensorSpec(chunk.dtype, (numel,), (1,), 0, storage))
+    return found
+
+
 def coalesced(plan: FilePlan) -> Iterator[tuple[OutTensor, int, GroupKey | None]]:
-    """Yield (tensor, offset, group key); tensors adjacent in every file are coalesced unless each needs its own CRC."""
+    """Yield (tensor or piece, offset, group key); those adjacent in every file are coalesced unless a CRC is needed."""
     members: list[tuple[OutTensor, int]] = []
     before: GroupKey | None = None
     ends: _Edges = []  # of the last tensor that can have a neighbour
-    for tensor, offset in plan.payloads:
+    parts = (
+        (part, offset + (part.before * part.dtype.itemsize if isinstance(part, Piece) else 0))
+        for tensor, offset in plan.payloads
+        for part in pieces(tensor)
+    )
+    for tensor, offset in parts:
         key = tensor.group_key
         begins: _Edges = []
         if key is not None and not plan.needs_checksums:
@@ -159,7 +226,12 @@ def _joined(members: Sequence[tuple[OutTensor, int]]) -> tuple[OutTensor, int]:
 
 
 def of_tensors(slice_: Slice) -> Iterator[Slice]:
-    """Yield the slice of each tensor in a coalesced range; any other slice as it is."""
+    """Yield the slice of each whole tensor in a coalesced range, or of that of a piece; any other slice as it is."""
+    if isinstance(slice_.tensor, Piece):
+        before = slice_.tensor.before
+        offset = slice_.offset - before * slice_.tensor.dtype.itemsize
+        yield Slice(slice_.out, slice_.tensor.whole, offset, before + slice_.start, before + slice_.stop)
+        return
     if slice_.tile is not None or not isinstance(slice_.tensor, CoalescedRange):
         yield slice_
         return
@@ -167,7 +239,7 @@ def of_tensors(slice_: Slice) -> Iterator[Slice]:
         before = (offset - slice_.offset) // tensor.dtype.itemsize
         start, stop = max(slice_.start - before, 0), min(slice_.stop - before, tensor.numel)
         if start < stop:
-            yield Slice(slice_.out, tensor, offset, start, stop)
+            yield from of_tensors(Slice(slice_.out, tensor, offset, start, stop))
 
 
 @dataclass(slots=True)
@@ -213,7 +285,8 @@ def cut(
             ):  # two bytes: for the sums of 8-bit floats
                 yield from _slices(out, tensor, offset, key, slice_size)
             elif numel:
-                gathered.slices.append(Slice(out, tensor, offset, 0, numel, header=headers.get(offset)))
+                header = None if isinstance(tensor, Piece) else headers.get(offset)
+                gathered.slices.append(Slice(out, tensor, offset, 0, numel, header=header))
                 gathered.size += numel * max(gathered.widest, 4)
                 if gathered.size >= _GATHERED or len(gathered.slices) >= _MANY:
                     yield WorkUnit(key, tuple(gathered.slices), small=True)

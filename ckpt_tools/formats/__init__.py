@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import NotACheckpointError, ReadError, UnsupportedError
 from ..storage.source import store_of
 from .dcp import DCP_FOLDER
+from .deepspeed import DEEPSPEED
 from .format import FORMATS, Format, read_single
 from .fsdp import FSDP_FOLDER
 from .header import Header
@@ -25,7 +26,7 @@ from .torch_script import TORCH_SCRIPT
 from .torch_zip import TORCH_ZIP
 
 FORMATS[:] = [
-    SHARDED, LIGHTNING_FOLDER, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER, RANKS,
+    SHARDED, LIGHTNING_FOLDER, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER, RANKS, DEEPSPEED,
     TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO,
 ]  # fmt: skip
 
@@ -96,10 +97,12 @@ def _read_header(path: Path) -> Header:
         for each in FORMATS:
             if each.folder and each.sniff(path, b""):
                 return each.read(path)
-        files = any(holds_weights(name) and store.is_file(path / name) for name in store.names(path))
+        names = store.names(path)
+        inside = next((path / n for n in names if store.is_folder(path / n) and is_checkpoint(path / n)), None)
+        files = any(holds_weights(name) and store.is_file(path / name) for name in names)
         raise NotACheckpointError(
             f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
-            + (" Give one of its files." if files else "")
+            + (f" Give one of its folders, such as {inside}" if inside else " Give one of its files." if files else "")
         )
     except OSError as error:
         raise ReadError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error

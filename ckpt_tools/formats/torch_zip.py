@@ -136,13 +136,16 @@ KNOWN: WeakValueDictionary[tuple[int, int], ArchiveTemplate] = WeakValueDictiona
 """Templates by (file size, offset of the central directory), kept while a header uses them."""
 
 
-def read_archive(archive: Archive, path: Path, *, where: str, script: bool = False) -> tuple[str, Any, Counter[str]]:
+def read_archive(
+    archive: Archive, path: Path, *, where: str, script: bool = False, torch_values: bool = True
+) -> tuple[str, Any, Counter[str]]:
     """Read an archive that `torch.save` wrote.
 
     Args:
         path: of the file, for the specs.
         where: for messages.
         script: it is of TorchScript instead, see `root_of`.
+        torch_values: as `pickle_read.load` takes it.
 
     Returns:
         (the root folder name of its entries, the object tree, unknown globals of the pickle with counts).
@@ -167,7 +170,8 @@ def read_archive(archive: Archive, path: Path, *, where: str, script: bool = Fal
             )
         return Storage(path, archive.offset_of(name), nbytes, big_endian)
 
-    tree, foreign = pickle_read.load(io.BytesIO(archive.read(f"{root}/data.pkl")), locate, where=where)
+    data = io.BytesIO(archive.read(f"{root}/data.pkl"))
+    tree, foreign = pickle_read.load(data, locate, where=where, torch_values=torch_values)
     return root, tree, foreign
 
 

@@ -120,8 +120,9 @@ def average(
     names = short_names([member.path for member in members])
     coefficients = _coefficients(schedule, series)
     weights = _line_up(members, names, matching, mixed_dtypes=dtype is not None)
+    written = dtype or weights.states[-1].dtype
     tensors = weighted_sums(
-        weights.aligned, coefficients, dtype=dtype, keep_running=matching.buffers == "last", shared=weights.shared
+        weights.aligned, coefficients, dtype=written, keep_running=matching.buffers == "last", shared=weights.shared
     )
     unique = dict.fromkeys(tensors.values())
     arguments = _arguments(schedule, matching, dtype, running)

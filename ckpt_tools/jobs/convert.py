@@ -232,7 +232,9 @@ def _content(
     missing: Missing,
 ) -> Content:
     copies: dict[TensorSpec, OutTensor] = {}
-    written = {which: _copied(header, each, found.get("raw"), dtype, copies) for which, each in sets.items()}
+    written = {
+        which: _copied(header, each, found.get("raw"), dtype or each.dtype, copies) for which, each in sets.items()
+    }
     ema = written.get("ema") or next(iter(written.values()))
     raw = written.get("raw", ema)
     averaged = sets.get("ema") or next(iter(sets.values()))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -20,7 +20,7 @@ from ..formats import read_header
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..storage.source import LOCAL, OpenFiles, read_at, store_of
-from ..tensors import Tensor, TensorSpec
+from ..tensors import Tensor, TensorSpec, in_c_order
 from .metrics import measured, metric_of, stored_under
 from .paths import as_path, find, keep_one, lined_up_first, listed, natural_key, without_numbers
 
@@ -177,10 +177,28 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
     return list(groups.values())
 
 
-def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
-    """List (bare name, spec) of all chunks of the weights; if no layout tells them, of all but the training state."""
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor, or a chunk of one: its name, what of it has to be equal in a copy, and where its bytes are.
+
+    Attributes:
+        pieces: its bytes one behind another, whoever cut them.
+    """
+
+    name: tuple[Any, ...]
+    outline: tuple[object, ...]
+    pieces: tuple[TensorSpec, ...]
+
+    @property
+    def extent(self) -> int:
+        return sum(piece.extent for piece in self.pieces)
+
+
+def _weights(header: Header) -> list[_Stored]:
+    """List the weights; if no layout tells them, all but the training state."""
     if header.ranks:
-        return [((name, *path), spec) for name, rank in header.ranks.items() for path, spec in _weights(rank)]
+        own = ((name, each) for name, rank in header.ranks.items() for each in _weights(rank))
+        return [replace(each, name=(name, *each.name)) for name, each in own]
     tree = header.tree if isinstance(header.tree, dict) else {}
     found: Iterable[tuple[tuple[Any, ...], Tensor]]
     try:
@@ -192,51 +210,60 @@ def _weights(header: Header) -> list[tuple[tuple[Any, ...], TensorSpec]]:
             for path, spec in tensors_in(header.tree)
             if not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
         )
-    return [
-        ((*path, *offsets), chunk)
-        for path, spec in found
-        if isinstance(spec, TensorSpec)
-        for offsets, chunk in spec.as_chunks
-    ]
+    return [stored for path, spec in found if isinstance(spec, TensorSpec) for stored in _stored(path, spec)]
+
+
+def _stored(path: tuple[Any, ...], spec: TensorSpec) -> Iterator[_Stored]:
+    """Yield a tensor whole if its chunks are in C order one behind another, and else chunk by chunk."""
+    order = spec.storage.big_endian
+    if in_c_order(spec):
+        pieces = tuple(chunk for _, chunk in spec.as_chunks)
+        yield _Stored(path, (spec.dtype.name, spec.shape, spec.stride, order), pieces)
+        return
+    for index, chunk in spec.as_chunks:
+        yield _Stored((*path, *index), (chunk.dtype.name, chunk.shape, chunk.stride, order), (chunk,))
 
 
 def _outlines(header: Header) -> object:
     """Compare names, dtypes and shapes; no payload is read."""
-    return frozenset((path, s.dtype.name, s.shape, s.stride, s.storage.big_endian) for path, s in _weights(header))
+    return frozenset((each.name, each.outline) for each in _weights(header))
 
 
 def _middles(header: Header) -> object:
     """Compare 64 bytes of each tensor: at least one tensor changes between checkpoints."""
     with OpenFiles() as files:
-        middles = ((path, _blocks(files, spec, spec.extent // 2, 64)) for path, spec in _weights(header))
-        return frozenset((path, b"".join(blocks)) for path, blocks in middles)
+        middles = ((each.name, _blocks(files, each, each.extent // 2, 64)) for each in _weights(header))
+        return frozenset((name, b"".join(blocks)) for name, blocks in middles)
 
 
 def _values(header: Header) -> object:
     """Compare all bytes."""
-    digests: dict[tuple[Path, int, int], bytes] = {}
+    digests: dict[tuple[TensorSpec, ...], bytes] = {}
     found = set()
     with OpenFiles() as files:
-        for path, spec in _weights(header):
-            where = spec.storage.path, spec.begin, spec.extent
-            if where not in digests:
+        for each in _weights(header):
+            if each.pieces not in digests:
                 digest = hashlib.sha256()
-                for block in _blocks(files, spec, 0, spec.extent):
+                for block in _blocks(files, each, 0, each.extent):
                     digest.update(block)
-                digests[where] = digest.digest()
-            found.add((path, digests[where]))
+                digests[each.pieces] = digest.digest()
+            found.add((each.name, digests[each.pieces]))
     return frozenset(found)
 
 
-def _blocks(files: OpenFiles, spec: TensorSpec, start: int, nbytes: int) -> Iterator[memoryview]:
+def _blocks(files: OpenFiles, stored: _Stored, start: int, nbytes: int) -> Iterator[memoryview]:
     """Yield the bytes of a tensor from `start` (relative to its first element) in blocks of a megabyte."""
-    path, stop = spec.storage.path, min(start + nbytes, spec.extent)
-    files.open(path)
-    while start < stop:
-        block = memoryview(bytearray(min(stop - start, 1 << 20)))
-        read_at(files[path], block, spec.begin + start, path)
-        yield block
-        start += len(block)
+    stop = start + nbytes
+    for piece in stored.pieces:
+        path, end = piece.storage.path, min(stop, piece.extent)
+        files.open(path)
+        at = max(start, 0)
+        while at < end:
+            block = memoryview(bytearray(min(end - at, 1 << 20)))
+            read_at(files[path], block, piece.begin + at, path)
+            yield block
+            at += len(block)
+        start, stop = start - piece.extent, stop - piece.extent
 
 
 def _is_average(made: Any) -> bool:

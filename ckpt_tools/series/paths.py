@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
+from ..formats.deepspeed import folder_of
 from ..formats.fsdp import rank_files_of
 from ..formats.ranks import rank_files
 from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
@@ -270,6 +271,17 @@ def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str
                 f"{path} is one checkpoint, and a series is next to it. To average the series, use '{inside[0]}'.{way}"
             )
         notes.extend(f"{path} is one checkpoint itself. For those in its folder, use '{each}'." for each in inside)
+    _note_masters(paths, notes)
+
+
+def _note_masters(paths: Sequence[Path], notes: list[str]) -> None:
+    """Note float32 weights beside others: Hugging Face's Trainer has DeepSpeed's folder in that of its checkpoint."""
+    path = paths[0]
+    if store_of(path).is_folder(path) and checkpoint_inside(path) is not None:
+        masters = folder_of(path)
+        if masters is not None:
+            like = _like(path) / _like(masters).name
+            notes.append(f"{path} has DeepSpeed's float32 weights, too. To take these, use '{like}'.")
 
 
 def _series_in(folder: Path) -> list[Path]:
@@ -280,8 +292,10 @@ def _series_in(folder: Path) -> list[Path]:
         if not store.is_folder(child):
             own = [child] if loose and re.search(r"\d", child.name) and _is_weights(child) else []
         else:
-            # One is enough, if it is a folder of a series; verl exports a model into each checkpoint's `huggingface`.
-            own = _checkpoints(child) * (1 + (is_checkpoint(child) and bool(re.search(r"\d", child.name))))
+            # One is enough, if it is a folder, but not DeepSpeed's, which is of the same checkpoint. verl exports a
+            # model into each checkpoint's `huggingface`.
+            numbered = is_checkpoint(child) and re.search(r"\d", child.name) is not None
+            own = _checkpoints(child) * (1 + (numbered and folder_of(child) != child))
         times[_like(child)] += sum(not _is_part(each) for each in own)
     return [glob for glob, n in times.items() if n > 1]
 
@@ -330,6 +344,8 @@ def _refuse_one_rank(paths: Sequence[Path]) -> None:
 
 def _way_on(rank: Path) -> str:
     """Say what to give instead of a rank: the folder of all ranks, if their files are read together."""
+    if folder_of(rank.parent) == rank.parent:
+        return f" Give the folder: {rank.parent}"
     folder = next((folder for folder in [*rank.parents][:2] if rank_files(folder)), None)
     if folder is None:
         return " Merge the ranks first, with the tools of the program that wrote them."

@@ -866,8 +866,6 @@ def test_find_series_rejects_several_ranks_of_one_checkpoint(plain: Callable[...
     [
         ("mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"),
         ("mp_rank_01_000/model_optim_rng.pt", "mp_rank_00_000/model_optim_rng.pt"),
-        ("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
-        ("zero_pp_rank_1_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"),
         ("consolidated.00.pth", "consolidated.01.pth"),
         ("layer_03-model_00-model_states.pt", "layer_04-model_00-model_states.pt"),
         ("layer_03-model_states.pt", "layer_04-model_states.pt"),

@@ -15,6 +15,7 @@ write it, as `averaged_model` does; where finding the sets takes more than two p
 from __future__ import annotations
 
 from .averaged_model import AVERAGED_MODEL, MMENGINE, TORCHVISION
+from .deepspeed import DEEPSPEED
 from .ema_pytorch import EMA_PYTORCH
 from .layout import DETECTED, LAYOUTS, Encoding, Layout, StateDict, register, unregister
 from .lightning import LIGHTNING, LIGHTNING_SWA, NEMO
@@ -30,12 +31,13 @@ from .ultralytics import ULTRALYTICS
 LAYOUTS += [
     PLAIN, TIMM, TIMM_EMA, DEIT, TORCHVISION, MODEL_STATE_DICT, AVERAGED_MODEL, LITEMA, LIGHTNING, LIGHTNING_SWA, NEMO,
     MMENGINE, ULTRALYTICS, TORCHTITAN, D2GO, EMA_PYTORCH, DIT, ICEFALL, DINO, FAIRSEQ, DIFFUSERS, PYTORCH_EMA, DCP,
+    DEEPSPEED,
 ]  # fmt: skip
 # The order of detection of averaged weights: what is known for certain goes first, then timm's order. Where two
 # layouts differ in the encoding of the average alone, the plain one is the second.
 DETECTED += [
-    TORCHTITAN, LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL, DINO,
-    FAIRSEQ, LIGHTNING_SWA,
+    DEEPSPEED, TORCHTITAN, LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL,
+    DINO, FAIRSEQ, LIGHTNING_SWA,
 ]  # fmt: skip
 
 __all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "register", "select", "states", "unregister"]

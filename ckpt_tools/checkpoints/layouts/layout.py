@@ -16,7 +16,7 @@ from ...formats.format import Format
 from ...formats.header import Header
 from ...formats.sharded import SHARDED
 from ...formats.tree import Path, follow, put
-from ...tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
+from ...tensors import DTYPES, DType, Tensor, TensorSpec, UnsupportedTensor
 from ..optimizers import flat_training_state
 
 Weights = Mapping[str, OutTensor]
@@ -43,6 +43,7 @@ class StateDict:
         set_paths: paths of all sets of weights and of what belongs to them, this one among them.
         parts: the sets that this one joins, each with its path before its names; empty for a set of its own.
         file: that of a rank, by its name: the first key of `path`; empty where the checkpoint is not of ranks.
+        dtype: what its floating-point tensors are written in, unless another one is asked for; None for that of each.
     """
 
     tensors: Mapping[str, Tensor]
@@ -61,6 +62,7 @@ class StateDict:
     set_paths: tuple[Path, ...] = ()
     parts: tuple[StateDict, ...] = ()
     file: str = ""
+    dtype: DType | None = None
 
     @property
     def lead(self) -> str:

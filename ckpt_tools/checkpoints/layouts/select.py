@@ -9,6 +9,7 @@ from os.path import commonprefix
 from typing import Any
 
 from ...errors import LayoutError
+from ...formats.deepspeed import FLAT_KEYS, folder_of
 from ...formats.header import Header
 from ...formats.pickle_read import NUMPY_ARRAYS, Inert
 from ...formats.tree import tensors_in
@@ -28,6 +29,7 @@ from .layout import (
     one_of,
     read_sets,
     set_keys,
+    split,
     swapped_keys,
 )
 
@@ -149,13 +151,24 @@ def _refuse_nested(header: Header, state: StateDict) -> None:
 
 
 def _with_weights(header: Header, state: StateDict) -> StateDict:
-    """Refuse weights that are elsewhere: DeepSpeed's ZeRO-3 leaves an empty tensor in the place of each that it splits.
+    """Refuse weights that are elsewhere: ZeRO-3 leaves an empty tensor in the place of each that it splits."""
+    absent = _absent(header, state.tensors)
+    if absent is None:
+        return state
+    raise LayoutError(
+        f"{header.path}: {state.label} has {absent}. DeepSpeed's ZeRO-3 keeps the weights in *_optim_states.pt files"
+        + _beside(header)
+    )
 
-    It splits large ones alone, so in a plain file many, but not all, have to be empty.
+
+def _absent(header: Header, tensors: Mapping[str, Tensor]) -> str | None:
+    """Describe one of the weights that are not there.
+
+    ZeRO-3 splits large ones alone, so in a plain file many, but not all, have to be empty.
     """
     weights = {
         name: tensor
-        for name, tensor in state.tensors.items()
+        for name, tensor in tensors.items()
         if isinstance(tensor, TensorSpec) and not is_buffer(name, tensor)
     }
     stored = header.tree.get("param_shapes") if isinstance(header.tree, dict) else None
@@ -165,13 +178,34 @@ def _with_weights(header: Header, state: StateDict) -> StateDict:
     empty = [name for name, tensor in weights.items() if tensor.shape == (0,) and name.endswith("weight")]
     wrong = [name for name, tensor in weights.items() if shapes.get(name, tensor.shape) != tensor.shape]
     if not wrong and 4 * len(empty) <= len(weights):
-        return state
+        return None
     where = "from which its 'param_shapes' differ" if wrong else "which is empty"
-    raise LayoutError(
-        f"{header.path}: {state.label} has '{(wrong or empty)[0]}' of shape "
-        f"{[*weights[(wrong or empty)[0]].shape]}, {where}. DeepSpeed's ZeRO-3 keeps the weights in the "
-        "*_optim_states.pt files beside such a file. Make a whole checkpoint of them with the zero_to_fp32.py that "
-        "DeepSpeed puts into the folder of the run."
+    return f"'{(wrong or empty)[0]}' of shape {[*weights[(wrong or empty)[0]].shape]}, {where}"
+
+
+def _beside(header: Header) -> str:
+    """Say where the files of all ranks are, which DeepSpeed puts into one folder."""
+    folder = folder_of(header.path if header.in_folder else header.path.parent)
+    if folder is None or not any(name.endswith("_optim_states.pt") for name in store_of(folder).names(folder)):
+        return ", which are not here. Give the folder that has those of all ranks."
+    return f". Give the folder that has them all: {folder}"
+
+
+def _of_one_rank(header: Header) -> str | None:
+    """Describe one file of a DeepSpeed checkpoint with ZeRO; None if it is no such file."""
+    top = header.tree if isinstance(header.tree, dict) else {}
+    optimizer = top.get("optimizer_state_dict")
+    if isinstance(optimizer, dict) and not optimizer.keys().isdisjoint(FLAT_KEYS):
+        return f"the optimizer states of one rank of DeepSpeed. Each rank has a part of the weights{_beside(header)}"
+    module = top.get("module")
+    if "ds_version" not in top or top.get("param_shapes") is None or not isinstance(module, dict):
+        return None
+    where = f"are in *_optim_states.pt files{_beside(header)}"
+    if _absent(header, split(module)[0]) is not None:
+        return f"the model states of DeepSpeed's ZeRO-3, and the weights {where}"
+    return (
+        "the model states of DeepSpeed. Use `state='module'` for the weights as the network computes with them. "
+        f"Those in float32 {where}"
     )
 
 
@@ -199,6 +233,9 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
         if other_file is not None:
             return f"has no ema weights; they are in {other_file}."
         return f"has no {which} weights, only {other.label}. Use `state={other.which!r}`."
+    of_one_rank = _of_one_rank(header)
+    if of_one_rank is not None:
+        return of_one_rank
     from_code = "not a state dict; it was not loaded. Save its state_dict() from the code that made it."
     if isinstance(header.tree, Inert):
         return f"{_in_words(header.tree)}, {from_code}"
