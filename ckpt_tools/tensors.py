@@ -7,7 +7,7 @@ and `ckpt inspect` take milliseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -227,6 +227,14 @@ class TensorSpec:
         storage = Storage(path, at.offset + shift, at.nbytes, at.big_endian)
         return TensorSpec(self.dtype, self.shape, self.stride, self.start, storage)
 
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        """Return the tensor in other files.
+
+        Args:
+            place: from each of its files to the other one, and the bytes by which the payload starts later there.
+        """
+        return self.relocated(*place(self.storage.path))
+
 
 @_unchanging
 class ChunkedSpec(TensorSpec):
@@ -255,9 +263,47 @@ class ChunkedSpec(TensorSpec):
         """The files of the chunks."""
         return tuple(chunk.storage.path for _, chunk in self.chunks)
 
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        chunks = tuple((offsets, chunk.placed(place)) for offsets, chunk in self.chunks)
+        return ChunkedSpec(self.dtype, self.shape, self.stride, self.start, self.storage, chunks)
+
 
 Chunk = tuple[tuple[int, ...], TensorSpec]
 """A box of a tensor: (index of its first element, its spec)."""
+
+
+@_unchanging
+class SummedSpec(TensorSpec):
+    """A tensor that no file holds: a weighted sum of tensors of its shape; `Terms` takes it apart.
+
+    Attributes:
+        dtype: the one to which the sum is rounded.
+        stride, start: of the sum in C order.
+        storage: empty; its path is that of the first term, for messages.
+        terms: (tensor, coefficient) each.
+    """
+
+    terms: tuple[tuple[TensorSpec, float], ...]
+
+    @classmethod
+    def of(cls, terms: Iterable[tuple[TensorSpec, float]]) -> SummedSpec:
+        """Make it of tensors of one shape; the first one's dtype is that of the sum."""
+        terms = tuple(terms)
+        first = terms[0][0]
+        return cls(first.dtype, first.shape, c_strides(first.shape), 0, Storage(first.storage.path, 0, 0), terms)
+
+    @property
+    def contiguous(self) -> bool:
+        """False: its bytes are computed."""
+        return False
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of the terms."""
+        return tuple(path for spec, _ in self.terms for path in spec.paths)
+
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        return SummedSpec.of((spec.placed(place), coefficient) for spec, coefficient in self.terms)
 
 
 @_unchanging

@@ -16,6 +16,7 @@ from ..tensors import TensorSpec
 from .layouts import StateDict, select, states
 from .layouts.counterparts import are_twins, is_average
 from .layouts.layout import dotted, one_of, read_sets, set_keys
+from .layouts.schedule_free import evaluated
 from .prefixes import unwrap
 from .state_dicts import state_dicts
 from .training_state import leads
@@ -25,11 +26,16 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
     """Select the weights of a checkpoint, all parts of the model together.
 
     Args:
-        asked: for one part each, what `select` takes; ``auto`` and ``raw`` take the parts beside the weights, too.
+        asked: for one part each, what `select` takes; ``auto``, ``raw`` and ``eval`` take the parts beside the weights,
+            too.
 
     Raises:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
+    if "eval" in asked:
+        if len(asked) > 1:
+            raise LayoutError(f"{header.path}: `state='eval'` takes all parts of a model, and stands alone.")
+        return evaluated(header, select_parts(header, ["raw"]))
     if [*asked] in (["auto"], ["raw"]):
         nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
         return _joined(header, _whole(header, nested or [select(header, asked[0])], asked[0]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -16,6 +16,7 @@ from ..formats.header import Header
 from ..formats.tree import Path, entries, tensors_in, walk
 from ..tensors import Tensor
 from .layouts.layout import StateDict, dotted
+from .layouts.schedule_free import was_training
 from .optimizers import SLOTS, find_optimizers, is_optimizer, looks_like_training_state
 from .prefixes import unwrapping
 from .state_dicts import state_dicts
@@ -84,33 +85,13 @@ def _all_but_weights(
             f"'{dotted((*path, *inner))}' looks like a float32 copy of the weights, which optimizers keep. "
             "It goes, too."
         )
-    if any(_schedule_free(optimizer) for _, optimizer in find_optimizers(value)):
+    if any(was_training(optimizer) for _, optimizer in find_optimizers(value)):
         notes.append(
             f"'{dotted(path)}' is of a schedule-free optimizer that was training: the averaged weights are made from "
-            "its 'z', which goes. To have them in the file, call optimizer.eval() before you save."
+            "its 'z', which goes. To have them in the file, use `state='eval'`, or call optimizer.eval() before you "
+            "save."
         )
     yield from _around(path, value, kept)
-
-
-def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
-    """True if it was saved in training mode, as the schedulefree library notes in each group."""
-    groups = optimizer.get("param_groups")
-    return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
-
-
-def training_mode_note(tree: Any, weights: Collection[Path]) -> str | None:
-    """Say that raw weights are not the averages that a schedule-free optimizer makes of them; None if they may be.
-
-    Args:
-        weights: paths of sets of weights, which are not searched.
-    """
-    found = (path for path, optimizer in find_optimizers(tree, weights) if _schedule_free(optimizer))
-    if (path := next(found, None)) is None:
-        return None
-    return (
-        f"'{dotted(path)}' is of a schedule-free optimizer that was training: the raw weights are what it trains, "
-        "not its averages. To have these in the file, call optimizer.eval() before you save."
-    )
 
 
 def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:

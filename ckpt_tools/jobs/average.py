@@ -11,10 +11,10 @@ from typing import Any
 from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.counterparts import with_names_of
 from ..checkpoints.layouts.layout import Unchanged
+from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.parts import select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
-from ..checkpoints.training_state import training_mode_note
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
@@ -244,12 +244,13 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     for member, state in zip(members[-len(states) :], states, strict=True):
         note = (
             training_mode_note(member.header.tree, [part.path for part in state.parts or (state,)])
-            if state.which != "ema"
+            if state.which not in ("ema", "eval")
             else None
         )
         if note is not None:
             notes.append(f"{member.path.name}: {note}")
             break
+    notes += dict.fromkeys(note for state in states if (note := evaluation_note(state)) is not None)
     return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
 
 

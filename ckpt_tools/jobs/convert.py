@@ -14,7 +14,7 @@ from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
 from ..checkpoints.layouts.entries import left_behind, other_entries
 from ..checkpoints.layouts.layout import Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
-from ..checkpoints.training_state import training_mode_note
+from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
@@ -22,7 +22,7 @@ from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..tensors import Category, DType, TensorSpec, parse_dtype
+from ..tensors import Category, DType, SummedSpec, TensorSpec, parse_dtype
 from .assembly import Assembly, companions, dense, flat, module_versions, nested, unkept_metadata
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
 from .outputs import Target, check_shard_size
@@ -98,6 +98,7 @@ def convert(
     notes = list(_remarks(found, sets, naming))
     if "raw" in sets and (note := training_mode_note(header.tree, [each.path for each in sets.values()])) is not None:
         notes.append(note)
+    notes += [note for each in sets.values() if (note := evaluation_note(each)) is not None]
     if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("The only set of weights is used for both, raw and averaged.")
     content = _content(header, found, sets, dtype, naming, notes, missing)
@@ -254,7 +255,8 @@ def _copied(
         if tensor is None:
             changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
             out = dtype if changed and dtype is not None else spec.dtype
-            tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed)
+            summed = type(spec) is SummedSpec
+            tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed or summed)
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
         weights[name] = tensor

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.prefixes import prefixes, renamed, unwrap
 from ..compute.threads import check_threads
 from ..errors import UsageError
@@ -182,6 +183,8 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         select(headers[0], which.state),
         select(headers[1], which.state if which.state_b is None else which.state_b),
     )
+    for header, state in zip(headers, chosen, strict=True):
+        refuse_computed(header, state)
     bare = unwrap(chosen[0].tensors), unwrap(chosen[1].tensors)
     plan = _plan(
         renamed(chosen[0].tensors, bare[0]),

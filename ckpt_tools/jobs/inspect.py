@@ -8,10 +8,10 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.layout import dotted
+from ..checkpoints.layouts.schedule_free import training_mode_note
 from ..checkpoints.optimizers import find_optimizers, optimizer_name
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
-from ..checkpoints.training_state import training_mode_note
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.metrics import metric_of

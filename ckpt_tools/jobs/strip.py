@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict, select, states
 from ..checkpoints.layouts.layout import dotted
+from ..checkpoints.layouts.schedule_free import evaluation_note, is_computed, refuse_computed
 from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.training_state import any_tensor, leads, nodes, other_weights, stripped, training_state
 from ..errors import LayoutError, UnsupportedError
@@ -18,7 +20,7 @@ from ..formats import read_header
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
-from ..formats.tree import tensors_in
+from ..formats.tree import put, tensors_in
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
 from .options import KeptState, Running, StrippedOutput, takes
@@ -109,6 +111,9 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
     tree = stripped(header.tree, gone)
+    if chosen is not None and is_computed(chosen):
+        tree = _with_sums(header, tree, chosen)
+        notes += [note for note in (evaluation_note(chosen),) if note is not None]
     report = StripReport(
         path=str(header.path),
         out=str(target.path),
@@ -141,6 +146,18 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         bytes_written=assembly.nbytes,
     )
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
+
+
+def _with_sums(header: Header, tree: Any, chosen: StateDict) -> Any:
+    """Copy a tree with the averages of a schedule-free optimizer in the place of the weights that it trains."""
+    if chosen.keys is None:
+        refuse_computed(header, chosen)
+    keys = chosen.keys or {}
+    old = reduce(getitem, chosen.path, tree)
+    weights: Any = OrderedDict(old) | {keys[name]: tensor for name, tensor in chosen.tensors.items()}
+    if (metadata := getattr(old, "_metadata", None)) is not None:
+        weights._metadata = metadata
+    return put(tree, chosen.path, weights)
 
 
 def _beside(tree: Any, sets: Iterable[StateDict]) -> tuple[str, ...]:

@@ -151,7 +151,7 @@ def _named(own: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, 
 
     It may lack buffers, but no parameter. Names may differ by wrappers, and by what one set has before all of them.
     """
-    ours, theirs = ({_bare(name): name for name in names} for names in (known, own))
+    ours, theirs = ({without_wrappers(name): name for name in names} for names in (known, own))
     if len(ours) != len(known) or len(theirs) != len(own):
         return None
     leads = [
@@ -179,7 +179,8 @@ def is_parameter(name: str, tensor: Tensor) -> bool:
     return not is_buffer(name, tensor) and not name.endswith("_extra_state")
 
 
-def _bare(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """Return a name without the components that wrappers of modules add, wherever they are."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
