@@ -221,6 +221,21 @@ class TensorSpec:
         """Its files."""
         return (self.storage.path,)
 
+    @property
+    def computed(self) -> bool:
+        """True if no file has its bytes."""
+        return False
+
+    @property
+    def written(self) -> DType:
+        """The dtype in which it is written if no other one is asked for."""
+        return self.dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes read for each element."""
+        return self.dtype.itemsize
+
     def relocated(self, path: Path, shift: int = 0) -> TensorSpec:
         """Return the tensor at the same offset plus `shift` bytes in another file; not for a chunked tensor."""
         at = self.storage
@@ -298,12 +313,70 @@ class SummedSpec(TensorSpec):
         return False
 
     @property
+    def computed(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The files of the terms."""
         return tuple(path for spec, _ in self.terms for path in spec.paths)
 
     def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
         return SummedSpec.of((spec.placed(place), coefficient) for spec, coefficient in self.terms)
+
+
+@_unchanging
+class ScaledSpec(TensorSpec):
+    """A tensor that is stored as codes and scales: each element is the float32 product of its code and of the scale of
+    its block.
+
+    Attributes:
+        dtype: float32.
+        stride, start: of the products in C order.
+        storage: empty; its path is that of the codes, for messages.
+        codes: of an 8-bit floating-point dtype.
+        scales: one for each block, on a grid with as many axes as the codes; or a single one.
+        block: elements of a block along each axis; those at the end may be smaller.
+    """
+
+    codes: TensorSpec
+    scales: TensorSpec
+    block: tuple[int, ...]
+
+    @classmethod
+    def of(cls, codes: TensorSpec, scales: TensorSpec, block: tuple[int, ...]) -> ScaledSpec:
+        """Make it of codes and scales whose shapes fit."""
+        storage = Storage(codes.storage.path, 0, 0)
+        return cls(DTYPES["float32"], codes.shape, c_strides(codes.shape), 0, storage, codes, scales, block)
+
+    @property
+    def contiguous(self) -> bool:
+        """False: its bytes are computed."""
+        return False
+
+    @property
+    def computed(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of codes and scales."""
+        return (*self.codes.paths, *self.scales.paths)
+
+    @property
+    def written(self) -> DType:
+        """bfloat16, the dtype of the models that are published as 8-bit codes."""
+        return DTYPES["bfloat16"]
+
+    @property
+    def width(self) -> int:
+        """Bytes read for each element; scales are few."""
+        return self.codes.width
+
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        return ScaledSpec.of(self.codes.placed(place), self.scales.placed(place), self.block)
 
 
 @_unchanging

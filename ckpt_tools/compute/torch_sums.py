@@ -57,6 +57,11 @@ class Formula(NamedTuple):
     common: float | None
     anchored: bool
 
+    @property
+    def narrows(self) -> bool:
+        """True if a float32 value is the sum, so that one rounding by torch is all there is to do."""
+        return self.terms == ((torch.float32, 1.0),) and self.real not in _FULL_RANGE and not self.anchored
+
     @classmethod
     def of(cls, dtypes: Sequence[DType], coefficients: Sequence[float], out: DType) -> Formula:
         """Choose the steps for terms of these dtypes and an output of that one."""
@@ -199,6 +204,14 @@ class Worker:
                 whole = values.dtype in _FULL_RANGE
                 self._check(slice_, recipe, formula, values if whole else self._arithmetic.as_single(values))
             return buffer.bytes[: slice_.nbytes]
+        if formula.narrows:
+            self._read(recipe.sources[0], slice_)
+            values = buffer.view(torch.float32, slice_.numel * formula.reals)
+            if not self._allow_nonfinite:
+                self._check(slice_, recipe, formula, values)
+            spare = self._reader.spare()
+            spare.view(formula.real, values.numel()).copy_(values)
+            return spare.bytes[: slice_.nbytes]
         total = self._add_up(slice_, recipe, formula)
         if formula.anchored:
             finite = torch.isfinite(total)

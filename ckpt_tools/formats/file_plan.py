@@ -70,7 +70,9 @@ class Terms:
     @property
     def width(self) -> int:
         """Bytes read for each element of the sum."""
-        return sum([dtype.itemsize for dtype in self.dtypes])
+        if self.files:
+            return self.specs[0].width * len(self.files)
+        return sum([spec.width for spec in self.specs])
 
     @property
     def inputs(self) -> Sequence[tuple[TensorSpec, Files]]:

@@ -15,6 +15,7 @@ from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_n
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.parts import select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
+from ..checkpoints.quantized import dequantized, refuse_without_scales, without_quantization
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
@@ -135,7 +136,13 @@ def average(
         )
         writing = Writing(name=target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base)
         return assemble(
-            tensors, writing, target=target, base=base, state=weights.states[-1], renamed=weights.renamed[-1]
+            tensors,
+            writing,
+            target=target,
+            base=base,
+            state=weights.states[-1],
+            renamed=weights.renamed[-1],
+            edited=dict(without_quantization(base)) if matching.dequantize else None,
         )
 
     def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
@@ -186,6 +193,7 @@ def _arguments(schedule: Schedule, matching: Matching, dtype: DType | None, runn
         "match": None if matching.match == "name" else matching.match,
         "keys": None if matching.keys == "strict" else matching.keys,
         "buffers": None if matching.buffers == "average" else matching.buffers,
+        "dequantize": matching.dequantize or None,
         "dtype": dtype and dtype.name,
         "allow_nonfinite": running.allow_nonfinite or None,
     }
@@ -217,7 +225,11 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
     shared = _shared(members)
     # Files with identical headers have the same tensors.
     asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
-    states = _select_all(members[-1:] if shared else members, names, asked)
+    chosen = members[-1:] if shared else members
+    states = _select_all(chosen, names, asked)
+    if matching.dequantize:
+        states = [dequantized(member.header, state) for member, state in zip(chosen, states, strict=True)]
+        refuse_without_scales(members[-1].header, states)
     new_names = [unwrapped(s) for s in states]
     plan = align(
         [renamed(s.tensors, bare) for s, bare in zip(states, new_names, strict=True)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,21 @@ from ..checkpoints.layouts.entries import left_behind, other_entries
 from ..checkpoints.layouts.layout import Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
 from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
+from ..checkpoints.quantized import (
+    dequantizable,
+    dequantized,
+    quantized,
+    refuse_without_scales,
+    without_quantization,
+)
 from ..compute.threads import check_threads
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from ..formats import read_header
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..tensors import Category, DType, SummedSpec, TensorSpec, parse_dtype
+from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, companions, dense, flat, module_versions, nested, unkept_metadata
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
 from .outputs import Target, check_shard_size
@@ -95,6 +102,11 @@ def convert(
     header = read_header(Path(path))
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
+    if which.dequantize:
+        sets = {name: dequantized(header, each) for name, each in sets.items()}
+        refuse_without_scales(header, sets.values())
+    elif dtype is not None:
+        _refuse_codes(header, sets.values())
     notes = list(_remarks(found, sets, naming))
     if "raw" in sets and (note := training_mode_note(header.tree, [each.path for each in sets.values()])) is not None:
         notes.append(note)
@@ -104,7 +116,7 @@ def convert(
     content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
-        {"to": output.to, "dtype": dtype and dtype.name},
+        {"to": output.to, "dtype": dtype and dtype.name, "dequantize": which.dequantize or None},
         state=" and ".join(each.label for each in sets.values()),
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
@@ -112,7 +124,8 @@ def convert(
     if not target.folder:
         dropped += [path.name for path in companions(header)]
     writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
-    assembly = _assembled(layout, content, header, target, writing, dropped)
+    edited = dict(without_quantization(header)) if which.dequantize else None
+    assembly = _assembled(layout, content, header, target, writing, dropped, edited)
     report = ConvertReport(
         path=str(header.path),
         layout=next(iter(sets.values())).layout,
@@ -253,10 +266,9 @@ def _copied(
         spec = dense(header, name, stored)
         tensor = copies.get(spec)
         if tensor is None:
-            changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
-            out = dtype if changed and dtype is not None else spec.dtype
-            summed = type(spec) is SummedSpec
-            tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed or summed)
+            out = dtype if dtype is not None and spec.dtype.category is Category.FLOAT else spec.written
+            changed = out is not spec.dtype or spec.computed
+            tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed)
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
         weights[name] = tensor
@@ -269,7 +281,13 @@ def _copied(
 
 
 def _assembled(
-    layout: Layout, content: Content, header: Header, target: Target, writing: Writing, dropped: Sequence[str]
+    layout: Layout,
+    content: Content,
+    header: Header,
+    target: Target,
+    writing: Writing,
+    dropped: Sequence[str],
+    edited: Mapping[str, bytes | None] | None,
 ) -> Assembly:
     form = layout.folder_format if target.folder else target.format
     if form.nests:
@@ -277,7 +295,23 @@ def _assembled(
         return nested(layout.write(content), writing, target=target.path, format=form, dropped=dropped)
     whole = layout.flatten(content)
     writing = replace(writing, stem=whole.stem)
-    return flat(whole.tensors, writing, target=target, base=header, dropped=dropped, config=whole.config)
+    return flat(whole.tensors, writing, target=target, base=header, dropped=dropped, config=whole.config, edited=edited)
+
+
+def _refuse_codes(header: Header, sets: Iterable[StateDict]) -> None:
+    """Refuse to change the dtype of codes and scales.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for each in sets:
+        if (found := quantized(each.tensors)) is not None:
+            known = found[0] in dequantizable(each.tensors)
+            raise UnsupportedError(
+                f"{header.path}: '{found[0]}' holds quantized weights, with their scales in '{found[1]}', and `dtype` "
+                "would change both. "
+                + ("Add `dequantize=True`." if known else "Leave `dtype` out, or dequantize the checkpoint first.")
+            )
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Target) -> list[str]:

@@ -124,6 +124,9 @@ class Matching(Options):
     match: str = option("name or order.", "name")
     keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
     buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
+    dequantize: bool = option(
+        "Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
+    )
 
 
 class State(Options):
@@ -232,6 +235,9 @@ class ConvertedState(State):
 
     state: str = option(
         "auto (both where LAYOUT keeps both, else the EMA), raw, ema, eval (schedule-free), or a dotted path.", "auto"
+    )
+    dequantize: bool = option(
+        "Convert what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
     )
 
 

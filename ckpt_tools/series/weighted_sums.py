@@ -74,7 +74,7 @@ def weighted_sums(
             else:
                 files = counted.get(last.storage.path)
                 terms = Terms((last,), weights, files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
-            tensor = OutTensor(dtype if dtype and narrowed else last.dtype, last.shape, terms, name)
+            tensor = OutTensor(dtype if dtype and narrowed else last.written, last.shape, terms, name)
             if tensor.numel and not alone:
                 tied[inputs] = tensor
         tensors[name] = tensor
