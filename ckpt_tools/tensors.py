@@ -258,7 +258,7 @@ class ChunkedSpec(TensorSpec):
     Attributes:
         stride, start: of the whole tensor in C order.
         storage: empty; its path is that of the checkpoint, for messages.
-        chunks: by index; they fill the tensor without gaps or overlaps.
+        chunks: by index, without overlaps. What is in none of them is 0; `join` makes tensors without such gaps.
     """
 
     chunks: tuple[Chunk, ...]

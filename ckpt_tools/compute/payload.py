@@ -41,12 +41,13 @@ class TensorSource:
 class _Chunks:
     """The boxes of a chunked tensor, found by their begin along its first axis."""
 
-    __slots__ = ("_begins", "_longest", "_parts")
+    __slots__ = ("_begins", "_longest", "_parts", "gaps")
 
     def __init__(self, spec: ChunkedSpec, files: OpenFiles) -> None:
         self._parts = [(offsets, TensorSource(chunk, files)) for offsets, chunk in spec.chunks]  # in order of offsets
         self._begins = [offsets[0] for offsets, _ in self._parts]
         self._longest = max(chunk.shape[0] for _, chunk in spec.chunks)
+        self.gaps = sum(chunk.numel for _, chunk in spec.chunks) < spec.numel
 
     def within(self, low: tuple[int, ...], high: tuple[int, ...]) -> Iterator[tuple[TensorSource, tuple[Cut, ...]]]:
         """Yield each chunk that has elements in the box [low, high), and the cut along each axis: (begin, end, offset).
@@ -225,6 +226,8 @@ class Reader:
         """Read elements of a chunked tensor, from each chunk that has some of them."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
+        if chunks.gaps:
+            out.zero_()
         done = 0
         for first, sizes, _ in boxes(spec.shape, spec.stride, start, stop):
             sizes = (1,) * (len(spec.shape) - len(sizes)) + sizes  # a box within a row has fewer axes

@@ -124,6 +124,7 @@ class Matching(Options):
     match: str = option("name or order.", "name")
     keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
     buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
+    lora: str = option("factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors")
     dequantize: bool = option(
         "Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
     )

@@ -73,7 +73,7 @@ def align(
         raise AlignmentError(_missing(partial, counts, states, files))
     if keys == "intersection":
         names = [name for name in names if counts[name] == len(states)]
-        if not names:
+        if not names and any(states):
             advice = _prefix_advice(states, files) or "Look at them with ckpt inspect."
             raise AlignmentError(f"the checkpoints share no tensor name. {advice}")
     columns = [map(state.get, names) for state in states]
