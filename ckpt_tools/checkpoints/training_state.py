@@ -13,9 +13,10 @@ from operator import getitem
 from typing import Any
 
 from ..formats.header import Header
-from ..formats.tree import Path, entries, tensors_in, walk
+from ..formats.tree import Path, branches, entries, tensors_in, walk
 from ..tensors import Tensor
-from .layouts.layout import StateDict, dotted
+from .layouts.counterparts import without_wrappers
+from .layouts.layout import StateDict, dotted, is_buffer
 from .layouts.schedule_free import was_training
 from .optimizers import SLOTS, find_optimizers, is_optimizer, looks_like_training_state
 from .prefixes import unwrapping
@@ -115,11 +116,18 @@ def other_weights(
                 "To take one of them out: `convert(to='plain')`."
             )
     found = [*(each.path for each in sets), *(path for path, node in nodes(header.tree) if names.of(node))]
+    held = {without_wrappers(name) for name in chosen.tensors}
+    buffers = {
+        each.path: [n for n, t in each.tensors.items() if is_buffer(n, t) and without_wrappers(n) not in held]
+        for each in sets
+    }
     elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.tree)))
     for path in dict.fromkeys(found):
         if leads(path, chosen.path) or leads(chosen.path, path) or any(leads(other, path) for other in gone):
             continue
-        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
+        if buffers.get(path):
+            notes.append(f"'{dotted(path)}' stays: {chosen.label} lacks its buffers, such as '{buffers[path][0]}'.")
+        elif elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
             yield path
         else:
             notes.append(f"'{dotted(path)}' stays: {chosen.label} takes tensors from it that it lacks itself.")
@@ -153,7 +161,7 @@ def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
 
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         own = ("state", "param_groups", "hypers") if is_optimizer(node) else ()
-        inside = entries(node) if len(path) < _DEEPEST else ()
+        inside = branches(node) if len(path) < _DEEPEST and isinstance(node, (dict, list, tuple)) else ()
         return [(key, child) for key, child in inside if key not in own][::-1]
 
     return ((tuple(path), node) for path, node in walk(value, below))

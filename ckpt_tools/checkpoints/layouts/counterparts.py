@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...formats.tree import Path, entries, follow, walk
+from ...formats.tree import Path, branches, follow, walk
 from ...tensors import Tensor
 from ..optimizers import is_optimizer, looks_like_training_state
 from .layout import Sets, StateDict, dotted, has_tensors, is_buffer, one_of, read_sets
@@ -53,7 +53,7 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     averages = _of_this_name(averages, known)
     found = dict(found)
     if averages and "ema" not in found:
-        fault = averages[0].fault if len(averages) == 1 else f"one of several averages: {_any_of(averages)}"
+        fault = averages[0].fault if len(averages) == 1 else f"not the only average. There are {_all_of(averages)}"
         found["ema"] = replace(averages[0], which="ema", layout=known.layout, fault=fault)
     if len(raws) > 1:
         found["ema"] = replace(known, fault=f"the average of {_any_of(raws)}")
@@ -82,6 +82,11 @@ def chosen_in(tree: Any, chosen: StateDict) -> StateDict:
         return chosen
     which = "ema" if is_average(chosen.path, ()) else "raw"
     return replace(completed(tree, {which: chosen})[which], which=chosen.which, layout=chosen.layout, fault=None)
+
+
+def _all_of(sets: Sequence[StateDict]) -> str:
+    *others, last = [dotted(each.path) for each in sets]
+    return f"{', '.join(others)} and {last}. Choose with `state={others[0]!r}`."
 
 
 def _any_of(sets: Sequence[StateDict]) -> str:
@@ -122,7 +127,7 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
             return []
-        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple)))
+        inside = ((key, child) for key, child in branches(node) if isinstance(child, (dict, list, tuple)))
         return [
             (key, child) for key, child in inside if key == "callbacks" or not looks_like_training_state(key, child)
         ]
