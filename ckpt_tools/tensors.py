@@ -318,6 +318,11 @@ class SummedSpec(TensorSpec):
         return True
 
     @property
+    def as_chunks(self) -> tuple[Chunk, ...]:
+        """Those of the first term, which the sum takes the place of."""
+        return self.terms[0][0].as_chunks
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         """The files of the terms."""
         return tuple(path for spec, _ in self.terms for path in spec.paths)

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ReadError
 from ..storage.source import OpenFiles, Stamp, read_at
-from ..tensors import ChunkedSpec, DType, ScaledSpec, TensorSpec, c_strides, is_dense
+from ..tensors import ChunkedSpec, DType, ScaledSpec, SummedSpec, TensorSpec, c_strides, is_dense
 from .tiles import Tile, packed_strides, rows
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
@@ -28,6 +28,8 @@ class TensorSource:
     __slots__ = ("base", "chunks", "contiguous", "file", "item", "scaled", "spec", "swapped")
 
     def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
+        if isinstance(spec, SummedSpec):
+            raise TypeError("a sum has no bytes; Terms takes it apart")
         self.spec = spec
         self.chunks = _Chunks(spec, files) if isinstance(spec, ChunkedSpec) else None
         self.scaled = _Scaled(spec, files) if isinstance(spec, ScaledSpec) else None
@@ -44,6 +46,8 @@ class _Chunks:
     __slots__ = ("_begins", "_longest", "_parts", "gaps")
 
     def __init__(self, spec: ChunkedSpec, files: OpenFiles) -> None:
+        if any(chunk.computed for _, chunk in spec.chunks):
+            raise TypeError("a chunk has bytes of its own")
         self._parts = [(offsets, TensorSource(chunk, files)) for offsets, chunk in spec.chunks]  # in order of offsets
         self._begins = [offsets[0] for offsets, _ in self._parts]
         self._longest = max(chunk.shape[0] for _, chunk in spec.chunks)

@@ -18,7 +18,7 @@ from ..checkpoints.scalars import as_number
 from ..errors import AlignmentError, LayoutError, UnsupportedError, UsageError
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.header import Header
-from ..tensors import ChunkedSpec, DType, Storage, Tensor, TensorSpec, c_strides
+from ..tensors import ChunkedSpec, DType, ScaledSpec, Storage, SummedSpec, Tensor, TensorSpec, c_strides
 
 LORA = ("factors", "product")
 CONFIG = "adapter_config.json"
@@ -247,10 +247,11 @@ def _factors(member: Member, update: _Update, dtype: DType | None) -> tuple[Tens
     if not (
         sound and len(first.shape) > 1 and len(second.shape) > 1 and 0 < first.shape[0] == second.shape[1]  # type: ignore[union-attr]
         and first.dtype.averaged and second.dtype.averaged  # type: ignore[union-attr]
+        and ScaledSpec not in (type(first), type(second)) and ChunkedSpec not in (type(first), type(second))
     ):  # fmt: skip
         raise UnsupportedError(
-            f"{member.name}: '{update.first}' and '{update.second}' are no factors of a plain product: their inner "
-            "sizes differ. Merge each adapter into its model, and average these."
+            f"{member.name}: '{update.first}' and '{update.second}' are no factors of a plain product, or "
+            "their inner sizes differ. Merge each adapter into its model, and average these."
         )
     return first, second  # type: ignore[return-value]
 
@@ -262,12 +263,18 @@ def _side_by_side(specs: Sequence[TensorSpec], axis: int, rank: int) -> list[Ten
     made: list[TensorSpec] = []
     at = 0
     for spec in specs:
-        shape = (*spec.shape[:axis], rank, *spec.shape[axis + 1 :])
-        offsets = tuple(at if i == axis else 0 for i in range(len(shape)))
-        storage = Storage(spec.storage.path, 0, 0, spec.storage.big_endian)
-        made.append(ChunkedSpec(spec.dtype, shape, c_strides(shape), 0, storage, ((offsets, spec),)))
+        made.append(_widened(spec, axis, at, rank))
         at += spec.shape[axis]
     return made
+
+
+def _widened(spec: TensorSpec, axis: int, at: int, rank: int) -> TensorSpec:
+    if isinstance(spec, SummedSpec):
+        return SummedSpec.of((_widened(each, axis, at, rank), coefficient) for each, coefficient in spec.terms)
+    shape = (*spec.shape[:axis], rank, *spec.shape[axis + 1 :])
+    offsets = tuple(at if i == axis else 0 for i in range(len(shape)))
+    storage = Storage(spec.storage.path, 0, 0, spec.storage.big_endian)
+    return ChunkedSpec(spec.dtype, shape, c_strides(shape), 0, storage, ((offsets, spec),))
 
 
 def _scale(member: Member, update: _Update, rank: int) -> float:

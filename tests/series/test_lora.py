@@ -233,3 +233,18 @@ def test_the_note_on_factors_names_the_option(tmp_path: Path) -> None:
         save_all(tmp_path, [kohya(0, 2, 2.0), kohya(1, 2, 2.0)]), out=tmp_path / "out.safetensors"
     )
     assert any("use `lora='product'`" in note for note in report.notes)
+
+
+def test_factors_that_a_schedule_free_optimizer_trains_are_averaged_as_its_averages(tmp_path: Path) -> None:
+    paths, exact = [], torch.zeros(4, 5).double()
+    for i in range(2):
+        y, z = ({"q.lora_A": random(2, 5, seed=i + at), "q.lora_B": random(4, 2, seed=i + at + 5)} for at in (0, 50))
+        kept = {number: {"z": z[name]} for number, name in enumerate(y)}
+        group = {"params": [0, 1], "betas": (0.9, 0.99), "train_mode": True}
+        paths.append(tmp_path / f"{i}.pth")
+        torch.save({"model": y, "optimizer": {"state": kept, "param_groups": [group]}}, paths[-1])
+        x = {name: y[name].double() / 0.9 + (1 - 1 / 0.9) * z[name].double() for name in y}
+        exact += x["q.lora_B"] @ x["q.lora_A"] / 2
+    ckpt_tools.average(paths, lora="product", state="eval", out=tmp_path / "out.pth")
+    found = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
+    assert torch.allclose(found["q.lora_B"].double() @ found["q.lora_A"].double(), exact, atol=1e-6)
