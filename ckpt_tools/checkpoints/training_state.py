@@ -86,7 +86,8 @@ def _all_but_weights(
             f"'{dotted((*path, *inner))}' looks like a float32 copy of the weights, which optimizers keep. "
             "It goes, too."
         )
-    if any(was_training(optimizer) for _, optimizer in find_optimizers(value)):
+    taken = any(each.which == "eval" for each in sets)
+    if not taken and any(was_training(optimizer) for _, optimizer in find_optimizers(value)):
         notes.append(
             f"'{dotted(path)}' is of a schedule-free optimizer that was training: the averaged weights are made from "
             "its 'z', which goes. To have them in the file, use `state='eval'`, or call optimizer.eval() before you "
@@ -110,7 +111,7 @@ def other_weights(
     own = set(chosen.tensors.values())
     names = _WeightNames(chosen.tensors)
     for each in sets:
-        if each.path == chosen.path and not own.issuperset(each.tensors.values()):
+        if each.path == chosen.path and chosen.which != "eval" and not own.issuperset(each.tensors.values()):
             notes.append(
                 f"{each.label} is in the same dict as {chosen.label}, and stays. "
                 "To take one of them out: `convert(to='plain')`."

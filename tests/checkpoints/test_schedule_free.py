@@ -207,7 +207,9 @@ def test_all_parts_of_a_model_are_evaluated(save: Save, tmp_path: Path) -> None:
 def test_strip_keeps_the_averages_without_the_optimizer(save: Save, tmp_path: Path) -> None:
     y, z = weights(0), weights(1)
     path = save("c.pth", {"model": y, "opt": optimizer(z, [NAMES]), "epoch": 3})
-    ckpt_tools.strip(path, state="eval", out=tmp_path / "x.pth")
+    report = ckpt_tools.strip(path, state="eval", out=tmp_path / "x.pth")
+    assert [note for note in report.notes if "running statistics" not in note] == []
+    assert (report.compacted, [entry.place for entry in report.entries]) == (0, ["opt"])
     new = load(tmp_path / "x.pth")
     assert set(new) == {"model", "epoch"}
     assert close(new["model"], x_of(y, z, NAMES))
