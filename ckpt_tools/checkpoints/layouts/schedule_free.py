@@ -75,7 +75,7 @@ def evaluation_note(state: StateDict) -> str | None:
     if any(name.rpartition(".")[2] == "running_mean" for name in state.tensors):
         return (
             "The running statistics of BatchNorm are those of the weights that the schedule-free optimizer trains, not "
-            "of its averages. Measure them anew: `recal_bn(...)`."
+            "of its averages. Measure them anew with ckpt recal-bn."
         )
     return None
 
