@@ -282,7 +282,7 @@ def _scale(member: Member, update: _Update, rank: int) -> float:
     if member.config:
         alpha = _of_module(member.config.get("alpha_pattern"), update.module, member.config.get("lora_alpha"))
         if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise LayoutError(f"{member.name}: its {CONFIG} has no number as `lora_alpha`.".replace("`", "'"))
+            raise LayoutError(f"{member.name}: its {CONFIG} has no number as lora_alpha.")
         return alpha / (math.sqrt(rank) if member.config.get("use_rslora") else rank)
     if update.alpha is None:
         return 1.0

@@ -75,7 +75,7 @@ def evaluation_note(state: StateDict) -> str | None:
     if any(name.rpartition(".")[2] == "running_mean" for name in state.tensors):
         return (
             "The running statistics of BatchNorm are those of the weights that the schedule-free optimizer trains, not "
-            "of its averages. Measure them anew with ckpt recal-bn."
+            "of its averages. Recalibrate them on some data."
         )
     return None
 
@@ -169,7 +169,7 @@ def _groups(header: Header, path: Path, optimizer: Mapping[Any, Any]) -> Iterato
         if not isinstance(training, bool) or not isinstance(beta, (int, float)) or not 0 < beta <= 1:
             raise LayoutError(
                 f"{header.path}: '{dotted(path)}' keeps a 'z' for each parameter, as schedule-free optimizers do, but "
-                f"does not say what the model holds (`train_mode`, and `betas` or `momentum`). {_SAVE}"
+                f"does not say what the model holds (train_mode, and betas or momentum). {_SAVE}"
             )
         yield _Group(tuple(slots), training, float(beta))
 
