@@ -7,7 +7,7 @@ and `ckpt inspect` take milliseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -221,11 +221,34 @@ class TensorSpec:
         """Its files."""
         return (self.storage.path,)
 
+    @property
+    def computed(self) -> bool:
+        """True if no file has its bytes."""
+        return False
+
+    @property
+    def written(self) -> DType:
+        """The dtype in which it is written if no other one is asked for."""
+        return self.dtype
+
+    @property
+    def width(self) -> int:
+        """Bytes read for each element."""
+        return self.dtype.itemsize
+
     def relocated(self, path: Path, shift: int = 0) -> TensorSpec:
         """Return the tensor at the same offset plus `shift` bytes in another file; not for a chunked tensor."""
         at = self.storage
         storage = Storage(path, at.offset + shift, at.nbytes, at.big_endian)
         return TensorSpec(self.dtype, self.shape, self.stride, self.start, storage)
+
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        """Return the tensor in other files.
+
+        Args:
+            place: from each of its files to the other one, and the bytes by which the payload starts later there.
+        """
+        return self.relocated(*place(self.storage.path))
 
 
 @_unchanging
@@ -235,7 +258,7 @@ class ChunkedSpec(TensorSpec):
     Attributes:
         stride, start: of the whole tensor in C order.
         storage: empty; its path is that of the checkpoint, for messages.
-        chunks: by index; they fill the tensor without gaps or overlaps.
+        chunks: by index, without overlaps. What is in none of them is 0; `join` makes tensors without such gaps.
     """
 
     chunks: tuple[Chunk, ...]
@@ -255,9 +278,110 @@ class ChunkedSpec(TensorSpec):
         """The files of the chunks."""
         return tuple(chunk.storage.path for _, chunk in self.chunks)
 
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        chunks = tuple((offsets, chunk.placed(place)) for offsets, chunk in self.chunks)
+        return ChunkedSpec(self.dtype, self.shape, self.stride, self.start, self.storage, chunks)
+
 
 Chunk = tuple[tuple[int, ...], TensorSpec]
 """A box of a tensor: (index of its first element, its spec)."""
+
+
+@_unchanging
+class SummedSpec(TensorSpec):
+    """A tensor that no file holds: a weighted sum of tensors of its shape; `Terms` takes it apart.
+
+    Attributes:
+        dtype: the one to which the sum is rounded.
+        stride, start: of the sum in C order.
+        storage: empty; its path is that of the first term, for messages.
+        terms: (tensor, coefficient) each.
+    """
+
+    terms: tuple[tuple[TensorSpec, float], ...]
+
+    @classmethod
+    def of(cls, terms: Iterable[tuple[TensorSpec, float]]) -> SummedSpec:
+        """Make it of tensors of one shape; the first one's dtype is that of the sum."""
+        terms = tuple(terms)
+        first = terms[0][0]
+        return cls(first.dtype, first.shape, c_strides(first.shape), 0, Storage(first.storage.path, 0, 0), terms)
+
+    @property
+    def contiguous(self) -> bool:
+        """False: its bytes are computed."""
+        return False
+
+    @property
+    def computed(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def as_chunks(self) -> tuple[Chunk, ...]:
+        """Those of the first term, which the sum takes the place of."""
+        return self.terms[0][0].as_chunks
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of the terms."""
+        return tuple(path for spec, _ in self.terms for path in spec.paths)
+
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        return SummedSpec.of((spec.placed(place), coefficient) for spec, coefficient in self.terms)
+
+
+@_unchanging
+class ScaledSpec(TensorSpec):
+    """A tensor that is stored as codes and scales: each element is the float32 product of its code and of the scale of
+    its block.
+
+    Attributes:
+        dtype: float32.
+        stride, start: of the products in C order.
+        storage: empty; its path is that of the codes, for messages.
+        codes: of an 8-bit floating-point dtype.
+        scales: one for each block, on a grid with as many axes as the codes; or a single one.
+        block: elements of a block along each axis; those at the end may be smaller.
+    """
+
+    codes: TensorSpec
+    scales: TensorSpec
+    block: tuple[int, ...]
+
+    @classmethod
+    def of(cls, codes: TensorSpec, scales: TensorSpec, block: tuple[int, ...]) -> ScaledSpec:
+        """Make it of codes and scales whose shapes fit."""
+        storage = Storage(codes.storage.path, 0, 0)
+        return cls(DTYPES["float32"], codes.shape, c_strides(codes.shape), 0, storage, codes, scales, block)
+
+    @property
+    def contiguous(self) -> bool:
+        """False: its bytes are computed."""
+        return False
+
+    @property
+    def computed(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of codes and scales."""
+        return (*self.codes.paths, *self.scales.paths)
+
+    @property
+    def written(self) -> DType:
+        """bfloat16, the dtype of the models that are published as 8-bit codes."""
+        return DTYPES["bfloat16"]
+
+    @property
+    def width(self) -> int:
+        """Bytes read for each element; scales are few."""
+        return self.codes.width
+
+    def placed(self, place: Callable[[Path], tuple[Path, int]]) -> TensorSpec:
+        return ScaledSpec.of(self.codes.placed(place), self.scales.placed(place), self.block)
 
 
 @_unchanging

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
-from ..tensors import Tensor, UnsupportedTensor
+from ..tensors import SummedSpec, Tensor, UnsupportedTensor
 from .layouts import select
 from .layouts import states as states_of
 from .steps import stored_counters
@@ -64,6 +64,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         spec = self.state.tensors[name]
         if isinstance(spec, UnsupportedTensor):
             raise UnsupportedError(f"{self.path}: '{name}' is {spec.reason}, which is not read here.")
+        if type(spec) is SummedSpec:
+            from ..compute.torch_sums import read_sum
+
+            return read_sum(spec, name, self.header.files)
         from ..compute.payload import read_tensor
 
         return read_tensor(spec, self.header.files)
@@ -83,7 +87,8 @@ def open_checkpoint(path: str | Path, *, state: str = "auto") -> Checkpoint:
 
     Args:
         path: a file, or a folder with a sharded checkpoint.
-        state: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path such as ``model.teacher``.
+        state: ``auto`` (the EMA where there is one), ``raw``, ``ema``, ``eval`` (the averages of a schedule-free
+            optimizer), or a dotted path such as ``model.teacher``.
 
     Returns:
         A mapping; ``checkpoint[name]`` reads one tensor into new memory. Names are those in the file.

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
-from ..formats.tree import Path, entries, tensors_in, walk
+from ..formats.tree import Path, entries, is_flat, is_plain, tensors_in, walk
 from ..tensors import Tensor
 
 _DEEPEST = 4
@@ -108,7 +108,10 @@ def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple
 
     def below(path: list[Any], node: Any) -> Collection[tuple[Any, Any]]:
         deeper = len(path) < _DEEPEST and isinstance(node, (dict, list)) and not is_optimizer(node)
-        return entries(node) if deeper and (not path or tuple(path) not in weights) else ()
+        if not deeper or (path and tuple(path) in weights) or is_flat(node):
+            return ()
+        # A state of plain values alone is that of an optimizer that has not made a step.
+        return [(key, child) for key, child in entries(node) if not is_plain(child) or is_optimizer(child)]
 
     return ((tuple(path), node) for path, node in walk(tree, below) if is_optimizer(node))
 

@@ -17,6 +17,7 @@ from ..formats.tree import holds as in_dicts
 from .layouts import StateDict, select, states
 from .layouts.counterparts import are_twins, completed, is_average, is_parameter, is_weight, whole_entry, with_names_of
 from .layouts.layout import Sets, dotted, one_of, read_sets, set_keys
+from .layouts.schedule_free import evaluated
 from .prefixes import unwrap
 from .state_dicts import state_dicts
 from .training_state import leads
@@ -26,11 +27,16 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
     """Select the weights of a checkpoint, all parts of the model together.
 
     Args:
-        asked: for one part each, what `select` takes; ``auto``, ``raw`` and ``ema`` take all parts of the model.
+        asked: for one part each, what `select` takes; ``auto``, ``raw``, ``ema`` and ``eval`` take all parts of the
+            model.
 
     Raises:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
     """
+    if "eval" in asked:
+        if len(asked) > 1:
+            raise LayoutError(f"{header.path}: `state='eval'` takes all parts of a model, and stands alone.")
+        return evaluated(header, select_parts(header, ["raw"]))
     if [*asked] in (["auto"], ["raw"], ["ema"]):
         nested = [] if states(header) else [each for key in set_keys() for each in _sets(header, (key,))]
         if not states(header) and (numbered := _numbered_models(header)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..formats.tree import Path, entries, walk
+from ..formats.tree import Path, branches, walk
 from .layouts.layout import has_tensors
 from .optimizers import is_optimizer, looks_like_training_state
 
@@ -24,7 +24,7 @@ def state_dicts(tree: Any) -> dict[Path, dict[Any, Any]]:
 
 
 def _outside_training_state(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
-    inside = () if is_optimizer(node) else entries(node)
+    inside = branches(node) if isinstance(node, (dict, list, tuple)) and not is_optimizer(node) else ()
     return [(key, child) for key, child in inside if not _is_private(key, child)]
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import reduce
 from operator import getitem
 from typing import Any
 
 from ..formats.header import Header
-from ..formats.tree import Path, entries, tensors_in, walk
+from ..formats.tree import Path, branches, entries, tensors_in, walk
 from ..tensors import Tensor
-from .layouts.layout import StateDict, dotted
+from .layouts.counterparts import without_wrappers
+from .layouts.layout import StateDict, dotted, is_buffer
+from .layouts.schedule_free import was_training
 from .optimizers import SLOTS, find_optimizers, is_optimizer, looks_like_training_state
 from .prefixes import unwrapping
 from .state_dicts import state_dicts
@@ -87,33 +89,14 @@ def _all_but_weights(
             f"'{dotted((*path, *inner))}' looks like a float32 copy of the weights, which optimizers keep. "
             "It goes, too."
         )
-    if any(_schedule_free(optimizer) for _, optimizer in find_optimizers(value)):
+    taken = any(each.which == "eval" for each in sets)
+    if not taken and any(was_training(optimizer) for _, optimizer in find_optimizers(value)):
         notes.append(
             f"'{dotted(path)}' is of a schedule-free optimizer that was training: the averaged weights are made from "
-            "its 'z', which goes. To have them in the file, call optimizer.eval() before you save."
+            "its 'z', which goes. To have them in the file, use `state='eval'`, or call optimizer.eval() before you "
+            "save."
         )
     yield from _around(path, value, kept)
-
-
-def _schedule_free(optimizer: Mapping[Any, Any]) -> bool:
-    """True if it was saved in training mode, as the schedulefree library notes in each group."""
-    groups = optimizer.get("param_groups")
-    return isinstance(groups, list) and any(isinstance(group, dict) and group.get("train_mode") for group in groups)
-
-
-def training_mode_note(tree: Any, weights: Collection[Path]) -> str | None:
-    """Say that raw weights are not the averages that a schedule-free optimizer makes of them; None if they may be.
-
-    Args:
-        weights: paths of sets of weights, which are not searched.
-    """
-    found = (path for path, optimizer in find_optimizers(tree, weights) if _schedule_free(optimizer))
-    if (path := next(found, None)) is None:
-        return None
-    return (
-        f"'{dotted(path)}' is of a schedule-free optimizer that was training: the raw weights are what it trains, "
-        "not its averages. To have these in the file, call optimizer.eval() before you save."
-    )
 
 
 def _around(path: Path, value: Any, kept: Collection[Path]) -> Iterator[Path]:
@@ -131,17 +114,24 @@ def other_weights(
     own = set(chosen.tensors.values())
     names = _WeightNames(chosen.tensors)
     for each in sets:
-        if each.path == chosen.path and not own.issuperset(each.tensors.values()):
+        if each.path == chosen.path and chosen.which != "eval" and not own.issuperset(each.tensors.values()):
             notes.append(
                 f"{each.label} is in the same dict as {chosen.label}, and stays. "
                 "To take one of them out: `convert(to='plain')`."
             )
     found = [*(each.path for each in sets), *(path for path, node in nodes(header.tree) if names.of(node))]
+    held = {without_wrappers(name) for name in chosen.tensors}
+    buffers = {
+        each.path: [n for n, t in each.tensors.items() if is_buffer(n, t) and without_wrappers(n) not in held]
+        for each in sets
+    }
     elsewhere = own.difference(tensor for _, tensor in tensors_in(reduce(getitem, chosen.path, header.tree)))
     for path in dict.fromkeys(found):
         if leads(path, chosen.path) or leads(chosen.path, path) or any(leads(other, path) for other in gone):
             continue
-        if elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
+        if buffers.get(path):
+            notes.append(f"'{dotted(path)}' stays: {chosen.label} lacks its buffers, such as '{buffers[path][0]}'.")
+        elif elsewhere.isdisjoint(tensor for _, tensor in tensors_in(reduce(getitem, path, header.tree))):
             yield path
         else:
             notes.append(f"'{dotted(path)}' stays: {chosen.label} takes tensors from it that it lacks itself.")
@@ -175,7 +165,7 @@ def nodes(value: Any) -> Iterator[tuple[Path, Any]]:
 
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         own = ("state", "param_groups", "hypers") if is_optimizer(node) else ()
-        inside = entries(node) if len(path) < _DEEPEST else ()
+        inside = branches(node) if len(path) < _DEEPEST and isinstance(node, (dict, list, tuple)) else ()
         return [(key, child) for key, child in inside if key not in own][::-1]
 
     return ((tuple(path), node) for path, node in walk(value, below))

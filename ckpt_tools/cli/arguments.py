@@ -30,6 +30,8 @@ SPELLINGS = {
     "eval_data": ("--eval",),
 }
 """Options that are not called like their parameters, or have a short name."""
+ONCE = ("state", "state_b")
+"""Options that some commands take several times; where they take one, a second is no slip to pass over."""
 Reader = Callable[[Any], Any]
 
 Json = Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=Running.title)]
@@ -62,6 +64,8 @@ def _for_typer(
     @wraps(function)
     def call(**given: Any) -> None:
         for _, option in options:
+            if option.name in ONCE and _kind(option) is not Words and isinstance(given[option.name], list):
+                given[option.name] = _only(option, given[option.name])
             value = _read(option, given[option.name])
             given[option.name] = readers[option.name](value) if option.name in readers else value
         function(**given)
@@ -84,16 +88,29 @@ def _for_typer(
     return call
 
 
+def _only(option: Option, values: Sequence[str]) -> str | None:
+    """Return the value of an option that is given once at most.
+
+    Raises:
+        UsageError: it is given several times.
+    """
+    if len(values) > 1:
+        raise UsageError(f"`{option.name}` is given {len(values)} times, and this command takes one set of weights.")
+    return next(iter(values), None)
+
+
 def _default(option: Option) -> Any:
     if option.default in (REQUIRED, ()):
         return None
-    return [option.default] if _kind(option) is Words and isinstance(option.default, str) else option.default
+    listed = _kind(option) is Words or option.name in ONCE
+    return [option.default] if listed and isinstance(option.default, str) else option.default
 
 
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
     kind = _kind(option)
     many = kind in (Words, Pairs)
-    type_ = bool if kind is bool else list[str] if many else kind if kind in (int, float) and not as_text else str
+    listed = many or option.name in ONCE
+    type_ = bool if kind is bool else list[str] if listed else kind if kind in (int, float) and not as_text else str
     name = option.name.replace("_", "-")
     names = SPELLINGS.get(option.name, (f"--{name}",))
     if kind is bool and option.default:

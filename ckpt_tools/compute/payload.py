@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ReadError
 from ..storage.source import OpenFiles, Stamp, read_at
-from ..tensors import ChunkedSpec, DType, TensorSpec, is_dense
+from ..tensors import ChunkedSpec, DType, ScaledSpec, SummedSpec, TensorSpec, c_strides, is_dense
 from .tiles import Tile, packed_strides, rows
 
 # Elements are moved as integers of their size, so that no move depends on what a dtype supports.
@@ -25,11 +25,14 @@ _WORTH = 16 * 1024  # reading so many bytes costs no more than the call itself
 class TensorSource:
     """A tensor of an open file, with all that a read needs worked out once."""
 
-    __slots__ = ("base", "chunks", "contiguous", "file", "item", "spec", "swapped")
+    __slots__ = ("base", "chunks", "contiguous", "file", "item", "scaled", "spec", "swapped")
 
     def __init__(self, spec: TensorSpec, files: OpenFiles) -> None:
+        if isinstance(spec, SummedSpec):
+            raise TypeError("a sum has no bytes; Terms takes it apart")
         self.spec = spec
         self.chunks = _Chunks(spec, files) if isinstance(spec, ChunkedSpec) else None
+        self.scaled = _Scaled(spec, files) if isinstance(spec, ScaledSpec) else None
         self.file = files[spec.paths[0]]
         self.item = spec.dtype.itemsize
         self.base = spec.begin
@@ -40,12 +43,15 @@ class TensorSource:
 class _Chunks:
     """The boxes of a chunked tensor, found by their begin along its first axis."""
 
-    __slots__ = ("_begins", "_longest", "_parts")
+    __slots__ = ("_begins", "_longest", "_parts", "gaps")
 
     def __init__(self, spec: ChunkedSpec, files: OpenFiles) -> None:
+        if any(chunk.computed for _, chunk in spec.chunks):
+            raise TypeError("a chunk has bytes of its own")
         self._parts = [(offsets, TensorSource(chunk, files)) for offsets, chunk in spec.chunks]  # in order of offsets
         self._begins = [offsets[0] for offsets, _ in self._parts]
         self._longest = max(chunk.shape[0] for _, chunk in spec.chunks)
+        self.gaps = sum(chunk.numel for _, chunk in spec.chunks) < spec.numel
 
     def within(self, low: tuple[int, ...], high: tuple[int, ...]) -> Iterator[tuple[TensorSource, tuple[Cut, ...]]]:
         """Yield each chunk that has elements in the box [low, high), and the cut along each axis: (begin, end, offset).
@@ -63,6 +69,67 @@ class _Chunks:
 
 
 Cut = tuple[int, int, int]
+
+
+class _Scaled:
+    """Codes of an open file, what each code stands for, and their scales, all of which are in memory.
+
+    Attributes:
+        codes: where to read them.
+        values: float32, for each code from 0 to 255.
+    """
+
+    __slots__ = ("_grid", "_spec", "codes", "values")
+
+    def __init__(self, spec: ScaledSpec, files: OpenFiles) -> None:
+        self._spec = spec
+        self.codes = TensorSource(spec.codes, files)
+        self.values = torch.arange(256, dtype=torch.uint8).view(torch_dtype(spec.codes.dtype)).to(torch.float32)
+        scales = spec.scales
+        reader = Reader(scales.nbytes)
+        reader.read(TensorSource(scales, files), 0, scales.numel)
+        grid = reader.buffer.view(torch_dtype(scales.dtype), scales.numel).to(torch.float32)
+        self._grid = grid.view(-1, scales.shape[-1] if scales.numel > 1 else 1)
+
+    def multiply(self, values: torch.Tensor, start: int) -> None:
+        """Multiply values, which begin with this element in C order, by their scales."""
+        if self._grid.numel() == 1:
+            values.mul_(self._grid[0])
+            return
+        width = self._spec.shape[-1]
+        row, column = divmod(start, width)
+        at, end = 0, values.numel()
+        while at < end:
+            rows = (end - at) // width if column == 0 else 0
+            size = rows * width if rows else min(width - column, end - at)
+            part = values[at : at + size].view(max(rows, 1), -1)
+            for first, last, scales in self._scales(row, len(part)):
+                part[first:last].mul_(scales if scales.shape[1] == 1 else scales[:, column : column + part.shape[1]])
+            at, row, column = at + size, row + max(rows, 1), 0
+
+    def _scales(self, row: int, rows: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (first row, last row, their scales, one for all columns or one for each), counted from a row."""
+        shape, block = self._spec.shape, self._spec.block
+        number = torch.arange(row, row + rows)
+        of_row = torch.zeros_like(number)
+        for size, step, each, on_grid in zip(
+            shape[:-1], c_strides(shape[:-1]), block[:-1], self._spec.scales.shape[:-1], strict=True
+        ):
+            of_row.mul_(on_grid).add_(number // step % size // each)
+        if self._grid.shape[1] == 1:
+            yield 0, rows, self._grid[of_row]
+            return
+        which, counts = torch.unique_consecutive(of_row, return_counts=True)
+        if 2 * len(which) > rows:  # many rows that differ
+            yield 0, rows, self._each_column(of_row)
+            return
+        at = 0
+        for each, count in zip(self._each_column(which), counts.tolist(), strict=True):
+            yield at, at + count, each[None]
+            at += count
+
+    def _each_column(self, of_row: torch.Tensor) -> torch.Tensor:
+        return self._grid[of_row].repeat_interleave(self._spec.block[-1], 1)[:, : self._spec.shape[-1]]
 
 
 class Buffer:
@@ -90,6 +157,7 @@ class Reader:
     def __init__(self, nbytes: int) -> None:
         self.buffer = Buffer(nbytes)
         self._gathered: Buffer | None = None
+        self._codes: Reader | None = None
 
     def read(self, source: TensorSource, start: int, stop: int) -> int:
         """Read elements [start, stop) of a tensor to the start of the buffer, in C order and native byte order.
@@ -105,6 +173,8 @@ class Reader:
             _read(source, start, self.buffer.bytes[:nbytes])
         elif source.chunks is not None:
             self._join(source, source.chunks, start, stop)
+        elif source.scaled is not None:
+            self._scale(source.scaled, start, stop)
         else:
             self._gather(source, start, stop)
         self._swap(source, nbytes)
@@ -124,7 +194,7 @@ class Reader:
         strides, item, count = source.spec.stride, source.item, tile.numel
         packed = packed_strides(tile.sizes, strides)
         direct = is_dense(tile.sizes, tuple(packed))
-        target = self.buffer if direct else self._second_buffer()
+        target = self.buffer if direct else self.spare()
         row, begins = rows(tile.sizes, strides)
         first = tile.begin(strides)
         for at, begin in enumerate(begins):
@@ -135,7 +205,8 @@ class Reader:
         self._swap(source, count * item)
         return count * item
 
-    def _second_buffer(self) -> Buffer:
+    def spare(self) -> Buffer:
+        """Return a second buffer of the same size, which the next read overwrites, too."""
         if self._gathered is None:
             self._gathered = Buffer(len(self.buffer.bytes))
         return self._gathered
@@ -159,6 +230,8 @@ class Reader:
         """Read elements of a chunked tensor, from each chunk that has some of them."""
         spec, item = source.spec, source.item
         out = self.buffer.view(_BITS[item], stop - start)
+        if chunks.gaps:
+            out.zero_()
         done = 0
         for first, sizes, _ in boxes(spec.shape, spec.stride, start, stop):
             sizes = (1,) * (len(spec.shape) - len(sizes)) + sizes  # a box within a row has fewer axes
@@ -178,6 +251,18 @@ class Reader:
                     self._read_box(chunk, at, part, strides, target)
             done += count
 
+    def _scale(self, scaled: _Scaled, start: int, stop: int) -> None:
+        """Read codes, look their values up, and multiply these by their scales."""
+        count = stop - start
+        if self._codes is None or len(self._codes.buffer.bytes) < count:
+            self._codes = Reader(count)
+        self._codes.read(scaled.codes, start, stop)
+        index = self.spare().view(torch.int32, count)
+        index.copy_(self._codes.buffer.view(torch.uint8, count))
+        values = self.buffer.view(torch.float32, count)
+        torch.index_select(scaled.values, 0, index, out=values)
+        scaled.multiply(values, start)
+
     def _read_box(
         self, source: TensorSource, first: int, sizes: tuple[int, ...], strides: tuple[int, ...], out: torch.Tensor
     ) -> None:
@@ -185,7 +270,7 @@ class Reader:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         dense = math.prod(sizes) * 8 >= extent
         if extent * item <= len(self.buffer.bytes) and (dense or extent * item <= _WORTH):
-            gathered = self._second_buffer()
+            gathered = self.spare()
             _read(source, first, gathered.bytes[: extent * item])
             out.copy_(gathered.view(_BITS[item], extent).as_strided(sizes, strides))
             return

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
-from ..tensors import ChunkedSpec, TensorSpec
+from ..tensors import TensorSpec
 
 
 class Tile(NamedTuple):
@@ -62,7 +62,7 @@ def storage_orders(specs: Sequence[TensorSpec]) -> list[Axes] | None:
     That is if one of them has no rows, or if all are in C order, with gaps or without.
     """
     shape = specs[0].shape
-    if any(isinstance(spec, ChunkedSpec) for spec in specs):
+    if any(type(spec) is not TensorSpec for spec in specs):
         return None
     in_c_order = tuple([axis for axis, size in enumerate(shape) if size > 1])
     orders = {in_c_order: True}
@@ -79,7 +79,7 @@ def in_storage_order(spec: TensorSpec) -> TensorSpec:
 
     For tensors of the same strides, where the place of an element does not matter.
     """
-    if isinstance(spec, ChunkedSpec) or spec.contiguous or storage_order(spec.shape, spec.stride) is None:
+    if type(spec) is not TensorSpec or spec.contiguous or storage_order(spec.shape, spec.stride) is None:
         return spec
     if sum([(n - 1) * step for n, step in zip(spec.shape, spec.stride, strict=True)]) + 1 != spec.numel:
         return spec

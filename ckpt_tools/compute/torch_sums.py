@@ -7,20 +7,20 @@ make an element depend on where a slice begins or on which device it is computed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ..errors import NumericsError
-from ..formats.file_plan import OutTensor
-from ..storage.source import OpenFiles
-from ..tensors import Category, DType, c_strides
+from ..formats.file_plan import FilePlan, OutTensor, Terms
+from ..storage.source import OpenFiles, Stamp
+from ..tensors import Category, DType, SummedSpec, c_strides
 from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .tiles import Tile
-from .work_units import Slice
+from .work_units import SLICE, OutFile, Slice, divided
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
@@ -56,6 +56,11 @@ class Formula(NamedTuple):
     limit: float
     common: float | None
     anchored: bool
+
+    @property
+    def narrows(self) -> bool:
+        """True if a float32 value is the sum, so that one rounding by torch is all there is to do."""
+        return self.terms == ((torch.float32, 1.0),) and self.real not in _FULL_RANGE and not self.anchored
 
     @classmethod
     def of(cls, dtypes: Sequence[DType], coefficients: Sequence[float], out: DType) -> Formula:
@@ -199,6 +204,14 @@ class Worker:
                 whole = values.dtype in _FULL_RANGE
                 self._check(slice_, recipe, formula, values if whole else self._arithmetic.as_single(values))
             return buffer.bytes[: slice_.nbytes]
+        if formula.narrows:
+            self._read(recipe.sources[0], slice_)
+            values = buffer.view(torch.float32, slice_.numel * formula.reals)
+            if not self._allow_nonfinite:
+                self._check(slice_, recipe, formula, values)
+            spare = self._reader.spare()
+            spare.view(formula.real, values.numel()).copy_(values)
+            return spare.bytes[: slice_.nbytes]
         total = self._add_up(slice_, recipe, formula)
         if formula.anchored:
             finite = torch.isfinite(total)
@@ -251,6 +264,26 @@ class Worker:
                 else "Are these the right files?"
             )
         )
+
+
+def read_sum(spec: SummedSpec, name: str, stamps: Iterable[Stamp] = ()) -> torch.Tensor:
+    """Compute a whole sum into new memory, as the engine does; NaN and infinity pass.
+
+    Raises:
+        ReadError: a file cannot be read, ends early, or has changed since its stamp was taken.
+    """
+    tensor = OutTensor(spec.dtype, spec.shape, Terms.copy(spec), name)
+    found = Buffer(tensor.nbytes)
+    with OpenFiles(stamps) as files:
+        files.open_all(spec.paths)
+        worker, recipe = Worker(SLICE, allow_nonfinite=True), Recipe(tensor, files)
+        whole = Slice(_NOWHERE, tensor, 0, 0, tensor.numel)
+        for slice_ in divided(whole, SLICE):
+            found.bytes[slice_.position : slice_.position + slice_.nbytes] = worker.compute(slice_, recipe)
+    return found.view(torch_dtype(spec.dtype), tensor.numel).view(spec.shape)
+
+
+_NOWHERE = OutFile(FilePlan("", 0, ()), -1)
 
 
 def _index(slice_: Slice, at: int) -> list[int]:

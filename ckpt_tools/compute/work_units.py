@@ -13,7 +13,7 @@ from .tiles import Axes, Tile, cut_tile, storage_order, storage_orders, tiles
 SLICE = 128 * 1024
 """Elements that torch handles at a time: few enough that its buffers (2.5 MB for float32) stay in a shared
 cache, enough that the price of a call and of passing the interpreter lock on is small beside the work."""
-MEMORY = SLICE * 88
+MEMORY = SLICE * 98
 """Private bytes that a thread needs for that, at most."""
 SMALL = 64 * 1024
 """Bytes in an input up to which a tensor is small: calls cost as much as moving it."""

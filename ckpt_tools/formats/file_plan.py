@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..tensors import DType, TensorSpec, c_strides
+from ..tensors import DType, SummedSpec, TensorSpec, c_strides
 
 Files = tuple[tuple[Path, int], ...]
 """Files with identical headers: (path, bytes by which its payload starts later than in the first file)."""
@@ -36,13 +36,19 @@ class Terms:
 
     @classmethod
     def of(cls, terms: Iterable[tuple[TensorSpec, float]]) -> Terms:
-        """Make them from pairs of spec and coefficient."""
-        return cls(*zip(*terms, strict=True))
+        """Make them from pairs of spec and coefficient; a sum among them gives its own terms."""
+        apart: list[tuple[TensorSpec, float]] = []
+        for spec, coefficient in terms:
+            if type(spec) is SummedSpec:
+                apart += [(each, coefficient * factor) for each, factor in spec.terms]
+            else:
+                apart.append((spec, coefficient))
+        return cls(*zip(*apart, strict=True))
 
     @classmethod
     def copy(cls, spec: TensorSpec) -> Terms:
-        """Return the one term whose sum is this tensor."""
-        return cls((spec,), (1.0,))
+        """Return the terms whose sum is this tensor; one, unless it is a sum itself."""
+        return cls.of([(spec, 1.0)]) if type(spec) is SummedSpec else cls((spec,), (1.0,))
 
     def __len__(self) -> int:
         return len(self.coefficients)
@@ -64,7 +70,9 @@ class Terms:
     @property
     def width(self) -> int:
         """Bytes read for each element of the sum."""
-        return sum([dtype.itemsize for dtype in self.dtypes])
+        if self.files:
+            return self.specs[0].width * len(self.files)
+        return sum([spec.width for spec in self.specs])
 
     @property
     def inputs(self) -> Sequence[tuple[TensorSpec, Files]]:

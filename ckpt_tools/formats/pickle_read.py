@@ -323,8 +323,23 @@ _UNSUPPORTED = {
 _UNSUPPORTED_TYPES = frozenset(_UNSUPPORTED.values())
 
 
+class _DtypeName:
+    """A torch.dtype while a pickle is read without torch, for the tensors of it; see `load`."""
+
+    __slots__ = ("dtype",)
+    __hash__ = None  # type: ignore[assignment]  # so that it is no key, which no walk would find
+
+    def __init__(self, dtype: DType) -> None:
+        self.dtype = dtype
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("the pickle tries to change a dtype")
+
+
 def _dtype_of(value: Any) -> DType | None:
     """Return the DType of a torch.dtype, or None, without importing torch."""
+    if type(value) is _DtypeName:
+        return value.dtype
     return DTYPES.get(str(value).removeprefix("torch.")) if type(value).__module__ == "torch" else None
 
 
@@ -374,6 +389,9 @@ TORCH_VALUES = {"torch.Size", "torch.device", *(f"torch.{name}" for name in DTYP
 class Restricted:
     """Mixin that resolves the globals of a pickle; it precedes one of Python's unpicklers among the base classes."""
 
+    _named: list[str] | None = None
+    """Dtypes that were met, if they are not to be those of torch."""
+
     def __init__(self, file: IO[bytes], locate: Locate, values: Container[str] = TORCH_VALUES) -> None:
         # latin1 preserves the bytes of numpy scalars of Python 2; ASCII names are the same in any encoding.
         super().__init__(file, encoding="latin1")  # type: ignore[call-arg]
@@ -388,6 +406,9 @@ class Restricted:
         if full in _TABLE:
             return _TABLE[full]
         if full in self._values:
+            if self._named is not None and name in DTYPES:
+                self._named.append(name)
+                return _DtypeName(DTYPES[name])
             import torch
 
             return getattr(torch, name)
@@ -440,8 +461,42 @@ def load(
     Raises:
         CorruptError: the pickle is damaged or hostile.
     """
+    start = file.tell()
     unpickler = _Unpickler(file, locate, TORCH_VALUES if torch_values else ())
+    # Most dtypes in pickles are those of tensors, for which torch need not be imported.
+    unpickler._named = [] if torch_values else None
+    try:
+        tree = run(unpickler, where=where)
+        done = not unpickler._named or not _names_dtype(tree)
+    except CorruptError:
+        if not unpickler._named:
+            raise
+        done = False
+    if done:
+        return tree, unpickler.foreign
+    file.seek(start)
+    unpickler = _Unpickler(file, locate, TORCH_VALUES)
     return run(unpickler, where=where), unpickler.foreign
+
+
+def _names_dtype(tree: Any) -> bool:
+    """True if a dtype is left in a tree, as a value of its own."""
+    seen: set[int] = set()
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if type(node) is _DtypeName:
+            return True
+        if not isinstance(node, (dict, list, tuple, argparse.Namespace, Inert)) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, dict):
+            waiting += [*node, *node.values(), getattr(node, "_metadata", None)]
+        elif isinstance(node, argparse.Namespace):
+            waiting += vars(node).values()
+        else:
+            waiting += [*node.args, node.state, *node.items] if isinstance(node, Inert) else node
+    return False
 
 
 def run(unpickler: Any, *, where: str) -> Any:

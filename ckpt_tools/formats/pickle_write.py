@@ -22,7 +22,7 @@ from ..errors import WriteError
 from ..tensors import TensorSpec, c_strides
 from .file_plan import OutTensor
 from .pickle_read import Inert, numbers_of
-from .tree import ITEM, LEFT_OUT, Instead, map_tree
+from .tree import ITEM, LEFT_OUT, PLAIN, Instead, map_tree
 
 _REBUILD, _REBUILD_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")
 _UNTYPED = ("torch.storage", "UntypedStorage")
@@ -194,7 +194,7 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
         return LEFT_OUT
 
     try:
-        return map_tree(tree, replace)
+        return map_tree(tree, replace, PLAIN)
     except RecursionError as error:
         raise WriteError(
             "the entries other than weights are nested too deeply to be copied. Write a .safetensors file instead."

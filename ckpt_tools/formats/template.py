@@ -19,7 +19,7 @@ from typing import Any
 from ..storage.source import InputFile
 from ..tensors import RankPart, Storage, TensorSpec, UnsupportedTensor
 from .pickle_read import SealedDict
-from .tree import map_tree
+from .tree import PLAIN, map_tree
 from .zip import CENTRAL_SIZE, LOCAL_SIZE, Archive
 
 Places = Mapping[Path, tuple[Path, int]]
@@ -66,7 +66,7 @@ def in_own_files(content: Any, places: Places) -> Any:
             return RankPart(node.reason, node.dtype, node.shape, chunks, node.ranks)
         return node if type(node) in _ATOMS else NotImplemented
 
-    return map_tree(content, replace)
+    return map_tree(content, replace, PLAIN)
 
 
 # Offsets in an entry of the central directory: the timestamp, the checksum, and the sizes after it.

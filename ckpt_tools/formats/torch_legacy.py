@@ -21,7 +21,10 @@ from .header import Header
 from .pickle_edit import NamedPickle
 from .torch_zip import TORCH_ZIP
 
-MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+MAGIC = b"\x80\x02" + _NUMBER
+_MAGICS = (MAGIC, b"\x80\x03" + _NUMBER, *(bytes([0x80, p, 0x95]) + struct.pack("<Q", 13) + _NUMBER for p in (4, 5)))
+"""The magic number as each protocol writes it; torch.save has 2 unless it is told otherwise."""
 
 
 class TorchLegacy(Format):
@@ -35,9 +38,11 @@ class TorchLegacy(Format):
         return TORCH_ZIP
 
     def sniff(self, path: Path, start: bytes) -> bool:
-        if start != MAGIC and (MAGIC.startswith(start) or start.startswith(MAGIC[:15])) and not start.startswith(MAGIC):
+        if start.startswith(_MAGICS):
+            return True
+        if any(magic.startswith(start) or start.startswith(magic[:-1]) for magic in _MAGICS):
             raise CorruptError(f"{path}: truncated after {len(start)} bytes. Get a fresh copy.")
-        return start.startswith(MAGIC)
+        return False
 
     def read(self, path: Path) -> Header:
         """Read the header of a legacy torch file.

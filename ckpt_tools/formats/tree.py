@@ -51,6 +51,29 @@ def entries(node: Any) -> Collection[tuple[Any, Any]]:
     return list(enumerate(node)) if isinstance(node, (list, tuple)) else ()
 
 
+PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+"""Types of plain values, of which a log may have millions."""
+
+
+def is_flat(node: Any) -> bool:
+    """True for a dict, list or tuple of plain values alone."""
+    if isinstance(node, dict):
+        return PLAIN.issuperset(map(type, node.values()))
+    return type(node) in (list, tuple) and PLAIN.issuperset(map(type, node))
+
+
+def is_plain(node: Any) -> bool:
+    """True for a plain value, and for a flat container."""
+    return type(node) in PLAIN or is_flat(node)
+
+
+def branches(node: Any) -> Collection[tuple[Any, Any]]:
+    """Return `contents` but for plain values and flat containers, which hold no tensor and need no visit."""
+    if is_plain(node):
+        return ()
+    return [(key, child) for key, child in contents(node) if type(child) not in PLAIN and not is_flat(child)]
+
+
 def walk(
     tree: Any, children: Callable[[list[Any], Any], Iterable[tuple[Any, Any]]] = lambda path, node: contents(node)
 ) -> Iterator[tuple[list[Any], Any]]:
@@ -86,10 +109,12 @@ def walk(
 def tensors_in(tree: Any) -> Iterator[tuple[Path, Tensor]]:
     """Walk a tree in order and yield (path, tensor)."""
     classes = (TensorSpec, UnsupportedTensor)  # a union takes longer to test
-    return ((tuple(path), node) for path, node in walk(tree) if isinstance(node, classes))
+    return (
+        (tuple(path), node) for path, node in walk(tree, lambda path, node: branches(node)) if isinstance(node, classes)
+    )
 
 
-def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
+def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any], plain: Collection[type] = ()) -> Any:
     """Copy a tree; shared and recursive containers stay so in the copy.
 
     Dicts, namespaces, lists, tuples and sets become new dicts, lists, tuples and sets. An OrderedDict stays one, and
@@ -99,12 +124,15 @@ def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
         replace: called with (path, node) for every node; returns its replacement, LEFT_OUT to leave it out, Instead to
             copy another node, or NotImplemented to copy a container. The path is one list, as in `walk`, with ITEM for
             each item of a list, tuple or set.
+        plain: types of values that `replace` returns as they are wherever they stand; it is not called for those in a
+            list or tuple of such values alone.
 
     Raises:
         RecursionError: nested beyond Python's recursion limit.
     """
     path: list[Any] = []
     copies: dict[int, Any] = {}
+    kept = frozenset(plain)
 
     def copy(node: Any) -> Any:
         replaced = replace(path, node)
@@ -126,6 +154,8 @@ def map_tree(tree: Any, replace: Callable[[list[Any], Any], Any]) -> Any:
             if metadata is not None and (replaced := copy(metadata)) is not LEFT_OUT:
                 mapping._metadata = replaced
             return mapping
+        if type(node) in (list, tuple) and kept.issuperset(map(type, node)):
+            return copies.setdefault(id(node), node if type(node) is tuple else [*node])
         path.append(ITEM)
         items: list[Any] = []
         if isinstance(node, list):

@@ -19,8 +19,9 @@ from typing import Any
 
 from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
+from ..checkpoints.quantized import read_json
 from ..checkpoints.training_state import leads
-from ..errors import LayoutError, ReadError, UnsupportedError, UsageError
+from ..errors import LayoutError, UnsupportedError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
@@ -85,6 +86,7 @@ def assemble(
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
+    edited: Mapping[str, bytes | None] | None = None,
 ) -> Assembly:
     """Lay the output out in the format that the target's suffix asks for.
 
@@ -94,6 +96,7 @@ def assemble(
         base: header of the last checkpoint, whose container a .pth keeps.
         state: the set of weights in it that the tensors stand for.
         renamed: its names to the output's names.
+        edited: see `flat`.
     """
     check_shard_size(target, writing.max_bytes)
     if base.ranks:
@@ -115,7 +118,7 @@ def assemble(
             dropped=tuple(dropped),
             kept=kept,
         )
-    return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state))
+    return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
 
 
 def _check_ranks(base: Header, target: Target, writing: Writing) -> None:
@@ -175,6 +178,7 @@ def flat(
     base: Header,
     dropped: Sequence[str] = (),
     config: Mapping[str, Any] | None = None,
+    edited: Mapping[str, bytes | None] | None = None,
 ) -> Assembly:
     """Lay names and tensors out as a safetensors file, or as a folder of shards.
 
@@ -182,6 +186,7 @@ def flat(
         base: header of the checkpoint whose companions a folder takes over, or whose ``__metadata__`` a file does.
         dropped: what is not carried over.
         config: in a folder, entries for its ``config.json``, beside those that the companion has.
+        edited: in a folder, files by name that take the place of companions; None for those that are not carried over.
     """
     metadata = _kept_metadata(base, target, tensors)
     dropped = [*unkept_metadata(base, metadata), *dropped]
@@ -189,9 +194,12 @@ def flat(
     if not target.folder:
         return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
     beside_them = companions(base, dropped)
+    edited = dict(edited or {})
     if config is not None:
-        files += (whole_file("config.json", _with_config(beside_them, config)),)
-        beside_them = [path for path in beside_them if path.name != "config.json"]
+        edited["config.json"] = _with_config(beside_them, edited.get("config.json"), config)
+    files += tuple(whole_file(name, text) for name, text in edited.items() if text is not None)
+    dropped += [name for name, text in edited.items() if text is None]
+    beside_them = [path for path in beside_them if path.name not in edited]
     return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
 
 
@@ -206,14 +214,9 @@ def nested(tree: Any, writing: Writing, *, target: Path, format: Format, dropped
     return Assembly(target, files, folder=format.folder, dropped=tuple(left_out))
 
 
-def _with_config(paths: Sequence[Path], config: Mapping[str, Any]) -> bytes:
+def _with_config(paths: Sequence[Path], edited: bytes | None, config: Mapping[str, Any]) -> bytes:
     path = next((path for path in paths if path.name == "config.json"), None)
-    try:
-        known = {} if path is None else json.loads(path.read_bytes())
-        if not isinstance(known, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ReadError(f"{path}: no valid configuration ({error}).") from error
+    known = json.loads(edited) if edited is not None else {} if path is None else read_json(path)
     return (json.dumps({**known, **config}, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -10,20 +10,23 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import Unchanged
+from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.parts import in_place, not_averaged, of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
-from ..checkpoints.training_state import training_mode_note
+from ..checkpoints.quantized import configuration, dequantized, refuse_without_scales, without_quantization
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import AlignmentError, LayoutError, UsageError
+from ..errors import AlignmentError, LayoutError, UnsupportedError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.format import Writing
 from ..formats.sharded import parse_size
+from ..series import lora
 from ..series.align import align
 from ..series.find import Member, Series, find_series
+from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text, factor_names
 from ..series.schedules import Schedule, dominant
 from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
@@ -108,6 +111,10 @@ def average(
     schedule.check()
     if matching.buffers not in BUFFERS:
         raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
+    if matching.lora not in LORA:
+        raise UsageError(f"`lora` is one of {', '.join(LORA)}, not {matching.lora!r}.")
+    if matching.lora == "product" and matching.match == "order":
+        raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
     dtype = parse_dtype(output.dtype)
     check_threads(running.threads)
     devices.check_name(running.device)
@@ -124,10 +131,26 @@ def average(
     tensors = weighted_sums(
         weights.aligned, coefficients, dtype=written, keep_running=matching.buffers == "last", shared=weights.shared
     )
+    products = Products()
+    if matching.lora == "product":
+        products = _products(members, names, coefficients, weights, dtype, matching.keys)
+        order = [*weights.renamed[-1].values()]
+        tensors = {name: found for name in order if (found := (tensors | products.tensors).get(name)) is not None}
     unique = dict.fromkeys(tensors.values())
     arguments = _arguments(schedule, matching, dtype, running)
     inputs = _inputs(members, names, coefficients, weights)
     target = chosen or default_target([member.header for member in members])
+    edited: dict[str, bytes | None] = {}
+    if products.config is not None:
+        target = chosen or Target.of("averaged/")
+        edited[CONFIG] = config_text(products.config)
+        if not target.folder:
+            raise UsageError(
+                f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
+                "without suffix, for a folder with both."
+            )
+    if matching.dequantize:
+        edited |= without_quantization(members[-1].header)
     base = members[-1].header
 
     def lay_out(inputs: Sequence[Input]) -> Assembly:
@@ -136,7 +159,13 @@ def average(
         )
         writing = Writing(name=target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base)
         return assemble(
-            tensors, writing, target=target, base=base, state=weights.states[-1], renamed=weights.renamed[-1]
+            tensors,
+            writing,
+            target=target,
+            base=base,
+            state=weights.states[-1],
+            renamed=weights.renamed[-1],
+            edited=edited,
         )
 
     def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
@@ -155,9 +184,15 @@ def average(
         ordered_by=series.ordered_by,
         averaged=tuple(tensor.name for tensor in unique if not tensor.copied),
         copied=tuple(tensor.name for tensor in unique if tensor.copied),
-        left_out=weights.left_out,
+        left_out=(*weights.left_out, *products.left_out),
         tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
-        notes=(*series.notes, *_remarks(schedule, members, coefficients), *weights.notes, *_kept(assembly)),
+        notes=(
+            *series.notes,
+            *_remarks(schedule, members, coefficients),
+            *weights.notes,
+            *products.notes,
+            *_kept(assembly),
+        ),
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
@@ -188,6 +223,8 @@ def _arguments(schedule: Schedule, matching: Matching, dtype: DType | None, runn
         "match": None if matching.match == "name" else matching.match,
         "keys": None if matching.keys == "strict" else matching.keys,
         "buffers": None if matching.buffers == "average" else matching.buffers,
+        "lora": None if matching.lora == "factors" else matching.lora,
+        "dequantize": matching.dequantize or None,
         "dtype": dtype and dtype.name,
         "allow_nonfinite": running.allow_nonfinite or None,
     }
@@ -216,13 +253,24 @@ class _LinedUp:
 
 @without_collector()
 def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching, *, mixed_dtypes: bool) -> _LinedUp:
-    shared = _shared(members)
+    shared = {} if matching.lora == "product" else _shared(members)
     # Files with identical headers have the same tensors.
     asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
-    states = _select_all(members[-1:] if shared else members, names, asked)
+    chosen = members[-1:] if shared else members
+    states = _select_all(chosen, names, asked)
+    if matching.dequantize:
+        states = [dequantized(member.header, state) for member, state in zip(chosen, states, strict=True)]
+        refuse_without_scales(members[-1].header, states)
     new_names = [unwrapped(s) for s in states]
+    bare_tensors = [renamed(s.tensors, bare) for s, bare in zip(states, new_names, strict=True)]
+    if matching.lora == "product":
+        factors = [factor_names(tensors) for tensors in bare_tensors]
+        bare_tensors = [
+            {name: tensor for name, tensor in tensors.items() if name not in own}
+            for tensors, own in zip(bare_tensors, factors, strict=True)
+        ]
     plan = align(
-        [renamed(s.tensors, bare) for s, bare in zip(states, new_names, strict=True)],
+        bare_tensors,
         names[-len(states) :],
         keys=matching.keys,
         match=matching.match,
@@ -244,18 +292,44 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
         notes.append(
             f"'{factor}' is a factor of a LoRA update. The factors are averaged apart, and their product is not the "
             "average of the products: far from it for adapters of different runs. To average the updates themselves, "
-            "merge each adapter into its model first."
+            "use `lora='product'`, or merge each adapter into its model first."
         )
     for member, state in zip(members[-len(states) :], states, strict=True):
         note = (
             training_mode_note(member.header.tree, [part.path for part in state.parts or (state,)])
-            if state.which != "ema"
+            if state.which not in ("ema", "eval")
             else None
         )
         if note is not None:
             notes.append(f"{member.path.name}: {note}")
             break
+    notes += dict.fromkeys(note for state in states if (note := evaluation_note(state)) is not None)
     return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
+
+
+def _products(
+    members: Sequence[Member],
+    names: Sequence[str],
+    coefficients: Sequence[float],
+    weights: _LinedUp,
+    dtype: DType | None,
+    keys: str,
+) -> Products:
+    found = []
+    for member, name, coefficient, state, bare in zip(
+        members, names, coefficients, weights.states, weights.renamed, strict=True
+    ):
+        of_peft = any("lora_A" in each or "lora_embedding_A" in each for each in state.tensors)
+        config = configuration(member.header, CONFIG) if of_peft else {}
+        if config:
+            check_config(member.header, config)
+        elif "lora_adapter_metadata" in member.header.metadata:
+            raise UnsupportedError(
+                f"{member.header.path}: the scale of its updates is in its __metadata__, as text that `lora='product'` "
+                "does not rewrite. Save the adapter with PEFT first."
+            )
+        found.append(lora.Member(member.header, renamed(state.tensors, bare), name, coefficient, config))
+    return average_products(found, dtype=dtype, keys=keys)
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:

@@ -14,9 +14,16 @@ from ..checkpoints.layouts import LAYOUTS, Layout, StateDict, select, states
 from ..checkpoints.layouts.entries import left_behind, other_entries
 from ..checkpoints.layouts.layout import AnyOrder, Content, Unchanged, dotted
 from ..checkpoints.layouts.parameter_lists import parameters
-from ..checkpoints.training_state import training_mode_note
+from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
+from ..checkpoints.quantized import (
+    dequantizable,
+    dequantized,
+    quantized,
+    refuse_without_scales,
+    without_quantization,
+)
 from ..compute.threads import check_threads
-from ..errors import UsageError
+from ..errors import UnsupportedError, UsageError
 from ..formats import read_header
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
@@ -99,16 +106,22 @@ def convert(
     header = read_header(one_checkpoint(path))
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
+    if which.dequantize:
+        sets = {name: dequantized(header, each) for name, each in sets.items()}
+        refuse_without_scales(header, sets.values())
+    elif dtype is not None:
+        _refuse_codes(header, sets.values())
     notes = [note] if (note := rank_note(header.path)) is not None else []
     notes += _remarks(found, sets, naming)
     if "raw" in sets and (note := training_mode_note(header.tree, [each.path for each in sets.values()])) is not None:
         notes.append(note)
+    notes += [note for each in sets.values() if (note := evaluation_note(each)) is not None]
     if len(sets) == 1 and layout.pair and not layout.alone:
         notes.append("The only set of weights is used for both, raw and averaged.")
     content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
-        {"to": output.to, "dtype": dtype and dtype.name},
+        {"to": output.to, "dtype": dtype and dtype.name, "dequantize": which.dequantize or None},
         state=" and ".join(each.label for each in sets.values()),
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
@@ -116,7 +129,8 @@ def convert(
     if not target.folder and header.in_folder:
         dropped += [path.name for path in companions(header, dropped) if path.parent == header.path]
     writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
-    assembly = _assembled(layout, content, header, target, writing, dropped)
+    edited = dict(without_quantization(header)) if which.dequantize else None
+    assembly = _assembled(layout, content, header, target, writing, dropped, edited)
     report = ConvertReport(
         path=str(header.path),
         layout=next(iter(sets.values())).layout,
@@ -273,8 +287,8 @@ def _copied(
         spec = dense(header, name, stored)
         tensor = copies.get(spec)
         if tensor is None:
-            changed = dtype is not None and spec.dtype.category is Category.FLOAT and dtype is not spec.dtype
-            out = dtype if changed and dtype is not None else spec.dtype
+            out = dtype if dtype is not None and spec.dtype.category is Category.FLOAT else spec.written
+            changed = out is not spec.dtype or spec.computed
             tensor = OutTensor(out, spec.shape, Terms.copy(spec), name, finite=changed)
             if spec.numel:  # empty ones are all alike, and tied to nothing
                 copies[spec] = tensor
@@ -288,7 +302,13 @@ def _copied(
 
 
 def _assembled(
-    layout: Layout, content: Content, header: Header, target: Target, writing: Writing, dropped: Sequence[str]
+    layout: Layout,
+    content: Content,
+    header: Header,
+    target: Target,
+    writing: Writing,
+    dropped: Sequence[str],
+    edited: Mapping[str, bytes | None] | None,
 ) -> Assembly:
     form = layout.folder_format if target.folder else target.format
     if form.nests:
@@ -296,7 +316,23 @@ def _assembled(
         return nested(layout.write(content), writing, target=target.path, format=form, dropped=dropped)
     whole = layout.flatten(content)
     writing = replace(writing, stem=whole.stem)
-    return flat(whole.tensors, writing, target=target, base=header, dropped=dropped, config=whole.config)
+    return flat(whole.tensors, writing, target=target, base=header, dropped=dropped, config=whole.config, edited=edited)
+
+
+def _refuse_codes(header: Header, sets: Iterable[StateDict]) -> None:
+    """Refuse to change the dtype of codes and scales.
+
+    Raises:
+        UnsupportedError: there are some.
+    """
+    for each in sets:
+        if (found := quantized(each.tensors)) is not None:
+            known = found[0] in dequantizable(each.tensors)
+            raise UnsupportedError(
+                f"{header.path}: '{found[0]}' holds quantized weights, with their scales in '{found[1]}', and `dtype` "
+                "would change both. "
+                + ("Add `dequantize=True`." if known else "Leave `dtype` out, or dequantize the checkpoint first.")
+            )
 
 
 def _placed(layout: Layout, sets: Mapping[str, StateDict], target: Target) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
 from ..compute.threads import check_threads
@@ -184,6 +185,8 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         _select(headers[0], which.state),
         _select(headers[1], which.state if which.state_b is None else which.state_b),
     )
+    for header, state in zip(headers, chosen, strict=True):
+        refuse_computed(header, state)
     bare = unwrapped(chosen[0]), unwrapped(chosen[1])
     plan = _plan(
         renamed(chosen[0].tensors, bare[0]),

@@ -8,11 +8,11 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.layout import dotted
+from ..checkpoints.layouts.schedule_free import training_mode_note
 from ..checkpoints.optimizers import find_optimizers, optimizer_name
 from ..checkpoints.parts import of_ranks, select_parts
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
-from ..checkpoints.training_state import training_mode_note
 from ..errors import LayoutError
 from ..formats.header import Header
 from ..formats.tree import tensors_in

@@ -118,10 +118,16 @@ class Matching(Options):
 
     title = "Which weights"
 
-    state: str | Words = option("auto (the EMA where all have one), raw, ema, or a dotted path.", "auto")
+    state: str | Words = option(
+        "auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.", "auto"
+    )
     match: str = option("name or order.", "name")
     keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
     buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
+    lora: str = option("factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors")
+    dequantize: bool = option(
+        "Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
+    )
 
 
 class State(Options):
@@ -129,7 +135,7 @@ class State(Options):
 
     title = "Which weights"
 
-    state: str = option("auto (the EMA where there is one), raw, ema, or a dotted path.", "auto")
+    state: str = option("auto (the EMA where there is one), raw, ema, eval (schedule-free), or a dotted path.", "auto")
 
 
 class Output(Options):
@@ -221,14 +227,19 @@ class KeptState(Options):
     title = "Which weights"
 
     state: str | None = option(
-        "Keep only these weights: auto, raw, ema, or a dotted path.", None, implied="all of them"
+        "Keep only these weights: auto, raw, ema, eval (schedule-free), or a dotted path.", None, implied="all of them"
     )
 
 
 class ConvertedState(State):
     """Which weights of one checkpoint are converted."""
 
-    state: str = option("auto (both where LAYOUT keeps both, else the EMA), raw, ema, or a dotted path.", "auto")
+    state: str = option(
+        "auto (both where LAYOUT keeps both, else the EMA), raw, ema, eval (schedule-free), or a dotted path.", "auto"
+    )
+    dequantize: bool = option(
+        "Convert what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
+    )
 
 
 class Missing(Options):

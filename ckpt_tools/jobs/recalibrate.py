@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..batchnorm.processes import Group, joined_group, local_device
 from ..batchnorm.recalibrate import check_options, find_layers
 from ..batchnorm.report import BatchNormReport
+from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
 from ..compute.payload import torch_dtype
 from ..compute.threads import default_threads
@@ -110,6 +111,7 @@ def recalibrate_checkpoint(
     _check(images, measuring)
     source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)
+    refuse_computed(checkpoint.header, checkpoint.state)
     target = Target.of(output.out) if output.out is not None else named_after(checkpoint.header, "-bn")
     device = local_device(pick_device(running.device))
     factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -11,14 +12,15 @@ from typing import Any
 
 from ..checkpoints.layouts import StateDict, select, states
 from ..checkpoints.layouts.layout import dotted
-from ..checkpoints.optimizers import is_optimizer
+from ..checkpoints.layouts.schedule_free import evaluation_note, is_computed, refuse_computed
+from ..checkpoints.optimizers import flat_training_state, is_optimizer
 from ..checkpoints.training_state import any_tensor, leads, nodes, other_weights, stripped, training_state
 from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_read import Inert
-from ..formats.tree import tensors_in
+from ..formats.tree import put, tensors_in
 from ..series.paths import one_checkpoint
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import nested
@@ -111,12 +113,16 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     if chosen is not None:
         gone += other_weights(header, chosen, found.values(), gone, notes)
     tree = stripped(header.tree, gone)
+    tree, flat = _without_flat(tree, sets)
+    if chosen is not None and is_computed(chosen):
+        tree = _with_sums(header, tree, chosen)
+        notes += [note for note in (evaluation_note(chosen),) if note is not None]
     report = StripReport(
         path=str(header.path),
         out=str(target.path),
         kept=tuple(each.label for each in sets),
         beside=_beside(tree, sets),
-        entries=_entries(header.tree, tree, gone),
+        entries=tuple(sorted((*_entries(header.tree, tree, gone), *flat), key=lambda entry: -entry.nbytes)),
         compacted=_unseen_bytes(tree),
         dropped=(),
         notes=tuple(notes),
@@ -145,10 +151,45 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
 
 
+def _with_sums(header: Header, tree: Any, chosen: StateDict) -> Any:
+    """Copy a tree with the averages of a schedule-free optimizer in the place of the weights that it trains."""
+    if chosen.keys is None:
+        refuse_computed(header, chosen)
+    keys = chosen.keys or {}
+    old = reduce(getitem, chosen.path, tree)
+    weights: Any = OrderedDict(old) | {keys[name]: tensor for name, tensor in chosen.tensors.items()}
+    if (metadata := getattr(old, "_metadata", None)) is not None:
+        weights._metadata = metadata
+    return put(tree, chosen.path, weights)
+
+
 def _beside(tree: Any, sets: Iterable[StateDict]) -> tuple[str, ...]:
     weights = {each.path[0] for each in sets if each.path}
     nested = isinstance(tree, dict) and (weights or not any(True for _ in sets))
     return tuple(dotted([key]) for key in tree if key not in weights) if nested else ()
+
+
+def _without_flat(tree: Any, sets: Iterable[StateDict]) -> tuple[Any, list[Stripped]]:
+    """Copy a tree without training state that has names among those of weights, and say what went."""
+    entries: list[Stripped] = []
+    for path in dict.fromkeys(each.path for each in sets):
+        node = reduce(getitem, path, tree)
+        found = flat_training_state(node) if isinstance(node, dict) else {}
+        if not found:
+            continue
+        gone = {name for names in found.values() for name in names}
+        kept: Any = OrderedDict((key, value) for key, value in node.items() if key not in gone)
+        if (metadata := getattr(node, "_metadata", None)) is not None:
+            kept._metadata = metadata
+        counted = _storages(kept)
+        for head, names in found.items():
+            own = _storages({name: node[name] for name in names}) - counted
+            counted |= own
+            tensors = sum(1 for _ in tensors_in([node[name] for name in names]))
+            place = dotted((*path, head if [head] == names else f"{head}.*"))
+            entries.append(Stripped(place, tensors, sum(storage.nbytes for storage in own)))
+        tree = put(tree, path, kept)
+    return tree, entries
 
 
 def _specs(tree: Any) -> set[TensorSpec]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.quantized import quantized
+from ..checkpoints.quantized import quantized, way_on
 from ..errors import AlignmentError, UnsupportedError, UsageError
 from ..tensors import Category, Tensor, TensorSpec, UnsupportedTensor
 
@@ -60,8 +60,7 @@ def align(
         if (found := quantized(state)) is not None:
             raise UnsupportedError(
                 f"{file}: '{found[0]}' holds quantized weights, with their scales in '{found[1]}'. Averages of codes "
-                "and scales are no average of the weights. Dequantize the checkpoints, average them, then quantize the "
-                "average."
+                f"and scales are no average of the weights. {way_on(state, found[0])}, then quantize the average."
             )
     if match == "order":
         states = _by_order(states, files)
@@ -74,7 +73,7 @@ def align(
         raise AlignmentError(_missing(partial, counts, states, files))
     if keys == "intersection":
         names = [name for name in names if counts[name] == len(states)]
-        if not names:
+        if not names and any(states):
             advice = _prefix_advice(states, files) or "Look at them with ckpt inspect."
             raise AlignmentError(f"the checkpoints share no tensor name. {advice}")
     columns = [map(state.get, names) for state in states]

@@ -11,7 +11,7 @@ from typing import TypeVar
 from ..errors import LayoutError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files, OutTensor, Terms
-from ..tensors import Category, DType, TensorSpec
+from ..tensors import Category, DType, SummedSpec, TensorSpec
 from .align import is_copied
 
 # Only names tell float buffers from parameters; averaging harms these, which are BatchNorm's.
@@ -69,10 +69,12 @@ def weighted_sums(
             narrowed = dtype is not None and last.dtype.category is Category.FLOAT
             if from_last or is_copied(name, last):
                 terms, narrowed = Terms.copy(last), narrowed and from_last
+            elif type(last) is not TensorSpec and shared:
+                terms = Terms.of(_weighing(_in_each(last, coefficients, shared)))
             else:
                 files = counted.get(last.storage.path)
                 terms = Terms((last,), weights, files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
-            tensor = OutTensor(dtype if dtype and narrowed else last.dtype, last.shape, terms, name)
+            tensor = OutTensor(dtype if dtype and narrowed else last.written, last.shape, terms, name)
             if tensor.numel and not alone:
                 tied[inputs] = tensor
         tensors[name] = tensor
@@ -81,7 +83,7 @@ def weighted_sums(
 
 def _scaled(name: str, inputs: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool) -> Terms:
     """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
-    if weigh and None not in inputs:
+    if weigh and None not in inputs and SummedSpec not in map(type, inputs):
         return Terms(tuple(inputs), coefficients)  # type: ignore[arg-type]
     present = [(spec, c) for spec, c in zip(inputs, coefficients, strict=True) if spec is not None]
     weighing = tuple(present) if all(coefficients) else _weighing(present)
@@ -92,6 +94,13 @@ def _scaled(name: str, inputs: Sequence[TensorSpec | None], coefficients: tuple[
     if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
         raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
     return Terms.of((spec, c * (want / have)) for spec, c in weighing)
+
+
+def _in_each(
+    last: TensorSpec, coefficients: Sequence[float], shared: Mapping[Path, Files]
+) -> list[tuple[TensorSpec, float]]:
+    """Find what is made of several tensors of the last checkpoint in each of those with its header."""
+    return [(last.placed(lambda path, i=i: shared[path][i]), c) for i, c in enumerate(coefficients)]  # type: ignore[misc]
 
 
 def _weighing(terms: Sequence[tuple[_T, float]]) -> tuple[tuple[_T, float], ...]:

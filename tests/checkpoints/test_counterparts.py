@@ -117,7 +117,7 @@ def test_average_rejects_several_averages_and_names_them(save: Save, tmp_path: P
     tree = {"model": weights(1), "emas": {"0.999": weights(2), "0.9999": weights(3)}}
     paths = [save(f"{i}.pth", tree) for i in (1, 2)]
     with pytest.raises(
-        LayoutError, match=r"one of several averages: emas\.0\.999 or emas\.0\.9999.*state='emas\.0\.999'"
+        LayoutError, match=r"is not the only average\. There are emas\.0\.999 and emas\.0\.9999.*state='emas\.0\.999'"
     ):
         average(paths, out=tmp_path / "out.pth")
     average(paths, state="emas.0.9999", out=tmp_path / "out.pth")
@@ -151,7 +151,7 @@ def test_convert_knows_an_average_at_a_path_of_its_own(save: Save, tmp_path: Pat
     ("ema", "message"),
     [
         (weights(5, names=("other.weight", "one.more")), r"its ema has other names or shapes than raw \(model\)"),
-        ([weights(5), weights(6)], r"one of several averages: ema\.0 or ema\.1"),
+        ([weights(5), weights(6)], r"is not the only average\. There are ema\.0 and ema\.1"),
     ],
 )
 def test_average_rejects_an_average_that_cannot_take_the_place_of_the_raw_weights(

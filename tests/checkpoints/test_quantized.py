@@ -49,6 +49,32 @@ LIBRARIES = {
     "fused experts": {"w13_weight": (torch.int8, 2, 8, 4), "w13_weight_scale": (torch.float32, 2, 8)},
     "HQQ": {"W_q": (torch.uint8, 8, 4), "scale": (torch.float16, 8, 1), "zero": (torch.float16, 8, 1)},
     "quanto": {"weight._data": (torch.int8, 8, 4), "weight._scale": (torch.float32, 8, 1)},
+    "quanto int4": {
+        "weight._data._data": (torch.uint8, 8, 4),
+        "weight._scale": (torch.float32, 8, 1),
+        "weight._shift": (torch.float32, 8, 1),
+    },
+    "VPTQ": {
+        "indices": (torch.int32, 1, 8, 4),
+        "centroids.weight": (torch.float16, 1, 64),
+        "weight_scale": (torch.float16, 8),
+        "perm": (torch.uint16, 8),
+    },
+    "VPTQ without a norm": {"indices": (torch.int16, 1, 8, 4), "res_centroids.weight": (torch.float16, 1, 64)},
+    "torch_int (SmoothQuant)": {"weight": (torch.int8, 8, 4), "bias": (torch.float32, 8), "a": (torch.float32,)},
+    "AutoSmoothQuant": {"weight": (torch.int8, 8, 4), "dequant_scale": (torch.float32,)},
+    "Ascend W8A8": {"weight": (torch.int8, 8, 4), "deq_scale": (torch.float32, 8), "quant_bias": (torch.int32, 8)},
+    "EETQ": {"weight": (torch.int8, 8, 4), "weight_scales": (torch.float16, 4)},
+    "Quark": {"weight": (torch.int8, 8, 4), "weight_quantizer.scale": (torch.float32, 8)},
+    "HIGGS": {"weight": (torch.int16, 8, 4), "tables": (torch.float16, 16), "tables2": (torch.float32, 16, 16)},
+    "QuIP#": {"Qidxs": (torch.int64, 8, 4), "SU": (torch.float16, 4), "Wscale": (torch.float32,)},
+    "SpQR": {"dense_weights": (torch.int64, 8, 4), "row_offsets": (torch.int32, 9), "col_vals": (torch.int32, 4)},
+    "Marlin": {"B": (torch.int32, 8, 4), "s": (torch.float16, 1, 8), "workspace": (torch.int32, 16)},
+    "bitsandbytes fp4": {
+        "weight": (torch.uint8, 16, 1),
+        "weight.absmax": (torch.float32, 4),
+        "weight.quant_state.bitsandbytes__fp4": (torch.uint8, 90),
+    },
     "AQLM": {"codes": (torch.int16, 8, 4, 1), "codebooks": (torch.float16, 1, 16, 1), "scales": (torch.float16, 8)},
 }
 
@@ -71,7 +97,7 @@ def test_average_rejects_quantized_weights(library: str, mode: str, tmp_path: Pa
     for i in range(2):
         save_file(layer(library, i), tmp_path / f"q{i}.safetensors")
     out = tmp_path / "out.safetensors"
-    with pytest.raises(UnsupportedError, match=r"q\d\.safetensors: 'enc\.3\.fc\..*' holds quantized.*Dequantize"):
+    with pytest.raises(UnsupportedError, match=r"q\d\.safetensors: 'enc\.3\.fc\..*' holds quantized.*[Dd]equantize"):
         average([tmp_path / "q0.safetensors", tmp_path / "q1.safetensors"], mode=mode, out=out)
     assert not out.exists()
 

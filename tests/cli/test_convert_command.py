@@ -80,3 +80,12 @@ def test_convert_keeps_an_existing_target_without_force() -> None:
     assert "exists already. Pass --force" in result.err
     assert Path("w.pth").read_text() == "mine"
     assert run("convert", "c.pth", "-o", "w.pth", "--force").code == 0
+
+
+@pytest.mark.parametrize("command", ["convert", "strip", "diff"])
+def test_a_second_state_is_refused_by_commands_that_take_one(command: str) -> None:
+    arguments = ["c.pth", "c.pth"] if command == "diff" else ["c.pth", "-o", "out.pth"]
+    result = run(command, *arguments, "--state", "raw", "--state", "ema")
+    assert result.code == 2
+    assert "--state is given 2 times, and this command takes one set of weights." in result.err
+    assert not Path("out.pth").exists()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import enum
+import io
 import pickle
+import subprocess
+import sys
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -19,7 +22,7 @@ import ckpt_tools
 from ckpt_tools import open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
-from ckpt_tools.formats import read_header
+from ckpt_tools.formats import pickle_read, read_header
 from ckpt_tools.formats.pickle_read import Inert
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
@@ -369,3 +372,35 @@ def test_read_header_rejects_a_protocol_newer_than_this_python_knows(tmp_path: P
 
     with pytest.raises(CorruptError, match="unsupported pickle protocol"):
         read_header(path)
+
+
+def test_dtypes_of_tensors_need_no_torch(save: Save) -> None:
+    """torch takes longer to import than all else that `ckpt inspect` does."""
+    path = save("c.pth", {"w": torch.ones(4).to(torch.float8_e4m3fn), "u": torch.ones(2).to(torch.uint16)})
+    code = f"import sys, pathlib; from ckpt_tools.formats import read_header as r; print(r(pathlib.Path({str(path)!r})).tree['w'].dtype.name, 'torch' in sys.modules)"  # noqa: E501
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["float8_e4m3fn", "False"]
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        torch.float16,
+        [torch.float8_e5m2],
+        {torch.float16: 1},
+        {torch.float16},
+        frozenset({torch.uint16}),
+        argparse.Namespace(dtype=torch.bfloat16),
+        (1, {"a": [torch.int8]}),
+    ],
+)
+def test_dtypes_that_are_values_are_those_of_torch(held: Any, save: Save) -> None:
+    tree = read_header(save("c.pth", {"w": torch.ones(4).to(torch.float8_e4m3fn), "held": held})).tree
+    assert vars(tree["held"]) == vars(held) if isinstance(held, argparse.Namespace) else tree["held"] == held
+    assert tree["w"].dtype.name == "float8_e4m3fn"
+
+
+def test_a_pickle_cannot_change_a_dtype() -> None:
+    pickled = b"\x80\x02ctorch\nfloat16\n}X\5\0\0\0dtypeK\1sb."
+    with pytest.raises(CorruptError, match="cannot be read"):
+        pickle_read.load(io.BytesIO(pickled), where="here")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from crafting import STORAGE, TENSOR, TORCH_DTYPES, random_tensor, same
 
-from ckpt_tools import open_checkpoint
+from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, NotACheckpointError
 from ckpt_tools.formats import read_header
@@ -200,3 +200,19 @@ def test_read_header_accepts_bytes_behind_the_last_storage(legacy: Callable[...,
     path.write_bytes(path.read_bytes() + buffer.getvalue())  # torch allows several objects in one file
 
     assert_reads_as_torch(path)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_read_header_accepts_every_protocol_of_torch_save(protocol: int, tmp_path: Path) -> None:
+    state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.arange(3)}
+    path = tmp_path / "c.pt"
+    torch.save(state, path, _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    found = dict(open_checkpoint(path))
+    assert found.keys() == state.keys()
+    assert all(found[name].equal(tensor) for name, tensor in state.items())
+    renamed = fix_prefix(path, add=["m."], out=tmp_path / "new.pt")
+    assert renamed.written
+    assert torch.load(tmp_path / "new.pt", weights_only=False).keys() == {"m.a.weight", "m.b"}
+    path.write_bytes(path.read_bytes()[:12])
+    with pytest.raises(CorruptError, match="truncated after 12 bytes"):
+        read_header(path)

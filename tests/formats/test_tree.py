@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckpt_tools.formats.tree import ITEM, LEFT_OUT, entries, map_tree, walk
+from ckpt_tools.formats.tree import ITEM, LEFT_OUT, PLAIN, branches, entries, map_tree, tensors_in, walk
+from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 
 def steps(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
@@ -111,3 +113,31 @@ def test_map_tree_of_a_deep_tree_raises_recursion_error() -> None:
 
     with pytest.raises(RecursionError, match="recursion"):
         map_tree(tree, same)
+
+
+LOGS: list[Any] = [
+    [*range(50)],
+    [0.5] * 50,
+    [[i, 0.5, None] for i in range(50)],
+    [{"step": i, "loss": 0.5} for i in range(50)],
+    {i: "text" for i in range(50)},
+]
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_walk_for_tensors_does_not_visit_a_log(log: Any) -> None:
+    """A run may keep a million numbers."""
+    spec = TensorSpec(DTYPES["float32"], (1,), (1,), 0, Storage(Path("f"), 0, 4))
+    tree = {"log": log, "model": {"w": spec}, "both": [*(log if isinstance(log, list) else [log]), [spec]]}
+    visited = [node for _, node in walk(tree, lambda path, node: branches(node))]
+    assert len(visited) <= 7
+    assert [path for path, _ in tensors_in(tree)] == [("model", "w"), ("both", len(tree["both"]) - 1, 0)]
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_copy_of_a_log_is_equal_and_its_lists_are_new(log: Any) -> None:
+    tree = {"log": log, "again": log, "pair": (1, 2.0)}
+    copied = map_tree(tree, lambda path, node: NotImplemented if isinstance(node, (dict, list, tuple)) else node, PLAIN)
+    assert copied == tree
+    assert copied["log"] is copied["again"] is not log
+    assert all(a is not b for a, b in zip(copied["log"], log, strict=True) if isinstance(a, (list, dict)))

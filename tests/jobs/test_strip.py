@@ -501,3 +501,34 @@ def test_strip_handles_a_checkpoint_that_contains_itself(save: Save) -> None:
     new = load(Path(ckpt_tools.strip(save("c.pth", tree)).out))
     assert "optimizer" not in new
     assert same_bits(new["model"], model.state_dict())
+
+
+def test_strip_keeps_the_only_buffers_beside_an_average_of_parameters(save: Save) -> None:
+    raw = {"fc.weight": torch.ones(3, 2), "bn.running_mean": torch.zeros(2), "bn.num_batches_tracked": torch.tensor(3)}
+    ema = {"fc.weight": torch.zeros(3, 2)}
+    path = save("c.pth", {"model": raw, "model_ema": ema, "optimizer": trained()[1].state_dict()})
+    report = ckpt_tools.strip(path, state="auto")
+    new = load(Path(report.out))
+    assert set(new) == {"model", "model_ema"}
+    assert same_bits(new["model"], raw)
+    assert any("'model' stays" in note and "bn.running_mean" in note for note in report.notes)
+    whole = save("w.pth", {"model": raw, "model_ema": {**raw, **ema}})
+    assert set(load(Path(ckpt_tools.strip(whole, state="auto").out))) == {"model_ema"}
+
+
+@pytest.mark.parametrize("place", [(), ("model",)])
+def test_strip_removes_an_optimizer_among_the_names_of_the_weights(place: tuple[str, ...], save: Save) -> None:
+    weights = {f"layer.{i}.weight": torch.full((4,), float(i)) for i in range(3)}
+    kept = {
+        f"optimizer.state.{slot}.{name}": tensor + 1
+        for slot in ("exp_avg", "exp_avg_sq")
+        for name, tensor in weights.items()
+    }
+    tree: Any = {**weights, **kept, "optimizer.param_groups": [{"lr": 0.1}]}
+    for key in place:
+        tree = {key: tree, "epoch": 3}
+    report = ckpt_tools.strip(save("c.pth", tree))
+    new = load(Path(report.out))
+    assert same_bits(new["model"] if place else new, weights)
+    entry = report.entries[0]
+    assert (entry.place, entry.tensors, entry.nbytes) == (".".join((*place, "optimizer.*")), 6, 96)

@@ -36,8 +36,8 @@ LAYOUTS += [
 # The order of detection of averaged weights: what is known for certain goes first, then timm's order. Where two
 # layouts differ in the encoding of the average alone, the plain one is the second.
 DETECTED += [
-    DEEPSPEED, TORCHTITAN, LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT, ICEFALL,
-    DINO, FAIRSEQ, LIGHTNING_SWA,
+    DEEPSPEED, TORCHTITAN, LIGHTNING, MMENGINE, TIMM, TORCHVISION, DEIT, MODEL_STATE_DICT, D2GO, ULTRALYTICS, DIT,
+    ICEFALL, DINO, FAIRSEQ, LIGHTNING_SWA,
 ]  # fmt: skip
 
 __all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "register", "select", "states", "unregister"]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...formats.pickle_read import Inert
-from ...formats.tree import Path, entries, follow, walk
+from ...formats.tree import Path, branches, entries, follow, walk
 from ...tensors import Tensor, TensorSpec
 from ..optimizers import is_optimizer, looks_like_training_state
 from .layout import Sets, StateDict, dotted, has_tensors, is_buffer, one_of, read_sets, split
@@ -56,7 +56,7 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     averages = _of_this_name(averages, known)
     found = dict(found)
     if averages and "ema" not in found:
-        fault = averages[0].fault if len(averages) == 1 else f"one of several averages: {_any_of(averages)}"
+        fault = averages[0].fault if len(averages) == 1 else f"not the only average. There are {_all_of(averages)}"
         found["ema"] = replace(averages[0], which="ema", layout=known.layout, fault=fault)
     if len(raws) > 1:
         found["ema"] = replace(known, fault=f"the average of {_any_of(raws)}")
@@ -85,6 +85,11 @@ def chosen_in(tree: Any, chosen: StateDict) -> StateDict:
         return chosen
     which = "ema" if is_average(chosen.path, ()) else "raw"
     return replace(completed(tree, {which: chosen})[which], which=chosen.which, layout=chosen.layout, fault=None)
+
+
+def _all_of(sets: Sequence[StateDict]) -> str:
+    *others, last = [dotted(each.path) for each in sets]
+    return f"{', '.join(others)} and {last}. Choose with `state={others[0]!r}`."
 
 
 def _any_of(sets: Sequence[StateDict]) -> str:
@@ -128,7 +133,7 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
         if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
             return []
-        inside = ((key, child) for key, child in entries(node) if isinstance(child, (dict, list, tuple, Inert)))
+        inside = ((key, child) for key, child in branches(node) if isinstance(child, (dict, list, tuple, Inert)))
         return [
             (key, child) for key, child in inside if key == "callbacks" or not looks_like_training_state(key, child)
         ]
@@ -209,7 +214,7 @@ def _named(own: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, 
 
     It may lack buffers, but no parameter. Names may differ by wrappers, and by what one set has before all of them.
     """
-    ours, theirs = ({_bare(name): name for name in names} for names in (known, own))
+    ours, theirs = ({without_wrappers(name): name for name in names} for names in (known, own))
     if len(ours) != len(known) or len(theirs) != len(own):
         return None
     leads = [
@@ -237,7 +242,8 @@ def is_parameter(name: str, tensor: Tensor) -> bool:
     return not is_buffer(name, tensor) and not name.endswith("_extra_state")
 
 
-def _bare(name: str) -> str:
+def without_wrappers(name: str) -> str:
+    """Return a name without the components that wrappers of modules add, wherever they are."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

@@ -32,6 +32,7 @@ from .layout import (
     split,
     swapped_keys,
 )
+from .schedule_free import evaluated
 
 
 def states(header: Header, names: Names = None, *, by_name: bool = True) -> Sets:
@@ -90,7 +91,8 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
 
     Args:
         names: a state dict of the same model, for encodings that keep no names (lists) or change them (LitEma's).
-        state: ``auto`` (the EMA where there is one), ``raw``, ``ema``, or a dotted path such as ``model.teacher``.
+        state: ``auto`` (the EMA where there is one), ``raw``, ``ema``, ``eval`` (what a schedule-free optimizer would
+            leave in the model), or a dotted path such as ``model.teacher``.
 
     Raises:
         LayoutError: it is not there, is empty, or would lose an entry; or the layout's names mislead.
@@ -101,6 +103,8 @@ def select(header: Header, state: str = "auto", names: Names = None) -> StateDic
             f"{header.path}: each of its {len(header.ranks)} files has the part of one rank, so it is no whole set of "
             "weights. Merge the ranks first, with the tools of the program that wrote them."
         )
+    if state == "eval":
+        return evaluated(header, select(header, "raw", names))
     if state not in ("auto", "raw", "ema"):
         return _at_path(header, state, names)
     # A name may mislead, so what is asked for goes before it.
