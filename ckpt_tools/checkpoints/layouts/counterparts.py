@@ -51,7 +51,7 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     averages = [each for each in others if is_average(each.path, base)]
     twins = [each for each in others if each not in averages]
     raws = [] if "raw" in found else _of_this_name(twins, known)
-    of_twins = [_without_average(each.path) for each in twins]
+    of_twins = [_without_average(each.path) for each in twins if len(raws) != 1 or each not in raws]
     gone = [each for each in averages if _without_average(each.path) not in of_twins]
     averages = _of_this_name(averages, known)
     found = dict(found)
