@@ -438,14 +438,15 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 def in_c_order(spec: TensorSpec) -> bool:
     """Return True if a tensor is one chunk, or its chunks are its elements in C order one behind another."""
-    chunks = spec.as_chunks
+    if not isinstance(spec, ChunkedSpec):
+        return True
     at = 0
-    for index, chunk in chunks if len(chunks) > 1 else ():
+    for index, chunk in spec.chunks:
         first = sum(i * step for i, step in zip(index, spec.stride, strict=True))
         if first != at or not chunk.contiguous or not is_dense(chunk.shape, spec.stride):
             return False
         at += chunk.numel
-    return True
+    return at == spec.numel  # what is in no chunk is 0
 
 
 def make_spec(

@@ -64,6 +64,7 @@ class DeepSpeed(Format):
     name = "deepspeed"
     folder = True
     nests = True
+    rewritten = False
 
     @property
     def written_as(self) -> Format:

@@ -82,6 +82,7 @@ class Format:
         nests: it stores nested objects (dicts, numbers, text), not only names to tensors.
         export: a model made ready for use; training saves other files, so a folder is not searched for it.
         writes: it can be written.
+        rewritten: an edited copy of such a checkpoint can be written, with all that is in it.
         usual_suffix: the default suffix of a file converted from this format.
     """
 
@@ -93,6 +94,7 @@ class Format:
     nests: bool = False
     export: bool = False
     writes: bool = False
+    rewritten: bool = True
     usual_suffix: str = ".pth"
 
     @property

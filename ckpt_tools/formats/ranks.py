@@ -51,6 +51,8 @@ _PROGRAMS = (
 )
 _OPTIMIZER = re.compile(r"(distrib_)?optim(izer)?\.pt")
 _ZERO = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_optim_states\.pt")
+UNIVERSAL = "zero"
+"""The folder of the weights in a universal checkpoint of DeepSpeed."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -115,6 +117,8 @@ RANKS = Ranks()
 def rank_files(folder: Path) -> list[str]:
     """Return the files of the ranks of a checkpoint, by their names in the folder; empty for any other folder."""
     names = sorted(store_of(folder).names(folder))
+    if UNIVERSAL in names:
+        return []  # its model states have other things than weights
     for kinds in _PROGRAMS:
         found: list[str] = []
         for kind in kinds:
@@ -127,6 +131,11 @@ def rank_files(folder: Path) -> list[str]:
         if found and not zero and (kinds[0].folders or len(found) > 1):
             return found
     return []
+
+
+def masters_beside(folder: Path) -> str | None:
+    """Return the name of a file with float32 masters of ZeRO beside the layers, which have copies of 16 bits."""
+    return next(filter(_ZERO.fullmatch, sorted(store_of(folder).names(folder))), None)
 
 
 def further_files(folder: Path, known: Collection[str]) -> Iterator[str]:

@@ -246,7 +246,8 @@ class Copies(dict[TensorSpec, OutTensor]):
 def _container(
     tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
 ) -> tuple[Any, Mapping[str, int]]:
-    if (base.format.written_as.folder and not base.ranks) or not base.format.nests:
+    of_folder = base.format.written_as.folder and not base.ranks
+    if of_folder or not base.format.nests or not base.format.rewritten:
         dropped += beside(base.tree, state)
         return OrderedDict(tensors), {}
     tree = base.tree

@@ -22,6 +22,7 @@ from ..errors import AlignmentError, LayoutError, UnsupportedError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.format import Writing
+from ..formats.ranks import masters_beside
 from ..formats.sharded import parse_size
 from ..series import lora
 from ..series.align import align
@@ -293,6 +294,12 @@ def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching
             f"'{factor}' is a factor of a LoRA update. The factors are averaged apart, and their product is not the "
             "average of the products: far from it for adapters of different runs. To average the updates themselves, "
             "use `lora='product'`, or merge each adapter into its model first."
+        )
+    masters = masters_beside(members[-1].path) if members[-1].header.ranks else None
+    if masters is not None:
+        notes.append(
+            f"The weights in the files of layers are averaged. The float32 masters of ZeRO ({masters}) are not read "
+            "where a model is a pipeline or has experts."
         )
     for member, state in zip(members[-len(states) :], states, strict=True):
         note = (

@@ -86,12 +86,10 @@ def named_after(header: Header, tail: str) -> Target:
 def check_same_format(base: Header, target: Target, *, folder: bool) -> None:
     """Refuse a target of another format than the checkpoint has, or that is no folder where it has to be one.
 
-    A folder in a format that is not written cannot stay as it is anywhere.
-
     Raises:
         UsageError: it is.
     """
-    if folder and not base.format.writes:
+    if not base.format.rewritten or (folder and not base.format.writes):
         raise UsageError(
             f"{base.path}: a {base.format.name} checkpoint, which is read, not written. Make plain weights of it "
             "first: `convert(to='plain')`."

@@ -344,9 +344,9 @@ def _refuse_one_rank(paths: Sequence[Path]) -> None:
 
 def _way_on(rank: Path) -> str:
     """Say what to give instead of a rank: the folder of all ranks, if their files are read together."""
-    if folder_of(rank.parent) == rank.parent:
-        return f" Give the folder: {rank.parent}"
     folder = next((folder for folder in [*rank.parents][:2] if rank_files(folder)), None)
+    if folder is None and folder_of(rank.parent) == rank.parent:
+        return f" Give the folder: {rank.parent}"
     if folder is None:
         return " Merge the ranks first, with the tools of the program that wrote them."
     folder = folder if folder.name else folder.absolute()

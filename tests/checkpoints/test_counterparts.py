@@ -250,3 +250,12 @@ def test_average_rejects_weights_with_two_modules_of_one_name_beside_an_average(
         average([path], out=tmp_path / "out.pth")
     average([path], state="raw", out=tmp_path / "out.pth")
     assert value_of(load(tmp_path / "out.pth")["model"]) == 1.0
+
+
+def test_average_leaves_no_second_average_beside_one_at_the_usual_key_of_raw_weights(
+    save: Save, tmp_path: Path
+) -> None:
+    averaged = {"n_averaged": torch.tensor(7), **weights(20, "module.")}
+    path = save("c.pth", {"model": weights(0), "model_avg": {"ema": weights(10), "k": 3}, "state_dict": averaged})
+    average([path], out=tmp_path / "out.pth")
+    assert paths_of(load(tmp_path / "out.pth")) == {("model",): 20.0}

@@ -62,7 +62,7 @@ def test_convert_list_shows_the_layouts() -> None:
         (("c.pth",), "-o is missing: where to write"),
         (("c.pth", "--to", "litemma", "-o", "x.pth"), "--to litemma: no such layout. Did you mean litema?"),
         (("c.pth", "--to", "timm", "-o", "x.safetensors"), "nests its weights, which safetensors cannot hold"),
-        (("c.pth", "-o", "x.pt2"), "x.pt2: .pt2 is not a known suffix. Did you mean .pt"),
+        (("c.pth", "-o", "x.ptx"), "x.ptx: .ptx is not a known suffix. Did you mean .pt"),
     ],
 )
 def test_convert_exits_with_2_on_bad_usage(arguments: tuple[str, ...], message: str) -> None:

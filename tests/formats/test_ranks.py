@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ckpt_tools import average
 from ckpt_tools.errors import CorruptError, UnsupportedError
 from ckpt_tools.formats import is_checkpoint, read_header
 from ckpt_tools.formats.format import Writing
@@ -83,7 +84,7 @@ def test_the_files_of_ranks_are_one_checkpoint(folder: Callable[..., Path], name
 def test_names_that_are_alike_are_not(folder: Callable[..., Path], names: list[str]) -> None:
     step = folder(*names)
     assert rank_files(step) == []
-    assert not is_checkpoint(step)
+    assert not RANKS.sniff(step, b"")
 
 
 def test_distributed_optimizers_are_beside_the_ranks(folder: Callable[..., Path]) -> None:
@@ -166,3 +167,28 @@ def test_an_output_replaces_the_ranks_of_an_older_one_alone(folder: Callable[...
     step = folder(*MEGATRON)
     assert list(RANKS.replaced(step, [MEGATRON[0]])) == MEGATRON
     assert list(RANKS.replaced(step, ["model.safetensors"])) == []
+
+
+def test_layers_of_a_pipeline_are_averaged_beside_the_masters_of_zero_which_is_said(tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = tmp_path / f"global_step{step}"
+        folder.mkdir()
+        for layer in (1, 2):
+            weight = torch.full((2, 3), float(10 * layer + step), dtype=torch.bfloat16)
+            torch.save({"weight": weight}, folder / f"layer_0{layer}-model_00-model_states.pt")
+        torch.save({"module": [], "global_steps": step}, folder / "mp_rank_00_model_states.pt")
+        torch.save({"optimizer_state_dict": {}}, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    report = average(tmp_path, out=tmp_path / "o")
+    assert any(
+        "masters of ZeRO (bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt) are not read" in n for n in report.notes
+    )
+    for layer in (1, 2):
+        averaged = torch.load(tmp_path / "o" / f"layer_0{layer}-model_00-model_states.pt")["weight"]
+        assert averaged.tolist() == [[10 * layer + 1.5] * 3] * 2
+
+
+def test_a_universal_checkpoint_is_no_folder_of_ranks(folder: Callable[..., Path]) -> None:
+    step = folder("mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
+    assert rank_files(step)
+    (step / "zero").mkdir()
+    assert not rank_files(step)

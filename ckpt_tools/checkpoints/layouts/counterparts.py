@@ -51,7 +51,7 @@ def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     averages = [each for each in others if is_average(each.path, base)]
     twins = [each for each in others if each not in averages]
     raws = [] if "raw" in found else _of_this_name(twins, known)
-    of_twins = [_without_average(each.path) for each in twins]
+    of_twins = [_without_average(each.path) for each in twins if len(raws) != 1 or each not in raws]
     gone = [each for each in averages if _without_average(each.path) not in of_twins]
     averages = _of_this_name(averages, known)
     found = dict(found)
@@ -131,7 +131,7 @@ def _counterparts(tree: Mapping[Any, Any], known: StateDict, base: Path, *, also
     fewest = len({tensor for name, tensor in known.tensors.items() if is_parameter(name, tensor)})
 
     def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
-        if len(path) >= _DEEPEST or is_optimizer(node) or tuple(path) == known.path:
+        if len(path) >= _DEEPEST or is_optimizer(node) or isinstance(node, Inert) or tuple(path) == known.path:
             return []
         inside = ((key, child) for key, child in branches(node) if isinstance(child, (dict, list, tuple, Inert)))
         return [
