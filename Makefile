@@ -38,7 +38,7 @@ test: $(INSTALLED)
 
 # With the real libraries, beside which all other tests pass too.
 test-ecosystem: $(ECOSYSTEM)
-	$(BIN)/pytest -n logical --dist worksteal tests/ecosystem
+	$(BIN)/pytest -n logical --dist loadfile tests/ecosystem
 
 $(ECOSYSTEM): $(INSTALLED) tests/ecosystem/requirements.txt
 	$(BIN)/$(PIP_INSTALL) -c constraints.txt -r tests/ecosystem/requirements.txt
