@@ -1,7 +1,7 @@
 """Assembly: from the tensors of the average to the files that hold them.
 
-A .pth keeps the container that the last checkpoint had, without what only a running training needs;
-a .safetensors is flat; a folder is sharded, or has a file for each rank. All of it is planned from headers; nothing is written here.
+A .pth keeps the container that the last checkpoint had, without what only a running training needs; a .safetensors is
+flat; a folder is sharded, or has a file for each rank. All of it is planned from headers; nothing is written here.
 """
 
 from __future__ import annotations

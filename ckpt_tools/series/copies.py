@@ -73,16 +73,16 @@ class _Stored:
     """A tensor, or a chunk of one: its name, what of it has to be equal in a copy, and where its bytes are.
 
     Attributes:
-        pieces: its bytes one behind another, whoever cut them.
+        chunks: its bytes one behind another, whoever cut them.
     """
 
     name: tuple[Any, ...]
     outline: tuple[object, ...]
-    pieces: tuple[TensorSpec, ...]
+    chunks: tuple[TensorSpec, ...]
 
     @property
     def extent(self) -> int:
-        return sum(piece.extent for piece in self.pieces)
+        return sum(chunk.extent for chunk in self.chunks)
 
 
 def _weights(header: Header) -> list[_Stored]:
@@ -108,8 +108,8 @@ def _stored(path: tuple[Any, ...], spec: TensorSpec) -> Iterator[_Stored]:
     """Yield a tensor whole if its chunks are in C order one behind another, and else chunk by chunk."""
     order = spec.storage.big_endian
     if in_c_order(spec):
-        pieces = tuple(chunk for _, chunk in spec.as_chunks)
-        yield _Stored(path, (spec.dtype.name, spec.shape, spec.stride, order), pieces)
+        chunks = tuple(chunk for _, chunk in spec.as_chunks)
+        yield _Stored(path, (spec.dtype.name, spec.shape, spec.stride, order), chunks)
         return
     for index, chunk in spec.as_chunks:
         yield _Stored((*path, *index), (chunk.dtype.name, chunk.shape, chunk.stride, order), (chunk,))
@@ -133,25 +133,25 @@ def _values(header: Header) -> object:
     found = set()
     with OpenFiles() as files:
         for each in _weights(header):
-            if each.pieces not in digests:
+            if each.chunks not in digests:
                 digest = hashlib.sha256()
                 for block in _blocks(files, each, 0, each.extent):
                     digest.update(block)
-                digests[each.pieces] = digest.digest()
-            found.add((each.name, digests[each.pieces]))
+                digests[each.chunks] = digest.digest()
+            found.add((each.name, digests[each.chunks]))
     return frozenset(found)
 
 
 def _blocks(files: OpenFiles, stored: _Stored, start: int, nbytes: int) -> Iterator[memoryview]:
     """Yield the bytes of a tensor from `start` (relative to its first element) in blocks of a megabyte."""
     stop = start + nbytes
-    for piece in stored.pieces:
-        path, end = piece.storage.path, min(stop, piece.extent)
+    for chunk in stored.chunks:
+        path, end = chunk.storage.path, min(stop, chunk.extent)
         files.open(path)
         at = max(start, 0)
         while at < end:
             block = memoryview(bytearray(min(end - at, 1 << 20)))
-            read_at(files[path], block, piece.begin + at, path)
+            read_at(files[path], block, chunk.begin + at, path)
             yield block
             at += len(block)
-        start, stop = start - piece.extent, stop - piece.extent
+        start, stop = start - chunk.extent, stop - chunk.extent
