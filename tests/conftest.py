@@ -72,6 +72,16 @@ def save(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def plain(save: Callable[..., Path]) -> Callable[..., list[Path]]:
+    """Write checkpoints without any counter inside, each of its own content."""
+
+    def write(*names: str) -> list[Path]:
+        return [save(name, {"w": torch.full((2, 3), float(i))}) for i, name in enumerate(names)]
+
+    return write
+
+
 Photos = Callable[..., Path]
 
 

@@ -1,7 +1,7 @@
 """Assembly: from the tensors of the average to the files that hold them.
 
-A .pth keeps the container that the last checkpoint had, without what only a running training needs;
-a .safetensors is flat; a folder is sharded. All of it is planned from headers; nothing is written here.
+A .pth keeps the container that the last checkpoint had, without what only a running training needs; a .safetensors is
+flat; a folder is sharded, or has a file for each rank. All of it is planned from headers; nothing is written here.
 """
 
 from __future__ import annotations
@@ -100,32 +100,27 @@ def assemble(
     """
     check_shard_size(target, writing.max_bytes)
     if base.ranks:
-        _check_ranks(base, target, writing)
-    form = base.format if base.ranks else target.format
-    if form.nests:
-        dropped = unkept_metadata(base)
-        tree, kept = _container(tensors, base, state, renamed, dropped)
-        files = form.plan(tree, writing)
-        beside_them = companions(base, dropped) if base.ranks else []
-        if base.ranks:
-            known = {*base.tree, *(path.name for path in beside_them)}
-            dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
-        return Assembly(
-            target.path,
-            files,
-            folder=target.folder,
-            companions=tuple(beside_them),
-            dropped=tuple(dropped),
-            kept=kept,
-        )
-    return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
+        return _in_ranks(tensors, writing, target, base, state, renamed)
+    if not target.format.nests:
+        return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
+    dropped = unkept_metadata(base)
+    tree, kept = _container(tensors, base, state, renamed, dropped)
+    files = target.format.plan(tree, writing)
+    return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
 
 
-def _check_ranks(base: Header, target: Target, writing: Writing) -> None:
-    """Refuse an output of ranks that is no folder of the same files.
+def _in_ranks(
+    tensors: Mapping[str, OutTensor],
+    writing: Writing,
+    target: Target,
+    base: Header,
+    state: StateDict,
+    renamed: Mapping[str, str],
+) -> Assembly:
+    """Lay a folder of ranks out as one with the same files.
 
     Raises:
-        UsageError: it is not.
+        UsageError: the target is no folder, or its files should have another size.
     """
     if not target.folder:
         raise UsageError(
@@ -134,6 +129,13 @@ def _check_ranks(base: Header, target: Target, writing: Writing) -> None:
         )
     if writing.max_bytes is not None:
         raise UsageError("`max_shard_size` does not go with folders of ranks, whose files stay as they are.")
+    dropped: list[str] = []
+    tree, kept = _container(tensors, base, state, renamed, dropped)
+    files = base.format.plan(tree, writing)
+    beside_them = companions(base, dropped)
+    known = {*base.tree, *(path.name for path in beside_them)}
+    dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
+    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped), kept=kept)
 
 
 def _of_all_ranks(places: Iterable[str], files: Iterable[str]) -> list[str]:

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import Unchanged
-from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
-from ..checkpoints.layouts.select import is_ema_by_name
-from ..checkpoints.parts import in_place, not_averaged, of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
-from ..checkpoints.quantized import configuration, dequantized, refuse_without_scales, without_quantization
+from ..checkpoints.quantized import configuration, without_quantization
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import AlignmentError, LayoutError, UnsupportedError, UsageError
-from ..formats import without_collector
-from ..formats.file_plan import Files
+from ..errors import UnsupportedError, UsageError
 from ..formats.format import Writing
-from ..formats.ranks import masters_beside
+from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series import lora
-from ..series.align import align
 from ..series.find import Member, Series, find_series
-from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text, factor_names
+from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text
 from ..series.schedules import Schedule, dominant
 from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
-from ..tensors import DType, TensorSpec, parse_dtype
+from ..tensors import DType, parse_dtype
 from .assembly import Assembly, assemble
+from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
-from .reports import Report, some
+from .reports import Report
 from .run import produce
 
 BUFFERS = ("average", "last")
-# Factors of a low-rank update, as PEFT, loralib, torchtune, diffusers and kohya name them.
-_LORA = re.compile(r"(?<![A-Za-z])lora[._](?:embedding_)?(?:[AaBb]|down|up)(?:[._]|$)")
-_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,32 +117,26 @@ def average(
     members = series.members
     names = short_names([member.path for member in members])
     coefficients = _coefficients(schedule, series)
-    weights = _line_up(members, names, matching, mixed_dtypes=dtype is not None)
-    written = dtype or weights.states[-1].dtype
+    lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None)
     tensors = weighted_sums(
-        weights.aligned, coefficients, dtype=written, keep_running=matching.buffers == "last", shared=weights.shared
+        lined_up.aligned,
+        coefficients,
+        dtype=dtype or lined_up.states[-1].dtype,
+        keep_running=matching.buffers == "last",
+        shared=lined_up.shared,
     )
     products = Products()
     if matching.lora == "product":
-        products = _products(members, names, coefficients, weights, dtype, matching.keys)
-        order = [*weights.renamed[-1].values()]
-        tensors = {name: found for name in order if (found := (tensors | products.tensors).get(name)) is not None}
+        products = _products(members, names, coefficients, lined_up, dtype, matching.keys)
+        both = tensors | products.tensors
+        tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
     unique = dict.fromkeys(tensors.values())
     arguments = _arguments(schedule, matching, dtype, running)
-    inputs = _inputs(members, names, coefficients, weights)
-    target = chosen or default_target([member.header for member in members])
-    edited: dict[str, bytes | None] = {}
-    if products.config is not None:
-        target = chosen or Target.of("averaged/")
-        edited[CONFIG] = config_text(products.config)
-        if not target.folder:
-            raise UsageError(
-                f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
-                "without suffix, for a folder with both."
-            )
-    if matching.dequantize:
-        edited |= without_quantization(members[-1].header)
+    inputs = _inputs(members, names, coefficients, lined_up)
     base = members[-1].header
+    usual = default_target([member.header for member in members]) if products.config is None else Target.of("averaged/")
+    target = chosen or usual
+    edited = _edited(base, products, target, dequantize=matching.dequantize)
 
     def lay_out(inputs: Sequence[Input]) -> Assembly:
         record = provenance(
@@ -164,8 +148,8 @@ def average(
             writing,
             target=target,
             base=base,
-            state=weights.states[-1],
-            renamed=weights.renamed[-1],
+            state=lined_up.states[-1],
+            renamed=lined_up.renamed[-1],
             edited=edited,
         )
 
@@ -185,12 +169,12 @@ def average(
         ordered_by=series.ordered_by,
         averaged=tuple(tensor.name for tensor in unique if not tensor.copied),
         copied=tuple(tensor.name for tensor in unique if tensor.copied),
-        left_out=(*weights.left_out, *products.left_out),
+        left_out=(*lined_up.left_out, *products.left_out),
         tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
         notes=(
             *series.notes,
             *_remarks(schedule, members, coefficients),
-            *weights.notes,
+            *lined_up.notes,
             *products.notes,
             *_kept(assembly),
         ),
@@ -231,100 +215,22 @@ def _arguments(schedule: Schedule, matching: Matching, dtype: DType | None, runn
     }
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _LinedUp:
-    """The weights of a series; with `shared`, `states`, `renamed` and `aligned` have those of the last checkpoint.
-
-    Attributes:
-        states: the set of weights in each checkpoint.
-        renamed: their names to names without wrapper prefixes.
-        aligned: name to one tensor a checkpoint, None where it has none.
-        left_out: names that only some checkpoints have.
-        shared: each file of the last checkpoint to the files in its place, if all headers are identical.
-        notes: decisions worth knowing.
-    """
-
-    states: Sequence[StateDict]
-    renamed: Sequence[Mapping[str, str]]
-    aligned: Mapping[str, tuple[TensorSpec | None, ...]]
-    left_out: tuple[str, ...]
-    shared: Mapping[Path, Files]
-    notes: tuple[str, ...]
-
-
-@without_collector()
-def _line_up(members: Sequence[Member], names: Sequence[str], matching: Matching, *, mixed_dtypes: bool) -> _LinedUp:
-    shared = {} if matching.lora == "product" else _shared(members)
-    # Files with identical headers have the same tensors.
-    asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
-    chosen = members[-1:] if shared else members
-    states = _select_all(chosen, names, asked)
-    if matching.dequantize:
-        states = [dequantized(member.header, state) for member, state in zip(chosen, states, strict=True)]
-        refuse_without_scales(members[-1].header, states)
-    new_names = [unwrapped(s) for s in states]
-    bare_tensors = [renamed(s.tensors, bare) for s, bare in zip(states, new_names, strict=True)]
-    if matching.lora == "product":
-        factors = [factor_names(tensors) for tensors in bare_tensors]
-        bare_tensors = [
-            {name: tensor for name, tensor in tensors.items() if name not in own}
-            for tensors, own in zip(bare_tensors, factors, strict=True)
-        ]
-    plan = align(
-        bare_tensors,
-        names[-len(states) :],
-        keys=matching.keys,
-        match=matching.match,
-        mixed_dtypes=mixed_dtypes,
-    )
-    notes = []
-    partial = [name for name, inputs in plan.aligned.items() if not all(inputs)]
-    if partial:
-        notes.append(f"Not in every checkpoint, so averaged over those that have them: {some(partial)}.")
-    if plan.differing:
-        notes.append(
-            f"Of another shape or dtype in other checkpoints, so taken from the last one: {some(plan.differing)}."
-        )
-    borrowed = not_averaged(members[-1].header, states[-1])
-    if borrowed:
-        notes.append(f"The averages lack these, so they are averages of the raw weights: {some(borrowed)}.")
-    factor = next((name for name in plan.aligned if _LORA.search(name)), None) if len(members) > 1 else None
-    if factor is not None:
-        notes.append(
-            f"'{factor}' is a factor of a LoRA update. The factors are averaged apart, and their product is not the "
-            "average of the products: far from it for adapters of different runs. To average the updates themselves, "
-            "use `lora='product'`, or merge each adapter into its model first."
-        )
-    masters = masters_beside(members[-1].path) if members[-1].header.ranks else None
-    if masters is not None:
-        notes.append(
-            f"The weights in the files of layers are averaged. The float32 masters of ZeRO ({masters}) are not read "
-            "where a model is a pipeline or has experts."
-        )
-    for member, state in zip(members[-len(states) :], states, strict=True):
-        note = (
-            training_mode_note(member.header.tree, [part.path for part in state.parts or (state,)])
-            if state.which not in ("ema", "eval")
-            else None
-        )
-        if note is not None:
-            notes.append(f"{member.path.name}: {note}")
-            break
-    notes += dict.fromkeys(note for state in states if (note := evaluation_note(state)) is not None)
-    return _LinedUp(states, new_names, plan.aligned, plan.left_out, shared, tuple(notes))
-
-
 def _products(
     members: Sequence[Member],
     names: Sequence[str],
     coefficients: Sequence[float],
-    weights: _LinedUp,
+    lined_up: LinedUp,
     dtype: DType | None,
     keys: str,
 ) -> Products:
+    """Average the LoRA updates.
+
+    Raises:
+        CkptError: see `average_products`; or the scale of an adapter is where it cannot be changed.
+    """
     found = []
     for member, name, coefficient, state, bare in zip(
-        members, names, coefficients, weights.states, weights.renamed, strict=True
+        members, names, coefficients, lined_up.states, lined_up.renamed, strict=True
     ):
         of_peft = any("lora_A" in each or "lora_embedding_A" in each for each in state.tensors)
         config = configuration(member.header, CONFIG) if of_peft else {}
@@ -337,6 +243,23 @@ def _products(
             )
         found.append(lora.Member(member.header, renamed(state.tensors, bare), name, coefficient, config))
     return average_products(found, dtype=dtype, keys=keys)
+
+
+def _edited(base: Header, products: Products, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:
+    """Return the files beside the weights that change with these: name to new content, or None for no file.
+
+    Raises:
+        UsageError: one of them says how to read the weights, and the target is no folder.
+    """
+    edited = dict(without_quantization(base)) if dequantize else {}
+    if products.config is not None:
+        if not target.folder:
+            raise UsageError(
+                f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
+                "without suffix, for a folder with both."
+            )
+        edited[CONFIG] = config_text(products.config)
+    return edited
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:
@@ -365,52 +288,13 @@ def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequen
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 
-def _select_all(members: Sequence[Member], names: Sequence[str], asked: Sequence[str]) -> list[StateDict]:
-    _check_ranks(members, names)
-    found = [
-        of_ranks(member.header, lambda header: in_place(header, select_parts(header, asked))) for member in members
-    ]
-    which = {s.which for s in found}
-    if "ema" in which and len(which) > 1:
-        having = [name for name, s in zip(names, found, strict=True) if s.which == "ema"]
-        lacking = [name for name, s in zip(names, found, strict=True) if s.which != "ema"]
-        raise LayoutError(
-            f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
-            "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
-        )
-    marked = [name for name in names if _EMA_NAME.search(name)]
-    if "auto" in asked and "ema" not in which and 0 < len(marked) < len(names):
-        raise LayoutError(
-            f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
-            f"({len(marked)} of {len(names)} are). Raw and averaged weights cannot be mixed: leave the others out, "
-            "or use `state='raw'` if the names are wrong."
-        )
-    return found
-
-
-def _check_ranks(members: Sequence[Member], names: Sequence[str]) -> None:
-    """Refuse a series in which one checkpoint lacks the file of a rank that another one has.
-
-    Raises:
-        AlignmentError: it does.
-    """
-    for rank in {rank: None for member in members for rank in member.header.ranks}:
-        lacking = [name for name, member in zip(names, members, strict=True) if rank not in member.header.ranks]
-        if lacking:
-            raise AlignmentError(
-                f"{lacking[0]} has no file {rank} ({len(members) - len(lacking)} of {len(members)} checkpoints have "
-                "it), and ranks are averaged each with its own kind. Leave out what is incomplete, or was trained with "
-                "another number of ranks."
-            )
-
-
 def _inputs(
-    members: Sequence[Member], names: Sequence[str], coefficients: Sequence[float], weights: _LinedUp
+    members: Sequence[Member], names: Sequence[str], coefficients: Sequence[float], lined_up: LinedUp
 ) -> tuple[Input, ...]:
     """Describe the checkpoints; a single set of weights stands for all of them."""
     found = [
         (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
-        for chosen, bare in zip(weights.states, weights.renamed, strict=True)
+        for chosen, bare in zip(lined_up.states, lined_up.renamed, strict=True)
     ]
     return tuple(
         Input(
@@ -426,22 +310,3 @@ def _inputs(
             members, names, coefficients, found * (len(members) // len(found)), strict=True
         )
     )
-
-
-def _shared(members: Sequence[Member]) -> dict[Path, Files]:
-    """Return, for each file of the last checkpoint, the files in its place in all checkpoints of identical headers.
-
-    Empty if one is not, or if the names of the files do not say the same about an EMA.
-    """
-    headers = [member.header for member in members]
-    template = headers[-1].template
-    if template is None or any(each.template is not template for each in headers):
-        return {}
-    if len({is_ema_by_name(each) for each in headers}) > 1:
-        return {}
-    shared = {}
-    for file in template.files:
-        places = [each.places.get(file, (file, 0)) for each in headers]
-        last, before = places[-1]
-        shared[last] = tuple((path, shift - before) for path, shift in places)
-    return shared

@@ -29,7 +29,8 @@ from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..series.paths import one_checkpoint, rank_note
+from ..series.paths import one_checkpoint
+from ..series.shards import rank_note
 from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
 from .companions import companions

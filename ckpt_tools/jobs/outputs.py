@@ -1,6 +1,6 @@
 """Targets: what an output may be called, which format its name asks for, and what it may replace.
 
-All of it is found out before any work is done; see `formats.staged` for the writing.
+All of it is found out before any work is done; see `storage.staged` for the writing.
 """
 
 from __future__ import annotations

@@ -1,28 +1,25 @@
-"""Series: find, order, select and de-duplicate checkpoints."""
+"""Series: the checkpoints that paths lead to, without copies and averages, in order, and those that are selected."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from ..checkpoints.layouts import select
-from ..checkpoints.optimizers import looks_like_training_state
-from ..checkpoints.prefixes import renamed, unwrap
-from ..checkpoints.steps import named_positions, stored_counters, stored_positions, telling_names
-from ..errors import AlignmentError, LayoutError, ReadError, SeriesError, UsageError
+from ..checkpoints.steps import named_positions, stored_positions, telling_names
+from ..errors import SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
-from ..formats.tree import tensors_in
-from ..storage.source import LOCAL, OpenFiles, read_at, store_of
-from ..tensors import Tensor, TensorSpec, in_c_order
+from ..storage.source import LOCAL, store_of
+from ..tensors import TensorSpec
+from .copies import without_copies
 from .metrics import measured, metric_of, stored_under
-from .paths import as_path, find, keep_one, lined_up_first, listed, natural_key, without_numbers
+from .numbered import natural_key
+from .paths import as_path, find, listed
 
 _AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
 ORDERS = ("auto", "given", "natural", "mtime")
@@ -112,7 +109,7 @@ def find_series(
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
-    headers = _without_copies([header for header in headers if header.path not in ours], notes)
+    headers = without_copies([header for header in headers if header.path not in ours], notes)
     _refuse_exports_among_others(headers)
     if not include_outputs:
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
@@ -127,143 +124,6 @@ def find_series(
             notes.append(f"`last={last}`: there are only {len(members)}; all are used.")
         members = members[-last:]
     return Series(tuple(members), given, ordered_by, tuple(notes))
-
-
-def _without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
-    """Drop copies: checkpoints with the same weights at the same step, whatever their layout and other entries.
-
-    Names that differ only in numbers belong to different checkpoints, whatever the weights.
-    """
-    groups = [list(headers)]
-    # Each comparison costs more than the one before, and is limited to headers that were equal so far.
-    for look in (_outlines, _middles, _values):
-        groups = [subgroup for group in groups for subgroup in _split(group, look)]
-    key = lined_up_first(header.path for header in headers)
-    copies: set[Header] = set()
-    for group in groups:
-        if not _may_hold_copies(group):
-            continue
-        same = sorted(group, key=lambda header: key(header.path))
-        while same:
-            first, *rest = same
-            others = [each for each in rest if _is_copy(each, first)]
-            keep_one([header.path for header in (first, *others)], "again (the same weights)", notes)
-            copies.update(others)
-            same = [each for each in rest if each not in others]
-    return [header for header in headers if header not in copies]
-
-
-def _is_copy(header: Header, other: Header) -> bool:
-    """Tell a copy from another checkpoint with the same weights; weights alone are of any step."""
-    if without_numbers(header.path) == without_numbers(other.path):
-        return False
-    a, b = stored_counters(header), stored_counters(other)
-    return all(a[key] == b[key] for key in a.keys() & b)
-
-
-def _may_hold_copies(headers: list[Header]) -> bool:
-    return len({without_numbers(header.path) for header in headers}) > 1
-
-
-def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list[Header]]:
-    if not _may_hold_copies(headers):
-        return [headers]
-    groups: dict[object, list[Header]] = {}
-    for header in headers:
-        try:
-            groups.setdefault(look(header), []).append(header)
-        except OSError as error:
-            raise ReadError(f"{header.path}: cannot be read ({error.strerror}).") from error
-    return list(groups.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor, or a chunk of one: its name, what of it has to be equal in a copy, and where its bytes are.
-
-    Attributes:
-        pieces: its bytes one behind another, whoever cut them.
-    """
-
-    name: tuple[Any, ...]
-    outline: tuple[object, ...]
-    pieces: tuple[TensorSpec, ...]
-
-    @property
-    def extent(self) -> int:
-        return sum(piece.extent for piece in self.pieces)
-
-
-def _weights(header: Header) -> list[_Stored]:
-    """List the weights; if no layout tells them, all but the training state."""
-    if header.ranks:
-        own = ((name, each) for name, rank in header.ranks.items() for each in _weights(rank))
-        return [replace(each, name=(name, *each.name)) for name, each in own]
-    tree = header.tree if isinstance(header.tree, dict) else {}
-    found: Iterable[tuple[tuple[Any, ...], Tensor]]
-    try:
-        tensors = select(header).tensors
-        found = (((name,), spec) for name, spec in renamed(tensors, unwrap(tensors)).items())
-    except (AlignmentError, LayoutError):
-        found = (
-            (path, spec)
-            for path, spec in tensors_in(header.tree)
-            if not (len(path) > 1 and path[0] in tree and looks_like_training_state(path[0], tree[path[0]]))
-        )
-    return [stored for path, spec in found if isinstance(spec, TensorSpec) for stored in _stored(path, spec)]
-
-
-def _stored(path: tuple[Any, ...], spec: TensorSpec) -> Iterator[_Stored]:
-    """Yield a tensor whole if its chunks are in C order one behind another, and else chunk by chunk."""
-    order = spec.storage.big_endian
-    if in_c_order(spec):
-        pieces = tuple(chunk for _, chunk in spec.as_chunks)
-        yield _Stored(path, (spec.dtype.name, spec.shape, spec.stride, order), pieces)
-        return
-    for index, chunk in spec.as_chunks:
-        yield _Stored((*path, *index), (chunk.dtype.name, chunk.shape, chunk.stride, order), (chunk,))
-
-
-def _outlines(header: Header) -> object:
-    """Compare names, dtypes and shapes; no payload is read."""
-    return frozenset((each.name, each.outline) for each in _weights(header))
-
-
-def _middles(header: Header) -> object:
-    """Compare 64 bytes of each tensor: at least one tensor changes between checkpoints."""
-    with OpenFiles() as files:
-        middles = ((each.name, _blocks(files, each, each.extent // 2, 64)) for each in _weights(header))
-        return frozenset((name, b"".join(blocks)) for name, blocks in middles)
-
-
-def _values(header: Header) -> object:
-    """Compare all bytes."""
-    digests: dict[tuple[TensorSpec, ...], bytes] = {}
-    found = set()
-    with OpenFiles() as files:
-        for each in _weights(header):
-            if each.pieces not in digests:
-                digest = hashlib.sha256()
-                for block in _blocks(files, each, 0, each.extent):
-                    digest.update(block)
-                digests[each.pieces] = digest.digest()
-            found.add((each.name, digests[each.pieces]))
-    return frozenset(found)
-
-
-def _blocks(files: OpenFiles, stored: _Stored, start: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor from `start` (relative to its first element) in blocks of a megabyte."""
-    stop = start + nbytes
-    for piece in stored.pieces:
-        path, end = piece.storage.path, min(stop, piece.extent)
-        files.open(path)
-        at = max(start, 0)
-        while at < end:
-            block = memoryview(bytearray(min(end - at, 1 << 20)))
-            read_at(files[path], block, piece.begin + at, path)
-            yield block
-            at += len(block)
-        start, stop = start - piece.extent, stop - piece.extent
 
 
 def _is_average(made: Any) -> bool:

@@ -7,40 +7,20 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
 from ..formats.deepspeed import folder_of
-from ..formats.fsdp import rank_files_of
-from ..formats.ranks import rank_files
-from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
+from ..formats.sharded import checkpoint_inside
 from ..storage.source import LOCAL, store_of
+from .numbered import glob_of, lined_up_first, natural_key, without_numbers
+from .shards import is_part, refuse_parts
 
 _MAGIC = re.compile("[*?[]")
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
-_RANK = re.compile(
-    r"mp_rank_\d\d(?:_\d{3})*(?!\d)"  # Megatron, DeepSpeed
-    r"|(?<![A-Za-z])rank[-_=]?\d+"
-    r"|(?<![^/])consolidated\.\d+(?=\.\w+$)"  # Meta
-    r"|(?<![^/])layer_\d+(?:-model_\d+)?(?=-model_states)"  # DeepSpeed's pipelines
-    r"|-(?:model_part-|shard)\d+(?=\.\w+$)"  # fairseq
-)
-_NUMBERS = re.compile(r"\d+")
-# (pattern whose removal makes the paths of the shards of one checkpoint equal, advice).
-_SHARDS = (
-    (
-        re.compile(r"-\d+(?=-of-\d+\.\w+$)"),
-        "are shards of one checkpoint, not two. Give the folder that has their index.",
-    ),
-    (
-        re.compile(rf"{_RANK.pattern}|pytorch_model_fsdp_\d+"),  # Accelerate
-        "differ only in the rank, so they are shards of one checkpoint, not two.",
-    ),
-)
 
 
 def listed(paths: Iterable[str | Path]) -> list[str | Path]:
@@ -73,11 +53,10 @@ def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
     try:
         found = _without_duplicates(expand(paths), notes)
         _note_nested(found, {as_path(each) for each in paths}, notes)
+        _note_masters(found, notes)
     except OSError as error:
         raise SeriesError(f"{error.filename}: {error.strerror}.") from error
-    _refuse_rank_files(found)
-    _refuse_shards(found)
-    _refuse_one_rank(found)
+    refuse_parts(found)
     return found
 
 
@@ -105,9 +84,8 @@ def one_checkpoint(given: str | Path) -> Path:
         found = _checkpoints(path)
     except OSError:  # which the reader of the path reports
         return path
-    _refuse_rank_files(found)
-    _refuse_shards(found)
-    _refuse_one_rank([each for each in found if each != path])
+    if found != [path]:
+        refuse_parts(found)
     if len(found) > 1:
         names = ", ".join(str(each.relative_to(path)) for each in found[:6])
         more = f" and {len(found) - 6} more" if len(found) > 6 else ""
@@ -187,17 +165,14 @@ def _hint_below(folder: Path) -> str:
     """Point to a subfolder: Accelerate and Hugging Face's Trainer save weights in a folder inside each checkpoint's."""
     for child in _children(folder):
         inside = _checkpoints(child) if store_of(child).is_folder(child) else []
+        if not inside:
+            continue
+        glob = glob_of(child)
         if len({without_numbers(path) for path in inside}) > 1:  # SpeechBrain's model.ckpt, brain.ckpt and more
             named = min(inside, key=lambda path: "model" not in path.name)
-            return f" There are several in {child}; if {named.name} has the weights, use '{_like(child) / named.name}'."
-        if inside:
-            return f" There are some in {child}; use '{_like(child)}'."
+            return f" There are several in {child}; if {named.name} has the weights, use '{glob / named.name}'."
+        return f" There are some in {child}; use '{glob}'."
     return ""
-
-
-def _like(folder: Path) -> Path:
-    """Return a glob for folders whose names differ in numbers."""
-    return folder.with_name(re.sub(r"\d+", "*", folder.name))
 
 
 def _dangling(path: Path) -> str:
@@ -241,17 +216,6 @@ def keep_one(paths: Iterable[Path], what: str, notes: list[str]) -> Path:
     return kept
 
 
-def lined_up_first(paths: Iterable[Path]) -> Callable[[Path], tuple[object, ...]]:
-    """Return a sort key: names with a number before last and model_best, then those like most of the series."""
-    times = Counter(map(without_numbers, paths))
-    return lambda path: (not re.search(r"\d", path.name), -times[without_numbers(path)], natural_key(path))
-
-
-def without_numbers(path: Path) -> str:
-    """Return what the paths of one series have in common."""
-    return re.sub(r"\d+", "#", str(path.absolute()))
-
-
 def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str]) -> None:
     """Note a series in the folder of a checkpoint: Hugging Face's Trainer saves the last weights next to its others.
 
@@ -271,7 +235,6 @@ def _note_nested(paths: Sequence[Path], given: Collection[Path], notes: list[str
                 f"{path} is one checkpoint, and a series is next to it. To average the series, use '{inside[0]}'.{way}"
             )
         notes.extend(f"{path} is one checkpoint itself. For those in its folder, use '{each}'." for each in inside)
-    _note_masters(paths, notes)
 
 
 def _note_masters(paths: Sequence[Path], notes: list[str]) -> None:
@@ -280,8 +243,8 @@ def _note_masters(paths: Sequence[Path], notes: list[str]) -> None:
     if store_of(path).is_folder(path) and checkpoint_inside(path) is not None:
         masters = folder_of(path)
         if masters is not None:
-            like = _like(path) / _like(masters).name
-            notes.append(f"{path} has DeepSpeed's float32 weights, too. To take these, use '{like}'.")
+            glob = glob_of(path) / glob_of(masters).name
+            notes.append(f"{path} has DeepSpeed's float32 weights, too. To take these, use '{glob}'.")
 
 
 def _series_in(folder: Path) -> list[Path]:
@@ -296,91 +259,8 @@ def _series_in(folder: Path) -> list[Path]:
             # model into each checkpoint's `huggingface`.
             numbered = is_checkpoint(child) and re.search(r"\d", child.name) is not None
             own = _checkpoints(child) * (1 + (numbered and folder_of(child) != child))
-        times[_like(child)] += sum(not _is_part(each) for each in own)
+        times[glob_of(child)] += sum(not is_part(each) for each in own)
     return [glob for glob, n in times.items() if n > 1]
-
-
-def _is_part(path: Path) -> bool:
-    """True for a shard, and for a further model of a checkpoint."""
-    return bool(FURTHER_MODEL.fullmatch(path.name)) or any(
-        p.search(f"{path.parent.name}/{path.name}") for p, _ in _SHARDS
-    )
-
-
-def _refuse_shards(paths: Sequence[Path]) -> None:
-    """Refuse a glob that matches the shards of one checkpoint."""
-    for pattern, what in _SHARDS:
-        seen: dict[str, Path] = {}
-        for path in paths:
-            whole = pattern.sub("", str(path.absolute()))
-            other = path if whole == str(path.absolute()) else seen.setdefault(whole, path)
-            if other != path:
-                ranks = pattern is not _SHARDS[0][0]
-                raise SeriesError(f"{other} and {path} {what}{_way_on(path) if ranks else ''}")
-
-
-def _refuse_rank_files(paths: Sequence[Path]) -> None:
-    """Refuse the files of processes where their folder is the checkpoint, which is read put together."""
-    for path in paths:
-        if not store_of(path).is_folder(path) and path.name in rank_files_of(path.parent):
-            raise SeriesError(
-                f"{path} is the file of one rank, and holds a part of the weights. Give the folder, whose ranks are "
-                f"put together: {path.parent}"
-            )
-
-
-def _refuse_one_rank(paths: Sequence[Path]) -> None:
-    """Refuse one rank of a checkpoint that has more of them beside it: it holds a part of the weights."""
-    for path in paths:
-        whole = path.absolute() if store_of(path) is LOCAL else path
-        for place in (whole, *whole.parents):
-            other = _other_rank(place, whole.relative_to(place)) if _RANK.search(place.name) else None
-            if other is not None:
-                raise SeriesError(
-                    f"{path} is one rank of several, and holds a part of the weights; {other} holds another."
-                    f"{_way_on(path)}"
-                )
-
-
-def _way_on(rank: Path) -> str:
-    """Say what to give instead of a rank: the folder of all ranks, if their files are read together."""
-    folder = next((folder for folder in [*rank.parents][:2] if rank_files(folder)), None)
-    if folder is None and folder_of(rank.parent) == rank.parent:
-        return f" Give the folder: {rank.parent}"
-    if folder is None:
-        return " Merge the ranks first, with the tools of the program that wrote them."
-    folder = folder if folder.name else folder.absolute()
-    glob = _like(folder)
-    return f" Give the folder of all ranks: {folder}" + (f", or '{glob}' for a series." if glob != folder else ".")
-
-
-def rank_note(path: Path) -> str | None:
-    """Say that a checkpoint is one rank of several; None if it is not."""
-    try:
-        _refuse_one_rank([path])
-    except SeriesError as error:
-        return str(error)
-    return None
-
-
-def _other_rank(place: Path, inside: Path) -> Path | None:
-    """Find the same file of another rank, where a file or folder is named by its rank."""
-    store = store_of(place)
-    with suppress(OSError):  # a folder that may be searched, but not listed
-        names = [n for n in store.names(place.parent) if _RANK.sub("", n) == _RANK.sub("", place.name)]
-        # Ranks count from 0; folders named lora_rank_8 and lora_rank_16 are none. Some layers have no file.
-        if place.name.startswith("layer_") or any(
-            int(_NUMBERS.findall(_RANK.findall(name)[-1])[-1]) == 0 for name in names
-        ):
-            others = (place.with_name(name) / inside for name in names if name != place.name)
-            return next((other for other in others if store.is_file(other) or store.is_folder(other)), None)
-    return None
-
-
-def natural_key(path: Path) -> tuple[object, ...]:
-    """Sort key under which checkpoint-2 comes before checkpoint-10."""
-    texts = re.split(r"(\d+)", str(path))
-    return tuple((1, int(text), text) if i % 2 else (0, 0, text) for i, text in enumerate(texts))
 
 
 def default_input() -> Path:
