@@ -47,9 +47,10 @@ _LATEST = "latest"
 # Of the model states, what describes the partitions, or is in the weights.
 _NOT_CARRIED = {
     "module", "optimizer", "param_shapes", "buffer_names", "frozen_param_shapes", "frozen_param_fragments",
-    "shared_params", "ds_config", "universal_checkpoint_info",
+    "shared_params", "ds_config", "universal_checkpoint_info", MASTERS,
 }  # fmt: skip
 _MOST_DIMENSIONS = 64  # of torch
+_LONGEST_NAME = 4096  # bytes of the file `latest` that are read
 _MOST_RANKS = 1 << 24
 _UNIVERSAL = "Make a universal checkpoint of it with DeepSpeed's ds_to_universal.py, and give its folder."
 
@@ -85,6 +86,8 @@ class DeepSpeed(Format):
             UnsupportedError: the weights are split in another way as well: tensor parallel, pipelines, experts.
         """
         folder = folder_of(path) or path
+        if folder != path:
+            _check_latest(path, folder)
         found = _Files.of(folder)
         tree, loaded = _universal(found) if found.universal else _ranks(found)
         stamps = tuple(each.stamp for each in loaded)
@@ -110,6 +113,17 @@ def folder_of(path: Path) -> Path | None:
         return None
     inside = [path / name for name in names if store.is_folder(path / name) and _has_ranks(store.names(path / name))]
     return inside[0] if len(inside) == 1 else None
+
+
+def _check_latest(path: Path, folder: Path) -> None:
+    """Refuse a folder of which the file ``latest`` names another checkpoint than the one that is there."""
+    with InputFile(path / _LATEST) as file:
+        named = file.read(0, _LONGEST_NAME).decode("utf-8", "replace").strip()
+    if named != folder.name:
+        raise CorruptError(
+            f"{path}: its file '{_LATEST}' names {named[:80]!r}, which is not there, and the only checkpoint in it is "
+            f"another one. To take that, give {folder}"
+        )
 
 
 def _has_ranks(names: Iterable[str]) -> bool:
@@ -315,6 +329,9 @@ def _ranks(files: _Files) -> tuple[dict[Any, Any], list[_Loaded]]:
     _check_same(models, "'global_steps'", [model.tree.get("global_steps") for model in models])
     _check_same(models, "'param_shapes'", [_groups(model) for model in models])
     _check_same(optims, "learning rates", [_learning_rate(optim) for optim in optims])
+    stepped = {optim: step for optim in optims if (step := _optimizer_step(optim)) is not None}
+    if stepped:
+        _check_same([*stepped], "steps", [*stepped.values()])
     flats = [_flat_tensors(each, stage, files) for each in optims]
     _check_same(optims, "number of flat tensors", [len(flat) for flat in flats])
     parameters = _of_stage_3(files, groups, flats) if stage == 3 else _of_stages_1_and_2(files, groups, flats, optims)
@@ -390,6 +407,18 @@ def _learning_rate(optim: _Loaded) -> float | None:
         if isinstance(rate, (int, float)):
             return rate
     return None
+
+
+def _optimizer_step(optim: _Loaded) -> int | None:
+    """Return how often a rank updated its parameters, if its optimizer stores it as a number."""
+    found = []
+    for key in ("base_optimizer_state", "optimizer_state_dict"):
+        stored = follow(optim.tree, ("optimizer_state_dict", key))
+        own = stored if isinstance(stored, dict) else {"state": stored}  # `elastic_checkpoint` keeps a list
+        for entries in (own.get("param_groups"), own.get("state")):
+            each = entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else ()
+            found += [entry.get("step") for entry in each if isinstance(entry, dict)]
+    return max((step for step in found if type(step) is int), default=None)
 
 
 def _flat_tensors(optim: _Loaded, stage: int, files: _Files) -> list[TensorSpec]:
