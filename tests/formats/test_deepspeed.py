@@ -719,6 +719,12 @@ def test_a_universal_checkpoint_of_round_robin_is_refused(tmp_path: Path) -> Non
         read_header(folder)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_strip_does_not_say_that_there_is_nothing_to_strip(tmp_path: Path, stage: int) -> None:
+    with pytest.raises(UsageError, match="a deepspeed checkpoint, which is read, not written"):
+        strip(full(tmp_path / "step", stage=stage))
+
+
 @pytest.mark.parametrize("job", [strip, fix_prefix])
 @pytest.mark.parametrize("out", ["o.pth", "o"])
 def test_no_folder_of_ranks_is_written(here: Path, job: Callable[..., Any], out: str) -> None:
