@@ -173,7 +173,8 @@ def _refuse_whole(path: Path, headers: Collection[Header]) -> None:
     if len(headers) > 1 and found and {*found} == {TensorSpec}:
         raise UnsupportedError(
             f"{path}: no tensor in the files of its {len(headers)} ranks is a DTensor or ShardedTensor, so nothing "
-            "says whether each is whole, or how the parts make one. Save a full state dict with the program that wrote them."
+            "says whether each is whole, or how the parts make one. Save a full state dict with the program that wrote "
+            "them."
         )
 
 

@@ -125,6 +125,12 @@ def _joined(where: Path, path: tuple[Any, ...], parts: Sequence[RankPart]) -> Te
             f"{where}: '{name}' is {first.dtype.name} {list(first.shape)} for one rank, and {other.dtype.name} "
             f"{list(other.shape)} for another. The files are of different models, or damaged."
         )
+    fewer, more = min(part.ranks for part in parts), max(part.ranks for part in parts)
+    if fewer != more:
+        raise CorruptError(
+            f"{where}: '{name}' is shared by {fewer} ranks in one file, and by {more} in another. The files are of two "
+            "saves: keep those of one."
+        )
     return join_chunks(where, name, first.dtype, first.shape, [chunk for part in parts for chunk in part.chunks])
 
 

@@ -261,6 +261,15 @@ def test_ranks_of_two_steps_are_refused(key: str, tmp_path: Path) -> None:
         read_header(save_ranks(tmp_path / "run", (2,), state))
 
 
+def test_ranks_that_a_save_by_more_of_them_left_are_refused(tmp_path: Path) -> None:
+    folder = save_ranks(
+        tmp_path / "run", (4,), lambda mesh: {"w": spread(torch.ones(3), mesh, [Replicate()])}, "r-rank{r}.pt"
+    )
+    save_ranks(folder, (2,), lambda mesh: {"w": spread(torch.zeros(3), mesh, [Replicate()])}, "r-rank{r}.pt")
+    with pytest.raises(CorruptError, match="'w' is shared by 2 ranks in one file, and by 4 in another.*two saves"):
+        read_header(folder)
+
+
 def test_plain_tensors_of_several_ranks_are_refused(tmp_path: Path) -> None:
     """They may be parts, of which nothing says how they make the whole."""
     folder = tmp_path / "local"
