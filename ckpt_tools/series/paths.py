@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
-from ..formats.deepspeed import folder_of
+from ..formats.deepspeed_files import folder_of
 from ..formats.fsdp import rank_files_of
 from ..formats.ranks import rank_files
 from ..formats.sharded import FURTHER_MODEL, checkpoint_inside
