@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import CorruptError, ReadError, UnsupportedError
 from ..storage.source import store_of
-from ..tensors import RankPart
+from ..tensors import RankPart, TensorSpec
 from .format import Format
 from .header import Header
 from .rank_join import joined_trees, known_apart
@@ -22,12 +23,14 @@ from .torch_zip import TORCH_ZIP
 from .tree import tensors_in, walk
 
 _FILE = re.compile(
-    r"(?P<before>(?:.*?(?<![A-Za-z]))??)(?<![A-Za-z][a-z]_)rank[-_=]?(?P<rank>\d{1,6})(?P<after>(?:\D.*)?)", re.DOTALL
+    r"(?P<before>(?:.*?(?<![A-Za-z]))??)(?<!(?<![A-Za-z])[a-z]p_)rank[-_=]?(?P<rank>\d{1,6})(?P<after>(?:\D.*)?)",
+    re.DOTALL,
 )
 _WORLD_SIZE = re.compile(r"world_size_(\d{1,6})_$")
 # What is saved beside the weights, in files of its own.
 _OTHER = re.compile(r"(?<![a-z])(optim|extra|rng|random|sched|scaler|data|train)", re.IGNORECASE)
 _FLAT = ("_flat_param", "flat_param")
+_COUNTER = re.compile(r"(global_|num_)?(step|iter|iteration|epoch|update)s?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +40,28 @@ class RankFiles:
     Attributes:
         by_rank: rank to name.
         size: the number of ranks, if the names have it.
+        twice: two names of one rank, if there are such.
     """
 
     by_rank: Mapping[int, str]
     size: int | None
+    twice: tuple[str, str] | None
 
 
 def rank_files(names: list[str]) -> list[RankFiles]:
     """Group the names of a folder that may be the rank files of weights."""
     groups: dict[tuple[str, str], dict[int, str]] = {}
+    twice: dict[tuple[str, str], tuple[str, str]] = {}
     for name in names:
         found = _FILE.fullmatch(name) if name.endswith(TORCH_ZIP.suffixes) and not _OTHER.search(name) else None
         if found is not None:
-            groups.setdefault((found["before"], found["after"]), {})[int(found["rank"])] = name
+            key = (found["before"], found["after"])
+            other = groups.setdefault(key, {}).setdefault(int(found["rank"]), name)
+            if other != name:
+                twice.setdefault(key, (other, name))
     sizes = {key: _WORLD_SIZE.search(key[0]) for key in groups}
     found_groups = [
-        RankFiles(dict(sorted(by_rank.items())), None if size is None else int(size[1]))
+        RankFiles(dict(sorted(by_rank.items())), None if size is None else int(size[1]), twice.get(key))
         for (key, by_rank), size in zip(groups.items(), sizes.values(), strict=True)
         if size is not None or (0 in by_rank and len(by_rank) > 1)
     ]
@@ -92,10 +101,16 @@ class FSDP(Format):
                 "Move each into a folder of its own."
             )
         (group,) = groups
+        if group.twice is not None:
+            raise CorruptError(
+                f"{path}: {' and '.join(group.twice)} are of the same rank. One is of another save: move it out."
+            )
         headers = {rank: TORCH_ZIP.parse(path / name) for rank, name in group.by_rank.items()}
         _check_ranks(path, group, headers)
+        _check_steps(path, headers.values())
         for header in headers.values():
             _refuse_flat(header)
+        _refuse_whole(path, headers.values())
         foreign: Counter[str] = sum((known_apart(header.foreign) for header in headers.values()), Counter())
         tree = joined_trees(path, [header.tree for header in headers.values()])
         return Header(path, self, tree, tuple(each.files[0] for each in headers.values()), foreign)
@@ -135,6 +150,32 @@ def _check_ranks(path: Path, group: RankFiles, headers: Mapping[int, Header]) ->
         )
     if group.size is not None and len(headers) > size:
         raise CorruptError(f"{path}: has {len(headers)} files of a checkpoint of {size} ranks. Get a fresh copy.")
+
+
+def _check_steps(path: Path, headers: Iterable[Header]) -> None:
+    """Refuse files of which two say that they are of different steps."""
+    first: dict[Any, tuple[int, str]] = {}
+    for header in headers:
+        for key, value in header.content.items() if isinstance(header.content, dict) else ():
+            if type(value) is not int or not isinstance(key, str) or not _COUNTER.fullmatch(key):
+                continue
+            known, name = first.setdefault(key, (value, header.path.name))
+            if known != value:
+                raise CorruptError(
+                    f"{path}: its files are not of one step: {name} has the {key} {known}, and {header.path.name} has "
+                    f"{value}. Get a complete copy of one step."
+                )
+
+
+def _refuse_whole(path: Path, headers: Collection[Header]) -> None:
+    """Refuse files of several ranks in which no tensor says which part of the whole it is."""
+    found = [type(tensor) for header in headers for _, tensor in tensors_in(header.content)]
+    if len(headers) > 1 and found and {*found} == {TensorSpec}:
+        raise UnsupportedError(
+            f"{path}: no tensor in the files of its {len(headers)} ranks is a DTensor or ShardedTensor, so nothing "
+            "says whether each is whole, or how the parts make one. Save a full state dict with the program that wrote "
+            "them."
+        )
 
 
 def _refuse_flat(header: Header) -> None:

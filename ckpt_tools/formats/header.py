@@ -88,10 +88,11 @@ class Header:
 
     @property
     def names(self) -> dict[str, Path]:
-        """Its files by their names in the folder."""
+        """Its files by their names in the folder, with the folders inside it before them."""
+        home = self.path if self.in_folder else self.path.parent
         return {
-            (stamp.path.relative_to(self.path).as_posix() if self.ranks else stamp.path.name): stamp.path
-            for stamp in self.files
+            (path.relative_to(home).as_posix() if path.is_relative_to(home) else path.name): path
+            for path in (stamp.path for stamp in self.files)
         }
 
     @property

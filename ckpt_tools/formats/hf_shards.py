@@ -15,10 +15,9 @@ from typing import Any
 
 from ..errors import CorruptError
 from ..storage.source import store_of
-from ..tensors import Chunk, TensorSpec
+from ..tensors import Chunk, TensorSpec, join
 from .format import Format
 from .header import Header
-from .rank_join import join_chunks
 from .safetensors import SAFETENSORS
 
 _FILE = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
@@ -93,4 +92,9 @@ def _joined(path: Path, name: str, pieces: list[tuple[tuple[int, ...], Any]]) ->
         chunks.append((offsets, tensor))
     ends = (tuple(n + size for n, size in zip(offsets, chunk.shape, strict=True)) for offsets, chunk in chunks)
     shape = tuple(map(max, zip(*ends, strict=True)))
-    return join_chunks(path, name, chunks[0][1].dtype, shape, chunks)
+    filled = [offsets for offsets, chunk in chunks if chunk.numel]
+    if len({*filled}) < len(filled):  # torch saves replicas once
+        raise CorruptError(
+            f"{path}: two processes have the same chunk of '{name}'. The files are of several saves: keep those of one."
+        )
+    return join(path, name, chunks[0][1].dtype, shape, chunks)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import CorruptError
 from ..storage.source import store_of
 from .dcp import DCP
 from .format import Format
@@ -38,6 +39,12 @@ class LightningFolder(DCP):
             numbered = [f"optimizer_{n}" for n in range(len(entries)) if f"optimizer_{n}" in entries]
             if numbered:
                 entries["optimizer_states"] = [entries.pop(key) for key in numbered]
+        both = next((key for key in other if key in entries), None)
+        if both is not None:
+            raise CorruptError(
+                f"{path}: '{both}' is in {_META}, and in the files beside it. Lightning saves each entry once: get a "
+                "fresh copy."
+            )
         return replace(
             header,
             content={**entries, **other},

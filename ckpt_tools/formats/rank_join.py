@@ -41,7 +41,7 @@ def whole_alone(header: Header) -> Header:
     if part is not None:
         raise UnsupportedError(
             f"{header.path}: '{'.'.join(map(str, path))}' is {part.reason}, so the file is not a checkpoint by itself. "
-            f"Give the folder that has the files of all ranks: {header.path.parent}"
+            f"Give the folder that has the files of all ranks, named by rank_0, rank_1 and so on: {header.path.parent}"
         )
 
     def replaced(path: list[Any], node: Any) -> Any:
@@ -67,7 +67,7 @@ def joined_trees(where: Path, trees: Sequence[Any]) -> Any:
         CorruptError: the parts of a tensor do not make it, or contradict each other.
         UnsupportedError: a tensor that is not distributed differs in dtype or shape between ranks.
     """
-    done: dict[int, Any] = {}
+    done: dict[tuple[int, ...], Any] = {}  # what one rank has in two places, another one may not
 
     def merged(path: tuple[Any, ...], nodes: Sequence[Any]) -> Any:
         first = nodes[0]
@@ -75,19 +75,20 @@ def joined_trees(where: Path, trees: Sequence[Any]) -> Any:
             return _tensor(where, path, nodes)
         if not isinstance(first, _CONTAINERS) or len(path) > _DEEPEST:
             return first
-        if id(first) in done:
-            return done[id(first)]
+        same = tuple(map(id, nodes))
+        if same in done:
+            return done[same]
         alike = [node for node in nodes if isinstance(node, dict) == isinstance(first, dict)]
         if isinstance(first, dict):
             made: Any = OrderedDict() if isinstance(first, OrderedDict) else {}
-            done[id(first)] = made
+            done[same] = made
             for key in dict.fromkeys(key for node in alike for key in node):
                 made[key] = merged((*path, key), [node[key] for node in alike if key in node])
             if hasattr(first, "_metadata"):
                 made._metadata = first._metadata
             return made
         items: list[Any] = []
-        done[id(first)] = items
+        done[same] = items
         alike = [node for node in alike if isinstance(node, _CONTAINERS) and len(node) == len(first)]
         items += [merged((*path, at), each) for at, each in enumerate(zip(*alike, strict=True))]
         return items if isinstance(first, list) else tuple(items)
@@ -123,6 +124,12 @@ def _joined(where: Path, path: tuple[Any, ...], parts: Sequence[RankPart]) -> Te
         raise CorruptError(
             f"{where}: '{name}' is {first.dtype.name} {list(first.shape)} for one rank, and {other.dtype.name} "
             f"{list(other.shape)} for another. The files are of different models, or damaged."
+        )
+    fewer, more = min(part.ranks for part in parts), max(part.ranks for part in parts)
+    if fewer != more:
+        raise CorruptError(
+            f"{where}: '{name}' is shared by {fewer} ranks in one file, and by {more} in another. The files are of two "
+            "saves: keep those of one."
         )
     return join_chunks(where, name, first.dtype, first.shape, [chunk for part in parts for chunk in part.chunks])
 

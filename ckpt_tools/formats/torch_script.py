@@ -29,6 +29,7 @@ _MOST_MODULES = 1 << 17  # likewise; a module may be in several places
 _DEEPEST = 100
 _CLASS = re.compile(r"class (\w+)\((\w*)\):")
 _NAMED = re.compile(r"  __(parameters|buffers)__ = (\[.*\])")
+_OF_ALL_MODULES = "training"
 _CUSTOM = "__torch__.torch.classes."
 
 
@@ -61,7 +62,8 @@ class TorchScript(Format):
             root, module, foreign = read_archive(archive, path, where=where, script=True)
             code = _Code(archive, root, where)
             found: OrderedDict[str, Tensor] = OrderedDict(_state_dict(module, code))
-        if not found and any(name.startswith(f"{root}/constants/") for name in archive.entries):
+        constants = any(name.startswith(f"{root}/constants/") for name in archive.entries)
+        if constants and (not found or _is_frozen(module)):
             raise UnsupportedError(
                 f"{where}: a frozen TorchScript module: its weights are constants of its program, without names. "
                 "Give the archive from before torch.jit.freeze."
@@ -145,6 +147,11 @@ def _state_dict(module: Any, code: _Code) -> Iterator[tuple[str, Tensor]]:
             if isinstance(value, Inert) and (code.module(value) is not None or _is_custom(value))
         ]
         stack += inside[::-1]
+
+
+def _is_frozen(module: Any) -> bool:
+    """True if freezing took the attributes that all modules have; those that it was told to keep are there still."""
+    return isinstance(module.state, dict) and _OF_ALL_MODULES not in module.state
 
 
 def _is_custom(value: Inert) -> bool:

@@ -78,8 +78,9 @@ def named_after(header: Header, tail: str) -> Target:
     source = header.path
     suffix = next((s for s in (".pth.tar", *suffixes()) if source.name.endswith(s)), "")
     stem = source.name.removesuffix(suffix)
-    if header.in_folder and not header.copied_to_folder:
-        suffix = suffix or header.format.usual_suffix
+    written = header.format.written_as
+    if not header.copied_to_folder and written is not header.format and not suffix.endswith(written.suffixes):
+        suffix = header.format.usual_suffix
     return Target(source.with_name(f"{stem}{tail}{suffix}"), folder=header.copied_to_folder or not suffix)
 
 

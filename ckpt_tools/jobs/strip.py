@@ -104,6 +104,8 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     if is_optimizer(header.tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
     target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
+    if not header.format.rewritten:
+        check_same_format(header, target, folder=header.copied_to_folder)
     found = states(header)
     chosen = None if which.state is None else select(header, which.state)
     sets = list(found.values()) if chosen is None else [chosen]

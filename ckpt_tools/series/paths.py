@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
-from ..formats.deepspeed import folder_of
+from ..formats.deepspeed_files import folder_of
 from ..formats.sharded import checkpoint_inside
 from ..storage.source import LOCAL, store_of
 from .numbered import glob_of, lined_up_first, natural_key, without_numbers

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import SeriesError
-from ..formats.deepspeed import folder_of
+from ..formats.deepspeed_files import folder_of
 from ..formats.fsdp import rank_files_of
 from ..formats.ranks import rank_files
 from ..formats.sharded import FURTHER_MODEL

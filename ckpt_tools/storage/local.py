@@ -6,7 +6,9 @@ Windows); the bytes are the same.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +17,9 @@ from pathlib import Path
 _SEEKING = threading.Lock()
 """Held between a seek and its read or write, because all threads share the file position."""
 
+# A pipe would wait for a writer without O_NONBLOCK.
+_READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK"))
+
 
 class LocalFile:
     """A file of the local file system, open for reading."""
@@ -22,11 +27,15 @@ class LocalFile:
     __slots__ = ("_fd",)
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        self._fd = os.open(path, _READING)
+        mode = os.fstat(self._fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            self.close()
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
     def stat(self) -> tuple[int, tuple[object, ...]]:
-        stat = os.fstat(self._fd)
-        return stat.st_size, (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+        now = os.fstat(self._fd)
+        return now.st_size, (now.st_dev, now.st_ino, now.st_mtime_ns)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         done = got = read_once(self._fd, view, offset)
@@ -61,8 +70,8 @@ class LocalStore:
         return Path(os.path.realpath(path))
 
     def identity(self, path: Path) -> object:
-        stat = path.stat()
-        return stat.st_dev, stat.st_ino
+        now = path.stat()
+        return now.st_dev, now.st_ino
 
     def find(self, pattern: Path) -> list[Path]:
         # Existing parent folders are taken literally, so that brackets in their names are not a pattern.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +19,15 @@ from hypothesis import strategies as st
 from zero_files import Arrays, arrays, fragment_address, load, save, save_universal, save_zero
 
 from ckpt_tools import average, convert, diff, open_checkpoint
-from ckpt_tools.errors import CkptError, CorruptError, LayoutError, NotACheckpointError, UnsupportedError, UsageError
+from ckpt_tools.errors import (
+    CkptError,
+    CorruptError,
+    LayoutError,
+    NotACheckpointError,
+    ReadError,
+    UnsupportedError,
+    UsageError,
+)
 from ckpt_tools.formats import read_header
 from ckpt_tools.jobs.fix_prefix import fix_prefix
 from ckpt_tools.jobs.inspect import describe
@@ -259,6 +269,42 @@ def test_an_average_that_the_script_saved_with_it_is_found(tmp_path: Path) -> No
     assert np.array_equal(open_checkpoint(folder, state="raw")["one"].numpy(), GROUPS[0]["one"])
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_entry_of_the_script_takes_the_place_of_the_weights(tmp_path: Path, stage: int) -> None:
+    named = {"fp32": True, "state_dict": {name: torch.zeros(each.shape) for name, each in whole().items()}}
+    assert equal(
+        open_checkpoint(full(tmp_path / "named", stage=stage, client=named)),
+        open_checkpoint(full(tmp_path / "step", stage=stage)),
+    )
+
+
+@pytest.mark.parametrize("text", ["global_step2", "", "\xff" * 10_000])
+def test_a_folder_whose_latest_checkpoint_is_not_there_is_refused(tmp_path: Path, text: str) -> None:
+    folder = full(tmp_path / "run" / "global_step1")
+    (tmp_path / "run" / "latest").write_text(text, encoding="latin-1")
+    with pytest.raises(CorruptError, match=f"latest' names .*not there.* To take that, give {folder}$"):
+        open_checkpoint(tmp_path / "run")
+    assert list(open_checkpoint(folder)) == list(masters())
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    folder = full(tmp_path / "step")
+    path = next(folder.glob("*_rank_1_*optim_states.pt"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ReadError, match=f"{path.name}: cannot be read .it is no regular file"):
+        read_header(folder)
+
+
+def test_the_hashes_of_an_average_are_those_of_all_files(tmp_path: Path) -> None:
+    folder = full(tmp_path / "step", stage=2)
+    universal = save_universal(folder, tmp_path / "universal", GROUPS, stage=2)
+    (known,) = average([universal], out=tmp_path / "out.pth", hash=True).inputs
+    expected = {f"zero/{name}/fp32.pt": universal / "zero" / name / "fp32.pt" for name in whole()}
+    expected["mp_rank_00_model_states.pt"] = universal / "mp_rank_00_model_states.pt"
+    assert known.sha256 == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in expected.items()}
+
+
 def test_inspect_says_what_is_there(tmp_path: Path) -> None:
     found = describe(read_header(full(tmp_path / "step", stage=2, step=30)))
     (weights,) = found.sets
@@ -377,6 +423,19 @@ def without_paddings(folder: Path) -> None:
 
 MODEL = "mp_rank_00_model_states.pt"
 Damage = Callable[[Path], Any]
+
+
+def step_of(path: Path, step: int, *, each: bool = False) -> None:
+    """Have the optimizer count its steps: in its groups as FusedAdam, or for each parameter as DeepSpeedCPUAdam."""
+
+    def count(state: Any) -> None:
+        own = state["base_optimizer_state" if "base_optimizer_state" in state else "optimizer_state_dict"]
+        for entry in own["state"].values() if each else own["param_groups"]:
+            entry["step"] = step
+
+    edit(path, count)
+
+
 DAMAGED: dict[str, tuple[int, Damage, str]] = {
     "a rank is missing": (
         2,
@@ -562,6 +621,16 @@ DAMAGED: dict[str, tuple[int, Damage, str]] = {
         lambda folder: (folder / of(1)).write_bytes((folder / of(1)).read_bytes()[:-100]),
         r"optim_states\.pt: truncated|optim_states\.pt: .*damaged",
     ),
+    "ranks of two steps, by the optimizer's count": (
+        2,
+        lambda folder: [step_of(folder / of(rank), 100 + rank) for rank in range(3)],
+        "differ in their steps.*files of two saves",
+    ),
+    "ranks of two steps, by the count of each parameter": (
+        3,
+        lambda folder: [step_of(folder / of(rank), 100 + (rank == 2), each=True) for rank in range(3)],
+        "differ in their steps.*files of two saves",
+    ),
     "an empty file": (2, lambda folder: (folder / of(1)).write_bytes(b""), r"optim_states\.pt: empty file"),
 }
 
@@ -648,6 +717,12 @@ def test_a_universal_checkpoint_of_round_robin_is_refused(tmp_path: Path) -> Non
         UnsupportedError, match="universal: with round_robin_gradients, as here, .* mixes the parameters"
     ):
         read_header(folder)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_strip_does_not_say_that_there_is_nothing_to_strip(tmp_path: Path, stage: int) -> None:
+    with pytest.raises(UsageError, match="a deepspeed checkpoint, which is read, not written"):
+        strip(full(tmp_path / "step", stage=stage))
 
 
 @pytest.mark.parametrize("job", [strip, fix_prefix])

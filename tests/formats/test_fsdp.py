@@ -230,6 +230,71 @@ def test_files_that_differ_in_the_rank_alone_are_ranks_if_they_hold_dtensors(tmp
         average([plain], out=tmp_path / "out.pth")
 
 
+@pytest.mark.parametrize(
+    "name", ["ckpt_rank{r}.pt", "model_rank_{r}.pt", "checkpoint-rank={r}-of-{n}.pth", "w.rank{r}.bin"]
+)
+def test_any_word_may_be_before_the_rank(name: str, tmp_path: Path) -> None:
+    agree(save_ranks(tmp_path / "run", (2,), verl, name), WHOLE)
+
+
+@pytest.mark.parametrize("name", ["mp_rank_{r:02d}.pt", "a_tp_rank_{r}.pt"])
+def test_ranks_of_model_parallelism_are_none_of_fsdp(name: str, tmp_path: Path) -> None:
+    save_ranks(tmp_path / "run", (2,), verl, name)
+    with pytest.raises(SeriesError, match="differ only in the rank"):
+        average([tmp_path / "run"], out=tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize("other", ["rank_01.pt", "rank1.pt", "rank=1.pt"])
+def test_two_files_of_one_rank_are_refused(other: str, tmp_path: Path) -> None:
+    folder = save_ranks(tmp_path / "run", (2,), verl, "rank_{r}.pt")
+    shutil.copy(folder / "rank_1.pt", folder / other)
+    with pytest.raises(CorruptError, match=r"rank.?0?1\.pt and rank.?0?1\.pt are of the same rank"):
+        read_header(folder)
+
+
+@pytest.mark.parametrize("key", ["step", "global_steps", "epoch", "iteration", "num_updates"])
+def test_ranks_of_two_steps_are_refused(key: str, tmp_path: Path) -> None:
+    def state(mesh: DeviceMesh) -> Any:
+        return {"model": verl(mesh), key: 100 + dist.get_rank(), "seed": dist.get_rank()}
+
+    with pytest.raises(CorruptError, match=f"rank_0.pt has the {key} 100, and .*rank_1.pt has 101"):
+        read_header(save_ranks(tmp_path / "run", (2,), state))
+
+
+def test_ranks_that_a_save_by_more_of_them_left_are_refused(tmp_path: Path) -> None:
+    folder = save_ranks(
+        tmp_path / "run", (4,), lambda mesh: {"w": spread(torch.ones(3), mesh, [Replicate()])}, "r-rank{r}.pt"
+    )
+    save_ranks(folder, (2,), lambda mesh: {"w": spread(torch.zeros(3), mesh, [Replicate()])}, "r-rank{r}.pt")
+    with pytest.raises(CorruptError, match="'w' is shared by 2 ranks in one file, and by 4 in another.*two saves"):
+        read_header(folder)
+
+
+def test_plain_tensors_of_several_ranks_are_refused(tmp_path: Path) -> None:
+    """They may be parts, of which nothing says how they make the whole."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    for rank in range(2):
+        torch.save({"w": WHOLE["rows"][rank : rank + 2]}, folder / f"model_world_size_2_rank_{rank}.pt")
+    with pytest.raises(UnsupportedError, match="no tensor in the files of its 2 ranks is a DTensor.*full state dict"):
+        average([folder], out=tmp_path / "out.pth")
+
+
+def test_a_dict_in_two_places_of_one_rank_alone_is_joined_in_each_place(tmp_path: Path) -> None:
+    others = {name: whole + 1 if whole.is_floating_point() else whole for name, whole in WHOLE.items()}
+
+    def state(mesh: DeviceMesh) -> Any:
+        one = {"w": spread(WHOLE["columns"], mesh, [Shard(0)])}
+        # The first rank has the same rows in both.
+        other = one if dist.get_rank() == 0 else {"w": spread(others["columns"], mesh, [Shard(0)])}
+        return {"model": one, "other": other}
+
+    folder = save_ranks(tmp_path / "run", (2,), state)
+    assert same(open_checkpoint(folder, state="model")["w"], WHOLE["columns"])
+    rows = torch.cat([WHOLE["columns"][:2], others["columns"][2:]])
+    assert same(open_checkpoint(folder, state="other")["w"], rows)
+
+
 def test_files_beside_the_weights_are_none_of_them(tmp_path: Path) -> None:
     folder = save_ranks(tmp_path / "actor", (2,), verl)
     for rank in range(2):

@@ -91,9 +91,13 @@ def test_files_of_two_saves_are_refused(folder: Path) -> None:
         read_header(folder)
 
 
-def test_copies_of_a_chunk_count_once(folder: Path) -> None:
-    shard(folder, 3, {"w": ([3, 0], WHOLE["w"][3:])}, file="00001-of-00002")
-    assert same(open_checkpoint(folder)["w"], WHOLE["w"])
+@pytest.mark.parametrize("name", ["w", "n"])
+def test_a_chunk_of_two_processes_is_refused(name: str, folder: Path) -> None:
+    """torch saves replicas once, so these are what a save by more processes left."""
+    left = {"w": {"w": ([3, 0], WHOLE["w"][3:] + 1)}, "n": {"n": ([], WHOLE["n"] + 1)}}
+    shard(folder, 3, left[name], file="00001-of-00002")
+    with pytest.raises(CorruptError, match=f"two processes have the same chunk of '{name}'.*several saves"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools import average, convert, open_checkpoint, strip
 from ckpt_tools.errors import CkptError, CorruptError, LayoutError, NotACheckpointError, UnsupportedError
 from ckpt_tools.formats import read_header
 from ckpt_tools.tensors import UnsupportedTensor
@@ -222,3 +222,11 @@ def test_open_checkpoint_reads_or_rejects_a_damaged_archive(
     path.write_bytes(raw)
     with suppress(CkptError):
         dict(open_checkpoint(path))
+
+
+def test_strip_names_its_output_as_the_format_that_it_writes(tmp_path: Path) -> None:
+    path = newest(tmp_path / "m.pt2")
+    report = strip(path)
+    assert report.out == str(tmp_path / "m-stripped.pth")
+    if report.written:
+        assert same(load(Path(report.out))["embed.weight"], open_checkpoint(path)["embed.weight"])

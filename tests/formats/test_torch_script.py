@@ -154,6 +154,22 @@ def test_open_checkpoint_says_that_a_frozen_module_has_no_weights_with_names(tmp
         open_checkpoint(tmp_path / "m.pt")
 
 
+def test_open_checkpoint_refuses_a_frozen_module_that_kept_some_weights(tmp_path: Path) -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.scale = nn.Linear(3, 3), nn.Parameter(torch.randn(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.proj(x) * self.scale
+
+    module = torch.jit.freeze(torch.jit.script(Kept().eval()), preserved_attrs=["scale"])
+    torch.jit.save(module, tmp_path / "m.pt")
+    assert list(torch.jit.load(tmp_path / "m.pt").state_dict()) == ["scale"]
+    with pytest.raises(UnsupportedError, match=r"frozen.*before torch\.jit\.freeze"):
+        open_checkpoint(tmp_path / "m.pt")
+
+
 def test_average_refuses_an_export_among_the_checkpoints_of_a_run(tmp_path: Path) -> None:
     for i in range(2):
         torch.manual_seed(i)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ...formats.deepspeed import MASTERS, Masters
+from ...formats.deepspeed_files import MASTERS, Masters
 from ...formats.tree import Path
 from ...tensors import DTYPES
 from .layout import Layout, Names, Sets, read_sets

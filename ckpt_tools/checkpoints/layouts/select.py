@@ -9,7 +9,8 @@ from os.path import commonprefix
 from typing import Any
 
 from ...errors import LayoutError
-from ...formats.deepspeed import FLAT_KEYS, folder_of
+from ...formats.deepspeed import FLAT_KEYS
+from ...formats.deepspeed_files import folder_of
 from ...formats.header import Header
 from ...formats.pickle_read import NUMPY_ARRAYS, Inert
 from ...formats.tree import tensors_in
