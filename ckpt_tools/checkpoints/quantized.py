@@ -171,7 +171,7 @@ def dequantized(header: Header, state: StateDict) -> StateDict:
     """Return the weights that codes and scales of 8-bit floats stand for; scales are no part of them.
 
     Raises:
-        LayoutError: codes without scales that fit.
+        LayoutError: codes without scales that fit, or blocks of no size.
         ReadError: the ``config.json`` beside them cannot be read.
     """
     found = dequantizable(state.tensors, _blocks(header))
@@ -213,9 +213,14 @@ def refuse_without_scales(header: Header, states: Iterable[StateDict]) -> None:
 def _blocks(header: Header) -> tuple[int, ...] | None:
     config = configuration(header).get("quantization_config")
     size = config.get("weight_block_size") if isinstance(config, dict) else None
+    if size is None:
+        return None
     if isinstance(size, list) and size and all(type(each) is int and each > 0 for each in size):
         return tuple(size)
-    return None
+    raise LayoutError(
+        f"{header.path}: its config.json has {size!r} as weight_block_size, which are no sizes of blocks. Correct "
+        "it: two whole numbers, as the library that made the checkpoint has them."
+    )
 
 
 def configuration(header: Header, name: str = "config.json") -> dict[str, Any]:
@@ -245,17 +250,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def without_quantization(header: Header) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (name, new content) of the files in a folder that say that its weights are quantized; None for no file.
+def without_quantization(companions: Iterable[Path]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield (name, new content) of the files beside weights that say that these are quantized; None for no file.
+
+    Args:
+        companions: the files that an output folder takes over, wherever they are.
 
     Raises:
         ReadError: one of them is not valid.
     """
-    if not header.in_folder:
-        return
-    config = configuration(header)
-    if any(key in config for key in CONFIGURED):
-        kept = {key: value for key, value in config.items() if key not in CONFIGURED}
-        yield "config.json", (json.dumps(kept, indent=2) + "\n").encode()
-    if configuration(header, "hf_quant_config.json"):  # of ModelOpt
-        yield "hf_quant_config.json", None
+    for path in companions:
+        if path.name == "config.json":
+            config = read_json(path)
+            kept = {key: value for key, value in config.items() if key not in CONFIGURED}
+            if len(kept) < len(config):
+                yield path.name, (json.dumps(kept, indent=2) + "\n").encode()
+        elif path.name == "hf_quant_config.json":  # of ModelOpt
+            yield path.name, None

@@ -108,7 +108,9 @@ def assemble(
         files = form.plan(tree, writing)
         beside_them = companions(base, dropped) if base.ranks else []
         if base.ranks:
-            known = {*base.tree, *(path.name for path in beside_them)}
+            made, beside_them = _replaced(beside_them, edited or {}, dropped)
+            files = (*files, *made)
+            known = {*base.tree, *(path.name for path in beside_them), *(edited or {})}
             dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
         return Assembly(
             target.path,
@@ -197,10 +199,17 @@ def flat(
     edited = dict(edited or {})
     if config is not None:
         edited["config.json"] = _with_config(beside_them, edited.get("config.json"), config)
-    files += tuple(whole_file(name, text) for name, text in edited.items() if text is not None)
+    made, beside_them = _replaced(beside_them, edited, dropped)
+    return Assembly(target.path, (*files, *made), folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+
+
+def _replaced(
+    paths: Sequence[Path], edited: Mapping[str, bytes | None], dropped: list[str]
+) -> tuple[list[FilePlan], list[Path]]:
+    """Return the files that take the place of companions, and the companions that stay."""
     dropped += [name for name, text in edited.items() if text is None]
-    beside_them = [path for path in beside_them if path.name not in edited]
-    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+    made = [whole_file(name, text) for name, text in edited.items() if text is not None]
+    return made, [path for path in paths if path.name not in edited]
 
 
 def nested(tree: Any, writing: Writing, *, target: Path, format: Format, dropped: Sequence[str] = ()) -> Assembly:

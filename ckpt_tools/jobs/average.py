@@ -33,6 +33,7 @@ from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
 from ..tensors import DType, TensorSpec, parse_dtype
 from .assembly import Assembly, assemble
+from .companions import companions
 from .options import AveragedOutput, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
@@ -150,8 +151,8 @@ def average(
                 f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
                 "without suffix, for a folder with both."
             )
-    if matching.dequantize:
-        edited |= without_quantization(members[-1].header)
+    if matching.dequantize and target.folder:
+        edited |= without_quantization(companions(members[-1].header, []))
     base = members[-1].header
 
     def lay_out(inputs: Sequence[Input]) -> Assembly:

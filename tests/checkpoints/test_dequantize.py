@@ -256,3 +256,27 @@ def test_refusals_name_the_option(tmp_path: Path) -> None:
         ckpt_tools.average(tmp_path / "q0.safetensors", out=tmp_path / "w.safetensors")
     with pytest.raises(UnsupportedError, match=r"`dtype` would change both. Add `dequantize=True`"):
         ckpt_tools.convert(tmp_path / "q0.safetensors", dtype="float16", out=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("given", ["model.safetensors", "inner/model.safetensors", "inner", "."])
+@pytest.mark.parametrize("job", ["average", "convert"])
+def test_no_configuration_in_the_output_calls_its_weights_quantized(job: str, given: str, tmp_path: Path) -> None:
+    made, _ = deepseek()
+    run = tmp_path / "run"
+    path = run / given
+    (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+    save_file(made, path if path.suffix else path / "model.safetensors")
+    config = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}, "hidden_size": 4}
+    (run / "config.json").write_text(json.dumps(config))
+    getattr(ckpt_tools, job)(path, dequantize=True, out=tmp_path / "out")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found == {"model_type": "deepseek_v3", "hidden_size": 4}
+
+
+@pytest.mark.parametrize("size", [["128", "128"], [-1, 128], [0], [], [True, True], [128.0, 128.0], 128, {}])
+def test_blocks_of_no_size_are_refused(size: object, tmp_path: Path) -> None:
+    made, _ = deepseek()
+    save_file(made, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": size}}))
+    with pytest.raises(LayoutError, match=r"as weight_block_size, which are no sizes of blocks\. Correct it"):
+        ckpt_tools.convert(tmp_path / "model.safetensors", dequantize=True, out=tmp_path / "w.safetensors")
