@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import LayoutError, ReadError
+from ..errors import LayoutError
 from ..formats.header import Header
-from ..storage.source import read_file, store_of
+from ..formats.json_file import read_json
 from ..tensors import DTYPES, Category, ScaledSpec, Tensor, TensorSpec
 from .layouts import StateDict
 
@@ -229,25 +229,7 @@ def configuration(header: Header, name: str = "config.json") -> dict[str, Any]:
     Raises:
         ReadError: it is not valid.
     """
-    folder = header.path if header.in_folder else header.path.parent
-    if not store_of(folder).is_file(folder / name):
-        return {}
-    return read_json(folder / name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a small file.
-
-    Raises:
-        ReadError: it is not valid.
-    """
-    try:
-        found = json.loads(read_file(path)[0])
-        if not isinstance(found, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ReadError(f"{path}: no valid configuration ({error}).") from error
-    return found
+    return read_json((header.path if header.in_folder else header.path.parent) / name)
 
 
 def without_quantization(companions: Iterable[Path]) -> Iterator[tuple[str, bytes | None]]:

@@ -19,13 +19,13 @@ from typing import Any
 
 from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
-from ..checkpoints.quantized import read_json
 from ..checkpoints.training_state import leads
 from ..errors import LayoutError, UnsupportedError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
+from ..formats.json_file import read_json
 from ..formats.pickle_write import plain
 from ..formats.ranks import further_files
 from ..formats.tree import put, tensors_in, without

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckpt_tools
-from ckpt_tools.errors import LayoutError, NumericsError, UnsupportedError
+from ckpt_tools.errors import LayoutError, NumericsError, ReadError, UnsupportedError
 from tests.conftest import load
 from tests.support.crafting import same
 
@@ -280,3 +282,28 @@ def test_blocks_of_no_size_are_refused(size: object, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": size}}))
     with pytest.raises(LayoutError, match=r"as weight_block_size, which are no sizes of blocks\. Correct it"):
         ckpt_tools.convert(tmp_path / "model.safetensors", dequantize=True, out=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "huge", "folder", "dangling"])
+def test_what_is_no_configuration_is_never_read(kind: str, tmp_path: Path) -> None:
+    """A pipe would block, and a device never ends."""
+    made, expected = deepseek()
+    (tmp_path / "q").mkdir()
+    save_file(made, tmp_path / "q/model.safetensors")
+    config = tmp_path / "q/config.json"
+    if kind == "pipe":
+        os.mkfifo(config)
+    elif kind == "huge":
+        with config.open("wb") as file:
+            file.truncate(50 << 30)
+    elif kind == "folder":
+        config.mkdir()
+    else:
+        config.symlink_to("/dev/zero" if kind == "endless" else tmp_path / "nothing")
+    job = functools.partial(ckpt_tools.average, tmp_path / "q", out=tmp_path / "out")
+    if kind == "huge":
+        with pytest.raises(ReadError, match=r"config\.json: no valid configuration \(too large\)"):
+            job(dequantize=True)
+        return
+    job(dequantize=True)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == expected.keys()
