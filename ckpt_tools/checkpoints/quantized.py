@@ -134,7 +134,7 @@ def dequantizable(
     """
     found = {}
     for name, codes in tensors.items():
-        if not isinstance(codes, TensorSpec) or codes.dtype.name not in _FLOAT8 or not codes.numel:
+        if not isinstance(codes, TensorSpec) or codes.dtype.name not in _FLOAT8 or not codes.numel or codes.computed:
             continue
         module, dot, last = name.rpartition(".")
         for scale in (f"{name}_scale_inv", f"{name}_scale", f"{module}{dot}scale_{last}"):
