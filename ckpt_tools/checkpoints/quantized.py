@@ -39,6 +39,8 @@ _PARTNERS = (
 )
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+# Scales are read as a whole, so there must be few: one for 16 codes is the most that a library has.
+_FEWEST, _FEW = 16, 1 << 16
 _USUAL_BLOCK = 128  # of DeepSeek-V3, and of those that follow it
 # Scales of activations, which no weights of a wider dtype need, and ComfyUI's mark of scaled weights.
 _OF_INPUTS = ("input_scale", "scale_input", "activation_scale", "input_scale_inv", "input_zero_point")
@@ -137,14 +139,13 @@ def dequantizable(
         if not isinstance(codes, TensorSpec) or codes.dtype.name not in _FLOAT8 or not codes.numel or codes.computed:
             continue
         module, dot, last = name.rpartition(".")
-        for scale in (f"{name}_scale_inv", f"{name}_scale", f"{module}{dot}scale_{last}"):
-            scales = tensors.get(scale)
-            if not isinstance(scales, TensorSpec) or f"{name}_zero_point" in tensors or f"{name}_scale_2" in tensors:
-                continue
-            block = _block(codes.shape, scales, blocks)
-            if block is not None:
-                found[name] = scale, ScaledSpec.of(codes, scales, block)
-                break
+        likely = (f"{name}_scale_inv", f"{name}_scale", f"{module}{dot}scale_{last}")
+        beside = [scale for scale in (*likely, f"{name}_zero_point", f"{name}_scale_2") if scale in tensors]
+        if len(beside) != 1 or not isinstance(scales := tensors[beside[0]], TensorSpec):
+            continue
+        block = _block(codes.shape, scales, blocks)
+        if block is not None and scales.numel <= max(codes.numel // _FEWEST, _FEW):
+            found[name] = beside[0], ScaledSpec.of(codes, scales, block)
     return found
 
 
@@ -190,6 +191,12 @@ def dequantized(header: Header, state: StateDict) -> StateDict:
             "with one scale for a tensor, for each row, or for blocks of 128 by 128 or as config.json has it. "
             "Dequantize the checkpoint with its library."
         )
+    bare = next((name for name, tensor in tensors.items() if found and _is_code(tensor)), None)
+    if bare is not None:
+        raise LayoutError(
+            f"{header.path}: '{bare}' has no scales beside it, and other 8-bit floats have, so what it stands for is "
+            "not certain. Is the checkpoint complete? Else dequantize it with its library."
+        )
     words = dict.fromkeys(f"*.{name.rpartition('.')[2]}" if "." in name else name for name in sorted(gone))
     return replace(state, tensors=tensors, other_set=(*state.other_set, *words))
 
@@ -208,6 +215,10 @@ def refuse_without_scales(header: Header, states: Iterable[StateDict]) -> None:
             f"{header.path}: holds no 8-bit floats with scales beside them, so there is nothing to dequantize. "
             "Leave `dequantize` out."
         )
+
+
+def _is_code(tensor: Tensor) -> bool:
+    return isinstance(tensor, TensorSpec) and tensor.dtype.name in _FLOAT8 and len(tensor.shape) > 1
 
 
 def _blocks(header: Header) -> tuple[int, ...] | None:

@@ -235,6 +235,8 @@ def test_codes_that_are_nan_are_refused(tmp_path: Path) -> None:
         {"a.weight": codes((300, 300)), "a.weight_scale_inv": scales((4, 4))},  # no blocks of 128
         {"a.weight": torch.ones(8, 4).to(torch.int8), "a.weight_scale": scales((8, 1))},
         {"a.weight": codes((8, 4)), "a.weight_scale": scales((8, 1)), "a.weight_scale_2": scales(())},
+        {"a.weight": codes((8, 4)), "a.weight_scale": scales((8, 1)), "a.weight_scale_inv": scales((1, 1))},
+        {"a.weight": codes((300, 400)), "a.weight_scale": scales((300, 400))},  # as many as codes
         {"a.weight": codes((8, 4)), "a.weight_scale": scales((8, 1)), "a.weight_zero_point": scales((8, 1))},
     ],
 )
@@ -307,3 +309,11 @@ def test_what_is_no_configuration_is_never_read(kind: str, tmp_path: Path) -> No
         return
     job(dequantize=True)
     assert load_file(tmp_path / "out/model.safetensors").keys() == expected.keys()
+
+
+def test_codes_that_lost_their_scales_are_refused(tmp_path: Path) -> None:
+    made, _ = deepseek()
+    del made["mlp.down.weight_scale_inv"]
+    save_file(made, tmp_path / "q.safetensors")
+    with pytest.raises(LayoutError, match=r"'mlp\.down\.weight' has no scales beside it, and other 8-bit floats have"):
+        ckpt_tools.convert(tmp_path / "q.safetensors", dequantize=True, out=tmp_path / "w.safetensors")
