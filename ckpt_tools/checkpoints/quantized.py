@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import LayoutError, ReadError
+from ..errors import LayoutError
 from ..formats.header import Header
-from ..storage.source import read_file, store_of
+from ..formats.json_file import read_json
 from ..tensors import DTYPES, Category, ScaledSpec, Tensor, TensorSpec
 from .layouts import StateDict
 
@@ -39,6 +39,8 @@ _PARTNERS = (
 )
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+# Scales are read as a whole, so there must be few: one for 16 codes is the most that a library has.
+_FEWEST, _FEW = 16, 1 << 16
 _USUAL_BLOCK = 128  # of DeepSeek-V3, and of those that follow it
 # Scales of activations, which no weights of a wider dtype need, and ComfyUI's mark of scaled weights.
 _OF_INPUTS = ("input_scale", "scale_input", "activation_scale", "input_scale_inv", "input_zero_point")
@@ -134,17 +136,16 @@ def dequantizable(
     """
     found = {}
     for name, codes in tensors.items():
-        if not isinstance(codes, TensorSpec) or codes.dtype.name not in _FLOAT8 or not codes.numel:
+        if not isinstance(codes, TensorSpec) or codes.dtype.name not in _FLOAT8 or not codes.numel or codes.computed:
             continue
         module, dot, last = name.rpartition(".")
-        for scale in (f"{name}_scale_inv", f"{name}_scale", f"{module}{dot}scale_{last}"):
-            scales = tensors.get(scale)
-            if not isinstance(scales, TensorSpec) or f"{name}_zero_point" in tensors or f"{name}_scale_2" in tensors:
-                continue
-            block = _block(codes.shape, scales, blocks)
-            if block is not None:
-                found[name] = scale, ScaledSpec.of(codes, scales, block)
-                break
+        likely = (f"{name}_scale_inv", f"{name}_scale", f"{module}{dot}scale_{last}")
+        beside = [scale for scale in (*likely, f"{name}_zero_point", f"{name}_scale_2") if scale in tensors]
+        if len(beside) != 1 or not isinstance(scales := tensors[beside[0]], TensorSpec):
+            continue
+        block = _block(codes.shape, scales, blocks)
+        if block is not None and scales.numel <= max(codes.numel // _FEWEST, _FEW):
+            found[name] = beside[0], ScaledSpec.of(codes, scales, block)
     return found
 
 
@@ -171,7 +172,7 @@ def dequantized(header: Header, state: StateDict) -> StateDict:
     """Return the weights that codes and scales of 8-bit floats stand for; scales are no part of them.
 
     Raises:
-        LayoutError: codes without scales that fit.
+        LayoutError: codes without scales that fit, or blocks of no size.
         ReadError: the ``config.json`` beside them cannot be read.
     """
     found = dequantizable(state.tensors, _blocks(header))
@@ -189,6 +190,12 @@ def dequantized(header: Header, state: StateDict) -> StateDict:
             f"{header.path}: `dequantize` does not know how '{other[1]}' scales '{other[0]}'. It takes 8-bit floats "
             "with one scale for a tensor, for each row, or for blocks of 128 by 128 or as config.json has it. "
             "Dequantize the checkpoint with its library."
+        )
+    bare = next((name for name, tensor in tensors.items() if found and _is_code(tensor)), None)
+    if bare is not None:
+        raise LayoutError(
+            f"{header.path}: '{bare}' has no scales beside it, and other 8-bit floats have, so what it stands for is "
+            "not certain. Is the checkpoint complete? Else dequantize it with its library."
         )
     words = dict.fromkeys(f"*.{name.rpartition('.')[2]}" if "." in name else name for name in sorted(gone))
     return replace(state, tensors=tensors, other_set=(*state.other_set, *words))
@@ -210,12 +217,21 @@ def refuse_without_scales(header: Header, states: Iterable[StateDict]) -> None:
         )
 
 
+def _is_code(tensor: Tensor) -> bool:
+    return isinstance(tensor, TensorSpec) and tensor.dtype.name in _FLOAT8 and len(tensor.shape) > 1
+
+
 def _blocks(header: Header) -> tuple[int, ...] | None:
     config = configuration(header).get("quantization_config")
     size = config.get("weight_block_size") if isinstance(config, dict) else None
+    if size is None:
+        return None
     if isinstance(size, list) and size and all(type(each) is int and each > 0 for each in size):
         return tuple(size)
-    return None
+    raise LayoutError(
+        f"{header.path}: its config.json has {size!r} as weight_block_size, which are no sizes of blocks. Correct "
+        "it: two whole numbers, as the library that made the checkpoint has them."
+    )
 
 
 def configuration(header: Header, name: str = "config.json") -> dict[str, Any]:
@@ -224,38 +240,23 @@ def configuration(header: Header, name: str = "config.json") -> dict[str, Any]:
     Raises:
         ReadError: it is not valid.
     """
-    folder = header.path if header.in_folder else header.path.parent
-    if not store_of(folder).is_file(folder / name):
-        return {}
-    return read_json(folder / name)
+    return read_json((header.path if header.in_folder else header.path.parent) / name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a small file.
+def without_quantization(companions: Iterable[Path]) -> Iterator[tuple[str, bytes | None]]:
+    """Yield (name, new content) of the files beside weights that say that these are quantized; None for no file.
 
-    Raises:
-        ReadError: it is not valid.
-    """
-    try:
-        found = json.loads(read_file(path)[0])
-        if not isinstance(found, dict):
-            raise TypeError("not an object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ReadError(f"{path}: no valid configuration ({error}).") from error
-    return found
-
-
-def without_quantization(header: Header) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (name, new content) of the files in a folder that say that its weights are quantized; None for no file.
+    Args:
+        companions: the files that an output folder takes over, wherever they are.
 
     Raises:
         ReadError: one of them is not valid.
     """
-    if not header.in_folder:
-        return
-    config = configuration(header)
-    if any(key in config for key in CONFIGURED):
-        kept = {key: value for key, value in config.items() if key not in CONFIGURED}
-        yield "config.json", (json.dumps(kept, indent=2) + "\n").encode()
-    if configuration(header, "hf_quant_config.json"):  # of ModelOpt
-        yield "hf_quant_config.json", None
+    for path in companions:
+        if path.name == "config.json":
+            config = read_json(path)
+            kept = {key: value for key, value in config.items() if key not in CONFIGURED}
+            if len(kept) < len(config):
+                yield path.name, (json.dumps(kept, indent=2) + "\n").encode()
+        elif path.name == "hf_quant_config.json":  # of ModelOpt
+            yield path.name, None

@@ -19,13 +19,13 @@ from typing import Any
 
 from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
-from ..checkpoints.quantized import read_json
 from ..checkpoints.training_state import leads
 from ..errors import LayoutError, UnsupportedError, UsageError
 from ..formats import without_collector
 from ..formats.file_plan import FilePlan, OutTensor, Terms, whole_file
 from ..formats.format import Format, Writing
 from ..formats.header import PROVENANCE, Header
+from ..formats.json_file import read_json
 from ..formats.pickle_write import plain
 from ..formats.ranks import further_files
 from ..formats.tree import put, tensors_in, without
@@ -100,7 +100,7 @@ def assemble(
     """
     check_shard_size(target, writing.max_bytes)
     if base.ranks:
-        return _in_ranks(tensors, writing, target, base, state, renamed)
+        return _in_ranks(tensors, writing, target, base, state, renamed, edited or {})
     if not target.format.nests:
         return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
     dropped = unkept_metadata(base)
@@ -116,6 +116,7 @@ def _in_ranks(
     base: Header,
     state: StateDict,
     renamed: Mapping[str, str],
+    edited: Mapping[str, bytes | None],
 ) -> Assembly:
     """Lay a folder of ranks out as one with the same files.
 
@@ -132,8 +133,9 @@ def _in_ranks(
     dropped: list[str] = []
     tree, kept = _container(tensors, base, state, renamed, dropped)
     files = base.format.plan(tree, writing)
-    beside_them = companions(base, dropped)
-    known = {*base.tree, *(path.name for path in beside_them)}
+    made, beside_them = _replaced(companions(base, dropped), edited, dropped)
+    files = (*files, *made)
+    known = {*base.tree, *(path.name for path in beside_them), *edited}
     dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
     return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped), kept=kept)
 
@@ -199,10 +201,17 @@ def flat(
     edited = dict(edited or {})
     if config is not None:
         edited["config.json"] = _with_config(beside_them, edited.get("config.json"), config)
-    files += tuple(whole_file(name, text) for name, text in edited.items() if text is not None)
+    made, beside_them = _replaced(beside_them, edited, dropped)
+    return Assembly(target.path, (*files, *made), folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+
+
+def _replaced(
+    paths: Sequence[Path], edited: Mapping[str, bytes | None], dropped: list[str]
+) -> tuple[list[FilePlan], list[Path]]:
+    """Return the files that take the place of companions, and the companions that stay."""
     dropped += [name for name, text in edited.items() if text is None]
-    beside_them = [path for path in beside_them if path.name not in edited]
-    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+    made = [whole_file(name, text) for name, text in edited.items() if text is not None]
+    return made, [path for path in paths if path.name not in edited]
 
 
 def nested(tree: Any, writing: Writing, *, target: Path, format: Format, dropped: Sequence[str] = ()) -> Assembly:

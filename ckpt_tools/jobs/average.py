@@ -25,6 +25,7 @@ from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
 from ..tensors import DType, parse_dtype
 from .assembly import Assembly, assemble
+from .companions import companions
 from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
@@ -251,7 +252,7 @@ def _edited(base: Header, products: Products, target: Target, *, dequantize: boo
     Raises:
         UsageError: one of them says how to read the weights, and the target is no folder.
     """
-    edited = dict(without_quantization(base)) if dequantize else {}
+    edited = dict(without_quantization(companions(base, []))) if dequantize and target.folder else {}
     if products.config is not None:
         if not target.folder:
             raise UsageError(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import ReadError
 from ..formats import holds_weights
 from ..formats.header import Header
+from ..formats.json_file import LARGEST, read_json
 from ..formats.sharded import stays_inside
-from ..storage.source import LOCAL, read_file, stamp_at, store_of
+from ..storage.source import LOCAL, stamp_at, store_of
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
 """Of what a checkpoint has in its own folder: configuration, tokenizer, chat template, card."""
@@ -26,8 +27,6 @@ _KNOWN = re.compile(
 )
 _CONFIGS = ("config.json", "adapter_config.json")
 _MARKS = {"model_type", "architectures", "peft_type", "auto_map", "_class_name"}
-_LARGEST = 100 << 20
-"""Bytes; the largest vocabularies take 40 MB."""
 _ABOVE = 2
 """Levels: Accelerate's FSDP has its weights in checkpoint-500/pytorch_model_fsdp_0, and the model is in the run."""
 
@@ -69,14 +68,10 @@ def _files(folder: Path, wanted: Callable[[str], object]) -> Iterator[Path]:
 def _configuration(folder: Path) -> Mapping[str, Any]:
     """Return the configuration of a model in a folder; empty if there is none."""
     for path in (folder / name for name in _CONFIGS):
-        try:
-            if not store_of(path).is_file(path) or stamp_at(path).nbytes > _LARGEST:
-                continue
-            content = json.loads(read_file(path)[0])
-        except (OSError, ReadError, ValueError, RecursionError):
-            continue
-        if isinstance(content, dict) and not _MARKS.isdisjoint(content):
-            return content
+        with suppress(ReadError):
+            content = read_json(path)
+            if not _MARKS.isdisjoint(content):
+                return content
     return {}
 
 
@@ -84,7 +79,7 @@ def _safe(paths: list[Path], dropped: list[str]) -> Iterator[Path]:
     for path in paths:
         if not stays_inside(path):
             dropped.append(f"{path.name} (a link out of its folder)")
-        elif stamp_at(path).nbytes > _LARGEST:
+        elif stamp_at(path).nbytes > LARGEST:
             dropped.append(f"{path.name} (too large for a companion)")
         else:
             yield path

@@ -130,7 +130,8 @@ def convert(
     if not target.folder and header.in_folder:
         dropped += [path.name for path in companions(header, dropped) if path.parent == header.path]
     writing = Writing(name=target.name, provenance=said, untie=output.untie, max_bytes=shard_bytes, like=header)
-    edited = dict(without_quantization(header)) if which.dequantize else None
+    configured = companions(header, []) if which.dequantize and target.folder else []
+    edited = dict(without_quantization(configured))
     assembly = _assembled(layout, content, header, target, writing, dropped, edited)
     report = ConvertReport(
         path=str(header.path),

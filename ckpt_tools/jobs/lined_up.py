@@ -25,7 +25,7 @@ from .options import Matching
 from .reports import some
 
 # Factors of a low-rank update, as PEFT, loralib, torchtune, diffusers and kohya name them.
-_LORA = re.compile(r"(?<![A-Za-z])lora[._](?:embedding_)?(?:[AaBb]|down|up)(?:[._]|$)")
+_LORA = re.compile(r"(?<![A-Za-z])lora(?:\d*|_linear_layer)[._](?:embedding_)?(?:[AaBb]|down|up)(?:[._]|$)")
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 

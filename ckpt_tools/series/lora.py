@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeGuard
 
 from ..checkpoints.scalars import as_number
 from ..errors import AlignmentError, LayoutError, UnsupportedError, UsageError
@@ -24,14 +26,24 @@ LORA = ("factors", "product")
 CONFIG = "adapter_config.json"
 """PEFT's configuration of an adapter, which has rank and scale."""
 
-# The first factor, as PEFT, loralib, torchtune, kohya and diffusers name it: before, name, and after it.
-_FIRST = re.compile(r"((?:.*(?<![A-Za-z]))?)(lora[._](?:embedding_)?(?:A|a|down))((?:\.\w+)?(?:\.weight)?)", re.DOTALL)
+# The first factor, as PEFT, loralib, torchtune, kohya, diffusers and XLabs name it: before, name, and after it.
+_FIRST = re.compile(
+    r"((?:.*(?<![A-Za-z]))?)(lora(?:\d*|_linear_layer)[._](?:embedding_)?(?:A|a|down))((?:\.\w+)?(?:\.weight)?)",
+    re.DOTALL,
+)
 _SECOND = {"A": "B", "a": "b", "down": "up"}
 # Parts of an update that is no product of two factors.
-_OTHERS = re.compile(r"(?:.*[._])?(lora_magnitude_vector|dora_scale|lora_E|lora_mid|lora_ranknum)(?:\..*)?", re.DOTALL)
+_OTHERS = re.compile(
+    r"(?:.*[._])?(lora_magnitude_vector|dora_scale|lora_E|lora_mid|lora_ranknum|lora_\w+_adapter"  # the last of NeMo
+    r"|hada_[wt][12](?:_[ab])?|lokr_[wt][12](?:_[ab])?|oft_(?:blocks|diag|r)|boft_\w+|vera_lambda_\w+)(?:\..*)?",
+    re.DOTALL,
+)
 # Of PEFT: starts that change the base by as much as the rank says, and adapters of other forms.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_OTHER_FORMS = ("use_dora", "use_qalora", "target_parameters", "layer_replication")
+_OTHER_FORMS = (
+    "use_dora", "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters",
+    "layer_replication",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,6 +225,12 @@ def _average(
     rooted = bool(members[-1].config.get("use_rslora"))
     new_scale = scales[-1] or 1.0
     alpha = _round_number(new_scale * (math.sqrt(rank) if rooted else rank))
+    shares = [scale / new_scale for scale in scales]
+    if not all(map(math.isfinite, (alpha, *shares))):
+        raise LayoutError(
+            f"{members[-1].name}: the scale of '{last.module}', {new_scale:g}, is too large, or too small beside those "
+            f"of the other checkpoints. Look at lora_alpha in {CONFIG}, or at the alpha tensors."
+        )
     if members[-1].config:
         new_scale = alpha / (math.sqrt(rank) if rooted else rank)
         ranks[last.module] = rank, alpha
@@ -281,13 +299,13 @@ def _scale(member: Member, update: _Update, rank: int) -> float:
     """Return by what the product of an update is multiplied."""
     if member.config:
         alpha = _of_module(member.config.get("alpha_pattern"), update.module, member.config.get("lora_alpha"))
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if not _is_number(alpha):
             raise LayoutError(f"{member.name}: its {CONFIG} has no number as lora_alpha.")
         return alpha / (math.sqrt(rank) if member.config.get("use_rslora") else rank)
     if update.alpha is None:
         return 1.0
     alpha = as_number(member.header, member.tensors[update.alpha])
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not _is_number(alpha):
         raise LayoutError(f"{member.name}: its '{update.alpha}' is not one number.")
     return alpha / rank
 
@@ -295,12 +313,20 @@ def _scale(member: Member, update: _Update, rank: int) -> float:
 def _of_module(pattern: Any, module: str, default: Any) -> Any:
     """Return what a pattern of PEFT has for a module: the first key that is the end of its name."""
     for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module.removeprefix(_PEFT)):
-                return value
-        except re.error as error:
-            raise LayoutError(f"{CONFIG}: the pattern {key!r} is no regular expression ({error}).") from error
+        if _compiled(key).match(module.removeprefix(_PEFT)):
+            return value
     return default
+
+
+@lru_cache(maxsize=1 << 16)
+def _compiled(key: str) -> re.Pattern[str]:
+    """Compile a key of a pattern as PEFT has it; not one that can take for ever, as `(a+)+` or many `.*`."""
+    if re.search(r"\)[*+{]", key) or len(re.findall(r"[*+}]", key)) > 3:
+        raise LayoutError(f"{CONFIG}: the pattern {key!r} repeats too much. Write it without repeated groups.")
+    try:
+        return re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise LayoutError(f"{CONFIG}: the pattern {key!r} is no regular expression ({error}).") from error
 
 
 _PEFT = "base_model.model."
@@ -322,8 +348,15 @@ def _alpha(member: Member, name: str, value: float, rank: int) -> tuple[float, O
     return float(made) / rank, OutTensor(spec.dtype, spec.shape, Terms(), name, finite=False, data=data)
 
 
+def _is_number(value: Any) -> TypeGuard[float]:
+    """True for what a float64 can hold; JSON may have any digits, and NaN."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 def _round_number(value: float) -> float:
     """Return a whole number where it is one but for rounding."""
+    if math.isinf(value):
+        return value
     return round(value) if abs(value - round(value)) <= 1e-9 * abs(value) else value
 
 
@@ -333,9 +366,21 @@ def _configuration(member: Member, ranks: Mapping[str, tuple[int, float]]) -> di
     (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
     names = {module: module.removeprefix(_PEFT) for module in ranks}
     config["r"], config["lora_alpha"] = rank, alpha
-    config["rank_pattern"] = {names[module]: own for module, (own, _) in ranks.items() if own != rank}
-    config["alpha_pattern"] = {names[module]: own for module, (_, own) in ranks.items() if own != alpha}
+    config["rank_pattern"] = _pattern({names[module]: own for module, (own, _) in ranks.items()}, rank)
+    config["alpha_pattern"] = _pattern({names[module]: own for module, (_, own) in ranks.items()}, alpha)
     return config
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """Return the pattern from which PEFT takes these values, by the names of modules."""
+    found = {module: value for module, value in values.items() if value != default}
+    for module, value in values.items() if found else ():
+        parts = module.split(".")
+        ends = (".".join(parts[i:]) for i in range(1, len(parts)))
+        if any(found.get(end, value) != value for end in ends):
+            # A key is also the end of other names. One that begins with ^, which older releases do not know, is not.
+            return {f"^{re.escape(name)}": own for name, own in found.items()}
+    return found
 
 
 def check_config(header: Header, config: Mapping[str, Any]) -> None:

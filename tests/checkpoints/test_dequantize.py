@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ckpt_tools
-from ckpt_tools.errors import LayoutError, NumericsError, UnsupportedError
+from ckpt_tools.errors import LayoutError, NumericsError, ReadError, UnsupportedError
 from tests.conftest import load
 from tests.support.crafting import same
 
@@ -233,6 +235,8 @@ def test_codes_that_are_nan_are_refused(tmp_path: Path) -> None:
         {"a.weight": codes((300, 300)), "a.weight_scale_inv": scales((4, 4))},  # no blocks of 128
         {"a.weight": torch.ones(8, 4).to(torch.int8), "a.weight_scale": scales((8, 1))},
         {"a.weight": codes((8, 4)), "a.weight_scale": scales((8, 1)), "a.weight_scale_2": scales(())},
+        {"a.weight": codes((8, 4)), "a.weight_scale": scales((8, 1)), "a.weight_scale_inv": scales((1, 1))},
+        {"a.weight": codes((300, 400)), "a.weight_scale": scales((300, 400))},  # as many as codes
         {"a.weight": codes((8, 4)), "a.weight_scale": scales((8, 1)), "a.weight_zero_point": scales((8, 1))},
     ],
 )
@@ -256,3 +260,60 @@ def test_refusals_name_the_option(tmp_path: Path) -> None:
         ckpt_tools.average(tmp_path / "q0.safetensors", out=tmp_path / "w.safetensors")
     with pytest.raises(UnsupportedError, match=r"`dtype` would change both. Add `dequantize=True`"):
         ckpt_tools.convert(tmp_path / "q0.safetensors", dtype="float16", out=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("given", ["model.safetensors", "inner/model.safetensors", "inner", "."])
+@pytest.mark.parametrize("job", ["average", "convert"])
+def test_no_configuration_in_the_output_calls_its_weights_quantized(job: str, given: str, tmp_path: Path) -> None:
+    made, _ = deepseek()
+    run = tmp_path / "run"
+    path = run / given
+    (path.parent if path.suffix else path).mkdir(parents=True, exist_ok=True)
+    save_file(made, path if path.suffix else path / "model.safetensors")
+    config = {"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}, "hidden_size": 4}
+    (run / "config.json").write_text(json.dumps(config))
+    getattr(ckpt_tools, job)(path, dequantize=True, out=tmp_path / "out")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found == {"model_type": "deepseek_v3", "hidden_size": 4}
+
+
+@pytest.mark.parametrize("size", [["128", "128"], [-1, 128], [0], [], [True, True], [128.0, 128.0], 128, {}])
+def test_blocks_of_no_size_are_refused(size: object, tmp_path: Path) -> None:
+    made, _ = deepseek()
+    save_file(made, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"weight_block_size": size}}))
+    with pytest.raises(LayoutError, match=r"as weight_block_size, which are no sizes of blocks\. Correct it"):
+        ckpt_tools.convert(tmp_path / "model.safetensors", dequantize=True, out=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "huge", "folder", "dangling"])
+def test_what_is_no_configuration_is_never_read(kind: str, tmp_path: Path) -> None:
+    """A pipe would block, and a device never ends."""
+    made, expected = deepseek()
+    (tmp_path / "q").mkdir()
+    save_file(made, tmp_path / "q/model.safetensors")
+    config = tmp_path / "q/config.json"
+    if kind == "pipe":
+        os.mkfifo(config)
+    elif kind == "huge":
+        with config.open("wb") as file:
+            file.truncate(50 << 30)
+    elif kind == "folder":
+        config.mkdir()
+    else:
+        config.symlink_to("/dev/zero" if kind == "endless" else tmp_path / "nothing")
+    job = functools.partial(ckpt_tools.average, tmp_path / "q", out=tmp_path / "out")
+    if kind == "huge":
+        with pytest.raises(ReadError, match=r"config\.json: no valid configuration \(too large\)"):
+            job(dequantize=True)
+        return
+    job(dequantize=True)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == expected.keys()
+
+
+def test_codes_that_lost_their_scales_are_refused(tmp_path: Path) -> None:
+    made, _ = deepseek()
+    del made["mlp.down.weight_scale_inv"]
+    save_file(made, tmp_path / "q.safetensors")
+    with pytest.raises(LayoutError, match=r"'mlp\.down\.weight' has no scales beside it, and other 8-bit floats have"):
+        ckpt_tools.convert(tmp_path / "q.safetensors", dequantize=True, out=tmp_path / "w.safetensors")

@@ -239,3 +239,63 @@ def test_a_file_that_does_not_say_enough_is_refused(opt: Any, said: str, save: S
     path = save("c.pth", {"model": {"w": torch.ones(2)}, "optimizer": opt})
     with pytest.raises(LayoutError, match=said):
         ckpt_tools.open_checkpoint(path, state="eval")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_parts_in_another_order_than_the_optimizer_are_told_by_their_shapes(
+    swapped: bool, save: Save, tmp_path: Path
+) -> None:
+    y, z = weights(0), weights(1)
+    parts = {"model": {"fc.weight": y["a.weight"], "fc.bias": y["a.bias"]}, "generator": {"fc.weight": y["b.weight"]}}
+    names = ["a.weight", "a.bias", "b.weight"]
+    path = save("c.pth", {**parts, "opt": optimizer(z, [names[2:] + names[:2] if swapped else names])})
+    ckpt_tools.average(path, state="eval", out=tmp_path / "x.pth")
+    new, x = load(tmp_path / "x.pth"), x_of(y, z, names)
+    assert close(new["model"], {"fc.weight": x["a.weight"], "fc.bias": x["a.bias"]})
+    assert close(new["generator"], {"fc.weight": x["b.weight"]})
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parts_of_the_same_shapes_are_refused(frozen: bool, save: Save, tmp_path: Path) -> None:
+    """The optimizer may have the decoder before the encoder."""
+    parts = {"encoder": {"e.weight": torch.ones(4, 4)}, "decoder": {"d.weight": torch.zeros(4, 4)}}
+    if frozen:
+        parts["decoder"]["d.bias"] = torch.zeros(3)
+    z = {name: torch.ones(4, 4) for name in ("e.weight", "d.weight")}
+    path = save("c.pth", {"model": parts, "opt": optimizer(z, [["d.weight", "e.weight"]])})
+    with pytest.raises(LayoutError, match="the order of the parameters in 'opt' is not certain"):
+        ckpt_tools.average(path, state="eval", out=tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("of_z", [torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize("groups", [[NAMES], [["a.weight", "b.weight"], ["a.bias", "b.bias"]], [NAMES[:2]]])
+def test_an_average_of_another_kind_of_numbers_is_refused(
+    of_z: torch.dtype, groups: list[list[str]], save: Save, tmp_path: Path
+) -> None:
+    z = {name: tensor.to(of_z) for name, tensor in weights(1).items()}
+    path = save("c.pth", {"model": weights(0), "opt": optimizer(z, groups)})
+    with pytest.raises(LayoutError, match="do not match those of raw"):
+        ckpt_tools.average(path, state="eval", out=tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("place", ["optimizer", "optimizers"])
+@pytest.mark.parametrize("to", ["timm", "torchvision", "model-state-dict"])
+def test_convert_leaves_out_an_optimizer_that_goes_on_from_other_weights(
+    place: str, to: str, save: Save, tmp_path: Path
+) -> None:
+    y, z = weights(0), weights(1)
+    opt = optimizer(z, [NAMES])
+    path = save("c.pth", {"model": y, place: [opt] if place == "optimizers" else opt, "epoch": 3})
+    report = ckpt_tools.convert(path, state="eval", to=to, updates=1, out=tmp_path / "x.pth")
+    assert place in report.dropped
+    assert place not in load(tmp_path / "x.pth")
+    assert load(tmp_path / "x.pth")["epoch"] == 3
+    with pytest.raises(LayoutError, match="holds no state of a schedule-free optimizer"):  # x is not taken for y
+        ckpt_tools.average(tmp_path / "x.pth", state="eval", out=tmp_path / "z.pth")
+
+
+def test_computed_codes_are_not_dequantized(save: Save, tmp_path: Path) -> None:
+    y = {"a.weight": torch.ones(4, 3).to(torch.float8_e4m3fn), "a.weight_scale": torch.tensor(0.5)}
+    path = save("c.pth", {"model": y, "opt": optimizer({"a.weight": torch.ones(4, 3)}, [["a.weight"]])})
+    with pytest.raises(LayoutError, match=r"does not know how 'a\.weight_scale' scales 'a\.weight'|is not certain"):
+        ckpt_tools.average(path, state="eval", dequantize=True, out=tmp_path / "x.pth")

@@ -126,7 +126,7 @@ def test_a_file_in_a_folder_of_a_model_has_its_companions(fill: Fill, name: str)
 
 
 def test_links_out_of_the_folder_and_large_files_stay_behind(fill: Fill, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(companions, "_LARGEST", 1000)
+    monkeypatch.setattr(companions, "LARGEST", 1000)
     folder = fill("a", "merges.txt")
     Path("secret").write_text("of another folder")
     (folder / "vocab.json").symlink_to("../secret")

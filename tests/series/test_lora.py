@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +249,113 @@ def test_factors_that_a_schedule_free_optimizer_trains_are_averaged_as_its_avera
     ckpt_tools.average(paths, lora="product", state="eval", out=tmp_path / "out.pth")
     found = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     assert torch.allclose(found["q.lora_B"].double() @ found["q.lora_A"].double(), exact, atol=1e-6)
+
+
+PEFT = "base_model.model."
+
+
+def run_of_peft(folder: Path, ranks: dict[str, int], seed: int, **config: Any) -> tuple[Weights, dict[str, Any]]:
+    """Write an adapter as PEFT does."""
+    state = {}
+    for i, (module, rank) in enumerate(ranks.items()):
+        state[f"{PEFT}{module}.lora_A.weight"] = random(rank, 6, seed=100 * seed + i)
+        state[f"{PEFT}{module}.lora_B.weight"] = random(5, rank, seed=100 * seed + i + 50)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base", **config}
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return state, config
+
+
+def of_pattern(pattern: dict[str, Any], module: str, default: Any) -> Any:
+    """What PEFT's get_pattern_key finds."""
+    key = next((key for key in pattern if re.match(rf"(.*\.)?({key})$", module)), module)
+    return pattern.get(key, default)
+
+
+def peft_update(state: Weights, config: dict[str, Any], module: str) -> np.ndarray[Any, Any]:
+    a, b = (state[f"{PEFT}{module}.lora_{name}.weight"].double().numpy() for name in "AB")
+    assert a.shape[0] == of_pattern(config.get("rank_pattern", {}), module, config["r"])
+    return of_pattern(config.get("alpha_pattern", {}), module, config["lora_alpha"]) / a.shape[0] * (b @ a)
+
+
+@pytest.mark.parametrize(
+    ("own", "alphas"),
+    [
+        ({"q": 2}, {"^q": 3}),  # the end of the names of all others
+        ({"b.q": 2, "b.1.q": 3}, {r"b.*q": 5}),
+        ({"a.b.q": 1}, {r"a\.b\.q|b\.1\.q": 2.5}),
+        ({"b.q": 2, "q": 3}, {}),
+    ],
+)
+def test_ranks_and_alphas_of_single_modules_stay_theirs(
+    own: dict[str, int], alphas: dict[str, float], tmp_path: Path
+) -> None:
+    ranks = {module: own.get(module, 4) for module in ("q", "b.q", "b.1.q", "a.b.q", "c.q")}
+    pattern = {f"^{re.escape(module)}": rank for module, rank in own.items()}
+    paths = [tmp_path / f"run-{i}" for i in range(2)]
+    members = [run_of_peft(path, ranks, i, rank_pattern=pattern, alpha_pattern=alphas) for i, path in enumerate(paths)]
+    ckpt_tools.average(paths, lora="product", out=tmp_path / "out")
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    for module in ranks:
+        want = sum(peft_update(*member, module) for member in members) / 2
+        np.testing.assert_allclose(peft_update(found, config, module), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [10**400, 1e308, float("nan"), True, "8", None])
+def test_a_scale_that_is_no_number_is_refused(alpha: Any, tmp_path: Path) -> None:
+    paths = [tmp_path / f"run-{i}" for i in range(2)]
+    for i, path in enumerate(paths):
+        run_of_peft(path, {"q": 4}, i, lora_alpha=alpha)
+    with pytest.raises(LayoutError, match=r"no number as lora_alpha|the scale of '.*q', .*, is too large"):
+        ckpt_tools.average(paths, lora="product", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["(a+)+$", ".*.*.*.*x", "(", "(?:a|b){30}", "a{99999999999}"])
+def test_patterns_that_cannot_be_matched_are_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run_of_peft(path, {"a" * 40 + "b": 4}, 0, alpha_pattern={key: 3})
+    with pytest.raises(LayoutError, match=r"adapter_config\.json: the pattern .* (repeats too|is no regular)"):
+        ckpt_tools.average(path, lora="product", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["use_bdlora", "kasa_config", "monteclora_config"])
+def test_forms_whose_factors_are_no_plain_product_are_refused(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    run_of_peft(path, {"q": 4}, 0, **{form: {"nblocks": 2}})
+    with pytest.raises(UnsupportedError, match=f"says {form}, and `lora='product'` averages plain LoRA"):
+        ckpt_tools.average(path, lora="product", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [
+        ("text.q_proj.lora_linear_layer.down.weight", "text.q_proj.lora_linear_layer.up.weight"),  # older diffusers
+        ("blocks.0.processor.qkv_lora1.down.weight", "blocks.0.processor.qkv_lora1.up.weight"),  # XLabs
+    ],
+)
+def test_each_name_of_a_factor_is_known_beside_others(down: str, up: str, tmp_path: Path) -> None:
+    states = [
+        {"x.lora_A.weight": random(2, 6, seed=i), "x.lora_B.weight": random(5, 2, seed=i + 5),
+         down: random(3, 4, seed=i + 10), up: random(7, 3, seed=i + 15)}
+        for i in range(2)
+    ]  # fmt: skip
+    ckpt_tools.average(save_all(tmp_path, states), lora="product", out=tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")
+    for a, b in (("x.lora_A.weight", "x.lora_B.weight"), (down, up)):
+        want = sum(state[b].double() @ state[a].double() for state in states) / 2
+        np.testing.assert_allclose(found[b].double() @ found[a].double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["y.hada_w1_a", "y.lokr_w2", "lora_te_y.lokr_t2", "y.lora_kqv_adapter.linear_in.weight"]
+)
+def test_products_of_another_form_are_never_averaged_apart(name: str, tmp_path: Path) -> None:
+    state = {
+        "x.lora_down.weight": random(2, 6, seed=0),
+        "x.lora_up.weight": random(5, 2, seed=1),
+        name: torch.ones(2, 2),
+    }
+    with pytest.raises(UnsupportedError, match="belongs to an update that is more than the product of two factors"):
+        ckpt_tools.average(save_all(tmp_path, [state, state]), lora="product", out=tmp_path / "out.safetensors")

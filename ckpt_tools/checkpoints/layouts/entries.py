@@ -9,6 +9,7 @@ from ...formats.tree import Path, follow, without
 from ...tensors import Tensor
 from .layout import Layout, Sets, dotted, swapped_keys
 from .parameter_lists import SETTINGS
+from .schedule_free import outdated
 
 
 def other_entries(tree: Any, sets: Sets) -> dict[Any, Any]:
@@ -16,7 +17,7 @@ def other_entries(tree: Any, sets: Sets) -> dict[Any, Any]:
     if not _is_nested(tree, sets):
         return {}
     others: dict[Any, Any] = tree
-    for path in (*_paths(sets), *_misleading(tree, sets)):
+    for path in (*_paths(sets), *_misleading(tree, sets), *outdated(tree, sets.values())):
         others = without(others, path, prune=True)
     return others
 
@@ -51,7 +52,7 @@ def left_behind(tree: Any, sets: Sets, layout: Layout, *, nested: bool) -> list[
     left = [path for top in tops for path in _left(tree, top, carried, written)]
     if nested:
         left += _overwritten(other_entries(tree, sets), layout, pair=len(sets) == 2)
-        left += _misleading(tree, sets)
+        left += [*_misleading(tree, sets), *outdated(tree, sets.values())]
     for each in sets.values():
         left += [(*each.path, key) for key in each.other_entries]
         if len(paths) == len(sets):  # else this is the other set

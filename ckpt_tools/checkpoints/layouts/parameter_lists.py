@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ...errors import LayoutError
+from ...errors import LayoutError, ReadError
 from ...formats.header import Header
+from ...formats.json_file import read_json
 from ...tensors import Tensor, TensorSpec
 from .layout import AnyOrder, Content, Encoding, Flat, Layout, Names, Sets, StateDict, Weights, is_buffer
 
@@ -129,9 +129,9 @@ class Diffusers(Layout):
 
     def ema_file(self, header: Header) -> Mapping[str, Any] | None:
         if header.in_folder:
-            with suppress(OSError, ValueError, RecursionError):
-                config = json.loads((header.path / "config.json").read_bytes())
-                if isinstance(config, dict) and "optimization_step" in config:
+            with suppress(ReadError):
+                config = read_json(header.path / "config.json")
+                if "optimization_step" in config:
                     updates, decay = config["optimization_step"], config.get("decay")
                     return {"updates": updates, "decay": decay, "settings": _settings(config)}
         return None

@@ -8,8 +8,9 @@ of the parameter, and `train_mode` of the group tells what the model holds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations, takewhile
 from typing import Any
 
 from ...errors import LayoutError
@@ -64,6 +65,18 @@ def training_mode_note(tree: Any, weights: Collection[Path]) -> str | None:
 def is_computed(state: StateDict) -> bool:
     """True if tensors of a set are in no file; see `evaluated`."""
     return any(type(tensor) is SummedSpec for tensor in state.tensors.values())
+
+
+def outdated(tree: Any, sets: Iterable[StateDict]) -> list[Path]:
+    """Return the paths of schedule-free optimizers that do not fit weights which `evaluated` made.
+
+    They say that the model holds what they train, and training would go on from there.
+    """
+    computed = [each for each in sets if is_computed(each)]
+    inside = [part.path for each in computed for part in each.parts or (each,)]
+    found = [path for path, optimizer in find_optimizers(tree, inside) if _keeps_z(optimizer)] if computed else []
+    # An item of a list cannot go alone, for the numbers of the others would change.
+    return [tuple(takewhile(lambda key: not isinstance(key, int), path)) or path for path in found]
 
 
 def evaluation_note(state: StateDict) -> str | None:
@@ -174,6 +187,7 @@ def _groups(header: Header, path: Path, optimizer: Mapping[Any, Any]) -> Iterato
         yield _Group(tuple(slots), training, float(beta))
 
 
+_MOST_PARTS = 4
 _Pair = tuple[TensorSpec, _Group, _Slot]
 
 
@@ -186,7 +200,20 @@ def _paired(groups: Sequence[_Group], raw: StateDict) -> list[_Pair] | None:
     slots = [(group, slot) for group in groups for slot in group.slots]
     if all(slot.name is not None for _, slot in slots if slot.z is not None):
         return _by_name(slots, raw.tensors)
-    own = [each for each in parameters(raw.tensors).values() if isinstance(each, TensorSpec)]
+    if len(raw.parts) > _MOST_PARTS:
+        return None
+    # Nothing tells in which order an optimizer was given the parts of a model.
+    found = [_in_order(groups, slots, order) for order in permutations(raw.parts or (raw,))]
+    able = [pairs for pairs in found if pairs is not None]
+    same = {tuple((id(slot), id(y)) for y, _, slot in sorted(pairs, key=lambda pair: id(pair[2]))) for pairs in able}
+    return able[0] if len(same) == 1 else None
+
+
+def _in_order(
+    groups: Sequence[_Group], slots: Sequence[tuple[_Group, _Slot]], parts: Sequence[StateDict]
+) -> list[_Pair] | None:
+    """Find the parameter of each slot that has a z, where the parameters have this order; None as `_paired`."""
+    own = [each for part in parts for each in parameters(part.tensors).values() if isinstance(each, TensorSpec)]
     if len(groups) == 1 and len(slots) == len(own):
         return _checked((y, group, slot) for y, (group, slot) in zip(own, slots, strict=True))
     groups_of: dict[tuple[int, ...], set[int]] = {}
@@ -206,7 +233,7 @@ def _paired(groups: Sequence[_Group], raw: StateDict) -> list[_Pair] | None:
         if first is None or last is None or first != [len(able) - 1 - place for place in last[::-1]]:
             return None
         pairs += [(able[place], group, slot) for place, slot in zip(first, kept, strict=True)]
-    return pairs
+    return _checked(pairs)
 
 
 def _by_name(slots: Sequence[tuple[_Group, _Slot]], tensors: Mapping[str, Tensor]) -> list[_Pair] | None:
@@ -223,10 +250,14 @@ def _checked(pairs: Any) -> list[_Pair] | None:
     for y, group, slot in pairs:
         if slot.z is None:
             continue
-        if not isinstance(y, TensorSpec) or y.shape != slot.z.shape:
+        if not isinstance(y, TensorSpec) or not _belong(y, slot.z):
             return None
         found.append((y, group, slot))
     return found
+
+
+def _belong(y: TensorSpec, z: TensorSpec) -> bool:
+    return y.shape == z.shape and y.dtype.averaged and y.dtype.category is z.dtype.category
 
 
 def _places(wanted: Sequence[Any], able: Sequence[Any]) -> list[int] | None:

@@ -1,0 +1,32 @@
+"""JSON files beside weights, such as configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReadError
+from ..storage.source import read_file, stamp_at, store_of
+
+LARGEST = 100 << 20
+"""Bytes of a file beside weights; the largest vocabularies take 40 MB."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a small file; empty if there is no such file.
+
+    Raises:
+        ReadError: it is not valid, or too large.
+    """
+    if not store_of(path).is_file(path):  # which a pipe is not, either
+        return {}
+    try:
+        if stamp_at(path).nbytes > LARGEST:
+            raise ValueError("too large")
+        found = json.loads(read_file(path)[0])
+        if not isinstance(found, dict):
+            raise TypeError("not an object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ReadError(f"{path}: no valid configuration ({error}).") from error
+    return found
