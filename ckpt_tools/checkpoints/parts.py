@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from ..errors import LayoutError
+from ..errors import LayoutError, UsageError
 from ..formats.header import Header
 from ..formats.tree import Path
 from ..formats.tree import holds as in_dicts
@@ -32,7 +32,10 @@ def select_parts(header: Header, asked: Sequence[str]) -> StateDict:
 
     Raises:
         LayoutError: as for `select`; or a part of the model has no average, and another one has.
+        UsageError: nothing is asked for.
     """
+    if not asked:
+        raise UsageError("`state` is empty. Give a set of weights, or leave it out.")
     if "eval" in asked:
         if len(asked) > 1:
             raise LayoutError(f"{header.path}: `state='eval'` takes all parts of a model, and stands alone.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.layouts import StateDict
+from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
 from ..checkpoints.layouts.select import is_ema_by_name
 from ..checkpoints.parts import in_place, not_averaged, of_ranks, select_parts, unwrapped
@@ -113,6 +115,7 @@ def _selected(members: Sequence[Member], names: Sequence[str], asked: Sequence[s
     found = [
         of_ranks(member.header, lambda header: in_place(header, select_parts(header, asked))) for member in members
     ]
+    _check_parts(found, names)
     which = {state.which for state in found}
     if "ema" in which and len(which) > 1:
         having = [name for name, state in zip(names, found, strict=True) if state.which == "ema"]
@@ -131,6 +134,27 @@ def _selected(members: Sequence[Member], names: Sequence[str], asked: Sequence[s
     return found
 
 
+def _check_parts(states: Sequence[StateDict], names: Sequence[str]) -> None:
+    """Refuse a series in which one checkpoint has several parts of the model, and another one only one of them.
+
+    Raises:
+        AlignmentError: it has.
+    """
+    homes = [{part.home: dotted(part.home) for part in state.parts or (state,)} for state in states]
+    if {len(own) > 1 for own in homes} != {True, False} or any(() in own for own in homes):
+        return  # where all have several parts, the names tell
+    counts = Counter(home for own in homes for home in own)
+    for home, count in counts.items():
+        if count < len(states):
+            lacking = next(name for name, own in zip(names, homes, strict=True) if home not in own)
+            shared = next((dotted(each) for each, times in counts.items() if times == len(states)), None)
+            alone = f", or use `state={shared!r}`, which all have" if shared is not None else ""
+            raise AlignmentError(
+                f"{lacking} has no weights at '{dotted(home)}', a part of the model ({count} of {len(states)} "
+                f"checkpoints have it). Leave it out{alone}."
+            )
+
+
 def _check_ranks(members: Sequence[Member], names: Sequence[str]) -> None:
     """Refuse a series in which one checkpoint lacks the file of a rank that another one has.
 
@@ -142,7 +166,7 @@ def _check_ranks(members: Sequence[Member], names: Sequence[str]) -> None:
         if lacking:
             raise AlignmentError(
                 f"{lacking[0]} has no file {rank} ({len(members) - len(lacking)} of {len(members)} checkpoints have "
-                "it), and ranks are averaged each with its own kind. Leave out what is incomplete, or was trained with "
+                "it), and each file is averaged with its namesakes. Leave out what is incomplete, or was trained with "
                 "another number of ranks."
             )
 

@@ -259,3 +259,18 @@ def test_average_leaves_no_second_average_beside_one_at_the_usual_key_of_raw_wei
     path = save("c.pth", {"model": weights(0), "model_avg": {"ema": weights(10), "k": 3}, "state_dict": averaged})
     average([path], out=tmp_path / "out.pth")
     assert paths_of(load(tmp_path / "out.pth")) == {("model",): 20.0}
+
+
+def test_a_message_lists_few_of_many_averages(tmp_path: Path) -> None:
+    history = {f"ema_{i}": {"a.weight": torch.full((2,), float(i))} for i in range(500)}
+    torch.save({"model": {"a.weight": torch.ones(2)}, "history": history}, tmp_path / "c.pth")
+    with pytest.raises(LayoutError, match=r"There are history\.ema_0, .* and 494 more\. Choose with") as caught:
+        average(tmp_path / "c.pth", out=tmp_path / "x.pth")
+    assert len(str(caught.value)) < 500
+
+
+def test_averages_of_other_shapes_are_not_written_as_the_weights_of_torchtitan(tmp_path: Path) -> None:
+    averages = {"state.a.weight.ema_params": torch.ones(2), "state.b.weight.ema_params": torch.ones(3)}
+    torch.save({"a.weight": torch.ones(4, 2), "b.weight": torch.ones(3), "ema": averages}, tmp_path / "c.pth")
+    with pytest.raises(LayoutError, match=r"'a\.weight' has another shape than in the raw weights"):
+        average(tmp_path / "c.pth", out=tmp_path / "x.pth")

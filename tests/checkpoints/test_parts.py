@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ckpt_tools import average
-from ckpt_tools.errors import LayoutError
+from ckpt_tools.errors import AlignmentError, LayoutError, UsageError
 
 Save = Callable[..., Path]
 
@@ -247,3 +247,25 @@ def test_average_rejects_raw_weights_of_averages_alone(save: Save, tmp_path: Pat
     path = save("c.pth", {"state_dict_ema": network(1), "epoch": 3})
     with pytest.raises(LayoutError, match=r"has no raw weights, only ema \(state_dict_ema\)\. Use `state='ema'`"):
         average([path], state="raw", out=tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 2])
+def test_a_part_that_one_file_lacks_is_named(lacking: int, tmp_path: Path) -> None:
+    paths = [tmp_path / f"c-{i}.pth" for i in range(3)]
+    for i, path in enumerate(paths):
+        parts = {"model": {"a.weight": torch.ones(2)}, "generator": {"g.weight": torch.ones(3)}}
+        if i == lacking:
+            del parts["generator"]
+        torch.save(parts, path)
+    said = (
+        rf"c-{lacking}\.pth has no weights at 'generator', a part of the model \(2 of 3 .* use `state='model'`, which"
+    )
+    with pytest.raises(AlignmentError, match=said):
+        average(paths, out=tmp_path / "x.pth")
+    average(paths, state="model", out=tmp_path / "x.pth")
+
+
+def test_no_state_at_all_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"a.weight": torch.ones(2)}}, tmp_path / "c.pth")
+    with pytest.raises(UsageError, match="`state` is empty"):
+        average(tmp_path / "c.pth", state=[], out=tmp_path / "x.pth")

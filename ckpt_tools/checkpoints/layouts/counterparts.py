@@ -30,6 +30,9 @@ _DEEPEST = 8
 """Levels at which sets are looked for; a hostile file may have any number."""
 
 
+_SHOWN = 6
+
+
 def completed(tree: Mapping[Any, Any], found: Sets) -> Sets:
     """Add the set that the layout of a checkpoint does not name, and let none stay beside a new average.
 
@@ -89,12 +92,14 @@ def chosen_in(tree: Any, chosen: StateDict) -> StateDict:
 
 def _all_of(sets: Sequence[StateDict]) -> str:
     *others, last = [dotted(each.path) for each in sets]
-    return f"{', '.join(others)} and {last}. Choose with `state={others[0]!r}`."
+    shown = f"{', '.join(others[:_SHOWN])} and {last if len(sets) <= _SHOWN + 1 else f'{len(sets) - _SHOWN} more'}"
+    return f"{shown}. Choose with `state={others[0]!r}`."
 
 
 def _any_of(sets: Sequence[StateDict]) -> str:
     paths = [dotted(each.path) for each in sets]
-    return f"{' or '.join(paths)}. Choose with `state={paths[0]!r}`."
+    more = f" or one of {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return f"{' or '.join(paths[:_SHOWN])}{more}. Choose with `state={paths[0]!r}`."
 
 
 def with_names_of(raw: StateDict, ema: StateDict) -> StateDict | None:

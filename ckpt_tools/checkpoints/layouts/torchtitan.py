@@ -20,6 +20,10 @@ def _keys(node: Mapping[Any, Any]) -> dict[str, str]:
     }
 
 
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return getattr(one, "shape", None) == getattr(other, "shape", None)
+
+
 def _detect(node: Any) -> bool:
     return isinstance(node, dict) and bool(_keys(node))
 
@@ -34,6 +38,10 @@ def _read(node: Any, names: Names, raw: Names) -> Sets:
     strange = next((name for name in averages if name not in known), None)
     if strange is not None:
         fault = f"of another model: it has '{strange}', and the raw weights do not. Use `state='raw'`."
+        return {"ema": StateDict(averages, keys, others, fault=fault)}
+    other = next((name for name, each in averages.items() if not _alike(each, known[name])), None)
+    if other is not None:
+        fault = f"of another model: '{other}' has another shape than in the raw weights. Use `state='raw'`."
         return {"ema": StateDict(averages, keys, others, fault=fault)}
     # It has no parameters that are frozen, and only the buffers that the run names.
     tensors = {name: averages.get(name, tensor) for name, tensor in known.items()}
