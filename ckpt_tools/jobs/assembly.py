@@ -17,6 +17,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.layouts.counterparts import nameless_averages
 from ..checkpoints.layouts.layout import StateDict, dotted
 from ..checkpoints.optimizers import find_optimizers, looks_like_training_state
 from ..checkpoints.training_state import leads
@@ -275,6 +276,9 @@ def _container(
         tree = _put_in_place(_with_entries(own, base, part, names, dropped), tree, part, dropped)
     homes = [part.home for part in parts]
     for path in [*_training_state(tree, homes, [(name,) for name in base.tree] if base.ranks else [()])]:
+        dropped.append(dotted(path))
+        tree = without(tree, path)
+    for path in [*nameless_averages(tree, parts)]:  # none stays beside a new average
         dropped.append(dotted(path))
         tree = without(tree, path)
     copies = Copies()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -274,3 +275,25 @@ def test_averages_of_other_shapes_are_not_written_as_the_weights_of_torchtitan(t
     torch.save({"a.weight": torch.ones(4, 2), "b.weight": torch.ones(3), "ema": averages}, tmp_path / "c.pth")
     with pytest.raises(LayoutError, match=r"'a\.weight' has another shape than in the raw weights"):
         average(tmp_path / "c.pth", out=tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [list, tuple, lambda tensors: argparse.Namespace(shadow=tensors), lambda tensors: dict(enumerate(tensors))],
+    ids=["list", "tuple", "namespace", "numbers"],
+)
+@pytest.mark.parametrize("key", ["ema", "shadow_weights", "swa_params"])
+def test_no_average_without_names_stays_beside_a_new_average(save: Save, here: Path, hold: Any, key: str) -> None:
+    for i in (1, 2):
+        net = {"a.weight": torch.full((2, 3), float(i)), "a.bias": torch.full((2,), float(i))}
+        other = [torch.full((2, 3), float(i))]
+        save(
+            f"e{i}.pt",
+            {"model": net, "extra": {key: hold([t * 0 for t in net.values()])}, "ema_of_loss": other, "step": i},
+        )
+    report = average(["e1.pt", "e2.pt"], out="o.pt")
+    found = torch.load("o.pt", weights_only=True)
+    assert found["model"]["a.weight"].tolist() == [[1.5] * 3] * 2
+    assert key not in found["extra"]
+    assert f"extra.{key}" in report.dropped
+    assert len(found["ema_of_loss"]) == 1  # tensors of another shape are of something else

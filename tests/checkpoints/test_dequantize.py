@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import load
+from crafting import same
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,8 +23,6 @@ from torch import Tensor
 
 import ckpt_tools
 from ckpt_tools.errors import LayoutError, NumericsError, ReadError, UnsupportedError
-from tests.conftest import load
-from tests.support.crafting import same
 
 FP8 = torch.float8_e4m3fn
 

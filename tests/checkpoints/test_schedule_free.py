@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import load, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_tools
 from ckpt_tools.errors import LayoutError
-from tests.conftest import load, same_bits
 
 Save = Callable[..., Path]
 Weights = dict[str, torch.Tensor]

@@ -7,12 +7,13 @@ an average in a dict of their own making: ``ema.module``, ``ema.shadow``, ``net_
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ...formats.pickle_read import Inert
-from ...formats.tree import Path, branches, entries, follow, walk
+from ...formats.tree import Path, branches, entries, follow, tensors_in, walk
 from ...tensors import Tensor, TensorSpec
 from ..optimizers import is_optimizer, looks_like_training_state
 from .layout import Sets, StateDict, dotted, has_tensors, is_buffer, one_of, read_sets, split
@@ -268,6 +269,28 @@ def _lead(names: Iterable[str]) -> str:
     while split and all(len(each) > common and each[common] == split[0][common] for each in split):
         common += 1
     return "".join(f"{part}." for part in (split[0][:common] if split else ()))
+
+
+def nameless_averages(tree: Any, sets: Sequence[StateDict]) -> Iterator[Path]:
+    """Yield the entries that are averages of these weights by their keys and shapes, without names, such as lists.
+
+    Args:
+        tree: with something else than specs in the place of the sets.
+    """
+    wanted = [
+        Counter(t.shape for name, t in each.tensors.items() if isinstance(t, TensorSpec) and is_parameter(name, t))
+        for each in sets
+    ]
+
+    def below(path: list[Any], node: Any) -> list[tuple[Any, Any]]:
+        return [*node.items()] if isinstance(node, dict) and not is_optimizer(node) else []
+
+    for path, node in walk(tree, below):
+        named = isinstance(node, dict) and all(isinstance(key, str) for key in node)
+        if path and not named and is_average((path[-1],), ()):
+            shapes = Counter(spec.shape for _, spec in tensors_in(node) if isinstance(spec, TensorSpec))
+            if any(own and own <= shapes for own in wanted):
+                yield tuple(path)
 
 
 def is_average(path: Path, raw: Path) -> bool:
