@@ -15,7 +15,7 @@ setup(
     ext_modules=[
         Extension(
             "ckpt_tools.compute._native",
-            [f"{SOURCES}/{name}.c" for name in ("module", "fill", "tile", "sum", "crc", "io")],
+            [f"{SOURCES}/{name}.c" for name in ("module", "fill", "tile", "sum", "gram", "crc", "io")],
             depends=[f"{SOURCES}/native.h"],
             # A fused multiply-add would round once where every other way rounds twice.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-fast-math"],

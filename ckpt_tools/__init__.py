@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .jobs.convert import ConvertReport, convert
     from .jobs.diff import DiffReport, diff
     from .jobs.fix_prefix import PrefixReport, fix_prefix
+    from .jobs.look import LookReport, look
     from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
     from .jobs.strip import StripReport, strip
 
@@ -28,6 +29,7 @@ __all__ = [
     "CkptError",
     "ConvertReport",
     "DiffReport",
+    "LookReport",
     "PrefixReport",
     "RecalibrationReport",
     "StripReport",
@@ -36,6 +38,7 @@ __all__ = [
     "convert",
     "diff",
     "fix_prefix",
+    "look",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -53,6 +56,8 @@ _HOMES = {
     "open_checkpoint": "checkpoints.open",
     "DiffReport": "jobs.diff",
     "diff": "jobs.diff",
+    "LookReport": "jobs.look",
+    "look": "jobs.look",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",

@@ -23,6 +23,7 @@ from ckpt_tools.formats.file_plan import FilePlan, Payload, constant, whole_file
 from ckpt_tools.formats.format import Format, Writing
 from ckpt_tools.formats.header import Header
 from ckpt_tools.series import schedules
+from ckpt_tools.series.rules.rule import Option
 from ckpt_tools.storage.source import STORES, InputFile
 from ckpt_tools.tensors import DTYPES, Storage, make_spec
 
@@ -96,7 +97,7 @@ def a_layout() -> Iterator[None]:
 def a_rule() -> Iterator[None]:
     """The two ends of the series alone."""
     rule = lambda steps, *, share: [1 - share, *[0.0] * (len(steps) - 2), share]  # noqa: E731
-    schedules.register("ends", rule, schedules.Option("share", float, 0.5, "ends: the weight of the last checkpoint."))
+    schedules.register("ends", rule, Option("share", float, 0.5, "ends: the weight of the last checkpoint."))
     yield
     del schedules.SCHEDULES["ends"]
 

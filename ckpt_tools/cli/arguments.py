@@ -19,7 +19,7 @@ import typer
 
 from ..errors import UsageError, WriteError
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
-from ..series.schedules import Numbers, Option
+from ..series.rules.rule import Numbers, Option
 from . import console
 
 R = TypeVar("R")
@@ -30,6 +30,8 @@ SPELLINGS = {
     "eval_data": ("--eval",),
 }
 """Options that are not called like their parameters, or have a short name."""
+OPPOSITES = {"lower_is_better": "higher-is-better"}
+"""What the option for False is called, where it is not ``--no-`` and the name."""
 ONCE = ("state", "state_b")
 """Options that some commands take several times; where they take one, a second is no slip to pass over."""
 Reader = Callable[[Any], Any]
@@ -113,7 +115,9 @@ def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
     type_ = bool if kind is bool else list[str] if listed else kind if kind in (int, float) and not as_text else str
     name = option.name.replace("_", "-")
     names = SPELLINGS.get(option.name, (f"--{name}",))
-    if kind is bool and option.default:
+    if option.name in OPPOSITES:
+        names = (f"--{name}/--{OPPOSITES[option.name]}",)
+    elif kind is bool and option.default:
         names = (f"--{name}/--no-{name}",)
     default: Any = option.default not in (REQUIRED, None, (), False)
     if option.implied is not None:
@@ -162,6 +166,8 @@ def _option(match: re.Match[str]) -> str:
     option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
     if text is None or text == "True":
         return command + option
+    if text == "False" and name in OPPOSITES:
+        return f"{command}--{OPPOSITES[name]}"
     if text == "False":
         return f"{command}--no-{option.removeprefix('--')}"
     try:

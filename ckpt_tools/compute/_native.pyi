@@ -77,5 +77,15 @@ class Formula:
     def largest_tile(self, one_order: bool, /) -> int:
         """Return the number of elements that a tile may have; fewer if terms differ in their order."""
 
+def gram(dtypes: tuple[str, ...], rows: tuple[memoryview, ...], n: int, sums: bytearray | memoryview, /) -> None:
+    """Add the inner products of rows of real numbers to sums, whose upper triangle is filled.
+
+    Args:
+        dtypes: of the real numbers of each row.
+        rows: each counts as its difference from the last, but for that.
+        n: numbers in a row.
+        sums: float64, a square matrix with a row for each of `rows`, rounded up to a multiple of 4.
+    """
+
 def crc32(data: bytes | memoryview, /) -> int: ...
 def start_disk(fd: int, offset: int, nbytes: int, /) -> None: ...

@@ -60,6 +60,14 @@ def start_disk(fd: int, offset: int, nbytes: int) -> None:
         _native.start_disk(fd, offset, nbytes)
 
 
+def gram(dtypes: tuple[str, ...], rows: tuple[memoryview, ...], n: int, sums: bytearray) -> bool:
+    """Add inner products of rows to sums, see `_native.pyi`; False if C does not know a dtype."""
+    if _native is None or sys.byteorder != "little" or any(name not in _native.LIMITS for name in dtypes):
+        return False
+    _native.gram(dtypes, rows, n, sums)
+    return True
+
+
 def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
     """Sum a slice and write it; C knows its key.
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.ema_updates import stored_updates
+from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import Unchanged
 from ..checkpoints.prefixes import prefixes, renamed
 from ..checkpoints.quantized import configuration, without_quantization
@@ -18,21 +21,24 @@ from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series import lora
-from ..series.find import Member, Series, find_series
+from ..series.find import Series, find_series
 from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text
+from ..series.member import Member
 from ..series.schedules import Schedule, dominant
+from ..series.stored_profiles import stored_profiles
 from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
 from ..tensors import DType, parse_dtype
 from .assembly import Assembly, assemble
 from .companions import companions
-from .lined_up import LinedUp, line_up
+from .lined_up import LinedUp, every_set, line_up, selected
 from .options import AveragedOutput, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
 from .reports import Report
 from .run import produce
 
+Numbers = Sequence[Any]
 BUFFERS = ("average", "last")
 
 
@@ -115,10 +121,13 @@ def average(
     shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
 
     series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
-    members = series.members
-    names = short_names([member.path for member in members])
-    coefficients = _coefficients(schedule, series)
-    lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None)
+    members, chosen_sets = series.members, None
+    if schedule.rule.needs == "profile":
+        members, chosen_sets = every_set(members, matching)
+    names = _names(members, chosen_sets)
+    numbers = _numbers(schedule, series, members, names, matching, chosen_sets)
+    coefficients = _coefficients(schedule, numbers, series)
+    lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None, chosen=chosen_sets)
     tensors = weighted_sums(
         lined_up.aligned,
         coefficients,
@@ -132,7 +141,7 @@ def average(
         both = tensors | products.tensors
         tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
     unique = dict.fromkeys(tensors.values())
-    arguments = _arguments(schedule, matching, dtype, running)
+    arguments = _arguments(schedule, numbers, matching, dtype, running)
     inputs = _inputs(members, names, coefficients, lined_up)
     base = members[-1].header
     usual = default_target([member.header for member in members]) if products.config is None else Target.of("averaged/")
@@ -174,7 +183,7 @@ def average(
         tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
         notes=(
             *series.notes,
-            *_remarks(schedule, members, coefficients),
+            *_remarks(schedule, numbers, members, coefficients),
             *lined_up.notes,
             *products.notes,
             *_kept(assembly),
@@ -202,10 +211,12 @@ def average(
     )
 
 
-def _arguments(schedule: Schedule, matching: Matching, dtype: DType | None, running: Summing) -> dict[str, Any]:
+def _arguments(
+    schedule: Schedule, numbers: Numbers, matching: Matching, dtype: DType | None, running: Summing
+) -> dict[str, Any]:
     """Return the options to record in the output; None for those at their defaults."""
     return {
-        **schedule.arguments,
+        **schedule.arguments(numbers),
         "match": None if matching.match == "name" else matching.match,
         "keys": None if matching.keys == "strict" else matching.keys,
         "buffers": None if matching.buffers == "average" else matching.buffers,
@@ -270,18 +281,57 @@ def _kept(assembly: Assembly) -> Iterator[str]:
         yield f"Copied from the last checkpoint, not averaged: {sets}."
 
 
-def _coefficients(schedule: Schedule, series: Series) -> tuple[float, ...]:
+def _names(members: Sequence[Member], states: Sequence[StateDict] | None) -> list[str]:
+    """Return short names; of a checkpoint with several sets of weights, with the set."""
+    paths = list(dict.fromkeys(member.path for member in members))
+    short = dict(zip(paths, short_names(paths), strict=True))
+    if states is None or len(paths) == len(members):
+        return [short[member.path] for member in members]
+    return [f"{short[member.path]} ({state.label})" for member, state in zip(members, states, strict=True)]
+
+
+def _numbers(
+    schedule: Schedule,
+    series: Series,
+    members: Sequence[Member],
+    names: Sequence[str],
+    matching: Matching,
+    states: Sequence[StateDict] | None,
+) -> Numbers:
+    """Return what the rule needs of each checkpoint."""
+    needs = schedule.rule.needs
+    if needs == "place":
+        return [series.given.index(member.path) for member in members]
+    if needs == "step":
+        return [member.step for member in members]
+    sources = [*zip(members, states or selected(members, names, matching), strict=True)]
+    if needs == "profile":
+        return stored_profiles(sources, schedule.values["profile"])
+    return [stored_updates(member.header, state) for member, state in sources]
+
+
+def _coefficients(schedule: Schedule, numbers: Numbers, series: Series) -> tuple[float, ...]:
     try:
-        return schedule.coefficients([member.step for member in series.members])
+        return schedule.coefficients(numbers)
     except UsageError as error:  # the notes may tell why
         raise UsageError(" ".join([str(error), *series.notes])) from error
 
 
-def _remarks(schedule: Schedule, members: Sequence[Member], coefficients: Sequence[float]) -> Iterator[str]:
+def _remarks(
+    schedule: Schedule, numbers: Numbers, members: Sequence[Member], coefficients: Sequence[float]
+) -> Iterator[str]:
     """Report results that a user of this schedule may not expect."""
-    if schedule.values.get("per_step") and members[0].counter in ("epoch", "name"):
+    yield from schedule.remarks(numbers)
+    if schedule.rule.needs == "place" and len(members) > 1:
+        pairs = sorted(zip(numbers, members, coefficients, strict=True), key=lambda pair: pair[0])
+        shown = ", ".join(f"{member.path.name} {c:.6g}" for _, member, c in pairs[:10])
+        yield f"The weights of the files: {shown}{f' and {len(pairs) - 10} more' if len(pairs) > 10 else ''}."
+    along = schedule.along(numbers)
+    if along is not None and members[0].counter in ("epoch", "name"):
         what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
-        yield f"`per_step` counts gaps in {what}, for the files store no step."
+        yield f"The steps are {what}, for the files store no step."
+    elif along == "by" and len({b - a for a, b in pairwise(numbers)}) > 1:
+        yield "The files are not evenly spaced, so it counts along training steps; `by='files'` counts files."
     end = dominant(coefficients)
     if schedule.rule.advice is not None and end is not None:
         index, share = end

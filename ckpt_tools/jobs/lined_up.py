@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.layouts import StateDict
+from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.layouts import states as states_of
 from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.layouts.schedule_free import evaluation_note, training_mode_note
 from ..checkpoints.layouts.select import is_ema_by_name
@@ -20,8 +21,8 @@ from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.ranks import masters_beside
 from ..series.align import KeyPlan, align
-from ..series.find import Member
 from ..series.lora import factor_names
+from ..series.member import Member
 from ..tensors import Tensor, TensorSpec
 from .options import Matching
 from .reports import some
@@ -53,7 +54,14 @@ class LinedUp:
 
 
 @without_collector()
-def line_up(members: Sequence[Member], names: Sequence[str], matching: Matching, *, mixed_dtypes: bool) -> LinedUp:
+def line_up(
+    members: Sequence[Member],
+    names: Sequence[str],
+    matching: Matching,
+    *,
+    mixed_dtypes: bool,
+    chosen: Sequence[StateDict] | None = None,
+) -> LinedUp:
     """Select the weights of each checkpoint, and match their tensors.
 
     Args:
@@ -61,18 +69,19 @@ def line_up(members: Sequence[Member], names: Sequence[str], matching: Matching,
         names: of the checkpoints, for messages.
         matching: with ``lora="product"``, what updates consist of is not among the aligned tensors.
         mixed_dtypes: allow floating-point dtypes to differ.
+        chosen: the set of weights in each checkpoint, if it is known.
 
     Raises:
         AlignmentError: names, shapes, dtypes or ranks differ.
         LayoutError: a checkpoint has no such weights, or some have averages and others have none.
         UnsupportedError: quantized weights, or an update that is no product of two factors.
     """
-    shared = {} if matching.lora == "product" else _shared(members)
+    shared = {} if matching.lora == "product" or chosen is not None else _shared(members)
     # Files with identical headers have the same tensors.
-    chosen = members[-1:] if shared else members
-    states = _selected(chosen, names, [matching.state] if isinstance(matching.state, str) else [*matching.state])
+    own = members[-1:] if shared else members
+    states = selected(own, names, matching) if chosen is None else chosen
     if matching.dequantize:
-        states = [dequantized(member.header, state) for member, state in zip(chosen, states, strict=True)]
+        states = [dequantized(member.header, state) for member, state in zip(own, states, strict=True)]
         refuse_without_scales(members[-1].header, states)
     bare = [unwrapped(state) for state in states]
     tensors: list[Mapping[str, Tensor]] = [renamed(state.tensors, own) for state, own in zip(states, bare, strict=True)]
@@ -105,12 +114,28 @@ def _shared(members: Sequence[Member]) -> dict[Path, Files]:
     return shared
 
 
-def _selected(members: Sequence[Member], names: Sequence[str], asked: Sequence[str]) -> list[StateDict]:
+def every_set(members: Sequence[Member], matching: Matching) -> tuple[tuple[Member, ...], tuple[StateDict, ...]]:
+    """Return each checkpoint as often as it has sets of weights that are asked for, and these sets."""
+    asked = _asked(matching)
+    sources = [
+        (member, in_place(member.header, select(member.header, state)))
+        for member in members
+        for state in (asked if asked != ["auto"] else [*states_of(member.header)] or asked)
+    ]
+    return tuple(member for member, _ in sources), tuple(state for _, state in sources)
+
+
+def _asked(matching: Matching) -> list[str]:
+    return [matching.state] if isinstance(matching.state, str) else [*matching.state]
+
+
+def selected(members: Sequence[Member], names: Sequence[str], matching: Matching) -> list[StateDict]:
     """Select the weights of each checkpoint.
 
     Raises:
         LayoutError: there are none; or some are averages, by layout or by name, and others are not.
     """
+    asked = _asked(matching)
     _check_ranks(members, names)
     found = [
         of_ranks(member.header, lambda header: in_place(header, select_parts(header, asked))) for member in members

@@ -10,7 +10,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
-from ..series.schedules import Numbers, Option, Schedule
+from ..series.rules.amounts import Span, Steps
+from ..series.rules.rule import Numbers, Option
+from ..series.schedules import Schedule
 
 R = TypeVar("R")
 REQUIRED = inspect.Parameter.empty
@@ -104,16 +106,21 @@ class Selection(Options):
 
     last: int | None = option("The last N.", None, metavar="N")
     best: int | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
-    metric: str = option("Key in the files, dotted if nested.", "metric", metavar="KEY")
-    lower_is_better: bool = option("For a loss.", False)
-    every: int | None = option("Every K-th, counted from the last.", None, metavar="K")
-    from_step: int | None = option("From this step (or epoch) on.", None, metavar="N")
-    to_step: int | None = option("Up to this step (or epoch).", None, metavar="N")
+    metric: str = option("Its name: a key in the files, dotted if nested, or in their names.", "metric", metavar="KEY")
+    metrics: str | Path | None = option("A table of metrics, CSV or JSON lines.", None, metavar="FILE")
+    lower_is_better: bool | None = option("For a loss.", None, implied="by the name of the metric")
+    window: Span | None = option("Those of the last 20k steps, or 5% of the run.", None, metavar="SPAN")
+    min_gap: Steps | None = option("At least so many steps between two.", None, metavar="STEPS")
+    every: Steps | None = option(
+        "Every K-th, counted from the last; or one for every 5000steps.", None, metavar="K|STEPS"
+    )
+    from_step: Steps | None = option("From this step (or epoch) on.", None, metavar="N")
+    to_step: Steps | None = option("Up to this step (or epoch).", None, metavar="N")
     order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
     include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
 
 
-class Matching(Options):
+class Alignment(Options):
     """Which weights of each checkpoint, and how their tensors line up."""
 
     title = "Which weights"
@@ -123,6 +130,13 @@ class Matching(Options):
     )
     match: str = option("name or order.", "name")
     keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
+
+
+class Matching(Alignment):
+    """Which weights of each checkpoint are averaged, and how."""
+
+    title = "Which weights"
+
     buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
     lora: str = option("factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors")
     dequantize: bool = option(

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 from ..checkpoints.steps import named_positions, stored_positions, telling_names
 from ..errors import SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..storage.source import LOCAL, store_of
-from ..tensors import TensorSpec
 from .copies import without_copies
-from .metrics import measured, metric_of, stored_under
+from .member import Member
 from .numbered import natural_key
 from .paths import as_path, find, listed
+from .selection import Choice
 
 _AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
 ORDERS = ("auto", "given", "natural", "mtime")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """One checkpoint of a series.
-
-    Attributes:
-        path: as found.
-        header: of the checkpoint.
-        step: training step or epoch; None if unknown.
-        counter: source of `step`: a key of the file (``global_step``, ``epoch``) or ``name``.
-    """
-
-    path: Path
-    header: Header
-    step: int | None = None
-    counter: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,49 +41,25 @@ class Series:
 
 
 def find_series(
-    paths: Iterable[str | Path],
-    *,
-    order: str = "auto",
-    last: int | None = None,
-    best: int | None = None,
-    metric: str = "metric",
-    lower_is_better: bool = False,
-    every: int | None = None,
-    from_step: int | None = None,
-    to_step: int | None = None,
-    include_outputs: bool = False,
+    paths: Iterable[str | Path], *, order: str = "auto", include_outputs: bool = False, **selection: Any
 ) -> Series:
     """Find, read, order and select checkpoints; the payload is read only of suspected copies.
-
-    Selections apply in this order: from_step and to_step, best, every, last.
 
     Args:
         paths: files, globs, folders.
         order: ``auto`` (step or epoch stored in all files, else the numbers in the names),
             ``given``, ``natural`` (names), ``mtime``.
-        last: keep the last N.
-        best: keep the best N by `metric`, at a tie the earlier one; the order stays.
-        metric: key in the files, dotted if nested.
-        lower_is_better: for a metric such as a loss.
-        every: keep every K-th, counted back from the last.
-        from_step, to_step: inclusive bounds of the step.
         include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
+        selection: see `ckpt_tools.series.selection.Choice`.
 
     Raises:
         UsageError, SeriesError: an invalid selection; no checkpoint found or left; one left beside averages; an export
             among checkpoints.
         ReadError: a file is not a checkpoint.
     """
-    counts = {"last": last, "best": best, "every": every}
-    for name, value in (counts | {"from_step": from_step, "to_step": to_step}).items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, SupportsIndex)):
-            raise UsageError(f"`{name}` is a whole number, not {value!r}.")
-        if value is not None and name in counts and value < 1:
-            raise UsageError(f"`{name}={value}`: must be 1 or more.")
+    choice = Choice(**selection)
     if order not in ORDERS:
         raise UsageError(f"`order` is one of {', '.join(ORDERS)}, not {order!r}.")
-    if best is None and (lower_is_better or metric != "metric"):
-        raise UsageError("`metric` and `lower_is_better` go with `best`.")
     notes: list[str] = []
     paths = listed(paths)
     found = find(paths, notes)
@@ -114,16 +71,7 @@ def find_series(
     if not include_outputs:
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
     members, ordered_by = _ordered(headers, order, notes)
-    members = _between(members, from_step, to_step)
-    if best is not None:
-        members = _best(members, best, metric, lower_is_better, notes)
-    if every is not None:
-        members = members[::-1][::every][::-1]
-    if last is not None:
-        if last > len(members):
-            notes.append(f"`last={last}`: there are only {len(members)}; all are used.")
-        members = members[-last:]
-    return Series(tuple(members), given, ordered_by, tuple(notes))
+    return Series(tuple(choice.of(members, notes)), given, ordered_by, tuple(notes))
 
 
 def _is_average(made: Any) -> bool:
@@ -223,56 +171,10 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     for member in by_name:
         ties.setdefault(key_of[member.path], []).append(member.path)
     what = places.counter.replace("name", "number")
-    for key, (first, *others) in ties.items():
-        if others:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            value = ", ".join(map(str, key))
-            notes.append(f"{first}, {others[0]}{more} have the same {what}, {value}; they are ordered by name.")
+    tied = {key: paths for key, paths in ties.items() if len(paths) > 1}
+    for key, (first, other, *more) in list(tied.items())[: 1 if len(tied) > 3 else None]:
+        value = ", ".join(map(str, key))
+        others = f" and {len(more)} more" if more else ""
+        like = f", and so do files at {len(tied) - 1} others" if len(tied) > 3 else ""
+        notes.append(f"{first}, {other}{others} have the same {what}, {value}{like}; they are ordered by name.")
     return sorted(by_name, key=lambda m: key_of[m.path]), places.by
-
-
-def _between(members: list[Member], from_step: int | None, to_step: int | None) -> list[Member]:
-    asked = [f"`{o}={n}`" for o, n in (("from_step", from_step), ("to_step", to_step)) if n is not None]
-    if not asked:
-        return members
-    placed = [(member.step, member) for member in members if member.step is not None]
-    unknown = next((member for member in members if member.step is None), None)
-    if unknown is not None:
-        raise SeriesError(f"{unknown.path}: its step is unknown, so {' and '.join(asked)} cannot apply to it.")
-    low, high = (-math.inf if from_step is None else from_step), (math.inf if to_step is None else to_step)
-    kept = [member for step, member in placed if low <= step <= high]
-    if not kept:
-        steps = sorted(step for step, _ in placed)
-        what = "number" if members[0].counter == "name" else members[0].counter
-        raise SeriesError(
-            f"{' '.join(asked)}: no checkpoint in this range; they go from {what} {steps[0]} to {steps[-1]}."
-        )
-    return kept
-
-
-def _best(members: Sequence[Member], best: int, key: str, lower_is_better: bool, notes: list[str]) -> list[Member]:
-    values: dict[Member, float] = {}
-    for member in members:
-        if (value := metric_of(member.header, key)) is None:
-            raise SeriesError(_unranked(member.header, key))
-        values[member] = value
-    if best > len(members):
-        notes.append(f"`best={best}`: there are only {len(members)}; all are used.")
-    if not lower_is_better and re.search(r"loss|error|perplexity|ppl", key, re.IGNORECASE):
-        notes.append(f"`best` takes the highest '{key}'; if lower is better, add `lower_is_better`.")
-    chosen = set(sorted(values, key=values.__getitem__, reverse=not lower_is_better)[:best])
-    return [member for member in members if member in chosen]
-
-
-def _unranked(header: Header, key: str) -> str:
-    """Return the message for a checkpoint without a usable metric."""
-    numbers = (k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None)
-    known = [*islice(numbers, 8)]
-    what = f"has no number under '{key}'"
-    advice = f"Name another with `metric`; it has {', '.join(known)}." if known else "It stores no numbers."
-    stored = stored_under(header, key)
-    if isinstance(stored, TensorSpec):
-        what, advice = f"its '{key}' is a tensor, and not of one number", "Store metric.item() to have a number."
-    elif isinstance(stored, float):
-        what, advice = f"its '{key}' is NaN", "Leave this file out."
-    return f"{header.path}: {what}, so `best` cannot rank it. {advice}"

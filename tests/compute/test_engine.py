@@ -182,7 +182,7 @@ def test_run_writes_the_same_bytes_for_any_slice_size_and_threads(
 def test_run_returns_identical_checkpoints_bit_for_bit(
     tmp_path: Path, data: st.DataObject, dtype: str, n: int, decay: float
 ) -> None:
-    from ckpt_tools.series import schedules
+    from ckpt_tools.series.rules.ema import ema
 
     kind = getattr(torch, dtype)
     item = {
@@ -196,7 +196,7 @@ def test_run_returns_identical_checkpoints_bit_for_bit(
     bits = torch.tensor(data.draw(st.lists(st.integers(info.min, info.max), min_size=1, max_size=20)), dtype=item)
     tensor = bits.view(kind)
     tensor = torch.where(torch.isfinite(tensor), tensor, torch.zeros((), dtype=kind))
-    found = average(tmp_path, [tensor] * n, schedules.ema(n, decay=decay))
+    found = average(tmp_path, [tensor] * n, ema(n, decay=decay))
     assert found.view(item).equal(tensor.view(item))
 
 

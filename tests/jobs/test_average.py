@@ -542,7 +542,7 @@ def test_average_dry_run_reads_no_payload_and_writes_nothing(
     ("options", "message"),
     [
         ({"mode": "median"}, "uniform, ema, weights"),
-        ({"decay": 0.9}, "`decay` goes with `mode='ema'`"),
+        ({"mode": "uniform", "decay": 0.9}, "`decay` goes with `mode='ema'`"),
         ({"mode": "ema", "decay": 1.5}, r"outside \[0, 1\]"),
         ({"mode": "ema", "per_step": True, "warmup": "timm"}, "cannot go together"),
         ({"mode": "weights"}, "needs `weights`"),

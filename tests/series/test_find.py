@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -21,7 +17,7 @@ from series_files import names, trainer_folder, weights
 from ckpt_tools import average
 from ckpt_tools.checkpoints.scalars import as_number
 from ckpt_tools.checkpoints.steps import number_in_name, stored_counters
-from ckpt_tools.errors import SeriesError, UsageError
+from ckpt_tools.errors import UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.series.find import find_series
 
@@ -247,76 +243,6 @@ def test_find_series_reads_the_counters_of_fairseq_and_espnet(
 # Selection
 
 
-def test_find_series_with_last_takes_the_newest_and_says_if_there_are_fewer(scored: list[Path]) -> None:
-    assert names(find_series(scored, last=2)) == ["e4.pth", "e5.pth"]
-    more = find_series(scored, last=9)
-    assert (len(more.members), more.notes) == (5, ("`last=9`: there are only 5; all are used.",))
-
-
-def test_find_series_with_best_keeps_the_order_of_training_and_the_earlier_of_two_equals(scored: list[Path]) -> None:
-    assert names(find_series(scored, best=1)) == ["e2.pth"]
-    assert names(find_series(scored, best=2)) == ["e2.pth", "e4.pth"]
-    assert names(find_series(scored, best=3)) == ["e2.pth", "e4.pth", "e5.pth"]
-    assert find_series(scored, best=8).notes == ("`best=8`: there are only 5; all are used.",)
-
-
-def test_find_series_with_lower_is_better_reverses_the_ranking(scored: list[Path]) -> None:
-    assert names(find_series(scored, best=2, lower_is_better=True)) == ["e1.pth", "e3.pth"]
-
-
-def test_find_series_takes_a_nested_metric_and_hints_at_a_loss(save: Save) -> None:
-    for i, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
-        save(f"a-{i}.pth", {"state_dict": weights(i), "val": {"loss": loss}})
-    assert names(find_series(["a-*.pth"], best=1, metric="val.loss", lower_is_better=True)) == ["a-2.pth"]
-    wrong_way = find_series(["a-*.pth"], best=1, metric="val.loss")
-    assert names(wrong_way) == ["a-1.pth"]
-    assert wrong_way.notes == ("`best` takes the highest 'val.loss'; if lower is better, add `lower_is_better`.",)
-
-
-def test_find_series_names_the_file_without_a_metric_and_what_it_has(scored: list[Path], save: Save) -> None:
-    save("e6.pth", {"state_dict": weights(), "epoch": 6, "top1": 50.0})
-    with pytest.raises(SeriesError, match=r"e6\.pth: has no number under 'metric'.*it has epoch, top1\."):
-        find_series([*scored, "e6.pth"], best=2)
-
-
-@pytest.mark.parametrize("metric", ["90", True, None, 10**400])
-def test_find_series_rejects_a_metric_that_is_no_number(save: Save, metric: Any) -> None:
-    save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match="under 'metric', so `best` cannot rank it. It stores no numbers"):
-        find_series(["a.pth"], best=1)
-
-
-@pytest.mark.parametrize(
-    ("metric", "what"), [(float("nan"), "is NaN"), (torch.ones(2), "is a tensor"), (torch.tensor(math.nan), "is NaN")]
-)
-def test_find_series_says_what_a_metric_is_that_cannot_be_ranked(save: Save, metric: Any, what: str) -> None:
-    save("a.pth", {"state_dict": weights(), "metric": metric})
-    with pytest.raises(SeriesError, match=f"a.pth: its 'metric' {what}.*so `best` cannot rank it"):
-        find_series(["a.pth"], best=1)
-
-
-@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors", "dcp"])
-@pytest.mark.parametrize(
-    "dtype", ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"]
-)
-def test_find_series_with_best_reads_a_metric_that_is_a_tensor(save: Save, write: str, dtype: str) -> None:
-    scores = torch.tensor([3, 100, 40, 77, 12], dtype=getattr(torch, dtype))
-    for i, score in enumerate(scores):
-        state = {"net": weights(i), "val": {"score": score.reshape(1, 1) if i % 2 else score}}
-        if write == "safetensors":
-            save_file({**weights(i), "val.score": score.clone()}, f"run-{i}.st")
-        elif write == "dcp":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is one process
-                dcp.save(state, checkpoint_id=f"run-{i}.st")
-        else:
-            save(f"run-{i}.st", state, _use_new_zipfile_serialization=write == "zip")
-    (best,) = find_series(["run-*.st"], best=1, metric="val.score").members
-    worst = find_series(["run-*.st"], best=2, metric="val.score", lower_is_better=True)
-    assert best.path.name == f"run-{int(scores.double().argmax())}.st"
-    assert names(worst) == [f"run-{i}.st" for i in sorted(scores.double().argsort()[:2].tolist())]
-
-
 def test_as_number_reads_the_value_that_torch_reads(tmp_path: Path) -> None:
     values = {
         "f": torch.tensor(1 / 3),
@@ -331,71 +257,7 @@ def test_as_number_reads_the_value_that_torch_reads(tmp_path: Path) -> None:
     assert as_number(header, header.tree["many"]) is header.tree["many"]
 
 
-def test_find_series_takes_the_metrics_of_trainer_folders_at_their_step() -> None:
-    log = []
-    for step, loss in ((500, 0.3), (1000, 0.1), (1500, 0.2)):
-        folder = trainer_folder(Path(f"checkpoint-{step}"), step)
-        log += [{"step": step, "loss": 9.0 - loss}, {"step": step, "eval_loss": loss}]
-        state = {"global_step": step, "best_metric": 0.1, "log_history": log}
-        (folder / "trainer_state.json").write_text(json.dumps(state))
-    assert names(find_series(["checkpoint-*"], best=2, metric="eval_loss", lower_is_better=True)) == [
-        "checkpoint-1000",
-        "checkpoint-1500",
-    ]
-    with pytest.raises(SeriesError, match=r"has no number under 'metric'.*it has step, loss, eval_loss\."):
-        find_series(["checkpoint-*"], best=1)
-
-
-def test_find_series_ranks_an_infinite_loss_last(save: Save) -> None:
-    for i, loss in ((1, float("inf")), (2, 0.1)):
-        save(f"a-{i}.pth", {"state_dict": weights(i), "loss": loss})
-    assert names(find_series(["a-*.pth"], best=1, metric="loss", lower_is_better=True)) == ["a-2.pth"]
-
-
-def test_find_series_with_every_counts_from_the_last(scored: list[Path]) -> None:
-    assert names(find_series(scored, every=2)) == ["e1.pth", "e3.pth", "e5.pth"]
-    assert names(find_series(scored, every=3)) == ["e2.pth", "e5.pth"]
-    assert names(find_series(scored, every=3, last=1)) == ["e5.pth"]
-
-
-def test_find_series_includes_from_step_and_to_step(scored: list[Path]) -> None:
-    assert names(find_series(scored, from_step=2, to_step=4)) == ["e2.pth", "e3.pth", "e4.pth"]
-    assert names(find_series(scored, from_step=4)) == ["e4.pth", "e5.pth"]
-    assert names(find_series(scored, to_step=1)) == ["e1.pth"]
-
-
-def test_find_series_combines_selections_in_the_documented_order(scored: list[Path]) -> None:
-    assert names(find_series(scored, from_step=2, best=3, every=2, last=1)) == ["e5.pth"]
-
-
-def test_find_series_rejects_missing_steps_and_names_those_there_are(scored: list[Path]) -> None:
-    with pytest.raises(
-        SeriesError, match="`from_step=6` `to_step=9`: no checkpoint in this range; they go from epoch 1 to 5"
-    ):
-        find_series(scored, from_step=6, to_step=9)
-
-
-def test_find_series_rejects_a_range_of_steps_for_an_unknown_step(plain: Callable[..., list[Path]]) -> None:
-    with pytest.raises(SeriesError, match=r"best\.pth: its step is unknown, so `to_step=3` cannot apply to it"):
-        find_series(plain("best.pth"), to_step=3)
-
-
-@pytest.mark.parametrize("option", ["last", "best", "every"])
-def test_find_series_rejects_counts_below_one(scored: list[Path], option: str) -> None:
-    with pytest.raises(UsageError, match=f"`{option}=0`: must be 1 or more"):
-        find_series(scored, **{option: 0})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("option", ["last", "best", "every", "from_step", "to_step"])
-@pytest.mark.parametrize("value", [1.5, True, "2"])
-def test_find_series_rejects_counts_that_are_no_whole_numbers(scored: list[Path], option: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"`{option}` is a whole number, not {value!r}"):
-        find_series(scored, **{option: value})
-
-
-def test_find_series_rejects_a_metric_without_best_and_an_unknown_order(scored: list[Path]) -> None:
-    with pytest.raises(UsageError, match="go with `best`"):
-        find_series(scored, metric="loss")
+def test_find_series_rejects_an_unknown_order(scored: list[Path]) -> None:
     with pytest.raises(UsageError, match="`order` is one of auto, given, natural, mtime, not 'time'"):
         find_series(scored, order="time")
 

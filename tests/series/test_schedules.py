@@ -20,7 +20,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ckpt_tools import average
 from ckpt_tools.errors import UsageError
 from ckpt_tools.series import schedules
-from ckpt_tools.series.schedules import Option, Schedule
+from ckpt_tools.series.rules.ema import ema, ema_per_step, ema_warmup
+from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.rules.uniform import uniform
+from ckpt_tools.series.rules.weights import weights
+from ckpt_tools.series.schedules import Schedule
 
 N = 7
 
@@ -47,15 +51,15 @@ def test_uniform_agrees_with_torchs_averaged_model() -> None:
     swa = AveragedModel(models[0])
     for model in models:
         swa.update_parameters(model)
-    assert_same(schedules.uniform(N), swa.module.w)
+    assert_same(uniform(N), swa.module.w)
 
 
 def test_ema_agrees_with_torchs_averaged_model() -> None:
     models = checkpoints()
-    ema = AveragedModel(models[0], multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference = AveragedModel(models[0], multi_avg_fn=get_ema_multi_avg_fn(0.9))
     for model in models:
-        ema.update_parameters(model)
-    assert_same(schedules.ema(N, decay=0.9), ema.module.w)
+        reference.update_parameters(model)
+    assert_same(ema(N, decay=0.9), reference.module.w)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999, 1.0])
@@ -68,7 +72,7 @@ def test_ema_agrees_with_timms_model_ema(decay: float) -> None:
         first.update(model)
         second.update(model)
         third.update(model)  # without a step: with one it drops the first checkpoint, warm-up or not
-    coefficients = schedules.ema(N, decay=decay)
+    coefficients = ema(N, decay=decay)
     assert_same(coefficients, first.ema.w)
     assert_same(coefficients, second.module.w)
     assert_same(coefficients, third.module.w)
@@ -79,7 +83,7 @@ def test_timm_warmup_agrees_with_model_ema_v3() -> None:
     ema = ModelEmaV3(models[0], decay=0.8, use_warmup=True, foreach=False)
     for update, model in enumerate(models[1:], 1):
         ema.update(model, step=update)
-    assert_same(schedules.ema_warmup(30, decay=0.8, warmup="timm"), ema.module.w)
+    assert_same(ema_warmup(30, decay=0.8, warmup="timm"), ema.module.w)
 
 
 class LitEma:
@@ -101,7 +105,7 @@ def test_litema_warmup_agrees_with_litema() -> None:
     ema = LitEma(models[0], decay=0.6)
     for model in models[1:]:
         ema(model)
-    assert_same(schedules.ema_warmup(30, decay=0.6, warmup="litema"), ema.shadow)
+    assert_same(ema_warmup(30, decay=0.6, warmup="litema"), ema.shadow)
 
 
 def test_ema_per_step_is_an_ema_updated_at_every_step() -> None:
@@ -112,14 +116,14 @@ def test_ema_per_step_is_an_ema_updated_at_every_step() -> None:
     for previous, step, model in zip(steps, steps[1:], models[1:], strict=False):
         for _ in range(step - previous):
             ema.update(model)
-    assert_same(schedules.ema_per_step(steps, decay=0.9), ema.module.w)
+    assert_same(ema_per_step(steps, decay=0.9), ema.module.w)
 
 
 def test_ema_with_bias_correction_starts_from_zero_and_divides() -> None:
     value = torch.zeros(N, dtype=torch.float64)
     for model in checkpoints():
         value = 0.9 * value + 0.1 * model.w.detach()
-    assert_same(schedules.ema(N, decay=0.9, bias_correction=True), value / (1 - 0.9**N))
+    assert_same(ema(N, decay=0.9, bias_correction=True), value / (1 - 0.9**N))
 
 
 @given(
@@ -129,61 +133,61 @@ def test_ema_with_bias_correction_starts_from_zero_and_divides() -> None:
 )
 def test_ema_coefficients_sum_to_one(n: int, decay: float, kind: str) -> None:
     if kind == "plain":
-        coefficients = schedules.ema(n, decay=decay)
+        coefficients = ema(n, decay=decay)
     elif kind == "per step":
-        coefficients = schedules.ema_per_step(range(0, 3 * n, 3), decay=decay)
+        coefficients = ema_per_step(range(0, 3 * n, 3), decay=decay)
     else:
-        coefficients = schedules.ema_warmup(n, decay=decay, warmup=kind)
+        coefficients = ema_warmup(n, decay=decay, warmup=kind)
     assert len(coefficients) == n
     assert math.fsum(coefficients) == pytest.approx(1.0, abs=1e-12)
     assert min(coefficients) >= 0
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20).filter(lambda w: abs(sum(w)) > 1e-3))
-def test_weights_divides_by_their_sum(weights: list[float]) -> None:
-    total = math.fsum(weights)
-    assert schedules.weights(weights) == pytest.approx([w / total for w in weights])
-    assert schedules.weights(weights, normalize=False) == tuple(weights)
+def test_weights_divides_by_their_sum(given: list[float]) -> None:
+    total = math.fsum(given)
+    assert weights(given) == pytest.approx([w / total for w in given])
+    assert weights(given, normalize=False) == tuple(given)
 
 
 def test_weights_takes_a_weight_of_zero() -> None:
-    assert schedules.weights([0, 1, 3]) == (0.0, 0.25, 0.75)
+    assert weights([0, 1, 3]) == (0.0, 0.25, 0.75)
 
 
 def test_dominant_finds_the_oldest_checkpoint_for_a_decay_near_one() -> None:
-    index, share = schedules.dominant(schedules.ema(10, decay=0.9999)) or (None, 0.0)
+    index, share = schedules.dominant(ema(10, decay=0.9999)) or (None, 0.0)
     assert index == 0
     assert share == pytest.approx(0.9999**9)
 
 
 def test_dominant_finds_none_in_an_even_average() -> None:
-    assert schedules.dominant(schedules.uniform(10)) is None
-    assert schedules.dominant(schedules.ema(10, decay=0.9, bias_correction=True)) is None
+    assert schedules.dominant(uniform(10)) is None
+    assert schedules.dominant(ema(10, decay=0.9, bias_correction=True)) is None
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.1, math.nan, math.inf])
 def test_ema_rejects_a_decay_outside_0_1(decay: float) -> None:
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
-        schedules.ema(3, decay=decay)
+        ema(3, decay=decay)
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
-        schedules.ema_per_step([1, 2], decay=decay)
+        ema_per_step([1, 2], decay=decay)
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
-        schedules.ema_warmup(3, decay=decay, warmup="timm")
+        ema_warmup(3, decay=decay, warmup="timm")
 
 
 def test_ema_and_weights_reject_impossible_options() -> None:
     with pytest.raises(UsageError, match="sum to 0"):
-        schedules.weights([1, -1])
+        weights([1, -1])
     with pytest.raises(UsageError, match="sum to 0"):
-        schedules.weights([0.1, 0.2, -0.3])
+        weights([0.1, 0.2, -0.3])
     with pytest.raises(UsageError, match="finite"):
-        schedules.weights([1, math.nan])
+        weights([1, math.nan])
     with pytest.raises(UsageError, match="increase"):
-        schedules.ema_per_step([1, 1], decay=0.9)
+        ema_per_step([1, 1], decay=0.9)
     with pytest.raises(UsageError, match="decay of 1"):
-        schedules.ema(3, decay=1.0, bias_correction=True)
+        ema(3, decay=1.0, bias_correction=True)
     with pytest.raises(UsageError, match="litema, timm"):
-        schedules.ema_warmup(3, decay=0.9, warmup="cosine")
+        ema_warmup(3, decay=0.9, warmup="cosine")
 
 
 @pytest.fixture
@@ -216,10 +220,13 @@ def test_register_adds_a_rule_that_average_and_the_command_line_know(toy: None, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": 0.9}, "`share` goes with `mode='favour'`"),
+        ({"mode": "uniform", "share": 0.9}, "`share` goes with `mode='favour'`"),
         ({"mode": "favour", "decay": 0.9}, "`decay` goes with `mode='ema'`"),
         ({"mode": "favour", "share": "much"}, "`share` takes numbers, not 'much'"),
-        ({"mode": "best"}, "`mode` is one of uniform, ema, weights, favour, not 'best'"),
+        (
+            {"mode": "best"},
+            "`mode` is one of uniform, ema, weights, decay, power, difference, posthoc, favour, not 'best'",
+        ),
     ],
 )
 def test_average_rejects_options_of_another_rule(toy: None, options: dict[str, Any], message: str) -> None:
@@ -239,11 +246,13 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
     assert {p.kind for name, p in parameters.items() if name != "paths"} == {inspect.Parameter.KEYWORD_ONLY}
     defaults = {name: p.default for name, p in parameters.items()}
     expected = {
-        "mode": "uniform", "decay": None, "per_step": False, "warmup": None, "bias_correction": False,
+        "mode": None, "decay": None, "half_life": None, "per_step": False, "by": "auto", "warmup": None,
+        "warmup_gamma": 1.0, "warmup_power": 2 / 3, "min_decay": 0.0, "update_after": 0, "bias_correction": False,
+        "shape": "1-sqrt", "target": None, "profile": (), "allow_misfit": False, "lora": "factors",
+        "dequantize": False, "sigma_rel": None, "gamma": None, "window": None, "min_gap": None, "metrics": None,
         "weights": None, "normalize": True, "order": "auto", "last": None, "best": None, "metric": "metric",
-        "lower_is_better": False, "every": None, "from_step": None, "to_step": None, "include_outputs": False,
-        "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "lora": "factors",
-        "dequantize": False, "dtype": None, "out": None,
+        "lower_is_better": None, "every": None, "from_step": None, "to_step": None, "include_outputs": False,
+        "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
         "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
         "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
         "on_progress": None,

@@ -219,6 +219,41 @@ static PyObject *crc32_of(PyObject *module, PyObject *data) {
     return PyLong_FromUnsignedLong(crc);
 }
 
+PyDoc_STRVAR(gram_doc, "gram(dtypes, rows, n, sums)\n\nAdd inner products of rows to sums; see _native.pyi.");
+
+static PyObject *gram_of(PyObject *module, PyObject *args) {
+    PyObject *names, *buffers, *result = NULL;
+    Py_buffer sums;
+    Py_ssize_t n, held = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!O!nw*", &PyTuple_Type, &names, &PyTuple_Type, &buffers, &n, &sums)) return NULL;
+    size_t count = (size_t)PyTuple_GET_SIZE(names), padded = (count + 3) & ~(size_t)3;
+    const Dtype **dtypes = PyMem_Calloc(count + 1, sizeof *dtypes);
+    const char **rows = PyMem_Calloc(count + 1, sizeof *rows);
+    Py_buffer *views = PyMem_Calloc(count + 1, sizeof *views);
+    double *scratch = PyMem_Malloc((padded + 1) * GRAM_CHUNK * sizeof *scratch);
+    int sound = dtypes && rows && views && scratch && count && n >= 0 && PyTuple_GET_SIZE(buffers) == (Py_ssize_t)count;
+    sound = sound && (size_t)sums.len == padded * padded * sizeof(double);
+    for (; sound && held < (Py_ssize_t)count; held++) {
+        const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, held));
+        if (!name || !(dtypes[held] = dtype_of(name))) goto done;
+        if (PyObject_GetBuffer(PyTuple_GET_ITEM(buffers, held), &views[held], PyBUF_SIMPLE) < 0) goto done;
+        rows[held] = views[held].buf;
+        sound = (size_t)n <= (size_t)views[held].len / dtypes[held]->size;
+    }
+    if (sound) {
+        Py_BEGIN_ALLOW_THREADS
+        gram(dtypes, rows, count, (size_t)n, sums.buf, scratch);
+        Py_END_ALLOW_THREADS
+        result = Py_NewRef(Py_None);
+    } else PyErr_SetString(PyExc_ValueError, "_native: rows that do not fit their sums");
+done:
+    while (held-- > 0) PyBuffer_Release(&views[held]);
+    PyMem_Free(dtypes), PyMem_Free(rows), PyMem_Free(views), PyMem_Free(scratch);
+    PyBuffer_Release(&sums);
+    return result;
+}
+
 PyDoc_STRVAR(start_disk_doc,
 "start_disk(fd, offset, nbytes)\n\n"
 "Start to write bytes of a file to the disk, so that a later sync has less to wait for; 0 bytes: up to its end.");
@@ -236,6 +271,7 @@ static PyObject *start_disk_of(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn the CRC-32 of bytes, as zlib.crc32 does."},
+    {"gram", gram_of, METH_VARARGS, gram_doc},
     {"start_disk", start_disk_of, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };

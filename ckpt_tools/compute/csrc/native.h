@@ -19,6 +19,7 @@
 #define SCRATCH (3 << 19) /* bytes that a thread provides */
 #define TILE (4 << 20)    /* bytes of the results of a tile: rows of two pages, if there are as many columns */
 #define TILE_SCRATCH (13 * READ + TILE + 64) /* bytes that a thread provides for tiles */
+#define GRAM_CHUNK 256    /* numbers of a row whose products are computed at once: eight rows stay in the first cache */
 #define AXES 16           /* of a tile, at most */
 
 /* ---- dtypes ---- */
@@ -74,6 +75,13 @@ int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c)
 
 /* Return 1 if a number is infinity or NaN. */
 int nonfinite(Code code, const void *x, size_t n);
+
+/* ---- gram.c: inner products ---- */
+
+/* Add the inner products of COUNT rows of N real numbers to the upper triangle of SUMS, a matrix with as many columns
+   as COUNT, rounded up to a multiple of 4. Each row counts as its difference from the last one, but for that. SCRATCH
+   has GRAM_CHUNK numbers for each row of SUMS. */
+void gram(const Dtype *const *dtypes, const char *const *rows, size_t count, size_t n, double *sums, double *scratch);
 
 /* ---- crc.c: CRC-32 as zip has it ---- */
 

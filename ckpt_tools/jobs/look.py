@@ -1,0 +1,225 @@
+"""Looking at a series: the geometry of its checkpoints, and what tells whether an average of them will help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.ema_updates import stored_decay, stored_updates
+from ..checkpoints.layouts import StateDict
+from ..checkpoints.layouts import states as states_of
+from ..checkpoints.layouts.layout import is_buffer
+from ..checkpoints.layouts.schedule_free import refuse_computed
+from ..checkpoints.optimizers import find_optimizers
+from ..checkpoints.scalars import as_number
+from ..compute.threads import check_threads
+from ..errors import AlignmentError, UsageError
+from ..formats.header import Header
+from ..series.align import is_copied
+from ..series.find import find_series
+from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
+from ..series.member import Member
+from ..tensors import TensorSpec
+from .lined_up import line_up, selected
+from .options import Alignment, Matching, Reading, Selection, takes
+from .provenance import short_names
+from .reports import Report
+
+if TYPE_CHECKING:
+    import torch
+
+_DECAYED = 10.0
+"""A run has decayed if its learning rate falls so many times over the series."""
+_OLD = 0.01
+"""The part of an average that is still its first weights, from which on it is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where one checkpoint lies.
+
+    Attributes:
+        name: of the checkpoint.
+        step: training step or epoch; None if unknown.
+        norm: of its weights.
+        to_mean: distance to the mean of all.
+        to_next: distance to the next checkpoint; None for the last.
+        cosine: between the steps to it and from it; None at the ends, or if one is 0.
+        learning_rate: of the first group of its first optimizer; None if it stores none.
+        start_left: the part of its average that is still the weights that it began with; None if it does not tell.
+    """
+
+    name: str
+    step: int | None
+    norm: float
+    to_mean: float
+    to_next: float | None
+    cosine: float | None
+    learning_rate: float | None
+    start_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LookReport(Report):
+    """The geometry of a series; lengths are Euclidean, over all parameters together.
+
+    Attributes:
+        checkpoints: oldest first.
+        state: which weights.
+        ordered_by: what the order is taken from, in words.
+        mean_norm: norm of the mean over the mean of the norms; 1 if all are one point.
+        one_basin: False if the mean is much shorter than the checkpoints.
+        outlier: name of the one that is far from all others, or None.
+        movement: tensor name to how far it moves, relative to its norm; the farthest first.
+        notes: warnings, in words.
+        bytes_read: of the job.
+    """
+
+    checkpoints: tuple[Position, ...]
+    state: str
+    ordered_by: str
+    mean_norm: float
+    one_basin: bool
+    outlier: str | None
+    movement: dict[str, float]
+    notes: tuple[str, ...]
+    bytes_read: int
+
+
+@takes(Selection, Alignment, Reading)
+def look(
+    paths: str | Path | Iterable[str | Path], selection: Selection, alignment: Alignment, running: Reading
+) -> LookReport:
+    """Measure where the checkpoints of a series lie to each other, in one pass over them, in float64.
+
+    Buffers, integers and what is copied by an average are left out.
+
+    Args:
+        paths: files, globs, folders (of checkpoints, or sharded ones).
+        {options}
+
+    Returns:
+        Distances, cosines, and warnings.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`.
+    """
+    check_threads(running.threads)
+    series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
+    members = series.members
+    if len(members) < 2:
+        raise UsageError(f"{members[0].path} is one checkpoint alone. Give a series of two or more.")
+    names = short_names([member.path for member in members])
+    matching = Matching(**vars(alignment))
+    states = selected(members, names, matching)
+    for member, state in zip(members, states, strict=True):
+        refuse_computed(member.header, state)
+    lined_up = line_up(members, names, matching, mixed_dtypes=True, chosen=states)
+    aligned = {name: specs for name, inputs in lined_up.aligned.items() if (specs := _moving(name, inputs)) is not None}
+    if not aligned:
+        raise AlignmentError("the checkpoints share no parameter, so there is nothing to measure.")
+    products = _products(aligned, members, running)
+    whole = geometry(sum(products[1:], start=products[0]))
+    left = [_start_left(member.header, state) for member, state in zip(members, states, strict=True)]
+    rates = [_learning_rate(member.header) for member in members]
+    moves = {name: movement(each) for name, each in zip(aligned, products, strict=True)}
+    return LookReport(
+        checkpoints=tuple(_positions(members, names, whole, rates, left)),
+        state=states[-1].label,
+        ordered_by=series.ordered_by,
+        mean_norm=whole.mean_norm,
+        one_basin=whole.one_basin,
+        outlier=None if whole.outlier is None else names[whole.outlier],
+        movement=dict(sorted(moves.items(), key=lambda pair: -pair[1])),
+        notes=(*series.notes, *_warnings(names, whole, rates, left), *lined_up.notes),
+        bytes_read=sum(spec.nbytes for specs in aligned.values() for spec in specs),
+    )
+
+
+def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] | None:
+    """Return the tensors of a parameter; None for those that are not measured."""
+    specs = [spec for spec in inputs if spec is not None]
+    last = specs[-1]
+    if len(specs) < len(inputs) or not last.dtype.averaged or is_buffer(name, last) or is_copied(name, last):
+        return None
+    return specs if last.numel else None
+
+
+def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[torch.Tensor]:
+    from ..compute.gram import gram  # imports torch
+
+    total = sum(spec.nbytes for specs in aligned.values() for spec in specs)
+    report = running.on_progress
+    return gram(
+        [*aligned.values()],
+        stamps=[stamp for member in members for stamp in member.header.files],
+        threads=running.threads,
+        on_progress=None if report is None else lambda done: report(done, total),
+    )
+
+
+def _positions(
+    members: Sequence[Member],
+    names: Sequence[str],
+    whole: Geometry,
+    rates: Sequence[float | None],
+    left: Sequence[float | None],
+) -> Iterator[Position]:
+    last = len(members) - 1
+    for i, (member, name) in enumerate(zip(members, names, strict=True)):
+        yield Position(
+            name=name,
+            step=member.step,
+            norm=whole.norms[i],
+            to_mean=whole.to_mean[i],
+            to_next=whole.steps[i] if i < last else None,
+            cosine=whole.cosines[i - 1] if 0 < i < last else None,
+            learning_rate=rates[i],
+            start_left=left[i],
+        )
+
+
+def _learning_rate(header: Header) -> float | None:
+    for _, optimizer in find_optimizers(header.tree):
+        groups = optimizer.get("param_groups")
+        first = groups[0] if isinstance(groups, list) and groups else None
+        value: Any = as_number(header, first.get("lr")) if isinstance(first, dict) else None
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
+
+
+def _start_left(header: Header, state: StateDict) -> float | None:
+    """Return d^n of an EMA with decay d after n updates; its start counts so much."""
+    average = states_of(header).get("ema") if state.which == "ema" else None
+    if average is None:
+        return None
+    decay, updates = stored_decay(header, average), stored_updates(header, average)
+    return None if decay is None or updates is None else decay**updates
+
+
+def _warnings(
+    names: Sequence[str], whole: Geometry, rates: Sequence[float | None], left: Sequence[float | None]
+) -> Iterator[str]:
+    if whole.outlier is not None and whole.farthest is not None:
+        yield (
+            f"{names[whole.outlier]} is {whole.farthest[1]:.1f} times as far from the mean of the others as they are "
+            f"(more than {FAR:g} is far). Leave it out, or find out why."
+        )
+    if not whole.one_basin:
+        yield (
+            f"The mean is {whole.mean_norm:.2f} times as long as the checkpoints, and less than {ONE_BASIN:g} means "
+            "that they are in no common basin, as runs from different starts: an average of them is of no use."
+        )
+    first, last = rates[0], rates[-1]
+    if first is not None and last is not None and first > _DECAYED * last:
+        yield (
+            f"The learning rate falls from {first:g} to {last:g} over these files. A run that has decayed gains little "
+            "from an average; older files may help more."
+        )
+    old = [(name, share) for name, share in zip(names, left, strict=True) if share is not None and share > _OLD]
+    if old:
+        more = f", and more than {_OLD:.0%} in {len(old) - 1} others" if len(old) > 1 else ""
+        yield f"{old[0][1]:.1%} of the EMA in {old[0][0]} is still the weights that it began with{more}."

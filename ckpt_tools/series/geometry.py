@@ -1,0 +1,119 @@
+"""Geometry: where the checkpoints of a series lie to each other, from their inner products alone.
+
+With G_ij = <x_i, x_j>, the squared distance of two checkpoints is G_ii + G_jj - 2 G_ij, and that of x_i to the mean of
+all is the mean of its squared distances less half the mean of all squared distances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+FAR = 3.0
+"""A checkpoint is far from all others if it is so many times as far from their mean as they are, in the median."""
+ONE_BASIN = 0.9
+"""In one basin, the mean is at least so long as the checkpoints are, on the average.
+
+The mean of n checkpoints of one direction has their length. That of n runs from other starts, whose weights are
+orthogonal but for chance, has 1 / sqrt(n) of it; of two such runs it is 0.71.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The geometry of N checkpoints; lengths are Euclidean, over all values together.
+
+    Attributes:
+        norms: of each checkpoint.
+        to_mean: distance of each to the mean of all.
+        steps: distance of each to the next (N - 1).
+        cosines: between each step and the next (N - 2); None if one of them is 0.
+        mean_norm: norm of the mean over the mean of the norms; 1 if all are the same point.
+        farthest: number of the checkpoint that is farthest from the mean of the others, and how many times as far as
+            the others are from theirs, in the median; None for less than three.
+    """
+
+    norms: tuple[float, ...]
+    to_mean: tuple[float, ...]
+    steps: tuple[float, ...]
+    cosines: tuple[float | None, ...]
+    mean_norm: float
+    farthest: tuple[int, float] | None
+
+    @property
+    def outlier(self) -> int | None:
+        """Number of the one checkpoint that is far from all others, or None."""
+        return self.farthest[0] if self.farthest is not None and self.farthest[1] > FAR else None
+
+    @property
+    def one_basin(self) -> bool:
+        """False if the checkpoints point in other directions, so that their mean is much shorter than they are."""
+        return self.mean_norm >= ONE_BASIN
+
+
+def geometry(products: torch.Tensor) -> Geometry:
+    """Measure a series.
+
+    Args:
+        products: (N, N) float64, as `ckpt_tools.compute.gram.gram` gives it: of the differences from the last, and of
+            the last itself.
+    """
+    n = len(products)
+    rows: list[list[float]] = products.tolist()
+    last = n - 1
+
+    def inner(i: int, j: int) -> float:
+        """Return <x_i - x_N, x_j - x_N>."""
+        return 0.0 if last in (i, j) else rows[i][j]
+
+    squares = [[max(inner(i, i) + inner(j, j) - 2 * inner(i, j), 0.0) for j in range(n)] for i in range(n)]
+    own = rows[last][last]
+    norms = [math.sqrt(max(own if i == last else rows[i][i] + 2 * rows[i][last] + own, 0.0)) for i in range(n)]
+    center = [sum(inner(i, j) for j in range(n)) for i in range(n)]  # n times <x_i - x_N, mean - x_N>
+    across = sum(rows[i][last] for i in range(last)) / n
+    length = math.sqrt(max(sum(center) / n**2 + 2 * across + own, 0.0))
+    whole = math.fsum(norms) / n
+    return Geometry(
+        norms=tuple(norms),
+        to_mean=tuple(_to_mean(squares, i, range(n)) for i in range(n)),
+        steps=tuple(math.sqrt(squares[i][i + 1]) for i in range(last)),
+        cosines=tuple(_cosine(squares, i) for i in range(n - 2)),
+        mean_norm=length / whole if whole else 1.0,
+        farthest=_farthest(squares),
+    )
+
+
+def _to_mean(squares: Sequence[Sequence[float]], i: int, of: Sequence[int]) -> float:
+    """Return the distance of checkpoint i to the mean of some."""
+    between = math.fsum(squares[j][k] for j in of for k in of) / (2 * len(of) ** 2)
+    return math.sqrt(max(math.fsum(squares[i][j] for j in of) / len(of) - between, 0.0))
+
+
+def _cosine(squares: Sequence[Sequence[float]], i: int) -> float | None:
+    a, b, across = squares[i][i + 1], squares[i + 1][i + 2], squares[i][i + 2]
+    return (across - a - b) / (2 * math.sqrt(a) * math.sqrt(b)) if a and b else None
+
+
+def _farthest(squares: Sequence[Sequence[float]]) -> tuple[int, float] | None:
+    n = len(squares)
+    if n < 3:
+        return None
+    from_others = [_to_mean(squares, i, [j for j in range(n) if j != i]) for i in range(n)]
+    i = max(range(n), key=from_others.__getitem__)
+    others = [j for j in range(n) if j != i]
+    usual = median(_to_mean(squares, j, others) for j in others)
+    return i, from_others[i] / usual if usual else math.inf if from_others[i] else 1.0
+
+
+def movement(products: torch.Tensor) -> float:
+    """Return how far a tensor moves: the root of the mean squared distance to its mean, over the mean norm."""
+    found = geometry(products)
+    whole = math.fsum(found.norms) / len(found.norms)
+    spread = math.sqrt(math.fsum(each**2 for each in found.to_mean) / len(found.to_mean))
+    return spread / whole if whole else 0.0

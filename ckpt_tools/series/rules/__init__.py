@@ -1,0 +1,1 @@
+"""Rules: one module a way of averaging, each a pure function to coefficients with an item `RULE`."""

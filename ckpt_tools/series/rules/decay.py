@@ -1,0 +1,64 @@
+"""Decay: averages in place of a learning-rate decay at the end of training (WSM, arXiv 2507.17634, Theorem 3.1).
+
+A decay that would have scaled the update between checkpoints j and j + 1 by w_j, 1 >= w_1 >= ... >= 0, is the average
+with c_i = w_(i-1) - w_i, c_N = w_(N-1) and w_0 = 1. With w_j = f(j / N) the shapes ``linear`` and ``1-sqrt`` are the
+merge styles ``linear`` and ``minus-sqrt`` of Megatron-LM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from ...errors import UsageError
+from .axis import BY, check_axis, positions
+from .rule import Option, Rule
+
+SHAPES: dict[str, Callable[[float, int], float]] = {
+    "linear": lambda x, n: 1 - x,
+    "1-sqrt": lambda x, n: 1 - math.sqrt(x),
+    "cosine": lambda x, n: (1 + math.cos(math.pi * x)) / 2,
+    # The learning rate falls as the inverse square root of the number of gaps, from the first checkpoint on.
+    "inverse-sqrt": lambda x, n: 1 / math.sqrt(1 + n * x),
+}
+"""Shape to the factor of the learning rate at x in [0, 1] of the decay, for n checkpoints."""
+
+
+def decay(steps: Sequence[float], *, shape: str) -> tuple[float, ...]:
+    """Weigh as if the learning rate had decayed from the first checkpoint on.
+
+    The decay ends one mean gap behind the last checkpoint, so that evenly spaced checkpoints are at x = i / N.
+
+    Args:
+        steps: positions of the checkpoints, increasing.
+        shape: one of `SHAPES`.
+    """
+    n = len(steps)
+    if n == 1:
+        return (1.0,)
+    whole = (steps[-1] - steps[0]) * n / (n - 1)
+    factors = [1.0, *(SHAPES[shape]((step - steps[0]) / whole, n) for step in steps[1:]), 0.0]
+    return tuple(a - b for a, b in pairwise(factors))
+
+
+def _decay(steps: Sequence[int | None], *, shape: str, by: str) -> tuple[float, ...]:
+    return decay(positions(steps, by) or range(len(steps)), shape=shape)
+
+
+def _along(steps: Sequence[int | None], *, shape: str, by: str) -> str | None:
+    return None if positions(steps, by) is None else "by"
+
+
+def _check(*, shape: str, by: str) -> None:
+    check_axis(by)
+    if shape not in SHAPES:
+        raise UsageError(f"`shape` is one of {', '.join(SHAPES)}, not {shape!r}.")
+
+
+RULE = Rule(
+    _decay,
+    (Option("shape", str, "1-sqrt", f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for."), BY),
+    check=_check,
+    along=_along,
+)

@@ -1,0 +1,116 @@
+"""Looking at a series, against NumPy on the whole vectors of its parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_runner import run
+
+from ckpt_tools import look
+from ckpt_tools.errors import CkptError, UsageError
+
+Save = Callable[..., Path]
+
+
+def series(save: Save, n: int = 5, **other: Any) -> np.ndarray:
+    """Write a run of a small net with BatchNorm, and return its parameters, one row a checkpoint."""
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = torch.randn(20, 30, generator=generator), torch.randn(20, generator=generator)
+    rows = []
+    for i in range(n):
+        weight = weight + 0.02 * torch.randn(20, 30, generator=generator)
+        state = {
+            "fc.weight": weight,
+            "fc.bias": bias,
+            "bn.running_mean": torch.full((20,), 1e3 * i),
+            "n": torch.tensor(i),
+        }
+        tree = {"model": state, "step": 100 * (i + 1)} | {key: value[i] for key, value in other.items()}
+        save(f"c-{i}.pth", tree)
+        rows.append(np.concatenate([weight.double().numpy().ravel(), bias.double().numpy()]))
+    return np.array(rows)
+
+
+def optimizer(rate: float) -> dict[str, Any]:
+    return {"state": {}, "param_groups": [{"lr": rate, "params": [0, 1]}]}
+
+
+def test_look_measures_the_parameters_without_the_buffers(save: Save, here: Path) -> None:
+    rows = series(save)
+    report = look("c-*.pth", threads=2)
+    mean = rows.mean(axis=0)
+    assert [each.step for each in report.checkpoints] == [100, 200, 300, 400, 500]
+    assert [each.to_mean for each in report.checkpoints] == pytest.approx(np.linalg.norm(rows - mean, axis=1), rel=1e-6)
+    assert [each.norm for each in report.checkpoints] == pytest.approx(np.linalg.norm(rows, axis=1), rel=1e-9)
+    steps = np.diff(rows, axis=0)
+    assert [each.to_next for each in report.checkpoints[:-1]] == pytest.approx(np.linalg.norm(steps, axis=1), rel=1e-6)
+    cosine = steps[0] @ steps[1] / np.linalg.norm(steps[0]) / np.linalg.norm(steps[1])
+    assert report.checkpoints[1].cosine == pytest.approx(cosine, abs=1e-5)
+    assert list(report.movement) == ["fc.weight", "fc.bias"]
+    assert report.movement["fc.bias"] == 0
+    assert (report.outlier, report.one_basin, report.notes) == (None, True, ())
+    assert report.bytes_read == 5 * 4 * 620
+
+
+def test_look_tells_of_an_outlier_a_decayed_rate_and_another_basin(save: Save, here: Path) -> None:
+    series(save, optimizer=[optimizer(rate) for rate in (0.1, 0.05, 0.01, 0.005, 0.001)])
+    report = look("c-*.pth")
+    assert [each.learning_rate for each in report.checkpoints] == [0.1, 0.05, 0.01, 0.005, 0.001]
+    assert any("learning rate falls from 0.1 to 0.001" in note for note in report.notes)
+    torch.manual_seed(9)
+    for i in (2, 3):
+        tree = torch.load(f"c-{i}.pth")
+        tree["model"]["fc.weight"] = torch.randn(20, 30) if i == 3 else tree["model"]["fc.weight"]
+        save(f"c-{i}.pth", tree)
+    report = look("c-*.pth")
+    assert report.outlier == "c-3.pth"
+    assert any("c-3.pth is" in note and "as far from the mean of the others" in note for note in report.notes)
+    for i in range(5):
+        save(f"d-{i}.pth", {"fc.weight": torch.randn(50, 40)})
+    report = look("d-*.pth")
+    assert not report.one_basin
+    assert report.mean_norm == pytest.approx(5**-0.5, abs=0.02)
+    assert any("no common basin" in note for note in report.notes)
+
+
+def test_look_tells_how_much_of_an_ema_is_still_its_start(save: Save, here: Path) -> None:
+    for i in (1, 2):
+        w = torch.full((4,), float(i))
+        save(
+            f"e-{i}.ckpt",
+            {
+                "model.w": w,
+                "model_ema.w": w * 1,
+                "model_ema.decay": torch.tensor(0.99),
+                "model_ema.num_updates": torch.tensor(100 * i),
+            },
+        )
+    report = look("e-*.ckpt")
+    assert report.checkpoints[0].start_left == pytest.approx(0.99**100, rel=1e-5)
+    assert any("36.6% of the EMA in e-1.ckpt is still the weights that it began with" in note for note in report.notes)
+
+
+def test_the_command_shows_a_table_and_writes_json(save: Save, here: Path) -> None:
+    rows = series(save)
+    found = run("look", "c-*.pth", "--last", "3", "--json")
+    assert found.code == 0
+    assert "c-4.pth" in found.err
+    assert "These tensors move most, relative to their norm: fc.weight" in found.err
+    report = json.loads(found.out)
+    mean = rows[2:].mean(axis=0)
+    assert report["checkpoints"][0]["to_mean"] == pytest.approx(np.linalg.norm(rows[2] - mean), rel=1e-6)
+
+
+def test_look_refuses_one_checkpoint_and_files_that_share_nothing(save: Save, here: Path) -> None:
+    save("a.pth", {"w": torch.ones(2)})
+    with pytest.raises(UsageError, match=r"a\.pth is one checkpoint alone"):
+        look("a.pth")
+    save("b.pth", {"v": torch.ones(2)})
+    with pytest.raises(CkptError, match=r"'w'|'v'"):
+        look(["a.pth", "b.pth"])
