@@ -29,7 +29,7 @@ from ..formats.header import PROVENANCE, Header
 from ..formats.json_file import read_json
 from ..formats.pickle_write import plain
 from ..formats.ranks import further_files
-from ..formats.tree import put, tensors_in, without
+from ..formats.tree import entries, put, tensors_in, without
 from ..storage.source import stamp_at
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .companions import companions
@@ -240,7 +240,8 @@ def beside(tree: Any, state: StateDict) -> list[str]:
     for part in parts:
         node = tree
         for depth, key in enumerate(part.path):
-            others += [(*part.path[:depth], other) for other in node if (*part.path[:depth], other) not in above]
+            keys = ((*part.path[:depth], other) for other, _ in entries(node))
+            others += [path for path in keys if path not in above]
             node = node[key]
         within = [*((*part.path, key) for key in (*part.other_entries, *part.other_set)), *part.ema_paths]
         others += [path for path in within if path[: len(part.path)] == part.path]
@@ -264,6 +265,9 @@ def _container(
         return OrderedDict(tensors), {}
     tree = base.tree
     parts = state.parts or (state,)
+    if any(_in_list(tree, part.home) for part in parts):  # a list is written as the weights alone
+        dropped += beside(tree, state)
+        return OrderedDict(tensors), {}
     leads = {part.lead if state.parts else "": part for part in parts}
     ours, theirs = _by_lead(tensors, leads), _by_lead(renamed, leads)
     for lead, part in leads.items():
@@ -284,6 +288,15 @@ def _container(
     copies = Copies()
     out = plain(tree, dropped, copies.__getitem__)
     return out, _unaveraged(tree, homes, {spec for spec in copies if spec.dtype.averaged and spec.shape})
+
+
+def _in_list(tree: Any, path: Sequence[Any]) -> bool:
+    """True if a path leads through a list."""
+    for key in path:
+        if not isinstance(tree, Mapping):
+            return isinstance(tree, (list, tuple))
+        tree = tree.get(key)
+    return False
 
 
 def _by_lead(names: Iterable[str], leads: Collection[str]) -> dict[str, list[str]]:

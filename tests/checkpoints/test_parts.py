@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from ckpt_tools import average
+from ckpt_tools import average, convert
 from ckpt_tools.errors import AlignmentError, LayoutError, UsageError
 
 Save = Callable[..., Path]
@@ -236,13 +236,6 @@ def test_average_rejects_a_part_of_which_the_files_share_no_tensor(save: Save, t
         average(paths, keys="intersection", out=tmp_path / "out.pth")
 
 
-def test_average_rejects_a_list_of_model_and_training_state(save: Save, tmp_path: Path) -> None:
-    optimizer = {"state": {}, "param_groups": []}
-    paths = [save(f"{i}.pth", [network(i), optimizer, i, 100 * i, network(5 + i)]) for i in range(2)]
-    with pytest.raises(LayoutError, match=r"tensors in 0, 4\. Save the weights as one dict of names to tensors"):
-        average(paths, out=tmp_path / "out.pth")
-
-
 def test_average_rejects_raw_weights_of_averages_alone(save: Save, tmp_path: Path) -> None:
     path = save("c.pth", {"state_dict_ema": network(1), "epoch": 3})
     with pytest.raises(LayoutError, match=r"has no raw weights, only ema \(state_dict_ema\)\. Use `state='ema'`"):
@@ -269,3 +262,22 @@ def test_no_state_at_all_is_refused(tmp_path: Path) -> None:
     torch.save({"model": {"a.weight": torch.ones(2)}}, tmp_path / "c.pth")
     with pytest.raises(UsageError, match="`state` is empty"):
         average(tmp_path / "c.pth", state=[], out=tmp_path / "x.pth")
+
+
+def test_an_item_of_a_list_is_chosen_by_its_number_and_written_alone(save: Save, here: Path) -> None:
+    """DDIM and NCSN save [model, optimizer, epoch, step, ema]."""
+    for i in (1, 2):
+        net = {"a.weight": torch.full((2, 3), float(i)), "a.bias": torch.full((2,), float(i))}
+        optimizer = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+        save(f"c{i}.pth", [net, optimizer, i, i, {name: 10 * tensor for name, tensor in net.items()}])
+    with pytest.raises(LayoutError, match=r"There are tensors in 0, 4\. Choose with `state='0'`"):
+        average(["c1.pth", "c2.pth"])
+    for state, value in (("0", 1.5), ("4", 15.0)):
+        report = average(["c1.pth", "c2.pth"], state=state, out=f"o{state}.pth")
+        assert set(report.dropped) == {"0", "1", "2", "3", "4"} - {state}
+        assert torch.load(f"o{state}.pth", weights_only=True)["a.weight"].tolist() == [[value] * 3] * 2
+    report = convert("c1.pth", state="4", to="plain", out="e.pth")
+    assert torch.load("e.pth", weights_only=True)["a.bias"].tolist() == [10.0, 10.0]
+    assert set(report.dropped) == {"0", "1", "2", "3"}
+    with pytest.raises(LayoutError, match="nothing at '7'"):
+        average(["c1.pth", "c2.pth"], state="7")

@@ -70,7 +70,9 @@ def _left(tree: Any, path: Path, carried: set[Path], written: set[Tensor]) -> It
     node = follow(tree, path)
     if node is None or path in carried:
         return
-    if isinstance(node, Mapping) and any(other[: len(path)] == path for other in carried):
+    if isinstance(node, (list, tuple)) and any(other[: len(path)] == path for other in carried):
+        yield from ((*path, i) for i in range(len(node)) if (*path, i) not in carried)
+    elif isinstance(node, Mapping) and any(other[: len(path)] == path for other in carried):
         for key in node:
             yield from _left(tree, (*path, key), carried, written)
     elif not (isinstance(node, dict) and node and all(isinstance(v, Tensor) and v in written for v in node.values())):

@@ -309,7 +309,13 @@ def _follow(tree: Any, asked: str) -> tuple[tuple[Any, ...], Any, str]:
     """Follow a dotted path as far as it leads: the keys, the object there, and the remainder of the text."""
     node, rest = tree, asked
     path: tuple[Any, ...] = ()
-    while rest and isinstance(node, dict):
+    while rest and isinstance(node, (dict, list, tuple)):
+        if not isinstance(node, dict):
+            number, _, rest_of_it = rest.partition(".")
+            if not (number.isdecimal() and len(number) < 10 and int(number) < len(node)):
+                break
+            path, node, rest = (*path, int(number)), node[int(number)], rest_of_it
+            continue
         # Keys may hold dots themselves, so the longest key that fits is taken.
         names: dict[str, Any] = {key: key for key in node if isinstance(key, str) and f"{rest}.".startswith(f"{key}.")}
         number = rest.partition(".")[0]
