@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 from ..errors import LayoutError, UsageError
@@ -27,6 +28,7 @@ def weighted_sums(
     dtype: DType | None,
     keep_running: bool,
     shared: Mapping[Path, Files] | None = None,
+    by_name: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
 ) -> dict[str, OutTensor]:
     """Return the output tensor of each name.
 
@@ -36,6 +38,7 @@ def weighted_sums(
         dtype: of floating-point outputs; as in the inputs if None.
         keep_running: copy BatchNorm's running statistics from the last checkpoint.
         shared: for checkpoints with identical headers: file of the last to the corresponding files of all.
+        by_name: coefficients of tensors that have their own; without `shared`.
 
     Returns:
         Name to OutTensor; names that are tied in every checkpoint have the same one.
@@ -65,12 +68,14 @@ def weighted_sums(
                     f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their "
                     "scales. Average the checkpoints before they are quantized."
                 )
-            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
+            from_last = keep_running and is_running(name)
             narrowed = dtype is not None and last.dtype.category is Category.FLOAT
             if from_last or is_copied(name, last):
                 terms, narrowed = Terms.copy(last), narrowed and from_last
             elif type(last) is not TensorSpec and shared:
                 terms = Terms.of(_weighing(_in_each(last, coefficients, shared)))
+            elif name in by_name:
+                terms = _scaled(name, inputs, by_name[name], weigh=False)
             else:
                 files = counted.get(last.storage.path)
                 terms = Terms((last,), weights, files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
@@ -79,6 +84,11 @@ def weighted_sums(
                 tied[inputs] = tensor
         tensors[name] = tensor
     return tensors
+
+
+def is_running(name: str) -> bool:
+    """Return True for BatchNorm's running statistics."""
+    return name.rsplit(".", 1)[-1] in _RUNNING
 
 
 def _scaled(name: str, inputs: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool) -> Terms:
