@@ -36,7 +36,7 @@ class Schedule:
             name: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
             for name, value in options.items()
         }
-        self.mode = self._meant() if mode is None else _named(mode)
+        self.mode = self._meant() if mode is None else named(mode)
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:
@@ -120,7 +120,7 @@ class Schedule:
         return tuple(self.rule.coefficients(numbers, **self.values | self.fitted(numbers)))
 
 
-def _named(mode: object) -> str:
+def named(mode: object) -> str:
     """Return the mode that a name means."""
     name = mode.lower() if isinstance(mode, str) and mode not in SCHEDULES else str(mode)
     return _MODES.get(name, name)

@@ -1,0 +1,92 @@
+"""Significance: whether one model is better than another on the same samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, UsageError
+
+RESAMPLES = 4000
+_AT_ONCE = 1 << 22  # values drawn at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean difference and its confidence interval.
+
+    Attributes:
+        difference: mean of a - b.
+        low, high: of the interval.
+    """
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def shown(self) -> bool:
+        """True if the interval leaves no difference out."""
+        return not self.low <= 0 <= self.high
+
+
+def mcnemar(right_a: Tensor, right_b: Tensor) -> float:
+    """Return the p-value of McNemar's exact test, two-sided: how likely such a difference is by chance.
+
+    Of the samples that one model alone has right, each model should have half: the binomial distribution (McNemar 1947,
+    doi.org/10.1007/BF02295996).
+
+    Args:
+        right_a, right_b: bool [N], whether each model has each sample right.
+
+    Raises:
+        DataError: other samples.
+    """
+    _check(right_a, right_b)
+    only_a = int((right_a & ~right_b).sum())
+    only_b = int((right_b & ~right_a).sum())
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    term = total = 1  # binomial coefficients up to `fewer`
+    for i in range(fewer):
+        term = term * (n - i) // (i + 1)
+        total += term
+    return min(1.0, float(Fraction(2 * total, 2**n)))
+
+
+def paired_interval(
+    a: Tensor, b: Tensor, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return the bootstrap interval of the mean difference on the same samples (percentiles; Efron 1979).
+
+    Args:
+        a, b: float [N], a value of each model for each sample, such as its loss.
+        confidence: between 0 and 1.
+        seed: of the resamples; the same seed gives the same interval.
+
+    Raises:
+        DataError: other samples, or none.
+        UsageError: a confidence that is none.
+    """
+    _check(a, b)
+    if not 0 < confidence < 1:
+        raise UsageError(f"`confidence={confidence}`: lies between 0 and 1.")
+    differences = a.double().cpu() - b.double().cpu()
+    n = len(differences)
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    rows = max(1, _AT_ONCE // n)
+    for begin in range(0, resamples, rows):
+        drawn = torch.randint(n, (min(rows, resamples - begin), n), generator=generator)
+        means.append(differences[drawn].mean(dim=1))
+    tail = (1 - confidence) / 2
+    low, high = torch.quantile(torch.cat(means), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(math.fsum(differences.tolist()) / n, low, high)
+
+
+def _check(a: Tensor, b: Tensor) -> None:
+    if a.dim() != 1 or a.shape != b.shape or not len(a):
+        raise DataError(f"the models were evaluated on {list(a.shape)} and {list(b.shape)} samples, not on the same.")
