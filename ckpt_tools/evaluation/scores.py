@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,20 @@ class Accuracy:
     images: int
 
 
-@torch.no_grad()
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What a classifier makes of each image, in the order of the data.
+
+    Attributes:
+        right, among: bool [N], the label has the highest score, or one of the five highest.
+        loss: float64 [N], cross entropy in nats.
+    """
+
+    right: Tensor
+    among: Tensor
+    loss: Tensor
+
+
 def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
     """Run a classifier over labelled images, in eval mode; the processes of a group add up their sums.
 
@@ -42,8 +55,34 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
     Raises:
         DataError: a batch has no labels, or labels out of range.
     """
+    sums = torch.zeros(4, dtype=torch.float64, device=device_of(model))  # right, among five, loss, images
+    for each in _judged(model, batches):
+        sums += torch.stack([each.right.sum(), each.among.sum(), each.loss.sum(), sums.new_tensor(len(each.loss))])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    right, among, loss_sum, images = sums.tolist()
+    if not images:
+        raise DataError("`eval_data`: the data hold no labelled image.")
+    return Accuracy(100 * right / images, 100 * among / images, loss_sum / images, int(images))
+
+
+def outcomes(model: nn.Module, batches: Iterable[Any]) -> Outcomes:
+    """Run a classifier over labelled images, in eval mode, in this process alone.
+
+    Raises:
+        DataError: see `evaluate`.
+    """
+    found = [(each.right.cpu(), each.among.cpu(), each.loss.cpu()) for each in _judged(model, batches)]
+    if not found:
+        raise DataError("`eval_data`: the data hold no labelled image.")
+    right, among, loss = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Outcomes(right, among, loss)
+
+
+@torch.no_grad()
+def _judged(model: nn.Module, batches: Iterable[Any]) -> Iterator[Outcomes]:
+    """Yield the outcomes of each batch."""
     device = device_of(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # right, among five, loss, images
     with in_eval_mode(model):
         for batch in batches:
             if len(images := images_of(batch)) == 0:
@@ -60,16 +99,8 @@ def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
                     f"shape {list(logits.shape)}. The folders should be the classes of the model, in its order."
                 )
             labels = labels.to(device)
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            right = best == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([right[:, 0].sum(), right.sum(), loss, labels.new_tensor(len(labels))]).double()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    right, among, loss_sum, images = sums.tolist()
-    if not images:
-        raise DataError("`eval_data`: the data hold no labelled image.")
-    return Accuracy(100 * right / images, 100 * among / images, loss_sum / images, int(images))
+            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            yield Outcomes(right[:, 0], right.any(dim=1), F.cross_entropy(logits, labels, reduction="none"))
 
 
 def _labels(batch: Any) -> Tensor:

@@ -1,0 +1,256 @@
+"""Evaluators: what a checkpoint scores, by a command, a function, or labelled images."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.open import Checkpoint, open_checkpoint
+from ..errors import CkptError, DataError, NumericsError, UsageError
+from ..formats import read_header
+from .data import Batches
+from .models import importable, load_factory, load_weights
+from .runner import Progress, Runner
+
+PER_SAMPLE = "per_sample"
+"""Key of the values of each sample, in what a command prints or a function returns."""
+_SHOWN = 200  # characters of what a command printed, in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one checkpoint scores.
+
+    Attributes:
+        metrics: name to value; NaN is none.
+        samples: metric to its value for each sample, float64 [N], whose mean the metric is; of some metrics, or none.
+    """
+
+    metrics: Mapping[str, float]
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Scores checkpoints."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What the scores depend on, as plain data."""
+
+    def score(self, path: Path, log: Path) -> Scores:
+        """Score a checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            log: a file for what is printed meanwhile.
+
+        Raises:
+            CkptError: the evaluation fails, or gives no number.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Scores by a command of the shell, whose last line on stdout is a number or a JSON object of metrics.
+
+    Attributes:
+        text: with ``{ckpt}`` where the path belongs.
+        limit: seconds until it is ended; None for no limit.
+    """
+
+    text: str
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if "{ckpt}" not in self.text:
+            raise UsageError(f"`eval_command={self.text!r}`: write {{ckpt}} where the path of the checkpoint belongs.")
+        if self.limit is not None and not 0 < self.limit < math.inf:
+            raise UsageError(f"`time_limit={self.limit!r}`: a number of seconds above 0.")
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"command": self.text}
+
+    def score(self, path: Path, log: Path) -> Scores:
+        """Run the command; see `Evaluator`. It and all that it started are ended at the limit, and by Ctrl-C."""
+        command = self.text.replace("{ckpt}", shlex.quote(str(path)))
+        with log.open("w+b") as out, log.with_suffix(".err").open("w+b") as err:
+            # A session of its own, so that a signal reaches all that it starts.
+            process = subprocess.Popen(  # noqa: S602 - the user's own command line
+                command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+            try:
+                code = process.wait(self.limit)
+            except subprocess.TimeoutExpired:
+                raise DataError(
+                    f"the evaluation takes more than {self.limit:g} s (`time_limit`), and was ended; see {log}."
+                ) from None
+            finally:
+                _end(process)
+            if code:
+                err.seek(0)
+                said = _tail(err.read())
+                why = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+                raise DataError(f"the evaluation fails ({why}): {said or 'it printed no error'}. See {log}.")
+            out.seek(0)
+            last = _tail(out.read())
+        try:
+            return parsed(json.loads(last))
+        except (ValueError, DataError) as error:
+            why = str(error) if isinstance(error, DataError) else f"{last[:_SHOWN]!r} is neither a number nor JSON"
+            raise DataError(
+                f"the last line of the evaluation should be a number or a JSON object of metrics: "
+                f"{why if last else 'it printed nothing'}. See {log}."
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """Scores by a Python function of the user, which returns a number or a dict of metrics.
+
+    Attributes:
+        spec: ``file.py:function`` or ``module:function``.
+        in_memory: call it with the state dict, name to tensor, in place of the path.
+    """
+
+    spec: str
+    in_memory: bool = False
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {"function": self.spec, "in_memory": self.in_memory}
+
+    def score(self, path: Path, log: Path) -> Scores:
+        """Call the function; see `Evaluator`."""
+        function = load_factory(self.spec, "eval_function")
+        given: Any = str(path)
+        if self.in_memory:
+            given = dict(open_checkpoint(path))
+        try:
+            with importable(self.spec):
+                found = function(given)
+        except CkptError:
+            raise
+        except (Exception, SystemExit) as error:  # the user's own code
+            raise DataError(f"{self.spec} fails ({type(error).__name__}: {error}).") from error
+        return parsed(found, f"{self.spec} returns ")
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """Scores a classifier on labelled images: top-1 and top-5 in percent, loss in nats.
+
+    Attributes:
+        network: takes the weights of each checkpoint.
+        runner: of the network.
+        held_out: labelled images.
+        images: for BatchNorm statistics, measured before every score; None to take those of the checkpoint.
+        passes, estimator: see `recalibrate_bn`.
+        identity: what the scores depend on, as plain data.
+        on_progress: called with (what is done, images done, images in all).
+    """
+
+    network: nn.Module
+    runner: Runner
+    held_out: Batches
+    images: Batches | None
+    passes: int
+    estimator: str
+    identity: Mapping[str, Any]
+    on_progress: Progress
+
+    def score(self, path: Path, log: Path) -> Scores:
+        """Load the weights and run the network; see `Evaluator`. Nothing is logged."""
+        load_weights(self.network, Checkpoint(read_header(path)))
+        if self.images is not None:
+            self.runner.recalibrate(self.images, self.passes, self.estimator, self.on_progress)
+            self.images.check(self.images.broken)
+        found = self.runner.outcomes("evaluating", self.held_out, self.on_progress)
+        self.held_out.check(self.held_out.broken)
+        samples = {"top1": 100 * found.right.double(), "top5": 100 * found.among.double(), "loss": found.loss}
+        if not found.loss.isfinite().all():
+            raise NumericsError("the loss is NaN or infinity on some images: are these the statistics of its data?")
+        return Scores({name: float(each.mean()) for name, each in samples.items()}, samples)
+
+
+def parsed(found: Any, who: str = "") -> Scores:
+    """Read the metrics in a number, or in a mapping of names to numbers, with the values of samples in ``per_sample``.
+
+    Raises:
+        DataError: none of it, or a number that is not finite.
+    """
+    if isinstance(found, Mapping):
+        given = found.get(PER_SAMPLE)
+        metrics = {str(name): _number(value) for name, value in found.items() if name != PER_SAMPLE}
+    else:
+        given, metrics = None, {"metric": _number(found)}
+    numbers = {name: value for name, value in metrics.items() if value is not None}
+    if not numbers:
+        raise DataError(f"{who}{str(found)[:_SHOWN]!r}, in which there is no number")
+    unfit = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if unfit:
+        raise DataError(f"{who}{numbers[unfit[0]]} for '{unfit[0]}'")
+    if given is not None and not isinstance(given, Mapping):
+        if len(numbers) != 1:
+            raise DataError(f"{who}'{PER_SAMPLE}' as a list for {len(numbers)} metrics: give an object, metric to list")
+        given = {next(iter(numbers)): given}
+    return Scores(numbers, {str(name): _samples(name, each, numbers, who) for name, each in (given or {}).items()})
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (bool, str)):
+        return None
+    try:
+        return float(value)  # of NumPy and torch, too
+    except (TypeError, ValueError):
+        return None
+
+
+def _samples(name: Any, values: Any, metrics: Mapping[str, float], who: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float64).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        tensor = torch.empty(0, 0)
+    if tensor.dim() != 1 or not len(tensor) or not tensor.isfinite().all():
+        raise DataError(f"{who}'{PER_SAMPLE}' for '{name}' that is no list of finite numbers")
+    mean = metrics.get(str(name))
+    if mean is None:
+        raise DataError(f"{who}'{PER_SAMPLE}' for '{name}', which is none of the metrics ({', '.join(metrics)})")
+    if not math.isclose(float(tensor.mean()), mean, rel_tol=1e-3, abs_tol=1e-6):
+        raise DataError(
+            f"{who}{mean:g} for '{name}', and values of samples whose mean is {float(tensor.mean()):g}: these two "
+            "should agree"
+        )
+    return tensor
+
+
+def _tail(data: bytes) -> str:
+    """Return the last line that holds anything."""
+    lines = data.decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all of its session that is left."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            break
+        try:
+            process.wait(2)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
