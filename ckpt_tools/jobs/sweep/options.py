@@ -1,0 +1,191 @@
+"""Options of a sweep: those of an average, each with several values, and how the averages are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import UsageError
+from ...series.candidates import SELECTED, several, values
+from ...series.rules.rule import Option
+from ...series.schedules import SCHEDULES, Schedule
+from ..options import Computing, Images, Options, Output, Selection, option
+
+
+class Values:
+    """Options of which each may have several values; a value that is not given is none."""
+
+    title: ClassVar[str]
+
+    def __init__(self, **given: Any) -> None:
+        known = {each.name: each for each in self._single()}
+        self._values = {name: values(known[name], each) for name, each in given.items() if each not in (None, False)}
+
+    @classmethod
+    def _single(cls) -> tuple[Option, ...]:
+        """Return the options as an average has them."""
+        raise NotImplementedError
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """Return the options."""
+        return tuple(_plural(each) for each in cls._single())
+
+    @property
+    def values(self) -> dict[str, list[Any]]:
+        """Option to its values, of those that are given."""
+        return dict(self._values)
+
+
+def _plural(single: Option) -> Option:
+    if single.default is False:
+        return single
+    implied = single.implied if single.default is None else single.default
+    return replace(single, type=Any, default=None, implied=implied)
+
+
+class Rules(Values):
+    """How much each checkpoint counts: all combinations of these values."""
+
+    title = "How much each checkpoint counts (lists such as 0.5,0.9; ranges such as 0.05:0.25:0.05)"
+
+    @classmethod
+    def _single(cls) -> tuple[Option, ...]:
+        mode, *_ = Schedule.options()
+        rules = [rule for rule in SCHEDULES.values() if rule.needs in ("step", "updates")]
+        found = {each.name: each for rule in rules for each in rule.options if several(each)}
+        return (replace(mode, help="uniform, ema, decay, power, difference."), *found.values())
+
+
+class Selections(Values):
+    """Which checkpoints: all combinations of these values."""
+
+    title = "Which checkpoints (lists and ranges, too)"
+
+    @classmethod
+    def _single(cls) -> tuple[Option, ...]:
+        return tuple(each for each in Selection.options() if each.name in SELECTED)
+
+
+class Order(Options):
+    """Where the series comes from."""
+
+    title = "The series"
+
+    order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
+    include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
+    metrics: str | Path | None = option("With `best`: a table of metrics, CSV or JSON lines.", None, metavar="FILE")
+
+
+class Searching(Options):
+    """Further candidates that depend on scores."""
+
+    title = "Search"
+
+    greedy: bool = option("Greedy soup: add checkpoints, best first, as long as the score is not worse.", False)
+    search: str | None = option(
+        "Golden section between the two values of this option, such as decay or sigma_rel.", None, metavar="OPTION"
+    )
+    evaluations: int = option("Of a search.", 8, metavar="N")
+
+
+class Evaluation(Options):
+    """How a candidate is scored; one of the three."""
+
+    title = "Evaluation"
+
+    eval_data: str | None = option("Labelled images: top-1, top-5 and loss of `model`.", None, metavar="DATA")
+    eval_command: str | None = option(
+        "'python eval.py {ckpt}': its last line is a number, or a JSON object of metrics.", None, metavar="COMMAND"
+    )
+    eval_function: str | None = option("file.py:fn, which returns a number or a dict of metrics.", None, metavar="FN")
+    in_memory: bool = option("Call the function with the state dict, not the path.", False)
+    time_limit: float | None = option("Seconds of one command.", None, metavar="SECONDS")
+    jobs: int = option("Commands at a time.", 1, metavar="N")
+    metric: str | None = option(
+        "The one that decides; also of `best`.", None, implied="top1, or the only one", metavar="KEY"
+    )
+    lower_is_better: bool | None = option("For a loss.", None, implied="by the name of the metric")
+
+
+class Honesty(Options):
+    """Data that had no part in the choice."""
+
+    title = "Report on other data"
+
+    test: str | None = option(
+        "Data, command or function like that of the evaluation; scored once, for the best and the last.",
+        None,
+        metavar="DATA|COMMAND|FN",
+    )
+    holdout: float | None = option(
+        "Instead: this part of the samples, drawn by `seed`, has no part in the choice.", None, metavar="F"
+    )
+
+
+class SweptImages(Images):
+    """The images of the evaluation, and those for BatchNorm statistics."""
+
+    data: str | None = option(  # type: ignore[assignment]
+        "Images for BatchNorm statistics, measured before every score.", None, metavar="DATA"
+    )
+    passes: int = option("Of the statistics; see `recal_bn(...)`.", 1)
+    estimator: str = option("Of the statistics; see `recal_bn(...)`.", "population")
+    seed: int = option("Of the random subset of images, of `holdout` and of the intervals.", 0)
+
+
+class SweptOutput(Output):
+    """Where the results go."""
+
+    title = "Output"
+
+    out: str | Path | None = option("Write the best average, with the evidence in it.", None, metavar="PATH")
+    dtype: Any = option("Of the averages: float32, bfloat16, ...", None, implied="same")
+    scratch: str | Path = option("Folder for results, logs and candidates.", "ckpt-sweep", metavar="DIR")
+    keep: int = option("Candidates that stay there: the best N.", 1, metavar="N")
+    plot: str | Path | None = option("Draw the metric over the candidates, .svg or .png.", None, metavar="FILE")
+    report: str | Path | None = option("Write a page with all of it, one .html file.", None, metavar="FILE")
+    csv: str | Path | None = option("Write the ranking as a table.", None, metavar="FILE")
+
+
+class Sweeping(Computing):
+    """How a sweep runs."""
+
+    on_result: Callable[..., None] | None = option(
+        "Called after each evaluation with (result, number done, number in all).", None
+    )
+    device: str = option("Of the sums and the network: auto, cpu, cuda, or one such as cuda:1.", "auto")
+    amp: bool = option("Run the network in mixed precision, bfloat16.", False)
+    channels_last: bool = option("Memory order of the images.", True)
+
+
+def check(evaluation: Evaluation, honesty: Honesty, output: SweptOutput, searching: Searching) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    given = [name for name in ("eval_data", "eval_command", "eval_function") if getattr(evaluation, name) is not None]
+    if len(given) != 1:
+        raise UsageError(
+            "one of `eval_data`, `eval_command` and `eval_function` says how a candidate is scored"
+            + (f", not {' and '.join(f'`{name}`' for name in given)}." if given else ".")
+        )
+    for name, owner in (("in_memory", "eval_function"), ("time_limit", "eval_command")):
+        if getattr(evaluation, name) and given != [owner]:
+            raise UsageError(f"`{name}` goes with `{owner}`.")
+    for name, value, least in (
+        ("jobs", evaluation.jobs, 1),
+        ("keep", output.keep, 0),
+        ("evaluations", searching.evaluations, 3),
+    ):
+        if type(value) is not int or value < least:
+            raise UsageError(f"`{name}={value!r}`: a whole number, {least} or more.")
+    if evaluation.jobs > 1 and given != ["eval_command"]:
+        raise UsageError("`jobs` goes with `eval_command`: images and functions use all cores themselves.")
+    if honesty.test is not None and honesty.holdout is not None:
+        raise UsageError("`test` and `holdout` are two ways to one end: give one of them.")
+    if honesty.holdout is not None and not 0 < honesty.holdout < 1:
+        raise UsageError(f"`holdout={honesty.holdout!r}`: a part between 0 and 1, such as 0.5.")

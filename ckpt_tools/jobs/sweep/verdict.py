@@ -1,0 +1,127 @@
+"""The verdict: whether the best average is better than the last checkpoint, on data that had no part in the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ...evaluation.evaluators import Scores
+from ...evaluation.significance import mcnemar, paired_interval
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two checkpoints on one metric.
+
+    Attributes:
+        metric: its name.
+        best, other: values of the two.
+        difference: best - other.
+        low, high: of its 95 % bootstrap interval over the samples; None without values of samples.
+        p: of McNemar's exact test, where each sample is right or wrong; else None.
+        samples: number of samples; None if it is not known.
+    """
+
+    metric: str
+    best: float
+    other: float
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    samples: int | None = None
+
+    @property
+    def shown(self) -> bool:
+        """True if the interval leaves no difference out."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+def compared(best: Scores, other: Scores, *, seed: int) -> list[Comparison]:
+    """Compare two checkpoints on all metrics that both have.
+
+    Raises:
+        DataError: they have values of different numbers of samples.
+    """
+    return [_compared(name, best, other, seed) for name in best.metrics if name in other.metrics]
+
+
+def _compared(name: str, best: Scores, other: Scores, seed: int) -> Comparison:
+    a, b = best.samples.get(name), other.samples.get(name)
+    plain = Comparison(name, best.metrics[name], other.metrics[name], best.metrics[name] - other.metrics[name])
+    if a is None or b is None:
+        return plain
+    interval = paired_interval(a, b, confidence=CONFIDENCE, seed=seed)
+    right = _right(a, b)
+    return Comparison(
+        name,
+        plain.best,
+        plain.other,
+        interval.difference,
+        interval.low,
+        interval.high,
+        None if right is None else mcnemar(*right),
+        len(a),
+    )
+
+
+def _right(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return which samples each has right, if all values are 0 or one other, as 1 or 100; else None."""
+    found = torch.unique(torch.cat([a, b]))
+    return (a != 0, b != 0) if len(found) <= 2 and bool((found == 0).any() or len(found) == 1) else None
+
+
+def apart(scores: Scores, part: float, seed: int, *, held_out: bool) -> Scores:
+    """Return the scores on one of two parts of the samples; metrics without values of samples are left out.
+
+    Args:
+        part: of the samples that is held out.
+        held_out: True for that part, False for the others.
+
+    Raises:
+        DataError: no metric has values of samples, or one part would be empty.
+    """
+    if not scores.samples:
+        raise DataError(
+            "`holdout` needs the values of each sample: the evaluation gives none. Print or return them as "
+            "'per_sample', or give other data with `test`."
+        )
+    samples: dict[str, Tensor] = {}
+    for name, values in scores.samples.items():
+        n = len(values)
+        count = round(part * n)
+        if not 0 < count < n:
+            raise DataError(f"`holdout={part}` of {n} samples leaves one of the two parts empty.")
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        samples[name] = values[order[:count] if held_out else order[count:]]
+    return Scores({name: float(values.mean()) for name, values in samples.items()}, samples)
+
+
+def in_words(found: Comparison, *, lower_is_better: bool, other: str) -> str:
+    """Say what a comparison shows."""
+    by = f"{found.best:.6g} against {found.other:.6g}"
+    if found.low is None or found.high is None:
+        return (
+            f"{found.metric} is {by} of {other}. Without values of each sample nobody can say whether that is chance."
+        )
+    interval = f"95 % interval of the difference {found.low:+.4g} to {found.high:+.4g}"
+    tested = "" if found.p is None else f", McNemar's exact test p = {found.p:.2g}"
+    on = f"on {found.samples} samples ({interval}{tested})"
+    if not found.shown:
+        return f"No difference from {other} is shown: {found.metric} is {by} {on}."
+    better = (found.difference < 0) == lower_is_better
+    return f"{'Better' if better else 'Worse'} than {other}: {found.metric} is {by} {on}."
+
+
+def fallen(comparisons: Mapping[str, Comparison], metric: str, lower: Mapping[str, bool]) -> Iterator[str]:
+    """Yield the other metrics that are worse although the one that decides is not."""
+    for name, found in comparisons.items():
+        worse = found.difference > 0 if lower[name] else found.difference < 0
+        if name != metric and worse:
+            yield name
