@@ -59,6 +59,9 @@ class Evaluator(Protocol):
             CkptError: the evaluation fails, or gives no number.
         """
 
+    def end(self) -> None:
+        """End evaluations that are at work in other threads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -71,6 +74,7 @@ class Command:
 
     text: str
     limit: float | None = None
+    _running: set[subprocess.Popen[bytes]] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if "{ckpt}" not in self.text:
@@ -90,6 +94,7 @@ class Command:
             process = subprocess.Popen(  # noqa: S602 - the user's own command line
                 command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
+            self._running.add(process)
             try:
                 code = process.wait(self.limit)
             except subprocess.TimeoutExpired:
@@ -98,6 +103,7 @@ class Command:
                 ) from None
             finally:
                 _end(process)
+                self._running.discard(process)
             if code:
                 err.seek(0)
                 said = _tail(err.read())
@@ -113,6 +119,11 @@ class Command:
                 f"the last line of the evaluation should be a number or a JSON object of metrics: "
                 f"{why if last else 'it printed nothing'}. See {log}."
             ) from None
+
+    def end(self) -> None:
+        """End the commands that run; see `Evaluator`."""
+        for process in [*self._running]:
+            _end(process)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +156,9 @@ class Function:
         except (Exception, SystemExit) as error:  # the user's own code
             raise DataError(f"{self.spec} fails ({type(error).__name__}: {error}).") from error
         return parsed(found, f"{self.spec} returns ")
+
+    def end(self) -> None:
+        """Nothing: a function runs in the thread that calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +196,9 @@ class Classifier:
         if not found.loss.isfinite().all():
             raise NumericsError("the loss is NaN or infinity on some images: are these the statistics of its data?")
         return Scores({name: float(each.mean()) for name, each in samples.items()}, samples)
+
+    def end(self) -> None:
+        """Nothing: the network runs in the thread that calls it."""
 
 
 def parsed(found: Any, who: str = "") -> Scores:

@@ -83,10 +83,15 @@ def _clear(stage: Path, fds: list[int]) -> None:
     """Close the descriptors and remove the stage; safe to repeat after an interruption."""
     while fds:
         os.close(fds.pop())
-    if stage.is_dir():
-        shutil.rmtree(stage, ignore_errors=True)
+    remove(stage)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder of our own, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        stage.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def same_file(a: Path, b: Path) -> bool:
