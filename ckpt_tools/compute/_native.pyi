@@ -4,26 +4,24 @@ NOT_READ: int
 ENDS_EARLY: int
 NOT_WRITTEN: int
 """Statuses of a failure."""
-SCRATCH: int
-"""Bytes of scratch that a thread provides."""
-TILE_SCRATCH: int
-"""The same for tiles."""
+ROWS: int
+"""Rows of coefficients, at most."""
 AXES: int
 """Axes of a tile, at most."""
 LIMITS: dict[str, float]
 """The dtypes that can be summed, by name: the smallest magnitude that overflows each."""
 
-_Failure = tuple[int, int, int, int]  # status, slice, term, errno
+_Failure = tuple[int, int, int, int]  # status, slice, term (or target, if it is not written), errno
 
 class Formula:
     """How the elements of some tensors are computed.
 
     Args:
-        dtypes, coefficients: one for each term, in the order of summation.
-        out: dtype of the result; None if bytes are copied and not looked at.
-        itemsize: bytes of an element of the result.
-        common: the sum is multiplied by this.
-        anchored: sum up differences from the first term.
+        dtypes: one for each term, in the order of summation.
+        rows: for each result: (coefficient of each term, None if it is left out; factor of the sum; True to sum up
+            differences from the first term).
+        out: dtype of the results; None if bytes are copied and not looked at.
+        itemsize: bytes of an element of a result.
         copied: the one term is the result, byte for byte.
         checked: if copied: look for NaN and infinity.
     """
@@ -32,22 +30,22 @@ class Formula:
         cls,
         *,
         dtypes: tuple[str, ...],
-        coefficients: tuple[float, ...],
+        rows: tuple[tuple[tuple[float | None, ...], float, bool], ...],
         out: str | None,
         itemsize: int,
-        common: float,
-        anchored: bool,
         copied: bool,
         checked: bool,
     ) -> Formula: ...
-    def fill(self, row: array[int], scratch: bytearray, wants_crc: bool, /) -> tuple[_Failure | None, int, bool]:
-        """Sum a slice from the inputs to the output.
+    def fill(self, ends: array[int], scratch: bytearray, wants_crc: bool, /) -> tuple[_Failure | None, bytes, bool]:
+        """Sum a slice from the inputs to the outputs.
 
         Args:
-            row: 64-bit: number of elements; descriptor and offset in the output; descriptor and offset of each term.
+            ends: 64-bit: number of elements; descriptor and offset of each term; row, descriptor and offset of each
+                target.
+            scratch: as many bytes as `scratch` returns.
 
         Returns:
-            (failure, CRC-32, True if NaN or infinity was found).
+            (failure, 32-bit CRC of each row, True if NaN or infinity was found).
         """
     def pack(
         self, rows: array[int], scratch: bytearray, wants_crc: bool, /
@@ -58,21 +56,24 @@ class Formula:
             rows: 64-bit, for each slice: number of elements; descriptor and offset of each term.
 
         Returns:
-            (failure, results one behind the other, 32-bit CRC of each, 1 for each with NaN or infinity).
+            (failure, results one behind the other, row after row; 32-bit CRC of each, row after row; 1 for each slice
+            with NaN or infinity).
         """
 
     def fill_tile(
-        self, sizes: array[int], strides: array[int], places: array[int], scratch: bytearray, wants_crc: bool, /
-    ) -> tuple[_Failure | None, int, bool]:
-        """Sum a tile from the inputs to the output.
+        self, sizes: array[int], strides: array[int], ends: array[int], scratch: bytearray, wants_crc: bool, /
+    ) -> tuple[_Failure | None, bytes, bool]:
+        """Sum a tile from the inputs to the outputs.
 
         Args:
             sizes: 64-bit: elements along each axis.
             strides: 64-bit, in elements: of each axis in the output, then in each term.
-            places: 64-bit: descriptor and offset of the first element in the output, then in each term.
+            ends: 64-bit: descriptor and offset of the first element in each term; row, descriptor and offset of each
+                target.
 
         Returns:
-            (failure, what it contributes to the CRC-32 of all bytes up to its end, True if NaN or infinity was found).
+            (failure, what each row contributes to the CRC-32 of all bytes up to its end, True if NaN or infinity was
+            found).
         """
     def largest_tile(self, one_order: bool, /) -> int:
         """Return the number of elements that a tile may have; fewer if terms differ in their order."""
@@ -86,6 +87,9 @@ def gram(dtypes: tuple[str, ...], rows: tuple[memoryview, ...], n: int, sums: by
         n: numbers in a row.
         sums: float64, a square matrix with a row for each of `rows`, rounded up to a multiple of 4.
     """
+
+def scratch(rows: int, tiles: bool, /) -> int:
+    """Return the bytes that a thread provides for so many rows, for tiles or for all else."""
 
 def crc32(data: bytes | memoryview, /) -> int: ...
 def start_disk(fd: int, offset: int, nbytes: int, /) -> None: ...

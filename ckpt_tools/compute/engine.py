@@ -1,9 +1,10 @@
 """The engine: fills output files with their tensors, in several threads at once.
 
 Each thread takes a work unit, reads its slices from every input in turn, adds them up in float64, rounds once, and
-writes the result at its offset, in blocks small enough to stay in a cache. Each input byte crosses memory once. Private
-memory depends on the number of threads alone. Threads run in parallel: reading, adding, checksums and writing all
-release the interpreter lock.
+writes the result at its offset, in blocks small enough to stay in a cache. Each input byte crosses memory once, also
+where several files are written that differ in their coefficients (`OutFile.row`): a block has a sum for each of them.
+Private memory depends on the number of threads and, up to `MOST_ROWS`, of such files. Threads run in parallel: reading,
+adding, checksums and writing all release the interpreter lock.
 
 Most slices are summed in C (`native`), without torch, or on GPUs (`gpu`). Torch (`torch_sums`) takes the others, and
 those with NaN or infinity, for it finds the first one.
@@ -30,7 +31,22 @@ from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
 from .threads import in_threads
 from .tiles import Tile, rows
-from .work_units import MEMORY, SLICE, Band, OutFile, Slice, WorkUnit, cut, divided, of_tensors, orders_of, pieces
+from .work_units import (
+    MEMORY,
+    MOST_ROWS,
+    SLICE,
+    Band,
+    OutFile,
+    Slice,
+    Target,
+    WorkUnit,
+    cut,
+    divided,
+    in_rows,
+    of_tensors,
+    orders_of,
+    pieces,
+)
 
 if TYPE_CHECKING:
     from .torch_sums import Recipe, Worker
@@ -53,12 +69,14 @@ def memory_needed(
     Raises:
         UsageError: `gpu_memory` is too little.
     """
-    keyed = [(piece, piece.group_key) for tensor in tensors for piece in pieces(tensor)]
+    # A GPU sums one row at a time.
+    parts = (part for tensor in tensors for part in in_rows(tensor, 1 if devices else MOST_ROWS))
+    keyed = [(piece, piece.group_key) for part in parts for piece in pieces(part)]
     tiled = [tensor for tensor, key in keyed if key is None and tensor.data is None]
     keys = dict.fromkeys(key for _, key in keyed if key is not None)
-    each = native.MEMORY if all(map(native.knows, keys)) else MEMORY
-    if tiled:
-        each = max(each, native.MEMORY + native.TILE_SCRATCH if all(map(_tiled_by_native, tiled)) else MEMORY)
+    rows = max((len(key.rows) for key in (*keys, *[tensor.tile_key for tensor in tiled])), default=1)
+    by_torch = not (all(map(native.knows, keys)) and all(map(_tiled_by_native, tiled)))
+    each = max(native.memory(rows, tiles=bool(tiled)), MEMORY) if by_torch else native.memory(rows, tiles=bool(tiled))
     gpus = Accelerator([tensor for tensor, _ in keyed], threads, devices, gpu_memory)
     return gpus.threads * (each + gpus.host_memory)
 
@@ -77,7 +95,8 @@ def run(
     """Fill output files with their tensors and with the bytes around them.
 
     Args:
-        outputs: files of the planned size, open for writing.
+        outputs: files of the planned size, open for writing. Those that differ in `row` share their tensors: each input
+            is read once for `MOST_ROWS` of them.
         stamps: of the inputs, taken when their headers were read.
         threads: workers; as many as there are cores by default.
         slice_size: elements a worker handles at a time; the best number for each way by default. Changes no byte of the
@@ -108,7 +127,9 @@ def run(
             return min(largest, slice_size or largest)
 
         each = slice_size or gpus.elements or native.SLICE
-        units = list(cut(outputs, slice_size=each, other=other, tile=tile))
+        # A GPU sums one row at a time.
+        most_rows = MOST_ROWS if gpus.elements is None else 1
+        units = list(cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows))
         job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings)
         with job.disk.at_work(job.stop):
             in_threads(
@@ -120,7 +141,7 @@ def run(
         files.check_unchanged()
     for out in outputs:
         plan = out.plan
-        crcs = {tensor: job.checksum(tensor) for tensor, _ in plan.payloads} if plan.needs_checksums else {}
+        crcs = {tensor: job.checksum(out, at) for tensor, at in plan.payloads} if plan.needs_checksums else {}
         for segment in plan.computed:
             if id(segment) not in job.written_early:
                 data = segment.make([crcs[tensor] for tensor in segment.needs])
@@ -135,18 +156,20 @@ class _Disk:
         self._small: Counter[int] = Counter()  # by file: bytes in slices below `_WORTH_STARTING`
 
     def written(self, slice_: Slice) -> None:
-        fd, position, nbytes = slice_.out.fd, slice_.position, slice_.nbytes
+        begin, nbytes = slice_.begin, slice_.nbytes
         if slice_.band is not None:
             slice_.band.missing -= slice_.numel
             if slice_.band.missing:
                 return
-            position, nbytes = slice_.band.position, slice_.band.nbytes
-        if nbytes < _WORTH_STARTING:
-            self._small[fd] += nbytes
-            if self._small[fd] < 4 * _WORTH_STARTING:
-                return
-            position = nbytes = self._small[fd] = 0  # the whole file
-        self._ranges.put((fd, position, nbytes))
+            begin, nbytes = slice_.band.begin, slice_.band.nbytes
+        for out, offset, _, _ in slice_.targets:
+            if nbytes >= _WORTH_STARTING:
+                self._ranges.put((out.fd, offset + begin, nbytes))
+                continue
+            self._small[out.fd] += nbytes
+            if self._small[out.fd] >= 4 * _WORTH_STARTING:
+                self._small[out.fd] = 0
+                self._ranges.put((out.fd, 0, 0))  # the whole file
 
     @contextmanager
     def at_work(self, stop: threading.Event) -> Iterator[None]:
@@ -184,8 +207,9 @@ class _Job:
     _uses_torch: bool = False
     has_descriptors: bool = field(init=False)  # of the inputs, which the C extension reads from
     _waiting: Iterator[WorkUnit] = field(init=False)
-    # By tensor and end in bytes: the CRC-32 of a slice; of a tile, what it adds to that of all bytes up to its end.
-    _crcs: dict[OutTensor, dict[int, int]] = field(default_factory=dict)
+    # By place of a tensor and end in bytes: the CRC-32 of a slice; of a tile, what it adds to that of all bytes up to
+    # its end.
+    _crcs: dict[tuple[OutFile, int], dict[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._waiting = iter(self.units)
@@ -197,7 +221,7 @@ class _Job:
             unit = None if self.stop.is_set() else next(self._waiting, None)
             band = unit.slices[0].band if unit is not None else None
             if unit is not None and band is not None and not band.cleared:
-                _clear(unit.slices[0].out, band)
+                _clear(unit.slices[0].targets, band)
             return unit
 
     def use_torch(self) -> None:
@@ -209,33 +233,36 @@ class _Job:
                 self.torch_settings.enter_context(one_thread_each())
                 self._uses_torch = True
 
-    def done(self, slice_: Slice, crc: int) -> None:
-        self.all_done([(slice_, crc)])
+    def done(self, slice_: Slice, crcs: Sequence[int]) -> None:
+        self.all_done([(slice_, crcs)])
 
-    def all_done(self, written: Sequence[tuple[Slice, int]]) -> None:
-        """Record slices that are written, and their checksums."""
+    def all_done(self, written: Sequence[tuple[Slice, Sequence[int]]]) -> None:
+        """Record slices that are written to all their targets, and the checksums of their rows."""
         with self._lock:
             self.bytes_done += sum([slice_.bytes_moved for slice_, _ in written])
-            for slice_, crc in written:
+            for slice_, crcs in written:
                 self.disk.written(slice_)
-                if slice_.out.plan.needs_checksums:
-                    tensor, end = slice_.end
-                    self._crcs.setdefault(tensor, {})[end] = crc
+                for out, offset, row, _ in slice_.targets:
+                    if out.plan.needs_checksums:
+                        before = slice_.before
+                        self._crcs.setdefault((out, offset - before), {})[before + slice_.end] = crcs[row]
 
-    def checksum(self, tensor: OutTensor) -> int:
+    def checksum(self, out: OutFile, offset: int) -> int:
+        """Return the CRC-32 of the tensor at a place."""
         total = before = 0
-        for end, crc in sorted(self._crcs.get(tensor, {}).items()):
+        for end, crc in sorted(self._crcs.get((out, offset), {}).items()):
             total = combine(total, crc, end - before) if before else crc
             before = end
         return total
 
 
-def _clear(out: OutFile, band: Band) -> None:
+def _clear(targets: Sequence[Target], band: Band) -> None:
     """Write zeros to a band, in few calls."""
     zeros = memoryview(bytes(min(_ZEROS, band.nbytes)))
-    end = band.position + band.nbytes
-    for position in range(band.position, end, _ZEROS):
-        write_at(out.fd, zeros[: end - position], position, out.plan.name)
+    for out, offset, _, _ in targets:
+        end = offset + band.begin + band.nbytes
+        for position in range(offset + band.begin, end, _ZEROS):
+            write_at(out.fd, zeros[: end - position], position, out.plan.name)
     band.cleared = True
 
 
@@ -254,8 +281,7 @@ class _Cpu:
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        self._scratch = bytearray()
-        self._tile_scratch = bytearray()
+        self._scratch = {False: bytearray(), True: bytearray()}  # True: for tiles
         self._worker: Worker | None = None
         self._recipe: tuple[OutTensor, Recipe] | None = None
 
@@ -267,90 +293,114 @@ class _Cpu:
             and self._job.has_descriptors
             and native.knows(unit.key, 0 if tile is None else len(tile.sizes))
         ):
+            scratch = self._memory(len(unit.key.rows), tiles=tile is not None)
             if tile is not None:
-                left = self._fill_tile(unit.key, unit.slices[0], tile)
+                left = self._fill_tile(unit.key, unit.slices[0], tile, scratch)
             else:
-                self._scratch = self._scratch or bytearray(native.SCRATCH)
-                left = (self._fill_small if unit.small else self._fill_large)(unit.key, unit.slices)
+                left = (self._fill_small if unit.small else self._fill_large)(unit.key, unit.slices, scratch)
         for slice_ in left:
             for own in of_tensors(slice_):
                 self._fill_by_torch(own)
 
-    def _fill_large(self, key: GroupKey, slices: Sequence[Slice]) -> Sequence[Slice]:
+    def _memory(self, rows: int, *, tiles: bool) -> bytearray:
+        needed = native.scratch(rows, tiles=tiles)
+        if len(self._scratch[tiles]) < needed:
+            self._scratch[tiles] = bytearray()  # not both at once
+            self._scratch[tiles] = bytearray(needed)
+        return self._scratch[tiles]
+
+    def _fill_large(self, key: GroupKey, slices: Sequence[Slice], scratch: bytearray) -> Sequence[Slice]:
         """Fill slices, and return those in which NaN or infinity was found."""
         left = []
         for slice_ in slices:
-            crc, bad = native.fill(key, slice_, self._job.files, self._scratch)
+            crcs, bad = native.fill(key, slice_, self._job.files, scratch)
             if bad:
                 left.append(slice_)
             else:
-                self._job.done(slice_, crc)
+                self._job.done(slice_, crcs)
         return left
 
-    def _fill_small(self, key: GroupKey, parts: Sequence[Slice]) -> Sequence[Slice]:
-        """Fill small slices of one file, and return those in which NaN or infinity was found.
+    def _fill_small(self, key: GroupKey, parts: Sequence[Slice], scratch: bytearray) -> Sequence[Slice]:
+        """Fill small slices of the same files, and return those in which NaN or infinity was found.
 
-        Neighbours in the file are written at once, with what stands between them.
+        Neighbours in a file are written at once, with what stands between them.
         """
-        data, crcs, bad = native.pack(key, parts, self._job.files, self._scratch)
-        out = parts[0].out
+        data, crcs, bad = native.pack(key, parts, self._job.files, scratch)
+        count, nbytes = len(parts), len(data) // len(key.rows)
+        for i, (out, _, row, _) in enumerate(parts[0].targets):
+            places = [part.targets[i] for part in parts]
+            own, its_crcs = data[row * nbytes : (row + 1) * nbytes], crcs[row * count : (row + 1) * count]
+            self._write_small(out, parts, places, own, its_crcs, bad)
+        self._job.all_done([(part, crcs[i::count]) for i, part in enumerate(parts) if not bad[i]])
+        return [part for part, refused in zip(parts, bad, strict=True) if refused]
+
+    def _write_small(
+        self,
+        out: OutFile,
+        parts: Sequence[Slice],
+        places: Sequence[Target],
+        data: memoryview,
+        crcs: Sequence[int],
+        bad: Sequence[int],
+    ) -> None:
         run: list[bytes | memoryview] = []
         run_begin = run_end = at = 0
-        written = []
-        for part, crc, refused in zip(parts, crcs, bad, strict=True):
+        for part, place, crc, refused in zip(parts, places, crcs, bad, strict=True):
             nbytes = part.nbytes
-            header = b"" if part.header is None else part.header.make((crc,))
-            position = part.position - len(header)
+            header = b"" if place.header is None else place.header.make((crc,))
+            position = place.offset - len(header)
             if refused or position != run_end:
                 write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
                 run, run_begin, run_end = [], position, position
             if not refused:
                 run += (header, data[at : at + nbytes])
-                run_end = part.position + nbytes
-                written.append((part, crc))
-                if part.header is not None:
-                    self._job.written_early.add(id(part.header))
+                run_end = place.offset + nbytes
+                if place.header is not None:
+                    self._job.written_early.add(id(place.header))
             at += nbytes
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
-        self._job.all_done(written)
-        return [part for part, refused in zip(parts, bad, strict=True) if refused]
 
-    def _fill_tile(self, key: GroupKey, slice_: Slice, tile: Tile) -> Sequence[Slice]:
+    def _fill_tile(self, key: GroupKey, slice_: Slice, tile: Tile, scratch: bytearray) -> Sequence[Slice]:
         """Fill a tile, and return it if NaN or infinity was found in it."""
-        self._tile_scratch = self._tile_scratch or bytearray(native.TILE_SCRATCH)
-        crc, bad = native.fill_tile(key, slice_, tile, self._job.files, self._tile_scratch)
+        crcs, bad = native.fill_tile(key, slice_, tile, self._job.files, scratch)
         if bad:
             return [slice_]
-        self._job.done(slice_, crc)
+        self._job.done(slice_, crcs)
         return []
 
     def _fill_by_torch(self, slice_: Slice) -> None:
         """Fill any slice; refuse NaN and infinity by their index, or let them pass."""
-        for each in divided(slice_, self._job.torch_slice):
-            data = self._bytes(each)
-            crc = self._write_rows(each, each.tile, data) if each.tile else self._write(each.position, each, data)
-            self._job.done(each, crc)
+        count = max(len(slice_.tensor.terms.rows), 1)
+        for each in divided(slice_, max(self._job.torch_slice // count, 1)):
+            crcs = [0] * count
+            for row, data in self._results(each):
+                for target in each.targets:
+                    if target.row == row:
+                        crcs[row] = self._write_rows(each, target, data)
+            self._job.done(each, crcs)
 
-    def _write(self, position: int, slice_: Slice, data: memoryview) -> int:
-        """Write bytes, and return their CRC-32 if it is needed."""
-        write_at(slice_.out.fd, data, position, slice_.out.plan.name)
-        return native.crc32(data) if slice_.out.plan.needs_checksums else 0
-
-    def _write_rows(self, slice_: Slice, tile: Tile, data: memoryview) -> int:
-        """Write a tile, and return what it adds to the CRC-32 of all bytes up to its end."""
-        row, begins = rows(tile.sizes, c_strides(slice_.tensor.shape))
-        item = slice_.tensor.dtype.itemsize
+    def _write_rows(self, slice_: Slice, target: Target, data: memoryview) -> int:
+        """Write a slice, and return its CRC-32 if it is needed; of a tile, what it adds to that of all bytes before."""
+        name, wanted = target.out.plan.name, slice_.needs_checksums
+        position, item = target.offset + slice_.begin, slice_.tensor.dtype.itemsize
+        row, begins = slice_.numel, [0]  # all elements are adjacent
+        if slice_.tile is not None:
+            row, begins = rows(slice_.tile.sizes, c_strides(slice_.tensor.shape))
         nbytes, crc, before = row * item, 0, 0
         for i, begin in enumerate(begins):
-            own = self._write(slice_.position + begin * item, slice_, data[i * nbytes : (i + 1) * nbytes])
-            crc = combine(crc, own, (begin - before) * item)
+            own = data[i * nbytes : (i + 1) * nbytes]
+            write_at(target.out.fd, own, position + begin * item, name)
+            if wanted:
+                crc = combine(crc, native.crc32(own), (begin - before) * item)
             before = begin
         return crc
 
-    def _bytes(self, slice_: Slice) -> memoryview:
-        tensor, item = slice_.tensor, slice_.tensor.dtype.itemsize
+    def _results(self, slice_: Slice) -> Iterator[tuple[int, memoryview]]:
+        """Yield the number of each row, and its bytes, which the next ones overwrite."""
+        tensor = slice_.tensor
         if tensor.data is not None:
-            return memoryview(tensor.data)[slice_.start * item : slice_.stop * item]
+            yield 0, memoryview(tensor.data)[slice_.begin : slice_.end]
+            return
         from .torch_sums import Recipe, Worker
 
         if self._worker is None:
@@ -358,7 +408,7 @@ class _Cpu:
             self._worker = Worker(self._job.torch_slice, allow_nonfinite=self._job.allow_nonfinite)
         if self._recipe is None or self._recipe[0] is not tensor:
             self._recipe = tensor, Recipe(tensor, self._job.files)
-        return self._worker.compute(slice_, self._recipe[1])
+        yield from self._worker.compute(slice_, self._recipe[1])
 
 
 def _tiled_by_native(tensor: OutTensor) -> bool:

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ..formats.file_plan import GroupKey
+from ..formats.file_plan import GroupKey, used
 from ..storage.source import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
 from ..tensors import c_strides
@@ -25,14 +25,19 @@ try:
 except ImportError:
     _native = None  # type: ignore[assignment]
 
-SCRATCH = 0 if _native is None else _native.SCRATCH
-"""Bytes that a thread provides for blocks, their sums, and the bytes of one write."""
-TILE_SCRATCH = 0 if _native is None else _native.TILE_SCRATCH
-"""The same for tiles."""
-MEMORY = SCRATCH + (3 << 18)
-"""Private bytes that a thread needs, at most: its scratch, and packed small tensors, twice."""
 SLICE = 1 << 20
 """Elements of a unit: enough to make the price of a call vanish, few enough to share a model out evenly."""
+_PACKED = 3 << 18  # bytes of packed small tensors of all rows, twice
+
+
+def scratch(rows: int, *, tiles: bool = False) -> int:
+    """Return the bytes that a thread provides for so many rows: for blocks, their sums, and the bytes of one write."""
+    return 0 if _native is None else _native.scratch(rows, tiles)
+
+
+def memory(rows: int, *, tiles: bool = False) -> int:
+    """Return the private bytes that a thread needs, at most: its scratch, and packed small tensors."""
+    return scratch(rows) + _PACKED + (scratch(rows, tiles=True) if tiles else 0)
 
 
 def knows(key: GroupKey | None, axes: int = 0) -> bool:
@@ -68,23 +73,24 @@ def gram(dtypes: tuple[str, ...], rows: tuple[memoryview, ...], n: int, sums: by
     return True
 
 
-def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
+def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> tuple[Sequence[int], bool]:
     """Sum a slice and write it; C knows its key.
 
     Args:
-        scratch: `SCRATCH` bytes that no other thread uses.
+        scratch: memory that no other thread uses, see `scratch`.
 
     Returns:
-        (CRC-32 if its file needs it, True if NaN or infinity was found; the slice is not written to its end then).
+        (CRC-32 of each row if a file needs it, True if NaN or infinity was found; the slice is not written to its end
+        then).
 
     Raises:
         ReadError: an input cannot be read, or ends early.
         WriteError: the output cannot be written.
     """
-    row = array("q", [slice_.stop - slice_.start, slice_.out.fd, slice_.position, *_inputs(slice_, files, {})])
-    failure, crc, bad = _formula(key).fill(row, scratch, slice_.out.plan.needs_checksums)
+    ends = array("q", [slice_.stop - slice_.start, *_inputs(slice_, files, {}), *_ends(slice_)])
+    failure, crcs, bad = _formula(key).fill(ends, scratch, slice_.needs_checksums)
     _raise_failure(failure, (slice_,))
-    return crc, bad
+    return memoryview(crcs).cast("I"), bad
 
 
 def largest_tile(key: GroupKey, one_order: bool) -> int:
@@ -96,32 +102,33 @@ def largest_tile(key: GroupKey, one_order: bool) -> int:
     return _formula(key).largest_tile(one_order)
 
 
-def fill_tile(key: GroupKey, slice_: Slice, tile: Tile, files: OpenFiles, scratch: bytearray) -> tuple[int, bool]:
+def fill_tile(
+    key: GroupKey, slice_: Slice, tile: Tile, files: OpenFiles, scratch: bytearray
+) -> tuple[Sequence[int], bool]:
     """Sum a tile and write it; C knows its key.
 
     Args:
         tile: the one of the slice.
-        scratch: `TILE_SCRATCH` bytes that no other thread uses.
+        scratch: memory that no other thread uses, see `scratch`.
 
     Returns:
-        (what it adds to the CRC-32 of all bytes up to its end, True if NaN or infinity was found; the tile is not
+        (what each row adds to the CRC-32 of all bytes up to its end, True if NaN or infinity was found; the tile is not
         written then).
 
     Raises:
         ReadError, WriteError: see `fill`.
     """
     strides = array("q", c_strides(slice_.tensor.shape))
-    ends = array("q", [slice_.out.fd, slice_.position])
+    ends = array("q")
     for spec, places in slice_.tensor.terms.inputs:
         offset = spec.begin + tile.begin(spec.stride) * spec.dtype.itemsize
         for path, shift in places:
             strides.extend(spec.stride)
             ends.extend((files.descriptor(path), offset + shift))
-    failure, crc, bad = _formula(key).fill_tile(
-        array("q", tile.sizes), strides, ends, scratch, slice_.out.plan.needs_checksums
-    )
+    ends.extend(_ends(slice_))
+    failure, crcs, bad = _formula(key).fill_tile(array("q", tile.sizes), strides, ends, scratch, slice_.needs_checksums)
     _raise_failure(failure, (slice_,))
-    return crc, bad
+    return memoryview(crcs).cast("I"), bad
 
 
 def pack(
@@ -130,10 +137,10 @@ def pack(
     """Sum small slices into memory, one behind the other; C knows their key.
 
     Args:
-        scratch: `SCRATCH` bytes that no other thread uses.
+        scratch: memory that no other thread uses, see `scratch`.
 
     Returns:
-        (bytes, CRC-32 of each slice, 1 for each slice with NaN or infinity).
+        (bytes of all slices, row after row; the CRC-32 of each, row after row; 1 for each with NaN or infinity).
 
     Raises:
         ReadError: an input cannot be read, or ends early.
@@ -143,7 +150,7 @@ def pack(
     for slice_ in slices:
         rows.append(slice_.stop - slice_.start)
         rows.extend(_inputs(slice_, files, fds))
-    failure, packed, crcs, bad = _formula(key).pack(rows, scratch, slices[0].out.plan.needs_checksums)
+    failure, packed, crcs, bad = _formula(key).pack(rows, scratch, slices[0].needs_checksums)
     _raise_failure(failure, slices)
     return memoryview(packed), memoryview(crcs).cast("I"), bad
 
@@ -165,20 +172,33 @@ def _inputs(slice_: Slice, files: OpenFiles, fds: dict[int, int]) -> list[int]:
     return found
 
 
+def _ends(slice_: Slice) -> list[int]:
+    """List row, descriptor and offset of each target."""
+    begin = slice_.begin
+    return [number for out, offset, row, _ in slice_.targets for number in (row, out.fd, offset + begin)]
+
+
 @lru_cache(maxsize=256)
 def _formula(key: GroupKey) -> _native.Formula:
     looked_at = key.checked or not key.copied
-    common, anchored = Steps.of(key.dtypes, key.coefficients)
     return _native.Formula(
         dtypes=tuple(dtype.name for dtype in key.dtypes),
-        coefficients=key.coefficients if common is None else (1.0,) * len(key.coefficients),
+        rows=tuple(_row(key, row) for row in key.rows),
         out=key.out.name if looked_at else None,
         itemsize=key.out.itemsize,
-        common=1.0 if common is None else common,
-        anchored=anchored,
         copied=key.copied,
         checked=key.checked,
     )
+
+
+def _row(key: GroupKey, row: Sequence[float]) -> tuple[tuple[float | None, ...], float, bool]:
+    """Return (coefficient of each term, None if it is left out; factor of the sum; True if anchored)."""
+    terms = used(row)
+    common, anchored = Steps.of([key.dtypes[term] for term in terms], [row[term] for term in terms])
+    found: list[float | None] = [None] * len(row)
+    for term in terms:
+        found[term] = row[term] if common is None else 1.0
+    return tuple(found), 1.0 if common is None else common, anchored
 
 
 def _raise_failure(failure: tuple[int, int, int, int] | None, slices: Sequence[Slice]) -> None:
@@ -186,9 +206,9 @@ def _raise_failure(failure: tuple[int, int, int, int] | None, slices: Sequence[S
         return
     status, at, term, reason = failure
     slice_ = slices[at]
-    source = slice_.tensor.terms[term][0].storage.path
+    if status == _native.NOT_WRITTEN:
+        raise write_failed(slice_.targets[term].out.plan.name, os.strerror(reason))
+    source = slice_.tensor.terms[term].storage.path
     if status == _native.ENDS_EARLY:
         raise ended_early(source)
-    if status == _native.NOT_READ:
-        raise read_failed(source, os.strerror(reason))
-    raise write_failed(slice_.out.plan.name, os.strerror(reason))
+    raise read_failed(source, os.strerror(reason))

@@ -14,13 +14,13 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..errors import NumericsError
-from ..formats.file_plan import FilePlan, OutTensor, Terms
+from ..formats.file_plan import OutTensor, Terms, used
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, SummedSpec, c_strides
 from .formula import Steps, real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .tiles import Tile
-from .work_units import SLICE, OutFile, Slice, divided
+from .work_units import SLICE, Slice, divided
 
 _DIRECT = {torch.float64, torch.float32, torch.bfloat16}  # whose conversion to float64 torch has vectorised
 _FULL_RANGE = {torch.float64, torch.float32}  # narrowing to these turns what overflows into infinity
@@ -71,23 +71,44 @@ class Formula(NamedTuple):
         return cls(terms, 2 if out.category is Category.COMPLEX else 1, real, _overflow(real), common, anchored)
 
 
+class RowRecipe(NamedTuple):
+    """How to compute one row of a tensor.
+
+    Attributes:
+        terms: the numbers of those that it sums up.
+        copied: the result is the bytes of the only one.
+        formula: None if bytes are copied and not looked at: torch need not know the dtype.
+    """
+
+    terms: tuple[int, ...]
+    copied: bool
+    formula: Formula | None
+
+
 class Recipe:
     """How to compute the slices of one tensor.
 
     Attributes:
         sources: where to read each term.
         checked: NaN and infinity are refused.
-        formula: None if bytes are copied and not looked at: torch need not know the dtype.
+        rows: how to compute each.
     """
 
-    __slots__ = ("checked", "formula", "sources")
+    __slots__ = ("checked", "rows", "sources")
 
     def __init__(self, tensor: OutTensor, files: OpenFiles) -> None:
-        self.sources = [TensorSource(spec, files) for spec, _ in tensor.terms]
+        terms = tensor.terms
+        self.sources = [TensorSource(spec, files) for spec in terms]
         self.checked = tensor.finite and tensor.dtype.averaged
-        self.formula: Formula | None = None
-        if self.checked or not tensor.copied:
-            self.formula = Formula.of(tensor.terms.dtypes, tensor.terms.coefficients, tensor.dtype)
+        self.rows: list[RowRecipe] = []
+        dtypes = terms.dtypes
+        for row in terms.rows:
+            own = used(row)
+            coefficients, its_dtypes = tuple([row[term] for term in own]), [dtypes[term] for term in own]
+            copied = coefficients == (1.0,) and its_dtypes[0] is tensor.dtype
+            looked_at = self.checked or not copied
+            formula = Formula.of(its_dtypes, coefficients, tensor.dtype) if looked_at else None
+            self.rows.append(RowRecipe(own, copied, formula))
 
 
 class Scratch(Protocol):
@@ -181,50 +202,75 @@ class Arithmetic:
 
 
 class Worker:
-    """The buffers of one thread, and sums from files to bytes in them."""
+    """The buffers of one thread, and sums from files to bytes in them.
+
+    Args:
+        numel: elements of the results of all rows of a slice, at most.
+    """
 
     def __init__(self, numel: int, *, allow_nonfinite: bool) -> None:
         # A complex element is two reals, hence twice the length.
+        self._numel = numel
         self._reader = Reader(16 * numel)
-        self._arithmetic = Arithmetic(Buffer, 2 * numel)
+        self._sums: list[Arithmetic] = []
         self._allow_nonfinite = allow_nonfinite
 
-    def compute(self, slice_: Slice, recipe: Recipe) -> memoryview:
-        """Return the bytes to write for a slice of at most `numel` elements; the next call overwrites them.
+    def compute(self, slice_: Slice, recipe: Recipe) -> Iterator[tuple[int, memoryview]]:
+        """Yield the number of each row, and the bytes to write for a slice; the next ones overwrite them.
+
+        Each term is read once for all rows that are sums.
 
         Raises:
             NumericsError: an input is not finite, or the result overflows.
             ReadError: an input cannot be read.
         """
-        formula, buffer = recipe.formula, self._reader.buffer
-        if slice_.tensor.copied or formula is None:
-            self._read(recipe.sources[0], slice_)
-            if formula is not None and recipe.checked and not self._allow_nonfinite:
-                values = buffer.view(formula.real, slice_.numel * formula.reals)
-                whole = values.dtype in _FULL_RANGE
-                self._check(slice_, recipe, formula, values if whole else self._arithmetic.as_single(values))
-            return buffer.bytes[: slice_.nbytes]
-        if formula.narrows:
-            self._read(recipe.sources[0], slice_)
-            values = buffer.view(torch.float32, slice_.numel * formula.reals)
+        if len(self._sums) != len(recipe.rows):
+            self._sums = []  # not both at once
+            size = -(-2 * self._numel // len(recipe.rows))
+            self._sums = [Arithmetic(Buffer, size) for _ in recipe.rows]
+        summed = []
+        for number, row in enumerate(recipe.rows):
+            if row.copied or row.formula is None:
+                yield number, self._copy(slice_, recipe, row, self._sums[number])
+            elif row.formula.narrows:
+                yield number, self._narrow(slice_, recipe, row, row.formula)
+            else:
+                summed.append((number, row, row.formula, self._sums[number]))
+        self._add_up(slice_, recipe, [each[1:] for each in summed])
+        for number, row, formula, arithmetic in summed:
+            total = arithmetic.total()
+            if formula.anchored:
+                finite = torch.isfinite(total)
+                if not finite.all():
+                    # The difference of two infinities is NaN, and that of two large numbers may overflow.
+                    kept = total.clone()
+                    self._add_up(slice_, recipe, [(row, formula._replace(anchored=False), arithmetic)])
+                    total = arithmetic.total()
+                    total.copy_(torch.where(finite, kept, total))
+            # All terms have been read, so the reader's buffer is free for the result.
+            buffer = self._reader.buffer
+            telling = arithmetic.round(total, buffer.view(formula.real, total.numel()))
             if not self._allow_nonfinite:
-                self._check(slice_, recipe, formula, values)
-            spare = self._reader.spare()
-            spare.view(formula.real, values.numel()).copy_(values)
-            return spare.bytes[: slice_.nbytes]
-        total = self._add_up(slice_, recipe, formula)
-        if formula.anchored:
-            finite = torch.isfinite(total)
-            if not finite.all():
-                # The difference of two infinities is NaN, and that of two large numbers may overflow.
-                kept = total.clone()
-                total = self._add_up(slice_, recipe, formula._replace(anchored=False))
-                total.copy_(torch.where(finite, kept, total))
-        # All terms have been read, so the reader's buffer is free for the result.
-        telling = self._arithmetic.round(total, buffer.view(formula.real, total.numel()))
-        if not self._allow_nonfinite:
-            self._check(slice_, recipe, formula, telling)
+                self._check(slice_, recipe, row, formula, telling)
+            yield number, buffer.bytes[: slice_.nbytes]
+
+    def _copy(self, slice_: Slice, recipe: Recipe, row: RowRecipe, arithmetic: Arithmetic) -> memoryview:
+        buffer, formula = self._reader.buffer, row.formula
+        self._read(recipe.sources[row.terms[0]], slice_)
+        if formula is not None and recipe.checked and not self._allow_nonfinite:
+            values = buffer.view(formula.real, slice_.numel * formula.reals)
+            whole = values.dtype in _FULL_RANGE
+            self._check(slice_, recipe, row, formula, values if whole else arithmetic.as_single(values))
         return buffer.bytes[: slice_.nbytes]
+
+    def _narrow(self, slice_: Slice, recipe: Recipe, row: RowRecipe, formula: Formula) -> memoryview:
+        self._read(recipe.sources[row.terms[0]], slice_)
+        values = self._reader.buffer.view(torch.float32, slice_.numel * formula.reals)
+        if not self._allow_nonfinite:
+            self._check(slice_, recipe, row, formula, values)
+        spare = self._reader.spare()
+        spare.view(formula.real, values.numel()).copy_(values)
+        return spare.bytes[: slice_.nbytes]
 
     def _read(self, source: TensorSource, slice_: Slice) -> None:
         if slice_.tile is None:
@@ -232,21 +278,26 @@ class Worker:
         else:
             self._reader.read_tile(source, slice_.tile)
 
-    def _add_up(self, slice_: Slice, recipe: Recipe, formula: Formula) -> torch.Tensor:
-        count = slice_.numel * formula.reals
-        self._arithmetic.begin(formula, count)
-        for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
+    def _add_up(self, slice_: Slice, recipe: Recipe, rows: Sequence[tuple[RowRecipe, Formula, Arithmetic]]) -> None:
+        for _, formula, arithmetic in rows:
+            arithmetic.begin(formula, slice_.numel * formula.reals)
+        for term, source in enumerate(recipe.sources):
+            using = [(formula, arithmetic) for row, formula, arithmetic in rows if term in row.terms]
+            if not using:
+                continue
             self._read(source, slice_)
-            self._arithmetic.add(self._reader.buffer.view(dtype, count))
-        return self._arithmetic.total()
+            dtype = torch_dtype(real_dtype(source.spec.dtype))
+            for formula, arithmetic in using:
+                arithmetic.add(self._reader.buffer.view(dtype, slice_.numel * formula.reals))
 
-    def _check(self, slice_: Slice, recipe: Recipe, formula: Formula, values: torch.Tensor) -> None:
+    def _check(self, slice_: Slice, recipe: Recipe, row: RowRecipe, formula: Formula, values: torch.Tensor) -> None:
         """Refuse NaN and infinity; the extremes show both, in one pass over the result."""
         low, high = (value.item() for value in torch.aminmax(values))
         if max(-low, high) < formula.limit:  # false for a NaN
             return
         tensor, reals = slice_.tensor, formula.reals
-        for source, (dtype, _) in zip(recipe.sources, formula.terms, strict=True):
+        for term, (dtype, _) in zip(row.terms, formula.terms, strict=True):
+            source = recipe.sources[term]
             self._read(source, slice_)
             found = self._reader.buffer.view(dtype, values.numel()).to(torch.float64)
             bad = ~torch.isfinite(found)
@@ -277,13 +328,10 @@ def read_sum(spec: SummedSpec, name: str, stamps: Iterable[Stamp] = ()) -> torch
     with OpenFiles(stamps) as files:
         files.open_all(spec.paths)
         worker, recipe = Worker(SLICE, allow_nonfinite=True), Recipe(tensor, files)
-        whole = Slice(_NOWHERE, tensor, 0, 0, tensor.numel)
-        for slice_ in divided(whole, SLICE):
-            found.bytes[slice_.position : slice_.position + slice_.nbytes] = worker.compute(slice_, recipe)
+        for slice_ in divided(Slice(tensor, (), 0, tensor.numel), SLICE):
+            for _, data in worker.compute(slice_, recipe):
+                found.bytes[slice_.begin : slice_.begin + slice_.nbytes] = data
     return found.view(torch_dtype(spec.dtype), tensor.numel).view(spec.shape)
-
-
-_NOWHERE = OutFile(FilePlan("", 0, ()), -1)
 
 
 def _index(slice_: Slice, at: int) -> list[int]:

@@ -22,42 +22,62 @@ Files = tuple[tuple[Path, int], ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Terms:
-    """The terms of a weighted sum, in the order of summation: (tensor of an input, coefficient) each.
+    """The terms of weighted sums, in the order of summation, and the rows of coefficients: a sum for each row.
 
     Attributes:
         specs: one per term; where `files` is given, the one in the first of them.
-        coefficients: float64, one per term; one tuple for all tensors with the same ones.
+        rows: float64, one coefficient per term; one tuple for all tensors with the same ones. A row leaves out the
+            terms of coefficient 0; see `used`. Each term is in a row.
         files: the terms are this tensor in files with identical headers; one tuple for all tensors of the files.
     """
 
     specs: tuple[TensorSpec, ...] = ()
-    coefficients: tuple[float, ...] = ()
+    rows: tuple[tuple[float, ...], ...] = ()
     files: Files = ()
 
     @classmethod
     def of(cls, terms: Iterable[tuple[TensorSpec, float]]) -> Terms:
-        """Make them from pairs of spec and coefficient; a sum among them gives its own terms."""
-        apart: list[tuple[TensorSpec, float]] = []
-        for spec, coefficient in terms:
+        """Make those of one row from pairs of spec and coefficient; a sum among them gives its own terms."""
+        specs, row = zip(*terms, strict=True)
+        return cls.of_rows(specs, (row,))
+
+    @classmethod
+    def of_rows(cls, specs: Iterable[TensorSpec], rows: Iterable[Sequence[float]]) -> Terms:
+        """Make those that some row uses; a sum among them gives its own terms."""
+        columns: list[tuple[TensorSpec, tuple[float, ...]]] = []
+        for spec, column in zip(specs, zip(*rows, strict=True), strict=True):
             if type(spec) is SummedSpec:
-                apart += [(each, coefficient * factor) for each, factor in spec.terms]
+                columns += [(each, tuple([c * factor or 0.0 for c in column])) for each, factor in spec.terms]
             else:
-                apart.append((spec, coefficient))
-        return cls(*zip(*apart, strict=True))
+                columns.append((spec, tuple([c or 0.0 for c in column])))  # -0.0 would change the result
+        apart, coefficients = zip(*columns, strict=True)
+        whole = cls(apart, tuple(zip(*coefficients, strict=True)))
+        return whole.of_these(range(len(whole.rows)))
 
     @classmethod
     def copy(cls, spec: TensorSpec) -> Terms:
         """Return the terms whose sum is this tensor; one, unless it is a sum itself."""
-        return cls.of([(spec, 1.0)]) if type(spec) is SummedSpec else cls((spec,), (1.0,))
+        return cls.of([(spec, 1.0)]) if type(spec) is SummedSpec else cls((spec,), ((1.0,),))
+
+    def of_these(self, rows: Sequence[int]) -> Terms:
+        """Return the terms of some of the rows, without those that none of them uses."""
+        chosen = tuple([self.rows[row] for row in rows])
+        terms = sorted({term for row in chosen for term in used(row)})
+        if len(terms) == len(self) and len(rows) == len(self.rows):
+            return self
+        return Terms(
+            self.specs if self.files else tuple([self.specs[term] for term in terms]),
+            tuple([tuple([row[term] for term in terms]) for row in chosen]),
+            _files_at(self.files, tuple(terms)) if self.files else (),
+        )
 
     def __len__(self) -> int:
-        return len(self.coefficients)
+        return len(self.files or self.specs)
 
-    def __getitem__(self, index: int) -> tuple[TensorSpec, float]:
-        spec = self.specs[0].relocated(*self.files[index]) if self.files else self.specs[index]
-        return spec, self.coefficients[index]
+    def __getitem__(self, index: int) -> TensorSpec:
+        return self.specs[0].relocated(*self.files[index]) if self.files else self.specs[index]
 
-    def __iter__(self) -> Iterator[tuple[TensorSpec, float]]:
+    def __iter__(self) -> Iterator[TensorSpec]:
         return map(self.__getitem__, range(len(self)))
 
     @property
@@ -82,22 +102,34 @@ class Terms:
         return [(spec, tuple([(path, 0) for path in spec.paths])) for spec in self.specs]
 
 
+def used(row: Sequence[float]) -> tuple[int, ...]:
+    """Return the terms that a row sums up: those whose coefficient is not 0, or the last if all are 0."""
+    return tuple([term for term, coefficient in enumerate(row) if coefficient != 0]) or (len(row) - 1,)
+
+
+@lru_cache(maxsize=1024)
+def _files_at(files: Files, terms: tuple[int, ...]) -> Files:
+    return tuple([files[term] for term in terms])
+
+
 class GroupKey(NamedTuple):
     """How the elements of a tensor are computed; tensors with equal keys may share a work unit.
 
     Attributes:
-        dtypes, coefficients: of the terms.
-        out: dtype of the result.
+        dtypes, rows: of the terms; a result for each row.
+        out: dtype of the results.
         copied: the result is the bytes of the only term.
-        checked: refuse NaN and infinity in the result.
+        checked: refuse NaN and infinity in the results.
     """
 
     dtypes: tuple[DType, ...]
-    coefficients: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
     out: DType
     copied: bool
     checked: bool
 
+
+_COPY = ((1.0,),)  # the rows of a copy
 
 # Equal keys are one object: there are few keys and many tensors.
 _group_key = lru_cache(maxsize=1024)(GroupKey)
@@ -107,7 +139,8 @@ _group_key = lru_cache(maxsize=1024)(GroupKey)
 class OutTensor:
     """A tensor of an output file: a weighted sum of tensors of the inputs.
 
-    Compared by identity: two names with the same OutTensor are tied.
+    Compared by identity: two names with the same OutTensor are tied. Output files that differ in their coefficients
+    alone share their tensors: these have a row for each file. One with a single row is the same in all of them.
 
     Attributes:
         dtype: of the output.
@@ -141,14 +174,14 @@ class OutTensor:
     @property
     def copied(self) -> bool:
         """True if the output is the bytes of its only input."""
-        return self.terms.coefficients == (1.0,) and self.terms.specs[0].dtype is self.dtype
+        return self.terms.rows == _COPY and self.terms.specs[0].dtype is self.dtype
 
     @property
     def verbatim(self) -> bool:
         """True if a byte range of an input can be copied to the output without decoding or checks."""
         if not self.copied or (self.finite and self.dtype.averaged):
             return False
-        spec, _ = self.terms[0]
+        spec = self.terms[0]
         return spec.contiguous and not spec.swapped
 
     @property
@@ -165,7 +198,7 @@ class OutTensor:
     def tile_key(self) -> GroupKey:
         """Its key whatever its strides and byte order; only for a tensor with terms."""
         checked = self.finite and self.dtype.averaged
-        return _group_key(self.terms.dtypes, self.terms.coefficients, self.dtype, self.copied, checked)
+        return _group_key(self.terms.dtypes, self.terms.rows, self.dtype, self.copied, checked)
 
 
 class Payload(NamedTuple):

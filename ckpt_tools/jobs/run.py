@@ -142,7 +142,7 @@ def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
     pieces: list[tuple[int, bytes | Span]] = [(each.offset, each.make(())) for each in plan.computed]
     sources: dict[Path, None] = {}
     for tensor, position in plan.payloads:
-        spec = tensor.terms[0][0]
+        spec = tensor.terms[0]
         pieces.append((position, Span(spec.begin, spec.begin + spec.nbytes)))
         sources[spec.storage.path] = None
     if len(sources) > 1:

@@ -78,7 +78,7 @@ def weighted_sums(
                 terms = _scaled(name, inputs, by_name[name], weigh=False)
             else:
                 files = counted.get(last.storage.path)
-                terms = Terms((last,), weights, files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
+                terms = Terms((last,), (weights,), files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
             tensor = OutTensor(dtype if dtype and narrowed else last.written, last.shape, terms, name)
             if tensor.numel and not alone:
                 tied[inputs] = tensor
@@ -94,7 +94,7 @@ def is_running(name: str) -> bool:
 def _scaled(name: str, inputs: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool) -> Terms:
     """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
     if weigh and None not in inputs and SummedSpec not in map(type, inputs):
-        return Terms(tuple(inputs), coefficients)  # type: ignore[arg-type]
+        return Terms(tuple(inputs), (coefficients,))  # type: ignore[arg-type]
     present = [(spec, c) for spec, c in zip(inputs, coefficients, strict=True) if spec is not None]
     weighing = tuple(present) if all(coefficients) else _weighing(present)
     if len(present) == len(coefficients):

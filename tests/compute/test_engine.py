@@ -62,7 +62,7 @@ def average(
         assert isinstance(spec, TensorSpec)
         specs.append(spec)
     out_dtype = DTYPES[dtype] if dtype else specs[0].dtype
-    out = OutTensor(out_dtype, specs[0].shape, Terms(tuple(specs), tuple(coefficients)), "w")
+    out = OutTensor(out_dtype, specs[0].shape, Terms(tuple(specs), (tuple(coefficients),)), "w")
     plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     path = tmp_path / "out.safetensors"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -216,7 +216,7 @@ def test_run_names_file_tensor_and_place_of_a_value_that_is_not_finite(
     tensors = [torch.zeros(3, 50, dtype=getattr(torch, dtype)) for _ in range(3)]
     tensors[1][2, 7] = value
     with pytest.raises(NumericsError, match=r"1\.pth: 'w' holds (NaN|-?infinity) at \[2, 7\]"):
-        average(tmp_path, tensors, [0.5, 0.0, 0.5], slice_size=16)
+        average(tmp_path, tensors, [0.5, 0.25, 0.25], slice_size=16)
     found = average(tmp_path, tensors, [1 / 3] * 3, allow_nonfinite=True)
     assert not torch.isfinite(found[2, 7])
 
@@ -248,7 +248,7 @@ def test_run_rejects_a_file_cut_after_its_header_was_read(tmp_path: Path, save: 
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
     os.truncate(path, 1000)
-    out = OutTensor(spec.dtype, spec.shape, Terms((spec,), (0.5,)), "w")
+    out = OutTensor(spec.dtype, spec.shape, Terms((spec,), ((0.5,),)), "w")
     plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
@@ -264,7 +264,7 @@ def test_run_rejects_a_file_cut_after_its_header_was_read(tmp_path: Path, save: 
 def test_run_names_the_output_on_a_full_disk(tmp_path: Path, save: Save) -> None:
     spec = open_checkpoint(save("a.pth", {"w": torch.ones(100_000)})).specs["w"]
     assert isinstance(spec, TensorSpec)
-    out = OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), "w")
+    out = OutTensor(spec.dtype, spec.shape, Terms((spec, spec), ((0.5, 0.5),)), "w")
     plan = SAFETENSORS.plan({"w": out}, Writing(name="out.safetensors"))[0]
     fd = os.open("/dev/full", os.O_WRONLY)
     try:
@@ -278,7 +278,7 @@ def test_run_rejects_a_file_that_changes_meanwhile(tmp_path: Path, save: Save) -
     path = save("a.pth", {"w": torch.zeros(3_000_000)})
     spec = open_checkpoint(path).specs["w"]
     assert isinstance(spec, TensorSpec)
-    out = OutTensor(spec.dtype, spec.shape, Terms((spec,), (0.5,)), "w")
+    out = OutTensor(spec.dtype, spec.shape, Terms((spec,), ((0.5,),)), "w")
     plan = SAFETENSORS.plan({"w": out}, Writing(name="out"))[0]
     fd = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)
     try:
@@ -367,8 +367,8 @@ def test_run_waits_for_no_disk_when_it_fails(tmp_path: Path, save: Save, monkeyp
     bad = open_checkpoint(save("b.pth", {"w": torch.full((600_000,), math.nan)})).specs["w"]
     assert isinstance(spec, TensorSpec)
     assert isinstance(bad, TensorSpec)
-    outs = {f"w{i}": OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), f"w{i}") for i in range(4)}
-    outs["bad"] = OutTensor(bad.dtype, bad.shape, Terms((bad, bad), (0.5, 0.5)), "bad")
+    outs = {f"w{i}": OutTensor(spec.dtype, spec.shape, Terms((spec, spec), ((0.5, 0.5),)), f"w{i}") for i in range(4)}
+    outs["bad"] = OutTensor(bad.dtype, bad.shape, Terms((bad, bad), ((0.5, 0.5),)), "bad")
     plan = SAFETENSORS.plan(outs, Writing(name="out"))[0]
     fd = os.open(tmp_path / "out.safetensors", os.O_RDWR | os.O_CREAT)
     try:

@@ -146,25 +146,33 @@ def test_average_of_plain_files_does_not_import_torch(save: Save, tmp_path: Path
     assert found["n"].item() == 3
 
 
+ONE = ((1.0,), 1.0, False)  # a row
+
+
 def formula(**changes: Any) -> Any:
     """The formula of the mean of two float32 tensors, with changes."""
-    usual: dict[str, Any] = {"dtypes": ("float32", "float32"), "coefficients": (1.0, 1.0), "out": "float32"}
-    usual |= {"itemsize": 4, "common": 0.5, "anchored": False, "copied": False, "checked": True}
+    usual: dict[str, Any] = {"dtypes": ("float32", "float32"), "rows": (((1.0, 1.0), 0.5, False),), "out": "float32"}
+    usual |= {"itemsize": 4, "copied": False, "checked": True}
     return native._native.Formula(**usual | changes)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtypes": (), "coefficients": ()},
-        {"coefficients": (1.0,)},
+        {"dtypes": (), "rows": (((), 0.5, False),)},
+        {"rows": ()},
+        {"rows": (((1.0,), 0.5, False),)},
+        {"rows": (((None, None), 0.5, False),)},
+        {"rows": (((1.0, 1.0), 0.5, False), ((1.0,), 0.5, False))},
+        {"rows": (((1.0, 1.0), 0.5, False),) * 33},
+        {"rows": (0.5,)},
         {"itemsize": 2},
         {"itemsize": 0},
         {"out": None},
         {"copied": True},
         {"dtypes": ("float32", "complex64")},
-        {"dtypes": ("float32",), "coefficients": (1.0,), "copied": True, "out": "bfloat16", "itemsize": 2},
-        {"dtypes": ("int64",), "coefficients": (1.0,), "out": None, "itemsize": 1000, "copied": True, "checked": False},
+        {"dtypes": ("float32",), "rows": (ONE,), "copied": True, "out": "bfloat16", "itemsize": 2},
+        {"dtypes": ("int64",), "rows": (ONE,), "out": None, "itemsize": 1000, "copied": True, "checked": False},
     ],
 )
 def test_formula_rejects_parts_that_do_not_fit_each_other(changes: dict[str, Any]) -> None:
@@ -179,15 +187,15 @@ def test_formula_rejects_a_dtype_that_is_not_summed() -> None:
 
 
 def test_formula_rejects_too_little_scratch_and_rows_of_another_length() -> None:
-    mean, row = formula(), [1, 0, 0, 0, 0, 0, 0]
+    mean, row = formula(), [1, 0, 0, 0, 0, 0, 0, 0]
     for method in (mean.fill, mean.pack):
         with pytest.raises(ValueError, match="too little scratch"):
             method(array("q", row), bytearray(1000), True)
-    for wrong in ([], row[:-1], [*row, 0], [-1, *row[1:]]):
-        with pytest.raises(ValueError, match="does not fit"):
-            mean.fill(array("q", wrong), bytearray(native.SCRATCH), True)
+    for wrong in ([], row[:-1], row[:-3], [*row, 0], [-1, *row[1:]], [*row[:-3], 1, 0, 0], [*row[:-3], -1, 0, 0]):
+        with pytest.raises(ValueError, match="do not fit"):
+            mean.fill(array("q", wrong), bytearray(native.scratch(1)), True)
     with pytest.raises(ValueError, match="not small"):
-        mean.pack(array("q", [1 << 20, 0, 0, 0, 0]), bytearray(native.SCRATCH), True)
+        mean.pack(array("q", [1 << 20, 0, 0, 0, 0]), bytearray(native.scratch(1)), True)
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

@@ -89,7 +89,7 @@ def written(path: Path, series: Sequence[dict[str, torch.Tensor]], outs: dict[st
     for name, out in outs.items():
         tensors: Any = tuple([each[name] for each in specs])
         assert all(isinstance(spec, TensorSpec) for spec in tensors)
-        terms = Terms(tensors, tuple(row))
+        terms = Terms(tensors, (tuple(row),))
         slots.append((OutTensor(DTYPES[out], tensors[0].shape, terms, name), at))
         at += slots[-1][0].nbytes
     with (path / "out").open("w+b") as file:

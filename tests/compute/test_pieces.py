@@ -41,7 +41,7 @@ def chunked(sizes: Sequence[int], name: str = "f", gap: int = 1) -> TensorSpec:
 
 
 def out(*specs: TensorSpec) -> OutTensor:
-    return OutTensor(FLOAT32, specs[0].shape, Terms(specs, (1 / len(specs),) * len(specs)), "w")
+    return OutTensor(FLOAT32, specs[0].shape, Terms(specs, ((1 / len(specs),) * len(specs),)), "w")
 
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=8)

@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine
 from ckpt_tools.compute.gpu import pipeline, streams
-from ckpt_tools.compute.work_units import OutFile, Slice
+from ckpt_tools.compute.work_units import OutFile, Slice, Target
 from ckpt_tools.errors import CorruptError, NumericsError, UsageError, WriteError
 from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, Terms
 from ckpt_tools.formats.format import Writing
@@ -63,7 +63,7 @@ def out_tensors(path: Path, series: Sequence[dict[str, torch.Tensor]], coefficie
     for name, last in rows[-1].items():
         assert isinstance(last, TensorSpec)
         specs: Any = tuple([row[name] for row in rows])
-        terms = Terms(specs, tuple(coefficients)) if last.dtype.averaged else Terms.copy(last)
+        terms = Terms(specs, (tuple(coefficients),)) if last.dtype.averaged else Terms.copy(last)
         found[name] = OutTensor(last.dtype, last.shape, terms, name)
     return found
 
@@ -373,9 +373,9 @@ def test_pipeline_hands_nothing_over_when_it_is_stopped(tmp_path: Path, monkeypa
     size = pipeline.choose_chunk(tensors.values(), 1, 10**6)
     assert size is not None
     with engine.OpenFiles() as files:
-        files.open_all(path for tensor in tensors.values() for spec, _ in tensor.terms for path in spec.paths)
+        files.open_all(path for tensor in tensors.values() for spec in tensor.terms for path in spec.paths)
         out = OutFile(SAFETENSORS.plan(tensors, Writing(name="out"))[0], -1)
-        part = Slice(out, tensors["w0"], 0, 0, 100)
+        part = Slice(tensors["w0"], (Target(out, 0),), 0, 100)
         with pipeline.StagingPipeline(late, size, files, lambda *_: None, stop) as staging:
             stream = late.streams[0]
             monkeypatch.setattr(stream, "wait_event", lambda event: (stop.set(), LateStream.wait_event(stream, event)))
@@ -403,8 +403,7 @@ def test_run_on_a_late_device_shows_a_missing_wait_in_the_bytes(
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=10), room=st.integers(1, 40))
 def test_take_divides_parts_in_order_and_loses_none(lengths: list[int], room: int) -> None:
     tensors = [OutTensor(DTYPES["float32"], (n,), Terms(), str(i)) for i, n in enumerate(lengths)]
-    out = OutFile(FilePlan("out", 0, ()), -1)
-    rest = tuple(Slice(out, tensor, 0, 0, n) for tensor, n in zip(tensors, lengths, strict=True))
+    rest = tuple(Slice(tensor, (), 0, n) for tensor, n in zip(tensors, lengths, strict=True))
     seen = []
     while rest:
         load, rest = pipeline.take(rest, room)

@@ -290,10 +290,10 @@ def test_run_rejects_a_file_that_ends_within_a_tile(tmp_path: Path, way: str) ->
 def test_memory_needed_counts_tiles(tmp_path: Path, way: str) -> None:
     values = numbers("float32", (30, 40))
     needed = [
-        engine.memory_needed([OutTensor(spec.dtype, spec.shape, Terms((spec, spec), (0.5, 0.5)), "w")], threads=2)
+        engine.memory_needed([OutTensor(spec.dtype, spec.shape, Terms((spec, spec), ((0.5, 0.5),)), "w")], threads=2)
         for spec in (stored(tmp_path / "0", values, (1, 30)), stored(tmp_path / "1", values, (40, 1)))
     ]
-    assert needed[0] - needed[1] == (2 * native.TILE_SCRATCH if way == "native" else 0)
+    assert needed[0] - needed[1] == (2 * native.scratch(1, tiles=True) if way == "native" else 0)
 
 
 # ---- comparison ----

@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_tools.compute import engine
-from ckpt_tools.compute.work_units import CoalescedRange, OutFile, Slice, coalesced, cut, of_tensors
-from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload, Segment, Terms
+from ckpt_tools.compute.work_units import (
+    CoalescedRange,
+    OutFile,
+    Slice,
+    Target,
+    coalesced,
+    cut,
+    of_tensors,
+    to_be_written,
+)
+from ckpt_tools.formats.file_plan import Computed, FilePlan, GroupKey, OutTensor, Payload, Segment, Terms
 from ckpt_tools.tensors import DTYPES, Storage, TensorSpec
 
 A, B = Path("a"), Path("b")
@@ -23,7 +32,9 @@ def tensor(
 ) -> OutTensor:
     known = DTYPES[dtype]
     spec = TensorSpec(known, (n,), (1,), 0, Storage(paths[0], at, n * known.itemsize, big))
-    return OutTensor(known, (n,), Terms((spec,), (0.5,) * len(paths), tuple((path, 0) for path in paths)), f"at {at}")
+    return OutTensor(
+        known, (n,), Terms((spec,), ((0.5,) * len(paths),), tuple((path, 0) for path in paths)), f"at {at}"
+    )
 
 
 def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:
@@ -33,16 +44,21 @@ def plan(*slots: tuple[OutTensor, int], needs_crc: bool = False) -> FilePlan:
     return FilePlan("out", 1 << 20, tuple(segments))
 
 
+def ranges(found: FilePlan) -> list[tuple[OutTensor, Target, GroupKey | None]]:
+    (tensors,) = to_be_written([OutFile(found, -1)], 1)
+    return [(each, target, key) for each, (target,), key in coalesced(tensors)]
+
+
 def lengths(found: FilePlan) -> list[tuple[int, int]]:
-    return [(offset, each.numel) for each, offset, _ in coalesced(found)]
+    return [(target.offset, each.numel) for each, target, _ in ranges(found)]
 
 
 def test_coalesced_joins_neighbours_in_every_file() -> None:
     found = plan((tensor(100, 3), 8), (tensor(112, 5), 20), (tensor(132, 1), 40))
-    ((run, offset, kind),) = coalesced(found)
-    assert (run.shape, offset) == ((9,), 8)
+    ((run, target, kind),) = ranges(found)
+    assert (run.shape, target.offset) == ((9,), 8)
     assert kind == run.group_key
-    assert [(spec.storage.path, spec.storage.offset) for spec, _ in run.terms] == [(A, 100), (B, 100)]
+    assert [(spec.storage.path, spec.storage.offset) for spec in run.terms] == [(A, 100), (B, 100)]
 
 
 @pytest.mark.parametrize(
@@ -71,16 +87,15 @@ def test_of_tensors_gives_every_element_of_a_run_once(sizes: list[int], slice_si
     begins = [4 * sum(sizes[:i]) for i in range(len(sizes))]
     slots = [(tensor(1000 + begin, n), 8 + begin) for begin, n in zip(begins, sizes, strict=True)]
     found = plan(*slots)
-    ((run, offset, kind),) = coalesced(found)
+    ((run, target, kind),) = ranges(found)
     assert isinstance(run, CoalescedRange)
     assert kind == run.group_key
-    out = OutFile(found, -1)
     seen = []
     for start in range(0, run.numel, slice_size):
-        part = Slice(out, run, offset, start, min(start + slice_size, run.numel))
+        part = Slice(run, (target,), start, min(start + slice_size, run.numel))
         own = list(of_tensors(part))
         assert sum(each.nbytes for each in own) == part.nbytes
-        assert own[0].position == part.position
+        assert own[0].targets[0].offset + own[0].begin == target.offset + part.begin
         seen += [(each.tensor, i) for each in own for i in range(each.start, each.stop)]
     assert seen == [(each, i) for each, _ in slots for i in range(each.numel)]
 

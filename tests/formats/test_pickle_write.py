@@ -75,7 +75,7 @@ planned = nested(source.tree, writing, target=Path("out.pth"), format=source.for
 (plan,) = planned.files
 raw = bytearray(plan.size)
 for tensor, offset in plan.payloads:
-    at = tensor.terms[0][0].storage.offset
+    at = tensor.terms[0].storage.offset
     raw[offset : offset + tensor.nbytes] = Path(source.path).read_bytes()[at : at + tensor.nbytes]
 for segment in plan.computed:
     piece = segment.make([0] * len(segment.needs))

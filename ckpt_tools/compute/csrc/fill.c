@@ -1,6 +1,9 @@
 /* Weighted sums from files to files. A slice is read from each input in turn in blocks that stay in a core's cache,
-   added up in float64, rounded once, checked, and written. Each input byte crosses memory once, and no more than some
-   blocks are held. */
+   added up in float64, rounded once, checked, and written. Each input byte crosses memory once, whatever the number of
+   rows, and no more than some blocks are held.
+
+   For several rows, a block is summed strip by strip: the terms of a strip are widened once, four at a time, and added
+   to the sums of each row, all of which stay in the first cache. A row goes the same steps as if it were the only one. */
 
 #include <errno.h>
 #include <string.h>
@@ -12,10 +15,40 @@ static Result failed(Status status, size_t slice, size_t term) {
     return result;
 }
 
-/* Elements of a block: the reals of a term take READ bytes at most, their sums 4 * READ. */
+/* The scratch of a thread, and its parts. */
+typedef struct {
+    size_t read;   /* bytes of one input in a block */
+    size_t batch;  /* terms that are read before they are added */
+    size_t window; /* bytes of a row that are written in one call */
+    char *x, *spare, *results, *written;
+    double *sum, *wide;
+    size_t end; /* of all */
+} Memory;
+
+/* Lay out scratch: blocks of a batch of terms, the sums of a block, four terms of a strip; then, for slices, a window of
+   each row; for tiles, a block in another order, the results of a block, and those of the tile. */
+static Memory lay_out(size_t rows, int tiles, char *scratch) {
+    Memory m = {.read = rows <= 8 ? READ : READ / 2, .batch = rows == 1 ? 4 : 8};
+    m.window = WINDOW / rows < READ ? READ : WINDOW / rows & ~(size_t)(READ - 1);
+    m.x = scratch, m.end = m.batch * m.read;
+    m.sum = (double *)(scratch + m.end), m.end += rows * 4 * m.read;
+    m.wide = (double *)(scratch + m.end), m.end += rows == 1 ? 0 : 4 * STRIP * sizeof(double);
+    m.spare = scratch + m.end, m.end += tiles ? m.read : 0;
+    m.results = scratch + m.end, m.end += rows * (tiles ? 4 * m.read : m.window + 64);
+    m.written = scratch + m.end, m.end += tiles ? TILE : 0;
+    return m;
+}
+
+size_t scratch_needed(size_t rows, int tiles) {
+    size_t needed = lay_out(rows, tiles, NULL).end + 64;
+    return tiles || needed > SMALL ? needed : SMALL;
+}
+
+/* Elements of a block: the reals of a term take READ bytes at most, their sums 4 * READ in each row. */
 static size_t block_of(const Formula *f) {
-    if (f->copied) return READ / f->item;
-    return READ / (f->widest < 2 ? 2 : f->widest) / f->out->reals;
+    size_t read = lay_out(f->rows, 0, NULL).read;
+    if (f->copied) return read / f->item;
+    return read / (f->widest < 2 ? 2 : f->widest) / f->out->reals;
 }
 
 /* A box of a tile, as large as a block. */
@@ -47,32 +80,67 @@ static Status read_term(const Block *block, size_t term, Place in, size_t item, 
     return status;
 }
 
-/* Sum elements [done, done + n) of a slice, or a block of N elements of a tile, from the files to TO. X has room for four
-   terms, SUM for their sums and, if anchored, the first values. */
-static Result sum_block(const Formula *f, const Block *block, const Place *in, size_t done, size_t n, char *x,
-                        double *sum, void *to, int *bad) {
-    size_t reals = n * f->out->reals;
-    double *first = sum + reals;
-    for (size_t t = 0; t < f->count;) {
-        const Dtype *dtype = f->terms[t].dtype;
-        size_t start = t, item = dtype->size * dtype->reals;
+/* Add COUNT terms of one dtype, four at most, to the sums of N numbers. The sums of a row follow STRIDE behind those of
+   the row before, and the first values of the anchored rows behind the sums of all. */
+static void add_four(const Formula *f, size_t term, size_t count, const char *const *x, size_t n, double *sum,
+                     size_t stride, double *wide) {
+    Code code = f->dtypes[term]->code;
+    const void *values[4] = {0};
+    for (size_t k = 0; k < count; k++) {
+        values[k] = x[k];
+        if (f->rows == 1 || code == FLOAT64 || !f->needed[term + k]) continue;
+        widen(code, wide + k * STRIP, x[k], n);
+        values[k] = wide + k * STRIP;
+    }
+    if (f->rows > 1) code = FLOAT64;
+    for (size_t r = 0; r < f->rows; r++, sum += stride) {
+        const double *c = f->coefficients + r * f->count + term;
+        const char *used = f->used + r * f->count + term;
+        double *first = sum + f->rows * stride;
         Terms terms = {.count = 0};
-        for (; terms.count < (f->anchored ? 1 : 4) && t < f->count && f->terms[t].dtype == dtype; t++, terms.count++) {
-            char *term = x + (size_t)terms.count * READ;
-            Status status = read_term(block, t, in[t], item, done, n, term);
-            if (status != DONE) return failed(status, 0, t);
-            terms.x[terms.count] = term;
-            terms.c[terms.count] = f->terms[t].coefficient;
+        for (size_t k = 0; k < count; k++) {
+            if (!used[k]) continue;
+            if (!f->row[r].anchored) terms.x[terms.count] = values[k], terms.c[terms.count++] = c[k];
+            else if (term + k > f->row[r].first) add_differences(code, sum, first, values[k], c[k], n);
+            else {
+                widen(code, first, values[k], n);
+                memset(sum, 0, n * sizeof *sum);
+            }
         }
-        if (!f->anchored) add(dtype->code, sum, &terms, reals, start == 0);
-        else if (start > 0) add_differences(dtype->code, sum, first, x, terms.c[0], reals);
-        else {
-            widen(dtype->code, first, x, reals);
-            memset(sum, 0, reals * sizeof *sum);
+        if (terms.count) add(code, sum, &terms, n, f->row[r].first >= term);
+    }
+}
+
+/* Sum elements [done, done + n) of a slice, or a block of N elements of a tile, from the files to the memory's results at
+   TO; those of a row follow STEP bytes behind those of the row before. */
+static Result sum_block(const Formula *f, const Memory *m, const Block *block, const Place *in, size_t done, size_t n,
+                        char *to, size_t step, int *bad) {
+    size_t reals = n * f->out->reals, most = f->rows == 1 ? reals : STRIP;
+    *bad = 0;
+    for (size_t t = 0, start = 0; t < f->count; start = t) {
+        for (; t < f->count && t - start < m->batch; t++) {
+            if (!f->needed[t]) continue;
+            size_t item = f->dtypes[t]->size * f->dtypes[t]->reals;
+            Status status = read_term(block, t, in[t], item, done, n, m->x + (t - start) * m->read);
+            if (status != DONE) return failed(status, 0, t);
+        }
+        for (size_t at = 0; at < reals; at += most) {
+            size_t length = reals - at < most ? reals - at : most;
+            /* Terms that are all here need the sums of this strip alone. */
+            double *sum = m->sum + (f->count <= m->batch ? 0 : at * f->rows * (f->anchored ? 2 : 1));
+            for (size_t k = start, count; k < t; k += count) {
+                const char *x[4];
+                for (count = 0; count < 4 && k + count < t && f->dtypes[k + count] == f->dtypes[k]; count++)
+                    x[count] = m->x + (k + count - start) * m->read + at * f->dtypes[k]->size;
+                add_four(f, k, count, x, length, sum, most, m->wide);
+            }
+            for (size_t r = 0; t == f->count && r < f->rows; r++) {
+                double *own = sum + r * most;
+                if (f->row[r].anchored) add_first(own, own + f->rows * most, length);
+                *bad |= narrow(f->out, to + r * step + at * f->out->size, own, length, f->row[r].common);
+            }
         }
     }
-    if (f->anchored) add_first(sum, first, reals);
-    *bad = narrow(f->out, to, sum, reals, f->common);
     return failed(DONE, 0, 0);
 }
 
@@ -87,48 +155,51 @@ static Result copy_block(const Formula *f, const Block *block, const Place *in, 
     return failed(status, 0, 0);
 }
 
-Result fill_large(const Formula *f, size_t n, const Place *out, const Place *in, char *scratch, int wants_crc,
-                  uint32_t *crc, int *bad) {
-    char *x = scratch, *window = scratch + 8 * READ;
-    double *sum = (double *)(scratch + 4 * READ);
-    size_t block = block_of(f), filled;
-    *crc = 0, *bad = 0;
+Result fill_large(const Formula *f, size_t n, const Place *in, const Target *out, size_t targets, char *scratch,
+                  int wants_crc, uint32_t *crcs, int *bad) {
+    Memory m = lay_out(f->rows, 0, scratch);
+    size_t block = block_of(f), step = m.window + 64, filled;
+    memset(crcs, 0, f->rows * sizeof *crcs), *bad = 0;
     for (size_t done = 0; done < n; done += filled) {
-        int64_t position = out->offset + (int64_t)(done * f->item);
-        size_t room = (WINDOW - (size_t)(position % WINDOW) + f->item - 1) / f->item;
+        int64_t begin = (int64_t)(done * f->item), position = out->place.offset + begin;
+        size_t room = (m.window - (size_t)position % m.window + f->item - 1) / f->item;
         size_t stop = n - done < room ? n - done : room;
         for (filled = 0; filled < stop;) {
             size_t next = stop - filled < block ? stop - filled : block;
-            char *to = window + filled * f->item;
+            char *to = m.results + filled * f->item;
             Result result = f->copied ? copy_block(f, NULL, in, done + filled, next, to, bad)
-                                      : sum_block(f, NULL, in, done + filled, next, x, sum, to, bad);
+                                      : sum_block(f, &m, NULL, in, done + filled, next, to, step, bad);
             if (result.status != DONE || *bad) return result;
-            if (wants_crc) *crc = checksum(*crc, to, next * f->item);
+            for (size_t r = 0; wants_crc && r < f->rows; r++)
+                crcs[r] = checksum(crcs[r], to + r * step, next * f->item);
             filled += next;
         }
-        Status status = write_all(out->fd, window, filled * f->item, position);
-        if (status != DONE) return failed(status, 0, 0);
+        for (size_t i = 0; i < targets; i++) {
+            const char *from = m.results + (size_t)out[i].row * step;
+            Status status = write_all(out[i].place.fd, from, filled * f->item, out[i].place.offset + begin);
+            if (status != DONE) return failed(status, 0, i);
+        }
     }
     return failed(DONE, 0, 0);
 }
 
 /* Neighbouring slices are read in one call, with the bytes between them. */
-Result fill_small(const Formula *f, size_t slices, const int64_t *rows, char *scratch, int wants_crc, char *packed,
+Result fill_small(const Formula *f, size_t slices, const int64_t *list, char *scratch, int wants_crc, char *packed,
                   uint32_t *crcs, unsigned char *bad) {
     char *span = scratch;
-    double *sum = (double *)(scratch + 2 * SPAN), *first = sum;
-    size_t width = 1 + 2 * f->count, reals = f->out->reals, at, after;
-    for (size_t p = 0; p < slices; p++) first += f->anchored ? (size_t)rows[p * width] * reals : 0;
+    double *sum = (double *)(scratch + 2 * SPAN);
+    size_t width = 1 + 2 * f->count, reals = f->out->reals, total = 0, at, after;
+    for (size_t p = 0; p < slices; p++) total += (size_t)list[p * width];
     for (size_t t = 0; t < f->count; t++) {
-        const Dtype *dtype = f->terms[t].dtype;
-        size_t size = dtype->size, item = f->copied ? f->item : size * reals;
+        if (!f->copied && !f->needed[t]) continue;
+        size_t size = f->dtypes[t]->size, item = f->copied ? f->item : size * reals;
         at = 0;
         for (size_t p = 0; p < slices; p = after) {
-            const Place *in = (const Place *)(rows + p * width + 1) + t;
-            int64_t start = in->offset & ~(int64_t)63, end = in->offset + rows[p * width] * (int64_t)item;
+            const Place *in = (const Place *)(list + p * width + 1) + t;
+            int64_t start = in->offset & ~(int64_t)63, end = in->offset + list[p * width] * (int64_t)item;
             for (after = p + 1; after < slices; after++) {
-                const Place *next = (const Place *)(rows + after * width + 1) + t;
-                int64_t stop = next->offset + rows[after * width] * (int64_t)item;
+                const Place *next = (const Place *)(list + after * width + 1) + t;
+                int64_t stop = next->offset + list[after * width] * (int64_t)item;
                 if (next->fd != in->fd || next->offset < end || next->offset > end + GAP || stop > start + SPAN) break;
                 end = stop;
             }
@@ -136,40 +207,43 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *rows, char *sc
             Status status = read_all(in->fd, span + (in->offset - start), (size_t)(end - in->offset), in->offset);
             if (status != DONE) return failed(status, p, t);
             for (size_t q = p; q < after; q++) {
-                const Place *place = (const Place *)(rows + q * width + 1) + t;
-                size_t n = (size_t)rows[q * width];
-                char *x = span + (place->offset - start);
+                const Place *place = (const Place *)(list + q * width + 1) + t;
+                size_t n = (size_t)list[q * width];
+                const char *x = span + (place->offset - start);
                 if (f->copied) memcpy(packed + at * item, x, n * item);
                 else {
-                    double c = f->terms[t].coefficient;
                     if (place->offset % (int64_t)size) x = memmove(span + SPAN, x, n * item);
-                    if (!f->anchored) {
-                        Terms one = {{x}, {c}, 1};
-                        add(dtype->code, sum + at * reals, &one, n * reals, t == 0);
-                    } else if (t == 0) {
-                        widen(dtype->code, first + at * reals, x, n * reals);
-                        memset(sum + at * reals, 0, n * reals * sizeof *sum);
-                    } else add_differences(dtype->code, sum + at * reals, first + at * reals, x, c, n * reals);
+                    for (size_t done = 0, most = f->rows == 1 ? n * reals : STRIP; done < n * reals; done += most) {
+                        const char *own = x + done * size;
+                        size_t length = n * reals - done < most ? n * reals - done : most;
+                        add_four(f, t, 1, &own, length, sum + at * reals + done, total * reals,
+                                 (double *)(span + SPAN + SPAN / 2));
+                    }
                 }
                 at += n;
             }
         }
     }
-    at = 0;
-    for (size_t p = 0; p < slices; p++) {
-        size_t n = (size_t)rows[p * width];
-        char *to = packed + at * f->item;
-        if (f->anchored) add_first(sum + at * reals, first + at * reals, n * reals);
-        bad[p] = (unsigned char)(f->copied ? refused(f, to, n)
-                                           : narrow(f->out, to, sum + at * reals, n * reals, f->common));
-        if (wants_crc) crcs[p] = checksum(0, to, n * f->item);
-        at += n;
+    memset(bad, 0, slices);
+    for (size_t r = 0; r < f->rows; r++) {
+        double *own = sum + r * total * reals;
+        at = 0;
+        for (size_t p = 0; p < slices; p++) {
+            size_t n = (size_t)list[p * width];
+            char *to = packed + (r * total + at) * f->item;
+            double *sums = own + at * reals;
+            if (!f->copied && f->row[r].anchored) add_first(sums, sums + f->rows * total * reals, n * reals);
+            bad[p] |= (unsigned char)(f->copied ? refused(f, to, n)
+                                                : narrow(f->out, to, sums, n * reals, f->row[r].common));
+            if (wants_crc) crcs[r * slices + p] = checksum(0, to, n * f->item);
+            at += n;
+        }
     }
     return failed(DONE, 0, 0);
 }
 
 size_t largest_tile(const Formula *f, int one_order) {
-    size_t most = TILE / f->item, block = block_of(f);
+    size_t most = TILE / f->item / f->rows, block = block_of(f);
     return one_order || block > most ? most : block;
 }
 
@@ -186,16 +260,16 @@ static void choose_block(const Tile *tile, const int64_t *packed, size_t most, i
     }
 }
 
-Result fill_tile(const Formula *f, const Tile *tile, const Place *out, const Place *in, char *scratch, int wants_crc,
-                 uint32_t *crc, int *bad) {
-    char *x = scratch, *summed = scratch + 9 * READ, *written = summed + 4 * READ;
-    double *sum = (double *)(scratch + 4 * READ);
+Result fill_tile(const Formula *f, const Tile *tile, const Place *in, const Target *out, size_t targets, char *scratch,
+                 int wants_crc, uint32_t *crcs, int *bad) {
+    Memory m = lay_out(f->rows, 1, scratch);
+    size_t step = 4 * m.read, whole_step = tile_elements(tile) * f->item;
     int64_t order[AXES], target[AXES], whole[AXES];
-    Block block = {.box = {tile->axes, block.sizes, tile->strides}, .spare = scratch + 8 * READ};
+    Block block = {.box = {tile->axes, block.sizes, tile->strides}, .spare = m.spare};
     pack_strides(tile, tile->strides, target);
     pack_strides(tile, tile->strides + tile->axes, order);
     choose_block(tile, order, block_of(f), whole);
-    *crc = 0, *bad = 0;
+    *bad = 0;
     for (size_t a = 0; a < tile->axes;) { /* counts BEGIN up to the end of the tile */
         for (a = 0; a < tile->axes; a++) {
             int64_t left = tile->sizes[a] - block.begin[a];
@@ -203,16 +277,22 @@ Result fill_tile(const Formula *f, const Tile *tile, const Place *out, const Pla
         }
         size_t n = tile_elements(&block.box);
         pack_strides(&block.box, tile->strides + tile->axes, block.packed);
-        Result result = f->copied ? copy_block(f, &block, in, 0, n, summed, bad)
-                                  : sum_block(f, &block, in, 0, n, x, sum, summed, bad);
+        Result result = f->copied ? copy_block(f, &block, in, 0, n, m.results, bad)
+                                  : sum_block(f, &m, &block, in, 0, n, m.results, step, bad);
         if (result.status != DONE || *bad) return result;
-        permute(&block.box, f->item, block.packed, target, summed,
-                written + inner_product(tile->axes, block.begin, target) * (int64_t)f->item);
+        size_t at = (size_t)inner_product(tile->axes, block.begin, target) * f->item;
+        for (size_t r = 0; r < f->rows; r++)
+            permute(&block.box, f->item, block.packed, target, m.results + r * step, m.written + r * whole_step + at);
         for (a = 0; a < tile->axes; a++) {
             block.begin[a] += whole[a];
             if (block.begin[a] < tile->sizes[a]) break;
             block.begin[a] = 0;
         }
     }
-    return failed(write_tile(tile, tile->strides, *out, f->item, written, wants_crc, crc), 0, 0);
+    for (size_t i = 0; i < targets; i++) {
+        const char *from = m.written + (size_t)out[i].row * whole_step;
+        Status status = write_tile(tile, tile->strides, out[i].place, f->item, from, wants_crc, &crcs[out[i].row]);
+        if (status != DONE) return failed(status, 0, i);
+    }
+    return failed(DONE, 0, 0);
 }

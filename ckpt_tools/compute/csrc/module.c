@@ -20,39 +20,73 @@ static const Dtype *dtype_of(const char *name) {
 }
 
 PyDoc_STRVAR(formula_doc,
-"Formula(*, dtypes, coefficients, out, itemsize, common, anchored, copied, checked)\n\n"
+"Formula(*, dtypes, rows, out, itemsize, copied, checked)\n\n"
 "How the elements of some tensors are computed; see _native.pyi.");
 
+/* Allocate a formula and its parts as one block. */
+static Formula *new_formula(size_t count, size_t rows) {
+    size_t both = count * rows;
+    Formula *f = PyMem_Calloc(1, sizeof(Formula) + rows * sizeof(Row) + both * sizeof(double) + count * sizeof(Dtype *) +
+                                     both + count);
+    if (!f) return NULL;
+    f->count = count, f->rows = rows;
+    f->row = (Row *)(f + 1);
+    f->coefficients = (double *)(f->row + rows);
+    f->dtypes = (const Dtype **)(f->coefficients + both);
+    f->used = (char *)(f->dtypes + count);
+    f->needed = f->used + both;
+    return f;
+}
+
+/* Read (coefficients, common, anchored); a coefficient is None if the term is left out. Returns 0 if they do not fit. */
+static int read_row(Formula *f, size_t r, PyObject *tuple) {
+    PyObject *coefficients;
+    Row *row = &f->row[r];
+    if (!PyTuple_Check(tuple) || !PyArg_ParseTuple(tuple, "O!dp", &PyTuple_Type, &coefficients, &row->common, &row->anchored))
+        return 0;
+    if (PyTuple_GET_SIZE(coefficients) != (Py_ssize_t)f->count) return 0;
+    row->first = f->count;
+    for (size_t t = 0; t < f->count; t++) {
+        PyObject *each = PyTuple_GET_ITEM(coefficients, (Py_ssize_t)t);
+        if (each == Py_None) continue;
+        f->coefficients[r * f->count + t] = PyFloat_AsDouble(each);
+        f->used[r * f->count + t] = f->needed[t] = 1;
+        if (row->first == f->count) row->first = t;
+    }
+    f->anchored |= row->anchored;
+    return row->first < f->count && !PyErr_Occurred();
+}
+
 static PyObject *formula_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"dtypes", "coefficients", "out", "itemsize", "common", "anchored", "copied", "checked", NULL};
-    PyObject *dtypes, *coefficients;
+    static char *names[] = {"dtypes", "rows", "out", "itemsize", "copied", "checked", NULL};
+    PyObject *dtypes, *rows;
     const char *out;
     Py_ssize_t itemsize;
-    double common;
-    int anchored, copied, checked;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$O!O!zndppp", names, &PyTuple_Type, &dtypes, &PyTuple_Type,
-                                     &coefficients, &out, &itemsize, &common, &anchored, &copied, &checked))
+    int copied, checked;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$O!O!znpp", names, &PyTuple_Type, &dtypes, &PyTuple_Type, &rows, &out,
+                                     &itemsize, &copied, &checked))
         return NULL;
-    size_t count = (size_t)PyTuple_GET_SIZE(dtypes);
-    Formula *f = PyMem_Calloc(1, sizeof(Formula) + count * sizeof(Term));
+    size_t count = (size_t)PyTuple_GET_SIZE(dtypes), row_count = (size_t)PyTuple_GET_SIZE(rows);
+    Formula *f = new_formula(count, row_count);
     FormulaObject *self = (FormulaObject *)type->tp_alloc(type, 0);
     if (!f || !self) goto no_memory;
     self->formula = f;
-    f->item = (size_t)itemsize, f->common = common, f->count = count;
-    f->anchored = anchored, f->copied = copied, f->checked = checked;
+    f->item = (size_t)itemsize, f->copied = copied, f->checked = checked;
     const Dtype *raw = DTYPES;
     while (raw->name) raw++;
     if (!(f->out = out ? dtype_of(out) : raw)) goto failed;
-    int sound = itemsize > 0 && itemsize <= 16 && count > 0 && PyTuple_GET_SIZE(coefficients) == (Py_ssize_t)count;
-    sound = sound && (out ? f->item == f->out->size * f->out->reals : copied && !checked) && (!copied || count == 1);
+    int sound = itemsize > 0 && itemsize <= 16 && count > 0 && row_count > 0 && row_count <= ROWS;
+    sound = sound && (out ? f->item == f->out->size * f->out->reals : copied && !checked);
+    sound = sound && (!copied || (count == 1 && row_count == 1));
     for (size_t t = 0; sound && t < count; t++) {
         const char *name = out ? PyUnicode_AsUTF8(PyTuple_GET_ITEM(dtypes, (Py_ssize_t)t)) : "";
-        Term *term = &f->terms[t];
-        if (!name || !(term->dtype = out ? dtype_of(name) : raw)) goto failed;
-        term->coefficient = PyFloat_AsDouble(PyTuple_GET_ITEM(coefficients, (Py_ssize_t)t));
+        if (!name || !(f->dtypes[t] = out ? dtype_of(name) : raw)) goto failed;
+        sound = copied ? f->dtypes[t] == f->out : f->dtypes[t]->reals == f->out->reals;
+        if (f->dtypes[t]->size > f->widest) f->widest = f->dtypes[t]->size;
+    }
+    for (size_t r = 0; sound && r < row_count; r++) {
+        sound = read_row(f, r, PyTuple_GET_ITEM(rows, (Py_ssize_t)r));
         if (PyErr_Occurred()) goto failed;
-        sound = copied ? term->dtype == f->out : term->dtype->reals == f->out->reals;
-        if (term->dtype->size > f->widest) f->widest = term->dtype->size;
     }
     if (sound) return (PyObject *)self;
     PyErr_SetString(PyExc_ValueError, "_native: a formula whose parts do not fit each other");
@@ -85,26 +119,43 @@ static PyObject *failure_of(Result result) {
     return Py_BuildValue("(inni)", result.status, (Py_ssize_t)result.slice, (Py_ssize_t)result.term, result.reason);
 }
 
-PyDoc_STRVAR(fill_doc, "fill(row, scratch, wants_crc)\n\nSum a large slice from the inputs to the output; see _native.pyi.");
+/* Count the targets in numbers; 0 if they are not whole or have rows that are not there. */
+static size_t targets_in(const Formula *f, const int64_t *numbers, size_t count) {
+    if (count % 3) return 0;
+    const Target *targets = (const Target *)numbers;
+    for (size_t i = 0; i < count / 3; i++)
+        if (targets[i].row < 0 || (size_t)targets[i].row >= f->rows) return 0;
+    return count / 3;
+}
+
+/* Return (failure, CRC-32 of each row, whether NaN or infinity was found). */
+static PyObject *filled(const Formula *f, Result done, const uint32_t *crcs, int bad) {
+    return Py_BuildValue("(Ny#O)", failure_of(done), (const char *)crcs, (Py_ssize_t)(f->rows * sizeof *crcs),
+                         bad ? Py_True : Py_False);
+}
+
+PyDoc_STRVAR(fill_doc, "fill(ends, scratch, wants_crc)\n\nSum a large slice from the inputs to the outputs; see _native.pyi.");
 
 static PyObject *formula_fill(PyObject *self, PyObject *args) {
     const Formula *f = ((FormulaObject *)self)->formula;
-    Py_buffer row, scratch;
+    Py_buffer ends, scratch;
     int wants_crc, bad = 0;
-    if (!PyArg_ParseTuple(args, "y*w*p", &row, &scratch, &wants_crc)) return NULL;
+    if (!PyArg_ParseTuple(args, "y*w*p", &ends, &scratch, &wants_crc)) return NULL;
     PyObject *result = NULL;
-    const int64_t *numbers = row.buf;
-    char *memory = scratch_of(&scratch, 8 * READ + WINDOW + 64);
-    if (memory && (size_t)row.len == (3 + 2 * f->count) * sizeof(int64_t) && numbers[0] >= 0) {
+    const int64_t *numbers = ends.buf;
+    size_t before = 1 + 2 * f->count, count = (size_t)ends.len / sizeof(int64_t);
+    size_t targets = count > before ? targets_in(f, numbers + before, count - before) : 0;
+    char *memory = scratch_of(&scratch, scratch_needed(f->rows, 0) - 64);
+    if (memory && targets && numbers[0] >= 0) {
         Result done;
-        uint32_t crc;
+        uint32_t crcs[ROWS];
         Py_BEGIN_ALLOW_THREADS
-        done = fill_large(f, (size_t)numbers[0], (const Place *)(numbers + 1), (const Place *)(numbers + 3), memory,
-                          wants_crc, &crc, &bad);
+        done = fill_large(f, (size_t)numbers[0], (const Place *)(numbers + 1), (const Target *)(numbers + before), targets,
+                          memory, wants_crc, crcs, &bad);
         Py_END_ALLOW_THREADS
-        result = Py_BuildValue("(NkO)", failure_of(done), (unsigned long)crc, bad ? Py_True : Py_False);
-    } else if (memory) PyErr_SetString(PyExc_ValueError, "_native: a row that does not fit the formula");
-    PyBuffer_Release(&row), PyBuffer_Release(&scratch);
+        result = filled(f, done, crcs, bad);
+    } else if (memory) PyErr_SetString(PyExc_ValueError, "_native: ends that do not fit the formula");
+    PyBuffer_Release(&ends), PyBuffer_Release(&scratch);
     return result;
 }
 
@@ -124,12 +175,12 @@ static PyObject *formula_pack(PyObject *self, PyObject *args) {
         elements += n;
         sound = sound && n <= SPAN / 2 / item;
     }
-    size_t sums = f->copied ? 0 : elements * f->out->reals * sizeof(double) * (f->anchored ? 2 : 1);
+    size_t sums = f->copied ? 0 : f->rows * elements * f->out->reals * sizeof(double) * (f->anchored ? 2 : 1);
     char *memory = scratch_of(&scratch, 2 * SPAN + sums);
     if (!sound) PyErr_SetString(PyExc_ValueError, "_native: a slice that is not small");
     else if (memory) {
-        packed = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(elements * f->item));
-        crcs = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(slices * sizeof(uint32_t)));
+        packed = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(f->rows * elements * f->item));
+        crcs = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)(f->rows * slices * sizeof(uint32_t)));
         bad = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)slices);
     }
     if (packed && crcs && bad) {
@@ -147,19 +198,22 @@ static PyObject *formula_pack(PyObject *self, PyObject *args) {
     return result;
 }
 
-PyDoc_STRVAR(fill_tile_doc, "fill_tile(sizes, strides, places, scratch, wants_crc)\n\nSum a tile from the inputs to the output; see _native.pyi.");
+PyDoc_STRVAR(fill_tile_doc, "fill_tile(sizes, strides, ends, scratch, wants_crc)\n\nSum a tile from the inputs to the outputs; see _native.pyi.");
 
 static PyObject *formula_fill_tile(PyObject *self, PyObject *args) {
     const Formula *f = ((FormulaObject *)self)->formula;
-    Py_buffer sizes, strides, places, scratch;
+    Py_buffer sizes, strides, ends, scratch;
     int wants_crc, bad = 0, one_order = 1;
-    if (!PyArg_ParseTuple(args, "y*y*y*w*p", &sizes, &strides, &places, &scratch, &wants_crc)) return NULL;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*p", &sizes, &strides, &ends, &scratch, &wants_crc)) return NULL;
     PyObject *result = NULL;
     Tile tile = {(size_t)sizes.len / sizeof(int64_t), sizes.buf, strides.buf};
-    char *memory = scratch_of(&scratch, TILE_SCRATCH - 64);
-    int sound = tile.axes <= AXES && (size_t)strides.len == (1 + f->count) * tile.axes * sizeof(int64_t) &&
-                (size_t)places.len == (1 + f->count) * sizeof(Place);
-    size_t n = 1, most = TILE / f->item;
+    char *memory = scratch_of(&scratch, scratch_needed(f->rows, 1) - 64);
+    const int64_t *numbers = ends.buf;
+    size_t before = 2 * f->count, count = (size_t)ends.len / sizeof(int64_t);
+    size_t targets = count > before ? targets_in(f, numbers + before, count - before) : 0;
+    int sound = targets && tile.axes <= AXES &&
+                (size_t)strides.len == (1 + f->count) * tile.axes * sizeof(int64_t);
+    size_t n = 1, most = TILE / f->item / f->rows;
     for (size_t a = 0; sound && a < tile.axes; a++) {
         sound = tile.sizes[a] > 0 && (size_t)tile.sizes[a] <= most / n;
         n *= sound ? (size_t)tile.sizes[a] : 1;
@@ -170,15 +224,15 @@ static PyObject *formula_fill_tile(PyObject *self, PyObject *args) {
         if (t && memcmp(first, packed, tile.axes * sizeof *first)) one_order = 0;
     }
     if (memory && sound && n <= largest_tile(f, one_order)) {
-        const Place *all = places.buf;
         Result done;
-        uint32_t crc;
+        uint32_t crcs[ROWS] = {0};
         Py_BEGIN_ALLOW_THREADS
-        done = fill_tile(f, &tile, all, all + 1, memory, wants_crc, &crc, &bad);
+        done = fill_tile(f, &tile, (const Place *)numbers, (const Target *)(numbers + before), targets, memory, wants_crc,
+                         crcs, &bad);
         Py_END_ALLOW_THREADS
-        result = Py_BuildValue("(NkO)", failure_of(done), (unsigned long)crc, bad ? Py_True : Py_False);
+        result = filled(f, done, crcs, bad);
     } else if (memory) PyErr_SetString(PyExc_ValueError, "_native: a tile that does not fit the formula");
-    PyBuffer_Release(&sizes), PyBuffer_Release(&strides), PyBuffer_Release(&places), PyBuffer_Release(&scratch);
+    PyBuffer_Release(&sizes), PyBuffer_Release(&strides), PyBuffer_Release(&ends), PyBuffer_Release(&scratch);
     return result;
 }
 
@@ -269,9 +323,20 @@ static PyObject *start_disk_of(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *scratch_for(PyObject *module, PyObject *args) {
+    Py_ssize_t rows;
+    int tiles;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "np", &rows, &tiles)) return NULL;
+    if (rows >= 1 && rows <= ROWS) return PyLong_FromSize_t(scratch_needed((size_t)rows, tiles));
+    PyErr_SetString(PyExc_ValueError, "_native: too many rows");
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn the CRC-32 of bytes, as zlib.crc32 does."},
     {"gram", gram_of, METH_VARARGS, gram_doc},
+    {"scratch", scratch_for, METH_VARARGS, "scratch(rows, tiles)\n\nReturn the bytes of scratch of a thread; see _native.pyi."},
     {"start_disk", start_disk_of, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -300,8 +365,8 @@ PyMODINIT_FUNC PyInit__native(void) {
     sum_init();
     PyObject *module = PyModule_Create(&definition);
     if (module && (PyModule_AddIntMacro(module, NOT_READ) < 0 || PyModule_AddIntMacro(module, ENDS_EARLY) < 0 ||
-                   PyModule_AddIntMacro(module, NOT_WRITTEN) < 0 || PyModule_AddIntMacro(module, SCRATCH) < 0 ||
-                   PyModule_AddIntMacro(module, TILE_SCRATCH) < 0 || PyModule_AddIntMacro(module, AXES) < 0 ||
+                   PyModule_AddIntMacro(module, NOT_WRITTEN) < 0 || PyModule_AddIntMacro(module, ROWS) < 0 ||
+                   PyModule_AddIntMacro(module, AXES) < 0 ||
                    add_object(module, "LIMITS", limits()) < 0 ||
                    add_object(module, "Formula", PyType_FromSpec(&formula_spec)) < 0))
         Py_CLEAR(module);

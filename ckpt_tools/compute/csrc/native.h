@@ -16,9 +16,11 @@
 #define GAP 4096          /* bytes between two small slices: reading them costs less than another call */
 #define WINDOW (512 << 10) /* bytes of a large slice written in one call, up to a multiple of it in the file: the page
                               cache has large folios for them */
-#define SCRATCH (3 << 19) /* bytes that a thread provides */
-#define TILE (4 << 20)    /* bytes of the results of a tile: rows of two pages, if there are as many columns */
-#define TILE_SCRATCH (13 * READ + TILE + 64) /* bytes that a thread provides for tiles */
+#define ROWS 32           /* of coefficients, at most */
+#define STRIP 512         /* numbers of a block that are summed for all rows: four terms as float64 and the sums of a row
+                             stay in the first cache */
+#define SMALL (3 << 19)   /* bytes of scratch that small slices take at most, whatever the rows */
+#define TILE (4 << 20)    /* bytes of the results of a tile, of all rows: rows of two pages, if there are as many columns */
 #define GRAM_CHUNK 256    /* numbers of a row whose products are computed at once: eight rows stay in the first cache */
 #define AXES 16           /* of a tile, at most */
 
@@ -134,21 +136,33 @@ void permute(const Tile *tile, size_t item, const int64_t *from_strides, const i
 /* ---- fill.c: weighted sums from files to files ---- */
 
 typedef struct {
-    const Dtype *dtype;
-    double coefficient;
-} Term;
+    double common; /* the sum is multiplied by this */
+    int anchored;  /* sum up differences from the first term: float64 has no bits to spare for the sum of equal values */
+    size_t first;  /* the first term that is not left out */
+} Row;
 
 typedef struct {
     const Dtype *out;
     size_t item;   /* bytes of an element of the output */
     size_t widest; /* bytes of the widest real number in a term */
-    double common; /* the sum is multiplied by this */
-    int anchored;  /* sum up differences from the first term: float64 has no bits to spare for the sum of equal values */
     int copied;    /* the one input is the output, byte for byte */
     int checked;   /* if copied: look for NaN and infinity */
-    size_t count;  /* of terms */
-    Term terms[];
-} Formula; /* one for all tensors that are summed alike */
+    int anchored;  /* a row is */
+    size_t count, rows;
+    const Dtype **dtypes; /* of each term */
+    double *coefficients; /* of each term, row after row */
+    char *used;           /* likewise: 0 if the row leaves the term out */
+    char *needed;         /* of each term: a row uses it */
+    Row *row;             /* of each row */
+} Formula; /* one for all tensors that are summed alike: a sum for each row, of the same terms */
+
+typedef struct {
+    int64_t row;
+    Place place;
+} Target; /* where the results of a row go; several rows have no order, and a row may have several targets */
+
+/* Return the bytes of scratch that a thread provides for so many rows, for tiles or for all else. */
+size_t scratch_needed(size_t rows, int tiles);
 
 typedef struct {
     Status status;
@@ -156,20 +170,20 @@ typedef struct {
     int reason;         /* errno */
 } Result;
 
-/* Sum a slice of N elements from the inputs IN, one a term, to a place in the output. BAD: NaN or infinity was found,
-   and the slice is not written to its end. */
-Result fill_large(const Formula *formula, size_t n, const Place *out, const Place *in, char *scratch, int wants_crc,
-                  uint32_t *crc, int *bad);
+/* Sum a slice of N elements from the inputs IN, one a term, to places in the outputs. CRCS: of each row. BAD: NaN or
+   infinity was found, and the slice is not written to its end. */
+Result fill_large(const Formula *formula, size_t n, const Place *in, const Target *out, size_t targets, char *scratch,
+                  int wants_crc, uint32_t *crcs, int *bad);
 
-/* Sum SLICES small slices, and put the results one behind the other into PACKED. ROWS has, for each, its number of
-   elements and then a Place for each term; CRCS and BAD have one entry for each. */
-Result fill_small(const Formula *formula, size_t slices, const int64_t *rows, char *scratch, int wants_crc,
+/* Sum SLICES small slices, and put the results one behind the other into PACKED, row after row. LIST has, for each, its
+   number of elements and then a Place for each term; CRCS has an entry for each, row after row; BAD one for each. */
+Result fill_small(const Formula *formula, size_t slices, const int64_t *list, char *scratch, int wants_crc,
                   char *packed, uint32_t *crcs, unsigned char *bad);
 
-/* Sum a tile from the inputs IN, one a term, to a place in the output. Unless the terms have one order, the tile must
-   fit into a block. CRC: as of write_tile. */
-Result fill_tile(const Formula *formula, const Tile *tile, const Place *out, const Place *in, char *scratch,
-                 int wants_crc, uint32_t *crc, int *bad);
+/* Sum a tile from the inputs IN, one a term, to places in the outputs. Unless the terms have one order, the tile must
+   fit into a block. CRCS: as of write_tile, of each row. */
+Result fill_tile(const Formula *formula, const Tile *tile, const Place *in, const Target *out, size_t targets,
+                 char *scratch, int wants_crc, uint32_t *crcs, int *bad);
 
 /* Return the number of elements that a tile may have; FALSE for terms of several orders. */
 size_t largest_tile(const Formula *formula, int one_order);

@@ -74,7 +74,7 @@ class Accelerator:
     def filler(
         self,
         files: OpenFiles,
-        done: Callable[[Slice, int], None],
+        done: Callable[[Slice, Sequence[int]], None],
         stop: threading.Event,
         use_torch: Callable[[], None],
     ) -> AbstractContextManager[Filler]:
@@ -82,7 +82,7 @@ class Accelerator:
 
         Args:
             files: the inputs, open.
-            done: called with each slice written, and its CRC-32 (0 if its file needs none).
+            done: called with each slice written, and the CRC-32 of its row (0 if no file needs it).
             stop: when set, nothing more is done.
             use_torch: called before torch computes.
         """

@@ -4,7 +4,8 @@ Each thread has a pipeline of its own. It reads one term after the other, a chun
 buffers. One stream copies each chunk to the device, a second one adds it up there, a third copies results back, and
 the thread writes a result while the next is computed. All memory is taken at the start. The steps of a sum are those of
 `torch_sums.Arithmetic`, so that the bytes are those of the CPU. Chunks with NaN or infinity are left to the CPU, which
-names the first one, or lets them pass: NaNs differ from device to device.
+names the first one, or lets them pass: NaNs differ from device to device. A work unit has one row of coefficients, for
+the engine divides tensors with more.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class ChunkSize:
 
 
 def fits(key: GroupKey | None) -> bool:
-    """Return True if a pipeline can sum work units with this key."""
+    """Return True if a pipeline can sum work units with this key, of one row."""
     return key is not None and not key.copied and key.out.averaged and all(d.averaged for d in key.dtypes)
 
 
@@ -109,7 +110,7 @@ class StagingPipeline:
         device: computes the sums.
         size: of a chunk; halved until the device has enough memory.
         files: the inputs, open.
-        done: called with each slice written, and its CRC-32 (0 if its file needs none).
+        done: called with each slice written, and the CRC-32 of its row (0 if no file needs it).
         stop: when set, the pipeline does nothing more.
     """
 
@@ -118,7 +119,7 @@ class StagingPipeline:
         device: Gpu,
         size: ChunkSize,
         files: OpenFiles,
-        done: Callable[[Slice, int], None],
+        done: Callable[[Slice, Sequence[int]], None],
         stop: threading.Event,
     ) -> None:
         self._device, self._files, self._done, self._stop = device, files, done, stop
@@ -156,7 +157,7 @@ class StagingPipeline:
             if self._memory is None or key is None or unit.slices[0].tile is not None or not fits(key):
                 left.append(unit)
                 continue
-            formula = Formula.of(key.dtypes, key.coefficients, key.out)
+            formula = Formula.of(key.dtypes, key.rows[0], key.out)
             chunk, rest = take(unit.slices, self._size.reals // formula.reals)
             if rest:
                 waiting.appendleft(WorkUnit(key, rest))
@@ -237,7 +238,7 @@ class StagingPipeline:
         """Read a term of some slices into a buffer, one behind the other."""
         at = 0
         for slice_ in slices:
-            spec, _ = slice_.tensor.terms[term]
+            spec = slice_.tensor.terms[term]
             path, item = spec.storage.path, spec.dtype.itemsize
             end = at + (slice_.stop - slice_.start) * item
             read_at(self._files[path], target[at:end], spec.begin + slice_.start * item, path)
@@ -254,9 +255,10 @@ class StagingPipeline:
         for slice_ in unit.slices:
             data = result.bytes[at : at + slice_.nbytes]
             at += slice_.nbytes
-            crc = native.crc32(data) if slice_.out.plan.needs_checksums else 0
-            write_at(slice_.out.fd, data, slice_.position, slice_.out.plan.name)
-            self._done(slice_, crc)
+            crc = native.crc32(data) if slice_.needs_checksums else 0
+            for target in slice_.targets:
+                write_at(target.out.fd, data, target.offset + slice_.begin, target.out.plan.name)
+            self._done(slice_, (crc,))
         return []
 
 
