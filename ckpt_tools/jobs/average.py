@@ -37,6 +37,7 @@ from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
 from .reports import Report
 from .run import produce
+from .stock import ByTensor, measured, with_start
 
 Numbers = Sequence[Any]
 BUFFERS = ("average", "last")
@@ -124,16 +125,26 @@ def average(
     members, chosen_sets = series.members, None
     if schedule.rule.needs == "profile":
         members, chosen_sets = every_set(members, matching)
+    elif schedule.rule.needs == "products":
+        members, chosen_sets = with_start(series, schedule.values["base"], matching)
     names = _names(members, chosen_sets)
-    numbers = _numbers(schedule, series, members, names, matching, chosen_sets)
-    coefficients = _coefficients(schedule, numbers, series)
-    lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None, chosen=chosen_sets)
+    by_tensor = ByTensor()
+    numbers: Numbers = ()
+    if schedule.rule.needs == "products":
+        lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None, chosen=chosen_sets)
+        by_tensor = measured(schedule, lined_up, members, matching, running)
+        coefficients = by_tensor.mean
+    else:
+        numbers = _numbers(schedule, series, members, names, matching, chosen_sets)
+        coefficients = _coefficients(schedule, numbers, series)
+        lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None, chosen=chosen_sets)
     tensors = weighted_sums(
         lined_up.aligned,
         coefficients,
         dtype=dtype or lined_up.states[-1].dtype,
         keep_running=matching.buffers == "last",
         shared=lined_up.shared,
+        by_name={name: (own,) for name, own in by_tensor.coefficients.items()},
     )
     products = Products()
     if matching.lora == "product":
@@ -141,6 +152,8 @@ def average(
         both = tensors | products.tensors
         tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
     unique = dict.fromkeys(tensors.values())
+    # A row of Model Stock may be the start alone.
+    copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_tensor.coefficients)
     arguments = _arguments(schedule, numbers, matching, dtype, running)
     inputs = _inputs(members, names, coefficients, lined_up)
     base = members[-1].header
@@ -149,8 +162,9 @@ def average(
     edited = _edited(base, products, target, dequantize=matching.dequantize)
 
     def lay_out(inputs: Sequence[Input]) -> Assembly:
+        ratios = {"ratios": by_tensor.ratios} if by_tensor.ratios else {}
         record = provenance(
-            "avg", arguments, mode=schedule.mode, state=inputs[-1].state, inputs=averaged_inputs(inputs)
+            "avg", arguments, mode=schedule.mode, state=inputs[-1].state, inputs=averaged_inputs(inputs), **ratios
         )
         writing = Writing(name=target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base)
         return assemble(
@@ -177,13 +191,14 @@ def average(
         inputs=inputs,
         mode=schedule.mode,
         ordered_by=series.ordered_by,
-        averaged=tuple(tensor.name for tensor in unique if not tensor.copied),
-        copied=tuple(tensor.name for tensor in unique if tensor.copied),
+        averaged=tuple(tensor.name for tensor in unique if tensor not in copied),
+        copied=tuple(tensor.name for tensor in copied),
         left_out=(*lined_up.left_out, *products.left_out),
         tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
         notes=(
             *series.notes,
             *_remarks(schedule, numbers, members, coefficients),
+            *by_tensor.notes,
             *lined_up.notes,
             *products.notes,
             *_kept(assembly),
@@ -191,7 +206,7 @@ def average(
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
-        bytes_read=assembly.bytes_read,
+        bytes_read=assembly.bytes_read + by_tensor.bytes_read,
         bytes_written=assembly.nbytes,
         memory=engine.memory_needed(unique, running.threads, gpus, gpu_bytes),
         device=", ".join(gpus) or "cpu",
@@ -202,7 +217,7 @@ def average(
         [stamp for member in members for stamp in member.header.files],
         output,
         running,
-        inputs=series.given,
+        inputs=[*series.given, *(member.path for member in members)],
         finish=with_hashes if output.hash else None,
         threads=running.threads,
         allow_nonfinite=running.allow_nonfinite,

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 from ..errors import UsageError
-from .rules import decay, difference, ema, posthoc, power, uniform, weights
+from .rules import decay, difference, ema, posthoc, power, stock, uniform, weights
 from .rules.rule import Numbers, Option, Rule
 
 _MODES = {"swa": "uniform", "mean": "uniform", "average": "uniform", "avg": "uniform", "exponential": "ema"}
@@ -63,12 +64,14 @@ class Schedule:
         return {option.name: self._given.get(option.name, option.default) for option in self.rule.options}
 
     def arguments(self, numbers: Sequence[Any]) -> Mapping[str, Any]:
-        """Return the options to record; without lists of numbers, which the coefficients repeat."""
+        """Return the options to record; without paths, and lists of numbers, which the coefficients repeat."""
         values = self.values | self.fitted(numbers)
         return {
             option.name: values[option.name]
             for option in self.rule.options
-            if values[option.name] != option.default and isinstance(values[option.name], (str, int, float))
+            if values[option.name] != option.default
+            and isinstance(values[option.name], (str, int, float))
+            and Path not in get_args(option.type)
         }
 
     def check(self) -> None:
@@ -143,6 +146,7 @@ SCHEDULES: dict[str, Rule] = {
     "power": power.RULE,
     "difference": difference.RULE,
     "posthoc": posthoc.RULE,
+    "stock": stock.RULE,
 }
 """Mode to rule."""
 

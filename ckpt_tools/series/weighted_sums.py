@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..errors import LayoutError, UsageError
@@ -25,6 +26,7 @@ def weighted_sums(
     dtype: DType | None,
     keep_running: bool,
     shared: Mapping[Path, Files] | None = None,
+    by_name: Mapping[str, Sequence[Sequence[float]]] = MappingProxyType({}),
 ) -> dict[str, OutTensor]:
     """Return the output tensor of each name.
 
@@ -34,10 +36,11 @@ def weighted_sums(
         dtype: of floating-point outputs; as in the inputs if None.
         keep_running: copy BatchNorm's running statistics from the last checkpoint.
         shared: for checkpoints with identical headers: file of the last to the corresponding files of all.
+        by_name: rows of tensors that have their own; without `shared`.
 
     Returns:
-        Name to OutTensor; names that are tied in every checkpoint have the same one. Those that are copied have a single
-        row, which is the same in all outputs.
+        Name to OutTensor; names that are tied in every checkpoint have the same one. Tensors that are copied have a
+        single row, which is the same in all outputs.
 
     Raises:
         LayoutError: a packed dtype.
@@ -60,12 +63,14 @@ def weighted_sums(
                     f"{last.storage.path}: '{name}' is {last.dtype.name}, whose codes mean nothing apart from their "
                     "scales. Average the checkpoints before they are quantized."
                 )
-            from_last = keep_running and name.rsplit(".", 1)[-1] in _RUNNING
+            from_last = keep_running and is_running(name)
             narrowed = dtype is not None and last.dtype.category is Category.FLOAT
             if from_last or is_copied(name, last):
                 terms, narrowed = Terms.copy(last), narrowed and from_last
             elif type(last) is not TensorSpec and shared:
                 terms = Terms.of_rows(_in_each(last, len(weighing.rows[0]), shared), weighing.rows)
+            elif name in by_name:
+                terms = _Weighing.of(by_name[name]).terms(name, inputs)
             else:
                 files = counted.get(last.storage.path)
                 terms = Terms((last,), weighing.weights, files) if files else weighing.terms(name, inputs)
@@ -74,6 +79,11 @@ def weighted_sums(
                 tied[inputs] = tensor
         tensors[name] = tensor
     return tensors
+
+
+def is_running(name: str) -> bool:
+    """Return True for BatchNorm's running statistics."""
+    return name.rsplit(".", 1)[-1] in _RUNNING
 
 
 class _Weighing(NamedTuple):

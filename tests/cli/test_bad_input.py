@@ -316,7 +316,7 @@ def test_avg_rejects_unsupported_tensors(tensor: torch.Tensor, kind: str) -> Non
         (["--mode", "weights", "--weights", "1;2;3"], "--weights '1;2;3': write numbers with commas, such as 1,2,3."),
         (
             ["--mode", "median"],
-            "--mode is one of uniform, ema, weights, decay, power, difference, posthoc, not 'median'.",
+            "--mode is one of uniform, ema, weights, decay, power, difference, posthoc, stock, not 'median'.",
         ),
         (["--keys", "some"], "--keys is one of strict, intersection, union"),
         (["--match", "shape"], "--match is one of name, order, not 'shape'"),

@@ -45,8 +45,9 @@ class Rule:
         along: called like `coefficients`; returns the name of the option by which training steps count, or None where
             files do.
         needs: which number of a checkpoint `coefficients` takes: ``step`` (of training), ``updates`` (how many weights
-            are in the average that it holds), ``place`` (among the paths as they were given), or ``profile`` (which
-            steps it is an average of).
+            are in the average that it holds), ``place`` (among the paths as they were given), ``profile`` (which
+            steps it is an average of), or ``products`` (called for each tensor, with the inner products of its
+            differences from one start).
     """
 
     coefficients: Callable[..., Sequence[float]]

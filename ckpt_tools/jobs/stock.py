@@ -1,0 +1,165 @@
+"""Model Stock over files: the start joins the series, and the inner products of each tensor are measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from ..checkpoints.layouts import StateDict
+from ..checkpoints.layouts.schedule_free import refuse_computed
+from ..errors import AlignmentError, LayoutError, NumericsError, UsageError
+from ..formats import read_header
+from ..series.align import is_copied
+from ..series.find import Series
+from ..series.member import Member
+from ..series.paths import one_checkpoint
+from ..series.rules.stock import Products
+from ..series.schedules import Schedule
+from ..series.weighted_sums import is_running
+from ..tensors import TensorSpec
+from .lined_up import LinedUp, selected
+from .options import Matching, Summing
+from .provenance import short_names
+
+Row = tuple[float, ...]
+Aligned = tuple[TensorSpec | None, ...]
+
+
+class Start(NamedTuple):
+    """A series with the checkpoint that it was fine-tuned from.
+
+    Attributes:
+        members: that checkpoint, then the others.
+        states: the set of weights in each.
+    """
+
+    members: tuple[Member, ...]
+    states: tuple[StateDict, ...]
+
+
+def with_start(series: Series, base: str | Path, matching: Matching) -> Start:
+    """Put the start before a series; if it is among the checkpoints, it is the start only.
+
+    Raises:
+        UsageError: fewer than two others, or `matching` asks for what is no tensor of a file.
+        CkptError: the start cannot be read, or has no such weights.
+    """
+    if matching.lora == "product":
+        raise UsageError("`lora='product'` does not go with `mode='stock'`, which needs one start for all factors.")
+    path = one_checkpoint(base)
+    header = read_header(path)
+    others = tuple(member for member in series.members if member.path.resolve() != path.resolve())
+    if len(others) < 2:
+        raise UsageError(
+            f"`mode='stock'` takes two or more checkpoints that were fine-tuned from {path}, and there "
+            f"{'is one' if others else 'is none'}."
+        )
+    start = Member(path, header)
+    names = short_names([member.path for member in (start, *others)])
+    states = selected(others, names[1:], matching)
+    try:
+        own = selected([start], names[:1], matching)
+    except LayoutError:  # a release has no optimizer and no EMA beside its weights
+        own = selected([start], names[:1], Matching(**vars(matching) | {"state": "auto"}))
+    for member, state in zip((start, *others), (*own, *states), strict=True):
+        refuse_computed(member.header, state)
+    return Start((start, *others), (*own, *states))
+
+
+@dataclass(frozen=True, slots=True)
+class ByTensor:
+    """Coefficients that differ from tensor to tensor.
+
+    Attributes:
+        coefficients: of each tensor that is averaged: of the start, then of the others; 0 for those that lack it.
+        mean: over all values.
+        ratios: name to the coefficients of all but the start together.
+        notes: what they are, in words.
+        bytes_read: to measure them.
+    """
+
+    coefficients: Mapping[str, Row] = field(default_factory=dict)
+    mean: Row = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    bytes_read: int = 0
+
+
+def measured(
+    schedule: Schedule, lined_up: LinedUp, members: Sequence[Member], matching: Matching, running: Summing
+) -> ByTensor:
+    """Measure the angles between the models, in one pass over the files, and return the coefficients of each tensor.
+
+    Args:
+        lined_up: of the start, then the others.
+
+    Raises:
+        AlignmentError: there is nothing to average.
+        NumericsError: a value is NaN or infinity.
+        ReadError: a file cannot be read.
+    """
+    averaged = {name: specs for name, specs in lined_up.aligned.items() if _is_averaged(name, specs, matching)}
+    if not averaged:
+        raise AlignmentError(
+            "the checkpoints share no tensor of floating-point numbers, so there is nothing to average."
+        )
+    started = [specs for specs in dict.fromkeys(averaged.values()) if specs[0] is not None]
+    found = _products(started, members, running)
+    by_name: dict[str, Row] = {}
+    for name, specs in averaged.items():
+        if specs[0] is None:
+            present = [float(spec is not None) for spec in specs]
+            by_name[name] = tuple(each / sum(present) for each in present)
+            continue
+        if not all(math.isfinite(each) for row in found[specs] for each in row):
+            raise NumericsError(f"'{name}': a value is NaN or infinity, so the angle between the models is not known.")
+        own = iter(schedule.coefficients(found[specs]))
+        by_name[name] = tuple(0.0 if spec is None else next(own) for spec in specs)
+    sizes = {name: next(spec.numel for spec in specs if spec is not None) for name, specs in averaged.items()}
+    total = sum(sizes.values())
+    mean = [math.fsum(row[i] * sizes[name] / total for name, row in by_name.items()) for i in range(len(members))]
+    return ByTensor(
+        coefficients=by_name,
+        mean=tuple(mean),
+        ratios={name: 1.0 - row[0] for name, row in by_name.items()},
+        notes=tuple(_notes(by_name, mean[0], members)),
+        bytes_read=_nbytes(started),
+    )
+
+
+def _notes(by_name: Mapping[str, Row], share: float, members: Sequence[Member]) -> Iterator[str]:
+    ordered = sorted(by_name, key=lambda name: by_name[name][0])
+    least, most = ordered[0], ordered[-1]
+    yield (
+        f"The start, {members[0].path.name}, counts {share:.1%} over all values: from {by_name[least][0]:.1%} in "
+        f"'{least}' to {by_name[most][0]:.1%} in '{most}'. The other {len(members) - 1} share the rest."
+    )
+
+
+def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:
+    last = next(spec for spec in reversed(specs) if spec is not None)
+    running = matching.buffers == "last" and is_running(name)
+    return last.dtype.averaged and last.numel > 0 and not is_copied(name, last) and not running
+
+
+def _products(tensors: Iterable[Aligned], members: Sequence[Member], running: Summing) -> dict[Aligned, Products]:
+    """Return for each tensor, tied ones once, what `ckpt_tools.series.rules.stock` takes."""
+    from ..compute.gram import gram  # imports torch
+
+    # The start comes last, for rows are differences from the last.
+    rows = {specs: [spec for spec in (*specs[1:], specs[0]) if spec is not None] for specs in tensors}
+    total, report = _nbytes(rows), running.on_progress
+    found = gram(
+        [*rows.values()],
+        stamps=[stamp for member in members for stamp in member.header.files],
+        threads=running.threads,
+        on_progress=None if report is None else lambda done: report(done, total),
+    )
+    return {specs: matrix.tolist() for specs, matrix in zip(rows, found, strict=True)}
+
+
+def _nbytes(tensors: Iterable[Aligned]) -> int:
+    return sum(spec.nbytes for specs in tensors for spec in specs if spec is not None)
