@@ -104,9 +104,11 @@ def planned(name: str, tensors: Sequence[OutTensor], begin: int, *, crc: bool, k
     return FilePlan(name, at, tuple(segments))
 
 
-def run(
-    folder: Path, files: Sequence[tuple[Sequence[OutTensor], int, int]], *, crc: bool, **options: Any
-) -> list[bytes]:
+Job = Sequence[tuple[Sequence[OutTensor], int, int]]
+"""Files: (tensors, row, first byte)."""
+
+
+def run(folder: Path, files: Job, *, crc: bool, **options: Any) -> list[bytes]:
     """Write files; return the bytes of each from its first byte on, whose checksums were right."""
     with ExitStack() as stack:
         outputs, checksums = [], []
