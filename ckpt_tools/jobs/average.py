@@ -144,7 +144,7 @@ def average(
         dtype=dtype or lined_up.states[-1].dtype,
         keep_running=matching.buffers == "last",
         shared=lined_up.shared,
-        by_name=by_tensor.coefficients,
+        by_name={name: (own,) for name, own in by_tensor.coefficients.items()},
     )
     products = Products()
     if matching.lora == "product":

@@ -7,41 +7,40 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import NamedTuple
 
 from ..errors import LayoutError, UsageError
 from ..formats import without_collector
-from ..formats.file_plan import Files, OutTensor, Terms
+from ..formats.file_plan import Files, OutTensor, Terms, used
 from ..tensors import Category, DType, SummedSpec, TensorSpec
 from .align import is_copied
 
 # Only names tell float buffers from parameters; averaging harms these, which are BatchNorm's.
 _RUNNING = ("running_mean", "running_var")
-_T = TypeVar("_T")
 
 
 @without_collector()
 def weighted_sums(
     aligned: Mapping[str, tuple[TensorSpec | None, ...]],
-    coefficients: Sequence[float],
-    *,
+    *rows: Sequence[float],
     dtype: DType | None,
     keep_running: bool,
     shared: Mapping[Path, Files] | None = None,
-    by_name: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    by_name: Mapping[str, Sequence[Sequence[float]]] = MappingProxyType({}),
 ) -> dict[str, OutTensor]:
     """Return the output tensor of each name.
 
     Args:
         aligned: name to one tensor per checkpoint, None if missing; with `shared`, to the tensor of the last only.
-        coefficients: one per checkpoint.
+        rows: of coefficients, one per checkpoint; for each output.
         dtype: of floating-point outputs; as in the inputs if None.
         keep_running: copy BatchNorm's running statistics from the last checkpoint.
         shared: for checkpoints with identical headers: file of the last to the corresponding files of all.
-        by_name: coefficients of tensors that have their own; without `shared`.
+        by_name: rows of tensors that have their own; without `shared`.
 
     Returns:
-        Name to OutTensor; names that are tied in every checkpoint have the same one.
+        Name to OutTensor; names that are tied in every checkpoint have the same one. Tensors that are copied have a
+        single row, which is the same in all outputs.
 
     Raises:
         LayoutError: a packed dtype.
@@ -52,12 +51,8 @@ def weighted_sums(
     tied: dict[tuple[TensorSpec | None, ...], OutTensor] = {}
     begins = [-1 if (spec := inputs[-1]) is None else spec.begin for inputs in aligned.values()]
     times = Counter(begins)
-    counted = {
-        path: tuple(file for file, _ in _weighing([*zip(files, coefficients, strict=True)]))
-        for path, files in (shared or {}).items()
-    }
-    coefficients, weigh = tuple(coefficients), all(coefficients)
-    weights = tuple(weight for _, weight in _weighing([(None, weight) for weight in coefficients]))
+    weighing = _Weighing.of(rows)
+    counted = {path: tuple([files[at] for at in weighing.kept]) for path, files in (shared or {}).items()}
     for begin, (name, inputs) in zip(begins, aligned.items(), strict=True):
         alone = times[begin] == 1
         tensor = None if alone else tied.get(inputs)
@@ -73,12 +68,12 @@ def weighted_sums(
             if from_last or is_copied(name, last):
                 terms, narrowed = Terms.copy(last), narrowed and from_last
             elif type(last) is not TensorSpec and shared:
-                terms = Terms.of(_weighing(_in_each(last, coefficients, shared)))
+                terms = Terms.of_rows(_in_each(last, len(weighing.rows[0]), shared), weighing.rows)
             elif name in by_name:
-                terms = _scaled(name, inputs, by_name[name], weigh=False)
+                terms = _Weighing.of(by_name[name]).terms(name, inputs)
             else:
                 files = counted.get(last.storage.path)
-                terms = Terms((last,), (weights,), files) if files else _scaled(name, inputs, coefficients, weigh=weigh)
+                terms = Terms((last,), weighing.weights, files) if files else weighing.terms(name, inputs)
             tensor = OutTensor(dtype if dtype and narrowed else last.written, last.shape, terms, name)
             if tensor.numel and not alone:
                 tied[inputs] = tensor
@@ -91,28 +86,44 @@ def is_running(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in _RUNNING
 
 
-def _scaled(name: str, inputs: Sequence[TensorSpec | None], coefficients: tuple[float, ...], *, weigh: bool) -> Terms:
-    """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
-    if weigh and None not in inputs and SummedSpec not in map(type, inputs):
-        return Terms(tuple(inputs), (coefficients,))  # type: ignore[arg-type]
-    present = [(spec, c) for spec, c in zip(inputs, coefficients, strict=True) if spec is not None]
-    weighing = tuple(present) if all(coefficients) else _weighing(present)
-    if len(present) == len(coefficients):
-        return Terms.of(weighing)
-    have, want = math.fsum(c for _, c in present), math.fsum(coefficients)
+class _Weighing(NamedTuple):
+    """Which checkpoints count, and how much.
+
+    Attributes:
+        rows: coefficients of all checkpoints.
+        kept: the checkpoints that a row uses.
+        weights: the coefficients of these.
+    """
+
+    rows: tuple[tuple[float, ...], ...]
+    kept: tuple[int, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[float]]) -> _Weighing:
+        every = tuple([tuple([c or 0.0 for c in row]) for row in rows])  # -0.0 would change the result
+        kept = tuple(sorted({at for row in every for at in used(row)}))
+        return cls(every, kept, tuple([tuple([row[at] for at in kept]) for row in every]))
+
+    def terms(self, name: str, inputs: Sequence[TensorSpec | None]) -> Terms:
+        """Return the terms of a tensor; if some checkpoints lack it, scale the others to the total weight."""
+        if None not in inputs and SummedSpec not in map(type, inputs):
+            return Terms(tuple([inputs[at] for at in self.kept]), self.weights)  # type: ignore[misc]
+        present = [at for at, spec in enumerate(inputs) if spec is not None]
+        rows = [[row[at] for at in present] for row in self.rows]
+        if len(present) < len(inputs):
+            rows = [_scaled(name, own, row) for own, row in zip(rows, self.rows, strict=True)]
+        return Terms.of_rows([inputs[at] for at in present], rows)  # type: ignore[misc]
+
+
+def _scaled(name: str, present: Sequence[float], row: Sequence[float]) -> list[float]:
+    have, want = math.fsum(present), math.fsum(row)
     # Dividing by a sum that is 0 up to rounding would amplify the rounding.
-    if abs(have) <= 1e-12 * math.fsum(abs(c) for _, c in present):
+    if abs(have) <= 1e-12 * math.fsum(map(abs, present)):
         raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
-    return Terms.of((spec, c * (want / have)) for spec, c in weighing)
+    return [c * (want / have) for c in present]
 
 
-def _in_each(
-    last: TensorSpec, coefficients: Sequence[float], shared: Mapping[Path, Files]
-) -> list[tuple[TensorSpec, float]]:
+def _in_each(last: TensorSpec, count: int, shared: Mapping[Path, Files]) -> list[TensorSpec]:
     """Find what is made of several tensors of the last checkpoint in each of those with its header."""
-    return [(last.placed(lambda path, i=i: shared[path][i]), c) for i, c in enumerate(coefficients)]  # type: ignore[misc]
-
-
-def _weighing(terms: Sequence[tuple[_T, float]]) -> tuple[tuple[_T, float], ...]:
-    """Drop terms of weight 0; keep the last if all are 0."""
-    return tuple(term for term in terms if term[1] != 0) or ((terms[-1][0], 0.0),)  # -0.0 would change the result
+    return [last.placed(lambda path, i=i: shared[path][i]) for i in range(count)]  # type: ignore[misc]

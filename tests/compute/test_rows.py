@@ -104,10 +104,12 @@ def planned(name: str, tensors: Sequence[OutTensor], begin: int, *, crc: bool, k
     return FilePlan(name, at, tuple(segments))
 
 
-def run(
-    folder: Path, files: Sequence[tuple[Sequence[OutTensor], int, int]], *, crc: bool, **options: Any
-) -> list[bytes]:
-    """Write files of (tensors, row, first byte); return the bytes from there on, whose checksums were right."""
+Job = Sequence[tuple[Sequence[OutTensor], int, int]]
+"""Files: (tensors, row, first byte)."""
+
+
+def run(folder: Path, files: Job, *, crc: bool, **options: Any) -> list[bytes]:
+    """Write files; return the bytes of each from its first byte on, whose checksums were right."""
     with ExitStack() as stack:
         outputs, checksums = [], []
         for i, (tensors, row, begin) in enumerate(files):
@@ -136,7 +138,7 @@ def one_row(tensor: OutTensor, row: int) -> OutTensor:
     return OutTensor(tensor.dtype, tensor.shape, alone, tensor.name, tensor.finite, tensor.data)
 
 
-def alone(folder: Path, files: Sequence[tuple[Sequence[OutTensor], int, int]], **options: Any) -> list[bytes]:
+def alone(folder: Path, files: Job, **options: Any) -> list[bytes]:
     return [run(folder, [([one_row(t, row) for t in tensors], 0, at)], **options)[0] for tensors, row, at in files]
 
 
