@@ -154,8 +154,8 @@ def average(
     unique = dict.fromkeys(tensors.values())
     # A row of Model Stock may be the start alone.
     copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_tensor.coefficients)
-    arguments = _arguments(schedule, numbers, matching, dtype, running)
-    inputs = _inputs(members, names, coefficients, lined_up)
+    arguments = arguments_of(schedule, numbers, matching, dtype, running)
+    inputs = inputs_of(members, names, coefficients, lined_up)
     base = members[-1].header
     usual = default_target([member.header for member in members]) if products.config is None else Target.of("averaged/")
     target = chosen or usual
@@ -226,7 +226,7 @@ def average(
     )
 
 
-def _arguments(
+def arguments_of(
     schedule: Schedule, numbers: Numbers, matching: Matching, dtype: DType | None, running: Summing
 ) -> dict[str, Any]:
     """Return the options to record in the output; None for those at their defaults."""
@@ -354,14 +354,23 @@ def _remarks(
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 
-def _inputs(
-    members: Sequence[Member], names: Sequence[str], coefficients: Sequence[float], lined_up: LinedUp
+def inputs_of(
+    members: Sequence[Member],
+    names: Sequence[str],
+    coefficients: Sequence[float],
+    lined_up: LinedUp,
+    at: Sequence[int] | None = None,
 ) -> tuple[Input, ...]:
-    """Describe the checkpoints; a single set of weights stands for all of them."""
+    """Describe checkpoints.
+
+    Args:
+        at: their numbers among those that are lined up; all if None.
+    """
     found = [
         (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
         for chosen, bare in zip(lined_up.states, lined_up.renamed, strict=True)
     ]
+    places = range(len(members)) if at is None else at
     return tuple(
         Input(
             path=str(member.path),
@@ -373,6 +382,6 @@ def _inputs(
             prefixes=wrappers,
         )
         for member, name, coefficient, (label, wrappers) in zip(
-            members, names, coefficients, found * (len(members) // len(found)), strict=True
+            members, names, coefficients, [found[i % len(found)] for i in places], strict=True
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,19 +121,43 @@ def write(
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
     """
-    files = assembly.files
-    names = [plan.name for plan in files] if assembly.folder else None
-    with staged_files(assembly.target, names, [plan.size for plan in files], force=force) as (stage, fds):
-        splices = [_spliced(plan, stamps) for plan in files]
+    with ExitStack() as stages:
+        outputs = _staged(assembly, 0, force, stages)
+        splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress
             on_copied = None if show is None else lambda nbytes: show(2 * nbytes)  # read and written
-            copy([each for each in splices if each], fds, stamps, on_copied)
+            copy([each for each in splices if each], [out.fd for out in outputs], stamps, on_copied)
         else:
-            outputs = [OutFile(plan, fd) for plan, fd in zip(files, fds, strict=True)]
             engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
-        for companion in assembly.companions:
-            (stage / companion.name).write_bytes(read_file(companion)[0])
+
+
+def write_all(
+    assemblies: Sequence[Assembly],
+    stamps: Sequence[Stamp],
+    *,
+    force: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> None:
+    """Write assemblies that share their tensors, each from its own row, for one read of the inputs; see `write`.
+
+    All are moved into place, one after another, when all are complete.
+    """
+    with ExitStack() as stages:
+        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)]
+        engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
+
+
+def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> list[OutFile]:
+    """Create the files of an assembly, to be moved into place when the stages end; its companions are complete."""
+    files = assembly.files
+    names = [plan.name for plan in files] if assembly.folder else None
+    staged = staged_files(assembly.target, names, [plan.size for plan in files], force=force)
+    stage, fds = stages.enter_context(staged)
+    for companion in assembly.companions:
+        (stage / companion.name).write_bytes(read_file(companion)[0])
+    return [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
 
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:

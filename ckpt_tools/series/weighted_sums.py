@@ -27,6 +27,7 @@ def weighted_sums(
     keep_running: bool,
     shared: Mapping[Path, Files] | None = None,
     by_name: Mapping[str, Sequence[Sequence[float]]] = MappingProxyType({}),
+    lasts: Sequence[int] = (),
 ) -> dict[str, OutTensor]:
     """Return the output tensor of each name.
 
@@ -37,10 +38,11 @@ def weighted_sums(
         keep_running: copy BatchNorm's running statistics from the last checkpoint.
         shared: for checkpoints with identical headers: file of the last to the corresponding files of all.
         by_name: rows of tensors that have their own; without `shared`.
+        lasts: number of the last checkpoint of each row, from which tensors are copied; that of all if not given.
 
     Returns:
-        Name to OutTensor; names that are tied in every checkpoint have the same one. Tensors that are copied have a
-        single row, which is the same in all outputs.
+        Name to OutTensor; names that are tied in every checkpoint have the same one. Tensors that all rows copy from
+        one checkpoint have a single row, which is the same in all outputs.
 
     Raises:
         LayoutError: a packed dtype.
@@ -53,6 +55,7 @@ def weighted_sums(
     times = Counter(begins)
     weighing = _Weighing.of(rows)
     counted = {path: tuple([files[at] for at in weighing.kept]) for path, files in (shared or {}).items()}
+    several_lasts = lasts if len(set(lasts)) > 1 else ()
     for begin, (name, inputs) in zip(begins, aligned.items(), strict=True):
         alone = times[begin] == 1
         tensor = None if alone else tied.get(inputs)
@@ -67,6 +70,9 @@ def weighted_sums(
             narrowed = dtype is not None and last.dtype.category is Category.FLOAT
             if from_last or is_copied(name, last):
                 terms, narrowed = Terms.copy(last), narrowed and from_last
+                if several_lasts:
+                    own = _in_each(last, len(rows[0]), shared) if shared else inputs
+                    terms = _copies(own, several_lasts)
             elif type(last) is not TensorSpec and shared:
                 terms = Terms.of_rows(_in_each(last, len(weighing.rows[0]), shared), weighing.rows)
             elif name in by_name:
@@ -122,6 +128,14 @@ def _scaled(name: str, present: Sequence[float], row: Sequence[float]) -> list[f
     if abs(have) <= 1e-12 * math.fsum(map(abs, present)):
         raise UsageError(f"the checkpoints that have '{name}' weigh 0 together. Use `keys='intersection'`.")
     return [c * (want / have) for c in present]
+
+
+def _copies(inputs: Sequence[TensorSpec | None], lasts: Sequence[int]) -> Terms:
+    """Return the rows that each copy one tensor: that of its last checkpoint, or of the latest before it that has one."""
+    present = [at for at, spec in enumerate(inputs) if spec is not None]
+    chosen = [max([at for at in present if at <= last], default=present[-1]) for last in lasts]
+    rows = [[float(at == one) for at in present] for one in chosen]
+    return Terms.of_rows([inputs[at] for at in present], rows)  # type: ignore[misc]
 
 
 def _in_each(last: TensorSpec, count: int, shared: Mapping[Path, Files]) -> list[TensorSpec]:

@@ -11,7 +11,7 @@ from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
 from ...series.rules.rule import Option
 from ...series.schedules import SCHEDULES, Schedule
-from ..options import Computing, Images, Options, Output, Selection, option
+from ..options import Images, Options, Output, Selection, Summing, option
 
 
 class Values:
@@ -150,7 +150,7 @@ class SweptOutput(Output):
     csv: str | Path | None = option("Write the ranking as a table.", None, metavar="FILE")
 
 
-class Sweeping(Computing):
+class Sweeping(Summing):
     """How a sweep runs."""
 
     on_result: Callable[..., None] | None = option(

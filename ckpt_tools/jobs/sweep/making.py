@@ -1,0 +1,129 @@
+"""Making: several averages of one series written for one read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...formats.file_plan import OutTensor
+from ...formats.format import Writing
+from ...series.candidates import Candidate
+from ...series.member import Member
+from ...series.weighted_sums import weighted_sums
+from ...storage.source import Stamp
+from ...tensors import DType
+from ..assembly import Assembly, assemble
+from ..average import arguments_of, inputs_of
+from ..lined_up import LinedUp, line_up
+from ..options import Matching
+from ..outputs import Target
+from ..provenance import averaged_inputs, provenance, short_names
+from ..run import write_all
+from .options import Sweeping
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Writes averages of a series whose weights are lined up once; the bytes are those of `average`.
+
+    Attributes:
+        members: all checkpoints, oldest first.
+        lined_up: their weights.
+        matching, dtype, running: as for `average`.
+    """
+
+    members: tuple[Member, ...]
+    lined_up: LinedUp
+    matching: Matching
+    dtype: DType | None
+    running: Sweeping
+
+    @classmethod
+    def of(
+        cls, members: Sequence[Member], names: Sequence[str], matching: Matching, dtype: DType | None, running: Sweeping
+    ) -> Maker:
+        """Line up the weights of all checkpoints.
+
+        Raises:
+            CkptError: see `line_up`.
+        """
+        lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None)
+        return cls(tuple(members), lined_up, matching, dtype, running)
+
+    def planned(
+        self, candidates: Sequence[Candidate], paths: Sequence[Path], evidence: Mapping[str, Any] | None = None
+    ) -> list[Assembly]:
+        """Lay out the files of candidates, which share their tensors: row i is of candidate i.
+
+        Args:
+            evidence: further facts for the provenance.
+        """
+        lasts = [self.members.index(each.members[-1]) for each in candidates]
+        tensors = weighted_sums(
+            self.lined_up.aligned,
+            *[each.row(self.members) for each in candidates],
+            dtype=self.dtype or self.lined_up.states[-1].dtype,
+            keep_running=self.matching.buffers == "last",
+            shared=self.lined_up.shared,
+            lasts=lasts,
+        )
+        return [
+            self._laid_out(candidate, path, last, tensors, evidence or {})
+            for candidate, path, last in zip(candidates, paths, lasts, strict=True)
+        ]
+
+    def make(
+        self,
+        candidates: Sequence[Candidate],
+        paths: Sequence[Path],
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Write candidates, reading each input once.
+
+        Raises:
+            CkptError: see `engine.run`.
+        """
+        assemblies = self.planned(candidates, paths)
+        read = max(each.bytes_read for each in assemblies)
+        total = read + sum(each.nbytes for each in assemblies)
+        write_all(
+            assemblies,
+            self.stamps,
+            force=True,
+            threads=self.running.threads,
+            allow_nonfinite=self.running.allow_nonfinite,
+            on_progress=None if on_progress is None else lambda nbytes: on_progress(nbytes, total),
+        )
+
+    @property
+    def stamps(self) -> list[Stamp]:
+        """Of all files of the series."""
+        return [stamp for member in self.members for stamp in member.header.files]
+
+    def _laid_out(
+        self,
+        candidate: Candidate,
+        path: Path,
+        last: int,
+        tensors: Mapping[str, OutTensor],
+        evidence: Mapping[str, Any],
+    ) -> Assembly:
+        state, renamed = ([*zip(self.lined_up.states, self.lined_up.renamed, strict=True)] * len(self.members))[last]
+        base = self.members[last].header
+        own = [self.members.index(member) for member in candidate.members]
+        names = short_names([member.path for member in candidate.members])
+        inputs = inputs_of(candidate.members, names, candidate.coefficients, self.lined_up, at=own)
+        arguments = arguments_of(candidate.schedule, candidate.numbers, self.matching, self.dtype, self.running)
+        record = provenance(
+            "avg",
+            arguments,
+            mode=candidate.schedule.mode,
+            state=inputs[-1].state,
+            inputs=averaged_inputs(inputs),
+            **evidence,
+        )
+        target = Target.of(path)
+        writing = Writing(name=target.name, provenance=record, untie=False, max_bytes=None, like=base)
+        return assemble(tensors, writing, target=target, base=base, state=state, renamed=renamed)
