@@ -131,7 +131,7 @@ def _scaled(name: str, present: Sequence[float], row: Sequence[float]) -> list[f
 
 
 def _copies(inputs: Sequence[TensorSpec | None], lasts: Sequence[int]) -> Terms:
-    """Return the rows that each copy one tensor: that of its last checkpoint, or of the latest before it that has one."""
+    """Return rows that each copy one tensor: of its last checkpoint, or of the latest before it that has one."""
     present = [at for at, spec in enumerate(inputs) if spec is not None]
     chosen = [max([at for at in present if at <= last], default=present[-1]) for last in lasts]
     rows = [[float(at == one) for at in present] for one in chosen]

@@ -16,11 +16,9 @@ from ...evaluation.evaluators import Evaluator, Scores
 from ...series.candidates import Candidate
 from ...series.metrics import lower_by_name
 from ...storage.staged import remove
+from .making import MOST
 from .results import Result, Results, key_of
 from .verdict import apart
-
-MOST = 16
-"""Candidates made at a time: the inputs are read once for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +131,13 @@ class Bench:
         evaluation = {**self.evaluator.identity, "holdout": self.holdout}
         return key_of(candidate.members, candidate.coefficients, evaluation)
 
+    @property
+    def chosen(self) -> Aim:
+        """The metric that decides, once a candidate is scored."""
+        if self.aim is None:
+            raise DataError("no candidate is scored yet")
+        return self.aim
+
     def ranking(self) -> list[Candidate]:
         """Return the candidates that have a score, best first; the earlier one at a tie."""
         aim = self.aim
@@ -145,6 +150,10 @@ class Bench:
         """Return where the file of a candidate is, while it is there."""
         name = re.sub(r"[^A-Za-z0-9.=_-]+", "-", candidate.label)[:60].strip("-.")
         return self.folder / f"{name}-{self.key(candidate)[:8]}{self.suffix}"
+
+    def log(self, candidate: Candidate, what: str = "") -> Path:
+        """Return where what an evaluation prints is kept."""
+        return self.folder / "logs" / f"{self.path(candidate).name}{what and '-'}{what}.log"
 
     def selection(self, scores: Scores) -> Scores:
         """Return the scores on the samples that have a part in the choice."""
@@ -203,7 +212,7 @@ class Bench:
         metrics: Mapping[str, float] = {}
         scores, error = Scores({}), None
         try:
-            scores = self.evaluator.score(path, self.folder / "logs" / f"{path.name}.log")
+            scores = self.evaluator.score(path, self.log(candidate))
             metrics = self.selection(scores).metrics
         except UsageError:
             raise  # it will not get better with the next one

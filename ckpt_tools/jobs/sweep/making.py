@@ -18,10 +18,13 @@ from ..assembly import Assembly, assemble
 from ..average import arguments_of, inputs_of
 from ..lined_up import LinedUp, line_up
 from ..options import Matching
-from ..outputs import Target
+from ..outputs import Target, default_target
 from ..provenance import averaged_inputs, provenance, short_names
 from ..run import write_all
 from .options import Sweeping
+
+MOST = 16
+"""Averages made at a time: the inputs are read once for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,22 @@ class Maker:
             allow_nonfinite=self.running.allow_nonfinite,
             on_progress=None if on_progress is None else lambda nbytes: on_progress(nbytes, total),
         )
+
+    def bytes_moved(self, candidates: Sequence[Candidate], at_once: int = MOST) -> tuple[int, int]:
+        """Return the bytes read and written to make candidates, some at once."""
+        read = written = 0
+        for begin in range(0, len(candidates), at_once):
+            some = candidates[begin : begin + at_once]
+            assemblies = self.planned(some, [Path(f"candidate{self.suffix}")] * len(some))
+            read += max(each.bytes_read for each in assemblies)
+            written += sum(each.nbytes for each in assemblies)
+        return read, written
+
+    @property
+    def suffix(self) -> str:
+        """Of a candidate's file; empty for a folder."""
+        usual = default_target([member.header for member in self.members])
+        return "" if usual.folder else "".join(usual.path.suffixes)
 
     @property
     def stamps(self) -> list[Stamp]:

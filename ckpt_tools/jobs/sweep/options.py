@@ -1,11 +1,9 @@
 """Options of a sweep: those of an average, each with several values, and how the averages are evaluated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
@@ -14,14 +12,19 @@ from ...series.schedules import SCHEDULES, Schedule
 from ..options import Images, Options, Output, Selection, Summing, option
 
 
-class Values:
+class Values(Options):
     """Options of which each may have several values; a value that is not given is none."""
-
-    title: ClassVar[str]
 
     def __init__(self, **given: Any) -> None:
         known = {each.name: each for each in self._single()}
-        self._values = {name: values(known[name], each) for name, each in given.items() if each not in (None, False)}
+        found = {name: values(known[name], each) for name, each in given.items() if each not in (None, False)}
+        super().__init__()
+        vars(self).update(_values=found)
+
+    @property
+    def values(self) -> dict[str, list[Any]]:
+        """Option to its values, of those that are given."""
+        return dict(vars(self)["_values"])
 
     @classmethod
     def _single(cls) -> tuple[Option, ...]:
@@ -32,11 +35,6 @@ class Values:
     def options(cls) -> tuple[Option, ...]:
         """Return the options."""
         return tuple(_plural(each) for each in cls._single())
-
-    @property
-    def values(self) -> dict[str, list[Any]]:
-        """Option to its values, of those that are given."""
-        return dict(self._values)
 
 
 def _plural(single: Option) -> Option:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import DataError
 from ...evaluation.evaluators import Scores
 from ...evaluation.significance import mcnemar, paired_interval
+from ...series.metrics import lower_by_name
 
 CONFIDENCE = 0.95
 
@@ -119,9 +120,9 @@ def in_words(found: Comparison, *, lower_is_better: bool, other: str) -> str:
     return f"{'Better' if better else 'Worse'} than {other}: {found.metric} is {by} {on}."
 
 
-def fallen(comparisons: Mapping[str, Comparison], metric: str, lower: Mapping[str, bool]) -> Iterator[str]:
-    """Yield the other metrics that are worse although the one that decides is not."""
+def fallen(comparisons: Mapping[str, Comparison], metric: str) -> Iterator[str]:
+    """Yield the other metrics that are worse although the one that decides is not; their names tell the direction."""
     for name, found in comparisons.items():
-        worse = found.difference > 0 if lower[name] else found.difference < 0
+        worse = found.difference > 0 if lower_by_name(name) else found.difference < 0
         if name != metric and worse:
             yield name

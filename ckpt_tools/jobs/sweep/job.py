@@ -1,0 +1,552 @@
+"""The sweep: candidates, scores, ranking, verdict, and the best one written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.ema_updates import stored_updates
+from ...checkpoints.open import Checkpoint
+from ...compute.threads import check_threads
+from ...errors import SeriesError, UsageError
+from ...evaluation.evaluators import Scores
+from ...series.candidates import Candidate, candidates
+from ...series.find import Series, find_series
+from ...series.member import Member
+from ...series.schedules import Schedule
+from ...series.search import LOG, SCALES, Optimum, golden_section
+from ...series.soup import Soup, greedy
+from ...storage.staged import remove
+from ...tensors import parse_dtype
+from ..lined_up import selected
+from ..options import Matching, Network, takes
+from ..outputs import Target, check_target
+from ..provenance import short_names
+from ..reports import Report
+from ..run import write
+from .bench import Aim, Bench
+from .evaluation import Opened, opened
+from .making import Maker
+from .options import (
+    Evaluation,
+    Honesty,
+    Order,
+    Rules,
+    Searching,
+    Selections,
+    Sweeping,
+    SweptImages,
+    SweptOutput,
+    check,
+)
+from .results import Result, Results, alone_in, key_of
+from .verdict import Comparison, apart, compared, fallen, in_words
+
+EDGE = 3
+"""Values of an option from which on the best one at an end is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A candidate and its place.
+
+    Attributes:
+        label: what tells it from the others.
+        same: labels of candidates that are the same average.
+        options: of `average`, by which it is made from the same paths; empty for a checkpoint alone, and for a soup.
+        checkpoints, coefficients: which, and how much each counts.
+        single: a checkpoint alone.
+        metrics: on the data by which candidates are chosen; empty before, and if the evaluation failed.
+        error: why it has none.
+        seconds: that the evaluation took.
+        file: where it is kept; None if it is not.
+    """
+
+    label: str
+    same: tuple[str, ...]
+    options: Mapping[str, Any]
+    checkpoints: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    single: bool
+    metrics: Mapping[str, float]
+    error: str | None = None
+    seconds: float = 0.0
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport(Report):
+    """What a sweep consists of; the plan before the work, and the result after it.
+
+    Attributes:
+        checkpoints: names of the series, oldest first.
+        steps: of each; None if unknown.
+        ordered_by: what their order is taken from, in words.
+        candidates: best first; before the work as they will be made.
+        refused: combinations that cannot be made, with the reason.
+        metric: that decides; None before the work.
+        lower_is_better: of it.
+        best, best_single, last: labels.
+        verdict: whether the best is better than the last checkpoint, in words.
+        against_last: comparisons on the data of the report, metric by metric.
+        other_data: the comparisons are on data that had no part in the choice.
+        paths: of the best one, for `average`.
+        options: of `average`, that make the best one.
+        recalibrated: BatchNorm statistics were measured before every score.
+        evaluations: to be made; after the work, that were made.
+        reused: results known from before.
+        bytes_read, bytes_written: to make the candidates.
+        notes: decisions and warnings, in words.
+        results: file of all results.
+        out: the target; None if none was asked for.
+        written: False for a plan.
+    """
+
+    checkpoints: tuple[str, ...]
+    steps: tuple[int | None, ...]
+    ordered_by: str
+    candidates: tuple[Ranked, ...]
+    refused: Mapping[str, str]
+    metric: str | None
+    lower_is_better: bool | None
+    best: str | None
+    best_single: str | None
+    last: str
+    verdict: str
+    against_last: tuple[Comparison, ...]
+    other_data: bool
+    paths: tuple[str, ...]
+    options: Mapping[str, Any]
+    recalibrated: bool
+    evaluations: int
+    reused: int
+    bytes_read: int
+    bytes_written: int
+    notes: tuple[str, ...]
+    results: str
+    out: str | None
+    written: bool = False
+
+
+@takes(Rules, Selections, Searching, Order, Matching, Evaluation, Honesty, Network, SweptImages, SweptOutput, Sweeping)
+def sweep(
+    paths: str | Path | Iterable[str | Path],
+    rules: Rules,
+    selections: Selections,
+    searching: Searching,
+    order: Order,
+    matching: Matching,
+    evaluation: Evaluation,
+    honesty: Honesty,
+    which: Network,
+    images: SweptImages,
+    output: SweptOutput,
+    running: Sweeping,
+) -> SweepReport:
+    """Average a series in many ways, score each average, and choose the best.
+
+    The candidates are all combinations of the values that are given, and each checkpoint alone. The inputs are read
+    once for several of them. Each result is kept in `scratch`, so that a sweep that was stopped goes on.
+
+    Args:
+        paths: files, globs, folders (of checkpoints, or sharded ones).
+        {options}
+
+    Returns:
+        The ranking, and whether the best is better than the last checkpoint.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`. A candidate that cannot be made or scored is none: the
+            others go on, and the report says why.
+    """
+    check(evaluation, honesty, output, searching)
+    check_threads(running.threads)
+    dtype = parse_dtype(output.dtype)
+    given = [paths] if isinstance(paths, (str, Path)) else [*paths]
+    series = find_series(given, order=order.order, include_outputs=order.include_outputs)
+    if len(series.members) < 2:
+        raise SeriesError(f"{series.members[0].path} is one checkpoint alone. Give a series of two or more.")
+    target = None if output.out is None else Target.of(output.out)
+    if target is not None:
+        check_target(target.path, series.given, nbytes=0, force=output.force, names=None)
+    maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
+    grid = _Grid(series, rules, selections, searching, order, matching, evaluation)
+    found, refused = grid.candidates()
+    paths_of = [str(path) for path in given]
+    plan = _planned(series, found, refused, maker, grid, output, paths_of)
+    if running.on_plan is not None:
+        running.on_plan(plan)
+    if running.dry_run:
+        return plan
+    folder = Path(output.scratch)
+    show = running.on_progress or (lambda *_: None)
+    example = Checkpoint(series.members[-1].header, state_of(matching))
+    with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as scoring:
+        bench = Bench(
+            make=lambda some, places: maker.make(some, places, lambda done, total: show("averaging", done, total)),
+            nbytes=plan.bytes_written // max(plan.evaluations, 1),
+            suffix=maker.suffix,
+            evaluator=scoring.evaluator,
+            usual=scoring.usual,
+            results=Results(folder),
+            folder=folder,
+            keep=output.keep,
+            asked=evaluation.metric,
+            lower=evaluation.lower_is_better,
+            holdout=None if honesty.holdout is None else (honesty.holdout, images.seed),
+            jobs=evaluation.jobs,
+            on_result=running.on_result,
+        )
+        bench.scores(found)
+        notes = [*grid.search(bench), *grid.soup(bench)]
+        report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, refused)
+        if target is not None:
+            _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
+            report = replace(report, written=True)
+    return report
+
+
+def state_of(matching: Matching) -> str:
+    """Return the set of weights that is asked for, as one name; several are asked for by path alone."""
+    return matching.state if isinstance(matching.state, str) else next(iter(matching.state), "auto")
+
+
+class _Grid:
+    """The candidates that the options mean: all combinations, then those that depend on scores."""
+
+    def __init__(
+        self,
+        series: Series,
+        rules: Rules,
+        selections: Selections,
+        searching: Searching,
+        order: Order,
+        matching: Matching,
+        evaluation: Evaluation,
+    ) -> None:
+        self._series, self._matching, self._searching = series, matching, searching
+        self._rules, self._selections = rules.values, selections.values
+        self._fixed: dict[str, Any] = {"metrics": order.metrics, "lower_is_better": evaluation.lower_is_better}
+        if evaluation.metric is not None:
+            self._fixed["metric"] = evaluation.metric
+        self.names = short_names([member.path for member in series.members])
+        self._range: tuple[float, float] | None = None
+        if searching.search is not None:
+            self._range = self._bounds(searching.search)
+
+    def candidates(self) -> tuple[list[Candidate], dict[str, str]]:
+        """Return the combinations that do not depend on scores, and why others cannot be made."""
+        rules = {name: each for name, each in self._rules.items() if name != self._searching.search}
+        if self._range is not None and not rules and not self._selections:
+            rules = {"mode": ["uniform"]}
+        return self._made(rules, self._selections)
+
+    def search(self, bench: Bench) -> Iterator[str]:
+        """Search for the best value of one option, and say what was found."""
+        name = self._searching.search
+        if name is None or self._range is None:
+            return
+        rules = {other: each for other, each in self._rules.items() if other != name}
+        search = golden_section(*self._range, evaluations=self._searching.evaluations, scale=SCALES.get(name, LOG))
+        asked, values = next(search), {}
+        while True:
+            made = []
+            for value in asked:
+                # As many digits as a person would type, so that the command that is shown is the same average.
+                short = float(f"{value:.4g}") if name != "decay" else 1 - float(f"{1 - value:.3g}")
+                short = round(short, 12)
+                found, refused = self._made({**rules, name: [short]}, self._selections)
+                if refused:
+                    raise UsageError(f"`search={name!r}` at {short:g}: {next(iter(refused.values()))}")
+                own = replace(found[0], label=f"{name}={short:g}")
+                made.append(own)
+                values[value] = short
+            results = bench.scores(made)
+            aim = bench.aim
+            try:
+                asked = search.send([float("nan") if aim is None else aim.score(each) for each in results])
+            except StopIteration as stop:
+                yield from _of_optimum(name, stop.value)
+                return
+
+    def soup(self, bench: Bench) -> Iterator[str]:
+        """Make the greedy soup, and say what is in it."""
+        if not self._searching.greedy or bench.aim is None:
+            return
+        aim = bench.aim
+        members = self._series.members
+        alone = {each.members[0]: each for each in bench.found if len(each.members) == 1}
+        search = greedy([aim.score(bench.found[alone[member]]) for member in members])
+        soup: Soup = ()
+        try:
+            asked = next(search)
+            while True:
+                (result,) = bench.scores([self._uniform(asked)])
+                asked = search.send(aim.score(result))
+        except StopIteration as stop:
+            soup = stop.value
+        yield f"Greedy soup: {', '.join(self.names[i] for i in soup)}."
+
+    def _uniform(self, soup: Soup) -> Candidate:
+        members = [self._series.members[i] for i in sorted(soup)]
+        label = "greedy " + "+".join(self.names[i] for i in soup)
+        steps = [member.step for member in members]
+        coefficients = Schedule("uniform").coefficients(steps)
+        return Candidate(label, {}, Schedule("uniform"), tuple(members), steps, coefficients)
+
+    def _made(self, rules: Mapping[str, Any], selections: Mapping[str, Any]) -> tuple[list[Candidate], dict[str, str]]:
+        fixed = {name: value for name, value in self._fixed.items() if value is not None}
+        return candidates(self._series.members, self.names, rules, selections, self._numbers, **fixed)
+
+    def _numbers(self, schedule: Schedule, members: Sequence[Member]) -> Sequence[Any]:
+        if schedule.rule.needs == "step":
+            return [member.step for member in members]
+        states = selected(members, short_names([member.path for member in members]), self._matching)
+        return [stored_updates(member.header, state) for member, state in zip(members, states, strict=True)]
+
+    def _bounds(self, name: str) -> tuple[float, float]:
+        """Return the ends of a search.
+
+        Raises:
+            UsageError: there are none, or other options have several values.
+        """
+        given = self._rules.get(name)
+        n = len(self._series.members)
+        usual = {"decay": (0.3, 1 - 1 / (2 * n)), "sigma_rel": (0.01, 0.28)}.get(name)
+        others = [
+            other
+            for each in (self._rules, self._selections)
+            for other, values in each.items()
+            if other != name and len(values) > 1
+        ]
+        if others:
+            raise UsageError(f"`search={name!r}` takes one value of every other option, and `{others[0]}` has several.")
+        if given is None and usual is not None:
+            return usual
+        if given is None or len(given) != 2 or not all(isinstance(each, (int, float)) for each in given):
+            raise UsageError(f"`search={name!r}` needs two numbers, the ends of the search, such as `{name}=0.01,0.2`.")
+        return float(given[0]), float(given[1])
+
+
+def _of_optimum(name: str, found: Optimum) -> Iterator[str]:
+    yield (
+        f"Search of {name}: {found.value:.4g} is best, between {found.bracket[0]:.4g} and {found.bracket[1]:.4g} if "
+        "there is one optimum."
+    )
+    if found.at_edge:
+        yield f"It is at the edge of the search: look beyond it, with other ends of {name}."
+    if not found.unimodal:
+        yield (
+            f"The metric goes up and down more than once over {name}, so there may be better values elsewhere. Give a "
+            "range of values in place of a search."
+        )
+
+
+def _planned(
+    series: Series,
+    found: Sequence[Candidate],
+    refused: Mapping[str, str],
+    maker: Maker,
+    grid: _Grid,
+    output: SweptOutput,
+    paths: Sequence[str],
+) -> SweepReport:
+    read, written = maker.bytes_moved(found)
+    return SweepReport(
+        checkpoints=tuple(grid.names),
+        steps=tuple(member.step for member in series.members),
+        ordered_by=series.ordered_by,
+        candidates=tuple(_ranked(each, None, None) for each in found),
+        refused=refused,
+        metric=None,
+        lower_is_better=None,
+        best=None,
+        best_single=None,
+        last=grid.names[-1],
+        verdict="",
+        against_last=(),
+        other_data=False,
+        paths=tuple(paths),
+        options={},
+        recalibrated=False,
+        evaluations=len(found),
+        reused=0,
+        bytes_read=read,
+        bytes_written=written,
+        notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes])),
+        results=str(Path(output.scratch) / "results.jsonl"),
+        out=None if output.out is None else str(output.out),
+    )
+
+
+def _ranked(candidate: Candidate, result: Result | None, file: Path | None) -> Ranked:
+    return Ranked(
+        label=candidate.label,
+        same=candidate.same,
+        options=candidate.options,
+        checkpoints=tuple(short_names([member.path for member in candidate.members])),
+        coefficients=candidate.coefficients,
+        single=len(candidate.members) == 1,
+        metrics={} if result is None else result.metrics,
+        error=None if result is None else result.error,
+        seconds=0.0 if result is None else result.seconds,
+        file=None if file is None or not file.exists() else str(file),
+    )
+
+
+def _judged(
+    plan: SweepReport,
+    bench: Bench,
+    scoring: Opened,
+    maker: Maker,
+    honesty: Honesty,
+    seed: int,
+    notes: Sequence[str],
+    refused: Mapping[str, str],
+) -> SweepReport:
+    """Rank the candidates, and compare the best with the last checkpoint, on other data if there are any."""
+    ranking = bench.ranking()
+    aim = bench.chosen
+    best = ranking[0]
+    singles = [each for each in ranking if len(each.members) == 1]
+    last = next(each for each in bench.found if each.members == maker.members[-1:])
+    scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
+    other_data = scoring.test is not None or honesty.holdout is not None
+    comparisons = compared(scores[best], scores[last], seed=seed) if best is not last else []
+    failed = [each for each in bench.found if bench.found[each].error is not None]
+    order = [*ranking, *failed]
+    return replace(
+        plan,
+        candidates=tuple(_ranked(each, bench.found[each], bench.path(each)) for each in order),
+        metric=aim.metric,
+        lower_is_better=aim.lower,
+        best=best.label,
+        best_single=singles[0].label if singles else None,
+        last=last.label,
+        verdict=_verdict(comparisons, aim, last.label, other_data=other_data),
+        against_last=tuple(comparisons),
+        other_data=other_data,
+        paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
+        options=best.options,
+        recalibrated=scoring.recalibrates,
+        evaluations=len(bench.found) - bench.reused,
+        reused=bench.reused,
+        notes=tuple(dict.fromkeys([*plan.notes, *scoring.notes, *notes, *_warnings(bench, best, failed, comparisons)])),
+    )
+
+
+def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: Maker, honesty: Honesty) -> Scores:
+    """Score a candidate on the data of the report; on those of the choice if there are no others."""
+    result = bench.found[candidate]
+    if scoring.test is None:
+        scores = Scores(result.metrics, result.samples)
+        return scores if bench.holdout is None else apart(scores, *bench.holdout, held_out=True)
+    key = key_of(candidate.members, candidate.coefficients, scoring.test.identity)
+    known = bench.results.get(key)
+    if known is None:
+        path = bench.path(candidate)
+        kept = path.exists()
+        if not kept:
+            maker.make([candidate], [path])
+        try:
+            found = scoring.test.score(path, bench.log(candidate, "test"))
+        finally:
+            if not kept:
+                remove(path)
+        known = replace(result, key=key, metrics=found.metrics, samples=found.samples)
+        bench.results.add(known)
+    return Scores(known.metrics, known.samples)
+
+
+def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool) -> str:
+    if not comparisons:
+        return f"The last checkpoint, {last}, is the best: no average of these is better."
+    found = next((each for each in comparisons if each.metric == aim.metric), None)
+    if found is None:
+        return f"The evaluation on other data gives no '{aim.metric}', so there is nothing to compare."
+    said = in_words(found, lower_is_better=aim.lower, other=f"the last checkpoint, {last}")
+    if other_data:
+        return said
+    return f"{said} The best was chosen on the same data, which flatters it: give other data with `test`, or `holdout`."
+
+
+def _warnings(
+    bench: Bench, best: Candidate, failed: Sequence[Candidate], comparisons: Sequence[Comparison]
+) -> Iterator[str]:
+    if failed:
+        first = bench.found[failed[0]]
+        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        yield f"Not scored: {first.label} ({first.error}){others}."
+    if bench.results.torn:
+        yield f"{bench.results.path}: {bench.results.torn} lines were cut off, as by a kill, and are passed over."
+    for name, value in best.options.items():
+        swept = {
+            each.options[name]
+            for each in bench.found
+            if name in each.options and isinstance(each.options[name], (int, float))
+        }
+        if len(swept) >= EDGE and value in (min(swept), max(swept)):
+            end = "lowest" if value == min(swept) else "highest"
+            yield f"{name}={value:g} is the {end} value that was tried: the best one may lie beyond it."
+    aim = bench.aim
+    if aim is not None:
+        worse = [*fallen({each.metric: each for each in comparisons}, aim.metric)]
+        if worse:
+            yield f"Other metrics are worse than those of the last checkpoint: {', '.join(worse)}."
+
+
+def _write_best(
+    report: SweepReport,
+    bench: Bench,
+    maker: Maker,
+    scoring: Opened,
+    target: Target,
+    which: Network,
+    images: SweptImages,
+    output: SweptOutput,
+    running: Sweeping,
+    series: Series,
+) -> None:
+    """Write the best average with the evidence in its provenance, and with measured statistics if it was scored so."""
+    best = bench.ranking()[0]
+    evidence = {
+        "sweep": {
+            "candidates": len(bench.found),
+            "metric": report.metric,
+            "metrics": dict(bench.found[best].metrics),
+            "evaluation": dict(scoring.evaluator.identity),
+            "other_data": report.other_data,
+            "against_last": [
+                {name: getattr(each, name) for name in each.__dataclass_fields__} for each in report.against_last
+            ],
+            "verdict": report.verdict,
+        }
+    }
+    place = target.path if not scoring.recalibrates else bench.path(best).with_name(f"best-{target.name}")
+    (assembly,) = maker.planned([best], [place], evidence)
+    write(
+        assembly,
+        maker.stamps,
+        force=output.force or scoring.recalibrates,
+        threads=running.threads,
+        allow_nonfinite=running.allow_nonfinite,
+    )
+    if scoring.recalibrates:
+        from ..recalibrate import recalibrate_checkpoint
+
+        shown = {name: value for name, value in vars(images).items()}
+        try:
+            recalibrate_checkpoint(
+                place,
+                **vars(which),
+                **shown,
+                out=target.path,
+                force=output.force,
+                device=running.device,
+                amp=running.amp,
+                channels_last=running.channels_last,
+            )
+        finally:
+            remove(place)
