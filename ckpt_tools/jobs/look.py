@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.ema_updates import stored_decay, stored_updates
 from ..checkpoints.layouts import StateDict
@@ -14,21 +15,19 @@ from ..checkpoints.layouts.layout import is_buffer
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.optimizers import find_optimizers
 from ..checkpoints.scalars import as_number
+from ..compute.gram import gram
 from ..compute.threads import check_threads
-from ..errors import AlignmentError, UsageError
+from ..errors import AlignmentError, NumericsError, UsageError
 from ..formats.header import Header
 from ..series.align import is_copied
 from ..series.find import find_series
-from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
+from ..series.geometry import FAR, ONE_BASIN, Geometry, Products, geometry, movement
 from ..series.member import Member
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
 from .options import Alignment, Matching, Reading, Selection, takes
 from .provenance import short_names
 from .reports import Report
-
-if TYPE_CHECKING:
-    import torch
 
 _DECAYED = 10.0
 """A run has decayed if its learning rate falls so many times over the series."""
@@ -121,7 +120,9 @@ def look(
     if not aligned:
         raise AlignmentError("the checkpoints share no parameter, so there is nothing to measure.")
     products = _products(aligned, members, running)
-    whole = geometry(sum(products[1:], start=products[0]))
+    for name, each in zip(aligned, products, strict=True):
+        _check_finite(name, each, names)
+    whole = geometry(_total(products))
     left = [_start_left(member.header, state) for member, state in zip(members, states, strict=True)]
     rates = [_learning_rate(member.header) for member in members]
     moves = {name: movement(each) for name, each in zip(aligned, products, strict=True)}
@@ -147,17 +148,34 @@ def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] 
     return specs if last.numel else None
 
 
-def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[torch.Tensor]:
-    from ..compute.gram import gram  # imports torch
-
+def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[Products]:
     total = sum(spec.nbytes for specs in aligned.values() for spec in specs)
     report = running.on_progress
-    return gram(
+    found = gram(
         [*aligned.values()],
         stamps=[stamp for member in members for stamp in member.header.files],
         threads=running.threads,
         on_progress=None if report is None else lambda done: report(done, total),
     )
+    return [matrix.tolist() for matrix in found]
+
+
+def _check_finite(name: str, products: Products, names: Sequence[str]) -> None:
+    """Refuse values that have no distance: NaN in the last checkpoint spoils all differences from it.
+
+    Raises:
+        NumericsError: a value is NaN, infinity, or too large to be squared.
+    """
+    bad = [each for row, each in reversed([*zip(products, names, strict=True)]) if not math.isfinite(sum(row))]
+    if bad:
+        raise NumericsError(
+            f"'{name}' in {bad[0]}: a value is NaN or infinity, so it is at no distance from the others. "
+            "`ckpt avg` tells which one; leave the file out."
+        )
+
+
+def _total(products: Sequence[Products]) -> Products:
+    return [[sum(each) for each in zip(*rows, strict=True)] for rows in zip(*products, strict=True)]
 
 
 def _positions(

@@ -76,13 +76,6 @@ int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c)
 /* Return 1 if a number is infinity or NaN. */
 int nonfinite(Code code, const void *x, size_t n);
 
-/* ---- gram.c: inner products ---- */
-
-/* Add the inner products of COUNT rows of N real numbers to the upper triangle of SUMS, a matrix with as many columns
-   as COUNT, rounded up to a multiple of 4. Each row counts as its difference from the last one, but for that. SCRATCH
-   has GRAM_CHUNK numbers for each row of SUMS. */
-void gram(const Dtype *const *dtypes, const char *const *rows, size_t count, size_t n, double *sums, double *scratch);
-
 /* ---- crc.c: CRC-32 as zip has it ---- */
 
 void crc_init(void);
@@ -173,5 +166,15 @@ Result fill_tile(const Formula *formula, const Tile *tile, const Place *out, con
 
 /* Return the number of elements that a tile may have; FALSE for terms of several orders. */
 size_t largest_tile(const Formula *formula, int one_order);
+
+/* ---- gram.c: inner products ---- */
+
+/* Add the inner products of COUNT rows of N real numbers, each read from its place, to the upper triangle of SUMS, a
+   matrix with as many columns as COUNT, rounded up to a multiple of 4. Each row counts as its difference from the last
+   one, but for that. */
+Result gram(const Dtype *const *dtypes, const Place *in, size_t count, size_t n, double *sums, char *scratch);
+
+/* Return the bytes of scratch for so many rows. */
+size_t gram_scratch(size_t count);
 
 #endif
