@@ -20,16 +20,7 @@ static void products(const double *a, const double *b, size_t count, double *sum
     }
 }
 
-static void subtract(double *row, const double *last) {
-    for (size_t i = 0; i < GRAM_CHUNK; i++) row[i] -= last[i];
-}
-
 #ifdef X86
-FMA static void subtract_by_four(double *row, const double *last) {
-    for (size_t i = 0; i < GRAM_CHUNK; i += 4)
-        _mm256_storeu_pd(row + i, _mm256_sub_pd(_mm256_loadu_pd(row + i), _mm256_loadu_pd(last + i)));
-}
-
 FMA static double total(__m256d v) {
     double part[4];
     memcpy(part, &v, sizeof part);
@@ -83,15 +74,10 @@ static void add_products(const Dtype *const *dtypes, const char *rows, size_t st
     for (size_t at = 0; at < n; at += GRAM_CHUNK) {
         size_t some = n - at < GRAM_CHUNK ? n - at : GRAM_CHUNK;
         if (some < GRAM_CHUNK) memset(wide, 0, count * GRAM_CHUNK * sizeof *wide);
-        for (size_t r = count; r-- > 0;) {
-            double *to = wide + r * GRAM_CHUNK;
-            widen(dtypes[r]->code, to, rows + r * stride + at * dtypes[r]->size, some);
-            if (r + 1 == count) continue;
-#ifdef X86
-            if (fast) subtract_by_four(to, last);
-            else
-#endif
-                subtract(to, last);
+        widen(dtypes[count - 1]->code, last, rows + (count - 1) * stride + at * dtypes[count - 1]->size, some);
+        for (size_t r = 0; r + 1 < count; r++) {
+            const char *row = rows + r * stride + at * dtypes[r]->size;
+            widen_less(dtypes[r]->code, wide + r * GRAM_CHUNK, row, last, some);
         }
 #ifdef X86
         for (size_t a = 0; fast && a < padded; a += 4) {

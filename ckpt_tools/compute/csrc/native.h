@@ -63,6 +63,9 @@ void add(Code code, double *sum, const Terms *terms, size_t n, int first);
 /* Convert an array to float64, without rounding. */
 void widen(Code code, double *to, const void *x, size_t n);
 
+/* The same, less an array of float64. */
+void widen_less(Code code, double *to, const void *x, const double *less, size_t n);
+
 /* Add a term's differences from the first term, times the coefficient, to the sums. */
 void add_differences(Code code, double *sum, const double *first, const void *x, double coefficient, size_t n);
 
