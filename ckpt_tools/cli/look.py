@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import Alignment, Reading, Selection
+from ..jobs.options import Alignment, Drawing, Reading, Selection
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.look import LookReport
 
 
-@arguments.with_options(Selection, Alignment, Reading)
+@arguments.with_options(Selection, Alignment, Drawing, Reading)
 def look(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
@@ -34,6 +34,8 @@ def look(
 
     report, _ = arguments.carried_out(measure, "measuring", paths, **options)
     _show(report, top)
+    if options["plot"] is not None:
+        console.wrote(f"Wrote {options['plot']}.")
     if json:
         console.print_json(arguments.plain(report))
 

@@ -25,7 +25,8 @@ from ..series.geometry import FAR, ONE_BASIN, Geometry, Products, geometry, move
 from ..series.member import Member
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
-from .options import Alignment, Matching, Reading, Selection, takes
+from .options import Alignment, Drawing, Matching, Reading, Selection, takes
+from .pictures import check_picture, check_picture_target, write_picture
 from .provenance import short_names
 from .reports import Report
 
@@ -87,9 +88,13 @@ class LookReport(Report):
     bytes_read: int
 
 
-@takes(Selection, Alignment, Reading)
+@takes(Selection, Alignment, Drawing, Reading)
 def look(
-    paths: str | Path | Iterable[str | Path], selection: Selection, alignment: Alignment, running: Reading
+    paths: str | Path | Iterable[str | Path],
+    selection: Selection,
+    alignment: Alignment,
+    drawing: Drawing,
+    running: Reading,
 ) -> LookReport:
     """Measure where the checkpoints of a series lie to each other, in one pass over them, in float64.
 
@@ -106,10 +111,13 @@ def look(
         CkptError: one of the errors of `ckpt_tools.errors`.
     """
     check_threads(running.threads)
+    picture = None if drawing.plot is None else check_picture(drawing.plot)
     series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
     members = series.members
     if len(members) < 2:
         raise UsageError(f"{members[0].path} is one checkpoint alone. Give a series of two or more.")
+    if picture is not None:
+        check_picture_target(picture, [member.path for member in members], force=drawing.force)
     names = short_names([member.path for member in members])
     matching = Matching(**vars(alignment))
     states = selected(members, names, matching)
@@ -126,7 +134,7 @@ def look(
     left = [_start_left(member.header, state) for member, state in zip(members, states, strict=True)]
     rates = [_learning_rate(member.header) for member in members]
     moves = {name: movement(each) for name, each in zip(aligned, products, strict=True)}
-    return LookReport(
+    report = LookReport(
         checkpoints=tuple(_positions(members, names, whole, rates, left)),
         state=states[-1].label,
         ordered_by=series.ordered_by,
@@ -137,6 +145,11 @@ def look(
         notes=(*series.notes, *_warnings(names, whole, rates, left), *lined_up.notes),
         bytes_read=sum(spec.nbytes for specs in aligned.values() for spec in specs),
     )
+    if picture is not None:
+        from .look_picture import SIZE, draw
+
+        write_picture(picture, lambda figure: draw(report, figure), size=SIZE, force=drawing.force)
+    return report
 
 
 def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] | None:
@@ -223,8 +236,8 @@ def _warnings(
 ) -> Iterator[str]:
     if whole.outlier is not None and whole.farthest is not None:
         yield (
-            f"{names[whole.outlier]} is {whole.farthest[1]:.1f} times as far from the mean of the others as they are "
-            f"(more than {FAR:g} is far). Leave it out, or find out why."
+            f"{names[whole.outlier]} is far from all others: the nearest is {whole.farthest[1]:.1f} times as far from it "
+            f"as they are from one another, in the median (more than {FAR:g} is far). Leave it out, or find out why."
         )
     if not whole.one_basin:
         yield (

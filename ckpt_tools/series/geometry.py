@@ -16,7 +16,10 @@ Products = Sequence[Sequence[float]]
 differences from the last, and the last itself."""
 
 FAR = 3.0
-"""A checkpoint is far from all others if it is so many times as far from their mean as they are, in the median."""
+"""A checkpoint is far from all others if the nearest is so many times as far from it as they are from one another.
+
+In the median: so a run that moves in one direction, in ever shorter steps, has none that is far.
+"""
 ONE_BASIN = 0.9
 """In one basin, the mean is at least so long as the checkpoints are, on the average.
 
@@ -35,8 +38,8 @@ class Geometry:
         steps: distance of each to the next (N - 1).
         cosines: between each step and the next (N - 2); None if one of them is 0.
         mean_norm: norm of the mean over the mean of the norms; 1 if all are the same point.
-        farthest: number of the checkpoint that is farthest from the mean of the others, and how many times as far as
-            the others are from theirs, in the median; None for less than three.
+        farthest: number of the checkpoint whose nearest other is the farthest, and how many times as far that is as the
+            others are from one another, in the median; None for less than three.
     """
 
     norms: tuple[float, ...]
@@ -103,13 +106,11 @@ def _farthest(squares: Sequence[Sequence[float]]) -> tuple[int, float] | None:
     n = len(squares)
     if n < 3:
         return None
-    sums = [math.fsum(row) for row in squares]
-    # The squared distance to the mean of the others grows with the sum of the squared distances to them.
-    i = max(range(n), key=sums.__getitem__)
+    nearest = [min(square for j, square in enumerate(row) if j != i) for i, row in enumerate(squares)]
+    i = max(range(n), key=nearest.__getitem__)
     others = [j for j in range(n) if j != i]
-    within = math.fsum(squares[j][k] for j in others for k in others) / (2 * (n - 1) ** 2)
-    distance = math.sqrt(max(sums[i] / (n - 1) - within, 0.0))
-    usual = median(_to_mean(squares, others))
+    distance = math.sqrt(nearest[i])
+    usual = median(math.sqrt(squares[j][k]) for j in others for k in others if j < k)
     return i, distance / usual if usual else math.inf if distance else 1.0
 
 

@@ -70,7 +70,7 @@ def test_look_tells_of_an_outlier_a_decayed_rate_and_another_basin(save: Save, h
         save(f"c-{i}.pth", tree)
     report = look("c-*.pth")
     assert report.outlier == "c-3.pth"
-    assert any("c-3.pth is" in note and "as far from the mean of the others" in note for note in report.notes)
+    assert any("c-3.pth is far from all others: the nearest is" in note for note in report.notes)
     for i in range(5):
         save(f"d-{i}.pth", {"fc.weight": torch.randn(50, 40)})
     report = look("d-*.pth")

@@ -55,8 +55,15 @@ def test_a_checkpoint_of_another_run_is_the_outlier() -> None:
     assert found.outlier == 2
     assert found.farthest is not None
     others = np.delete(rows, 2, axis=0)
-    usual = np.median(np.linalg.norm(others - others.mean(axis=0), axis=1))
-    assert found.farthest[1] == pytest.approx(np.linalg.norm(rows[2] - others.mean(axis=0)) / usual, rel=1e-9)
+    between = np.linalg.norm(others[:, None] - others[None], axis=2)[np.triu_indices(5, 1)]
+    nearest = np.linalg.norm(others - rows[2], axis=1).min()
+    assert found.farthest[1] == pytest.approx(nearest / np.median(between), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+def test_a_run_that_slows_down_has_no_outlier(n: int) -> None:
+    steps = 0.7 ** np.arange(n)[:, None] * np.random.default_rng(0).standard_normal(300)
+    assert geometry(products(10 + steps.cumsum(axis=0))).outlier is None
 
 
 def test_runs_from_other_starts_are_in_no_basin() -> None:
