@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import TensorSpec
@@ -30,6 +30,14 @@ BLOCK = 64 << 10
 
 Block = range | Tile
 """Elements in C order, or a tile."""
+
+
+class Matrix(Protocol):
+    """A square matrix of float64; numpy takes it without a copy."""
+
+    def __getitem__(self, at: tuple[int, int], /) -> float: ...
+    def tolist(self) -> list[list[float]]:
+        """Return its rows."""
 
 
 class _Unit(NamedTuple):
@@ -55,7 +63,7 @@ def gram(
     stamps: Iterable[Stamp] = (),
     threads: int | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> list[memoryview]:
+) -> list[Matrix]:
     """Return the inner products of the differences from the last checkpoint, tensor by tensor.
 
     Args:
@@ -66,7 +74,7 @@ def gram(
 
     Returns:
         For each tensor a matrix (N, N) of float64: rows and columns are x_1 - x_N, ..., x_(N-1) - x_N, x_N. It is not
-        finite where a value is not. `tolist` and numpy take it.
+        finite where a value is not.
 
     Raises:
         ReadError: a file cannot be read, ends early, or changes meanwhile.
@@ -101,7 +109,7 @@ class _Job:
         self.bytes_done = 0
         self._lock = threading.Lock()
         self._units = self._cut()
-        self._waiting: list[dict[int, memoryview]] = [{} for _ in aligned]  # for the units before them
+        self._waiting: list[dict[int, memoryview[float]]] = [{} for _ in aligned]  # for the units before them
         self._added = [0] * len(self.tensors)
 
     def _cut(self) -> Iterator[_Unit]:
@@ -119,7 +127,7 @@ class _Job:
         with self._lock:
             return None if self.stop.is_set() else next(self._units, None)
 
-    def done(self, unit: _Unit, products: memoryview) -> None:
+    def done(self, unit: _Unit, products: memoryview[float]) -> None:
         """Add the products of a unit to those of its tensor, after those of the units before."""
         with self._lock:
             self.bytes_done += unit.numel * sum([spec.dtype.itemsize for spec in self.tensors[unit.tensor]])
@@ -162,14 +170,14 @@ def _padded(n: int) -> int:
     return -(-n // 4) * 4
 
 
-def _square(sums: memoryview, specs: Sequence[TensorSpec]) -> memoryview:
+def _square(sums: memoryview[float], specs: Sequence[TensorSpec]) -> Matrix:
     """Return the whole matrix of sums whose upper triangle is filled."""
     n, width = len(specs), _padded(len(specs))
     whole = memoryview(bytearray(8 * n * n)).cast("d", (n, n))
     for i in range(n):
         for j in range(i, n):
             whole[i, j] = whole[j, i] = sums[i * width + j]
-    return whole
+    return cast(Matrix, whole)  # a memoryview, whose type knows of one axis only
 
 
 def _work(job: _Job) -> None:
@@ -182,7 +190,8 @@ def _work(job: _Job) -> None:
             if len(scratch) < (needed := native.gram_scratch(len(specs))):
                 scratch = bytearray(needed)
             for block in unit.blocks:
-                native.gram(specs, block.start, block.stop, job.files, memory, scratch)
+                if isinstance(block, range):  # tiles are for torch
+                    native.gram(specs, block.start, block.stop, job.files, memory, scratch)
         else:
             if by_torch is None:
                 from .torch_gram import TorchProducts

@@ -76,7 +76,9 @@ def gram_scratch(count: int) -> int:
     return 0 if _native is None else _native.gram_scratch(count)
 
 
-def gram(specs: Sequence[TensorSpec], start: int, stop: int, files: OpenFiles, sums: bytearray, scratch: bytearray) -> None:
+def gram(
+    specs: Sequence[TensorSpec], start: int, stop: int, files: OpenFiles, sums: bytearray, scratch: bytearray
+) -> None:
     """Add the inner products of elements [start, stop) to sums, see `_native.pyi`; C knows the tensors.
 
     Raises:

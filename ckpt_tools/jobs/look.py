@@ -31,7 +31,7 @@ from .provenance import short_names
 from .reports import Report
 
 _DECAYED = 10.0
-"""A run has decayed if its learning rate falls so many times over the series."""
+"""A run has decayed if its learning rate has fallen so many times, over the series or since its schedule began."""
 _OLD = 0.01
 """The part of an average that is still its first weights, from which on it is told."""
 
@@ -132,7 +132,7 @@ def look(
         _check_finite(name, each, names)
     whole = geometry(_total(products))
     left = [_start_left(member.header, state) for member, state in zip(members, states, strict=True)]
-    rates = [_learning_rate(member.header) for member in members]
+    rates, begun_at = zip(*[_learning_rates(member.header) for member in members], strict=True)
     moves = {name: movement(each) for name, each in zip(aligned, products, strict=True)}
     report = LookReport(
         checkpoints=tuple(_positions(members, names, whole, rates, left)),
@@ -142,7 +142,7 @@ def look(
         one_basin=whole.one_basin,
         outlier=None if whole.outlier is None else names[whole.outlier],
         movement=dict(sorted(moves.items(), key=lambda pair: -pair[1])),
-        notes=(*series.notes, *_warnings(names, whole, rates, left), *lined_up.notes),
+        notes=(*series.notes, *_warnings(names, whole, rates, begun_at[-1], left), *lined_up.notes),
         bytes_read=sum(spec.nbytes for specs in aligned.values() for spec in specs),
     )
     if picture is not None:
@@ -179,11 +179,11 @@ def _check_finite(name: str, products: Products, names: Sequence[str]) -> None:
     Raises:
         NumericsError: a value is NaN, infinity, or too large to be squared.
     """
-    bad = [each for row, each in reversed([*zip(products, names, strict=True)]) if not math.isfinite(sum(row))]
+    bad = [each for i, each in reversed([*enumerate(names)]) if not math.isfinite(products[i][i])]
     if bad:
         raise NumericsError(
-            f"'{name}' in {bad[0]}: a value is NaN or infinity, so it is at no distance from the others. "
-            "`ckpt avg` tells which one; leave the file out."
+            f"'{name}' in {bad[0]}: a value is NaN or infinity, or too large to be squared, so its distance to the "
+            "others is not known. Leave the file out, or find out why."
         )
 
 
@@ -212,14 +212,20 @@ def _positions(
         )
 
 
-def _learning_rate(header: Header) -> float | None:
+def _learning_rates(header: Header) -> tuple[float | None, float | None]:
+    """Return the learning rate of the first group of the first optimizer, and the one that its schedule began with."""
     for _, optimizer in find_optimizers(header.tree):
         groups = optimizer.get("param_groups")
         first = groups[0] if isinstance(groups, list) and groups else None
-        value: Any = as_number(header, first.get("lr")) if isinstance(first, dict) else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    return None
+        if isinstance(first, dict) and (rate := _rate(header, first.get("lr"))) is not None:
+            return rate, _rate(header, first.get("initial_lr"))
+    return None, None
+
+
+def _rate(header: Header, found: Any) -> float | None:
+    value = as_number(header, found)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
 
 
 def _start_left(header: Header, state: StateDict) -> float | None:
@@ -232,23 +238,31 @@ def _start_left(header: Header, state: StateDict) -> float | None:
 
 
 def _warnings(
-    names: Sequence[str], whole: Geometry, rates: Sequence[float | None], left: Sequence[float | None]
+    names: Sequence[str],
+    whole: Geometry,
+    rates: Sequence[float | None],
+    begun_at: float | None,
+    left: Sequence[float | None],
 ) -> Iterator[str]:
     if whole.outlier is not None and whole.farthest is not None:
         yield (
-            f"{names[whole.outlier]} is far from all others: the nearest is {whole.farthest[1]:.1f} times as far from it "
-            f"as they are from one another, in the median (more than {FAR:g} is far). Leave it out, or find out why."
+            f"{names[whole.outlier]} is far from all others: the nearest is {whole.farthest[1]:.1f} times as far from "
+            f"it as they are from one another, in the median (more than {FAR:g} is far). Leave it out, or find out why."
         )
     if not whole.one_basin:
         yield (
             f"The mean is {whole.mean_norm:.2f} times as long as the checkpoints, and less than {ONE_BASIN:g} means "
             "that they are in no common basin, as runs from different starts: an average of them is of no use."
         )
-    first, last = rates[0], rates[-1]
-    if first is not None and last is not None and first > _DECAYED * last:
+    known = [rate for rate in rates if rate is not None]
+    if known and max(known[0], begun_at or 0.0) > _DECAYED * known[-1]:
+        fall = (
+            f"falls from {known[0]:.3g} to {known[-1]:.3g} over these files"
+            if known[0] > _DECAYED * known[-1]
+            else f"began at {begun_at:.3g}, and is {known[-1]:.3g} in the last file"
+        )
         yield (
-            f"The learning rate falls from {first:g} to {last:g} over these files. A run that has decayed gains little "
-            "from an average; older files may help more."
+            f"The learning rate {fall}. A run that has decayed gains little from an average; older files may help more."
         )
     old = [(name, share) for name, share in zip(names, left, strict=True) if share is not None and share > _OLD]
     if old:

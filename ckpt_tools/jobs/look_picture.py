@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .pictures import BLUE, ORANGE, count_steps, markers, missing, scale, shortened
 
@@ -24,12 +24,10 @@ def draw(report: LookReport, figure: Figure) -> None:
     """Draw a report into an empty figure."""
     series = report.checkpoints
     rates = any(each.learning_rate is not None for each in series)
-    panels = (["distance"], ["step"], *([["cosine"]] if len(series) > 2 else []), *([["rate"]] if rates else []))
-    if any(report.movement.values()):
-        grid = figure.subplot_mosaic([[*row, "tensors"] for row in panels], width_ratios=[1.7, 1])
-        _tensors(grid["tensors"], report)
-    else:
-        grid = figure.subplot_mosaic([*panels])
+    panels = ["distance", "step", *(["cosine"] if len(series) > 2 else []), *(["rate"] if rates else [])]
+    moving = any(report.movement.values())
+    rows: list[Any] = [[name, "tensors"] if moving else [name] for name in panels]
+    grid = figure.subplot_mosaic(rows, width_ratios=[1.7, 1] if moving else [1])
     at, label = _positions(report)
     _distance(grid["distance"], report, at)
     _step(grid["step"], report, at)
@@ -37,9 +35,11 @@ def draw(report: LookReport, figure: Figure) -> None:
         _cosine(grid["cosine"], report, at)
     if rates:
         _rate(grid["rate"], report, at)
-    lowest = grid[panels[-1][0]]
+    if moving:
+        _tensors(grid["tensors"], report)
+    lowest = grid[panels[-1]]
     margin = (at[-1] - at[0]) * 0.03
-    for (name,) in panels:
+    for name in panels:
         grid[name].set_xlim(at[0] - margin, at[-1] + margin)
         if grid[name] is not lowest:
             grid[name].sharex(lowest)
@@ -50,7 +50,7 @@ def draw(report: LookReport, figure: Figure) -> None:
     else:
         count_steps(lowest)
         lowest.set_xlabel(label)
-    figure.align_ylabels([grid[name] for (name,) in panels])
+    figure.align_ylabels([grid[name] for name in panels])
     figure.suptitle("\n".join(_title(report)), x=0.01, ha="left", fontsize=9)
 
 
@@ -123,7 +123,7 @@ def _tensors(axes: Axes, report: LookReport) -> None:
     axes.barh(places, [share for _, share in shares], height=0.32, color=BLUE, align="edge")
     for place, (name, share) in zip(places, shares, strict=True):
         axes.annotate(
-                f"{shortened(name, 40)}  {share:.3g} %",
+            f"{shortened(name, 40)}  {share:.3g} %",
             (0, place),
             xytext=(1, 2),
             textcoords="offset points",

@@ -1,8 +1,8 @@
 """Pictures: figures of one style, for reports and papers, written as every other output is.
 
 Colours are those of Okabe and Ito, which the colour-blind tell apart; lines differ in their dashes or markers, too, so
-that a grey print shows them. The same figures give the same bytes: no date, no random names. Matplotlib is imported only
-when a picture is asked for.
+that a grey print shows them. The same figures give the same bytes: no date, no random names. Matplotlib is imported
+only when a picture is asked for.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def check_picture(plot: str | Path) -> Path:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"`plot` needs matplotlib, which cannot be imported ({error}). Install it: {INSTALL}") from error
+        raise UsageError(
+            f"`plot` needs matplotlib, which cannot be imported ({error}). Install it: {INSTALL}"
+        ) from error
     return path
 
 
@@ -131,7 +133,7 @@ def shortened(name: str, most: int) -> str:
     if len(shown) <= most:
         return shown
     head = (most - 1) // 2
-    return f"{shown[:head]}\u2026{shown[head + 1 - most:]}"
+    return f"{shown[:head]}\u2026{shown[head + 1 - most :]}"
 
 
 def count_steps(axes: Axes) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 from ckpt_tools.jobs.pictures import LINES, count_steps, write_picture
 from ckpt_tools.series.schedules import Schedule
 
+SIZE = (10, 3)
+"""Inches."""
 TARGET = Path(__file__).with_suffix(".svg")
 STEPS = tuple(range(1000, 20_001, 1000))
 UNIFORM: dict[str, Any] = {"mode": "uniform"}
@@ -56,4 +58,4 @@ def draw(figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    write_picture(TARGET, draw, size=(10, 3), force=True)
+    write_picture(TARGET, draw, size=SIZE, force=True)
