@@ -10,12 +10,14 @@ Most tensors are read and summed in C (`native`), without torch. Torch (`torch_g
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import accumulate, count, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from ..storage.source import OpenFiles, Stamp
-from ..tensors import TensorSpec
+from ..tensors import ChunkedSpec, TensorSpec, in_c_order
 from . import native
 from .threads import in_threads
 from .tiles import Tile, in_storage_order, storage_orders, tiles
@@ -45,11 +47,15 @@ class _Unit(NamedTuple):
 
     Attributes:
         tensor, number: which tensor, and which unit of it.
+        specs: the tensor in every checkpoint, or a range of its elements.
+        in_c: C reads and sums it.
         blocks: of its elements, summed in order.
     """
 
     tensor: int
     number: int
+    specs: Sequence[TensorSpec]
+    in_c: bool
     blocks: Sequence[Block]
 
     @property
@@ -82,7 +88,7 @@ def gram(
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         files.open_all(path for specs in aligned for spec in specs for path in spec.paths)
         job = _Job(aligned, files)
-        if not all(job.in_c):
+        if job.needs_torch:
             from .torch_sums import one_thread_each
 
             torch_settings.enter_context(one_thread_each())
@@ -101,27 +107,29 @@ class _Job:
 
     def __init__(self, aligned: Sequence[Sequence[TensorSpec]], files: OpenFiles) -> None:
         self.files = files
-        self.tensors = [_same_place(specs) for specs in aligned]
-        descriptors = files.have_descriptors
-        self.in_c = [descriptors and native.gram_knows(specs) for specs in self.tensors]
+        known = native.gram_knows if files.have_descriptors else lambda specs: False
+        self._pieces = [[(piece, known(piece)) for piece in _pieces(specs)] for specs in aligned]
+        self.needs_torch = not all(in_c for pieces in self._pieces for _, in_c in pieces)
         self.sums = [memoryview(bytearray(8 * _padded(len(specs)) ** 2)).cast("d") for specs in aligned]
         self.stop = threading.Event()
         self.bytes_done = 0
         self._lock = threading.Lock()
         self._units = self._cut()
         self._waiting: list[dict[int, memoryview[float]]] = [{} for _ in aligned]  # for the units before them
-        self._added = [0] * len(self.tensors)
+        self._added = [0] * len(aligned)
 
     def _cut(self) -> Iterator[_Unit]:
-        for i, specs in enumerate(self.tensors):
-            if self.in_c[i]:
-                blocks: Iterable[Block] = _ranges(specs[0].numel, UNIT)
-            elif (orders := storage_orders(specs)) is not None:
-                blocks = tiles(specs[0].shape, orders, BLOCK)
-            else:
-                blocks = _ranges(specs[0].numel, BLOCK)
-            for number, unit in enumerate(_together(blocks)):
-                yield _Unit(i, number, unit)
+        for i, pieces in enumerate(self._pieces):
+            number = count()
+            for specs, in_c in pieces:
+                if in_c:
+                    blocks: Iterable[Block] = _ranges(specs[0].numel, UNIT)
+                elif (orders := storage_orders(specs)) is not None:
+                    blocks = tiles(specs[0].shape, orders, BLOCK)
+                else:
+                    blocks = _ranges(specs[0].numel, BLOCK)
+                for unit in _together(blocks):
+                    yield _Unit(i, next(number), specs, in_c, unit)
 
     def next(self) -> _Unit | None:
         with self._lock:
@@ -130,7 +138,7 @@ class _Job:
     def done(self, unit: _Unit, products: memoryview[float]) -> None:
         """Add the products of a unit to those of its tensor, after those of the units before."""
         with self._lock:
-            self.bytes_done += unit.numel * sum([spec.dtype.itemsize for spec in self.tensors[unit.tensor]])
+            self.bytes_done += unit.numel * sum([spec.dtype.itemsize for spec in unit.specs])
             waiting, total = self._waiting[unit.tensor], self.sums[unit.tensor]
             waiting[unit.number] = products
             while (found := waiting.pop(self._added[unit.tensor], None)) is not None:
@@ -161,9 +169,25 @@ def _ranges(numel: int, size: int) -> Iterator[range]:
     return (range(at, min(at + size, numel)) for at in range(0, numel, size))
 
 
-def _same_place(specs: Sequence[TensorSpec]) -> Sequence[TensorSpec]:
-    """Return tensors of the same strides as they stand in storage; others as they are."""
-    return [in_storage_order(spec) for spec in specs] if len({spec.stride for spec in specs}) == 1 else specs
+def _pieces(specs: Sequence[TensorSpec]) -> Sequence[Sequence[TensorSpec]]:
+    """Cut tensors in chunks in C order where a chunk ends; return others as they stand in storage, if strides agree."""
+    if not any(isinstance(spec, ChunkedSpec) for spec in specs):
+        return [[*map(in_storage_order, specs)] if len({spec.stride for spec in specs}) == 1 else specs]
+    stored = [[chunk for _, chunk in spec.as_chunks] for spec in specs]
+    plain = all(type(chunk) is TensorSpec and chunk.contiguous for chunks in stored for chunk in chunks)
+    if not plain or not all(map(in_c_order, specs)):
+        return [specs]
+    ends = [[*accumulate(chunk.numel for chunk in chunks)] for chunks in stored]
+    edges = sorted({0}.union(*ends))
+    return [[_part(*each, start, stop) for each in zip(stored, ends, strict=True)] for start, stop in pairwise(edges)]
+
+
+def _part(chunks: Sequence[TensorSpec], ends: Sequence[int], start: int, stop: int) -> TensorSpec:
+    """Return elements [start, stop), which are in one chunk, as a tensor."""
+    number = bisect_right(ends, start)
+    chunk = chunks[number]
+    first = chunk.start + start - (ends[number] - chunk.numel)
+    return TensorSpec(chunk.dtype, (stop - start,), (1,), first, chunk.storage)
 
 
 def _padded(n: int) -> int:
@@ -184,9 +208,9 @@ def _work(job: _Job) -> None:
     scratch = bytearray()
     by_torch: TorchProducts | None = None
     while (unit := job.next()) is not None:
-        specs = job.tensors[unit.tensor]
+        specs = unit.specs
         memory = bytearray(8 * _padded(len(specs)) ** 2)
-        if job.in_c[unit.tensor]:
+        if unit.in_c:
             if len(scratch) < (needed := native.gram_scratch(len(specs))):
                 scratch = bytearray(needed)
             for block in unit.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ckpt_tools.compute import native
 from ckpt_tools.compute.gram import gram
 from ckpt_tools.formats import read_header
 from ckpt_tools.series.geometry import geometry, movement
+from ckpt_tools.tensors import DTYPES as ALL_DTYPES
+from ckpt_tools.tensors import Chunk, Storage, join, make_spec
 
 
 def series(n: int, size: int, seed: int, spread: float = 0.01) -> np.ndarray:
@@ -120,6 +123,30 @@ def test_gram_is_that_of_numpy(
         assert np.asarray(turned) == pytest.approx(expected, rel=1e-10, abs=1e-9)
     again = gram([[tree["w"] for tree in trees]], threads=1)[0]
     assert again.tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("cuts", [[(10, 30, 20), (60,), (25, 35)], [(5, 55), (5, 55)], [(60,), (59, 1)]])
+def test_gram_takes_tensors_in_chunks_without_torch(
+    tmp_path: Path, cuts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, specs = [], []
+    for i, sizes in enumerate(cuts):
+        values = np.random.default_rng(i).standard_normal((60, 7)).astype(np.float32)
+        chunks: list[Chunk] = []
+        at = 0
+        for k, size in enumerate(sizes):
+            path = tmp_path / f"{i}-{k}.bin"
+            path.write_bytes(b"gap" * 4 + values[at : at + size].tobytes())
+            storage = Storage(path, 12, 28 * size)
+            chunks.append(((at, 0), make_spec(ALL_DTYPES["float32"], (size, 7), storage)))
+            at += size
+        specs.append(join(tmp_path, "w", ALL_DTYPES["float32"], (60, 7), chunks))
+        rows.append(values.astype(np.float64).ravel())
+    if native._native is not None:
+        monkeypatch.setitem(sys.modules, "ckpt_tools.compute.torch_gram", None)  # importing it fails
+    monkeypatch.setattr(grams, "UNIT", 50)
+    (found,) = gram([specs], threads=3)
+    assert np.asarray(found) == pytest.approx(np.array(products(np.stack(rows))), rel=1e-12)
 
 
 def test_gram_lines_up_tensors_of_other_orders_and_dtypes(tmp_path: Path) -> None:
