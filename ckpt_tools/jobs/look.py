@@ -266,5 +266,5 @@ def _warnings(
         )
     old = [(name, share) for name, share in zip(names, left, strict=True) if share is not None and share > _OLD]
     if old:
-        more = f", and more than {_OLD:.0%} in {len(old) - 1} others" if len(old) > 1 else ""
+        more = f", and more than {_OLD:.0%} in {len(old) - 1} more" if len(old) > 1 else ""
         yield f"{old[0][1]:.1%} of the EMA in {old[0][0]} is still the weights that it began with{more}."

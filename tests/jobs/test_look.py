@@ -130,6 +130,11 @@ def test_look_tells_how_much_of_an_ema_is_still_its_start(save: Save, here: Path
     report = look("e-*.ckpt")
     assert report.checkpoints[0].start_left == pytest.approx(0.99**100, rel=1e-5)
     assert any("36.6% of the EMA in e-1.ckpt is still the weights that it began with" in note for note in report.notes)
+    for columns in (60, 80, 120):
+        shown = run("look", "e-*.ckpt", columns=columns).err
+        assert "start left" in shown
+        assert all(len(line) <= columns for line in shown.splitlines()[:3])
+        assert [name for name in ("e-1.ckpt", "e-2.ckpt") if f"\n{name}  " in shown] == ["e-1.ckpt", "e-2.ckpt"]
 
 
 def test_the_command_shows_a_table_and_writes_json(save: Save, here: Path) -> None:
