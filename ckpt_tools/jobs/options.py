@@ -283,6 +283,15 @@ class Tolerance(Options):
     atol: float = option("As in torch.allclose.", 0.0)
 
 
+class Drawing(Options):
+    """Where a picture goes."""
+
+    title = "Output"
+
+    plot: str | Path | None = option("Draw it, too: .svg or .png; needs matplotlib.", None, metavar="FILE")
+    force: bool = option("Replace an existing picture.", False)
+
+
 class Reading(Options):
     """How a job runs that only reads."""
 
