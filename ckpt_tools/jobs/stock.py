@@ -147,7 +147,7 @@ def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:
 
 def _products(tensors: Iterable[Aligned], members: Sequence[Member], running: Summing) -> dict[Aligned, Products]:
     """Return for each tensor, tied ones once, what `ckpt_tools.series.rules.stock` takes."""
-    from ..compute.gram import gram  # imports torch
+    from ..compute.gram import gram
 
     # The start comes last, for rows are differences from the last.
     rows = {specs: [spec for spec in (*specs[1:], specs[0]) if spec is not None] for specs in tensors}
