@@ -1,0 +1,314 @@
+"""Replaying: an average that ckpt wrote, made again from the inputs and coefficients in its record."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from .. import __version__
+from ..checkpoints.layouts import StateDict
+from ..errors import CkptError, LayoutError, SeriesError, UsageError
+from ..formats import read_header
+from ..formats.header import Header
+from ..series.member import Member
+from ..series.paths import as_path, expand, one_checkpoint
+from ..series.schedules import SCHEDULES, Schedule
+from ..storage.source import LOCAL, sha256, store_of
+from ..storage.staged import same_file
+from .addends import (
+    Addends,
+    recorded_dtype,
+    recorded_matching,
+    recorded_schedule,
+    refuse_contradictions,
+    with_state,
+)
+from .diff import diff
+from .lined_up import every_set, selected
+from .options import AveragedOutput, Matching, Selection, Summing
+from .outputs import Target, named_after
+from .provenance import Input, Record, read_record
+
+_MOST_ENTRIES = 100_000  # looked at below a folder
+
+
+def replayed(
+    average: str | Path,
+    paths: Iterable[str | Path],
+    schedule: Schedule,
+    selection: Selection,
+    matching: Matching,
+    output: AveragedOutput,
+    running: Summing,
+) -> Addends:
+    """Plan to make an average again.
+
+    Args:
+        average: what `average` wrote.
+        paths: files and folders that have its inputs, apart from the places where they are looked for anyway.
+        schedule, matching, output: may say what the record says, and nothing else.
+        selection: says nothing, for the record does.
+
+    Raises:
+        CkptError: there is no usable record, or an input is missing or changed, or there are several.
+    """
+    header = read_header(one_checkpoint(average))
+    record = read_record(header)
+    refuse_contradictions(record, schedule, matching, output)
+    option = next((o for o in selection.options() if vars(selection)[o.name] != o.default), None)
+    if option is not None:
+        raise UsageError(f"`{option.name}` does not go with `replay`: the record of {header.path} names its inputs.")
+    recorded_schedule(record)
+    matching = with_state(recorded_matching(record), matching)
+    headers = _found(record, header, paths, hashes=not running.dry_run)
+    names = [i.name for i in record.inputs]
+    members = tuple(Member(h.path, h, i.step, record.counter) for h, i in zip(headers, record.inputs, strict=True))
+    chosen = _sets(record, members, matching)
+    last = selected(members[-1:], names[-1:], matching)[0] if chosen is None else chosen[-1]
+    if last.label != record.state:
+        raise LayoutError(
+            f"{header.path} is an average of {record.state}, and in {members[-1].path} the weights would be "
+            f"{last.label}. Add `state={record.which!r}`, if it is the right file."
+        )
+    in_place = output.out is not None and same_file(Path(output.out), header.path)
+    before = _digests(header) if in_place and not running.dry_run else None
+    target = named_after(header, "-replayed") if output.out is None else Target.of(output.out)
+    return Addends(
+        members=members,
+        names=names,
+        coefficients=tuple(i.coefficient for i in record.inputs),
+        chosen=chosen,
+        matching=matching,
+        dtype=recorded_dtype(record),
+        mode=record.mode,
+        arguments=record.arguments,
+        ordered_by=f"the record of {header.path.name}",
+        notes=tuple(_remarks(record, headers, running)),
+        given=() if in_place else (header.path,),
+        sha256=[i.sha256 for i in record.inputs],
+        target=target,
+        # A torch file has its name inside.
+        name=None if header.in_folder or target.folder else header.path.name,
+        compared=partial(_compared, record, header, before),
+    )
+
+
+def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Iterator[str]:
+    yield (
+        f"The inputs of {record.path.name} are found by name and size: {headers[0].path} and so on. The coefficients "
+        "are those in its record."
+        if len(headers) > 1
+        else f"The input of {record.path.name} is found by name and size: {headers[0].path}."
+    )
+    if running.dry_run and any(i.sha256 for i in record.inputs):
+        yield "SHA-256 of the inputs is recorded, and is not checked in a dry run."
+    if record.version != __version__:
+        yield f"{record.path.name} was written by ckpt-tools {record.version}; this is {__version__}."
+
+
+def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list[StateDict] | None:
+    """Return the set of weights of each input where a checkpoint with several counts several times; else None.
+
+    Raises:
+        LayoutError: a checkpoint has no such set.
+    """
+    if SCHEDULES[record.mode].needs != "profile":
+        return None
+    found = []
+    for member, i in zip(members, record.inputs, strict=True):
+        sets = every_set([member], matching)[1]
+        asked = [state for state in sets if len(sets) == 1 or i.name.endswith(f" ({state.label})")]
+        if len(asked) != 1:
+            known = ", ".join(state.label for state in sets)
+            raise LayoutError(f"{member.path}: has no set of weights as '{i.name}' names it, but {known}.")
+        found += asked
+    return found
+
+
+def _found(record: Record, header: Header, paths: Iterable[str | Path], *, hashes: bool) -> list[Header]:
+    """Find the inputs.
+
+    Raises:
+        SeriesError: some are missing, changed or there several times; names all of them.
+        UsageError: a path leads to no input.
+    """
+    given = [place for path in paths for place in _expanded(path)]
+    search = _Search(header, given)
+    faults: list[str] = []
+    headers = []
+    for i in record.inputs:
+        found = _one(search, i, faults, hashes=hashes, profile=SCHEDULES[record.mode].needs == "profile")
+        headers += [] if found is None else [found]
+    unused = next((place for place in given if place not in search.used and not store_of(place).is_folder(place)), None)
+    if unused is not None and not faults:
+        raise UsageError(f"{unused}: is no input of {header.path}. `inspect(...)` lists them.")
+    if faults:
+        n = len(record.inputs)
+        raise SeriesError(
+            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults)}. Give "
+            "the paths of the right files, or of folders that have them."
+        )
+    return headers
+
+
+def _expanded(path: str | Path) -> list[Path]:
+    place = as_path(path)
+    return [place] if store_of(place).is_folder(place) else expand([path])
+
+
+def _one(search: _Search, wanted: Input, faults: list[str], *, hashes: bool, profile: bool) -> Header | None:
+    """Find one input; the first place that has a right one decides."""
+    names = [wanted.name]
+    if profile and wanted.name.endswith(")"):
+        names.append(wanted.name.partition(" (")[0])  # of several sets of weights in a file
+    wrong = []
+    for places in search.places(names):
+        right: list[Header] = []
+        for place in places:
+            fault = None
+            try:
+                header = read_header(place)
+            except CkptError as error:
+                wrong.append(str(error).rstrip("."))
+                continue
+            if header.nbytes != wanted.nbytes:
+                fault = f"{place} has {header.nbytes:,} bytes, and the input had {wanted.nbytes:,}"
+            elif wanted.sha256 and (hashes or len(places) > 1) and _digests(header) != wanted.sha256:
+                fault = f"{place} has another SHA-256 than the input had"
+            if fault is None:
+                right.append(header)
+            else:
+                wrong.append(fault)
+        if len(right) > 1:
+            faults.append(f"{wanted.name} is there several times: {', '.join(str(each.path) for each in right[:3])}")
+            return None
+        if right:
+            search.used.add(right[0].path)
+            return right[0]
+    faults.append("; ".join(wrong) if wrong else f"{wanted.name} is missing")
+    return None
+
+
+@dataclass(eq=False)
+class _Search:
+    """Where inputs may be: at the paths that were given, beside the average, and below the current folder.
+
+    Attributes:
+        average: which is no input of itself.
+        given: files and folders.
+        used: the inputs that were found.
+    """
+
+    average: Header
+    given: Sequence[Path]
+    used: set[Path] = field(default_factory=set)
+    _below: dict[Path, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
+
+    def places(self, names: Sequence[str]) -> Iterator[list[Path]]:
+        """Yield the places of one name, the surest first: those in each item are equally sure."""
+        around = self.average.path.parent
+        for found in (
+            self._in_given(names),
+            self._in(around, names),
+            self._in(Path(), names),
+            self._in_tree(Path(), names),
+        ):
+            places: dict[object, Path] = {}
+            for place in found:
+                if not same_file(place, self.average.path):
+                    places.setdefault(store_of(place).identity(place), place)
+            if places:
+                yield [*places.values()]
+
+    def _in_given(self, names: Sequence[str]) -> Iterator[Path]:
+        for place in self.given:
+            if store_of(place).is_folder(place):
+                if any(_ends(place, name) for name in names):
+                    yield place  # a checkpoint that is a folder
+                else:
+                    direct = [*self._in(place, names)]
+                    yield from direct or self._in_tree(place, names)
+            elif any(place.name == Path(name).name for name in names):
+                yield place
+
+    def _in(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        for name in names:
+            parts = Path(name).parts
+            for n in range(len(parts)):  # a/step_1.pth is step_1.pth in the folder a
+                if n == 0 or folder.absolute().parts[-n:] == parts[:n]:
+                    place = folder.joinpath(*parts[n:])
+                    if store_of(place).is_file(place) or store_of(place).is_folder(place):
+                        yield place
+
+    def _in_tree(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        if folder not in self._below:
+            self._below[folder] = _tree(folder)
+        for name in names:
+            yield from (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
+
+
+def _ends(place: Path, name: str) -> bool:
+    parts = Path(name).parts
+    return place.absolute().parts[-len(parts) :] == parts
+
+
+def _tree(folder: Path) -> Mapping[str, Sequence[Path]]:
+    """Return what is below a folder by name, without hidden folders; it follows no links."""
+    found: dict[str, list[Path]] = {}
+    left = _MOST_ENTRIES
+    for above, folders, files in os.walk(folder) if store_of(folder) is LOCAL else ():
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in (*folders, *files):
+            found.setdefault(name, []).append(Path(above, name))
+        left -= len(folders) + len(files)
+        if left < 0:
+            break
+    return found
+
+
+def _digests(header: Header) -> dict[str, str]:
+    return {name: sha256(path) for name, path in header.names.items()}
+
+
+def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out: Path) -> tuple[str, bool | None]:
+    """Compare an average with what it was made again from.
+
+    Args:
+        before: SHA-256 of its files, if the new one has taken its place.
+
+    Returns:
+        The result in words; and True if the weights are the same in every byte, False if they are not, None if that is
+        not known, or is not to be expected.
+    """
+    new = read_header(out)
+    if before is not None:
+        if _digests(new) == before:
+            return f"It is the same as the old {out} in every byte.", True
+        return f"It is not the same as the old {out} in every byte.", None
+    pairs = [(new.names.get(name), path) for name, path in old.names.items()]
+    if len(old.names) == 1 == len(new.names):
+        pairs = [*zip(new.names.values(), old.names.values(), strict=True)]
+    if len(new.names) == len(pairs) and all(a is not None and filecmp.cmp(a, b, shallow=False) for a, b in pairs):
+        return f"It is the same as {old.path} in every byte.", True
+    try:
+        report = diff(old.path, out)
+    except CkptError as error:
+        return f"It is not the same as {old.path} in every byte, and their weights cannot be compared: {error}", None
+    if report.verdict in ("identical", "equal"):
+        return f"Its weights are those of {old.path} in every byte; something else in the file differs.", True
+    largest, name = report.max_abs
+    if record.updates:
+        return (
+            f"The largest difference from {old.path} is {largest:.3g}, in '{name}': that was updated "
+            f"{record.updates} time{'s' * (record.updates > 1)}, and each update rounds.",
+            None,
+        )
+    return (
+        f"Its weights are NOT those of {old.path}: they differ by up to {largest:.3g}, in '{name}'. An input has "
+        "changed, or the average has.",
+        False,
+    )
