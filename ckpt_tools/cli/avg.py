@@ -32,7 +32,7 @@ def avg(
     from ..jobs.average import average
 
     if not paths and options["replay"] is None:
-        raise UsageError("Missing argument 'PATH': the checkpoints to average.")
+        raise UsageError("Missing argument 'PATH', the checkpoints to average. Try 'ckpt avg --help'.")
     show = _show_table if options["dry_run"] else _show_summary
     report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
     if report.written:

@@ -10,6 +10,7 @@ from typing import Any
 from ..checkpoints.layouts import StateDict
 from ..errors import LayoutError, UsageError
 from ..series.member import Member
+from ..series.rules.rule import Rule
 from ..series.schedules import SCHEDULES, Schedule
 from ..storage.source import Stamp
 from ..tensors import DType, parse_dtype
@@ -70,19 +71,27 @@ class Addends:
         return self.dtype is not None or own is not None or self.matching.dequantize
 
 
-def recorded_schedule(record: Record) -> Schedule:
-    """Return the rule of an average, with the options that were given or chosen for it.
+def recorded_rule(record: Record) -> Rule:
+    """Return the rule of an average.
 
     Raises:
-        LayoutError: the rule is unknown, or the options do not fit it.
+        LayoutError: it is unknown.
     """
-    rule = SCHEDULES.get(record.mode)
-    if rule is None:
+    if record.mode not in SCHEDULES:
         raise LayoutError(
             f"{record.path}: its record has the mode '{record.mode}', which this ckpt-tools does not know. It was "
             f"written by version {record.version}."
         )
-    known = {option.name for option in rule.options}
+    return SCHEDULES[record.mode]
+
+
+def recorded_schedule(record: Record) -> Schedule:
+    """Return the rule of an average, with the options that were given or chosen for it.
+
+    Raises:
+        LayoutError: they do not fit it.
+    """
+    known = {option.name for option in recorded_rule(record).options}
     schedule = Schedule(record.mode, **{key: value for key, value in record.arguments.items() if key in known})
     try:
         schedule.check()

@@ -36,10 +36,8 @@ from .lined_up import LinedUp, every_set, line_up, selected
 from .options import AveragedOutput, Earlier, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
-from .replay import replayed
 from .reports import Report
 from .run import produce
-from .update import updated
 
 Numbers = Sequence[Any]
 BUFFERS = ("average", "last")
@@ -133,8 +131,12 @@ def average(
 
     given = [paths] if isinstance(paths, (str, Path)) else paths
     if earlier.update is not None:
+        from .update import updated
+
         addends = updated(earlier.update, given, schedule, selection, matching, output, running)
     elif earlier.replay is not None:
+        from .replay import replayed
+
         addends = replayed(earlier.replay, given, schedule, selection, matching, output, running)
     else:
         addends = _by_rule(given, schedule, selection, matching, output, running)

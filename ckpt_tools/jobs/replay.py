@@ -16,18 +16,17 @@ from ..formats import read_header
 from ..formats.header import Header
 from ..series.member import Member
 from ..series.paths import as_path, expand, one_checkpoint
-from ..series.schedules import SCHEDULES, Schedule
+from ..series.schedules import Schedule
 from ..storage.source import LOCAL, sha256, store_of
 from ..storage.staged import same_file
 from .addends import (
     Addends,
     recorded_dtype,
     recorded_matching,
-    recorded_schedule,
+    recorded_rule,
     refuse_contradictions,
     with_state,
 )
-from .diff import diff
 from .lined_up import every_set, selected
 from .options import AveragedOutput, Matching, Selection, Summing
 from .outputs import Target, named_after
@@ -62,12 +61,13 @@ def replayed(
     option = next((o for o in selection.options() if vars(selection)[o.name] != o.default), None)
     if option is not None:
         raise UsageError(f"`{option.name}` does not go with `replay`: the record of {header.path} names its inputs.")
-    recorded_schedule(record)
-    matching = with_state(recorded_matching(record), matching)
-    headers = _found(record, header, paths, hashes=not running.dry_run)
+    by_set = recorded_rule(record).needs == "profile"  # a checkpoint with several sets of weights counts several times
+    matching, dtype = with_state(recorded_matching(record), matching), recorded_dtype(record)
+    paths = [*paths]
+    headers = _found(record, header, paths, by_set=by_set, hashes=not running.dry_run)
     names = [i.name for i in record.inputs]
     members = tuple(Member(h.path, h, i.step, record.counter) for h, i in zip(headers, record.inputs, strict=True))
-    chosen = _sets(record, members, matching)
+    chosen = _sets(record, members, matching) if by_set else None
     last = selected(members[-1:], names[-1:], matching)[0] if chosen is None else chosen[-1]
     if last.label != record.state:
         raise LayoutError(
@@ -83,7 +83,7 @@ def replayed(
         coefficients=tuple(i.coefficient for i in record.inputs),
         chosen=chosen,
         matching=matching,
-        dtype=recorded_dtype(record),
+        dtype=dtype,
         mode=record.mode,
         arguments=record.arguments,
         ordered_by=f"the record of {header.path.name}",
@@ -110,14 +110,12 @@ def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Ite
         yield f"{record.path.name} was written by ckpt-tools {record.version}; this is {__version__}."
 
 
-def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list[StateDict] | None:
-    """Return the set of weights of each input where a checkpoint with several counts several times; else None.
+def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list[StateDict]:
+    """Return the set of weights of each input, as its name says it.
 
     Raises:
         LayoutError: a checkpoint has no such set.
     """
-    if SCHEDULES[record.mode].needs != "profile":
-        return None
     found = []
     for member, i in zip(members, record.inputs, strict=True):
         sets = every_set([member], matching)[1]
@@ -129,7 +127,7 @@ def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list
     return found
 
 
-def _found(record: Record, header: Header, paths: Iterable[str | Path], *, hashes: bool) -> list[Header]:
+def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_set: bool, hashes: bool) -> list[Header]:
     """Find the inputs.
 
     Raises:
@@ -141,9 +139,10 @@ def _found(record: Record, header: Header, paths: Iterable[str | Path], *, hashe
     faults: list[str] = []
     headers = []
     for i in record.inputs:
-        found = _one(search, i, faults, hashes=hashes, profile=SCHEDULES[record.mode].needs == "profile")
+        found = _one(search, i, faults, by_set=by_set, hashes=hashes)
         headers += [] if found is None else [found]
-    unused = next((place for place in given if place not in search.used and not store_of(place).is_folder(place)), None)
+    files = [place for path in paths if (place := as_path(path)) in given and not store_of(place).is_folder(place)]
+    unused = next((place for place in files if place not in search.used), None)
     if unused is not None and not faults:
         raise UsageError(f"{unused}: is no input of {header.path}. `inspect(...)` lists them.")
     if faults:
@@ -160,10 +159,10 @@ def _expanded(path: str | Path) -> list[Path]:
     return [place] if store_of(place).is_folder(place) else expand([path])
 
 
-def _one(search: _Search, wanted: Input, faults: list[str], *, hashes: bool, profile: bool) -> Header | None:
+def _one(search: _Search, wanted: Input, faults: list[str], *, by_set: bool, hashes: bool) -> Header | None:
     """Find one input; the first place that has a right one decides."""
     names = [wanted.name]
-    if profile and wanted.name.endswith(")"):
+    if by_set and wanted.name.endswith(")"):
         names.append(wanted.name.partition(" (")[0])  # of several sets of weights in a file
     wrong = []
     for places in search.places(names):
@@ -225,13 +224,11 @@ class _Search:
                 yield [*places.values()]
 
     def _in_given(self, names: Sequence[str]) -> Iterator[Path]:
-        for place in self.given:
+        exact = [place for place in self.given if any(_ends(place, name) for name in names)]
+        yield from exact
+        for place in () if exact else self.given:
             if store_of(place).is_folder(place):
-                if any(_ends(place, name) for name in names):
-                    yield place  # a checkpoint that is a folder
-                else:
-                    direct = [*self._in(place, names)]
-                    yield from direct or self._in_tree(place, names)
+                yield from [*self._in(place, names)] or self._in_tree(place, names)
             elif any(place.name == Path(name).name for name in names):
                 yield place
 
@@ -284,6 +281,8 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
         The result in words; and True if the weights are the same in every byte, False if they are not, None if that is
         not known, or is not to be expected.
     """
+    from .diff import diff
+
     new = read_header(out)
     if before is not None:
         if _digests(new) == before:

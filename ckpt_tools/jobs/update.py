@@ -30,6 +30,7 @@ from .addends import (
     check_state,
     recorded_dtype,
     recorded_matching,
+    recorded_rule,
     recorded_schedule,
     refuse_contradictions,
     with_state,
@@ -65,8 +66,8 @@ def updated(
     header = read_header(one_checkpoint(average))
     record = read_record(header)
     refuse_contradictions(record, schedule, matching, output)
+    _refuse_unknown_shares(record)
     rule = recorded_schedule(record)
-    _refuse_unknown_shares(record, rule)
     series = find_series(paths, **vars(selection))
     members = _placed(record, header, series.members)
     names = short_names([member.path for member in members])
@@ -107,13 +108,13 @@ def updated(
     )
 
 
-def _refuse_unknown_shares(record: Record, rule: Schedule) -> None:
+def _refuse_unknown_shares(record: Record) -> None:
     """Refuse what an average of its inputs alone does not tell.
 
     Raises:
         LayoutError: its rule takes more than steps, or the share of an input differs from tensor to tensor.
     """
-    if rule.rule.needs != "step":
+    if recorded_rule(record).needs != "step":
         _refuse(record, f"`mode={record.mode!r}` gives new checkpoints no weight by itself")
     if record.arguments.get("keys") == "union":
         _refuse(record, "with `keys='union'` it is not recorded which inputs have a tensor")
