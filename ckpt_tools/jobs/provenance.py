@@ -110,14 +110,14 @@ def read_record(header: Header) -> Record:
     path, made = header.path, header.provenance
     if made is None:
         raise LayoutError(
-            f"{path}: has no record of ckpt-tools, so it is not known what it was made of. Only averages that "
-            "`average(...)` wrote have one."
+            f"{path}: has no record of ckpt-tools, so it is not known what it was made of. Only averages by ckpt-tools "
+            "have one."
         )
     command = made.get("command")
     if command != "avg":
         source = made.get("input")
         name = source.get("name") if isinstance(source, dict) else None
-        of = f" of {name}" if isinstance(name, str) else ""
+        of = f" from {name}" if isinstance(name, str) else ""
         raise LayoutError(
             f"{path}: was written by 'ckpt {command}'{of}, and is not the average as it was made. Give the average "
             "itself, then do that again with the result."

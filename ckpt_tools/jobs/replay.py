@@ -98,11 +98,12 @@ def replayed(
 
 
 def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Iterator[str]:
+    hashed = any(i.sha256 for i in record.inputs) and not running.dry_run
+    folders = dict.fromkeys(str(header.path.parent) for header in headers)
+    by = "name, size and SHA-256" if hashed else "name and size"
+    more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
     yield (
-        f"The inputs of {record.path.name} are found by name and size: {headers[0].path} and so on. The coefficients "
-        "are those in its record."
-        if len(headers) > 1
-        else f"The input of {record.path.name} is found by name and size: {headers[0].path}."
+        f"The coefficients are those in the record; the inputs were found by {by} in {', '.join([*folders][:3])}{more}."
     )
     if running.dry_run and any(i.sha256 for i in record.inputs):
         yield "SHA-256 of the inputs is recorded, and is not checked in a dry run."
@@ -245,7 +246,8 @@ class _Search:
         if folder not in self._below:
             self._below[folder] = _tree(folder)
         for name in names:
-            yield from (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
+            found = (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
+            yield from (place for place in found if place.is_file() or place.is_dir())
 
 
 def _ends(place: Path, name: str) -> bool:

@@ -124,8 +124,8 @@ def _refuse_unknown_shares(record: Record) -> None:
 
 def _refuse(record: Record, reason: str) -> NoReturn:
     raise LayoutError(
-        f"{record.path}: cannot be extended, for {reason}. Average its inputs and the new checkpoints together; "
-        "`inspect(...)` lists them. (`replay` makes it again as it is.)"
+        f"{record.path}: cannot be extended: {reason}. Average its inputs and the new checkpoints together; "
+        "`inspect(...)` lists them, and `replay` with `dry_run` finds them."
     )
 
 
@@ -145,19 +145,19 @@ def _placed(record: Record, header: Header, members: Sequence[Member]) -> list[M
     placed = [Member(m.path, m.header, step, record.counter) for m, step in zip(members, steps, strict=True)]
     known = [i.step for i in record.inputs if i.step is not None]
     if len(known) == len(record.inputs):
-        what = record.counter if record.counter not in (None, "name") else "number in its name"
+        what = {None: "step", "name": "number in its name"}.get(record.counter, str(record.counter))
+        only = "Give newer checkpoints alone" + (f", or add `from_step={max(known) + 1}`." if members[1:] else ".")
         unknown = next((member for member in placed if member.step is None), None)
         if unknown is not None:
             raise SeriesError(
-                f"{unknown.path}: has no {what}, by which the inputs of {record.path} are ordered, so it is not known "
-                "whether it is newer. Average all of them together instead."
+                f"{unknown.path}: has no {what} that counts as those of the inputs of {record.path}, so it is not "
+                "known whether it is newer. Average all of them together instead."
             )
         placed.sort(key=lambda member: member.step or 0)
         old = next((member for member in placed if member.step in known), None)
         if old is not None:
             raise SeriesError(
-                f"{old.path}: {record.path} has an input at the same {what}, {old.step}, so it is in it already. "
-                "Give newer checkpoints alone."
+                f"{old.path}: {record.path} has an input at the same {what}, {old.step}, so it is in it already. {only}"
             )
         old = next((member for member in placed if (member.step or 0) < max(known)), None)
         if old is not None:
@@ -206,7 +206,7 @@ def _coefficients(record: Record, rule: Schedule, members: Sequence[Member]) -> 
     try:
         return rule.coefficients(numbers)
     except UsageError as error:
-        raise LayoutError(f"{record.path}: cannot be extended by these checkpoints: {error}") from error
+        raise LayoutError(f"{record.path}: cannot be extended by these checkpoints. {error}") from error
 
 
 def _scale(record: Record, coefficients: Sequence[float]) -> float:
@@ -222,7 +222,7 @@ def _scale(record: Record, coefficients: Sequence[float]) -> float:
         largest = max(map(abs, before))
         if all(abs(c - scale * b) <= _TOLERANCE * largest for b, c in zip(before, coefficients, strict=False)):
             return scale
-    _refuse(record, f"in {_described(record)} over more checkpoints these count otherwise against each other")
+    _refuse(record, f"with more checkpoints, {_described(record)} weighs its inputs otherwise against each other")
 
 
 def _described(record: Record) -> str:

@@ -226,5 +226,5 @@ def test_what_is_no_average_of_ours_cannot_be_replayed(tmp_path: Path) -> None:
         average([], replay=paths[0])
     average(paths, out=tmp_path / "averaged.pth")
     convert(tmp_path / "averaged.pth", out=tmp_path / "averaged.safetensors")
-    with pytest.raises(LayoutError, match="was written by 'ckpt convert' of averaged.pth"):
+    with pytest.raises(LayoutError, match="was written by 'ckpt convert' from averaged.pth"):
         average([], replay=tmp_path / "averaged.safetensors")

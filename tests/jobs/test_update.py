@@ -273,8 +273,8 @@ def test_hashes_of_an_average_stay_and_new_ones_are_added(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"weights": [1, 2, 3]}, r"`mode='weights'` gives new checkpoints no weight by itself"),
-        ({"mode": "decay"}, r"`mode='decay'` over more checkpoints these count otherwise against each other"),
-        ({"half_life": "50%"}, r"these count otherwise against each other"),
+        ({"mode": "decay"}, r"`mode='decay'` weighs its inputs otherwise against each other"),
+        ({"half_life": "50%"}, r"weighs its inputs otherwise against each other"),
         ({"keys": "union"}, r"`keys='union'` it is not recorded which inputs have a tensor"),
         ({"mode": "posthoc", "target": "half-life=80", "allow_misfit": True}, r"gives new checkpoints no weight"),
     ],
@@ -301,7 +301,7 @@ def test_only_newer_checkpoints_are_added(tmp_path: Path) -> None:
         average(copy, update=tmp_path / "two.pth", out=tmp_path / "x.pth")
     other = torch.load(paths[4], weights_only=True)
     torch.save({"model": other["model"]}, tmp_path / "stepless.pth")
-    with pytest.raises(SeriesError, match=r"stepless.pth: has no global_step, by which the inputs of .* are ordered"):
+    with pytest.raises(SeriesError, match=r"stepless.pth: has no global_step that counts as those of the inputs of"):
         average(tmp_path / "stepless.pth", update=tmp_path / "two.pth", out=tmp_path / "x.pth")
     with pytest.raises(SeriesError, match=r"is the average itself"):
         average(tmp_path / "two.pth", update=tmp_path / "two.pth", out=tmp_path / "x.pth")
@@ -309,6 +309,26 @@ def test_only_newer_checkpoints_are_added(tmp_path: Path) -> None:
     torch.save(other, tmp_path / "again.pth")
     with pytest.raises(SeriesError, match=r"have the same global_step"):
         average([paths[4], tmp_path / "again.pth"], update=tmp_path / "two.pth", out=tmp_path / "x.pth")
+
+
+def test_the_newer_checkpoints_of_a_folder_are_chosen_by_step(tmp_path: Path) -> None:
+    paths = series(tmp_path, 5)
+    average(paths[:3], out=tmp_path / "averaged.pth")
+    with pytest.raises(SeriesError, match=r"Give newer checkpoints alone, or add `from_step=211`"):
+        average(tmp_path, update=tmp_path / "averaged.pth", force=True)
+    average(tmp_path, update=tmp_path / "averaged.pth", from_step=211, force=True)
+    assert [i["name"] for i in facts(tmp_path / "averaged.pth")["inputs"]] == [path.name for path in paths]
+
+
+def test_the_inputs_of_an_older_record_are_ordered_by_what_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = series(tmp_path, 3)
+    monkeypatch.setattr("ckpt_tools.jobs.average._places", lambda member, state: {})
+    average(paths[:2], out=tmp_path / "two.pth")
+    monkeypatch.undo()
+    with pytest.raises(SeriesError, match=r"c-2.pth: has no step that counts as those of the inputs of"):
+        average(paths[2], update=tmp_path / "two.pth", out=tmp_path / "x.pth")
 
 
 def test_numbers_in_names_are_steps_of_an_update(plain: Callable[..., list[Path]], tmp_path: Path) -> None:
@@ -362,7 +382,7 @@ def test_what_is_no_average_of_ours_is_refused(tmp_path: Path) -> None:
         average(paths[1], update=paths[0], out=tmp_path / "x.pth")
     average(paths[:3], out=tmp_path / "three.pth")
     convert(tmp_path / "three.pth", out=tmp_path / "three.safetensors")
-    with pytest.raises(LayoutError, match=r"was written by 'ckpt convert' of three.pth, and is not the average"):
+    with pytest.raises(LayoutError, match=r"was written by 'ckpt convert' from three.pth, and is not the average"):
         average(paths[3], update=tmp_path / "three.safetensors", out=tmp_path / "x.pth")
 
 
@@ -384,6 +404,7 @@ def test_what_is_no_average_of_ours_is_refused(tmp_path: Path) -> None:
         ({"mode": None}, "'mode' or 'state' is no text"),
         ({"places": [1]}, "no list of names"),
         ({"counter": 1}, "wrong type"),
+        ({"command": "recal-bn", "input": {"name": "averaged.pth"}}, "'ckpt recal-bn' from averaged.pth, and is not"),
     ],
     ids=str,
 )
@@ -414,3 +435,82 @@ def test_tied_tensors_and_safetensors_stay_as_in_one_go(tmp_path: Path) -> None:
     average(paths, out=tmp_path / "go.safetensors")
     assert same_bits(load_file(tmp_path / "three.safetensors"), load_file(tmp_path / "go.safetensors"))
     assert len(load_file(tmp_path / "three.safetensors")) == 1
+
+
+def of_ranks(folder: Path, step: int) -> Path:
+    for rank in range(2):
+        path = folder / f"iter_{step:07d}" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        model = {"language_model": {"encoder": {"w": torch.full((3,), float(step + 10 * rank))}}}
+        torch.save({"iteration": step, "model": model}, path)
+    return folder / f"iter_{step:07d}"
+
+
+def test_folders_of_ranks_are_updated_and_replayed_file_by_file(tmp_path: Path) -> None:
+    paths = [of_ranks(tmp_path / "run", step) for step in (1, 2, 3, 4)]
+    average(paths[:3], out=f"{tmp_path}/averaged")
+    assert average([tmp_path / "run"], replay=tmp_path / "averaged", out=f"{tmp_path}/again").same is True
+    average(paths[3], update=tmp_path / "averaged", force=True)
+    for rank in range(2):
+        found = torch.load(tmp_path / "averaged" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt", weights_only=True)
+        assert found["model"]["language_model"]["encoder"]["w"].tolist() == [2.5 + 10 * rank] * 3
+
+
+def test_what_is_computed_from_an_optimizer_is_added_too(tmp_path: Path) -> None:
+    """Schedule-free: x = y / 0.5 + (1 - 1 / 0.5) z = 2 y - z."""
+    paths = []
+    for i in range(1, 5):
+        state = {"state": {0: {"z": torch.full((2,), float(i)), "exp_avg_sq": torch.ones(2)}}}
+        groups = [{"betas": (0.5, 0.999), "train_mode": True, "weight_sum": 1.0, "params": [0]}]
+        tree = {"model": {"w": torch.full((2,), 2.0 * i)}, "optimizer": {**state, "param_groups": groups}, "step": i}
+        paths.append(tmp_path / f"c-{i}.pth")
+        torch.save(tree, paths[-1])
+    average(paths[:3], state="eval", out=tmp_path / "three.pth")
+    assert average([], replay=tmp_path / "three.pth").same is True
+    average(paths[3], update=tmp_path / "three.pth", out=tmp_path / "four.pth")
+    assert load(tmp_path / "four.pth")["model"]["w"].tolist() == [7.5, 7.5]
+    average(paths, state="eval", out=tmp_path / "go.pth")
+    assert facts(tmp_path / "four.pth") == facts(tmp_path / "go.pth")
+
+
+def test_codes_with_scales_are_added_as_what_they_stand_for(tmp_path: Path) -> None:
+    paths = []
+    for i in range(1, 5):
+        codes = torch.full((128, 128), 2.0).to(torch.float8_e4m3fn)
+        paths.append(tmp_path / f"step_{i}.safetensors")
+        save_file({"a.weight": codes, "a.weight_scale_inv": torch.full((1, 1), float(i))}, paths[-1])
+    average(paths[:3], dequantize=True, out=tmp_path / "three.safetensors")
+    assert average([], replay=tmp_path / "three.safetensors").same is True
+    average(paths[3], update=tmp_path / "three.safetensors", out=tmp_path / "four.safetensors")
+    found = load_file(tmp_path / "four.safetensors")
+    assert {name: (tensor.dtype, tensor.unique().tolist()) for name, tensor in found.items()} == {
+        "a.weight": (torch.bfloat16, [5.0])
+    }
+
+
+def test_products_of_adapters_are_replayed_but_not_updated(tmp_path: Path) -> None:
+    paths = []
+    for i in range(3):
+        factors = {"q.lora_down.weight": torch.randn(2, 5), "q.lora_up.weight": torch.randn(4, 2)}
+        paths.append(tmp_path / f"lora-{i}.safetensors")
+        save_file({**factors, "q.alpha": torch.tensor(2.0)}, paths[-1])
+    average(paths[:2], lora="product", out=tmp_path / "two.safetensors")
+    assert average([], replay=tmp_path / "two.safetensors").same is True
+    with pytest.raises(LayoutError, match="the ranks of the updates add up"):
+        average(paths[2], update=tmp_path / "two.safetensors", out=tmp_path / "three.safetensors")
+
+
+def test_weights_matched_by_order_need_files_in_one_order(tmp_path: Path) -> None:
+    paths = []
+    for i, (first, second) in enumerate([("z", "a"), ("y", "b"), ("x", "c")], 1):
+        paths.append(tmp_path / f"step_{i}.pth")
+        torch.save({first: torch.full((2,), float(i)), second: torch.full((2,), 10.0 * i)}, paths[-1])
+    average(paths[:2], match="order", out=tmp_path / "two.safetensors")
+    with pytest.raises(LayoutError, match="keep their tensors in different orders"):
+        average(paths[2], update=tmp_path / "two.safetensors", out=tmp_path / "x.pth")
+    average(paths[:2], match="order", out=tmp_path / "two.pth")
+    average(paths[2], update=tmp_path / "two.pth", out=tmp_path / "three.pth")
+    assert {name: tensor.tolist() for name, tensor in load(tmp_path / "three.pth").items()} == {
+        "x": [2.0, 2.0],
+        "c": [20.0, 20.0],
+    }
