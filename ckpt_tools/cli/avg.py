@@ -40,7 +40,8 @@ def avg(
         # Small jobs take as long as importing torch takes.
         rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
         where = "" if report.device == "cpu" else f" on {report.device}"
-        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{where}{rate}.")
+        took = f" in {seconds:.2f} s{where}{rate}" if not report.compared else ""  # which takes as long again
+        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
         if report.compared:
             console.say(report.compared)
     if json:

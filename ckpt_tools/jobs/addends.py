@@ -66,9 +66,12 @@ class Addends:
 
     @property
     def mixed_dtypes(self) -> bool:
-        """True if floating-point dtypes may differ: the output has one of its own."""
-        own = self.chosen[-1].dtype if self.before and self.chosen is not None else None
-        return self.dtype is not None or own is not None or self.matching.dequantize
+        """True if floating-point dtypes may differ, because the output has its own whatever they are."""
+        if self.dtype is not None:
+            return True
+        # What is computed from codes or from an optimizer has been rounded in an average that is there.
+        computed = self.chosen is not None and self.chosen[-1].dtype is not None
+        return bool(self.before) and (computed or self.matching.dequantize)
 
 
 def recorded_rule(record: Record) -> Rule:

@@ -99,7 +99,8 @@ def replayed(
 
 def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Iterator[str]:
     hashed = any(i.sha256 for i in record.inputs) and not running.dry_run
-    folders = dict.fromkeys(str(header.path.parent) for header in headers)
+    above = (header.path.parent for header in headers)
+    folders = dict.fromkeys("the current folder" if folder == Path() else str(folder) for folder in above)
     by = "name, size and SHA-256" if hashed else "name and size"
     more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
     yield (
@@ -138,10 +139,14 @@ def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_se
     given = [place for path in paths for place in _expanded(path)]
     search = _Search(header, given)
     faults: list[str] = []
-    headers = []
+    headers: list[Header] = []
     for i in record.inputs:
         found = _one(search, i, faults, by_set=by_set, hashes=hashes)
-        headers += [] if found is None else [found]
+        if found is None:
+            continue
+        if not by_set and any(found.path == each.path for each in headers):
+            faults.append(f"{i.name} is not there: {found.path} is another input already")
+        headers.append(found)
     files = [place for path in paths if (place := as_path(path)) in given and not store_of(place).is_folder(place)]
     unused = next((place for place in files if place not in search.used), None)
     if unused is not None and not faults:
@@ -210,19 +215,21 @@ class _Search:
 
     def places(self, names: Sequence[str]) -> Iterator[list[Path]]:
         """Yield the places of one name, the surest first: those in each item are equally sure."""
-        around = self.average.path.parent
+        around, seen = self.average.path.parent, set()
         for found in (
             self._in_given(names),
             self._in(around, names),
             self._in(Path(), names),
             self._in_tree(Path(), names),
         ):
-            places: dict[object, Path] = {}
+            places = []
             for place in found:
-                if not same_file(place, self.average.path):
-                    places.setdefault(store_of(place).identity(place), place)
+                identity = store_of(place).identity(place)
+                if identity not in seen and not same_file(place, self.average.path):
+                    seen.add(identity)
+                    places.append(place)
             if places:
-                yield [*places.values()]
+                yield places
 
     def _in_given(self, names: Sequence[str]) -> Iterator[Path]:
         exact = [place for place in self.given if any(_ends(place, name) for name in names)]

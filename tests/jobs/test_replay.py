@@ -113,6 +113,10 @@ def test_inputs_of_the_same_name_are_told_by_their_folders(tmp_path: Path) -> No
     assert (report.same, load(tmp_path / "again.pth")["w"].tolist()) == (True, [1.0] * 3)
     report = average(paths, replay=tmp_path / "averaged.pth", out=tmp_path / "again-2.pth")
     assert report.same is True
+    lone = tmp_path / "model.safetensors"
+    paths[0].rename(lone)
+    with pytest.raises(SeriesError, match=r"2 of its 3 inputs .*step_1/model.safetensors is not there: .* is another"):
+        average(lone, replay=tmp_path / "averaged.pth", out=tmp_path / "again-3.pth")
 
 
 def test_folders_are_inputs_of_a_replay(tmp_path: Path) -> None:
@@ -144,6 +148,14 @@ def test_all_inputs_that_are_missing_or_changed_are_named_at_once(tmp_path: Path
     assert "c-2.pth: " in text
     assert "c-3.pth" not in text
     assert text.endswith("Give the paths of the right files, or of folders that have them.")
+
+
+def test_a_changed_input_is_named_once(here: Path) -> None:
+    average(series(here, 2), out="averaged.pth")
+    torch.save({"model": {"w": torch.zeros(99)}}, "c-0.pth")
+    with pytest.raises(SeriesError) as caught:
+        average([], replay="averaged.pth")
+    assert str(caught.value).count("c-0.pth") == 1
 
 
 def test_a_changed_input_of_the_same_size_is_found_by_its_hash(tmp_path: Path) -> None:
