@@ -114,12 +114,7 @@ def average(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     schedule.check()
-    if matching.buffers not in BUFFERS:
-        raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
-    if matching.lora not in LORA:
-        raise UsageError(f"`lora` is one of {', '.join(LORA)}, not {matching.lora!r}.")
-    if matching.lora == "product" and matching.match == "order":
-        raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
+    _check(matching)
     if earlier.update is not None and earlier.replay is not None:
         raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
     parse_dtype(output.dtype)
@@ -142,6 +137,7 @@ def average(
         addends = _by_rule(given, schedule, selection, matching, output, running)
     members, names, coefficients = addends.members, addends.names, addends.coefficients
     matching, dtype = addends.matching, addends.dtype
+    _check(matching)  # a record may say anything
     lined_up = line_up(members, names, matching, mixed_dtypes=addends.mixed_dtypes, chosen=addends.chosen)
     tensors = weighted_sums(
         lined_up.aligned,
@@ -231,6 +227,15 @@ def average(
         return done
     compared, same = addends.compared(target.path)
     return replace(done, compared=compared, same=same)
+
+
+def _check(matching: Matching) -> None:
+    if matching.buffers not in BUFFERS:
+        raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
+    if matching.lora not in LORA:
+        raise UsageError(f"`lora` is one of {', '.join(LORA)}, not {matching.lora!r}.")
+    if matching.lora == "product" and matching.match == "order":
+        raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
 
 
 def _by_rule(

@@ -400,6 +400,8 @@ def test_what_is_no_average_of_ours_is_refused(tmp_path: Path) -> None:
         ({"arguments": {"decay": {}}}, "are no options"),
         ({"arguments": {"decay": "x"}, "mode": "ema"}, "do not fit its mode"),
         ({"arguments": {"dtype": "float7"}}, "dtype in its record is unknown"),
+        ({"arguments": {"buffers": "all"}}, "`buffers` is one of average, last"),
+        ({"arguments": {"match": "shape"}}, "`match` is one of name, order"),
         ({"mode": "magic"}, "the mode 'magic', which this ckpt-tools does not know"),
         ({"mode": None}, "'mode' or 'state' is no text"),
         ({"places": [1]}, "no list of names"),
@@ -419,7 +421,7 @@ def test_damaged_records_are_refused(
     parse = headers.parse_provenance
     damaged = lambda text: None if (said := parse(text)) is None else {**said, **change}  # noqa: E731
     monkeypatch.setattr("ckpt_tools.formats.torch_zip.parse_provenance", damaged)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises((LayoutError, UsageError), match=message):
         average(paths[2:] if how == "update" else [], **{how: tmp_path / "two.pth"}, out=tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()
 
