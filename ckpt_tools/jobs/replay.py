@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import filecmp
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -150,7 +150,7 @@ def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_se
     files = [place for path in paths if (place := as_path(path)) in given and not store_of(place).is_folder(place)]
     unused = next((place for place in files if place not in search.used), None)
     if unused is not None and not faults:
-        raise UsageError(f"{unused}: is no input of {header.path}. `inspect(...)` lists them.")
+        raise UsageError(f"{unused}: is no input of {header.path}. ckpt inspect lists them.")
     if faults:
         n = len(record.inputs)
         raise SeriesError(
@@ -263,16 +263,19 @@ def _ends(place: Path, name: str) -> bool:
 
 
 def _tree(folder: Path) -> Mapping[str, Sequence[Path]]:
-    """Return what is below a folder by name, without hidden folders; it follows no links."""
+    """Return what is below a folder by name, without hidden names; it follows no links."""
     found: dict[str, list[Path]] = {}
-    left = _MOST_ENTRIES
-    for above, folders, files in os.walk(folder) if store_of(folder) is LOCAL else ():
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in (*folders, *files):
-            found.setdefault(name, []).append(Path(above, name))
-        left -= len(folders) + len(files)
-        if left < 0:
-            break
+    store = store_of(folder)
+    waiting, left = [folder] if store is LOCAL else [], _MOST_ENTRIES
+    while waiting and left > 0:
+        above = waiting.pop()
+        with suppress(OSError):  # one that may not be looked into
+            for name in store.names(above):
+                place, left = above / name, left - 1
+                if not name.startswith("."):
+                    found.setdefault(name, []).append(place)
+                    if store.is_folder(place) and not place.is_symlink():
+                        waiting.append(place)
     return found
 
 

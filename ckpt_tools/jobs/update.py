@@ -125,7 +125,7 @@ def _refuse_unknown_shares(record: Record) -> None:
 def _refuse(record: Record, reason: str) -> NoReturn:
     raise LayoutError(
         f"{record.path}: cannot be extended: {reason}. Average its inputs and the new checkpoints together; "
-        "`inspect(...)` lists them, and `replay` with `dry_run` finds them."
+        "ckpt inspect lists them, and `replay` with `dry_run` finds them."
     )
 
 
