@@ -161,6 +161,21 @@ class Output(Options):
     force: bool = option("Replace an existing target.", False)
 
 
+class Earlier(Options):
+    """An average that ckpt wrote, to go on from."""
+
+    title = "From an average that is there"
+
+    update: str | Path | None = option(
+        "Add the checkpoints to this average, without reading its inputs again.", None, metavar="AVERAGE"
+    )
+    replay: str | Path | None = option(
+        "Make this average again, from the inputs that it names; PATH says where else they are.",
+        None,
+        metavar="AVERAGE",
+    )
+
+
 class Encoding(Output):
     """Where the output goes, and in which encoding."""
 

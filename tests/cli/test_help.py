@@ -102,6 +102,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
         "How much each checkpoint counts:",
         "Which checkpoints:",
         "Which weights:",
+        "From an average that is there:",
         "Output:",
         "Running:",
         "Options:",

@@ -255,7 +255,7 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
         "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
         "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
         "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
-        "on_progress": None,
+        "on_progress": None, "update": None, "replay": None,
     }  # fmt: skip
     assert defaults == expected | {"paths": inspect.Parameter.empty}
     assert all(f"\n        {name}: " in (average.__doc__ or "") for name in defaults)
