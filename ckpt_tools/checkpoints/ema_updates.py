@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..formats.header import Header
+from ..formats.tree import follow
 from .layouts import StateDict
 from .scalars import as_number
+
+_BATCHES = {"icefall": ("batch_idx_train",)}
+"""Layout to the path of the training step, where the average is the mean of all steps so far."""
+_EXPONENTIAL = ("litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics")
+"""Layouts that keep no average but exponential ones."""
 
 
 def _number(header: Header, value: Any) -> float | None:
@@ -23,6 +29,19 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
     said = header.provenance or {}
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
     return len(inputs) if isinstance(inputs, list) else None
+
+
+def weights_in_mean(header: Header, state: StateDict) -> int | None:
+    """Read how many weights are in a mean; None if nobody knows."""
+    if state.which == "ema" and state.layout in _BATCHES:
+        number = _number(header, follow(header.content, _BATCHES[state.layout]))
+        return None if number is None or not 0 < number < 1 << 63 else int(number)
+    return stored_updates(header, state)
+
+
+def is_exponential(header: Header, state: StateDict) -> bool:
+    """Return True if the average is no mean of weights that count the same, as its layout or its decay tells."""
+    return state.which == "ema" and (state.layout in _EXPONENTIAL or stored_decay(header, state) is not None)
 
 
 def stored_decay(header: Header, state: StateDict) -> float | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .rules.amounts import parse_span
-from .rules.power import gamma_of
+from .rules.power import LARGEST_GAMMA, gamma_of
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +110,8 @@ def _quadrature(edges: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     return (middle[:, None] + half[:, None] * values).flatten(), (half[:, None] * 2 * vectors[0] ** 2).flatten()
 
 
+_SHORTEST = 0.01  # steps; nothing but the last one is left long before
+_RANGES = {"gamma": f"gamma is 0 or more, and {LARGEST_GAMMA:.0e} at most", "decay": "a decay is between 0 and 1"}
 _FORM = re.compile(r"(sigma-rel|gamma|decay|half-life)\s*[=:]\s*(\S+)|(snapshot)")
 
 
@@ -119,7 +121,7 @@ def parse_profile(name: str, text: str, end: float, before: float = 0.0) -> Prof
     Args:
         name: of the parameter, for the message.
         text: ``sigma-rel=0.05``, ``gamma=6.94``, ``decay=0.9999`` (a step), ``half-life=20k`` (steps, or ``5%`` of the
-            training so far) or ``snapshot``; a colon may stand for the equal sign.
+            training so far) or, for what files hold, ``snapshot``; a colon may stand for the equal sign.
         end: the last step.
         before: the step of the snapshot before it.
 
@@ -127,7 +129,7 @@ def parse_profile(name: str, text: str, end: float, before: float = 0.0) -> Prof
         UsageError: something else, or a number out of range.
     """
     match = _FORM.fullmatch(text.strip().lower().replace("_", "-"))
-    if match is None:
+    if match is None or (match[3] and name == "target"):
         raise UsageError(
             f"`{name}={text!r}` is not a profile; write sigma-rel=0.12, gamma=6.94, decay=0.9999 or half-life=5%."
         )
@@ -135,15 +137,18 @@ def parse_profile(name: str, text: str, end: float, before: float = 0.0) -> Prof
     if snapshot:
         return Profile(end, "snapshot", before)
     if kind == "half-life":
-        return Profile(end, "exponential", 2 ** (-1 / parse_span(name, value).of(end)))
+        length = parse_span(name, value).of(end)
+        if length < _SHORTEST:
+            raise UsageError(f"`{name}={text!r}`: a half-life is {_SHORTEST:g} steps or more.")
+        return Profile(end, "exponential", 2 ** (-1 / length))
     try:
         number = float(value)
     except ValueError:
         raise UsageError(f"`{name}={text!r}`: {value!r} is not a number.") from None
     if kind == "sigma-rel":
-        return Profile(end, "power", gamma_of(number))
-    if kind == "gamma" and 0 <= number < math.inf:
+        return Profile(end, "power", gamma_of(number, f"{name}={text!r}"))
+    if kind == "gamma" and 0 <= number <= LARGEST_GAMMA:
         return Profile(end, "power", number)
     if kind == "decay" and 0 < number < 1:
         return Profile(end, "exponential", number)
-    raise UsageError(f"`{name}={text!r}`: {'gamma is 0 or more' if kind == 'gamma' else 'a decay is between 0 and 1'}.")
+    raise UsageError(f"`{name}={text!r}`: {_RANGES[kind]}.")

@@ -36,7 +36,8 @@ def stored_profiles(sources: Sequence[tuple[Member, StateDict]], asked: Sequence
         end = member.step
         if end is None or end <= 0:
             what = "no step that is known" if end is None else f"step {end}"
-            raise SeriesError(f"{member.path}: has {what}, and `mode='posthoc'` needs one above 0.")
+            leave = "" if end is None else " Leave it out with `from_step=1`."
+            raise SeriesError(f"{member.path}: has {what}, and `mode='posthoc'` needs one above 0.{leave}")
         text = _text(member, state, asked)
         before = max((step for step in snapshots if step < end), default=0)
         profile = parse_profile("profile", text, end, before)
@@ -65,10 +66,11 @@ def _text(member: Member, state: StateDict, asked: Sequence[str]) -> str:
         return f"decay={decay}"
     if state.which == "raw":
         return "snapshot"
+    several = f"; for one set of several, '{member.path.name}:{dotted(state.path)}=...'" if state.path else ""
     raise SeriesError(
         f"{member.path}: nothing tells which steps its {state.label} is an average of: it stores no decay, and its "
-        f"name has none. Say it: `profile='{member.path.name}=decay:0.9999'`, or sigma-rel, gamma or half-life; for "
-        f"one set of several, '{member.path.name}:{dotted(state.path)}=...'."
+        f"name has none. Say it: `profile='{member.path.name}=decay:0.9999'`, or sigma-rel, gamma or half-life, for "
+        f"this file or a glob{several}."
     )
 
 

@@ -250,3 +250,62 @@ def test_a_half_life_of_a_target_may_be_a_part_of_the_run() -> None:
     schedule = Schedule("posthoc", target="half-life=5%")
     schedule.check()
     assert parse_profile("target", "half-life=5%", 2000.0).value == pytest.approx(0.5 ** (1 / 100))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("power", 8.0), ("power", 1.5), ("exponential", 0.98), ("exponential", 0.995)],
+)
+def test_mixture_is_the_least_squares_solution_of_numpy(kind: str, value: float) -> None:
+    """Densities on 200,000 points, summed by the midpoint rule."""
+    end, points = 400.0, 200_000
+    t = (np.arange(points) + 0.5) * end / points
+
+    def density(last: float, kind: str, value: float) -> np.ndarray:
+        if kind == "power":
+            return np.where(t <= last, (value + 1) / last * (t / last) ** value, 0)
+        if kind == "snapshot":
+            return np.where((t <= last) & (t > value), 1 / (last - value), 0)
+        fading = -math.log(value) * value ** np.maximum(last - t, 0)
+        return np.where(t <= last, fading + np.where(t < 1, value**last, 0), 0)
+
+    sources = [
+        (200.0, "exponential", 0.97), (400.0, "exponential", 0.97), (400.0, "power", 5.0), (300.0, "power", 12.0),
+        (400.0, "snapshot", 300.0), (400.0, "exponential", 0.99),
+    ]  # fmt: skip
+    columns, wanted = np.stack([density(*each) for each in sources], axis=1), density(end, kind, value)
+    expected = np.linalg.lstsq(columns, wanted, rcond=None)[0]
+    expected /= expected.sum()
+    residual = np.linalg.norm(columns @ expected - wanted) / np.linalg.norm(wanted)
+    found = mixture(tuple(Profile(*each) for each in sources), Profile(end, kind, value))
+    assert found[0] == pytest.approx(expected, abs=1e-4)
+    assert found[1] == pytest.approx(residual, abs=1e-5)
+
+
+def test_files_of_guided_diffusion_beside_one_another_are_told_by_their_names(save: Save, here: Path) -> None:
+    """model010000.pt, ema_0.9999_010000.pt and ema_0.999_010000.pt, as its TrainLoop names them."""
+    for step in range(100, 1001, 100):
+        save(f"model{step:06d}.pt", {"w": torch.full((2,), float(step))})
+        for rate in ("0.99", "0.999"):
+            save(f"ema_{rate}_{step:06d}.pt", {"w": torch.full((2,), float(step) * float(rate))})
+    both = average(["."], mode="posthoc", target="decay=0.995", dry_run=True)
+    assert len(both.inputs) == 30
+    assert any("20 exponential and 10 snapshot profiles" in note for note in both.notes)
+    raw = average(["model*.pt"], mode="posthoc", target="gamma=0", dry_run=True)
+    assert [entry.coefficient for entry in raw.inputs] == pytest.approx([0.1] * 10)
+
+
+def test_timms_epochs_take_half_lives_in_epochs(save: Save, here: Path) -> None:
+    """Raw weights and an EMA of each epoch make another EMA; against a run with 200 updates an epoch."""
+    weights, each = walk(7), 200
+    ema = kept(weights, lambda t: 0.5 ** (1 / each))
+    for epoch in range(1, 11):
+        tree = {"state_dict": {"w": torch.tensor(weights[each * epoch - 1])}, "epoch": epoch}
+        tree["state_dict_ema"] = {"w": torch.tensor(ema[each * epoch - 1])}
+        save(f"checkpoint-{epoch}.pth.tar", tree | {"args": {"model_ema_decay": 0.5 ** (1 / each)}})
+    options = {"mode": "posthoc", "target": "half-life=2", "profile": ["*:state_dict_ema=half-life:1"]}
+    report = average("*.tar", out="a.pth", allow_misfit=True, **options)  # type: ignore[arg-type]
+    assert {entry.state for entry in report.inputs} == {"raw (state_dict)", "ema (state_dict_ema)"}
+    wanted = kept(weights, lambda t: 0.5 ** (1 / (2 * each)))[-1]
+    made = torch.load("a.pth")["state_dict"]["w"].numpy()
+    assert np.abs(made - wanted).max() < 0.4 * np.abs(ema[-1] - wanted).max()

@@ -42,23 +42,35 @@ def decay(steps: Sequence[float], *, shape: str) -> tuple[float, ...]:
     return tuple(a - b for a, b in pairwise(factors))
 
 
-def _decay(steps: Sequence[int | None], *, shape: str, by: str) -> tuple[float, ...]:
-    return decay(positions(steps, by) or range(len(steps)), shape=shape)
+_USUAL = "1-sqrt"
 
 
-def _along(steps: Sequence[int | None], *, shape: str, by: str) -> str | None:
+def _decay(steps: Sequence[int | None], *, shape: str | None, by: str) -> tuple[float, ...]:
+    return decay(positions(steps, by) or range(len(steps)), shape=shape or _USUAL)
+
+
+def _along(steps: Sequence[int | None], *, by: str, **_: object) -> str | None:
     return None if positions(steps, by) is None else "by"
 
 
-def _check(*, shape: str, by: str) -> None:
+def _remarks(steps: Sequence[int | None], *, by: str, **_: object) -> list[str]:
+    known = [step for step in steps if step is not None]
+    if by != "auto" or len(known) < len(steps) or positions(steps, by) is not None:
+        return []
+    return ["The training steps do not increase from file to file, so it counts files."]
+
+
+def _check(*, shape: str | None, by: str) -> None:
     check_axis(by)
-    if shape not in SHAPES:
+    if shape is not None and shape not in SHAPES:
         raise UsageError(f"`shape` is one of {', '.join(SHAPES)}, not {shape!r}.")
 
 
 RULE = Rule(
     _decay,
-    (Option("shape", str, "1-sqrt", f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for."), BY),
+    # Without a default, so that `shape` alone says which rule it is.
+    (Option("shape", str, None, f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for.", _USUAL), BY),
     check=_check,
+    remarks=_remarks,
     along=_along,
 )

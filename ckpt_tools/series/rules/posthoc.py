@@ -28,9 +28,12 @@ def posthoc(
     """
     coefficients, residual = mixture(tuple(profiles), _wanted(profiles, target))
     if residual > _MISFIT and not allow_misfit:
+        alone = all(profile.kind == "snapshot" for profile in profiles)
+        rules = " To average snapshots alone, use `sigma_rel`, `gamma` or `half_life` without `mode='posthoc'`."
         raise UsageError(
             f"`target={target!r}`: the nearest sum of these averages differs from it by {residual:.1%} of its profile, "
             f"and more than {_MISFIT:.0%} is no fit. Add averages of other widths or steps, or `allow_misfit`."
+            f"{rules if alone else ''}"
         )
     return coefficients
 
