@@ -9,8 +9,6 @@ from ..formats.tree import follow
 from .layouts import StateDict
 from .scalars import as_number
 
-_BATCHES = {"icefall": ("batch_idx_train",)}
-"""Layout to the path of the training step, where the average is the mean of all steps so far."""
 _EXPONENTIAL = ("litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics")
 """Layouts that keep no average but exponential ones."""
 
@@ -33,10 +31,13 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
 
 def weights_in_mean(header: Header, state: StateDict) -> int | None:
     """Read how many weights are in a mean; None if nobody knows."""
-    if state.which == "ema" and state.layout in _BATCHES:
-        number = _number(header, follow(header.content, _BATCHES[state.layout]))
-        return None if number is None or not 0 < number < 1 << 63 else int(number)
-    return stored_updates(header, state)
+    if state.which != "ema" or state.layout != "icefall":
+        return stored_updates(header, state)
+    # Its mean is over all batches so far, up to the last multiple of the period in which it is updated.
+    batches, period = (_number(header, follow(header.content, (key,))) for key in ("batch_idx_train", "average_period"))
+    if batches is None or not 0 <= batches < 1 << 63:
+        return None
+    return int(batches - batches % period if period is not None and period >= 1 else batches)
 
 
 def is_exponential(header: Header, state: StateDict) -> bool:

@@ -315,3 +315,41 @@ def test_step_0_is_no_source_of_a_target(tmp_path: Path) -> None:
     stepped(0, 10, 20)
     message = refused(tmp_path, "avg", "run", "--target", "gamma=2")
     assert "has step 0, and --mode posthoc needs one above 0. Leave it out with --from-step 1." in message
+
+
+def test_icefalls_means_end_at_the_last_period_in_which_they_were_updated() -> None:
+    """Its script takes average_period from the first file, and rounds batch_idx_train down to a multiple of it."""
+    for n, batches in ((25, 1099), (30, 1549)):
+        content = {"model": weights(0), "model_avg": weights(n), "batch_idx_train": batches, "average_period": 100}
+        write(f"run/epoch-{n}.pt", content)
+    assert [*coefficients("--mode", "difference").values()] == [-1000 / 500, 1500 / 500]
+
+
+def test_the_table_of_scripts_takes_the_files_that_they_take() -> None:
+    """The rows of docs/averaging.md on folders with all that the scripts of others leave in them."""
+    for i in range(1, 9):
+        write(f"fairseq/checkpoint{i}.pt", {"model": weights(i), "optimizer_history": [{"num_updates": 100 * i}]})
+        write(f"fairseq/checkpoint_{i}_{100 * i - 50}.pt", {"model": weights(-i)})
+        write(f"icefall/epoch-{i}.pt", {"model": weights(i), "model_avg": weights(9), "batch_idx_train": 100 * i})
+        write(f"wenet/epoch_{i}.pt", weights(i))
+        Path(f"wenet/epoch_{i}.yaml").write_text(f"epoch: {i}\nloss_dict:\n  acc: 0.5\n  loss: {abs(i - 4)}\n")
+        metrics = {"metric": i % 5, "args": {"eval_metric": "top1"}}
+        write(f"timm/checkpoint-{i}.pth.tar", {"state_dict": weights(i), "epoch": i} | metrics)
+    write("wenet/init.pt", weights(99))
+    write("fairseq/checkpoint_last.pt", {"model": weights(8)})
+    write("fairseq/checkpoint_best.pt", {"model": weights(3)})
+    Path("timm/model_best.pth.tar").hardlink_to("timm/checkpoint-4.pth.tar")
+
+    def mean(*arguments: str) -> float:
+        result = run("avg", *arguments, "-o", "a.pth", "--force")
+        assert result.code == 0, result.err
+        content = torch.load("a.pth")
+        found = content.get("model", content.get("state_dict", content))["w"]
+        return float(found[0, 0])
+
+    assert mean("fairseq/checkpoint[0-9]*.pt", "--last", "5", "--state", "raw") == 6
+    assert mean("fairseq/checkpoint_[0-9]*.pt", "--last", "5", "--state", "raw") == -6
+    assert mean(*[f"icefall/epoch-{i}.pt" for i in (4, 5, 6)], "--state", "raw") == 5
+    assert mean("wenet/epoch_*.pt", "--best", "3", "--metric", "loss") == 4
+    assert mean("timm/checkpoint-*.pth.tar", "--best", "3") == pytest.approx((4 + 3 + 8) / 3)
+    assert mean("timm/checkpoint-*.pth.tar") == 4.5

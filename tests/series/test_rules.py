@@ -44,7 +44,7 @@ def test_decay_is_the_run_whose_updates_were_scaled(shape: str, n: int) -> None:
             "linear": 1 - x,
             "1-sqrt": 1 - x**0.5,
             "cosine": 0.5 + 0.5 * math.cos(math.pi * x),
-            "inverse-sqrt": (1 + i) ** -0.5,
+            "inverse-sqrt": 1 - x**0.5,
         }[shape]
         reached += factor * (weights[i] - weights[i - 1])
     assert summed(decay.decay(range(n), shape=shape), weights) == pytest.approx(reached, rel=1e-13, abs=1e-13)

@@ -15,14 +15,14 @@ from ...errors import UsageError
 from .axis import BY, check_axis, positions
 from .rule import Option, Rule
 
-SHAPES: dict[str, Callable[[float, int], float]] = {
-    "linear": lambda x, n: 1 - x,
-    "1-sqrt": lambda x, n: 1 - math.sqrt(x),
-    "cosine": lambda x, n: (1 + math.cos(math.pi * x)) / 2,
-    # The learning rate falls as the inverse square root of the number of gaps, from the first checkpoint on.
-    "inverse-sqrt": lambda x, n: 1 / math.sqrt(1 + n * x),
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    # WSM calls a concave curve inverse square root, and draws it as this one (figure 2).
+    "inverse-sqrt": lambda x: 1 - math.sqrt(x),
 }
-"""Shape to the factor of the learning rate at x in [0, 1] of the decay, for n checkpoints."""
+"""Shape to the factor of the learning rate at x in [0, 1] of the decay."""
 
 
 def decay(steps: Sequence[float], *, shape: str) -> tuple[float, ...]:
@@ -38,7 +38,7 @@ def decay(steps: Sequence[float], *, shape: str) -> tuple[float, ...]:
     if n == 1:
         return (1.0,)
     whole = (steps[-1] - steps[0]) * n / (n - 1)
-    factors = [1.0, *(SHAPES[shape]((step - steps[0]) / whole, n) for step in steps[1:]), 0.0]
+    factors = [1.0, *(SHAPES[shape]((step - steps[0]) / whole) for step in steps[1:]), 0.0]
     return tuple(a - b for a, b in pairwise(factors))
 
 
