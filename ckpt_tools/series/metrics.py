@@ -28,10 +28,10 @@ METRIC = "metric"
 
 _NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
 _LOWER = re.compile(
-    r"(?<![a-z])(loss|losses|err|error|errors|perplexity|ppl|wer|cer|ter|per|eer|fid|kid|fvd|nll|mse|mae|rmse|mape|lpips|bpb|"
+    r"(?<![a-z])(loss|losses|err|error|errors|perplexity|ppl|wer|cer|ter|eer|fid|kid|fvd|fad|nll|mse|mae|rmse|mape|lpips|bpb|"
     r"bpc|brier|ece|distance|divergence|kl)(?![a-z])"
 )
-_LOWER_PART = re.compile(r"loss|error|perplexity")
+_LOWER_PART = re.compile(r"loss|error|perplexity|(?<![a-z])per$|bits_per_")  # acc_per_class is no phoneme error rate
 _YAML_LINE = re.compile(rf"^[ \t]*['\"]?([^\s'\":#]+)['\"]?[ \t]*:[ \t]*{_NUMBER}[ \t]*(?:#.*)?$", re.MULTILINE)
 _MODE = re.compile(r"'mode': '(min|max)'")
 _FEW = 32

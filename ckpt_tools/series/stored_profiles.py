@@ -31,19 +31,13 @@ def stored_profiles(sources: Sequence[tuple[Member, StateDict]], asked: Sequence
         UsageError: `asked` has something else than a profile.
     """
     profiles = []
-    snapshots: list[int] = []
     for member, state in sources:
         end = member.step
         if end is None or end <= 0:
             what = "no step that is known" if end is None else f"step {end}"
             leave = "" if end is None else " Leave it out with `from_step=1`."
             raise SeriesError(f"{member.path}: has {what}, and `mode='posthoc'` needs one above 0.{leave}")
-        text = _text(member, state, asked)
-        before = max((step for step in snapshots if step < end), default=0)
-        profile = parse_profile("profile", text, end, before)
-        if profile.kind == "snapshot":
-            snapshots.append(end)
-        profiles.append(profile)
+        profiles.append(parse_profile("profile", _text(member, state, asked), end))
     return profiles
 
 
@@ -88,4 +82,4 @@ def _decay(member: Member, state: StateDict) -> float | None:
             "ema_" + dotted(state.path).rpartition("ema")[2].strip("._")
         )
         stored = None if named is None else float(named[1])
-    return stored
+    return stored if stored is not None and 0 < stored < 1 else None

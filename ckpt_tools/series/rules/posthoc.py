@@ -52,7 +52,7 @@ def _remarks(profiles: Sequence[Profile], *, target: str | None, **_: Any) -> li
 
 
 def _check(*, target: str | None, profile: Sequence[str], **_: Any) -> None:
-    _wanted([Profile(1.0, "snapshot", 0.0)], target)
+    _wanted([Profile(1.0, "snapshot")], target)
     for given in profile:
         pattern, equals, text = given.partition("=")
         if not (pattern and equals):
