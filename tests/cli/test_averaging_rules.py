@@ -353,3 +353,16 @@ def test_the_table_of_scripts_takes_the_files_that_they_take() -> None:
     assert mean("wenet/epoch_*.pt", "--best", "3", "--metric", "loss") == 4
     assert mean("timm/checkpoint-*.pth.tar", "--best", "3") == pytest.approx((4 + 3 + 8) / 3)
     assert mean("timm/checkpoint-*.pth.tar") == 4.5
+
+
+def test_the_page_shows_what_the_tool_draws() -> None:
+    even(8)
+    for path in Path("run").iterdir():
+        path.rename(path.with_name(f"step_{1000 + 1000 * int(path.stem[1:])}.pth"))
+    page = (Path(__file__).parents[2] / "docs" / "averaging.md").read_text(encoding="utf-8")
+    blocks = page.split("```text\n", 1)[1].split("```", 1)[0].split("$ ckpt ")[1:]
+    assert len(blocks) == 4
+    for block in blocks:
+        command, *lines = block.splitlines()
+        drawn = [line.rstrip() for line in run(*command.split()).err.splitlines()]
+        assert drawn[1:9] == lines, command
