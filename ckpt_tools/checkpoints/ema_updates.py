@@ -9,8 +9,10 @@ from ..formats.tree import follow
 from .layouts import StateDict
 from .scalars import as_number
 
-_EXPONENTIAL = ("litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics")
-"""Layouts that keep no average but exponential ones."""
+_EXPONENTIAL = (
+    "litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics", "mmengine", "torchvision"
+)  # fmt: skip
+"""Layouts of libraries and scripts whose averages are exponential, or are so by default."""
 
 
 def _number(header: Header, value: Any) -> float | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_runner import refused, run
 from safetensors.torch import save_file
+from torch.optim.swa_utils import AveragedModel
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +105,24 @@ def test_the_window_of_icefall_is_the_mean_between_two_of_its_means() -> None:
     icefall()
     result = run("avg", "run/epoch-2.pt", "run/epoch-5.pt", "--mode", "difference", "-o", "a.pth")
     assert result.code == 0, result.err
+    assert "The mean of 3000 weights, from those of the first 2000 and of the first 5000" in result.err
     expected = (5000 * 25 - 2000 * 4) / 3000
     assert torch.load("a.pth")["model"]["w"].tolist() == [[pytest.approx(expected, rel=1e-6)] * 3] * 2
+
+
+def test_the_difference_of_two_averaged_models_is_the_mean_of_the_updates_between_them() -> None:
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    average, kept = AveragedModel(model), []
+    for i in range(1, 9):
+        torch.nn.init.normal_(model.weight)
+        average.update_parameters(model)
+        kept.append(model.weight.detach().clone())
+        if i in (3, 8):
+            write(f"run/swa-{i}.pt", average.state_dict())
+    result = run("avg", "run", "--mode", "difference", "-o", "a.pth")
+    assert result.code == 0, result.err
+    (found,) = [tensor for name, tensor in torch.load("a.pth").items() if name.endswith("weight")]
+    torch.testing.assert_close(found, torch.stack(kept[3:]).mean(dim=0), rtol=1e-12, atol=1e-12)
 
 
 def test_best_takes_the_lowest_loss_and_the_highest_accuracy() -> None:
