@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoints.ema_updates import stored_decay
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import dotted
-from ..errors import SeriesError
+from ..errors import SeriesError, UsageError
 from .member import Member
 from .profiles import Profile, parse_profile
 
@@ -28,8 +28,12 @@ def stored_profiles(sources: Sequence[tuple[Member, StateDict]], asked: Sequence
 
     Raises:
         SeriesError: a checkpoint has no step, or nothing tells how its average was made.
-        UsageError: `asked` has something else than a profile.
+        UsageError: `asked` has something else than a profile, or a glob that matches nothing.
     """
+    for given in asked:
+        pattern = given.partition("=")[0]
+        if not any(fnmatch(name, pattern) for member, state in sources for name in _names(member, state)):
+            raise UsageError(f"`profile={given!r}`: no checkpoint matches {pattern!r}; a glob takes the whole name.")
     profiles = []
     for member, state in sources:
         end = member.step
@@ -41,8 +45,12 @@ def stored_profiles(sources: Sequence[tuple[Member, StateDict]], asked: Sequence
     return profiles
 
 
+def _names(member: Member, state: StateDict) -> tuple[str, ...]:
+    return member.path.name, f"{member.path.name}:{dotted(state.path)}", str(member.path)
+
+
 def _text(member: Member, state: StateDict, asked: Sequence[str]) -> str:
-    names = (member.path.name, f"{member.path.name}:{dotted(state.path)}", str(member.path))
+    names = _names(member, state)
     for given in reversed(asked):
         pattern, _, text = given.partition("=")
         if any(fnmatch(name, pattern) for name in names):

@@ -224,6 +224,7 @@ USAGE = [
     ("--target gamma=nan", "gamma is 0 or more"),
     ("--target half-life=0.0001", "--target half-life=0.0001: a half-life is 0.01 steps or more"),
     ("--target snapshot", "--target snapshot is not a profile"),
+    ("--target gamma=3 --profile d*=snapshot", "--profile 'd*=snapshot': no checkpoint matches 'd*'"),
     ("--target gamma=3 --sigma-rel 0.1", "--sigma-rel goes with --mode power"),
     ("--weights 0.9,0.1", "--weights has 2 numbers for 10 checkpoints. To see them, leave --weights out"),
     ("--weights 1", "--weights has 1 number for 10 checkpoints"),
