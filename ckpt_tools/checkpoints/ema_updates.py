@@ -9,6 +9,8 @@ from ..formats.tree import follow
 from .layouts import StateDict
 from .scalars import as_number
 
+_PERIODIC = {"icefall": ("batch_idx_train", "average_period")}
+"""Layout of a mean over all batches so far, up to the last multiple of the period in which it is updated."""
 _EXPONENTIAL = (
     "litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics", "mmengine", "torchvision"
 )  # fmt: skip
@@ -33,10 +35,9 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
 
 def weights_in_mean(header: Header, state: StateDict) -> int | None:
     """Read how many weights are in a mean; None if nobody knows."""
-    if state.which != "ema" or state.layout != "icefall":
+    if state.which != "ema" or state.layout not in _PERIODIC:
         return stored_updates(header, state)
-    # Its mean is over all batches so far, up to the last multiple of the period in which it is updated.
-    batches, period = (_number(header, follow(header.content, (key,))) for key in ("batch_idx_train", "average_period"))
+    batches, period = (_number(header, follow(header.content, (key,))) for key in _PERIODIC[state.layout])
     if batches is None or not 0 <= batches < 1 << 63:
         return None
     return int(batches - batches % period if period is not None and period >= 1 else batches)
