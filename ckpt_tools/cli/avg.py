@@ -88,7 +88,7 @@ def _show_table(report: AverageReport) -> None:
         f"weights: {', '.join(dict.fromkeys(i.state for i in report.inputs))}.",
         *_prefixes(report),
         f"{console.plural(len(report.averaged), 'tensor')} averaged, "
-        f"{len(report.copied)} copied from the last checkpoint"
+        f"{len(report.copied)} copied from {_source(report)}"
         + (f", {len(report.tied)} tied" if report.tied else "")
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
@@ -97,6 +97,14 @@ def _show_table(report: AverageReport) -> None:
     )
     _show_dropped(report)
     arguments.say_notes(report.notes)
+
+
+def _source(report: AverageReport) -> str:
+    """Describe where tensors come from that are not summed: the one checkpoint that counts, if there is only one."""
+    counting = [i.name for i in report.inputs if i.coefficient]
+    return (
+        "the last checkpoint" if len(counting) > 1 else " and ".join(dict.fromkeys((*counting, report.inputs[-1].name)))
+    )
 
 
 def _prefixes(report: AverageReport) -> list[str]:

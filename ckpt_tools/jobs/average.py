@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.ema_updates import stored_updates
+from ..checkpoints.ema_updates import is_exponential, weights_in_mean
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import Unchanged, dotted
 from ..checkpoints.prefixes import prefixes, renamed
@@ -17,7 +17,7 @@ from ..checkpoints.quantized import configuration, without_quantization
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import UnsupportedError, UsageError
+from ..errors import SeriesError, UnsupportedError, UsageError
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
@@ -390,7 +390,27 @@ def _numbers(
     sources = [*zip(members, states or selected(members, names, matching), strict=True)]
     if needs == "profile":
         return stored_profiles(sources, schedule.values["profile"])
-    return [stored_updates(member.header, state) for member, state in sources]
+    return [_in_mean(member, state) for member, state in sources]
+
+
+def _in_mean(member: Member, state: StateDict) -> int:
+    """Return how many weights are in a mean.
+
+    Raises:
+        SeriesError: the checkpoint does not say it, or it is no mean.
+    """
+    if is_exponential(member.header, state):
+        raise SeriesError(
+            f"{member.path}: its {state.label} is an EMA, and `mode='difference'` takes means of weights that count "
+            "the same. To make another EMA of several, use `mode='posthoc'`."
+        )
+    number = weights_in_mean(member.header, state)
+    if number is None:
+        raise SeriesError(
+            f"{member.path}: does not say how many weights are in its {state.label}, and `mode='difference'` needs "
+            "it: batch_idx_train of icefall, n_averaged, or the inputs of a uniform average by ckpt."
+        )
+    return number
 
 
 def _coefficients(schedule: Schedule, numbers: Numbers, series: Series) -> tuple[float, ...]:
@@ -418,7 +438,7 @@ def _remarks(
     end = dominant(coefficients)
     if schedule.rule.advice is not None and end is not None:
         index, share = end
-        which, advice = ("oldest", schedule.rule.advice[0]) if index == 0 else ("newest", schedule.rule.advice[1])
+        which, advice = [*zip(("oldest", "newest"), schedule.rule.advice(**schedule.values), strict=True)][index > 0]
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 

@@ -104,8 +104,8 @@ class Selection(Options):
 
     title = "Which checkpoints"
 
-    last: int | None = option("The last N.", None, metavar="N")
-    best: int | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
+    last: Steps | None = option("The last N.", None, metavar="N")
+    best: Steps | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
     metric: str = option("Its name: a key in the files, dotted if nested, or in their names.", "metric", metavar="KEY")
     metrics: str | Path | None = option("A table of metrics, CSV or JSON lines.", None, metavar="FILE")
     lower_is_better: bool | None = option("For a loss.", None, implied="by the name of the metric")

@@ -29,7 +29,7 @@ RULES: dict[str, dict[str, dict[str, Any]]] = {
         "0.15": {"mode": "power", "sigma_rel": 0.15},
         "uniform": UNIFORM,
     },
-    "--shape": {name: {"mode": "decay", "shape": name} for name in ("1-sqrt", "cosine", "inverse-sqrt", "linear")},
+    "--shape": {name: {"mode": "decay", "shape": name} for name in ("1-sqrt", "cosine", "linear")},
 }
 """The title of each panel, and its lines: label to the options of a rule."""
 
