@@ -14,12 +14,13 @@ from ...series.member import Member
 from ...series.weighted_sums import weighted_sums
 from ...storage.source import Stamp
 from ...tensors import DType
+from ..addends import Addends
 from ..assembly import Assembly, assemble
-from ..average import arguments_of, inputs_of
+from ..average import arguments_of, inputs_of, record_of
 from ..lined_up import LinedUp, line_up
 from ..options import Matching
 from ..outputs import Target, default_target
-from ..provenance import averaged_inputs, provenance, short_names
+from ..provenance import short_names
 from ..run import write_all
 from .options import Sweeping
 
@@ -132,17 +133,19 @@ class Maker:
         state, renamed = ([*zip(self.lined_up.states, self.lined_up.renamed, strict=True)] * len(self.members))[last]
         base = self.members[last].header
         own = [self.members.index(member) for member in candidate.members]
-        names = short_names([member.path for member in candidate.members])
-        inputs = inputs_of(candidate.members, names, candidate.coefficients, self.lined_up, at=own)
-        arguments = arguments_of(candidate.schedule, candidate.numbers, self.matching, self.dtype, self.running)
-        record = provenance(
-            "avg",
-            arguments,
+        addends = Addends(
+            members=candidate.members,
+            names=short_names([member.path for member in candidate.members]),
+            coefficients=candidate.coefficients,
+            matching=self.matching,
+            dtype=self.dtype,
             mode=candidate.schedule.mode,
-            state=inputs[-1].state,
-            inputs=averaged_inputs(inputs),
-            **evidence,
+            arguments=arguments_of(candidate.schedule, candidate.numbers, self.matching, self.dtype, self.running),
+            ordered_by="",
+            notes=(),
+            given=(),
         )
+        record = record_of(addends, inputs_of(addends, self.lined_up, own), state, **evidence)
         target = Target.of(path)
         writing = Writing(name=target.name, provenance=record, untie=False, max_bytes=None, like=base)
         return assemble(tensors, writing, target=target, base=base, state=state, renamed=renamed)
