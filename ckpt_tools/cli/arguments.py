@@ -177,6 +177,8 @@ def _option(match: re.Match[str]) -> str:
     from shlex import quote
 
     values = value if isinstance(value, list) and value and all(isinstance(word, str) for word in value) else [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, (int, float)) for each in value):
+        values = [",".join(map(str, value))]
     return command + " ".join(f"{option} {quote(each) if isinstance(each, str) else each}" for each in values)
 
 

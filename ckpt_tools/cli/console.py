@@ -200,11 +200,16 @@ def bar(value: float, largest: float, width: int = 20) -> str:
         return ""
     eighths = max(1, round(abs(value) / largest * width * 8))
     drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+    return drawn if encodes(drawn) else "#" * max(1, eighths // 8)
+
+
+def encodes(text: str) -> bool:
+    """Return True if stderr can show this text."""
     try:
-        drawn.encode(sys.stderr.encoding or "ascii")
+        text.encode(sys.stderr.encoding or "ascii")
     except (LookupError, UnicodeEncodeError):
-        drawn = "#" * max(1, eighths // 8)
-    return drawn
+        return False
+    return True
 
 
 def bar_width(text: int) -> int:

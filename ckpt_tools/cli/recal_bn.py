@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from ..jobs.recalibrate import RecalibrationReport
 
 
-def _count(text: str | None) -> int | None:
+def number_of_images(text: str | None) -> int | None:
+    """Read a number of images, or all.
+
+    Raises:
+        UsageError: something else.
+    """
     if text is None or text == "all":
         return None if text is None else -1
     if not text.isdecimal() or int(text) < 2:
@@ -23,7 +28,7 @@ def _count(text: str | None) -> int | None:
     return int(text)
 
 
-@arguments.with_options(Network, State, Images, Measuring, RecalibratedOutput, Inference, images=_count)
+@arguments.with_options(Network, State, Images, Measuring, RecalibratedOutput, Inference, images=number_of_images)
 def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Recalibrate the BatchNorm statistics of averaged weights.
 

@@ -139,12 +139,14 @@ class Bench:
         return self.aim
 
     def ranking(self) -> list[Candidate]:
-        """Return the candidates that have a score, best first; the earlier one at a tie."""
+        """Return the candidates that have a score, best first; of equal ones that of lower loss, then the earlier one."""
         aim = self.aim
         if aim is None:
             return []
         scored = [each for each in self.found if not math.isnan(aim.score(self.found[each]))]
-        return sorted(scored, key=lambda each: -aim.score(self.found[each]))
+        return sorted(
+            scored, key=lambda each: (-aim.score(self.found[each]), self.found[each].metrics.get("loss", 0.0))
+        )
 
     def path(self, candidate: Candidate) -> Path:
         """Return where the file of a candidate is, while it is there."""

@@ -21,7 +21,7 @@ from ...series.soup import Soup, greedy
 from ...storage.staged import remove
 from ...tensors import parse_dtype
 from ..lined_up import selected
-from ..options import Matching, Network, takes
+from ..options import Matching, Network, Options, takes
 from ..outputs import Target, check_target
 from ..provenance import short_names
 from ..reports import Report
@@ -94,6 +94,7 @@ class SweepReport(Report):
         other_data: the comparisons are on data that had no part in the choice.
         paths: of the best one, for `average`.
         options: of `average`, that make the best one.
+        recalibration: options of `recalibrate_checkpoint` for it, if its statistics were measured before its score.
         recalibrated: BatchNorm statistics were measured before every score.
         evaluations: to be made; after the work, that were made.
         reused: results known from before.
@@ -119,6 +120,7 @@ class SweepReport(Report):
     other_data: bool
     paths: tuple[str, ...]
     options: Mapping[str, Any]
+    recalibration: Mapping[str, Any]
     recalibrated: bool
     evaluations: int
     reused: int
@@ -201,11 +203,22 @@ def sweep(
         )
         bench.scores(found)
         notes = [*grid.search(bench), *grid.soup(bench)]
-        report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, refused)
+        shared = {**given_of(matching), **given_of(order), **({} if dtype is None else {"dtype": dtype.name})}
+        report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, which, images)
         if target is not None:
             _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
             report = replace(report, written=True)
     return report
+
+
+def given_of(*groups: Options) -> dict[str, Any]:
+    """Return the options that are not at their defaults."""
+    return {
+        option.name: vars(group)[option.name]
+        for group in groups
+        for option in group.options()
+        if vars(group)[option.name] not in (option.default, [option.default])
+    }
 
 
 def state_of(matching: Matching) -> str:
@@ -235,6 +248,12 @@ class _Grid:
         self._range: tuple[float, float] | None = None
         if searching.search is not None:
             self._range = self._bounds(searching.search)
+
+    @property
+    def further(self) -> int:
+        """Evaluations of candidates that depend on scores, at most."""
+        searched = 0 if self._range is None else self._searching.evaluations
+        return searched + (len(self._series.members) - 1 if self._searching.greedy else 0)
 
     def candidates(self) -> tuple[list[Candidate], dict[str, str]]:
         """Return the combinations that do not depend on scores, and why others cannot be made."""
@@ -370,8 +389,9 @@ def _planned(
         other_data=False,
         paths=tuple(paths),
         options={},
+        recalibration={},
         recalibrated=False,
-        evaluations=len(found),
+        evaluations=len(found) + grid.further,
         reused=0,
         bytes_read=read,
         bytes_written=written,
@@ -404,7 +424,9 @@ def _judged(
     honesty: Honesty,
     seed: int,
     notes: Sequence[str],
-    refused: Mapping[str, str],
+    shared: Mapping[str, Any],
+    which: Network,
+    images: SweptImages,
 ) -> SweepReport:
     """Rank the candidates, and compare the best with the last checkpoint, on other data if there are any."""
     ranking = bench.ranking()
@@ -429,7 +451,8 @@ def _judged(
         against_last=tuple(comparisons),
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
-        options=best.options,
+        options={**best.options, **shared} if best.options else shared,
+        recalibration=given_of(which, images) if scoring.recalibrates else {},
         recalibrated=scoring.recalibrates,
         evaluations=len(bench.found) - bench.reused,
         reused=bench.reused,

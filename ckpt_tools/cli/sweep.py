@@ -1,0 +1,249 @@
+"""`ckpt sweep`: parse, sweep, show."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..jobs.options import Matching, Network
+from ..jobs.sweep.options import (
+    Evaluation,
+    Honesty,
+    Order,
+    Rules,
+    Searching,
+    Selections,
+    Sweeping,
+    SweptImages,
+    SweptOutput,
+)
+from . import arguments, console
+from .recal_bn import number_of_images
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..jobs.sweep.job import Ranked, SweepReport
+    from ..jobs.sweep.results import Result
+
+_SHADES = " ░▒▓█"
+_SHOWN = 20  # rows of a ranking
+_LIVE = 10  # rows while it runs
+
+
+@arguments.with_options(
+    Rules,
+    Selections,
+    Searching,
+    Order,
+    Matching,
+    Evaluation,
+    Honesty,
+    Network,
+    SweptImages,
+    SweptOutput,
+    Sweeping,
+    images=number_of_images,
+)
+def sweep(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
+    ],
+    *,
+    json: arguments.Json = False,
+    **options: Any,
+) -> None:
+    """Average a series in many ways, score each average, and find the best.
+
+    Example: ckpt sweep runs/ --last 3,5,8 --mode uniform,ema --eval-command 'python eval.py {ckpt}'
+    """
+    arguments.check_folder()
+    from ..jobs.sweep.job import sweep as carry_out
+
+    plans: list[SweepReport] = []
+
+    def show_plan(plan: SweepReport) -> None:
+        plans.append(plan)
+        _show_plan(plan, matrix=options["dry_run"])
+
+    with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
+        report = carry_out(paths, **options, on_plan=show_plan, **shown)
+    if not options["dry_run"]:
+        _show(report, [note for note in report.notes if note not in plans[0].notes])
+    if json:
+        console.print_json(arguments.plain(report))
+
+
+def _show_plan(report: SweepReport, *, matrix: bool) -> None:
+    if matrix:
+        console.stderr().print(_matrix(report))
+        console.say("")
+    first, last = report.checkpoints[0], report.checkpoints[-1]
+    console.say(
+        f"{console.plural(len(report.checkpoints), 'checkpoint')}: {first} to {last}, in the order of "
+        f"{report.ordered_by}.",
+        f"{console.plural(report.evaluations, 'evaluation')}; reads {console.size(report.bytes_read)} and writes "
+        f"{console.size(report.bytes_written)} for the candidates.",
+        *[f"Cannot be made: {label}: {arguments.spelled(why)}" for label, why in report.refused.items()],
+    )
+    arguments.say_notes(report.notes)
+
+
+def _matrix(report: SweepReport) -> Table:
+    """Draw the coefficients: a row for each candidate, a column for each checkpoint."""
+    from rich.text import Text
+
+    table = console.table("candidate", ("of",), cut=False)
+    table.add_column("coefficients, oldest first", overflow="fold")
+    shades = _SHADES if console.encodes(_SHADES) else " .:*#"
+    for each in report.candidates:
+        drawn = Text()
+        by_name = dict(zip(each.checkpoints, each.coefficients, strict=True))
+        largest = max(map(abs, each.coefficients)) or 1.0
+        for name in report.checkpoints:
+            value = by_name.get(name, by_name.get(name.rpartition("/")[2], 0.0))
+            level = 0 if value == 0 else 1 + min(int(abs(value) / largest * 4), 3)
+            drawn.append(shades[level] * 2, style="red" if value < 0 else "green")
+        same = f" (also {', '.join(each.same)})" if each.same else ""
+        table.add_row(Text(console.visible(each.label + same)), str(len(each.checkpoints)), drawn)
+    return table
+
+
+@contextmanager
+def _live() -> Iterator[dict[str, Callable[..., None]]]:
+    """Show results as they come: a table on a terminal, lines elsewhere.
+
+    Yields:
+        `on_result` and `on_progress` of the sweep.
+    """
+    began = time.monotonic()
+    found: list[Result] = []
+
+    def left(done: int, total: int, before: int) -> str:
+        fresh = done - before
+        if fresh < 1 or done >= total:
+            return ""
+        seconds = (time.monotonic() - began) / fresh * (total - done)
+        return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
+
+    if not sys.stderr.isatty() or console.columns() < 60:
+        before: list[int] = []
+
+        def line(result: Result, done: int, total: int) -> None:
+            before.append(done - 1)
+            said = result.error or ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items())
+            console.say(f"{done} of {total}: {result.label}: {said}{left(done, total, before[0])}")
+
+        yield {"on_result": line}
+        return
+    from rich.live import Live
+
+    with Live(console=console.stderr(), refresh_per_second=4, transient=True) as live:
+        known: list[int] = []
+        state = {"what": "", "done": 0, "total": 0}
+
+        def table() -> Table:
+            shown = _results_table(found)
+            shown.caption = f"{state['done']} of {state['total']} scored{state['what']}"
+            return shown
+
+        def on_result(result: Result, done: int, total: int) -> None:
+            known.append(done - 1)
+            found.append(result)
+            state.update(done=done, total=total, what=left(done, total, known[0]))
+            live.update(table())
+
+        def on_progress(what: str, done: int, total: int | None) -> None:
+            share = "" if not total else f" {100 * done / total:.0f} %"
+            state["what"] = f"; {what}{share}"
+            live.update(table())
+
+        yield {"on_result": on_result, "on_progress": on_progress}
+
+
+def _results_table(found: Sequence[Result]) -> Table:
+    from rich.text import Text
+
+    names = [*dict.fromkeys(name for result in found for name in result.metrics)][:4]
+    table = console.table("the last candidates", names, cut=False)
+    for result in found[-_LIVE:]:
+        figures = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
+        table.add_row(
+            Text(console.visible(result.label if result.error is None else f"{result.label}: failed")), *figures
+        )
+    return table
+
+
+def _show(report: SweepReport, notes: Sequence[str]) -> None:
+    metric = report.metric or ""
+    console.stderr().print(_ranking(report, metric))
+    hidden = len(report.candidates) - _SHOWN
+    if hidden > 0:
+        console.say(f"... and {hidden} more in {report.results}.")
+    reused = f", {report.reused} known from before" if report.reused else ""
+    direction = "lower" if report.lower_is_better else "higher"
+    console.say(
+        "",
+        f"{console.plural(report.evaluations, 'evaluation')}{reused}; {metric} decides, {direction} is better.",
+    )
+    arguments.say_notes(notes)
+    console.say(arguments.spelled(report.verdict))
+    for each in report.against_last:
+        if each.low is not None and each.metric != metric:
+            console.say(
+                f"  {each.metric}: {each.best:.6g} against {each.other:.6g} ({each.low:+.4g} to {each.high:+.4g})."
+            )
+    if report.written:
+        console.wrote(f"Wrote {report.out}.")
+    console.say("The best one again:", f"  {command(report)}")
+
+
+def _ranking(report: SweepReport, metric: str) -> Table:
+    from rich.text import Text
+
+    others = [*dict.fromkeys(name for each in report.candidates for name in each.metrics if name != metric)][:3]
+    width = console.bar_width(50)
+    table = console.table("candidate", (metric, *others), bars=width, cut=False)
+    values = [each.metrics[metric] for each in report.candidates if metric in each.metrics]
+    worst, best = (max(values), min(values)) if report.lower_is_better else (min(values), max(values))
+    rows = [*report.candidates[:_SHOWN]]
+    rows += [each for each in report.candidates[_SHOWN:] if each.label == report.last]
+    for each in rows:
+        value = each.metrics.get(metric)
+        figures = [f"{each.metrics[name]:.6g}" if name in each.metrics else "" for name in (metric, *others)]
+        drawn = ""
+        if value is not None:
+            # From the worst to the best, for the differences are small beside the values.
+            drawn = console.bar(abs(value - worst) + 0.05 * abs(best - worst), 1.05 * abs(best - worst) or 1, width)
+        table.add_row(
+            _name(report, each), *figures, Text(drawn, style="green" if each.label == report.best else "blue")
+        )
+    return table
+
+
+def _name(report: SweepReport, each: Ranked) -> Any:
+    from rich.text import Text
+
+    marks = [mark for mark, label in (("best", report.best), ("last", report.last)) if each.label == label]
+    marks += ["best single"] if each.label == report.best_single and each.label != report.best else []
+    failed = [] if each.error is None else ["not scored"]
+    said = f" ({', '.join([*marks, *failed])})" if marks or failed else ""
+    style = "bold" if each.label == report.best else ""
+    return Text(console.visible(each.label) + said, style=style)
+
+
+def command(report: SweepReport) -> str:
+    """Return the command that makes the best candidate; a second one measures its BatchNorm statistics."""
+    given = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.options.items()]
+    out = report.out or "best.pth"
+    made = " ".join(["ckpt avg", *map(quote, report.paths), *given])
+    if not report.recalibrated:
+        return f"{made} -o {quote(out)}"
+    recalibrated = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.recalibration.items()]
+    return f"{made} -o averaged.pth && ckpt recal-bn averaged.pth {' '.join(recalibrated)} -o {quote(out)}"
