@@ -139,7 +139,7 @@ class Bench:
         return self.aim
 
     def ranking(self) -> list[Candidate]:
-        """Return the candidates that have a score, best first; of equal ones that of lower loss, then the earlier one."""
+        """Return the candidates with a score, best first; of equal ones that of lower loss, then the earlier one."""
         aim = self.aim
         if aim is None:
             return []
