@@ -4,10 +4,9 @@
     python benchmarks/rows.py --megabytes 1200 --rows 8
     python benchmarks/rows.py --dtype bfloat16 --against ../another/checkout
 
-Each way runs in a process of its own, interleaved, with the inputs in the page cache. On an idle machine the time counts,
-on a busy one the CPU seconds. Bytes read are counted by the kernel (`/proc/self/io`).
-The files of the rows
-are compared with those of the single runs: the exit code is 1 if a byte of a tensor differs.
+Each way runs in a process of its own, interleaved, with the inputs in the page cache. On an idle machine the time
+counts, on a busy one the CPU seconds. The kernel counts the bytes read (`/proc/self/io`). The files of the rows are
+compared with those of the single runs: the exit code is 1 if one differs.
 """
 
 from __future__ import annotations

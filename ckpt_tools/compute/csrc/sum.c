@@ -56,7 +56,9 @@ void sum_init(void) {
 #ifdef X86
     unsigned a, b, c, d; /* older compilers cannot ask for F16C by its name */
     avx2 = __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+#ifndef WITHOUT_AVX512
     avx512 = avx2 && __builtin_cpu_supports("avx512f");
+#endif
 #endif
     for (int k = 0; k < 4; k++)
         for (int code = 0; code < 256; code++) {
@@ -427,26 +429,42 @@ EACH8(PUT8)
         return (bad[0] | bad[1] | bad[2] | bad[3]) != 0;                                                               \
     }
 NARROW_BY_FOUR(float32)
-
-AVX512 static size_t narrow_float32_by_eight(float *restrict out, const double *restrict sum, size_t n, double c,
-                                             double limit, int *bad) {
-    const __m512d factor = _mm512_set1_pd(c), most = _mm512_set1_pd(limit);
-    __mmask8 outside = 0;
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m512d value = _mm512_mul_pd(_mm512_loadu_pd(sum + i), factor);
-        outside |= _mm512_cmp_pd_mask(_mm512_abs_pd(value), most, _CMP_NLT_UQ); /* true for a NaN */
-        _mm256_storeu_ps(out + i, _mm512_cvtpd_ps(value));
-    }
-    *bad = outside != 0;
-    return i;
-}
 NARROW_BY_FOUR(bfloat16)
 NARROW_BY_FOUR(float16)
 NARROW_BY_FOUR(float8_e4m3fn)
 NARROW_BY_FOUR(float8_e5m2)
 NARROW_BY_FOUR(float8_e4m3fnuz)
 NARROW_BY_FOUR(float8_e5m2fnuz)
+
+AVX512 INLINE void put_eight_float32(void *out, size_t i, __m512d value) {
+    _mm256_storeu_ps((float *)out + i, _mm512_cvtpd_ps(value));
+}
+
+AVX512 INLINE void put_eight_bfloat16(void *out, size_t i, __m512d value) {
+    const __m512i lost = _mm512_set1_epi64(((int64_t)1 << 40) - 1);
+    __m512i wide = _mm512_castpd_si512(value);
+    wide = _mm512_andnot_si512(lost, _mm512_or_si512(_mm512_add_epi64(_mm512_and_si512(wide, lost), lost), wide));
+    __m256i bits = _mm256_castps_si256(_mm512_cvtpd_ps(_mm512_castsi512_pd(wide)));
+    __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last), 16);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 8);
+    _mm_storeu_si128((__m128i *)((uint16_t *)out + i), _mm256_castsi256_si128(bits));
+}
+
+#define NARROW_BY_EIGHT(NAME)                                                                                          \
+    AVX512 static int narrow_##NAME##_by_eight(void *restrict out, const double *restrict sum, size_t n, double c,     \
+                                               double limit) {                                                         \
+        const __m512d factor = _mm512_set1_pd(c), most = _mm512_set1_pd(limit);                                        \
+        unsigned bad = 0;                                                                                              \
+        for (size_t i = 0; i + 8 <= n; i += 8) {                                                                       \
+            __m512d value = _mm512_mul_pd(_mm512_loadu_pd(sum + i), factor);                                           \
+            bad |= _mm512_cmp_pd_mask(_mm512_abs_pd(value), most, _CMP_NLT_UQ); /* true for a NaN, too */              \
+            put_eight_##NAME(out, i, value);                                                                           \
+        }                                                                                                              \
+        return bad != 0;                                                                                               \
+    }
+NARROW_BY_EIGHT(float32)
+NARROW_BY_EIGHT(bfloat16)
 #endif
 
 
@@ -457,8 +475,11 @@ int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c)
 #ifdef X86
 #define NARROW_FOURS(CODE, NAME) \
     case CODE: bad = narrow_##NAME##_by_four(out, sum, i, c, limit); break;
-    if (avx512 && dtype->code == FLOAT32) i = narrow_float32_by_eight(out, sum, n, c, limit, &bad);
-    else if (avx2 && dtype->code != FLOAT64) {
+    if (avx512 && (dtype->code == FLOAT32 || dtype->code == BFLOAT16)) {
+        i = n & ~(size_t)7;
+        bad = dtype->code == FLOAT32 ? narrow_float32_by_eight(out, sum, i, c, limit)
+                                     : narrow_bfloat16_by_eight(out, sum, i, c, limit);
+    } else if (avx2 && dtype->code != FLOAT64) {
         i = n & ~(size_t)3;
         switch (dtype->code) {
             NARROW_FOURS(FLOAT32, float32) NARROW_FOURS(BFLOAT16, bfloat16) NARROW_FOURS(FLOAT16, float16)
