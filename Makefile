@@ -13,7 +13,7 @@ PLAIN_TORCH := 2.13.0
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo test test-ecosystem formats-table check fix smoke bench bench-full clean
+.PHONY: install demo test test-ecosystem formats-table pictures check fix smoke bench bench-full clean
 
 install: $(INSTALLED)
 
@@ -46,6 +46,10 @@ $(ECOSYSTEM): $(INSTALLED) tests/ecosystem/requirements.txt
 
 formats-table:
 	$(PYTHON) tests/ecosystem/table.py
+
+# The pictures of the docs, made by the tool; tests/jobs/test_pictures.py compares them.
+pictures: $(INSTALLED)
+	$(BIN)/python docs/pictures/profiles.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

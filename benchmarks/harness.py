@@ -37,6 +37,7 @@ class Sample:
 
     Attributes:
         seconds, rss_gb: wall time and peak memory of the process.
+        cpu: seconds of all its threads, in the system, too.
         apart: seconds without start-up, measured inside the process.
         sync: seconds to write the rest of the output to the disk afterwards.
         others: cores that other processes kept busy meanwhile.
@@ -46,6 +47,7 @@ class Sample:
 
     seconds: float
     rss_gb: float = 0.0
+    cpu: float = 0.0
     apart: float | None = None
     sync: float | None = None
     others: float = 0.0
@@ -93,7 +95,8 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
         finally:
             late.cancel()
         seconds = time.perf_counter() - start
-        others = max(0.0, busy_seconds() - busy - usage.ru_utime - usage.ru_stime) / seconds
+        cpu = usage.ru_utime + usage.ru_stime
+        others = max(0.0, busy_seconds() - busy - cpu) / seconds
         # wait4 has reaped the child, which Popen cannot know.
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
@@ -105,7 +108,7 @@ def run(argv: Sequence[str], *, limit: float = 1200, discard_stdout: bool = Fals
             # Without folders, which do not help a reader of the tables.
             command = " ".join(Path(word).name for word in argv[:4])
             raise BenchError(f"{command} ended with {child.returncode}: {' '.join(last)}")
-        return Sample(seconds, usage.ru_maxrss * 1024 / GB, others=others), out.read().decode(errors="replace")
+        return Sample(seconds, usage.ru_maxrss * 1024 / GB, cpu, others=others), out.read().decode(errors="replace")
 
 
 def run_job(

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from ..formats.header import Header
+from ..formats.tree import follow
 from .layouts import StateDict
 from .scalars import as_number
+
+_PERIODIC = {"icefall": ("batch_idx_train", "average_period")}
+"""Layout of a mean over all batches so far, up to the last multiple of the period in which it is updated."""
+_EXPONENTIAL = (
+    "litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics", "mmengine", "torchvision"
+)  # fmt: skip
+"""Layouts of libraries and scripts whose averages are exponential, or are so by default."""
 
 
 def _number(header: Header, value: Any) -> float | None:
@@ -23,6 +31,21 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
     said = header.provenance or {}
     inputs = said.get("inputs") if said.get("command") == "avg" and said.get("mode") == "uniform" else None
     return len(inputs) if isinstance(inputs, list) else None
+
+
+def weights_in_mean(header: Header, state: StateDict) -> int | None:
+    """Read how many weights are in a mean; None if nobody knows."""
+    if state.which != "ema" or state.layout not in _PERIODIC:
+        return stored_updates(header, state)
+    batches, period = (_number(header, follow(header.content, (key,))) for key in _PERIODIC[state.layout])
+    if batches is None or not 0 <= batches < 1 << 63:
+        return None
+    return int(batches - batches % period if period is not None and period >= 1 else batches)
+
+
+def is_exponential(header: Header, state: StateDict) -> bool:
+    """Return True if the average is no mean of weights that count the same, as its layout or its decay tells."""
+    return state.which == "ema" and (state.layout in _EXPONENTIAL or stored_decay(header, state) is not None)
 
 
 def stored_decay(header: Header, state: StateDict) -> float | None:

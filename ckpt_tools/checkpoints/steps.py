@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from ..formats import FORMATS
 from ..formats.header import Header
 from ..formats.tree import follow
 from ..storage.source import read_file, store_of
+from ..tensors import TensorSpec
 from .scalars import as_number
 
 # Finer counters first: a file that stores both a step and an epoch is ordered by its step.
@@ -65,10 +67,32 @@ def _stored_numbers(header: Header) -> dict[str, int | float]:
     for source in (*_mappings(header), trainer_state(header), metadata):
         for key in _STEP_KEYS:
             value = as_number(header, source.get(key))
+            if isinstance(value, float) and isinstance(source.get(key), TensorSpec):
+                value = _unrounded(value, source[key].dtype.name, header.path.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1 << 63:
                 continue
             counters.setdefault(key, int(value) if value == int(value) else value)
     return counters
+
+
+_ROUNDED = {"float16": (2048, 2.0**-11), "bfloat16": (256, 2.0**-8)}
+"""Dtype to the largest number up to which it has all whole numbers, and its rounding error beyond."""
+_LARGEST_HALF = 65520  # from here on, float16 has infinity
+
+
+def _unrounded(value: float, dtype: str, name: str) -> float | None:
+    """Return the number in a name that a step was before it was stored in 16 bits, as by ema-pytorch's PostHocEMA.
+
+    Returns:
+        The step as stored if nothing was lost; None if no number in the name, or several, can have been it.
+    """
+    exact, error = _ROUNDED.get(dtype, (math.inf, 0.0))
+    if value < exact:
+        return value
+    whole = {int(digits) for digits in re.findall(r"\d{1,18}", name)}
+    low, high = (_LARGEST_HALF, math.inf) if value == math.inf else (value * (1 - error), value * (1 + error))
+    fitting = [number for number in whole if low <= number <= high]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _shared_numbers(header: Header) -> dict[str, int | float]:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..jobs.options import AveragedOutput, Matching, Selection, Summing
+from ..errors import UsageError
+from ..jobs.options import AveragedOutput, Earlier, Matching, Selection, Summing
 from ..series.schedules import Schedule
 from . import arguments, console
 
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
     from ..jobs.average import AverageReport
 
 
-@arguments.with_options(Schedule, Selection, Matching, AveragedOutput, Summing)
+@arguments.with_options(Schedule, Selection, Matching, Earlier, AveragedOutput, Summing)
 def avg(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded)."),
+    ] = None,
     *,
     json: arguments.Json = False,
     **options: Any,
@@ -29,16 +31,23 @@ def avg(
     """
     from ..jobs.average import average
 
+    if not paths and options["replay"] is None:
+        raise UsageError("Missing argument 'PATH', the checkpoints to average. Try 'ckpt avg --help'.")
     show = _show_table if options["dry_run"] else _show_summary
-    report, seconds = arguments.carried_out(average, "averaging", paths, **options, on_plan=show)
+    report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
     if report.written:
         moved = report.bytes_read + report.bytes_written
         # Small jobs take as long as importing torch takes.
         rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
         where = "" if report.device == "cpu" else f" on {report.device}"
-        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s{where}{rate}.")
+        took = f" in {seconds:.2f} s{where}{rate}" if not report.compared else ""  # which takes as long again
+        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
+        if report.compared:
+            console.say(report.compared)
     if json:
         console.print_json(arguments.plain(report))
+    if report.same is False:
+        raise typer.Exit(1)
 
 
 def _show_summary(report: AverageReport) -> None:
@@ -79,7 +88,7 @@ def _show_table(report: AverageReport) -> None:
         f"weights: {', '.join(dict.fromkeys(i.state for i in report.inputs))}.",
         *_prefixes(report),
         f"{console.plural(len(report.averaged), 'tensor')} averaged, "
-        f"{len(report.copied)} copied from the last checkpoint"
+        f"{len(report.copied)} copied from {_source(report)}"
         + (f", {len(report.tied)} tied" if report.tied else "")
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
@@ -88,6 +97,14 @@ def _show_table(report: AverageReport) -> None:
     )
     _show_dropped(report)
     arguments.say_notes(report.notes)
+
+
+def _source(report: AverageReport) -> str:
+    """Describe where tensors come from that are not summed: the one checkpoint that counts, if there is only one."""
+    counting = [i.name for i in report.inputs if i.coefficient]
+    return (
+        "the last checkpoint" if len(counting) > 1 else " and ".join(dict.fromkeys((*counting, report.inputs[-1].name)))
+    )
 
 
 def _prefixes(report: AverageReport) -> list[str]:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import Alignment, Reading, Selection
+from ..jobs.options import Alignment, Drawing, Reading, Selection
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.look import LookReport
 
 
-@arguments.with_options(Selection, Alignment, Reading)
+@arguments.with_options(Selection, Alignment, Drawing, Reading)
 def look(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
@@ -34,6 +34,8 @@ def look(
 
     report, _ = arguments.carried_out(measure, "measuring", paths, **options)
     _show(report, top)
+    if options["plot"] is not None:
+        console.wrote(f"Wrote {options['plot']}.")
     if json:
         console.print_json(arguments.plain(report))
 
@@ -41,20 +43,23 @@ def look(
 def _show(report: LookReport, top: int) -> None:
     from rich.text import Text
 
-    width = console.bar_width(50)
     rates = any(each.learning_rate is not None for each in report.checkpoints)
-    columns = ("step", "to mean", "to next", "cosine", *(["lr"] if rates else []))
+    ages = any(each.start_left is not None for each in report.checkpoints)
+    names = [console.visible(each.name) for each in report.checkpoints]
+    width = console.bar_width(min(max(map(len, names)), 30) + 36 + 10 * rates + 12 * ages)
+    columns = ("step", "to mean", "to next", "cosine", *(["lr"] if rates else []), *(["start left"] if ages else []))
     table = console.table("checkpoint", columns, bars=width, cut=False)
     farthest = max(each.to_mean for each in report.checkpoints)
-    for each in report.checkpoints:
+    for each, name in zip(report.checkpoints, names, strict=True):
         table.add_row(
-            Text(console.visible(each.name)),
-            "" if each.step is None else str(each.step),
-            f"{each.to_mean:.4g}",
-            "" if each.to_next is None else f"{each.to_next:.4g}",
-            "" if each.cosine is None else f"{each.cosine:+.2f}",
-            *([("" if each.learning_rate is None else f"{each.learning_rate:.3g}")] if rates else []),
-            Text(console.bar(each.to_mean, farthest, width), style="green"),
+            Text(name),
+            _cell(each.step, "d"),
+            _cell(each.to_mean, ".4g"),
+            _cell(each.to_next, ".4g"),
+            _cell(each.cosine, "+.2f"),
+            *([_cell(each.learning_rate, ".3g")] if rates else []),
+            *([_cell(each.start_left, ".1%")] if ages else []),
+            Text(console.bar(each.to_mean, farthest, width), style="red" if each.name == report.outlier else "green"),
         )
     console.stderr().print(table)
     norm = sum(each.norm for each in report.checkpoints) / len(report.checkpoints)
@@ -68,3 +73,7 @@ def _show(report: LookReport, top: int) -> None:
         shown = ", ".join(f"{console.visible(name)} ({share:.2%})" for name, share in moving)
         console.say(f"These tensors move most, relative to their norm: {shown}.")
     arguments.say_notes(report.notes)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -78,18 +78,24 @@ class Formula:
     def largest_tile(self, one_order: bool, /) -> int:
         """Return the number of elements that a tile may have; fewer if terms differ in their order."""
 
-def gram(dtypes: tuple[str, ...], rows: tuple[memoryview, ...], n: int, sums: bytearray | memoryview, /) -> None:
+def gram(
+    dtypes: tuple[str, ...], places: array[int], n: int, sums: bytearray, scratch: bytearray, /
+) -> _Failure | None:
     """Add the inner products of rows of real numbers to sums, whose upper triangle is filled.
 
     Args:
         dtypes: of the real numbers of each row.
-        rows: each counts as its difference from the last, but for that.
+        places: 64-bit: descriptor and offset of each row, which counts as its difference from the last, but for that.
         n: numbers in a row.
-        sums: float64, a square matrix with a row for each of `rows`, rounded up to a multiple of 4.
+        sums: float64, a square matrix with a row for each row, rounded up to a multiple of 4.
+        scratch: `gram_scratch` bytes.
     """
 
 def scratch(rows: int, tiles: bool, /) -> int:
     """Return the bytes that a thread provides for so many rows, for tiles or for all else."""
+
+def gram_scratch(count: int, /) -> int:
+    """Return the bytes of scratch for so many rows."""
 
 def crc32(data: bytes | memoryview, /) -> int: ...
 def start_disk(fd: int, offset: int, nbytes: int, /) -> None: ...

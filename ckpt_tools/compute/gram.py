@@ -1,75 +1,66 @@
 """Gram matrices: the inner products of the same tensor in N checkpoints, in float64.
 
-A block of all N is read and widened; the last is subtracted from the others, because the products of weights that are
-nearly the same would lose what tells them apart. The result does not depend on the number of threads: a unit of work is
-summed in order by one thread, and the units of a tensor are added in order.
+The last checkpoint is subtracted from the others, because the products of weights that are nearly the same would lose
+what tells them apart. Differences are those of float64 values, and so are products and sums. The result does not depend
+on the number of threads: a unit of work is summed in order by one thread, and the units of a tensor are added in order.
+
+Most tensors are read and summed in C (`native`), without torch. Torch (`torch_gram`) takes the others.
 """
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
+from contextlib import ExitStack
+from itertools import accumulate, count, pairwise
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from ..storage.source import OpenFiles, Stamp
-from ..tensors import DType, TensorSpec
+from ..tensors import ChunkedSpec, TensorSpec, in_c_order
 from . import native
-from .formula import real_dtype
-from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .threads import in_threads
 from .tiles import Tile, in_storage_order, storage_orders, tiles
-from .torch_sums import one_thread_each
 
-BLOCK = 64 << 10
-"""Elements of one checkpoint in a block: those of eight, as float64, stay in a core's cache."""
-UNIT = 16 << 20
+if TYPE_CHECKING:
+    from .torch_gram import TorchProducts
+
+UNIT = 4 << 20
 """Elements that one thread sums in order."""
+BLOCK = 64 << 10
+"""Elements of one checkpoint that torch takes at a time: those of eight, as float64, stay in a core's cache."""
 
-_Portion = range | Tile
+Block = range | Tile
+"""Elements in C order, or a tile."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """One tensor in every checkpoint.
+class Matrix(Protocol):
+    """A square matrix of float64; numpy takes it without a copy."""
+
+    def __getitem__(self, at: tuple[int, int], /) -> float: ...
+    def tolist(self) -> list[list[float]]:
+        """Return its rows."""
+
+
+class _Unit(NamedTuple):
+    """Unit of work for one thread.
 
     Attributes:
-        orders: axis orders to cut tiles for; None to read elements in C order.
+        tensor, number: which tensor, and which unit of it.
+        specs: the tensor in every checkpoint, or a range of its elements.
+        in_c: C reads and sums it.
+        blocks: of its elements, summed in order.
     """
 
-    sources: Sequence[TensorSource]
-    orders: Sequence[tuple[int, ...]] | None
-
-    @classmethod
-    def of(cls, specs: Sequence[TensorSpec], files: OpenFiles) -> _Rows:
-        if len({spec.stride for spec in specs}) == 1:
-            specs = [in_storage_order(spec) for spec in specs]
-        return cls([TensorSource(spec, files) for spec in specs], storage_orders(specs))
+    tensor: int
+    number: int
+    specs: Sequence[TensorSpec]
+    in_c: bool
+    blocks: Sequence[Block]
 
     @property
-    def reals(self) -> int:
-        """Real numbers in an element: 2 for complex dtypes."""
-        dtype = self.sources[0].spec.dtype
-        return dtype.itemsize // real_dtype(dtype).itemsize
-
-    def units(self) -> Iterator[list[_Portion]]:
-        """Cut into units of work, each a list of blocks."""
-        unit: list[_Portion] = []
-        for portion in self._blocks():
-            unit.append(portion)
-            if len(unit) * BLOCK >= UNIT:
-                yield unit
-                unit = []
-        if unit:
-            yield unit
-
-    def _blocks(self) -> Iterator[_Portion]:
-        spec = self.sources[0].spec
-        if self.orders is not None:
-            yield from tiles(spec.shape, self.orders, BLOCK)
-        else:
-            yield from (range(at, min(at + BLOCK, spec.numel)) for at in range(0, spec.numel, BLOCK))
+    def numel(self) -> int:
+        return sum(map(_numel, self.blocks))
 
 
 def gram(
@@ -78,7 +69,7 @@ def gram(
     stamps: Iterable[Stamp] = (),
     threads: int | None = None,
     on_progress: Callable[[int], None] | None = None,
-) -> list[torch.Tensor]:
+) -> list[Matrix]:
     """Return the inner products of the differences from the last checkpoint, tensor by tensor.
 
     Args:
@@ -94,99 +85,141 @@ def gram(
     Raises:
         ReadError: a file cannot be read, ends early, or changes meanwhile.
     """
-    with OpenFiles(stamps) as files:
+    with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         files.open_all(path for specs in aligned for spec in specs for path in spec.paths)
-        job = _Job([_Rows.of(specs, files) for specs in aligned])
-        with one_thread_each():
-            in_threads(
-                lambda: _work(job),
-                threads,
-                job.stop,
-                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
-            )
+        job = _Job(aligned, files)
+        if job.needs_torch:
+            from .torch_sums import one_thread_each
+
+            torch_settings.enter_context(one_thread_each())
+        in_threads(
+            lambda: _work(job),
+            threads,
+            job.stop,
+            on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
+        )
         files.check_unchanged()
-    return job.sums()
+    return [_square(*each) for each in zip(job.sums, aligned, strict=True)]
 
 
 class _Job:
     """What the workers share."""
 
-    def __init__(self, rows: Sequence[_Rows]) -> None:
-        self.rows = rows
+    def __init__(self, aligned: Sequence[Sequence[TensorSpec]], files: OpenFiles) -> None:
+        self.files = files
+        known = native.gram_knows if files.have_descriptors else lambda specs: False
+        self._pieces = [[(piece, known(piece)) for piece in _pieces(specs)] for specs in aligned]
+        self.needs_torch = not all(in_c for pieces in self._pieces for _, in_c in pieces)
+        self.sums = [memoryview(bytearray(8 * _padded(len(specs)) ** 2)).cast("d") for specs in aligned]
         self.stop = threading.Event()
         self.bytes_done = 0
         self._lock = threading.Lock()
-        self._units = ((i, k, unit) for i, each in enumerate(rows) for k, unit in enumerate(each.units()))
-        self._found: list[dict[int, torch.Tensor]] = [{} for _ in rows]
+        self._units = self._cut()
+        self._waiting: list[dict[int, memoryview[float]]] = [{} for _ in aligned]  # for the units before them
+        self._added = [0] * len(aligned)
 
-    def next(self) -> tuple[int, int, list[_Portion]] | None:
+    def _cut(self) -> Iterator[_Unit]:
+        for i, pieces in enumerate(self._pieces):
+            number = count()
+            for specs, in_c in pieces:
+                if in_c:
+                    blocks: Iterable[Block] = _ranges(specs[0].numel, UNIT)
+                elif (orders := storage_orders(specs)) is not None:
+                    blocks = tiles(specs[0].shape, orders, BLOCK)
+                else:
+                    blocks = _ranges(specs[0].numel, BLOCK)
+                for unit in _together(blocks):
+                    yield _Unit(i, next(number), specs, in_c, unit)
+
+    def next(self) -> _Unit | None:
         with self._lock:
             return None if self.stop.is_set() else next(self._units, None)
 
-    def read(self, nbytes: int) -> None:
+    def done(self, unit: _Unit, products: memoryview[float]) -> None:
+        """Add the products of a unit to those of its tensor, after those of the units before."""
         with self._lock:
-            self.bytes_done += nbytes
+            self.bytes_done += unit.numel * sum([spec.dtype.itemsize for spec in unit.specs])
+            waiting, total = self._waiting[unit.tensor], self.sums[unit.tensor]
+            waiting[unit.number] = products
+            while (found := waiting.pop(self._added[unit.tensor], None)) is not None:
+                self._added[unit.tensor] += 1
+                for at, each in enumerate(found):
+                    total[at] += each
 
-    def done(self, i: int, k: int, products: torch.Tensor) -> None:
-        with self._lock:
-            self._found[i][k] = products
 
-    def sums(self) -> list[torch.Tensor]:
-        sums = []
-        for rows, found in zip(self.rows, self._found, strict=True):
-            total = torch.zeros(len(rows.sources), len(rows.sources), dtype=torch.float64)
-            for k in sorted(found):
-                total += found[k]
-            sums.append(total)
-        return sums
+def _numel(block: Block) -> int:
+    return block.numel if isinstance(block, Tile) else len(block)
+
+
+def _together(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Put blocks together to units of work."""
+    unit: list[Block] = []
+    numel = 0
+    for block in blocks:
+        unit.append(block)
+        numel += _numel(block)
+        if numel >= UNIT:
+            yield unit
+            unit, numel = [], 0
+    if unit:
+        yield unit
+
+
+def _ranges(numel: int, size: int) -> Iterator[range]:
+    return (range(at, min(at + size, numel)) for at in range(0, numel, size))
+
+
+def _pieces(specs: Sequence[TensorSpec]) -> Sequence[Sequence[TensorSpec]]:
+    """Cut tensors in chunks in C order where a chunk ends; return others as they stand in storage, if strides agree."""
+    if not any(isinstance(spec, ChunkedSpec) for spec in specs):
+        return [[*map(in_storage_order, specs)] if len({spec.stride for spec in specs}) == 1 else specs]
+    stored = [[chunk for _, chunk in spec.as_chunks] for spec in specs]
+    plain = all(type(chunk) is TensorSpec and chunk.contiguous for chunks in stored for chunk in chunks)
+    if not plain or not all(map(in_c_order, specs)):
+        return [specs]
+    ends = [[*accumulate(chunk.numel for chunk in chunks)] for chunks in stored]
+    edges = sorted({0}.union(*ends))
+    return [[_part(*each, start, stop) for each in zip(stored, ends, strict=True)] for start, stop in pairwise(edges)]
+
+
+def _part(chunks: Sequence[TensorSpec], ends: Sequence[int], start: int, stop: int) -> TensorSpec:
+    """Return elements [start, stop), which are in one chunk, as a tensor."""
+    number = bisect_right(ends, start)
+    chunk = chunks[number]
+    first = chunk.start + start - (ends[number] - chunk.numel)
+    return TensorSpec(chunk.dtype, (stop - start,), (1,), first, chunk.storage)
+
+
+def _padded(n: int) -> int:
+    return -(-n // 4) * 4
+
+
+def _square(sums: memoryview[float], specs: Sequence[TensorSpec]) -> Matrix:
+    """Return the whole matrix of sums whose upper triangle is filled."""
+    n, width = len(specs), _padded(len(specs))
+    whole = memoryview(bytearray(8 * n * n)).cast("d", (n, n))
+    for i in range(n):
+        for j in range(i, n):
+            whole[i, j] = whole[j, i] = sums[i * width + j]
+    return cast(Matrix, whole)  # a memoryview, whose type knows of one axis only
 
 
 def _work(job: _Job) -> None:
-    worker = _Worker(job.rows)
-    while (found := job.next()) is not None:
-        i, k, unit = found
-        job.done(i, k, worker.products(job.rows[i], unit, job.read))
+    scratch = bytearray()
+    by_torch: TorchProducts | None = None
+    while (unit := job.next()) is not None:
+        specs = unit.specs
+        memory = bytearray(8 * _padded(len(specs)) ** 2)
+        if unit.in_c:
+            if len(scratch) < (needed := native.gram_scratch(len(specs))):
+                scratch = bytearray(needed)
+            for block in unit.blocks:
+                if isinstance(block, range):  # tiles are for torch
+                    native.gram(specs, block.start, block.stop, job.files, memory, scratch)
+        else:
+            if by_torch is None:
+                from .torch_gram import TorchProducts
 
-
-class _Worker:
-    """One thread's buffers, and the arithmetic on them."""
-
-    def __init__(self, rows: Sequence[_Rows]) -> None:
-        largest = max((source.item for each in rows for source in each.sources), default=1)
-        self._readers = [Reader(largest * BLOCK) for _ in range(max((len(each.sources) for each in rows), default=1))]
-
-    def products(self, rows: _Rows, unit: Sequence[_Portion], read: Callable[[int], None]) -> torch.Tensor:
-        """Return the inner products of a unit."""
-        n = len(rows.sources)
-        padded = -(-n // 4) * 4
-        memory = bytearray(8 * padded * padded)
-        sums = torch.frombuffer(memory, dtype=torch.float64).view(padded, padded)
-        readers = self._readers[:n]
-        buffers = tuple(reader.buffer.bytes for reader in readers)
-        dtypes = tuple(real_dtype(source.spec.dtype).name for source in rows.sources)
-        for portion in unit:
-            count = (portion.numel if isinstance(portion, Tile) else len(portion)) * rows.reals
-            nbytes = 0
-            for reader, source in zip(readers, rows.sources, strict=True):
-                if isinstance(portion, Tile):
-                    nbytes += reader.read_tile(source, portion)
-                else:
-                    nbytes += reader.read(source, portion.start, portion.stop)
-            if not native.gram(dtypes, buffers, count, memory):
-                sums[:n, :n] += _products([r.buffer for r in readers], [s.spec.dtype for s in rows.sources], count)
-            read(nbytes)
-        upper = sums[:n, :n].triu()
-        return upper + upper.triu(1).T
-
-
-def _products(buffers: Sequence[Buffer], dtypes: Sequence[DType], count: int) -> torch.Tensor:
-    """Return what C adds, computed by torch."""
-    wide = torch.empty(len(buffers), count, dtype=torch.float64)
-    for row, buffer, dtype in zip(wide, buffers, dtypes, strict=True):
-        values = buffer.view(torch_dtype(real_dtype(dtype)), count)
-        row.copy_(values if values.dtype in _DIRECT else values.float())
-    wide[:-1] -= wide[-1]
-    return (wide @ wide.T).triu()
-
-
-_DIRECT = (torch.float64, torch.float32, torch.bfloat16)  # whose conversion to float64 torch has vectorised
+                by_torch = TorchProducts(job.files)
+            by_torch.add(specs, unit.blocks, memory)
+        job.done(unit, memoryview(memory).cast("d"))

@@ -11,12 +11,13 @@ import zlib
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from ..formats.file_plan import GroupKey, used
 from ..storage.source import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
-from ..tensors import c_strides
-from .formula import Steps
+from ..tensors import TensorSpec, c_strides
+from .formula import Steps, real_dtype
 from .tiles import Tile
 from .work_units import Slice
 
@@ -65,12 +66,38 @@ def start_disk(fd: int, offset: int, nbytes: int) -> None:
         _native.start_disk(fd, offset, nbytes)
 
 
-def gram(dtypes: tuple[str, ...], rows: tuple[memoryview, ...], n: int, sums: bytearray) -> bool:
-    """Add inner products of rows to sums, see `_native.pyi`; False if C does not know a dtype."""
-    if _native is None or sys.byteorder != "little" or any(name not in _native.LIMITS for name in dtypes):
+def gram_knows(specs: Sequence[TensorSpec]) -> bool:
+    """Return True if C can read these tensors, and widen them."""
+    if _native is None or sys.byteorder != "little":
         return False
-    _native.gram(dtypes, rows, n, sums)
-    return True
+    return all(
+        type(spec) is TensorSpec and spec.contiguous and not spec.swapped and spec.dtype.name in _native.LIMITS
+        for spec in specs
+    )
+
+
+def gram_scratch(count: int) -> int:
+    """Return the bytes of scratch that a thread provides for inner products of so many tensors."""
+    return 0 if _native is None else _native.gram_scratch(count)
+
+
+def gram(
+    specs: Sequence[TensorSpec], start: int, stop: int, files: OpenFiles, sums: bytearray, scratch: bytearray
+) -> None:
+    """Add the inner products of elements [start, stop) to sums, see `_native.pyi`; C knows the tensors.
+
+    Raises:
+        ReadError: an input cannot be read, or ends early.
+    """
+    dtypes = tuple([real_dtype(spec.dtype).name for spec in specs])
+    places = array("q")
+    for spec in specs:
+        places.extend((files.descriptor(spec.paths[0]), spec.begin + start * spec.dtype.itemsize))
+    reals = specs[0].dtype.itemsize // real_dtype(specs[0].dtype).itemsize
+    failure = _native.gram(dtypes, places, (stop - start) * reals, sums, scratch)
+    if failure is not None:
+        status, _, row, reason = failure
+        _raise_unread(status, specs[row].storage.path, reason)
 
 
 def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> tuple[Sequence[int], bool]:
@@ -208,7 +235,11 @@ def _raise_failure(failure: tuple[int, int, int, int] | None, slices: Sequence[S
     slice_ = slices[at]
     if status == _native.NOT_WRITTEN:
         raise write_failed(slice_.targets[term].out.plan.name, os.strerror(reason))
-    source = slice_.tensor.terms[term].storage.path
+    _raise_unread(status, slice_.tensor.terms[term].storage.path, reason)
+
+
+def _raise_unread(status: int, source: Path, reason: int) -> None:
     if status == _native.ENDS_EARLY:
         raise ended_early(source)
-    raise read_failed(source, os.strerror(reason))
+    if status == _native.NOT_READ:
+        raise read_failed(source, os.strerror(reason))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.ema_updates import stored_updates
+from ..checkpoints.ema_updates import is_exponential, weights_in_mean
 from ..checkpoints.layouts import StateDict
-from ..checkpoints.layouts.layout import Unchanged
+from ..checkpoints.layouts.layout import Unchanged, dotted
 from ..checkpoints.prefixes import prefixes, renamed
 from ..checkpoints.quantized import configuration, without_quantization
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import UnsupportedError, UsageError
+from ..errors import SeriesError, UnsupportedError, UsageError
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
@@ -29,15 +30,16 @@ from ..series.stored_profiles import stored_profiles
 from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
 from ..tensors import DType, parse_dtype
+from .addends import Addends, ByTensor, state_asked
 from .assembly import Assembly, assemble
 from .companions import companions
 from .lined_up import LinedUp, every_set, line_up, selected
-from .options import AveragedOutput, Matching, Selection, Summing, takes
+from .options import AveragedOutput, Earlier, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, averaged_inputs, provenance, short_names
 from .reports import Report
 from .run import produce
-from .stock import ByTensor, measured, with_start
+from .stock import measured, with_start
 
 Numbers = Sequence[Any]
 BUFFERS = ("average", "last")
@@ -61,6 +63,8 @@ class AverageReport(Report):
         memory: bytes of private buffers in host memory.
         device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
         companions: names of files beside the weights that go along: configuration and tokenizer.
+        compared: after a replay, how the output compares with the average that it was made again from, in words.
+        same: after a replay, True if the weights are the same in every byte; None if that is not known.
         written: False for a plan.
     """
 
@@ -79,15 +83,18 @@ class AverageReport(Report):
     memory: int
     device: str
     companions: tuple[str, ...] = ()
+    compared: str = ""
+    same: bool | None = None
     written: bool = False
 
 
-@takes(Schedule, Selection, Matching, AveragedOutput, Summing)
+@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Summing)
 def average(
     paths: str | Path | Iterable[str | Path],
     schedule: Schedule,
     selection: Selection,
     matching: Matching,
+    earlier: Earlier,
     output: AveragedOutput,
     running: Summing,
 ) -> AverageReport:
@@ -98,7 +105,8 @@ def average(
     `device` are.
 
     Args:
-        paths: files, globs, folders (of checkpoints, or sharded ones).
+        paths: files, globs, folders (of checkpoints, or sharded ones); with `update` the checkpoints to add, and with
+            `replay` where to look for the inputs.
         {options}
 
     Returns:
@@ -108,36 +116,35 @@ def average(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     schedule.check()
-    if matching.buffers not in BUFFERS:
-        raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
-    if matching.lora not in LORA:
-        raise UsageError(f"`lora` is one of {', '.join(LORA)}, not {matching.lora!r}.")
-    if matching.lora == "product" and matching.match == "order":
-        raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
-    dtype = parse_dtype(output.dtype)
+    _check(matching)
+    if earlier.update is not None and earlier.replay is not None:
+        raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
+    parse_dtype(output.dtype)
     check_threads(running.threads)
     devices.check_name(running.device)
     gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
     chosen = None if output.out is None else Target.of(output.out)
     shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
 
-    series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
-    members, chosen_sets = series.members, None
-    if schedule.rule.needs == "profile":
-        members, chosen_sets = every_set(members, matching)
-    elif schedule.rule.needs == "products":
-        members, chosen_sets = with_start(series, schedule.values["base"], matching)
-    names = _names(members, chosen_sets)
-    by_tensor = ByTensor()
-    numbers: Numbers = ()
-    if schedule.rule.needs == "products":
-        lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None, chosen=chosen_sets)
-        by_tensor = measured(schedule, lined_up, members, matching, running)
-        coefficients = by_tensor.mean
+    given = [paths] if isinstance(paths, (str, Path)) else paths
+    if earlier.update is not None:
+        from .update import updated
+
+        addends = updated(earlier.update, given, schedule, selection, matching, output, running)
+    elif earlier.replay is not None:
+        from .replay import replayed
+
+        addends = replayed(earlier.replay, given, schedule, selection, matching, output, running)
     else:
-        numbers = _numbers(schedule, series, members, names, matching, chosen_sets)
-        coefficients = _coefficients(schedule, numbers, series)
-        lined_up = line_up(members, names, matching, mixed_dtypes=dtype is not None, chosen=chosen_sets)
+        addends = _by_rule(given, schedule, selection, matching, output, running)
+    members, names = addends.members, addends.names
+    matching, dtype = addends.matching, addends.dtype
+    _check(matching)  # a record may say anything
+    lined_up = line_up(members, names, matching, mixed_dtypes=addends.mixed_dtypes, chosen=addends.chosen)
+    by_tensor = ByTensor() if addends.by_tensor is None else addends.by_tensor(lined_up)
+    if by_tensor.mean:
+        addends = replace(addends, coefficients=by_tensor.mean, notes=(*addends.notes, *by_tensor.notes))
+    coefficients = addends.coefficients
     tensors = weighted_sums(
         lined_up.aligned,
         coefficients,
@@ -154,19 +161,27 @@ def average(
     unique = dict.fromkeys(tensors.values())
     # A row of Model Stock may be the start alone.
     copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_tensor.coefficients)
-    arguments = _arguments(schedule, numbers, matching, dtype, running)
-    inputs = _inputs(members, names, coefficients, lined_up)
+    read = len(members) - bool(addends.before)  # those that are inputs themselves
+    inputs = (*addends.before, *_inputs(addends, lined_up)[-read:])
     base = members[-1].header
     usual = default_target([member.header for member in members]) if products.config is None else Target.of("averaged/")
-    target = chosen or usual
+    target = chosen or addends.target or usual
     edited = _edited(base, products, target, dequantize=matching.dequantize)
 
     def lay_out(inputs: Sequence[Input]) -> Assembly:
-        ratios = {"ratios": by_tensor.ratios} if by_tensor.ratios else {}
         record = provenance(
-            "avg", arguments, mode=schedule.mode, state=inputs[-1].state, inputs=averaged_inputs(inputs), **ratios
+            "avg",
+            addends.arguments,
+            mode=addends.mode,
+            state=inputs[-1].state,
+            **_places(members[-1], lined_up.states[-1]),
+            **({"updates": addends.updates} if addends.updates else {}),
+            inputs=averaged_inputs(inputs),
+            **({"ratios": by_tensor.ratios} if by_tensor.ratios else {}),
         )
-        writing = Writing(name=target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base)
+        writing = Writing(
+            name=addends.name or target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base
+        )
         return assemble(
             tensors,
             writing,
@@ -178,9 +193,9 @@ def average(
         )
 
     def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
-        hashed = tuple(
+        hashed = inputs[:-read] + tuple(
             replace(entry, sha256={name: sha256(path) for name, path in member.header.names.items()})
-            for entry, member in zip(inputs, members, strict=True)
+            for entry, member in zip(inputs[-read:], members[-read:], strict=True)
         )
         assembly = lay_out(hashed)
         return replace(report, inputs=hashed, bytes_written=assembly.nbytes), assembly
@@ -189,20 +204,13 @@ def average(
     gpus = devices.choose(running.device, assembly.bytes_read)
     report = AverageReport(
         inputs=inputs,
-        mode=schedule.mode,
-        ordered_by=series.ordered_by,
+        mode=addends.mode,
+        ordered_by=addends.ordered_by,
         averaged=tuple(tensor.name for tensor in unique if tensor not in copied),
         copied=tuple(tensor.name for tensor in copied),
         left_out=(*lined_up.left_out, *products.left_out),
         tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
-        notes=(
-            *series.notes,
-            *_remarks(schedule, numbers, members, coefficients),
-            *by_tensor.notes,
-            *lined_up.notes,
-            *products.notes,
-            *_kept(assembly),
-        ),
+        notes=(*addends.notes, *lined_up.notes, *products.notes, *_kept(assembly)),
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
@@ -211,19 +219,76 @@ def average(
         memory=engine.memory_needed(unique, running.threads, gpus, gpu_bytes),
         device=", ".join(gpus) or "cpu",
     )
-    return produce(
+    done = produce(
         report,
         assembly,
         [stamp for member in members for stamp in member.header.files],
         output,
         running,
-        inputs=[*series.given, *(member.path for member in members)],
+        inputs=addends.given,
+        replaces=addends.replaces,
         finish=with_hashes if output.hash else None,
         threads=running.threads,
-        allow_nonfinite=running.allow_nonfinite,
+        allow_nonfinite=bool(addends.arguments.get("allow_nonfinite")),
         devices=gpus,
         gpu_memory=gpu_bytes,
     )
+    if addends.compared is None or not done.written:
+        return done
+    compared, same = addends.compared(target.path)
+    return replace(done, compared=compared, same=same)
+
+
+def _check(matching: Matching) -> None:
+    if matching.buffers not in BUFFERS:
+        raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
+    if matching.lora not in LORA:
+        raise UsageError(f"`lora` is one of {', '.join(LORA)}, not {matching.lora!r}.")
+    if matching.lora == "product" and matching.match == "order":
+        raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
+
+
+def _by_rule(
+    paths: Iterable[str | Path],
+    schedule: Schedule,
+    selection: Selection,
+    matching: Matching,
+    output: AveragedOutput,
+    running: Summing,
+) -> Addends:
+    """Find the checkpoints, and weigh them as the rule does."""
+    series = find_series(paths, **vars(selection))
+    members, chosen, by_tensor = series.members, None, None
+    if schedule.rule.needs == "profile":
+        members, chosen = every_set(members, matching)
+    elif schedule.rule.needs == "products":
+        members, chosen = with_start(series, schedule.values["base"], matching)
+        by_tensor = partial(measured, schedule, members, matching, running)
+    names = _names(members, chosen)
+    numbers = _numbers(schedule, series, members, names, matching, chosen)
+    coefficients = _coefficients(schedule, numbers, series) if by_tensor is None else ()
+    dtype = parse_dtype(output.dtype)
+    return Addends(
+        members=members,
+        names=names,
+        coefficients=coefficients,
+        chosen=chosen,
+        matching=matching,
+        dtype=dtype,
+        mode=schedule.mode,
+        arguments=_arguments(schedule, numbers, matching, dtype, running),
+        ordered_by=series.ordered_by,
+        notes=(*series.notes, *_remarks(schedule, numbers, members, coefficients)),
+        given=(*series.given, *(member.path for member in members)),
+        by_tensor=by_tensor,
+    )
+
+
+def _places(member: Member, state: StateDict) -> dict[str, Any]:
+    """Return what a further update has to know: what the steps are, and where the average is in a file that nests."""
+    homes = [dotted(part.home) for part in state.parts or (state,)]
+    facts = {"counter": member.counter, "places": homes if all(homes) and not member.header.ranks else None}
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def _arguments(
@@ -232,6 +297,7 @@ def _arguments(
     """Return the options to record in the output; None for those at their defaults."""
     return {
         **schedule.arguments(numbers),
+        "state": None if (state := state_asked(matching)) == "auto" else state,
         "match": None if matching.match == "name" else matching.match,
         "keys": None if matching.keys == "strict" else matching.keys,
         "buffers": None if matching.buffers == "average" else matching.buffers,
@@ -315,6 +381,8 @@ def _numbers(
 ) -> Numbers:
     """Return what the rule needs of each checkpoint."""
     needs = schedule.rule.needs
+    if needs == "products":
+        return ()
     if needs == "place":
         return [series.given.index(member.path) for member in members]
     if needs == "step":
@@ -322,7 +390,27 @@ def _numbers(
     sources = [*zip(members, states or selected(members, names, matching), strict=True)]
     if needs == "profile":
         return stored_profiles(sources, schedule.values["profile"])
-    return [stored_updates(member.header, state) for member, state in sources]
+    return [_in_mean(member, state) for member, state in sources]
+
+
+def _in_mean(member: Member, state: StateDict) -> int:
+    """Return how many weights are in a mean.
+
+    Raises:
+        SeriesError: the checkpoint does not say it, or it is no mean.
+    """
+    if is_exponential(member.header, state):
+        raise SeriesError(
+            f"{member.path}: its {state.label} is an EMA, and `mode='difference'` takes means of weights that count "
+            "the same. To make another EMA of several, use `mode='posthoc'`."
+        )
+    number = weights_in_mean(member.header, state)
+    if number is None:
+        raise SeriesError(
+            f"{member.path}: does not say how many weights are in its {state.label}, and `mode='difference'` needs "
+            "it: batch_idx_train of icefall, n_averaged, or the inputs of a uniform average by ckpt."
+        )
+    return number
 
 
 def _coefficients(schedule: Schedule, numbers: Numbers, series: Series) -> tuple[float, ...]:
@@ -350,18 +438,17 @@ def _remarks(
     end = dominant(coefficients)
     if schedule.rule.advice is not None and end is not None:
         index, share = end
-        which, advice = ("oldest", schedule.rule.advice[0]) if index == 0 else ("newest", schedule.rule.advice[1])
+        which, advice = [*zip(("oldest", "newest"), schedule.rule.advice(**schedule.values), strict=True)][index > 0]
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
 
 
-def _inputs(
-    members: Sequence[Member], names: Sequence[str], coefficients: Sequence[float], lined_up: LinedUp
-) -> tuple[Input, ...]:
+def _inputs(addends: Addends, lined_up: LinedUp) -> tuple[Input, ...]:
     """Describe the checkpoints; a single set of weights stands for all of them."""
     found = [
         (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
         for chosen, bare in zip(lined_up.states, lined_up.renamed, strict=True)
     ]
+    n = len(addends.members)
     return tuple(
         Input(
             path=str(member.path),
@@ -371,8 +458,10 @@ def _inputs(
             state=label,
             nbytes=member.header.nbytes,
             prefixes=wrappers,
+            sha256=hashes,
         )
-        for member, name, coefficient, (label, wrappers) in zip(
-            members, names, coefficients, found * (len(members) // len(found)), strict=True
+        for member, name, coefficient, (label, wrappers), hashes in zip(
+            addends.members, addends.names, addends.coefficients, found * (n // len(found)), addends.sha256 or [{}] * n,
+            strict=True,
         )
-    )
+    )  # fmt: skip

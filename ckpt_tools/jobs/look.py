@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.ema_updates import stored_decay, stored_updates
 from ..checkpoints.layouts import StateDict
@@ -14,24 +15,23 @@ from ..checkpoints.layouts.layout import is_buffer
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.optimizers import find_optimizers
 from ..checkpoints.scalars import as_number
+from ..compute.gram import gram
 from ..compute.threads import check_threads
-from ..errors import AlignmentError, UsageError
+from ..errors import AlignmentError, NumericsError, UsageError
 from ..formats.header import Header
 from ..series.align import is_copied
 from ..series.find import find_series
-from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
+from ..series.geometry import FAR, ONE_BASIN, Geometry, Products, geometry, movement
 from ..series.member import Member
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
-from .options import Alignment, Matching, Reading, Selection, takes
+from .options import Alignment, Drawing, Matching, Reading, Selection, takes
+from .pictures import check_picture, check_picture_target, write_picture
 from .provenance import short_names
 from .reports import Report
 
-if TYPE_CHECKING:
-    import torch
-
 _DECAYED = 10.0
-"""A run has decayed if its learning rate falls so many times over the series."""
+"""A run has decayed if its learning rate has fallen so many times, over the series or since its schedule began."""
 _OLD = 0.01
 """The part of an average that is still its first weights, from which on it is told."""
 
@@ -88,9 +88,13 @@ class LookReport(Report):
     bytes_read: int
 
 
-@takes(Selection, Alignment, Reading)
+@takes(Selection, Alignment, Drawing, Reading)
 def look(
-    paths: str | Path | Iterable[str | Path], selection: Selection, alignment: Alignment, running: Reading
+    paths: str | Path | Iterable[str | Path],
+    selection: Selection,
+    alignment: Alignment,
+    drawing: Drawing,
+    running: Reading,
 ) -> LookReport:
     """Measure where the checkpoints of a series lie to each other, in one pass over them, in float64.
 
@@ -107,10 +111,13 @@ def look(
         CkptError: one of the errors of `ckpt_tools.errors`.
     """
     check_threads(running.threads)
+    picture = None if drawing.plot is None else check_picture(drawing.plot)
     series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
     members = series.members
     if len(members) < 2:
         raise UsageError(f"{members[0].path} is one checkpoint alone. Give a series of two or more.")
+    if picture is not None:
+        check_picture_target(picture, [member.path for member in members], force=drawing.force)
     names = short_names([member.path for member in members])
     matching = Matching(**vars(alignment))
     states = selected(members, names, matching)
@@ -121,11 +128,13 @@ def look(
     if not aligned:
         raise AlignmentError("the checkpoints share no parameter, so there is nothing to measure.")
     products = _products(aligned, members, running)
-    whole = geometry(sum(products[1:], start=products[0]))
+    for name, each in zip(aligned, products, strict=True):
+        _check_finite(name, each, names)
+    whole = geometry(_total(products))
     left = [_start_left(member.header, state) for member, state in zip(members, states, strict=True)]
-    rates = [_learning_rate(member.header) for member in members]
+    rates, begun_at = zip(*[_learning_rates(member.header) for member in members], strict=True)
     moves = {name: movement(each) for name, each in zip(aligned, products, strict=True)}
-    return LookReport(
+    report = LookReport(
         checkpoints=tuple(_positions(members, names, whole, rates, left)),
         state=states[-1].label,
         ordered_by=series.ordered_by,
@@ -133,9 +142,14 @@ def look(
         one_basin=whole.one_basin,
         outlier=None if whole.outlier is None else names[whole.outlier],
         movement=dict(sorted(moves.items(), key=lambda pair: -pair[1])),
-        notes=(*series.notes, *_warnings(names, whole, rates, left), *lined_up.notes),
+        notes=(*series.notes, *_warnings(names, whole, rates, begun_at[-1], left), *lined_up.notes),
         bytes_read=sum(spec.nbytes for specs in aligned.values() for spec in specs),
     )
+    if picture is not None:
+        from .look_picture import SIZE, draw
+
+        write_picture(picture, lambda figure: draw(report, figure), size=SIZE, force=drawing.force)
+    return report
 
 
 def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] | None:
@@ -147,17 +161,34 @@ def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] 
     return specs if last.numel else None
 
 
-def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[torch.Tensor]:
-    from ..compute.gram import gram  # imports torch
-
+def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[Products]:
     total = sum(spec.nbytes for specs in aligned.values() for spec in specs)
     report = running.on_progress
-    return gram(
+    found = gram(
         [*aligned.values()],
         stamps=[stamp for member in members for stamp in member.header.files],
         threads=running.threads,
         on_progress=None if report is None else lambda done: report(done, total),
     )
+    return [matrix.tolist() for matrix in found]
+
+
+def _check_finite(name: str, products: Products, names: Sequence[str]) -> None:
+    """Refuse values that have no distance: NaN in the last checkpoint spoils all differences from it.
+
+    Raises:
+        NumericsError: a value is NaN, infinity, or too large to be squared.
+    """
+    bad = [each for i, each in reversed([*enumerate(names)]) if not math.isfinite(products[i][i])]
+    if bad:
+        raise NumericsError(
+            f"'{name}' in {bad[0]}: a value is NaN or infinity, or too large to be squared, so its distance to the "
+            "others is not known. Leave the file out, or find out why."
+        )
+
+
+def _total(products: Sequence[Products]) -> Products:
+    return [[sum(each) for each in zip(*rows, strict=True)] for rows in zip(*products, strict=True)]
 
 
 def _positions(
@@ -181,14 +212,20 @@ def _positions(
         )
 
 
-def _learning_rate(header: Header) -> float | None:
+def _learning_rates(header: Header) -> tuple[float | None, float | None]:
+    """Return the learning rate of the first group of the first optimizer, and the one that its schedule began with."""
     for _, optimizer in find_optimizers(header.tree):
         groups = optimizer.get("param_groups")
         first = groups[0] if isinstance(groups, list) and groups else None
-        value: Any = as_number(header, first.get("lr")) if isinstance(first, dict) else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    return None
+        if isinstance(first, dict) and (rate := _rate(header, first.get("lr"))) is not None:
+            return rate, _rate(header, first.get("initial_lr"))
+    return None, None
+
+
+def _rate(header: Header, found: Any) -> float | None:
+    value = as_number(header, found)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and math.isfinite(value) else None
 
 
 def _start_left(header: Header, state: StateDict) -> float | None:
@@ -201,25 +238,33 @@ def _start_left(header: Header, state: StateDict) -> float | None:
 
 
 def _warnings(
-    names: Sequence[str], whole: Geometry, rates: Sequence[float | None], left: Sequence[float | None]
+    names: Sequence[str],
+    whole: Geometry,
+    rates: Sequence[float | None],
+    begun_at: float | None,
+    left: Sequence[float | None],
 ) -> Iterator[str]:
     if whole.outlier is not None and whole.farthest is not None:
         yield (
-            f"{names[whole.outlier]} is {whole.farthest[1]:.1f} times as far from the mean of the others as they are "
-            f"(more than {FAR:g} is far). Leave it out, or find out why."
+            f"{names[whole.outlier]} is far from all others: the nearest is {whole.farthest[1]:.1f} times as far from "
+            f"it as they are from one another, in the median (more than {FAR:g} is far). Leave it out, or find out why."
         )
     if not whole.one_basin:
         yield (
             f"The mean is {whole.mean_norm:.2f} times as long as the checkpoints, and less than {ONE_BASIN:g} means "
             "that they are in no common basin, as runs from different starts: an average of them is of no use."
         )
-    first, last = rates[0], rates[-1]
-    if first is not None and last is not None and first > _DECAYED * last:
+    known = [rate for rate in rates if rate is not None]
+    if known and max(known[0], begun_at or 0.0) > _DECAYED * known[-1]:
+        fall = (
+            f"falls from {known[0]:.3g} to {known[-1]:.3g} over these files"
+            if known[0] > _DECAYED * known[-1]
+            else f"began at {begun_at:.3g}, and is {known[-1]:.3g} in the last file"
+        )
         yield (
-            f"The learning rate falls from {first:g} to {last:g} over these files. A run that has decayed gains little "
-            "from an average; older files may help more."
+            f"The learning rate {fall}. A run that has decayed gains little from an average; older files may help more."
         )
     old = [(name, share) for name, share in zip(names, left, strict=True) if share is not None and share > _OLD]
     if old:
-        more = f", and more than {_OLD:.0%} in {len(old) - 1} others" if len(old) > 1 else ""
+        more = f", and more than {_OLD:.0%} in {len(old) - 1} more" if len(old) > 1 else ""
         yield f"{old[0][1]:.1%} of the EMA in {old[0][0]} is still the weights that it began with{more}."

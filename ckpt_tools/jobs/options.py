@@ -104,8 +104,8 @@ class Selection(Options):
 
     title = "Which checkpoints"
 
-    last: int | None = option("The last N.", None, metavar="N")
-    best: int | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
+    last: Steps | None = option("The last N.", None, metavar="N")
+    best: Steps | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
     metric: str = option("Its name: a key in the files, dotted if nested, or in their names.", "metric", metavar="KEY")
     metrics: str | Path | None = option("A table of metrics, CSV or JSON lines.", None, metavar="FILE")
     lower_is_better: bool | None = option("For a loss.", None, implied="by the name of the metric")
@@ -159,6 +159,21 @@ class Output(Options):
 
     out: str | Path | None = option("The target.", None, metavar="PATH")
     force: bool = option("Replace an existing target.", False)
+
+
+class Earlier(Options):
+    """An average that ckpt wrote, to go on from."""
+
+    title = "From an average that is there"
+
+    update: str | Path | None = option(
+        "Add the checkpoints to this average, without reading its inputs again.", None, metavar="AVERAGE"
+    )
+    replay: str | Path | None = option(
+        "Make this average again, from the inputs that it names; PATH says where else they are.",
+        None,
+        metavar="AVERAGE",
+    )
 
 
 class Encoding(Output):
@@ -281,6 +296,15 @@ class Tolerance(Options):
 
     rtol: float = option("Values may differ by atol + rtol * |b|.", 0.0)
     atol: float = option("As in torch.allclose.", 0.0)
+
+
+class Drawing(Options):
+    """Where a picture goes."""
+
+    title = "Output"
+
+    plot: str | Path | None = option("Draw it, too: .svg or .png; needs matplotlib.", None, metavar="FILE")
+    force: bool = option("Replace an existing picture.", False)
 
 
 class Reading(Options):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import __version__
+from ..errors import LayoutError
+from ..formats.header import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,41 @@ class Input:
     state: str
     nbytes: int
     prefixes: tuple[str, ...] = ()
-    sha256: dict[str, str] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an average records of itself, checked.
+
+    Attributes:
+        path: of the average.
+        version: of ckpt-tools.
+        mode: the schedule.
+        arguments: the options that were not at their defaults.
+        state: label of the set of weights in the last input.
+        inputs: oldest first; `path` and `state` are not recorded for each, and are `name` and that of the last.
+        counter: what the steps are, see `Member`; None if it is not recorded.
+        places: dotted paths of the average in a file that nests; empty if they are not recorded.
+        updates: how many times inputs were added to it after it was written.
+        ratios: of Model Stock: tensor to the coefficients of all inputs but the first together; else empty.
+    """
+
+    path: Path
+    version: str
+    mode: str
+    arguments: Mapping[str, Any]
+    state: str
+    inputs: tuple[Input, ...]
+    counter: str | None
+    places: tuple[str, ...]
+    updates: int
+    ratios: Mapping[str, float]
+
+    @property
+    def which(self) -> str:
+        """``raw``, ``ema``, ``eval``, or the dotted path of the set of weights."""
+        return self.state.split(" (")[0]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -45,7 +83,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         depth += 1
 
 
-def provenance(command: str, arguments: dict[str, Any], **facts: Any) -> dict[str, Any]:
+def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """Return a record of the command, its arguments (without those that are None), and further facts."""
     return {
         "tool": "ckpt-tools",
@@ -60,6 +98,110 @@ def averaged_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
     """Return a record of the checkpoints of an average and their coefficients."""
     return [
         {"name": i.name, "size": i.nbytes, "step": i.step, "coefficient": i.coefficient}
-        | ({"sha256": i.sha256} if i.sha256 else {})
+        | ({"sha256": dict(i.sha256)} if i.sha256 else {})
         for i in inputs
     ]
+
+
+def read_record(header: Header) -> Record:
+    """Read what an average records of itself; a file of unknown origin may say anything.
+
+    Raises:
+        LayoutError: `ckpt avg` did not write it, or the record is damaged.
+    """
+    path, made = header.path, header.provenance
+    if made is None:
+        raise LayoutError(
+            f"{path}: has no record of ckpt-tools, so it is not known what it was made of. Only averages by ckpt-tools "
+            "have one."
+        )
+    command = made.get("command")
+    if command != "avg":
+        source = made.get("input")
+        name = source.get("name") if isinstance(source, dict) else None
+        of = f" from {name}" if isinstance(name, str) else ""
+        raise LayoutError(
+            f"{path}: was written by 'ckpt {command}'{of}, and is not the average as it was made. Give the average "
+            "itself, then do that again with the result."
+        )
+    try:
+        return _record(path, made)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise LayoutError(
+            f"{path}: its record is damaged, or of another version of ckpt-tools ({made.get('version')}): "
+            f"{_fault(error)}. Average the checkpoints themselves instead."
+        ) from error
+
+
+def _fault(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _record(path: Path, made: Mapping[str, Any]) -> Record:
+    arguments, state = made["arguments"], made["state"]
+    if not isinstance(arguments, dict) or not all(_is_argument(value) for value in arguments.values()):
+        raise ValueError("its 'arguments' are no options")
+    if not isinstance(made["mode"], str) or not isinstance(state, str):
+        raise ValueError("its 'mode' or 'state' is no text")
+    if not isinstance(made["inputs"], list) or not made["inputs"]:
+        raise ValueError("its 'inputs' are no list")
+    counter, places, updates = made.get("counter"), made.get("places", []), made.get("updates", 0)
+    if not (counter is None or isinstance(counter, str)) or not _is_whole(updates):
+        raise ValueError("its 'counter' or 'updates' is of the wrong type")
+    if not isinstance(places, list) or not all(isinstance(each, str) for each in places):
+        raise ValueError("its 'places' are no list of names")
+    return Record(
+        path=path,
+        version=str(made.get("version")),
+        mode=made["mode"],
+        arguments=arguments,
+        state=state,
+        inputs=tuple(_input(each, state) for each in made["inputs"]),
+        counter=counter,
+        places=tuple(places),
+        updates=updates,
+        ratios=_ratios(made.get("ratios", {})),
+    )
+
+
+def _ratios(said: Any) -> dict[str, float]:
+    if not isinstance(said, dict) or not all(isinstance(t, (int, float)) and 0 <= t <= 1 for t in said.values()):
+        raise ValueError("its 'ratios' are no numbers from 0 to 1")
+    return {str(name): float(t) for name, t in said.items()}
+
+
+def _input(said: Any, state: str) -> Input:
+    if not isinstance(said, dict):
+        raise ValueError("an input is no object")
+    name, size, step, coefficient = said["name"], said["size"], said["step"], said["coefficient"]
+    sha256 = said.get("sha256", {})
+    if not isinstance(name, str) or "\0" in name or PurePosixPath(name).is_absolute() or not _is_below(name):
+        raise ValueError(f"{name!r} is no name of an input")
+    if not _is_whole(size) or not (step is None or _is_whole(step)):
+        raise ValueError(f"the size or the step of {name} is no whole number")
+    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)) or not math.isfinite(coefficient):
+        raise ValueError(f"the coefficient of {name} is no number")
+    if not isinstance(sha256, dict) or not all(_is_digest(value) for value in sha256.values()):
+        raise ValueError(f"the SHA-256 of {name} is none")
+    return Input(
+        path=name, name=name, step=step, coefficient=float(coefficient), state=state, nbytes=size, sha256=sha256
+    )
+
+
+def _is_argument(value: Any) -> bool:
+    texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return isinstance(value, (str, int, float)) or texts
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_below(name: str) -> bool:
+    """True for a path that stays in the folder that it is looked for in."""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and ".." not in parts
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None

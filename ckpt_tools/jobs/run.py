@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,7 @@ def produce(
     running: Running,
     *,
     inputs: Iterable[Path] = (),
+    replaces: Collection[Stamp] = (),
     finish: Callable[[R], tuple[R, Assembly]] | None = None,
     **options: Any,
 ) -> R:
@@ -74,12 +75,14 @@ def produce(
     Args:
         stamps: of the input files, taken when their headers were read.
         inputs: further files and folders that the target must not be.
+        replaces: those of `stamps` whose place the target may take.
         finish: called after the plan is shown; returns the report and the assembly to write instead.
         options: of `engine.run`.
     """
 
     def check() -> None:
-        check_output(assembly, [*inputs, *(stamp.path for stamp in stamps)], force=output.force)
+        kept = [stamp.path for stamp in stamps if stamp not in replaces]
+        check_output(assembly, [*inputs, *kept], force=output.force)
 
     def work(plan: R) -> R:
         done, final = (plan, assembly) if finish is None else finish(plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from ..series.rules.stock import Products
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running
 from ..tensors import TensorSpec
+from .addends import ByTensor
 from .lined_up import LinedUp, selected
 from .options import Matching, Summing
 from .provenance import short_names
@@ -58,38 +58,28 @@ def with_start(series: Series, base: str | Path, matching: Matching) -> Start:
             f"{'is one' if others else 'is none'}."
         )
     start = Member(path, header)
-    names = short_names([member.path for member in (start, *others)])
-    states = selected(others, names[1:], matching)
-    try:
-        own = selected([start], names[:1], matching)
-    except LayoutError:  # a release has no optimizer and no EMA beside its weights
-        own = selected([start], names[:1], Matching(**vars(matching) | {"state": "auto"}))
-    for member, state in zip((start, *others), (*own, *states), strict=True):
-        refuse_computed(member.header, state)
-    return Start((start, *others), (*own, *states))
+    return Start((start, *others), sets((start, *others), matching))
 
 
-@dataclass(frozen=True, slots=True)
-class ByTensor:
-    """Coefficients that differ from tensor to tensor.
+def sets(members: Sequence[Member], matching: Matching) -> tuple[StateDict, ...]:
+    """Select the weights of a start, which may have another set than is asked for, and of the others.
 
-    Attributes:
-        coefficients: of each tensor that is averaged: of the start, then of the others; 0 for those that lack it.
-        mean: over all values.
-        ratios: name to the coefficients of all but the start together.
-        notes: what they are, in words.
-        bytes_read: to measure them.
+    Raises:
+        LayoutError: one has none, or they are not in the file but computed.
     """
-
-    coefficients: Mapping[str, Row] = field(default_factory=dict)
-    mean: Row = ()
-    ratios: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    bytes_read: int = 0
+    names = short_names([member.path for member in members])
+    others = selected(members[1:], names[1:], matching)
+    try:
+        own = selected(members[:1], names[:1], matching)
+    except LayoutError:  # a release has no optimizer and no EMA beside its weights
+        own = selected(members[:1], names[:1], Matching(**vars(matching) | {"state": "auto"}))
+    for member, state in zip(members, (*own, *others), strict=True):
+        refuse_computed(member.header, state)
+    return (*own, *others)
 
 
 def measured(
-    schedule: Schedule, lined_up: LinedUp, members: Sequence[Member], matching: Matching, running: Summing
+    schedule: Schedule, members: Sequence[Member], matching: Matching, running: Summing, lined_up: LinedUp
 ) -> ByTensor:
     """Measure the angles between the models, in one pass over the files, and return the coefficients of each tensor.
 
@@ -118,6 +108,32 @@ def measured(
             raise NumericsError(f"'{name}': a value is NaN or infinity, so the angle between the models is not known.")
         own = iter(schedule.coefficients(found[specs]))
         by_name[name] = tuple(0.0 if spec is None else next(own) for spec in specs)
+    return _by_tensor(averaged, by_name, members, bytes_read=_nbytes(started))
+
+
+def recorded(ratios: Mapping[str, float], members: Sequence[Member], matching: Matching, lined_up: LinedUp) -> ByTensor:
+    """Return the coefficients that a record has.
+
+    Args:
+        ratios: name to the coefficients of all but the start together.
+
+    Raises:
+        AlignmentError: the record has other tensors.
+    """
+    averaged = {name: specs for name, specs in lined_up.aligned.items() if _is_averaged(name, specs, matching)}
+    if averaged.keys() != ratios.keys():
+        name = next(iter(averaged.keys() ^ ratios.keys()))
+        raise AlignmentError(f"'{name}' is in the record or in the checkpoints, not in both.")
+    by_name: dict[str, Row] = {}
+    for name, (_, *others) in averaged.items():
+        t, n = ratios[name], sum(spec is not None for spec in others)
+        by_name[name] = (1.0 - t, *(0.0 if spec is None else t / n for spec in others))
+    return _by_tensor(averaged, by_name, members)
+
+
+def _by_tensor(
+    averaged: Mapping[str, Aligned], by_name: Mapping[str, Row], members: Sequence[Member], bytes_read: int = 0
+) -> ByTensor:
     sizes = {name: next(spec.numel for spec in specs if spec is not None) for name, specs in averaged.items()}
     total = sum(sizes.values())
     mean = [math.fsum(row[i] * sizes[name] / total for name, row in by_name.items()) for i in range(len(members))]
@@ -126,7 +142,7 @@ def measured(
         mean=tuple(mean),
         ratios={name: 1.0 - row[0] for name, row in by_name.items()},
         notes=tuple(_notes(by_name, mean[0], members)),
-        bytes_read=_nbytes(started),
+        bytes_read=bytes_read,
     )
 
 
@@ -147,7 +163,7 @@ def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:
 
 def _products(tensors: Iterable[Aligned], members: Sequence[Member], running: Summing) -> dict[Aligned, Products]:
     """Return for each tensor, tied ones once, what `ckpt_tools.series.rules.stock` takes."""
-    from ..compute.gram import gram  # imports torch
+    from ..compute.gram import gram
 
     # The start comes last, for rows are differences from the last.
     rows = {specs: [spec for spec in (*specs[1:], specs[0]) if spec is not None] for specs in tensors}

@@ -10,13 +10,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+Products = Sequence[Sequence[float]]
+"""Inner products of N checkpoints, (N, N), as `ckpt_tools.compute.gram.gram` gives them: rows and columns are the
+differences from the last, and the last itself."""
 
 FAR = 3.0
-"""A checkpoint is far from all others if it is so many times as far from their mean as they are, in the median."""
+"""A checkpoint is far from all others if the nearest is so many times as far from it as they are from one another.
+
+In the median: so a run that moves in one direction, in ever shorter steps, has none that is far.
+"""
 ONE_BASIN = 0.9
 """In one basin, the mean is at least so long as the checkpoints are, on the average.
 
@@ -35,8 +38,8 @@ class Geometry:
         steps: distance of each to the next (N - 1).
         cosines: between each step and the next (N - 2); None if one of them is 0.
         mean_norm: norm of the mean over the mean of the norms; 1 if all are the same point.
-        farthest: number of the checkpoint that is farthest from the mean of the others, and how many times as far as
-            the others are from theirs, in the median; None for less than three.
+        farthest: number of the checkpoint whose nearest other is the farthest, and how many times as far that is as the
+            others are from one another, in the median; None for less than three.
     """
 
     norms: tuple[float, ...]
@@ -57,31 +60,18 @@ class Geometry:
         return self.mean_norm >= ONE_BASIN
 
 
-def geometry(products: torch.Tensor) -> Geometry:
-    """Measure a series.
-
-    Args:
-        products: (N, N) float64, as `ckpt_tools.compute.gram.gram` gives it: of the differences from the last, and of
-            the last itself.
-    """
-    n = len(products)
-    rows: list[list[float]] = products.tolist()
-    last = n - 1
-
-    def inner(i: int, j: int) -> float:
-        """Return <x_i - x_N, x_j - x_N>."""
-        return 0.0 if last in (i, j) else rows[i][j]
-
-    squares = [[max(inner(i, i) + inner(j, j) - 2 * inner(i, j), 0.0) for j in range(n)] for i in range(n)]
-    own = rows[last][last]
-    norms = [math.sqrt(max(own if i == last else rows[i][i] + 2 * rows[i][last] + own, 0.0)) for i in range(n)]
-    center = [sum(inner(i, j) for j in range(n)) for i in range(n)]  # n times <x_i - x_N, mean - x_N>
-    across = sum(rows[i][last] for i in range(last)) / n
-    length = math.sqrt(max(sum(center) / n**2 + 2 * across + own, 0.0))
+def geometry(products: Products) -> Geometry:
+    """Measure a series."""
+    n, last = len(products), len(products) - 1
+    inner = _differences(products)
+    squares = [[max(inner[i][i] + inner[j][j] - 2 * inner[i][j], 0.0) for j in range(n)] for i in range(n)]
+    norms = _norms(products)
+    across = sum(products[i][last] for i in range(last)) / n
+    length = math.sqrt(max(sum(map(sum, inner)) / n**2 + 2 * across + products[last][last], 0.0))
     whole = math.fsum(norms) / n
     return Geometry(
         norms=tuple(norms),
-        to_mean=tuple(_to_mean(squares, i, range(n)) for i in range(n)),
+        to_mean=tuple(_to_mean(squares, range(n))),
         steps=tuple(math.sqrt(squares[i][i + 1]) for i in range(last)),
         cosines=tuple(_cosine(squares, i) for i in range(n - 2)),
         mean_norm=length / whole if whole else 1.0,
@@ -89,10 +79,22 @@ def geometry(products: torch.Tensor) -> Geometry:
     )
 
 
-def _to_mean(squares: Sequence[Sequence[float]], i: int, of: Sequence[int]) -> float:
-    """Return the distance of checkpoint i to the mean of some."""
-    between = math.fsum(squares[j][k] for j in of for k in of) / (2 * len(of) ** 2)
-    return math.sqrt(max(math.fsum(squares[i][j] for j in of) / len(of) - between, 0.0))
+def _differences(products: Products) -> list[list[float]]:
+    """Return <x_i - x_N, x_j - x_N>."""
+    return [[*row[:-1], 0.0] for row in products[:-1]] + [[0.0] * len(products)]
+
+
+def _norms(products: Products) -> list[float]:
+    own = products[-1][-1]
+    squares = [row[i] + 2 * row[-1] + own for i, row in enumerate(products[:-1])]
+    return [math.sqrt(max(square, 0.0)) for square in (*squares, own)]
+
+
+def _to_mean(squares: Sequence[Sequence[float]], of: Sequence[int]) -> list[float]:
+    """Return the distances of some checkpoints to their mean."""
+    means = [math.fsum(squares[i][j] for j in of) / len(of) for i in of]
+    between = math.fsum(means) / (2 * len(of))
+    return [math.sqrt(max(mean - between, 0.0)) for mean in means]
 
 
 def _cosine(squares: Sequence[Sequence[float]], i: int) -> float | None:
@@ -104,16 +106,17 @@ def _farthest(squares: Sequence[Sequence[float]]) -> tuple[int, float] | None:
     n = len(squares)
     if n < 3:
         return None
-    from_others = [_to_mean(squares, i, [j for j in range(n) if j != i]) for i in range(n)]
-    i = max(range(n), key=from_others.__getitem__)
+    nearest = [min(square for j, square in enumerate(row) if j != i) for i, row in enumerate(squares)]
+    i = max(range(n), key=nearest.__getitem__)
     others = [j for j in range(n) if j != i]
-    usual = median(_to_mean(squares, j, others) for j in others)
-    return i, from_others[i] / usual if usual else math.inf if from_others[i] else 1.0
+    distance = math.sqrt(nearest[i])
+    usual = median(math.sqrt(squares[j][k]) for j in others for k in others if j < k)
+    return i, distance / usual if usual else math.inf if distance else 1.0
 
 
-def movement(products: torch.Tensor) -> float:
+def movement(products: Products) -> float:
     """Return how far a tensor moves: the root of the mean squared distance to its mean, over the mean norm."""
-    found = geometry(products)
-    whole = math.fsum(found.norms) / len(found.norms)
-    spread = math.sqrt(math.fsum(each**2 for each in found.to_mean) / len(found.to_mean))
-    return spread / whole if whole else 0.0
+    n, inner = len(products), _differences(products)
+    spread = sum(inner[i][i] for i in range(n)) / n - sum(map(sum, inner)) / n**2
+    whole = math.fsum(_norms(products)) / n
+    return math.sqrt(max(spread, 0.0)) / whole if whole else 0.0

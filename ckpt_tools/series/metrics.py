@@ -28,12 +28,13 @@ METRIC = "metric"
 
 _NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
 _LOWER = re.compile(
-    r"(?<![a-z])(loss|losses|err|error|errors|perplexity|ppl|wer|cer|ter|per|eer|fid|kid|fvd|nll|mse|mae|rmse|mape|lpips|bpb|"
+    r"(?<![a-z])(loss|losses|err|error|errors|perplexity|ppl|wer|cer|ter|eer|fid|kid|fvd|fad|nll|mse|mae|rmse|mape|lpips|bpb|"
     r"bpc|brier|ece|distance|divergence|kl)(?![a-z])"
 )
-_LOWER_PART = re.compile(r"loss|error|perplexity")
+_LOWER_PART = re.compile(r"loss|error|perplexity|(?<![a-z])per$|bits_per_")  # acc_per_class is no phoneme error rate
 _YAML_LINE = re.compile(rf"^[ \t]*['\"]?([^\s'\":#]+)['\"]?[ \t]*:[ \t]*{_NUMBER}[ \t]*(?:#.*)?$", re.MULTILINE)
 _MODE = re.compile(r"'mode': '(min|max)'")
+_FEW = 32
 _LARGEST = 64 << 20  # bytes of a table of metrics
 
 
@@ -271,8 +272,7 @@ _PLACES: dict[Callable[[Member, str], Found | None], str] = {
 
 def _unmeasured(header: Header, key: str, stored: Any) -> str:
     """Return the message for a checkpoint without a usable metric."""
-    numbers = (k for k in measured(header) if isinstance(k, str) and metric_of(header, k) is not None)
-    known = [*islice(numbers, 8)]
+    known = [*islice((name for name in _named(measured(header)) if metric_of(header, name) is not None), 8)]
     what = f"has no number under '{key}'"
     looked = (
         "neither inside nor in its name, trainer_state.json, the state of a ModelCheckpoint, summary.csv or a YAML "
@@ -290,6 +290,15 @@ def _unmeasured(header: Header, key: str, stored: Any) -> str:
         f"{header.path}: {found}, so `best` cannot rank it. {advice} Name another with `metric`, or give a table with "
         "`metrics`."
     )
+
+
+def _named(top: Mapping[Any, Any]) -> Iterator[str]:
+    """Yield the names of entries, and of those one level below, where few stand together, as metrics do."""
+    for name, value in top.items():
+        if isinstance(name, str):
+            yield name
+            if isinstance(value, dict) and len(value) <= _FEW:
+                yield from (f"{name}.{inner}" for inner in value if isinstance(inner, str))
 
 
 def _table(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ A profile is a density over training time t in (0, T], in steps; it integrates t
 
 - power: (g + 1) t^g / T^(g + 1) (EDM2, arXiv 2312.02696)
 - exponential: decay d a step, k e^(-k (T - t)) with k = -ln d; what is left of the start, d^T, is on the first step
-- snapshot: weights stand for the stretch since the snapshot before, as they do in a rule over steps
+- snapshot: all at T, which is no density, but its integral is a step
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from .rules.amounts import parse_span
-from .rules.power import gamma_of
+from .rules.power import LARGEST_GAMMA, gamma_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,29 +31,37 @@ class Profile:
     Attributes:
         end: T, the last step, above 0.
         kind: ``power``, ``exponential`` or ``snapshot``.
-        value: g; d, below 1; the start of the stretch that a snapshot stands for.
+        value: g; d, below 1; 0 for a snapshot.
     """
 
     end: float
     kind: str
-    value: float
+    value: float = 0.0
 
     def density(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the density at times (float64, any shape)."""
+        """Return the density at times (float64, any shape); not of a snapshot."""
         inside = (t <= self.end).double()
         if self.kind == "power":
             return inside * (self.value + 1) / self.end * (t / self.end).clamp(max=1).pow(self.value)
-        if self.kind == "snapshot":
-            return inside * (t > self.value) / (self.end - self.value)
         rate = -math.log(self.value)
-        fading: torch.Tensor = (-rate * (self.end - t).clamp(min=0)).exp()
-        return inside * (rate * fading + (t < 1).double() * math.pow(self.value, self.end))
+        return inside * (rate * self._fading(t) + (t < 1).double() * math.pow(self.value, self.end))
+
+    def cumulative(self, t: torch.Tensor) -> torch.Tensor:
+        """Return the integral of the density up to times (float64, any shape)."""
+        if self.kind == "power":
+            return (t / self.end).clamp(max=1).pow(self.value + 1)
+        if self.kind == "snapshot":
+            return (t >= self.end).double()
+        return self._fading(t) - math.pow(self.value, self.end) * (1 - t.clamp(max=1))
+
+    def _fading(self, t: torch.Tensor) -> torch.Tensor:
+        return (math.log(self.value) * (self.end - t).clamp(min=0)).exp()
 
     @property
     def edges(self) -> list[float]:
         """Times between which the density is smooth: ever closer to the end, where most of it may be, and to 0."""
         if self.kind == "snapshot":
-            return [0.0, self.value, self.end]
+            return [0.0, self.end]
         halves = [2.0**-k for k in range(1, 50)]
         return [
             0.0,
@@ -69,7 +77,10 @@ def mixture(sources: tuple[Profile, ...], wanted: Profile) -> tuple[tuple[float,
     """Return the coefficients of the mixture of averages that is nearest to a profile, by least squares.
 
     It minimises the integral of the squared difference of the densities (EDM2, algorithm 3), and is then divided by
-    its sum.
+    its sum. With snapshots among the sources, it minimises that of the cumulative profiles, for coefficients whose sum
+    is 1: an average is the sum of all updates so far, each times one minus the cumulative profile, so this is the
+    expected squared error where updates are independent, in units of the distance between the last weights and the
+    wanted average.
 
     Args:
         sources: of the averages that there are.
@@ -83,6 +94,9 @@ def mixture(sources: tuple[Profile, ...], wanted: Profile) -> tuple[tuple[float,
 
     nodes, weights = _quadrature(sorted({edge for each in (*sources, wanted) for edge in each.edges}))
     scale = weights.sqrt()
+    if any(each.kind == "snapshot" for each in sources):
+        steps = torch.stack([each.cumulative(nodes) * scale for each in sources], dim=1)
+        return _of_sum_1(steps, wanted.cumulative(nodes) * scale)
     columns = torch.stack([each.density(nodes) * scale for each in sources], dim=1)
     target = wanted.density(nodes) * scale
     # Columns of length 1, so that the rank is found whatever the widths of the profiles are.
@@ -95,6 +109,19 @@ def mixture(sources: tuple[Profile, ...], wanted: Profile) -> tuple[tuple[float,
     found = found / total
     residual = (columns @ found - target).norm() / target.norm()
     return tuple(found.tolist()), residual.item()
+
+
+def _of_sum_1(columns: torch.Tensor, target: torch.Tensor) -> tuple[tuple[float, ...], float]:
+    """Return the coefficients of least squares among those whose sum is 1, and the relative residual."""
+    import torch
+
+    n = columns.shape[1]
+    ones = torch.ones(n, 1, dtype=torch.float64)
+    directions = torch.linalg.qr(ones, mode="complete").Q[:, 1:]  # in which the sum does not change
+    start = columns.mean(dim=1)
+    solution = torch.linalg.lstsq(columns @ directions, (target - start)[:, None], rcond=1e-12, driver="gelsd").solution
+    found = 1 / n + (directions @ solution)[:, 0]
+    return tuple(found.tolist()), ((columns @ found - target).norm() / target.norm()).item()
 
 
 def _quadrature(edges: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,40 +137,44 @@ def _quadrature(edges: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
     return (middle[:, None] + half[:, None] * values).flatten(), (half[:, None] * 2 * vectors[0] ** 2).flatten()
 
 
+_SHORTEST = 0.01  # steps; nothing but the last one is left long before
+_RANGES = {"gamma": f"gamma is 0 or more, and {LARGEST_GAMMA:.0e} at most", "decay": "a decay is between 0 and 1"}
 _FORM = re.compile(r"(sigma-rel|gamma|decay|half-life)\s*[=:]\s*(\S+)|(snapshot)")
 
 
-def parse_profile(name: str, text: str, end: float, before: float = 0.0) -> Profile:
+def parse_profile(name: str, text: str, end: float) -> Profile:
     """Read a profile that ends at a step.
 
     Args:
         name: of the parameter, for the message.
         text: ``sigma-rel=0.05``, ``gamma=6.94``, ``decay=0.9999`` (a step), ``half-life=20k`` (steps, or ``5%`` of the
-            training so far) or ``snapshot``; a colon may stand for the equal sign.
+            training so far) or, for what files hold, ``snapshot``; a colon may stand for the equal sign.
         end: the last step.
-        before: the step of the snapshot before it.
 
     Raises:
         UsageError: something else, or a number out of range.
     """
     match = _FORM.fullmatch(text.strip().lower().replace("_", "-"))
-    if match is None:
+    if match is None or (match[3] and name == "target"):
         raise UsageError(
             f"`{name}={text!r}` is not a profile; write sigma-rel=0.12, gamma=6.94, decay=0.9999 or half-life=5%."
         )
     kind, value, snapshot = match.groups()
     if snapshot:
-        return Profile(end, "snapshot", before)
+        return Profile(end, "snapshot")
     if kind == "half-life":
-        return Profile(end, "exponential", 2 ** (-1 / parse_span(name, value).of(end)))
+        length = parse_span(name, value).of(end)
+        if length < _SHORTEST:
+            raise UsageError(f"`{name}={text!r}`: a half-life is {_SHORTEST:g} steps or more.")
+        return Profile(end, "exponential", 2 ** (-1 / length))
     try:
         number = float(value)
     except ValueError:
         raise UsageError(f"`{name}={text!r}`: {value!r} is not a number.") from None
     if kind == "sigma-rel":
-        return Profile(end, "power", gamma_of(number))
-    if kind == "gamma" and 0 <= number < math.inf:
+        return Profile(end, "power", gamma_of(number, f"{name}={text!r}"))
+    if kind == "gamma" and 0 <= number <= LARGEST_GAMMA:
         return Profile(end, "power", number)
     if kind == "decay" and 0 < number < 1:
         return Profile(end, "exponential", number)
-    raise UsageError(f"`{name}={text!r}`: {'gamma is 0 or more' if kind == 'gamma' else 'a decay is between 0 and 1'}.")
+    raise UsageError(f"`{name}={text!r}`: {_RANGES[kind]}.")

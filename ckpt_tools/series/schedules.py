@@ -36,6 +36,7 @@ class Schedule:
             name: tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
             for name, value in options.items()
         }
+        self._asked = mode
         self.mode = self._meant() if mode is None else _named(mode)
 
     @classmethod
@@ -52,6 +53,12 @@ class Schedule:
         given = {name for name, value in self._given.items() if value != _defaults()[name]}
         takers = [mode for mode, rule in SCHEDULES.items() if given <= {option.name for option in rule.options}]
         return takers[0] if given and len(takers) == 1 else "uniform"
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was asked for: the mode, if it was, and options that are not at their defaults."""
+        mode = {} if self._asked is None else {"mode": self.mode}
+        return mode | {name: value for name, value in self._given.items() if value != _defaults().get(name, value)}
 
     @property
     def rule(self) -> Rule:

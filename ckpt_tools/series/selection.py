@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from ..checkpoints.steps import telling_names
 from ..errors import SeriesError, UsageError
 from .member import Member
 from .metrics import METRIC, rank
@@ -42,13 +43,13 @@ class Choice:
         from_step: Steps | None = None,
         to_step: Steps | None = None,
         window: Span | None = None,
-        best: int | None = None,
+        best: Steps | None = None,
         metric: str = METRIC,
         lower_is_better: bool | None = None,
         metrics: str | Path | None = None,
         every: Steps | None = None,
         min_gap: Steps | None = None,
-        last: int | None = None,
+        last: Steps | None = None,
     ) -> None:
         self._from = _count("from_step", from_step, least=None)
         self._to = _count("to_step", to_step, least=None)
@@ -61,6 +62,10 @@ class Choice:
         self._min_gap = _count("min_gap", min_gap)
         if best is None and (lower_is_better is not None or metric != METRIC or metrics is not None):
             raise UsageError("`metric`, `metrics` and `lower_is_better` go with `best`.")
+        if not (isinstance(metric, str) and metric.strip(".")):
+            raise UsageError(f"`metric={metric!r}` is not the name of a metric.")
+        if self._from is not None and self._to is not None and self._from > self._to:
+            raise UsageError(f"`from_step={self._from}` is after `to_step={self._to}`.")
         self._metric, self._lower = metric, lower_is_better
         self._table = None if metrics is None else as_path(metrics)
 
@@ -82,9 +87,9 @@ class Choice:
         if self._every is not None:
             members = members[:: -self._every][::-1]
         if self._stretch is not None:
-            members = _latest_of_each(members, self._stretch)
+            members = _of_several(members, _latest_of_each(members, self._stretch), f"`every='{self._stretch}steps'`")
         if self._min_gap is not None:
-            members = _apart(members, self._min_gap)
+            members = _of_several(members, _apart(members, self._min_gap), f"`min_gap={self._min_gap}`")
         if self._last is not None:
             if self._last > len(members):
                 notes.append(f"`last={self._last}`: there are only {len(members)}; all are used.")
@@ -125,7 +130,14 @@ class Choice:
         if best > len(members):
             notes.append(f"`best={best}`: there are only {len(members)}; all are used.")
         chosen = ranking.members[:best]
-        shown = ", ".join(f"{m.path.name} {ranking.measured[m].value:.6g}" for m in chosen[:10])
+        unusable = next((m for m in chosen if math.isinf(ranking.measured[m].value)), None)
+        if unusable is not None:
+            raise SeriesError(
+                f"{unusable.path}: its '{self._metric}' is {ranking.measured[unusable].value}, and it would be among "
+                f"the best {best}. Leave this file out, or choose fewer."
+            )
+        names = dict(zip(members, telling_names([m.path for m in members]), strict=True))
+        shown = ", ".join(f"{names[m]} {ranking.measured[m].value:.6g}" for m in chosen[:10])
         more = f" and {len(chosen) - 10} more" if len(chosen) > 10 else ""
         places = " and ".join(dict.fromkeys(ranking.measured[m].where for m in members))
         direction = "lower" if ranking.lower_is_better else "higher"
@@ -137,7 +149,8 @@ def _count(name: str, value: Any, least: int | None = 1) -> int | None:
     if value is None:
         return None
     if isinstance(value, str):
-        value = parse_steps(name, value)
+        of_files = ("; write one such as 5",) if name in ("last", "best") else ()
+        value = parse_steps(name, value, *of_files)
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise UsageError(f"`{name}` is a whole number, not {value!r}.")
     if least is not None and value < least:  # type: ignore[operator]
@@ -160,6 +173,14 @@ def _latest_of_each(members: Sequence[Member], length: int) -> Sequence[Member]:
     for member, step in zip(members, steps, strict=True):
         latest[(max(steps) - step) // length] = member
     return [member for member in members if member in latest.values()]
+
+
+def _of_several(members: Sequence[Member], kept: Sequence[Member], asked: str) -> Sequence[Member]:
+    if len(kept) == 1 < len(members):
+        raise SeriesError(
+            f"{asked}: of {len(members)} checkpoints, only {kept[0].path} is left. Choose a smaller number."
+        )
+    return kept
 
 
 def _apart(members: Sequence[Member], gap: int) -> Sequence[Member]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoints.ema_updates import stored_decay
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import dotted
-from ..errors import SeriesError
+from ..errors import SeriesError, UsageError
 from .member import Member
 from .profiles import Profile, parse_profile
 
@@ -28,26 +28,29 @@ def stored_profiles(sources: Sequence[tuple[Member, StateDict]], asked: Sequence
 
     Raises:
         SeriesError: a checkpoint has no step, or nothing tells how its average was made.
-        UsageError: `asked` has something else than a profile.
+        UsageError: `asked` has something else than a profile, or a glob that matches nothing.
     """
+    for given in asked:
+        pattern = given.partition("=")[0]
+        if not any(fnmatch(name, pattern) for member, state in sources for name in _names(member, state)):
+            raise UsageError(f"`profile={given!r}`: no checkpoint matches {pattern!r}; a glob takes the whole name.")
     profiles = []
-    snapshots: list[int] = []
     for member, state in sources:
         end = member.step
         if end is None or end <= 0:
             what = "no step that is known" if end is None else f"step {end}"
-            raise SeriesError(f"{member.path}: has {what}, and `mode='posthoc'` needs one above 0.")
-        text = _text(member, state, asked)
-        before = max((step for step in snapshots if step < end), default=0)
-        profile = parse_profile("profile", text, end, before)
-        if profile.kind == "snapshot":
-            snapshots.append(end)
-        profiles.append(profile)
+            leave = "" if end is None else " Leave it out with `from_step=1`."
+            raise SeriesError(f"{member.path}: has {what}, and `mode='posthoc'` needs one above 0.{leave}")
+        profiles.append(parse_profile("profile", _text(member, state, asked), end))
     return profiles
 
 
+def _names(member: Member, state: StateDict) -> tuple[str, ...]:
+    return member.path.name, f"{member.path.name}:{dotted(state.path)}", str(member.path)
+
+
 def _text(member: Member, state: StateDict, asked: Sequence[str]) -> str:
-    names = (member.path.name, f"{member.path.name}:{dotted(state.path)}", str(member.path))
+    names = _names(member, state)
     for given in reversed(asked):
         pattern, _, text = given.partition("=")
         if any(fnmatch(name, pattern) for name in names):
@@ -65,10 +68,11 @@ def _text(member: Member, state: StateDict, asked: Sequence[str]) -> str:
         return f"decay={decay}"
     if state.which == "raw":
         return "snapshot"
+    several = f"; for one set of several, '{member.path.name}:{dotted(state.path)}=...'" if state.path else ""
     raise SeriesError(
         f"{member.path}: nothing tells which steps its {state.label} is an average of: it stores no decay, and its "
-        f"name has none. Say it: `profile='{member.path.name}=decay:0.9999'`, or sigma-rel, gamma or half-life; for "
-        f"one set of several, '{member.path.name}:{dotted(state.path)}=...'."
+        f"name has none. Say it: `profile='{member.path.name}=decay:0.9999'`, or sigma-rel, gamma or half-life, for "
+        f"this file or a glob{several}."
     )
 
 
@@ -86,4 +90,4 @@ def _decay(member: Member, state: StateDict) -> float | None:
             "ema_" + dotted(state.path).rpartition("ema")[2].strip("._")
         )
         stored = None if named is None else float(named[1])
-    return stored
+    return stored if stored is not None and 0 < stored < 1 else None

@@ -102,6 +102,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
         "How much each checkpoint counts:",
         "Which checkpoints:",
         "Which weights:",
+        "From an average that is there:",
         "Output:",
         "Running:",
         "Options:",
@@ -114,9 +115,9 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--last", "1.5"], "Invalid value for '--last'"),
+        (["--threads", "1.5"], "Invalid value for '--threads'"),
         (["--decay", "much"], "Invalid value for '--decay'"),
-        (["--last", ""], "Invalid value for '--last'"),
+        (["--threads", ""], "Invalid value for '--threads'"),
     ],
 )
 def test_commands_leave_messages_about_bad_values_to_typer(
@@ -164,7 +165,7 @@ def test_help_fits_a_narrow_terminal(command: str) -> None:
     [
         (["avg"], "Missing argument 'PATH'"),
         (["avg", "a.pth", "--lats", "3"], "No such option: --lats"),
-        (["avg", "a.pth", "--last", "x"], "Invalid value for '--last'"),
+        (["avg", "a.pth", "--threads", "x"], "Invalid value for '--threads'"),
         (["average", "a.pth"], "No such command 'average'"),
         (["inspect", "a.pth", "b.pth"], "unexpected extra argument"),
     ],

@@ -180,3 +180,37 @@ def test_the_state_of_a_task_is_averaged_with_the_model(tmp_path: Path) -> None:
         loaded = a_task()
         task_module.resume_task_checkpoint(loaded, str(tmp_path / "out.pth.tar"), log_info=False)
         assert not differences(weights_of(loaded.get_trainable_module()), mean(*sets[ema]))
+
+
+def test_an_ema_and_the_raw_weights_of_the_same_files_make_another_ema(tmp_path: Path) -> None:
+    """Against a ModelEmaV3 with the wanted decay, which was kept beside the one in the files: 20 updates an epoch."""
+    torch.manual_seed(0)
+    model, updates, epochs = torch.nn.Linear(4, 3, dtype=torch.float64), 20, 12
+    stored, wanted = (ModelEmaV3(model, decay=0.5 ** (1 / (h * updates)), foreach=False) for h in (1, 2))
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters()), model_ema=stored, checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path), max_history=epochs,
+    )  # fmt: skip
+    for epoch in range(1, epochs + 1):
+        for _ in range(updates):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += torch.randn_like(parameter)
+            stored.update(model)
+            wanted.update(model)
+        saver.save_checkpoint(epoch, metric=float(epoch))
+    report = ckpt_tools.average(
+        f"{tmp_path}/checkpoint-*.pth.tar", mode="posthoc", target="half-life=2",
+        profile=["*:state_dict_ema=half-life:1"], out=tmp_path / "a.pth",
+    )  # fmt: skip
+    assert {entry.state for entry in report.inputs} == {"raw (state_dict)", "ema (state_dict_ema)"}
+    assert len(report.inputs) == 2 * epochs
+    made = load_weights(tmp_path / "a.pth")
+    for name, tensor in wanted.module.state_dict().items():
+        apart = (stored.module.state_dict()[name] - tensor).abs().max()
+        assert (made[name] - tensor).abs().max() < 0.05 * apart
+
+
+def load_weights(path: Path) -> Weights:
+    content: Weights = torch.load(path, weights_only=True)["state_dict"]
+    return content

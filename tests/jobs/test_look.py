@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 from cli_runner import run
 
 from ckpt_tools import look
-from ckpt_tools.errors import CkptError, UsageError
+from ckpt_tools.compute import native
+from ckpt_tools.errors import CkptError, NumericsError, UsageError
 
 Save = Callable[..., Path]
 
@@ -70,13 +73,46 @@ def test_look_tells_of_an_outlier_a_decayed_rate_and_another_basin(save: Save, h
         save(f"c-{i}.pth", tree)
     report = look("c-*.pth")
     assert report.outlier == "c-3.pth"
-    assert any("c-3.pth is" in note and "as far from the mean of the others" in note for note in report.notes)
+    assert any("c-3.pth is far from all others: the nearest is" in note for note in report.notes)
     for i in range(5):
         save(f"d-{i}.pth", {"fc.weight": torch.randn(50, 40)})
     report = look("d-*.pth")
     assert not report.one_basin
     assert report.mean_norm == pytest.approx(5**-0.5, abs=0.02)
     assert any("no common basin" in note for note in report.notes)
+
+
+def test_look_tells_of_a_rate_that_fell_before_the_first_file_or_is_not_in_every_file(save: Save, here: Path) -> None:
+    late = optimizer(0.001)
+    late["param_groups"][0]["initial_lr"] = 0.3
+    series(save, optimizer=[{}, late, optimizer(0.001), late, {}])
+    report = look("c-*.pth")
+    assert [each.learning_rate for each in report.checkpoints] == [None, 0.001, 0.001, 0.001, None]
+    assert report.notes == ()
+    series(save, optimizer=[{}, optimizer(0.2), {}, optimizer(0.001), {}])
+    assert any("falls from 0.2 to 0.001" in note for note in look("c-*.pth").notes)
+    series(save, optimizer=[optimizer(0.001)] * 4 + [late])
+    assert any("began at 0.3, and is 0.001 in the last file" in note for note in look("c-*.pth").notes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("which", [0, 2, 4])
+def test_look_refuses_what_is_at_no_distance(save: Save, here: Path, value: float, which: int) -> None:
+    series(save)
+    tree = torch.load(f"c-{which}.pth")
+    tree["model"]["fc.weight"] = tree["model"]["fc.weight"].double()
+    tree["model"]["fc.weight"][3, 4] = value
+    save(f"c-{which}.pth", tree)
+    with pytest.raises(NumericsError, match=rf"'fc\.weight' in c-{which}\.pth: a value is NaN or infinity"):
+        look("c-*.pth")
+
+
+def test_look_needs_no_torch(save: Save, here: Path) -> None:
+    if native._native is None:
+        pytest.skip("no C extension")
+    series(save)
+    code = "import sys; from ckpt_tools import look; assert look('c-*.pth').one_basin; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_look_tells_how_much_of_an_ema_is_still_its_start(save: Save, here: Path) -> None:
@@ -94,6 +130,11 @@ def test_look_tells_how_much_of_an_ema_is_still_its_start(save: Save, here: Path
     report = look("e-*.ckpt")
     assert report.checkpoints[0].start_left == pytest.approx(0.99**100, rel=1e-5)
     assert any("36.6% of the EMA in e-1.ckpt is still the weights that it began with" in note for note in report.notes)
+    for columns in (60, 80, 120):
+        shown = run("look", "e-*.ckpt", columns=columns).err
+        assert "start left" in shown
+        assert all(len(line) <= columns for line in shown.splitlines()[:3])
+        assert [name for name in ("e-1.ckpt", "e-2.ckpt") if f"\n{name}  " in shown] == ["e-1.ckpt", "e-2.ckpt"]
 
 
 def test_the_command_shows_a_table_and_writes_json(save: Save, here: Path) -> None:

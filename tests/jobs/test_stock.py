@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.compute import native
-from ckpt_tools.errors import AlignmentError, CkptError, NumericsError, UsageError
+from ckpt_tools.errors import AlignmentError, CkptError, LayoutError, NumericsError, UsageError
 from ckpt_tools.series.schedules import Schedule
 
 Save = Callable[..., Path]
@@ -233,3 +233,30 @@ def test_base_alone_means_stock_and_a_dry_run_draws_it(save: Save, here: Path) -
     assert shown.code == 0
     assert "mode stock" in shown.err
     assert "The start, start.safetensors, counts" in shown.err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_replay_makes_the_same_bytes_from_the_recorded_ratios(save: Save, here: Path, suffix: str) -> None:
+    start, tuned = models()
+    average(write(save, start, tuned, suffix), mode="stock", base=f"start{suffix}", out=f"out{suffix}")
+    report = average([], replay=f"out{suffix}", out=f"again{suffix}")
+    assert report.same is True
+    for name in start:
+        assert torch.equal(open_checkpoint(f"again{suffix}")[name], open_checkpoint(f"out{suffix}")[name])
+
+
+def test_a_replay_takes_the_start_that_lacks_the_average_of_the_models(save: Save, here: Path) -> None:
+    start, tuned = models()
+    save("start.pth", {"model": start})
+    for i, each in enumerate(tuned):
+        save(f"m-{i}.pth", {"state_dict": tuned[0], "state_dict_ema": each, "epoch": i})
+    average("m-*.pth", base="start.pth", out="out.safetensors")
+    assert average([], replay="out.safetensors", out="again.safetensors").same is True
+
+
+def test_model_stock_is_not_extended(save: Save, here: Path) -> None:
+    start, tuned = models()
+    paths = write(save, start, tuned)
+    average(paths[:2], mode="stock", base="start.safetensors", out="out.safetensors")
+    with pytest.raises(LayoutError, match="cannot be extended: `mode='stock'` gives new checkpoints no weight"):
+        average(paths[2:], update="out.safetensors", out="more.safetensors")

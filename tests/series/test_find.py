@@ -193,6 +193,30 @@ def test_find_series_reads_a_step_in_a_tensor(save: Save) -> None:
     assert (series.ordered_by, series.notes) == ("the step stored in the files", ())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "steps"),
+    [
+        ("float16", [500, 2047, 2049, 3001, 40001]),
+        ("float16", [65519, 65520, 70000, 10**6]),  # the last three are infinity in the file
+        ("bfloat16", [255, 257, 1001, 10**6]),
+        ("float32", [1, 10**7 + 1]),
+    ],
+)
+def test_find_series_takes_from_the_name_what_16_bits_lost_of_a_step(save: Save, dtype: str, steps: list[int]) -> None:
+    """ema-pytorch's PostHocEMA stores all of its state as float16, and names its files INDEX.STEP.pt."""
+    for step in steps:
+        save(f"0.{step}.pt", {**weights(step), "step": torch.tensor(step).to(getattr(torch, dtype))})
+    found = find_series(["*.pt"])
+    assert [member.step for member in found.members] == steps
+    assert found.ordered_by == "the step stored in the files"
+
+
+def test_find_series_ignores_a_rounded_step_that_the_name_does_not_tell(save: Save) -> None:
+    for name, step in (("a-3001", 3001), ("b", 5003)):
+        save(f"{name}.pt", {**weights(step), "step": torch.tensor(step).half(), "epoch": step // 1000})
+    assert find_series(["*.pt"]).ordered_by == "the epoch stored in the files"
+
+
 @pytest.mark.parametrize("key", ["step", "global_step", "epoch"])
 def test_find_series_reads_the_step_in_the_metadata_of_safetensors(key: str) -> None:
     for name, step in (("a", "500"), ("b", "60")):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ckpt_tools import average
 from ckpt_tools.errors import SeriesError, UsageError
 from ckpt_tools.series.profiles import Profile, mixture, parse_profile
-from ckpt_tools.series.rules.power import gamma_of, power
+from ckpt_tools.series.rules.power import gamma_of
 from ckpt_tools.series.schedules import Schedule
 
 STEPS = 2000
@@ -98,11 +98,42 @@ def test_snapshots_and_an_ema_make_a_longer_ema() -> None:
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=12), st.floats(0, 50))
-def test_snapshots_alone_make_what_the_power_rule_makes(gaps: Sequence[int], gamma: float) -> None:
-    ends = np.cumsum(gaps).tolist()
-    sources = [Profile(b, "snapshot", a) for a, b in zip([0, *ends], ends, strict=False)]
-    coefficients, _ = mixture(tuple(sources), Profile(ends[-1], "power", gamma))
-    assert coefficients == pytest.approx(power(ends, gamma=gamma), abs=1e-9)
+def test_snapshots_alone_have_the_mean_of_the_cumulative_profile_until_the_next(
+    gaps: Sequence[int], gamma: float
+) -> None:
+    """The step function that is nearest to a curve has its mean on each step."""
+    ends = np.cumsum(gaps).astype(float)
+    coefficients, _ = mixture(
+        tuple(Profile(end, "snapshot") for end in ends.tolist()), Profile(ends[-1], "power", gamma)
+    )
+    integral = ends[-1] * (ends / ends[-1]) ** (gamma + 2) / (gamma + 2)
+    levels = np.append(np.diff(integral) / np.diff(ends), 1.0)
+    assert np.cumsum(coefficients) == pytest.approx(levels, abs=1e-9)
+
+
+@pytest.mark.parametrize("times", [0.5, 1.5, 2.0, 4.0])
+def test_the_residual_with_snapshots_is_the_error_on_random_walks(times: float) -> None:
+    """In units of the distance between the last weights and the wanted average, over 400 walks of 240 steps."""
+    each, epochs = 20, 12
+    weights = np.random.default_rng(5).standard_normal((each * epochs, 400)).cumsum(axis=0)
+
+    def ema(half_life: float) -> np.ndarray:
+        d, averages = 0.5 ** (1 / (half_life * each)), [weights[0]]
+        for now in weights[1:]:
+            averages.append(d * averages[-1] + (1 - d) * now)
+        return np.array(averages)
+
+    ends = [each * (i + 1) for i in range(epochs)]
+    decay = 0.5 ** (1 / each)
+    sources = [Profile(float(end), "exponential", decay) for end in ends] + [
+        Profile(float(e), "snapshot") for e in ends
+    ]
+    coefficients, residual = mixture(tuple(sources), Profile(ends[-1], "exponential", decay ** (1 / times)))
+    made = np.asarray(coefficients) @ np.concatenate([ema(1)[np.array(ends) - 1], weights[np.array(ends) - 1]])
+    wanted = ema(times)[-1]
+    error = np.linalg.norm(made - wanted) / np.linalg.norm(weights[-1] - wanted)
+    assert error == pytest.approx(residual, rel=0.3)
+    assert math.fsum(coefficients) == pytest.approx(1, abs=1e-12)
 
 
 def test_an_average_that_is_there_is_taken_as_it_is() -> None:
@@ -126,7 +157,6 @@ def test_equal_sources_have_equal_parts() -> None:
         Profile(2000, "exponential", 0.9999),
         Profile(7, "power", 0.0),
         Profile(10**7, "power", 900.0),
-        Profile(50, "snapshot", 20),
     ],
 )
 def test_a_profile_has_the_mass_one(profile: Profile) -> None:
@@ -250,3 +280,68 @@ def test_a_half_life_of_a_target_may_be_a_part_of_the_run() -> None:
     schedule = Schedule("posthoc", target="half-life=5%")
     schedule.check()
     assert parse_profile("target", "half-life=5%", 2000.0).value == pytest.approx(0.5 ** (1 / 100))
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("power", 8.0), ("power", 1.5), ("exponential", 0.98), ("exponential", 0.995)],
+)
+@pytest.mark.parametrize("snapshots", [False, True])
+def test_mixture_is_the_least_squares_solution_of_numpy(kind: str, value: float, snapshots: bool) -> None:
+    """Densities on 200,000 points, summed by the midpoint rule, and with snapshots their integrals."""
+    end, points = 400.0, 200_000
+    t = (np.arange(points) + 0.5) * end / points
+
+    def density(last: float, kind: str, value: float) -> np.ndarray:
+        if kind == "power":
+            return np.where(t <= last, (value + 1) / last * (t / last) ** value, 0)
+        if kind == "snapshot":
+            return np.where(np.abs(t - last - 0.5 * end / points) < 0.1 * end / points, points / end, 0)
+        fading = -math.log(value) * value ** np.maximum(last - t, 0)
+        return np.where(t <= last, fading + np.where(t < 1, value**last, 0), 0)
+
+    sources = [
+        (200.0, "exponential", 0.97), (400.0, "exponential", 0.97), (400.0, "power", 5.0), (300.0, "power", 12.0),
+        (400.0, "exponential", 0.99), *[(300.0, "snapshot", 0.0), (400.0, "snapshot", 0.0)] * snapshots,
+    ]  # fmt: skip
+    columns, wanted = np.stack([density(*each) for each in sources], axis=1), density(end, kind, value)
+    if snapshots:  # the last one is left when the others have their parts of 1
+        columns, wanted = (np.cumsum(each, axis=0) * end / points for each in (columns, wanted))
+        most = np.linalg.lstsq(columns[:, :-1] - columns[:, -1:], wanted - columns[:, -1], rcond=None)[0]
+        expected = np.append(most, 1 - most.sum())
+    else:
+        expected = np.linalg.lstsq(columns, wanted, rcond=None)[0]
+        expected /= expected.sum()
+    residual = np.linalg.norm(columns @ expected - wanted) / np.linalg.norm(wanted)
+    found = mixture(tuple(Profile(*each) for each in sources), Profile(end, kind, value))
+    assert found[0] == pytest.approx(expected, abs=2e-3 if snapshots else 1e-4)
+    assert found[1] == pytest.approx(residual, abs=2e-5)
+
+
+def test_files_of_guided_diffusion_beside_one_another_are_told_by_their_names(save: Save, here: Path) -> None:
+    """model010000.pt, ema_0.9999_010000.pt and ema_0.999_010000.pt, as its TrainLoop names them."""
+    for step in range(100, 1001, 100):
+        save(f"model{step:06d}.pt", {"w": torch.full((2,), float(step))})
+        for rate in ("0.99", "0.999"):
+            save(f"ema_{rate}_{step:06d}.pt", {"w": torch.full((2,), float(step) * float(rate))})
+    both = average(["."], mode="posthoc", target="decay=0.995", dry_run=True)
+    assert len(both.inputs) == 30
+    assert any("20 exponential and 10 snapshot profiles" in note for note in both.notes)
+    raw = average(["model*.pt"], mode="posthoc", target="gamma=0", dry_run=True)
+    assert [entry.coefficient for entry in raw.inputs] == pytest.approx([0.15, *[0.1] * 8, 0.05])
+
+
+def test_timms_epochs_take_half_lives_in_epochs(save: Save, here: Path) -> None:
+    """Raw weights and an EMA of each epoch make another EMA; against a run with 200 updates an epoch."""
+    weights, each = walk(7), 200
+    ema = kept(weights, lambda t: 0.5 ** (1 / each))
+    for epoch in range(1, 11):
+        tree = {"state_dict": {"w": torch.tensor(weights[each * epoch - 1])}, "epoch": epoch}
+        tree["state_dict_ema"] = {"w": torch.tensor(ema[each * epoch - 1])}
+        save(f"checkpoint-{epoch}.pth.tar", tree | {"args": {"model_ema_decay": 0.5 ** (1 / each)}})
+    options = {"mode": "posthoc", "target": "half-life=2", "profile": ["*:state_dict_ema=half-life:1"]}
+    report = average("*.tar", out="a.pth", **options)  # type: ignore[arg-type]
+    assert {entry.state for entry in report.inputs} == {"raw (state_dict)", "ema (state_dict_ema)"}
+    wanted = kept(weights, lambda t: 0.5 ** (1 / (2 * each)))[-1]
+    made = torch.load("a.pth")["state_dict"]["w"].numpy()
+    assert np.abs(made - wanted).max() < 0.02 * np.abs(ema[-1] - wanted).max()

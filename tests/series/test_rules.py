@@ -44,7 +44,7 @@ def test_decay_is_the_run_whose_updates_were_scaled(shape: str, n: int) -> None:
             "linear": 1 - x,
             "1-sqrt": 1 - x**0.5,
             "cosine": 0.5 + 0.5 * math.cos(math.pi * x),
-            "inverse-sqrt": (1 + i) ** -0.5,
+            "inverse-sqrt": 1 - x**0.5,
         }[shape]
         reached += factor * (weights[i] - weights[i - 1])
     assert summed(decay.decay(range(n), shape=shape), weights) == pytest.approx(reached, rel=1e-13, abs=1e-13)
@@ -297,3 +297,29 @@ def test_parse_steps_reads_units(text: str | int, steps: int) -> None:
 def test_parse_steps_refuses_what_is_no_whole_number(text: object) -> None:
     with pytest.raises(UsageError, match="`every=.*is not a whole number of steps"):
         amounts.parse_steps("every", text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sigma_rel", ["0.001", "0.0123", "0.05", "0.1", "0.2", "0.27", "0.288"])
+def test_gamma_of_a_width_is_the_root_in_50_digits(sigma_rel: str) -> None:
+    getcontext().prec = 50
+    square = 1 / Decimal(sigma_rel) ** 2
+    low, high = Decimal(0), square  # the cubic grows above its largest root, and is below 0 before it
+    for _ in range(200):
+        gamma = (low + high) / 2
+        below = (gamma + 2) ** 2 * (gamma + 3) < (gamma + 1) * square
+        low, high = (gamma, high) if below else (low, gamma)
+    assert power.gamma_of(float(sigma_rel)) == pytest.approx(float(low), rel=1e-12, abs=1e-13)
+
+
+def test_a_width_that_no_training_can_tell_from_the_last_step_is_refused() -> None:
+    assert power.sigma_of(power.gamma_of(1e-7)) == pytest.approx(1e-7, rel=1e-12)
+    for narrow in (9e-8, 1e-300):
+        with pytest.raises(UsageError, match="the last checkpoint alone. Give 1e-07 or more"):
+            power.gamma_of(narrow)
+
+
+def test_megatrons_weights_count_files_also_where_steps_are_uneven() -> None:
+    """Its tools/checkpoint/weighted_merge.py knows the number of the checkpoints alone."""
+    uneven = [1000, 2000, 5000, 5500, 10000]
+    assert Schedule(shape="1-sqrt", by="files").coefficients(uneven) == decay.decay(range(5), shape="1-sqrt")
+    assert Schedule(shape="linear", by="files").coefficients(uneven) == pytest.approx([0.2] * 5)

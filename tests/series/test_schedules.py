@@ -248,14 +248,14 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
     expected = {
         "mode": None, "decay": None, "half_life": None, "per_step": False, "by": "auto", "warmup": None,
         "warmup_gamma": 1.0, "warmup_power": 2 / 3, "min_decay": 0.0, "update_after": 0, "bias_correction": False,
-        "shape": "1-sqrt", "target": None, "profile": (), "allow_misfit": False, "base": None, "lora": "factors",
+        "shape": None, "target": None, "profile": (), "allow_misfit": False, "base": None, "lora": "factors",
         "dequantize": False, "sigma_rel": None, "gamma": None, "window": None, "min_gap": None, "metrics": None,
         "weights": None, "normalize": True, "order": "auto", "last": None, "best": None, "metric": "metric",
         "lower_is_better": None, "every": None, "from_step": None, "to_step": None, "include_outputs": False,
         "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
         "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
         "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
-        "on_progress": None,
+        "on_progress": None, "update": None, "replay": None,
     }  # fmt: skip
     assert defaults == expected | {"paths": inspect.Parameter.empty}
     assert all(f"\n        {name}: " in (average.__doc__ or "") for name in defaults)

@@ -276,13 +276,31 @@ def test_selections_by_steps_refuse_checkpoints_without(save: Save, given: dict[
         "cross_entropy_loss",
         "mae",
         "trainloss",
+        "dev/PER",
+        "val_bits_per_byte",
     ],
 )
 def test_lower_is_better_for_losses_and_error_rates(name: str) -> None:
     assert lower_by_name(name)
 
 
-@pytest.mark.parametrize("name", ["metric", "top1", "acc", "mAP", "bleu", "iou", "answer", "hyper", "f1", "flower_acc"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metric",
+        "top1",
+        "acc",
+        "mAP",
+        "bleu",
+        "iou",
+        "answer",
+        "hyper",
+        "f1",
+        "flower_acc",
+        "acc_per_class",
+        "tokens_per_second",
+    ],
+)
 def test_higher_is_better_for_other_names(name: str) -> None:
     assert not lower_by_name(name)
 

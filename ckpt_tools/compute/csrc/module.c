@@ -273,39 +273,40 @@ static PyObject *crc32_of(PyObject *module, PyObject *data) {
     return PyLong_FromUnsignedLong(crc);
 }
 
-PyDoc_STRVAR(gram_doc, "gram(dtypes, rows, n, sums)\n\nAdd inner products of rows to sums; see _native.pyi.");
+PyDoc_STRVAR(gram_doc, "gram(dtypes, places, n, sums, scratch)\n\nAdd inner products of rows to sums; see _native.pyi.");
 
 static PyObject *gram_of(PyObject *module, PyObject *args) {
-    PyObject *names, *buffers, *result = NULL;
-    Py_buffer sums;
-    Py_ssize_t n, held = 0;
+    PyObject *names, *result = NULL;
+    Py_buffer places, sums, scratch;
+    Py_ssize_t n;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!O!nw*", &PyTuple_Type, &names, &PyTuple_Type, &buffers, &n, &sums)) return NULL;
+    if (!PyArg_ParseTuple(args, "O!y*nw*w*", &PyTuple_Type, &names, &places, &n, &sums, &scratch)) return NULL;
     size_t count = (size_t)PyTuple_GET_SIZE(names), padded = (count + 3) & ~(size_t)3;
     const Dtype **dtypes = PyMem_Calloc(count + 1, sizeof *dtypes);
-    const char **rows = PyMem_Calloc(count + 1, sizeof *rows);
-    Py_buffer *views = PyMem_Calloc(count + 1, sizeof *views);
-    double *scratch = PyMem_Malloc((padded + 1) * GRAM_CHUNK * sizeof *scratch);
-    int sound = dtypes && rows && views && scratch && count && n >= 0 && PyTuple_GET_SIZE(buffers) == (Py_ssize_t)count;
+    char *memory = count ? scratch_of(&scratch, gram_scratch(count) - 64) : NULL;
+    int sound = dtypes && count && n >= 0 && (size_t)places.len == count * sizeof(Place);
     sound = sound && (size_t)sums.len == padded * padded * sizeof(double);
-    for (; sound && held < (Py_ssize_t)count; held++) {
-        const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, held));
-        if (!name || !(dtypes[held] = dtype_of(name))) goto done;
-        if (PyObject_GetBuffer(PyTuple_GET_ITEM(buffers, held), &views[held], PyBUF_SIMPLE) < 0) goto done;
-        rows[held] = views[held].buf;
-        sound = (size_t)n <= (size_t)views[held].len / dtypes[held]->size;
+    for (size_t r = 0; sound && r < count; r++) {
+        const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, (Py_ssize_t)r));
+        sound = name && (dtypes[r] = dtype_of(name));
     }
-    if (sound) {
+    if (sound && memory) {
+        Result done;
         Py_BEGIN_ALLOW_THREADS
-        gram(dtypes, rows, count, (size_t)n, sums.buf, scratch);
+        done = gram(dtypes, places.buf, count, (size_t)n, sums.buf, memory);
         Py_END_ALLOW_THREADS
-        result = Py_NewRef(Py_None);
-    } else PyErr_SetString(PyExc_ValueError, "_native: rows that do not fit their sums");
-done:
-    while (held-- > 0) PyBuffer_Release(&views[held]);
-    PyMem_Free(dtypes), PyMem_Free(rows), PyMem_Free(views), PyMem_Free(scratch);
-    PyBuffer_Release(&sums);
+        result = failure_of(done);
+    } else if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "_native: rows that do not fit their sums");
+    PyMem_Free(dtypes);
+    PyBuffer_Release(&places), PyBuffer_Release(&sums), PyBuffer_Release(&scratch);
     return result;
+}
+
+static PyObject *gram_scratch_of(PyObject *module, PyObject *count) {
+    size_t rows = PyLong_AsSize_t(count);
+    (void)module;
+    if (PyErr_Occurred()) return NULL;
+    return PyLong_FromSize_t(gram_scratch(rows ? rows : 1));
 }
 
 PyDoc_STRVAR(start_disk_doc,
@@ -337,6 +338,7 @@ static PyMethodDef methods[] = {
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn the CRC-32 of bytes, as zlib.crc32 does."},
     {"gram", gram_of, METH_VARARGS, gram_doc},
     {"scratch", scratch_for, METH_VARARGS, "scratch(rows, tiles)\n\nReturn the bytes of scratch of a thread; see _native.pyi."},
+    {"gram_scratch", gram_scratch_of, METH_O, "gram_scratch(count)\n\nReturn the bytes of scratch for so many rows."},
     {"start_disk", start_disk_of, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -77,6 +77,9 @@ void add_to_rows(Code code, const FourTerms *rows, size_t count, const void *con
 /* Convert an array to float64, without rounding. */
 void widen(Code code, double *to, const void *x, size_t n);
 
+/* The same, less an array of float64. */
+void widen_less(Code code, double *to, const void *x, const double *less, size_t n);
+
 /* Add a term's differences from the first term, times the coefficient, to the sums. */
 void add_differences(Code code, double *sum, const double *first, const void *x, double coefficient, size_t n);
 
@@ -89,13 +92,6 @@ int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c)
 
 /* Return 1 if a number is infinity or NaN. */
 int nonfinite(Code code, const void *x, size_t n);
-
-/* ---- gram.c: inner products ---- */
-
-/* Add the inner products of COUNT rows of N real numbers to the upper triangle of SUMS, a matrix with as many columns
-   as COUNT, rounded up to a multiple of 4. Each row counts as its difference from the last one, but for that. SCRATCH
-   has GRAM_CHUNK numbers for each row of SUMS. */
-void gram(const Dtype *const *dtypes, const char *const *rows, size_t count, size_t n, double *sums, double *scratch);
 
 /* ---- crc.c: CRC-32 as zip has it ---- */
 
@@ -199,5 +195,15 @@ Result fill_tile(const Formula *formula, const Tile *tile, const Place *in, cons
 
 /* Return the number of elements that a tile may have; FALSE for terms of several orders. */
 size_t largest_tile(const Formula *formula, int one_order);
+
+/* ---- gram.c: inner products ---- */
+
+/* Add the inner products of COUNT rows of N real numbers, each read from its place, to the upper triangle of SUMS, a
+   matrix with as many columns as COUNT, rounded up to a multiple of 4. Each row counts as its difference from the last
+   one, but for that. */
+Result gram(const Dtype *const *dtypes, const Place *in, size_t count, size_t n, double *sums, char *scratch);
+
+/* Return the bytes of scratch for so many rows. */
+size_t gram_scratch(size_t count);
 
 #endif

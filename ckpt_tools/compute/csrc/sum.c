@@ -261,6 +261,42 @@ void widen(Code code, double *to, const void *x, size_t n) {
     add(code, to, &one, n, 1);
 }
 
+/* Widen elements I to N and subtract LESS; as ADD in all else. */
+#define SUBTRACT(NAME, TARGET, VALUE, WIDEN, STEP)                                                                     \
+    TARGET static size_t NAME(double *restrict to, const void *x, const double *restrict less, size_t i, size_t n) {   \
+        for (; i + STEP <= n; i += STEP) {                                                                             \
+            VALUE minus, difference;                                                                                   \
+            memcpy(&minus, less + i, sizeof minus);                                                                    \
+            difference = WIDEN(x, i) - minus;                                                                          \
+            memcpy(to + i, &difference, sizeof difference);                                                            \
+        }                                                                                                              \
+        return i;                                                                                                      \
+    }
+#define SUBTRACT_ONE_BY_ONE(CODE, NAME) SUBTRACT(subtract_##NAME, , double, from_##NAME, 1)
+EACH(SUBTRACT_ONE_BY_ONE)
+#ifdef X86
+SUBTRACT(subtract_float64_by_four, AVX2, Four, four_float64, 4)
+SUBTRACT(subtract_float32_by_four, AVX2, Four, four_float32, 4)
+SUBTRACT(subtract_bfloat16_by_four, AVX2, Four, four_bfloat16, 4)
+SUBTRACT(subtract_float16_by_four, AVX2, Four, four_float16, 4)
+#endif
+
+void widen_less(Code code, double *to, const void *x, const double *less, size_t n) {
+    size_t i = 0;
+#ifdef X86
+    if (avx2 && code == FLOAT64) i = subtract_float64_by_four(to, x, less, 0, n);
+    else if (avx2 && code == FLOAT32) i = subtract_float32_by_four(to, x, less, 0, n);
+    else if (avx2 && code == BFLOAT16) i = subtract_bfloat16_by_four(to, x, less, 0, n);
+    else if (avx2 && code == FLOAT16) i = subtract_float16_by_four(to, x, less, 0, n);
+#endif
+#define SUBTRACT_REST(CODE, NAME) \
+    case CODE: subtract_##NAME(to, x, less, i, n); break;
+    switch (code) {
+        EACH(SUBTRACT_REST)
+        case RAW: break;
+    }
+}
+
 #define DIFFERENCES(CODE, NAME)                                                                                        \
     case CODE:                                                                                                         \
         for (size_t i = 0; i < n; i++) sum[i] += (from_##NAME(x, i) - first[i]) * coefficient;                         \

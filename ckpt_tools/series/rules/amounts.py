@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ...errors import UsageError
 
@@ -14,7 +15,7 @@ Span = int | float | str
 """A length of training as it is given: a number, text such as ``20k``, or a part of the run such as ``5%``."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_AMOUNT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([kKmMbB%]?)\s*")
+_AMOUNT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*(%|[kKmMbB]?(?:[ _-]?steps?)?)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ def parse_span(name: str, given: Span) -> Amount:
     """
     if isinstance(given, str):
         match = _AMOUNT.fullmatch(given)
-        value = float(match[1]) * _UNITS.get(match[2].lower(), 0.01) if match else math.nan
+        value = float(match[1]) * (0.01 if match[2] == "%" else _unit(match)) if match else math.nan
         amount = Amount(value, share=match is not None and match[2] == "%")
     elif isinstance(given, bool) or not isinstance(given, (int, float)):
         amount = Amount(math.nan)
@@ -59,8 +60,16 @@ def parse_span(name: str, given: Span) -> Amount:
     return amount
 
 
-def parse_steps(name: str, given: Steps) -> int:
-    """Read a whole number of steps, which may have k, M or B behind it.
+def _unit(match: re.Match[str]) -> int:
+    return _UNITS[re.sub("[ _-]?steps?", "", match[2].lower())]
+
+
+def parse_steps(name: str, given: Steps, like: str = " of steps; write one such as 20000, 20k or 1.5M") -> int:
+    """Read a whole number, which may have k, M or B behind it.
+
+    Args:
+        name: of the parameter, for the message.
+        like: the end of the message: what the number counts, and an example.
 
     Raises:
         UsageError: something else; names the parameter.
@@ -68,9 +77,9 @@ def parse_steps(name: str, given: Steps) -> int:
     if isinstance(given, str):
         match = _AMOUNT.fullmatch(given)
         if match and match[2] != "%":
-            whole = round(float(match[1]) * _UNITS[match[2].lower()]) if match[2] or "." in match[1] else int(match[1])
-            if whole == float(match[1]) * _UNITS[match[2].lower()]:
-                return whole
+            exact = Fraction(match[1]) * _unit(match)
+            if exact.denominator == 1:
+                return int(exact)
     elif isinstance(given, int) and not isinstance(given, bool):
         return given
-    raise UsageError(f"`{name}={given!r}` is not a whole number of steps; write one such as 20000, 20k or 1.5M.")
+    raise UsageError(f"`{name}={given!r}` is not a whole number{like}.")

@@ -15,14 +15,14 @@ from ...errors import UsageError
 from .axis import BY, check_axis, positions
 from .rule import Option, Rule
 
-SHAPES: dict[str, Callable[[float, int], float]] = {
-    "linear": lambda x, n: 1 - x,
-    "1-sqrt": lambda x, n: 1 - math.sqrt(x),
-    "cosine": lambda x, n: (1 + math.cos(math.pi * x)) / 2,
-    # The learning rate falls as the inverse square root of the number of gaps, from the first checkpoint on.
-    "inverse-sqrt": lambda x, n: 1 / math.sqrt(1 + n * x),
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1 - x,
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    # WSM calls a concave curve inverse square root, and draws it as this one (figure 2).
+    "inverse-sqrt": lambda x: 1 - math.sqrt(x),
 }
-"""Shape to the factor of the learning rate at x in [0, 1] of the decay, for n checkpoints."""
+"""Shape to the factor of the learning rate at x in [0, 1] of the decay."""
 
 
 def decay(steps: Sequence[float], *, shape: str) -> tuple[float, ...]:
@@ -38,27 +38,39 @@ def decay(steps: Sequence[float], *, shape: str) -> tuple[float, ...]:
     if n == 1:
         return (1.0,)
     whole = (steps[-1] - steps[0]) * n / (n - 1)
-    factors = [1.0, *(SHAPES[shape]((step - steps[0]) / whole, n) for step in steps[1:]), 0.0]
+    factors = [1.0, *(SHAPES[shape]((step - steps[0]) / whole) for step in steps[1:]), 0.0]
     return tuple(a - b for a, b in pairwise(factors))
 
 
-def _decay(steps: Sequence[int | None], *, shape: str, by: str) -> tuple[float, ...]:
-    return decay(positions(steps, by) or range(len(steps)), shape=shape)
+_USUAL = "1-sqrt"
 
 
-def _along(steps: Sequence[int | None], *, shape: str, by: str) -> str | None:
+def _decay(steps: Sequence[int | None], *, shape: str | None, by: str) -> tuple[float, ...]:
+    return decay(positions(steps, by) or range(len(steps)), shape=shape or _USUAL)
+
+
+def _along(steps: Sequence[int | None], *, by: str, **_: object) -> str | None:
     return None if positions(steps, by) is None else "by"
 
 
-def _check(*, shape: str, by: str) -> None:
+def _remarks(steps: Sequence[int | None], *, by: str, **_: object) -> list[str]:
+    known = [step for step in steps if step is not None]
+    if by != "auto" or len(known) < len(steps) or positions(steps, by) is not None:
+        return []
+    return ["The training steps do not increase from file to file, so it counts files."]
+
+
+def _check(*, shape: str | None, by: str) -> None:
     check_axis(by)
-    if shape not in SHAPES:
+    if shape is not None and shape not in SHAPES:
         raise UsageError(f"`shape` is one of {', '.join(SHAPES)}, not {shape!r}.")
 
 
 RULE = Rule(
     _decay,
-    (Option("shape", str, "1-sqrt", f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for."), BY),
+    # Without a default, so that `shape` alone says which rule it is.
+    (Option("shape", str, None, f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for.", _USUAL), BY),
     check=_check,
+    remarks=_remarks,
     along=_along,
 )

@@ -38,4 +38,12 @@ def difference(updates: Sequence[int | None]) -> tuple[float, ...]:
     return (-start / (end - start), *[0.0] * (len(updates) - 2), end / (end - start))
 
 
-RULE = Rule(difference, needs="updates")
+def _remarks(updates: Sequence[int | None]) -> list[str]:
+    start, end = updates[0] or 0, updates[-1] or 0
+    return [
+        f"The mean of {end - start} weights, from those of the first {start} and of the first {end}, in which each is "
+        "taken to count the same."
+    ]
+
+
+RULE = Rule(difference, remarks=_remarks, needs="updates")

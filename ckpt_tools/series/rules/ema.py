@@ -129,15 +129,16 @@ def fitting_decay(weigh: Callable[[float], Sequence[float]], steps: Sequence[flo
     """
     wanted = (steps[-1] - steps[0]) / 3
 
-    def age(decay: float) -> float:
-        return math.fsum(c * (steps[-1] - at) for c, at in zip(weigh(decay), steps, strict=True))
-
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if age(middle) < wanted else (low, middle)
+        low, high = (middle, high) if _age(weigh(middle), steps) < wanted else (low, middle)
     digits = max(4, 3 - math.floor(math.log10(1 - low))) if low < 1 else 4
     return min(round(low, digits), 1 - 10.0**-digits)
+
+
+def _age(coefficients: Sequence[float], steps: Sequence[float]) -> float:
+    return math.fsum(c * (steps[-1] - at) for c, at in zip(coefficients, steps, strict=True))
 
 
 def unroll(decays: Sequence[float]) -> tuple[float, ...]:
@@ -192,23 +193,38 @@ def _fitted(steps: Sequence[int | None], **options: Any) -> dict[str, Any]:
     """Choose a decay where none is given."""
     if options["decay"] is not None or options["half_life"] is not None:
         return {}
-    along = options["per_step"] or options["by"] == "steps"
-    known = [step for step in steps if step is not None]
-    at = known if along and len(known) == len(steps) else range(len(steps))
+    at = _places(steps, **options)
     return {"decay": fitting_decay(lambda decay: _ema(steps, **options | {"decay": decay}), at)}
 
 
+def _places(steps: Sequence[int | None], *, per_step: bool, by: str, **_: Any) -> Sequence[int]:
+    """Return where the checkpoints are: at steps if these count, else at the numbers from 0 on."""
+    known = [step for step in steps if step is not None]
+    return known if (per_step or by == "steps") and len(known) == len(steps) else range(len(steps))
+
+
 def _remarks(steps: Sequence[int | None], **options: Any) -> list[str]:
-    return [
-        f"`decay={value}`, which fits {len(steps)} checkpoints: the average is as old as a third of them."
-        for value in _fitted(steps, **options).values()
-    ]
+    found = _fitted(steps, **options)
+    if not found or len(steps) == 1:
+        return []
+    at = _places(steps, **options)
+    reached = _age(_ema(steps, **options | found), at) > 0.95 * (at[-1] - at[0]) / 3
+    what = "the average is as old as a third of them" if reached else "no decay makes the average as old as a third"
+    return [f"`decay={found['decay']}`, which fits {len(steps)} checkpoints: {what}."]
 
 
 def _along(steps: Sequence[int | None], **options: Any) -> str | None:
     if options["half_life"] is not None:
         return None if options["by"] == "files" else "half_life"
     return "per_step" if options["per_step"] else "by" if options["by"] == "steps" else None
+
+
+def _advice(*, half_life: Span | None, per_step: bool, by: str, warmup: str | None, **options: Any) -> tuple[str, str]:
+    """Return how to spread an average, without options that are on, or that cannot go with these."""
+    number = "decay" if half_life is None else "half_life"
+    alone = half_life is None and by == "auto" and not (per_step or warmup or options["bias_correction"])
+    others = ", `per_step` or `bias_correction`" if alone else ""
+    return f"A smaller `{number}`{others} spreads it.", f"A larger `{number}` spreads it."
 
 
 def _check(**options: Any) -> None:
@@ -262,7 +278,7 @@ RULE = Rule(
         Option("bias_correction", bool, False, "ema: start from zero, divide by 1 - decay^N."),
     ),
     check=_check,
-    advice=("A smaller `decay`, `per_step` or `bias_correction` spreads it.", "A larger `decay` spreads it."),
+    advice=_advice,
     fitted=_fitted,
     remarks=_remarks,
     along=_along,

@@ -28,9 +28,12 @@ def posthoc(
     """
     coefficients, residual = mixture(tuple(profiles), _wanted(profiles, target))
     if residual > _MISFIT and not allow_misfit:
+        alone = all(profile.kind == "snapshot" for profile in profiles)
+        rules = " To average snapshots alone, use `sigma_rel`, `gamma` or `half_life` without `mode='posthoc'`."
         raise UsageError(
             f"`target={target!r}`: the nearest sum of these averages differs from it by {residual:.1%} of its profile, "
             f"and more than {_MISFIT:.0%} is no fit. Add averages of other widths or steps, or `allow_misfit`."
+            f"{rules if alone else ''}"
         )
     return coefficients
 
@@ -49,7 +52,7 @@ def _remarks(profiles: Sequence[Profile], *, target: str | None, **_: Any) -> li
 
 
 def _check(*, target: str | None, profile: Sequence[str], **_: Any) -> None:
-    _wanted([Profile(1.0, "snapshot", 0.0)], target)
+    _wanted([Profile(1.0, "snapshot")], target)
     for given in profile:
         pattern, equals, text = given.partition("=")
         if not (pattern and equals):

@@ -36,18 +36,31 @@ def sigma_of(gamma: float) -> float:
     return math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
 
 
-def gamma_of(sigma_rel: float) -> float:
+LARGEST_GAMMA = 1e7
+"""A profile with a larger exponent is that of the last step alone, in any training."""
+
+
+def gamma_of(sigma_rel: float, name: str | None = None) -> float:
     """Return the exponent of a profile of this relative width.
 
     It is the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma^2 (EDM2, algorithm 2).
 
+    Args:
+        sigma_rel: the width.
+        name: of the parameter and its value, for the message.
+
     Raises:
-        UsageError: a width outside (0, 1 / sqrt(12)).
+        UsageError: a width outside [1e-7, 1 / sqrt(12)).
     """
+    given = f"`{name or f'sigma_rel={sigma_rel}'}`"
     if not 0 < sigma_rel < LARGEST_SIGMA:
         raise UsageError(
-            f"`sigma_rel={sigma_rel}`: the width is above 0 and below {LARGEST_SIGMA:.4f} (1 / sqrt(12), where all of "
-            "the training counts the same)."
+            f"{given}: the width is above 0 and below {LARGEST_SIGMA:.4f} (1 / sqrt(12), where all of the training "
+            "counts the same)."
+        )
+    if sigma_rel < 1 / LARGEST_GAMMA:
+        raise UsageError(
+            f"{given}: so narrow an average is the last checkpoint alone. Give {1 / LARGEST_GAMMA} or more."
         )
     gamma = 1 / sigma_rel  # above the root, from where Newton's steps go down to it, for the function is convex there
     for _ in range(100):
@@ -65,8 +78,8 @@ def _exponent(sigma_rel: float | None, gamma: float | None) -> float:
         raise UsageError("`mode='power'` needs one of `sigma_rel` and `gamma`.")
     if sigma_rel is not None:
         return gamma_of(sigma_rel)
-    if gamma is None or not 0 <= gamma < math.inf:
-        raise UsageError(f"`gamma={gamma}`: must be 0 or more.")
+    if gamma is None or not 0 <= gamma <= LARGEST_GAMMA:
+        raise UsageError(f"`gamma={gamma}`: must be 0 or more, and {LARGEST_GAMMA:.0e} at most.")
     return gamma
 
 

@@ -39,7 +39,8 @@ class Rule:
             as keyword arguments; returns one coefficient per checkpoint.
         options: of the rule.
         check: called with the options before any file is read; raises UsageError.
-        advice: how to spread an average that is mostly the oldest checkpoint, or mostly the newest; None for no advice.
+        advice: called with the options; returns how to spread an average that is mostly the oldest checkpoint, and how
+            one that is mostly the newest; None for no advice.
         fitted: called like `coefficients`; returns values for options that were left to the rule.
         remarks: called like `coefficients`; returns what a user should know of the result.
         along: called like `coefficients`; returns the name of the option by which training steps count, or None where
@@ -53,7 +54,7 @@ class Rule:
     coefficients: Callable[..., Sequence[float]]
     options: tuple[Option, ...] = ()
     check: Callable[..., object] | None = None
-    advice: tuple[str, str] | None = None
+    advice: Callable[..., tuple[str, str]] | None = None
     fitted: Callable[..., dict[str, Any]] | None = None
     remarks: Callable[..., Sequence[str]] | None = None
     along: Callable[..., str | None] | None = None

@@ -39,7 +39,8 @@ def _weights(places: Sequence[int], *, weights: Numbers | None, normalize: bool)
         raise UsageError("`mode='weights'` needs `weights`, one number a checkpoint.")
     if len(weights) != len(places):
         raise UsageError(
-            f"`weights` has {len(weights)} numbers for {len(places)} checkpoints. See their order with `dry_run`."
+            f"`weights` has {len(weights)} number{'s' * (len(weights) != 1)} for {len(places)} "
+            f"checkpoint{'s' * (len(places) != 1)}. To see them, leave `weights` out, and add `dry_run`."
         )
     divided = _divided(weights, normalize=normalize)
     rank = {place: i for i, place in enumerate(sorted(places))}

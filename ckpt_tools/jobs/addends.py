@@ -1,0 +1,197 @@
+"""Addends: the checkpoints of an average and what each counts, whether a rule says so or the record of an average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.layouts import StateDict
+from ..errors import LayoutError, UsageError
+from ..series.member import Member
+from ..series.rules.rule import Rule
+from ..series.schedules import SCHEDULES, Schedule
+from ..storage.source import Stamp
+from ..tensors import DType, parse_dtype
+from .lined_up import LinedUp
+from .options import AveragedOutput, Matching
+from .outputs import Target
+from .provenance import Input, Record
+
+
+@dataclass(frozen=True, slots=True)
+class ByTensor:
+    """Coefficients that differ from tensor to tensor.
+
+    Attributes:
+        coefficients: of each tensor that is averaged: of the start, then of the others; 0 for those that lack it.
+        mean: over all values.
+        ratios: name to the coefficients of all but the start together.
+        notes: what they are, in words.
+        bytes_read: to measure them.
+    """
+
+    coefficients: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    mean: tuple[float, ...] = ()
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    bytes_read: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Addends:
+    """What is summed, and what the sum is recorded as.
+
+    Attributes:
+        members: oldest first. An average that is extended is the first.
+        names: short names of them.
+        coefficients: one each.
+        chosen: the set of weights in each, if it is known before they are lined up.
+        matching: which weights, and how they are matched.
+        dtype: of floating-point outputs; None for that of the inputs.
+        mode: the schedule, to record.
+        arguments: options to record; those that are None are left out.
+        ordered_by: in words.
+        notes: decisions to report.
+        given: paths that the output must not be.
+        before: inputs of an average that is extended.
+        sha256: those recorded of each member, by the names of its files; empty where there are none.
+        updates: how often the average was extended.
+        target: where the output goes if nothing else is asked for; None for the usual name.
+        name: what the output calls itself inside; None for its own name.
+        replaces: files whose place the output may take, though they are inputs.
+        by_tensor: called with the weights lined up, for coefficients that differ from tensor to tensor; `coefficients`
+            is empty then. None for a rule that has one row for all.
+        compared: called with the target when it is written; returns how it compares with the average that it is made
+            again from, in words, and whether the weights are the same (None: not known).
+    """
+
+    members: tuple[Member, ...]
+    names: Sequence[str]
+    coefficients: tuple[float, ...]
+    matching: Matching
+    dtype: DType | None
+    mode: str
+    arguments: Mapping[str, Any]
+    ordered_by: str
+    notes: tuple[str, ...]
+    given: tuple[Path, ...]
+    chosen: Sequence[StateDict] | None = None
+    before: tuple[Input, ...] = ()
+    sha256: Sequence[Mapping[str, str]] = ()
+    updates: int = 0
+    target: Target | None = None
+    name: str | None = None
+    replaces: tuple[Stamp, ...] = ()
+    by_tensor: Callable[[LinedUp], ByTensor] | None = None
+    compared: Callable[[Path], tuple[str, bool | None]] | None = None
+
+    @property
+    def mixed_dtypes(self) -> bool:
+        """True if floating-point dtypes may differ, because the output has its own whatever they are."""
+        if self.dtype is not None:
+            return True
+        # What is computed from codes or from an optimizer has been rounded in an average that is there.
+        computed = self.chosen is not None and self.chosen[-1].dtype is not None
+        return bool(self.before) and (computed or self.matching.dequantize)
+
+
+def recorded_rule(record: Record) -> Rule:
+    """Return the rule of an average.
+
+    Raises:
+        LayoutError: it is unknown.
+    """
+    if record.mode not in SCHEDULES:
+        raise LayoutError(
+            f"{record.path}: its record has the mode '{record.mode}', which this ckpt-tools does not know. It was "
+            f"written by version {record.version}."
+        )
+    return SCHEDULES[record.mode]
+
+
+def recorded_schedule(record: Record) -> Schedule:
+    """Return the rule of an average, with the options that were given or chosen for it.
+
+    Raises:
+        LayoutError: they do not fit it.
+    """
+    known = {option.name for option in recorded_rule(record).options}
+    schedule = Schedule(record.mode, **{key: value for key, value in record.arguments.items() if key in known})
+    try:
+        schedule.check()
+    except UsageError as error:
+        raise LayoutError(f"{record.path}: the options in its record do not fit its mode: {error}") from error
+    return schedule
+
+
+def recorded_matching(record: Record) -> Matching:
+    """Return which weights an average was made of, and how they were matched."""
+    return Matching(**{o.name: record.arguments[o.name] for o in Matching.options() if o.name in record.arguments})
+
+
+def recorded_dtype(record: Record) -> DType | None:
+    """Return the dtype that was asked for.
+
+    Raises:
+        LayoutError: it is unknown.
+    """
+    try:
+        return parse_dtype(record.arguments.get("dtype"))
+    except UsageError as error:
+        raise LayoutError(f"{record.path}: the dtype in its record is unknown: {error}") from error
+
+
+def state_asked(matching: Matching) -> str | list[str]:
+    """Return the set of weights that was asked for; several for the parts of a model."""
+    asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
+    return asked[0] if len(asked) == 1 else asked
+
+
+def refuse_contradictions(record: Record, schedule: Schedule, matching: Matching, output: AveragedOutput) -> None:
+    """Refuse options that say something else than the record of an average.
+
+    Raises:
+        UsageError: one does.
+    """
+    defaults = {option.name: option.default for option in (*Schedule.options(), *Matching.options())}
+    asked = schedule.given
+    for name, value in (vars(matching) | {"state": state_asked(matching)}).items():
+        asked |= {} if value == defaults[name] else {name: value}
+    dtype = parse_dtype(output.dtype)
+    asked |= {} if dtype is None else {"dtype": dtype.name}
+    said = {"mode": record.mode} | dict(record.arguments)
+    for name, value in asked.items():
+        value = [*value] if isinstance(value, tuple) else value
+        if value == said.get(name) or (name == "state" and value == record.which):
+            continue
+        was = f"with {_shown(name, said[name])}" if name in said else "without it"
+        raise UsageError(
+            f"{_shown(name, value)}: {record.path} was made {was}, and its record decides. Leave the option out, or "
+            "average the checkpoints themselves."
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"`{name}`" if value is True else f"`{name}={value!r}`"
+
+
+def with_state(recorded: Matching, matching: Matching) -> Matching:
+    """Return the recorded way to match weights, with the set of weights that is asked for, if one is."""
+    asked = state_asked(matching)
+    return recorded if asked == "auto" else Matching(**vars(recorded) | {"state": asked})
+
+
+def check_state(record: Record, name: str, state: StateDict) -> None:
+    """Refuse another kind of weights than the average is of.
+
+    Raises:
+        LayoutError: one is raw, and the other averaged.
+    """
+    kinds = ("raw", "ema", "eval")
+    if state.which != record.which and state.which in kinds and record.which in kinds:
+        raise LayoutError(
+            f"{record.path} is an average of {record.state}, and the weights of {name} would be {state.label}. "
+            f"Add `state={record.which!r}`, if it has them."
+        )

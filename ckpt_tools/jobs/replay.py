@@ -1,0 +1,331 @@
+"""Replaying: an average that ckpt wrote, made again from the inputs and coefficients in its record."""
+
+from __future__ import annotations
+
+import filecmp
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from .. import __version__
+from ..checkpoints.layouts import StateDict
+from ..errors import CkptError, LayoutError, SeriesError, UsageError
+from ..formats import read_header
+from ..formats.header import Header
+from ..series.member import Member
+from ..series.paths import as_path, expand, one_checkpoint
+from ..series.schedules import Schedule
+from ..storage.source import LOCAL, sha256, store_of
+from ..storage.staged import same_file
+from .addends import (
+    Addends,
+    recorded_dtype,
+    recorded_matching,
+    recorded_rule,
+    refuse_contradictions,
+    with_state,
+)
+from .lined_up import every_set, selected
+from .options import AveragedOutput, Matching, Selection, Summing
+from .outputs import Target, named_after
+from .provenance import Input, Record, read_record
+from .stock import recorded, sets
+
+_MOST_ENTRIES = 100_000  # looked at below a folder
+
+
+def replayed(
+    average: str | Path,
+    paths: Iterable[str | Path],
+    schedule: Schedule,
+    selection: Selection,
+    matching: Matching,
+    output: AveragedOutput,
+    running: Summing,
+) -> Addends:
+    """Plan to make an average again.
+
+    Args:
+        average: what `average` wrote.
+        paths: files and folders that have its inputs, apart from the places where they are looked for anyway.
+        schedule, matching, output: may say what the record says, and nothing else.
+        selection: says nothing, for the record does.
+
+    Raises:
+        CkptError: there is no usable record, or an input is missing or changed, or there are several.
+    """
+    header = read_header(one_checkpoint(average))
+    record = read_record(header)
+    refuse_contradictions(record, schedule, matching, output)
+    option = next((o for o in selection.options() if vars(selection)[o.name] != o.default), None)
+    if option is not None:
+        raise UsageError(f"`{option.name}` does not go with `replay`: the record of {header.path} names its inputs.")
+    by_set = recorded_rule(record).needs == "profile"  # a checkpoint with several sets of weights counts several times
+    matching, dtype = with_state(recorded_matching(record), matching), recorded_dtype(record)
+    paths = [*paths]
+    headers = _found(record, header, paths, by_set=by_set, hashes=not running.dry_run)
+    names = [i.name for i in record.inputs]
+    members = tuple(Member(h.path, h, i.step, record.counter) for h, i in zip(headers, record.inputs, strict=True))
+    chosen: Sequence[StateDict] | None = _sets(record, members, matching) if by_set else None
+    by_tensor = None
+    if recorded_rule(record).needs == "products":
+        chosen = sets(members, matching)
+        by_tensor = partial(recorded, record.ratios, members, matching)
+    last = selected(members[-1:], names[-1:], matching)[0] if chosen is None else chosen[-1]
+    if last.label != record.state:
+        raise LayoutError(
+            f"{header.path} is an average of {record.state}, and in {members[-1].path} the weights would be "
+            f"{last.label}. Add `state={record.which!r}`, if it is the right file."
+        )
+    in_place = output.out is not None and same_file(Path(output.out), header.path)
+    before = _digests(header) if in_place and not running.dry_run else None
+    target = named_after(header, "-replayed") if output.out is None else Target.of(output.out)
+    return Addends(
+        members=members,
+        names=names,
+        coefficients=tuple(i.coefficient for i in record.inputs) if by_tensor is None else (),
+        by_tensor=by_tensor,
+        chosen=chosen,
+        matching=matching,
+        dtype=dtype,
+        mode=record.mode,
+        arguments=record.arguments,
+        ordered_by=f"the record of {header.path.name}",
+        notes=tuple(_remarks(record, headers, running)),
+        given=() if in_place else (header.path,),
+        sha256=[i.sha256 for i in record.inputs],
+        target=target,
+        # A torch file has its name inside.
+        name=None if header.in_folder or target.folder else header.path.name,
+        compared=partial(_compared, record, header, before),
+    )
+
+
+def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Iterator[str]:
+    hashed = any(i.sha256 for i in record.inputs) and not running.dry_run
+    above = (header.path.parent for header in headers)
+    folders = dict.fromkeys("the current folder" if folder == Path() else str(folder) for folder in above)
+    by = "name, size and SHA-256" if hashed else "name and size"
+    more = f" and {len(folders) - 3} more folders" if len(folders) > 3 else ""
+    yield (
+        f"The coefficients are those in the record; the inputs were found by {by} in {', '.join([*folders][:3])}{more}."
+    )
+    if running.dry_run and any(i.sha256 for i in record.inputs):
+        yield "SHA-256 of the inputs is recorded, and is not checked in a dry run."
+    if record.version != __version__:
+        yield f"{record.path.name} was written by ckpt-tools {record.version}; this is {__version__}."
+
+
+def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list[StateDict]:
+    """Return the set of weights of each input, as its name says it.
+
+    Raises:
+        LayoutError: a checkpoint has no such set.
+    """
+    found = []
+    for member, i in zip(members, record.inputs, strict=True):
+        sets = every_set([member], matching)[1]
+        asked = [state for state in sets if len(sets) == 1 or i.name.endswith(f" ({state.label})")]
+        if len(asked) != 1:
+            known = ", ".join(state.label for state in sets)
+            raise LayoutError(f"{member.path}: has no set of weights as '{i.name}' names it, but {known}.")
+        found += asked
+    return found
+
+
+def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_set: bool, hashes: bool) -> list[Header]:
+    """Find the inputs.
+
+    Raises:
+        SeriesError: some are missing, changed or there several times; names all of them.
+        UsageError: a path leads to no input.
+    """
+    given = [place for path in paths for place in _expanded(path)]
+    search = _Search(header, given)
+    faults: list[str] = []
+    headers: list[Header] = []
+    for i in record.inputs:
+        found = _one(search, i, faults, by_set=by_set, hashes=hashes)
+        if found is None:
+            continue
+        if not by_set and any(found.path == each.path for each in headers):
+            faults.append(f"{i.name} is not there: {found.path} is another input already")
+        headers.append(found)
+    files = [place for path in paths if (place := as_path(path)) in given and not store_of(place).is_folder(place)]
+    unused = next((place for place in files if place not in search.used), None)
+    if unused is not None and not faults:
+        raise UsageError(f"{unused}: is no input of {header.path}. ckpt inspect lists them.")
+    if faults:
+        n = len(record.inputs)
+        raise SeriesError(
+            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults)}. Give "
+            "the paths of the right files, or of folders that have them."
+        )
+    return headers
+
+
+def _expanded(path: str | Path) -> list[Path]:
+    place = as_path(path)
+    return [place] if store_of(place).is_folder(place) else expand([path])
+
+
+def _one(search: _Search, wanted: Input, faults: list[str], *, by_set: bool, hashes: bool) -> Header | None:
+    """Find one input; the first place that has a right one decides."""
+    names = [wanted.name]
+    if by_set and wanted.name.endswith(")"):
+        names.append(wanted.name.partition(" (")[0])  # of several sets of weights in a file
+    wrong = []
+    for places in search.places(names):
+        right: list[Header] = []
+        for place in places:
+            fault = None
+            try:
+                header = read_header(place)
+            except CkptError as error:
+                wrong.append(str(error).rstrip("."))
+                continue
+            if header.nbytes != wanted.nbytes:
+                fault = f"{place} has {header.nbytes:,} bytes, and the input had {wanted.nbytes:,}"
+            elif wanted.sha256 and (hashes or len(places) > 1) and _digests(header) != wanted.sha256:
+                fault = f"{place} has another SHA-256 than the input had"
+            if fault is None:
+                right.append(header)
+            else:
+                wrong.append(fault)
+        if len(right) > 1:
+            faults.append(f"{wanted.name} is there several times: {', '.join(str(each.path) for each in right[:3])}")
+            return None
+        if right:
+            search.used.add(right[0].path)
+            return right[0]
+    faults.append("; ".join(wrong) if wrong else f"{wanted.name} is missing")
+    return None
+
+
+@dataclass(eq=False)
+class _Search:
+    """Where inputs may be: at the paths that were given, beside the average, and below the current folder.
+
+    Attributes:
+        average: which is no input of itself.
+        given: files and folders.
+        used: the inputs that were found.
+    """
+
+    average: Header
+    given: Sequence[Path]
+    used: set[Path] = field(default_factory=set)
+    _below: dict[Path, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
+
+    def places(self, names: Sequence[str]) -> Iterator[list[Path]]:
+        """Yield the places of one name, the surest first: those in each item are equally sure."""
+        around, seen = self.average.path.parent, set()
+        for found in (
+            self._in_given(names),
+            self._in(around, names),
+            self._in(Path(), names),
+            self._in_tree(Path(), names),
+        ):
+            places = []
+            for place in found:
+                identity = store_of(place).identity(place)
+                if identity not in seen and not same_file(place, self.average.path):
+                    seen.add(identity)
+                    places.append(place)
+            if places:
+                yield places
+
+    def _in_given(self, names: Sequence[str]) -> Iterator[Path]:
+        exact = [place for place in self.given if any(_ends(place, name) for name in names)]
+        yield from exact
+        for place in () if exact else self.given:
+            if store_of(place).is_folder(place):
+                yield from [*self._in(place, names)] or self._in_tree(place, names)
+            elif any(place.name == Path(name).name for name in names):
+                yield place
+
+    def _in(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        for name in names:
+            parts = Path(name).parts
+            for n in range(len(parts)):  # a/step_1.pth is step_1.pth in the folder a
+                if n == 0 or folder.absolute().parts[-n:] == parts[:n]:
+                    place = folder.joinpath(*parts[n:])
+                    if store_of(place).is_file(place) or store_of(place).is_folder(place):
+                        yield place
+
+    def _in_tree(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
+        if folder not in self._below:
+            self._below[folder] = _tree(folder)
+        for name in names:
+            found = (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
+            yield from (place for place in found if place.is_file() or place.is_dir())
+
+
+def _ends(place: Path, name: str) -> bool:
+    parts = Path(name).parts
+    return place.absolute().parts[-len(parts) :] == parts
+
+
+def _tree(folder: Path) -> Mapping[str, Sequence[Path]]:
+    """Return what is below a folder by name, without hidden names; it follows no links."""
+    found: dict[str, list[Path]] = {}
+    store = store_of(folder)
+    waiting, left = [folder] if store is LOCAL else [], _MOST_ENTRIES
+    while waiting and left > 0:
+        above = waiting.pop()
+        with suppress(OSError):  # one that may not be looked into
+            for name in store.names(above):
+                place, left = above / name, left - 1
+                if not name.startswith("."):
+                    found.setdefault(name, []).append(place)
+                    if store.is_folder(place) and not place.is_symlink():
+                        waiting.append(place)
+    return found
+
+
+def _digests(header: Header) -> dict[str, str]:
+    return {name: sha256(path) for name, path in header.names.items()}
+
+
+def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out: Path) -> tuple[str, bool | None]:
+    """Compare an average with what it was made again from.
+
+    Args:
+        before: SHA-256 of its files, if the new one has taken its place.
+
+    Returns:
+        The result in words; and True if the weights are the same in every byte, False if they are not, None if that is
+        not known, or is not to be expected.
+    """
+    from .diff import diff
+
+    new = read_header(out)
+    if before is not None:
+        if _digests(new) == before:
+            return f"It is the same as the old {out} in every byte.", True
+        return f"It is not the same as the old {out} in every byte.", None
+    pairs = [(new.names.get(name), path) for name, path in old.names.items()]
+    if len(old.names) == 1 == len(new.names):
+        pairs = [*zip(new.names.values(), old.names.values(), strict=True)]
+    if len(new.names) == len(pairs) and all(a is not None and filecmp.cmp(a, b, shallow=False) for a, b in pairs):
+        return f"It is the same as {old.path} in every byte.", True
+    try:
+        report = diff(old.path, out)
+    except CkptError as error:
+        return f"It is not the same as {old.path} in every byte, and their weights cannot be compared: {error}", None
+    if report.verdict in ("identical", "equal"):
+        return f"Its weights are those of {old.path} in every byte; something else in the file differs.", True
+    largest, name = report.max_abs
+    if record.updates:
+        return (
+            f"The largest difference from {old.path} is {largest:.3g}, in '{name}': that was updated "
+            f"{record.updates} time{'s' * (record.updates > 1)}, and each update rounds.",
+            None,
+        )
+    return (
+        f"Its weights are NOT those of {old.path}: they differ by up to {largest:.3g}, in '{name}'. An input has "
+        "changed, or the average has.",
+        False,
+    )
