@@ -1,12 +1,12 @@
 """K averages for one read of the inputs, against K runs of `ckpt avg`; and a run of one row against another version.
 
-    python benchmarks/rows.py                                # 8 rows of 8 inputs of 300 MB in float32; 5.5 GB of disk
+    python benchmarks/rows.py                                # 8 rows of 8 inputs of 300 MB; 5.5 GB of disk
     python benchmarks/rows.py --megabytes 1200 --rows 8
-    python benchmarks/rows.py --dtype bfloat16 --against /path/to/another/checkout
+    python benchmarks/rows.py --dtype bfloat16 --against ../another/checkout
 
-Each way runs in a process of its own, interleaved, with the inputs in the page cache. What counts is the time on an idle
-machine, and the CPU seconds on a busy one. Bytes read are counted by the kernel (`/proc/self/io`). The files of the rows
-are compared with those of the single runs: the exit code is 1 if a byte of a tensor differs.
+Each way runs in a process of its own, interleaved, with the inputs in the page cache. On an idle machine the time
+counts, on a busy one the CPU seconds. The kernel counts the bytes read (`/proc/self/io`). The files of the rows are
+compared with those of the single runs: the exit code is 1 if one differs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).absolute().parent.parent
 
-CHILD = """
+RUN = """
 import json, os, resource, sys, time
 begin = time.perf_counter()
 from ckpt_tools.checkpoints.open import open_checkpoint
@@ -55,30 +56,49 @@ print(json.dumps({
 """
 
 
-def child(
-    root: Path, paths: list[Path], rows: list[list[float]], outs: list[Path], threads: int | None
-) -> dict[str, float]:
-    """Write the rows by the engine in a new process; return what it took."""
-    job = json.dumps([[*map(str, paths)], rows, [*map(str, outs)], threads])
+MAKE = """
+import json, sys, torch
+from safetensors.torch import save_file
+
+path, nbytes, dtype, seed = json.loads(sys.argv[1])
+kind, generator, size = getattr(torch, dtype), torch.Generator().manual_seed(seed), (2000, 2000)
+count = max(nbytes // (4_000_000 * kind.itemsize), 1)
+tensors = {f"layers.{i}.weight": torch.randn(size, generator=generator).to(kind) for i in range(count)}
+tensors |= {f"layers.{i}.bias": torch.randn(2000, generator=generator).to(kind) for i in range(count)}
+save_file(tensors, path)
+"""
+
+
+def child(script: str, job: list[Any], root: Path = ROOT) -> dict[str, float]:
+    """Run a script in a new process, with the package of a checkout; return what it prints."""
+    command = [sys.executable, "-c", script, json.dumps(job, default=str)]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, job], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    found: dict[str, float] = json.loads(done.stdout or "{}")
+    return found
 
 
 def avg(paths: list[Path], row: list[float], out: Path, threads: int | None) -> dict[str, float]:
     """Run `ckpt avg`; return what it took."""
-    weights = ["--mode", "weights", "--weights", ",".join(map(repr, row)), "--no-normalize"]
-    command = [sys.executable, "-m", "ckpt_tools", "avg", *map(str, paths), *weights, "-o", str(out), "--force"]
-    command += ["--order", "given"]
+    command = [
+        sys.executable,
+        "-m",
+        "ckpt_tools",
+        "avg",
+        *map(str, paths),
+        "-o",
+        str(out),
+        "--force",
+        "--order",
+        "given",
+    ]
+    command += ["--mode", "weights", "--weights", ",".join(map(repr, row)), "--no-normalize"]
     command += [] if threads is None else ["--threads", str(threads)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = os.times()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     after = os.times()
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
@@ -89,20 +109,9 @@ def avg(paths: list[Path], row: list[float], out: Path, threads: int | None) -> 
     }
 
 
-def make(path: Path, nbytes: int, dtype: str, seed: int) -> None:
-    """Write a checkpoint of tensors of 16 million bytes and of some small ones."""
-    import torch
-    from safetensors.torch import save_file
-
-    kind = getattr(torch, dtype)
-    generator = torch.Generator().manual_seed(seed)
-    size = 4_000_000
-    count = max(nbytes // (size * kind.itemsize), 1)
-    tensors = {
-        f"layers.{i}.weight": torch.randn(2000, size // 2000, generator=generator).to(kind) for i in range(count)
-    }
-    tensors |= {f"layers.{i}.bias": torch.randn(2000, generator=generator).to(kind) for i in range(count)}
-    save_file(tensors, path)
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def show(name: str, samples: list[dict[str, float]], one: float = 0.0) -> float:
@@ -110,7 +119,7 @@ def show(name: str, samples: list[dict[str, float]], one: float = 0.0) -> float:
     cpu = sorted(each["user"] + each["system"] for each in samples)[len(samples) // 2]
     best = min(each["seconds"] for each in samples)
     ratio = f"  {cpu / one:5.2f} of the CPU seconds above" if one else ""
-    print(f"{name:40} {best:7.2f} s  {cpu:7.2f} CPU s{ratio}")
+    say(f"{name:40} {best:7.2f} s  {cpu:7.2f} CPU s{ratio}")
     return cpu
 
 
@@ -126,10 +135,10 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="another checkout, whose run of one row is compared")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
+        folder, threads = Path(name), options.threads
         paths = [folder / f"step-{i}.safetensors" for i in range(options.inputs)]
         for i, path in enumerate(paths):
-            make(path, options.megabytes * 10**6, options.dtype, i)
+            child(MAKE, [path, options.megabytes * 10**6, options.dtype, i])
         # As an EMA has them, with a decay for each row: every input counts in every row.
         rows = []
         for r in range(options.rows):
@@ -137,33 +146,27 @@ def main() -> int:
             rows.append([weight / sum(weights) for weight in weights])
         outs = [folder / f"row-{r}.safetensors" for r in range(options.rows)]
         single = folder / "single.safetensors"
-        samples: dict[str, list[dict[str, float]]] = {}
+        several, runs, one, other = [], [], [], []
         for _ in range(options.rounds):
-            for r, row in enumerate(rows):
-                samples.setdefault("avg", []).append(avg(paths, row, single, options.threads))
-                del r
-            samples.setdefault("rows", []).append(child(ROOT, paths, rows, outs, options.threads))
-            samples.setdefault("one", []).append(child(ROOT, paths, rows[:1], [single], options.threads))
+            each = [avg(paths, row, single, threads) for row in rows]
+            runs.append({key: sum(run[key] for run in each) for key in each[0]})
+            several.append(child(RUN, [paths, rows, outs, threads]))
+            one.append(child(RUN, [paths, rows[:1], [single], threads]))
             if options.against:
-                samples.setdefault("other", []).append(
-                    child(options.against, paths, rows[:1], [single], options.threads)
-                )
-        runs = [samples["avg"][i : i + options.rows] for i in range(0, len(samples["avg"]), options.rows)]
-        whole = [{key: sum(each[key] for each in run) for key in run[0]} for run in runs]
-        above = show(f"{options.rows} runs of `ckpt avg`", whole)
-        show(f"{options.rows} rows in one run", samples["rows"], above)
-        last, size = samples["rows"][-1], sum(path.stat().st_size for path in paths)
-        print(
-            f"    read {last['read'] / size:.3f} times the inputs in {last['reads']} calls, peak RSS {last['rss'] / 1e6:.0f} MB"
-        )
-        one = show("one row in one run", samples["one"])
+                other.append(child(RUN, [paths, rows[:1], [single], threads], options.against))
+        above = show(f"{options.rows} runs of `ckpt avg`", runs)
+        show(f"{options.rows} rows in one run", several, above)
+        last, size = several[-1], sum(path.stat().st_size for path in paths)
+        read = f"{last['read'] / size:.3f} times the inputs in {last['reads']} calls"
+        say(f"    read {read}, peak RSS {max(run['rss'] for run in several) / 1e6:.0f} MB")
+        above = show("one row in one run", one)
         if options.against:
-            show("one row by the other checkout", samples["other"], one)
+            show("one row by the other checkout", other, above)
         different = 0
         for row, out in zip(rows, outs, strict=True):
-            child(ROOT, paths, [row], [single], options.threads)
+            child(RUN, [paths, [row], [single], threads])
             different += out.read_bytes() != single.read_bytes()
-        print(f"rows that differ from a run of their own: {different}")
+        say(f"rows that differ from a run of their own: {different}")
         return 1 if different else 0
 
 

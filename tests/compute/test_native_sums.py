@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -49,8 +50,18 @@ def compiled(path: Path, sources: Sequence[str], *flags: str) -> Path:
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The extension without what only x86-64 has."""
+    return built(tmp_path_factory.mktemp("portable"), "-DPORTABLE")
+
+
+@pytest.fixture(scope="module")
+def narrower(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The extension without AVX-512."""
+    return built(tmp_path_factory.mktemp("narrower"), "-DWITHOUT_AVX512", "-O1")
+
+
+def built(folder: Path, *flags: str) -> ModuleType:
     sources = sorted(path.stem for path in CSRC.glob("*.c"))
-    path = str(compiled(tmp_path_factory.mktemp("portable") / "_native.so", sources, "-DPORTABLE"))
+    path = str(compiled(folder / "_native.so", sources, *flags))
     loader = importlib.machinery.ExtensionFileLoader("_native", path)
     spec = importlib.util.spec_from_file_location("_native", path, loader=loader)
     assert spec is not None
@@ -79,8 +90,10 @@ def values(dtype: str, n: int, seed: int, out: str = "") -> torch.Tensor:
     return found.clamp(-most, most).to(torch.float32 if kind.itemsize == 1 else kind).to(kind)
 
 
-def written(path: Path, series: Sequence[dict[str, torch.Tensor]], outs: dict[str, str], row: Sequence[float]) -> bytes:
-    """Sum each tensor of a series to a dtype, with these coefficients, by the engine; return the bytes of all."""
+def written(
+    path: Path, series: Sequence[dict[str, torch.Tensor]], outs: dict[str, str], *rows: Sequence[float]
+) -> bytes:
+    """Sum each tensor of a series to a dtype, for each row, by the engine; return the bytes of all."""
     specs = []
     for i, tensors in enumerate(series):
         torch.save(tensors, path / f"{i}.pth")
@@ -89,13 +102,15 @@ def written(path: Path, series: Sequence[dict[str, torch.Tensor]], outs: dict[st
     for name, out in outs.items():
         tensors: Any = tuple([each[name] for each in specs])
         assert all(isinstance(spec, TensorSpec) for spec in tensors)
-        terms = Terms(tensors, (tuple(row),))
-        slots.append((OutTensor(DTYPES[out], tensors[0].shape, terms, name), at))
+        slots.append((OutTensor(DTYPES[out], tensors[0].shape, Terms(tensors, tuple(map(tuple, rows))), name), at))
         at += slots[-1][0].nbytes
-    with (path / "out").open("w+b") as file:
-        file.truncate(at)
-        engine.run([OutFile(FilePlan("out", at, tuple(Payload(*slot) for slot in slots)), file.fileno())], threads=1)
-        return file.read()
+    plan = FilePlan("out", at, tuple(Payload(*slot) for slot in slots))
+    with ExitStack() as stack:
+        files = [stack.enter_context((path / f"out-{row}").open("w+b")) for row in range(len(rows))]
+        for file in files:
+            file.truncate(at)
+        engine.run([OutFile(plan, file.fileno(), row) for row, file in enumerate(files)], threads=1)
+        return b"".join([file.read() for file in files])
 
 
 def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +151,33 @@ def test_run_sums_every_dtype_in_c_to_the_bytes_of_torch(
         assert written(tmp_path, series, outs, row) == expected
     finally:
         native._formula.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [*REAL[:5], "complex64"])
+def test_run_sums_rows_to_the_same_bytes_with_wide_vectors_narrower_ones_and_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portable: ModuleType, narrower: ModuleType, dtype: str
+) -> None:
+    lengths = (1, 7, 33, 1021, 70_003)
+    series = [{f"{n}": values(dtype, n, 100 * i + n) for n in lengths} for i in range(10)]
+    rows = [
+        [0.1] * 10,
+        [*[0.0] * 3, *[1 / 7] * 7],
+        [0.1 * (i - 3) for i in range(10)],
+        [0.5, *[0.05] * 9],
+        [1 / 1024] * 10,
+    ]
+    rows.append([*[0.01 * i for i in range(1, 9)], 0.0, 0.64])
+    outs = {f"{n}": dtype for n in lengths}
+    without_torch(monkeypatch)
+    expected = b"".join([written(tmp_path, series, outs, row) for row in rows])
+    for module in (native._native, portable, narrower):
+        monkeypatch.setattr(native, "_native", module)
+        native._formula.cache_clear()
+        try:
+            assert written(tmp_path, series, outs, *rows) == expected
+        finally:
+            native._formula.cache_clear()
 
 
 def test_run_sums_terms_of_several_dtypes_to_the_bytes_of_torch(
@@ -199,10 +241,10 @@ class Dtype(ctypes.Structure):
 Round = Callable[[str, np.ndarray], np.ndarray]
 
 
-@pytest.fixture(scope="module", params=["vectors", "portable"])
+@pytest.fixture(scope="module", params=["vectors", "narrower", "portable"])
 def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Round:
     """Rounding alone: from float64 to the codes of a dtype."""
-    flags = ("-DPORTABLE",) if request.param == "portable" else ()
+    flags = {"vectors": (), "narrower": ("-DWITHOUT_AVX512",), "portable": ("-DPORTABLE",)}[request.param]
     library = ctypes.CDLL(str(compiled(tmp_path_factory.mktemp("sum") / "sum.so", ("sum",), *flags)))
     library.sum_init()
     library.narrow.argtypes = (

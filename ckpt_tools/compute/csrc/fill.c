@@ -80,35 +80,56 @@ static Status read_term(const Block *block, size_t term, Place in, size_t item, 
     return status;
 }
 
+/* Add the terms to the sums of a row. VALUES: of the terms, of this dtype. */
+static void add_to_row(const Formula *f, size_t r, size_t term, size_t count, Code code, const void *const *values,
+                       size_t n, double *sum, double *first) {
+    const double *c = f->coefficients + r * f->count + term;
+    const char *used = f->used + r * f->count + term;
+    Terms terms = {.count = 0};
+    for (size_t k = 0; k < count; k++) {
+        if (!used[k]) continue;
+        if (!f->row[r].anchored) terms.x[terms.count] = values[k], terms.c[terms.count++] = c[k];
+        else if (term + k > f->row[r].first) add_differences(code, sum, first, values[k], c[k], n);
+        else {
+            widen(code, first, values[k], n);
+            memset(sum, 0, n * sizeof *sum);
+        }
+    }
+    if (terms.count) add(code, sum, &terms, n, f->row[r].first >= term);
+}
+
 /* Add COUNT terms of one dtype, four at most, to the sums of N numbers. The sums of a row follow STRIDE behind those of
    the row before, and the first values of the anchored rows behind the sums of all. */
-static void add_four(const Formula *f, size_t term, size_t count, const char *const *x, size_t n, double *sum,
+static void add_four(const Formula *f, size_t term, size_t count, const void *const *x, size_t n, double *sum,
                      size_t stride, double *wide) {
     Code code = f->dtypes[term]->code;
+    double *firsts = sum + f->rows * stride;
+    if (f->rows == 1) {
+        add_to_row(f, 0, term, count, code, x, n, sum, firsts);
+        return;
+    }
+    FourTerms whole[2][ROWS]; /* rows that use all four: those that have begun, and those that begin here */
+    size_t wholes[2] = {0}, others[ROWS], other = 0;
+    int vectors = count == 4 && adds_to_rows(code);
+    for (size_t r = 0; r < f->rows; r++) {
+        if (vectors && !f->row[r].anchored && !memchr(f->used + r * f->count + term, 0, 4)) {
+            int begins = f->row[r].first == term;
+            FourTerms *own = &whole[begins][wholes[begins]++];
+            own->sum = sum + r * stride;
+            memcpy(own->c, f->coefficients + r * f->count + term, sizeof own->c);
+        } else others[other++] = r;
+    }
+    for (int begins = 0; begins < 2; begins++)
+        if (wholes[begins]) add_to_rows(code, whole[begins], wholes[begins], x, n, begins);
     const void *values[4] = {0};
-    for (size_t k = 0; k < count; k++) {
+    for (size_t k = 0; other && k < count; k++) {
         values[k] = x[k];
-        if (f->rows == 1 || code == FLOAT64 || !f->needed[term + k]) continue;
+        if (code == FLOAT64 || !f->needed[term + k]) continue;
         widen(code, wide + k * STRIP, x[k], n);
         values[k] = wide + k * STRIP;
     }
-    if (f->rows > 1) code = FLOAT64;
-    for (size_t r = 0; r < f->rows; r++, sum += stride) {
-        const double *c = f->coefficients + r * f->count + term;
-        const char *used = f->used + r * f->count + term;
-        double *first = sum + f->rows * stride;
-        Terms terms = {.count = 0};
-        for (size_t k = 0; k < count; k++) {
-            if (!used[k]) continue;
-            if (!f->row[r].anchored) terms.x[terms.count] = values[k], terms.c[terms.count++] = c[k];
-            else if (term + k > f->row[r].first) add_differences(code, sum, first, values[k], c[k], n);
-            else {
-                widen(code, first, values[k], n);
-                memset(sum, 0, n * sizeof *sum);
-            }
-        }
-        if (terms.count) add(code, sum, &terms, n, f->row[r].first >= term);
-    }
+    for (size_t i = 0; i < other; i++)
+        add_to_row(f, others[i], term, count, FLOAT64, values, n, sum + others[i] * stride, firsts + others[i] * stride);
 }
 
 /* Sum elements [done, done + n) of a slice, or a block of N elements of a tile, from the files to the memory's results at
@@ -129,7 +150,7 @@ static Result sum_block(const Formula *f, const Memory *m, const Block *block, c
             /* Terms that are all here need the sums of this strip alone. */
             double *sum = m->sum + (f->count <= m->batch ? 0 : at * f->rows * (f->anchored ? 2 : 1));
             for (size_t k = start, count; k < t; k += count) {
-                const char *x[4];
+                const void *x[4];
                 for (count = 0; count < 4 && k + count < t && f->dtypes[k + count] == f->dtypes[k]; count++)
                     x[count] = m->x + (k + count - start) * m->read + at * f->dtypes[k]->size;
                 add_four(f, k, count, x, length, sum, most, m->wide);
@@ -214,7 +235,7 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *list, char *sc
                 else {
                     if (place->offset % (int64_t)size) x = memmove(span + SPAN, x, n * item);
                     for (size_t done = 0, most = f->rows == 1 ? n * reals : STRIP; done < n * reals; done += most) {
-                        const char *own = x + done * size;
+                        const void *own = x + done * size;
                         size_t length = n * reals - done < most ? n * reals - done : most;
                         add_four(f, t, 1, &own, length, sum + at * reals + done, total * reals,
                                  (double *)(span + SPAN + SPAN / 2));

@@ -62,6 +62,18 @@ void sum_init(void);
 /* Add terms to the sums; if they are the FIRST ones, the sums hold nothing yet. */
 void add(Code code, double *sum, const Terms *terms, size_t n, int first);
 
+typedef struct {
+    double *sum;
+    double c[4];
+} FourTerms; /* of a row */
+
+/* Return 1 if the processor has vectors for `add_to_rows`. */
+int adds_to_rows(Code code);
+
+/* Add four terms of one dtype, at X, to the sums of several rows; if they are the FIRST ones, the sums hold nothing yet.
+   Reads and writes up to 7 numbers behind the N that count. */
+void add_to_rows(Code code, const FourTerms *rows, size_t count, const void *const *x, size_t n, int first);
+
 /* Convert an array to float64, without rounding. */
 void widen(Code code, double *to, const void *x, size_t n);
 

@@ -14,6 +14,9 @@ typedef double Four __attribute__((vector_size(32)));
 typedef uint64_t FourBits __attribute__((vector_size(32)));
 typedef int64_t FourSigned __attribute__((vector_size(32)));
 static int avx2; /* the processor has it, and F16C */
+#define AVX512 __attribute__((target("avx512f,avx2,f16c")))
+typedef double Eight __attribute__((vector_size(64)));
+static int avx512; /* the processor has it, and the system lets it be used; the steps are the same, so the bytes are */
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
@@ -53,6 +56,9 @@ void sum_init(void) {
 #ifdef X86
     unsigned a, b, c, d; /* older compilers cannot ask for F16C by its name */
     avx2 = __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+#ifndef WITHOUT_AVX512
+    avx512 = avx2 && __builtin_cpu_supports("avx512f");
+#endif
 #endif
     for (int k = 0; k < 4; k++)
         for (int code = 0; code < 256; code++) {
@@ -112,6 +118,21 @@ AVX2 INLINE Four four_bfloat16(const void *x, size_t i) {
 AVX2 INLINE Four four_float16(const void *x, size_t i) {
     return (Four)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)x + i))));
 }
+
+AVX512 INLINE Eight eight_float64(const void *x, size_t i) { return (Eight)_mm512_loadu_pd((const double *)x + i); }
+
+AVX512 INLINE Eight eight_float32(const void *x, size_t i) {
+    return (Eight)_mm512_cvtps_pd(_mm256_loadu_ps((const float *)x + i));
+}
+
+AVX512 INLINE Eight eight_bfloat16(const void *x, size_t i) {
+    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i)));
+    return (Eight)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+}
+
+AVX512 INLINE Eight eight_float16(const void *x, size_t i) {
+    return (Eight)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
+}
 #endif
 
 /* ---- adding ---- */
@@ -156,6 +177,7 @@ AVX2 INLINE Four four_float16(const void *x, size_t i) {
 #define ADD_ONE_BY_ONE(CODE, NAME) ADD(add_##NAME, , double, from_##NAME, 1)
 EACH(ADD_ONE_BY_ONE)
 #ifdef X86
+ADD(add_float64_by_eight, AVX512, Eight, eight_float64, 8)
 ADD(add_float64_by_four, AVX2, Four, four_float64, 4)
 ADD(add_float32_by_four, AVX2, Four, four_float32, 4)
 ADD(add_bfloat16_by_four, AVX2, Four, four_bfloat16, 4)
@@ -165,7 +187,8 @@ ADD(add_float16_by_four, AVX2, Four, four_float16, 4)
 void add(Code code, double *sum, const Terms *terms, size_t n, int first) {
     size_t i = 0;
 #ifdef X86
-    if (avx2 && code == FLOAT64) i = add_float64_by_four(sum, terms, 0, n, first);
+    if (avx512 && code == FLOAT64) i = add_float64_by_eight(sum, terms, 0, n, first);
+    if (avx2 && code == FLOAT64) i = add_float64_by_four(sum, terms, i, n, first);
     else if (avx2 && code == FLOAT32) i = add_float32_by_four(sum, terms, 0, n, first);
     else if (avx2 && code == BFLOAT16) i = add_bfloat16_by_four(sum, terms, 0, n, first);
     else if (avx2 && code == FLOAT16) i = add_float16_by_four(sum, terms, 0, n, first);
@@ -176,6 +199,61 @@ void add(Code code, double *sum, const Terms *terms, size_t n, int first) {
         EACH(ADD_REST)
         case RAW: break;
     }
+}
+
+/* Add four terms to the sums of each row, as `add` does: a value is widened once and stays in a register for all rows. */
+#define ADD_TO_ROWS(NAME, TARGET, VALUE, WIDEN)                                                                        \
+    TARGET INLINE void NAME##_of(const FourTerms *rows, size_t count, const void *const *x, size_t n, int first) {     \
+        for (size_t i = 0; i < n; i += sizeof(VALUE) / sizeof(double)) {                                               \
+            const VALUE x0 = WIDEN(x[0], i), x1 = WIDEN(x[1], i), x2 = WIDEN(x[2], i), x3 = WIDEN(x[3], i);            \
+            for (size_t r = 0; r < count; r++) {                                                                       \
+                const double *c = rows[r].c;                                                                           \
+                VALUE before, total = x0 * c[0];                                                                       \
+                if (!first) {                                                                                          \
+                    memcpy(&before, rows[r].sum + i, sizeof before);                                                   \
+                    total = before + total;                                                                            \
+                }                                                                                                      \
+                total += x1 * c[1];                                                                                    \
+                total += x2 * c[2];                                                                                    \
+                total += x3 * c[3];                                                                                    \
+                memcpy(rows[r].sum + i, &total, sizeof total);                                                         \
+            }                                                                                                          \
+        }                                                                                                              \
+    }                                                                                                                  \
+    TARGET static void NAME(const FourTerms *rows, size_t count, const void *const *x, size_t n, int first) {          \
+        first ? NAME##_of(rows, count, x, n, 1) : NAME##_of(rows, count, x, n, 0);                                     \
+    }
+#ifdef X86
+#define EACH_IN_VECTORS(DO) DO(FLOAT64, float64) DO(FLOAT32, float32) DO(BFLOAT16, bfloat16) DO(FLOAT16, float16)
+#define ADD_TO_ROWS_BOTH(CODE, NAME)                                   \
+    ADD_TO_ROWS(add_##NAME##_to_rows_by_four, AVX2, Four, four_##NAME) \
+    ADD_TO_ROWS(add_##NAME##_to_rows_by_eight, AVX512, Eight, eight_##NAME)
+EACH_IN_VECTORS(ADD_TO_ROWS_BOTH)
+#endif
+
+int adds_to_rows(Code code) {
+#ifdef X86
+    return avx2 && (code == FLOAT64 || code == FLOAT32 || code == BFLOAT16 || code == FLOAT16);
+#else
+    (void)code;
+    return 0;
+#endif
+}
+
+void add_to_rows(Code code, const FourTerms *rows, size_t count, const void *const *x, size_t n, int first) {
+#ifdef X86
+#define TO_ROWS(CODE, NAME)                                                     \
+    case CODE:                                                                  \
+        if (avx512) add_##NAME##_to_rows_by_eight(rows, count, x, n, first);    \
+        else add_##NAME##_to_rows_by_four(rows, count, x, n, first);            \
+        break;
+    switch (code) {
+        EACH_IN_VECTORS(TO_ROWS)
+        default: break;
+    }
+#else
+    (void)code, (void)rows, (void)count, (void)x, (void)n, (void)first;
+#endif
 }
 
 void widen(Code code, double *to, const void *x, size_t n) {
@@ -393,6 +471,36 @@ NARROW_BY_FOUR(float8_e4m3fn)
 NARROW_BY_FOUR(float8_e5m2)
 NARROW_BY_FOUR(float8_e4m3fnuz)
 NARROW_BY_FOUR(float8_e5m2fnuz)
+
+AVX512 INLINE void put_eight_float32(void *out, size_t i, __m512d value) {
+    _mm256_storeu_ps((float *)out + i, _mm512_cvtpd_ps(value));
+}
+
+AVX512 INLINE void put_eight_bfloat16(void *out, size_t i, __m512d value) {
+    const __m512i lost = _mm512_set1_epi64(((int64_t)1 << 40) - 1);
+    __m512i wide = _mm512_castpd_si512(value);
+    wide = _mm512_andnot_si512(lost, _mm512_or_si512(_mm512_add_epi64(_mm512_and_si512(wide, lost), lost), wide));
+    __m256i bits = _mm256_castps_si256(_mm512_cvtpd_ps(_mm512_castsi512_pd(wide)));
+    __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    bits = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), last), 16);
+    bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 8);
+    _mm_storeu_si128((__m128i *)((uint16_t *)out + i), _mm256_castsi256_si128(bits));
+}
+
+#define NARROW_BY_EIGHT(NAME)                                                                                          \
+    AVX512 static int narrow_##NAME##_by_eight(void *restrict out, const double *restrict sum, size_t n, double c,     \
+                                               double limit) {                                                         \
+        const __m512d factor = _mm512_set1_pd(c), most = _mm512_set1_pd(limit);                                        \
+        unsigned bad = 0;                                                                                              \
+        for (size_t i = 0; i + 8 <= n; i += 8) {                                                                       \
+            __m512d value = _mm512_mul_pd(_mm512_loadu_pd(sum + i), factor);                                           \
+            bad |= _mm512_cmp_pd_mask(_mm512_abs_pd(value), most, _CMP_NLT_UQ); /* true for a NaN, too */              \
+            put_eight_##NAME(out, i, value);                                                                           \
+        }                                                                                                              \
+        return bad != 0;                                                                                               \
+    }
+NARROW_BY_EIGHT(float32)
+NARROW_BY_EIGHT(bfloat16)
 #endif
 
 
@@ -403,7 +511,11 @@ int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c)
 #ifdef X86
 #define NARROW_FOURS(CODE, NAME) \
     case CODE: bad = narrow_##NAME##_by_four(out, sum, i, c, limit); break;
-    if (avx2 && dtype->code != FLOAT64) {
+    if (avx512 && (dtype->code == FLOAT32 || dtype->code == BFLOAT16)) {
+        i = n & ~(size_t)7;
+        bad = dtype->code == FLOAT32 ? narrow_float32_by_eight(out, sum, i, c, limit)
+                                     : narrow_bfloat16_by_eight(out, sum, i, c, limit);
+    } else if (avx2 && dtype->code != FLOAT64) {
         i = n & ~(size_t)3;
         switch (dtype->code) {
             NARROW_FOURS(FLOAT32, float32) NARROW_FOURS(BFLOAT16, bfloat16) NARROW_FOURS(FLOAT16, float16)
