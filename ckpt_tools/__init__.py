@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .jobs.look import LookReport, look
     from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
     from .jobs.strip import StripReport, strip
+    from .jobs.sweep.job import SweepReport, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "diff",
     "fix_prefix",
     "look",
+    "sweep",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
@@ -58,6 +60,8 @@ _HOMES = {
     "diff": "jobs.diff",
     "LookReport": "jobs.look",
     "look": "jobs.look",
+    "SweepReport": "jobs.sweep.job",
+    "sweep": "jobs.sweep.job",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",
