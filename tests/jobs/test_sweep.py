@@ -209,6 +209,7 @@ def test_if_all_evaluations_fail_the_first_reason_is_the_error(save: Save, here:
         ({"eval_command": COMMAND, "window": "10"}, SeriesError, "only run/c-5.pth is in it"),
         ({"eval_command": COMMAND, "keep": -1}, UsageError, "0 or more"),
         ({"eval_command": COMMAND, "evaluations": 2}, UsageError, "3 or more"),
+        ({"eval_command": COMMAND, "lora": "product"}, UsageError, "Merge each adapter into its model"),
         ({"eval_data": "nowhere"}, CkptError, "does not record its model"),
         ({"eval_function": "nowhere.py:score"}, UsageError, "cannot be imported"),
         (
@@ -294,11 +295,9 @@ def test_a_sweep_that_was_stopped_goes_on(save: Save, here: Path, number: int) -
         file.write(b'{"key": "cut o')
     done = json.loads(subprocess.run(command, capture_output=True, env=environment(), check=True).stdout)
     assert (done["reused"], done["evaluations"]) == (before, 4 + N - before)
-    fresh = json.loads(
-        subprocess.run([*command, "--scratch", "fresh"], capture_output=True, env=environment(), check=True).stdout
-    )
-    assert [each["label"] for each in done["candidates"]] == [each["label"] for each in fresh["candidates"]]
-    assert [each["metrics"] for each in done["candidates"]] == [each["metrics"] for each in fresh["candidates"]]
+    fresh = sweep("run", last=[2, 3, 4, 5], eval_command=COMMAND, metric="error", scratch="fresh", jobs=4)
+    assert [each["label"] for each in done["candidates"]] == [each.label for each in fresh.candidates]
+    assert [each["metrics"] for each in done["candidates"]] == [each.metrics for each in fresh.candidates]
     assert any("1 lines were cut off" in note for note in done["notes"])
 
 

@@ -164,6 +164,8 @@ def sweep(
             others go on, and the report says why.
     """
     check(evaluation, honesty, output, searching)
+    if matching.lora == "product":
+        raise UsageError("`lora='product'` does not go with a sweep. Merge each adapter into its model first.")
     check_threads(running.threads)
     dtype = parse_dtype(output.dtype)
     given = [paths] if isinstance(paths, (str, Path)) else [*paths]
