@@ -21,14 +21,12 @@ from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.ranks import masters_beside
 from ..series.align import KeyPlan, align
-from ..series.lora import factor_names
+from ..series.lora import factor_names, is_factor
 from ..series.member import Member
 from ..tensors import Tensor, TensorSpec
 from .options import Matching
 from .reports import some
 
-# Factors of a low-rank update, as PEFT, loralib, torchtune, diffusers and kohya name them.
-_LORA = re.compile(r"(?<![A-Za-z])lora(?:\d*|_linear_layer)[._](?:embedding_)?(?:[AaBb]|down|up)(?:[._]|$)")
 _EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
@@ -207,7 +205,7 @@ def _notes(members: Sequence[Member], states: Sequence[StateDict], plan: KeyPlan
     borrowed = not_averaged(last.header, states[-1])
     if borrowed:
         yield f"The averages lack these, so they are averages of the raw weights: {some(borrowed)}."
-    factor = next((name for name in plan.aligned if _LORA.search(name)), None) if len(members) > 1 else None
+    factor = next((name for name in plan.aligned if is_factor(name)), None) if len(members) > 1 else None
     if factor is not None:
         yield (
             f"'{factor}' is a factor of a LoRA update. The factors are averaged apart, and their product is not the "

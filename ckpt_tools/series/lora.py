@@ -26,9 +26,12 @@ LORA = ("factors", "product")
 CONFIG = "adapter_config.json"
 """PEFT's configuration of an adapter, which has rank and scale."""
 
-# The first factor, as PEFT, loralib, torchtune, kohya, diffusers and XLabs name it: before, name, and after it.
+# Factors, as PEFT, loralib, torchtune, kohya, diffusers and XLabs name them.
+_FACTOR = r"lora(?:\d*|_linear_layer)[._](?:embedding_)?"
+_EITHER = re.compile(rf"(?<![A-Za-z]){_FACTOR}(?:[AaBb]|down|up)(?:[._]|$)")
+# The first one: before, name, and after it.
 _FIRST = re.compile(
-    r"((?:.*(?<![A-Za-z]))?)(lora(?:\d*|_linear_layer)[._](?:embedding_)?(?:A|a|down))((?:\.\w+)?(?:\.weight)?)",
+    rf"((?:.*(?<![A-Za-z]))?)({_FACTOR}(?:A|a|down))((?:\.\w+)?(?:\.weight)?)",
     re.DOTALL,
 )
 _SECOND = {"A": "B", "a": "b", "down": "up"}
@@ -102,6 +105,11 @@ class Products:
     left_out: list[str] = field(default_factory=list)
     config: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+
+def is_factor(name: str) -> bool:
+    """Return True for a factor of an update, by its name."""
+    return _EITHER.search(name) is not None
 
 
 def factor_names(tensors: Mapping[str, Tensor]) -> set[str]:
