@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,12 @@ from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.ranks import masters_beside
 from ..series.align import KeyPlan, align
+from ..series.find import average_words
 from ..series.lora import factor_names, is_factor
 from ..series.member import Member
 from ..tensors import Tensor, TensorSpec
 from .options import Matching
 from .reports import some
-
-_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +145,7 @@ def selected(members: Sequence[Member], names: Sequence[str], matching: Matching
             f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
             "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
         )
-    marked = [name for name in names if _EMA_NAME.search(name)]
+    marked = [name for name in names if "ema" in average_words(name)]
     if "auto" in asked and "ema" not in which and 0 < len(marked) < len(names):
         raise LayoutError(
             f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
