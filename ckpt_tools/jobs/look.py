@@ -21,8 +21,9 @@ from ..errors import AlignmentError, NumericsError, UsageError
 from ..formats.header import Header
 from ..series.align import is_copied
 from ..series.find import find_series
-from ..series.geometry import FAR, ONE_BASIN, Geometry, Products, geometry, movement
+from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
 from ..series.member import Member
+from ..series.rules.rule import Products
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
 from .options import Alignment, Drawing, Matching, Reading, Selection, takes

@@ -15,7 +15,7 @@ from ..series.align import is_copied
 from ..series.find import Series
 from ..series.member import Member
 from ..series.paths import one_checkpoint
-from ..series.rules.stock import Products
+from ..series.rules.rule import Products
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running
 from ..tensors import TensorSpec
