@@ -88,6 +88,11 @@ class Addends:
     compared: Callable[[Path], tuple[str, bool | None]] | None = None
 
     @property
+    def sources(self) -> tuple[Member, ...]:
+        """Those of the members that are inputs themselves, and no average of inputs."""
+        return self.members[1:] if self.before else self.members
+
+    @property
     def mixed_dtypes(self) -> bool:
         """True if floating-point dtypes may differ, because the output has its own whatever they are."""
         if self.dtype is not None:
