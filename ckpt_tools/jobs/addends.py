@@ -14,7 +14,7 @@ from ..series.rules.rule import Rule
 from ..series.schedules import SCHEDULES, Schedule
 from ..storage.source import Stamp
 from ..tensors import DType, parse_dtype
-from .lined_up import LinedUp
+from .lined_up import LinedUp, states_asked
 from .options import AveragedOutput, Matching
 from .outputs import Target
 from .provenance import Input, Record
@@ -149,8 +149,8 @@ def recorded_dtype(record: Record) -> DType | None:
 
 
 def state_asked(matching: Matching) -> str | list[str]:
-    """Return the set of weights that was asked for; several for the parts of a model."""
-    asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
+    """Return `states_asked`, and where it is one alone, that one: as records and messages have it."""
+    asked = states_asked(matching)
     return asked[0] if len(asked) == 1 else asked
 
 

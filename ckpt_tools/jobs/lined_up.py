@@ -112,7 +112,7 @@ def _shared(members: Sequence[Member]) -> dict[Path, Files]:
 
 def every_set(members: Sequence[Member], matching: Matching) -> tuple[tuple[Member, ...], tuple[StateDict, ...]]:
     """Return each checkpoint as often as it has sets of weights that are asked for, and these sets."""
-    asked = _asked(matching)
+    asked = states_asked(matching)
     sources = [
         (member, in_place(member.header, select(member.header, state)))
         for member in members
@@ -121,7 +121,8 @@ def every_set(members: Sequence[Member], matching: Matching) -> tuple[tuple[Memb
     return tuple(member for member, _ in sources), tuple(state for _, state in sources)
 
 
-def _asked(matching: Matching) -> list[str]:
+def states_asked(matching: Matching) -> list[str]:
+    """Return the sets of weights that were asked for; several for the parts of a model."""
     return [matching.state] if isinstance(matching.state, str) else [*matching.state]
 
 
@@ -131,7 +132,7 @@ def selected(members: Sequence[Member], names: Sequence[str], matching: Matching
     Raises:
         LayoutError: there are none; or some are averages, by layout or by name, and others are not.
     """
-    asked = _asked(matching)
+    asked = states_asked(matching)
     _check_ranks(members, names)
     found = [
         of_ranks(member.header, lambda header: in_place(header, select_parts(header, asked))) for member in members
