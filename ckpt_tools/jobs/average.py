@@ -19,7 +19,7 @@ from ..formats.file_plan import OutTensor
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..series.lora import CONFIG, LORA, Adapter, AveragedUpdates, average_updates, config_text
+from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.member import Member
 from ..series.schedules import Schedule
 from ..series.weighted_sums import weighted_sums
@@ -181,7 +181,7 @@ class _Sums:
         addends: with the coefficients over all values, where tensors have their own.
         lined_up: the weights that are summed.
         by_tensor: coefficients of tensors that have their own.
-        updates: the LoRA updates of ``lora="product"``.
+        adapter: of ``lora="product"``; else empty.
         tensors: name to sum, in the order of the output.
         inputs: to record, oldest first; with the hashes that are known.
     """
@@ -189,7 +189,7 @@ class _Sums:
     addends: Addends
     lined_up: LinedUp
     by_tensor: ByTensor
-    updates: AveragedUpdates
+    adapter: AveragedAdapter
     tensors: Mapping[str, OutTensor]
     inputs: tuple[Input, ...]
 
@@ -207,7 +207,7 @@ class _Sums:
     def usual_target(self) -> Target:
         """Where the output goes if nothing says otherwise."""
         usual = default_target([member.header for member in self.addends.members])
-        return usual if self.updates.config is None else Target.of("averaged/")
+        return usual if self.adapter.config is None else Target.of("averaged/")
 
 
 def _sums(addends: Addends) -> _Sums:
@@ -229,18 +229,18 @@ def _sums(addends: Addends) -> _Sums:
         shared=lined_up.shared,
         by_name=by_tensor.coefficients,
     )
-    updates = AveragedUpdates()
+    adapter = AveragedAdapter()
     if matching.lora == "product":
         weights = [renamed(state.tensors, bare) for state, bare in zip(lined_up.states, lined_up.renamed, strict=True)]
         adapters = [
             Adapter.of(member.header, own, name, coefficient)
             for member, own, name, coefficient in zip(members, weights, names, addends.coefficients, strict=True)
         ]
-        updates = average_updates(adapters, dtype=dtype, keys=matching.keys)
-        both = tensors | updates.tensors
+        adapter = average_adapters(adapters, dtype=dtype, keys=matching.keys)
+        both = tensors | adapter.tensors
         tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
     inputs = (*addends.before, *_inputs(addends, lined_up)[-len(addends.sources) :])
-    return _Sums(addends, lined_up, by_tensor, updates, tensors, inputs)
+    return _Sums(addends, lined_up, by_tensor, adapter, tensors, inputs)
 
 
 def _laid_out(
@@ -263,7 +263,7 @@ def _laid_out(
         **({"ratios": sums.by_tensor.ratios} if sums.by_tensor.ratios else {}),
     )
     return assemble(
-        dict(sums.tensors),
+        sums.tensors,
         Writing(
             name=addends.name or target.name,
             provenance=record,
@@ -275,7 +275,7 @@ def _laid_out(
         base=sums.base,
         state=lined_up.states[-1],
         renamed=lined_up.renamed[-1],
-        edited=_edited(sums.base, sums.updates, target, dequantize=addends.matching.dequantize),
+        edited=_edited(sums.base, sums.adapter, target, dequantize=addends.matching.dequantize),
     )
 
 
@@ -290,9 +290,9 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         ordered_by=addends.ordered_by,
         averaged=tuple(tensor.name for tensor in unique if tensor not in copied),
         copied=tuple(tensor.name for tensor in copied),
-        left_out=(*lined_up.left_out, *sums.updates.left_out),
+        left_out=(*lined_up.left_out, *sums.adapter.left_out),
         tied=tuple(name for name, tensor in sums.tensors.items() if name != tensor.name),
-        notes=(*addends.notes, *lined_up.notes, *sums.updates.notes, *_kept(assembly)),
+        notes=(*addends.notes, *lined_up.notes, *sums.adapter.notes, *_kept(assembly)),
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
@@ -317,20 +317,20 @@ def _places(member: Member, state: StateDict) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
-def _edited(base: Header, updates: AveragedUpdates, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:
+def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:
     """Return the files beside the weights that change with these: name to new content, or None for no file.
 
     Raises:
         UsageError: one of them says how to read the weights, and the target is no folder.
     """
     edited = dict(without_quantization(companions(base, []))) if dequantize and target.folder else {}
-    if updates.config is not None:
+    if adapter.config is not None:
         if not target.folder:
             raise UsageError(
                 f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
                 "without suffix, for a folder with both."
             )
-        edited[CONFIG] = config_text(updates.config)
+        edited[CONFIG] = config_text(adapter.config)
     return edited
 
 

@@ -110,8 +110,8 @@ class _Update:
 
 
 @dataclass(slots=True, eq=False)
-class AveragedUpdates:
-    """The factors of averaged updates.
+class AveragedAdapter:
+    """An average of adapters, which is one itself.
 
     Attributes:
         tensors: by name.
@@ -140,7 +140,7 @@ def factor_names(tensors: Mapping[str, Tensor]) -> set[str]:
     return {name for update in _updates(tensors).values() for name in update.names}
 
 
-def average_updates(adapters: Sequence[Adapter], *, dtype: DType | None, keys: str) -> AveragedUpdates:
+def average_adapters(adapters: Sequence[Adapter], *, dtype: DType | None, keys: str) -> AveragedAdapter:
     """Average LoRA updates exactly, but for the rounding of the factors to their dtype.
 
     Args:
@@ -164,7 +164,7 @@ def average_updates(adapters: Sequence[Adapter], *, dtype: DType | None, keys: s
             f"{adapters[configured.index(False)].name}: has no {CONFIG} beside it, which has the scale of its updates; "
             f"{adapters[configured.index(True)].name} has one."
         )
-    made = AveragedUpdates()
+    made = AveragedAdapter()
     counts = Counter(key for found in updates for key in found)
     for key, count in counts.items():
         if count == len(adapters):
@@ -223,7 +223,7 @@ def _updates(tensors: Mapping[str, Tensor]) -> dict[str, _Update]:
 
 
 def _average(
-    made: AveragedUpdates,
+    made: AveragedAdapter,
     ranks: dict[str, tuple[int, float]],
     adapters: Sequence[Adapter],
     updates: Sequence[_Update],
