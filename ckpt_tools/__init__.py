@@ -34,17 +34,18 @@ __all__ = [
     "PrefixReport",
     "RecalibrationReport",
     "StripReport",
+    "SweepReport",
     "__version__",
     "average",
     "convert",
     "diff",
     "fix_prefix",
     "look",
-    "sweep",
     "open_checkpoint",
     "recalibrate_bn",
     "recalibrate_checkpoint",
     "strip",
+    "sweep",
 ]
 
 _HOMES = {

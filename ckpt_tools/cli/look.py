@@ -66,7 +66,7 @@ def _show(report: LookReport, top: int) -> None:
     console.say(
         "",
         f"Ordered by {report.ordered_by}; weights: {report.state}. Read {console.size(report.bytes_read)}.",
-        f"The checkpoints have a norm of {norm:.4g}, and their mean {report.mean_norm:.4f} of it.",
+        f"The norm of the checkpoints is {norm:.4g} on average, and that of their mean {report.mean_norm:.4f} of it.",
     )
     moving = [*report.movement.items()][:top]
     if moving:

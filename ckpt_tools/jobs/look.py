@@ -15,16 +15,17 @@ from ..checkpoints.layouts.layout import is_buffer
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.optimizers import find_optimizers
 from ..checkpoints.scalars import as_number
-from ..compute.gram import gram
 from ..compute.threads import check_threads
 from ..errors import AlignmentError, NumericsError, UsageError
 from ..formats.header import Header
 from ..series.align import is_copied
 from ..series.find import find_series
-from ..series.geometry import FAR, ONE_BASIN, Geometry, Products, geometry, movement
+from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
 from ..series.member import Member
+from ..series.rules.rule import Products
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
+from .measure import inner_products
 from .options import Alignment, Drawing, Matching, Reading, Selection, takes
 from .pictures import check_picture, check_picture_target, write_picture
 from .provenance import short_names
@@ -127,7 +128,7 @@ def look(
     aligned = {name: specs for name, inputs in lined_up.aligned.items() if (specs := _moving(name, inputs)) is not None}
     if not aligned:
         raise AlignmentError("the checkpoints share no parameter, so there is nothing to measure.")
-    products = _products(aligned, members, running)
+    products = inner_products([*aligned.values()], members, threads=running.threads, on_progress=running.on_progress)
     for name, each in zip(aligned, products, strict=True):
         _check_finite(name, each, names)
     whole = geometry(_total(products))
@@ -159,18 +160,6 @@ def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] 
     if len(specs) < len(inputs) or not last.dtype.averaged or is_buffer(name, last) or is_copied(name, last):
         return None
     return specs if last.numel else None
-
-
-def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[Products]:
-    total = sum(spec.nbytes for specs in aligned.values() for spec in specs)
-    report = running.on_progress
-    found = gram(
-        [*aligned.values()],
-        stamps=[stamp for member in members for stamp in member.header.files],
-        threads=running.threads,
-        on_progress=None if report is None else lambda done: report(done, total),
-    )
-    return [matrix.tolist() for matrix in found]
 
 
 def _check_finite(name: str, products: Products, names: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from ..series.align import is_copied
 from ..series.find import Series
 from ..series.member import Member
 from ..series.paths import one_checkpoint
-from ..series.rules.stock import Products
+from ..series.rules.rule import Products
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running
 from ..tensors import TensorSpec
@@ -163,18 +163,12 @@ def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:
 
 def _products(tensors: Iterable[Aligned], members: Sequence[Member], running: Summing) -> dict[Aligned, Products]:
     """Return for each tensor, tied ones once, what `ckpt_tools.series.rules.stock` takes."""
-    from ..compute.gram import gram
+    from .measure import inner_products
 
     # The start comes last, for rows are differences from the last.
     rows = {specs: [spec for spec in (*specs[1:], specs[0]) if spec is not None] for specs in tensors}
-    total, report = _nbytes(rows), running.on_progress
-    found = gram(
-        [*rows.values()],
-        stamps=[stamp for member in members for stamp in member.header.files],
-        threads=running.threads,
-        on_progress=None if report is None else lambda done: report(done, total),
-    )
-    return {specs: matrix.tolist() for specs, matrix in zip(rows, found, strict=True)}
+    found = inner_products([*rows.values()], members, threads=running.threads, on_progress=running.on_progress)
+    return dict(zip(rows, found, strict=True))
 
 
 def _nbytes(tensors: Iterable[Aligned]) -> int:

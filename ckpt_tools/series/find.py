@@ -20,6 +20,7 @@ from .paths import as_path, find, listed
 from .selection import Choice
 
 _AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
+"""Words of file names; for keys inside a checkpoint see `ckpt_tools.checkpoints.layouts.counterparts`."""
 ORDERS = ("auto", "given", "natural", "mtime")
 
 
@@ -74,6 +75,11 @@ def find_series(
     return Series(tuple(choice.of(members, notes)), given, ordered_by, tuple(notes))
 
 
+def average_words(name: str) -> set[str]:
+    """Return the words of a file name that say that it is an average, in small letters."""
+    return {word.lower() for word in _AVERAGE.findall(name)}
+
+
 def _is_average(made: Any) -> bool:
     """True for an output of `avg` or `recal-bn`, converted or not; not for a converted training checkpoint."""
     while isinstance(made, dict) and made.get("command") in ("convert", "strip"):
@@ -104,7 +110,7 @@ def _without_averages(headers: Sequence[Header], given: Collection[Path], notes:
         SeriesError: it would leave one checkpoint only.
     """
     paths = [header.path for header in headers]
-    words = [{word.lower() for word in _AVERAGE.findall(name)} for name in telling_names(paths)]
+    words = [average_words(name) for name in telling_names(paths)]
     shared = set.intersection(*words)
     marked = {path: own for path, each in zip(paths, words, strict=True) if (own := each - shared)}
     if len(marked) == len(paths):

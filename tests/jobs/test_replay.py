@@ -213,7 +213,7 @@ def test_a_replay_in_another_format_has_the_same_weights(tmp_path: Path) -> None
 def test_a_record_of_an_older_version_without_newer_fields_is_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckpt_tools.jobs import average as job
+    from ckpt_tools.jobs import addends as job
 
     monkeypatch.setattr(job, "_places", lambda member, state: {})
     average(series(tmp_path, 3), out=tmp_path / "averaged.pth")

@@ -324,7 +324,7 @@ def test_the_inputs_of_an_older_record_are_ordered_by_what_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = series(tmp_path, 3)
-    monkeypatch.setattr("ckpt_tools.jobs.average._places", lambda member, state: {})
+    monkeypatch.setattr("ckpt_tools.jobs.addends._places", lambda member, state: {})
     average(paths[:2], out=tmp_path / "two.pth")
     monkeypatch.undo()
     with pytest.raises(SeriesError, match=r"c-2.pth: has no step that counts as those of the inputs of"):

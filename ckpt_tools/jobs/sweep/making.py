@@ -16,14 +16,14 @@ from ...series.member import Member
 from ...series.weighted_sums import weighted_sums
 from ...storage.source import Stamp
 from ...tensors import DType
-from ..addends import Addends
+from ..addends import Addends, inputs_of, record_of
 from ..assembly import Assembly, assemble
-from ..average import arguments_of, inputs_of, record_of
 from ..lined_up import LinedUp, line_up
 from ..options import Matching
 from ..outputs import Target, default_target
 from ..provenance import short_names
 from ..run import write_all
+from ..weigh import arguments_of
 from .options import Sweeping
 
 MOST = 16
