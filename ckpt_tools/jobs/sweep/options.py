@@ -129,8 +129,8 @@ class SweptImages(Images):
     data: str | None = option(  # type: ignore[assignment]
         "Images for BatchNorm statistics, measured before every score.", None, metavar="DATA"
     )
-    passes: int = option("Of the statistics; see `recal_bn(...)`.", 1)
-    estimator: str = option("Of the statistics; see `recal_bn(...)`.", "population")
+    passes: int = option("Of the statistics, as in recal-bn.", 1)
+    estimator: str = option("Of the statistics, as in recal-bn.", "population")
     seed: int = option("Of the random subset of images, of `holdout` and of the intervals.", 0)
 
 
