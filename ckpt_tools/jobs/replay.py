@@ -160,8 +160,9 @@ def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_se
     if faults:
         n = len(record.inputs)
         raise SeriesError(
-            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults)}. Give "
-            "the paths of the right files, or of folders that have them."
+            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults[:20])}"
+            f"{f'; and {len(faults) - 20} more' if len(faults) > 20 else ''}. Give the paths of the right files, or of "
+            "folders that have them."
         )
     return headers
 
@@ -252,7 +253,7 @@ class _Search:
             for n in range(len(parts)):  # a/step_1.pth is step_1.pth in the folder a
                 if n == 0 or folder.absolute().parts[-n:] == parts[:n]:
                     place = folder.joinpath(*parts[n:])
-                    if store_of(place).is_file(place) or store_of(place).is_folder(place):
+                    if _is_there(place):
                         yield place
 
     def _in_tree(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
@@ -260,7 +261,16 @@ class _Search:
             self._below[folder] = _tree(folder)
         for name in names:
             found = (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
-            yield from (place for place in found if place.is_file() or place.is_dir())
+            yield from filter(_is_there, found)
+
+
+def _is_there(place: Path) -> bool:
+    """True for a file or folder; False for a name that the system refuses, or does not let us look at."""
+    store = store_of(place)
+    try:
+        return store.is_file(place) or store.is_folder(place)
+    except OSError:
+        return False
 
 
 def _ends(place: Path, name: str) -> bool:

@@ -16,6 +16,7 @@ from test_update import facts, series
 
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.errors import LayoutError, SeriesError, UsageError, WriteError
+from ckpt_tools.formats import header as headers
 
 RULES = [
     {},
@@ -240,3 +241,16 @@ def test_what_is_no_average_of_ours_cannot_be_replayed(tmp_path: Path) -> None:
     convert(tmp_path / "averaged.pth", out=tmp_path / "averaged.safetensors")
     with pytest.raises(LayoutError, match="was written by 'ckpt convert' from averaged.pth"):
         average([], replay=tmp_path / "averaged.safetensors")
+
+
+def test_an_input_whose_name_no_system_takes_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    average(series(tmp_path, 2), out=tmp_path / "two.pth")
+    parse = headers.parse_provenance
+
+    def damaged(text: bytes) -> Any:
+        said = parse(text)
+        return said and said | {"inputs": [each | {"name": "a" * 300 + ".pth"} for each in said["inputs"]]}
+
+    monkeypatch.setattr("ckpt_tools.formats.torch_zip.parse_provenance", damaged)
+    with pytest.raises(SeriesError, match=r"2 of its 2 inputs cannot be taken\. a{300}\.pth is missing"):
+        average([], replay=tmp_path / "two.pth", out=tmp_path / "x.pth")
