@@ -25,6 +25,7 @@ from ..series import lora
 from ..series.find import Series, find_series
 from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text
 from ..series.member import Member
+from ..series.paths import one_checkpoint
 from ..series.schedules import Schedule, dominant
 from ..series.stored_profiles import stored_profiles
 from ..series.weighted_sums import weighted_sums
@@ -115,7 +116,8 @@ def average(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    schedule.check()
+    if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
+        schedule.check()
     _check(matching)
     if earlier.update is not None and earlier.replay is not None:
         raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
@@ -257,12 +259,13 @@ def _by_rule(
     running: Summing,
 ) -> Addends:
     """Find the checkpoints, and weigh them as the rule does."""
-    series = find_series(paths, **vars(selection))
+    start = one_checkpoint(schedule.values["base"]) if schedule.rule.needs == "products" else None
+    series = find_series(paths, start=start, **vars(selection))
     members, chosen, by_tensor = series.members, None, None
     if schedule.rule.needs == "profile":
         members, chosen = every_set(members, matching)
-    elif schedule.rule.needs == "products":
-        members, chosen = with_start(series, schedule.values["base"], matching)
+    elif start is not None:
+        members, chosen = with_start(series, start, matching)
         by_tensor = partial(measured, schedule, members, matching, running)
     names = _names(members, chosen)
     numbers = _numbers(schedule, series, members, names, matching, chosen)

@@ -12,6 +12,7 @@ from typing import Any
 from .. import __version__
 from ..errors import LayoutError
 from ..formats.header import Header
+from ..series.shards import refuse_part
 
 _MOST = 1 << 63
 _LONGEST = 4096
@@ -112,8 +113,10 @@ def read_record(header: Header) -> Record:
 
     Raises:
         LayoutError: `ckpt avg` did not write it, or the record is damaged.
+        SeriesError: it is a part of an average.
     """
     path, made = header.path, header.provenance
+    refuse_part(path)
     if made is None:
         raise LayoutError(
             f"{path}: has no record of ckpt-tools, so it is not known what it was made of. Only averages by ckpt-tools "

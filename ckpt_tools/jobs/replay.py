@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..checkpoints.layouts import StateDict
@@ -19,6 +20,7 @@ from ..series.paths import as_path, expand, one_checkpoint
 from ..series.schedules import Schedule
 from ..storage.source import LOCAL, sha256, store_of
 from ..storage.staged import same_file
+from ..tensors import DTYPES
 from .addends import (
     Addends,
     recorded_dtype,
@@ -33,6 +35,11 @@ from .outputs import Target, named_after
 from .provenance import Input, Record, read_record
 from .stock import recorded, sets
 
+if TYPE_CHECKING:
+    from .diff import DiffReport
+
+_ROUNDING = {8: 2.0**-50, 4: 2.0**-20, 2: 2.0**-5, 1: 0.5}
+"""Bytes of a number to some units in its last place, relative to its value."""
 _MOST_ENTRIES = 100_000  # looked at below a folder
 
 
@@ -327,15 +334,33 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
         return f"It is not the same as {old.path} in every byte, and their weights cannot be compared: {error}", None
     if report.verdict in ("identical", "equal"):
         return f"Its weights are those of {old.path} in every byte; something else in the file differs.", True
-    largest, name = report.max_abs
-    if record.updates:
-        return (
-            f"The largest difference from {old.path} is {largest:.3g}, in '{name}': that was updated "
-            f"{record.updates} time{'s' * (record.updates > 1)}, and each update rounds.",
-            None,
-        )
+    times = f"that was updated {record.updates} time{'s' * (record.updates > 1)}, and each update rounds"
+    if record.updates and _is_rounding(report, record.updates):
+        return f"It is not the same as {old.path} in every byte: {_difference(report)}; {times}.", None
+    why = f"While {times}, that does not explain it: an" if record.updates else "An"
     return (
-        f"Its weights are NOT those of {old.path}: they differ by up to {largest:.3g}, in '{name}'. An input has "
-        "changed, or the average has.",
+        f"Its weights are NOT those of {old.path}: {_difference(report)}. {why} input has changed, or the average has.",
         False,
     )
+
+
+def _is_rounding(report: DiffReport, updates: int) -> bool:
+    """True if so many updates may have rounded most values of each tensor to these; a few are sums that cancel out."""
+    if report.only_a or report.only_b or report.shapes or report.nonfinite:
+        return False
+    from .diff import diff
+
+    rounding = max((_ROUNDING[DTYPES[each.dtype].word] for each in report.tensors), default=0.0)
+    beyond = diff(report.a.path, report.b.path, rtol=updates * rounding).tensors
+    return all(2 * each.beyond <= each.values for each in beyond)
+
+
+def _difference(report: DiffReport) -> str:
+    apart = (*report.only_a, *report.only_b, *(each.name for each in (*report.shapes, *report.dtypes)))
+    if apart:
+        return f"'{apart[0]}' is in one of them alone, or has another shape or dtype"
+    odd = next((each.name for each in report.tensors if each.nonfinite), None)
+    if odd is not None:
+        return f"in '{odd}', one has NaN or infinity where the other has a number"
+    largest, name = report.max_abs
+    return f"they differ by up to {largest:.3g}, in '{name}'"

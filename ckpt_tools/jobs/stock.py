@@ -14,9 +14,9 @@ from ..formats import read_header
 from ..series.align import is_copied
 from ..series.find import Series
 from ..series.member import Member
-from ..series.paths import one_checkpoint
 from ..series.rules.stock import Products
 from ..series.schedules import Schedule
+from ..series.shards import is_part, refuse_part
 from ..series.weighted_sums import is_running
 from ..tensors import TensorSpec
 from .addends import ByTensor
@@ -40,16 +40,17 @@ class Start(NamedTuple):
     states: tuple[StateDict, ...]
 
 
-def with_start(series: Series, base: str | Path, matching: Matching) -> Start:
-    """Put the start before a series; if it is among the checkpoints, it is the start only.
+def with_start(series: Series, path: Path, matching: Matching) -> Start:
+    """Put the start before a series; if it is the series, there is nothing to average.
 
     Raises:
         UsageError: fewer than two others, or `matching` asks for what is no tensor of a file.
-        CkptError: the start cannot be read, or has no such weights.
+        CkptError: the start cannot be read, has no such weights, or is a part of a checkpoint.
     """
     if matching.lora == "product":
         raise UsageError("`lora='product'` does not go with `mode='stock'`, which needs one start for all factors.")
-    path = one_checkpoint(base)
+    if not any(is_part(member.path) for member in series.members):
+        refuse_part(path)
     header = read_header(path)
     others = tuple(member for member in series.members if member.path.resolve() != path.resolve())
     if len(others) < 2:

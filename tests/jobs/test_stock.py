@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.compute import native
-from ckpt_tools.errors import AlignmentError, CkptError, LayoutError, NumericsError, UsageError
+from ckpt_tools.errors import AlignmentError, CkptError, LayoutError, NumericsError, SeriesError, UsageError
 from ckpt_tools.series.schedules import Schedule
 
 Save = Callable[..., Path]
@@ -260,3 +260,24 @@ def test_model_stock_is_not_extended(save: Save, here: Path) -> None:
     average(paths[:2], mode="stock", base="start.safetensors", out="out.safetensors")
     with pytest.raises(LayoutError, match="cannot be extended: `mode='stock'` gives new checkpoints no weight"):
         average(paths[2:], update="out.safetensors", out="more.safetensors")
+
+
+def test_the_start_has_no_place_in_the_order(save: Save, here: Path) -> None:
+    start, tuned = models(3)
+    save("runs/start.safetensors", start)
+    for step, each in zip((200, 300, 1000), tuned, strict=True):
+        save(f"runs/step-{step}.safetensors", each)
+    report = average("runs", base="runs/start.safetensors", window=800, out="out.safetensors")
+    assert [i.name for i in report.inputs] == ["start.safetensors", *(f"step-{n}.safetensors" for n in (200, 300, 1000))]
+    assert report.ordered_by == "the numbers in the names"
+    assert not any("no step" in note for note in report.notes)
+
+
+def test_a_shard_is_no_start_of_whole_models(save: Save, here: Path) -> None:
+    start, tuned = models(2)
+    paths = write(save, start, tuned)
+    shard = save("start-00001-of-00002.safetensors", {"alike": start["alike"]})
+    with pytest.raises(SeriesError, match=r"start-00001-of-00002\.safetensors is a shard, and holds a part"):
+        average(paths, base=shard, keys="union", out="out.safetensors")
+    whole = save("start-00001-of-00001.safetensors", start)
+    assert average(paths, base=whole, out="out.safetensors").written
