@@ -106,7 +106,10 @@ def measured(
             by_name[name] = tuple(each / sum(present) for each in present)
             continue
         if not all(math.isfinite(each) for row in found[specs] for each in row):
-            raise NumericsError(f"'{name}': a value is NaN or infinity, so the angle between the models is not known.")
+            raise NumericsError(
+                f"'{name}': a value is NaN or infinity, or too large to be squared, so the angle between the models is "
+                "not known."
+            )
         own = iter(schedule.coefficients(found[specs]))
         by_name[name] = tuple(0.0 if spec is None else next(own) for spec in specs)
     return _by_tensor(averaged, by_name, members, bytes_read=_nbytes(started))

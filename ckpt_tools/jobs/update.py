@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.steps import named_positions, stored_counters
-from ..errors import LayoutError, SeriesError, UsageError
+from ..errors import CkptError, LayoutError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.find import find_series
@@ -88,6 +88,7 @@ def updated(
     if output.out is None:
         target = Target(header.path, folder=True) if header.in_folder else Target.of(header.path)
     in_place = target is not None or same_file(Path(output.out), header.path)  # type: ignore[arg-type]
+    kept = () if target is not None else tuple(_inputs_at(record, Path(output.out)))  # type: ignore[arg-type]
     allowed = running.allow_nonfinite or record.arguments.get("allow_nonfinite")
     return Addends(
         members=(own, *members),
@@ -100,7 +101,7 @@ def updated(
         arguments={**record.arguments, "allow_nonfinite": allowed or None},
         ordered_by=f"the record of {header.path.name}, and {series.ordered_by}",
         notes=(*series.notes, *_remarks(record, rule, members, scale)),
-        given=series.given,
+        given=(*series.given, *kept),
         before=tuple(replace(i, coefficient=c) for i, c in zip(record.inputs, coefficients, strict=False)),
         updates=record.updates + 1,
         target=target,
@@ -195,9 +196,19 @@ def _is_input(record: Record, member: Member) -> bool:
     own = {sha256(path) for path in member.header.names.values()} if any(i.sha256 for i in alike) else set()
     for i in alike:
         parts = Path(i.name).parts
-        if own == {*i.sha256.values()} if i.sha256 else member.path.parts[-len(parts) :] == parts:
+        if own == {*i.sha256.values()} if i.sha256 else member.path.absolute().parts[-len(parts) :] == parts:
             return True
     return False
+
+
+def _inputs_at(record: Record, out: Path) -> Iterator[Path]:
+    """Yield the path of an output if an input, by its name and size, is there."""
+    try:
+        there = read_header(out)
+    except CkptError:
+        return
+    if _is_input(record, Member(out, there)):
+        yield out
 
 
 def _coefficients(record: Record, rule: Schedule, members: Sequence[Member]) -> tuple[float, ...]:

@@ -177,6 +177,9 @@ def test_coefficients_are_of_the_start_and_equal_for_all_models(n: int, seed: in
 def broken(start: State, tuned: list[State], which: str) -> None:
     if which == "shape":
         start["alike"] = start["alike"][:20]
+    elif which == "huge":
+        for each in (start, *tuned):
+            each["apart"] = each["apart"].double() * 1e200
     elif which == "nan":
         start["apart"][3] = torch.nan
     else:
@@ -189,6 +192,7 @@ def broken(start: State, tuned: list[State], which: str) -> None:
         ("shape", AlignmentError, r"'alike'.*\[20, 30\].*start\.safetensors"),
         ("nan", NumericsError, "'apart'.*NaN or infinity"),
         ("infinity", NumericsError, "'apart'.*NaN or infinity"),
+        ("huge", NumericsError, "'apart'.*too large to be squared"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(
