@@ -157,6 +157,11 @@ def _notes(by_name: Mapping[str, Row], share: float, members: Sequence[Member]) 
         f"The start, {members[0].path.name}, counts {share:.1%} over all values: from {by_name[least][0]:.1%} in "
         f"'{least}' to {by_name[most][0]:.1%} in '{most}'. The other {len(members) - 1} share the rest."
     )
+    if members[-1].header.ranks:
+        yield (
+            "Each file of a rank is measured by itself, so where a tensor is split over ranks, its parts may have other "
+            "shares of the start than the whole tensor would."
+        )
 
 
 def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:

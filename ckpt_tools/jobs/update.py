@@ -212,10 +212,20 @@ def _inputs_at(record: Record, out: Path) -> Iterator[Path]:
 
 
 def _coefficients(record: Record, rule: Schedule, members: Sequence[Member]) -> tuple[float, ...]:
-    """Return the coefficients of all inputs and the new checkpoints, as in an average of all of them."""
-    numbers = [*(i.step for i in record.inputs), *(member.step for member in members)]
+    """Return the coefficients of all inputs and the new checkpoints, as in an average of all of them.
+
+    Raises:
+        LayoutError: the rule does not fit them, or gives the inputs alone other coefficients than the record.
+    """
+    before = [i.step for i in record.inputs]
     try:
-        return rule.coefficients(numbers)
+        alone = rule.coefficients(before)
+        if not all(math.isclose(c, i.coefficient, abs_tol=1e-9) for c, i in zip(alone, record.inputs, strict=True)):
+            raise LayoutError(
+                f"{record.path}: its record is damaged: the coefficients of the inputs are not those of "
+                f"{_described(record)}. Average the checkpoints themselves instead."
+            )
+        return rule.coefficients([*before, *(member.step for member in members)])
     except UsageError as error:
         raise LayoutError(f"{record.path}: cannot be extended by these checkpoints. {error}") from error
 

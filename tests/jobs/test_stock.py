@@ -285,3 +285,13 @@ def test_a_shard_is_no_start_of_whole_models(save: Save, here: Path) -> None:
         average(paths, base=shard, keys="union", out="out.safetensors")
     whole = save("start-00001-of-00001.safetensors", start)
     assert average(paths, base=whole, out="out.safetensors").written
+
+
+def test_ranks_are_measured_file_by_file_and_that_is_said(save: Save, here: Path) -> None:
+    start, tuned = models(2)
+    for step, each in enumerate((start, *tuned)):
+        for rank in (0, 1):
+            tree = {"iteration": step, "model": {"language_model": {"w": each["alike"][20 * rank : 20 * rank + 20]}}}
+            save(f"iter_{step}/mp_rank_0{rank}/model_optim_rng.pt", tree)
+    report = average(["iter_1", "iter_2"], base="iter_0", dry_run=True)
+    assert any("Each file of a rank is measured by itself" in note for note in report.notes)
