@@ -101,7 +101,7 @@ def replayed(
         arguments=record.arguments,
         ordered_by=f"the record of {header.path.name}",
         notes=tuple(_remarks(record, headers, running)),
-        given=() if in_place else (header.path,),
+        given=(*(member.path for member in members), *(() if in_place else (header.path,))),
         sha256=[i.sha256 for i in record.inputs],
         target=target,
         # A torch file has its name inside.

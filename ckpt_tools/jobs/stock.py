@@ -159,8 +159,8 @@ def _notes(by_name: Mapping[str, Row], share: float, members: Sequence[Member]) 
     )
     if members[-1].header.ranks:
         yield (
-            "Each file of a rank is measured by itself, so where a tensor is split over ranks, its parts may have other "
-            "shares of the start than the whole tensor would."
+            "Each file of a rank is measured by itself, so where a tensor is split over ranks, its parts may have "
+            "other shares of the start than the whole would."
         )
 
 

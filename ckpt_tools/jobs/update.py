@@ -101,7 +101,7 @@ def updated(
         arguments={**record.arguments, "allow_nonfinite": allowed or None},
         ordered_by=f"the record of {header.path.name}, and {series.ordered_by}",
         notes=(*series.notes, *_remarks(record, rule, members, scale)),
-        given=(*series.given, *kept),
+        given=(*series.given, *kept, *(() if in_place else (header.path,))),
         before=tuple(replace(i, coefficient=c) for i, c in zip(record.inputs, coefficients, strict=False)),
         updates=record.updates + 1,
         target=target,

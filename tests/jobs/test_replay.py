@@ -302,3 +302,20 @@ def test_options_that_are_not_recorded_are_said_to_be_decided(save: Any, tmp_pat
         average([], weights=[1, 2, 3], replay=tmp_path / "weighted.pth")
     with pytest.raises(UsageError, match=r"`base=.*: the record of .*stock.pth has what came of it, and decides"):
         average([], base=paths[0], replay=tmp_path / "stock.pth")
+
+
+def test_nothing_is_written_into_folders_that_are_read(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"hf-{i}").mkdir()
+        save_file({"w": torch.randn(4)}, tmp_path / f"hf-{i}" / "model.safetensors")
+    average([tmp_path / f"hf-{i}" for i in range(2)], out=tmp_path / "averaged/")
+    for inside in ("averaged", "hf-0"):
+        out = tmp_path / inside / "x.safetensors"
+        with pytest.raises(WriteError, match=f"lies inside the input .*{inside}"):
+            average([], replay=tmp_path / "averaged", out=out)
+    for inside in ("averaged", "hf-2"):
+        out = tmp_path / inside / "x.safetensors"
+        with pytest.raises(WriteError, match=f"lies inside the input .*{inside}"):
+            average(tmp_path / "hf-2", update=tmp_path / "averaged", out=out)
+    assert average(tmp_path / "hf-2", update=tmp_path / "averaged", force=True).written
+    assert average([], replay=tmp_path / "averaged", out=tmp_path / "averaged/", force=True).written

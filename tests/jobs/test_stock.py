@@ -272,7 +272,10 @@ def test_the_start_has_no_place_in_the_order(save: Save, here: Path) -> None:
     for step, each in zip((200, 300, 1000), tuned, strict=True):
         save(f"runs/step-{step}.safetensors", each)
     report = average("runs", base="runs/start.safetensors", window=800, out="out.safetensors")
-    assert [i.name for i in report.inputs] == ["start.safetensors", *(f"step-{n}.safetensors" for n in (200, 300, 1000))]
+    assert [i.name for i in report.inputs] == [
+        "start.safetensors",
+        *(f"step-{n}.safetensors" for n in (200, 300, 1000)),
+    ]
     assert report.ordered_by == "the numbers in the names"
     assert not any("no step" in note for note in report.notes)
 
