@@ -25,7 +25,7 @@ from ..series import lora
 from ..series.find import Series, find_series
 from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text
 from ..series.member import Member
-from ..series.paths import one_checkpoint
+from ..series.paths import folder_of_index, one_checkpoint
 from ..series.schedules import Schedule, dominant
 from ..series.stored_profiles import stored_profiles
 from ..series.weighted_sums import weighted_sums
@@ -259,7 +259,9 @@ def _by_rule(
     running: Summing,
 ) -> Addends:
     """Find the checkpoints, and weigh them as the rule does."""
-    start = one_checkpoint(schedule.values["base"]) if schedule.rule.needs == "products" else None
+    start = None
+    if schedule.rule.needs == "products":
+        start = folder_of_index(one_checkpoint(schedule.values["base"]))
     series = find_series(paths, start=start, **vars(selection))
     members, chosen, by_tensor = series.members, None, None
     if schedule.rule.needs == "profile":

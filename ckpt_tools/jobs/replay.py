@@ -16,7 +16,7 @@ from ..errors import CkptError, LayoutError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.member import Member
-from ..series.paths import as_path, expand, one_checkpoint
+from ..series.paths import as_path, expand, folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
 from ..storage.source import LOCAL, sha256, store_of
 from ..storage.staged import same_file
@@ -63,7 +63,7 @@ def replayed(
     Raises:
         CkptError: there is no usable record, or an input is missing or changed, or there are several.
     """
-    header = read_header(one_checkpoint(average))
+    header = read_header(folder_of_index(one_checkpoint(average)))
     record = read_record(header)
     refuse_contradictions(record, schedule, matching, output)
     option = next((o for o in selection.options() if vars(selection)[o.name] != o.default), None)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.schedule_free import refuse_computed
-from ..errors import AlignmentError, LayoutError, NumericsError, UsageError
+from ..errors import AlignmentError, LayoutError, NumericsError, SeriesError, UsageError
 from ..formats import read_header
 from ..series.align import is_copied
 from ..series.find import Series
@@ -91,6 +91,7 @@ def measured(
         AlignmentError: there is nothing to average.
         NumericsError: a value is NaN or infinity.
         ReadError: a file cannot be read.
+        SeriesError: a model is the start itself.
     """
     averaged = {name: specs for name, specs in lined_up.aligned.items() if _is_averaged(name, specs, matching)}
     if not averaged:
@@ -100,6 +101,7 @@ def measured(
     started = [specs for specs in dict.fromkeys(averaged.values()) if specs[0] is not None]
     found = _products(started, members, running)
     by_name: dict[str, Row] = {}
+    moved: set[int] = set()
     for name, specs in averaged.items():
         if specs[0] is None:
             present = [float(spec is not None) for spec in specs]
@@ -112,6 +114,11 @@ def measured(
             )
         own = iter(schedule.coefficients(found[specs]))
         by_name[name] = tuple(0.0 if spec is None else next(own) for spec in specs)
+        there = [i for i, spec in enumerate(specs) if spec is not None and i > 0]
+        moved.update(i for row, i in enumerate(there) if found[specs][row][row] > 0)
+    still = next((member for i, member in enumerate(members) if i > 0 and i not in moved), None)
+    if started and still is not None:
+        raise SeriesError(f"{still.path}: has the weights of the start, {members[0].path}. Leave it out.")
     return _by_tensor(averaged, by_name, members, bytes_read=_nbytes(started))
 
 

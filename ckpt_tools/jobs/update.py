@@ -21,7 +21,7 @@ from ..formats import read_header
 from ..formats.header import Header
 from ..series.find import find_series
 from ..series.member import Member
-from ..series.paths import one_checkpoint
+from ..series.paths import folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
 from ..storage.source import sha256
 from ..storage.staged import same_file
@@ -63,7 +63,7 @@ def updated(
     Raises:
         CkptError: there is no usable record, its rule cannot be extended, or a checkpoint is not newer than its inputs.
     """
-    header = read_header(one_checkpoint(average))
+    header = read_header(folder_of_index(one_checkpoint(average)))
     record = read_record(header)
     refuse_contradictions(record, schedule, matching, output)
     _refuse_unknown_shares(record)

@@ -319,3 +319,11 @@ def test_nothing_is_written_into_folders_that_are_read(tmp_path: Path) -> None:
             average(tmp_path / "hf-2", update=tmp_path / "averaged", out=out)
     assert average(tmp_path / "hf-2", update=tmp_path / "averaged", force=True).written
     assert average([], replay=tmp_path / "averaged", out=tmp_path / "averaged/", force=True).written
+
+
+def test_an_index_stands_for_its_folder(tmp_path: Path) -> None:
+    paths = series(tmp_path, 4)
+    average(paths[:2], out=tmp_path / "averaged/", max_shard_size=100)
+    index = next((tmp_path / "averaged").glob("*.index.json"))
+    assert average([], replay=index, max_shard_size=100).out == str(tmp_path / "averaged-replayed")
+    assert average(paths[2], update=index, max_shard_size=100, force=True).out == str(tmp_path / "averaged")

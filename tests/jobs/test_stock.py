@@ -298,3 +298,14 @@ def test_ranks_are_measured_file_by_file_and_that_is_said(save: Save, here: Path
             save(f"iter_{step}/mp_rank_0{rank}/model_optim_rng.pt", tree)
     report = average(["iter_1", "iter_2"], base="iter_0", dry_run=True)
     assert any("Each file of a rank is measured by itself" in note for note in report.notes)
+
+
+def test_a_model_that_is_the_start_is_refused(save: Save, here: Path) -> None:
+    start, tuned = models(2)
+    paths = write(save, start, tuned)
+    copy = save("step-0.safetensors", start)
+    with pytest.raises(SeriesError, match=r"step-0\.safetensors: has the weights of the start, start\.safetensors"):
+        average([*paths, copy], base="start.safetensors", out="out.safetensors")
+    average([copy, *paths], base="step-0.safetensors", out="a/", max_shard_size=2500)
+    index = next(Path("a").glob("*.index.json"))
+    assert [i.name for i in average(["a", *paths], base=index, include_outputs=True, dry_run=True).inputs][0] == "a"
