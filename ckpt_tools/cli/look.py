@@ -46,7 +46,8 @@ def _show(report: LookReport, top: int) -> None:
     rates = any(each.learning_rate is not None for each in report.checkpoints)
     ages = any(each.start_left is not None for each in report.checkpoints)
     names = [console.visible(each.name) for each in report.checkpoints]
-    width = console.bar_width(min(max(map(len, names)), 30) + 36 + 10 * rates + 12 * ages)
+    longest = max(len("checkpoint"), *map(len, names))
+    width = console.bar_width(min(longest, 30) + 36 + 10 * rates + 12 * ages)
     columns = ("step", "to mean", "to next", "cosine", *(["lr"] if rates else []), *(["start left"] if ages else []))
     table = console.table("checkpoint", columns, bars=width, cut=False)
     farthest = max(each.to_mean for each in report.checkpoints)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import Unchanged, dotted
@@ -229,10 +229,17 @@ def refuse_contradictions(record: Record, schedule: Schedule, matching: Matching
     dtype = parse_dtype(output.dtype)
     asked |= {} if dtype is None else {"dtype": dtype.name}
     said = {"mode": record.mode} | dict(record.arguments)
+    known = {option.name: option for option in recorded_rule(record).options}
     for name, value in asked.items():
         value = [*value] if isinstance(value, tuple) else value
         if value == said.get(name) or (name == "state" and value == record.which):
             continue
+        # Lists and paths are not recorded.
+        if name not in said and name in known and (isinstance(value, list) or Path in get_args(known[name].type)):
+            raise UsageError(
+                f"{_shown(name, value)}: the record of {record.path} has what came of it, and decides. Leave the "
+                "option out, or average the checkpoints themselves."
+            )
         was = f"with {_shown(name, said[name])}" if name in said else "without it"
         raise UsageError(
             f"{_shown(name, value)}: {record.path} was made {was}, and its record decides. Leave the option out, or "

@@ -105,7 +105,8 @@ def average(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    schedule.check()
+    if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
+        schedule.check()
     _check(matching)
     if earlier.update is not None and earlier.replay is not None:
         raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")

@@ -33,6 +33,8 @@ from .reports import Report
 
 _DECAYED = 10.0
 """A run has decayed if its learning rate has fallen so many times, over the series or since its schedule began."""
+_RATES = (1e-30, 1e30)
+"""What is smaller or larger is no learning rate."""
 _OLD = 0.01
 """The part of an average that is still its first weights, from which on it is told."""
 
@@ -214,7 +216,7 @@ def _learning_rates(header: Header) -> tuple[float | None, float | None]:
 def _rate(header: Header, found: Any) -> float | None:
     value = as_number(header, found)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+    return float(value) if number and (value == 0 or _RATES[0] <= abs(value) <= _RATES[1]) else None
 
 
 def _start_left(header: Header, state: StateDict) -> float | None:

@@ -13,6 +13,7 @@ from ..checkpoints.layouts import StateDict
 from ..errors import SeriesError, UsageError
 from ..series.find import Series, find_series
 from ..series.member import Member
+from ..series.paths import folder_of_index, one_checkpoint
 from ..series.schedules import Schedule, dominant
 from ..series.stored_profiles import stored_profiles
 from ..tensors import DType, parse_dtype
@@ -41,12 +42,15 @@ def weighed(
     Raises:
         CkptError: there is no such series, or the rule does not fit it.
     """
-    series = find_series(paths, **vars(selection))
+    start = None
+    if schedule.rule.needs == "products":
+        start = folder_of_index(one_checkpoint(schedule.values["base"]))
+    series = find_series(paths, start=start, **vars(selection))
     members, chosen, by_tensor = series.members, None, None
     if schedule.rule.needs == "profile":
         members, chosen = every_set(members, matching)
-    elif schedule.rule.needs == "products":
-        members, chosen = with_start(series, schedule.values["base"], matching)
+    elif start is not None:
+        members, chosen = with_start(series, start, matching)
         by_tensor = partial(measured, schedule, members, matching, running)
     names = _names(members, chosen)
     facts = _facts(schedule, series, members, names, matching, chosen)

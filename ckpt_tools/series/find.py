@@ -42,7 +42,12 @@ class Series:
 
 
 def find_series(
-    paths: Iterable[str | Path], *, order: str = "auto", include_outputs: bool = False, **selection: Any
+    paths: Iterable[str | Path],
+    *,
+    order: str = "auto",
+    include_outputs: bool = False,
+    start: Path | None = None,
+    **selection: Any,
 ) -> Series:
     """Find, read, order and select checkpoints; the payload is read only of suspected copies.
 
@@ -51,6 +56,7 @@ def find_series(
         order: ``auto`` (step or epoch stored in all files, else the numbers in the names),
             ``given``, ``natural`` (names), ``mtime``.
         include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
+        start: a checkpoint from before the series, which is not in it, unless it is alone.
         selection: see `ckpt_tools.series.selection.Choice`.
 
     Raises:
@@ -64,6 +70,8 @@ def find_series(
     notes: list[str] = []
     paths = listed(paths)
     found = find(paths, notes)
+    if start is not None:
+        found = [path for path in found if path.resolve() != start.resolve()] or found
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
