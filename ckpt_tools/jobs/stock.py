@@ -159,10 +159,11 @@ def _by_tensor(
 
 def _notes(by_name: Mapping[str, Row], share: float, members: Sequence[Member]) -> Iterator[str]:
     ordered = sorted(by_name, key=lambda name: by_name[name][0])
-    least, most = ordered[0], ordered[-1]
+    least, most = (f"{by_name[name][0]:.1%} in '{name}'" for name in (ordered[0], ordered[-1]))
+    between = f", from {least} to {most}" if len(ordered) > 1 else ""
     yield (
-        f"The start, {members[0].path.name}, counts {share:.1%} over all values: from {by_name[least][0]:.1%} in "
-        f"'{least}' to {by_name[most][0]:.1%} in '{most}'. The other {len(members) - 1} share the rest."
+        f"The start, {members[0].path.name}, counts {share:.1%} over all values{between}. The other "
+        f"{len(members) - 1} share the rest."
     )
     if members[-1].header.ranks:
         yield (

@@ -93,7 +93,7 @@ def test_values_of_samples_decide_whether_a_difference_is_shown(save: Save, here
     (error,) = [each for each in found.against_last if each.metric == "error"]
     assert error.samples == 20
     assert error.shown
-    assert found.verdict.startswith("Better than the last checkpoint, c-5.pth: error is")
+    assert found.verdict.startswith("Better than the last checkpoint (c-5.pth): error is")
     assert (found.best, error.difference) == ("c-3.pth", pytest.approx(0.2 - 1.8))
 
 

@@ -487,11 +487,11 @@ def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: M
 
 def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool) -> str:
     if not comparisons:
-        return f"The last checkpoint, {last}, is the best: no average of these is better."
+        return f"The last checkpoint ({last}) is the best: none of these averages is better."
     found = next((each for each in comparisons if each.metric == aim.metric), None)
     if found is None:
         return f"The evaluation on other data gives no '{aim.metric}', so there is nothing to compare."
-    said = in_words(found, lower_is_better=aim.lower, other=f"the last checkpoint, {last}")
+    said = in_words(found, lower_is_better=aim.lower, other=f"the last checkpoint ({last})")
     if other_data:
         return said
     return f"{said} The best was chosen on the same data, which flatters it: give other data with `test`, or `holdout`."
