@@ -76,7 +76,8 @@ class LookReport(Report):
         one_basin: False if the mean is much shorter than the checkpoints.
         outlier: name of the one that is far from all others, or None.
         movement: tensor name to how far it moves, relative to its norm; the farthest first.
-        notes: warnings, in words.
+        warnings: what tells against an average of these, in words.
+        notes: these, and decisions.
         bytes_read: of the job.
     """
 
@@ -87,6 +88,7 @@ class LookReport(Report):
     one_basin: bool
     outlier: str | None
     movement: dict[str, float]
+    warnings: tuple[str, ...]
     notes: tuple[str, ...]
     bytes_read: int
 
@@ -137,6 +139,7 @@ def look(
     left = [_start_left(member.header, state) for member, state in zip(members, states, strict=True)]
     rates, begun_at = zip(*[_learning_rates(member.header) for member in members], strict=True)
     moves = {name: movement(each) for name, each in zip(aligned, products, strict=True)}
+    warnings = tuple(_warnings(names, whole, rates, begun_at[-1], left))
     report = LookReport(
         checkpoints=tuple(_positions(members, names, whole, rates, left)),
         state=states[-1].label,
@@ -145,7 +148,8 @@ def look(
         one_basin=whole.one_basin,
         outlier=None if whole.outlier is None else names[whole.outlier],
         movement=dict(sorted(moves.items(), key=lambda pair: -pair[1])),
-        notes=(*series.notes, *_warnings(names, whole, rates, begun_at[-1], left), *lined_up.notes),
+        warnings=warnings,
+        notes=(*series.notes, *warnings, *lined_up.notes),
         bytes_read=sum(spec.nbytes for specs in aligned.values() for spec in specs),
     )
     if picture is not None:

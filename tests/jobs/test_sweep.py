@@ -307,3 +307,29 @@ def test_changed_files_are_scored_again(save: Save, here: Path) -> None:
     save("run/c-0.pth", {"model": {"w": torch.full((4, 3), 9.0), "n": torch.tensor(0)}, "step": 100})
     found = sweep("run", last=[2], eval_function=FUNCTION, in_memory=True)
     assert (found.evaluations, found.reused) == (1, N)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_greedy_soup_is_made_from_the_sum_of_those_before_and_one_more(
+    save: Save, here: Path, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(8, 300, generator=generator, dtype=torch.float64) + OPTIMUM
+    for i, row in enumerate(rows):
+        model = {"w": row.to(dtype), "tied": row.to(dtype), "n": torch.tensor(i)}
+        save(f"run/c-{i}.pth", {"model": model, "step": 100 * i + 100})
+    (here / "scores.py").write_text(
+        f"def score(state):\n    return {{'error': ((state['w'].double() - {OPTIMUM}) ** 2).mean().item()}}\n"
+    )
+    sys.modules.pop("scores", None)
+    found = sweep("run", greedy=True, eval_function=FUNCTION, in_memory=True, keep=99, scratch="s")
+    soups = [each for each in found.candidates if each.label.startswith("greedy") and 3 < len(each.checkpoints) < 8]
+    assert len(soups) > 3
+    assert not [*Path("s").glob("sum*")]
+    for each in soups:
+        average([f"run/{name}" for name in each.checkpoints], out="alone.pth", force=True)
+        ours, alone = open_checkpoint(str(each.file)), open_checkpoint("alone.pth")
+        assert torch.equal(ours["n"], alone["n"])
+        ulp = torch.nextafter(alone["w"].abs(), torch.tensor(9.0, dtype=dtype)) - alone["w"].abs()
+        assert ((ours["w"] - alone["w"]).abs() <= (4 if dtype == torch.float64 else 1) * ulp).all()
+        assert ours.provenance == alone.provenance

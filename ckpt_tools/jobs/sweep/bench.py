@@ -20,6 +20,8 @@ from .making import MOST
 from .results import Result, Results, key_of
 from .verdict import apart
 
+Make = Callable[[Sequence[Candidate], Sequence[Path]], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Aim:
@@ -81,7 +83,7 @@ class Bench:
         on_result: called after each with (result, number done, number in all).
     """
 
-    make: Callable[[Sequence[Candidate], Sequence[Path]], None]
+    make: Make
     nbytes: int
     suffix: str
     evaluator: Evaluator
@@ -98,8 +100,11 @@ class Bench:
     found: dict[Candidate, Result] = field(default_factory=dict)
     reused: int = 0
 
-    def scores(self, candidates: Sequence[Candidate]) -> list[Result]:
+    def scores(self, candidates: Sequence[Candidate], make: Make | None = None) -> list[Result]:
         """Score candidates; those whose result is known are neither made nor scored again.
+
+        Args:
+            make: takes the place of the bench's own.
 
         Raises:
             UsageError: of the metric that decides.
@@ -119,7 +124,7 @@ class Bench:
         at = 0
         while at < len(waiting):
             some = waiting[at : at + self._at_a_time()]
-            self._score(some, total)
+            self._score(some, total, make or self.make)
             at += len(some)
         if waiting and all(self.found[each].error is not None for each in self.found):
             first = next(iter(self.found.values()))
@@ -171,13 +176,13 @@ class Bench:
             )
         return min(MOST, room)
 
-    def _score(self, candidates: Sequence[Candidate], total: int) -> None:
+    def _score(self, candidates: Sequence[Candidate], total: int, make: Make) -> None:
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         paths = [self.path(each) for each in candidates]
         for path in paths:  # of a sweep that was killed
             remove(path)
         try:
-            self.make(candidates, paths)
+            make(candidates, paths)
             for candidate, result in self._evaluated(candidates, paths):
                 self.results.add(result)
                 self._take(candidate, result)

@@ -42,6 +42,7 @@ from .options import (
     check,
 )
 from .results import Result, Results, alone_in, key_of
+from .running_sum import RunningSum
 from .verdict import Comparison, apart, compared, fallen, in_words
 
 EDGE = 3
@@ -204,7 +205,7 @@ def sweep(
             on_result=running.on_result,
         )
         bench.scores(found)
-        notes = [*grid.search(bench), *grid.soup(bench)]
+        notes = [*grid.search(bench), *grid.soup(bench, maker)]
         shared = {**given_of(matching), **given_of(order), **({} if dtype is None else {"dtype": dtype.name})}
         report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, which, images)
         if target is not None:
@@ -292,7 +293,7 @@ class _Grid:
                 yield from _of_optimum(name, stop.value)
                 return
 
-    def soup(self, bench: Bench) -> Iterator[str]:
+    def soup(self, bench: Bench, maker: Maker) -> Iterator[str]:
         """Make the greedy soup, and say what is in it."""
         if not self._searching.greedy or bench.aim is None:
             return
@@ -300,14 +301,23 @@ class _Grid:
         members = self._series.members
         alone = {each.members[0]: each for each in bench.found if len(each.members) == 1}
         search = greedy([aim.score(bench.found[alone[member]]) for member in members])
+        running = RunningSum(maker, bench.folder / "sum.safetensors") if maker.complete else None
         soup: Soup = ()
         try:
             asked = next(search)
             while True:
-                (result,) = bench.scores([self._uniform(asked)])
+                if running is not None and asked[:-1] != soup:
+                    # The last one stays: asked differs from the soup before by one that was added, and one more.
+                    running.start(members[asked[0]]) if not soup else running.add(members[asked[-2]])
+                soup = asked[:-1]
+                made = bench.make if running is None else running.make
+                (result,) = bench.scores([self._uniform(asked)], made)
                 asked = search.send(aim.score(result))
         except StopIteration as stop:
             soup = stop.value
+        finally:
+            if running is not None:
+                running.end()
         yield f"Greedy soup: {', '.join(self.names[i] for i in soup)}."
 
     def _uniform(self, soup: Soup) -> Candidate:

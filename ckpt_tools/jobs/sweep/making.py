@@ -15,7 +15,7 @@ from ...series.candidates import Candidate
 from ...series.member import Member
 from ...series.weighted_sums import weighted_sums
 from ...storage.source import Stamp
-from ...tensors import DType
+from ...tensors import DType, TensorSpec
 from ..addends import Addends, inputs_of, record_of
 from ..assembly import Assembly, assemble
 from ..lined_up import LinedUp, line_up
@@ -59,12 +59,17 @@ class Maker:
         return cls(tuple(members), lined_up, matching, dtype, running)
 
     def planned(
-        self, candidates: Sequence[Candidate], paths: Sequence[Path], evidence: Mapping[str, Any] | None = None
+        self,
+        candidates: Sequence[Candidate],
+        paths: Sequence[Path],
+        evidence: Mapping[str, Any] | None = None,
+        instead: Callable[[OutTensor, str], OutTensor] | None = None,
     ) -> list[Assembly]:
         """Lay out the files of candidates, which share their tensors: row i is of candidate i.
 
         Args:
             evidence: further facts for the provenance.
+            instead: from a tensor and its name to the one that takes its place.
         """
         lasts = [self.members.index(each.members[-1]) for each in candidates]
         tensors = weighted_sums(
@@ -75,6 +80,8 @@ class Maker:
             shared=self.lined_up.shared,
             lasts=lasts,
         )
+        if instead is not None:
+            tensors = {name: instead(tensor, name) for name, tensor in tensors.items()}
         return [
             self._laid_out(candidate, path, last, tensors, evidence or {})
             for candidate, path, last in zip(candidates, paths, lasts, strict=True)
@@ -115,6 +122,18 @@ class Maker:
             read += max(each.bytes_read for each in assemblies)
             written += sum(each.nbytes for each in assemblies)
         return read, written
+
+    @property
+    def complete(self) -> bool:
+        """True if every checkpoint has every tensor."""
+        return all(None not in inputs for inputs in self.lined_up.aligned.values())
+
+    def spec(self, name: str, member: Member) -> TensorSpec:
+        """Return a tensor of a checkpoint; all of them have it."""
+        inputs, i = self.lined_up.aligned[name], self.members.index(member)
+        if self.lined_up.shared:
+            return inputs[-1].placed(lambda path: self.lined_up.shared[path][i])  # type: ignore[union-attr]
+        return inputs[i]  # type: ignore[return-value]
 
     @property
     def suffix(self) -> str:
