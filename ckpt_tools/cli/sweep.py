@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..jobs.options import Matching, Network
+from ..jobs.sweep.again import command
 from ..jobs.sweep.options import (
     Evaluation,
     Honesty,
@@ -75,7 +75,8 @@ def sweep(
     with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
         report = carry_out(paths, **options, on_plan=show_plan, **shown)
     if not options["dry_run"]:
-        _show(report, [note for note in report.notes if note not in plans[0].notes])
+        files = [options[name] for name in ("plot", "report", "csv") if options[name] is not None]
+        _show(report, [note for note in report.notes if note not in plans[0].notes], files)
     if json:
         console.print_json(arguments.plain(report))
 
@@ -180,7 +181,7 @@ def _results_table(found: Sequence[Result]) -> Table:
     return table
 
 
-def _show(report: SweepReport, notes: Sequence[str]) -> None:
+def _show(report: SweepReport, notes: Sequence[str], shown: Sequence[str]) -> None:
     metric = report.metric or ""
     console.stderr().print(_ranking(report, metric))
     hidden = len(report.candidates) - _SHOWN
@@ -201,6 +202,8 @@ def _show(report: SweepReport, notes: Sequence[str]) -> None:
             )
     if report.written:
         console.wrote(f"Wrote {report.out}.")
+    for path in shown:
+        console.wrote(f"Wrote {path}.")
     console.say("The best one again:", f"  {command(report)}")
 
 
@@ -236,14 +239,3 @@ def _name(report: SweepReport, each: Ranked) -> Any:
     said = f" ({', '.join([*marks, *failed])})" if marks or failed else ""
     style = "bold" if each.label == report.best else ""
     return Text(console.visible(each.label) + said, style=style)
-
-
-def command(report: SweepReport) -> str:
-    """Return the command that makes the best candidate; a second one measures its BatchNorm statistics."""
-    given = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.options.items()]
-    out = report.out or "best.pth"
-    made = " ".join(["ckpt avg", *map(quote, report.paths), *given])
-    if not report.recalibrated:
-        return f"{made} -o {quote(out)}"
-    recalibrated = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.recalibration.items()]
-    return f"{made} -o averaged.pth && ckpt recal-bn averaged.pth {' '.join(recalibrated)} -o {quote(out)}"
