@@ -131,12 +131,13 @@ def _list(items: Iterable[str]) -> str:
 
 
 def _result(report: SweepReport) -> Iterator[str]:
-    yield f'<p class="verdict">{_said(report.verdict)}</p>'
+    better = any(each.metric == report.metric and each.shown for each in report.against_last)
+    yield f'<p class="verdict{" shown" if better else ""}">{_said(report.verdict)}</p>'
     best = next((each for each in report.candidates if each.label == report.best), None)
     direction = "lower" if report.lower_is_better else "higher"
     if best is not None:
-        yield f"<p>The best is <b>{_text(best.label)}</b>, of {_count(best)}. {_text(report.metric)} decides, and "
-        yield f"{direction} is better.</p>"
+        yield f"<p>The best is <b>{_text(best.label)}</b>, of {_count(best)}. The metric that decides is "
+        yield f"{_text(report.metric)}; {direction} is better.</p>"
     if report.against_last:
         data = (
             "on data that had no part in the choice"
@@ -180,7 +181,7 @@ def _curves(report: SweepReport) -> Iterator[str]:
 def _picture(draw: Any, size: tuple[float, float], what: str) -> str:
     """Return a picture as inline SVG, with ids of its own."""
     svg = rendered(draw, size=size, suffix=".svg").decode()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     lead = re.sub(r"\W", "", what)[:12]
     svg = _SVG_IDS.sub(rf"\g<1>{lead}-", svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_text(what)}" ', 1)
@@ -298,8 +299,8 @@ def _geometry(found: LookReport | str) -> Iterator[str]:
     if isinstance(found, str):
         yield f'<p>It could not be measured: <span class="why">{_said(found)}</span></p>'
         return
-    yield "<p>Where the checkpoints lie to each other: Euclidean lengths over all parameters together "
-    yield f"({_text(found.state)}). Their mean has {found.mean_norm:.4f} of their norm.</p>"
+    yield "<p>Where the checkpoints lie to each other: Euclidean lengths over all parameters together; "
+    yield f"weights: {_text(found.state)}. Their mean has {found.mean_norm:.4f} of their norm.</p>"
     if no_matplotlib() is None:
         from ..look_picture import SIZE, draw
 

@@ -4,7 +4,7 @@ STYLE = """
 :root{--text:#1f2328;--dim:#59636e;--ground:#fff;--field:#f4f6f8;--line:#d5dbe1;--blue:#0072b2;--green:#009e73;
 --grey:#8a939c;--red:#d55e00}
 @media(prefers-color-scheme:dark){:root{--text:#e3e7ec;--dim:#9aa5b1;--ground:#14181d;--field:#1f252c;--line:#39424c;
---blue:#56b4e9;--green:#2cc39a;--grey:#7d8791;--red:#f08a4b}figure svg{filter:invert(1) hue-rotate(180deg)}}
+--blue:#56b4e9;--green:#2cc39a;--grey:#7d8791;--red:#f08a4b}figure svg{filter:invert(.91) hue-rotate(180deg)}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:66rem;padding:1rem 1.25rem 3rem;background:var(--ground);color:var(--text);
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
@@ -12,7 +12,8 @@ h1{font-size:1.6rem;line-height:1.2;margin:.6rem 0 0}h2{font-size:1.2rem;margin:
 border-bottom:1px solid var(--line);padding-bottom:.25rem}h3{font-size:1rem;margin:1.4rem 0 .4rem}
 header p,small,summary,dt{color:var(--dim)}header p{margin:.2rem 0 .8rem}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;font-size:.9rem}a{color:var(--blue)}
-.verdict{border-left:4px solid var(--green);background:var(--field);padding:.7rem 1rem;margin:.8rem 0;font-size:1.05rem}
+.verdict{border-left:4px solid var(--grey);background:var(--field);padding:.7rem 1rem;margin:.8rem 0;font-size:1.05rem}
+.verdict.shown{border-color:var(--blue)}
 pre{background:var(--field);border:1px solid var(--line);border-radius:6px;padding:.7rem .9rem;margin:.4rem 0;
 white-space:pre-wrap;user-select:all;font:.85rem/1.5 ui-monospace,"DejaVu Sans Mono",monospace}
 pre+p{margin:.2rem 0 1rem;font-size:.85rem;color:var(--dim)}
@@ -20,7 +21,7 @@ figure{margin:1rem 0;overflow-x:auto}figure svg{max-width:100%;min-width:34rem;h
 .wide{overflow-x:auto;margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.88rem}
 th,td{text-align:left;padding:.28rem .6rem .28rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 min-width:2rem}th{font-weight:600;color:var(--dim);white-space:nowrap;vertical-align:bottom}
-td{overflow-wrap:normal}td:first-child,td:nth-child(2){overflow-wrap:anywhere}
+td{overflow-wrap:normal}td:first-child:not(.n),.n+td{overflow-wrap:anywhere;min-width:7rem}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bar{height:.8rem;margin-top:.3rem;background:var(--blue);border-radius:1px;min-width:1px}
 td:has(.bar){min-width:7rem}.bar.best{background:var(--green)}.bar.last{background:var(--grey)}

@@ -23,7 +23,7 @@ _MOST_BANDS = 3
 """So many lines have their intervals drawn; more of them would hide each other."""
 _ROWS = 40
 """So many candidates have a row of their own."""
-_TICKS = 12
+_TICKS = 14
 _GREY, _YELLOW = "#666666", "#F0E442"
 Point = tuple[float, "Ranked"]
 
@@ -226,7 +226,7 @@ def _apart(at: Sequence[float]) -> list[int]:
 
 def _short(value: float) -> str:
     for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if value >= 10 * factor and value % (factor / 10) == 0:
+        if value >= factor and value % (factor / 10) == 0:
             return f"{value / factor:g}{unit}"
     return f"{value:.6g}"
 
@@ -242,14 +242,14 @@ def _vertical(report: SweepReport, axes: Axes, drawn: Sequence[Ranked]) -> None:
 def _references(report: SweepReport, line: Any) -> None:
     """Draw the last checkpoint and the best single one, each as a line over the whole width or height."""
     last, single = _named(report, report.last), _named(report, report.best_single)
-    both = " and best checkpoint alone" if last is single else " checkpoint"
+    both = ", which is the best one alone" if last is single else ""
     if last is not None:
         line(
             _value(last, report),
             color=_GREY,
             linestyle=(0, (6, 3)),
             linewidth=1.2,
-            label=_said(report, f"last{both}", last),
+            label=_said(report, f"last checkpoint{both}", last),
         )
     if single is not None and single is not last:
         line(
@@ -281,6 +281,12 @@ def _star(report: SweepReport, best: Ranked, axes: Axes, at: Sequence[float], he
     )
 
 
+def _row_name(each: Ranked) -> str:
+    # The end of a soup's label is the checkpoint that was added.
+    soup = not each.options and not each.single
+    return shortened(f"soup of {len(each.checkpoints)}: {each.label}" if soup else each.label, 46)
+
+
 def _draw_dots(report: SweepReport, axes: Axes) -> None:
     """Draw the candidates below one another, best first; those beyond the first ones share a row."""
     scored = _scored(report)
@@ -304,7 +310,7 @@ def _draw_dots(report: SweepReport, axes: Axes) -> None:
             markersize=4.5,
             label=label,
         )
-    names = [shortened(each.label, 44) for each in own]
+    names = [_row_name(each) for each in own]
     if others:
         axes.plot([_value(each, report) for each in others], [len(own)] * len(others), "|", color=_GREY, markersize=7)
         names.append(f"{len(others)} others")
