@@ -41,22 +41,25 @@ class Files:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, output: SweptOutput, others: Sequence[Path]) -> Files:
+    def of(cls, output: SweptOutput, inputs: Sequence[Path]) -> Files:
         """Refuse files that cannot be written.
 
         Args:
-            others: inputs and the output, which stay as they are.
+            inputs: checkpoints, which stay as they are.
 
         Raises:
-            UsageError: another suffix, or matplotlib is lacking for the picture.
+            UsageError: another suffix, the same name as that of the output, or matplotlib is lacking for the picture.
             WriteError: see `check_target`.
         """
         plot = None if output.plot is None else check_picture(output.plot)
         if plot is not None:
-            check_picture_target(plot, others, force=output.force)
+            check_picture_target(plot, inputs, force=output.force)
         report, table = (
-            _checked(name, getattr(output, name), others, force=output.force) for name in ("report", "csv")
+            _checked(name, getattr(output, name), inputs, force=output.force) for name in ("report", "csv")
         )
+        for name, path in (("plot", plot), ("report", report), ("csv", table)):
+            if path is not None and output.out is not None and path.absolute() == Path(output.out).absolute():
+                raise UsageError(f"`{name}` and `out` are both {path}: give them different names.")
         notes = []
         if report is not None:
             notes.append("For the geometry of the series in the page (`report`), all checkpoints are read once more.")
@@ -86,14 +89,14 @@ class Files:
                 write_file(self.report, page(report, background()), force=self.force)
 
 
-def _checked(name: str, given: str | Path | None, others: Iterable[Path], *, force: bool) -> Path | None:
+def _checked(name: str, given: str | Path | None, inputs: Iterable[Path], *, force: bool) -> Path | None:
     if given is None:
         return None
     path, known = Path(given), _SUFFIXES[name]
     if path.suffix.lower() not in known:
         raise UsageError(f"`{name}={os.fspath(given)!r}`: give it the suffix {known[0]}.")
     with named(name):
-        check_target(path, others, nbytes=0, force=force, names=None)
+        check_target(path, inputs, nbytes=0, force=force, names=None)
     return path
 
 

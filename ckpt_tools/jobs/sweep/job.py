@@ -185,7 +185,7 @@ def sweep(
     target = None if output.out is None else Target.of(output.out)
     if target is not None:
         check_target(target.path, series.given, nbytes=0, force=output.force, names=None)
-    files = Files.of(output, [*series.given, *([] if target is None else [target.path])])
+    files = Files.of(output, series.given)
     maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
     grid = _Grid(series, rules, selections, searching, order, matching, evaluation)
     found, refused = grid.candidates()
