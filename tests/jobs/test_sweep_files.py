@@ -344,6 +344,7 @@ def test_the_same_sweep_has_the_same_page_and_forbids_the_browser_to_load_anythi
     shown = report(*decays(0.5, 0.9))
     data = page(shown, background())
     assert data == page(shown, background())
+    assert b"://" not in data
     assert b"default-src 'none'; style-src 'unsafe-inline'" in data
 
 

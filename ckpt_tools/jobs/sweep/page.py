@@ -28,6 +28,7 @@ _OPEN = 30
 """Rows of a table that are shown before those that a click opens."""
 _TENSORS = 10
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_SVG_LEFT_OUT = re.compile(r'<metadata>.*?</metadata>|<!--.*?-->\n?| xmlns(:xlink)?="[^"]*"', re.DOTALL)
 _SVG_IDS = re.compile(r'(\bid="|xlink:href="#|url\(#)')
 
 
@@ -181,7 +182,7 @@ def _curves(report: SweepReport) -> Iterator[str]:
 def _picture(draw: Any, size: tuple[float, float], what: str) -> str:
     """Return a picture as inline SVG, with ids of its own."""
     svg = rendered(draw, size=size, suffix=".svg").decode()
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->\n?", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = _SVG_LEFT_OUT.sub("", svg[svg.index("<svg") :])
     lead = re.sub(r"\W", "", what)[:12]
     svg = _SVG_IDS.sub(rf"\g<1>{lead}-", svg)
     svg = svg.replace("<svg ", f'<svg role="img" aria-label="{_text(what)}" ', 1)

@@ -21,15 +21,17 @@ figure{margin:1rem 0;overflow-x:auto}figure svg{max-width:100%;min-width:34rem;h
 .wide{overflow-x:auto;margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.88rem}
 th,td{text-align:left;padding:.28rem .6rem .28rem 0;border-bottom:1px solid var(--line);vertical-align:top;
 min-width:2rem}th{font-weight:600;color:var(--dim);white-space:nowrap;vertical-align:bottom}
-td{overflow-wrap:normal}td:first-child:not(.n),.n+td{overflow-wrap:anywhere;min-width:7rem}
+td{overflow-wrap:normal}td:first-child:not(.n),.n+td:not(.n){overflow-wrap:anywhere;min-width:7rem}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bar{height:.8rem;margin-top:.3rem;background:var(--blue);border-radius:1px;min-width:1px}
-td:has(.bar){min-width:7rem}.bar.best{background:var(--green)}.bar.last{background:var(--grey)}
+td:has(.bar){min-width:4rem}.bar.best{background:var(--green)}.bar.last{background:var(--grey)}
 .tag{font-size:.72rem;border:1px solid var(--line);border-radius:9px;padding:0 .45rem;color:var(--dim);
 white-space:nowrap}
 svg.row{width:100%;min-width:9rem;height:1rem;display:block;margin-top:.2rem;background:var(--field);fill:var(--blue)}
 svg.row .minus{fill:var(--red)}.why{white-space:pre-line}
 summary{cursor:pointer;margin:.4rem 0}dt{margin-top:.5rem;font-size:.85rem}dd{margin:0}
+@media(max-width:36rem){body{padding:.5rem .9rem 2rem}td,th{padding-right:.4rem}
+td:first-child:not(.n),.n+td:not(.n){min-width:5rem}td:has(.bar){min-width:2.5rem;width:4rem}svg.row{min-width:7rem}}
 @media print{:root{--text:#000;--ground:#fff}nav{display:none}body{max-width:none;padding:0;font-size:11px}
 tr,figure,.verdict{break-inside:avoid}h2,h3{break-after:avoid}figure svg{filter:none;min-width:0}
 .bar,svg.row,.verdict{print-color-adjust:exact;-webkit-print-color-adjust:exact}
