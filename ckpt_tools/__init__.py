@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .jobs.look import LookReport, look
     from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
     from .jobs.strip import StripReport, strip
+    from .jobs.sweep.job import SweepReport, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "PrefixReport",
     "RecalibrationReport",
     "StripReport",
+    "SweepReport",
     "__version__",
     "average",
     "convert",
@@ -43,6 +45,7 @@ __all__ = [
     "recalibrate_bn",
     "recalibrate_checkpoint",
     "strip",
+    "sweep",
 ]
 
 _HOMES = {
@@ -58,6 +61,8 @@ _HOMES = {
     "diff": "jobs.diff",
     "LookReport": "jobs.look",
     "look": "jobs.look",
+    "SweepReport": "jobs.sweep.job",
+    "sweep": "jobs.sweep.job",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",

@@ -102,6 +102,7 @@ def test_the_public_names_are_these() -> None:
         "PrefixReport",
         "RecalibrationReport",
         "StripReport",
+        "SweepReport",
         "__version__",
         "average",
         "convert",
@@ -112,6 +113,7 @@ def test_the_public_names_are_these() -> None:
         "recalibrate_bn",
         "recalibrate_checkpoint",
         "strip",
+        "sweep",
     ]
     for name in ckpt_tools.__all__:
         assert getattr(ckpt_tools, name).__doc__

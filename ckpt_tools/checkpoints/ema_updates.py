@@ -6,21 +6,19 @@ from typing import Any
 
 from ..formats.header import Header
 from ..formats.tree import follow
-from .layouts import StateDict
+from .layouts import LAYOUTS, Layout, StateDict
 from .scalars import as_number
-
-_PERIODIC = {"icefall": ("batch_idx_train", "average_period")}
-"""Layout of a mean over all batches so far, up to the last multiple of the period in which it is updated."""
-_EXPONENTIAL = (
-    "litema", "ema-pytorch", "diffusers", "pytorch-ema", "score_sde", "ultralytics", "mmengine", "torchvision"
-)  # fmt: skip
-"""Layouts of libraries and scripts whose averages are exponential, or are so by default."""
 
 
 def _number(header: Header, value: Any) -> float | None:
     """Read a number, or a tensor of one element."""
     value = as_number(header, value)
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _layout(state: StateDict) -> Layout | None:
+    """Return the layout of a set; None for an encoding that is no layout."""
+    return next((layout for layout in LAYOUTS if layout.name == state.layout), None)
 
 
 def stored_updates(header: Header, state: StateDict) -> int | None:
@@ -35,9 +33,10 @@ def stored_updates(header: Header, state: StateDict) -> int | None:
 
 def weights_in_mean(header: Header, state: StateDict) -> int | None:
     """Read how many weights are in a mean; None if nobody knows."""
-    if state.which != "ema" or state.layout not in _PERIODIC:
+    layout = _layout(state) if state.which == "ema" else None
+    if layout is None or layout.batches is None:
         return stored_updates(header, state)
-    batches, period = (_number(header, follow(header.content, (key,))) for key in _PERIODIC[state.layout])
+    batches, period = (_number(header, follow(header.content, (key,))) for key in layout.batches)
     if batches is None or not 0 <= batches < 1 << 63:
         return None
     return int(batches - batches % period if period is not None and period >= 1 else batches)
@@ -45,7 +44,9 @@ def weights_in_mean(header: Header, state: StateDict) -> int | None:
 
 def is_exponential(header: Header, state: StateDict) -> bool:
     """Return True if the average is no mean of weights that count the same, as its layout or its decay tells."""
-    return state.which == "ema" and (state.layout in _EXPONENTIAL or stored_decay(header, state) is not None)
+    layout = _layout(state)
+    known = layout is not None and layout.exponential
+    return state.which == "ema" and (known or stored_decay(header, state) is not None)
 
 
 def stored_decay(header: Header, state: StateDict) -> float | None:

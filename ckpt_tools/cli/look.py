@@ -46,7 +46,8 @@ def _show(report: LookReport, top: int) -> None:
     rates = any(each.learning_rate is not None for each in report.checkpoints)
     ages = any(each.start_left is not None for each in report.checkpoints)
     names = [console.visible(each.name) for each in report.checkpoints]
-    width = console.bar_width(min(max(map(len, names)), 30) + 36 + 10 * rates + 12 * ages)
+    longest = max(len("checkpoint"), *map(len, names))
+    width = console.bar_width(min(longest, 30) + 36 + 10 * rates + 12 * ages)
     columns = ("step", "to mean", "to next", "cosine", *(["lr"] if rates else []), *(["start left"] if ages else []))
     table = console.table("checkpoint", columns, bars=width, cut=False)
     farthest = max(each.to_mean for each in report.checkpoints)
@@ -66,7 +67,7 @@ def _show(report: LookReport, top: int) -> None:
     console.say(
         "",
         f"Ordered by {report.ordered_by}; weights: {report.state}. Read {console.size(report.bytes_read)}.",
-        f"The checkpoints have a norm of {norm:.4g}, and their mean {report.mean_norm:.4f} of it.",
+        f"The norm of the checkpoints is {norm:.4g} on average, and that of their mean {report.mean_norm:.4f} of it.",
     )
     moving = [*report.movement.items()][:top]
     if moving:

@@ -61,6 +61,8 @@ def sweep(
 ) -> None:
     """Average a series in many ways, score each average, and find the best.
 
+    What counts, and which checkpoints, takes lists such as 3,5,8, and ranges such as 0.05:0.25:0.05.
+
     Example: ckpt sweep runs/ --last 3,5,8 --mode uniform,ema --eval-command 'python eval.py {ckpt}'
     """
     arguments.check_folder()

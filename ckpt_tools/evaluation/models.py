@@ -5,7 +5,6 @@ A name in a checkpoint is only looked up as a timm name; it never decides what c
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import importlib.util
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..checkpoints.open import Checkpoint
 from ..checkpoints.prefixes import unwrap
+from ..checkpoints.script_arguments import script_arguments
 from ..errors import ModelError, UsageError
 from ..formats.header import Header
 from ..tensors import TensorSpec
@@ -138,8 +138,7 @@ def _made(name: str, make: Any) -> nn.Module:
 def stored_arguments(header: Header) -> dict[str, Any]:
     """Return the arguments of the model in a checkpoint: ``arch``, ``num_classes``, ``in_chans`` and others."""
     tree = header.tree if isinstance(header.tree, dict) else {}
-    args = tree.get("args")
-    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    args = script_arguments(header)
     arch = next((a for a in (tree.get("arch"), args.get("model"), args.get("arch")) if isinstance(a, str)), None)
     kwargs = args.get("model_kwargs")
     said = dict(kwargs) if isinstance(kwargs, dict) else {}

@@ -73,7 +73,7 @@ def paired_interval(
     """
     _check(a, b)
     if not 0 < confidence < 1:
-        raise UsageError(f"`confidence={confidence}`: lies between 0 and 1.")
+        raise UsageError(f"a confidence of {confidence} does not lie between 0 and 1.")
     differences = a.double().cpu() - b.double().cpu()
     n = len(differences)
     generator = torch.Generator().manual_seed(seed)

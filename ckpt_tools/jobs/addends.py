@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ..checkpoints.layouts import StateDict
+from ..checkpoints.layouts.layout import Unchanged, dotted
+from ..checkpoints.prefixes import prefixes
 from ..errors import LayoutError, UsageError
 from ..series.member import Member
 from ..series.rules.rule import Rule
 from ..series.schedules import SCHEDULES, Schedule
 from ..storage.source import Stamp
 from ..tensors import DType, parse_dtype
-from .lined_up import LinedUp
+from .lined_up import LinedUp, states_asked
 from .options import AveragedOutput, Matching
 from .outputs import Target
-from .provenance import Input, Record
+from .provenance import Input, Record, averaged_inputs, provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,11 @@ class Addends:
     compared: Callable[[Path], tuple[str, bool | None]] | None = None
 
     @property
+    def sources(self) -> tuple[Member, ...]:
+        """Those of the members that are inputs themselves, and no average of inputs."""
+        return self.members[1:] if self.before else self.members
+
+    @property
     def mixed_dtypes(self) -> bool:
         """True if floating-point dtypes may differ, because the output has its own whatever they are."""
         if self.dtype is not None:
@@ -95,6 +102,66 @@ class Addends:
         # What is computed from codes or from an optimizer has been rounded in an average that is there.
         computed = self.chosen is not None and self.chosen[-1].dtype is not None
         return bool(self.before) and (computed or self.matching.dequantize)
+
+
+def inputs_of(addends: Addends, lined_up: LinedUp, at: Sequence[int] | None = None) -> tuple[Input, ...]:
+    """Describe the checkpoints.
+
+    Args:
+        at: their numbers among those that are lined up; all if None.
+    """
+    found = [
+        (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
+        for chosen, bare in zip(lined_up.states, lined_up.renamed, strict=True)
+    ]
+    n = len(addends.members)
+    return tuple(
+        Input(
+            path=str(member.path),
+            name=name,
+            step=member.step,
+            coefficient=coefficient,
+            state=label,
+            nbytes=member.header.nbytes,
+            prefixes=wrappers,
+            sha256=hashes,
+        )
+        for member, name, coefficient, (label, wrappers), hashes in zip(
+            addends.members,
+            addends.names,
+            addends.coefficients,
+            [found[i % len(found)] for i in (range(n) if at is None else at)],  # a single set stands for all
+            addends.sha256 or [{}] * n,
+            strict=True,
+        )
+    )
+
+
+def record_of(addends: Addends, inputs: Sequence[Input], state: StateDict, **more: Any) -> dict[str, Any]:
+    """Return the provenance of an average.
+
+    Args:
+        inputs: oldest first.
+        state: the set of weights in the last.
+        more: further facts.
+    """
+    return provenance(
+        "avg",
+        addends.arguments,
+        mode=addends.mode,
+        state=inputs[-1].state,
+        **_places(addends.members[-1], state),
+        **({"updates": addends.updates} if addends.updates else {}),
+        inputs=averaged_inputs(inputs),
+        **more,
+    )
+
+
+def _places(member: Member, state: StateDict) -> dict[str, Any]:
+    """Return what a further update has to know: what the steps are, and where the average is in a file that nests."""
+    homes = [dotted(part.home) for part in state.parts or (state,)]
+    facts = {"counter": member.counter, "places": homes if all(homes) and not member.header.ranks else None}
+    return {name: fact for name, fact in facts.items() if fact is not None}
 
 
 def recorded_rule(record: Record) -> Rule:
@@ -144,8 +211,8 @@ def recorded_dtype(record: Record) -> DType | None:
 
 
 def state_asked(matching: Matching) -> str | list[str]:
-    """Return the set of weights that was asked for; several for the parts of a model."""
-    asked = [matching.state] if isinstance(matching.state, str) else [*matching.state]
+    """Return `states_asked`, and where it is one alone, that one: as records and messages have it."""
+    asked = states_asked(matching)
     return asked[0] if len(asked) == 1 else asked
 
 
@@ -162,10 +229,17 @@ def refuse_contradictions(record: Record, schedule: Schedule, matching: Matching
     dtype = parse_dtype(output.dtype)
     asked |= {} if dtype is None else {"dtype": dtype.name}
     said = {"mode": record.mode} | dict(record.arguments)
+    known = {option.name: option for option in recorded_rule(record).options}
     for name, value in asked.items():
         value = [*value] if isinstance(value, tuple) else value
         if value == said.get(name) or (name == "state" and value == record.which):
             continue
+        # Lists and paths are not recorded.
+        if name not in said and name in known and (isinstance(value, list) or Path in get_args(known[name].type)):
+            raise UsageError(
+                f"{_shown(name, value)}: the record of {record.path} has what came of it, and decides. Leave the "
+                "option out, or average the checkpoints themselves."
+            )
         was = f"with {_shown(name, said[name])}" if name in said else "without it"
         raise UsageError(
             f"{_shown(name, value)}: {record.path} was made {was}, and its record decides. Leave the option out, or "

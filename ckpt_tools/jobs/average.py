@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from ..checkpoints.ema_updates import is_exponential, weights_in_mean
-from ..checkpoints.layouts import StateDict
-from ..checkpoints.layouts.layout import Unchanged, dotted
-from ..checkpoints.prefixes import prefixes, renamed
-from ..checkpoints.quantized import configuration, without_quantization
+from ..checkpoints.prefixes import renamed
+from ..checkpoints.quantized import without_quantization
 from ..compute import engine
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import SeriesError, UnsupportedError, UsageError
+from ..errors import UsageError
+from ..formats.file_plan import OutTensor
 from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.sharded import parse_size
-from ..series import lora
-from ..series.find import Series, find_series
-from ..series.lora import CONFIG, LORA, Products, average_products, check_config, config_text
-from ..series.member import Member
-from ..series.schedules import Schedule, dominant
-from ..series.stored_profiles import stored_profiles
+from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
+from ..series.schedules import Schedule
 from ..series.weighted_sums import weighted_sums
 from ..storage.source import sha256
-from ..tensors import DType, parse_dtype
-from .addends import Addends, ByTensor, state_asked
+from ..tensors import parse_dtype
+from .addends import Addends, ByTensor, inputs_of, record_of
 from .assembly import Assembly, assemble
 from .companions import companions
-from .lined_up import LinedUp, every_set, line_up, selected
+from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Earlier, Matching, Selection, Summing, takes
 from .outputs import Target, default_target
-from .provenance import Input, averaged_inputs, provenance, short_names
+from .provenance import Input
 from .reports import Report
 from .run import produce
-from .stock import measured, with_start
+from .weigh import weighed
 
-Numbers = Sequence[Any]
 BUFFERS = ("average", "last")
 
 
@@ -115,7 +105,8 @@ def average(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    schedule.check()
+    if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
+        schedule.check()
     _check(matching)
     if earlier.update is not None and earlier.replay is not None:
         raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
@@ -136,85 +127,24 @@ def average(
 
         addends = replayed(earlier.replay, given, schedule, selection, matching, output, running)
     else:
-        addends = _by_rule(given, schedule, selection, matching, output, running)
-    members, names = addends.members, addends.names
-    matching, dtype = addends.matching, addends.dtype
-    _check(matching)  # a record may say anything
-    lined_up = line_up(members, names, matching, mixed_dtypes=addends.mixed_dtypes, chosen=addends.chosen)
-    by_tensor = ByTensor() if addends.by_tensor is None else addends.by_tensor(lined_up)
-    if by_tensor.mean:
-        addends = replace(addends, coefficients=by_tensor.mean, notes=(*addends.notes, *by_tensor.notes))
-    coefficients = addends.coefficients
-    tensors = weighted_sums(
-        lined_up.aligned,
-        coefficients,
-        dtype=dtype or lined_up.states[-1].dtype,
-        keep_running=matching.buffers == "last",
-        shared=lined_up.shared,
-        by_name={name: (own,) for name, own in by_tensor.coefficients.items()},
-    )
-    products = Products()
-    if matching.lora == "product":
-        products = _products(members, names, coefficients, lined_up, dtype, matching.keys)
-        both = tensors | products.tensors
-        tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
-    unique = dict.fromkeys(tensors.values())
-    # A row of Model Stock may be the start alone.
-    copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_tensor.coefficients)
-    read = len(members) - bool(addends.before)  # those that are inputs themselves
-    inputs = (*addends.before, *inputs_of(addends, lined_up)[-read:])
-    base = members[-1].header
-    usual = default_target([member.header for member in members]) if products.config is None else Target.of("averaged/")
-    target = chosen or addends.target or usual
-    edited = _edited(base, products, target, dequantize=matching.dequantize)
-
-    def lay_out(inputs: Sequence[Input]) -> Assembly:
-        more = {"ratios": by_tensor.ratios} if by_tensor.ratios else {}
-        record = record_of(addends, inputs, lined_up.states[-1], **more)
-        writing = Writing(
-            name=addends.name or target.name, provenance=record, untie=output.untie, max_bytes=shard_bytes, like=base
-        )
-        return assemble(
-            tensors,
-            writing,
-            target=target,
-            base=base,
-            state=lined_up.states[-1],
-            renamed=lined_up.renamed[-1],
-            edited=edited,
-        )
+        addends = weighed(given, schedule, selection, matching, output, running)
+    _check(addends.matching)  # a record may say anything
+    sums = _sums(addends)
+    target = chosen or addends.target or sums.usual_target
+    assembly = _laid_out(sums, sums.inputs, target, output, shard_bytes)
+    gpus = devices.choose(running.device, assembly.bytes_read)
+    memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes)
+    report = _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu")
 
     def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
-        hashed = inputs[:-read] + tuple(
-            replace(entry, sha256={name: sha256(path) for name, path in member.header.names.items()})
-            for entry, member in zip(inputs[-read:], members[-read:], strict=True)
-        )
-        assembly = lay_out(hashed)
+        hashed = _hashed(sums)
+        assembly = _laid_out(sums, hashed, target, output, shard_bytes)
         return replace(report, inputs=hashed, bytes_written=assembly.nbytes), assembly
 
-    assembly = lay_out(inputs)
-    gpus = devices.choose(running.device, assembly.bytes_read)
-    report = AverageReport(
-        inputs=inputs,
-        mode=addends.mode,
-        ordered_by=addends.ordered_by,
-        averaged=tuple(tensor.name for tensor in unique if tensor not in copied),
-        copied=tuple(tensor.name for tensor in copied),
-        left_out=(*lined_up.left_out, *products.left_out),
-        tied=tuple(name for name, tensor in tensors.items() if name != tensor.name),
-        notes=(*addends.notes, *lined_up.notes, *products.notes, *_kept(assembly)),
-        dropped=assembly.dropped,
-        out=str(assembly.target),
-        companions=tuple(path.name for path in assembly.companions),
-        bytes_read=assembly.bytes_read + by_tensor.bytes_read,
-        bytes_written=assembly.nbytes,
-        memory=engine.memory_needed(unique, running.threads, gpus, gpu_bytes),
-        device=", ".join(gpus) or "cpu",
-    )
     done = produce(
         report,
         assembly,
-        [stamp for member in members for stamp in member.header.files],
+        [stamp for member in addends.members for stamp in member.header.files],
         output,
         running,
         inputs=addends.given,
@@ -240,130 +170,149 @@ def _check(matching: Matching) -> None:
         raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
 
 
-def _by_rule(
-    paths: Iterable[str | Path],
-    schedule: Schedule,
-    selection: Selection,
-    matching: Matching,
-    output: AveragedOutput,
-    running: Summing,
-) -> Addends:
-    """Find the checkpoints, and weigh them as the rule does."""
-    series = find_series(paths, **vars(selection))
-    members, chosen, by_tensor = series.members, None, None
-    if schedule.rule.needs == "profile":
-        members, chosen = every_set(members, matching)
-    elif schedule.rule.needs == "products":
-        members, chosen = with_start(series, schedule.values["base"], matching)
-        by_tensor = partial(measured, schedule, members, matching, running)
-    names = _names(members, chosen)
-    numbers = _numbers(schedule, series, members, names, matching, chosen)
-    coefficients = _coefficients(schedule, numbers, series) if by_tensor is None else ()
-    dtype = parse_dtype(output.dtype)
-    return Addends(
-        members=members,
-        names=names,
-        coefficients=coefficients,
-        chosen=chosen,
-        matching=matching,
-        dtype=dtype,
-        mode=schedule.mode,
-        arguments=arguments_of(schedule, numbers, matching, dtype, running),
-        ordered_by=series.ordered_by,
-        notes=(*series.notes, *_remarks(schedule, numbers, members, coefficients)),
-        given=(*series.given, *(member.path for member in members)),
-        by_tensor=by_tensor,
-    )
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sums:
+    """The sums of an average, still without a place.
 
-
-def record_of(addends: Addends, inputs: Sequence[Input], state: StateDict, **more: Any) -> dict[str, Any]:
-    """Return the provenance of an average.
-
-    Args:
-        inputs: oldest first.
-        state: the set of weights in the last.
-        more: further facts.
+    Attributes:
+        addends: with the coefficients over all values, where tensors have their own.
+        lined_up: the weights that are summed.
+        by_tensor: coefficients of tensors that have their own.
+        adapter: of ``lora="product"``; else empty.
+        tensors: name to sum, in the order of the output.
+        inputs: to record, oldest first; with the hashes that are known.
     """
-    return provenance(
-        "avg",
-        addends.arguments,
-        mode=addends.mode,
-        state=inputs[-1].state,
-        **_places(addends.members[-1], state),
-        **({"updates": addends.updates} if addends.updates else {}),
-        inputs=averaged_inputs(inputs),
-        **more,
-    )
+
+    addends: Addends
+    lined_up: LinedUp
+    by_tensor: ByTensor
+    adapter: AveragedAdapter
+    tensors: Mapping[str, OutTensor]
+    inputs: tuple[Input, ...]
+
+    @property
+    def base(self) -> Header:
+        """The last checkpoint, whose other entries the output has."""
+        return self.addends.members[-1].header
+
+    @property
+    def unique(self) -> dict[OutTensor, None]:
+        """The tensors, tied ones once."""
+        return dict.fromkeys(self.tensors.values())
+
+    @property
+    def usual_target(self) -> Target:
+        """Where the output goes if nothing says otherwise."""
+        usual = default_target([member.header for member in self.addends.members])
+        return usual if self.adapter.config is None else Target.of("averaged/")
 
 
-def _places(member: Member, state: StateDict) -> dict[str, Any]:
-    """Return what a further update has to know: what the steps are, and where the average is in a file that nests."""
-    homes = [dotted(part.home) for part in state.parts or (state,)]
-    facts = {"counter": member.counter, "places": homes if all(homes) and not member.header.ranks else None}
-    return {name: fact for name, fact in facts.items() if fact is not None}
-
-
-def arguments_of(
-    schedule: Schedule, numbers: Numbers, matching: Matching, dtype: DType | None, running: Summing
-) -> dict[str, Any]:
-    """Return the options to record in the output; None for those at their defaults."""
-    return {
-        **schedule.arguments(numbers),
-        "state": None if (state := state_asked(matching)) == "auto" else state,
-        "match": None if matching.match == "name" else matching.match,
-        "keys": None if matching.keys == "strict" else matching.keys,
-        "buffers": None if matching.buffers == "average" else matching.buffers,
-        "lora": None if matching.lora == "factors" else matching.lora,
-        "dequantize": matching.dequantize or None,
-        "dtype": dtype and dtype.name,
-        "allow_nonfinite": running.allow_nonfinite or None,
-    }
-
-
-def _products(
-    members: Sequence[Member],
-    names: Sequence[str],
-    coefficients: Sequence[float],
-    lined_up: LinedUp,
-    dtype: DType | None,
-    keys: str,
-) -> Products:
-    """Average the LoRA updates.
+def _sums(addends: Addends) -> _Sums:
+    """Line up the weights, and say how each tensor is summed.
 
     Raises:
-        CkptError: see `average_products`; or the scale of an adapter is where it cannot be changed.
+        CkptError: the weights do not line up, or cannot be averaged.
     """
-    found = []
-    for member, name, coefficient, state, bare in zip(
-        members, names, coefficients, lined_up.states, lined_up.renamed, strict=True
-    ):
-        of_peft = any("lora_A" in each or "lora_embedding_A" in each for each in state.tensors)
-        config = configuration(member.header, CONFIG) if of_peft else {}
-        if config:
-            check_config(member.header, config)
-        elif "lora_adapter_metadata" in member.header.metadata:
-            raise UnsupportedError(
-                f"{member.header.path}: the scale of its updates is in its __metadata__, as text that `lora='product'` "
-                "does not rewrite. Save the adapter with PEFT first."
-            )
-        found.append(lora.Member(member.header, renamed(state.tensors, bare), name, coefficient, config))
-    return average_products(found, dtype=dtype, keys=keys)
+    members, names, matching, dtype = addends.members, addends.names, addends.matching, addends.dtype
+    lined_up = line_up(members, names, matching, mixed_dtypes=addends.mixed_dtypes, chosen=addends.chosen)
+    by_tensor = ByTensor() if addends.by_tensor is None else addends.by_tensor(lined_up)
+    if by_tensor.mean:
+        addends = replace(addends, coefficients=by_tensor.mean, notes=(*addends.notes, *by_tensor.notes))
+    tensors = weighted_sums(
+        lined_up.aligned,
+        addends.coefficients,
+        dtype=dtype or lined_up.states[-1].dtype,
+        keep_running=matching.buffers == "last",
+        shared=lined_up.shared,
+        by_name={name: (own,) for name, own in by_tensor.coefficients.items()},
+    )
+    adapter = AveragedAdapter()
+    if matching.lora == "product":
+        weights = [renamed(state.tensors, bare) for state, bare in zip(lined_up.states, lined_up.renamed, strict=True)]
+        adapters = [
+            Adapter.of(member.header, own, name, coefficient)
+            for member, own, name, coefficient in zip(members, weights, names, addends.coefficients, strict=True)
+        ]
+        adapter = average_adapters(adapters, dtype=dtype, keys=matching.keys)
+        both = tensors | adapter.tensors
+        tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
+    inputs = (*addends.before, *inputs_of(addends, lined_up)[-len(addends.sources) :])
+    return _Sums(addends, lined_up, by_tensor, adapter, tensors, inputs)
 
 
-def _edited(base: Header, products: Products, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:
+def _laid_out(
+    sums: _Sums, inputs: Sequence[Input], target: Target, output: AveragedOutput, shard_bytes: int | None
+) -> Assembly:
+    """Lay the sums out in the files of the target, with a record of the inputs.
+
+    Raises:
+        CkptError: the target cannot hold them.
+    """
+    addends, lined_up = sums.addends, sums.lined_up
+    more = {"ratios": sums.by_tensor.ratios} if sums.by_tensor.ratios else {}
+    record = record_of(addends, inputs, lined_up.states[-1], **more)
+    return assemble(
+        sums.tensors,
+        Writing(
+            name=addends.name or target.name,
+            provenance=record,
+            untie=output.untie,
+            max_bytes=shard_bytes,
+            like=sums.base,
+        ),
+        target=target,
+        base=sums.base,
+        state=lined_up.states[-1],
+        renamed=lined_up.renamed[-1],
+        edited=_edited(sums.base, sums.adapter, target, dequantize=addends.matching.dequantize),
+    )
+
+
+def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> AverageReport:
+    """Report what will be summed and written."""
+    addends, lined_up, unique, by_name = sums.addends, sums.lined_up, sums.unique, sums.by_tensor.coefficients
+    # A row of Model Stock may be the start alone.
+    copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_name)
+    return AverageReport(
+        inputs=sums.inputs,
+        mode=addends.mode,
+        ordered_by=addends.ordered_by,
+        averaged=tuple(tensor.name for tensor in unique if tensor not in copied),
+        copied=tuple(tensor.name for tensor in copied),
+        left_out=(*lined_up.left_out, *sums.adapter.left_out),
+        tied=tuple(name for name, tensor in sums.tensors.items() if name != tensor.name),
+        notes=(*addends.notes, *lined_up.notes, *sums.adapter.notes, *_kept(assembly)),
+        dropped=assembly.dropped,
+        out=str(assembly.target),
+        companions=tuple(path.name for path in assembly.companions),
+        bytes_read=assembly.bytes_read + sums.by_tensor.bytes_read,
+        bytes_written=assembly.nbytes,
+        memory=memory,
+        device=device,
+    )
+
+
+def _hashed(sums: _Sums) -> tuple[Input, ...]:
+    """Return the inputs with the SHA-256 of their files; those of an average that is extended are not read again."""
+    before, own = sums.inputs[: -len(sums.addends.sources)], sums.inputs[-len(sums.addends.sources) :]
+    digests = ({name: sha256(path) for name, path in member.header.names.items()} for member in sums.addends.sources)
+    return (*before, *(replace(entry, sha256=each) for entry, each in zip(own, digests, strict=True)))
+
+
+def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:
     """Return the files beside the weights that change with these: name to new content, or None for no file.
 
     Raises:
         UsageError: one of them says how to read the weights, and the target is no folder.
     """
     edited = dict(without_quantization(companions(base, []))) if dequantize and target.folder else {}
-    if products.config is not None:
+    if adapter.config is not None:
         if not target.folder:
             raise UsageError(
                 f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
                 "without suffix, for a folder with both."
             )
-        edited[CONFIG] = config_text(products.config)
+        edited[CONFIG] = config_text(adapter.config)
     return edited
 
 
@@ -372,117 +321,3 @@ def _kept(assembly: Assembly) -> Iterator[str]:
     if assembly.kept:
         sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
         yield f"Copied from the last checkpoint, not averaged: {sets}."
-
-
-def _names(members: Sequence[Member], states: Sequence[StateDict] | None) -> list[str]:
-    """Return short names; of a checkpoint with several sets of weights, with the set."""
-    paths = list(dict.fromkeys(member.path for member in members))
-    short = dict(zip(paths, short_names(paths), strict=True))
-    if states is None or len(paths) == len(members):
-        return [short[member.path] for member in members]
-    return [f"{short[member.path]} ({state.label})" for member, state in zip(members, states, strict=True)]
-
-
-def _numbers(
-    schedule: Schedule,
-    series: Series,
-    members: Sequence[Member],
-    names: Sequence[str],
-    matching: Matching,
-    states: Sequence[StateDict] | None,
-) -> Numbers:
-    """Return what the rule needs of each checkpoint."""
-    needs = schedule.rule.needs
-    if needs == "products":
-        return ()
-    if needs == "place":
-        return [series.given.index(member.path) for member in members]
-    if needs == "step":
-        return [member.step for member in members]
-    sources = [*zip(members, states or selected(members, names, matching), strict=True)]
-    if needs == "profile":
-        return stored_profiles(sources, schedule.values["profile"])
-    return [_in_mean(member, state) for member, state in sources]
-
-
-def _in_mean(member: Member, state: StateDict) -> int:
-    """Return how many weights are in a mean.
-
-    Raises:
-        SeriesError: the checkpoint does not say it, or it is no mean.
-    """
-    if is_exponential(member.header, state):
-        raise SeriesError(
-            f"{member.path}: its {state.label} is an EMA, and `mode='difference'` takes means of weights that count "
-            "the same. To make another EMA of several, use `mode='posthoc'`."
-        )
-    number = weights_in_mean(member.header, state)
-    if number is None:
-        raise SeriesError(
-            f"{member.path}: does not say how many weights are in its {state.label}, and `mode='difference'` needs "
-            "it: batch_idx_train of icefall, n_averaged, or the inputs of a uniform average by ckpt."
-        )
-    return number
-
-
-def _coefficients(schedule: Schedule, numbers: Numbers, series: Series) -> tuple[float, ...]:
-    try:
-        return schedule.coefficients(numbers)
-    except UsageError as error:  # the notes may tell why
-        raise UsageError(" ".join([str(error), *series.notes])) from error
-
-
-def _remarks(
-    schedule: Schedule, numbers: Numbers, members: Sequence[Member], coefficients: Sequence[float]
-) -> Iterator[str]:
-    """Report results that a user of this schedule may not expect."""
-    yield from schedule.remarks(numbers)
-    if schedule.rule.needs == "place" and len(members) > 1:
-        pairs = sorted(zip(numbers, members, coefficients, strict=True), key=lambda pair: pair[0])
-        shown = ", ".join(f"{member.path.name} {c:.6g}" for _, member, c in pairs[:10])
-        yield f"The weights of the files: {shown}{f' and {len(pairs) - 10} more' if len(pairs) > 10 else ''}."
-    along = schedule.along(numbers)
-    if along is not None and members[0].counter in ("epoch", "name"):
-        what = "epochs" if members[0].counter == "epoch" else "the numbers in the names"
-        yield f"The steps are {what}, for the files store no step."
-    elif along == "by" and len({b - a for a, b in pairwise(numbers)}) > 1:
-        yield "The files are not evenly spaced, so it counts along training steps; `by='files'` counts files."
-    end = dominant(coefficients)
-    if schedule.rule.advice is not None and end is not None:
-        index, share = end
-        which, advice = [*zip(("oldest", "newest"), schedule.rule.advice(**schedule.values), strict=True)][index > 0]
-        yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"
-
-
-def inputs_of(addends: Addends, lined_up: LinedUp, at: Sequence[int] | None = None) -> tuple[Input, ...]:
-    """Describe the checkpoints.
-
-    Args:
-        at: their numbers among those that are lined up; all if None.
-    """
-    found = [
-        (chosen.label, tuple(prefixes(chosen.tensors)) if not isinstance(bare, Unchanged) else ())
-        for chosen, bare in zip(lined_up.states, lined_up.renamed, strict=True)
-    ]
-    n = len(addends.members)
-    places = range(n) if at is None else at
-    return tuple(
-        Input(
-            path=str(member.path),
-            name=name,
-            step=member.step,
-            coefficient=coefficient,
-            state=label,
-            nbytes=member.header.nbytes,
-            prefixes=wrappers,
-            sha256=hashes,
-        )
-        for member, name, coefficient, (label, wrappers), hashes in zip(
-            addends.members,
-            addends.names,
-            addends.coefficients,
-            [found[i % len(found)] for i in places],  # a single set of weights stands for all
-            addends.sha256 or [{}] * n,
-            strict=True,
-        )
-    )

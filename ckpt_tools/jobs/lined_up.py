@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +20,12 @@ from ..formats import without_collector
 from ..formats.file_plan import Files
 from ..formats.ranks import masters_beside
 from ..series.align import KeyPlan, align
-from ..series.lora import factor_names
+from ..series.find import average_words
+from ..series.lora import factor_names, is_factor
 from ..series.member import Member
 from ..tensors import Tensor, TensorSpec
 from .options import Matching
 from .reports import some
-
-# Factors of a low-rank update, as PEFT, loralib, torchtune, diffusers and kohya name them.
-_LORA = re.compile(r"(?<![A-Za-z])lora(?:\d*|_linear_layer)[._](?:embedding_)?(?:[AaBb]|down|up)(?:[._]|$)")
-_EMA_NAME = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +112,7 @@ def _shared(members: Sequence[Member]) -> dict[Path, Files]:
 
 def every_set(members: Sequence[Member], matching: Matching) -> tuple[tuple[Member, ...], tuple[StateDict, ...]]:
     """Return each checkpoint as often as it has sets of weights that are asked for, and these sets."""
-    asked = _asked(matching)
+    asked = states_asked(matching)
     sources = [
         (member, in_place(member.header, select(member.header, state)))
         for member in members
@@ -125,7 +121,8 @@ def every_set(members: Sequence[Member], matching: Matching) -> tuple[tuple[Memb
     return tuple(member for member, _ in sources), tuple(state for _, state in sources)
 
 
-def _asked(matching: Matching) -> list[str]:
+def states_asked(matching: Matching) -> list[str]:
+    """Return the sets of weights that were asked for; several for the parts of a model."""
     return [matching.state] if isinstance(matching.state, str) else [*matching.state]
 
 
@@ -135,7 +132,7 @@ def selected(members: Sequence[Member], names: Sequence[str], matching: Matching
     Raises:
         LayoutError: there are none; or some are averages, by layout or by name, and others are not.
     """
-    asked = _asked(matching)
+    asked = states_asked(matching)
     _check_ranks(members, names)
     found = [
         of_ranks(member.header, lambda header: in_place(header, select_parts(header, asked))) for member in members
@@ -149,7 +146,7 @@ def selected(members: Sequence[Member], names: Sequence[str], matching: Matching
             f"{having[0]} holds EMA weights, {lacking[0]} does not ({len(having)} of {len(names)} do). "
             "Raw and averaged weights cannot be mixed: use `state='raw'`, or leave the others out."
         )
-    marked = [name for name in names if _EMA_NAME.search(name)]
+    marked = [name for name in names if "ema" in average_words(name)]
     if "auto" in asked and "ema" not in which and 0 < len(marked) < len(names):
         raise LayoutError(
             f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
@@ -207,7 +204,7 @@ def _notes(members: Sequence[Member], states: Sequence[StateDict], plan: KeyPlan
     borrowed = not_averaged(last.header, states[-1])
     if borrowed:
         yield f"The averages lack these, so they are averages of the raw weights: {some(borrowed)}."
-    factor = next((name for name in plan.aligned if _LORA.search(name)), None) if len(members) > 1 else None
+    factor = next((name for name in plan.aligned if is_factor(name)), None) if len(members) > 1 else None
     if factor is not None:
         yield (
             f"'{factor}' is a factor of a LoRA update. The factors are averaged apart, and their product is not the "

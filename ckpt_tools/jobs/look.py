@@ -15,16 +15,17 @@ from ..checkpoints.layouts.layout import is_buffer
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.optimizers import find_optimizers
 from ..checkpoints.scalars import as_number
-from ..compute.gram import gram
 from ..compute.threads import check_threads
 from ..errors import AlignmentError, NumericsError, UsageError
 from ..formats.header import Header
 from ..series.align import is_copied
 from ..series.find import find_series
-from ..series.geometry import FAR, ONE_BASIN, Geometry, Products, geometry, movement
+from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
 from ..series.member import Member
+from ..series.rules.rule import Products
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
+from .measure import inner_products
 from .options import Alignment, Drawing, Matching, Reading, Selection, takes
 from .pictures import check_picture, check_picture_target, write_picture
 from .provenance import short_names
@@ -32,6 +33,8 @@ from .reports import Report
 
 _DECAYED = 10.0
 """A run has decayed if its learning rate has fallen so many times, over the series or since its schedule began."""
+_RATES = (1e-30, 1e30)
+"""What is smaller or larger is no learning rate."""
 _OLD = 0.01
 """The part of an average that is still its first weights, from which on it is told."""
 
@@ -127,7 +130,7 @@ def look(
     aligned = {name: specs for name, inputs in lined_up.aligned.items() if (specs := _moving(name, inputs)) is not None}
     if not aligned:
         raise AlignmentError("the checkpoints share no parameter, so there is nothing to measure.")
-    products = _products(aligned, members, running)
+    products = inner_products([*aligned.values()], members, threads=running.threads, on_progress=running.on_progress)
     for name, each in zip(aligned, products, strict=True):
         _check_finite(name, each, names)
     whole = geometry(_total(products))
@@ -159,18 +162,6 @@ def _moving(name: str, inputs: Sequence[TensorSpec | None]) -> list[TensorSpec] 
     if len(specs) < len(inputs) or not last.dtype.averaged or is_buffer(name, last) or is_copied(name, last):
         return None
     return specs if last.numel else None
-
-
-def _products(aligned: dict[str, list[TensorSpec]], members: Sequence[Member], running: Reading) -> list[Products]:
-    total = sum(spec.nbytes for specs in aligned.values() for spec in specs)
-    report = running.on_progress
-    found = gram(
-        [*aligned.values()],
-        stamps=[stamp for member in members for stamp in member.header.files],
-        threads=running.threads,
-        on_progress=None if report is None else lambda done: report(done, total),
-    )
-    return [matrix.tolist() for matrix in found]
 
 
 def _check_finite(name: str, products: Products, names: Sequence[str]) -> None:
@@ -225,7 +216,7 @@ def _learning_rates(header: Header) -> tuple[float | None, float | None]:
 def _rate(header: Header, found: Any) -> float | None:
     value = as_number(header, found)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None
+    return float(value) if number and (value == 0 or _RATES[0] <= abs(value) <= _RATES[1]) else None
 
 
 def _start_left(header: Header, state: StateDict) -> float | None:

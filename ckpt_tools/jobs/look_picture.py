@@ -56,9 +56,9 @@ def draw(report: LookReport, figure: Figure) -> None:
 
 def _positions(report: LookReport) -> tuple[list[float], str | None]:
     """Return where each checkpoint stands on the axis, and its label; None if the names are to stand there."""
-    steps = [each.step for each in report.checkpoints if each.step is not None]
+    steps = [float(each.step) for each in report.checkpoints if each.step is not None]
     if len(steps) == len(report.checkpoints) and all(a < b for a, b in zip(steps, steps[1:], strict=False)):
-        return [float(step) for step in steps], "training step or epoch"
+        return steps, "training step or epoch"
     numbers = [float(i + 1) for i in range(len(report.checkpoints))]
     return numbers, None if len(numbers) <= _NAMES else "checkpoint, oldest first"
 

@@ -146,7 +146,7 @@ def scale(axes: Axes, values: Sequence[float], wide: float = 30) -> None:
 
     low, high = min(values), max(values)
     if 0 < low <= high / wide:
-        margin = (high / low) ** 0.15
+        margin = high**0.15 / low**0.15  # their ratio may be too large for a number
         axes.set_yscale("log")
         axes.set_ylim(low / margin, high * margin)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=6))

@@ -12,6 +12,11 @@ from typing import Any
 from .. import __version__
 from ..errors import LayoutError
 from ..formats.header import Header
+from ..series.shards import refuse_part
+
+_MOST = 1 << 63
+_LONGEST = 4096
+"""Characters of a path that systems take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +113,10 @@ def read_record(header: Header) -> Record:
 
     Raises:
         LayoutError: `ckpt avg` did not write it, or the record is damaged.
+        SeriesError: it is a part of an average.
     """
     path, made = header.path, header.provenance
+    refuse_part(path)
     if made is None:
         raise LayoutError(
             f"{path}: has no record of ckpt-tools, so it is not known what it was made of. Only averages by ckpt-tools "
@@ -139,7 +146,7 @@ def _fault(error: Exception) -> str:
 
 def _record(path: Path, made: Mapping[str, Any]) -> Record:
     arguments, state = made["arguments"], made["state"]
-    if not isinstance(arguments, dict) or not all(_is_argument(value) for value in arguments.values()):
+    if not isinstance(arguments, dict) or not all(_is_argument(*each) for each in arguments.items()):
         raise ValueError("its 'arguments' are no options")
     if not isinstance(made["mode"], str) or not isinstance(state, str):
         raise ValueError("its 'mode' or 'state' is no text")
@@ -188,19 +195,20 @@ def _input(said: Any, state: str) -> Input:
     )
 
 
-def _is_argument(value: Any) -> bool:
-    texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return isinstance(value, (str, int, float)) or texts
+def _is_argument(name: str, value: Any) -> bool:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+        return True
+    return name != "state" and isinstance(value, (int, float)) and -_MOST < value < _MOST
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
 def _is_below(name: str) -> bool:
     """True for a path that stays in the folder that it is looked for in."""
     parts = PurePosixPath(name).parts
-    return bool(parts) and ".." not in parts
+    return bool(parts) and ".." not in parts and len(name) < _LONGEST
 
 
 def _is_digest(value: Any) -> bool:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..checkpoints.layouts import StateDict
@@ -15,10 +16,11 @@ from ..errors import CkptError, LayoutError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.member import Member
-from ..series.paths import as_path, expand, one_checkpoint
+from ..series.paths import as_path, expand, folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
 from ..storage.source import LOCAL, sha256, store_of
 from ..storage.staged import same_file
+from ..tensors import DTYPES
 from .addends import (
     Addends,
     recorded_dtype,
@@ -33,6 +35,11 @@ from .outputs import Target, named_after
 from .provenance import Input, Record, read_record
 from .stock import recorded, sets
 
+if TYPE_CHECKING:
+    from .diff import DiffReport
+
+_ROUNDING = {8: 2.0**-50, 4: 2.0**-20, 2: 2.0**-5, 1: 0.5}
+"""Bytes of a number to some units in its last place, relative to its value."""
 _MOST_ENTRIES = 100_000  # looked at below a folder
 
 
@@ -56,7 +63,7 @@ def replayed(
     Raises:
         CkptError: there is no usable record, or an input is missing or changed, or there are several.
     """
-    header = read_header(one_checkpoint(average))
+    header = read_header(folder_of_index(one_checkpoint(average)))
     record = read_record(header)
     refuse_contradictions(record, schedule, matching, output)
     option = next((o for o in selection.options() if vars(selection)[o.name] != o.default), None)
@@ -94,7 +101,7 @@ def replayed(
         arguments=record.arguments,
         ordered_by=f"the record of {header.path.name}",
         notes=tuple(_remarks(record, headers, running)),
-        given=() if in_place else (header.path,),
+        given=(*(member.path for member in members), *(() if in_place else (header.path,))),
         sha256=[i.sha256 for i in record.inputs],
         target=target,
         # A torch file has its name inside.
@@ -160,8 +167,9 @@ def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_se
     if faults:
         n = len(record.inputs)
         raise SeriesError(
-            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults)}. Give "
-            "the paths of the right files, or of folders that have them."
+            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults[:20])}"
+            f"{f'; and {len(faults) - 20} more' if len(faults) > 20 else ''}. Give the paths of the right files, or of "
+            "folders that have them."
         )
     return headers
 
@@ -252,7 +260,7 @@ class _Search:
             for n in range(len(parts)):  # a/step_1.pth is step_1.pth in the folder a
                 if n == 0 or folder.absolute().parts[-n:] == parts[:n]:
                     place = folder.joinpath(*parts[n:])
-                    if store_of(place).is_file(place) or store_of(place).is_folder(place):
+                    if _is_there(place):
                         yield place
 
     def _in_tree(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
@@ -260,7 +268,16 @@ class _Search:
             self._below[folder] = _tree(folder)
         for name in names:
             found = (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
-            yield from (place for place in found if place.is_file() or place.is_dir())
+            yield from filter(_is_there, found)
+
+
+def _is_there(place: Path) -> bool:
+    """True for a file or folder; False for a name that the system refuses, or does not let us look at."""
+    store = store_of(place)
+    try:
+        return store.is_file(place) or store.is_folder(place)
+    except OSError:
+        return False
 
 
 def _ends(place: Path, name: str) -> bool:
@@ -317,15 +334,33 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
         return f"It is not the same as {old.path} in every byte, and their weights cannot be compared: {error}", None
     if report.verdict in ("identical", "equal"):
         return f"Its weights are those of {old.path} in every byte; something else in the file differs.", True
-    largest, name = report.max_abs
-    if record.updates:
-        return (
-            f"The largest difference from {old.path} is {largest:.3g}, in '{name}': that was updated "
-            f"{record.updates} time{'s' * (record.updates > 1)}, and each update rounds.",
-            None,
-        )
+    times = f"that was updated {record.updates} time{'s' * (record.updates > 1)}, and each update rounds"
+    if record.updates and _is_rounding(report, record.updates):
+        return f"It is not the same as {old.path} in every byte: {_difference(report)}; {times}.", None
+    why = f"While {times}, that does not explain it: an" if record.updates else "An"
     return (
-        f"Its weights are NOT those of {old.path}: they differ by up to {largest:.3g}, in '{name}'. An input has "
-        "changed, or the average has.",
+        f"Its weights are NOT those of {old.path}: {_difference(report)}. {why} input has changed, or the average has.",
         False,
     )
+
+
+def _is_rounding(report: DiffReport, updates: int) -> bool:
+    """True if so many updates may have rounded most values of each tensor to these; a few are sums that cancel out."""
+    if report.only_a or report.only_b or report.shapes or report.nonfinite:
+        return False
+    from .diff import diff
+
+    rounding = max((_ROUNDING[DTYPES[each.dtype].word] for each in report.tensors), default=0.0)
+    beyond = diff(report.a.path, report.b.path, rtol=updates * rounding).tensors
+    return all(2 * each.beyond <= each.values for each in beyond)
+
+
+def _difference(report: DiffReport) -> str:
+    apart = (*report.only_a, *report.only_b, *(each.name for each in (*report.shapes, *report.dtypes)))
+    if apart:
+        return f"'{apart[0]}' is in one of them alone, or has another shape or dtype"
+    odd = next((each.name for each in report.tensors if each.nonfinite), None)
+    if odd is not None:
+        return f"in '{odd}', one has NaN or infinity where the other has a number"
+    largest, name = report.max_abs
+    return f"they differ by up to {largest:.3g}, in '{name}'"

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.schedule_free import refuse_computed
-from ..errors import AlignmentError, LayoutError, NumericsError, UsageError
+from ..errors import AlignmentError, LayoutError, NumericsError, SeriesError, UsageError
 from ..formats import read_header
 from ..series.align import is_copied
 from ..series.find import Series
 from ..series.member import Member
-from ..series.paths import one_checkpoint
-from ..series.rules.stock import Products
+from ..series.rules.rule import Products
 from ..series.schedules import Schedule
+from ..series.shards import is_part, refuse_part
 from ..series.weighted_sums import is_running
 from ..tensors import TensorSpec
 from .addends import ByTensor
@@ -40,16 +40,17 @@ class Start(NamedTuple):
     states: tuple[StateDict, ...]
 
 
-def with_start(series: Series, base: str | Path, matching: Matching) -> Start:
-    """Put the start before a series; if it is among the checkpoints, it is the start only.
+def with_start(series: Series, path: Path, matching: Matching) -> Start:
+    """Put the start before a series; if it is the series, there is nothing to average.
 
     Raises:
         UsageError: fewer than two others, or `matching` asks for what is no tensor of a file.
-        CkptError: the start cannot be read, or has no such weights.
+        CkptError: the start cannot be read, has no such weights, or is a part of a checkpoint.
     """
     if matching.lora == "product":
         raise UsageError("`lora='product'` does not go with `mode='stock'`, which needs one start for all factors.")
-    path = one_checkpoint(base)
+    if not any(is_part(member.path) for member in series.members):
+        refuse_part(path)
     header = read_header(path)
     others = tuple(member for member in series.members if member.path.resolve() != path.resolve())
     if len(others) < 2:
@@ -90,6 +91,7 @@ def measured(
         AlignmentError: there is nothing to average.
         NumericsError: a value is NaN or infinity.
         ReadError: a file cannot be read.
+        SeriesError: a model is the start itself.
     """
     averaged = {name: specs for name, specs in lined_up.aligned.items() if _is_averaged(name, specs, matching)}
     if not averaged:
@@ -99,15 +101,24 @@ def measured(
     started = [specs for specs in dict.fromkeys(averaged.values()) if specs[0] is not None]
     found = _products(started, members, running)
     by_name: dict[str, Row] = {}
+    moved: set[int] = set()
     for name, specs in averaged.items():
         if specs[0] is None:
             present = [float(spec is not None) for spec in specs]
             by_name[name] = tuple(each / sum(present) for each in present)
             continue
         if not all(math.isfinite(each) for row in found[specs] for each in row):
-            raise NumericsError(f"'{name}': a value is NaN or infinity, so the angle between the models is not known.")
+            raise NumericsError(
+                f"'{name}': a value is NaN or infinity, or too large to be squared, so the angle between the models is "
+                "not known."
+            )
         own = iter(schedule.coefficients(found[specs]))
         by_name[name] = tuple(0.0 if spec is None else next(own) for spec in specs)
+        there = [i for i, spec in enumerate(specs) if spec is not None and i > 0]
+        moved.update(i for row, i in enumerate(there) if found[specs][row][row] > 0)
+    still = next((member for i, member in enumerate(members) if i > 0 and i not in moved), None)
+    if started and still is not None:
+        raise SeriesError(f"{still.path}: has the weights of the start, {members[0].path}. Leave it out.")
     return _by_tensor(averaged, by_name, members, bytes_read=_nbytes(started))
 
 
@@ -148,11 +159,17 @@ def _by_tensor(
 
 def _notes(by_name: Mapping[str, Row], share: float, members: Sequence[Member]) -> Iterator[str]:
     ordered = sorted(by_name, key=lambda name: by_name[name][0])
-    least, most = ordered[0], ordered[-1]
+    least, most = (f"{by_name[name][0]:.1%} in '{name}'" for name in (ordered[0], ordered[-1]))
+    between = f", from {least} to {most}" if len(ordered) > 1 else ""
     yield (
-        f"The start, {members[0].path.name}, counts {share:.1%} over all values: from {by_name[least][0]:.1%} in "
-        f"'{least}' to {by_name[most][0]:.1%} in '{most}'. The other {len(members) - 1} share the rest."
+        f"The start, {members[0].path.name}, counts {share:.1%} over all values{between}. The other "
+        f"{len(members) - 1} share the rest."
     )
+    if members[-1].header.ranks:
+        yield (
+            "Each file of a rank is measured by itself, so where a tensor is split over ranks, its parts may have "
+            "other shares of the start than the whole would."
+        )
 
 
 def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:
@@ -163,18 +180,12 @@ def _is_averaged(name: str, specs: Aligned, matching: Matching) -> bool:
 
 def _products(tensors: Iterable[Aligned], members: Sequence[Member], running: Summing) -> dict[Aligned, Products]:
     """Return for each tensor, tied ones once, what `ckpt_tools.series.rules.stock` takes."""
-    from ..compute.gram import gram
+    from .measure import inner_products
 
     # The start comes last, for rows are differences from the last.
     rows = {specs: [spec for spec in (*specs[1:], specs[0]) if spec is not None] for specs in tensors}
-    total, report = _nbytes(rows), running.on_progress
-    found = gram(
-        [*rows.values()],
-        stamps=[stamp for member in members for stamp in member.header.files],
-        threads=running.threads,
-        on_progress=None if report is None else lambda done: report(done, total),
-    )
-    return {specs: matrix.tolist() for specs, matrix in zip(rows, found, strict=True)}
+    found = inner_products([*rows.values()], members, threads=running.threads, on_progress=running.on_progress)
+    return dict(zip(rows, found, strict=True))
 
 
 def _nbytes(tensors: Iterable[Aligned]) -> int:

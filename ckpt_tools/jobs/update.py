@@ -16,12 +16,12 @@ from typing import NoReturn
 
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.steps import named_positions, stored_counters
-from ..errors import LayoutError, SeriesError, UsageError
+from ..errors import CkptError, LayoutError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.find import find_series
 from ..series.member import Member
-from ..series.paths import one_checkpoint
+from ..series.paths import folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
 from ..storage.source import sha256
 from ..storage.staged import same_file
@@ -63,7 +63,7 @@ def updated(
     Raises:
         CkptError: there is no usable record, its rule cannot be extended, or a checkpoint is not newer than its inputs.
     """
-    header = read_header(one_checkpoint(average))
+    header = read_header(folder_of_index(one_checkpoint(average)))
     record = read_record(header)
     refuse_contradictions(record, schedule, matching, output)
     _refuse_unknown_shares(record)
@@ -88,6 +88,7 @@ def updated(
     if output.out is None:
         target = Target(header.path, folder=True) if header.in_folder else Target.of(header.path)
     in_place = target is not None or same_file(Path(output.out), header.path)  # type: ignore[arg-type]
+    kept = () if target is not None else tuple(_inputs_at(record, Path(output.out)))  # type: ignore[arg-type]
     allowed = running.allow_nonfinite or record.arguments.get("allow_nonfinite")
     return Addends(
         members=(own, *members),
@@ -100,7 +101,7 @@ def updated(
         arguments={**record.arguments, "allow_nonfinite": allowed or None},
         ordered_by=f"the record of {header.path.name}, and {series.ordered_by}",
         notes=(*series.notes, *_remarks(record, rule, members, scale)),
-        given=series.given,
+        given=(*series.given, *kept, *(() if in_place else (header.path,))),
         before=tuple(replace(i, coefficient=c) for i, c in zip(record.inputs, coefficients, strict=False)),
         updates=record.updates + 1,
         target=target,
@@ -195,16 +196,36 @@ def _is_input(record: Record, member: Member) -> bool:
     own = {sha256(path) for path in member.header.names.values()} if any(i.sha256 for i in alike) else set()
     for i in alike:
         parts = Path(i.name).parts
-        if own == {*i.sha256.values()} if i.sha256 else member.path.parts[-len(parts) :] == parts:
+        if own == {*i.sha256.values()} if i.sha256 else member.path.absolute().parts[-len(parts) :] == parts:
             return True
     return False
 
 
-def _coefficients(record: Record, rule: Schedule, members: Sequence[Member]) -> tuple[float, ...]:
-    """Return the coefficients of all inputs and the new checkpoints, as in an average of all of them."""
-    numbers = [*(i.step for i in record.inputs), *(member.step for member in members)]
+def _inputs_at(record: Record, out: Path) -> Iterator[Path]:
+    """Yield the path of an output if an input, by its name and size, is there."""
     try:
-        return rule.coefficients(numbers)
+        there = read_header(out)
+    except CkptError:
+        return
+    if _is_input(record, Member(out, there)):
+        yield out
+
+
+def _coefficients(record: Record, rule: Schedule, members: Sequence[Member]) -> tuple[float, ...]:
+    """Return the coefficients of all inputs and the new checkpoints, as in an average of all of them.
+
+    Raises:
+        LayoutError: the rule does not fit them, or gives the inputs alone other coefficients than the record.
+    """
+    before = [i.step for i in record.inputs]
+    try:
+        alone = rule.coefficients(before)
+        if not all(math.isclose(c, i.coefficient, abs_tol=1e-9) for c, i in zip(alone, record.inputs, strict=True)):
+            raise LayoutError(
+                f"{record.path}: its record is damaged: the coefficients of the inputs are not those of "
+                f"{_described(record)}. Average the checkpoints themselves instead."
+            )
+        return rule.coefficients([*before, *(member.step for member in members)])
     except UsageError as error:
         raise LayoutError(f"{record.path}: cannot be extended by these checkpoints. {error}") from error
 

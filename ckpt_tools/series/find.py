@@ -20,6 +20,7 @@ from .paths import as_path, find, listed
 from .selection import Choice
 
 _AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
+"""Words of file names; for keys inside a checkpoint see `ckpt_tools.checkpoints.layouts.counterparts`."""
 ORDERS = ("auto", "given", "natural", "mtime")
 
 
@@ -41,7 +42,12 @@ class Series:
 
 
 def find_series(
-    paths: Iterable[str | Path], *, order: str = "auto", include_outputs: bool = False, **selection: Any
+    paths: Iterable[str | Path],
+    *,
+    order: str = "auto",
+    include_outputs: bool = False,
+    start: Path | None = None,
+    **selection: Any,
 ) -> Series:
     """Find, read, order and select checkpoints; the payload is read only of suspected copies.
 
@@ -50,6 +56,7 @@ def find_series(
         order: ``auto`` (step or epoch stored in all files, else the numbers in the names),
             ``given``, ``natural`` (names), ``mtime``.
         include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
+        start: a checkpoint from before the series, which is not in it, unless it is alone.
         selection: see `ckpt_tools.series.selection.Choice`.
 
     Raises:
@@ -63,6 +70,8 @@ def find_series(
     notes: list[str] = []
     paths = listed(paths)
     found = find(paths, notes)
+    if start is not None:
+        found = [path for path in found if path.resolve() != start.resolve()] or found
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
@@ -72,6 +81,11 @@ def find_series(
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
     members, ordered_by = _ordered(headers, order, notes)
     return Series(tuple(choice.of(members, notes)), given, ordered_by, tuple(notes))
+
+
+def average_words(name: str) -> set[str]:
+    """Return the words of a file name that say that it is an average, in small letters."""
+    return {word.lower() for word in _AVERAGE.findall(name)}
 
 
 def _is_average(made: Any) -> bool:
@@ -104,7 +118,7 @@ def _without_averages(headers: Sequence[Header], given: Collection[Path], notes:
         SeriesError: it would leave one checkpoint only.
     """
     paths = [header.path for header in headers]
-    words = [{word.lower() for word in _AVERAGE.findall(name)} for name in telling_names(paths)]
+    words = [average_words(name) for name in telling_names(paths)]
     shared = set.intersection(*words)
     marked = {path: own for path, each in zip(paths, words, strict=True) if (own := each - shared)}
     if len(marked) == len(paths):

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-Products = Sequence[Sequence[float]]
-"""Inner products of N checkpoints, (N, N), as `ckpt_tools.compute.gram.gram` gives them: rows and columns are the
-differences from the last, and the last itself."""
+from .rules.rule import Products
 
 FAR = 3.0
 """A checkpoint is far from all others if the nearest is so many times as far from it as they are from one another.

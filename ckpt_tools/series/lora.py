@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeGuard
 
+from ..checkpoints.quantized import configuration
 from ..checkpoints.scalars import as_number
 from ..errors import AlignmentError, LayoutError, UnsupportedError, UsageError
 from ..formats.file_plan import OutTensor, Terms
@@ -26,9 +27,12 @@ LORA = ("factors", "product")
 CONFIG = "adapter_config.json"
 """PEFT's configuration of an adapter, which has rank and scale."""
 
-# The first factor, as PEFT, loralib, torchtune, kohya, diffusers and XLabs name it: before, name, and after it.
+# Factors, as PEFT, loralib, torchtune, kohya, diffusers and XLabs name them.
+_FACTOR = r"lora(?:\d*|_linear_layer)[._](?:embedding_)?"
+_EITHER = re.compile(rf"(?<![A-Za-z]){_FACTOR}(?:[AaBb]|down|up)(?:[._]|$)")
+# The first one: before, name, and after it.
 _FIRST = re.compile(
-    r"((?:.*(?<![A-Za-z]))?)(lora(?:\d*|_linear_layer)[._](?:embedding_)?(?:A|a|down))((?:\.\w+)?(?:\.weight)?)",
+    rf"((?:.*(?<![A-Za-z]))?)({_FACTOR}(?:A|a|down))((?:\.\w+)?(?:\.weight)?)",
     re.DOTALL,
 )
 _SECOND = {"A": "B", "a": "b", "down": "up"}
@@ -47,8 +51,8 @@ _OTHER_FORMS = (
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """A checkpoint with LoRA updates.
+class Adapter:
+    """A checkpoint with LoRA updates, in an average.
 
     Attributes:
         header: of the checkpoint.
@@ -63,6 +67,24 @@ class Member:
     name: str
     coefficient: float
     config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, header: Header, tensors: Mapping[str, Tensor], name: str, coefficient: float) -> Adapter:
+        """Read the configuration of an adapter, if PEFT wrote it.
+
+        Raises:
+            UnsupportedError: it is no plain LoRA, or its scale is where it cannot be changed.
+        """
+        of_peft = any("lora_A" in each or "lora_embedding_A" in each for each in tensors)
+        config = configuration(header, CONFIG) if of_peft else {}
+        if config:
+            _check_config(header, config)
+        elif "lora_adapter_metadata" in header.metadata:
+            raise UnsupportedError(
+                f"{header.path}: the scale of its updates is in its __metadata__, as text that `lora='product'` "
+                "does not rewrite. Save the adapter with PEFT first."
+            )
+        return cls(header, tensors, name, coefficient, config)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +110,8 @@ class _Update:
 
 
 @dataclass(slots=True, eq=False)
-class Products:
-    """The factors of averaged updates.
+class AveragedAdapter:
+    """An average of adapters, which is one itself.
 
     Attributes:
         tensors: by name.
@@ -104,6 +126,11 @@ class Products:
     notes: list[str] = field(default_factory=list)
 
 
+def is_factor(name: str) -> bool:
+    """Return True for a factor of an update, by its name."""
+    return _EITHER.search(name) is not None
+
+
 def factor_names(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the names of all that updates consist of.
 
@@ -113,11 +140,11 @@ def factor_names(tensors: Mapping[str, Tensor]) -> set[str]:
     return {name for update in _updates(tensors).values() for name in update.names}
 
 
-def average_products(members: Sequence[Member], *, dtype: DType | None, keys: str) -> Products:
+def average_adapters(adapters: Sequence[Adapter], *, dtype: DType | None, keys: str) -> AveragedAdapter:
     """Average LoRA updates exactly, but for the rounding of the factors to their dtype.
 
     Args:
-        members: oldest first; the output has the names of the last one.
+        adapters: oldest first; the output has the names of the last one.
         dtype: of the factors; as in the checkpoints if None.
         keys: ``strict`` or ``intersection``.
 
@@ -125,39 +152,39 @@ def average_products(members: Sequence[Member], *, dtype: DType | None, keys: st
         AlignmentError: the updates are of different modules, or of other shapes but for their rank.
         LayoutError, UnsupportedError, UsageError: no updates; of another form; `keys` is ``union``.
     """
-    updates = [_updates(member.tensors) for member in members]
+    updates = [_updates(adapter.tensors) for adapter in adapters]
     if not all(updates):
-        lacking = next(member.name for member, found in zip(members, updates, strict=True) if not found)
+        lacking = next(adapter.name for adapter, found in zip(adapters, updates, strict=True) if not found)
         raise LayoutError(f"{lacking}: holds no LoRA factors, so `lora='product'` has nothing to average.")
     if keys == "union":
         raise UsageError("`lora='product'` goes with `keys='strict'` or `keys='intersection'`.")
-    configured = [bool(member.config) for member in members]
+    configured = [bool(adapter.config) for adapter in adapters]
     if any(configured) and not all(configured):
         raise LayoutError(
-            f"{members[configured.index(False)].name}: has no {CONFIG} beside it, which has the scale of its updates; "
-            f"{members[configured.index(True)].name} has one."
+            f"{adapters[configured.index(False)].name}: has no {CONFIG} beside it, which has the scale of its updates; "
+            f"{adapters[configured.index(True)].name} has one."
         )
-    made = Products()
+    made = AveragedAdapter()
     counts = Counter(key for found in updates for key in found)
     for key, count in counts.items():
-        if count == len(members):
+        if count == len(adapters):
             continue
         names = next(found[key].names for found in updates if key in found)
         if keys == "strict":
-            lacking = next(member.name for member, found in zip(members, updates, strict=True) if key not in found)
+            lacking = next(adapter.name for adapter, found in zip(adapters, updates, strict=True) if key not in found)
             raise AlignmentError(
-                f"{lacking} has no LoRA factor '{names[0]}' ({count} of {len(members)} checkpoints have it). "
+                f"{lacking} has no LoRA factor '{names[0]}' ({count} of {len(adapters)} checkpoints have it). "
                 "Use `keys='intersection'` to average what all share."
             )
         made.left_out += names
-    shared = [key for key in updates[-1] if counts[key] == len(members)]
-    weighing = [i for i, member in enumerate(members) if member.coefficient] or [len(members) - 1]
-    members, updates = [members[i] for i in weighing], [updates[i] for i in weighing]
+    shared = [key for key in updates[-1] if counts[key] == len(adapters)]
+    weighing = [i for i, adapter in enumerate(adapters) if adapter.coefficient] or [len(adapters) - 1]
+    adapters, updates = [adapters[i] for i in weighing], [updates[i] for i in weighing]
     ranks: dict[str, tuple[int, float]] = {}
     for key in shared:
-        _average(made, ranks, members, [found[key] for found in updates], dtype)
-    if members[-1].config:
-        made.config = _configuration(members[-1], ranks)
+        _average(made, ranks, adapters, [found[key] for found in updates], dtype)
+    if adapters[-1].config:
+        made.config = _configuration(adapters[-1], ranks)
     elif any(update.alpha is None for found in updates for update in found.values()):
         made.notes.append(
             "No alpha is stored, so each update counts as the plain product of its factors. Where the scale is alpha "
@@ -196,9 +223,9 @@ def _updates(tensors: Mapping[str, Tensor]) -> dict[str, _Update]:
 
 
 def _average(
-    made: Products,
+    made: AveragedAdapter,
     ranks: dict[str, tuple[int, float]],
-    members: Sequence[Member],
+    adapters: Sequence[Adapter],
     updates: Sequence[_Update],
     dtype: DType | None,
 ) -> None:
@@ -206,61 +233,61 @@ def _average(
 
     Args:
         ranks: receives the rank and alpha of the module.
-        updates: of each member.
+        updates: of each adapter.
     """
     last = updates[-1]
-    factors = [_factors(member, update, dtype) for member, update in zip(members, updates, strict=True)]
-    for member, (first, second) in zip(members, factors, strict=True):
+    factors = [_factors(adapter, update, dtype) for adapter, update in zip(adapters, updates, strict=True)]
+    for adapter, (first, second) in zip(adapters, factors, strict=True):
         for own, other, axis in ((first, factors[-1][0], 0), (second, factors[-1][1], 1)):
             shapes = [[size for i, size in enumerate(each.shape) if i != axis] for each in (own, other)]
             if shapes[0] != shapes[1] or (own.dtype is not other.dtype and dtype is None):
                 raise AlignmentError(
-                    f"the LoRA update of '{last.module}' is {own.dtype.name} of shape {[*own.shape]} in {member.name} "
-                    f"but {other.dtype.name} of shape {[*other.shape]} in {members[-1].name}."
+                    f"the LoRA update of '{last.module}' is {own.dtype.name} of shape {[*own.shape]} in {adapter.name} "
+                    f"but {other.dtype.name} of shape {[*other.shape]} in {adapters[-1].name}."
                     + (" Choose the dtype of the average, such as `dtype='float32'`." if shapes[0] == shapes[1] else "")
                 )
     sizes = [first.shape[0] for first, _ in factors]
     rank = sum(sizes)
-    scales = [_scale(member, update, size) for member, update, size in zip(members, updates, sizes, strict=True)]
-    rooted = bool(members[-1].config.get("use_rslora"))
+    scales = [_scale(adapter, update, size) for adapter, update, size in zip(adapters, updates, sizes, strict=True)]
+    rooted = bool(adapters[-1].config.get("use_rslora"))
     new_scale = scales[-1] or 1.0
     alpha = _round_number(new_scale * (math.sqrt(rank) if rooted else rank))
     shares = [scale / new_scale for scale in scales]
     if not all(map(math.isfinite, (alpha, *shares))):
         raise LayoutError(
-            f"{members[-1].name}: the scale of '{last.module}', {new_scale:g}, is too large, or too small beside those "
-            f"of the other checkpoints. Look at lora_alpha in {CONFIG}, or at the alpha tensors."
+            f"{adapters[-1].name}: the scale of '{last.module}', {new_scale:g}, is too large, or too small beside "
+            f"those of the other checkpoints. Look at lora_alpha in {CONFIG}, or at the alpha tensors."
         )
-    if members[-1].config:
+    if adapters[-1].config:
         new_scale = alpha / (math.sqrt(rank) if rooted else rank)
         ranks[last.module] = rank, alpha
     elif last.alpha is not None:
-        new_scale, made.tensors[last.alpha] = _alpha(members[-1], last.alpha, alpha, rank)
-    shares = [member.coefficient * (scale / new_scale) for member, scale in zip(members, scales, strict=True)]
-    for name, axis, coefficients in ((last.first, 0, [1.0] * len(members)), (last.second, 1, shares)):
+        new_scale, made.tensors[last.alpha] = _alpha(adapters[-1], last.alpha, alpha, rank)
+    shares = [adapter.coefficient * (scale / new_scale) for adapter, scale in zip(adapters, scales, strict=True)]
+    for name, axis, coefficients in ((last.first, 0, [1.0] * len(adapters)), (last.second, 1, shares)):
         specs = _side_by_side([each[axis] for each in factors], axis, rank)
         terms = Terms.of(zip(specs, coefficients, strict=True))
         made.tensors[name] = OutTensor(dtype or specs[-1].dtype, specs[-1].shape, terms, name)
     if last.bias is not None:
-        made.tensors[last.bias] = _bias(members, updates, shares, last.bias, dtype)
+        made.tensors[last.bias] = _bias(adapters, updates, shares, last.bias, dtype)
 
 
 def _bias(
-    members: Sequence[Member], updates: Sequence[_Update], shares: Sequence[float], name: str, dtype: DType | None
+    adapters: Sequence[Adapter], updates: Sequence[_Update], shares: Sequence[float], name: str, dtype: DType | None
 ) -> OutTensor:
     """Sum the biases of the second factors, which are scaled as these are."""
     specs: list[TensorSpec] = []
-    for member, update in zip(members, updates, strict=True):
-        spec = None if update.bias is None else member.tensors[update.bias]
+    for adapter, update in zip(adapters, updates, strict=True):
+        spec = None if update.bias is None else adapter.tensors[update.bias]
         if not isinstance(spec, TensorSpec) or (specs and specs[0].shape != spec.shape):
-            raise AlignmentError(f"{member.name} has no '{name}', or one of another shape.")
+            raise AlignmentError(f"{adapter.name} has no '{name}', or one of another shape.")
         specs.append(spec)
     terms = Terms.of(zip(specs, shares, strict=True))
     return OutTensor(dtype or specs[-1].dtype, specs[-1].shape, terms, name)
 
 
-def _factors(member: Member, update: _Update, dtype: DType | None) -> tuple[TensorSpec, TensorSpec]:
-    first, second = member.tensors[update.first], member.tensors[update.second]
+def _factors(adapter: Adapter, update: _Update, dtype: DType | None) -> tuple[TensorSpec, TensorSpec]:
+    first, second = adapter.tensors[update.first], adapter.tensors[update.second]
     sound = isinstance(first, TensorSpec) and isinstance(second, TensorSpec)
     if not (
         sound and len(first.shape) > 1 and len(second.shape) > 1 and 0 < first.shape[0] == second.shape[1]  # type: ignore[union-attr]
@@ -268,7 +295,7 @@ def _factors(member: Member, update: _Update, dtype: DType | None) -> tuple[Tens
         and ScaledSpec not in (type(first), type(second)) and ChunkedSpec not in (type(first), type(second))
     ):  # fmt: skip
         raise UnsupportedError(
-            f"{member.name}: '{update.first}' and '{update.second}' are no factors of a plain product, or "
+            f"{adapter.name}: '{update.first}' and '{update.second}' are no factors of a plain product, or "
             "their inner sizes differ. Merge each adapter into its model, and average these."
         )
     return first, second  # type: ignore[return-value]
@@ -295,18 +322,18 @@ def _widened(spec: TensorSpec, axis: int, at: int, rank: int) -> TensorSpec:
     return ChunkedSpec(spec.dtype, shape, c_strides(shape), 0, storage, ((offsets, spec),))
 
 
-def _scale(member: Member, update: _Update, rank: int) -> float:
+def _scale(adapter: Adapter, update: _Update, rank: int) -> float:
     """Return by what the product of an update is multiplied."""
-    if member.config:
-        alpha = _of_module(member.config.get("alpha_pattern"), update.module, member.config.get("lora_alpha"))
+    if adapter.config:
+        alpha = _of_module(adapter.config.get("alpha_pattern"), update.module, adapter.config.get("lora_alpha"))
         if not _is_number(alpha):
-            raise LayoutError(f"{member.name}: its {CONFIG} has no number as lora_alpha.")
-        return alpha / (math.sqrt(rank) if member.config.get("use_rslora") else rank)
+            raise LayoutError(f"{adapter.name}: its {CONFIG} has no number as lora_alpha.")
+        return alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
     if update.alpha is None:
         return 1.0
-    alpha = as_number(member.header, member.tensors[update.alpha])
+    alpha = as_number(adapter.header, adapter.tensors[update.alpha])
     if not _is_number(alpha):
-        raise LayoutError(f"{member.name}: its '{update.alpha}' is not one number.")
+        raise LayoutError(f"{adapter.name}: its '{update.alpha}' is not one number.")
     return alpha / rank
 
 
@@ -332,18 +359,18 @@ def _compiled(key: str) -> re.Pattern[str]:
 _PEFT = "base_model.model."
 
 
-def _alpha(member: Member, name: str, value: float, rank: int) -> tuple[float, OutTensor]:
+def _alpha(adapter: Adapter, name: str, value: float, rank: int) -> tuple[float, OutTensor]:
     """Return the scale that an alpha tensor gives, and the tensor, in the dtype that it has."""
     import torch
 
     from ..compute.payload import torch_dtype
 
-    spec = member.tensors[name]
+    spec = adapter.tensors[name]
     if not isinstance(spec, TensorSpec):
-        raise LayoutError(f"{member.name}: its '{name}' is not one number.")
+        raise LayoutError(f"{adapter.name}: its '{name}' is not one number.")
     made = torch.tensor(value, dtype=torch.float64).to(torch_dtype(spec.dtype)).reshape(spec.shape)
     if not math.isfinite(float(made)) or not float(made):
-        raise LayoutError(f"{member.name}: its '{name}' would be {value:g}, which {spec.dtype.name} cannot hold.")
+        raise LayoutError(f"{adapter.name}: its '{name}' would be {value:g}, which {spec.dtype.name} cannot hold.")
     data = made.reshape(-1).view(torch.uint8).numpy().tobytes()
     return float(made) / rank, OutTensor(spec.dtype, spec.shape, Terms(), name, finite=False, data=data)
 
@@ -360,9 +387,9 @@ def _round_number(value: float) -> float:
     return round(value) if abs(value - round(value)) <= 1e-9 * abs(value) else value
 
 
-def _configuration(member: Member, ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+def _configuration(adapter: Adapter, ranks: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """Return PEFT's configuration with new ranks and alphas; those of single modules are in its patterns."""
-    config = dict(member.config)
+    config = dict(adapter.config)
     (rank, alpha), _ = Counter(ranks.values()).most_common(1)[0]
     names = {module: module.removeprefix(_PEFT) for module in ranks}
     config["r"], config["lora_alpha"] = rank, alpha
@@ -383,7 +410,7 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     return found
 
 
-def check_config(header: Header, config: Mapping[str, Any]) -> None:
+def _check_config(header: Header, config: Mapping[str, Any]) -> None:
     """Refuse an adapter of PEFT that is no plain LoRA.
 
     Raises:

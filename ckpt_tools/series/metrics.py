@@ -7,7 +7,6 @@ import io
 import json
 import math
 import re
-from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.scalars import as_number
+from ..checkpoints.script_arguments import script_arguments
 from ..checkpoints.steps import stored_counters, trainer_state
 from ..errors import SeriesError, UsageError
 from ..formats.header import Header
@@ -110,11 +110,8 @@ def _full_name(members: Sequence[Member], key: str) -> str:
 
 def _name_of_metric(header: Header) -> Any:
     """Return the name of the number under `metric`: an argument of timm's script, or a text of its own."""
-    content = header.content if isinstance(header.content, dict) else {}
-    name = content.get("metric_name")
-    arguments = content.get("args")
-    values = vars(arguments) if isinstance(arguments, Namespace) else _dict(arguments)
-    return values.get("eval_metric") if name is None else name
+    name = _dict(header.content).get("metric_name")
+    return script_arguments(header).get("eval_metric") if name is None else name
 
 
 def _measure(
@@ -129,7 +126,7 @@ def _measure(
                 f"{'' if member.step is None else f' ({member.step})'}. It has the columns {columns}."
             )
         return Measured(found, f"{table}")
-    stored = stored_under(member.header, key)
+    stored = _stored_under(member.header, key)
     value = _finite(stored)
     if value is not None:
         return Measured(value, "the files")
@@ -155,12 +152,12 @@ def _finite(value: Any) -> float | None:
 
 def metric_of(header: Header, key: str) -> float | None:
     """Return a number stored in a checkpoint under a key, dotted if nested; None if there is none."""
-    return _finite(stored_under(header, key))
+    return _finite(_stored_under(header, key))
 
 
-def stored_under(header: Header, key: str) -> Any:
+def _stored_under(header: Header, key: str) -> Any:
     """Return the value of a checkpoint at a key, dotted if nested, or the number in a tensor; None if there is none."""
-    top = measured(header)
+    top = _entries(header)
     keys = (key,) if key in top else (*key.split("."),)
     node = follow(top, keys)
     if node is None and key == METRIC:  # a dict of metrics, and the name of the one that ranks
@@ -172,7 +169,7 @@ def stored_under(header: Header, key: str) -> Any:
     return as_number(header, node)
 
 
-def measured(header: Header) -> dict[Any, Any]:
+def _entries(header: Header) -> dict[Any, Any]:
     """Return the top-level entries of a checkpoint, and the values that Hugging Face's Trainer logged at its step."""
     state = trainer_state(header)
     log = state.get("log_history")
@@ -272,7 +269,7 @@ _PLACES: dict[Callable[[Member, str], Found | None], str] = {
 
 def _unmeasured(header: Header, key: str, stored: Any) -> str:
     """Return the message for a checkpoint without a usable metric."""
-    known = [*islice((name for name in _named(measured(header)) if metric_of(header, name) is not None), 8)]
+    known = [*islice((name for name in _named(_entries(header)) if metric_of(header, name) is not None), 8)]
     what = f"has no number under '{key}'"
     looked = (
         "neither inside nor in its name, trainer_state.json, the state of a ModelCheckpoint, summary.csv or a YAML "

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
 from ..formats.deepspeed_files import folder_of
-from ..formats.sharded import checkpoint_inside
+from ..formats.sharded import INDEX_SUFFIXES, checkpoint_inside
 from ..storage.source import LOCAL, store_of
 from .numbered import glob_of, lined_up_first, natural_key, without_numbers
 from .shards import is_part, refuse_parts
@@ -91,6 +91,11 @@ def one_checkpoint(given: str | Path) -> Path:
         more = f" and {len(found) - 6} more" if len(found) > 6 else ""
         raise SeriesError(f"{path}: a folder with {len(found)} checkpoints: {names}{more}. Give the path of one.")
     return found[0] if found else path
+
+
+def folder_of_index(path: Path) -> Path:
+    """Return the folder of an index of shards, which is the checkpoint; any other path as it is."""
+    return path.parent if path.name.endswith(INDEX_SUFFIXES) else path
 
 
 def _refuse_url(given: str | Path, path: Path) -> None:

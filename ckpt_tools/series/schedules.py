@@ -70,9 +70,9 @@ class Schedule:
         """All options of the rule."""
         return {option.name: self._given.get(option.name, option.default) for option in self.rule.options}
 
-    def arguments(self, numbers: Sequence[Any]) -> Mapping[str, Any]:
+    def arguments(self, facts: Sequence[Any]) -> Mapping[str, Any]:
         """Return the options to record; without paths, and lists of numbers, which the coefficients repeat."""
-        values = self.values | self.fitted(numbers)
+        values = self.values | self.fitted(facts)
         return {
             option.name: values[option.name]
             for option in self.rule.options
@@ -103,28 +103,28 @@ class Schedule:
         if self.rule.check is not None:
             self.rule.check(**self.values)
 
-    def fitted(self, numbers: Sequence[Any]) -> dict[str, Any]:
-        """Return the options that the rule has chosen for the series, for `numbers` see `coefficients`."""
-        return {} if self.rule.fitted is None else self.rule.fitted(numbers, **self.values)
+    def fitted(self, facts: Sequence[Any]) -> dict[str, Any]:
+        """Return the options that the rule has chosen for the series, for `facts` see `coefficients`."""
+        return {} if self.rule.fitted is None else self.rule.fitted(facts, **self.values)
 
-    def remarks(self, numbers: Sequence[Any]) -> Sequence[str]:
+    def remarks(self, facts: Sequence[Any]) -> Sequence[str]:
         """Return what a user should know of the result."""
-        return () if self.rule.remarks is None else self.rule.remarks(numbers, **self.values)
+        return () if self.rule.remarks is None else self.rule.remarks(facts, **self.values)
 
-    def along(self, numbers: Sequence[Any]) -> str | None:
+    def along(self, facts: Sequence[Any]) -> str | None:
         """Return the name of the option by which training steps count, or None where files do."""
-        return None if self.rule.along is None else self.rule.along(numbers, **self.values)
+        return None if self.rule.along is None else self.rule.along(facts, **self.values)
 
-    def coefficients(self, numbers: Sequence[Any]) -> tuple[float, ...]:
+    def coefficients(self, facts: Sequence[Any]) -> tuple[float, ...]:
         """Return the coefficients of checkpoints.
 
         Args:
-            numbers: what the rule needs of each checkpoint, oldest first.
+            facts: what the rule needs of each checkpoint, oldest first.
 
         Raises:
             UsageError: the rule does not fit the series.
         """
-        return tuple(self.rule.coefficients(numbers, **self.values | self.fitted(numbers)))
+        return tuple(self.rule.coefficients(facts, **self.values | self.fitted(facts)))
 
 
 def named(mode: object) -> str:

@@ -24,6 +24,7 @@ _RANK = re.compile(
 )
 _NUMBERS = re.compile(r"\d+")
 _SHARD = re.compile(r"-\d+(?=-of-\d+\.\w+$)")
+_SEVERAL = re.compile(r"-\d+-of-(?!0*1\.)\d+\.\w+$")
 _FILE_OF_RANK = re.compile(rf"{_RANK.pattern}|pytorch_model_fsdp_\d+")  # the last by Accelerate
 
 
@@ -57,6 +58,20 @@ def refuse_parts(paths: Sequence[Path]) -> None:
     for path in paths:
         if (note := rank_note(path)) is not None:
             raise SeriesError(note)
+
+
+def refuse_part(path: Path) -> None:
+    """Refuse a shard, or the file of a rank, where one whole checkpoint is asked for.
+
+    Raises:
+        SeriesError: it is one.
+    """
+    if _SEVERAL.search(path.name):
+        raise SeriesError(
+            f"{path} is a shard, and holds a part of the weights. Give the folder that has its index: {path.parent}"
+        )
+    if (note := rank_note(path)) is not None:
+        raise SeriesError(note)
 
 
 def _alike(paths: Sequence[Path], pattern: re.Pattern[str]) -> tuple[Path, Path] | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any
 
 from ..checkpoints.ema_updates import stored_decay
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.layouts.layout import dotted
+from ..checkpoints.script_arguments import script_arguments
 from ..errors import SeriesError, UsageError
 from .member import Member
 from .profiles import Profile, parse_profile
@@ -80,10 +79,7 @@ def _decay(member: Member, state: StateDict) -> float | None:
     """Look for a decay in the average, in the arguments of timm's script, and in names."""
     stored = stored_decay(member.header, state) if state.which == "ema" else None
     if stored is None and state.which == "ema":
-        content = member.header.content if isinstance(member.header.content, dict) else {}
-        arguments: Any = content.get("args")
-        values = vars(arguments) if isinstance(arguments, Namespace) else arguments
-        given = values.get("model_ema_decay") if isinstance(values, dict) else None
+        given = script_arguments(member.header).get("model_ema_decay")
         stored = given if isinstance(given, float) else None
     if stored is None:
         named = _DECAY.search(member.path.name) or _DECAY.search(

@@ -55,7 +55,8 @@ def weighted_sums(
     times = Counter(begins)
     weighing = _Weighing.of(rows)
     counted = {path: tuple([files[at] for at in weighing.kept]) for path, files in (shared or {}).items()}
-    several_lasts = lasts if len(set(lasts)) > 1 else ()
+    # From the last of all unless a row ends before it.
+    earlier_lasts = lasts if {*lasts} - {len(rows[0]) - 1} else ()
     for begin, (name, inputs) in zip(begins, aligned.items(), strict=True):
         alone = times[begin] == 1
         tensor = None if alone else tied.get(inputs)
@@ -70,9 +71,9 @@ def weighted_sums(
             narrowed = dtype is not None and last.dtype.category is Category.FLOAT
             if from_last or is_copied(name, last):
                 terms, narrowed = Terms.copy(last), narrowed and from_last
-                if several_lasts:
+                if earlier_lasts:
                     own = _in_each(last, len(rows[0]), shared) if shared else inputs
-                    terms = _copies(own, several_lasts)
+                    terms = _copies(own, earlier_lasts)
             elif type(last) is not TensorSpec and shared:
                 terms = Terms.of_rows(_in_each(last, len(weighing.rows[0]), shared), weighing.rows)
             elif name in by_name:

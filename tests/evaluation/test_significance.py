@@ -70,7 +70,7 @@ def test_other_samples_and_no_confidence_are_refused() -> None:
         mcnemar(torch.ones(3, dtype=torch.bool), torch.ones(4, dtype=torch.bool))
     with pytest.raises(DataError, match="not on the same"):
         paired_interval(torch.ones(0), torch.ones(0))
-    with pytest.raises(UsageError, match="`confidence=95`"):
+    with pytest.raises(UsageError, match="confidence of 95"):
         paired_interval(torch.ones(3), torch.ones(3), confidence=95)
 
 

@@ -155,3 +155,18 @@ def test_look_refuses_one_checkpoint_and_files_that_share_nothing(save: Save, he
     save("b.pth", {"v": torch.ones(2)})
     with pytest.raises(CkptError, match=r"'w'|'v'"):
         look(["a.pth", "b.pth"])
+
+
+@pytest.mark.parametrize("value", [10**400, 1e300, 1e-320, float("nan"), True, "0.1"], ids=lambda value: str(value)[:9])
+def test_what_is_no_learning_rate_is_not_shown(save: Save, here: Path, value: object) -> None:
+    odd = optimizer(0.1) | {"param_groups": [{"lr": 0.1, "initial_lr": value}]}
+    series(save, optimizer=[optimizer(0.1), {"param_groups": [{"lr": value}], "state": {}}, odd, odd, odd])
+    report = look("c-*.pth")
+    assert [each.learning_rate for each in report.checkpoints] == [0.1, None, 0.1, 0.1, 0.1]
+    assert not any("learning rate" in note for note in report.notes)
+
+
+def test_short_names_leave_room_for_the_title_of_their_column(save: Save, here: Path) -> None:
+    series(save)
+    shown = run("look", "c-*.pth", columns=60).err
+    assert shown.startswith("checkpoint  ")

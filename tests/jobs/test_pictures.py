@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,14 @@ def test_the_picture_of_the_rules_is_that_of_the_script(tmp_path: Path) -> None:
     if version("matplotlib") != pinned[1]:
         pytest.skip(f"drawn by matplotlib {pinned[1]}")
     assert rendered(script()["draw"], size=script()["SIZE"], suffix=".svg") == stored
+
+
+def test_steps_that_float64_does_not_tell_apart_are_numbered() -> None:
+    checkpoints = tuple(replace(each, step=2**62 + i) for i, each in enumerate(report(3).checkpoints))
+    assert rendered(lambda figure: draw(replace(report(3), checkpoints=checkpoints), figure), size=SIZE, suffix=".png")
+
+
+def test_lengths_of_any_range_are_drawn() -> None:
+    series = report(3)
+    checkpoints = tuple(replace(each, to_mean=10.0 ** (-160 + 157 * i)) for i, each in enumerate(series.checkpoints))
+    assert rendered(lambda figure: draw(replace(series, checkpoints=checkpoints), figure), size=SIZE, suffix=".png")

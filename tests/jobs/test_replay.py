@@ -16,6 +16,7 @@ from test_update import facts, series
 
 from ckpt_tools import average, convert, open_checkpoint
 from ckpt_tools.errors import LayoutError, SeriesError, UsageError, WriteError
+from ckpt_tools.formats import header as headers
 
 RULES = [
     {},
@@ -213,7 +214,7 @@ def test_a_replay_in_another_format_has_the_same_weights(tmp_path: Path) -> None
 def test_a_record_of_an_older_version_without_newer_fields_is_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckpt_tools.jobs import average as job
+    from ckpt_tools.jobs import addends as job
 
     monkeypatch.setattr(job, "_places", lambda member, state: {})
     average(series(tmp_path, 3), out=tmp_path / "averaged.pth")
@@ -240,3 +241,89 @@ def test_what_is_no_average_of_ours_cannot_be_replayed(tmp_path: Path) -> None:
     convert(tmp_path / "averaged.pth", out=tmp_path / "averaged.safetensors")
     with pytest.raises(LayoutError, match="was written by 'ckpt convert' from averaged.pth"):
         average([], replay=tmp_path / "averaged.safetensors")
+
+
+def test_an_input_whose_name_no_system_takes_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    average(series(tmp_path, 2), out=tmp_path / "two.pth")
+    parse = headers.parse_provenance
+
+    def damaged(text: bytes) -> Any:
+        said = parse(text)
+        return said and said | {"inputs": [each | {"name": "a" * 300 + ".pth"} for each in said["inputs"]]}
+
+    monkeypatch.setattr("ckpt_tools.formats.torch_zip.parse_provenance", damaged)
+    with pytest.raises(SeriesError, match=r"2 of its 2 inputs cannot be taken\. a{300}\.pth is missing"):
+        average([], replay=tmp_path / "two.pth", out=tmp_path / "x.pth")
+
+
+def test_an_updated_average_excuses_rounding_and_no_changed_input(tmp_path: Path) -> None:
+    paths = series(tmp_path, 5)
+    average(paths[:3], out=tmp_path / "averaged.pth")
+    for path in paths[3:]:
+        average(path, update=tmp_path / "averaged.pth", force=True)
+    report = average([], replay=tmp_path / "averaged.pth")
+    assert (report.same, "each update rounds" in report.compared) == (None, True)
+    tree = torch.load(paths[1])
+    tree["model"]["w"] = tree["model"]["w"] * 1.01
+    torch.save(tree, paths[1])
+    report = average([], replay=tmp_path / "averaged.pth", force=True)
+    assert report.same is False
+    assert "While that was updated 2 times, and each update rounds, that does not explain it" in report.compared
+
+
+def test_a_number_in_the_place_of_nan_is_named(tmp_path: Path) -> None:
+    paths = series(tmp_path, 2)
+    tree = torch.load(paths[0])
+    number = tree["model"]["w"][3].item()
+    tree["model"]["w"][3] = torch.nan
+    torch.save(tree, paths[0])
+    average(paths, allow_nonfinite=True, out=tmp_path / "averaged.pth")
+    tree["model"]["w"][3] = number
+    torch.save(tree, paths[0])
+    report = average([], replay=tmp_path / "averaged.pth")
+    assert (report.same, "in 'w', one has NaN or infinity where the other has" in report.compared) == (False, True)
+
+
+def test_a_shard_of_an_average_is_no_average(tmp_path: Path) -> None:
+    average(series(tmp_path, 3), out=tmp_path / "averaged/", max_shard_size=100)
+    shard = next((tmp_path / "averaged").glob("*-of-*"))
+    for how in ("update", "replay"):
+        with pytest.raises(SeriesError, match=r"is a shard, and holds a part .* Give the folder .*/averaged$"):
+            average(tmp_path / "c-2.pth", **{how: shard}, out=tmp_path / "x/")
+
+
+def test_options_that_are_not_recorded_are_said_to_be_decided(save: Any, tmp_path: Path) -> None:
+    paths = series(tmp_path, 3)
+    average(paths, weights=[1, 2, 3], out=tmp_path / "weighted.pth")
+    average(paths[1:], base=paths[0], out=tmp_path / "stock.pth")
+    assert average([], mode="weights", replay=tmp_path / "weighted.pth").same is True
+    assert average([], mode="stock", replay=tmp_path / "stock.pth").same is True
+    with pytest.raises(UsageError, match=r"`weights=\[1, 2, 3\]`: the record of .* has what came of it, and decides"):
+        average([], weights=[1, 2, 3], replay=tmp_path / "weighted.pth")
+    with pytest.raises(UsageError, match=r"`base=.*: the record of .*stock.pth has what came of it, and decides"):
+        average([], base=paths[0], replay=tmp_path / "stock.pth")
+
+
+def test_nothing_is_written_into_folders_that_are_read(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"hf-{i}").mkdir()
+        save_file({"w": torch.randn(4)}, tmp_path / f"hf-{i}" / "model.safetensors")
+    average([tmp_path / f"hf-{i}" for i in range(2)], out=tmp_path / "averaged/")
+    for inside in ("averaged", "hf-0"):
+        out = tmp_path / inside / "x.safetensors"
+        with pytest.raises(WriteError, match=f"lies inside the input .*{inside}"):
+            average([], replay=tmp_path / "averaged", out=out)
+    for inside in ("averaged", "hf-2"):
+        out = tmp_path / inside / "x.safetensors"
+        with pytest.raises(WriteError, match=f"lies inside the input .*{inside}"):
+            average(tmp_path / "hf-2", update=tmp_path / "averaged", out=out)
+    assert average(tmp_path / "hf-2", update=tmp_path / "averaged", force=True).written
+    assert average([], replay=tmp_path / "averaged", out=tmp_path / "averaged/", force=True).written
+
+
+def test_an_index_stands_for_its_folder(tmp_path: Path) -> None:
+    paths = series(tmp_path, 4)
+    average(paths[:2], out=tmp_path / "averaged/", max_shard_size=100)
+    index = next((tmp_path / "averaged").glob("*.index.json"))
+    assert average([], replay=index, max_shard_size=100).out == str(tmp_path / "averaged-replayed")
+    assert average(paths[2], update=index, max_shard_size=100, force=True).out == str(tmp_path / "averaged")

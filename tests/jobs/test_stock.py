@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.compute import native
-from ckpt_tools.errors import AlignmentError, CkptError, LayoutError, NumericsError, UsageError
+from ckpt_tools.errors import AlignmentError, CkptError, LayoutError, NumericsError, SeriesError, UsageError
 from ckpt_tools.series.schedules import Schedule
 
 Save = Callable[..., Path]
@@ -177,6 +177,9 @@ def test_coefficients_are_of_the_start_and_equal_for_all_models(n: int, seed: in
 def broken(start: State, tuned: list[State], which: str) -> None:
     if which == "shape":
         start["alike"] = start["alike"][:20]
+    elif which == "huge":
+        for each in (start, *tuned):
+            each["apart"] = each["apart"].double() * 1e200
     elif which == "nan":
         start["apart"][3] = torch.nan
     else:
@@ -189,6 +192,7 @@ def broken(start: State, tuned: list[State], which: str) -> None:
         ("shape", AlignmentError, r"'alike'.*\[20, 30\].*start\.safetensors"),
         ("nan", NumericsError, "'apart'.*NaN or infinity"),
         ("infinity", NumericsError, "'apart'.*NaN or infinity"),
+        ("huge", NumericsError, "'apart'.*too large to be squared"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(
@@ -260,3 +264,48 @@ def test_model_stock_is_not_extended(save: Save, here: Path) -> None:
     average(paths[:2], mode="stock", base="start.safetensors", out="out.safetensors")
     with pytest.raises(LayoutError, match="cannot be extended: `mode='stock'` gives new checkpoints no weight"):
         average(paths[2:], update="out.safetensors", out="more.safetensors")
+
+
+def test_the_start_has_no_place_in_the_order(save: Save, here: Path) -> None:
+    start, tuned = models(3)
+    save("runs/start.safetensors", start)
+    for step, each in zip((200, 300, 1000), tuned, strict=True):
+        save(f"runs/step-{step}.safetensors", each)
+    report = average("runs", base="runs/start.safetensors", window=800, out="out.safetensors")
+    assert [i.name for i in report.inputs] == [
+        "start.safetensors",
+        *(f"step-{n}.safetensors" for n in (200, 300, 1000)),
+    ]
+    assert report.ordered_by == "the numbers in the names"
+    assert not any("no step" in note for note in report.notes)
+
+
+def test_a_shard_is_no_start_of_whole_models(save: Save, here: Path) -> None:
+    start, tuned = models(2)
+    paths = write(save, start, tuned)
+    shard = save("start-00001-of-00002.safetensors", {"alike": start["alike"]})
+    with pytest.raises(SeriesError, match=r"start-00001-of-00002\.safetensors is a shard, and holds a part"):
+        average(paths, base=shard, keys="union", out="out.safetensors")
+    whole = save("start-00001-of-00001.safetensors", start)
+    assert average(paths, base=whole, out="out.safetensors").written
+
+
+def test_ranks_are_measured_file_by_file_and_that_is_said(save: Save, here: Path) -> None:
+    start, tuned = models(2)
+    for step, each in enumerate((start, *tuned)):
+        for rank in (0, 1):
+            tree = {"iteration": step, "model": {"language_model": {"w": each["alike"][20 * rank : 20 * rank + 20]}}}
+            save(f"iter_{step}/mp_rank_0{rank}/model_optim_rng.pt", tree)
+    report = average(["iter_1", "iter_2"], base="iter_0", dry_run=True)
+    assert any("Each file of a rank is measured by itself" in note for note in report.notes)
+
+
+def test_a_model_that_is_the_start_is_refused(save: Save, here: Path) -> None:
+    start, tuned = models(2)
+    paths = write(save, start, tuned)
+    copy = save("step-0.safetensors", start)
+    with pytest.raises(SeriesError, match=r"step-0\.safetensors: has the weights of the start, start\.safetensors"):
+        average([*paths, copy], base="start.safetensors", out="out.safetensors")
+    average([copy, *paths], base="step-0.safetensors", out="a/", max_shard_size=2500)
+    index = next(Path("a").glob("*.index.json"))
+    assert [i.name for i in average(["a", *paths], base=index, include_outputs=True, dry_run=True).inputs][0] == "a"

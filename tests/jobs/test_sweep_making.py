@@ -99,3 +99,16 @@ def test_bytes_are_those_of_single_averages(
         own = each.options or {"from_step": each.members[0].step, "to_step": each.members[0].step}
         average("c-*", **own, **options, out=f"alone/avg{suffix}", force=True)
         assert digest(Path(f"out/{i}/avg{suffix}")) == digest(Path(f"alone/avg{suffix}")), each.label
+
+
+def test_one_average_that_ends_before_the_series_takes_its_own_counters(save: Save, here: Path) -> None:
+    written(save, "nested")
+    members = find_series(["c-*"]).members
+    names = short_names([member.path for member in members])
+    maker = Maker.of(members, names, Matching(), None, Sweeping())
+    schedule = Schedule("uniform")
+    alone = Candidate("two", {}, schedule, members[:2], (0, 1), schedule.coefficients((0, 1)))
+    Path("out").mkdir()
+    maker.make([alone], [Path("out/avg.pth")])
+    average("c-*", to_step=1, out="avg.pth")
+    assert digest(Path("out/avg.pth")) == digest(Path("avg.pth"))

@@ -324,7 +324,7 @@ def test_the_inputs_of_an_older_record_are_ordered_by_what_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = series(tmp_path, 3)
-    monkeypatch.setattr("ckpt_tools.jobs.average._places", lambda member, state: {})
+    monkeypatch.setattr("ckpt_tools.jobs.addends._places", lambda member, state: {})
     average(paths[:2], out=tmp_path / "two.pth")
     monkeypatch.undo()
     with pytest.raises(SeriesError, match=r"c-2.pth: has no step that counts as those of the inputs of"):
@@ -397,8 +397,13 @@ def test_what_is_no_average_of_ours_is_refused(tmp_path: Path) -> None:
         ({"inputs": [{"name": "a", "size": -1, "step": 1, "coefficient": 1.0}]}, "is no whole number"),
         ({"inputs": [{"name": "a", "size": 1, "step": 1, "coefficient": 10**400}]}, "record is damaged"),
         ({"inputs": [{"name": "a", "size": 1, "step": 1, "coefficient": "1"}]}, "is no number"),
+        ({"inputs": [{"name": "a/" * 3000, "size": 1, "step": 1, "coefficient": 1.0}]}, "is no name of an input"),
         ({"arguments": {"decay": {}}}, "are no options"),
+        ({"arguments": {"state": True}}, "are no options"),
+        ({"arguments": {"half_life": 10**400}, "mode": "ema"}, "are no options"),
+        ({"arguments": {"decay": float("nan")}, "mode": "ema"}, "are no options"),
         ({"arguments": {"decay": "x"}, "mode": "ema"}, "do not fit its mode"),
+        ({"mode": "ema", "arguments": {"decay": 0.9}}, "the coefficients of the inputs are not those of `mode='ema'`"),
         ({"arguments": {"dtype": "float7"}}, "dtype in its record is unknown"),
         ({"arguments": {"buffers": "all"}}, "`buffers` is one of average, last"),
         ({"arguments": {"match": "shape"}}, "`match` is one of name, order"),
@@ -414,7 +419,7 @@ def test_what_is_no_average_of_ours_is_refused(tmp_path: Path) -> None:
 def test_damaged_records_are_refused(
     how: str, change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if how == "replay" and "fit its mode" in message:
+    if how == "replay" and ("fit its mode" in message or "not those of" in message):
         return  # which takes its coefficients, not its options
     paths = series(tmp_path, 3)
     average(paths[:2], out=tmp_path / "two.pth")
@@ -516,3 +521,26 @@ def test_weights_matched_by_order_need_files_in_one_order(tmp_path: Path) -> Non
         "x": [2.0, 2.0],
         "c": [20.0, 20.0],
     }
+
+
+def test_a_recorded_input_is_never_replaced(tmp_path: Path) -> None:
+    paths = series(tmp_path, 3)
+    average(paths[:2], out=tmp_path / "two.pth")
+    before = paths[0].read_bytes()
+    with pytest.raises(WriteError, match=r"c-0\.pth: is one of the inputs, which are never changed"):
+        average(paths[2], update=tmp_path / "two.pth", out=paths[0], force=True)
+    assert paths[0].read_bytes() == before
+    (tmp_path / "other.pth").write_text("no checkpoint")
+    assert average(paths[2], update=tmp_path / "two.pth", out=tmp_path / "other.pth", force=True).written
+
+
+def test_an_input_without_step_is_told_by_its_folder_from_within_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.save({"w": torch.randn(4)}, tmp_path / name / "model.pth")
+    average([tmp_path / "a/model.pth", tmp_path / "b/model.pth"], out=tmp_path / "both.pth")
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(SeriesError, match=r"model\.pth: an input of .*both\.pth has its name and size"):
+        average("model.pth", update="../both.pth", out="x.pth")

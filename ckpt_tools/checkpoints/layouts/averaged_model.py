@@ -44,7 +44,7 @@ AVERAGED_MODEL = Layout(
 )  # fmt: skip
 TORCHVISION = Layout(
     "torchvision", "torchvision's reference scripts: model, and model_ema as an AveragedModel",
-    ("model",), ("model_ema",), ema_encoding=AVERAGED_MODEL_ENCODING,
+    ("model",), ("model_ema",), ema_encoding=AVERAGED_MODEL_ENCODING, exponential=True,
 )  # fmt: skip
 
 
@@ -58,5 +58,5 @@ class MMEngine(Layout):
 MMENGINE = MMEngine(
     "mmengine", "mmengine's EMAHook: ema_state_dict holds the raw weights, state_dict the average",
     ("ema_state_dict",), ("state_dict",), raw_encoding=MMENGINE_ENCODING, single="ema",
-    updates=("ema_state_dict", "steps"),
+    updates=("ema_state_dict", "steps"), exponential=True,
 )  # fmt: skip

@@ -49,5 +49,6 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
 
 EMA_PYTORCH_ENCODING = Encoding("ema-pytorch", _detect, _read, _write, frozenset({"updates"}))
 EMA_PYTORCH = Layout(
-    "ema-pytorch", "ema-pytorch: online_model.* and ema_model.*", (), (), ema_encoding=EMA_PYTORCH_ENCODING
-)
+    "ema-pytorch", "ema-pytorch: online_model.* and ema_model.*", (), (),
+    ema_encoding=EMA_PYTORCH_ENCODING, exponential=True,
+)  # fmt: skip

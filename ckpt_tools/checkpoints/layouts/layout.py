@@ -350,6 +350,8 @@ class Layout:
         written: `convert` writes it.
         folder_format: of a folder in this layout.
         held_by: see `outputs`; empty where it follows from the paths and encodings.
+        exponential: its averages are exponential, or are so by default; others may be means.
+        batches: of a mean over all batches so far: keys of their number, and of the period in which it is updated.
     """
 
     name: str
@@ -364,6 +366,8 @@ class Layout:
     written: bool = True
     folder_format: Format = SHARDED
     held_by: tuple[str, ...] = ()
+    exponential: bool = False
+    batches: tuple[str, str] | None = None
 
     @property
     def pair(self) -> bool:

@@ -138,5 +138,5 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
 LITEMA_ENCODING = Encoding("litema", _detect, _read, _write, frozenset({"updates", "decay"}))
 LITEMA = Layout(
     "litema", "LitEma of latent diffusion: raw names, and model_ema.* with the dots deleted",
-    ("state_dict",), ("state_dict",), ema_encoding=LITEMA_ENCODING,
+    ("state_dict",), ("state_dict",), ema_encoding=LITEMA_ENCODING, exponential=True,
 )  # fmt: skip

@@ -21,7 +21,9 @@ MODEL_STATE_DICT = Layout(
 )  # fmt: skip
 D2GO = Layout("d2go", "d2go: model and ema_state", ("model",), ("ema_state",))
 DIT = Layout("dit", "DiT, guided-diffusion: model and ema", ("model",), ("ema",))
-ICEFALL = Layout("icefall", "icefall: model and model_avg", ("model",), ("model_avg",))
+ICEFALL = Layout(
+    "icefall", "icefall: model and model_avg", ("model",), ("model_avg",), batches=("batch_idx_train", "average_period")
+)
 DINO = Layout("dino", "DINO: student and teacher, which is the average", ("student",), ("teacher",), single="ema")
 
 

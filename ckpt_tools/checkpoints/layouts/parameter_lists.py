@@ -146,6 +146,8 @@ PYTORCH_EMA_ENCODING = Encoding(
 )
 DIFFUSERS = Diffusers(
     "diffusers", "diffusers' EMAModel: a folder with its config, or a list of parameters",
-    ema=(), ema_encoding=DIFFUSERS_ENCODING, held_by=("nested", "folder"),
+    ema=(), ema_encoding=DIFFUSERS_ENCODING, held_by=("nested", "folder"), exponential=True,
 )  # fmt: skip
-PYTORCH_EMA = Layout("pytorch-ema", "torch_ema: a list of parameters", ema=(), ema_encoding=PYTORCH_EMA_ENCODING)
+PYTORCH_EMA = Layout(
+    "pytorch-ema", "torch_ema: a list of parameters", ema=(), ema_encoding=PYTORCH_EMA_ENCODING, exponential=True
+)

@@ -61,5 +61,5 @@ def _tensors(node: Any, prefix: str, above: tuple[int, ...], barren: set[int]) -
 MODULE_ENCODING = Encoding("module", lambda node: _attributes(node) is not None, _read)
 ULTRALYTICS = Layout(
     "ultralytics", "Ultralytics: pickled modules, model and ema",
-    ("model",), ("ema",), ema_encoding=MODULE_ENCODING, written=False,
+    ("model",), ("ema",), ema_encoding=MODULE_ENCODING, written=False, exponential=True,
 )  # fmt: skip

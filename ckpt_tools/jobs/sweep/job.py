@@ -176,6 +176,8 @@ def sweep(
             others go on, and the report says why.
     """
     check(evaluation, honesty, output, searching)
+    if matching.lora == "product":
+        raise UsageError("`lora='product'` does not go with a sweep. Merge each adapter into its model first.")
     check_threads(running.threads)
     dtype = parse_dtype(output.dtype)
     given = [paths] if isinstance(paths, (str, Path)) else [*paths]
@@ -553,11 +555,11 @@ def _background(
 
 def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool) -> str:
     if not comparisons:
-        return f"The last checkpoint, {last}, is the best: no average of these is better."
+        return f"The last checkpoint ({last}) is the best: none of these averages is better."
     found = next((each for each in comparisons if each.metric == aim.metric), None)
     if found is None:
         return f"The evaluation on other data gives no '{aim.metric}', so there is nothing to compare."
-    said = in_words(found, lower_is_better=aim.lower, other=f"the last checkpoint, {last}")
+    said = in_words(found, lower_is_better=aim.lower, other=f"the last checkpoint ({last})")
     if other_data:
         return said
     return f"{said} The best was chosen on the same data, which flatters it: give other data with `test`, or `holdout`."

@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...compute.gpu import devices
 from ...formats.file_plan import OutTensor
 from ...formats.format import Writing
+from ...formats.sharded import parse_size
 from ...series.candidates import Candidate
 from ...series.member import Member
 from ...series.weighted_sums import weighted_sums
 from ...storage.source import Stamp
 from ...tensors import DType
-from ..addends import Addends
+from ..addends import Addends, inputs_of, record_of
 from ..assembly import Assembly, assemble
-from ..average import arguments_of, inputs_of, record_of
 from ..lined_up import LinedUp, line_up
 from ..options import Matching
 from ..outputs import Target, default_target
 from ..provenance import short_names
 from ..run import write_all
+from ..weigh import arguments_of
 from .options import Sweeping
 
 MOST = 16
@@ -92,12 +94,15 @@ class Maker:
         assemblies = self.planned(candidates, paths)
         read = max(each.bytes_read for each in assemblies)
         total = read + sum(each.nbytes for each in assemblies)
+        size = self.running.gpu_memory
         write_all(
             assemblies,
             self.stamps,
             force=True,
             threads=self.running.threads,
             allow_nonfinite=self.running.allow_nonfinite,
+            devices=devices.choose(self.running.device, read),
+            gpu_memory=devices.GPU_MEMORY if size is None else parse_size(size, "gpu_memory"),
             on_progress=None if on_progress is None else lambda nbytes: on_progress(nbytes, total),
         )
 

@@ -47,7 +47,7 @@ def _plural(single: Option) -> Option:
 class Rules(Values):
     """How much each checkpoint counts: all combinations of these values."""
 
-    title = "How much each checkpoint counts (lists such as 0.5,0.9; ranges such as 0.05:0.25:0.05)"
+    title = "How much each checkpoint counts"
 
     @classmethod
     def _single(cls) -> tuple[Option, ...]:
@@ -60,7 +60,7 @@ class Rules(Values):
 class Selections(Values):
     """Which checkpoints: all combinations of these values."""
 
-    title = "Which checkpoints (lists and ranges, too)"
+    title = "Which checkpoints"
 
     @classmethod
     def _single(cls) -> tuple[Option, ...]:
@@ -129,8 +129,8 @@ class SweptImages(Images):
     data: str | None = option(  # type: ignore[assignment]
         "Images for BatchNorm statistics, measured before every score.", None, metavar="DATA"
     )
-    passes: int = option("Of the statistics; see `recal_bn(...)`.", 1)
-    estimator: str = option("Of the statistics; see `recal_bn(...)`.", "population")
+    passes: int = option("Of the statistics, as in recal-bn.", 1)
+    estimator: str = option("Of the statistics, as in recal-bn.", "population")
     seed: int = option("Of the random subset of images, of `holdout` and of the intervals.", 0)
 
 

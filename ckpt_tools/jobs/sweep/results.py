@@ -89,6 +89,10 @@ class Results:
         result = self._known.get(key)
         return None if result is None or result.error is not None else self._with_samples(result)
 
+    def every(self) -> list[Result]:
+        """Return all results that did not fail, with their samples, in the order in which they came."""
+        return [self._with_samples(each) for each in self._known.values() if each.error is None]
+
     def add(self, result: Result) -> None:
         """Append a result, and wait until it is on the disk.
 

@@ -90,7 +90,7 @@ def ema_warmup(
 WARMUPS = ("litema", "timm")
 
 
-def half_life(steps: Sequence[int] | None, n: int, *, half_life: Span, bias_correction: bool) -> tuple[float, ...]:
+def ema_half_life(steps: Sequence[int] | None, n: int, *, half_life: Span, bias_correction: bool) -> tuple[float, ...]:
     """Weigh as an exponential moving average in which a checkpoint counts half as much after a half-life.
 
     Args:
@@ -172,7 +172,7 @@ def _ema(
 ) -> tuple[float, ...]:
     if half_life is not None:
         at = positions(steps, by, needed="half_life")
-        return _in_half_lives(at, len(steps), half_life=half_life, bias_correction=bias_correction)
+        return ema_half_life(at, len(steps), half_life=half_life, bias_correction=bias_correction)
     if per_step or by == "steps":
         known = positions(steps, "steps") if by == "steps" else [step for step in steps if step is not None]
         if known is None or len(known) < len(steps):
@@ -184,9 +184,6 @@ def _ema(
             update_after=update_after,
         )  # fmt: skip
     return ema(len(steps), decay=decay, bias_correction=bias_correction)
-
-
-_in_half_lives = half_life  # its name is also that of an option
 
 
 def _fitted(steps: Sequence[int | None], **options: Any) -> dict[str, Any]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Numbers = Sequence[float]
+"""Type of an option that is a list of numbers."""
+Products = Sequence[Sequence[float]]
+"""Inner products of N checkpoints, (N, N), as `ckpt_tools.compute.gram.gram` gives them: rows and columns are the
+differences from the last, and the last itself."""
+Needs = Literal["step", "updates", "place", "profile", "products"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +40,8 @@ class Rule:
     """A rule of averaging.
 
     Attributes:
-        coefficients: called with one number a checkpoint, oldest first (None if unknown), and with the rule's options
-            as keyword arguments; returns one coefficient per checkpoint.
+        coefficients: called with what the rule needs of each checkpoint, oldest first, and with the rule's options as
+            keyword arguments; returns one coefficient per checkpoint.
         options: of the rule.
         check: called with the options before any file is read; raises UsageError.
         advice: called with the options; returns how to spread an average that is mostly the oldest checkpoint, and how
@@ -45,10 +50,10 @@ class Rule:
         remarks: called like `coefficients`; returns what a user should know of the result.
         along: called like `coefficients`; returns the name of the option by which training steps count, or None where
             files do.
-        needs: which number of a checkpoint `coefficients` takes: ``step`` (of training), ``updates`` (how many weights
-            are in the average that it holds), ``place`` (among the paths as they were given), ``profile`` (which
-            steps it is an average of), or ``products`` (called for each tensor, with the inner products of its
-            differences from one start).
+        needs: what `coefficients` takes of a checkpoint: ``step`` (of training, an int; None if unknown), ``updates``
+            (an int: how many weights are in the average that it holds), ``place`` (an int: among the paths as they were
+            given), ``profile`` (a `Profile`: which steps it is an average of), or ``products`` (called for each tensor,
+            with the `Products` of the checkpoints and their start, which is the last).
     """
 
     coefficients: Callable[..., Sequence[float]]
@@ -58,4 +63,4 @@ class Rule:
     fitted: Callable[..., dict[str, Any]] | None = None
     remarks: Callable[..., Sequence[str]] | None = None
     along: Callable[..., str | None] | None = None
-    needs: str = "step"
+    needs: Needs = "step"

@@ -8,17 +8,14 @@ w = t mean + (1 - t) w_0 with t = N cos / (1 + (N - 1) cos). Each tensor has its
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 from ...errors import UsageError
-from .rule import Option, Rule
+from .rule import Option, Products, Rule
 
 _GRAIN = 2.0**-20
 """Ratios are multiples of it, so that they do not depend on the order in which products are summed."""
-
-Products = Sequence[Sequence[float]]
 
 
 def stock(products: Products, *, base: str | Path | None = None) -> tuple[float, ...]:

@@ -56,7 +56,7 @@ _divided = weights  # its name is also that of an option
 RULE = Rule(
     _weights,
     (
-        Option("weights", Numbers, None, "With `mode='weights'`: one number a checkpoint, in the order of the paths."),
+        Option("weights", Numbers, None, "weights: one number a checkpoint, in the order of the paths."),
         Option("normalize", bool, True, "Divide `weights` by their sum."),
     ),
     check=_check,
