@@ -1,6 +1,6 @@
 """Arguments: the options of a command, made of the groups that the library declares, and their values.
 
-Messages of the library name parameters in backticks, such as `threads=0`; `jobs.spelling` turns them into options.
+Messages of the library name parameters in backticks, such as `threads=0`; `spelled` turns them into options.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
@@ -18,12 +19,19 @@ import typer
 
 from ..errors import UsageError, WriteError
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
-from ..jobs.spelling import OPPOSITES, SPELLINGS
-from ..jobs.spelling import spelled as spelled
 from ..series.rules.rule import Numbers, Option
 from . import console
 
 R = TypeVar("R")
+SPELLINGS = {
+    "out": ("--out", "-o"),
+    "batch_size": ("--batch-size", "-b"),
+    "workers": ("--workers", "-j"),
+    "eval_data": ("--eval",),
+}
+"""Options that are not called like their parameters, or have a short name."""
+OPPOSITES = {"lower_is_better": "higher-is-better"}
+"""What the option for False is called, where it is not ``--no-`` and the name."""
 ONCE = ("state", "state_b")
 """Options that some commands take several times; where they take one, a second is no slip to pass over."""
 Reader = Callable[[Any], Any]
@@ -139,6 +147,39 @@ def _read(option: Option, value: Any) -> Any:
     if kind is Pairs:
         return parse_kwargs(value)
     return path(value) if Path in get_args(option.type) else value
+
+
+def spelled(text: str) -> str:
+    """Turn the parameters that a message of the library names into options.
+
+    `name` becomes --name, `name=value` --name value (for each text of a list), `name=True` --name, `name=False`
+    --no-name, and `function(name=value)` or `function(...)` the command that does it.
+    """
+    return re.sub(r"`(?:(\w+)\()?(\w+|\.{3})(?:=([^`]*?))?\)?`", _option, text)
+
+
+def _option(match: re.Match[str]) -> str:
+    function, name, text = match.groups()
+    command = "" if function is None else f"ckpt {function.replace('_', '-')} "
+    if name == "...":
+        return command.rstrip()
+    option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]
+    if text is None or text == "True":
+        return command + option
+    if text == "False" and name in OPPOSITES:
+        return f"{command}--{OPPOSITES[name]}"
+    if text == "False":
+        return f"{command}--no-{option.removeprefix('--')}"
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    from shlex import quote
+
+    values = value if isinstance(value, list) and value and all(isinstance(word, str) for word in value) else [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, (int, float)) for each in value):
+        values = [",".join(map(str, value))]
+    return command + " ".join(f"{option} {quote(each) if isinstance(each, str) else each}" for each in values)
 
 
 def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:

@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..jobs.options import Matching, Network
-from ..jobs.sweep.again import command
 from ..jobs.sweep.options import (
     Evaluation,
     Honesty,
@@ -67,6 +67,7 @@ def sweep(
     """
     arguments.check_folder()
     from ..jobs.sweep.job import sweep as carry_out
+    from ..jobs.sweep.page import Wording
 
     plans: list[SweepReport] = []
 
@@ -75,7 +76,8 @@ def sweep(
         _show_plan(plan, matrix=options["dry_run"])
 
     with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
-        report = carry_out(paths, **options, on_plan=show_plan, **shown)
+        words = Wording(command, arguments.spelled)
+        report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
     if not options["dry_run"]:
         files = [options[name] for name in ("plot", "report", "csv") if options[name] is not None]
         _show(report, [note for note in report.notes if note not in plans[0].notes], files)
@@ -241,3 +243,14 @@ def _name(report: SweepReport, each: Ranked) -> Any:
     said = f" ({', '.join([*marks, *failed])})" if marks or failed else ""
     style = "bold" if each.label == report.best else ""
     return Text(console.visible(each.label) + said, style=style)
+
+
+def command(report: SweepReport) -> str:
+    """Return the command that makes the best candidate; a second one measures its BatchNorm statistics."""
+    given = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.options.items()]
+    out = report.out or "best.pth"
+    made = " ".join(["ckpt avg", *map(quote, report.paths), *given])
+    if not report.recalibrated:
+        return f"{made} -o {quote(out)}"
+    recalibrated = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.recalibration.items()]
+    return f"{made} -o averaged.pth && ckpt recal-bn averaged.pth {' '.join(recalibrated)} -o {quote(out)}"

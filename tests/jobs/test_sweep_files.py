@@ -21,12 +21,14 @@ from cli_runner import PATIENCE, run
 
 from ckpt_tools import average, recalibrate_checkpoint
 from ckpt_tools.batchnorm.report import BatchNormReport, LayerReport
+from ckpt_tools.cli.arguments import spelled
+from ckpt_tools.cli.sweep import command
 from ckpt_tools.errors import CkptError, UsageError, WriteError
 from ckpt_tools.jobs.look import LookReport, look
 from ckpt_tools.jobs.pictures import rendered
 from ckpt_tools.jobs.sweep.files import ranking
 from ckpt_tools.jobs.sweep.job import Ranked, SweepReport, sweep
-from ckpt_tools.jobs.sweep.page import Background, page
+from ckpt_tools.jobs.sweep.page import Background, Wording, page
 from ckpt_tools.jobs.sweep.picture import curves, draw, size
 from ckpt_tools.jobs.sweep.verdict import Comparison
 
@@ -35,6 +37,7 @@ pytest.importorskip("matplotlib")
 Save = Callable[..., Path]
 NAMES = tuple(f"c-{i}.pth" for i in range(6))
 HOSTILE = '<script>alert("1")</script>&\x1b[2J\udcff'
+WORDING = Wording(command, spelled)
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -288,7 +291,7 @@ def test_the_page_has_every_candidate_and_reason_and_loads_nothing() -> None:
         candidate(None, {"decay": 2}, error="late (`time_limit`)"),
     ]
     shown = report(*averages, refused={"decay=7": "outside <b>[0, 1]</b>"})
-    found = read(page(shown, background()))
+    found = read(page(shown, background(), WORDING))
     for each in shown.candidates:
         assert found.text.count(each.label) >= 2, each.label  # in the ranking and in the matrix
     for said in (
@@ -321,7 +324,9 @@ def test_names_of_unknown_origin_are_text(name: str) -> None:
         paths=(f"path {name}",),
         out=name,
     )
-    found = read(page(shown, Background({name: name}, {name: name}, None, f"geometry {name}", f"drift {name}")))
+    found = read(
+        page(shown, Background({name: name}, {name: name}, None, f"geometry {name}", f"drift {name}"), WORDING)
+    )
     visible = name.replace("\x1b", "\\x1b").replace("\udcff", "\\udcff")
     for lead in ("failed", "error", "note", "refused", "verdict", "geometry", "drift"):
         assert f"{lead} {visible}" in found.text, lead
@@ -335,22 +340,32 @@ def test_the_page_shows_the_geometry_and_the_drift_of_each_layer(save: Save, her
         for i in range(3)
     )
     drift = BatchNormReport(layers, (("odd", "Frozen", "it is frozen"),), 77, 3, 1, "population", 0.1, {})
-    found = read(page(report(candidate(1.0, {"mode": "ema"})), background(look("c-*.pth"), drift=drift)))
+    found = read(page(report(candidate(1.0, {"mode": "ema"})), background(look("c-*.pth"), drift=drift), WORDING))
     for said in ("fc.weight", "distance", "layer2.bn<1>80.253.5", "77 images", "odd (Frozen), it is frozen"):
         assert said.replace("distance", "to mean") in found.text, said
 
 
 def test_the_same_sweep_has_the_same_page_and_forbids_the_browser_to_load_anything() -> None:
     shown = report(*decays(0.5, 0.9))
-    data = page(shown, background())
-    assert data == page(shown, background())
+    data = page(shown, background(), WORDING)
+    assert data == page(shown, background(), WORDING)
     assert b"://" not in data
     assert b"default-src 'none'; style-src 'unsafe-inline'" in data
 
 
+def test_a_page_from_python_speaks_python() -> None:
+    shown = report(*decays(0.5, 0.9), recalibrated=True, recalibration={"data": "photos", "passes": 2})
+    found = read(page(shown, background(), Wording()))
+    assert "Give other data with `test`." in found.text
+    assert (
+        "average(['run'], mode='ema', decay=0.9, out='averaged.pth')\n"
+        "recalibrate_checkpoint('averaged.pth', data='photos', passes=2, out='best.pth')"
+    ) in found.text
+
+
 def test_without_matplotlib_the_page_says_that_it_has_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    found = read(page(report(*decays(0.5, 0.9)), background()))
+    found = read(page(report(*decays(0.5, 0.9)), background(), WORDING))
     assert "There is no picture, for matplotlib was not installed." in found.text
     assert "figure" not in found.tags
 
@@ -512,7 +527,7 @@ def test_a_browser_opens_the_page_without_errors(width: int, here: Path) -> None
 
     names = (*NAMES[:4], f"{HOSTILE}-4", f"{HOSTILE}-5")
     shown = report(*decays(0.5, 0.7, 0.9), names=names, notes=(HOSTILE,))
-    data = page(shown, background(HOSTILE))
+    data = page(shown, background(HOSTILE), WORDING)
     (here / "page.html").write_bytes(data)
     assert messages("page.html") == []
     if width == 400:  # errors would be seen

@@ -16,7 +16,7 @@ from ...storage.staged import write_file
 from ..outputs import check_target, named
 from ..pictures import check_picture, check_picture_target, no_matplotlib, write_picture
 from .options import SweptOutput
-from .page import Background, page
+from .page import Background, Wording, page
 
 if TYPE_CHECKING:
     from .job import SweepReport
@@ -68,11 +68,12 @@ class Files:
                 notes.append(f"The page has no pictures: they need {lacking}")
         return cls(plot, report, table, output.force, tuple(notes))
 
-    def write(self, report: SweepReport, background: Callable[[], Background]) -> None:
+    def write(self, report: SweepReport, background: Callable[[], Background], words: Wording | None) -> None:
         """Write them.
 
         Args:
             background: called if there is a page.
+            words: of the page; None for those of Python.
 
         Raises:
             WriteError: the system refuses.
@@ -86,7 +87,7 @@ class Files:
             write_picture(self.plot, lambda figure: draw(report, figure), size=size(report), force=self.force)
         if self.report is not None:
             with named("report"):
-                write_file(self.report, page(report, background()), force=self.force)
+                write_file(self.report, page(report, background(), words or Wording()), force=self.force)
 
 
 def _checked(name: str, given: str | Path | None, inputs: Iterable[Path], *, force: bool) -> Path | None:

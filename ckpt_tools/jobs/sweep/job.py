@@ -223,7 +223,7 @@ def sweep(
         if target is not None:
             _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
             report = replace(report, written=True)
-        files.write(report, lambda: _background(bench, maker, scoring, given, order, matching))
+        files.write(report, lambda: _background(bench, maker, scoring, given, order, matching), running.on_words)
     return report
 
 

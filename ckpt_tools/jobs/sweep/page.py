@@ -17,12 +17,13 @@ from ... import __version__
 from ...batchnorm.report import BatchNormReport
 from ..look import LookReport, Position
 from ..pictures import no_matplotlib, rendered
-from ..spelling import spelled
-from .again import command
 from .page_style import STYLE
 
 if TYPE_CHECKING:
     from .job import Ranked, SweepReport
+
+Said = Callable[[str], str]
+"""From a message to what is shown, escaped."""
 
 _OPEN = 30
 """Rows of a table that are shown before those that a click opens."""
@@ -52,15 +53,46 @@ class Background:
     drift: BatchNormReport | str | None
 
 
-def page(report: SweepReport, background: Background) -> bytes:
+def python_calls(report: SweepReport) -> str:
+    """Return the calls that make the best candidate; a second one measures its BatchNorm statistics."""
+    out = report.out or "best.pth"
+    made = "averaged.pth" if report.recalibrated else out
+    calls = [_call("average", [*report.paths], {**report.options, "out": made})]
+    if report.recalibrated:
+        calls.append(_call("recalibrate_checkpoint", made, {**report.recalibration, "out": out}))
+    return "\n".join(calls)
+
+
+def _call(name: str, first: Any, options: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join([repr(first), *(f'{option}={value!r}' for option, value in options.items())])})"
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """How a page speaks: as Python does, unless another front end gives its own words.
+
+    Attributes:
+        again: from a report to what makes its best candidate again.
+        said: from a message of the library, which names parameters in backticks, to what is shown.
+    """
+
+    again: Callable[[SweepReport], str] = python_calls
+    said: Callable[[str], str] = str
+
+
+def page(report: SweepReport, background: Background, words: Wording) -> bytes:
     """Return the page in UTF-8."""
+
+    def said(text: str) -> str:
+        return _text(words.said(text))
+
     sections = [
-        ("Result", _result(report)),
-        ("Ranking", _ranking(report)),
+        ("Result", _result(report, words.again(report), said)),
+        ("Ranking", _ranking(report, said)),
         ("Coefficients", _coefficients(report)),
-        ("Geometry of the series", _geometry(background.geometry)),
-        *([] if background.drift is None else [("BatchNorm statistics", _drift(report, background.drift))]),
-        ("Notes", _notes(report)),
+        ("Geometry of the series", _geometry(background.geometry, said)),
+        *([] if background.drift is None else [("BatchNorm statistics", _drift(report, background.drift, said))]),
+        ("Notes", _notes(report, said)),
         ("What was done", _done(report, background)),
     ]
     title = f"Sweep of {len(report.checkpoints)} checkpoints"
@@ -87,11 +119,6 @@ def _text(value: object) -> str:
         each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode() for each in str(value)
     )
     return html.escape(shown)
-
-
-def _said(text: str) -> str:
-    """Return a message of the library, with the options of the command line."""
-    return _text(spelled(text))
 
 
 def _number(value: float | None, form: str = ".6g") -> str:
@@ -131,9 +158,9 @@ def _list(items: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
 
-def _result(report: SweepReport) -> Iterator[str]:
+def _result(report: SweepReport, again: str, said: Said) -> Iterator[str]:
     better = any(each.metric == report.metric and each.shown for each in report.against_last)
-    yield f'<p class="verdict{" shown" if better else ""}">{_said(report.verdict)}</p>'
+    yield f'<p class="verdict{" shown" if better else ""}">{said(report.verdict)}</p>'
     best = next((each for each in report.candidates if each.label == report.best), None)
     direction = "lower" if report.lower_is_better else "higher"
     if best is not None:
@@ -163,7 +190,7 @@ def _result(report: SweepReport) -> Iterator[str]:
             range(1, 7),
         )
     yield "<h3>The best one again</h3>"
-    yield f'<pre class="command"><code>{html.escape(command(report))}</code></pre>'
+    yield f'<pre class="command"><code>{html.escape(again)}</code></pre>'
     yield "<p>A click selects it, to be copied.</p>"
     yield from _curves(report)
 
@@ -201,7 +228,7 @@ def _name(report: SweepReport, each: Ranked) -> str:
     return name + tags + same
 
 
-def _ranking(report: SweepReport) -> Iterator[str]:
+def _ranking(report: SweepReport, said: Said) -> Iterator[str]:
     metric = report.metric or ""
     scored = [each for each in report.candidates if metric in each.metrics]
     others = [*dict.fromkeys(name for each in scored for name in each.metrics if name != metric)]
@@ -236,14 +263,14 @@ def _ranking(report: SweepReport) -> Iterator[str]:
         yield "<h3>Not scored</h3>"
         yield _table(
             ["candidate", "why"],
-            [[_text(each.label), f'<span class="why">{_said(each.error or "")}</span>'] for each in failed],
+            [[_text(each.label), f'<span class="why">{said(each.error or "")}</span>'] for each in failed],
             name="candidates",
         )
     if report.refused:
         yield "<h3>Cannot be made</h3>"
         yield _table(
             ["combination", "why"],
-            [[_text(label), f'<span class="why">{_said(why)}</span>'] for label, why in report.refused.items()],
+            [[_text(label), f'<span class="why">{said(why)}</span>'] for label, why in report.refused.items()],
             name="combinations",
         )
 
@@ -296,9 +323,9 @@ def _coefficients(report: SweepReport) -> Iterator[str]:
         )
 
 
-def _geometry(found: LookReport | str) -> Iterator[str]:
+def _geometry(found: LookReport | str, said: Said) -> Iterator[str]:
     if isinstance(found, str):
-        yield f'<p>It could not be measured: <span class="why">{_said(found)}</span></p>'
+        yield f'<p>It could not be measured: <span class="why">{said(found)}</span></p>'
         return
     yield "<p>Where the checkpoints lie to each other: Euclidean lengths over all parameters together; "
     yield f"weights: {_text(found.state)}. Their mean has {found.mean_norm:.4f} of their norm.</p>"
@@ -327,12 +354,12 @@ def _geometry(found: LookReport | str) -> Iterator[str]:
         yield "<h3>Tensors that move most, relative to their norm</h3>"
         yield _table(["tensor", "spread"], [[_text(name), f"{share:.3%}"] for name, share in moving], [1])
     if found.notes:
-        yield _list(map(_said, found.notes))
+        yield _list(map(said, found.notes))
 
 
-def _drift(report: SweepReport, found: BatchNormReport | str) -> Iterator[str]:
+def _drift(report: SweepReport, found: BatchNormReport | str, said: Said) -> Iterator[str]:
     if isinstance(found, str):
-        yield f'<p>The drift is not known: <span class="why">{_said(found)}</span></p>'
+        yield f'<p>The drift is not known: <span class="why">{said(found)}</span></p>'
         return
     yield (
         f"<p>How far the averaged statistics of {_text(report.best)} are from those that were measured on "
@@ -361,8 +388,8 @@ def _drift(report: SweepReport, found: BatchNormReport | str) -> Iterator[str]:
         )
 
 
-def _notes(report: SweepReport) -> Iterator[str]:
-    yield _list(map(_said, report.notes)) if report.notes else "<p>None.</p>"
+def _notes(report: SweepReport, said: Said) -> Iterator[str]:
+    yield _list(map(said, report.notes)) if report.notes else "<p>None.</p>"
 
 
 def _done(report: SweepReport, background: Background) -> Iterator[str]:
@@ -382,7 +409,7 @@ def _done(report: SweepReport, background: Background) -> Iterator[str]:
         "The best": f"written to {report.out}" if report.written else "not written",
         "Versions": ", ".join(_versions()),
     }
-    yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{_text(said)}</dd>" for name, said in facts.items()) + "</dl>"
+    yield "<dl>" + "".join(f"<dt>{name}</dt><dd>{_text(fact)}</dd>" for name, fact in facts.items()) + "</dl>"
 
 
 def _plain(identity: Mapping[str, Any]) -> str:
