@@ -34,7 +34,7 @@ def _root(colors: dict[str, str]) -> str:
 _TEMPLATE = Template(
     """
 $light
-@media(prefers-color-scheme:dark){$darkfigure svg{filter:invert(.91) hue-rotate(180deg)}}
+@media(prefers-color-scheme:dark){$dark figure svg{filter:invert(.91) hue-rotate(180deg)}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:66rem;padding:1rem 1.25rem 3rem;background:$ground;color:$text;
 font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
@@ -62,7 +62,7 @@ svg.row .minus{fill:$red}.why{white-space:pre-line}
 summary{cursor:pointer;margin:.4rem 0}dt{margin-top:.5rem;font-size:.85rem}dd{margin:0}
 @media(max-width:36rem){body{padding:.5rem .9rem 2rem}td,th{padding-right:.4rem}
 td:first-child:not(.n),.n+td:not(.n){min-width:5rem}td:has(.bar){min-width:2.5rem;width:4rem}svg.row{min-width:7rem}}
-@media print{$papernav{display:none}body{max-width:none;padding:0;font-size:11px}
+@media print{$paper nav{display:none}body{max-width:none;padding:0;font-size:11px}
 tr,figure,.verdict{break-inside:avoid}h2,h3{break-after:avoid}figure svg{filter:none;min-width:0}
 .bar,svg.row,.verdict{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 details::details-content{content-visibility:visible;height:auto}summary{display:none}.wide{overflow:visible}}
