@@ -67,6 +67,7 @@ def sweep(
     """
     arguments.check_folder()
     from ..jobs.sweep.job import sweep as carry_out
+    from ..jobs.sweep.page import Wording
 
     plans: list[SweepReport] = []
 
@@ -75,9 +76,11 @@ def sweep(
         _show_plan(plan, matrix=options["dry_run"])
 
     with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
-        report = carry_out(paths, **options, on_plan=show_plan, **shown)
+        words = Wording(command, arguments.spelled)
+        report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
     if not options["dry_run"]:
-        _show(report, [note for note in report.notes if note not in plans[0].notes])
+        files = [options[name] for name in ("plot", "report", "csv") if options[name] is not None]
+        _show(report, [note for note in report.notes if note not in plans[0].notes], files)
     if json:
         console.print_json(arguments.plain(report))
 
@@ -182,7 +185,7 @@ def _results_table(found: Sequence[Result]) -> Table:
     return table
 
 
-def _show(report: SweepReport, notes: Sequence[str]) -> None:
+def _show(report: SweepReport, notes: Sequence[str], shown: Sequence[str]) -> None:
     metric = report.metric or ""
     console.stderr().print(_ranking(report, metric))
     hidden = len(report.candidates) - _SHOWN
@@ -203,6 +206,8 @@ def _show(report: SweepReport, notes: Sequence[str]) -> None:
             )
     if report.written:
         console.wrote(f"Wrote {report.out}.")
+    for path in shown:
+        console.wrote(f"Wrote {path}.")
     console.say("The best one again:", f"  {command(report)}")
 
 

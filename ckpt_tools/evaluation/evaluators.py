@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.report import BatchNormReport
 from ..checkpoints.open import Checkpoint, open_checkpoint
 from ..errors import CkptError, DataError, NumericsError, UsageError
 from ..formats import read_header
@@ -186,16 +187,23 @@ class Classifier:
 
     def score(self, path: Path, log: Path) -> Scores:
         """Load the weights and run the network; see `Evaluator`. Nothing is logged."""
-        load_weights(self.network, Checkpoint(read_header(path)))
-        if self.images is not None:
-            self.runner.recalibrate(self.images, self.passes, self.estimator, self.on_progress)
-            self.images.check(self.images.broken)
+        if self.images is None:
+            load_weights(self.network, Checkpoint(read_header(path)))
+        else:
+            self.measured(path, self.images)
         found = self.runner.outcomes("evaluating", self.held_out, self.on_progress)
         self.held_out.check(self.held_out.broken)
         samples = {"top1": 100 * found.right.double(), "top5": 100 * found.among.double(), "loss": found.loss}
         if not found.loss.isfinite().all():
             raise NumericsError("the loss is NaN or infinity on some images: are these the statistics of its data?")
         return Scores({name: float(each.mean()) for name, each in samples.items()}, samples)
+
+    def measured(self, path: Path, images: Batches) -> BatchNormReport:
+        """Load the weights, measure the BatchNorm statistics, and return how far they are from those of the file."""
+        load_weights(self.network, Checkpoint(read_header(path)))
+        found = self.runner.recalibrate(images, self.passes, self.estimator, self.on_progress)
+        images.check(images.broken)
+        return found
 
     def end(self) -> None:
         """Nothing: the network runs in the thread that calls it."""

@@ -87,6 +87,32 @@ def paired_interval(
     return Interval(math.fsum(differences.tolist()) / n, low, high)
 
 
+def mean_intervals(
+    values: Tensor, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> list[tuple[float, float]]:
+    """Return the bootstrap interval of the mean of each row (percentiles; Efron 1979), from the same resamples for all.
+
+    Args:
+        values: float [K, N], a value of each of K models for each of N samples.
+        confidence: between 0 and 1.
+        seed: of the resamples; the same seed gives the same intervals.
+    """
+    rows = values.double().cpu()
+    n = rows.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    at_once = max(1, _AT_ONCE // n)
+    for begin in range(0, resamples, at_once):
+        count = min(at_once, resamples - begin)
+        drawn = torch.randint(n, (count, n), generator=generator)
+        # How often each sample is in a resample: a product of matrices gives the means of all models together.
+        times = torch.zeros(count, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+        means.append(times @ rows.T / n)
+    tail = (1 - confidence) / 2
+    ends = torch.quantile(torch.cat(means), torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return [(low, high) for low, high in ends.T.tolist()]
+
+
 def _check(a: Tensor, b: Tensor) -> None:
     if a.dim() != 1 or a.shape != b.shape or not len(a):
         raise DataError(f"the models were evaluated on {list(a.shape)} and {list(b.shape)} samples, not on the same.")

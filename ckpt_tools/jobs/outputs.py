@@ -183,6 +183,15 @@ def _looking_at(target: Path) -> Iterator[None]:
         raise WriteError(f"{target}: cannot be a target ({reason}). Choose another name with `out`.") from error
 
 
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Let errors on a target name this option, where they would name `out`."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(str(error).replace("`out`", f"`{option}`")) from error
+
+
 def _check_replaceable(folder: Path, names: Iterable[str]) -> None:
     """Refuse to replace a folder that holds anything but what takes its place, or an older output of that kind."""
     if folder.is_dir():

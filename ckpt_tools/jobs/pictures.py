@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError, WriteError
-from ..storage.staged import staged_files, write_at
-from .outputs import check_target
+from ..errors import UsageError
+from ..storage.staged import write_file
+from .outputs import check_target, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,21 +70,25 @@ def check_picture(plot: str | Path) -> Path:
     path = Path(plot)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"`plot={os.fspath(plot)!r}`: a picture is {' or '.join(SUFFIXES)}. Give it such a suffix.")
+    lacking = no_matplotlib()
+    if lacking is not None:
+        raise UsageError(f"`plot` needs {lacking}")
+    return path
+
+
+def no_matplotlib() -> str | None:
+    """Return what is to be done to draw pictures, in words; None if matplotlib is there."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise UsageError(
-            f"`plot` needs matplotlib, which cannot be imported ({error}). Install it: {INSTALL}"
-        ) from error
-    return path
+        return f"matplotlib, which cannot be imported ({error}). Install it: {INSTALL}"
+    return None
 
 
 def check_picture_target(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
     """Refuse to write a picture over another file, or into an input; see `check_target`."""
-    try:
+    with named("plot"):
         check_target(path, inputs, nbytes=0, force=force, names=None)
-    except WriteError as error:
-        raise _of_plot(error) from error
 
 
 def write_picture(path: Path, draw: Callable[[Figure], None], *, size: tuple[float, float], force: bool) -> None:
@@ -100,11 +104,8 @@ def write_picture(path: Path, draw: Callable[[Figure], None], *, size: tuple[flo
         WriteError: the system refuses.
     """
     data = rendered(draw, size=size, suffix=path.suffix.lower())
-    try:
-        with staged_files(path, None, [len(data)], force=force) as (_, fds):
-            write_at(fds[0], memoryview(data), 0, path)
-    except WriteError as error:
-        raise _of_plot(error) from error
+    with named("plot"):
+        write_file(path, data, force=force)
 
 
 def rendered(draw: Callable[[Figure], None], *, size: tuple[float, float], suffix: str) -> bytes:
@@ -120,11 +121,6 @@ def rendered(draw: Callable[[Figure], None], *, size: tuple[float, float], suffi
         draw(figure)
         figure.savefig(data, format=suffix.removeprefix("."), metadata=nameless)
     return data.getvalue()
-
-
-def _of_plot(error: WriteError) -> WriteError:
-    """Return an error on a target whose message names `plot`."""
-    return WriteError(str(error).replace("`out`", "`plot`"))
 
 
 def shortened(name: str, most: int) -> str:

@@ -42,6 +42,7 @@ class Candidate:
         coefficients: one per checkpoint.
         notes: decisions to report.
         same: labels of other candidates with the same checkpoints and coefficients.
+        same_options: their options.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Candidate:
     coefficients: tuple[float, ...]
     notes: tuple[str, ...] = ()
     same: tuple[str, ...] = ()
+    same_options: tuple[Mapping[str, Any], ...] = ()
 
     def row(self, members: Sequence[Member]) -> tuple[float, ...]:
         """Return one coefficient for each of these checkpoints, which contain its own; 0 for the others."""
@@ -175,7 +177,11 @@ def _add(found: dict[Any, Candidate], candidate: Candidate) -> None:
     terms = zip(candidate.members, candidate.coefficients, strict=True)
     key = tuple(term for term in terms if term[1])
     known = found.get(key)
-    found[key] = candidate if known is None else replace(known, same=(*known.same, candidate.label))
+    if known is None:
+        found[key] = candidate
+        return
+    options = (*known.same_options, candidate.options)
+    found[key] = replace(known, same=(*known.same, candidate.label), same_options=options)
 
 
 def _candidate(

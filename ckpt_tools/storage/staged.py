@@ -79,6 +79,16 @@ def staged_files(
         _clear(stage, fds)
 
 
+def write_file(target: Path, data: bytes, *, force: bool = False) -> None:
+    """Write a file of these bytes, whole or not at all; see `staged_files`.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    with staged_files(target, None, [len(data)], force=force) as (_, fds):
+        write_at(fds[0], memoryview(data), 0, target)
+
+
 def _clear(stage: Path, fds: list[int]) -> None:
     """Close the descriptors and remove the stage; safe to repeat after an interruption."""
     while fds:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.evaluation.significance import mcnemar, paired_interval
+from ckpt_tools.evaluation.significance import mcnemar, mean_intervals, paired_interval
 
 
 def outcomes(both: int, only_a: int, only_b: int, neither: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,3 +72,17 @@ def test_other_samples_and_no_confidence_are_refused() -> None:
         paired_interval(torch.ones(0), torch.ones(0))
     with pytest.raises(UsageError, match="confidence of 95"):
         paired_interval(torch.ones(3), torch.ones(3), confidence=95)
+
+
+def test_the_intervals_of_means_are_those_of_scipy_and_are_the_same_alone_and_together() -> None:
+    generator = np.random.default_rng(1)
+    values = generator.exponential(1, (3, 400)) * np.array([[1.0], [5.0], [0.1]])
+    found = mean_intervals(torch.from_numpy(values), resamples=8000, seed=5)
+    for row, (low, high) in zip(values, found, strict=True):
+        expected = stats.bootstrap((row,), np.mean, method="percentile", n_resamples=20_000, rng=2).confidence_interval
+        width = expected.high - expected.low
+        assert (low, high) == (
+            pytest.approx(expected.low, abs=0.05 * width),
+            pytest.approx(expected.high, abs=0.05 * width),
+        )
+        assert mean_intervals(torch.from_numpy(row[None]), resamples=8000, seed=5)[0] == pytest.approx((low, high))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
+from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
 from ...errors import UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function
@@ -22,15 +24,20 @@ class Opened:
         evaluator: on the data of the choice.
         test: on the data of the report; None if there are none.
         usual: the metric that decides if none is asked for.
-        recalibrates: BatchNorm statistics are measured before every score.
+        measured: measures the BatchNorm statistics of a checkpoint, as before every score; None if that is not done.
         notes: decisions, in words.
     """
 
     evaluator: Evaluator
     test: Evaluator | None
     usual: str | None = None
-    recalibrates: bool = False
+    measured: Callable[[Path], BatchNormReport] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def recalibrates(self) -> bool:
+        """True if BatchNorm statistics are measured before every score."""
+        return self.measured is not None
 
 
 @contextmanager
@@ -112,7 +119,7 @@ def _classifier(
         }
         runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
 
-        def scoring(data: str) -> Evaluator:
+        def scoring(data: str) -> Classifier:
             held_out = open_batches(data, loading)
             if held_out.once or (statistics is not None and statistics.once):
                 raise UsageError("the data are evaluated many times, and a factory here gives an iterator, not a list.")
@@ -127,11 +134,12 @@ def _classifier(
                 on_progress=on_progress,
             )
 
+        evaluator = scoring(eval_data)
         yield Opened(
-            scoring(eval_data),
+            evaluator,
             None if honesty.test is None else scoring(honesty.test),
             "top1",
-            statistics is not None,
+            None if statistics is None else partial(evaluator.measured, images=statistics),
             tuple(_notes(images.data, eval_data, has_layers=bool(layers))),
         )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.ema_updates import stored_updates
 from ...checkpoints.open import Checkpoint
 from ...compute.threads import check_threads
-from ...errors import SeriesError, UsageError
+from ...errors import CkptError, SeriesError, UsageError
 from ...evaluation.evaluators import Scores
 from ...series.candidates import Candidate, candidates
 from ...series.find import Series, find_series
@@ -28,6 +29,7 @@ from ..reports import Report
 from ..run import write
 from .bench import Aim, Bench
 from .evaluation import Opened, opened
+from .files import Files
 from .making import Maker
 from .options import (
     Evaluation,
@@ -41,9 +43,14 @@ from .options import (
     SweptOutput,
     check,
 )
+from .page import Background
 from .results import Result, Results, alone_in, key_of
 from .running_sum import RunningSum
-from .verdict import Comparison, apart, compared, fallen, in_words
+from .verdict import Comparison, apart, compared, fallen, in_words, intervals
+
+if TYPE_CHECKING:
+    from ...batchnorm.report import BatchNormReport
+    from ..look import LookReport
 
 EDGE = 3
 """Values of an option from which on the best one at an end is told."""
@@ -56,10 +63,12 @@ class Ranked:
     Attributes:
         label: what tells it from the others.
         same: labels of candidates that are the same average.
+        same_options: their options.
         options: of `average`, by which it is made from the same paths; empty for a checkpoint alone, and for a soup.
         checkpoints, coefficients: which, and how much each counts.
         single: a checkpoint alone.
         metrics: on the data by which candidates are chosen; empty before, and if the evaluation failed.
+        low, high: 95 % interval of the metric that decides, over the samples; None without values of samples.
         error: why it has none.
         seconds: that the evaluation took.
         file: where it is kept; None if it is not.
@@ -72,6 +81,9 @@ class Ranked:
     coefficients: tuple[float, ...]
     single: bool
     metrics: Mapping[str, float]
+    same_options: tuple[Mapping[str, Any], ...] = ()
+    low: float | None = None
+    high: float | None = None
     error: str | None = None
     seconds: float = 0.0
     file: str | None = None
@@ -176,11 +188,12 @@ def sweep(
     target = None if output.out is None else Target.of(output.out)
     if target is not None:
         check_target(target.path, series.given, nbytes=0, force=output.force, names=None)
+    files = Files.of(output, series.given)
     maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
     grid = _Grid(series, rules, selections, searching, order, matching, evaluation)
     found, refused = grid.candidates()
     paths_of = [str(path) for path in given]
-    plan = _planned(series, found, refused, maker, grid, output, paths_of)
+    plan = _planned(series, found, refused, maker, grid, output, paths_of, files.notes)
     if running.on_plan is not None:
         running.on_plan(plan)
     if running.dry_run:
@@ -211,6 +224,7 @@ def sweep(
         if target is not None:
             _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
             report = replace(report, written=True)
+        files.write(report, lambda: _background(bench, maker, scoring, given, order, matching), running.on_words)
     return report
 
 
@@ -383,13 +397,15 @@ def _planned(
     grid: _Grid,
     output: SweptOutput,
     paths: Sequence[str],
+    notes: Sequence[str],
 ) -> SweepReport:
     read, written = maker.bytes_moved(found)
+    names = dict(zip(maker.members, grid.names, strict=True))
     return SweepReport(
         checkpoints=tuple(grid.names),
         steps=tuple(member.step for member in series.members),
         ordered_by=series.ordered_by,
-        candidates=tuple(_ranked(each, None, None) for each in found),
+        candidates=tuple(_ranked(each, names, None, None) for each in found),
         refused=refused,
         metric=None,
         lower_is_better=None,
@@ -407,21 +423,30 @@ def _planned(
         reused=0,
         bytes_read=read,
         bytes_written=written,
-        notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes])),
+        notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes, *notes])),
         results=str(Path(output.scratch) / "results.jsonl"),
         out=None if output.out is None else str(output.out),
     )
 
 
-def _ranked(candidate: Candidate, result: Result | None, file: Path | None) -> Ranked:
+def _ranked(
+    candidate: Candidate,
+    names: Mapping[Member, str],
+    result: Result | None,
+    file: Path | None,
+    interval: tuple[float | None, float | None] = (None, None),
+) -> Ranked:
     return Ranked(
         label=candidate.label,
         same=candidate.same,
         options=candidate.options,
-        checkpoints=tuple(short_names([member.path for member in candidate.members])),
+        checkpoints=tuple(names[member] for member in candidate.members),
         coefficients=candidate.coefficients,
         single=len(candidate.members) == 1,
         metrics={} if result is None else result.metrics,
+        same_options=candidate.same_options,
+        low=interval[0],
+        high=interval[1],
         error=None if result is None else result.error,
         seconds=0.0 if result is None else result.seconds,
         file=None if file is None or not file.exists() else str(file),
@@ -451,9 +476,15 @@ def _judged(
     comparisons = compared(scores[best], scores[last], seed=seed) if best is not last else []
     failed = [each for each in bench.found if bench.found[each].error is not None]
     order = [*ranking, *failed]
+    names = dict(zip(maker.members, plan.checkpoints, strict=True))
+    sampled = {each: bench.found[each].samples for each in ranking if bench.found[each].samples}
+    chosen_on = {each: bench.selection(Scores({}, samples)).samples for each, samples in sampled.items()}
+    around = intervals({each: by[aim.metric] for each, by in chosen_on.items() if aim.metric in by}, seed=seed)
     return replace(
         plan,
-        candidates=tuple(_ranked(each, bench.found[each], bench.path(each)) for each in order),
+        candidates=tuple(
+            _ranked(each, names, bench.found[each], bench.path(each), around.get(each, (None, None))) for each in order
+        ),
         metric=aim.metric,
         lower_is_better=aim.lower,
         best=best.label,
@@ -481,18 +512,55 @@ def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: M
     key = key_of(candidate.members, candidate.coefficients, scoring.test.identity)
     known = bench.results.get(key)
     if known is None:
-        path = bench.path(candidate)
-        kept = path.exists()
-        if not kept:
-            maker.make([candidate], [path])
-        try:
+        with _file_of(candidate, bench, maker) as path:
             found = scoring.test.score(path, bench.log(candidate, "test"))
-        finally:
-            if not kept:
-                remove(path)
         known = replace(result, key=key, metrics=found.metrics, samples=found.samples)
         bench.results.add(known)
     return Scores(known.metrics, known.samples)
+
+
+@contextmanager
+def _file_of(candidate: Candidate, bench: Bench, maker: Maker) -> Iterator[Path]:
+    """Give the file of a candidate, made for the while if it was not kept."""
+    path = bench.path(candidate)
+    kept = path.exists()
+    if not kept:
+        maker.make([candidate], [path])
+    try:
+        yield path
+    finally:
+        if not kept:
+            remove(path)
+
+
+def _background(
+    bench: Bench, maker: Maker, scoring: Opened, paths: Sequence[str | Path], order: Order, matching: Matching
+) -> Background:
+    """Measure what the page shows beyond the report: the geometry of the series, and the statistics of the best."""
+    from ..look import look
+
+    geometry: LookReport | str
+    drift: BatchNormReport | str | None = None
+    try:
+        geometry = look(
+            paths,
+            order=order.order,
+            include_outputs=order.include_outputs,
+            state=matching.state,
+            match=matching.match,
+            keys=matching.keys,
+            threads=maker.running.threads,
+        )
+    except CkptError as error:  # a page without it is better than none
+        geometry = str(error)
+    if scoring.measured is not None:
+        try:
+            with _file_of(bench.ranking()[0], bench, maker) as path:
+                drift = scoring.measured(path)
+        except CkptError as error:
+            drift = str(error)
+    test = None if scoring.test is None else scoring.test.identity
+    return Background(scoring.evaluator.identity, test, bench.holdout, geometry, drift)
 
 
 def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool) -> str:

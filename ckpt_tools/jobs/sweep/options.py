@@ -154,6 +154,7 @@ class Sweeping(Summing):
     on_result: Callable[..., None] | None = option(
         "Called after each evaluation with (result, number done, number in all).", None
     )
+    on_words: Any = option("How the page speaks, a ckpt_tools.jobs.sweep.page.Wording.", None)
     device: str = option("Of the sums and the network: auto, cpu, cuda, or one such as cuda:1.", "auto")
     amp: bool = option("Run the network in mixed precision, bfloat16.", False)
     channels_last: bool = option("Memory order of the images.", True)

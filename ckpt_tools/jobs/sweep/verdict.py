@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ...errors import DataError
 from ...evaluation.evaluators import Scores
-from ...evaluation.significance import mcnemar, paired_interval
+from ...evaluation.significance import mcnemar, mean_intervals, paired_interval
 from ...series.metrics import lower_by_name
 
 CONFIDENCE = 0.95
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,16 @@ def _compared(name: str, best: Scores, other: Scores, seed: int) -> Comparison:
         None if right is None else mcnemar(*right),
         len(a),
     )
+
+
+def intervals(values: Mapping[Key, Tensor], *, seed: int) -> dict[Key, tuple[float, float]]:
+    """Return the 95 % interval of each mean, by itself: that of a difference on the same samples is narrower."""
+    found: dict[Key, tuple[float, float]] = {}
+    for n in {len(each) for each in values.values()}:
+        some = [key for key, each in values.items() if len(each) == n]
+        own = mean_intervals(torch.stack([values[key] for key in some]), confidence=CONFIDENCE, seed=seed)
+        found.update(zip(some, own, strict=True))
+    return found
 
 
 def _right(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
