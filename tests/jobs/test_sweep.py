@@ -245,7 +245,7 @@ def test_an_evaluation_may_delete_its_checkpoint(save: Save, here: Path) -> None
 
 def test_two_sweeps_do_not_share_a_folder(save: Save, here: Path) -> None:
     series(save)
-    from ckpt_tools.jobs.sweep.results import alone_in
+    from ckpt_tools.storage.journal import alone_in
 
     with alone_in(Path("ckpt-sweep")), pytest.raises(WriteError, match="another sweep is at work here"):
         sweep("run", last=[2], eval_command=COMMAND, metric="error")

@@ -198,7 +198,7 @@ def test_open_files_refuse_a_file_that_is_another_by_now(tmp_path: Path) -> None
 
 
 def test_only_storage_asks_the_system_for_files() -> None:
-    """Outside storage, `os` serves the environment, paths as text, random bytes and the console alone."""
+    """Outside storage, `os` serves the environment, paths as text, random bytes, processes and the console alone."""
     import ast
 
     package = Path(ckpt_tools.__file__).parent
@@ -213,6 +213,7 @@ def test_only_storage_asks_the_system_for_files() -> None:
         "name",
         "devnull",
         "urandom",
+        "killpg",
     }
     found: dict[str, set[Any]] = {}
     for path in package.rglob("*.py"):

@@ -15,6 +15,7 @@ from ...errors import CkptError, DataError, UsageError, WriteError
 from ...evaluation.evaluators import Evaluator, Scores
 from ...series.candidates import Candidate
 from ...series.metrics import lower_by_name
+from ...storage.journal import make_folder
 from ...storage.staged import remove
 from .making import MOST
 from .results import Result, Results, key_of
@@ -177,7 +178,7 @@ class Bench:
         return min(MOST, room)
 
     def _score(self, candidates: Sequence[Candidate], total: int, make: Make) -> None:
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "logs")
         paths = [self.path(each) for each in candidates]
         for path in paths:  # of a sweep that was killed
             remove(path)

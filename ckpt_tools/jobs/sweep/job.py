@@ -19,6 +19,7 @@ from ...series.member import Member
 from ...series.schedules import Schedule
 from ...series.search import LOG, SCALES, Optimum, golden_section
 from ...series.soup import Soup, greedy
+from ...storage.journal import alone_in
 from ...storage.staged import remove
 from ...tensors import parse_dtype
 from ..lined_up import selected
@@ -44,7 +45,7 @@ from .options import (
     check,
 )
 from .page import Background
-from .results import Result, Results, alone_in, key_of
+from .results import Result, Results, key_of
 from .running_sum import RunningSum
 from .verdict import Comparison, apart, compared, fallen, in_words, intervals
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ReadError, WriteError
+from ...errors import ReadError
 from ...series.member import Member
+from ...storage.journal import append, make_folder
+from ...storage.staged import write_file
 
 RESULTS = "results.jsonl"
 """Name of the file."""
@@ -72,17 +71,17 @@ class Results:
         self._samples = folder / _SAMPLES
         self.torn = 0
         self._known: dict[str, Result] = {}
+        self._sampled: set[str] = set()  # keys of those that have values of samples
         try:
             lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         except OSError as error:
             raise ReadError(f"{self.path}: cannot be read ({error.strerror}).") from error
         for line in lines:
             try:
-                result = _read(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                self._know(_read(record), sampled=bool(record["sampled"]))
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 self.torn += 1
-                continue
-            self._known[result.key] = result
 
     def get(self, key: str) -> Result | None:
         """Return a result with its samples, if there is one that did not fail."""
@@ -91,7 +90,8 @@ class Results:
 
     def every(self) -> list[Result]:
         """Return all results that did not fail, with their samples, in the order in which they came."""
-        return [self._with_samples(each) for each in self._known.values() if each.error is None]
+        found = [self.get(key) for key in self._known]
+        return [each for each in found if each is not None]
 
     def add(self, result: Result) -> None:
         """Append a result, and wait until it is on the disk.
@@ -100,32 +100,30 @@ class Results:
             WriteError: the system refuses.
         """
         record = {name: getattr(result, name) for name in result.__dataclass_fields__ if name != "samples"}
-        try:
-            if result.samples:
-                self._samples.mkdir(exist_ok=True)
-                data = {name: values.tolist() for name, values in result.samples.items()}
-                _write_whole(self._samples / f"{result.key[:24]}.json", json.dumps(data).encode())
-            # A line that a kill has cut off ends here, so that this one is whole.
-            before = b"\n" if self.torn and not self._ends_whole() else b""
-            with self.path.open("ab") as file:
-                file.write(before + json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise WriteError(f"{self.path}: cannot be written ({error.strerror}).") from error
+        if result.samples:
+            data = {name: values.tolist() for name, values in result.samples.items()}
+            make_folder(self._samples)
+            write_file(self._path_of_samples(result), json.dumps(data).encode(), force=True)
+        append(self.path, json.dumps({**record, "sampled": bool(result.samples)}).encode())
+        self._know(result, sampled=bool(result.samples))
+
+    def _know(self, result: Result, *, sampled: bool) -> None:
         self._known[result.key] = result
+        (self._sampled.add if sampled else self._sampled.discard)(result.key)
 
-    def _ends_whole(self) -> bool:
-        return self.path.read_bytes().endswith(b"\n")
+    def _path_of_samples(self, result: Result) -> Path:
+        return self._samples / f"{result.key[:24]}.json"
 
-    def _with_samples(self, result: Result) -> Result:
-        path = self._samples / f"{result.key[:24]}.json"
-        try:
-            data = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+    def _with_samples(self, result: Result) -> Result | None:
+        """Return a result with its samples; None if they are lost."""
+        if result.key not in self._sampled:
             return result
-        samples = {name: torch.tensor(values, dtype=torch.float64) for name, values in data.items()}
-        return Result(**{name: getattr(result, name) for name in result.__dataclass_fields__} | {"samples": samples})
+        try:
+            data = json.loads(self._path_of_samples(result).read_bytes())
+            samples = {str(name): torch.tensor(values, dtype=torch.float64) for name, values in data.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return replace(result, samples=samples)
 
 
 def _read(record: Any) -> Result:
@@ -138,33 +136,3 @@ def _read(record: Any) -> Result:
         seconds=float(record["seconds"]),
         error=None if record["error"] is None else str(record["error"]),
     )
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    part.replace(path)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of a folder.
-
-    Raises:
-        WriteError: one is at work in it, or the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise WriteError(
-            f"{folder}: cannot be used ({error.strerror}). Choose another place with `scratch`."
-        ) from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise WriteError(f"{folder}: another sweep is at work here. Choose another place with `scratch`.") from None
-        yield
-    finally:
-        os.close(lock)

@@ -1,4 +1,4 @@
-"""Running sums: a soup with one more checkpoint is made from the float64 sum of those before it, and that checkpoint."""
+"""Running sums: a soup of one more checkpoint is made from the float64 sum of those before it, and that checkpoint."""
 
 from __future__ import annotations
 
