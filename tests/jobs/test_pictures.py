@@ -59,6 +59,7 @@ def report(n: int, *, outlier: int | None = None, rates: Any = None, name: str =
         one_basin=True,
         outlier=None if outlier is None else name.replace("#", str(outlier)),
         movement={f"model.layers.{i}.self_attention.query_key_value.dense.weight": 0.1 / (i + 1) for i in range(14)},
+        warnings=(),
         notes=(),
         bytes_read=0,
     )

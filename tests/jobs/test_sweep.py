@@ -333,3 +333,14 @@ def test_a_greedy_soup_is_made_from_the_sum_of_those_before_and_one_more(
         ulp = torch.nextafter(alone["w"].abs(), torch.tensor(9.0, dtype=dtype)) - alone["w"].abs()
         assert ((ours["w"] - alone["w"]).abs() <= (4 if dtype == torch.float64 else 1) * ulp).all()
         assert ours.provenance == alone.provenance
+
+
+def test_what_look_tells_of_the_series_is_told(save: Save, here: Path) -> None:
+    series(save)
+    for i in range(N):
+        rate = {"state": {}, "param_groups": [{"lr": 10.0**-i, "params": [0]}]}
+        model = {"w": torch.full((4, 3), 100.0 + (50 if i == 2 else i)), "n": torch.tensor(i)}
+        save(f"run/c-{i}.pth", {"model": model, "step": 100 * i + 100, "optimizer": rate})
+    found = sweep("run", last=[2], eval_function=FUNCTION, in_memory=True)
+    assert any("c-2.pth" in note and "times as far" in note for note in found.notes)
+    assert any("The learning rate" in note for note in found.notes)

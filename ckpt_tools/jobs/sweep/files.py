@@ -62,7 +62,6 @@ class Files:
                 raise UsageError(f"`{name}` and `out` are both {path}: give them different names.")
         notes = []
         if report is not None:
-            notes.append("For the geometry of the series in the page (`report`), all checkpoints are read once more.")
             lacking = no_matplotlib()
             if lacking is not None:
                 notes.append(f"The page has no pictures: they need {lacking}")

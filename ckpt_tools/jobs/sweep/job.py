@@ -218,14 +218,16 @@ def sweep(
             jobs=evaluation.jobs,
             on_result=running.on_result,
         )
+        geometry = _measured(given, order, matching, running.threads)
         bench.scores(found)
         notes = [*grid.search(bench), *grid.soup(bench, maker)]
+        notes += () if isinstance(geometry, str) else geometry.warnings
         shared = {**given_of(matching), **given_of(order), **({} if dtype is None else {"dtype": dtype.name})}
         report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, which, images)
         if target is not None:
             _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
             report = replace(report, written=True)
-        files.write(report, lambda: _background(bench, maker, scoring, given, order, matching), running.on_words)
+        files.write(report, lambda: _background(bench, maker, scoring, geometry), running.on_words)
     return report
 
 
@@ -534,26 +536,27 @@ def _file_of(candidate: Candidate, bench: Bench, maker: Maker) -> Iterator[Path]
             remove(path)
 
 
-def _background(
-    bench: Bench, maker: Maker, scoring: Opened, paths: Sequence[str | Path], order: Order, matching: Matching
-) -> Background:
-    """Measure what the page shows beyond the report: the geometry of the series, and the statistics of the best."""
+def _measured(paths: Sequence[str | Path], order: Order, matching: Matching, threads: int | None) -> LookReport | str:
+    """Measure the geometry of the series; return why, if that cannot be done."""
     from ..look import look
 
-    geometry: LookReport | str
-    drift: BatchNormReport | str | None = None
     try:
-        geometry = look(
+        return look(
             paths,
             order=order.order,
             include_outputs=order.include_outputs,
             state=matching.state,
             match=matching.match,
             keys=matching.keys,
-            threads=maker.running.threads,
+            threads=threads,
         )
-    except CkptError as error:  # a page without it is better than none
-        geometry = str(error)
+    except CkptError as error:  # a sweep without it is better than none
+        return str(error)
+
+
+def _background(bench: Bench, maker: Maker, scoring: Opened, geometry: LookReport | str) -> Background:
+    """Gather what the page shows beyond the report, and measure the statistics of the best."""
+    drift: BatchNormReport | str | None = None
     if scoring.measured is not None:
         try:
             with _file_of(bench.ranking()[0], bench, maker) as path:
