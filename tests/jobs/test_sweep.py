@@ -276,7 +276,7 @@ def test_the_command_ranks_and_ends_with_the_average_to_make(save: Save, here: P
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_that_was_stopped_goes_on(save: Save, here: Path, number: int) -> None:
     series(save)
-    slow = Path("evaluate.py").read_text() + "\ntime.sleep(0.3)\n"
+    slow = Path("evaluate.py").read_text() + "\ntime.sleep(0.15)\n"
     Path("evaluate.py").write_text(slow)
     command = [sys.executable, "-m", "ckpt_tools", "sweep", "run", "--last", "2,3,4,5"]
     command += ["--eval-command", COMMAND, "--metric", "error", "--json"]
