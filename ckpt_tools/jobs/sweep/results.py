@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ class Results:
         for line in lines:
             try:
                 result = _read(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 self.torn += 1
                 continue
             self._known[result.key] = result
@@ -122,19 +123,22 @@ class Results:
         path = self._samples / f"{result.key[:24]}.json"
         try:
             data = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+            samples = {name: torch.tensor(values, dtype=torch.float64) for name, values in data.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError):
             return result
-        samples = {name: torch.tensor(values, dtype=torch.float64) for name, values in data.items()}
         return Result(**{name: getattr(result, name) for name in result.__dataclass_fields__} | {"samples": samples})
 
 
 def _read(record: Any) -> Result:
+    metrics = {str(name): float(value) for name, value in record["metrics"].items()}
+    if not all(map(math.isfinite, metrics.values())) or (record["error"] is None and not metrics):
+        raise ValueError("a result without numbers")
     return Result(
         key=str(record["key"]),
         label=str(record["label"]),
         checkpoints=tuple(record["checkpoints"]),
         coefficients=tuple(map(float, record["coefficients"])),
-        metrics={str(name): float(value) for name, value in record["metrics"].items()},
+        metrics=metrics,
         seconds=float(record["seconds"]),
         error=None if record["error"] is None else str(record["error"]),
     )
