@@ -123,7 +123,7 @@ def test_a_value_of_zero_is_a_value(save: Save, here: Path) -> None:
         json.dumps({"key": "k", "label": "", "checkpoints": [], "coefficients": [], "metrics": [], "seconds": 0}),
         '{"key": "KEY", "label": "", "checkpoints": [], "coefficients": [], "metrics": {"metric": NaN}, "seconds": 0, '
         '"error": null}',
-        '{"key": "KEY", "label": "", "checkpoints": [], "coefficients": [], "metrics": {}, "seconds": 1, "error": null}',
+        '{"key": "KEY", "label": "", "checkpoints": [], "coefficients": [], "metrics": {}, "seconds": 1, "error": null}',  # noqa: E501
         '{"key": "KEY", "label": "", "checkpoints": [], "coefficients": [], "metrics": {"metric": 1' + "0" * 400 + "}}",
     ],
 )
