@@ -249,7 +249,9 @@ def command(report: SweepReport) -> str:
     """Return the command that makes the best candidate; a second one measures its BatchNorm statistics."""
     given = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.options.items()]
     out = report.out or "best.pth"
-    made = " ".join(["ckpt avg", *map(quote, report.paths), *given])
+    made = " ".join(
+        ["ckpt avg", *[quote(f"./{path}" if path.startswith("-") else path) for path in report.paths], *given]
+    )
     if not report.recalibrated:
         return f"{made} -o {quote(out)}"
     recalibrated = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.recalibration.items()]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from .runner import Progress, Runner
 
 PER_SAMPLE = "per_sample"
 """Key of the values of each sample, in what a command prints or a function returns."""
+_READ = 1 << 28  # bytes at the end of what a command printed, for values of many samples
+_PATIENCE = 2.0  # seconds to end by oneself
 _SHOWN = 200  # characters of what a command printed, in a message
 
 
@@ -89,12 +94,17 @@ class Command:
 
     def score(self, path: Path, log: Path) -> Scores:
         """Run the command; see `Evaluator`. It and all that it started are ended at the limit, and by Ctrl-C."""
-        command = self.text.replace("{ckpt}", shlex.quote(str(path)))
+        # A path with a dash in front would be an option; quotes in the command would end those of the path.
+        quoted = shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+        command = re.sub(r"""(["']?)\{ckpt\}\1""", lambda _: quoted, self.text)
         with log.open("w+b") as out, log.with_suffix(".err").open("w+b") as err:
             # A session of its own, so that a signal reaches all that it starts.
-            process = subprocess.Popen(  # noqa: S602 - the user's own command line
-                command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-            )
+            try:
+                process = subprocess.Popen(  # noqa: S602 - the user's own command line
+                    command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                )
+            except (OSError, ValueError) as error:
+                raise UsageError(f"`eval_command` cannot be started ({error}).") from error
             self._running.add(process)
             try:
                 code = process.wait(self.limit)
@@ -106,15 +116,13 @@ class Command:
                 _end(process)
                 self._running.discard(process)
             if code:
-                err.seek(0)
-                said = _tail(err.read())
+                said = _tail(err)
                 why = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
                 raise DataError(f"the evaluation fails ({why}): {said or 'it printed no error'}. See {log}.")
-            out.seek(0)
-            last = _tail(out.read())
+            last = _tail(out)
         try:
             return parsed(json.loads(last))
-        except (ValueError, DataError) as error:
+        except (ValueError, RecursionError, DataError) as error:
             why = str(error) if isinstance(error, DataError) else f"{last[:_SHOWN]!r} is neither a number nor JSON"
             raise DataError(
                 f"the last line of the evaluation should be a number or a JSON object of metrics: "
@@ -238,14 +246,16 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)  # of NumPy and torch, too
-    except (TypeError, ValueError):
+    except OverflowError:  # an integer too large for a float
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
         return None
 
 
 def _samples(name: Any, values: Any, metrics: Mapping[str, float], who: str) -> Tensor:
     try:
         tensor = torch.as_tensor(values, dtype=torch.float64).cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         tensor = torch.empty(0, 0)
     if tensor.dim() != 1 or not len(tensor) or not tensor.isfinite().all():
         raise DataError(f"{who}'{PER_SAMPLE}' for '{name}' that is no list of finite numbers")
@@ -260,9 +270,10 @@ def _samples(name: Any, values: Any, metrics: Mapping[str, float], who: str) -> 
     return tensor
 
 
-def _tail(data: bytes) -> str:
-    """Return the last line that holds anything."""
-    lines = data.decode(errors="replace").strip().splitlines()
+def _tail(file: BinaryIO) -> str:
+    """Return the last line that holds anything, of the end of a file."""
+    file.seek(max(0, file.seek(0, io.SEEK_END) - _READ))
+    lines = file.read().decode(errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else ""
 
 
@@ -273,9 +284,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, number)
         except (ProcessLookupError, PermissionError):
             break
-        try:
-            process.wait(2)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+        until = time.monotonic() + _PATIENCE
+        # The first may end before those that it started.
+        while number == signal.SIGTERM and _left(process) and time.monotonic() < until:
+            time.sleep(0.01)
     process.wait()
+
+
+def _left(process: subprocess.Popen[bytes]) -> bool:
+    """Return True if anything of the session of a process is left."""
+    process.poll()
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True

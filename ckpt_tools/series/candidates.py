@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -147,17 +148,15 @@ def candidates(
     found: dict[Any, Candidate] = {}
     refused: dict[str, CkptError] = {}
     varying = {name for given in (rules, selections) for name, each in given.items() if len(each) > 1}
+    # Before they are listed; options of a mode are combined among themselves.
+    _check_number(math.prod(len(each) for each in selections.values()))
     combinations = [*_schedules(rules)]
     if len({mode for mode, _ in combinations}) > 1:
         varying.add("mode")
     chosen = [*_combinations(selections)]
-    if len(chosen) * len(combinations) > MANY:
-        raise UsageError(
-            f"{len(chosen) * len(combinations)} combinations of these values, and {MANY} are the most. Give fewer "
-            "values, or search one option: `search`."
-        )
+    _check_number(len(chosen) * len(combinations))
     for picked, (mode, of_rule) in itertools.product(chosen, combinations):
-        options = {**picked, "mode": mode, **of_rule}
+        options = {**picked, **(fixed if "best" in picked else {}), "mode": mode, **of_rule}
         label = " ".join(f"{name}={value}" for name, value in options.items() if name in varying) or mode
         try:
             candidate = _candidate(label, options, picked, mode, of_rule, members, numbers_of, fixed)
@@ -172,10 +171,18 @@ def candidates(
     return [*found.values()], {label: str(error) for label, error in refused.items()}
 
 
+def _check_number(combinations: int) -> None:
+    if combinations > MANY:
+        raise UsageError(
+            f"{combinations} combinations of these values, and {MANY} are the most. Give fewer values, or search one "
+            "option: `search`."
+        )
+
+
 def _add(found: dict[Any, Candidate], candidate: Candidate) -> None:
     """Add a candidate, or its label to one with the same checkpoints and coefficients."""
-    terms = zip(candidate.members, candidate.coefficients, strict=True)
-    key = tuple(term for term in terms if term[1])
+    # The last one gives the tensors that are copied, also if it does not count.
+    key = (candidate.members[-1], *zip(candidate.members, candidate.coefficients, strict=True))
     known = found.get(key)
     if known is None:
         found[key] = candidate
@@ -201,7 +208,17 @@ def _candidate(
     own = tuple(choice.of(members, notes))
     numbers = numbers_of(schedule, own)
     notes += schedule.remarks(numbers)
-    return Candidate(label, options, schedule, own, numbers, schedule.coefficients(numbers), tuple(notes))
+    coefficients = schedule.coefficients(numbers)
+    kept = [i for i, coefficient in enumerate(coefficients) if coefficient or i == len(own) - 1]
+    return Candidate(
+        label,
+        options,
+        schedule,
+        tuple(own[i] for i in kept),
+        [numbers[i] for i in kept],
+        tuple(coefficients[i] for i in kept),
+        tuple(notes),
+    )
 
 
 def _schedules(rules: Mapping[str, Values]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -214,6 +231,7 @@ def _schedules(rules: Mapping[str, Values]) -> Iterator[tuple[str, dict[str, Any
             raise UsageError(f"`{name}` goes with {' or '.join(f'`mode={mode!r}`' for mode in taking)}.")
     for mode in dict.fromkeys(modes):
         own = _names_of(SCHEDULES[mode]) if mode in SCHEDULES else []
+        _check_number(math.prod(len(each) for name, each in options.items() if name in own))
         for combination in _combinations({name: each for name, each in options.items() if name in own}):
             yield mode, combination
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ...errors import CkptError, DataError, UsageError, WriteError
 from ...evaluation.evaluators import Evaluator, Scores
@@ -73,6 +74,7 @@ class Bench:
         make: writes candidates to paths, reading the inputs once.
         nbytes: of a candidate.
         suffix: of its file; empty for a folder.
+        made: what else their bytes depend on, as plain data.
         evaluator: scores them.
         usual: metric of its kind of evaluation.
         results: of this sweep and those before it.
@@ -87,6 +89,7 @@ class Bench:
     make: Make
     nbytes: int
     suffix: str
+    made: Mapping[str, str]
     evaluator: Evaluator
     usual: str | None
     results: Results
@@ -116,7 +119,8 @@ class Bench:
             if candidate in self.found:
                 continue
             known = self.results.get(self.key(candidate))
-            if known is None:
+            # A holdout is of samples, whose file may be gone.
+            if known is None or (self.holdout is not None and not known.samples):
                 waiting.append(candidate)
             else:
                 self.reused += 1
@@ -134,8 +138,11 @@ class Bench:
 
     def key(self, candidate: Candidate) -> str:
         """Return the key of a candidate's result."""
-        evaluation = {**self.evaluator.identity, "holdout": self.holdout}
-        return key_of(candidate.members, candidate.coefficients, evaluation)
+        return self.key_by({**self.evaluator.identity, "holdout": self.holdout}, candidate)
+
+    def key_by(self, evaluation: Mapping[str, Any], candidate: Candidate) -> str:
+        """Return the key of a candidate's result by an evaluation."""
+        return key_of(candidate.members, candidate.coefficients, {**evaluation, "made": dict(self.made)})
 
     @property
     def chosen(self) -> Aim:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...checkpoints.ema_updates import stored_updates
 from ...checkpoints.open import Checkpoint
 from ...compute.threads import check_threads
-from ...errors import CkptError, SeriesError, UsageError
+from ...errors import AlignmentError, CkptError, SeriesError, UsageError
 from ...evaluation.evaluators import Scores
 from ...series.candidates import Candidate, candidates
 from ...series.find import Series, find_series
@@ -45,7 +45,7 @@ from .options import (
     check,
 )
 from .page import Background
-from .results import Result, Results, key_of
+from .results import Result, Results
 from .running_sum import RunningSum
 from .verdict import Comparison, apart, compared, fallen, in_words, intervals
 
@@ -191,6 +191,7 @@ def sweep(
         check_target(target.path, series.given, nbytes=0, force=output.force, names=None)
     files = Files.of(output, series.given)
     maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
+    _refuse_other_names(maker)
     grid = _Grid(series, rules, selections, searching, order, matching, evaluation)
     found, refused = grid.candidates()
     paths_of = [str(path) for path in given]
@@ -202,11 +203,13 @@ def sweep(
     folder = Path(output.scratch)
     show = running.on_progress or (lambda *_: None)
     example = Checkpoint(series.members[-1].header, state_of(matching))
+    made = {**given_of(matching), **({} if dtype is None else {"dtype": dtype.name})}
     with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as scoring:
         bench = Bench(
             make=lambda some, places: maker.make(some, places, lambda done, total: show("averaging", done, total)),
             nbytes=plan.bytes_written // max(plan.evaluations, 1),
             suffix=maker.suffix,
+            made={name: repr(value) for name, value in made.items()},
             evaluator=scoring.evaluator,
             usual=scoring.usual,
             results=Results(folder),
@@ -222,13 +225,25 @@ def sweep(
         bench.scores(found)
         notes = [*grid.search(bench), *grid.soup(bench, maker)]
         notes += () if isinstance(geometry, str) else geometry.warnings
-        shared = {**given_of(matching), **given_of(order), **({} if dtype is None else {"dtype": dtype.name})}
+        shared = {**made, **given_of(order)}
+        shared.pop("metrics", None)  # of `best`, and among the options of its candidates
         report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, which, images)
         if target is not None:
             _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
             report = replace(report, written=True)
         files.write(report, lambda: _background(bench, maker, scoring, geometry), running.on_words)
     return report
+
+
+def _refuse_other_names(maker: Maker) -> None:
+    """Refuse a series in which names differ: which names an average has would depend on the checkpoints in it."""
+    aligned = maker.lined_up.aligned
+    name = next(iter([*maker.lined_up.left_out, *(name for name, each in aligned.items() if None in each)]), None)
+    if name is not None:
+        raise AlignmentError(
+            f"only some checkpoints of the series have '{name}', so its averages would have different tensors, and "
+            f"`keys={maker.matching.keys!r}` does not go with a sweep. Give only checkpoints that have the same names."
+        )
 
 
 def given_of(*groups: Options) -> dict[str, Any]:
@@ -261,7 +276,10 @@ class _Grid:
     ) -> None:
         self._series, self._matching, self._searching = series, matching, searching
         self._rules, self._selections = rules.values, selections.values
-        self._fixed: dict[str, Any] = {"metrics": order.metrics, "lower_is_better": evaluation.lower_is_better}
+        self._fixed: dict[str, Any] = {
+            "metrics": None if order.metrics is None else str(order.metrics),
+            "lower_is_better": evaluation.lower_is_better,
+        }
         if evaluation.metric is not None:
             self._fixed["metric"] = evaluation.metric
         self.names = short_names([member.path for member in series.members])
@@ -493,7 +511,7 @@ def _judged(
         best=best.label,
         best_single=singles[0].label if singles else None,
         last=last.label,
-        verdict=_verdict(comparisons, aim, last.label, other_data=other_data),
+        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error),
         against_last=tuple(comparisons),
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
@@ -509,14 +527,22 @@ def _judged(
 def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: Maker, honesty: Honesty) -> Scores:
     """Score a candidate on the data of the report; on those of the choice if there are no others."""
     result = bench.found[candidate]
+    if result.error is not None:
+        return Scores({})
     if scoring.test is None:
         scores = Scores(result.metrics, result.samples)
         return scores if bench.holdout is None else apart(scores, *bench.holdout, held_out=True)
-    key = key_of(candidate.members, candidate.coefficients, scoring.test.identity)
+    key = bench.key_by(scoring.test.identity, candidate)
     known = bench.results.get(key)
     if known is None:
-        with _file_of(candidate, bench, maker) as path:
-            found = scoring.test.score(path, bench.log(candidate, "test"))
+        try:
+            with _file_of(candidate, bench, maker) as path:
+                found = scoring.test.score(path, bench.log(candidate, "test"))
+        except CkptError as error:
+            raise type(error)(
+                f"`test` of {candidate.label}: {error} All scores are kept in {bench.results.path}, and the same sweep "
+                "goes on from there."
+            ) from error
         known = replace(result, key=key, metrics=found.metrics, samples=found.samples)
         bench.results.add(known)
     return Scores(known.metrics, known.samples)
@@ -567,7 +593,9 @@ def _background(bench: Bench, maker: Maker, scoring: Opened, geometry: LookRepor
     return Background(scoring.evaluator.identity, test, bench.holdout, geometry, drift)
 
 
-def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool) -> str:
+def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool, error: str | None) -> str:
+    if error is not None:
+        return f"The last checkpoint ({last}) could not be scored, so there is nothing to compare the best with."
     if not comparisons:
         return f"The last checkpoint ({last}) is the best: none of these averages is better."
     found = next((each for each in comparisons if each.metric == aim.metric), None)

@@ -17,7 +17,9 @@ class Values(Options):
 
     def __init__(self, **given: Any) -> None:
         known = {each.name: each for each in self._single()}
-        found = {name: values(known[name], each) for name, each in given.items() if each not in (None, False)}
+        found = {
+            name: values(known[name], each) for name, each in given.items() if each is not None and each is not False
+        }
         super().__init__()
         vars(self).update(_values=found)
 

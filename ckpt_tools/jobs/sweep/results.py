@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,7 +81,7 @@ class Results:
             try:
                 record = json.loads(line)
                 self._know(_read(record), sampled=bool(record["sampled"]))
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 self.torn += 1
 
     def get(self, key: str) -> Result | None:
@@ -121,18 +122,21 @@ class Results:
         try:
             data = json.loads(self._path_of_samples(result).read_bytes())
             samples = {str(name): torch.tensor(values, dtype=torch.float64) for name, values in data.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError):
             return None
         return replace(result, samples=samples)
 
 
 def _read(record: Any) -> Result:
+    metrics = {str(name): float(value) for name, value in record["metrics"].items()}
+    if not all(map(math.isfinite, metrics.values())) or (record["error"] is None and not metrics):
+        raise ValueError("a result without numbers")
     return Result(
         key=str(record["key"]),
         label=str(record["label"]),
         checkpoints=tuple(record["checkpoints"]),
         coefficients=tuple(map(float, record["coefficients"])),
-        metrics={str(name): float(value) for name, value in record["metrics"].items()},
+        metrics=metrics,
         seconds=float(record["seconds"]),
         error=None if record["error"] is None else str(record["error"]),
     )

@@ -15,6 +15,8 @@ from ...evaluation.significance import mcnemar, mean_intervals, paired_interval
 from ...series.metrics import lower_by_name
 
 CONFIDENCE = 0.95
+FEWEST = 6
+"""Samples that can show a difference: as many all on one side have a chance of 2 ** -5 to be so by accident."""
 Key = TypeVar("Key")
 
 
@@ -42,8 +44,9 @@ class Comparison:
 
     @property
     def shown(self) -> bool:
-        """True if the interval leaves no difference out."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        """True if the interval leaves no difference out, and there are samples enough to tell."""
+        enough = self.samples is not None and self.samples >= FEWEST
+        return enough and self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def compared(best: Scores, other: Scores, *, seed: int) -> list[Comparison]:
@@ -87,7 +90,8 @@ def intervals(values: Mapping[Key, Tensor], *, seed: int) -> dict[Key, tuple[flo
 def _right(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return which samples each has right, if all values are 0 or one other, as 1 or 100; else None."""
     found = torch.unique(torch.cat([a, b]))
-    return (a != 0, b != 0) if len(found) <= 2 and bool((found == 0).any() or len(found) == 1) else None
+    right = [each for each in found.tolist() if each]
+    return (a != 0, b != 0) if right in ([], [1.0], [100.0]) else None
 
 
 def apart(scores: Scores, part: float, seed: int, *, held_out: bool) -> Scores:
