@@ -134,6 +134,14 @@ def test_a_search_finds_the_optimum_in_few_evaluations(save: Save, here: Path) -
     assert any(note.startswith("Search of decay") for note in found.notes)
 
 
+def test_a_search_takes_amounts_and_names_with_dashes(save: Save, here: Path) -> None:
+    series(save)
+    found = sweep("run", half_life="50,1k", search="half-life", eval_function=FUNCTION, in_memory=True, evaluations=4)
+    values = [each.options["half_life"] for each in found.candidates if "half_life" in each.options]
+    assert len(values) == 4
+    assert all(50 < value < 1000 for value in values)
+
+
 def test_a_search_that_ends_at_its_edge_says_so(save: Save, here: Path) -> None:
     series(save)
     found = sweep("run", decay=[0.01, 0.2], search="decay", eval_function=FUNCTION, in_memory=True)
@@ -204,6 +212,8 @@ def test_if_all_evaluations_fail_the_first_reason_is_the_error(save: Save, here:
         ({"eval_command": COMMAND, "holdout": 0.5, "test": COMMAND}, UsageError, "two ways to one end"),
         ({"eval_command": COMMAND, "search": "decay", "last": [2, 3]}, UsageError, "`last` has several"),
         ({"eval_command": COMMAND, "search": "half_life"}, UsageError, "needs two numbers, the ends"),
+        ({"eval_command": COMMAND, "search": "last"}, UsageError, "`search='last'`: one of decay, half_life"),
+        ({"eval_command": COMMAND, "search": "half-life", "half_life": "1%,5%"}, UsageError, "not parts of the run"),
         ({"eval_command": COMMAND, "decay": "often"}, UsageError, "'often'` is not a number"),
         ({"eval_command": COMMAND, "mode": "uniform", "decay": 0.5}, UsageError, "`decay` goes with `mode='ema'`"),
         ({"eval_command": COMMAND, "window": "10"}, SeriesError, "only run/c-5.pth is in it"),

@@ -16,6 +16,7 @@ from ...evaluation.evaluators import Scores
 from ...series.candidates import Candidate, candidates
 from ...series.find import Series, find_series
 from ...series.member import Member
+from ...series.rules.amounts import parse_span
 from ...series.schedules import Schedule
 from ...series.search import LOG, SCALES, Optimum, golden_section
 from ...series.soup import Soup, greedy
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from ...batchnorm.report import BatchNormReport
     from ..look import LookReport
 
+SEARCHED = ("decay", "half_life", "sigma_rel", "gamma", "warmup_gamma", "warmup_power", "min_decay")
+"""Options that can be searched."""
 EDGE = 3
 """Values of an option from which on the best one at an end is told."""
 
@@ -227,7 +230,9 @@ def sweep(
         notes += () if isinstance(geometry, str) else geometry.warnings
         shared = {**made, **given_of(order)}
         shared.pop("metrics", None)  # of `best`, and among the options of its candidates
-        report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, which, images)
+        how = {name: value for name, value in given_of(running).items() if name in ("device", "amp", "channels_last")}
+        recalibration = {**given_of(which, images), **how} if scoring.recalibrates else {}
+        report = _judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, recalibration)
         if target is not None:
             _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
             report = replace(report, written=True)
@@ -284,8 +289,9 @@ class _Grid:
             self._fixed["metric"] = evaluation.metric
         self.names = short_names([member.path for member in series.members])
         self._range: tuple[float, float] | None = None
-        if searching.search is not None:
-            self._range = self._bounds(searching.search)
+        self._searched = None if searching.search is None else searching.search.replace("-", "_")
+        if self._searched is not None:
+            self._range = self._bounds(self._searched)
 
     @property
     def further(self) -> int:
@@ -295,19 +301,19 @@ class _Grid:
 
     def candidates(self) -> tuple[list[Candidate], dict[str, str]]:
         """Return the combinations that do not depend on scores, and why others cannot be made."""
-        rules = {name: each for name, each in self._rules.items() if name != self._searching.search}
+        rules = {name: each for name, each in self._rules.items() if name != self._searched}
         if self._range is not None and not rules and not self._selections:
             rules = {"mode": ["uniform"]}
         return self._made(rules, self._selections)
 
     def search(self, bench: Bench) -> Iterator[str]:
         """Search for the best value of one option, and say what was found."""
-        name = self._searching.search
+        name = self._searched
         if name is None or self._range is None:
             return
         rules = {other: each for other, each in self._rules.items() if other != name}
         search = golden_section(*self._range, evaluations=self._searching.evaluations, scale=SCALES.get(name, LOG))
-        asked, values = next(search), {}
+        asked = next(search)
         while True:
             made = []
             for value in asked:
@@ -319,7 +325,6 @@ class _Grid:
                     raise UsageError(f"`search={name!r}` at {short:g}: {next(iter(refused.values()))}")
                 own = replace(found[0], label=f"{name}={short:g}")
                 made.append(own)
-                values[value] = short
             results = bench.scores(made)
             aim = bench.aim
             try:
@@ -378,7 +383,9 @@ class _Grid:
         Raises:
             UsageError: there are none, or other options have several values.
         """
-        given = self._rules.get(name)
+        if name not in SEARCHED:
+            raise UsageError(f"`search={name!r}`: one of {', '.join(SEARCHED)}.")
+        given = [_number(name, each) for each in self._rules.get(name, ())]
         n = len(self._series.members)
         usual = {"decay": (0.3, 1 - 1 / (2 * n)), "sigma_rel": (0.01, 0.28)}.get(name)
         others = [
@@ -389,11 +396,24 @@ class _Grid:
         ]
         if others:
             raise UsageError(f"`search={name!r}` takes one value of every other option, and `{others[0]}` has several.")
-        if given is None and usual is not None:
+        if not given and usual is not None:
             return usual
-        if given is None or len(given) != 2 or not all(isinstance(each, (int, float)) for each in given):
-            raise UsageError(f"`search={name!r}` needs two numbers, the ends of the search, such as `{name}=0.01,0.2`.")
-        return float(given[0]), float(given[1])
+        if len(given) != 2:
+            raise UsageError(
+                f"`search={name!r}` needs two numbers, the ends of the search: `{name}` with one value below and one "
+                "above what may be best, and a comma between them."
+            )
+        return given[0], given[1]
+
+
+def _number(name: str, value: Any) -> float:
+    """Return an end of a search, which may be a number of steps such as 20k."""
+    if isinstance(value, str):
+        amount = parse_span(name, value)
+        if amount.share:
+            raise UsageError(f"`{name}={value!r}`: the ends of a search are numbers of steps, not parts of the run.")
+        return amount.value
+    return float(value)
 
 
 def _of_optimum(name: str, found: Optimum) -> Iterator[str]:
@@ -483,8 +503,7 @@ def _judged(
     seed: int,
     notes: Sequence[str],
     shared: Mapping[str, Any],
-    which: Network,
-    images: SweptImages,
+    recalibration: Mapping[str, Any],
 ) -> SweepReport:
     """Rank the candidates, and compare the best with the last checkpoint, on other data if there are any."""
     ranking = bench.ranking()
@@ -516,7 +535,7 @@ def _judged(
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
         options={**best.options, **shared} if best.options else shared,
-        recalibration=given_of(which, images) if scoring.recalibrates else {},
+        recalibration=recalibration,
         recalibrated=scoring.recalibrates,
         evaluations=len(bench.found) - bench.reused,
         reused=bench.reused,
@@ -617,11 +636,9 @@ def _warnings(
     if bench.results.torn:
         yield f"{bench.results.path}: {bench.results.torn} lines were cut off, as by a kill, and are passed over."
     for name, value in best.options.items():
-        swept = {
-            each.options[name]
-            for each in bench.found
-            if name in each.options and isinstance(each.options[name], (int, float))
-        }
+        swept = dict.fromkeys(each.options[name] for each in bench.found if name in each.options)
+        if not all(isinstance(each, (int, float)) for each in swept):
+            continue
         if len(swept) >= EDGE and value in (min(swept), max(swept)):
             end = "lowest" if value == min(swept) else "highest"
             yield f"{name}={value:g} is the {end} value that was tried: the best one may lie beyond it."
