@@ -144,8 +144,15 @@ def loader(): return torch.utils.data.DataLoader(Slow(), batch_size=4, num_worke
 """
 
 
-@pytest.mark.parametrize("factory", ["make", "workers", "loader"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("factory", "number", "code"),
+    [
+        ("make", signal.SIGINT, 130),
+        ("workers", signal.SIGINT, 130),
+        ("loader", signal.SIGINT, 130),
+        ("loader", signal.SIGTERM, 143),
+    ],
+)
 def test_recal_bn_leaves_nothing_on_a_signal(
     averaged: Path, tmp_path: Path, number: signal.Signals, code: int, factory: str
 ) -> None:
