@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .jobs.look import LookReport, look
     from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
     from .jobs.strip import StripReport, strip
-    from .jobs.sweep.job import SweepReport, sweep
+    from .jobs.sweep.job import sweep
+    from .jobs.sweep.report import SweepReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,7 +62,7 @@ _HOMES = {
     "diff": "jobs.diff",
     "LookReport": "jobs.look",
     "look": "jobs.look",
-    "SweepReport": "jobs.sweep.job",
+    "SweepReport": "jobs.sweep.report",
     "sweep": "jobs.sweep.job",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",

@@ -116,3 +116,15 @@ def same_bits(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> b
         and a[k].contiguous().reshape(-1).view(torch.uint8).equal(b[k].contiguous().reshape(-1).view(torch.uint8))
         for k in a
     )
+
+
+@pytest.fixture(params=["native", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test of sums holds with the C extension and without it."""
+    from ckpt_tools.compute import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_native", None)
+    elif native._native is None:
+        pytest.skip("installed without a C compiler")
+    return str(request.param)

@@ -29,7 +29,7 @@ from .recal_bn import number_of_images
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..jobs.sweep.job import Ranked, SweepReport
+    from ..jobs.sweep.report import Ranked, SweepReport
     from ..jobs.sweep.results import Result
 
 _SHADES = " ░▒▓█"

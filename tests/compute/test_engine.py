@@ -32,15 +32,7 @@ from ckpt_tools.tensors import DTYPES, TensorSpec
 
 Save = Callable[..., Path]
 
-
-@pytest.fixture(params=["native", "torch"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything holds with the C extension and without it."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "_native", None)
-    return str(request.param)
-
-
+pytestmark = pytest.mark.usefixtures("way")
 RELAXED = settings(max_examples=40)
 
 

@@ -34,16 +34,6 @@ WHOLE = ["int64", "uint8", "bool"]
 Row = tuple[float, ...]
 
 
-@pytest.fixture(params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything holds with the C extension and without it."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "_native", None)
-    elif native._native is None:
-        pytest.skip("installed without a C compiler")
-    return str(request.param)
-
-
 def numbers(dtype: str, shape: Sequence[int], seed: int) -> torch.Tensor:
     """Finite numbers, some of them zeros of either sign."""
     kind = getattr(torch, dtype)

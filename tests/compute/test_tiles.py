@@ -29,16 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 RELAXED = settings(max_examples=60)
 
 
-@pytest.fixture(params=["native", "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Everything holds with the C extension and without it."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "_native", None)
-    elif native._native is None:
-        pytest.skip("installed without a C compiler")
-    return str(request.param)
-
-
 def numbers(dtype: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
     """Make a tensor of finite numbers."""
     kind = getattr(torch, dtype)

@@ -27,9 +27,10 @@ from ckpt_tools.errors import CkptError, UsageError, WriteError
 from ckpt_tools.jobs.look import LookReport, look
 from ckpt_tools.jobs.pictures import rendered
 from ckpt_tools.jobs.sweep.files import ranking
-from ckpt_tools.jobs.sweep.job import Ranked, SweepReport, sweep
+from ckpt_tools.jobs.sweep.job import sweep
 from ckpt_tools.jobs.sweep.page import Background, Wording, page
 from ckpt_tools.jobs.sweep.picture import curves, draw, size
+from ckpt_tools.jobs.sweep.report import Ranked, SweepReport
 from ckpt_tools.jobs.sweep.verdict import Comparison
 
 pytest.importorskip("matplotlib")

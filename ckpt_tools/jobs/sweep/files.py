@@ -19,7 +19,7 @@ from .options import SweptOutput
 from .page import Background, Wording, page
 
 if TYPE_CHECKING:
-    from .job import SweepReport
+    from .report import SweepReport
 
 _SUFFIXES = {"report": (".html", ".htm"), "csv": (".csv",)}
 

@@ -123,11 +123,6 @@ class Maker:
             written += sum(each.nbytes for each in assemblies)
         return read, written
 
-    @property
-    def complete(self) -> bool:
-        """True if every checkpoint has every tensor."""
-        return all(None not in inputs for inputs in self.lined_up.aligned.values())
-
     def spec(self, name: str, member: Member) -> TensorSpec:
         """Return a tensor of a checkpoint; all of them have it."""
         inputs, i = self.lined_up.aligned[name], self.members.index(member)

@@ -31,7 +31,7 @@ class Values(Options):
     @classmethod
     def _single(cls) -> tuple[Option, ...]:
         """Return the options as an average has them."""
-        raise NotImplementedError
+        return ()
 
     @classmethod
     def options(cls) -> tuple[Option, ...]:

@@ -20,7 +20,7 @@ from ..pictures import no_matplotlib, rendered
 from .page_style import STYLE
 
 if TYPE_CHECKING:
-    from .job import Ranked, SweepReport
+    from .report import Ranked, SweepReport
 
 Said = Callable[[str], str]
 """From a message to what is shown, escaped."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .job import Ranked, SweepReport
+    from .report import Ranked, SweepReport
 
 _MOST_LINES = len(LINES)
 _MOST_BANDS = 3

@@ -1,0 +1,215 @@
+"""Judging: from the scores of a bench to a ranking, a comparison with the last checkpoint, and warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import CkptError
+from ...evaluation.evaluators import Scores
+from ...series.candidates import Candidate
+from ...series.find import Series
+from ...series.member import Member
+from ...storage.staged import remove
+from .bench import Aim, Bench
+from .evaluation import Opened
+from .grid import Grid
+from .making import Maker
+from .options import Honesty, SweptOutput
+from .report import Ranked, SweepReport
+from .results import Result
+from .verdict import Comparison, apart, compared, fallen, in_words, intervals
+
+EDGE = 3
+"""Values of an option from which on the best one at an end is told."""
+
+
+def planned(
+    series: Series,
+    found: Sequence[Candidate],
+    refused: Mapping[str, str],
+    maker: Maker,
+    grid: Grid,
+    output: SweptOutput,
+    paths: Sequence[str],
+    notes: Sequence[str],
+) -> SweepReport:
+    read, written = maker.bytes_moved(found)
+    names = dict(zip(maker.members, grid.names, strict=True))
+    return SweepReport(
+        checkpoints=tuple(grid.names),
+        steps=tuple(member.step for member in series.members),
+        ordered_by=series.ordered_by,
+        candidates=tuple(_ranked(each, names, None, None) for each in found),
+        refused=refused,
+        metric=None,
+        lower_is_better=None,
+        best=None,
+        best_single=None,
+        last=grid.names[-1],
+        verdict="",
+        against_last=(),
+        other_data=False,
+        paths=tuple(paths),
+        options={},
+        recalibration={},
+        recalibrated=False,
+        evaluations=len(found) + grid.further,
+        reused=0,
+        bytes_read=read,
+        bytes_written=written,
+        notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes, *notes])),
+        results=str(Path(output.scratch) / "results.jsonl"),
+        out=None if output.out is None else str(output.out),
+    )
+
+
+def _ranked(
+    candidate: Candidate,
+    names: Mapping[Member, str],
+    result: Result | None,
+    file: Path | None,
+    interval: tuple[float | None, float | None] = (None, None),
+) -> Ranked:
+    return Ranked(
+        label=candidate.label,
+        same=candidate.same,
+        options=candidate.options,
+        checkpoints=tuple(names[member] for member in candidate.members),
+        coefficients=candidate.coefficients,
+        single=len(candidate.members) == 1,
+        metrics={} if result is None else result.metrics,
+        same_options=candidate.same_options,
+        low=interval[0],
+        high=interval[1],
+        error=None if result is None else result.error,
+        seconds=0.0 if result is None else result.seconds,
+        file=None if file is None or not file.exists() else str(file),
+    )
+
+
+def judged(
+    plan: SweepReport,
+    bench: Bench,
+    scoring: Opened,
+    maker: Maker,
+    honesty: Honesty,
+    seed: int,
+    notes: Sequence[str],
+    shared: Mapping[str, Any],
+    recalibration: Mapping[str, Any],
+) -> SweepReport:
+    """Rank the candidates, and compare the best with the last checkpoint, on other data if there are any."""
+    ranking = bench.ranking()
+    aim = bench.chosen
+    best = ranking[0]
+    singles = [each for each in ranking if len(each.members) == 1]
+    last = next(each for each in bench.found if each.members == maker.members[-1:])
+    scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
+    other_data = scoring.test is not None or honesty.holdout is not None
+    comparisons = compared(scores[best], scores[last], seed=seed) if best is not last else []
+    failed = [each for each in bench.found if bench.found[each].error is not None]
+    order = [*ranking, *failed]
+    names = dict(zip(maker.members, plan.checkpoints, strict=True))
+    sampled = {each: bench.found[each].samples for each in ranking if bench.found[each].samples}
+    chosen_on = {each: bench.selection(Scores({}, samples)).samples for each, samples in sampled.items()}
+    around = intervals({each: by[aim.metric] for each, by in chosen_on.items() if aim.metric in by}, seed=seed)
+    return replace(
+        plan,
+        candidates=tuple(
+            _ranked(each, names, bench.found[each], bench.path(each), around.get(each, (None, None))) for each in order
+        ),
+        metric=aim.metric,
+        lower_is_better=aim.lower,
+        best=best.label,
+        best_single=singles[0].label if singles else None,
+        last=last.label,
+        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error),
+        against_last=tuple(comparisons),
+        other_data=other_data,
+        paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
+        options={**best.options, **shared} if best.options else shared,
+        recalibration=recalibration,
+        recalibrated=scoring.recalibrates,
+        evaluations=len(bench.found) - bench.reused,
+        reused=bench.reused,
+        notes=tuple(dict.fromkeys([*plan.notes, *scoring.notes, *notes, *_warnings(bench, best, failed, comparisons)])),
+    )
+
+
+def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: Maker, honesty: Honesty) -> Scores:
+    """Score a candidate on the data of the report; on those of the choice if there are no others."""
+    result = bench.found[candidate]
+    if result.error is not None:
+        return Scores({})
+    if scoring.test is None:
+        scores = Scores(result.metrics, result.samples)
+        return scores if bench.holdout is None else apart(scores, *bench.holdout, held_out=True)
+    key = bench.key_by(scoring.test.identity, candidate)
+    known = bench.results.get(key)
+    if known is None:
+        try:
+            with file_of(candidate, bench, maker) as path:
+                found = scoring.test.score(path, bench.log(candidate, "test"))
+        except CkptError as error:
+            raise type(error)(
+                f"`test` of {candidate.label}: {error} All scores are kept in {bench.results.path}, and the same sweep "
+                "goes on from there."
+            ) from error
+        known = replace(result, key=key, metrics=found.metrics, samples=found.samples)
+        bench.results.add(known)
+    return Scores(known.metrics, known.samples)
+
+
+@contextmanager
+def file_of(candidate: Candidate, bench: Bench, maker: Maker) -> Iterator[Path]:
+    """Give the file of a candidate, made for the while if it was not kept."""
+    path = bench.path(candidate)
+    kept = path.exists()
+    if not kept:
+        maker.make([candidate], [path])
+    try:
+        yield path
+    finally:
+        if not kept:
+            remove(path)
+
+
+def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_data: bool, error: str | None) -> str:
+    if error is not None:
+        return f"The last checkpoint ({last}) could not be scored, so there is nothing to compare the best with."
+    if not comparisons:
+        return f"The last checkpoint ({last}) is the best: none of these averages is better."
+    found = next((each for each in comparisons if each.metric == aim.metric), None)
+    if found is None:
+        return f"The evaluation on other data gives no '{aim.metric}', so there is nothing to compare."
+    said = in_words(found, lower_is_better=aim.lower, other=f"the last checkpoint ({last})")
+    if other_data:
+        return said
+    return f"{said} The best was chosen on the same data, which flatters it: give other data with `test`, or `holdout`."
+
+
+def _warnings(
+    bench: Bench, best: Candidate, failed: Sequence[Candidate], comparisons: Sequence[Comparison]
+) -> Iterator[str]:
+    if failed:
+        first = bench.found[failed[0]]
+        others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+        yield f"Not scored: {first.label} ({first.error}){others}."
+    if bench.results.torn:
+        yield f"{bench.results.path}: {bench.results.torn} lines were cut off, as by a kill, and are passed over."
+    for name, value in best.options.items():
+        swept = dict.fromkeys(each.options[name] for each in bench.found if name in each.options)
+        if not all(isinstance(each, (int, float)) for each in swept):
+            continue
+        if len(swept) >= EDGE and value in (min(swept), max(swept)):
+            end = "lowest" if value == min(swept) else "highest"
+            yield f"{name}={value:g} is the {end} value that was tried: the best one may lie beyond it."
+    aim = bench.aim
+    if aim is not None:
+        worse = [*fallen({each.metric: each for each in comparisons}, aim.metric)]
+        if worse:
+            yield f"Other metrics are worse than those of the last checkpoint: {', '.join(worse)}."
