@@ -43,17 +43,10 @@ def _root(
     pass
 
 
-class _Stopped(BaseException):
-    """A signal to stop, as an exception, so that half-written files go before the process does."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 def _stop(number: int, _frame: FrameType | None) -> None:
     for each in console.STOPPING:  # once is enough: a second one would break off the cleaning up
         signal.signal(each, lambda *_: None)
-    raise _Stopped(number)
+    raise console.Stopped(number)
 
 
 def main() -> None:
@@ -72,9 +65,9 @@ def main() -> None:
     except CkptError as error:
         console.say(f"Error: {arguments.spelled(str(error))}")
         sys.exit(error.exit_code)
-    except _Stopped as stopped:
+    except console.Stopped as stopped:
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
-        console.say(f"{what}; nothing was written.")
+        console.say(f"{what}; {stopped.left}.")
         sys.exit(128 + stopped.number)
     finally:
         console.let_end()

@@ -92,6 +92,19 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 """Signals by which people and programs stop a run."""
 
 
+class Stopped(BaseException):
+    """A signal to stop, as an exception, so that half-written files go before the process does.
+
+    Attributes:
+        number: of the signal.
+        left: what a command leaves behind, in words.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.left = "nothing was written"
+
+
 def let_end() -> None:
     """Ignore signals to stop from here on: the output is complete, or gone."""
     for each in STOPPING:

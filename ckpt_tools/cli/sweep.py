@@ -75,9 +75,14 @@ def sweep(
         plans.append(plan)
         _show_plan(plan, matrix=options["dry_run"])
 
-    with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
-        words = Wording(command, arguments.spelled)
-        report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
+    words = Wording(command, arguments.spelled)
+    try:
+        with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
+            report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
+    except console.Stopped as stopped:
+        if plans and not options["dry_run"]:
+            stopped.left = f"the scores so far are in {plans[0].results}, and the same command goes on"
+        raise
     if not options["dry_run"]:
         files = [options[name] for name in ("plot", "report", "csv") if options[name] is not None]
         _show(report, [note for note in report.notes if note not in plans[0].notes], files)
@@ -142,7 +147,8 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
 
         def line(result: Result, done: int, total: int) -> None:
             before.append(done - 1)
-            said = result.error or ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items())
+            metrics = ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items())
+            said = metrics if result.error is None else result.error.rstrip(".")
             console.say(f"{done} of {total}: {result.label}: {said}{left(done, total, before[0])}")
 
         yield {"on_result": line}

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -131,8 +132,7 @@ class Command:
 
     def end(self) -> None:
         """End the commands that run; see `Evaluator`."""
-        for process in [*self._running]:
-            _end(process)
+        _end(*self._running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,18 +277,20 @@ def _tail(file: BinaryIO) -> str:
     return lines[-1].strip() if lines else ""
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all of its session that is left."""
+def _end(*processes: subprocess.Popen[bytes]) -> None:
+    """End processes, and all of their sessions that is left, at the same time."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            break
+        for process in processes:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
         until = time.monotonic() + _PATIENCE
-        # The first may end before those that it started.
-        while number == signal.SIGTERM and _left(process) and time.monotonic() < until:
+        # A process may end before those that it started.
+        while number == signal.SIGTERM and any([*map(_left, processes)]) and time.monotonic() < until:
             time.sleep(0.01)
-    process.wait()
+        if not any(map(_left, processes)):
+            break
+    for process in processes:
+        process.wait()
 
 
 def _left(process: subprocess.Popen[bytes]) -> bool:

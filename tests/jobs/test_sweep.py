@@ -296,9 +296,12 @@ def test_a_sweep_that_was_stopped_goes_on(save: Save, here: Path, number: int) -
     while not (results.exists() and len(results.read_bytes().splitlines()) >= 2) and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(number)
-    process.communicate(timeout=PATIENCE)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     if number == signal.SIGINT:
+        assert said.decode().splitlines()[-1] == (
+            "Interrupted; the scores so far are in ckpt-sweep/results.jsonl, and the same command goes on."
+        )
         assert not [*Path("ckpt-sweep").glob("*.pth")][1:]
     before = len(results.read_bytes().splitlines())
     with results.open("ab") as file:

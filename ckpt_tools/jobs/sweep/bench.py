@@ -179,7 +179,7 @@ class Bench:
         room = int(0.95 * free / max(self.nbytes, 1))
         if room < 1:
             raise WriteError(
-                f"{self.folder}: {free / 1e9:.3g} GB are free, and a candidate takes {self.nbytes / 1e9:.3g} GB. "
+                f"{self.folder}: {free:,} bytes are free, and a candidate takes {self.nbytes:,}. "
                 "Choose another place with `scratch`."
             )
         return min(MOST, room)
