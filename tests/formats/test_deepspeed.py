@@ -1,71 +1,47 @@
-"""DeepSpeed: what all ranks saved is read as the whole float32 weights, or refused."""
+"""DeepSpeed: what all ranks saved is read as the whole float32 weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from zero_files import Arrays, arrays, fragment_address, load, save, save_universal, save_zero
+from zero_files import (
+    BUFFERS,
+    FROZEN,
+    GROUPS,
+    Arrays,
+    arrays,
+    edit,
+    equal,
+    fragment_address,
+    full,
+    load,
+    masters,
+    save,
+    save_universal,
+    save_zero,
+    whole,
+)
 
 from ckpt_tools import average, convert, diff, open_checkpoint
 from ckpt_tools.errors import (
-    CkptError,
     CorruptError,
     LayoutError,
     NotACheckpointError,
     ReadError,
     UnsupportedError,
-    UsageError,
 )
 from ckpt_tools.formats import read_header
-from ckpt_tools.jobs.fix_prefix import fix_prefix
 from ckpt_tools.jobs.inspect import describe
-from ckpt_tools.jobs.strip import strip
 from ckpt_tools.series.find import find_series
-
-GROUPS = [
-    arrays({"embed.weight": (13, 7), "norm.weight": (7,), "one": (1,), "conv.weight": (3, 2, 5)}, 1),
-    arrays({"conv.bias": (3,), "head.bias": (13,)}, 2),
-]
-FROZEN = arrays({"frozen.weight": (5, 3), "frozen.bias": (5,)}, 3)
-BUFFERS = {"norm.running_mean": torch.rand(7).bfloat16(), "norm.num_batches_tracked": torch.tensor(4)}
-SHARED = {"head.weight": "embed.weight"}
-STEP = {"stage": 3, "ranks": 3}
-
-
-def whole(groups: Sequence[Arrays] = GROUPS) -> dict[str, np.ndarray]:
-    return {name: each for group in groups for name, each in group.items()}
-
-
-def masters(frozen: Arrays = FROZEN) -> dict[str, torch.Tensor]:
-    """What zero_to_fp32.py writes, in its order: all in float32."""
-    expected = {name: t.float() if t.is_floating_point() else t for name, t in BUFFERS.items()}
-    expected |= {name: torch.from_numpy(each).bfloat16().float() for name, each in frozen.items()}
-    expected |= {name: torch.from_numpy(each) for name, each in whole().items()}
-    return expected | {"head.weight": expected["embed.weight"]}
-
-
-def full(folder: Path, **options: Any) -> Path:
-    return save_zero(folder, GROUPS, **{"frozen": FROZEN, "buffers": BUFFERS, "shared": SHARED} | STEP | options)
-
-
-def equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
-    return list(found) == list(expected) and all(
-        found[n].dtype == t.dtype and found[n].shape == t.shape and torch.equal(found[n], t)
-        for n, t in expected.items()
-    )
-
 
 # Reading
 
@@ -399,418 +375,3 @@ def test_a_universal_copy_counts_once(here: Path, stage: int) -> None:
     assert series.notes == tuple(
         f"run/global_step{i}_universal is run/global_step{i} again (the same weights): counted once." for i in (1, 2)
     )
-
-
-# Refusals
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the state of an optimizer, or the model states, in place."""
-    states = load(path)
-    change(states.get("optimizer_state_dict", states))
-    save(path, states)
-
-
-def of(rank: int, what: str = "optim") -> str:
-    return f"{'bf16_' if what == 'optim' else ''}zero_pp_rank_{rank}_mp_rank_00_{what}_states.pt"
-
-
-def without_paddings(folder: Path) -> None:
-    """As before version 0.19."""
-    for path in folder.glob("*_optim_states.pt"):
-        edit(path, lambda state: state.pop("param_alignment_paddings"))
-
-
-MODEL = "mp_rank_00_model_states.pt"
-Damage = Callable[[Path], Any]
-
-
-def step_of(path: Path, step: int, *, each: bool = False) -> None:
-    """Have the optimizer count its steps: in its groups as FusedAdam, or for each parameter as DeepSpeedCPUAdam."""
-
-    def count(state: Any) -> None:
-        own = state["base_optimizer_state" if "base_optimizer_state" in state else "optimizer_state_dict"]
-        for entry in own["state"].values() if each else own["param_groups"]:
-            entry["step"] = step
-
-    edit(path, count)
-
-
-DAMAGED: dict[str, tuple[int, Damage, str]] = {
-    "a rank is missing": (
-        2,
-        lambda folder: (folder / of(1)).unlink(),
-        rf"folder: {of(1)} is missing; {of(0)} is of 3 ranks\. Was the save interrupted",
-    ),
-    "the first rank is missing": (3, lambda folder: (folder / of(0)).unlink(), rf"{of(0)} is missing"),
-    "the last model states are missing": (
-        3,
-        lambda folder: (folder / of(2, "model")).unlink(),
-        rf"folder: {of(2, 'model')} is missing; {of(0)} is of 3 ranks",
-    ),
-    "a rank too much": (
-        2,
-        lambda folder: (folder / of(3)).write_bytes((folder / of(2)).read_bytes()),
-        rf"folder: {of(0)} is of 3 ranks, and there is {of(3)}\. The folder has files of two saves",
-    ),
-    "two files of a rank": (
-        2,
-        lambda folder: (folder / of(1).removeprefix("bf16_")).write_bytes((folder / of(1)).read_bytes()),
-        r"folder: bf16_.* and zero_pp_rank_1_.* are of the same rank",
-    ),
-    "another number of ranks": (
-        2,
-        lambda folder: edit(folder / of(1), lambda state: state.update(partition_count=[2, 2])),
-        rf"folder: {of(0)} is of stage 2 with 3 ranks, and {of(1)} of stage 2 with 2",
-    ),
-    "another stage": (
-        2,
-        lambda folder: edit(folder / of(2), lambda state: state.update(zero_stage=1)),
-        rf"folder: {of(0)} is of stage 2 with 3 ranks, and {of(2)} of stage 1 with 3",
-    ),
-    "model states of another stage": (
-        2,
-        lambda folder: (folder / MODEL).rename(folder / of(0, "model")),
-        rf"{of(0)} is of stage 2, and {of(0, 'model')} is of another one",
-    ),
-    "model states of two stages": (
-        3,
-        lambda folder: (folder / MODEL).write_bytes((folder / of(0, "model")).read_bytes()),
-        "has the model states of stage 3, and those of another stage",
-    ),
-    "no model states": (2, lambda folder: (folder / MODEL).unlink(), r"folder: has no \*_model_states\.pt"),
-    "no optimizer states": (
-        2,
-        lambda folder: [path.unlink() for path in folder.glob("*_optim_*")],
-        r"folder: has no \*_optim_states\.pt, which have the float32 weights",
-    ),
-    "no module": (2, lambda folder: edit(folder / MODEL, lambda states: states.pop("module")), "has no 'module', so"),
-    "an older rank": (
-        2,
-        lambda folder: edit(
-            folder / of(1), lambda state: state["base_optimizer_state"]["param_groups"][0].update(lr=0.5)
-        ),
-        rf"folder: {of(0)} and {of(1)} differ in their learning rates",
-    ),
-    "older model states": (
-        3,
-        lambda folder: edit(folder / of(2, "model"), lambda states: states.update(global_steps=0)),
-        rf"folder: {of(0, 'model')} and {of(2, 'model')} differ in their 'global_steps'",
-    ),
-    "other shapes": (
-        3,
-        lambda folder: edit(folder / of(1, "model"), lambda states: states["param_shapes"][0].popitem()),
-        rf"{of(0, 'model')} and {of(1, 'model')} differ in their 'param_shapes'",
-    ),
-    "a short partition in the middle": (
-        2,
-        lambda folder: edit(
-            folder / of(1),
-            lambda state: state.update(
-                single_partition_of_fp32_groups=[each[:-1] for each in state["single_partition_of_fp32_groups"]]
-            ),
-        ),
-        "the partitions of group 0 have 44, 43, 41 elements, and all but the last ones have to be equal",
-    ),
-    "an empty first partition": (
-        2,
-        lambda folder: edit(
-            folder / of(0), lambda state: state.update(single_partition_of_fp32_groups=[torch.zeros(0)] * 2)
-        ),
-        "the partitions of group 0 have 0, 44, 41 elements",
-    ),
-    "a parameter less": (
-        2,
-        lambda folder: (
-            without_paddings(folder),
-            edit(folder / MODEL, lambda states: states["param_shapes"][0].pop("conv.weight")),
-        ),
-        "the partitions of group 0 have 129 elements, and its parameters 99",
-    ),
-    "a parameter more": (
-        2,
-        lambda folder: (
-            without_paddings(folder),
-            edit(folder / MODEL, lambda states: states["param_shapes"][0].update(more=torch.Size([2]))),
-        ),
-        "the partitions of group 0 have 129 elements, and its parameters 131",
-    ),
-    "two parameters in another order": (
-        2,
-        lambda folder: edit(folder / MODEL, lambda states: states["param_shapes"][0].move_to_end("embed.weight")),
-        r"by the shapes, 'norm\.weight' has elements 0 to 7 of the partition of rank 0, and by its 'param_slice",
-    ),
-    "a group less": (
-        2,
-        lambda folder: edit(folder / MODEL, lambda states: states["param_shapes"].pop()),
-        "there are 1 groups of parameters, and 2 of partitions",
-    ),
-    "a flat tensor less": (
-        3,
-        lambda folder: edit(folder / of(1), lambda state: state["fp32_flat_groups"].pop()),
-        "differ in their number of flat tensors",
-    ),
-    "a part of another size": (
-        3,
-        lambda folder: edit(folder / of(1), lambda state: state["fp32_flat_groups"].append(torch.zeros(4))),
-        "differ in their number of flat tensors",
-    ),
-    "parts that do not add up": (
-        3,
-        lambda folder: edit(folder / of(1), lambda state: state["fp32_flat_groups"].__setitem__(1, torch.zeros(5))),
-        "the partitions of rank 1 have 45, 5 elements, and its parts of the parameters 45, 6",
-    ),
-    "a frozen parameter is missing": (
-        3,
-        lambda folder: edit(folder / of(1, "model"), lambda states: states["frozen_param_fragments"].clear()),
-        r"lacks the frozen parameter 'frozen\.weight'",
-    ),
-    "a frozen parameter of another size": (
-        3,
-        lambda folder: edit(
-            folder / of(1, "model"),
-            lambda states: states["frozen_param_fragments"].update({"frozen.bias": torch.zeros(3)}),
-        ),
-        r"the frozen parameter 'frozen\.bias' of shape \[5\] has parts of shapes \[2\], \[3\], \[2\]",
-    ),
-    "partitions of two dtypes": (
-        3,
-        lambda folder: edit(
-            folder / of(1),
-            lambda state: state.update(fp32_flat_groups=[each.half() for each in state["fp32_flat_groups"]]),
-        ),
-        r"'embed\.weight' of shape \[13, 7\] has 91 elements of dtype float32 and float16",
-    ),
-    "partitions that are not flat": (
-        3,
-        lambda folder: edit(folder / of(1), lambda state: state["fp32_flat_groups"].__setitem__(0, torch.zeros(45, 1))),
-        "its 'fp32_flat_groups' are no flat tensors",
-    ),
-    "partitions that are missing": (
-        3,
-        lambda folder: edit(folder / of(1), lambda state: state.pop("fp32_flat_groups")),
-        r"has no 'optimizer_state_dict\.fp32_flat_groups' as DeepSpeed writes it",
-    ),
-    "shapes that are none": (
-        3,
-        lambda folder: edit(folder / of(0, "model"), lambda states: states["param_shapes"][0].update(one=(-1,))),
-        "'param_shapes' or 'frozen_param_shapes' are no shapes",
-    ),
-    "one name twice": (
-        2,
-        lambda folder: edit(folder / MODEL, lambda states: states["param_shapes"][1].update(one=torch.Size([1]))),
-        "'one' is twice in its 'param_shapes'",
-    ),
-    "paddings that are none": (
-        2,
-        lambda folder: edit(folder / of(0), lambda state: state.update(param_alignment_paddings=[[0, -1, 0, 1], []])),
-        "its 'param_alignment_paddings' do not fit its parameters",
-    ),
-    "no stage": (
-        3,
-        lambda folder: edit(folder / of(0), lambda state: state.pop("zero_stage")),
-        "does not say its 'zero_stage' or 'partition_count'",
-    ),
-    "no number of ranks": (
-        2,
-        lambda folder: edit(folder / of(0), lambda state: state.update(partition_count=[["two"], -1])),
-        "does not say its 'zero_stage' or 'partition_count'",
-    ),
-    "a truncated file": (
-        2,
-        lambda folder: (folder / of(1)).write_bytes((folder / of(1)).read_bytes()[:-100]),
-        r"optim_states\.pt: truncated|optim_states\.pt: .*damaged",
-    ),
-    "ranks of two steps, by the optimizer's count": (
-        2,
-        lambda folder: [step_of(folder / of(rank), 100 + rank) for rank in range(3)],
-        "differ in their steps.*files of two saves",
-    ),
-    "ranks of two steps, by the count of each parameter": (
-        3,
-        lambda folder: [step_of(folder / of(rank), 100 + (rank == 2), each=True) for rank in range(3)],
-        "differ in their steps.*files of two saves",
-    ),
-    "an empty file": (2, lambda folder: (folder / of(1)).write_bytes(b""), r"optim_states\.pt: empty file"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_ranks_that_do_not_fit_together_are_refused(tmp_path: Path, case: str) -> None:
-    stage, damage, message = DAMAGED[case]
-    folder = full(tmp_path / "folder", stage=stage)
-    damage(folder)
-    with pytest.raises(CorruptError, match=message):
-        read_header(folder)
-
-
-OTHERS: dict[str, tuple[Damage, str]] = {
-    "tensor parallel": (
-        lambda folder: (folder / MODEL.replace("00", "01")).write_bytes((folder / MODEL).read_bytes()),
-        r"folder: weights are split over model-parallel ranks \(mp_rank_01_.*ds_to_universal\.py, and give its folder",
-    ),
-    "one rank of a tensor parallel model": (
-        lambda folder: edit(folder / MODEL, lambda states: states.update(mp_world_size=2)),
-        r"states\.pt: says that weights are split \('mp_world_size'\)\. Make a universal",
-    ),
-    "a pipeline of one stage for each rank": (
-        lambda folder: (folder / "mp_rank_00_001_model_states.pt").touch(),
-        r"folder: has the layers of a pipeline, in mp_rank_00_001",
-    ),
-    "optimizer states of experts": (
-        lambda folder: (folder / "expp_rank_0_mp_rank_00_optim_states.pt").touch(),
-        "folder: a mixture of experts",
-    ),
-    "groups over other ranks": (
-        lambda folder: [
-            edit(path, lambda state: state.update(partition_count=[3, 1])) for path in folder.glob("*_optim_*")
-        ],
-        "its groups are split over 1 and over 3 ranks, as those of a mixture of experts",
-    ),
-    "experts over the ranks": (
-        lambda folder: edit(folder / MODEL, lambda states: states.update(ds_autoep_layers=[{"moe_layer_id": 0}])),
-        "its experts are split over the ranks in another way",
-    ),
-    "experts of stage 3": (
-        lambda folder: edit(folder / of(0), lambda state: state.update(ds_zero_partition_groups=[{}])),
-        "its experts are split over the ranks in another way",
-    ),
-    "another file": (
-        lambda folder: (folder / "my_model_states.pt").touch(),
-        r"my_model_states\.pt is no file that DeepSpeed writes",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_weights_that_are_split_in_another_way_are_refused(tmp_path: Path, case: str) -> None:
-    damage, message = OTHERS[case]
-    folder = full(tmp_path / "folder", stage=2)
-    damage(folder)
-    with pytest.raises(UnsupportedError, match=message):
-        read_header(folder)
-
-
-def test_a_universal_checkpoint_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    source = full(tmp_path / "step", stage=2)
-    folder = save_universal(source, tmp_path / "universal", GROUPS, stage=2)
-    (folder / "zero" / "what").mkdir()
-    save(folder / "zero" / "what" / "fp32.pt", torch.zeros(1))
-    with pytest.raises(CorruptError, match=r"universal: zero/what is of no parameter in its \*_model_states"):
-        read_header(folder)
-    (folder / "zero" / "what" / "fp32.pt").unlink()
-    read_header(folder)
-    save(folder / "zero" / "one" / "fp32.pt", {"param": [1.0]})
-    with pytest.raises(CorruptError, match=r"one/fp32\.pt: has no tensor, and 'one' has the shape \[1\]"):
-        read_header(folder)
-    (folder / "zero" / "one" / "fp32.pt").unlink()
-    with pytest.raises(CorruptError, match=r"universal: zero/one/fp32\.pt is missing\. Was the save interrupted"):
-        read_header(folder)
-
-
-def test_a_universal_checkpoint_of_round_robin_is_refused(tmp_path: Path) -> None:
-    """ds_to_universal.py of DeepSpeed 0.19 takes the slices of another order than that of the partitions."""
-    source = full(tmp_path / "step", stage=2)
-    edit(source / MODEL, lambda states: states["ds_config"]["zero_optimization"].update(round_robin_gradients=True))
-    folder = save_universal(source, tmp_path / "universal", GROUPS, stage=2)
-    with pytest.raises(
-        UnsupportedError, match="universal: with round_robin_gradients, as here, .* mixes the parameters"
-    ):
-        read_header(folder)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_strip_does_not_say_that_there_is_nothing_to_strip(tmp_path: Path, stage: int) -> None:
-    with pytest.raises(UsageError, match="a deepspeed checkpoint, which is read, not written"):
-        strip(full(tmp_path / "step", stage=stage))
-
-
-@pytest.mark.parametrize("job", [strip, fix_prefix])
-@pytest.mark.parametrize("out", ["o.pth", "o"])
-def test_no_folder_of_ranks_is_written(here: Path, job: Callable[..., Any], out: str) -> None:
-    full(Path("step"))
-    with pytest.raises(UsageError, match=r"step: a deepspeed checkpoint, which is read, not written\. Make plain wei"):
-        job("step", out=out)
-    with pytest.raises(UnsupportedError, match=r"step: a DeepSpeed checkpoint, with names in many files\. Convert it"):
-        fix_prefix("step")
-
-
-# Files of one rank
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_file_of_one_rank_names_the_folder(tmp_path: Path, stage: int, ranks: int) -> None:
-    folder = full(tmp_path / "step", stage=stage, ranks=ranks)
-    for path in folder.iterdir():
-        with pytest.raises(CkptError, match=rf"{path.name}.*{re.escape(str(folder))}(\. |$)") as caught:
-            average(path, out=tmp_path / "o.pth")
-        assert ("state='module'" in str(caught.value)) == (path.name == MODEL)
-        with pytest.raises(LayoutError, match=rf"{path.name}: the .* states .*: {re.escape(str(folder))}$"):
-            open_checkpoint(path)
-    if ranks == 2:
-        with pytest.raises(CkptError, match=rf"differ only in the rank.* Give the folder: {re.escape(str(folder))}$"):
-            average([*folder.glob("*_optim_states.pt")], out=tmp_path / "o.pth")
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_model_states_alone_say_that_the_others_are_not_there(tmp_path: Path, stage: int) -> None:
-    folder = full(tmp_path / "step", stage=stage, ranks=1)
-    for path in [*folder.glob("*_model_states.pt")]:
-        alone = tmp_path / path.name
-        path.rename(alone)
-        with pytest.raises(LayoutError, match="which are not here. Give the folder that has those of all ranks"):
-            open_checkpoint(alone)
-
-
-# Hostile numbers
-
-HOSTILE = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.floats(),
-    st.text(max_size=3),
-    st.integers(),
-    st.sampled_from([-1, 1 << 31, 1 << 64, 10**5000]),
-    st.lists(st.integers(-1, 3), max_size=3),
-    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
-    st.builds(lambda n: torch.zeros(n), st.integers(0, 50)),
-)
-KEYS = (
-    "module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params",
-    "mp_world_size", "global_steps", "ds_config", "ds_autoep_layers",
-    "zero_stage", "partition_count", "param_alignment_paddings", "param_slice_mappings",
-    "single_partition_of_fp32_groups", "fp32_flat_groups", "base_optimizer_state", "optimizer_state_dict",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    return {stage: full(tmp_path_factory.mktemp("sound") / "step", stage=stage, ranks=2) for stage in (2, 3)}
-
-
-@settings(max_examples=150)
-@given(st.sampled_from([2, 3]), st.sampled_from(KEYS), HOSTILE, st.data())
-def test_any_value_in_the_files_is_read_or_refused(
-    sound: dict[int, Path], tmp_path_factory: pytest.TempPathFactory, stage: int, key: str, value: Any, data: Any
-) -> None:
-    folder = tmp_path_factory.mktemp("hostile")
-    for path in sound[stage].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
-    deeper = data.draw(st.booleans())
-
-    def change(states: dict[str, Any]) -> None:
-        inner = states.get(key)
-        if deeper and isinstance(inner, list) and inner:
-            inner[0] = value
-        elif deeper and isinstance(inner, dict) and inner:
-            inner[next(iter(inner))] = value
-        else:
-            states[key] = value
-
-    edit(path, change)
-    with suppress(CkptError):
-        describe(read_header(folder))
-        for name in (found := open_checkpoint(folder)):
-            assert found[name].shape == found.specs[name].shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,3 +205,44 @@ def save_universal(source: Path, folder: Path, groups: Sequence[Arrays], *, stag
         save(folder / "zero" / name / "fp32.pt", tensor.reshape(-1) if stage == 3 else {"cat_dim": 0, "param": tensor})
         save(folder / "zero" / name / "exp_avg.pt", torch.ones(each.size))
     return folder
+
+
+# A small model over two groups of parameters, with all that a checkpoint may hold beside them.
+GROUPS = [
+    arrays({"embed.weight": (13, 7), "norm.weight": (7,), "one": (1,), "conv.weight": (3, 2, 5)}, 1),
+    arrays({"conv.bias": (3,), "head.bias": (13,)}, 2),
+]
+FROZEN = arrays({"frozen.weight": (5, 3), "frozen.bias": (5,)}, 3)
+BUFFERS = {"norm.running_mean": torch.rand(7).bfloat16(), "norm.num_batches_tracked": torch.tensor(4)}
+SHARED = {"head.weight": "embed.weight"}
+STEP = {"stage": 3, "ranks": 3}
+
+
+def whole(groups: Sequence[Arrays] = GROUPS) -> dict[str, np.ndarray]:
+    return {name: each for group in groups for name, each in group.items()}
+
+
+def masters(frozen: Arrays = FROZEN) -> dict[str, torch.Tensor]:
+    """What zero_to_fp32.py writes, in its order: all in float32."""
+    expected = {name: t.float() if t.is_floating_point() else t for name, t in BUFFERS.items()}
+    expected |= {name: torch.from_numpy(each).bfloat16().float() for name, each in frozen.items()}
+    expected |= {name: torch.from_numpy(each) for name, each in whole().items()}
+    return expected | {"head.weight": expected["embed.weight"]}
+
+
+def full(folder: Path, **options: Any) -> Path:
+    return save_zero(folder, GROUPS, **{"frozen": FROZEN, "buffers": BUFFERS, "shared": SHARED} | STEP | options)
+
+
+def equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    return list(found) == list(expected) and all(
+        found[n].dtype == t.dtype and found[n].shape == t.shape and torch.equal(found[n], t)
+        for n, t in expected.items()
+    )
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the state of an optimizer, or the model states, in place."""
+    states = load(path)
+    change(states.get("optimizer_state_dict", states))
+    save(path, states)
