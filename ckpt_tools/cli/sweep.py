@@ -11,18 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..jobs.options import Matching, Network
-from ..jobs.sweep.options import (
-    Evaluation,
-    Honesty,
-    Order,
-    Rules,
-    Searching,
-    Selections,
-    Sweeping,
-    SweptImages,
-    SweptOutput,
-)
+from ..jobs.sweep.options import GROUPS
 from . import arguments, console
 from .recal_bn import number_of_images
 
@@ -37,20 +26,7 @@ _SHOWN = 20  # rows of a ranking
 _LIVE = 10  # rows while it runs
 
 
-@arguments.with_options(
-    Rules,
-    Selections,
-    Searching,
-    Order,
-    Matching,
-    Evaluation,
-    Honesty,
-    Network,
-    SweptImages,
-    SweptOutput,
-    Sweeping,
-    images=number_of_images,
-)
+@arguments.with_options(*GROUPS, images=number_of_images)
 def sweep(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")

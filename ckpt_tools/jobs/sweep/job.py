@@ -25,6 +25,7 @@ from .grid import Grid
 from .judging import file_of, judged, planned
 from .making import Maker
 from .options import (
+    GROUPS,
     Evaluation,
     Honesty,
     Order,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from ..look import LookReport
 
 
-@takes(Rules, Selections, Searching, Order, Matching, Evaluation, Honesty, Network, SweptImages, SweptOutput, Sweeping)
+@takes(*GROUPS)
 def sweep(
     paths: str | Path | Iterable[str | Path],
     rules: Rules,

@@ -9,7 +9,7 @@ from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
 from ...series.rules.rule import Option
 from ...series.schedules import SCHEDULES, Schedule
-from ..options import Images, Options, Output, Selection, Summing, option
+from ..options import Images, Matching, Network, Options, Output, Selection, Summing, option
 
 
 class Values(Options):
@@ -160,6 +160,12 @@ class Sweeping(Summing):
     device: str = option("Of the sums and the network: auto, cpu, cuda, or one such as cuda:1.", "auto")
     amp: bool = option("Run the network in mixed precision, bfloat16.", False)
     channels_last: bool = option("Memory order of the images.", True)
+
+
+GROUPS = (
+    Rules, Selections, Searching, Order, Matching, Evaluation, Honesty, Network, SweptImages, SweptOutput, Sweeping,
+)  # fmt: skip
+"""All options of a sweep, in the order of its parameters and of its help."""
 
 
 def check(evaluation: Evaluation, honesty: Honesty, output: SweptOutput, searching: Searching) -> None:
