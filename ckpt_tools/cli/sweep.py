@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +53,7 @@ def sweep(
 
     words = Wording(command, arguments.spelled)
     try:
-        with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
+        with _live() as shown, console.printing_to_stderr():  # the user's own code
             report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
     except console.Stopped as stopped:
         if plans and not options["dry_run"]:
