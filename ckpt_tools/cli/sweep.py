@@ -228,13 +228,8 @@ def _name(report: SweepReport, each: Ranked) -> Any:
 
 
 def command(report: SweepReport) -> str:
-    """Return the command that makes the best candidate; a second one measures its BatchNorm statistics."""
+    """Return the command that makes the best candidate."""
     given = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.options.items()]
     out = report.out or "best.pth"
-    made = " ".join(
-        ["ckpt avg", *[quote(f"./{path}" if path.startswith("-") else path) for path in report.paths], *given]
-    )
-    if not report.recalibrated:
-        return f"{made} -o {quote(out)}"
-    recalibrated = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.recalibration.items()]
-    return f"{made} -o averaged.pth && ckpt recal-bn averaged.pth {' '.join(recalibrated)} -o {quote(out)}"
+    paths = [quote(f"./{path}" if path.startswith("-") else path) for path in report.paths]
+    return " ".join(["ckpt avg", *paths, *given, f"-o {quote(out)}"])

@@ -15,7 +15,7 @@ from cli_runner import run
 from conftest import Photos
 from torch import nn
 
-from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint
+from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint, sweep
 from ckpt_tools.errors import CkptError, LayoutError, NumericsError, UsageError
 
 Save = Callable[..., Path]
@@ -270,3 +270,23 @@ def test_average_says_in_one_note_that_statistics_are_averaged(
     notes = [note for note in average(paths, **options).notes if "BatchNorm" in note]
     assert len(notes) == (said is not None)
     assert all(said in note and "Measure them on training images with `recal_bn`" in note for note in notes if said)
+
+
+def test_the_best_of_a_sweep_is_written_as_it_was_scored(save: Save, photos: Photos, here: Path) -> None:
+    for i in range(3):
+        save(f"run/c-{i}.pth", {"step": i, "model": weights(i)})
+    folder = str(photos())
+    found = sweep(
+        "run", mode="uniform", eval_data=folder, data=folder, metric="loss", passes=2, out="best.pth", **NAMED
+    )
+    best = next(each for each in found.candidates if each.label == found.best)
+    before = recalibrate_checkpoint("best.pth", data=folder, eval_data=folder, out="x.pth", **NAMED).before
+    assert before is not None
+    assert before.loss == pytest.approx(best.metrics["loss"], rel=1e-6)
+    average(found.paths, **found.options, out="again.pth")
+    assert same_bytes(Path("best.pth"), Path("again.pth"))
+    made, again = (open_checkpoint(name).provenance for name in ("best.pth", "again.pth"))
+    assert made is not None
+    assert made.pop("sweep")["metric"] == "loss"
+    assert made == again
+    assert not [path for path in here.iterdir() if path.name.startswith(".")]
