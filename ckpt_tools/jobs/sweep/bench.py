@@ -103,6 +103,7 @@ class Bench:
     aim: Aim | None = None
     found: dict[Candidate, Result] = field(default_factory=dict)
     reused: int = 0
+    _lacking: int = 0
 
     def scores(self, candidates: Sequence[Candidate], make: Make | None = None) -> list[Result]:
         """Score candidates; those whose result is known are neither made nor scored again.
@@ -246,10 +247,13 @@ class Bench:
 
     def _take(self, candidate: Candidate, result: Result) -> None:
         if result.error is None:
-            if self.aim is None:
+            wanted = self.asked if self.aim is None else self.aim.metric
+            # The first one alone may lack it; when two do, it is a slip.
+            if wanted is not None and wanted not in result.metrics and (self.aim is not None or not self._lacking):
+                self._lacking += self.aim is None
+                result = replace(result, error=f"the evaluation gives no '{wanted}'", metrics={})
+            elif self.aim is None:
                 self.aim = aim_of([*result.metrics], self.asked, self.usual, lower=self.lower)
-            elif self.aim.metric not in result.metrics:
-                result = replace(result, error=f"the evaluation gives no '{self.aim.metric}'", metrics={})
         self.found[candidate] = result
 
     def _tidy(self) -> None:
