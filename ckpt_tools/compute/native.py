@@ -100,6 +100,13 @@ def gram(
         _raise_unread(status, specs[row].storage.path, reason)
 
 
+def moments(address: int, dtype: str, shape: tuple[int, int, int], threads: int) -> bytearray | None:
+    """Return mean and M2 of channels in memory, see `_native.pyi`; None if C does not know the dtype."""
+    if _native is None or dtype not in ("float64", "float32", "bfloat16", "float16"):
+        return None
+    return _native.moments(address, dtype, shape, threads)
+
+
 def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> tuple[Sequence[int], bool]:
     """Sum a slice and write it; C knows its key.
 
