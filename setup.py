@@ -1,6 +1,7 @@
 """The one part of the build that pyproject.toml cannot describe: an optional C extension.
 
-Without a compiler `pip install` from source goes on, and torch computes everything: slower, with the same results.
+Without a compiler `pip install` from source goes on, and torch computes everything: slower, with the same results (of
+BatchNorm statistics, the same but for float64 rounding).
 Who builds wheels sets CKPT_TOOLS_REQUIRE_NATIVE=1, so that no wheel is made without the extension.
 """
 

@@ -12,6 +12,8 @@ from ckpt_tools.batchnorm import statistics
 from ckpt_tools.batchnorm.statistics import LayerMoments, Moments, measure, measure_by_image, merge
 from ckpt_tools.compute import native
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 
 @pytest.fixture(params=["C", "torch"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -136,15 +138,13 @@ def test_measure_takes_the_values_that_a_tensor_has_for_torch() -> None:
     assert_close(measure(torch.nn.Parameter(values)), values)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, NO_GPU])])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 3000.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_measure_by_image_is_within_the_bound_that_it_states(
     dtype: torch.dtype, mean: float, last: bool, device: str
 ) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     generator = torch.Generator().manual_seed(4)
     for shape in ((32, 6, 28, 28), (500, 6), (64, 6, 2)):
         values = in_order((mean + torch.randn(shape, generator=generator)).to(dtype), last=last)
