@@ -99,9 +99,10 @@ def _show_result(report: TuneReport) -> None:
                 f"{name} {c.difference:+.{digits}f}"
                 + ("" if c.low is None or c.high is None else f" [{c.low:+.{digits}f}, {c.high:+.{digits}f}]")
                 + ("" if c.p is None else f" (p = {c.p:.2g})")
+                + ("" if c.shown else ", no difference shown")
                 for name, c, digits in (("top-1", told["top1"], 2), ("loss", told["loss"], 4))
             ]
-            console.say(f"{change.stage} against {change.other}: {', '.join(parts)}.")
+            console.say(f"{change.stage} against {change.other}: {'; '.join(parts)}.")
         console.say(*report.verdict)
     first, last = report.losses[0], report.losses[-1]
     console.say(

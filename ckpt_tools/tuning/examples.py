@@ -69,7 +69,7 @@ def called(name: str, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
         name: for messages.
 
     Raises:
-        ModelError: it fails, or gives other than logits.
+        ModelError: it fails.
     """
     try:
         return forward(images)
@@ -82,20 +82,20 @@ def called(name: str, forward: Callable[[Tensor], Any], images: Tensor) -> Any:
         ) from error
 
 
-def logits_of(name: str, forward: Callable[[Tensor], Any], images: Tensor, classes: int | None = None) -> Tensor:
-    """Return the logits of a network, [N, C].
+def as_logits(name: str, found: Any, images: int, classes: int | None = None) -> Tensor:
+    """Return the output of a network as logits, [N, C].
 
     Args:
         name: for messages.
+        images: N.
         classes: C; None if any will do.
 
     Raises:
-        ModelError: the network fails, or gives something else.
+        ModelError: it is something else.
     """
-    found = called(name, forward, images)
-    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(images):
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != images:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ModelError(f"{name} gives {shape} for {len(images)} images, not one row of logits for each.")
+        raise ModelError(f"{name} gives {shape} for {images} images, not one row of logits for each.")
     if classes is not None and found.shape[1] != classes:
         raise ModelError(
             f"{name} has {found.shape[1]} classes, and the network that is trained has {classes}. A teacher needs the "
@@ -105,6 +105,10 @@ def logits_of(name: str, forward: Callable[[Tensor], Any], images: Tensor, class
 
 
 @torch.no_grad()
-def taught(name: str, teacher: Forward | None, images: Tensor, classes: int) -> Tensor | None:
-    """Return the logits of a teacher, if there is one, [N, C]; see `logits_of`."""
-    return None if teacher is None else logits_of(name, teacher, images, classes)
+def taught(name: str, teacher: Forward, images: Tensor, classes: int) -> Tensor:
+    """Return the logits of a teacher, [N, C].
+
+    Raises:
+        ModelError: it fails, or has other classes.
+    """
+    return as_logits(name, called(name, teacher, images), len(images), classes)

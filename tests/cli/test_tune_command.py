@@ -70,6 +70,7 @@ def test_tune_report_fits_a_narrow_terminal(here_with_digits: Path, columns: int
     assert all(len(line) <= columns for line in lines[begin : begin + 4])
     assert "…" not in result.err
     assert any("--eval is the same as --data" in line for line in lines)
+    assert any(line.startswith("after against recalibrated") and "no difference shown" in line for line in lines)
 
 
 def test_tune_dry_run_writes_nothing(here_with_digits: Path) -> None:

@@ -248,6 +248,16 @@ def test_lists_of_batches_are_counted_and_their_order_kept(averaged: Path) -> No
     assert weights(averaged)["head.weight"].equal(network.head.weight.detach())
 
 
+def test_an_image_that_cannot_be_read_is_left_out_and_told(averaged: Path) -> None:
+    report = tune(averaged, data=f"{HERE}:broken12", recalibrate="none", epochs=1, lr=0.05)
+    assert report.broken == ("item 7 (OSError: no image)",)
+    assert report.notes[-1] == "Images that could not be read and were left out: 1, such as item 7 (OSError: no image)."
+    with mock.patch(f"{__name__}.order", return_value=[batch[batch != 7] for batch in order()]):
+        network = network_of(averaged)
+        plainly(network, [*network.head.parameters()], 0.05)
+    assert weights(averaged)["head.weight"].equal(network.head.weight.detach())
+
+
 @pytest.fixture
 def small(save: Save, photos: Photos) -> tuple[Path, dict[str, Any]]:
     """A timm network, and photographs in folders."""

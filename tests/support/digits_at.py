@@ -54,6 +54,19 @@ def eleven() -> TensorDataset:
     return TensorDataset(digits(12)[0][:40], torch.arange(40) % 11)
 
 
+class Broken(TensorDataset):
+    """One of its images cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if index == 7:
+            raise OSError("no image")
+        return super().__getitem__(index)
+
+
+def broken12() -> TensorDataset:
+    return Broken(*part(12, 0, 300).tensors)
+
+
 def unlabelled() -> list[Tensor]:
     return [digits(12)[0][:40]]
 

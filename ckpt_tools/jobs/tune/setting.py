@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...batchnorm.recalibrate import find_layers, in_eval_mode
+from ...batchnorm.recalibrate import find_layers
 from ...compute.threads import default_threads
 from ...errors import DataError, ModelError, UsageError
 from ...evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
 from ...evaluation.models import input_channels
 from ...evaluation.runner import Runner
-from ...tuning.examples import called, check_labels, labelled, logits_of, taught
+from ...tuning.examples import as_logits, called, check_labels, labelled, taught
 from ...tuning.features import Row
 from ...tuning.head import Head, Tap, find_head, last_block
 from ...tuning.normalisation import last_layer
@@ -134,32 +134,36 @@ def open_setting(
         notes += more
     runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=running.amp)
-    name = type(network).__name__
-    first, labels = next(labelled(data.measured), (None, None))
-    if first is None or labels is None:
+    batch = next(labelled(data.measured), None)
+    if batch is None:
         raise DataError("`data`: there are no images.")
-    first = _placed(first, device, channels_last=running.channels_last)
-    rows: tuple[Row, ...] = ()
+    first, labels = _placed(batch[0], device, channels_last=running.channels_last), batch[1]
+
+    # One batch tells what no header does: the classifier, the classes, what the network takes, and the layers that run.
+    name = type(network).__name__
+    forward = partial(called, name, network)
+    rows: list[Row] = []
     modules: tuple[str, ...] = ()
-    recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
-    found, skipped = find_layers(network)
-    with torch.no_grad(), autocast, in_eval_mode(network):
+    with torch.no_grad(), autocast:
         if head is None:
-            logits = logits_of(name, network, first)
+            found = forward(first)
         else:
             with Tap(network, head).open() as tap:
-                features, logits = called(name, tap, first)
-            rows = (Row(tuple(features.shape[1:]), features.dtype),)
-            logits = logits_of(name, lambda _: logits, first)
+                features, found = called(name, tap, first)
+            rows.append(_row(features))
             modules = (head.name,) if training.train == "head" else last_block(network, head.name, first)
-        classes = logits.shape[1]
+        classes = as_logits(name, found, len(first)).shape[1]
         check_labels(labels, classes)
         if teacher is not None:
-            taken = taught(teacher.name, teacher, first, classes)
-            rows += (Row((classes,), taken.dtype),) if taken is not None else ()
-        last = last_layer(network, first, partial(called, name, network)) if recalibrate == "last" else None
-    layers = {"all": found, "none": {}}.get(recalibrate) if last is None else {last: found[last]}
-    if recalibrate != "none" and not layers:
+            rows.append(_row(taught(teacher.name, teacher, first, classes)))
+        recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
+        layers, skipped = find_layers(network)
+        if recalibrate == "last":
+            last = last_layer(network, first, forward)
+            layers = {} if last is None else {last: layers[last]}
+    if recalibrate == "none":
+        layers = {}
+    elif not layers:
         left = "".join(f" Left as it is: {each} ({of}), {reason}." for each, of, reason in skipped[:3])
         notes += (f"The model has no BatchNorm statistics to measure.{left}",)
     return Setting(
@@ -173,13 +177,17 @@ def open_setting(
         head=head,
         trained=modules,
         parameters=_parameters(network, modules),
-        layers=layers or {},
+        layers=layers,
         only_last=recalibrate == "last",
         teacher=teacher,
         classes=classes,
-        rows=rows if training.train == "head" and not training.augment else (),
+        rows=tuple(rows) if training.train == "head" and not training.augment else (),
         notes=notes,
     )
+
+
+def _row(batch: Tensor) -> Row:
+    return Row(tuple(batch.shape[1:]), batch.dtype)
 
 
 def _parameters(network: nn.Module, modules: tuple[str, ...]) -> tuple[nn.Parameter, ...]:

@@ -19,7 +19,7 @@ from ...evaluation.data import Batches
 from ...evaluation.evaluators import Scores
 from ...evaluation.runner import Progress, large_blocks_kept
 from ...evaluation.scores import Accuracy, Outcomes
-from ...tuning.examples import Example, called, labelled, logits_of, taught
+from ...tuning.examples import Example, as_logits, called, labelled, taught
 from ...tuning.features import mapped, stored
 from ...tuning.head import Head, Tap
 from ...tuning.normalisation import measure_layer
@@ -54,7 +54,7 @@ def worked(report: TuneReport, setting: Setting, recipe: Recipe, scratch: Path, 
     broken = {each: None for batches in opened if batches is not None for each in batches.broken}
     notes = list(report.notes)
     if broken:
-        notes.append(f"{len(broken)} images could not be read and were left out, such as {next(iter(broken))}.")
+        notes.append(f"Images that could not be read and were left out: {len(broken)}, such as {next(iter(broken))}.")
     changes = tuple(
         Change(stage, other, tuple(compared(_scores(stages[stage]), _scores(stages[other]), seed=recipe.seed)))
         for stage, other in (("recalibrated", "before"), ("after", "recalibrated"), _WHOLE)
@@ -127,7 +127,7 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
 def _through(setting: Setting, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Call what is trained, in mixed precision if that is asked for."""
     with setting.autocast:
-        return logits_of(setting.name, module, inputs, setting.classes)
+        return as_logits(setting.name, called(setting.name, module, inputs), len(inputs), setting.classes)
 
 
 def _features(setting: Setting, head: Head, batches: Iterable[Any]) -> Iterator[Example]:
