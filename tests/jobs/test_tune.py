@@ -210,14 +210,11 @@ def test_training_all_changes_all_and_measures_the_statistics_of_its_weights(ave
 
 
 def test_an_average_of_the_training_lies_between_start_and_end(averaged: Path) -> None:
-    for name, decay in (("end", None), ("ema", 0.9), ("stay", 0.999999)):
+    for name, decay in (("end", None), ("ema", 0.9)):
         out = averaged.with_name(f"{name}.pth")
         tune(averaged, train="all", epochs=1, lr=0.02, ema_decay=decay, images=150, out=out)
-    start, end, ema, stay = (
-        weights(averaged, each)["conv2.weight"] for each in ("averaged.pth", "end.pth", "ema.pth", "stay.pth")
-    )
+    start, end, ema = (weights(averaged, f"{each}.pth")["conv2.weight"] for each in ("averaged", "end", "ema"))
     assert 0 < (ema - start).norm() < (end - start).norm()
-    assert (stay - start).norm() < 1e-4 * (end - start).norm()
 
 
 def test_all_layers_are_measured_if_asked(averaged: Path) -> None:
@@ -264,7 +261,7 @@ def small(save: Save, photos: Photos) -> tuple[Path, dict[str, Any]]:
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=3)
     path = save("vit.pth", {"arch": "test_vit", "state_dict": network.state_dict()})
-    folder = str(photos())
+    folder = str(photos(each=2))
     return path, {"data": folder, "eval_data": folder, "batch_size": 4, "workers": 0, "epochs": 2, "lr": 0.01}
 
 

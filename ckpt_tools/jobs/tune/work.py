@@ -132,7 +132,7 @@ def _through(setting: Setting, module: nn.Module, inputs: torch.Tensor) -> torch
 
 def _features(setting: Setting, head: Head, batches: Iterable[Any]) -> Iterator[Example]:
     """Yield what goes into the classifier."""
-    with Tap(setting.network, head).open() as tap, torch.no_grad():
+    with Tap(setting.network, head).open() as tap:
         for images, labels in labelled(batches, setting.classes):
             placed = setting.placed(images)
             with setting.autocast:
