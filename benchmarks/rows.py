@@ -5,8 +5,8 @@
     python benchmarks/rows.py --dtype bfloat16 --against ../another/checkout
 
 Each way runs in a process of its own, interleaved, with the inputs in the page cache. On an idle machine the time
-counts, on a busy one the CPU seconds. The kernel counts the bytes read (`/proc/self/io`). The files of the rows are
-compared with those of the single runs: the exit code is 1 if one differs.
+counts (the median of the rounds' ratios), on a busy one the CPU seconds. The kernel counts the bytes read
+(`/proc/self/io`). The files of the rows are compared with those of the single runs: the exit code is 1 if one differs.
 """
 
 from __future__ import annotations
@@ -156,6 +156,10 @@ def main() -> int:
                 other.append(child(RUN, [paths, rows[:1], [single], threads], options.against))
         above = show(f"{options.rows} runs of `ckpt avg`", runs)
         show(f"{options.rows} rows in one run", several, above)
+        ratios = sorted(k["seconds"] / alone["seconds"] for k, alone in zip(several, runs, strict=True))
+        middle = ratios[len(ratios) // 2]
+        spread = f"{middle:.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})"
+        say(f"    seconds of {options.rows} rows over those of {options.rows} runs: {spread}")
         last, size = several[-1], sum(path.stat().st_size for path in paths)
         read = f"{last['read'] / size:.3f} times the inputs in {last['reads']} calls"
         say(f"    read {read}, peak RSS {max(run['rss'] for run in several) / 1e6:.0f} MB")

@@ -7,7 +7,8 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..jobs.options import Inference, LabelledImages, Network, State, Teaching, Training, TunedOutput
+from ..jobs.options import Inference, Network, State
+from ..jobs.tune.options import LabelledImages, Teaching, Training, TunedOutput
 from . import arguments, console
 from .recal_bn import number_of_images
 

@@ -15,6 +15,7 @@ from ..series.rules.rule import Numbers, Option
 from ..series.schedules import Schedule
 
 R = TypeVar("R")
+G = TypeVar("G", bound="Options")
 REQUIRED = inspect.Parameter.empty
 Size = str | int
 Words = Sequence[str]
@@ -35,10 +36,12 @@ class Options:
     title: ClassVar[str]
     _options: ClassVar[Mapping[str, Option]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, more: Sequence[type["Options"]] = (), without: Sequence[str] = ()) -> None:
+        """Gather the options: those of the base, those declared, and those of `more` groups but for some names."""
         declared = inspect.get_annotations(cls)
         own = {name: replace(vars(cls)[name], name=name, type=type_) for name, type_ in declared.items()}
-        cls._options = {**cls._options, **own}
+        others = {name: each for group in more for name, each in group._options.items() if name not in without}
+        cls._options = {**cls._options, **own, **others}
 
     def __init__(self, **values: Any) -> None:
         vars(self).update({name: values.get(name, option.default) for name, option in self._options.items()})
@@ -370,58 +373,30 @@ class Measuring(Options):
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
 
 
-class Inference(Running):
-    """How a job runs that shows images to a network."""
+class Numerics(Options):
+    """How a network computes."""
 
-    on_progress: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
-    device: str = option("auto, cpu, cuda, cuda:1.", "auto")
     amp: bool = option("Mixed precision, bfloat16.", False)
     channels_last: bool = option("Memory order of the images.", True)
 
 
-class LabelledImages(Images):
-    """The images that a network is trained and evaluated on."""
+class Inference(Running, more=(Numerics,)):
+    """How a job runs that shows images to a network."""
 
-    data: str = option("Labelled images to train on: folder, tar, timm dataset or file.py:factory.", metavar="DATA")
-    images: int | None = option("Number of images, chosen at random; -1 for all.", None, implied="all", metavar="N")
-    eval_data: str | None = option(
-        "Labelled images that have no part in the training, to compare before and after.", None, metavar="DATA"
+    on_progress: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+    device: str = option("auto, cpu, cuda, cuda:1.", "auto")
+
+
+class Recalibration(Options, more=(Network, Images, Measuring, Numerics), without=("data",)):
+    """The images on which the BatchNorm statistics of an average are measured before it is written."""
+
+    title = "BatchNorm statistics (recal-bn)"
+
+    recal_bn: str | None = option(
+        "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
     )
-    sizes: Numbers | None = option("Show first what these image sizes give on `eval_data` without training.", None)
+    on_images: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
 
-
-class Training(Options):
-    """What is trained, and how."""
-
-    title = "The training"
-
-    train: str = option("head (the classifier), last-block (with the block in front of it), or all.", "head")
-    head: str | None = option("Name of the classifier in the network.", None, implied="found", metavar="NAME")
-    recalibrate: str | None = option(
-        "BatchNorm layers to measure at this size: last, all or none.", None, implied="all with `train=all`, else last"
-    )
-    epochs: int = option("Passes over the images.", 20)
-    lr: float | None = option("Learning rate of the first step.", None, implied="0.001 times the batch size / 512")
-    augment: bool = option("Random crops and flips, as timm trains; no features are stored.", False)
-    ema_decay: float | None = option("Keep an average of what is trained, updated in each step.", None, metavar="D")
-    scratch: str | Path | None = option(
-        "Folder for features.", None, implied="that of the system for temporary files", metavar="DIR"
-    )
-    seed: int = option("Of the subset, the order of the images, and the intervals.", 0)
-
-
-class Teaching(Options):
-    """A network whose outputs are learned."""
-
-    title = "The teacher"
-
-    teacher: str | None = option("Checkpoint, timm name or file.py:factory.", None, metavar="NAME")
-    alpha: float | None = option("Weight of the teacher, 0 to 1.", None, implied="0.5")
-    temperature: float | None = option("Softens the outputs of both.", None, implied="5")
-
-
-class TunedOutput(Output):
-    """Where a tuned checkpoint goes."""
-
-    out: str | Path | None = option("The target.", None, implied="CKPT with -tuned", metavar="PATH")
-    require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
+    def of(self, group: type[G]) -> G:
+        """Return one of the groups that it is made of, with the values given here."""
+        return group(**{"data": self.recal_bn, **vars(self)})

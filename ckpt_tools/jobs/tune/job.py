@@ -27,10 +27,11 @@ from ...tensors import DTYPES, TensorSpec
 from ...tuning.features import check_space
 from ...tuning.training import MOMENTUM, WEIGHT_DECAY, Recipe
 from ..assembly import Assembly, rewrite
-from ..options import Inference, LabelledImages, Network, State, Teaching, Training, TunedOutput, takes
+from ..options import Inference, Network, Numerics, State, takes
 from ..outputs import Target, named_after
 from ..provenance import provenance
 from ..run import check_output, run, write
+from .options import LabelledImages, Teaching, Training, TunedOutput
 from .report import TuneReport
 from .setting import Setting, open_setting
 from .work import worked
@@ -70,6 +71,7 @@ def tune_checkpoint(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     recipe = _recipe(images, training, teaching)
+    numerics = Numerics(**vars(running))
     _check(images, training, teaching, output)
     source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)
@@ -82,13 +84,13 @@ def tune_checkpoint(
     with importable(which.model, *(each for each in sources if each is not None and is_factory(each))):
         network = build_model(which.model, header, which.model_kwargs or {}, checkpoint.specs)
         stored = load_weights(network, checkpoint)
-        setting = open_setting(network, device, which, images, training, teaching, running)
+        setting = open_setting(network, device, which, images, training, teaching, numerics)
         report = _planned(setting, checkpoint, source, target, images, training, teaching, recipe)
 
         def lay_out(changed: Mapping[str, OutTensor], settings: Mapping[str, Any]) -> Assembly:
             record = provenance(
                 "tune",
-                {**settings, "amp": running.amp or None},
+                {**settings, "amp": numerics.amp or None},
                 state=checkpoint.state.label,
                 input={"name": header.path.name, "made": header.provenance},
             )

@@ -22,7 +22,8 @@ from ...tuning.examples import as_logits, called, check_labels, labelled, taught
 from ...tuning.features import Row
 from ...tuning.head import Head, Tap, find_head, last_block
 from ...tuning.normalisation import last_layer
-from ..options import Inference, LabelledImages, Network, Teaching, Training
+from ..options import Network, Numerics
+from .options import LabelledImages, Teaching, Training
 from .teacher import Teacher, open_teacher
 
 
@@ -113,7 +114,7 @@ def open_setting(
     images: LabelledImages,
     training: Training,
     teaching: Teaching,
-    running: Inference,
+    numerics: Numerics,
 ) -> Setting:
     """Open the data and the teacher, find the classifier, and run one batch.
 
@@ -132,12 +133,12 @@ def open_setting(
     if teaching.teacher is not None:
         teacher, more = open_teacher(teaching.teacher, which, network, data.preprocessing, device)
         notes += more
-    runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=running.amp)
+    runner = Runner(network, device, amp=numerics.amp, channels_last=numerics.channels_last)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.amp)
     batch = next(labelled(data.measured), None)
     if batch is None:
         raise DataError("`data`: there are no images.")
-    first, labels = _placed(batch[0], device, channels_last=running.channels_last), batch[1]
+    first, labels = _placed(batch[0], device, channels_last=numerics.channels_last), batch[1]
 
     # One batch tells what no header does: the classifier, the classes, what the network takes, and the layers that run.
     name = type(network).__name__
@@ -171,7 +172,7 @@ def open_setting(
         runner=runner,
         device=device,
         autocast=autocast,
-        channels_last=running.channels_last,
+        channels_last=numerics.channels_last,
         data=data,
         train=training.train,
         head=head,
