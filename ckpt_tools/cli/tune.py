@@ -7,8 +7,8 @@ from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..jobs.options import Inference, Network, State
-from ..jobs.tune.options import LabelledImages, Teaching, Training, TunedOutput
+from ..jobs.options import Inference, State
+from ..jobs.tune.options import Classifier, LabelledImages, Teaching, Training, TunedOutput
 from . import arguments, console
 from .recal_bn import number_of_images
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @arguments.with_options(
-    Network, State, LabelledImages, Training, Teaching, TunedOutput, Inference, images=number_of_images
+    Classifier, State, LabelledImages, Training, Teaching, TunedOutput, Inference, images=number_of_images
 )
 def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Train the classifier of averaged weights at the size of the test, or more of the network, or from a teacher.

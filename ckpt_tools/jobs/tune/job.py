@@ -31,7 +31,7 @@ from ..options import Inference, Network, Numerics, State, takes
 from ..outputs import Target, named_after
 from ..provenance import provenance
 from ..run import check_output, run, write
-from .options import LabelledImages, Teaching, Training, TunedOutput
+from .options import Classifier, LabelledImages, Teaching, Training, TunedOutput
 from .report import TuneReport
 from .setting import Setting, open_setting
 from .work import worked
@@ -40,10 +40,10 @@ BATCH, RATE = 512, 1e-3
 """The learning rate of FixRes, and the batch size that it is for."""
 
 
-@takes(Network, State, LabelledImages, Training, Teaching, TunedOutput, Inference)
+@takes(Classifier, State, LabelledImages, Training, Teaching, TunedOutput, Inference)
 def tune_checkpoint(
     path: str | Path,
-    which: Network,
+    classifier: Classifier,
     weights: State,
     images: LabelledImages,
     training: Training,
@@ -71,7 +71,7 @@ def tune_checkpoint(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     recipe = _recipe(images, training, teaching)
-    numerics = Numerics(**vars(running))
+    which, numerics = Network(**vars(classifier)), Numerics(**vars(running))
     _check(images, training, teaching, output)
     source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)

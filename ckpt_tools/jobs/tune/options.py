@@ -3,7 +3,13 @@
 from pathlib import Path
 
 from ...series.rules.rule import Numbers
-from ..options import Images, Options, Output, option
+from ..options import Images, Network, Options, Output, option
+
+
+class Classifier(Options, more=(Network,), without=("forward", "inputs", "mask")):
+    """The network that weights belong to. It is called with one tensor, the images."""
+
+    title = "The network"
 
 
 class LabelledImages(Images):
