@@ -60,14 +60,16 @@ def digest(path: Path) -> dict[str, str]:
     return {str(p.relative_to(path.parent)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def made(rules: dict[str, Any], selections: dict[str, Any], out: Path, suffix: str, **options: Any) -> list[Candidate]:
+def made(
+    rules: dict[str, Any], selections: dict[str, Any], out: Path, suffix: str, **options: Any
+) -> Sequence[Candidate]:
     members = find_series(["c-*"]).members
     names = short_names([member.path for member in members])
 
     def steps(_: Schedule, own: Sequence[Member]) -> Sequence[Any]:
         return [member.step for member in own]
 
-    found, _ = candidates(members, names, rules, selections, steps)
+    found = candidates(members, names, rules, selections, steps).candidates
     matching = Matching(**{name: value for name, value in options.items() if name != "dtype"})
     maker = Maker.of(members, names, matching, parse_dtype(options.get("dtype")), Sweeping(threads=2))
     maker.make(found, [out / str(i) / f"avg{suffix}" for i in range(len(found))])
@@ -107,7 +109,7 @@ def test_one_average_that_ends_before_the_series_takes_its_own_counters(save: Sa
     names = short_names([member.path for member in members])
     maker = Maker.of(members, names, Matching(), None, Sweeping())
     schedule = Schedule("uniform")
-    alone = Candidate("two", {}, schedule, members[:2], (0, 1), schedule.coefficients((0, 1)))
+    alone = Candidate("two", "average", {}, schedule, members[:2], (0, 1), schedule.coefficients((0, 1)))
     Path("out").mkdir()
     maker.make([alone], [Path("out/avg.pth")])
     average("c-*", to_step=1, out="avg.pth")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...checkpoints.open import Checkpoint
 from ...compute.threads import check_threads
@@ -14,7 +14,7 @@ from ...series.find import Series, find_series
 from ...storage.journal import alone_in
 from ...storage.staged import remove
 from ...tensors import parse_dtype
-from ..options import Matching, Network, Options, takes
+from ..options import Matching, Network, takes
 from ..outputs import Target, check_target
 from ..provenance import short_names
 from ..run import write
@@ -36,10 +36,12 @@ from .options import (
     SweptImages,
     SweptOutput,
     check,
+    given_of,
 )
 from .page import Background
 from .report import SweepReport
 from .results import Results
+from .scratch import Scratch
 
 if TYPE_CHECKING:
     from ...batchnorm.report import BatchNormReport
@@ -74,10 +76,10 @@ def sweep(
         The ranking, and whether the best is better than the last checkpoint.
 
     Raises:
-        CkptError: one of the errors of `ckpt_tools.errors`. A candidate that cannot be made or scored is none: the
-            others go on, and the report says why.
+        CkptError: one of the errors of `ckpt_tools.errors`. A candidate that fails does not stop the sweep; the report
+            gives the reason.
     """
-    check(evaluation, honesty, output, searching)
+    check(evaluation, honesty, output, searching, which, images, running)
     if matching.lora == "product":
         raise UsageError("`lora='product'` does not go with a sweep. Merge each adapter into its model first.")
     check_threads(running.threads)
@@ -93,9 +95,10 @@ def sweep(
     maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
     _refuse_other_names(maker)
     grid = Grid(series, rules, selections, searching, order, matching, evaluation)
-    found, refused = grid.candidates()
+    combinations = grid.candidates()
+    found = combinations.candidates
     paths_of = [str(path) for path in given]
-    plan = planned(series, found, refused, maker, grid, output, paths_of, files.notes)
+    plan = planned(series, combinations, maker, grid, output, paths_of, files.notes)
     if running.on_plan is not None:
         running.on_plan(plan)
     if running.dry_run:
@@ -107,25 +110,27 @@ def sweep(
     with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as scoring:
         bench = Bench(
             make=lambda some, places: maker.make(some, places, lambda done, total: show("averaging", done, total)),
-            nbytes=plan.bytes_written // max(plan.evaluations, 1),
+            nbytes=maker.bytes_moved(found[:1])[1],
             suffix=maker.suffix,
             made={name: repr(value) for name, value in made.items()},
             evaluator=scoring.evaluator,
             usual=scoring.usual,
             results=Results(folder),
-            folder=folder,
+            scratch=Scratch(folder),
             keep=output.keep,
             asked=evaluation.metric,
             lower=evaluation.lower_is_better,
             holdout=None if honesty.holdout is None else (honesty.holdout, images.seed),
             jobs=evaluation.jobs,
+            planned=plan.evaluations,
             on_result=running.on_result,
         )
         geometry = _measured(given, order, matching, running.threads)
+        bench.clear(found)
         bench.scores(found)
-        notes = [*grid.search(bench), *grid.soup(bench, maker)]
+        notes = [*grid.search(bench), *grid.soup(bench, maker), *bench.keep_best()]
         notes += () if isinstance(geometry, str) else geometry.warnings
-        shared = {**made, **given_of(order)}
+        shared = {**made, **given_of(order), **({"allow_nonfinite": True} if running.allow_nonfinite else {})}
         shared.pop("metrics", None)  # of `best`, and among the options of its candidates
         how = {name: value for name, value in given_of(running).items() if name in ("device", "amp", "channels_last")}
         recalibration = {**given_of(which, images), **how} if scoring.recalibrates else {}
@@ -146,16 +151,6 @@ def _refuse_other_names(maker: Maker) -> None:
             f"only some checkpoints of the series have '{name}', so its averages would have different tensors, and "
             f"`keys={maker.matching.keys!r}` does not go with a sweep. Give only checkpoints that have the same names."
         )
-
-
-def given_of(*groups: Options) -> dict[str, Any]:
-    """Return the options that are not at their defaults."""
-    return {
-        option.name: vars(group)[option.name]
-        for group in groups
-        for option in group.options()
-        if vars(group)[option.name] not in (option.default, [option.default])
-    }
 
 
 def state_of(matching: Matching) -> str:
