@@ -11,7 +11,7 @@ from ..errors import UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
 from ..tensors import SummedSpec, Tensor, UnsupportedTensor
-from .layouts import select
+from .layouts import StateDict, select
 from .layouts import states as states_of
 from .steps import stored_counters
 
@@ -30,6 +30,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def __init__(self, header: Header, state: str = "auto") -> None:
         self.header = header
         self.state = select(header, state)
+
+    @classmethod
+    def of(cls, header: Header, state: StateDict) -> Checkpoint:
+        """View a set of weights that is selected already."""
+        found = cls.__new__(cls)
+        found.header, found.state = header, state
+        return found
 
     @property
     def path(self) -> Path:

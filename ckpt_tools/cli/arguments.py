@@ -188,7 +188,7 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
     started = time.perf_counter()
-    with console.progress(doing) as show, console.patience("Still planning: reading headers ...") as planned:
+    with console.counting(None) as show, console.patience("Still planning: reading headers ...") as planned:
 
         def after_planning(call: Callable[..., None]) -> Callable[..., None]:
             def called(*given: Any) -> None:
@@ -199,7 +199,9 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
 
         if "on_plan" in options:
             options["on_plan"] = after_planning(options["on_plan"])
-        report = job(*inputs, **options, on_progress=after_planning(show))
+        if options.get("recal_bn") is not None:
+            options["on_images"] = partial(show, unit="images")
+        report = job(*inputs, **options, on_progress=after_planning(partial(show, doing)))
     return report, time.perf_counter() - started
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import AveragedOutput, Earlier, Matching, Selection, Summing
+from ..jobs.options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Summing
 from ..series.schedules import Schedule
 from . import arguments, console
+from .recal_bn import number_of_images, show_images, show_statistics
 
 if TYPE_CHECKING:
     from ..jobs.average import AverageReport
 
 
-@arguments.with_options(Schedule, Selection, Matching, Earlier, AveragedOutput, Summing)
+@arguments.with_options(
+    Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Summing, images=number_of_images
+)
 def avg(
     paths: Annotated[
         list[str] | None,
@@ -33,12 +37,22 @@ def avg(
 
     if not paths and options["replay"] is None:
         raise UsageError("Missing argument 'PATH', the checkpoints to average. Try 'ckpt avg --help'.")
-    show = _show_table if options["dry_run"] else _show_summary
-    report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
+    plans: list[AverageReport] = []
+
+    def show(plan: AverageReport) -> None:
+        plans.append(plan)
+        (_show_table if options["dry_run"] else _show_summary)(plan)
+
+    with nullcontext() if options["recal_bn"] is None else console.printing_to_stderr():  # the user's own code
+        report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
     if report.written:
         moved = report.bytes_read + report.bytes_written
         # Small jobs take as long as importing torch takes.
         rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
+        if report.recalibration is not None:
+            rate = ""
+            show_statistics(report.recalibration)
+            arguments.say_notes(report.notes[len(plans[0].notes) :])
         where = "" if report.device == "cpu" else f" on {report.device}"
         took = f" in {seconds:.2f} s{where}{rate}" if not report.compared else ""  # which takes as long again
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
@@ -58,7 +72,18 @@ def _show_summary(report: AverageReport) -> None:
         f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.", *_prefixes(report)
     )
     _show_dropped(report)
+    _show_recalibration(report)
     arguments.say_notes(report.notes)
+
+
+def _show_recalibration(report: AverageReport) -> None:
+    if (plan := report.recalibration) is not None:
+        layers = console.plural(plan.layers, "layer")
+        console.say(
+            f"BatchNorm: {layers} of {plan.model}, measured before the output is written. "
+            f"Meanwhile the sums take {console.size(report.scratch)} beside it."
+        )
+        show_images(plan)
 
 
 def _show_dropped(report: AverageReport) -> None:
@@ -96,6 +121,7 @@ def _show_table(report: AverageReport) -> None:
         f"at most {console.size(report.memory)} of buffers{where}.",
     )
     _show_dropped(report)
+    _show_recalibration(report)
     arguments.say_notes(report.notes)
 
 

@@ -12,8 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import WriteError
@@ -161,6 +160,20 @@ def _plain(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """Send to stderr what the user's code, and C code and processes below it, print to stdout, which is for JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def size(nbytes: float) -> str:
     """Write bytes as a person reads them, decimal: 1.21 GB."""
     return _short(nbytes, (" B", " kB", " MB", " GB", " TB"))
@@ -231,14 +244,15 @@ def bar_width(text: int) -> int:
 
 
 @contextmanager
-def counting(unit: str | None) -> Iterator[Callable[[str, int, int | None], None]]:
+def counting(unit: str | None) -> Iterator[Callable[..., None]]:
     """Show progress: a bar on a terminal that is wide enough, otherwise a line every ten seconds.
 
     Args:
         unit: what is counted; None for bytes, with their rate.
 
     Yields:
-        A function to call with (what is being done, how many are done, how many there are, if known).
+        A function to call with (what is being done, how many are done, how many there are, if known), and with another
+        `unit` for work of another kind.
     """
     # In fewer columns the bar breaks in two.
     if not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown") or columns() < 60:
@@ -246,17 +260,20 @@ def counting(unit: str | None) -> Iterator[Callable[[str, int, int | None], None
         return
     shown: Progress | None = None
     task: Any = None
-    current = ""
+    current = ("", unit)
 
-    def show(what: str, done: int, total: int | None) -> None:
+    def show(what: str, done: int, total: int | None, unit: str | None = unit) -> None:
         nonlocal shown, current, task
+        if shown is not None and unit != current[1]:
+            shown.stop()
+            shown = None
         if shown is None:  # the plan stands above it by now
             shown = _bar(unit)
             shown.start()
             task = shown.add_task("", total=None)
-        if what != current:  # its own clock
+        if what != current[0]:  # its own clock
             shown.reset(task)
-            current = what
+        current = (what, unit)
         shown.update(task, description=what, completed=done, total=total)
 
     try:
@@ -300,21 +317,10 @@ def patience(text: str, seconds: float = 10) -> Iterator[Callable[[], None]]:
         timer.cancel()
 
 
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show bytes, rate and time left of one piece of work.
-
-    Yields:
-        A function to call with (bytes done, bytes in all).
-    """
-    with counting(None) as show:
-        yield partial(show, what)
-
-
-def _plain_counting(unit: str | None) -> Callable[[str, int, int | None], None]:
+def _plain_counting(unit: str | None) -> Callable[..., None]:
     last = time.monotonic()
 
-    def show(what: str, done: int, total: int | None) -> None:
+    def show(what: str, done: int, total: int | None, unit: str | None = unit) -> None:
         nonlocal last
         if time.monotonic() - last >= 10:
             last = time.monotonic()

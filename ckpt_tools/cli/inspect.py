@@ -81,6 +81,9 @@ def _show_provenance(provenance: dict[str, object]) -> None:
     command = provenance.get("command")
     what = f"{provenance.get('mode')} average" if command == "avg" else str(command)
     console.say(f"  made by ckpt-tools {provenance.get('version')}: {what} of {provenance.get('state')}{options}")
+    if isinstance(measured := provenance.get("recalibrated"), dict):
+        settings = ", ".join(f"{k} {_short(v)}" for k, v in measured.items())
+        console.say(f"  with BatchNorm statistics measured on it: {settings}")
     source = provenance.get("input")  # recal-bn has one, which may be an output itself
     if isinstance(source, dict) and isinstance(source.get("made"), dict):
         console.say(f"  from {source.get('name')}:")

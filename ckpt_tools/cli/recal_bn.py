@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
@@ -45,13 +43,12 @@ def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = Fa
         plans.append(plan)
         _show_plan(plan)
 
-    with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
+    with console.counting("images") as on_progress, console.printing_to_stderr():  # the user's own code
         report = recalibrate_checkpoint(
             arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress
         )
     if report.statistics is not None and report.written:
-        _show_statistics(report.statistics)
-        _show_accuracy(report)
+        show_statistics(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])
         console.wrote(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
     if json and plans:  # of several processes only the first has one
@@ -62,18 +59,30 @@ def _show_plan(report: RecalibrationReport) -> None:
     layers = console.plural(report.layers, "BatchNorm layer")
     console.say(f"{report.path}: {report.state}, {report.model}, {layers}.")
     if report.layers:
-        known = "" if report.images is None else f"{report.images} "
-        passes = console.plural(report.passes, "pass", "passes")
-        console.say(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
+        show_images(report)
+    if report.dropped:
+        console.say(f"Not carried over: {', '.join(report.dropped[:6])}.")
+    arguments.say_notes(report.notes)
+
+
+def show_images(report: RecalibrationReport) -> None:
+    """Show which images the statistics are measured on, and how."""
+    known = "" if report.images is None else f"{report.images} "
+    passes = console.plural(report.passes, "pass", "passes")
+    console.say(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
     if report.preprocessing:
         p = dict(report.preprocessing)
         console.say(
             f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
             f"{p['interpolation']}, mean {_numbers(p['mean'])}, std {_numbers(p['std'])}."
         )
-    if report.dropped:
-        console.say(f"Not carried over: {', '.join(report.dropped[:6])}.")
-    arguments.say_notes(report.notes)
+
+
+def show_statistics(report: RecalibrationReport) -> None:
+    """Show what was measured, and the accuracy before and after."""
+    if report.statistics is not None:
+        _show_statistics(report.statistics)
+    _show_accuracy(report)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

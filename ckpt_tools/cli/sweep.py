@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +53,7 @@ def sweep(
 
     words = Wording(command, arguments.spelled)
     try:
-        with _live() as shown, redirect_stdout(sys.stderr):  # the user's own code may print
+        with _live() as shown, console.printing_to_stderr():  # the user's own code
             report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
     except console.Stopped as stopped:
         if plans and not options["dry_run"]:
@@ -228,13 +228,8 @@ def _name(report: SweepReport, each: Ranked) -> Any:
 
 
 def command(report: SweepReport) -> str:
-    """Return the command that makes the best candidate; a second one measures its BatchNorm statistics."""
+    """Return the command that makes the best candidate."""
     given = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.options.items()]
     out = report.out or "best.pth"
-    made = " ".join(
-        ["ckpt avg", *[quote(f"./{path}" if path.startswith("-") else path) for path in report.paths], *given]
-    )
-    if not report.recalibrated:
-        return f"{made} -o {quote(out)}"
-    recalibrated = [arguments.spelled(f"`{name}={value!r}`") for name, value in report.recalibration.items()]
-    return f"{made} -o averaged.pth && ckpt recal-bn averaged.pth {' '.join(recalibrated)} -o {quote(out)}"
+    paths = [quote(f"./{path}" if path.startswith("-") else path) for path in report.paths]
+    return " ".join(["ckpt avg", *paths, *given, f"-o {quote(out)}"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.prefixes import renamed
 from ..checkpoints.quantized import without_quantization
@@ -18,19 +20,23 @@ from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.schedules import Schedule
-from ..series.weighted_sums import weighted_sums
-from ..storage.source import sha256
+from ..series.weighted_sums import is_running, weighted_sums
+from ..storage.source import Stamp, sha256
+from ..storage.staged import scratch_folder
 from ..tensors import parse_dtype
 from .addends import Addends, ByTensor, inputs_of, record_of
 from .assembly import Assembly, assemble
 from .companions import companions
 from .lined_up import LinedUp, line_up
-from .options import AveragedOutput, Earlier, Matching, Selection, Summing, takes
+from .options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Summing, takes
 from .outputs import Target, default_target
-from .provenance import Input
+from .provenance import Input, provided
 from .reports import Report
 from .run import produce
 from .weigh import weighed
+
+if TYPE_CHECKING:
+    from .recalibrate import Opened, RecalibrationReport
 
 BUFFERS = ("average", "last")
 
@@ -55,6 +61,8 @@ class AverageReport(Report):
         companions: names of files beside the weights that go along: configuration and tokenizer.
         compared: after a replay, how the output compares with the average that it was made again from, in words.
         same: after a replay, True if the weights are the same in every byte; None if that is not known.
+        recalibration: with `recal_bn`, how the BatchNorm statistics are measured, and what came of it.
+        scratch: bytes of the sums beside the target while that is done.
         written: False for a plan.
     """
 
@@ -75,10 +83,17 @@ class AverageReport(Report):
     companions: tuple[str, ...] = ()
     compared: str = ""
     same: bool | None = None
+    recalibration: RecalibrationReport | None = None
+    scratch: int = 0
     written: bool = False
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        plain = Report.to_dict(replace(self, recalibration=None))
+        return plain | {"recalibration": None if self.recalibration is None else self.recalibration.to_dict()}
 
-@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Summing)
+
+@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Summing)
 def average(
     paths: str | Path | Iterable[str | Path],
     schedule: Schedule,
@@ -86,6 +101,7 @@ def average(
     matching: Matching,
     earlier: Earlier,
     output: AveragedOutput,
+    recalibration: Recalibration,
     running: Summing,
 ) -> AverageReport:
     """Average a series of checkpoints into one file or folder, in float64, in bounded memory.
@@ -108,6 +124,7 @@ def average(
     if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
         schedule.check()
     _check(matching)
+    _check_recalibration(recalibration)
     if earlier.update is not None and earlier.replay is not None:
         raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
     parse_dtype(output.dtype)
@@ -118,43 +135,68 @@ def average(
     shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
 
     given = [paths] if isinstance(paths, (str, Path)) else paths
+    measured = recalibration.recal_bn is not None
     if earlier.update is not None:
         from .update import updated
 
-        addends = updated(earlier.update, given, schedule, selection, matching, output, running)
+        addends = updated(earlier.update, given, schedule, selection, matching, output, running, measured=measured)
     elif earlier.replay is not None:
         from .replay import replayed
 
-        addends = replayed(earlier.replay, given, schedule, selection, matching, output, running)
+        addends = replayed(earlier.replay, given, schedule, selection, matching, output, running, measured=measured)
     else:
         addends = weighed(given, schedule, selection, matching, output, running)
     _check(addends.matching)  # a record may say anything
     sums = _sums(addends)
     target = chosen or addends.target or sums.usual_target
-    assembly = _laid_out(sums, sums.inputs, target, output, shard_bytes)
-    gpus = devices.choose(running.device, assembly.bytes_read)
-    memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes)
-    report = _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu")
+    stamps = [stamp for member in addends.members for stamp in member.header.files]
+    with ExitStack() as stack:
+        if recalibration.recal_bn is not None:
+            from .averaged_network import opened_network
 
-    def with_hashes(report: AverageReport) -> tuple[AverageReport, Assembly]:
-        hashed = _hashed(sums)
-        assembly = _laid_out(sums, hashed, target, output, shard_bytes)
-        return replace(report, inputs=hashed, bytes_written=assembly.nbytes), assembly
+            state = sums.lined_up.states[-1]
+            network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
+            sums = _with_network(sums, network, target)
+        assembly = _laid_out(sums, target, output, shard_bytes)
+        gpus = devices.choose(running.device, assembly.bytes_read)
+        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes)
+        options: dict[str, Any] = {
+            "threads": running.threads,
+            "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
+            "devices": gpus,
+            "gpu_memory": gpu_bytes,
+        }
 
-    done = produce(
-        report,
-        assembly,
-        [stamp for member in addends.members for stamp in member.header.files],
-        output,
-        running,
-        inputs=addends.given,
-        replaces=addends.replaces,
-        finish=with_hashes if output.hash else None,
-        threads=running.threads,
-        allow_nonfinite=bool(addends.arguments.get("allow_nonfinite")),
-        devices=gpus,
-        gpu_memory=gpu_bytes,
-    )
+        def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
+            final = replace(sums, inputs=_hashed(sums)) if output.hash else sums
+            further: tuple[Stamp, ...] = ()
+            if sums.recalibration is not None:
+                show = running.on_progress
+                on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
+                folder = stack.enter_context(scratch_folder(target.path))
+                final, further = _measured(final, folder, stamps, recalibration, on_progress=on_bytes, **options)
+            laid_out = _laid_out(final, target, output, shard_bytes)
+            done = replace(
+                report,
+                inputs=final.inputs,
+                notes=(*report.notes, *final.notes[len(sums.notes) :]),
+                recalibration=final.recalibration,
+                bytes_written=laid_out.nbytes,
+            )
+            return done, laid_out, [*stamps, *further]
+
+        done = produce(
+            _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu"),
+            assembly,
+            stamps,
+            output,
+            running,
+            inputs=addends.given,
+            replaces=addends.replaces,
+            finish=finish if output.hash or sums.recalibration is not None else None,
+            scratch=sums.scratch,
+            **options,
+        )
     if addends.compared is None or not done.written:
         return done
     compared, same = addends.compared(target.path)
@@ -170,6 +212,14 @@ def _check(matching: Matching) -> None:
         raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
 
 
+def _check_recalibration(asked: Recalibration) -> None:
+    """Refuse how to measure statistics where none are measured."""
+    if asked.recal_bn is None:
+        for each in asked.options():
+            if vars(asked)[each.name] != each.default and not each.name.startswith("on_"):
+                raise UsageError(f"`{each.name}` goes with `recal_bn`, the images to measure BatchNorm statistics on.")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Sums:
     """The sums of an average, still without a place.
@@ -181,6 +231,9 @@ class _Sums:
         adapter: of ``lora="product"``; else empty.
         tensors: name to sum, in the order of the output.
         inputs: to record, oldest first; with the hashes that are known.
+        network: on which statistics are measured; None if that is not asked for, or it has none.
+        recalibration: how they are measured, and what came of it.
+        notes: about that.
     """
 
     addends: Addends
@@ -189,6 +242,9 @@ class _Sums:
     adapter: AveragedAdapter
     tensors: Mapping[str, OutTensor]
     inputs: tuple[Input, ...]
+    network: Opened | None = None
+    recalibration: RecalibrationReport | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def base(self) -> Header:
@@ -199,6 +255,11 @@ class _Sums:
     def unique(self) -> dict[OutTensor, None]:
         """The tensors, tied ones once."""
         return dict.fromkeys(self.tensors.values())
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the sums in a scratch file, which only a network needs."""
+        return 0 if self.recalibration is None else sum(tensor.nbytes for tensor in self.unique)
 
     @property
     def usual_target(self) -> Target:
@@ -240,17 +301,52 @@ def _sums(addends: Addends) -> _Sums:
     return _Sums(addends, lined_up, by_tensor, adapter, tensors, inputs)
 
 
-def _laid_out(
-    sums: _Sums, inputs: Sequence[Input], target: Target, output: AveragedOutput, shard_bytes: int | None
-) -> Assembly:
+def _with_network(sums: _Sums, network: Opened, target: Target) -> _Sums:
+    """Return the sums with a plan to measure the statistics of a network, if it has some."""
+    plan = network.planned(target)
+    if network.batches is None:
+        nothing = "The model has no BatchNorm statistics, so `recal_bn` has no effect."
+        return replace(sums, notes=(*plan.notes, nothing))
+    return replace(sums, network=network, recalibration=replace(plan, notes=()), notes=plan.notes)
+
+
+def _measured(
+    sums: _Sums, folder: Path, stamps: Sequence[Stamp], recalibration: Recalibration, **options: Any
+) -> tuple[_Sums, tuple[Stamp, ...]]:
+    """Write the sums to a scratch file and measure the statistics of the network with them.
+
+    Args:
+        folder: for the scratch file.
+        options: of `run.write`.
+
+    Returns:
+        (what is written instead; stamps of the scratch file)
+
+    Raises:
+        CkptError: see `averaged_network.measured`.
+    """
+    from .averaged_network import measured
+
+    network, plan = sums.network, sums.recalibration
+    if network is None or plan is None:
+        return sums, ()
+    found = measured(network, sums.tensors, folder, stamps, plan, recalibration.on_images, **options)
+    report = replace(found.report, notes=())
+    final = replace(sums, tensors=found.tensors, recalibration=report, notes=(*sums.notes, *found.report.notes))
+    return final, found.stamps
+
+
+def _laid_out(sums: _Sums, target: Target, output: AveragedOutput, shard_bytes: int | None) -> Assembly:
     """Lay the sums out in the files of the target, with a record of the inputs.
 
     Raises:
         CkptError: the target cannot hold them.
     """
     addends, lined_up = sums.addends, sums.lined_up
-    more = {"ratios": sums.by_tensor.ratios} if sums.by_tensor.ratios else {}
-    record = record_of(addends, inputs, lined_up.states[-1], **more)
+    more: dict[str, Any] = {"ratios": sums.by_tensor.ratios} if sums.by_tensor.ratios else {}
+    if sums.network is not None and sums.recalibration is not None:
+        more["recalibrated"] = provided(sums.network.record(sums.recalibration))
+    record = record_of(addends, sums.inputs, lined_up.states[-1], **more)
     return assemble(
         sums.tensors,
         Writing(
@@ -281,7 +377,14 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         copied=tuple(tensor.name for tensor in copied),
         left_out=(*lined_up.left_out, *sums.adapter.left_out),
         tied=tuple(name for name, tensor in sums.tensors.items() if name != tensor.name),
-        notes=(*addends.notes, *lined_up.notes, *sums.adapter.notes, *_kept(assembly)),
+        notes=(
+            *addends.notes,
+            *lined_up.notes,
+            *sums.adapter.notes,
+            *_kept(assembly),
+            *_statistics(sums),
+            *sums.notes,
+        ),
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
@@ -289,7 +392,29 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         bytes_written=assembly.nbytes,
         memory=memory,
         device=device,
+        recalibration=sums.recalibration,
+        scratch=sums.scratch,
     )
+
+
+def _statistics(sums: _Sums) -> Iterator[str]:
+    """Report BatchNorm statistics that are not those of the weights beside them; names and shapes tell."""
+    if sums.recalibration is not None or sum(c != 0 for c in sums.addends.coefficients) < 2:
+        return
+    leads = [name.removesuffix("running_mean") for name in sums.tensors if is_running(name)]
+    layers = [lead for lead in dict.fromkeys(leads) if _is_layer(sums.tensors, lead)]
+    if layers:
+        last = sums.addends.matching.buffers == "last"
+        what = "the statistics of the last checkpoint" if last else "averaged statistics"
+        which = f"{len(layers)} BatchNorm layer{'s have' if len(layers) > 1 else ' has'}"
+        yield (
+            f"{which} {what}, which do not fit the averaged weights. Measure them on training images with `recal_bn`."
+        )
+
+
+def _is_layer(tensors: Mapping[str, OutTensor], lead: str) -> bool:
+    mean, variance = (tensors.get(f"{lead}running_{each}") for each in ("mean", "var"))
+    return mean is not None and variance is not None and len(mean.shape) == 1 and mean.shape == variance.shape
 
 
 def _hashed(sums: _Sums) -> tuple[Input, ...]:

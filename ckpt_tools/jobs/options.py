@@ -15,6 +15,7 @@ from ..series.rules.rule import Numbers, Option
 from ..series.schedules import Schedule
 
 R = TypeVar("R")
+G = TypeVar("G", bound="Options")
 REQUIRED = inspect.Parameter.empty
 Size = str | int
 Words = Sequence[str]
@@ -35,10 +36,12 @@ class Options:
     title: ClassVar[str]
     _options: ClassVar[Mapping[str, Option]] = {}
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, more: Sequence[type["Options"]] = (), without: Sequence[str] = ()) -> None:
+        """Gather the options: those of the base, those declared, and those of `more` groups but for some names."""
         declared = inspect.get_annotations(cls)
         own = {name: replace(vars(cls)[name], name=name, type=type_) for name, type_ in declared.items()}
-        cls._options = {**cls._options, **own}
+        others = {name: each for group in more for name, each in group._options.items() if name not in without}
+        cls._options = {**cls._options, **own, **others}
 
     def __init__(self, **values: Any) -> None:
         vars(self).update({name: values.get(name, option.default) for name, option in self._options.items()})
@@ -370,10 +373,30 @@ class Measuring(Options):
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
 
 
-class Inference(Running):
+class Numerics(Options):
+    """How a network computes."""
+
+    amp: bool = option("Mixed precision, bfloat16.", False)
+    channels_last: bool = option("Memory order of the images.", True)
+
+
+class Inference(Running, more=(Numerics,)):
     """How a job runs that shows images to a network."""
 
     on_progress: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
     device: str = option("auto, cpu, cuda, cuda:1.", "auto")
-    amp: bool = option("Mixed precision, bfloat16.", False)
-    channels_last: bool = option("Memory order of the images.", True)
+
+
+class Recalibration(Options, more=(Network, Images, Measuring, Numerics), without=("data",)):
+    """The images on which the BatchNorm statistics of an average are measured before it is written."""
+
+    title = "BatchNorm statistics (recal-bn)"
+
+    recal_bn: str | None = option(
+        "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
+    )
+    on_images: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+
+    def of(self, group: type[G]) -> G:
+        """Return one of the groups that it is made of, with the values given here."""
+        return group(**{"data": self.recal_bn, **vars(self)})

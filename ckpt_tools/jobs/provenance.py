@@ -59,6 +59,7 @@ class Record:
         places: dotted paths of the average in a file that nests; empty if they are not recorded.
         updates: how many times inputs were added to it after it was written.
         ratios: of Model Stock: tensor to the coefficients of all inputs but the first together; else empty.
+        measured_on: the data of its BatchNorm statistics; None if they are averaged like all else.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Record:
     places: tuple[str, ...]
     updates: int
     ratios: Mapping[str, float]
+    measured_on: str | None = None
 
     @property
     def which(self) -> str:
@@ -94,9 +96,14 @@ def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict
         "tool": "ckpt-tools",
         "version": __version__,
         "command": command,
-        "arguments": {key: value for key, value in arguments.items() if value is not None},
+        "arguments": provided(arguments),
         **facts,
     }
+
+
+def provided(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that are not None."""
+    return {key: value for key, value in arguments.items() if value is not None}
 
 
 def averaged_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
@@ -157,6 +164,9 @@ def _record(path: Path, made: Mapping[str, Any]) -> Record:
         raise ValueError("its 'counter' or 'updates' is of the wrong type")
     if not isinstance(places, list) or not all(isinstance(each, str) for each in places):
         raise ValueError("its 'places' are no list of names")
+    recalibrated = made.get("recalibrated")
+    if not (recalibrated is None or (isinstance(recalibrated, dict) and isinstance(recalibrated.get("data"), str))):
+        raise ValueError("its 'recalibrated' is no measurement")
     return Record(
         path=path,
         version=str(made.get("version")),
@@ -168,6 +178,7 @@ def _record(path: Path, made: Mapping[str, Any]) -> Record:
         places=tuple(places),
         updates=updates,
         ratios=_ratios(made.get("ratios", {})),
+        measured_on=None if recalibrated is None else recalibrated["data"],
     )
 
 

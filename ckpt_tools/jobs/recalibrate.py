@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..formats.file_plan import OutTensor, Terms
 from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
-from .options import Images, Inference, Measuring, Network, RecalibratedOutput, State, takes
+from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
 from .outputs import Target, named_after
 from .provenance import provenance
 from .reports import Report
@@ -108,14 +108,140 @@ def recalibrate_checkpoint(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
-    _check(images, measuring)
+    check(images, measuring)
     source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)
     refuse_computed(checkpoint.header, checkpoint.state)
     target = Target.of(output.out) if output.out is not None else named_after(checkpoint.header, "-bn")
     device = local_device(pick_device(running.device))
+    numerics = Numerics(**vars(running))
+    with (
+        joined_group(device) as group,
+        opened(checkpoint, which, images, measuring, numerics, device, group) as network,
+    ):
+        report = network.planned(target)
+        if not group.first:  # it neither speaks nor writes
+            running = Inference(**{**vars(running), "on_plan": None, "on_progress": None})
+        if network.batches is None:
+            nothing = "The model has no BatchNorm statistics; nothing to do."
+            return run(replace(report, notes=(*report.notes, nothing)), running)
+        header = checkpoint.header
+
+        def lay_out(buffers: Mapping[str, OutTensor], done: RecalibrationReport) -> Assembly:
+            record = provenance(
+                "recal-bn",
+                network.record(done),
+                state=checkpoint.state.label,
+                input={"name": header.path.name, "made": header.provenance},
+            )
+            return rewrite(header, checkpoint.state, buffers, target=target, provenance=record)
+
+        plan = lay_out({}, report)
+
+        def check_plan() -> None:
+            check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
+
+        def work(report: RecalibrationReport) -> RecalibrationReport:
+            report = network.measured(report, running.on_progress or (lambda *_: None))
+            if group.first and report.statistics is not None:
+                buffers = new_buffers(network.network, report.statistics, network.stored, checkpoint.specs)
+                write(lay_out(buffers, report), header.files, force=output.force)
+            return report
+
+        dropped = replace(report, dropped=plan.dropped)
+        done = run(dropped, running, check=check_plan if group.first else None, work=work)
+        return done if group.first else replace(done, written=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """A network, and the images that its statistics are measured on.
+
+    Attributes:
+        checkpoint: whose network it is, and whose weights it has.
+        stored: names in the network to names in the checkpoint.
+        layers: number of BatchNorm layers.
+        batches: images for the statistics; None if there are no layers.
+        held_out: images for the accuracy; None if that is not asked for.
+        preprocessing: empty if the user's code prepares the images.
+        notes: decisions, in words.
+    """
+
+    checkpoint: Checkpoint
+    network: nn.Module
+    device: torch.device
+    group: Group
+    images: Images
+    measuring: Measuring
+    numerics: Numerics
+    stored: Mapping[str, str]
+    layers: int
+    batches: Batches | None
+    held_out: Batches | None
+    preprocessing: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    def planned(self, target: Target) -> RecalibrationReport:
+        """Return the report of the plan."""
+        return RecalibrationReport(
+            path=str(self.checkpoint.path),
+            out=str(target.path),
+            state=self.checkpoint.state.label,
+            model=type(self.network).__name__,
+            device=str(self.device),
+            data=self.images.data,
+            images=None if self.batches is None else self.batches.images,
+            preprocessing={} if is_factory(self.images.data) else self.preprocessing,
+            layers=self.layers,
+            passes=self.measuring.passes,
+            notes=self.notes,
+        )
+
+    def measured(self, report: RecalibrationReport, progress: Progress) -> RecalibrationReport:
+        """Run the network over the images; return the report with statistics and accuracy.
+
+        Raises:
+            CkptError: the network or the images fail, or there is no gain and one is required.
+        """
+        if self.batches is None:
+            return report
+        runner = Runner(self.network, self.device, amp=self.numerics.amp, channels_last=self.numerics.channels_last)
+        report = _measured(report, runner, self.batches, self.held_out, self.measuring.estimator, self.group, progress)
+        if self.measuring.require_gain:
+            _check_gain(report, self.measuring.eval_data)
+        return report
+
+    def record(self, report: RecalibrationReport) -> dict[str, Any]:
+        """Return how the statistics are measured, for the provenance; the number of images once it is known."""
+        return {
+            "data": self.images.data,
+            "images": (self.batches and self.batches.images) or report.images,
+            "seed": self.measuring.seed,
+            "passes": self.measuring.passes,
+            "estimator": self.measuring.estimator,
+            "batch_size": self.images.batch_size,
+            "amp": self.numerics.amp or None,
+            "preprocessing": self.preprocessing or None,
+        }
+
+
+@contextmanager
+def opened(
+    checkpoint: Checkpoint,
+    which: Network,
+    images: Images,
+    measuring: Measuring,
+    numerics: Numerics,
+    device: torch.device,
+    group: Group,
+) -> Iterator[Opened]:
+    """Build the network of a checkpoint, fill it, and open the images; the folders of factories are on `sys.path`.
+
+    Raises:
+        CkptError: the network or the images cannot be used.
+    """
     factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]
-    with importable(*factories), joined_group(device) as group:
+    with importable(*factories):
         network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
         stored = load_weights(network, checkpoint)
         found, skipped = find_layers(network)
@@ -127,68 +253,26 @@ def recalibrate_checkpoint(
             raise UsageError(
                 f"`passes={measuring.passes}` needs data that can be read again: the factory gives an iterator."
             )
-        report = RecalibrationReport(
-            path=str(source),
-            out=str(target.path),
-            state=checkpoint.state.label,
-            model=type(network).__name__,
-            device=str(device),
-            data=images.data,
-            images=None if batches is None else batches.images,
-            preprocessing={} if is_factory(images.data) else preprocessing,
-            layers=len(found),
-            passes=measuring.passes,
-            notes=tuple(notes),
-        )
-        if not group.first:  # it neither speaks nor writes
-            running = Inference(**{**vars(running), "on_plan": None, "on_progress": None})
         if batches is None:
-            left = [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
-            nothing = "The model has no BatchNorm statistics; nothing to do."
-            return run(replace(report, notes=(*notes, *left, nothing)), running)
-        arguments = {
-            "data": images.data,
-            "images": batches.images,
-            "seed": measuring.seed,
-            "passes": measuring.passes,
-            "estimator": measuring.estimator,
-            "batch_size": images.batch_size,
-            "amp": running.amp or None,
-            "preprocessing": preprocessing or None,
-        }
-        header = checkpoint.header
-
-        def lay_out(buffers: Mapping[str, OutTensor], **seen: int) -> Assembly:
-            record = provenance(
-                "recal-bn",
-                arguments | seen,
-                state=checkpoint.state.label,
-                input={"name": header.path.name, "made": header.provenance},
-            )
-            return rewrite(header, checkpoint.state, buffers, target=target, provenance=record)
-
-        plan = lay_out({})
-
-        def check() -> None:
-            check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
-
-        def work(report: RecalibrationReport) -> RecalibrationReport:
-            runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
-            progress = running.on_progress or (lambda *_: None)
-            report = _measured(report, runner, batches, held_out, measuring.estimator, group, progress)
-            if measuring.require_gain:
-                _check_gain(report, measuring.eval_data)
-            if group.first and report.statistics is not None:
-                buffers = _new_buffers(network, report.statistics, stored, checkpoint.specs)
-                seen = {} if batches.images else {"images": report.statistics.images}
-                write(lay_out(buffers, **seen), header.files, force=output.force)
-            return report
-
-        done = run(replace(report, dropped=plan.dropped), running, check=check if group.first else None, work=work)
-        return done if group.first else replace(done, written=False)
+            notes += [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
+        yield Opened(
+            checkpoint,
+            network,
+            device,
+            group,
+            images,
+            measuring,
+            numerics,
+            stored,
+            len(found),
+            batches,
+            held_out,
+            preprocessing,
+            tuple(notes),
+        )
 
 
-def _check(images: Images, measuring: Measuring) -> None:
+def check(images: Images, measuring: Measuring) -> None:
     """Refuse impossible options before anything is read."""
     if type(images.batch_size) is not int or images.batch_size < 2:
         raise UsageError(f"`batch_size={images.batch_size!r}`: must be 2 or more; one image cannot be normalised.")
@@ -281,7 +365,7 @@ def _same(data: str, other: str) -> bool:
     return False
 
 
-def _new_buffers(
+def new_buffers(
     network: nn.Module, found: BatchNormReport, stored: Mapping[str, str], specs: Mapping[str, Any]
 ) -> dict[str, OutTensor]:
     """Return the tensors that change, with their names and dtypes in the checkpoint."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from ..formats.header import Header
 from ..series.member import Member
 from ..series.paths import as_path, expand, folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
+from ..series.weighted_sums import is_running
 from ..storage.source import LOCAL, sha256, store_of
 from ..storage.staged import same_file
 from ..tensors import DTYPES
@@ -51,6 +52,8 @@ def replayed(
     matching: Matching,
     output: AveragedOutput,
     running: Summing,
+    *,
+    measured: bool,
 ) -> Addends:
     """Plan to make an average again.
 
@@ -59,6 +62,7 @@ def replayed(
         paths: files and folders that have its inputs, apart from the places where they are looked for anyway.
         schedule, matching, output: may say what the record says, and nothing else.
         selection: says nothing, for the record does.
+        measured: BatchNorm statistics are measured on the result.
 
     Raises:
         CkptError: there is no usable record, or an input is missing or changed, or there are several.
@@ -69,6 +73,13 @@ def replayed(
     option = next((o for o in selection.options() if vars(selection)[o.name] != o.default), None)
     if option is not None:
         raise UsageError(f"`{option.name}` does not go with `replay`: the record of {header.path} names its inputs.")
+    if record.measured_on is not None and not measured:
+        raise LayoutError(
+            f"{record.path}: its BatchNorm statistics were measured, on {record.measured_on}. Give these images with "
+            "`recal_bn` to measure them again."
+        )
+    if record.measured_on is None and measured:
+        raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
     by_set = recorded_rule(record).needs == "profile"  # a checkpoint with several sets of weights counts several times
     matching, dtype = with_state(recorded_matching(record), matching), recorded_dtype(record)
     paths = [*paths]
@@ -334,6 +345,16 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
         return f"It is not the same as {old.path} in every byte, and their weights cannot be compared: {error}", None
     if report.verdict in ("identical", "equal"):
         return f"Its weights are those of {old.path} in every byte; something else in the file differs.", True
+    if record.measured_on is not None:
+        others = tuple(each for each in report.tensors if not _is_statistic(each.name))
+        rest = replace(report, tensors=others, identical=report.compared - len(others))
+        if rest.verdict in ("identical", "equal"):
+            return (
+                f"Its weights are those of {old.path} in every byte; BatchNorm statistics, measured again, are not: "
+                f"{_difference(report)}.",
+                None,
+            )
+        report = rest
     times = f"that was updated {record.updates} time{'s' * (record.updates > 1)}, and each update rounds"
     if record.updates and _is_rounding(report, record.updates):
         return f"It is not the same as {old.path} in every byte: {_difference(report)}; {times}.", None
@@ -352,7 +373,13 @@ def _is_rounding(report: DiffReport, updates: int) -> bool:
 
     rounding = max((_ROUNDING[DTYPES[each.dtype].word] for each in report.tensors), default=0.0)
     beyond = diff(report.a.path, report.b.path, rtol=updates * rounding).tensors
-    return all(2 * each.beyond <= each.values for each in beyond)
+    known = {each.name for each in report.tensors}
+    return all(2 * each.beyond <= each.values for each in beyond if each.name in known)
+
+
+def _is_statistic(name: str) -> bool:
+    """True for what a recalibration replaces."""
+    return is_running(name) or name.endswith("num_batches_tracked")
 
 
 def _difference(report: DiffReport) -> str:

@@ -68,7 +68,8 @@ def produce(
     *,
     inputs: Iterable[Path] = (),
     replaces: Collection[Stamp] = (),
-    finish: Callable[[R], tuple[R, Assembly]] | None = None,
+    finish: Callable[[R], tuple[R, Assembly, Sequence[Stamp]]] | None = None,
+    scratch: int = 0,
     **options: Any,
 ) -> R:
     """Run a job whose output is an assembly; see `run`.
@@ -77,32 +78,36 @@ def produce(
         stamps: of the input files, taken when their headers were read.
         inputs: further files and folders that the target must not be.
         replaces: those of `stamps` whose place the target may take.
-        finish: called after the plan is shown; returns the report and the assembly to write instead.
+        finish: called after the plan is shown; returns the report, the assembly to write instead, and its stamps.
+        scratch: bytes that `finish` writes beside the target.
         options: of `engine.run`.
     """
 
     def check() -> None:
         kept = [stamp.path for stamp in stamps if stamp not in replaces]
-        check_output(assembly, [*inputs, *kept], force=output.force)
+        check_output(assembly, [*inputs, *kept], force=output.force, scratch=scratch)
 
     def work(plan: R) -> R:
-        done, final = (plan, assembly) if finish is None else finish(plan)
+        done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
         on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
-        write(final, stamps, force=output.force, on_progress=on_bytes, **options)
+        write(final, sources, force=output.force, on_progress=on_bytes, **options)
         return done
 
     return run(report, running, check=check, work=work)
 
 
-def check_output(assembly: Assembly, inputs: Iterable[Path], *, force: bool) -> None:
+def check_output(assembly: Assembly, inputs: Iterable[Path], *, force: bool, scratch: int = 0) -> None:
     """Refuse a target before any work is done.
+
+    Args:
+        scratch: further bytes that are written beside it meanwhile.
 
     Raises:
         WriteError: see `check_target`.
     """
     names = assembly.names if assembly.folder else None
-    check_target(assembly.target, inputs, nbytes=assembly.nbytes, force=force, names=names)
+    check_target(assembly.target, inputs, nbytes=assembly.nbytes + scratch, force=force, names=names)
 
 
 def write(

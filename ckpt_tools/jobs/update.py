@@ -51,6 +51,8 @@ def updated(
     matching: Matching,
     output: AveragedOutput,
     running: Summing,
+    *,
+    measured: bool,
 ) -> Addends:
     """Plan to extend an average by further checkpoints.
 
@@ -59,6 +61,7 @@ def updated(
         paths: of the checkpoints to add.
         schedule, matching, output: may say what the record says, and nothing else.
         selection: among those at `paths`.
+        measured: BatchNorm statistics are measured on the result.
 
     Raises:
         CkptError: there is no usable record, its rule cannot be extended, or a checkpoint is not newer than its inputs.
@@ -67,6 +70,11 @@ def updated(
     record = read_record(header)
     refuse_contradictions(record, schedule, matching, output)
     _refuse_unknown_shares(record)
+    if record.measured_on is not None and not measured:
+        raise LayoutError(
+            f"{record.path}: its BatchNorm statistics were measured, on {record.measured_on}, and those of the average "
+            "that extends it are others. Give the images to measure them on with `recal_bn`."
+        )
     rule = recorded_schedule(record)
     series = find_series(paths, **vars(selection))
     members = _placed(record, header, series.members)

@@ -36,8 +36,7 @@ def staged_files(
     Raises:
         WriteError: the system refuses.
     """
-    # Unique among concurrent and earlier runs; short, because file names have a maximum length.
-    stage = target.absolute().parent / f".{target.name[:40]}.{os.urandom(4).hex()}.partial"
+    stage = _hidden(target)
     fds: list[int] = []
     raise_file_limit(len(sizes))
     try:
@@ -77,6 +76,31 @@ def staged_files(
             # Interrupted after the rename: the target is complete.
     finally:
         _clear(stage, fds)
+
+
+def _hidden(target: Path) -> Path:
+    """Return a path next to a target; unique among concurrent and earlier runs; short, as file names have to be."""
+    return target.absolute().parent / f".{target.name[:40]}.{os.urandom(4).hex()}.partial"
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Give a hidden folder next to a target, which is gone when the block ends.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    folder = _hidden(target)
+    try:
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise WriteError(
+                f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
+            ) from error
+        yield folder
+    finally:
+        remove(folder)
 
 
 def write_file(target: Path, data: bytes, *, force: bool = False) -> None:

@@ -109,9 +109,9 @@ def test_progress_is_a_plain_line_now_and_then_off_a_terminal(
 ) -> None:
     now = iter([0.0, 1.0, 11.0, 11.0, 12.0, 30.0, 30.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.progress("averaging") as show:
+    with console.counting(None) as show:
         for done in (1, 2, 3, 4):
-            show(done * 10**9, 4 * 10**9)
+            show("averaging", done * 10**9, 4 * 10**9)
     captured = capsys.readouterr()
     assert captured.err.splitlines() == ["averaging: 50% of 4 GB", "averaging: 100% of 4 GB"]
     assert captured.out == ""
@@ -134,15 +134,18 @@ def test_counting_names_the_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     with console.counting("images") as show:
         show("pass 1", 30, 90)
         show("pass 2", 7, None)
-    assert capsys.readouterr().err.splitlines() == ["pass 1: 30 of 90 images", "pass 2: 7 images"]
+        show("writing", 5, 10, unit=None)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["pass 1: 30 of 90 images", "pass 2: 7 images", "writing: 50% of 10 B"]
 
 
 @pytest.mark.parametrize("columns", ["50", "90"])
 def test_progress_leaves_nothing_on_a_terminal(columns: str) -> None:
     script = (
         "from ckpt_tools.cli import console\n"
-        "with console.progress('averaging') as p, console.counting('images') as c:\n"
-        "    p(2 * 10**9, 4 * 10**9)\n"
+        "with console.counting(None) as p:\n"
+        "    p('averaging', 2 * 10**9, 4 * 10**9)\n"
+        "    p('measuring', 2, 4, unit='images')\n"
         "console.say('done')\n"
     )
     terminal, other_end = pty.openpty()
@@ -156,6 +159,7 @@ def test_progress_leaves_nothing_on_a_terminal(columns: str) -> None:
     assert shown.decode().rstrip().endswith("done")
     assert (b"averaging" in shown) == (columns == "90")
     assert (b"2.0/4.0 GB" in shown) == (columns == "90")
+    assert (b"images" in shown) == (columns == "90")
 
 
 def shell(line: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:

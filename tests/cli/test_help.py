@@ -104,6 +104,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
         "Which weights:",
         "From an average that is there:",
         "Output:",
+        "BatchNorm statistics (recal-bn):",
         "Running:",
         "Options:",
     ]

@@ -19,7 +19,7 @@ import pytest
 import torch
 from cli_runner import PATIENCE, run
 
-from ckpt_tools import average, recalibrate_checkpoint
+from ckpt_tools import average
 from ckpt_tools.batchnorm.report import BatchNormReport, LayerReport
 from ckpt_tools.cli.arguments import spelled
 from ckpt_tools.cli.sweep import command
@@ -80,7 +80,6 @@ def report(*averages: Ranked, names: Sequence[str] = NAMES, lower: bool = True, 
         other_data=False,
         paths=("run",),
         options={"mode": "ema", "decay": 0.9},
-        recalibration={},
         recalibrated=False,
         evaluations=len(scored),
         reused=0,
@@ -355,13 +354,10 @@ def test_the_same_sweep_has_the_same_page_and_forbids_the_browser_to_load_anythi
 
 
 def test_a_page_from_python_speaks_python() -> None:
-    shown = report(*decays(0.5, 0.9), recalibrated=True, recalibration={"data": "photos", "passes": 2})
+    shown = report(*decays(0.5, 0.9))
     found = read(page(shown, background(), Wording()))
     assert "Give other data with `test`." in found.text
-    assert (
-        "average(['run'], mode='ema', decay=0.9, out='averaged.pth')\n"
-        "recalibrate_checkpoint('averaged.pth', data='photos', passes=2, out='best.pth')"
-    ) in found.text
+    assert "average(['run'], mode='ema', decay=0.9, out='best.pth')" in found.text
 
 
 def test_without_matplotlib_the_page_says_that_it_has_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,8 +495,10 @@ def test_the_drift_is_that_of_recal_bn_on_the_best_average(save: Save, here: Pat
     shared = {"model": "net.py:net", "data": str(photos()), **images}
     found = sweep("run", mode="uniform", eval_data=shared["data"], keep=0, metric="loss", report="s.html", **shared)
     assert found.best is not None
-    average(found.paths, **found.options, out="best.pth")
-    statistics = recalibrate_checkpoint("best.pth", **shared).statistics
+    assert found.options["recal_bn"] == shared["data"]
+    recalibration = average(found.paths, **found.options, out="best.pth").recalibration
+    assert recalibration is not None
+    statistics = recalibration.statistics
     assert statistics is not None
     (layer,) = statistics.layers
     assert layer.variance_moved > 1.1

@@ -91,6 +91,8 @@ class Bench:
             else:
                 self.reused += 1
                 self._take(candidate, replace(known, label=candidate.label))
+        best = self.ranking()[: self.keep]
+        self.scratch.remove(*(self.path(each) for each in self.found if each not in best))
         at = 0
         while at < len(waiting):
             some = waiting[at : at + self._at_a_time()]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...checkpoints.open import Checkpoint
 from ...compute.threads import check_threads
 from ...errors import AlignmentError, CkptError, SeriesError, UsageError
-from ...series.find import Series, find_series
+from ...formats.file_plan import OutTensor
+from ...series.find import find_series
 from ...storage.journal import alone_in
-from ...storage.staged import remove
+from ...storage.staged import scratch_folder
 from ...tensors import parse_dtype
-from ..options import Matching, Network, takes
+from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, check_target
-from ..provenance import short_names
+from ..provenance import provided, short_names
 from ..run import write
 from .bench import Bench
 from .evaluation import Opened, opened
@@ -132,11 +134,13 @@ def sweep(
         notes += () if isinstance(geometry, str) else geometry.warnings
         shared = {**made, **given_of(order), **({"allow_nonfinite": True} if running.allow_nonfinite else {})}
         shared.pop("metrics", None)  # of `best`, and among the options of its candidates
-        how = {name: value for name, value in given_of(running).items() if name in ("device", "amp", "channels_last")}
-        recalibration = {**given_of(which, images), **how} if scoring.recalibrates else {}
-        report = judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared, recalibration)
+        recalibration = Recalibration(**{**vars(which), **vars(images), **vars(running)}, recal_bn=images.data)
+        if scoring.recalibrates:
+            shared |= given_of(recalibration)
+            shared |= {name: value for name, value in given_of(running).items() if name == "device"}
+        report = judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared)
         if target is not None:
-            _write_best(report, bench, maker, scoring, target, which, images, output, running, series)
+            _write_best(report, bench, maker, scoring, target, recalibration, example, output, running)
             report = replace(report, written=True)
         files.write(report, lambda: _background(bench, maker, scoring, geometry), running.on_words)
     return report
@@ -195,15 +199,14 @@ def _write_best(
     maker: Maker,
     scoring: Opened,
     target: Target,
-    which: Network,
-    images: SweptImages,
+    recalibration: Recalibration,
+    example: Checkpoint,
     output: SweptOutput,
     running: Sweeping,
-    series: Series,
 ) -> None:
     """Write the best average with the evidence in its provenance, and with measured statistics if it was scored so."""
     best = bench.ranking()[0]
-    evidence = {
+    evidence: dict[str, Any] = {
         "sweep": {
             "candidates": len(bench.found),
             "metric": report.metric,
@@ -216,29 +219,17 @@ def _write_best(
             "verdict": report.verdict,
         }
     }
-    place = target.path if not scoring.recalibrates else bench.path(best).with_name(f"best-{target.name}")
-    (assembly,) = maker.planned([best], [place], evidence)
-    write(
-        assembly,
-        maker.stamps,
-        force=output.force or scoring.recalibrates,
-        threads=running.threads,
-        allow_nonfinite=running.allow_nonfinite,
-    )
-    if scoring.recalibrates:
-        from ..recalibrate import recalibrate_checkpoint
+    stamps = maker.stamps
+    tensors: Mapping[str, OutTensor] = maker.tensors([best])
+    options: dict[str, Any] = {"threads": running.threads, "allow_nonfinite": running.allow_nonfinite}
+    with ExitStack() as stack:
+        if scoring.recalibrates:
+            from ..averaged_network import measured, opened_network
 
-        shown = {name: value for name, value in vars(images).items()}
-        try:
-            recalibrate_checkpoint(
-                place,
-                **vars(which),
-                **shown,
-                out=target.path,
-                force=output.force,
-                device=running.device,
-                amp=running.amp,
-                channels_last=running.channels_last,
-            )
-        finally:
-            remove(place)
+            network = stack.enter_context(opened_network(example.header, example.state, recalibration, running.device))
+            folder = stack.enter_context(scratch_folder(target.path))
+            found = measured(network, tensors, folder, stamps, network.planned(target), running.on_progress, **options)
+            tensors, stamps = found.tensors, [*stamps, *found.stamps]
+            evidence["recalibrated"] = provided(network.record(found.report))
+        (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])
+        write(assembly, stamps, force=output.force, **options)

@@ -56,7 +56,6 @@ def planned(
         other_data=False,
         paths=tuple(paths),
         options={},
-        recalibration={},
         recalibrated=False,
         evaluations=len(found.candidates) + further,
         reused=0,
@@ -101,7 +100,6 @@ def judged(
     seed: int,
     notes: Sequence[str],
     shared: Mapping[str, Any],
-    recalibration: Mapping[str, Any],
 ) -> SweepReport:
     """Rank the candidates, and compare the best with the last checkpoint, on other data if there are any."""
     ranking = bench.ranking()
@@ -133,7 +131,6 @@ def judged(
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
         options={**best.options, **shared} if best.options else shared,
-        recalibration=recalibration,
         recalibrated=scoring.recalibrates,
         evaluations=len(bench.found) - bench.reused,
         reused=bench.reused,

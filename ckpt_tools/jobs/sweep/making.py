@@ -71,21 +71,24 @@ class Maker:
             evidence: further facts for the provenance.
             instead: from a tensor and its name to the one that takes its place.
         """
-        lasts = [self.members.index(each.members[-1]) for each in candidates]
-        tensors = weighted_sums(
-            self.lined_up.aligned,
-            *[each.row(self.members) for each in candidates],
-            dtype=self.dtype or self.lined_up.states[-1].dtype,
-            keep_running=self.matching.buffers == "last",
-            shared=self.lined_up.shared,
-            lasts=lasts,
-        )
+        tensors, lasts = self.tensors(candidates), self._lasts(candidates)
         if instead is not None:
             tensors = {name: instead(tensor, name) for name, tensor in tensors.items()}
         return [
             self._laid_out(candidate, path, last, tensors, evidence or {})
             for candidate, path, last in zip(candidates, paths, lasts, strict=True)
         ]
+
+    def tensors(self, candidates: Sequence[Candidate]) -> dict[str, OutTensor]:
+        """Return the tensors of candidates by name: row i is of candidate i."""
+        return weighted_sums(
+            self.lined_up.aligned,
+            *[each.row(self.members) for each in candidates],
+            dtype=self.dtype or self.lined_up.states[-1].dtype,
+            keep_running=self.matching.buffers == "last",
+            shared=self.lined_up.shared,
+            lasts=self._lasts(candidates),
+        )
 
     def make(
         self,
@@ -129,6 +132,9 @@ class Maker:
         if self.lined_up.shared:
             return inputs[-1].placed(lambda path: self.lined_up.shared[path][i])  # type: ignore[union-attr]
         return inputs[i]  # type: ignore[return-value]
+
+    def _lasts(self, candidates: Sequence[Candidate]) -> list[int]:
+        return [self.members.index(each.members[-1]) for each in candidates]
 
     @property
     def suffix(self) -> str:

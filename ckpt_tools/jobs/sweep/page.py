@@ -54,17 +54,9 @@ class Background:
 
 
 def python_calls(report: SweepReport) -> str:
-    """Return the calls that make the best candidate; a second one measures its BatchNorm statistics."""
-    out = report.out or "best.pth"
-    made = "averaged.pth" if report.recalibrated else out
-    calls = [_call("average", [*report.paths], {**report.options, "out": made})]
-    if report.recalibrated:
-        calls.append(_call("recalibrate_checkpoint", made, {**report.recalibration, "out": out}))
-    return "\n".join(calls)
-
-
-def _call(name: str, first: Any, options: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join([repr(first), *(f'{option}={value!r}' for option, value in options.items())])})"
+    """Return the call that makes the best candidate."""
+    options = {**report.options, "out": report.out or "best.pth"}
+    return f"average({', '.join([repr([*report.paths]), *(f'{name}={value!r}' for name, value in options.items())])})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,7 @@ class SweepReport(Report):
         against_last: comparisons on the data of the report, metric by metric.
         other_data: the comparisons are on data that had no part in the choice.
         paths: of the best one, for `average`.
-        options: of `average`, that make the best one.
-        recalibration: options of `recalibrate_checkpoint` for it, if its statistics were measured before its score.
+        options: of `average`, that make the best one; with `recal_bn` if its statistics were measured before its score.
         recalibrated: BatchNorm statistics were measured before every score.
         evaluations: to be made; after the work, that were made.
         reused: results known from before.
@@ -88,7 +87,6 @@ class SweepReport(Report):
     other_data: bool
     paths: tuple[str, ...]
     options: Mapping[str, Any]
-    recalibration: Mapping[str, Any]
     recalibrated: bool
     evaluations: int
     reused: int

@@ -1,0 +1,110 @@
+"""Averaged networks: the BatchNorm statistics of an average, measured before its output is written.
+
+The sums go to a scratch file beside the target. A network takes its weights from there and is shown the images. What is
+written are the tensors of the scratch file, byte for byte, with the measured statistics in the place of the sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..batchnorm.processes import Group
+from ..checkpoints.layouts import StateDict
+from ..checkpoints.open import Checkpoint
+from ..errors import UsageError
+from ..evaluation.models import load_weights, pick_device
+from ..evaluation.runner import Progress
+from ..formats import read_header
+from ..formats.file_plan import OutTensor
+from ..formats.format import Writing
+from ..formats.header import Header
+from ..formats.torch_zip import TORCH_ZIP
+from ..storage.source import Stamp
+from .assembly import Assembly, Copies
+from .options import Images, Measuring, Network, Numerics, Recalibration
+from .recalibrate import Opened, RecalibrationReport, check, new_buffers, opened
+from .run import write
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """The tensors of an average with measured statistics.
+
+    Attributes:
+        tensors: by name, in the order of the output.
+        stamps: of the scratch files that most of them are in.
+        report: statistics and accuracy.
+    """
+
+    tensors: Mapping[str, OutTensor]
+    stamps: tuple[Stamp, ...]
+    report: RecalibrationReport
+
+
+@contextmanager
+def opened_network(base: Header, state: StateDict, recalibration: Recalibration, device: str) -> Iterator[Opened]:
+    """Build the network of a series, fill it with the weights of the last checkpoint, and open the images.
+
+    Args:
+        base, state: the last checkpoint, and the set of weights in it.
+        device: of the sums; several GPUs are one to a network.
+
+    Raises:
+        CkptError: the network or the images cannot be used.
+    """
+    images, measuring = recalibration.of(Images), recalibration.of(Measuring)
+    check(images, measuring)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        raise UsageError(
+            "`recal_bn` works in one process, and torchrun has started several. Average in one process, and let "
+            "several measure the statistics of what it wrote."
+        )
+    if base.ranks or state.parts:
+        raise UsageError(
+            f"{base.path}: its weights are those of several models or ranks, and `recal_bn` needs those of one network."
+        )
+    on = pick_device("auto" if device == "cuda" else device)
+    checkpoint = Checkpoint.of(base, state)
+    which, numerics = recalibration.of(Network), recalibration.of(Numerics)
+    with opened(checkpoint, which, images, measuring, numerics, on, Group()) as network:
+        yield network
+
+
+def measured(
+    network: Opened,
+    tensors: Mapping[str, OutTensor],
+    folder: Path,
+    stamps: Sequence[Stamp],
+    report: RecalibrationReport,
+    on_images: Progress | None = None,
+    **options: Any,
+) -> Measured:
+    """Write the sums to a scratch file, and measure the statistics of a network with them.
+
+    Args:
+        tensors: the sums, by name.
+        folder: for the scratch file; stays until the output is written.
+        stamps: of the inputs.
+        report: of the plan.
+        on_images: called with (what is done, images done, images in all).
+        options: of `write`.
+
+    Raises:
+        CkptError: the sums cannot be written or do not fit the network, or the measurement fails.
+    """
+    path = folder / "sums.pth"
+    write(Assembly(path, TORCH_ZIP.plan(dict(tensors), Writing(name=path.name)), folder=False), stamps, **options)
+    header = read_header(path)
+    sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
+    stored = load_weights(network.network, sums)
+    done = network.measured(report, on_images or (lambda *_: None))
+    copies = Copies()
+    found = {name: copies[spec] for name, spec in header.tree.items()}
+    if done.statistics is not None:
+        found |= new_buffers(network.network, done.statistics, stored, sums.specs)
+    return Measured(found, header.files, done)
