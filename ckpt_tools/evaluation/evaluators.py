@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -155,13 +155,14 @@ class Function:
         return {"function": self.spec, "in_memory": self.in_memory}
 
     def score(self, path: Path, log: Path) -> Scores:
-        """Call the function; see `Evaluator`."""
+        """Call the function; see `Evaluator`. What it prints on stderr is not kept."""
         function = load_factory(self.spec, self.option)
         given: Any = str(path)
         if self.in_memory:
             given = dict(open_checkpoint(path))
         try:
-            with importable(self.spec):
+            # A live table stands on stderr.
+            with importable(self.spec), log.open("w") as out, redirect_stdout(out):
                 found = function(given)
         except CkptError:
             raise

@@ -224,14 +224,3 @@ def test_changed_files_are_scored_again(save: Save, here: Path) -> None:
     save("run/c-0.pth", {"model": {"w": torch.full((4, 3), 9.0), "n": torch.tensor(0)}, "step": 100})
     found = sweep("run", last=[2], eval_function=FUNCTION, in_memory=True)
     assert (found.evaluations, found.reused) == (1, N)
-
-
-def test_what_look_tells_of_the_series_is_told(save: Save, here: Path) -> None:
-    series(save)
-    for i in range(N):
-        rate = {"state": {}, "param_groups": [{"lr": 10.0**-i, "params": [0]}]}
-        model = {"w": torch.full((4, 3), 100.0 + (50 if i == 2 else i)), "n": torch.tensor(i)}
-        save(f"run/c-{i}.pth", {"model": model, "step": 100 * i + 100, "optimizer": rate})
-    found = sweep("run", last=[2], eval_function=FUNCTION, in_memory=True)
-    assert any("c-2.pth" in note and "times as far" in note for note in found.notes)
-    assert any("The learning rate" in note for note in found.notes)

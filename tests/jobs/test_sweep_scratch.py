@@ -17,6 +17,7 @@ from cli_runner import PATIENCE, environment
 
 from ckpt_tools import sweep
 from ckpt_tools.errors import DataError, WriteError
+from ckpt_tools.jobs.look import look
 from ckpt_tools.jobs.sweep.report import SweepReport
 from ckpt_tools.storage.journal import alone_in
 
@@ -89,6 +90,40 @@ def test_an_evaluation_may_delete_its_checkpoint(save: Save, here: Path) -> None
     found = sweep("run", last=[2, 3], eval_function=FUNCTION, out="best.pth")
     assert Path("best.pth").exists()
     assert [each.label for each in found.candidates if each.file] == [found.best]
+
+
+def test_the_geometry_of_a_series_is_measured_once(save: Save, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    series(save)
+    for i in range(N):
+        optimizer = {"state": {}, "param_groups": [{"lr": 10.0**-i, "params": [0]}]}
+        weights = {"w": torch.full((4, 3), 100.0 + (50 if i == 2 else i)), "n": torch.tensor(i)}
+        save(f"run/c-{i}.pth", {"model": weights, "step": 100 * i + 100, "optimizer": optimizer})
+    told = scored(last=2).notes
+    assert any("c-2.pth" in note and "times as far" in note for note in told)
+    assert any("The learning rate" in note for note in told)
+    reports = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        reports.append(look(*arguments, **options))
+        return reports[-1]
+
+    monkeypatch.setattr("ckpt_tools.jobs.sweep.geometry.look", counted)
+    assert (scored(last=2).notes, reports) == (told, [])
+    Path("ckpt-sweep/look.json").write_text('{"key": 3}')
+    assert (scored(last=3).notes, len(reports)) == (told, 1)
+    save("run/c-9.pth", {"model": {"w": torch.full((4, 3), 99.0), "n": torch.tensor(9)}, "step": 999})
+    scored(last=3)
+    assert len(reports) == 2
+
+
+def test_what_a_function_prints_is_kept(save: Save, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    series(save)
+    with Path("scores.py").open("a") as file:
+        file.write("    \n_score = score\ndef score(state):\n    print('w', state['w'].mean().item())\n")
+        file.write("    return _score(state)\n")
+    scored(last=2)
+    assert sorted(path.read_text() for path in Path("ckpt-sweep/logs").iterdir())[-1] == "w 5.0\n"
+    assert "w 5.0" not in capfd.readouterr().out
 
 
 def test_two_sweeps_do_not_share_a_folder(save: Save, here: Path) -> None:

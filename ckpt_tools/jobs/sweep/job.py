@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..run import write
 from .bench import Bench
 from .evaluation import Opened, opened
 from .files import Files
+from .geometry import geometry_of
 from .grid import Grid
 from .judging import file_of, judged, planned
 from .making import Maker
@@ -127,7 +128,7 @@ def sweep(
             planned=plan.evaluations,
             on_result=running.on_result,
         )
-        geometry = _measured(given, order, matching, running.threads)
+        geometry = geometry_of(folder, series.members, given, order, matching, running.threads)
         bench.clear(found)
         bench.scores(found)
         notes = [*grid.search(bench), *grid.soup(bench, maker), *bench.keep_best()]
@@ -160,24 +161,6 @@ def _refuse_other_names(maker: Maker) -> None:
 def state_of(matching: Matching) -> str:
     """Return the set of weights that is asked for, as one name; several are asked for by path alone."""
     return matching.state if isinstance(matching.state, str) else next(iter(matching.state), "auto")
-
-
-def _measured(paths: Sequence[str | Path], order: Order, matching: Matching, threads: int | None) -> LookReport | str:
-    """Measure the geometry of the series; return why, if that cannot be done."""
-    from ..look import look
-
-    try:
-        return look(
-            paths,
-            order=order.order,
-            include_outputs=order.include_outputs,
-            state=matching.state,
-            match=matching.match,
-            keys=matching.keys,
-            threads=threads,
-        )
-    except CkptError as error:  # a sweep without it is better than none
-        return str(error)
 
 
 def _background(bench: Bench, maker: Maker, scoring: Opened, geometry: LookReport | str) -> Background:
