@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -15,8 +16,9 @@ import pytest
 import torch
 from cli_runner import PATIENCE, run
 from scipy.stats import binomtest
+from torch import nn
 
-from ckpt_tools import average, open_checkpoint, sweep
+from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint, sweep
 from ckpt_tools.errors import AlignmentError, CkptError, DataError, UsageError
 from ckpt_tools.evaluation.evaluators import Command, Scores, parsed
 from ckpt_tools.jobs.sweep.aim import Aim
@@ -25,6 +27,7 @@ from ckpt_tools.jobs.sweep.verdict import compared, in_words, worse_metrics
 Save = Callable[..., Path]
 N = 4
 FUNCTION = "scores.py:score"
+SWEEP = ("sweep", "run", "--eval-function", FUNCTION)
 
 
 def series(save: Save, score: str = "state['w'].mean().item()") -> None:
@@ -95,9 +98,49 @@ def test_series_whose_names_differ_are_refused(save: Save, here: Path) -> None:
 def test_a_test_that_fails_loses_no_score(save: Save, here: Path) -> None:
     series(save)
     Path("test.py").write_text("def score(state):\n    raise ValueError('no data')\n")
-    with pytest.raises(DataError, match=r"`test` of c-3.pth: test.py:score fails .*goes on from there"):
-        scored(last=2, test="test.py:score")
+    found = scored(last=2, test="test.py:score", out="best.pth", csv="ranking.csv")
+    assert re.search(r"`test` of c-3.pth: test.py:score fails .*goes on from there", found.failure)
+    assert (found.best, found.candidates[0].metrics["metric"], found.written) == ("c-3.pth", 3.25, False)
+    assert Path("ranking.csv").exists()
+    assert not Path("best.pth").exists()
+    shown = run(*SWEEP, "--in-memory", "--last", "2", "--test", "test.py:score")
+    assert shown.code == 1
+    assert shown.err.index("c-3.pth") < shown.err.index("Error: --test of c-3.pth")
     assert scored(last=2).evaluations == 0
+
+
+def test_samples_of_different_numbers_lose_no_ranking(save: Save, here: Path) -> None:
+    series(save, "{'metric': 1.0, 'per_sample': {'metric': [1.0] * int(2 + state['w'].mean().item())}}")
+    found = scored(last=2, metric="metric")
+    assert "not compared" in found.verdict
+    assert [each.metrics["metric"] for each in found.candidates] == [1.0] * 5
+
+
+def test_a_first_candidate_without_the_metric_is_told_and_the_others_go_on(save: Save, here: Path) -> None:
+    series(save, "{'a': 1.0, **({'b': state['w'].mean().item()} if state['w'].mean() < 2.4 else {})}")
+    found = scored(last=2, metric="b", lower_is_better=False)
+    assert {each.label: each.error for each in found.candidates if each.error} == {
+        "uniform": "the evaluation gives no 'b'",
+        "c-3.pth": "the evaluation gives no 'b'",
+    }
+    with pytest.raises(UsageError, match="`metric='c'`: the evaluation gives a"):
+        scored(last=2, metric="c", scratch="other")
+
+
+def test_a_missing_evaluation_is_told_by_its_own_option(save: Save, here: Path) -> None:
+    for i, name in enumerate("ab"):
+        save(f"{name}.pth", {**nn.BatchNorm2d(3).state_dict(), "weight": torch.full((3,), float(i))})
+    Path("own.py").write_text(
+        "import torch\nfrom torch import nn\ndef net(): return nn.BatchNorm2d(3)\n"
+        "def data(): return [(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))]\n"
+    )
+    options = {"model": "own.py:net", "data": "own.py:data"}
+    with pytest.raises(DataError, match="^`eval_data='gone'`"):
+        sweep(["a.pth", "b.pth"], eval_data="gone", **options)
+    with pytest.raises(DataError, match="^`test='gone'`"):
+        sweep(["a.pth", "b.pth"], eval_data="own.py:data", test="gone", **options)
+    with pytest.raises(DataError, match="^`eval_data='gone'`"):
+        recalibrate_checkpoint("a.pth", eval_data="gone", out="c.pth", **options)
 
 
 def test_too_many_combinations_are_refused_before_they_are_listed(save: Save, here: Path) -> None:

@@ -67,6 +67,7 @@ class Bench:
     aim: Aim | None = None
     found: dict[Candidate, Result] = field(default_factory=dict)
     reused: int = 0
+    _lacking: int = 0
     _by_key: dict[str, Candidate] = field(default_factory=dict)  # key to the one in `found`
     _keys: dict[Candidate, str] = field(default_factory=dict)
 
@@ -286,10 +287,13 @@ class Bench:
 
     def _take(self, candidate: Candidate, result: Result) -> None:
         if result.error is None:
-            if self.aim is None:
+            wanted = self.asked if self.aim is None else self.aim.metric
+            # The first one alone may lack it; when two do, it is a slip.
+            if wanted is not None and wanted not in result.metrics and (self.aim is not None or not self._lacking):
+                self._lacking += self.aim is None
+                result = replace(result, error=f"the evaluation gives no '{wanted}'", metrics={})
+            elif self.aim is None:
                 self.aim = aim_of([*result.metrics], self.asked, self.usual, lower=self.lower)
-            elif self.aim.metric not in result.metrics:
-                result = replace(result, error=f"the evaluation gives no '{self.aim.metric}'", metrics={})
         deciding = {name: values for name, values in result.samples.items() if self.aim and name == self.aim.metric}
         self.found[candidate] = replace(result, samples=deciding)
         self._by_key[self.key(candidate)] = candidate

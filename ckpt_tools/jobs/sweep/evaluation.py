@@ -13,6 +13,7 @@ from ...checkpoints.open import Checkpoint
 from ...errors import UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function
 from ..options import Network
+from ..outputs import named
 from .options import Evaluation, Honesty, Sweeping, SweptImages
 
 
@@ -126,8 +127,9 @@ def _classifier(
         }
         runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
 
-        def scoring(data: str, split: str) -> Classifier:
-            held_out = open_batches(data, loading, split=split)
+        def scoring(data: str, option: str, split: str) -> Classifier:
+            with named(option, "data"):
+                held_out = open_batches(data, loading, split=split)
             if held_out.once or (statistics is not None and statistics.once):
                 raise UsageError("the data are evaluated many times, and a factory here gives an iterator, not a list.")
             return Classifier(
@@ -141,10 +143,10 @@ def _classifier(
                 on_progress=on_progress,
             )
 
-        evaluator = scoring(eval_data, images.split)
+        evaluator = scoring(eval_data, "eval_data", images.split)
         yield Opened(
             evaluator,
-            None if honesty.test is None else scoring(honesty.test, honesty.test_split or images.split),
+            None if honesty.test is None else scoring(honesty.test, "test", honesty.test_split or images.split),
             "top1",
             None if statistics is None else partial(evaluator.measured, images=statistics),
             tuple(_notes(images.data, eval_data, has_layers=bool(layers))),

@@ -80,7 +80,7 @@ def sweep(
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`. A candidate that fails does not stop the sweep; the report
-            gives the reason.
+            gives the reason. So it does if the best cannot be compared with the last checkpoint.
     """
     check(evaluation, honesty, output, searching, which, images, running)
     if matching.lora == "product":
@@ -140,7 +140,7 @@ def sweep(
             shared |= given_of(recalibration)
             shared |= {name: value for name, value in given_of(running).items() if name == "device"}
         report = judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared)
-        if target is not None:
+        if target is not None and not report.failure:
             _write_best(report, bench, maker, scoring, target, recalibration, example, output, running)
             report = replace(report, written=True)
         files.write(report, lambda: _background(bench, maker, scoring, geometry), running.on_words)

@@ -107,9 +107,15 @@ def judged(
     best = ranking[0]
     singles = [each for each in ranking if len(each.members) == 1]
     last = next(each for each in bench.found if each.members == maker.members[-1:])
-    scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
     other_data = scoring.test is not None or honesty.holdout is not None
-    comparisons = compared(scores[best], scores[last], seed=seed) if best is not last else []
+    comparisons: list[Comparison] = []
+    failure = ""
+    try:
+        scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
+        if best is not last:
+            comparisons = compared(scores[best], scores[last], seed=seed)
+    except CkptError as error:  # the ranking is worth its evaluations without it
+        failure = str(error)
     failed = [each for each in bench.found if bench.found[each].error is not None]
     order = [*ranking, *failed]
     names = dict(zip(maker.members, plan.checkpoints, strict=True))
@@ -126,7 +132,10 @@ def judged(
         best=best.label,
         best_single=singles[0].label if singles else None,
         last=last.label,
-        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error),
+        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error)
+        if not failure
+        else f"The best is not compared with the last checkpoint ({last.label}): {failure}",
+        failure=failure,
         against_last=tuple(comparisons),
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),

@@ -59,6 +59,7 @@ class SweepReport(Report):
         best, best_single, last: labels.
         verdict: whether the best is better than the last checkpoint, in words.
         against_last: comparisons on the data of the report, metric by metric.
+        failure: why the best and the last checkpoint could not be compared, so that `out` is not written; else empty.
         other_data: the comparisons are on data that had no part in the choice.
         paths: of the best one, for `average`.
         options: of `average`, that make the best one; with `recal_bn` if its statistics were measured before its score.
@@ -95,4 +96,5 @@ class SweepReport(Report):
     notes: tuple[str, ...]
     results: str
     out: str | None
+    failure: str = ""
     written: bool = False
