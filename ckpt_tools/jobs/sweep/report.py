@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...series.candidates import Kind
 from ..reports import Report
 from .verdict import Comparison
 
@@ -18,9 +19,9 @@ class Ranked:
         label: what tells it from the others.
         same: labels of candidates that are the same average.
         same_options: their options.
-        options: of `average`, by which it is made from the same paths; empty for a checkpoint alone, and for a soup.
+        options: of `average`, by which it is made from the same paths; empty for the other kinds.
         checkpoints, coefficients: which, and how much each counts.
-        single: a checkpoint alone.
+        kind: an average by options, a checkpoint alone, or a soup.
         metrics: on the data by which candidates are chosen; empty before, and if the evaluation failed.
         low, high: 95 % interval of the metric that decides, over the samples; None without values of samples.
         error: why it has none.
@@ -33,7 +34,7 @@ class Ranked:
     options: Mapping[str, Any]
     checkpoints: tuple[str, ...]
     coefficients: tuple[float, ...]
-    single: bool
+    kind: Kind
     metrics: Mapping[str, float]
     same_options: tuple[Mapping[str, Any], ...] = ()
     low: float | None = None
