@@ -66,18 +66,12 @@ def _show_plan(report: RecalibrationReport) -> None:
         passes = console.plural(report.passes, "pass", "passes")
         console.say(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
     if report.preprocessing:
-        p = dict(report.preprocessing)
-        console.say(
-            f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
-            f"{p['interpolation']}, mean {_numbers(p['mean'])}, std {_numbers(p['std'])}."
-        )
+        from ..evaluation.preprocessing import described
+
+        console.say(*described(report.preprocessing, report.preprocessing_from))
     if report.dropped:
         console.say(f"Not carried over: {', '.join(report.dropped[:6])}.")
     arguments.say_notes(report.notes)
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _show_statistics(found: BatchNormReport) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import IterableImageDataset, create_transform, resolve_data_config
 
 from ckpt_tools.errors import DataError, UsageError
+from ckpt_tools.evaluation.preprocessing import resolve_preprocessing
 from ckpt_tools.evaluation.data import (
     DEFAULT_IMAGES,
     Batches,
@@ -24,7 +25,6 @@ from ckpt_tools.evaluation.data import (
     is_factory,
     open_data,
     plan_batches,
-    resolve_preprocessing,
 )
 
 PREPROCESSING: dict[str, Any] = {
