@@ -202,4 +202,4 @@ def natural_key(name: str) -> list[Any]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return f"'{names[0]}'" + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")
+    return f"'{min(names)}'" + (f" (and {len(names) - 1} others)" if len(names) > 1 else "")

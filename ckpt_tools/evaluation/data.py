@@ -433,7 +433,7 @@ def _undistributed(loader: DataLoader[Any]) -> _Items | None:
     with suppress(Exception):  # a sampler of the user's
         whole.num_samples = whole.total_size = len(loader.dataset)  # type: ignore[arg-type]
         order = [int(index) for index in whole]
-    if not order or type(batch_size) is not int or sorted(order) != list(range(len(order))):
+    if not order or type(batch_size) is not int or sorted(order) != list(range(len(loader.dataset))):
         raise DataError(
             f"the sampler of the loader ({type(sampler).__name__}) keeps a share for each process, and batches are "
             "dealt out here. Return a loader without it."

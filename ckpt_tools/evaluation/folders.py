@@ -115,9 +115,8 @@ def read_folder(path: Path) -> FolderReader:
         raise DataError(f"`data={str(path)!r}`: no images in it; known are {', '.join(suffixes)}. {found}")
     notes = [_others(others)] if others else []
     if back:
-        notes.append(
-            f"{_count(back, 'link leads', 'links lead')} back into the folder and not followed, such as {min(back)}."
-        )
+        left = _count(back, "link leads back into the folder and is", "links lead back into the folder and are")
+        notes.append(f"{left} not followed, such as {min(back)}.")
     return FolderReader(str(path), tuple(sorted(files, key=natural_key)), _folders(folders, files), tuple(notes))
 
 

@@ -234,10 +234,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, measured: Collecti
     for name in own:
         if own[name] in measured and name not in inside:
             layer, dot, leaf = name.rpartition(".")
-            # Its neighbours in the layer tell what is before its name; a layer without any has the prefix of all.
-            near = [other for other in inside if other.startswith(layer + dot)] or list(inside)
-            before = inside[near[0]].removesuffix(near[0].removeprefix(layer + dot))
-            added[own[name]] = before + leaf
+            # Another tensor of the layer tells what is before its name; if there is none, any other.
+            near = next((other for other in inside if other.startswith(layer + dot)), None)
+            other, tail = (next(iter(inside)), name) if near is None else (near, leaf)
+            before = inside[other].removesuffix(other if near is None else other.removeprefix(layer + dot))
+            added[own[name]] = before + tail
     if added:
         notes.append("These weights have no BatchNorm statistics; the measured ones are added to them.")
     model.load_state_dict({own[name]: checkpoint[inside[name]] for name in shared}, strict=False)
@@ -269,10 +270,12 @@ def _lead(
     """
     if not needed or needed <= stored.keys():
         return ""
-    one = max(needed, key=len)
-    leads = [name.removesuffix(one) for name in stored if name.endswith(f".{one}")]
+    leads = {name.removesuffix(one) for one in sorted(needed)[:1] for name in stored if name.endswith(f".{one}")}
 
     named = [lead for lead in leads if all(lead + name in stored for name in needed)]
+    if not named:  # some are missing, and the message should name those alone
+        named = [lead for lead in leads if all(n.removeprefix(lead) in own for n in stored if n.startswith(lead))]
+        return named[0] if len(named) == 1 else ""
 
     def fits(lead: str) -> bool:
         specs = ((checkpoint.specs[stored[lead + name]], wanted[own[name]].shape) for name in needed)
