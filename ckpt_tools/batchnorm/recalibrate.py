@@ -8,6 +8,7 @@ later passes the layers use the statistics of the pass before.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -235,7 +236,9 @@ def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
     buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
     copies = [buffer.clone() for buffer in buffers]
     # A model that torch.compile compiled before does not call hooks added later.
-    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    # The module of torch.compile takes seconds to import; until something was compiled it is not there.
+    compiler = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    uncompiled = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
     try:
         with in_eval_mode(model), uncompiled:
             yield
