@@ -156,7 +156,8 @@ def _shapes(cfg: Any, specs: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     for key, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
         name = getattr(cfg, layer, None)
-        tensor = bare.get(f"{name}.weight") if isinstance(name, str) else None
+        ends = [full for full in bare if isinstance(name, str) and f".{full}".endswith(f".{name}.weight")]
+        tensor = bare[ends[0]] if len(ends) == 1 else bare.get(f"{name}.weight")  # it may have a prefix
         if isinstance(tensor, TensorSpec) and len(tensor.shape) > axis:
             found[key] = tensor.shape[axis]
     return found
@@ -270,8 +271,8 @@ def _lead(
     """
     if not needed or needed <= stored.keys():
         return ""
-    leads = {name.removesuffix(one) for one in sorted(needed)[:1] for name in stored if name.endswith(f".{one}")}
-
+    one = min(needed)
+    leads = [name.removesuffix(one) for name in stored if name.endswith(f".{one}")]
     named = [lead for lead in leads if all(lead + name in stored for name in needed)]
     if not named:  # some are missing, and the message should name those alone
         named = [lead for lead in leads if all(n.removeprefix(lead) in own for n in stored if n.startswith(lead))]
