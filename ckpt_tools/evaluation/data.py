@@ -430,15 +430,16 @@ def _undistributed(loader: DataLoader[Any]) -> _Items | None:
     whole: Any = copy.copy(sampler)
     whole.num_replicas, whole.rank = 1, 0
     order: list[int] = []
+    data: Any = loader.dataset
     with suppress(Exception):  # a sampler of the user's
-        whole.num_samples = whole.total_size = len(loader.dataset)  # type: ignore[arg-type]
+        whole.num_samples = whole.total_size = len(data)
         order = [int(index) for index in whole]
-    if not order or type(batch_size) is not int or sorted(order) != list(range(len(loader.dataset))):
+    if not order or type(batch_size) is not int or sorted(order) != list(range(len(data))):
         raise DataError(
             f"the sampler of the loader ({type(sampler).__name__}) keeps a share for each process, and batches are "
             "dealt out here. Return a loader without it."
         )
-    return _Items(loader.dataset, order, batch_size, loader.collate_fn)
+    return _Items(data, order, batch_size, loader.collate_fn)
 
 
 def _gives_batches(stream: Any) -> bool:
