@@ -8,6 +8,7 @@ later passes the layers use the statistics of the pass before.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -16,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..errors import DataError, ModelError, NumericsError, UsageError
 from .batches import images_of, joined
+from .processes import gathered
 from .report import BatchNormReport, compare
 from .statistics import LayerMoments, Moments, measure, merge
 
@@ -203,18 +204,17 @@ class _Pass:
 
     def join_processes(self, device: torch.device) -> None:
         """Merge the measurements of all processes of a group."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
         sets = [(state, which) for state in self.states.values() for which in ("population", "means", "variances")]
         parts = [torch.tensor([self.images, self.batches], dtype=torch.float64, device=device)]
         for moments in (getattr(*each) for each in sets):
             parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]))
         mine = torch.cat(parts)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        totals, *gathered = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
+        everyone = gathered(mine)
+        if len(everyone) == 1:
+            return
+        totals, *others = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
         self.images, self.batches = (int(total) for total in sum(totals).tolist())
-        for (state, which), found in zip(sets, gathered, strict=True):
+        for (state, which), found in zip(sets, others, strict=True):
             setattr(state, which, merge([Moments(int(each[0].item()), *each[1:].view(2, -1)) for each in found]))
 
 
@@ -236,7 +236,9 @@ def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
     buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
     copies = [buffer.clone() for buffer in buffers]
     # A model that torch.compile compiled before does not call hooks added later.
-    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    # The module of torch.compile takes seconds to import; until something was compiled it is not there.
+    compiler = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    uncompiled = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
     try:
         with in_eval_mode(model), uncompiled:
             yield

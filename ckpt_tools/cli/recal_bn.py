@@ -71,11 +71,9 @@ def show_images(report: RecalibrationReport) -> None:
     passes = console.plural(report.passes, "pass", "passes")
     console.say(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
     if report.preprocessing:
-        p = dict(report.preprocessing)
-        console.say(
-            f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
-            f"{p['interpolation']}, mean {_numbers(p['mean'])}, std {_numbers(p['std'])}."
-        )
+        from ..evaluation.preprocessing import described
+
+        console.say(*described(report.preprocessing, report.preprocessing_from))
 
 
 def show_statistics(report: RecalibrationReport) -> None:
@@ -83,10 +81,6 @@ def show_statistics(report: RecalibrationReport) -> None:
     if report.statistics is not None:
         _show_statistics(report.statistics)
     _show_accuracy(report)
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _show_statistics(found: BatchNormReport) -> None:

@@ -55,11 +55,9 @@ def _what(report: TuneReport) -> str:
 def _show_plan(report: TuneReport) -> None:
     console.say(f"{report.path}: {report.state}, {report.model}, {report.classes} classes.")
     if report.preprocessing:
-        p = dict(report.preprocessing)
-        console.say(
-            f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
-            f"{p['interpolation']}."
-        )
+        from ..evaluation.preprocessing import described
+
+        console.say(*described(report.preprocessing, report.preprocessing_from))
     if report.recalibrated:
         console.say(f"BatchNorm layers to measure: {console.some(report.recalibrated)}.")
     trained = console.some(report.trained) if report.trained else "the whole network"

@@ -17,7 +17,7 @@ from ..batchnorm.recalibrate import recalibrate_bn
 from ..batchnorm.report import BatchNormReport
 from ..errors import CkptError, DataError, ModelError
 from .data import Batches
-from .scores import Accuracy, Outcomes, evaluate, outcomes
+from .scores import Accuracy, Fit, Outcomes, evaluate, fit, outcomes
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]
@@ -67,6 +67,11 @@ class Runner:
         """Evaluate the network image by image; see `ckpt_tools.evaluation.scores.outcomes`."""
         fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
         return self._run(lambda: outcomes(self._network, fed))
+
+    def fit(self, what: str, batches: Batches, on_progress: Progress) -> Fit | None:
+        """See how the network fits images; see `ckpt_tools.evaluation.scores.fit`."""
+        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
+        return self._run(lambda: fit(self._network, fed))
 
     def _run(self, work: Callable[[], T]) -> T:
         self._shape = None

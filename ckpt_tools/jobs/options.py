@@ -350,11 +350,17 @@ class Images(Options):
     )
     batch_size: int = option("Images per batch.", 64)
     workers: int | None = option("Processes that decode images.", None, implied="the cores, 8 at most")
-    img_size: int | None = option("Side of the images.", None, implied="the model's")
-    crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the model's")
-    interpolation: str | None = option("bilinear, bicubic, ...", None, implied="the model's")
-    mean: Numbers | None = option("0.5 or 0.485,0.456,0.406.", None, implied="the model's")
-    std: Numbers | None = option("As `mean`.", None, implied="the model's")
+    img_size: int | None = option("Side of the images.", None, implied="the run's, or the model's")
+    crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the run's, or the model's")
+    interpolation: str | None = option("bilinear, bicubic, ...", None, implied="the run's, or the model's")
+    mean: Numbers | None = option("0.5 or 0.485,0.456,0.406.", None, implied="the run's, or the model's")
+    std: Numbers | None = option("As `mean`.", None, implied="the run's, or the model's")
+    class_map: str | Path | None = option(
+        "Classes of labelled folders: a name a line, with a number or in order; or JSON.",
+        None,
+        implied="the checkpoint's, or by name",
+        metavar="FILE",
+    )
     split: str = option("Of a named dataset.", "validation")
     data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
 

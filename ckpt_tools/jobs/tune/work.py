@@ -217,7 +217,7 @@ def _scores(found: Outcomes) -> Scores:
 
 
 def _accuracy(found: Outcomes) -> Accuracy:
-    return Accuracy(**_scores(found).metrics, images=len(found.loss))
+    return Accuracy(**_scores(found).metrics, images=len(found.loss), outputs=found.outputs)
 
 
 def _size_score(size: int, batches: Batches, setting: Setting, progress: Progress) -> SizeScore:
