@@ -231,7 +231,9 @@ def open_images(network: nn.Module, images: LabelledImages, training: Training, 
         if training.augment:
             raise UsageError("`augment`: the factory of `data` prepares its images itself; let it augment them.")
         if any(value is not None for value in options.values()):
-            notes.append("`data` is a factory, which prepares its images itself; size, crop, mean and std do not.")
+            notes.append(
+                "`data` is a factory, which prepares its images itself; size, crop, mean and std have no effect there."
+            )
     open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
     measured = open_batches(data, loading)
     trained = open_batches(data, loading, augment=True) if training.augment else measured
