@@ -15,7 +15,7 @@ import pytest
 import torch
 from memory_store import MemoryStore
 
-from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools import average, convert, open_checkpoint, sweep
 from ckpt_tools.checkpoints.layouts import Layout, register, unregister
 from ckpt_tools.errors import UsageError, WriteError
 from ckpt_tools.formats import FORMATS
@@ -136,6 +136,21 @@ def test_average_takes_a_rule_a_layout_a_format_and_a_store_from_outside(tmp_pat
                 assert np.array_equal(tensor.numpy(), mean.astype(np.float32))
         convert(tmp_path / "out.toy", to="toy", out=tmp_path / "out.pth")
         assert list(torch.load(tmp_path / "out.pth", weights_only=True)["net"]) == ["w", "b"]
+
+
+def test_a_rule_from_outside_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2, 3):
+        torch.save({"model": {"w": torch.full((2,), float(step))}, "step": step}, f"c-{step}.pth")
+    Path("scored.py").write_text("def score(state):\n    return {'error': abs(state['w'][0].item() - 2.4)}\n")
+    with a_rule():
+        found = sweep("c-*", share=[0.25, 0.75], eval_function="scored.py:score", in_memory=True)
+        made = {each.label: each for each in found.candidates}
+        assert made["share=0.25"].metrics == {"error": pytest.approx(0.9)}
+        assert made["share=0.75"].coefficients == (0.25, 0.75)
+        assert found.best == "share=0.75"
+        average(found.paths, **found.options, out="best.pth")
+    assert open_checkpoint("best.pth")["w"].tolist() == [2.5, 2.5]
 
 
 def test_average_of_a_format_from_outside_is_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,39 +1,22 @@
-"""Optimizers and other training state: which entries of a checkpoint they are, and which optimizer a state is of."""
+"""Optimizers and other training state: which entries of a checkpoint they are."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from itertools import accumulate
 from typing import Any
 
 from ..formats.tree import Path, entries, is_flat, is_plain, tensors_in, walk
-from ..tensors import Tensor
 
 _DEEPEST = 4
 """Levels above an optimizer's state: a framework's own dict, a list of optimizers, their names."""
 
-# What is kept for each parameter tells the optimizer, the more telling first.
-_SLOTS = (
-    ({"exp_avg", "exp_inf"}, "Adamax"),
-    ({"exp_avg", "exp_avg_sq"}, "Adam family"),
-    ({"exp_avg"}, "Lion or alike"),
-    ({"square_avg", "acc_delta"}, "Adadelta"),
-    ({"square_avg"}, "RMSprop"),
-    ({"sum"}, "Adagrad"),
-    ({"ax"}, "ASGD"),
-    ({"prev", "step_size"}, "Rprop"),
-    ({"row_var", "col_var"}, "Adafactor"),
-    ({"exp_avg_sq_row", "exp_avg_sq_col"}, "Adafactor"),
-    ({"momentum_buffer"}, "SGD with momentum"),
-    ({"old_dirs"}, "LBFGS"),
-    ({"grad_avg", "sqr_avg"}, "Adam family"),  # these three of fastai
-    ({"sqr_avg"}, "RMSprop"),
-    ({"grad_avg"}, "SGD with momentum"),
+SLOTS = frozenset(
+    ("exp_avg", "exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "prev", "step_size", "row_var", "col_var")
+    + ("exp_avg_sq_row", "exp_avg_sq_col", "momentum_buffer", "old_dirs", "grad_avg", "sqr_avg")
 )
-
-SLOTS = frozenset().union(*(names for names, _ in _SLOTS)) - {"ax"}
-"""All of these; but for ASGD's average, which are weights."""
+"""What optimizers keep for each parameter, by names that no weights have; ASGD's ``ax`` is not here, being weights."""
 
 
 # Names of entries that only a running training needs.
@@ -114,54 +97,3 @@ def find_optimizers(tree: Any, weights: Collection[Path] = ()) -> Iterator[tuple
         return [(key, child) for key, child in entries(node) if not is_plain(child) or is_optimizer(child)]
 
     return ((tuple(path), node) for path, node in walk(tree, below) if is_optimizer(node))
-
-
-def optimizer_name(optimizer: Mapping[Any, Any]) -> str:
-    """Name an optimizer by what it keeps for each parameter and by the options of its groups."""
-    kept, groups = _kept(optimizer.get("state")), _groups(optimizer.get("param_groups"))
-    options = {key for group in groups for key in group if isinstance(key, str)}
-    name = next((name for needed, name in _SLOTS if needed <= kept), None)
-    if name is None:
-        return "unknown" if kept else _without_state(options, groups)
-    if name == "Adam family":
-        return _adam(options, groups, kept) + (", amsgrad" if "max_exp_avg_sq" in kept else "")
-    if name == "RMSprop":
-        momentum = " with momentum" if "momentum_buffer" in kept else ""
-        return name + momentum + (", centered" if "grad_avg" in kept else "")
-    if name == "SGD with momentum" and "ns_steps" in options:  # of its Newton-Schulz iteration
-        return "Muon"
-    return name
-
-
-def _adam(options: Collection[str], groups: list[Mapping[Any, Any]], kept: Collection[str]) -> str:
-    if "mu_product" in kept:
-        return "NAdam"
-    decoupled = {bool(group["decoupled_weight_decay"]) for group in groups if "decoupled_weight_decay" in group}
-    if "amsgrad" in options:
-        # Before that option, nothing in the file told the two apart.
-        return "AdamW" if decoupled == {True} else "Adam" if decoupled == {False} else "Adam or AdamW"
-    return "RAdam" if decoupled else "Adam family"
-
-
-def _without_state(options: Collection[str], groups: list[Mapping[Any, Any]]) -> str:
-    """Tell plain SGD, which keeps nothing, from an optimizer that has not made a step."""
-    if "dampening" in options:
-        return "SGD with momentum, before its first step" if any(group.get("momentum") for group in groups) else "SGD"
-    if "amsgrad" in options:
-        return f"{_adam(options, groups, ())}, before its first step"
-    return "without state"
-
-
-def _kept(state: Any) -> set[str]:
-    """Return the names of what is kept for the parameters; what is None is not kept."""
-    return {
-        key
-        for _, entry in entries(state)
-        if isinstance(entry, dict)
-        for key, value in entry.items()
-        if isinstance(key, str) and isinstance(value, (Tensor, list))
-    }
-
-
-def _groups(groups: Any) -> list[Mapping[Any, Any]]:
-    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []

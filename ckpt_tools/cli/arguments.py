@@ -179,6 +179,8 @@ def _option(match: re.Match[str]) -> str:
     values = value if isinstance(value, list) and value and all(isinstance(word, str) for word in value) else [value]
     if isinstance(value, (list, tuple)) and value and all(isinstance(each, (int, float)) for each in value):
         values = [",".join(map(str, value))]
+    if isinstance(value, dict):
+        values = [f"{key}={each}" for key, each in value.items()]
     return command + " ".join(f"{option} {quote(each) if isinstance(each, str) else each}" for each in values)
 
 

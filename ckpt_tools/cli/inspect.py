@@ -9,7 +9,7 @@ import typer
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..jobs.inspect import Description, WeightSet
+    from ..jobs.inspect import Description, Optimizer, WeightSet
 
 
 @arguments.with_options()
@@ -62,8 +62,7 @@ def _show(d: Description) -> None:
     if facts:
         console.say("  " + ", ".join(facts))
     for optimizer in d.optimizers:
-        multiple = "" if optimizer.multiple is None else f", {optimizer.multiple:.2g} times the weights"
-        console.say(f"  {optimizer.place}: {optimizer.name}, {console.size(optimizer.nbytes)}{multiple}")
+        _show_optimizer(optimizer)
     for place, number in d.other.items():
         if place not in {o.place.split(".")[0] for o in d.optimizers}:
             console.say(f"  {place}: {console.plural(number, 'other tensor')}")
@@ -73,6 +72,18 @@ def _show(d: Description) -> None:
     if d.provenance is not None:
         _show_provenance(d.provenance)
     arguments.say_notes(d.notes)
+
+
+def _show_optimizer(optimizer: Optimizer) -> None:
+    multiple, times = optimizer.multiple, optimizer.times
+    said = "" if multiple is None else f", {multiple:.2g} times the weights"
+    if multiple is not None and times is not None and abs(times - multiple) > 0.05 * times:
+        said += f" ({times:.2g} times in values)"
+    console.say(f"  {optimizer.place}: {optimizer.name}, {console.size(optimizer.nbytes)}{said}")
+    rows = [row for row in optimizer.kept if row.multiple is None or row.multiple >= 0.001]  # no counts of steps
+    shown = [row.name if row.multiple is None else f"{row.name} {row.multiple:.2g}" for row in rows]
+    if shown:
+        console.say(f"    keeps {console.some(shown, 8)}")
 
 
 def _show_provenance(provenance: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import DataError
 from ..jobs.sweep.options import GROUPS
 from . import arguments, console
 from .recal_bn import number_of_images
@@ -64,6 +65,8 @@ def sweep(
         _show(report, [note for note in report.notes if note not in plans[0].notes], files)
     if json:
         console.print_json(arguments.plain(report))
+    if report.failure:
+        raise DataError(arguments.spelled(report.failure))
 
 
 def _show_plan(report: SweepReport, *, matrix: bool) -> None:
@@ -108,14 +111,16 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
     Yields:
         `on_result` and `on_progress` of the sweep.
     """
-    began = time.monotonic()
     found: list[Result] = []
+    began: list[float] = []
 
-    def left(done: int, total: int, before: int) -> str:
+    def left(result: Result, done: int, total: int, before: int) -> str:
+        now = time.monotonic()
+        began.append(now - result.seconds)  # of the first: not when the plan was made
         fresh = done - before
         if fresh < 1 or done >= total:
             return ""
-        seconds = (time.monotonic() - began) / fresh * (total - done)
+        seconds = (now - began[0]) / fresh * (total - done)
         return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
     if not sys.stderr.isatty() or console.columns() < 60:
@@ -125,7 +130,7 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
             before.append(done - 1)
             metrics = ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items())
             said = metrics if result.error is None else result.error.rstrip(".")
-            console.say(f"{done} of {total}: {result.label}: {said}{left(done, total, before[0])}")
+            console.say(f"{done} of {total}: {result.label}: {said}{left(result, done, total, before[0])}")
 
         yield {"on_result": line}
         return
@@ -143,7 +148,7 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
         def on_result(result: Result, done: int, total: int) -> None:
             known.append(done - 1)
             found.append(result)
-            state.update(done=done, total=total, what=left(done, total, known[0]))
+            state.update(done=done, total=total, what=left(result, done, total, known[0]))
             live.update(table())
 
         def on_progress(what: str, done: int, total: int | None) -> None:
@@ -180,7 +185,8 @@ def _show(report: SweepReport, notes: Sequence[str], shown: Sequence[str]) -> No
         f"{console.plural(report.evaluations, 'evaluation')}{reused}; {metric} decides, {direction} is better.",
     )
     arguments.say_notes(notes)
-    console.say(arguments.spelled(report.verdict))
+    if not report.failure:
+        console.say(arguments.spelled(report.verdict))
     for each in report.against_last:
         if each.low is not None and each.metric != metric:
             console.say(

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -40,7 +40,7 @@ class Scores:
     """What one checkpoint scores.
 
     Attributes:
-        metrics: name to value; NaN is none.
+        metrics: name to value, which is finite.
         samples: metric to its value for each sample, float64 [N], whose mean the metric is; of some metrics, or none.
     """
 
@@ -77,15 +77,17 @@ class Command:
     Attributes:
         text: with ``{ckpt}`` where the path belongs.
         limit: seconds until it is ended; None for no limit.
+        option: that gave it, for messages.
     """
 
     text: str
     limit: float | None = None
+    option: str = "eval_command"
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if "{ckpt}" not in self.text:
-            raise UsageError(f"`eval_command={self.text!r}`: write {{ckpt}} where the path of the checkpoint belongs.")
+            raise UsageError(f"`{self.option}={self.text!r}`: write {{ckpt}} where the path of the checkpoint belongs.")
         if self.limit is not None and not 0 < self.limit < math.inf:
             raise UsageError(f"`time_limit={self.limit!r}`: a number of seconds above 0.")
 
@@ -95,9 +97,8 @@ class Command:
 
     def score(self, path: Path, log: Path) -> Scores:
         """Run the command; see `Evaluator`. It and all that it started are ended at the limit, and by Ctrl-C."""
-        # A path with a dash in front would be an option; quotes in the command would end those of the path.
-        quoted = shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
-        command = re.sub(r"""(["']?)\{ckpt\}\1""", lambda _: quoted, self.text)
+        # A path with a dash in front would be an option.
+        command = _filled(self.text, f"./{path}" if str(path).startswith("-") else str(path))
         with log.open("w+b") as out, log.with_suffix(".err").open("w+b") as err:
             # A session of its own, so that a signal reaches all that it starts.
             try:
@@ -105,7 +106,7 @@ class Command:
                     command, shell=True, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )
             except (OSError, ValueError) as error:
-                raise UsageError(f"`eval_command` cannot be started ({error}).") from error
+                raise UsageError(f"`{self.option}` cannot be started ({error}).") from error
             self._running.add(process)
             try:
                 code = process.wait(self.limit)
@@ -142,23 +143,26 @@ class Function:
     Attributes:
         spec: ``file.py:function`` or ``module:function``.
         in_memory: call it with the state dict, name to tensor, in place of the path.
+        option: that gave it, for messages.
     """
 
     spec: str
     in_memory: bool = False
+    option: str = "eval_function"
 
     @property
     def identity(self) -> Mapping[str, Any]:
         return {"function": self.spec, "in_memory": self.in_memory}
 
     def score(self, path: Path, log: Path) -> Scores:
-        """Call the function; see `Evaluator`."""
-        function = load_factory(self.spec, "eval_function")
+        """Call the function; see `Evaluator`. What it prints on stderr is not kept."""
+        function = load_factory(self.spec, self.option)
         given: Any = str(path)
         if self.in_memory:
             given = dict(open_checkpoint(path))
         try:
-            with importable(self.spec):
+            # A live table stands on stderr.
+            with importable(self.spec), log.open("w") as out, redirect_stdout(out):
                 found = function(given)
         except CkptError:
             raise
@@ -268,6 +272,22 @@ def _samples(name: Any, values: Any, metrics: Mapping[str, float], who: str) -> 
             "should agree"
         )
     return tensor
+
+
+def _filled(command: str, path: str) -> str:
+    """Return a command of the shell with a path in place of ``{ckpt}``, quoted as it has to be at each place."""
+    filled = quote = ""
+    for part in re.split(r"""(\{ckpt\}|\\[^{]|['"])""", command):
+        if part == "{ckpt}":
+            # In single quotes, only these end; in double ones, four characters have a meaning.
+            escaped = path.replace("'", "'\"'\"'") if quote else shlex.quote(path)
+            part = re.sub(r'([\\$`"])', r"\\\1", path) if quote == '"' else escaped
+        elif part == quote or part == "\\'" and quote == "'":
+            quote = ""
+        elif part in ("'", '"') and not quote:
+            quote = part
+        filled += part
+    return filled
 
 
 def _tail(file: BinaryIO) -> str:

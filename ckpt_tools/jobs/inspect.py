@@ -9,7 +9,8 @@ from typing import Any
 from ..checkpoints.layouts import StateDict, states
 from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.layouts.schedule_free import training_mode_note
-from ..checkpoints.optimizers import find_optimizers, optimizer_name
+from ..checkpoints.optimizer_states import kept, optimizer_name
+from ..checkpoints.optimizers import find_optimizers
 from ..checkpoints.parts import of_ranks, select_parts
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
@@ -56,13 +57,34 @@ class WeightSet:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptRow:
+    """What an optimizer keeps under one name; `multiple` and `times` as in `Optimizer`."""
+
+    name: str
+    nbytes: int
+    multiple: float | None
+    times: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Optimizer:
-    """The state of an optimizer: its name, and its memory in multiples of the parameters."""
+    """The state of an optimizer.
+
+    Attributes:
+        place: its path.
+        name: ``unknown`` if what it keeps is not that of a known one.
+        nbytes: of its tensors.
+        multiple: its bytes over those of the weights; None if there are none.
+        times: its values over those of the weights, likewise; more than `multiple` if they are of 8 bits.
+        kept: what it keeps, the largest first.
+    """
 
     place: str
     name: str
     nbytes: int
     multiple: float | None
+    times: float | None
+    kept: tuple[KeptRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +123,6 @@ def describe(header: Header) -> Description:
     sets = _sets(header)
     weights = {which: _weight_set(state) for which, state in sets.items()}
     counted = weights.get("raw") or next(iter(weights.values()), None)
-    parameters = 0 if counted is None else counted.nbytes
     note = training_mode_note(header.tree, [each.path for each in sets.values()])
     return Description(
         path=str(header.path),
@@ -112,7 +133,7 @@ def describe(header: Header) -> Description:
         other=_other(header, sets),
         counters=stored_counters(header),
         metric=metric_of(header, "metric"),
-        optimizers=tuple(_optimizers(header, sets, parameters)),
+        optimizers=tuple(_optimizers(header, sets, counted)),
         foreign=dict(header.foreign),
         provenance=header.provenance,
         notes=() if note is None else (note,),
@@ -165,8 +186,24 @@ def _other(header: Header, sets: Mapping[str, StateDict]) -> dict[str, int]:
     return counts
 
 
-def _optimizers(header: Header, sets: Mapping[str, StateDict], parameters: int) -> Iterator[Optimizer]:
+def _optimizers(header: Header, sets: Mapping[str, StateDict], weights: WeightSet | None) -> Iterator[Optimizer]:
+    nbytes, elements = (0, 0) if weights is None else (weights.nbytes, weights.elements)
+
+    def over(part: int, whole: int) -> float | None:
+        return part / whole if whole else None
+
     for path, state in find_optimizers(header.tree, [each.path for each in sets.values()]):
-        nbytes = sum(spec.nbytes for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec))
-        place = dotted(path) or "the whole file"
-        yield Optimizer(place, optimizer_name(state), nbytes, nbytes / parameters if parameters else None)
+        tensors = [spec for _, spec in tensors_in(state["state"]) if isinstance(spec, TensorSpec)]
+        own = sum(spec.nbytes for spec in tensors)
+        rows = sorted(kept(state).items(), key=lambda item: -item[1].nbytes)
+        yield Optimizer(
+            place=dotted(path) or "the whole file",
+            name=optimizer_name(state),
+            nbytes=own,
+            multiple=over(own, nbytes),
+            times=over(sum(spec.numel for spec in tensors), elements),
+            kept=tuple(
+                KeptRow(name, each.nbytes, over(each.nbytes, nbytes), over(each.elements, elements))
+                for name, each in rows
+            ),
+        )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from ..errors import ReadError, UsageError, WriteError
+from ..errors import CkptError, ReadError, UsageError, WriteError
 from ..formats import FORMATS, format_of, suffixes
 from ..formats.format import Format
 from ..formats.header import Header
@@ -184,12 +185,12 @@ def _looking_at(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def named(option: str) -> Iterator[None]:
-    """Let errors on a target name this option, where they would name `out`."""
+def named(option: str, where: str = "out") -> Iterator[None]:
+    """Let errors name this option, where they would name another: `out`, or that of `where`."""
     try:
         yield
-    except WriteError as error:
-        raise WriteError(str(error).replace("`out`", f"`{option}`")) from error
+    except CkptError as error:
+        raise type(error)(re.sub(rf"`{where}(?=[`=])", f"`{option}", str(error))) from error
 
 
 def _check_replaceable(folder: Path, names: Iterable[str]) -> None:

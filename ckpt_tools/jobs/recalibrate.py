@@ -31,7 +31,7 @@ from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
 from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
-from .outputs import Target, named_after
+from .outputs import Target, named, named_after
 from .provenance import provenance
 from .reports import Report
 from .run import check_output, run, write
@@ -159,6 +159,8 @@ class Opened:
 
     Attributes:
         checkpoint: whose network it is, and whose weights it has.
+        network, device, group: the network, on its device, in one of the processes that share the images.
+        images, measuring, numerics: as asked for.
         stored: names in the network to names in the checkpoint.
         layers: number of BatchNorm layers.
         batches: images for the statistics; None if there are no layers.
@@ -309,7 +311,8 @@ def _opened(
     batches = open_batches(data, loading) if wanted else None
     held_out = None
     if eval_data is not None:
-        held_out = open_batches(eval_data, replace(loading, images=-1))
+        with named("eval_data", "data"):
+            held_out = open_batches(eval_data, replace(loading, images=-1))
         if _same(data, eval_data):
             notes.append(
                 "`eval_data` is the same as `data`, so the accuracy afterwards is higher than on images that were not "

@@ -53,7 +53,7 @@ def weighed(
         members, chosen = with_start(series, start, matching)
         by_tensor = partial(measured, schedule, members, matching, running)
     names = _names(members, chosen)
-    facts = _facts(schedule, series, members, names, matching, chosen)
+    facts = facts_of(schedule, series, members, names, matching, chosen)
     coefficients = _coefficients(schedule, facts, series) if by_tensor is None else ()
     dtype = parse_dtype(output.dtype)
     return Addends(
@@ -98,15 +98,24 @@ def _names(members: Sequence[Member], states: Sequence[StateDict] | None) -> lis
     return [f"{short[member.path]} ({state.label})" for member, state in zip(members, states, strict=True)]
 
 
-def _facts(
+def facts_of(
     schedule: Schedule,
     series: Series,
     members: Sequence[Member],
     names: Sequence[str],
     matching: Matching,
-    states: Sequence[StateDict] | None,
+    states: Sequence[StateDict] | None = None,
 ) -> Sequence[Any]:
-    """Return what the rule needs of each checkpoint."""
+    """Return what the rule needs of each checkpoint.
+
+    Args:
+        members: some of the series.
+        names: of them.
+        states: the weights of each that are meant; None to select them.
+
+    Raises:
+        CkptError: a checkpoint does not tell.
+    """
     needs = schedule.rule.needs
     if needs == "products":
         return ()

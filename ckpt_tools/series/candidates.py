@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ..errors import CkptError, UsageError
 from .member import Member
+from .rules.amounts import parse_span
 from .rules.rule import Option, Rule
 from .schedules import SCHEDULES, Schedule, named
 from .selection import Choice
@@ -20,13 +21,14 @@ from .selection import Choice
 Values = Sequence[Any]
 NumbersOf = Callable[[Schedule, Sequence[Member]], Sequence[Any]]
 """From a schedule and checkpoints to what its rule needs of each."""
+Kind = Literal["average", "checkpoint", "soup"]
 
 SELECTED = ("last", "best", "window", "min_gap", "every", "from_step", "to_step")
 """Options of a selection that may have several values."""
 _RANGE = re.compile(r"([^:]+):([^:]+):([^:]+)")
 _NUMBER = re.compile(r"\s*(-?[0-9]{1,30}(?:\.[0-9]{1,30})?(?:[eE]-?[0-9]{1,3})?)\s*([kKmMbB%]?)\s*")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-MANY = 1000
+MAX_CANDIDATES = 1000
 """Candidates of one sweep, at most."""
 
 
@@ -36,23 +38,23 @@ class Candidate:
 
     Attributes:
         label: what tells it from the others, such as ``decay=0.9 last=5``; the name of a checkpoint for one alone.
-        options: of `average`, that make it from the same paths.
+        kind: an average by options, a checkpoint alone, or a soup.
+        options: of `average`, that make it from the same paths; empty for the other kinds.
         schedule: with its options.
         members: the checkpoints, oldest first.
         numbers: what the rule needs of each.
         coefficients: one per checkpoint.
-        notes: decisions to report.
         same: labels of other candidates with the same checkpoints and coefficients.
         same_options: their options.
     """
 
     label: str
+    kind: Kind
     options: Mapping[str, Any]
     schedule: Schedule
     members: tuple[Member, ...]
     numbers: Sequence[Any]
     coefficients: tuple[float, ...]
-    notes: tuple[str, ...] = ()
     same: tuple[str, ...] = ()
     same_options: tuple[Mapping[str, Any], ...] = ()
 
@@ -60,6 +62,21 @@ class Candidate:
         """Return one coefficient for each of these checkpoints, which contain its own; 0 for the others."""
         own = dict(zip(self.members, self.coefficients, strict=True))
         return tuple(own.get(member, 0.0) for member in members)
+
+
+@dataclass(frozen=True, slots=True)
+class Combinations:
+    """What the values of options mean.
+
+    Attributes:
+        candidates: of which those with the same checkpoints and coefficients are one.
+        refused: labels of combinations that cannot be made, with the reasons.
+        notes: decisions to report.
+    """
+
+    candidates: tuple[Candidate, ...]
+    refused: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def several(option: Option) -> bool:
@@ -74,7 +91,7 @@ def values(option: Option, given: Any) -> list[Any]:
     A range holds its end; its three numbers have one unit, such as ``20k:100k:10k`` or ``1%:5%:1%``.
 
     Raises:
-        UsageError: text that is none of it; names the option.
+        UsageError: text that is neither a value, a list nor a range; names the option.
     """
     if not isinstance(given, str):
         return [*given] if isinstance(given, Iterable) else [given]
@@ -93,9 +110,10 @@ def _range(option: Option, match: re.Match[str]) -> list[str]:
         )
     unit = numbers[0][2] if numbers[0] and numbers[0][2] == "%" else ""
     first, last, step = (Decimal(n[1]) * _UNITS.get(n[2].lower(), 1) for n in numbers if n)
-    if step <= 0 or last < first or (last - first) / step >= MANY:
+    if step <= 0 or last < first or (last - first) / step >= MAX_CANDIDATES:
         raise UsageError(
-            f"`{option.name}={match[0]!r}`: first:last:step go up, by a step above 0, in fewer than {MANY} steps."
+            f"`{option.name}={match[0]!r}`: first:last:step go up, by a step above 0, in fewer than {MAX_CANDIDATES} "
+            "steps."
         )
     return [f"{(first + i * step).normalize():f}{unit}" for i in range(int((last - first) / step) + 1)]
 
@@ -118,6 +136,19 @@ def _as(option: Option, text: str) -> Any:
     raise UsageError(f"`{option.name}={text!r}` is not a number.")
 
 
+def number_of(value: Any) -> tuple[float, bool] | None:
+    """Return a value of an option as a number, and whether it is in percent of the run; None if it is a word."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value), False
+    try:
+        amount = parse_span("", value)
+    except UsageError:
+        return None
+    return (100 * amount.value, True) if amount.share else (amount.value, False)
+
+
 def candidates(
     members: Sequence[Member],
     names: Sequence[str],
@@ -125,7 +156,7 @@ def candidates(
     selections: Mapping[str, Values],
     numbers_of: NumbersOf,
     **fixed: Any,
-) -> tuple[list[Candidate], dict[str, str]]:
+) -> Combinations:
     """Return all combinations of values that are averages, and each checkpoint alone.
 
     Args:
@@ -137,16 +168,13 @@ def candidates(
         numbers_of: what a rule needs of checkpoints.
         fixed: options of `Choice` that are the same for all candidates with ``best``.
 
-    Returns:
-        Candidates, of which those with the same checkpoints and coefficients are one; and the labels of combinations
-        that cannot be made, with the reasons.
-
     Raises:
         UsageError: an option that no mode takes, or too many combinations.
         CkptError: why the first combination cannot be made, if none can.
     """
     found: dict[Any, Candidate] = {}
     refused: dict[str, CkptError] = {}
+    noted: dict[str, list[str]] = {}  # note to labels
     varying = {name for given in (rules, selections) for name, each in given.items() if len(each) > 1}
     # Before they are listed; options of a mode are combined among themselves.
     _check_number(math.prod(len(each) for each in selections.values()))
@@ -156,75 +184,105 @@ def candidates(
     chosen = [*_combinations(selections)]
     _check_number(len(chosen) * len(combinations))
     for picked, (mode, of_rule) in itertools.product(chosen, combinations):
-        options = {**picked, **(fixed if "best" in picked else {}), "mode": mode, **of_rule}
+        options = {**picked, "mode": mode, **of_rule}
         label = " ".join(f"{name}={value}" for name, value in options.items() if name in varying) or mode
         try:
-            candidate = _candidate(label, options, picked, mode, of_rule, members, numbers_of, fixed)
+            candidate, notes = combination(label, mode, of_rule, picked, members, numbers_of, **fixed)
         except CkptError as error:
             refused[label] = error
             continue
+        for note in notes:
+            noted.setdefault(note, []).append(label)
         _add(found, candidate)
     if not found and refused:
         raise next(iter(refused.values()))
+    taken = {each.label for each in found.values()}
     for member, name in zip(members, names, strict=True):
-        _add(found, Candidate(name, {}, Schedule("uniform"), (member,), (member.step,), (1.0,)))
-    return [*found.values()], {label: str(error) for label, error in refused.items()}
+        label = f"{name} alone" if name in taken else name
+        _add(found, Candidate(label, "checkpoint", {}, Schedule("uniform"), (member,), (member.step,), (1.0,)))
+    return Combinations(
+        tuple(found.values()),
+        {label: str(error) for label, error in refused.items()},
+        tuple(_said(note, labels) for note, labels in noted.items()),
+    )
 
 
-def _check_number(combinations: int) -> None:
-    if combinations > MANY:
-        raise UsageError(
-            f"{combinations} combinations of these values, and {MANY} are the most. Give fewer values, or search one "
-            "option: `search`."
-        )
-
-
-def _add(found: dict[Any, Candidate], candidate: Candidate) -> None:
-    """Add a candidate, or its label to one with the same checkpoints and coefficients."""
-    # The last one gives the tensors that are copied, also if it does not count.
-    key = (candidate.members[-1], *zip(candidate.members, candidate.coefficients, strict=True))
-    known = found.get(key)
-    if known is None:
-        found[key] = candidate
-        return
-    options = (*known.same_options, candidate.options)
-    found[key] = replace(known, same=(*known.same, candidate.label), same_options=options)
-
-
-def _candidate(
+def combination(
     label: str,
-    options: Mapping[str, Any],
-    picked: Mapping[str, Any],
     mode: str,
     of_rule: Mapping[str, Any],
+    picked: Mapping[str, Any],
     members: Sequence[Member],
     numbers_of: NumbersOf,
-    fixed: Mapping[str, Any],
-) -> Candidate:
+    **fixed: Any,
+) -> tuple[Candidate, list[str]]:
+    """Return one average, and decisions to report.
+
+    Args:
+        label: of the candidate.
+        mode, of_rule: the rule, and its options.
+        picked: options of a selection.
+        members, numbers_of, fixed: see `candidates`.
+
+    Raises:
+        CkptError: it cannot be made.
+    """
+    fixed = fixed if "best" in picked else {}
     notes: list[str] = []
-    choice = Choice(**picked, **(fixed if "best" in picked else {}))
     schedule = Schedule(mode, **of_rule)
     schedule.check()
-    own = tuple(choice.of(members, notes))
+    own = tuple(Choice(**picked, **fixed).of(members, notes))
     numbers = numbers_of(schedule, own)
     notes += schedule.remarks(numbers)
     coefficients = schedule.coefficients(numbers)
     kept = [i for i, coefficient in enumerate(coefficients) if coefficient or i == len(own) - 1]
-    return Candidate(
+    candidate = Candidate(
         label,
-        options,
+        "average",
+        {**picked, **fixed, "mode": mode, **of_rule},
         schedule,
         tuple(own[i] for i in kept),
         [numbers[i] for i in kept],
         tuple(coefficients[i] for i in kept),
-        tuple(notes),
+    )
+    return candidate, notes
+
+
+def _said(note: str, labels: Sequence[str]) -> str:
+    others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+    return f"{labels[0]}{others}: {note}"
+
+
+def _check_number(combinations: int) -> None:
+    if combinations > MAX_CANDIDATES:
+        raise UsageError(
+            f"{combinations} combinations of these values, and {MAX_CANDIDATES} are the most. Give fewer values, or "
+            "search one option: `search`."
+        )
+
+
+def _add(found: dict[Any, Candidate], candidate: Candidate) -> None:
+    """Add a candidate, or join it with one of the same checkpoints and coefficients."""
+    # The last one gives the tensors that are copied, also if it does not count.
+    key = (candidate.members[-1], *zip(candidate.members, candidate.coefficients, strict=True))
+    known = found.get(key)
+    found[key] = candidate if known is None else joined(known, candidate)
+
+
+def joined(known: Candidate, other: Candidate) -> Candidate:
+    """Return one candidate for two that are the same average; that of a checkpoint alone keeps its name."""
+    first, second = (other, known) if other.kind == "checkpoint" else (known, other)
+    return replace(
+        first,
+        same=(*first.same, second.label, *second.same),
+        same_options=(*first.same_options, *([second.options] if second.options else []), *second.same_options),
     )
 
 
 def _schedules(rules: Mapping[str, Values]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each mode with each combination of the values of its options."""
     options = {name: each for name, each in rules.items() if name != "mode"}
-    takers = {name: [mode for mode, rule in SCHEDULES.items() if name in _names_of(rule)] for name in options}
+    takers = {name: modes_with(name) for name in options}
     modes = [named(mode) for mode in rules.get("mode", ())] or _meant(takers)
     for name, taking in takers.items():
         if not set(taking) & set(modes):
@@ -241,6 +299,11 @@ def _meant(takers: Mapping[str, Sequence[str]]) -> list[str]:
     alone = [taking[0] for taking in takers.values() if len(taking) == 1]
     together = [mode for mode in SCHEDULES if all(mode in taking for taking in takers.values())]
     return [*dict.fromkeys(alone)] or (together[:1] if takers else ["uniform"])
+
+
+def modes_with(name: str) -> list[str]:
+    """Return the modes that take an option."""
+    return [mode for mode, rule in SCHEDULES.items() if name in _names_of(rule)]
 
 
 def _names_of(rule: Rule) -> list[str]:

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from cli_runner import run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -38,6 +40,28 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[p]
                 state.setdefault("exp_avg", torch.zeros_like(p))
                 state["exp_avg"].lerp_(p.grad, 1 - group["betas"][1])
+
+
+def timm(name: str) -> Any:
+    """An optimizer of timm by its name; Muon leaves vectors to Adam."""
+
+    def make(parameters: Any, **options: Any) -> Any:
+        if name not in list_optimizers():
+            pytest.skip(f"this timm has no {name}")
+        return create_optimizer_v2([*parameters], opt=name, **options)
+
+    return make
+
+
+def newer(name: str) -> Any:
+    """An optimizer that the oldest torch does not have."""
+
+    def make(parameters: Any, **options: Any) -> Any:
+        if not hasattr(torch.optim, name):
+            pytest.skip(f"this torch has no {name}")
+        return getattr(torch.optim, name)(parameters, **options)
+
+    return make
 
 
 def trained(make: Any, **options: Any) -> tuple[nn.Module, Any]:
@@ -72,6 +96,17 @@ def described(save: Save, tree: Any) -> Description:
         (torch.optim.RAdam, {}, "RAdam", 2),
         (torch.optim.ASGD, {}, "ASGD", 1),
         (torch.optim.Rprop, {}, "Rprop", 2),
+        (newer("Adafactor"), {}, "Adafactor", (200 + 100 + 100) / 20100),
+        (timm("adafactor"), {"lr": 1e-3}, "Adafactor", (200 + 100 + 100) / 20100),
+        (timm("adan"), {}, "Adan", 4),
+        (timm("lamb"), {}, "LAMB", 2),
+        (timm("lars"), {}, "LARS", 1),
+        (timm("lion"), {}, "Lion or alike", 1),
+        (timm("mars"), {}, "MARS", 3),
+        (timm("adabelief"), {}, "AdaBelief or alike", 2),
+        (timm("madgrad"), {}, "MADGRAD", 3),
+        (timm("novograd"), {}, "NovoGrad", 1),
+        (timm("muon"), {}, "Muon, with Adam for some parameters", (20000 + 2 * 100) / 20100),
         (Lion, {}, "Lion or alike", 1),
     ],
 )
@@ -86,6 +121,116 @@ def test_describe_names_and_weighs_optimizers_of_torch(
     assert optimizer.multiple == pytest.approx(multiple, abs=1e-3)  # but for the counters of steps
     held = [t for entry in state["state"].values() for t in entry.values() if isinstance(t, torch.Tensor)]
     assert optimizer.nbytes == sum(t.nbytes for t in held)
+
+
+U8 = torch.uint8
+BNB = "__bnb_optimizer_quant_state__"
+N, M = 96, 128  # the parameter is a matrix of N x M, of float32
+
+
+def zeros(**shapes: Any) -> dict[str, Any]:
+    return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+
+def eight_bits(*moments: int, **more: Any) -> dict[str, Any]:
+    """As bitsandbytes keeps them: codes in blocks of 256 values with a scale each, and the values of the codes."""
+    state: dict[str, Any] = {}
+    for i, times in enumerate(moments, 1):
+        shape = (N, M) if times == 1 else (times, N, M)
+        state |= {f"state{i}": torch.zeros(shape, dtype=U8), f"qmap{i}": torch.zeros(256)}
+        state |= {f"absmax{i}": torch.zeros(times * N * M // 256)}
+    return {**state, **more}
+
+
+def both_sides() -> list[torch.Tensor]:
+    return [torch.zeros(N, N), torch.zeros(M, M)]
+
+
+CODES = 1 / 4 + (256 + N * M / 256) / (N * M)  # of a moment of 8 bits, in multiples of float32
+WHOLE = (N, M)
+SIDES = (N * N + M * M) / (N * M)
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "name", "multiple"),
+    [
+        ({BNB: eight_bits(1, 1)}, "betas", "Adam or AdamW, 8-bit by bitsandbytes", 2 * CODES),
+        (eight_bits(1, 1), "betas", "Adam or AdamW, 8-bit by bitsandbytes", 2 * CODES),  # before version 0.43
+        ({BNB: eight_bits(1, 1, unorm_vec=torch.zeros(1))}, "betas", "LAMB, 8-bit by bitsandbytes", 2 * CODES),
+        ({BNB: eight_bits(2, 1)}, "betas", "AdEMAMix, 8-bit by bitsandbytes", 3 * CODES - 256 / (N * M)),
+        ({BNB: eight_bits(1)}, "betas", "Lion, SGD with momentum, RMSprop or Adagrad, 8-bit by bitsandbytes", CODES),
+        ({BNB: zeros(state1=WHOLE, state2=WHOLE)}, "betas", "Adam or AdamW, 32-bit by bitsandbytes", 2),
+        (zeros(exp_avg_sq_row=N, exp_avg_sq_col=M, exp_avg=WHOLE), "beta1", "Adafactor", 1 + (N + M) / (N * M)),
+        (
+            zeros(exp_avg=WHOLE, exp_avg_sq_row=N, exp_avg_sq_col=M, exp_avg_res_row=N, exp_avg_res_col=M, RMS=()),
+            "betas", "CAME", 1 + 2 * (N + M) / (N * M),
+        ),
+        (zeros(momentum_buffer=WHOLE), "momentum ns_steps", "Muon", 1),
+        (zeros(momentum_buffer=WHOLE), "momentum use_muon", "Muon", 1),
+        (zeros(momentum_buffer=WHOLE), "momentum", "SGD with momentum, or alike", 1),
+        (
+            {**zeros(pre_cond_0=(N, N), inv_pre_cond_0=(N, N)), **zeros(pre_cond_1=(M, M), inv_pre_cond_1=(M, M))},
+            "matrix_eps", "Shampoo", 2 * SIDES,
+        ),
+        (zeros(precond_0=(N, N), inv_precond_0=(N, N), momentum_buffer=WHOLE), "", "Shampoo", 1 + 2 * N / M),
+        (
+            {
+                '["step"]': torch.tensor(0),
+                '["block_0", "shampoo", "factor_matrices", 0]': torch.zeros(N, N),
+                '["block_0", "shampoo", "factor_matrices", 1]': torch.zeros(M, M),
+                '["block_0", "shampoo", "inv_factor_matrices", 0]': torch.zeros(N, N),
+                '["block_0", "shampoo", "inv_factor_matrices", 1]': torch.zeros(M, M),
+                '["block_0", "adagrad"]': torch.zeros(N, M),
+                '["block_0", "filtered_grad"]': torch.zeros(N, M),
+            },
+            "max_preconditioner_dim", "distributed Shampoo", 2 * SIDES + 2,
+        ),
+        (
+            {**zeros(exp_avg=WHOLE, exp_avg_sq=WHOLE), "GG": both_sides(), "Q": both_sides()},
+            "betas", "SOAP", 2 + 2 * SIDES,
+        ),
+        (zeros(exp_avg=(8, M), exp_avg_sq=(8, M), step=()), "rank update_proj_gap", "GaLore AdamW", 2 * 8 / N),
+        (zeros(exp_avg=(8, M), exp_avg_sq=(8, M)), "rank update_proj_gap scale_type", "APOLLO", 2 * 8 / N),
+        (zeros(m=WHOLE, vmean=()), "beta1", "Adam-mini", 1),
+        (zeros(exp_avg=WHOLE, hessian=WHOLE), "rho", "Sophia", 2),
+        (zeros(s=N * M, p0=N * M, exp_avg=WHOLE, exp_avg_sq=WHOLE), "d_coef", "Prodigy", 4),
+        (zeros(s=WHOLE, exp_avg=WHOLE, exp_avg_sq=WHOLE), "d growth_rate", "D-Adaptation of Adam", 3),
+        (zeros(z=WHOLE, exp_avg_sq=WHOLE), "train_mode weight_lr_power", "schedule-free AdamW", 2),
+        (zeros(z=WHOLE), "train_mode weight_lr_power", "schedule-free SGD", 1),
+        (zeros(exp_avg=WHOLE, exp_avg_sq=WHOLE, lookahead_slow_buff=WHOLE), "", "Adam family, with Lookahead", 3),
+        (zeros(exp_avg=WHOLE, exp_avg_sq=WHOLE, s=WHOLE), "betas", "unknown", 3),
+        (zeros(z=WHOLE, n=WHOLE), "lambda_1", "unknown", 2),
+        (zeros(exp_avg=()), "betas", "Lion or alike", 1 / (N * M)),
+    ],
+)  # fmt: skip
+def test_describe_names_optimizers_by_what_they_keep_as_published(
+    save: Save, state: dict[str, Any], options: str, name: str, multiple: float
+) -> None:
+    groups = [{"params": [0], "lr": 0.1, **dict.fromkeys(options.split(), 1)}]
+    tree = {"state_dict": {"fc.weight": torch.zeros(N, M)}, "optimizer": {"state": {0: state}, "param_groups": groups}}
+    (found,) = described(save, tree).optimizers
+    assert found.name == name
+    assert found.multiple == pytest.approx(multiple, rel=1e-3)
+    assert sum(row.nbytes for row in found.kept) == found.nbytes
+
+
+def test_describe_counts_bytes_and_values_of_each_name(save: Save) -> None:
+    state = {0: {BNB: eight_bits(1, 1)}, 1: {BNB: zeros(state1=M, state2=M)}}
+    tree = {"state_dict": zeros(w=WHOLE, b=M), "optimizer": {"state": state, "param_groups": [{"params": [0, 1]}]}}
+    (found,) = described(save, tree).optimizers
+    sizes = {row.name: row.nbytes for row in found.kept}
+    assert sizes == {
+        **{f"state{i}": N * M + 4 * M for i in (1, 2)},
+        **{f"qmap{i}": 4 * 256 for i in (1, 2)},
+        **{f"absmax{i}": 4 * N * M // 256 for i in (1, 2)},
+    }
+    times = {row.name: row.times for row in found.kept}
+    assert times["state1"] == 1
+    assert found.kept[0].multiple == pytest.approx((N * M + 4 * M) / (4 * (N * M + M)))
+    shown = run("inspect", save("again.pth", tree)).err
+    assert "8-bit by bitsandbytes" in shown
+    assert "times in values" in shown
+    assert "keeps state1 0.26, state2 0.26" in shown
 
 
 def test_describe_does_not_guess_adamw_without_its_option(save: Save) -> None:

@@ -77,6 +77,7 @@ def test_library_messages_name_no_command_that_is_a_function() -> None:
         ("off: `fix_prefix(strip='module.')`", "off: ckpt fix-prefix --strip module."),
         ("off: `fix_prefix(strip=['model.'])`.", "off: ckpt fix-prefix --strip model.."),
         ("`add=['a.', 'b c.']`: one", "--add a. --add 'b c.': one"),
+        ("`model_kwargs={'num_classes': 10, 'act': 'a b'}`", "--model-kwargs num_classes=10 --model-kwargs 'act=a b'"),
         ("`decay=1.5`: must", "--decay 1.5: must"),
         ("`device='cuda:9'`: there", "--device cuda:9: there"),
         ("Save the model's `state_dict()`", "Save the model's `state_dict()`"),

@@ -47,6 +47,31 @@ def test_what_a_command_prints_is_kept(here: Path) -> None:
     assert (here / "log.err").read_text() == "careful\n"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cat {ckpt}",
+        "cat '{ckpt}'",
+        'cat "{ckpt}"',
+        "cat ./'{ckpt}'",
+        """PYTHON -c "import sys; print(open(sys.argv[1]).read())" {ckpt}""",
+        """PYTHON -c 'import sys; print(open("it is \\" \\\\"[:0] + sys.argv[1]).read())' "{ckpt}" """,
+        'echo "it\'s" \\" \\\' >/dev/null; cat "{ckpt}"',
+    ],
+)
+def test_a_path_is_quoted_as_its_place_in_the_command_needs(here: Path, command: str) -> None:
+    for name in ("a.pth", "it's $HOME `x` \\ \".pth"):
+        Path(name).write_text("81.25")
+        assert Command(command.replace("PYTHON", sys.executable)).score(Path(name), here / "log").metrics == {
+            "metric": 81.25
+        }
+
+
+def test_quotes_of_a_language_inside_those_of_the_shell_stay(here: Path) -> None:
+    command = f"""{sys.executable} -c "print(len('{{ckpt}}'))" """
+    assert Command(command).score(Path("abc.pth"), here / "log").metrics == {"metric": 7.0}
+
+
 def test_values_of_samples_are_read(here: Path) -> None:
     found = scored(here, "print(json.dumps({'loss': 2.0, 'per_sample': {'loss': [1, 2, 3]}}))")
     assert found.samples["loss"].tolist() == [1, 2, 3]

@@ -50,7 +50,7 @@ def candidate(score: float | None, options: Mapping[str, Any] | None = None, **g
         options=options or {},
         checkpoints=checkpoints,
         coefficients=(1 / len(checkpoints),) * len(checkpoints),
-        single=len(checkpoints) == 1,
+        kind="checkpoint" if len(checkpoints) == 1 else "average" if options else "soup",
         metrics={} if score is None else {"loss": score, "top1": 100 - score},
         **given,
     )

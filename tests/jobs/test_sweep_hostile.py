@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,15 +15,19 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import PATIENCE, run
+from scipy.stats import binomtest
+from torch import nn
 
-from ckpt_tools import average, open_checkpoint, sweep
+from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint, sweep
 from ckpt_tools.errors import AlignmentError, CkptError, DataError, UsageError
 from ckpt_tools.evaluation.evaluators import Command, Scores, parsed
-from ckpt_tools.jobs.sweep.verdict import compared, in_words
+from ckpt_tools.jobs.sweep.aim import Aim
+from ckpt_tools.jobs.sweep.verdict import compared, in_words, worse_metrics
 
 Save = Callable[..., Path]
 N = 4
 FUNCTION = "scores.py:score"
+SWEEP = ("sweep", "run", "--eval-function", FUNCTION)
 
 
 def series(save: Save, score: str = "state['w'].mean().item()") -> None:
@@ -67,8 +72,8 @@ def test_a_table_of_metrics_is_no_option_of_a_checkpoint_alone(save: Save, here:
 def test_an_average_of_one_checkpoint_is_that_checkpoint(save: Save, here: Path) -> None:
     series(save)
     found = scored(decay=[0.0, 0.5], greedy=True)
-    assert found.last == "decay=0.0"
-    assert [each.same for each in found.candidates if each.label == found.last] == [("c-3.pth",)]
+    assert found.last == "c-3.pth"
+    assert [each.same for each in found.candidates if each.label == found.last] == [("decay=0.0",)]
     assert len(found.candidates) == 1 + N + N - 1
 
 
@@ -93,9 +98,49 @@ def test_series_whose_names_differ_are_refused(save: Save, here: Path) -> None:
 def test_a_test_that_fails_loses_no_score(save: Save, here: Path) -> None:
     series(save)
     Path("test.py").write_text("def score(state):\n    raise ValueError('no data')\n")
-    with pytest.raises(DataError, match=r"`test` of c-3.pth: test.py:score fails .*goes on from there"):
-        scored(last=2, test="test.py:score")
+    found = scored(last=2, test="test.py:score", out="best.pth", csv="ranking.csv")
+    assert re.search(r"`test` of c-3.pth: test.py:score fails .*goes on from there", found.failure)
+    assert (found.best, found.candidates[0].metrics["metric"], found.written) == ("c-3.pth", 3.25, False)
+    assert Path("ranking.csv").exists()
+    assert not Path("best.pth").exists()
+    shown = run(*SWEEP, "--in-memory", "--last", "2", "--test", "test.py:score")
+    assert shown.code == 1
+    assert shown.err.index("c-3.pth") < shown.err.index("Error: --test of c-3.pth")
     assert scored(last=2).evaluations == 0
+
+
+def test_samples_of_different_numbers_lose_no_ranking(save: Save, here: Path) -> None:
+    series(save, "{'metric': 1.0, 'per_sample': {'metric': [1.0] * int(2 + state['w'].mean().item())}}")
+    found = scored(last=2, metric="metric")
+    assert "not compared" in found.verdict
+    assert [each.metrics["metric"] for each in found.candidates] == [1.0] * 5
+
+
+def test_a_first_candidate_without_the_metric_is_told_and_the_others_go_on(save: Save, here: Path) -> None:
+    series(save, "{'a': 1.0, **({'b': state['w'].mean().item()} if state['w'].mean() < 2.4 else {})}")
+    found = scored(last=2, metric="b", lower_is_better=False)
+    assert {each.label: each.error for each in found.candidates if each.error} == {
+        "uniform": "the evaluation gives no 'b'",
+        "c-3.pth": "the evaluation gives no 'b'",
+    }
+    with pytest.raises(UsageError, match="`metric='c'`: the evaluation gives a"):
+        scored(last=2, metric="c", scratch="other")
+
+
+def test_a_missing_evaluation_is_told_by_its_own_option(save: Save, here: Path) -> None:
+    for i, name in enumerate("ab"):
+        save(f"{name}.pth", {**nn.BatchNorm2d(3).state_dict(), "weight": torch.full((3,), float(i))})
+    Path("own.py").write_text(
+        "import torch\nfrom torch import nn\ndef net(): return nn.BatchNorm2d(3)\n"
+        "def data(): return [(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))]\n"
+    )
+    options = {"model": "own.py:net", "data": "own.py:data"}
+    with pytest.raises(DataError, match="^`eval_data='gone'`"):
+        sweep(["a.pth", "b.pth"], eval_data="gone", **options)
+    with pytest.raises(DataError, match="^`test='gone'`"):
+        sweep(["a.pth", "b.pth"], eval_data="own.py:data", test="gone", **options)
+    with pytest.raises(DataError, match="^`eval_data='gone'`"):
+        recalibrate_checkpoint("a.pth", eval_data="gone", out="c.pth", **options)
 
 
 def test_too_many_combinations_are_refused_before_they_are_listed(save: Save, here: Path) -> None:
@@ -202,12 +247,131 @@ def test_children_that_outlive_a_command_are_ended(here: Path) -> None:
     assert not running
 
 
-def test_a_handful_of_samples_shows_no_difference() -> None:
-    better = Scores({"loss": 1.0}, {"loss": torch.ones(5, dtype=torch.float64)})
-    worse = Scores({"loss": 2.0}, {"loss": 2 * torch.ones(5, dtype=torch.float64)})
-    (found,) = compared(better, worse, seed=0)
-    assert in_words(found, lower_is_better=True, other="x").startswith("No difference from x is shown")
-    assert found.p is None  # losses are neither right nor wrong
+def right(n: int, *wrong: int) -> Scores:
+    values = torch.full((n,), 100.0, dtype=torch.float64)
+    values[[*wrong]] = 0.0
+    return Scores({"top1": float(values.mean())}, {"top1": values})
+
+
+@pytest.mark.parametrize(
+    ("best", "other", "shown"),
+    [
+        (Scores({"loss": 1.0}, {"loss": torch.ones(5)}), Scores({"loss": 2.0}, {"loss": 2 * torch.ones(5)}), False),
+        (Scores({"loss": 1.0}, {"loss": torch.ones(6)}), Scores({"loss": 2.0}, {"loss": 2 * torch.ones(6)}), True),
+        # The bootstrap alone would show a difference of four of a thousand samples.
+        (right(1000), right(1000, 1, 2, 3, 4), False),
+        (right(1000), right(1000, *range(9)), True),
+        (right(1000, 500, 501, 502), right(1000, *range(10)), False),
+    ],
+)
+def test_a_difference_of_a_handful_of_samples_is_none(best: Scores, other: Scores, shown: bool) -> None:
+    (found,) = compared(best, other, seed=0)
+    assert found.shown is shown
+    said = in_words(found, lower_is_better=found.metric == "loss", other="x")
+    assert said.startswith("Better than x: " if shown else "No difference from x is shown: ")
+    if found.metric == "top1":
+        a, b = (int((each.samples["top1"] == 0).sum()) for each in (best, other))
+        assert found.p == pytest.approx(binomtest(min(a, b), a + b).pvalue)
+        assert found.shown is (found.p < 0.05)
+    else:
+        assert found.p is None  # losses are neither right nor wrong
+
+
+def test_other_metrics_are_told_only_if_the_one_that_decides_is_not_worse() -> None:
+    other = Scores({"loss": 2.0, "top1": 60.0, "top5": 90.0})
+    for loss, told in ((1.0, ["top1"]), (3.0, [])):
+        found = compared(Scores({"loss": loss, "top1": 50.0, "top5": 95.0}), other, seed=0)
+        assert [*worse_metrics({each.metric: each for each in found}, Aim("loss", lower=True))] == told
+
+
+@pytest.mark.parametrize(("optimum", "end"), [(0.29, "half_life=10k is the highest"), (1.7, None)])
+def test_numbers_with_units_are_told_at_the_end_of_their_values(
+    save: Save, here: Path, optimum: float, end: str | None
+) -> None:
+    series(save, f"-abs(state['w'].mean().item() - {optimum})")
+    found = scored(half_life=["50", "0.2k", "10k"])
+    assert str(found.best).startswith("half_life=")
+    assert [note.split(" value")[0] for note in found.notes if "may lie beyond" in note] == ([end] if end else [])
+
+
+def test_what_an_average_tells_of_a_candidate_is_told(save: Save, here: Path) -> None:
+    series(save)
+    found = scored(last=[2, 20, 30], dry_run=True)
+    assert "last=20: `last=20`: there are only 4; all are used." in found.notes
+    assert any(note.startswith("ema: `decay=") for note in scored(mode="ema", dry_run=True).notes)
+
+
+def test_a_checkpoint_called_like_an_average_has_another_label(save: Save, here: Path) -> None:
+    series(save)
+    Path("run/c-1.pth").rename("uniform")
+    found = sweep(["run", "uniform"], eval_function=FUNCTION, in_memory=True)
+    labels = [each.label for each in found.candidates]
+    assert sorted(labels) == ["c-0.pth", "c-2.pth", "c-3.pth", "uniform", "uniform alone"]
+
+
+def test_means_are_weighed_as_avg_weighs_them(save: Save, here: Path) -> None:
+    series(save)
+    for i in range(3):
+        batches = {"batch_idx_train": 1000 * (i + 1) + 50, "average_period": 100}
+        weights = {"w": torch.full((4, 3), float(i))}
+        save(f"run/c-{i}.pth", {"model": weights, "model_avg": weights, **batches})
+    Path("run/c-3.pth").unlink()
+    found = scored(mode="difference", last=2, dry_run=True)
+    (each,) = [each for each in found.candidates if each.kind == "average"]
+    average("run", mode="difference", last=2, out="avg.pth")
+    record = open_checkpoint("avg.pth").provenance
+    assert record is not None
+    assert [*each.coefficients] == [entry["coefficient"] for entry in record["inputs"]] == [-2.0, 3.0]
+    series(save)
+    with pytest.raises(CkptError, match="does not say how many weights are in its"):
+        scored(mode="difference", last=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"data": "photos"}, "`data` goes with `eval_data`: with `eval_function`, the model is built"),
+        ({"model": "net.py:net"}, "`model` goes with `eval_data`"),
+        ({"passes": 2}, "`passes` goes with `eval_data`"),
+        ({"amp": True}, "`amp` goes with `eval_data`"),
+        ({"test": FUNCTION}, r"`test='scores.py:score'`: the candidates are chosen on the same data. Give other data"),
+        ({"test": "other.py:score"}, r"`test='other.py:score'`: cannot be imported"),
+        ({"test_split": "train"}, "`test_split` goes with `test` and `eval_data`"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(
+    save: Save, here: Path, options: dict[str, Any], says: str
+) -> None:
+    series(save)
+    with pytest.raises(UsageError, match=says):
+        scored(**options)
+    scored(seed=3, last=2, dry_run=True)
+
+
+def test_scores_of_a_model_with_other_arguments_are_measured_again(save: Save, here: Path) -> None:
+    series(save)
+    Path("nets.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self, scale=1.0):\n        super().__init__()\n        self.scale = scale\n"
+        "        self.w = torch.nn.Parameter(torch.zeros(4, 3))\n        self.register_buffer('n', torch.tensor(0))\n"
+        "    def forward(self, x):\n        return self.scale * x.flatten(1) @ self.w\n\n"
+        "def images():\n    return [(torch.arange(8.0).reshape(2, 1, 2, 2), torch.tensor([0, 2]))] * 4\n"
+    )
+    sys.modules.pop("nets", None)
+    options: dict[str, Any] = {"last": 2, "model": "nets.py:Net", "metric": "loss", "state": "raw"}
+    found = sweep("run", eval_data="nets.py:images", **options)
+    assert found.evaluations == 1 + N
+    for others in ({"model_kwargs": {"scale": 2.0}}, {"split": "train"}, {"data_root": "there"}):
+        assert sweep("run", eval_data="nets.py:images", **options, **others).reused == 0
+    assert sweep("run", eval_data="nets.py:images", **options).evaluations == 0
+
+
+def test_averaged_statistics_are_told_if_a_function_scores_them(save: Save, here: Path) -> None:
+    series(save)
+    assert not any("BatchNorm" in note for note in scored(last=2).notes)
+    for i in range(N):
+        save(f"run/c-{i}.pth", {"w": torch.full((4, 3), float(i)), "bn.running_var": torch.ones(3), "n": torch.ones(1)})
+    assert any("BatchNorm statistics, which are averaged, not measured" in note for note in scored(last=2).notes)
 
 
 def test_the_command_is_for_the_shell(save: Save, here: Path) -> None:

@@ -25,7 +25,7 @@ def steps(schedule: Schedule, members: Sequence[Member]) -> Sequence[Any]:
 
 
 def made(rules: dict[str, Any], selections: dict[str, Any] | None = None, **fixed: Any) -> list[Candidate]:
-    return candidates(MEMBERS, NAMES, rules, selections or {}, steps, **fixed)[0]
+    return [*candidates(MEMBERS, NAMES, rules, selections or {}, steps, **fixed).candidates]
 
 
 def labels(found: Sequence[Candidate]) -> list[str]:
@@ -100,19 +100,20 @@ def test_without_a_mode_the_options_tell() -> None:
 
 def test_equal_rows_are_one_candidate() -> None:
     found = made({"mode": ["uniform", "decay"], "shape": ["linear"]}, {"last": [1, 4]})
-    assert labels(found) == ["last=1 mode=uniform", "last=4 mode=uniform"]
+    assert labels(found) == ["last=4 mode=uniform"]
     alone = found[0]
-    assert alone.members == MEMBERS[-1:]
-    assert set(alone.same) == {"last=1 mode=decay", "c7"}
+    assert (alone.label, alone.kind, alone.members) == ("c7", "checkpoint", MEMBERS[-1:])
+    assert alone.same == ("last=1 mode=uniform", "last=1 mode=decay")
+    assert [each["mode"] for each in alone.same_options] == ["uniform", "decay"]
     rows = [each.row(MEMBERS) for each in found]
     assert len(set(rows)) == len(rows)
 
 
 def test_what_cannot_be_made_is_left_out_with_its_reason() -> None:
-    found, refused = candidates(MEMBERS, NAMES, {}, {"window": ["100", "2500"]}, steps)
-    assert labels(found) == ["window=2500"]
-    assert list(refused) == ["window=100"]
-    assert "only c7 is in it" in refused["window=100"]
+    found = candidates(MEMBERS, NAMES, {}, {"window": ["100", "2500"]}, steps)
+    assert labels(found.candidates) == ["window=2500"]
+    assert list(found.refused) == ["window=100"]
+    assert "only c7 is in it" in found.refused["window=100"]
 
 
 def test_if_none_can_be_made_the_first_reason_is_the_error() -> None:

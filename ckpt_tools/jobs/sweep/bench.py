@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,56 +14,15 @@ from typing import Any
 
 from ...errors import CkptError, DataError, UsageError, WriteError
 from ...evaluation.evaluators import Evaluator, Scores
-from ...series.candidates import Candidate
-from ...series.metrics import lower_by_name
-from ...storage.journal import make_folder
-from ...storage.staged import remove
-from .making import MOST
+from ...series.candidates import Candidate, joined
+from ...series.member import Member
+from .aim import Aim, aim_of
+from .making import CANDIDATES_PER_READ
 from .results import Result, Results, key_of
-from .verdict import apart
+from .scratch import Scratch
+from .verdict import split_samples
 
 Make = Callable[[Sequence[Candidate], Sequence[Path]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Aim:
-    """The metric that decides.
-
-    Attributes:
-        metric: its name.
-        lower: True if lower is better.
-        why: how that is known, in words.
-    """
-
-    metric: str
-    lower: bool
-    why: str
-
-    def score(self, result: Result) -> float:
-        """Return a number of which higher is better; NaN for a failed evaluation."""
-        value = result.metrics.get(self.metric, math.nan)
-        return -value if self.lower else value
-
-
-def aim_of(metrics: Sequence[str], asked: str | None, usual: str | None, *, lower: bool | None) -> Aim:
-    """Choose the metric that decides.
-
-    Args:
-        metrics: that an evaluation gave.
-        asked, lower: as the user says; None if not.
-        usual: of this kind of evaluation; None if it has none.
-
-    Raises:
-        UsageError: there is no such metric, or there are several and none is asked for.
-    """
-    name = asked or (usual if usual in metrics else metrics[0] if len(metrics) == 1 else None)
-    if name is None:
-        raise UsageError(f"the evaluation gives {', '.join(metrics)}: choose the one that decides with `metric`.")
-    if name not in metrics:
-        raise UsageError(f"`metric={name!r}`: the evaluation gives {', '.join(metrics)}.")
-    if lower is not None:
-        return Aim(name, lower, "as you say")
-    return Aim(name, lower_by_name(name), "by its name")
 
 
 @dataclass(slots=True)
@@ -78,12 +37,16 @@ class Bench:
         evaluator: scores them.
         usual: metric of its kind of evaluation.
         results: of this sweep and those before it.
-        folder: for candidates and logs.
+        scratch: for candidates and logs.
         keep: candidates that stay.
         asked, lower: the metric that decides, as the user says.
         holdout: part of the samples that has no part in the choice, and the seed by which it is drawn.
         jobs: evaluations at a time.
+        planned: evaluations of the sweep, at most.
         on_result: called after each with (result, number done, number in all).
+        found: candidates that are no other one again, with their results; with values of samples of the metric that
+            decides, alone.
+        reused: results known from before.
     """
 
     make: Make
@@ -93,16 +56,20 @@ class Bench:
     evaluator: Evaluator
     usual: str | None
     results: Results
-    folder: Path
+    scratch: Scratch
     keep: int
     asked: str | None
     lower: bool | None
     holdout: tuple[float, int] | None = None
     jobs: int = 1
+    planned: int = 0
     on_result: Callable[[Result, int, int], None] | None = None
     aim: Aim | None = None
     found: dict[Candidate, Result] = field(default_factory=dict)
     reused: int = 0
+    _lacking: int = 0
+    _by_key: dict[str, Candidate] = field(default_factory=dict)  # key to the one in `found`
+    _keys: dict[Candidate, str] = field(default_factory=dict)
 
     def scores(self, candidates: Sequence[Candidate], make: Make | None = None) -> list[Result]:
         """Score candidates; those whose result is known are neither made nor scored again.
@@ -116,7 +83,7 @@ class Bench:
         """
         waiting = []
         for candidate in candidates:
-            if candidate in self.found:
+            if self._joined(candidate):
                 continue
             known = self.results.get(self.key(candidate))
             # A holdout is of samples, whose file may be gone.
@@ -125,20 +92,31 @@ class Bench:
             else:
                 self.reused += 1
                 self._take(candidate, replace(known, label=candidate.label))
-        total = len(self.found) + len(waiting)
+        best = self.ranking()[: self.keep]
+        self.scratch.remove(*(self.path(each) for each in self.found if each not in best))
         at = 0
         while at < len(waiting):
             some = waiting[at : at + self._at_a_time()]
-            self._score(some, total, make or self.make)
+            self._score(some, make or self.make)
             at += len(some)
         if waiting and all(self.found[each].error is not None for each in self.found):
             first = next(iter(self.found.values()))
             raise DataError(f"no candidate could be scored; {first.label}: {first.error}")
-        return [self.found[each] for each in candidates]
+        return [self.found[self._by_key[self.key(each)]] for each in candidates]
+
+    def alone(self, member: Member) -> Result:
+        """Return the result of a checkpoint alone."""
+        return next(result for each, result in self.found.items() if each.members == (member,))
+
+    def score(self, result: Result) -> float:
+        """Return a number of which higher is better; NaN for a failed evaluation."""
+        return math.nan if self.aim is None else self.aim.score(result)
 
     def key(self, candidate: Candidate) -> str:
         """Return the key of a candidate's result."""
-        return self.key_by({**self.evaluator.identity, "holdout": self.holdout}, candidate)
+        if candidate not in self._keys:
+            self._keys[candidate] = self.key_by({**self.evaluator.identity, "holdout": self.holdout}, candidate)
+        return self._keys[candidate]
 
     def key_by(self, evaluation: Mapping[str, Any], candidate: Candidate) -> str:
         """Return the key of a candidate's result by an evaluation."""
@@ -164,43 +142,99 @@ class Bench:
     def path(self, candidate: Candidate) -> Path:
         """Return where the file of a candidate is, while it is there."""
         name = re.sub(r"[^A-Za-z0-9.=_-]+", "-", candidate.label)[:60].strip("-.")
-        return self.folder / f"{name}-{self.key(candidate)[:8]}{self.suffix}"
+        return self.scratch.folder / f"{name}-{self.key(candidate)[:8]}{self.suffix}"
 
     def log(self, candidate: Candidate, what: str = "") -> Path:
         """Return where what an evaluation prints is kept."""
-        return self.folder / "logs" / f"{self.path(candidate).name}{what and '-'}{what}.log"
+        return self.scratch.logs / f"{self.path(candidate).name}{what and '-'}{what}.log"
+
+    def samples(self, candidate: Candidate) -> Scores:
+        """Return the scores of a candidate with the values of samples of all metrics."""
+        known = self.results.get(self.key(candidate)) or self.found[candidate]
+        return Scores(known.metrics, known.samples)
 
     def selection(self, scores: Scores) -> Scores:
         """Return the scores on the samples that have a part in the choice."""
-        return scores if self.holdout is None else apart(scores, *self.holdout, held_out=False)
+        return scores if self.holdout is None else split_samples(scores, *self.holdout, held_out=False)
+
+    def clear(self, candidates: Iterable[Candidate]) -> None:
+        """Delete the files of all candidates but these, of this sweep and of earlier ones."""
+        self.scratch.clear([self.path(each) for each in candidates])
+
+    def keep_best(self) -> Iterator[str]:
+        """Make the best candidates that are not there, as after a sweep that kept fewer; say what cannot be done."""
+        best = self.ranking()[: self.keep]
+        self.clear(best)
+        lacking = [each for each in best if not self.path(each).exists()]
+        try:
+            for begin in range(0, len(lacking), CANDIDATES_PER_READ):
+                self._write(lacking[begin : begin + CANDIDATES_PER_READ], self.make)
+        except WriteError as error:  # the scores are worth more than these
+            yield f"Not all of the best {len(best)} are kept: {error}"
+
+    def _joined(self, candidate: Candidate) -> bool:
+        """Return True if a candidate is one again that is in `found`; it then has the names of both."""
+        key = self.key(candidate)
+        known = self._by_key.get(key)
+        if known is None or known is candidate:
+            return known is candidate
+        both = joined(known, candidate)
+        self._by_key[key], self._keys[both] = both, key
+        self.found = {both if each is known else each: result for each, result in self.found.items()}
+        return True
 
     def _at_a_time(self) -> int:
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.scratch.folder).free
         room = int(0.95 * free / max(self.nbytes, 1))
         if room < 1:
             raise WriteError(
-                f"{self.folder}: {free:,} bytes are free, and a candidate takes {self.nbytes:,}. "
+                f"{self.scratch.folder}: {free:,} bytes are free, and a candidate takes {self.nbytes:,}. "
                 "Choose another place with `scratch`."
             )
-        return min(MOST, room)
+        return min(CANDIDATES_PER_READ, room)
 
-    def _score(self, candidates: Sequence[Candidate], total: int, make: Make) -> None:
-        make_folder(self.folder / "logs")
+    def _score(self, candidates: Sequence[Candidate], make: Make) -> None:
+        try:
+            failed = self._write(candidates, make)
+            for candidate, reason in failed.items():
+                self._done(candidate, self._unscored(candidate, reason))
+            rest = [each for each in candidates if each not in failed]
+            for candidate, result in self._evaluated(rest, [self.path(each) for each in rest]):
+                self._done(candidate, result)
+        finally:
+            best = self.ranking()[: self.keep]
+            self.scratch.remove(*(self.path(each) for each in candidates if each not in best))
+
+    def _write(self, candidates: Sequence[Candidate], make: Make) -> dict[Candidate, str]:
+        """Write candidates together; where that fails, in two halves, so that one cannot keep the others from it.
+
+        Returns:
+            Those that cannot be made, with the reasons.
+
+        Raises:
+            WriteError: there is no place for them.
+        """
         paths = [self.path(each) for each in candidates]
-        for path in paths:  # of a sweep that was killed
-            remove(path)
+        self.scratch.announce(paths)
         try:
             make(candidates, paths)
-            for candidate, result in self._evaluated(candidates, paths):
-                self.results.add(result)
-                self._take(candidate, result)
-                self._tidy()
-                if self.on_result is not None:
-                    self.on_result(result, len(self.found), total)
-        finally:
-            for candidate, path in zip(candidates, paths, strict=True):
-                if candidate not in self.ranking()[: self.keep]:
-                    remove(path)
+        except WriteError:
+            raise
+        except CkptError as error:
+            if len(candidates) == 1:
+                return {candidates[0]: f"cannot be made: {error}"}
+            half = len(candidates) // 2
+            return self._write(candidates[:half], make) | self._write(candidates[half:], make)
+        return {}
+
+    def _done(self, candidate: Candidate, result: Result) -> None:
+        self.results.add(result)
+        self._take(candidate, result)
+        ranking = self.ranking()
+        best = ranking[: self.keep]
+        self.scratch.remove(*(self.path(each) for each in (candidate, *ranking[self.keep :][:1]) if each not in best))
+        if self.on_result is not None:
+            self.on_result(result, len(self.found), max(self.planned, len(self.found)))
 
     def _evaluated(self, candidates: Sequence[Candidate], paths: Sequence[Path]) -> Iterator[tuple[Candidate, Result]]:
         if self.jobs == 1:
@@ -233,26 +267,33 @@ class Bench:
             raise  # it will not get better with the next one
         except CkptError as failed:
             scores, error = Scores({}), str(failed)
+        return replace(
+            self._unscored(candidate, error),
+            metrics=dict(metrics),
+            seconds=time.perf_counter() - began,
+            samples=scores.samples,
+        )
+
+    def _unscored(self, candidate: Candidate, error: str | None) -> Result:
         return Result(
             key=self.key(candidate),
             label=candidate.label,
             checkpoints=tuple(member.path.name for member in candidate.members),
             coefficients=candidate.coefficients,
-            metrics=dict(metrics),
-            seconds=time.perf_counter() - began,
+            metrics={},
+            seconds=0.0,
             error=error,
-            samples=scores.samples,
         )
 
     def _take(self, candidate: Candidate, result: Result) -> None:
         if result.error is None:
-            if self.aim is None:
+            wanted = self.asked if self.aim is None else self.aim.metric
+            # The first one alone may lack it; when two do, it is a slip.
+            if wanted is not None and wanted not in result.metrics and (self.aim is not None or not self._lacking):
+                self._lacking += self.aim is None
+                result = replace(result, error=f"the evaluation gives no '{wanted}'", metrics={})
+            elif self.aim is None:
                 self.aim = aim_of([*result.metrics], self.asked, self.usual, lower=self.lower)
-            elif self.aim.metric not in result.metrics:
-                result = replace(result, error=f"the evaluation gives no '{self.aim.metric}'", metrics={})
-        self.found[candidate] = result
-
-    def _tidy(self) -> None:
-        """Delete the files of all that were scored but the best."""
-        for candidate in self.ranking()[self.keep :]:
-            remove(self.path(candidate))
+        deciding = {name: values for name, values in result.samples.items() if self.aim and name == self.aim.metric}
+        self.found[candidate] = replace(result, samples=deciding)
+        self._by_key[self.key(candidate)] = candidate

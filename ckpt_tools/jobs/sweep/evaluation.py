@@ -13,6 +13,7 @@ from ...checkpoints.open import Checkpoint
 from ...errors import UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function
 from ..options import Network
+from ..outputs import named
 from .options import Evaluation, Honesty, Sweeping, SweptImages
 
 
@@ -60,16 +61,20 @@ def opened(
         CkptError: the network, the data, the function or the command cannot be used.
     """
     if evaluation.eval_command is not None:
-        command, limit = evaluation.eval_command, evaluation.time_limit
-        yield Opened(Command(command, limit), None if honesty.test is None else Command(honesty.test, limit))
+        limit = evaluation.time_limit
+        test: Evaluator | None = None if honesty.test is None else Command(honesty.test, limit, option="test")
+        yield Opened(Command(evaluation.eval_command, limit), test, notes=_not_measured(example))
     elif evaluation.eval_function is not None:
         from ...evaluation.models import load_factory
 
-        functions = [each for each in (evaluation.eval_function, honesty.test) if each is not None]
-        for each in functions:
-            load_factory(each, "eval_function")
-        first, *others = [Function(each, in_memory=evaluation.in_memory) for each in functions]
-        yield Opened(first, others[0] if others else None)
+        given = {"eval_function": evaluation.eval_function, "test": honesty.test}
+        functions = {name: spec for name, spec in given.items() if spec is not None}
+        for name, spec in functions.items():
+            load_factory(spec, name)
+        first, *others = [
+            Function(spec, in_memory=evaluation.in_memory, option=name) for name, spec in functions.items()
+        ]
+        yield Opened(first, others[0] if others else None, notes=_not_measured(example))
     elif evaluation.eval_data is not None:
         with _classifier(evaluation.eval_data, honesty, which, images, running, example, on_progress) as found:
             yield found
@@ -105,22 +110,26 @@ def _classifier(
         preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
         workers = min(8, default_threads()) if images.workers is None else images.workers
         loading = Loading(-1, images.batch_size, workers, images.seed, pin_memory=device.type == "cuda")
-        open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
+        open_batches = partial(open_data, preprocessing=preprocessing, root=images.data_root)
         statistics = None
         if images.data is not None and layers:
-            statistics = open_batches(images.data, replace(loading, images=images.images))
+            statistics = open_batches(images.data, replace(loading, images=images.images), split=images.split)
         identity = {
             "preprocessing": {name: repr(value) for name, value in sorted(preprocessing.items())},
             "model": which.model or type(network).__name__,
+            "model_kwargs": {name: repr(value) for name, value in sorted((which.model_kwargs or {}).items())},
+            "data_root": images.data_root,
             "recalibrated": None
             if statistics is None
-            else [images.data, statistics.images, images.passes, images.estimator, images.batch_size, images.seed],
+            else [images.data, statistics.images, images.passes, images.estimator, images.batch_size, images.seed]
+            + [images.split],
             "amp": running.amp,
         }
         runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
 
-        def scoring(data: str) -> Classifier:
-            held_out = open_batches(data, loading)
+        def scoring(data: str, option: str, split: str) -> Classifier:
+            with named(option, "data"):
+                held_out = open_batches(data, loading, split=split)
             if held_out.once or (statistics is not None and statistics.once):
                 raise UsageError("the data are evaluated many times, and a factory here gives an iterator, not a list.")
             return Classifier(
@@ -130,18 +139,28 @@ def _classifier(
                 images=statistics,
                 passes=images.passes,
                 estimator=images.estimator,
-                identity={"data": data, "images": held_out.images, **identity},
+                identity={"data": data, "split": split, "images": held_out.images, **identity},
                 on_progress=on_progress,
             )
 
-        evaluator = scoring(eval_data)
+        evaluator = scoring(eval_data, "eval_data", images.split)
         yield Opened(
             evaluator,
-            None if honesty.test is None else scoring(honesty.test),
+            None if honesty.test is None else scoring(honesty.test, "test", honesty.test_split or images.split),
             "top1",
             None if statistics is None else partial(evaluator.measured, images=statistics),
             tuple(_notes(images.data, eval_data, has_layers=bool(layers))),
         )
+
+
+def _not_measured(example: Checkpoint) -> tuple[str, ...]:
+    """Tell that an evaluation by the user's code is of averaged statistics, if there are any."""
+    if not any(name.endswith("running_var") for name in example):
+        return ()
+    return (
+        "The weights have BatchNorm statistics, which are averaged, not measured: averages look worse than they are. "
+        "Let the evaluation measure them before it scores, or score by `eval_data` with `data`.",
+    )
 
 
 def _notes(data: str | None, eval_data: str, *, has_layers: bool) -> Iterator[str]:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...checkpoints.ema_updates import stored_updates
-from ...errors import UsageError
-from ...series.candidates import Candidate, candidates
+from ...errors import CkptError, UsageError
+from ...series.candidates import Candidate, Combinations, candidates, combination, modes_with, number_of
 from ...series.find import Series
 from ...series.member import Member
-from ...series.rules.amounts import parse_span
-from ...series.schedules import Schedule
+from ...series.schedules import SCHEDULES, Schedule, named
 from ...series.search import LOG, SCALES, Optimum, golden_section
 from ...series.soup import Soup, greedy
-from ..lined_up import selected
 from ..options import Matching
 from ..provenance import short_names
+from ..weigh import facts_of
 from .bench import Bench
 from .making import Maker
-from .options import Evaluation, Order, Rules, Searching, Selections
+from .options import SWEPT, Evaluation, Order, Rules, Searching, Selections
 from .running_sum import RunningSum
 
 SEARCHED = ("decay", "half_life", "sigma_rel", "gamma", "warmup_gamma", "warmup_power", "min_decay")
@@ -28,7 +25,11 @@ SEARCHED = ("decay", "half_life", "sigma_rel", "gamma", "warmup_gamma", "warmup_
 
 
 class Grid:
-    """The candidates that the options mean: all combinations, then those that depend on scores."""
+    """The candidates that the options mean: all combinations, then those that depend on scores.
+
+    Raises:
+        UsageError: a mode that is not swept, or a search that cannot be made.
+    """
 
     def __init__(
         self,
@@ -42,101 +43,130 @@ class Grid:
     ) -> None:
         self._series, self._matching, self._searching = series, matching, searching
         self._rules, self._selections = rules.values, selections.values
-        self._fixed: dict[str, Any] = {
-            "metrics": None if order.metrics is None else str(order.metrics),
-            "lower_is_better": evaluation.lower_is_better,
-        }
-        if evaluation.metric is not None:
-            self._fixed["metric"] = evaluation.metric
+        metrics = None if order.metrics is None else str(order.metrics)
+        fixed = {"metrics": metrics, "lower_is_better": evaluation.lower_is_better, "metric": evaluation.metric}
+        self._fixed = {name: value for name, value in fixed.items() if value is not None}
+        if metrics is not None and "best" not in self._selections:
+            raise UsageError("`metrics` goes with `best`.")
+        for mode in self._rules.get("mode", ()):
+            rule = SCHEDULES.get(named(mode))
+            if rule is not None and rule.needs not in SWEPT:
+                raise UsageError(f"`mode={mode!r}` is not swept: {', '.join(_swept_modes())} are.")
         self.names = short_names([member.path for member in series.members])
-        self._range: tuple[float, float] | None = None
         self._searched = None if searching.search is None else searching.search.replace("-", "_")
+        self._range: tuple[float, float] | None = None
         if self._searched is not None:
-            self._range = self._bounds(self._searched)
+            self._range = self._ends(self._searched)
+            next(self._golden_section(self._range))  # refuses ends in the wrong order
+            for end in self._range:
+                self._at(end)
 
-    @property
-    def further(self) -> int:
-        """Evaluations of candidates that depend on scores, at most."""
-        searched = 0 if self._range is None else self._searching.evaluations
-        return searched + (len(self._series.members) - 1 if self._searching.greedy else 0)
+    def further(self, maker: Maker) -> tuple[int, int, int]:
+        """Return (evaluations, bytes read, bytes written) of candidates that depend on scores, at most."""
+        members = self._series.members
+        evaluations = read = written = 0
+        if self._range is not None:
+            once, size = maker.bytes_moved([self._at(self._range[1])])
+            evaluations = self._searching.evaluations
+            read, written = (evaluations - 1) * once, evaluations * size  # the first two are made together
+        if self._searching.greedy:
+            n = len(members) - 1
+            alone = Candidate("", "checkpoint", {}, Schedule("uniform"), members[-1:], (None,), (1.0,))
+            once, size = maker.bytes_moved([alone])
+            total = RunningSum.nbytes(maker)
+            evaluations += n
+            # A soup is read from the sum and one checkpoint, and so is the next sum.
+            read, written = read + 2 * n * (total + once), written + n * (total + size)
+        return evaluations, read, written
 
-    def candidates(self) -> tuple[list[Candidate], dict[str, str]]:
-        """Return the combinations that do not depend on scores, and why others cannot be made."""
+    def candidates(self) -> Combinations:
+        """Return the combinations that do not depend on scores."""
         rules = {name: each for name, each in self._rules.items() if name != self._searched}
         if self._range is not None and not rules and not self._selections:
             rules = {"mode": ["uniform"]}
-        return self._made(rules, self._selections)
+        return candidates(self._series.members, self.names, rules, self._selections, self._facts, **self._fixed)
 
     def search(self, bench: Bench) -> Iterator[str]:
         """Search for the best value of one option, and say what was found."""
         name = self._searched
         if name is None or self._range is None:
             return
-        rules = {other: each for other, each in self._rules.items() if other != name}
-        search = golden_section(*self._range, evaluations=self._searching.evaluations, scale=SCALES.get(name, LOG))
+        search = self._golden_section(self._range)
+        scores: dict[float, float] = {}  # of rounded values, of which neighbours may be one
         asked = next(search)
         while True:
-            made = []
-            for value in asked:
-                # As many digits as a person would type, so that the command that is shown is the same average.
-                short = float(f"{value:.4g}") if name != "decay" else 1 - float(f"{1 - value:.3g}")
-                short = round(short, 12)
-                found, refused = self._made({**rules, name: [short]}, self._selections)
-                if refused:
-                    raise UsageError(f"`search={name!r}` at {short:g}: {next(iter(refused.values()))}")
-                own = replace(found[0], label=f"{name}={short:g}")
-                made.append(own)
-            results = bench.scores(made)
-            aim = bench.aim
+            rounded = [_rounded(name, value) for value in asked]
+            new = [value for value in dict.fromkeys(rounded) if value not in scores]
+            results = bench.scores([self._at(value) for value in new])
+            scores |= {value: bench.score(result) for value, result in zip(new, results, strict=True)}
             try:
-                asked = search.send([float("nan") if aim is None else aim.score(each) for each in results])
+                asked = search.send([scores[value] for value in rounded])
             except StopIteration as stop:
                 yield from _of_optimum(name, stop.value)
                 return
 
     def soup(self, bench: Bench, maker: Maker) -> Iterator[str]:
         """Make the greedy soup, and say what is in it."""
-        if not self._searching.greedy or bench.aim is None:
+        if not self._searching.greedy:
             return
-        aim = bench.aim
         members = self._series.members
-        alone = {each.members[0]: each for each in bench.found if len(each.members) == 1}
-        search = greedy([aim.score(bench.found[alone[member]]) for member in members])
-        running = RunningSum(maker, bench.folder / "sum.safetensors")
-        soup: Soup = ()
+        search = greedy([bench.score(bench.alone(member)) for member in members])
+        running = RunningSum(maker, bench.scratch.folder / "sum.safetensors")
+        bench.scratch.announce([running.path])
         try:
             asked = next(search)
             while True:
-                if asked[:-1] != soup:
-                    # The last one stays: asked differs from the soup before by one that was added, and one more.
-                    running.start(members[asked[0]]) if not soup else running.add(members[asked[-2]])
-                soup = asked[:-1]
+                running.order = [members[i] for i in asked]
                 (result,) = bench.scores([self._uniform(asked)], running.make)
-                asked = search.send(aim.score(result))
+                asked = search.send(bench.score(result))
         except StopIteration as stop:
-            soup = stop.value
+            yield f"Greedy soup: {', '.join(self.names[i] for i in stop.value)}."
         finally:
             running.end()
-        yield f"Greedy soup: {', '.join(self.names[i] for i in soup)}."
 
     def _uniform(self, soup: Soup) -> Candidate:
         members = [self._series.members[i] for i in sorted(soup)]
         label = "greedy " + "+".join(self.names[i] for i in soup)
         steps = [member.step for member in members]
         coefficients = Schedule("uniform").coefficients(steps)
-        return Candidate(label, {}, Schedule("uniform"), tuple(members), steps, coefficients)
+        return Candidate(label, "soup", {}, Schedule("uniform"), tuple(members), steps, coefficients)
 
-    def _made(self, rules: Mapping[str, Any], selections: Mapping[str, Any]) -> tuple[list[Candidate], dict[str, str]]:
-        fixed = {name: value for name, value in self._fixed.items() if value is not None}
-        return candidates(self._series.members, self.names, rules, selections, self._numbers, **fixed)
+    def _facts(self, schedule: Schedule, members: Sequence[Member]) -> Sequence[Any]:
+        names = short_names([member.path for member in members])
+        return facts_of(schedule, self._series, members, names, self._matching)
 
-    def _numbers(self, schedule: Schedule, members: Sequence[Member]) -> Sequence[Any]:
-        if schedule.rule.needs == "step":
-            return [member.step for member in members]
-        states = selected(members, short_names([member.path for member in members]), self._matching)
-        return [stored_updates(member.header, state) for member, state in zip(members, states, strict=True)]
+    def _golden_section(self, ends: tuple[float, float]) -> Any:
+        scale = SCALES.get(self._searched or "", LOG)
+        return golden_section(*ends, evaluations=self._searching.evaluations, scale=scale)
 
-    def _bounds(self, name: str) -> tuple[float, float]:
+    def _at(self, value: float) -> Candidate:
+        """Return the candidate of a search at a value.
+
+        Raises:
+            UsageError: it cannot be made.
+        """
+        name = self._searched or ""
+        mode = self._mode(name)
+        own = {option.name for option in SCHEDULES[mode].options}
+        others = {other: each[0] for other, each in self._rules.items() if other in own and other != name}
+        picked = {other: each[0] for other, each in self._selections.items()}
+        label = f"{name}={value:.12g}"
+        try:
+            return combination(
+                label, mode, {**others, name: value}, picked, self._series.members, self._facts, **self._fixed
+            )[0]
+        except CkptError as error:
+            raise UsageError(f"`search={name!r}` at {value:.12g}: {error}") from error
+
+    def _mode(self, name: str) -> str:
+        """Return the mode of a search: the one that is given, else the one that takes the option."""
+        takers = [mode for mode in modes_with(name) if SCHEDULES[mode].needs in SWEPT]
+        mode = named(self._rules["mode"][0]) if "mode" in self._rules else takers[0]
+        if mode not in takers:
+            raise UsageError(f"`search={name!r}` goes with {' or '.join(f'`mode={each!r}`' for each in takers)}.")
+        return mode
+
+    def _ends(self, name: str) -> tuple[float, float]:
         """Return the ends of a search.
 
         Raises:
@@ -144,9 +174,6 @@ class Grid:
         """
         if name not in SEARCHED:
             raise UsageError(f"`search={name!r}`: one of {', '.join(SEARCHED)}.")
-        given = [_number(name, each) for each in self._rules.get(name, ())]
-        n = len(self._series.members)
-        usual = {"decay": (0.3, 1 - 1 / (2 * n)), "sigma_rel": (0.01, 0.28)}.get(name)
         others = [
             other
             for each in (self._rules, self._selections)
@@ -155,31 +182,45 @@ class Grid:
         ]
         if others:
             raise UsageError(f"`search={name!r}` takes one value of every other option, and `{others[0]}` has several.")
-        if not given and usual is not None:
-            return usual
-        if len(given) != 2:
+        given: Sequence[Any] = self._rules.get(name, ())
+        if not given and name in ("decay", "sigma_rel"):
+            return self._usual_ends(name)
+        numbers = [number for number in map(number_of, given) if number is not None]
+        if any(share for _, share in numbers):
+            raise UsageError(f"`{name}={given[0]!r}`: the ends of a search are numbers of steps, not parts of the run.")
+        if len(given) != 2 or len(numbers) != 2:
             raise UsageError(
                 f"`search={name!r}` needs two numbers, the ends of the search: `{name}` with one value below and one "
                 "above what may be best, and a comma between them."
             )
-        return given[0], given[1]
+        return numbers[0][0], numbers[-1][0]
+
+    def _usual_ends(self, name: str) -> tuple[float, float]:
+        if name == "sigma_rel":
+            return 0.01, 0.28
+        n = len(self._series.members)
+        low, high = 0.3, 1 - 1 / (2 * n)  # of an update for each checkpoint
+        steps = [member.step for member in self._series.members if member.step is not None]
+        if (True in self._rules.get("per_step", ()) or "steps" in self._rules.get("by", ())) and len(steps) == n:
+            gap = max(1.0, (steps[-1] - steps[0]) / (n - 1))
+            low, high = low ** (1 / gap), high ** (1 / gap)
+        return _rounded(name, low), _rounded(name, high)
 
 
-def _number(name: str, value: Any) -> float:
-    """Return an end of a search, which may be a number of steps such as 20k."""
-    if isinstance(value, str):
-        amount = parse_span(name, value)
-        if amount.share:
-            raise UsageError(f"`{name}={value!r}`: the ends of a search are numbers of steps, not parts of the run.")
-        return amount.value
-    return float(value)
+def _swept_modes() -> Iterator[str]:
+    return (mode for mode, rule in SCHEDULES.items() if rule.needs in SWEPT)
+
+
+def _rounded(name: str, value: float) -> float:
+    """Round to as many digits as a person would type, so that the command that is shown is the same average."""
+    if name == "decay":  # what counts is the distance to 1
+        return round(1 - float(f"{1 - value:.4g}"), 12)
+    return float(f"{value:.4g}")
 
 
 def _of_optimum(name: str, found: Optimum) -> Iterator[str]:
-    yield (
-        f"Search of {name}: {found.value:.4g} is best, between {found.bracket[0]:.4g} and {found.bracket[1]:.4g} if "
-        "there is one optimum."
-    )
+    best, low, high = (f"{_rounded(name, value):.12g}" for value in (found.value, *found.bracket))
+    yield f"Search of {name}: {best} is best, between {low} and {high} if there is one optimum."
     if found.at_edge:
         yield f"It is at the edge of the search: look beyond it, with other ends of {name}."
     if not found.unimodal:

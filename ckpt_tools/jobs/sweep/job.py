@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from ...series.find import find_series
 from ...storage.journal import alone_in
 from ...storage.staged import scratch_folder
 from ...tensors import parse_dtype
-from ..options import Matching, Network, Options, Recalibration, takes
+from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, check_target
 from ..provenance import provided, short_names
 from ..run import write
 from .bench import Bench
 from .evaluation import Opened, opened
 from .files import Files
+from .geometry import geometry_of
 from .grid import Grid
 from .judging import file_of, judged, planned
 from .making import Maker
@@ -38,10 +39,12 @@ from .options import (
     SweptImages,
     SweptOutput,
     check,
+    given_of,
 )
 from .page import Background
 from .report import SweepReport
 from .results import Results
+from .scratch import Scratch
 
 if TYPE_CHECKING:
     from ...batchnorm.report import BatchNormReport
@@ -76,10 +79,10 @@ def sweep(
         The ranking, and whether the best is better than the last checkpoint.
 
     Raises:
-        CkptError: one of the errors of `ckpt_tools.errors`. A candidate that cannot be made or scored is none: the
-            others go on, and the report says why.
+        CkptError: one of the errors of `ckpt_tools.errors`. A candidate that fails does not stop the sweep; the report
+            gives the reason. So it does if the best cannot be compared with the last checkpoint.
     """
-    check(evaluation, honesty, output, searching)
+    check(evaluation, honesty, output, searching, which, images, running)
     if matching.lora == "product":
         raise UsageError("`lora='product'` does not go with a sweep. Merge each adapter into its model first.")
     check_threads(running.threads)
@@ -95,9 +98,10 @@ def sweep(
     maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
     _refuse_other_names(maker)
     grid = Grid(series, rules, selections, searching, order, matching, evaluation)
-    found, refused = grid.candidates()
+    combinations = grid.candidates()
+    found = combinations.candidates
     paths_of = [str(path) for path in given]
-    plan = planned(series, found, refused, maker, grid, output, paths_of, files.notes)
+    plan = planned(series, combinations, maker, grid, output, paths_of, files.notes)
     if running.on_plan is not None:
         running.on_plan(plan)
     if running.dry_run:
@@ -109,32 +113,34 @@ def sweep(
     with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as scoring:
         bench = Bench(
             make=lambda some, places: maker.make(some, places, lambda done, total: show("averaging", done, total)),
-            nbytes=plan.bytes_written // max(plan.evaluations, 1),
+            nbytes=maker.bytes_moved(found[:1])[1],
             suffix=maker.suffix,
             made={name: repr(value) for name, value in made.items()},
             evaluator=scoring.evaluator,
             usual=scoring.usual,
             results=Results(folder),
-            folder=folder,
+            scratch=Scratch(folder),
             keep=output.keep,
             asked=evaluation.metric,
             lower=evaluation.lower_is_better,
             holdout=None if honesty.holdout is None else (honesty.holdout, images.seed),
             jobs=evaluation.jobs,
+            planned=plan.evaluations,
             on_result=running.on_result,
         )
-        geometry = _measured(given, order, matching, running.threads)
+        geometry = geometry_of(folder, series.members, given, order, matching, running.threads)
+        bench.clear(found)
         bench.scores(found)
-        notes = [*grid.search(bench), *grid.soup(bench, maker)]
+        notes = [*grid.search(bench), *grid.soup(bench, maker), *bench.keep_best()]
         notes += () if isinstance(geometry, str) else geometry.warnings
-        shared = {**made, **given_of(order)}
+        shared = {**made, **given_of(order), **({"allow_nonfinite": True} if running.allow_nonfinite else {})}
         shared.pop("metrics", None)  # of `best`, and among the options of its candidates
         recalibration = Recalibration(**{**vars(which), **vars(images), **vars(running)}, recal_bn=images.data)
         if scoring.recalibrates:
             shared |= given_of(recalibration)
             shared |= {name: value for name, value in given_of(running).items() if name == "device"}
         report = judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared)
-        if target is not None:
+        if target is not None and not report.failure:
             _write_best(report, bench, maker, scoring, target, recalibration, example, output, running)
             report = replace(report, written=True)
         files.write(report, lambda: _background(bench, maker, scoring, geometry), running.on_words)
@@ -152,37 +158,9 @@ def _refuse_other_names(maker: Maker) -> None:
         )
 
 
-def given_of(*groups: Options) -> dict[str, Any]:
-    """Return the options that are not at their defaults."""
-    return {
-        option.name: vars(group)[option.name]
-        for group in groups
-        for option in group.options()
-        if vars(group)[option.name] not in (option.default, [option.default])
-    }
-
-
 def state_of(matching: Matching) -> str:
     """Return the set of weights that is asked for, as one name; several are asked for by path alone."""
     return matching.state if isinstance(matching.state, str) else next(iter(matching.state), "auto")
-
-
-def _measured(paths: Sequence[str | Path], order: Order, matching: Matching, threads: int | None) -> LookReport | str:
-    """Measure the geometry of the series; return why, if that cannot be done."""
-    from ..look import look
-
-    try:
-        return look(
-            paths,
-            order=order.order,
-            include_outputs=order.include_outputs,
-            state=matching.state,
-            match=matching.match,
-            keys=matching.keys,
-            threads=threads,
-        )
-    except CkptError as error:  # a sweep without it is better than none
-        return str(error)
 
 
 def _background(bench: Bench, maker: Maker, scoring: Opened, geometry: LookReport | str) -> Background:

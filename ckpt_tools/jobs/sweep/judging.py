@@ -10,41 +10,42 @@ from typing import Any
 
 from ...errors import CkptError
 from ...evaluation.evaluators import Scores
-from ...series.candidates import Candidate
+from ...series.candidates import Candidate, Combinations, number_of
 from ...series.find import Series
 from ...series.member import Member
 from ...storage.staged import remove
-from .bench import Aim, Bench
+from .aim import Aim
+from .bench import Bench
 from .evaluation import Opened
 from .grid import Grid
 from .making import Maker
 from .options import Honesty, SweptOutput
 from .report import Ranked, SweepReport
 from .results import Result
-from .verdict import Comparison, apart, compared, fallen, in_words, intervals
+from .verdict import Comparison, compared, in_words, intervals, split_samples, worse_metrics
 
-EDGE = 3
+EDGE_MIN_VALUES = 3
 """Values of an option from which on the best one at an end is told."""
 
 
 def planned(
     series: Series,
-    found: Sequence[Candidate],
-    refused: Mapping[str, str],
+    found: Combinations,
     maker: Maker,
     grid: Grid,
     output: SweptOutput,
     paths: Sequence[str],
     notes: Sequence[str],
 ) -> SweepReport:
-    read, written = maker.bytes_moved(found)
+    read, written = maker.bytes_moved(found.candidates)
+    further, further_read, further_written = grid.further(maker)
     names = dict(zip(maker.members, grid.names, strict=True))
     return SweepReport(
         checkpoints=tuple(grid.names),
         steps=tuple(member.step for member in series.members),
         ordered_by=series.ordered_by,
-        candidates=tuple(_ranked(each, names, None, None) for each in found),
-        refused=refused,
+        candidates=tuple(_ranked(each, names, None, None) for each in found.candidates),
+        refused=found.refused,
         metric=None,
         lower_is_better=None,
         best=None,
@@ -56,11 +57,11 @@ def planned(
         paths=tuple(paths),
         options={},
         recalibrated=False,
-        evaluations=len(found) + grid.further,
+        evaluations=len(found.candidates) + further,
         reused=0,
-        bytes_read=read,
-        bytes_written=written,
-        notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes, *notes])),
+        bytes_read=read + further_read,
+        bytes_written=written + further_written,
+        notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes, *found.notes, *notes])),
         results=str(Path(output.scratch) / "results.jsonl"),
         out=None if output.out is None else str(output.out),
     )
@@ -79,7 +80,7 @@ def _ranked(
         options=candidate.options,
         checkpoints=tuple(names[member] for member in candidate.members),
         coefficients=candidate.coefficients,
-        single=len(candidate.members) == 1,
+        kind=candidate.kind,
         metrics={} if result is None else result.metrics,
         same_options=candidate.same_options,
         low=interval[0],
@@ -106,15 +107,21 @@ def judged(
     best = ranking[0]
     singles = [each for each in ranking if len(each.members) == 1]
     last = next(each for each in bench.found if each.members == maker.members[-1:])
-    scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
     other_data = scoring.test is not None or honesty.holdout is not None
-    comparisons = compared(scores[best], scores[last], seed=seed) if best is not last else []
+    comparisons: list[Comparison] = []
+    failure = ""
+    try:
+        scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
+        if best is not last:
+            comparisons = compared(scores[best], scores[last], seed=seed)
+    except CkptError as error:  # the ranking is worth its evaluations without it
+        failure = str(error)
     failed = [each for each in bench.found if bench.found[each].error is not None]
     order = [*ranking, *failed]
     names = dict(zip(maker.members, plan.checkpoints, strict=True))
-    sampled = {each: bench.found[each].samples for each in ranking if bench.found[each].samples}
-    chosen_on = {each: bench.selection(Scores({}, samples)).samples for each, samples in sampled.items()}
-    around = intervals({each: by[aim.metric] for each, by in chosen_on.items() if aim.metric in by}, seed=seed)
+    sampled = [each for each in ranking if bench.found[each].samples]
+    chosen_on = {each: bench.selection(Scores({}, bench.found[each].samples)).samples for each in sampled}
+    around = intervals({each: samples[aim.metric] for each, samples in chosen_on.items()}, seed=seed)
     return replace(
         plan,
         candidates=tuple(
@@ -125,7 +132,10 @@ def judged(
         best=best.label,
         best_single=singles[0].label if singles else None,
         last=last.label,
-        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error),
+        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error)
+        if not failure
+        else f"The best is not compared with the last checkpoint ({last.label}): {failure}",
+        failure=failure,
         against_last=tuple(comparisons),
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
@@ -143,8 +153,8 @@ def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: M
     if result.error is not None:
         return Scores({})
     if scoring.test is None:
-        scores = Scores(result.metrics, result.samples)
-        return scores if bench.holdout is None else apart(scores, *bench.holdout, held_out=True)
+        scores = bench.samples(candidate)
+        return scores if bench.holdout is None else split_samples(scores, *bench.holdout, held_out=True)
     key = bench.key_by(scoring.test.identity, candidate)
     known = bench.results.get(key)
     if known is None:
@@ -198,15 +208,15 @@ def _warnings(
         yield f"Not scored: {first.label} ({first.error}){others}."
     if bench.results.torn:
         yield f"{bench.results.path}: {bench.results.torn} lines were cut off, as by a kill, and are passed over."
+    tried = [options for each in bench.found for options in (each.options, *each.same_options)]
     for name, value in best.options.items():
-        swept = dict.fromkeys(each.options[name] for each in bench.found if name in each.options)
-        if not all(isinstance(each, (int, float)) for each in swept):
+        found = [number_of(each[name]) for each in tried if name in each]
+        numbers = sorted({each for each in found if each is not None})
+        if None in found or len({share for _, share in numbers}) > 1 or len(numbers) < EDGE_MIN_VALUES:
             continue
-        if len(swept) >= EDGE and value in (min(swept), max(swept)):
-            end = "lowest" if value == min(swept) else "highest"
-            yield f"{name}={value:g} is the {end} value that was tried: the best one may lie beyond it."
-    aim = bench.aim
-    if aim is not None:
-        worse = [*fallen({each.metric: each for each in comparisons}, aim.metric)]
-        if worse:
-            yield f"Other metrics are worse than those of the last checkpoint: {', '.join(worse)}."
+        if number_of(value) in (numbers[0], numbers[-1]):
+            end = "lowest" if number_of(value) == numbers[0] else "highest"
+            yield f"{name}={value} is the {end} value that was tried: the best one may lie beyond it."
+    worse = [*worse_metrics({each.metric: each for each in comparisons}, bench.chosen)]
+    if worse:
+        yield f"Other metrics are worse than those of the last checkpoint: {', '.join(worse)}."

@@ -26,7 +26,7 @@ from ..run import write_all
 from ..weigh import arguments_of
 from .options import Sweeping
 
-MOST = 16
+CANDIDATES_PER_READ = 16
 """Averages made at a time: the inputs are read once for them."""
 
 
@@ -116,7 +116,7 @@ class Maker:
             on_progress=None if on_progress is None else lambda nbytes: on_progress(nbytes, total),
         )
 
-    def bytes_moved(self, candidates: Sequence[Candidate], at_once: int = MOST) -> tuple[int, int]:
+    def bytes_moved(self, candidates: Sequence[Candidate], at_once: int = CANDIDATES_PER_READ) -> tuple[int, int]:
         """Return the bytes read and written to make candidates, some at once."""
         read = written = 0
         for begin in range(0, len(candidates), at_once):

@@ -9,6 +9,7 @@ from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
 from ...series.rules.rule import Option
 from ...series.schedules import SCHEDULES, Schedule
+from ...storage.staged import same_file
 from ..options import Images, Matching, Network, Options, Output, Selection, Summing, option
 
 
@@ -46,6 +47,10 @@ def _plural(single: Option) -> Option:
     return replace(single, type=Any, default=None, implied=implied)
 
 
+SWEPT = ("step", "updates")
+"""What the rules that are swept need of a checkpoint; the others make averages of their own kind."""
+
+
 class Rules(Values):
     """How much each checkpoint counts: all combinations of these values."""
 
@@ -54,9 +59,9 @@ class Rules(Values):
     @classmethod
     def _single(cls) -> tuple[Option, ...]:
         mode, *_ = Schedule.options()
-        rules = [rule for rule in SCHEDULES.values() if rule.needs in ("step", "updates")]
-        found = {each.name: each for rule in rules for each in rule.options if several(each)}
-        return (replace(mode, help="uniform, ema, decay, power, difference."), *found.values())
+        rules = {name: rule for name, rule in SCHEDULES.items() if rule.needs in SWEPT}
+        found = {each.name: each for rule in rules.values() for each in rule.options if several(each)}
+        return (replace(mode, help=f"{', '.join(rules)}."), *found.values())
 
 
 class Selections(Values):
@@ -120,8 +125,9 @@ class Honesty(Options):
         None,
         metavar="DATA|COMMAND|FN",
     )
+    test_split: str | None = option("Of a named dataset.", None, implied="that of split")
     holdout: float | None = option(
-        "Instead: this part of the samples, drawn by `seed`, has no part in the choice.", None, metavar="F"
+        "Instead: fraction of the samples that is kept for the report, drawn by `seed`.", None, metavar="F"
     )
 
 
@@ -168,7 +174,15 @@ GROUPS = (
 """All options of a sweep, in the order of its parameters and of its help."""
 
 
-def check(evaluation: Evaluation, honesty: Honesty, output: SweptOutput, searching: Searching) -> None:
+def check(
+    evaluation: Evaluation,
+    honesty: Honesty,
+    output: SweptOutput,
+    searching: Searching,
+    which: Network,
+    images: SweptImages,
+    running: Sweeping,
+) -> None:
     """Refuse options that do not go together.
 
     Raises:
@@ -183,6 +197,14 @@ def check(evaluation: Evaluation, honesty: Honesty, output: SweptOutput, searchi
     for name, owner in (("in_memory", "eval_function"), ("time_limit", "eval_command")):
         if getattr(evaluation, name) and given != [owner]:
             raise UsageError(f"`{name}` goes with `{owner}`.")
+    if given != ["eval_data"]:
+        # The seed is that of `holdout`, too.
+        options = [name for name in given_of(which, images) if name != "seed"] + ["amp"] * running.amp
+        if options:
+            raise UsageError(
+                f"`{options[0]}` goes with `eval_data`: with `{given[0]}`, the model is built, and its statistics are "
+                "measured, by your own code."
+            )
     for name, value, least in (
         ("jobs", evaluation.jobs, 1),
         ("keep", output.keep, 0),
@@ -194,5 +216,27 @@ def check(evaluation: Evaluation, honesty: Honesty, output: SweptOutput, searchi
         raise UsageError("`jobs` goes with `eval_command`: images and functions use all cores themselves.")
     if honesty.test is not None and honesty.holdout is not None:
         raise UsageError("`test` and `holdout` are two ways to one end: give one of them.")
+    if honesty.test_split is not None and (honesty.test is None or given != ["eval_data"]):
+        raise UsageError("`test_split` goes with `test` and `eval_data`.")
+    same_split = honesty.test_split in (None, images.split)
+    if honesty.test is not None and same_split and _same(honesty.test, getattr(evaluation, given[0]), *given):
+        raise UsageError(
+            f"`test={honesty.test!r}`: the candidates are chosen on the same data. Give other data, or `holdout`."
+        )
     if honesty.holdout is not None and not 0 < honesty.holdout < 1:
         raise UsageError(f"`holdout={honesty.holdout!r}`: a part between 0 and 1, such as 0.5.")
+
+
+def given_of(*groups: Options) -> dict[str, Any]:
+    """Return the options that are not at their defaults."""
+    return {
+        option.name: vars(group)[option.name]
+        for group in groups
+        for option in group.options()
+        if vars(group)[option.name] not in (option.default, [option.default])
+    }
+
+
+def _same(a: str, b: str, name: str) -> bool:
+    """Return True if two values of an option name the same data, command or function."""
+    return a.strip() == b.strip() or (name == "eval_data" and same_file(Path(a), Path(b)))

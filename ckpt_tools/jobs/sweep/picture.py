@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...errors import UsageError
-from ...series.rules.amounts import parse_span
+from ...series.candidates import number_of
 from ...series.search import SCALES
 from ..pictures import BLACK, BLUE, LINES, count_steps, markers, scale, shortened
 
@@ -98,31 +97,18 @@ def _over(
         if name not in options:
             levels[label] = each
             continue
-        number = _number(options[name])
+        number = number_of(options[name])
         if number is None:
             return None
         value, share = number
         shares.add(share)
         lines.setdefault(label, {})[value] = each
-    soups = [each for each in _scored(report) if not each.options and not each.single]
+    soups = [each for each in _scored(report) if each.kind == "soup"]
     if soups:
         levels["greedy soup"] = soups[0]
     if len(shares) != 1 or len(lines) + len(levels) > _MOST_LINES or max(map(len, lines.values())) < 2:
         return None
     return Curves(name, shares.pop(), {label: sorted(each.items()) for label, each in lines.items()}, levels)
-
-
-def _number(value: Any) -> tuple[float, bool] | None:
-    """Return a value of an option as a number, and whether it is in percent; None if it is a word."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, (int, float)):
-        return float(value), False
-    try:
-        amount = parse_span("", value)
-    except UsageError:
-        return None
-    return (100 * amount.value, True) if amount.share else (amount.value, False)
 
 
 def _scored(report: SweepReport) -> list[Ranked]:
@@ -283,7 +269,7 @@ def _star(report: SweepReport, best: Ranked, axes: Axes, at: Sequence[float], he
 
 def _row_name(each: Ranked) -> str:
     # The end of a soup's label is the checkpoint that was added.
-    soup = not each.options and not each.single
+    soup = each.kind == "soup"
     return shortened(f"soup of {len(each.checkpoints)}: {each.label}" if soup else each.label, 46)
 
 
@@ -294,8 +280,8 @@ def _draw_dots(report: SweepReport, axes: Axes) -> None:
     shown = {each.label for each in [*scored[:_ROWS], *marked]}
     own = [each for each in scored if each.label in shown]
     others = [each for each in scored if each.label not in shown]
-    for single, fill, label in ((False, BLUE, "average"), (True, "white", "checkpoint alone")):
-        rows = [(i, each) for i, each in enumerate(own) if each.single is single]
+    for alone, fill, label in ((False, BLUE, "average"), (True, "white", "checkpoint alone")):
+        rows = [(i, each) for i, each in enumerate(own) if (each.kind == "checkpoint") is alone]
         if not rows:
             continue
         for i, each in rows:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...series.candidates import Kind
 from ..reports import Report
 from .verdict import Comparison
 
@@ -18,9 +19,9 @@ class Ranked:
         label: what tells it from the others.
         same: labels of candidates that are the same average.
         same_options: their options.
-        options: of `average`, by which it is made from the same paths; empty for a checkpoint alone, and for a soup.
+        options: of `average`, by which it is made from the same paths; empty for the other kinds.
         checkpoints, coefficients: which, and how much each counts.
-        single: a checkpoint alone.
+        kind: an average by options, a checkpoint alone, or a soup.
         metrics: on the data by which candidates are chosen; empty before, and if the evaluation failed.
         low, high: 95 % interval of the metric that decides, over the samples; None without values of samples.
         error: why it has none.
@@ -33,7 +34,7 @@ class Ranked:
     options: Mapping[str, Any]
     checkpoints: tuple[str, ...]
     coefficients: tuple[float, ...]
-    single: bool
+    kind: Kind
     metrics: Mapping[str, float]
     same_options: tuple[Mapping[str, Any], ...] = ()
     low: float | None = None
@@ -58,6 +59,7 @@ class SweepReport(Report):
         best, best_single, last: labels.
         verdict: whether the best is better than the last checkpoint, in words.
         against_last: comparisons on the data of the report, metric by metric.
+        failure: why the best and the last checkpoint could not be compared, so that `out` is not written; else empty.
         other_data: the comparisons are on data that had no part in the choice.
         paths: of the best one, for `average`.
         options: of `average`, that make the best one; with `recal_bn` if its statistics were measured before its score.
@@ -94,4 +96,5 @@ class SweepReport(Report):
     notes: tuple[str, ...]
     results: str
     out: str | None
+    failure: str = ""
     written: bool = False

@@ -52,11 +52,18 @@ def key_of(members: Sequence[Member], coefficients: Sequence[float], evaluation:
 
     Files are known by name, size and what tells their state, such as the time of change.
     """
-    terms = [
-        [[[stamp.path.name, stamp.nbytes, repr(stamp.identity)] for stamp in member.header.files], coefficient.hex()]
-        for member, coefficient in zip(members, coefficients, strict=True)
-    ]
-    return hashlib.sha256(json.dumps([terms, evaluation], sort_keys=True).encode()).hexdigest()
+    terms = [[files_of(m), coefficient.hex()] for m, coefficient in zip(members, coefficients, strict=True)]
+    return digest([terms, evaluation])
+
+
+def files_of(member: Member) -> list[Any]:
+    """Return what tells the files of a checkpoint, and their state, as plain data."""
+    return [[stamp.path.name, stamp.nbytes, repr(stamp.identity)] for stamp in member.header.files]
+
+
+def digest(data: Any) -> str:
+    """Return a digest of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 class Results:

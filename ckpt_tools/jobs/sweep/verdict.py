@@ -13,10 +13,11 @@ from ...errors import DataError
 from ...evaluation.evaluators import Scores
 from ...evaluation.significance import mcnemar, mean_intervals, paired_interval
 from ...series.metrics import lower_by_name
+from .aim import Aim
 
 CONFIDENCE = 0.95
-FEWEST = 6
-"""Samples that can show a difference: as many all on one side have a chance of 2 ** -5 to be so by accident."""
+MIN_SAMPLES = 6
+"""Samples that differ, from which on a difference can be shown: all on one side, they have a chance of 2 ** -5."""
 Key = TypeVar("Key")
 
 
@@ -31,6 +32,7 @@ class Comparison:
         low, high: of its 95 % bootstrap interval over the samples; None without values of samples.
         p: of McNemar's exact test, where each sample is right or wrong; else None.
         samples: number of samples; None if it is not known.
+        differing: number of those on which the two differ.
     """
 
     metric: str
@@ -41,12 +43,14 @@ class Comparison:
     high: float | None = None
     p: float | None = None
     samples: int | None = None
+    differing: int = 0
 
     @property
     def shown(self) -> bool:
-        """True if the interval leaves no difference out, and there are samples enough to tell."""
-        enough = self.samples is not None and self.samples >= FEWEST
-        return enough and self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        """True if the interval excludes 0, the exact test agrees, and enough samples differ."""
+        by_chance = self.p is not None and self.p >= 1 - CONFIDENCE
+        excluded = self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        return self.differing >= MIN_SAMPLES and excluded and not by_chance
 
 
 def compared(best: Scores, other: Scores, *, seed: int) -> list[Comparison]:
@@ -74,6 +78,7 @@ def _compared(name: str, best: Scores, other: Scores, seed: int) -> Comparison:
         interval.high,
         None if right is None else mcnemar(*right),
         len(a),
+        int((a != b).sum()),
     )
 
 
@@ -94,7 +99,7 @@ def _right(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
     return (a != 0, b != 0) if right in ([], [1.0], [100.0]) else None
 
 
-def apart(scores: Scores, part: float, seed: int, *, held_out: bool) -> Scores:
+def split_samples(scores: Scores, part: float, seed: int, *, held_out: bool) -> Scores:
     """Return the scores on one of two parts of the samples; metrics without values of samples are left out.
 
     Args:
@@ -124,9 +129,7 @@ def in_words(found: Comparison, *, lower_is_better: bool, other: str) -> str:
     """Say what a comparison shows."""
     by = f"{found.best:.6g} against {found.other:.6g}"
     if found.low is None or found.high is None:
-        return (
-            f"{found.metric} is {by} of {other}. Without values of each sample nobody can say whether that is chance."
-        )
+        return f"{found.metric} is {by} of {other}. Without per-sample values no interval can be given."
     interval = f"95 % interval of the difference {found.low:+.4g} to {found.high:+.4g}"
     tested = "" if found.p is None else f", McNemar's exact test p = {found.p:.2g}"
     on = f"on {found.samples} samples ({interval}{tested})"
@@ -136,9 +139,13 @@ def in_words(found: Comparison, *, lower_is_better: bool, other: str) -> str:
     return f"{'Better' if better else 'Worse'} than {other}: {found.metric} is {by} {on}."
 
 
-def fallen(comparisons: Mapping[str, Comparison], metric: str) -> Iterator[str]:
+def worse_metrics(comparisons: Mapping[str, Comparison], aim: Aim) -> Iterator[str]:
     """Yield the other metrics that are worse although the one that decides is not; their names tell the direction."""
-    for name, found in comparisons.items():
-        worse = found.difference > 0 if lower_by_name(name) else found.difference < 0
-        if name != metric and worse:
-            yield name
+
+    def worse(name: str, *, lower_is_better: bool) -> bool:
+        return name in comparisons and (comparisons[name].difference * (1 if lower_is_better else -1)) > 0
+
+    if not worse(aim.metric, lower_is_better=aim.lower):
+        yield from (
+            name for name in comparisons if name != aim.metric and worse(name, lower_is_better=lower_by_name(name))
+        )
