@@ -104,7 +104,8 @@ def tune_checkpoint(
                 check_space(scratch, report.feature_bytes)
 
         def work(report: TuneReport) -> TuneReport:
-            done = worked(report, setting, recipe, scratch, running.on_progress or (lambda *_: None))
+            progress, on_sizes = (each or (lambda *_: None) for each in (running.on_progress, images.on_sizes))
+            done = worked(report, setting, recipe, scratch, progress, on_sizes)
             if output.require_gain:
                 _check_gain(done)
             changed = _changed(setting, loaded.names, checkpoint.specs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -31,9 +31,23 @@ from .setting import Setting
 _WHOLE = ("after", "before")
 
 
-def worked(report: TuneReport, setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -> TuneReport:
-    """Evaluate, recalibrate, train and evaluate again; return the report with what came of it."""
+def worked(
+    report: TuneReport,
+    setting: Setting,
+    recipe: Recipe,
+    scratch: Path,
+    progress: Progress,
+    on_sizes: Callable[[tuple[SizeScore, ...]], None],
+) -> TuneReport:
+    """Evaluate, recalibrate, train and evaluate again; return the report with what came of it.
+
+    Args:
+        scratch: folder for features.
+        on_sizes: called with the scores at other image sizes, if there are any, before the training.
+    """
     sizes = tuple(_size_score(size, batches, setting, progress) for size, batches in setting.data.sizes.items())
+    if sizes:
+        on_sizes(sizes)
     stages: dict[str, Outcomes] = {}
 
     def score(stage: str, what: str) -> None:
