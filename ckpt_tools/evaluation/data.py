@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ..batchnorm.batches import images_of
+from ..batchnorm.batches import samples_in
 from ..errors import DataError, UsageError
 from .models import INSTALL, importable, load_factory
 
@@ -118,7 +118,7 @@ class Batches:
                 if seen >= most:
                     break
                 batch = _first(batch, most - seen)
-            seen += len(images_of(batch))
+            seen += samples_in(batch)
             if number % self._loading.world == self._loading.rank:
                 yield batch
         if asked is not None and seen < asked:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batchnorm.processes import Group, joined_group, local_device
-from ..batchnorm.recalibrate import check_options, find_layers
+from ..batchnorm.layers import find_layers
+from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
@@ -22,7 +23,7 @@ from ..compute.payload import torch_dtype
 from ..compute.threads import default_threads
 from ..errors import NumericsError, UsageError
 from ..evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
-from ..evaluation.models import build_model, importable, input_channels, load_weights, pick_device
+from ..evaluation.models import build_model, call_of, importable, input_channels, load_weights, pick_device
 from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy
 from ..formats import read_header
@@ -114,11 +115,16 @@ def recalibrate_checkpoint(
     refuse_computed(checkpoint.header, checkpoint.state)
     target = Target.of(output.out) if output.out is not None else named_after(checkpoint.header, "-bn")
     device = local_device(pick_device(running.device))
-    factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]
+    factories = [
+        which.model,
+        which.forward,
+        *(data for data in (images.data, measuring.eval_data) if data and is_factory(data)),
+    ]
     with importable(*factories), joined_group(device) as group:
+        call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
         stored = load_weights(network, checkpoint)
-        found, skipped = find_layers(network)
+        found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
         network.to(device)
         batches, held_out, preprocessing, notes = _opened(
             network, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
@@ -152,6 +158,11 @@ def recalibrate_checkpoint(
             "seed": measuring.seed,
             "passes": measuring.passes,
             "estimator": measuring.estimator,
+            "include_frozen": measuring.include_frozen or None,
+            "allow_unmeasured": measuring.allow_unmeasured or None,
+            "forward": which.forward,
+            "inputs": which.inputs if which.inputs != 1 else None,
+            "mask": which.mask,
             "batch_size": images.batch_size,
             "amp": running.amp or None,
             "preprocessing": preprocessing or None,
@@ -173,9 +184,9 @@ def recalibrate_checkpoint(
             check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
-            runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+            runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
             progress = running.on_progress or (lambda *_: None)
-            report = _measured(report, runner, batches, held_out, measuring.estimator, group, progress)
+            report = _measured(report, runner, batches, held_out, measuring, group, progress)
             if measuring.require_gain:
                 _check_gain(report, measuring.eval_data)
             if group.first and report.statistics is not None:
@@ -239,13 +250,20 @@ def _measured(
     runner: Runner,
     batches: Batches,
     held_out: Batches | None,
-    estimator: str,
+    measuring: Measuring,
     group: Group,
     progress: Progress,
 ) -> RecalibrationReport:
     """Run the network over the images; return the report with statistics and accuracy."""
     before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
-    statistics = runner.recalibrate(batches, report.passes, estimator, progress)
+    statistics = runner.recalibrate(
+        batches,
+        report.passes,
+        measuring.estimator,
+        progress,
+        include_frozen=measuring.include_frozen,
+        allow_unmeasured=measuring.allow_unmeasured,
+    )
     after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
     notes = list(report.notes)
     broken = _everyones(batches.broken, group)

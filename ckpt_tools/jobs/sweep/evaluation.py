@@ -85,17 +85,19 @@ def _classifier(
     example: Checkpoint,
     on_progress: Callable[..., None],
 ) -> Iterator[Opened]:
-    from ...batchnorm.recalibrate import check_options, find_layers
+    from ...batchnorm.layers import find_layers
+    from ...batchnorm.recalibrate import check_options
     from ...compute.threads import default_threads
     from ...evaluation.data import Loading, is_factory, open_data, resolve_preprocessing
     from ...evaluation.evaluators import Classifier
-    from ...evaluation.models import build_model, importable, input_channels, load_weights, pick_device
+    from ...evaluation.models import build_model, call_of, importable, input_channels, load_weights, pick_device
     from ...evaluation.runner import Runner
 
     check_options(images.passes, images.estimator)
     device = pick_device("auto" if running.device == "cuda" else running.device)
     sources = [each for each in (eval_data, honesty.test, images.data) if each is not None]
-    with importable(which.model, *filter(is_factory, sources)):
+    with importable(which.model, which.forward, *filter(is_factory, sources)):
+        call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
         load_weights(network, example)  # so that what does not fit is told before any work
         layers, _ = find_layers(network)
@@ -112,12 +114,13 @@ def _classifier(
         identity = {
             "preprocessing": {name: repr(value) for name, value in sorted(preprocessing.items())},
             "model": which.model or type(network).__name__,
+            "called": [which.forward, which.inputs, which.mask],
             "recalibrated": None
             if statistics is None
             else [images.data, statistics.images, images.passes, images.estimator, images.batch_size, images.seed],
             "amp": running.amp,
         }
-        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
 
         def scoring(data: str) -> Classifier:
             held_out = open_batches(data, loading)
