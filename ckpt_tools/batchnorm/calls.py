@@ -17,6 +17,31 @@ LABEL_KEYS = ("label", "labels", "target", "targets", "y")
 """Usual names of labels in a batch that is a dict."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RealPositions:
+    """Which positions of a batch are real, and not padding.
+
+    Attributes:
+        given: bool [N, T], or lengths, integers [N].
+        times: of lengths, the T that they may stand for: the longest, and the sizes of the tensors of the batch.
+    """
+
+    given: Tensor
+    times: frozenset[int] = frozenset()
+
+    def of(self, values: Tensor) -> Tensor | None:
+        """Return the real positions of [N, C, T], as [positions, C]; [N, C] as it is; None if it does not fit."""
+        if len(values) != len(self.given) or values.dim() not in (2, 3):
+            return None
+        if values.dim() == 2:  # pooled: a row is a sample
+            return values
+        length = values.shape[2]
+        if self.given.dim() == 2:
+            return values.movedim(1, -1)[self.given] if self.given.shape[1] == length else None
+        positions = torch.arange(length, device=self.given.device)
+        return values.movedim(1, -1)[positions < self.given[:, None]] if length in self.times else None
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """How a model is called with a batch.
@@ -87,8 +112,8 @@ class Call:
             )
         return (given,), {}
 
-    def real_positions(self, batch: Any, device: torch.device) -> Tensor | None:
-        """Return which positions are real, bool [N, T], or lengths, int64 [N]; None without `mask`.
+    def real_positions(self, batch: Any, device: torch.device) -> RealPositions | None:
+        """Return which positions of a batch are real; None without `mask`.
 
         Raises:
             DataError: the batch has no such entry, or it is no mask.
@@ -104,7 +129,10 @@ class Call:
             raise DataError(f"`mask={self.mask!r}`: give a tensor, bool [N, T] or lengths [N].")
         if mask.dim() == 1 and (mask.is_floating_point() or mask.dtype == torch.bool):
             raise DataError(f"`mask={self.mask!r}`: lengths are integers, not {mask.dtype}.")
-        return mask.to(device) if mask.dim() == 1 else mask.to(device) != 0
+        if mask.dim() == 2:
+            return RealPositions(mask.to(device) != 0)
+        sizes = {size for tensor in tensors_of(batch) for size in tensor.shape[1:]} | {int(mask.max())}
+        return RealPositions(mask.to(device), frozenset(size for size in sizes if size >= int(mask.max())))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -115,7 +143,7 @@ def device_of(model: nn.Module) -> torch.device:
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Return the named parameters of the forward of a model, or of the one that it wraps."""
     try:
-        found = inspect.signature(model.forward).parameters
+        found = dict(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
         found = {}
     named = {name: each for name, each in found.items() if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}

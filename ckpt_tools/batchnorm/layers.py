@@ -18,8 +18,17 @@ from .batches import tensors_of
 from .statistics import Moments, measure, merge
 
 NORMALISING = frozenset(
-    "batch_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
-    "_native_batch_norm_legit_no_training _batch_norm_impl_index _batch_norm_no_update _batch_norm_with_update".split()
+    {
+        "batch_norm",
+        "native_batch_norm",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_impl_index",
+        "_batch_norm_no_update",
+        "_batch_norm_with_update",
+    }
 )
 """Functions of torch that normalise their first argument by statistics."""
 _KNOWN = ("torch.nn.modules.batchnorm", "timm.layers.norm_act", "timm.layers.split_batchnorm")
@@ -181,7 +190,7 @@ def tried(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, inc
     copied, heard = _copied(layer.module), _Heard()
     for module in copied.modules():
         if hasattr(module, "momentum"):
-            module.momentum = 0.5
+            module.momentum = 0.5  # type: ignore[assignment]
     twin = _layer(copied)
     heard.buffers = [twin.mean, twin.variance]
     with torch.random.fork_rng(devices=[]):

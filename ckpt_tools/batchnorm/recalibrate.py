@@ -128,8 +128,8 @@ def recalibrate_bn(
         lost = next((name for name in folded if name not in found), None)
         if lost is not None and not allow_unmeasured:
             raise ModelError(
-                f"eval() folds '{lost}' into other weights, so that it runs unmeasured, and what lies behind it would get "
-                "wrong statistics. Give a model that does not fold, or leave it as it is with `allow_unmeasured=True`."
+                f"eval() folds '{lost}' into other weights, so that it runs unmeasured, and what lies behind it would "
+                "get wrong statistics. Give a model that does not fold, or leave it with `allow_unmeasured=True`."
             )
         kept.check()
     found = {name: found[name] for name in layers if name in found}

@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import DataError, ModelError, NumericsError
 from .batches import tensors_of
+from .calls import RealPositions
 from .layers import NORMALISING, Doubtful, Layer, name_of, tried
 from .statistics import LayerMoments, Moments, measure
 
-_READERS = frozenset("item tolist numpy __array__ __float__ __bool__ __format__".split())
+_READERS = frozenset(["item", "tolist", "numpy", "__array__", "__float__", "__bool__", "__format__"])
 """Functions by which the values of a tensor leave torch."""
 
 
@@ -82,7 +83,7 @@ class Watch:
             if buffer is not None
         }
         self._open: list[tuple[Layer, int]] = []  # layers at work, and how often each was seen before
-        self._mask: Tensor | None = None
+        self._mask: RealPositions | None = None
         self._start()
 
     def _start(self) -> None:
@@ -110,7 +111,7 @@ class Watch:
         """See the functions that are called meanwhile."""
         scripted = any(layer.scripted for layer in self.layers.values())
         # The optimiser of TorchScript may fuse a layer with others.
-        unfused = torch.jit.optimized_execution(False) if scripted else nullcontext()
+        unfused = torch.jit.optimized_execution(False) if scripted else nullcontext()  # type: ignore[attr-defined]
         with unfused, _Operators(self) if scripted else _Functions(self):
             yield
 
@@ -179,7 +180,7 @@ class Watch:
         if values.dim() < 2 or values.shape[1] != layer.channels:
             return None  # the layer itself raises the better error
         self._note(layer)
-        found = measure(values if self._mask is None else self._real(layer, values))
+        found = measure(values if self._mask is None else self._real(layer, values, self._mask))
         if found.count == 0:
             return None
         self._batch.append((layer.name, found))
@@ -194,29 +195,22 @@ class Watch:
     def _miss(self, layer: Layer, reason: str) -> None:
         self._blind.setdefault(layer.name, self._trials.doubts.get(layer.name, reason))
 
-    def _real(self, layer: Layer, values: Tensor) -> Tensor:
-        """Return the real positions of an input [N, C, T], as [positions, C]."""
-        mask = self._mask
-        assert mask is not None  # noqa: S101 - for the type alone
-        length = values.shape[-1]
-        if mask.dim() == 1 and values.dim() == 3 and len(values) == len(mask):
-            if int(mask.max()) <= length:
-                mask = torch.arange(length, device=mask.device) < mask[:, None]
-        if values.dim() == 2 and len(values) == len(mask):
-            return values  # pooled: a row is a sample
-        if values.dim() != 3 or mask.shape != (len(values), length):
+    def _real(self, layer: Layer, values: Tensor, mask: RealPositions) -> Tensor:
+        real = mask.of(values)
+        if real is None:
+            what = "lengths" if mask.given.dim() == 1 else "positions"
             raise DataError(
-                f"the input of '{layer.name}' has the shape {list(values.shape)}, and `mask` says which positions are "
-                f"real for {list(mask.shape)}: it goes with inputs [N, C, T] of that T alone."
+                f"the input of '{layer.name}' has the shape {list(values.shape)}, and `mask` gives {what} of the shape "
+                f"{list(mask.given.shape)}: it goes with inputs [N, C, T] of the same T alone, and with [N, C]."
             )
-        return values.movedim(1, -1)[mask]
+        return real
 
     def used_outside(self) -> list[str]:
         """Return the layers whose statistics were used outside of them since the last batch."""
         return [*self._blind]
 
-    def begin_batch(self, mask: Tensor | None) -> None:
-        """Open a batch, with the mask of `Call.real_positions`."""
+    def begin_batch(self, mask: RealPositions | None) -> None:
+        """Open a batch; without a mask, all of its positions are real."""
         self._start()
         self._mask = mask
 
@@ -241,8 +235,9 @@ class Watch:
             # One look for all layers, because each look waits for the device.
             finite = torch.stack(sums).tolist()
             if not all(finite):
+                name = self._batch[finite.index(False)][0]
                 raise NumericsError(
-                    f"batch {self.batches}: the input of '{self._batch[finite.index(False)][0]}' holds NaN or infinity. "
+                    f"batch {self.batches}: the input of '{name}' holds NaN or infinity. "
                     "Look at the images of this batch, and at the weights in front of that layer."
                 )
         for name, moments in self._batch:
@@ -302,11 +297,11 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operators that are carried out, whoever calls them: TorchScript, too. It takes longer a call."""
 
     def __init__(self, watch: Watch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watch = watch
 
     def __torch_dispatch__(

@@ -364,9 +364,7 @@ class Measuring(Options):
 
     title = "The statistics"
 
-    passes: int = option(
-        "1: all layers with batch statistics; P: the first P layers exactly, see docs/batchnorm.md.", 1
-    )
+    passes: int = option("1: all layers with batch statistics; P: the first P layers exactly.", 1)
     estimator: str = option("population or batch-mean.", "population")
     include_frozen: bool = option("Measure layers, too, that training does not update.", False)
     allow_unmeasured: bool = option("Leave layers as they are that cannot be measured.", False)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm.processes import Group, joined_group, local_device
 from ..batchnorm.layers import find_layers
+from ..batchnorm.processes import Group, joined_group, local_device
 from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed

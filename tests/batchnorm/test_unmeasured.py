@@ -299,7 +299,7 @@ def test_statistics_that_eval_folds_into_weights_are_refused() -> None:
 
 
 class Moving(nn.Module):
-    """An observer, a codebook that is replaced, one that is changed through `.data`, and a layer put into train mode."""
+    """An observer, a codebook that is replaced, one changed through `.data`, and a layer put into train mode."""
 
     def __init__(self) -> None:
         super().__init__()
