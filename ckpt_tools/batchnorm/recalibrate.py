@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -192,11 +192,9 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _borrowed(model: nn.Module, watch: Watch) -> Iterator[Kept]:
     """Put a model into eval mode, while its layers are watched; restore its modes and tensors afterwards."""
-    # A model that torch.compile compiled before does not call hooks added later.
-    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
     kept = Kept(model)
     try:
-        with kept_modes(model), uncompiled:
+        with kept_modes(model):
             with watch.watching():
                 model.eval()
             yield kept

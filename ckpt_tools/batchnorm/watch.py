@@ -8,6 +8,7 @@ are measured by a hook before them, once a trial has shown that their class meas
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class Watch:
         scripted = any(layer.scripted for layer in self.layers.values())
         # The optimiser of TorchScript may fuse a layer with others.
         unfused = torch.jit.optimized_execution(False) if scripted else nullcontext()  # type: ignore[attr-defined]
-        with unfused, _Operators(self) if scripted else _Functions(self):
+        with _uncompiled(), unfused, _Operators(self) if scripted else _Functions(self):
             yield
 
     def _open_call(self, layer: Layer, module: Any, args: tuple[Any, ...]) -> None:
@@ -274,6 +275,13 @@ class Watch:
                     if (layer := owner.get(id(each))) is not None:
                         used[layer.name] = layer
         return [*used.values()]
+
+
+def _uncompiled() -> Any:
+    """Let what torch.compile has compiled run as written: it calls no hooks that were added later."""
+    # Without this module nothing is compiled yet, and to import it takes seconds.
+    loaded = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _both(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
