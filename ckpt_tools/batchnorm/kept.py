@@ -36,7 +36,7 @@ class Kept:
     def settle(self) -> None:
         """Drop the copies of large buffers that the first batch left as they were."""
         for name, (buffer, copy) in list(self._copies.items()):
-            if buffer.numel() > _SMALL and not buffer.is_inference() and buffer.equal(copy):
+            if buffer.numel() > _SMALL and not buffer.is_inference() and _same(buffer, copy):
                 del self._copies[name]
                 self._dropped[name] = (buffer, buffer._version)
 
@@ -44,10 +44,10 @@ class Kept:
         """Give the model its tensors back."""
         for places, key, tensor, data in self._places:
             places[key] = tensor
-            if tensor is not None and tensor.data_ptr() != data.data_ptr():
+            if type(data) is Tensor and tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
         for buffer, copy in self._copies.values():
-            if not buffer.equal(copy):
+            if not _same(buffer, copy):
                 buffer.copy_(copy)
 
     def check(self) -> None:
@@ -62,3 +62,10 @@ class Kept:
                 f"the forward pass changes the buffer '{moved}' after the first batch, and it is too large to keep a "
                 "copy of. Give a model that leaves it alone in eval mode."
             )
+
+
+def _same(buffer: Tensor, copy: Tensor) -> bool:
+    try:
+        return buffer.equal(copy)
+    except RuntimeError:  # torch compares no values of this dtype
+        return False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import UsageError
+from ..errors import ModelError, UsageError
 from .batches import tensors_of
 from .statistics import Moments, measure, merge
 
@@ -89,6 +89,7 @@ def find_layers(
 
     Raises:
         UsageError: a layer has not seen its first input.
+        ModelError: the model was exported, and has no modes.
     """
     layers: dict[str, Layer] = {}
     skipped = []
@@ -157,7 +158,12 @@ def _not_trained(model: nn.Module) -> set[nn.Module]:
     if not any(_own_train(module) for module in model.modules()):
         return set()
     with kept_modes(model):
-        model.train(True)
+        try:
+            model.train(True)
+        except NotImplementedError as error:  # of torch.export
+            raise ModelError(
+                f"the model cannot be put into train and eval mode ({error}). Give the one that it was exported from."
+            ) from error
         return {module for module in model.modules() if not module.training}
 
 

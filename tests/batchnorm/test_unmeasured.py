@@ -370,3 +370,22 @@ def test_a_network_that_reads_the_statistics_of_a_scripted_layer_is_refused() ->
         model = Using(torch.jit.script(nn.BatchNorm1d(3).double()))
     with pytest.raises(ModelError, match=r"'other' \(BatchNorm1d\) runs unmeasured, in front of 'bn': 'view' takes"):
         recalibrate_bn(model, BATCHES)
+
+
+def test_an_exported_model_is_refused() -> None:
+    class Exported(nn.Sequential):
+        """As `torch.export` makes them."""
+
+        def train(self, mode: bool = True) -> Exported:
+            raise NotImplementedError("Calling train() is not supported yet.")
+
+    with pytest.raises(ModelError, match=r"cannot be put into train and eval mode \(Calling train"):
+        recalibrate_bn(Exported(nn.BatchNorm1d(3)), BATCHES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool, torch.complex64, torch.int64])
+def test_buffers_of_any_dtype_are_kept(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3).double())
+    model.register_buffer("other", torch.ones(4).to(dtype))
+    recalibrate_bn(model, BATCHES)
+    assert model.other.to(torch.complex64).equal(torch.ones(4, dtype=torch.complex64))
