@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class Call:
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model; the CPU if it has no tensors."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -99,12 +99,14 @@ class Watch:
         """Put hooks before and behind the layers; the mode alone does not see where a call begins and ends."""
         with ExitStack() as stack:
             for layer in self.layers.values():
-                if not layer.scripted:
-                    module = layer.module
-                    first = module.register_forward_pre_hook(partial(self._open_call, layer), prepend=True)
-                    last = module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True)
-                    for hook in (first, last, module.register_forward_hook(partial(self._leave, layer))):
-                        stack.enter_context(hook)
+                if layer.scripted:
+                    continue
+                module = layer.module
+                # First, so that hooks of the user run within the call; and last, to see what they make of the input.
+                stack.enter_context(module.register_forward_pre_hook(partial(self._open_call, layer), prepend=True))
+                if not layer.known:
+                    stack.enter_context(module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(partial(self._leave, layer)))
             yield
 
     @contextmanager
@@ -130,9 +132,7 @@ class Watch:
                 layer.store(*found)
 
     def _way(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return how a layer normalises; a class of its own is tried on its first input."""
-        if layer.known:
-            return "function"
+        """Return how a class of its own normalises; it is tried on its first input."""
         if layer.name not in self._trials.ways:
             try:
                 way = tried(layer, args, kwargs, include_frozen=self._include_frozen)

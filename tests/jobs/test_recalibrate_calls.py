@@ -30,8 +30,8 @@ class Loud(Speech):
 
 def made(number):
     g = torch.Generator().manual_seed(number)
-    frames, scale = torch.randn(6, 3, 5, generator=g, dtype=torch.double), torch.rand(6, generator=g, dtype=torch.double)
-    return frames, scale, torch.tensor([5, 1, 3, 2, 4, 5]), torch.arange(6) % 4
+    frames = torch.randn(6, 3, 5, generator=g, dtype=torch.double)
+    return frames, torch.rand(6, generator=g, dtype=torch.double), torch.tensor([5, 1, 3, 2, 4, 5]), torch.arange(6) % 4
 
 def speech(): return Speech().double()
 def loud(): return Loud().double()
@@ -50,10 +50,10 @@ number = 3
 @pytest.fixture
 def here(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "spoken_nets.py").write_text(NETS)
     import importlib.util
 
-    found = importlib.util.spec_from_file_location("nets", tmp_path / "nets.py")
+    found = importlib.util.spec_from_file_location("spoken_nets", tmp_path / "spoken_nets.py")
     assert found is not None
     assert found.loader is not None
     nets = importlib.util.module_from_spec(found)
@@ -64,7 +64,17 @@ def here(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def arguments(data: str, *more: str, model: str = "speech") -> tuple[str, ...]:
-    return ("recal-bn", "averaged.pth", "--model", f"nets.py:{model}", "--data", f"nets.py:{data}", "-j", "0", *more)
+    return (
+        "recal-bn",
+        "averaged.pth",
+        "--model",
+        f"spoken_nets.py:{model}",
+        "--data",
+        f"spoken_nets.py:{data}",
+        "-j",
+        "0",
+        *more,
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,13 +83,13 @@ def arguments(data: str, *more: str, model: str = "speech") -> tuple[str, ...]:
         ("tuples", ("--inputs", "2"), False),
         ("dicts", (), False),
         ("dicts", ("--mask", "lengths"), True),
-        ("nested", ("--forward", "nets.py:call"), False),
+        ("nested", ("--forward", "spoken_nets.py:call"), False),
     ],
 )
 def test_statistics_and_scores_call_the_model_as_asked(
     here: Path, data: str, options: tuple[str, ...], padded: bool
 ) -> None:
-    done = run(*arguments(data, *options, "--eval", f"nets.py:{data}", "--json"))
+    done = run(*arguments(data, *options, "--eval", f"spoken_nets.py:{data}", "--json"))
     assert done.code == 0, done.err
     new = torch.load("averaged-bn.pth", weights_only=True)
     columns, losses = [], []
@@ -107,12 +117,20 @@ def test_statistics_and_scores_call_the_model_as_asked(
         (arguments("tuples"), "failed on a batch of shape [6, 3, 5] (TypeError: ", 1),
         (arguments("tuples", "--inputs", "9"), "--inputs 9: a batch has 3 entries", 1),
         (arguments("tuples", "--inputs", "0"), "--inputs 0: must be a whole number from 1 on", 2),
-        (arguments("nested", "--forward", "nets.py:calls"), "nets.py has no 'calls'. Did you mean call", 2),
-        (arguments("nested", "--forward", "nets.py:number"), "--forward is a int, not a function", 2),
-        (arguments("nested", "--forward", "nets.py:away"), "moves the model from cpu to meta", 1),
-        (arguments("nested", "--forward", "nets.py:call", model="loud"), "too loud). Does --forward take such", 1),
         (
-            arguments("nested", "--forward", "nets.py:nothing", "--eval", "nets.py:nested"),
+            arguments("nested", "--forward", "spoken_nets.py:calls"),
+            "spoken_nets.py has no 'calls'. Did you mean call",
+            2,
+        ),
+        (arguments("nested", "--forward", "spoken_nets.py:number"), "--forward is a int, not a function", 2),
+        (arguments("nested", "--forward", "spoken_nets.py:away"), "moves the model from cpu to meta", 1),
+        (
+            arguments("nested", "--forward", "spoken_nets.py:call", model="loud"),
+            "too loud). Does --forward take such",
+            1,
+        ),
+        (
+            arguments("nested", "--forward", "spoken_nets.py:nothing", "--eval", "spoken_nets.py:nested"),
             "the model gives a NoneType in place of logits, [N, classes]. Let --forward return them.",
             1,
         ),
@@ -126,8 +144,8 @@ def test_a_bad_call_is_refused_and_nothing_is_written(
 
 
 def test_the_record_says_how_the_model_was_called(here: Path) -> None:
-    run(*arguments("nested", "--forward", "nets.py:call"))
-    assert "forward nets.py:call" in run("inspect", "averaged-bn.pth").err
+    run(*arguments("nested", "--forward", "spoken_nets.py:call"))
+    assert "forward spoken_nets.py:call" in run("inspect", "averaged-bn.pth").err
 
 
 def test_statistics_far_from_those_stored_are_a_warning_and_bars_are_full_at_one_sigma(here: Path) -> None:
