@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
 from timm.layers import BatchNormAct2d, convert_splitbn_model
@@ -78,19 +77,10 @@ def test_recalibrate_bn_keeps_the_variance_exact_at_a_mean_of_3000_sigma() -> No
     np.testing.assert_allclose(model[0].running_var.numpy(), want, rtol=1e-6)
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet18": (lambda: torchvision.models.resnet18(), 64),
-    "test_resnet": (lambda: timm.create_model("test_resnet"), 96),
-    "test_efficientnet": (lambda: timm.create_model("test_efficientnet", drop_rate=0.5, drop_path_rate=0.5), 96),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_recalibrate_bn_agrees_with_brute_force_on_whole_networks(name: str) -> None:
-    make, size = NETWORKS[name]
+def test_recalibrate_bn_agrees_with_brute_force_on_a_whole_network() -> None:
     torch.manual_seed(0)
-    model = make().double()
-    batches = list(images(20, 3, size, size, dtype=torch.float64).split([6, 2, 12]))
+    model = torchvision.models.resnet18().double()
+    batches = list(images(20, 3, 48, 48, dtype=torch.float64).split([6, 2, 12]))
     want = brute_force(model, batches)
     report = recalibrate_bn(model, batches)
     assert {layer.name for layer in report.layers} == want.keys()
