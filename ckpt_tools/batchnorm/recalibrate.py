@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..errors import DataError, ModelError, NumericsError, UsageError
 from .batches import joined, samples_in
 from .calls import Call, device_of
 from .kept import Kept
 from .layers import find_layers, kept_modes
+from .processes import gathered
 from .report import BatchNormReport, compare
 from .statistics import LayerMoments, Moments, merge
 from .watch import Trials, Watch
@@ -241,19 +241,17 @@ def _join_processes(watch: Watch, order: Sequence[str], device: torch.device) ->
     """
     names = [*watch.moments]
     first = {name: float(number) for number, name in enumerate(watch.order)}
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        sets = [(state, which) for state in watch.moments.values() for which in ("population", "means", "variances")]
-        places = [first.get(name, math.inf) for name in names]
-        parts = [torch.tensor([watch.images, watch.batches, *places], dtype=torch.float64, device=device)]
-        for moments in (getattr(*each) for each in sets):
-            parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]).to(device))
-        mine = torch.cat(parts)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        totals, *gathered = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
+    sets = [(state, which) for state in watch.moments.values() for which in ("population", "means", "variances")]
+    places = [first.get(name, math.inf) for name in names]
+    parts = [torch.tensor([watch.images, watch.batches, *places], dtype=torch.float64, device=device)]
+    for moments in (getattr(*each) for each in sets):
+        parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]).to(device))
+    everyone = gathered(torch.cat(parts))
+    if len(everyone) > 1:
+        totals, *others = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
         watch.images, watch.batches = (int(total) for total in sum(each[:2] for each in totals).tolist())
         first = dict(zip(names, torch.stack([each[2:] for each in totals]).amin(0).tolist(), strict=True))
-        for (state, which), found in zip(sets, gathered, strict=True):
+        for (state, which), found in zip(sets, others, strict=True):
             own = getattr(state, which).mean.device
             setattr(
                 state, which, merge([Moments(int(each[0].item()), *each[1:].to(own).view(2, -1)) for each in found])

@@ -150,6 +150,34 @@ def test_pass_p_has_stored_statistics_in_the_first_p_layers_but_one_and_those_of
         np.testing.assert_allclose(bn.running_var.numpy(), variance, rtol=1e-9)
 
 
+class Either(nn.Module):
+    """Calls one layer or the other in front of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.low, self.high = (nn.BatchNorm1d(2) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.high if x.mean() > 5 else self.low)(x).relu())
+
+
+def test_recalibrate_bn_merges_layers_and_their_order_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, one after the other, with what the other one sent; each meets one layer of two."""
+    low, high = images(8, 2, dtype=torch.float64), images(6, 2, seed=1, dtype=torch.float64) + 10
+    sent: list[Tensor] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt_tools.batchnorm.recalibrate.gathered", lambda mine: sent.append(mine.clone()) or [mine])
+        recalibrate_bn(Either().double(), [high])
+    models = [Either().double() for _ in range(2)]
+    calls = iter([sent[0]])
+    monkeypatch.setattr("ckpt_tools.batchnorm.recalibrate.gathered", lambda mine: [mine, next(calls)])
+    report = recalibrate_bn(models[0], [low])
+    monkeypatch.undo()
+    recalibrate_bn(models[1], [low, high])  # the same in one process
+    assert (report.images, report.batches) == (14, 2)
+    assert_same(buffers(models[0]), buffers(models[1]), rtol=1e-12, atol=1e-12)
+
+
 def test_recalibrate_bn_repeats_exactly_with_dropout() -> None:
     torch.manual_seed(0)
     first, second = Line(), Line()
