@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ..batchnorm.batches import images_of
+from ..batchnorm.batches import samples_in, tensors_of
 from ..batchnorm.processes import gathered_objects
 from ..errors import DataError
 from .classes import ClassOrder
@@ -200,7 +200,7 @@ class Batches:
                 compared = True
             if batch is None:
                 break
-            count = len(images_of(batch))
+            count = samples_in(batch)
             if self._most >= 0 and count > self._most - seen:
                 batch, count = _first(batch, self._most - seen), self._most - seen
             seen += count
@@ -387,7 +387,7 @@ def _compare(batch: Any) -> None:
     """
     mine = None
     if batch is not None:
-        images = images_of(batch)
+        images = next((tensor for tensor in tensors_of(batch) if tensor.dim()), torch.empty(0))
         start = images[:1].detach().cpu().contiguous().reshape(-1)
         data = start.view(torch.uint8).long() if start.numel() else start
         mine = (tuple(images.shape), int((data * (torch.arange(len(data)) + 1)).sum()))
@@ -468,7 +468,7 @@ def _gives_batches(stream: Any) -> bool:
     item = next(iter(stream), None)
     if item is None:
         return False
-    images = images_of(item)
+    images = next(tensors_of(item), torch.empty(0))
     entries = item.values() if isinstance(item, Mapping) else item if isinstance(item, (tuple, list)) else ()
     lengths = [_length(entry) for entry in entries if entry is not images]
     if not lengths:

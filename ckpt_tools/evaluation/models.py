@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.calls import Call
 from ..checkpoints.open import Checkpoint
 from ..checkpoints.prefixes import unwrap
 from ..checkpoints.script_arguments import script_arguments
@@ -85,6 +86,15 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[found.name] = module
     found.loader.exec_module(module)
     return module
+
+
+def call_of(forward: str | None, inputs: int, mask: str | None) -> Call:
+    """Return how a model is called, with a function of the user's, ``module:name`` or ``path/to/file.py:name``.
+
+    Raises:
+        UsageError: no such function, or options that do not go together.
+    """
+    return Call(None if forward is None else load_factory(forward, "forward"), inputs, mask)
 
 
 def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], specs: Mapping[str, Any]) -> nn.Module:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group
-from ..batchnorm.recalibrate import find_layers
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.open import Checkpoint
 from ..errors import UsageError
@@ -102,7 +102,7 @@ def measured(
     write(Assembly(path, TORCH_ZIP.plan(dict(tensors), Writing(name=path.name)), folder=False), stamps, **options)
     header = read_header(path)
     sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
-    layers, _ = find_layers(network.network)
+    layers, _ = find_layers(network.network, include_frozen=network.measuring.include_frozen)
     loaded = load_weights(network.network, sums, measured=statistics_of(network.network, layers))
     done = network.measured(report, on_images or (lambda *_: None))
     copies = Copies()

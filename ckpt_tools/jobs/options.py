@@ -331,12 +331,15 @@ class Prefixes(Options):
 
 
 class Network(Options):
-    """The network that weights belong to."""
+    """The network that weights belong to, and how it is called."""
 
     title = "The network"
 
     model: str | None = option("timm name, module:factory or file.py:factory.", None, implied="arch in the checkpoint")
     model_kwargs: Pairs | None = option("Arguments of the factory, such as num_classes=10.", None, metavar="K=V")
+    forward: str | None = option("file.py:fn, called with (model, batch).", None, metavar="FN")
+    inputs: int = option("How many entries of a batch go to the model.", 1)
+    mask: str | None = option("Entry of a batch that says which positions are real.", None, metavar="KEY")
 
 
 class Images(Options):
@@ -370,10 +373,10 @@ class Measuring(Options):
 
     title = "The statistics"
 
-    passes: int = option(
-        "1: with batch statistics; each further one measures again with the statistics of the one before.", 1
-    )
+    passes: int = option("1: all layers with batch statistics; P: the first P layers exactly.", 1)
     estimator: str = option("population or batch-mean.", "population")
+    include_frozen: bool = option("Measure layers, too, that training does not update.", False)
+    allow_unmeasured: bool = option("Leave layers as they are that cannot be measured.", False)
     seed: int = option("Of the random subset.", 0)
     eval_data: str | None = option("Labelled images, to measure the accuracy before and after.", None, metavar="DATA")
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)

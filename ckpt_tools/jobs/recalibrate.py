@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.calls import Call
+from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group, gathered_objects, joined_group, local_device
-from ..batchnorm.recalibrate import check_options, find_layers
+from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
 from ..compute.payload import torch_dtype
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
-from ..evaluation.models import Loaded, build_model, importable, load_weights, pick_device
+from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
 from ..evaluation.preprocessing import Preprocessing
 from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy, Fit
@@ -162,7 +164,8 @@ class Opened:
     Attributes:
         checkpoint: whose network it is, and whose weights it has.
         network, device, group: the network, on its device, in one of the processes that share the images.
-        images, measuring, numerics: as asked for.
+        call: how it is called.
+        which, images, measuring, numerics: as asked for.
         loaded: names in the network to names in the checkpoint.
         layers: number of BatchNorm layers.
         batches: images for the statistics; None if there are no layers.
@@ -172,7 +175,9 @@ class Opened:
     """
 
     checkpoint: Checkpoint
+    which: Network
     network: nn.Module
+    call: Call
     device: torch.device
     group: Group
     images: Images
@@ -211,8 +216,11 @@ class Opened:
         """
         if self.batches is None:
             return report
-        runner = Runner(self.network, self.device, amp=self.numerics.amp, channels_last=self.numerics.channels_last)
-        report = _measured(report, runner, self.batches, self.held_out, self.measuring.estimator, progress)
+        numerics = self.numerics
+        runner = Runner(
+            self.network, self.device, amp=numerics.amp, channels_last=numerics.channels_last, call=self.call
+        )
+        report = _measured(report, runner, self.batches, self.held_out, self.measuring, progress)
         if self.measuring.require_gain:
             _check_gain(report, self.measuring.eval_data)
         return report
@@ -225,6 +233,11 @@ class Opened:
             "seed": self.measuring.seed,
             "passes": self.measuring.passes,
             "estimator": self.measuring.estimator,
+            "include_frozen": self.measuring.include_frozen or None,
+            "allow_unmeasured": self.measuring.allow_unmeasured or None,
+            "forward": self.which.forward,
+            "inputs": self.which.inputs if self.which.inputs != 1 else None,
+            "mask": self.which.mask,
             "batch_size": self.images.batch_size,
             "amp": self.numerics.amp or None,
             "preprocessing": None if self.preprocessing is None else self.preprocessing.config,
@@ -246,10 +259,11 @@ def opened(
     Raises:
         CkptError: the network or the images cannot be used.
     """
-    factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]
-    with importable(*factories):
+    sources = [data for data in (images.data, measuring.eval_data) if data and is_factory(data)]
+    with importable(which.model, which.forward, *sources):
+        call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
-        found, skipped = find_layers(network)
+        found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
         loaded = load_weights(network, checkpoint, measured=statistics_of(network, found))
         network.to(device)
         batches, held_out, preprocessing, notes = _opened(
@@ -264,7 +278,9 @@ def opened(
             notes += [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
         yield Opened(
             checkpoint,
+            which,
             network,
+            call,
             device,
             group,
             images,
@@ -346,14 +362,21 @@ def _measured(
     runner: Runner,
     batches: Batches,
     held_out: Batches | None,
-    estimator: str,
+    measuring: Measuring,
     progress: Progress,
 ) -> RecalibrationReport:
     """Run the network over the images; return the report with statistics and accuracy."""
     sample = batches.first(_LOOKED_AT) if held_out is None else None
     before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
     fit_before = None if sample is None else runner.fit("looking before", sample, progress)
-    statistics = runner.recalibrate(batches, report.passes, estimator, progress)
+    statistics = runner.recalibrate(
+        batches,
+        report.passes,
+        measuring.estimator,
+        progress,
+        include_frozen=measuring.include_frozen,
+        allow_unmeasured=measuring.allow_unmeasured,
+    )
     after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
     fit_after = None if sample is None or fit_before is None else runner.fit("looking after", sample, progress)
     notes = list(report.notes)

@@ -90,11 +90,12 @@ def _classifier(
     example: Checkpoint,
     on_progress: Callable[..., None],
 ) -> Iterator[Opened]:
+    from ...batchnorm.layers import find_layers
     from ...batchnorm.processes import Group
-    from ...batchnorm.recalibrate import check_options, find_layers
+    from ...batchnorm.recalibrate import check_options
     from ...evaluation.data import is_factory
     from ...evaluation.evaluators import Classifier
-    from ...evaluation.models import build_model, importable, load_weights, pick_device
+    from ...evaluation.models import build_model, call_of, importable, load_weights, pick_device
     from ...evaluation.preprocessing import described
     from ...evaluation.runner import Runner
     from ..image_data import fewer_classes, image_data, notes_of
@@ -102,7 +103,8 @@ def _classifier(
     check_options(images.passes, images.estimator)
     device = pick_device("auto" if running.device == "cuda" else running.device)
     sources = [each for each in (eval_data, honesty.test, images.data) if each is not None]
-    with importable(which.model, *filter(is_factory, sources)):
+    with importable(which.model, which.forward, *filter(is_factory, sources)):
+        call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
         loaded = load_weights(network, example)  # so that what does not fit is told before any work
         layers, _ = find_layers(network)
@@ -124,13 +126,14 @@ def _classifier(
             "model": which.model or type(network).__name__,
             "model_kwargs": {name: repr(value) for name, value in sorted((which.model_kwargs or {}).items())},
             "data_root": images.data_root,
+            "called": [which.forward, which.inputs, which.mask],
             "recalibrated": None
             if statistics is None
             else [images.data, statistics.images, images.passes, images.estimator, images.batch_size, images.seed]
             + [images.split],
             "amp": running.amp,
         }
-        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
 
         def scoring(data: str, option: str, split: str) -> Classifier:
             with named(option, "data"):
