@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...batchnorm.layers import find_layers
 from ...batchnorm.processes import Group
-from ...batchnorm.recalibrate import find_layers
 from ...errors import DataError, ModelError, UsageError
 from ...evaluation.data import Batches, is_factory
 from ...evaluation.runner import Runner
@@ -71,7 +71,6 @@ class Setting:
         trained: modules that are trained; empty for the whole network.
         parameters: those that are trained.
         layers: BatchNorm layers that are measured: name to layer.
-        only_last: measure the one layer behind the others, which keep their statistics.
         teacher: None without one.
         classes: outputs of the network.
         rows: what is stored of each image: the input of the classifier, and logits of the teacher; empty if nothing is.
@@ -89,7 +88,6 @@ class Setting:
     trained: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     layers: Mapping[str, nn.Module]
-    only_last: bool
     teacher: Teacher | None
     classes: int
     rows: tuple[Row, ...]
@@ -164,7 +162,8 @@ def open_setting(
         if teacher is not None:
             rows.append(_row(taught(teacher.name, teacher, first, classes)))
         recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
-        layers, skipped = find_layers(network)
+        found_layers, skipped = find_layers(network)
+        layers = {each: layer.module for each, layer in found_layers.items()}
         if recalibrate == "last":
             last = last_layer(network, first, forward)
             layers = {} if last is None else {last: layers[last]}
@@ -185,7 +184,6 @@ def open_setting(
         trained=modules,
         parameters=_parameters(network, modules),
         layers=layers,
-        only_last=recalibrate == "last",
         teacher=teacher,
         classes=classes,
         rows=tuple(rows) if training.train == "head" and not training.augment else (),

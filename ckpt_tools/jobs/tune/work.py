@@ -22,7 +22,7 @@ from ...evaluation.scores import Accuracy, Outcomes
 from ...tuning.examples import Example, as_logits, called, labelled, taught
 from ...tuning.features import mapped, stored
 from ...tuning.head import Head, Tap
-from ...tuning.normalisation import measure_layer
+from ...tuning.normalisation import only
 from ...tuning.training import Recipe, fit, seeded
 from ..sweep.verdict import compared, in_words
 from .report import Change, SizeScore, TuneReport
@@ -94,13 +94,8 @@ def recalibrate(setting: Setting, progress: Progress) -> None:
         CkptError: of the network, the data and the values.
     """
     batches = setting.data.measured
-    if not setting.only_last:
+    with only(setting.network, setting.layers):
         setting.runner.recalibrate(batches, 1, "population", progress)
-    else:
-        forward = partial(called, setting.name, setting.network)
-        with setting.autocast, _blocks(setting):
-            images = (setting.placed(each) for each, _ in labelled(_counted(batches, "measuring", progress)))
-            measure_layer(setting.network, next(iter(setting.layers)), images, forward)
     batches.check(batches.broken)
 
 
