@@ -226,6 +226,13 @@ def test_paths_reach_a_command_as_they_are(here: Path, quoted: str) -> None:
     assert not Path("pwned").exists()
 
 
+def test_a_command_that_the_shell_does_not_find_ends_the_sweep(save: Save, here: Path) -> None:
+    series(save)
+    with pytest.raises(UsageError, match=r"`eval_command`: the shell cannot run it \(.*pyton: not found\)"):
+        sweep("run", last=2, eval_command="pyton eval.py {ckpt}")
+    assert not Path("ckpt-sweep/results.jsonl").exists()
+
+
 def test_a_command_that_cannot_be_started_is_an_error(here: Path) -> None:
     with pytest.raises(UsageError, match="`eval_command` cannot be started"):
         Command(f"echo 3 {'x' * 3_000_000} {{ckpt}}").score(Path("x"), Path("x.log"))
