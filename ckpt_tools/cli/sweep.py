@@ -142,7 +142,8 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
 
         def table() -> Table:
             shown = _results_table(found)
-            shown.caption = f"{state['done']} of {state['total']} scored{state['what']}"
+            scored = f"{state['done']} of {state['total']} scored" if state["total"] else ""
+            shown.caption = f"{scored}{state['what']}".removeprefix("; ")
             return shown
 
         def on_result(result: Result, done: int, total: int) -> None:
