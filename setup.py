@@ -1,6 +1,7 @@
 """The one part of the build that pyproject.toml cannot describe: an optional C extension.
 
-Without a compiler `pip install` from source goes on, and torch computes everything: slower, with the same results.
+Without a compiler `pip install` from source goes on, and torch computes everything: slower, with the same results (of
+BatchNorm statistics, the same but for float64 rounding).
 Who builds wheels sets CKPT_TOOLS_REQUIRE_NATIVE=1, so that no wheel is made without the extension.
 """
 
@@ -15,10 +16,11 @@ setup(
     ext_modules=[
         Extension(
             "ckpt_tools.compute._native",
-            [f"{SOURCES}/{name}.c" for name in ("module", "fill", "tile", "sum", "gram", "crc", "io")],
-            depends=[f"{SOURCES}/native.h"],
+            [f"{SOURCES}/{name}.c" for name in ("module", "fill", "tile", "sum", "gram", "moments", "crc", "io")],
+            depends=[f"{SOURCES}/native.h", f"{SOURCES}/widen.h"],
             # A fused multiply-add would round once where every other way rounds twice.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-fast-math"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-fast-math", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=os.environ.get("CKPT_TOOLS_REQUIRE_NATIVE") != "1",
         )
     ]

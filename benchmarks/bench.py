@@ -231,7 +231,9 @@ def recalibration(bench: Bench) -> None:
     device = bench.options.device or "cpu"
     batches = "2" if bench.options.scale < 1 else "4"
     ways: dict[str, Way] = {
-        way: lambda way=way: run_job(way, batches, device, script="bn.py")[0]  # type: ignore[misc]
+        way: lambda way=way: run_job(  # type: ignore[misc]
+            "--way", way, "--batches", batches, "--device", device, script="bn.py"
+        )[0]
         for way in BN_WAYS
     }
     bench.measure("recal-bn", ways, few=("fvcore",))

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .jobs.strip import StripReport, strip
     from .jobs.sweep.job import sweep
     from .jobs.sweep.report import SweepReport
+    from .jobs.tune.job import tune_checkpoint
+    from .jobs.tune.report import TuneReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "RecalibrationReport",
     "StripReport",
     "SweepReport",
+    "TuneReport",
     "__version__",
     "average",
     "convert",
@@ -47,6 +50,7 @@ __all__ = [
     "recalibrate_checkpoint",
     "strip",
     "sweep",
+    "tune_checkpoint",
 ]
 
 _HOMES = {
@@ -64,6 +68,8 @@ _HOMES = {
     "look": "jobs.look",
     "SweepReport": "jobs.sweep.report",
     "sweep": "jobs.sweep.job",
+    "TuneReport": "jobs.tune.report",
+    "tune_checkpoint": "jobs.tune.job",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",

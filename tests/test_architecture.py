@@ -21,6 +21,7 @@ PACKAGES = [
     "series",
     "batchnorm",
     "evaluation",
+    "tuning",
     "jobs",
     "cli",
     "__main__",
@@ -54,10 +55,10 @@ def test_imports_only_go_down_the_list_of_packages() -> None:
     assert checked > 100
 
 
-def test_the_top_level_has_at_most_twelve_modules_and_packages() -> None:
+def test_the_top_level_has_at_most_thirteen_modules_and_packages() -> None:
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found - {"__init__"} == set(PACKAGES)
-    assert len(PACKAGES) <= 12
+    assert len(PACKAGES) <= 13
 
 
 def test_compute_knows_of_formats_only_the_file_plan() -> None:
@@ -103,6 +104,7 @@ def test_the_public_names_are_these() -> None:
         "RecalibrationReport",
         "StripReport",
         "SweepReport",
+        "TuneReport",
         "__version__",
         "average",
         "convert",
@@ -114,6 +116,7 @@ def test_the_public_names_are_these() -> None:
         "recalibrate_checkpoint",
         "strip",
         "sweep",
+        "tune_checkpoint",
     ]
     for name in ckpt_tools.__all__:
         assert getattr(ckpt_tools, name).__doc__

@@ -91,6 +91,19 @@ def gram(
         scratch: `gram_scratch` bytes.
     """
 
+def moments(address: int, dtype: str, shape: tuple[int, int, int], threads: int, /) -> bytearray:
+    """Compute mean and M2, the sum of squared differences from the mean, of each channel.
+
+    Args:
+        address: of the first value in memory, which stays there during the call.
+        dtype: float64, float32, bfloat16 or float16.
+        shape: [outer, channels, inner], in C order, none of them 0.
+        threads: at most; the result is the same for any number.
+
+    Returns:
+        float64 [2, channels]: means, then M2s; neither is finite if the channel has NaN or infinity.
+    """
+
 def scratch(rows: int, tiles: bool, /) -> int:
     """Return the bytes that a thread provides for so many rows, for tiles or for all else."""
 

@@ -1,6 +1,7 @@
 """Sums by `_native`, the C extension: from files to files, in several threads at once, without torch.
 
-The extension is optional; results are identical without it, computed by torch.
+The extension is optional. Without it torch computes the same bytes; `moments` of channels alone agree only but for
+float64 rounding.
 """
 
 from __future__ import annotations
@@ -98,6 +99,13 @@ def gram(
     if failure is not None:
         status, _, row, reason = failure
         _raise_unread(status, specs[row].storage.path, reason)
+
+
+def moments(address: int, dtype: str, shape: tuple[int, int, int], threads: int) -> bytearray | None:
+    """Return mean and M2 of channels in memory, see `_native.pyi`; None if C does not know the dtype."""
+    if _native is None or dtype not in ("float64", "float32", "bfloat16", "float16"):
+        return None
+    return _native.moments(address, dtype, shape, threads)
 
 
 def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> tuple[Sequence[int], bool]:

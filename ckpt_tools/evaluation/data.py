@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Loading:
         seed: of the random subset.
         rank, world: index of this process, and number of processes.
         pin_memory: for copies to a GPU.
+        order: seed of another order of the same images; None for that of the subset.
     """
 
     images: int | None = None
@@ -47,6 +48,7 @@ class Loading:
     rank: int = 0
     world: int = 1
     pin_memory: bool = False
+    order: int | None = None
 
 
 class _Broken(str):
@@ -70,6 +72,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return self._given() if self.images is None else self._from_items(self.images)
+
+    def reordered(self, order: int) -> Batches:
+        """Return the same images in another order; data without a length stay in theirs."""
+        return Batches(self._source, replace(self._loading, order=order))
 
     def check(self, broken: Sequence[str]) -> None:
         """Refuse data with too many broken images, in one process or in all together.
@@ -167,7 +173,13 @@ class FolderImages(Dataset[Any]):
 
 
 def open_data(
-    source: str, loading: Loading, *, preprocessing: Mapping[str, Any] | None, split: str, root: str | None
+    source: str,
+    loading: Loading,
+    *,
+    preprocessing: Mapping[str, Any] | None,
+    split: str,
+    root: str | None,
+    augment: bool = False,
 ) -> Batches:
     """Open data.
 
@@ -177,6 +189,7 @@ def open_data(
             Dataset of (image, label) or an iterable of batches.
         preprocessing: of `resolve_preprocessing`; not used for a factory, which gives what the model takes.
         split, root: of a named dataset.
+        augment: prepare images as timm does for training, at random; not those of a factory.
 
     Raises:
         DataError: no such data, no images, or fewer than asked for.
@@ -200,7 +213,7 @@ def open_data(
     except ImportError as error:
         raise DataError(f"`data={source!r}`: images need timm and torchvision. Run: {INSTALL}") from error
     settings = dict(preprocessing or {})
-    transform = create_transform(**settings, is_training=False)
+    transform = create_transform(**settings, is_training=augment)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
     try:
         if named:
@@ -263,6 +276,9 @@ def plan_batches(available: int, images: int, loading: Loading) -> list[list[int
     """
     generator = torch.Generator().manual_seed(loading.seed)
     chosen = torch.randperm(available, generator=generator)[:images].tolist()
+    if loading.order is not None:
+        again = torch.randperm(images, generator=torch.Generator().manual_seed(loading.order))
+        chosen = [chosen[i] for i in again.tolist()]
     batches = [chosen[i : i + loading.batch_size] for i in range(0, images, loading.batch_size)]
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [batches[-2] + batches[-1]]

@@ -399,7 +399,8 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
 
 def _statistics(sums: _Sums) -> Iterator[str]:
     """Report BatchNorm statistics that are not those of the weights beside them; names and shapes tell."""
-    if sums.recalibration is not None or sum(c != 0 for c in sums.addends.coefficients) < 2:
+    asked = sums.recalibration is not None or sums.notes
+    if asked or sum(c != 0 for c in sums.addends.coefficients) < 2:
         return
     leads = [name.removesuffix("running_mean") for name in sums.tensors if is_running(name)]
     layers = [lead for lead in dict.fromkeys(leads) if _is_layer(sums.tensors, lead)]

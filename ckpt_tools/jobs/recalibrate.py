@@ -159,6 +159,8 @@ class Opened:
 
     Attributes:
         checkpoint: whose network it is, and whose weights it has.
+        network, device, group: the network, on its device, in one of the processes that share the images.
+        images, measuring, numerics: as asked for.
         stored: names in the network to names in the checkpoint.
         layers: number of BatchNorm layers.
         batches: images for the statistics; None if there are no layers.

@@ -319,3 +319,38 @@ def test_narrow_to_bfloat16_is_exact_at_all_values_midpoints_and_next_to_them(ro
     doubles, expected = around(codes, exact)
     assert np.array_equal(rounded("bfloat16", doubles), expected)
     assert np.array_equal(rounded("bfloat16", -doubles), expected | 0x8000)
+
+
+# ---- moments of channels ----
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_moments_are_the_same_for_any_number_of_threads_and_with_any_vectors(
+    dtype: str, narrower: ModuleType, portable: ModuleType
+) -> None:
+    for shape in ((3, 5, 1), (700, 37, 1), (5000, 67, 1), (4, 37, 300), (3, 2, 100_003), (1, 1, 1)):
+        tensor = values(dtype, math.prod(shape), seed=1, out="float16")
+        results = {
+            bytes(module.moments(tensor.data_ptr(), dtype, shape, threads))
+            for module in (native._native, narrower, portable)
+            for threads in (1, 2, 7)
+        }
+        assert len(results) == 1
+        mean, m2 = np.frombuffer(results.pop()).reshape(2, -1)
+        exact = np.moveaxis(tensor.double().numpy().reshape(shape), 1, 0).reshape(shape[1], -1)
+        np.testing.assert_allclose(mean, exact.mean(1), rtol=1e-12, atol=1e-13 * float(np.abs(exact).max()))
+        np.testing.assert_allclose(m2, exact.var(1) * exact.shape[1], rtol=1e-12)
+
+
+def test_moments_refuse_what_they_do_not_know() -> None:
+    tensor = torch.zeros(8)
+    for dtype, shape, threads in (
+        *(("float32", shape, 1) for shape in ((0, 1, 1), (1, 0, 1), (1, 1, 0), (-1, 1, 1))),
+        *((dtype, (1, 1, 1), 1) for dtype in ("float8_e5m2", "complex64")),
+        ("float32", (1, 1, 1), 0),
+    ):
+        with pytest.raises(ValueError, match="no channels of 16 bits"):
+            native._native.moments(tensor.data_ptr(), dtype, shape, threads)
+    with pytest.raises(ValueError, match="no dtype int64"):
+        native._native.moments(tensor.data_ptr(), "int64", (1, 1, 1), 1)

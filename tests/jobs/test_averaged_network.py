@@ -14,6 +14,7 @@ import torch
 from cli_runner import run
 from conftest import Photos
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint, sweep
 from ckpt_tools.errors import CkptError, LayoutError, NumericsError, UsageError
@@ -162,10 +163,15 @@ def test_avg_keeps_what_user_code_prints_off_stdout(save: Save, here: Path, capf
     assert printed.out == ""
 
 
-def test_average_of_a_model_without_batchnorm_is_the_plain_one_with_a_note(save: Save, here: Path) -> None:
-    (here / "net.py").write_text("from torch import nn\ndef net(): return nn.Linear(3, 2)\n")
-    paths = [save(f"{i}.pth", nn.Linear(3, 2).state_dict()) for i in range(2)]
-    report = average(paths, out="a.pth", recal_bn="nowhere", model="net.py:net")
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), FrozenBatchNorm2d(3)], ids=["none", "frozen"])
+def test_average_of_a_model_without_batchnorm_is_the_plain_one_with_a_note(
+    save: Save, here: Path, layer: nn.Module
+) -> None:
+    torch.save(layer, "layer.pt")
+    (here / "own.py").write_text("import torch\ndef net(): return torch.load('layer.pt', weights_only=False)\n")
+    paths = [save(f"{i}.pth", {name: t + i for name, t in layer.state_dict().items()}) for i in range(2)]
+    report = average(paths, out="a.pth", recal_bn="nowhere", model="own.py:net")
+    assert not any("averaged statistics" in note for note in report.notes)
     Path("b").mkdir()
     average(paths, out="b/a.pth")
     assert report.notes[-1] == "The model has no BatchNorm statistics, so `recal_bn` has no effect."

@@ -309,6 +309,34 @@ static PyObject *gram_scratch_of(PyObject *module, PyObject *count) {
     return PyLong_FromSize_t(gram_scratch(rows ? rows : 1));
 }
 
+PyDoc_STRVAR(moments_doc,
+"moments(address, dtype, shape, threads)\n\nCompute mean and M2 of each channel; see _native.pyi.");
+
+static PyObject *moments_of(PyObject *module, PyObject *args) {
+    unsigned long long address;
+    const char *name;
+    Py_ssize_t outer, channels, inner, threads;
+    int done;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Ks(nnn)n", &address, &name, &outer, &channels, &inner, &threads)) return NULL;
+    const Dtype *dtype = dtype_of(name);
+    if (!dtype) return NULL;
+    if (outer < 1 || channels < 1 || inner < 1 || threads < 1 || dtype->size < 2 || dtype->reals != 1) {
+        PyErr_SetString(PyExc_ValueError, "_native: no channels of 16 bits or more");
+        return NULL;
+    }
+    PyObject *found = PyByteArray_FromStringAndSize(NULL, 2 * channels * (Py_ssize_t)sizeof(double));
+    if (!found) return NULL;
+    double *result = (double *)PyByteArray_AS_STRING(found);
+    Py_BEGIN_ALLOW_THREADS
+    done = moments(dtype->code, (const void *)(uintptr_t)address, (size_t)outer, (size_t)channels, (size_t)inner,
+                   (size_t)threads, result);
+    Py_END_ALLOW_THREADS
+    if (done) return found;
+    Py_DECREF(found);
+    return PyErr_NoMemory();
+}
+
 PyDoc_STRVAR(start_disk_doc,
 "start_disk(fd, offset, nbytes)\n\n"
 "Start to write bytes of a file to the disk, so that a later sync has less to wait for; 0 bytes: up to its end.");
@@ -339,6 +367,7 @@ static PyMethodDef methods[] = {
     {"gram", gram_of, METH_VARARGS, gram_doc},
     {"scratch", scratch_for, METH_VARARGS, "scratch(rows, tiles)\n\nReturn the bytes of scratch of a thread; see _native.pyi."},
     {"gram_scratch", gram_scratch_of, METH_O, "gram_scratch(count)\n\nReturn the bytes of scratch for so many rows."},
+    {"moments", moments_of, METH_VARARGS, moments_doc},
     {"start_disk", start_disk_of, METH_VARARGS, start_disk_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -206,4 +206,11 @@ Result gram(const Dtype *const *dtypes, const Place *in, size_t count, size_t n,
 /* Return the bytes of scratch for so many rows. */
 size_t gram_scratch(size_t count);
 
+/* ---- moments.c: mean and M2 of channels ---- */
+
+/* Compute mean and M2 of each channel of X, [outer, channels, inner], none of them 0, of a dtype of at least 16 bits, in
+   so many threads at most. RESULT: the means, then the M2s; one of a channel with NaN or infinity is not finite. Returns
+   0 if there is no memory. */
+int moments(Code code, const void *x, size_t outer, size_t channels, size_t inner, size_t threads, double *result);
+
 #endif

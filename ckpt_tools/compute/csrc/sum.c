@@ -5,20 +5,14 @@
 #include <string.h>
 
 #include "native.h"
+#include "widen.h"
 
 #ifdef X86
 #include <cpuid.h>
-#include <immintrin.h>
-#define AVX2 __attribute__((target("avx2,f16c")))
-typedef double Four __attribute__((vector_size(32)));
 typedef uint64_t FourBits __attribute__((vector_size(32)));
 typedef int64_t FourSigned __attribute__((vector_size(32)));
-static int avx2; /* the processor has it, and F16C */
-#define AVX512 __attribute__((target("avx512f,avx2,f16c")))
-typedef double Eight __attribute__((vector_size(64)));
-static int avx512; /* the processor has it, and the system lets it be used; the steps are the same, so the bytes are */
+int avx2, avx512;
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 const Dtype DTYPES[] = {
     {"float64", FLOAT64, 8, 1, INFINITY},
@@ -73,67 +67,11 @@ void sum_init(void) {
         }
 }
 
-/* ---- widening: exact for every dtype; element I of X ---- */
-
-INLINE double from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE double from_float64(const void *x, size_t i) { return ((const double *)x)[i]; }
-
-INLINE double from_float32(const void *x, size_t i) { return ((const float *)x)[i]; }
-
-INLINE double from_bfloat16(const void *x, size_t i) { return from_bits((uint32_t)((const uint16_t *)x)[i] << 16); }
-
-INLINE double from_float16(const void *x, size_t i) {
-    /* Exponent and fraction go to their place in float32; 2^112 corrects the bias, of subnormal numbers, too. */
-    uint16_t bits = ((const uint16_t *)x)[i];
-    uint32_t moved = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
-    float scaled;
-    memcpy(&scaled, &moved, 4);
-    scaled *= 0x1p112f;
-    memcpy(&moved, &scaled, 4);
-    moved |= (bits & 0x7c00) == 0x7c00 ? 0x7f800000u : 0; /* infinity and NaN stay so */
-    return from_bits(moved | sign);
-}
+/* ---- widening of the dtypes of 8 bits ---- */
 
 #define FROM8(k, NAME) \
     INLINE double from_##NAME(const void *x, size_t i) { return value8[k][((const uint8_t *)x)[i]]; }
 EACH8(FROM8)
-
-#ifdef X86
-AVX2 INLINE Four four_float64(const void *x, size_t i) { return (Four)_mm256_loadu_pd((const double *)x + i); }
-
-AVX2 INLINE Four four_float32(const void *x, size_t i) {
-    return (Four)_mm256_cvtps_pd(_mm_loadu_ps((const float *)x + i));
-}
-
-AVX2 INLINE Four four_bfloat16(const void *x, size_t i) {
-    __m128i words = _mm_loadl_epi64((const __m128i *)((const uint16_t *)x + i));
-    return (Four)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), words)));
-}
-
-AVX2 INLINE Four four_float16(const void *x, size_t i) {
-    return (Four)_mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)((const uint16_t *)x + i))));
-}
-
-AVX512 INLINE Eight eight_float64(const void *x, size_t i) { return (Eight)_mm512_loadu_pd((const double *)x + i); }
-
-AVX512 INLINE Eight eight_float32(const void *x, size_t i) {
-    return (Eight)_mm512_cvtps_pd(_mm256_loadu_ps((const float *)x + i));
-}
-
-AVX512 INLINE Eight eight_bfloat16(const void *x, size_t i) {
-    __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i)));
-    return (Eight)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
-}
-
-AVX512 INLINE Eight eight_float16(const void *x, size_t i) {
-    return (Eight)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
-}
-#endif
 
 /* ---- adding ---- */
 

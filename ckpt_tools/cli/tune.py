@@ -1,0 +1,115 @@
+"""`ckpt tune`: parse, train, show."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UsageError
+from ..jobs.options import Inference, State
+from ..jobs.tune.options import Classifier, LabelledImages, Teaching, Training, TunedOutput
+from . import arguments, console
+from .recal_bn import number_of_images
+
+if TYPE_CHECKING:
+    from ..evaluation.scores import Accuracy
+    from ..jobs.tune.report import TuneReport
+
+
+@arguments.with_options(
+    Classifier, State, LabelledImages, Training, Teaching, TunedOutput, Inference, images=number_of_images
+)
+def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
+    """Train the classifier of averaged weights at the size of the test, or more of the network, or from a teacher.
+
+    Example: ckpt tune averaged.pth --data imagenet/train --eval imagenet/val --img-size 288
+    """
+    if options["data"] is None:
+        raise UsageError("--data is missing: the images to train on, such as --data imagenet/train.")
+    arguments.check_folder()
+    from ..jobs.tune.job import tune_checkpoint
+
+    plans: list[TuneReport] = []
+
+    def show_plan(plan: TuneReport) -> None:
+        plans.append(plan)
+        _show_plan(plan)
+
+    with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
+        report = tune_checkpoint(arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress)
+    if report.written:
+        _show_result(report)
+        arguments.say_notes(report.notes[len(plans[0].notes) :])
+        console.wrote(f"Wrote {report.out}: {_what(report)}.")
+    if json:
+        console.print_json(arguments.plain(report))
+
+
+def _what(report: TuneReport) -> str:
+    trained = f"{console.count(report.parameters)} parameters trained"
+    layers = console.plural(len(report.recalibrated), "BatchNorm layer")
+    return f"{trained}, {layers} recalibrated" if report.recalibrated else trained
+
+
+def _show_plan(report: TuneReport) -> None:
+    console.say(f"{report.path}: {report.state}, {report.model}, {report.classes} classes.")
+    if report.preprocessing:
+        p = dict(report.preprocessing)
+        console.say(
+            f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
+            f"{p['interpolation']}."
+        )
+    if report.recalibrated:
+        console.say(f"BatchNorm layers to measure: {console.some(report.recalibrated)}.")
+    trained = console.some(report.trained) if report.trained else "the whole network"
+    s = report.settings
+    console.say(
+        f"To train: {trained} ({console.count(report.parameters)} parameters), on {report.images} images of "
+        f"{report.data}, {console.plural(s['epochs'], 'epoch')}, learning rate {s['lr']:g}, on {report.device}."
+    )
+    if report.teacher is not None:
+        console.say(f"With {report.teacher}: weight {s['alpha']:g}, temperature {s['temperature']:g}.")
+    if report.feature_bytes:
+        console.say(f"Features on the disk: {console.size(report.feature_bytes)}, removed at the end.")
+    if report.dropped:
+        console.say(f"Not carried over: {console.some(report.dropped)}.")
+    arguments.say_notes(report.notes)
+
+
+def _show_result(report: TuneReport) -> None:
+    if report.sizes:
+        table = console.table("image size, without training", ("top-1 %", "top-5 %", "loss"), cut=False)
+        for each in report.sizes:
+            table.add_row(str(each.size), *(("refused", "", "") if each.accuracy is None else _figures(each.accuracy)))
+        console.say("")
+        console.stderr().print(table)
+        for each in report.sizes:
+            if each.error is not None:
+                console.say(f"Size {each.size}: {arguments.spelled(each.error)}")
+    if report.stages:
+        images = next(iter(report.stages.values())).images
+        table = console.table(f"on {images} images", ("top-1 %", "top-5 %", "loss"), cut=False)
+        for stage, accuracy in report.stages.items():
+            table.add_row(stage, *_figures(accuracy))
+        console.say("")
+        console.stderr().print(table)
+        for change in report.changes:
+            told = {each.metric: each for each in change.comparisons}
+            parts = [
+                f"{name} {c.difference:+.{digits}f}"
+                + ("" if c.low is None or c.high is None else f" [{c.low:+.{digits}f}, {c.high:+.{digits}f}]")
+                + ("" if c.p is None else f" (p = {c.p:.2g})")
+                + ("" if c.shown else ", no difference shown")
+                for name, c, digits in (("top-1", told["top1"], 2), ("loss", told["loss"], 4))
+            ]
+            console.say(f"{change.stage} against {change.other}: {'; '.join(parts)}.")
+        console.say(*report.verdict)
+    first, last = report.losses[0], report.losses[-1]
+    console.say(
+        "", f"Training loss {first:.4f} in the first epoch, {last:.4f} in the last; {report.seconds:.1f} s for all."
+    )
+
+
+def _figures(a: Accuracy) -> tuple[str, str, str]:
+    return f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}"

@@ -1,0 +1,1 @@
+"""Tune: a checkpoint whose classifier, or more, is trained after averaging."""

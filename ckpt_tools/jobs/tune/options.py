@@ -1,0 +1,60 @@
+"""The options of a tuning."""
+
+from pathlib import Path
+
+from ...series.rules.rule import Numbers
+from ..options import Images, Network, Options, Output, option
+
+
+class Classifier(Options, more=(Network,), without=("forward", "inputs", "mask")):
+    """The network that weights belong to. It is called with one tensor, the images."""
+
+    title = "The network"
+
+
+class LabelledImages(Images):
+    """The images that a network is trained and evaluated on."""
+
+    data: str = option("Labelled images to train on: folder, tar, timm dataset or file.py:factory.", metavar="DATA")
+    images: int | None = option("Number of images, chosen at random; -1 for all.", None, implied="all", metavar="N")
+    eval_data: str | None = option(
+        "Labelled images that have no part in the training, to compare before and after.", None, metavar="DATA"
+    )
+    sizes: Numbers | None = option("Show first what these image sizes give on `eval_data` without training.", None)
+
+
+class Training(Options):
+    """What is trained, and how."""
+
+    title = "The training"
+
+    train: str = option("head (the classifier), last-block (with the block in front of it), or all.", "head")
+    head: str | None = option("Name of the classifier in the network.", None, implied="found", metavar="NAME")
+    recalibrate: str | None = option(
+        "BatchNorm layers to measure at this size: last, all or none.", None, implied="all with `train=all`, else last"
+    )
+    epochs: int = option("Passes over the images.", 20)
+    lr: float | None = option("Learning rate of the first step.", None, implied="0.001 times the batch size / 512")
+    augment: bool = option("Random crops and flips, as timm trains; no features are stored.", False)
+    ema_decay: float | None = option("Keep an average of what is trained, updated in each step.", None, metavar="D")
+    scratch: str | Path | None = option(
+        "Folder for features.", None, implied="that of the system for temporary files", metavar="DIR"
+    )
+    seed: int = option("Of the subset, the order of the images, and the intervals.", 0)
+
+
+class Teaching(Options):
+    """A network whose outputs are learned."""
+
+    title = "The teacher"
+
+    teacher: str | None = option("Checkpoint, timm name or file.py:factory.", None, metavar="NAME")
+    alpha: float | None = option("Weight of the teacher, 0 to 1.", None, implied="0.5")
+    temperature: float | None = option("Softens the outputs of both.", None, implied="5")
+
+
+class TunedOutput(Output):
+    """Where a tuned checkpoint goes."""
+
+    out: str | Path | None = option("The target.", None, implied="CKPT with -tuned", metavar="PATH")
+    require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)

@@ -1,0 +1,266 @@
+"""The setting of a tuning: network, classifier, teacher and data, opened and tried on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...batchnorm.recalibrate import find_layers
+from ...compute.threads import default_threads
+from ...errors import DataError, ModelError, UsageError
+from ...evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
+from ...evaluation.models import input_channels
+from ...evaluation.runner import Runner
+from ...tuning.examples import as_logits, called, check_labels, labelled, taught
+from ...tuning.features import Row
+from ...tuning.head import Head, Tap, find_head, last_block
+from ...tuning.normalisation import last_layer
+from ..options import Network, Numerics
+from .options import LabelledImages, Teaching, Training
+from .teacher import Teacher, open_teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Images as they are prepared for this tuning.
+
+    Attributes:
+        measured: training images in the test transform.
+        trained: training images as they are trained on.
+        held_out: images for the accuracy; None if there are none.
+        sizes: the same at other sizes.
+        images, steps: number of training images, and of their batches.
+        preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
+        notes: decisions, in words.
+    """
+
+    measured: Batches
+    trained: Batches
+    held_out: Batches | None
+    sizes: Mapping[int, Batches]
+    images: int
+    steps: int
+    preprocessing: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a tuning works with.
+
+    Attributes:
+        network: in eval mode, on the device.
+        runner: of the network.
+        device: of all tensors that are computed with.
+        autocast: mixed precision, if it is asked for.
+        channels_last: memory order of images.
+        data: images.
+        train: ``head``, ``last-block`` or ``all``.
+        head: the classifier; None where the whole network is trained.
+        trained: modules that are trained; empty for the whole network.
+        parameters: those that are trained.
+        layers: BatchNorm layers that are measured: name to layer.
+        only_last: measure the one layer behind the others, which keep their statistics.
+        teacher: None without one.
+        classes: outputs of the network.
+        rows: what is stored of each image: the input of the classifier, and logits of the teacher; empty if nothing is.
+        notes: decisions, in words.
+    """
+
+    network: nn.Module
+    runner: Runner
+    device: torch.device
+    autocast: Any
+    channels_last: bool
+    data: Data
+    train: str
+    head: Head | None
+    trained: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    layers: Mapping[str, nn.Module]
+    only_last: bool
+    teacher: Teacher | None
+    classes: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The class of the network, for messages."""
+        return type(self.network).__name__
+
+    def placed(self, images: Tensor) -> Tensor:
+        """Return images on the device, in the memory order of the network."""
+        return _placed(images, self.device, channels_last=self.channels_last)
+
+
+def _placed(images: Tensor, device: torch.device, *, channels_last: bool) -> Tensor:
+    moved = images.to(device, non_blocking=True)
+    last = channels_last and moved.dim() == 4
+    return moved.contiguous(memory_format=torch.channels_last) if last else moved
+
+
+def open_setting(
+    network: nn.Module,
+    device: torch.device,
+    which: Network,
+    images: LabelledImages,
+    training: Training,
+    teaching: Teaching,
+    numerics: Numerics,
+) -> Setting:
+    """Open the data and the teacher, find the classifier, and run one batch.
+
+    Args:
+        network: with its weights.
+
+    Raises:
+        CkptError: one of them is missing, or they do not fit together.
+    """
+    network.to(device).eval()
+    head = None if training.train == "all" else find_head(network, training.head)
+    if training.train == "head" and head is not None:
+        _check_apart(network, head)
+    data = open_images(network, images, training, pin_memory=device.type == "cuda")
+    teacher, notes = None, data.notes
+    if teaching.teacher is not None:
+        teacher, more = open_teacher(teaching.teacher, which, network, data.preprocessing, device)
+        notes += more
+    runner = Runner(network, device, amp=numerics.amp, channels_last=numerics.channels_last)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.amp)
+    batch = next(labelled(data.measured), None)
+    if batch is None:
+        raise DataError("`data`: there are no images.")
+    first, labels = _placed(batch[0], device, channels_last=numerics.channels_last), batch[1]
+
+    # One batch tells what no header does: the classifier, the classes, what the network takes, and the layers that run.
+    name = type(network).__name__
+    forward = partial(called, name, network)
+    rows: list[Row] = []
+    modules: tuple[str, ...] = ()
+    with torch.no_grad(), autocast:
+        if head is None:
+            found = forward(first)
+        else:
+            with Tap(network, head).open() as tap:
+                features, found = called(name, tap, first)
+            rows.append(_row(features))
+            modules = (head.name,) if training.train == "head" else last_block(network, head.name, first)
+        classes = as_logits(name, found, len(first)).shape[1]
+        check_labels(labels, classes)
+        if teacher is not None:
+            rows.append(_row(taught(teacher.name, teacher, first, classes)))
+        recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
+        layers, skipped = find_layers(network)
+        if recalibrate == "last":
+            last = last_layer(network, first, forward)
+            layers = {} if last is None else {last: layers[last]}
+    if recalibrate == "none":
+        layers = {}
+    elif not layers:
+        left = "".join(f" Left as it is: {each} ({of}), {reason}." for each, of, reason in skipped[:3])
+        notes += (f"The model has no BatchNorm statistics to measure.{left}",)
+    return Setting(
+        network=network,
+        runner=runner,
+        device=device,
+        autocast=autocast,
+        channels_last=numerics.channels_last,
+        data=data,
+        train=training.train,
+        head=head,
+        trained=modules,
+        parameters=_parameters(network, modules),
+        layers=layers,
+        only_last=recalibrate == "last",
+        teacher=teacher,
+        classes=classes,
+        rows=tuple(rows) if training.train == "head" and not training.augment else (),
+        notes=notes,
+    )
+
+
+def _row(batch: Tensor) -> Row:
+    return Row(tuple(batch.shape[1:]), batch.dtype)
+
+
+def _parameters(network: nn.Module, modules: tuple[str, ...]) -> tuple[nn.Parameter, ...]:
+    """Return the parameters of some modules, each once; of the whole network those that are not frozen."""
+    if modules:
+        found = [p for name in modules for p in network.get_submodule(name).parameters()]
+    else:
+        found = [p for p in network.parameters() if p.requires_grad]
+    if not found:
+        raise ModelError(f"{type(network).__name__} has no parameters to train: all are frozen.")
+    return tuple({id(each): each for each in found}.values())
+
+
+def _check_apart(network: nn.Module, head: Head) -> None:
+    """Refuse a classifier whose weights are used elsewhere: the features would change with it."""
+    own = {id(each) for each in head.module.parameters()}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not name.startswith(f"{head.name}."):
+            raise ModelError(
+                f"the weights of '{head.name}' are those of '{name}', too, so they cannot be trained on stored "
+                "features. Use `train='all'`."
+            )
+
+
+def open_images(network: nn.Module, images: LabelledImages, training: Training, *, pin_memory: bool) -> Data:
+    """Open the images, preprocessed as the model expects unless options change it.
+
+    Raises:
+        DataError, UsageError: see `open_data`; or options that do not go with a factory.
+    """
+    data, eval_data = images.data, images.eval_data
+    workers = min(8, default_threads()) if images.workers is None else images.workers
+    count = -1 if images.images is None else images.images
+    loading = Loading(count, images.batch_size, workers, training.seed, pin_memory=pin_memory)
+    options = {name: getattr(images, name) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
+    own = is_factory(data) and (eval_data is None or is_factory(eval_data))
+    preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
+    notes = []
+    if is_factory(data):
+        if training.augment:
+            raise UsageError("`augment`: the factory of `data` prepares its images itself; let it augment them.")
+        if any(value is not None for value in options.values()):
+            notes.append("`data` is a factory, which prepares its images itself; size, crop, mean and std do not.")
+    open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
+    measured = open_batches(data, loading)
+    trained = open_batches(data, loading, augment=True) if training.augment else measured
+    held_out, sizes = None, {}
+    if eval_data is None:
+        notes.append("Without `eval_data` nothing shows whether the training helps.")
+    else:
+        every = replace(loading, images=-1)
+        held_out = open_batches(eval_data, every)
+        if images.sizes is not None and is_factory(eval_data):
+            raise UsageError("`sizes`: the factory of `eval_data` prepares its images itself, at one size.")
+        for size in map(int, images.sizes or ()):
+            resized = resolve_preprocessing(network, input_channels(network), {**options, "img_size": size})
+            sizes[size] = open_data(eval_data, every, preprocessing=resized, split=images.split, root=images.data_root)
+        if _same(data, eval_data):
+            notes.append("`eval_data` is the same as `data`: it does not show what the training does on other images.")
+    if any(each is not None and each.once for each in (measured, held_out)):
+        raise UsageError("the data are read many times, and a factory here gives an iterator, not a list.")
+    total, steps = measured.images, 0
+    if total is None:
+        counts = [len(labels) for _, labels in labelled(measured)]
+        total, steps = sum(counts), len(counts)
+    else:
+        full, left = divmod(total, images.batch_size)
+        steps = full + (left > 1 or (left == 1 and not full))  # a single one left over goes into the last batch
+    return Data(measured, trained, held_out, sizes, total, steps, preprocessing, tuple(notes))
+
+
+def _same(data: str, other: str) -> bool:
+    with suppress(OSError, RuntimeError):
+        return data == other or Path(data).resolve() == Path(other).resolve()
+    return False
