@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ckpt_tools import average
 from ckpt_tools.errors import UsageError
+from ckpt_tools.jobs.options import Images, Measuring, Network, Numerics
 from ckpt_tools.series import schedules
 from ckpt_tools.series.rules.ema import ema, ema_per_step, ema_warmup
 from ckpt_tools.series.rules.rule import Option
@@ -255,8 +256,11 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
         "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
         "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
         "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
-        "on_progress": None, "update": None, "replay": None,
+        "on_progress": None, "update": None, "replay": None, "recal_bn": None,
     }  # fmt: skip
+    expected |= {option.name: option.default for group in (Network, Measuring, Numerics) for option in group.options()}
+    expected |= {option.name: option.default for option in Images.options() if option.name != "data"}
+    expected |= {"on_images": None}
     assert defaults == expected | {"paths": inspect.Parameter.empty}
     assert all(f"\n        {name}: " in (average.__doc__ or "") for name in defaults)
     with pytest.raises(TypeError, match=r"average\(\) got an unexpected keyword argument 'mod'"):
