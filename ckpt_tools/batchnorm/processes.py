@@ -1,4 +1,4 @@
-"""Processes: the group that torchrun starts, if there is one."""
+"""Processes: the group that torchrun starts, if there is one, and what its processes tell one another."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
+
+from ..errors import CkptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,46 @@ def joined_group(device: torch.device) -> Iterator[Group]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with _told_if_lost():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield Group(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
+
+
+def gathered(mine: Tensor) -> list[Tensor]:
+    """Return the tensors of all processes, of one shape, in the order of their ranks; that of this one if it is alone.
+
+    Raises:
+        CkptError: a process of the group has ended.
+    """
+    if not _grouped():
+        return [mine]
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    with _told_if_lost():
+        dist.all_gather(everyone, mine)
+    return everyone
+
+
+def gathered_objects(mine: Any) -> list[Any]:
+    """Return the objects of all processes; see `gathered`."""
+    if not _grouped():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    with _told_if_lost():
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def _told_if_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and NCCL, also after a timeout
+        raise CkptError(
+            f"another process of this job has ended or cannot be reached ({str(error).splitlines()[0]}). Its own "
+            "message says why; if there is none, the system may have ended it for its memory."
+        ) from error

@@ -1,27 +1,33 @@
 """Recalibration: the statistics of the inputs of BatchNorm layers, measured in passes over data.
 
-The model is in eval mode, so dropout and drop-path are off and no layer changes its buffers. A hook before
-each BatchNorm layer measures its input. In pass 1 it also hands the layer the
-mean and the biased variance of that batch, which is what the layer would normalise by in train mode; in
-later passes the layers use the statistics of the pass before.
+The model is in eval mode, so dropout and drop-path are off and no layer changes its buffers. In pass 1 each layer
+normalises by the mean and the biased variance of the batch, as in train mode. Pass p does so behind the first p - 1
+layers alone, in the order of their first calls; these have the statistics that the passes before have found. So the
+input of layer p does not depend on the batches any more, and after P passes the statistics of the first P layers are
+those of the data.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from ..errors import DataError, ModelError, NumericsError, UsageError
-from .batches import images_of, joined
+from .batches import joined, samples_in
+from .calls import Call, device_of
+from .kept import Kept
+from .layers import find_layers, kept_modes
+from .processes import gathered
 from .report import BatchNormReport, compare
-from .statistics import LayerMoments, Moments, measure, merge
+from .statistics import LayerMoments, Moments, merge
+from .watch import Trials, Watch
 
 ESTIMATORS = ("population", "batch-mean")
 
@@ -31,15 +37,22 @@ def recalibrate_bn(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    inputs: int = 1,
+    mask: str | int | None = None,
     passes: int = 1,
     estimator: str = "population",
+    include_frozen: bool = False,
+    allow_unmeasured: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> BatchNormReport:
     """Give the BatchNorm layers of a model the statistics of these data.
 
-    The result does not depend on how the data are split into batches, as far as the inputs of a layer do
-    not: those of the first layer in pass 1, of the first P layers with P passes. For an estimate of
-    what a finished network sees, 2 passes or more are better than 1.
+    What a layer normalises is measured where it is normalised, whoever calls it. The result does not depend on how the
+    data are split into batches as far as the inputs of a layer do not: those of the first P layers with P passes.
+    Behind these, each batch is normalised by its own statistics, as in training. One pass over batches of the size of
+    training is what a network is trained with. More passes are exact for more layers; the network as a whole is nearer
+    to the fixed point for certain only when there are as many passes as layers. Larger batches help more.
 
     In a process group (torch.distributed), each process feeds its own part of the data, the statistics are
     merged exactly, and every process ends with the same ones.
@@ -47,53 +60,93 @@ def recalibrate_bn(
     Args:
         model: on the device where it is to run; put into eval mode meanwhile. Wrap the call in
             `torch.autocast` for mixed precision.
-        batches: iterable of tensors [N, ...], of tuples or lists that start with one, or of dicts with
-            one under a usual name (image, pixel_values, ...). Read once a pass. Batches of one image are
-            joined to a neighbour.
-        passes: 1 normalises by the statistics of each batch, as training does; each further pass
-            measures again with those just found in use.
+        batches: iterable, read once a pass: of tensors [N, ...]; of tuples or lists, whose leading entries go to the
+            model; or of dicts, whose entries go to it by keyword where its forward has their names (labels only if it
+            needs them), else the one under a usual name (image, pixel_values, ...). They are moved to its device.
+            Batches of one sample are joined to a neighbour if a layer would see a single value a channel.
+        forward: called with (model, batch) in place of all this.
+        inputs: how many leading entries of a tuple or list go to the model.
+        mask: key or index of the entry of a batch that says which positions of inputs [N, C, T] are real: bool [N, T],
+            or lengths, integers [N]. The others are left out.
+        passes: 1 normalises by the statistics of each batch, as training does; pass p has the statistics of the
+            first p - 1 layers in use, in the order of their first calls.
         estimator: ``population``: mean and unbiased variance of all values as one set;
             ``batch-mean``: mean over batches of their means and unbiased variances, as torch's `update_bn`.
-        on_batch: called after each batch with (pass, images so far in it), counted from 1.
+        include_frozen: measure layers, too, that training does not update: of momentum 0, kept in eval mode by
+            train(), or of a class without updates.
+        allow_unmeasured: leave layers as they are that run without being measured; otherwise an error.
+        on_batch: called after each batch with (pass, samples so far in it), counted from 1.
 
     Returns:
         What changed. Buffers of the model are changed in place: ``running_mean``, ``running_var``,
-        and ``num_batches_tracked``, which becomes the number of batches.
+        and ``num_batches_tracked``, which becomes the number of batches. All others are as before.
 
     Raises:
         UsageError: an option out of range, or an iterator (which ends) for several passes.
-        DataError: no batch, or one that holds no tensor.
-        ModelError: the model runs without reaching any of its layers.
+        DataError: no batch, one that holds no input, or one in which a layer sees a single value a channel.
+        ModelError: the model runs without reaching any of its layers, a layer runs unmeasured in front of others, a
+            class of its own updates its statistics otherwise, or the forward pass moves the model to another device.
         NumericsError: a layer's input is not finite, or its statistics overflow its dtype; names the layer.
         The model is as before after any error, including those that it raises itself.
     """
     check_options(passes, estimator)
+    call = Call(forward, inputs, mask)
     if passes > 1 and isinstance(batches, Iterator):
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
-    layers, skipped = find_layers(model)
-    before = {name: _statistics_of(layer) for name, layer in layers.items()}
-    run, found = _Pass(layers, 0), {}
-    with _borrowed(model, layers):
-        while layers and run.number < passes:
-            run = _Pass(layers, run.number + 1)
-            _feed(model, batches, run, on_batch)
-            run.join_processes(device_of(model))
-            if not run.batches:
+    layers, skipped = find_layers(model, include_frozen=include_frozen)
+    trials = Trials()
+
+    def watching(exact: Collection[str]) -> Watch:
+        return Watch(layers, exact, trials, include_frozen=include_frozen, allow_unmeasured=allow_unmeasured)
+
+    watch = watching(())
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    moments: dict[str, LayerMoments] = {}
+    before = {name: layer.stored() for name, layer in layers.items()}
+    order: list[str] = []
+    with _borrowed(model, watch) as kept:
+        folded = watch.used_outside()
+        suffices: list[bool] = []  # may batches of one sample stay alone?
+        for number in range(1, passes + 1 if layers else 1):
+            exact = frozenset(order[: number - 1])
+            if number > 1 and exact.issuperset(found):
+                break
+            watch = watching(exact)
+            _feed(model, batches, call, watch, kept, suffices, partial(on_batch or _quiet, number))
+            order = _join_processes(watch, order, device_of(model))
+            if not watch.batches:
                 raise DataError("the data yield no batch. Nothing was recalibrated.")
-            found = {name: state.estimate(estimator) for name, state in run.states.items() if state.population.count}
-            for name, new in found.items():
-                _set_statistics(layers[name], new, run.batches)
-                if not torch.isfinite(layers[name].running_var).all():
-                    raise NumericsError(f"the new statistics of '{name}' overflow {layers[name].running_var.dtype}.")
+            for name, seen in watch.moments.items():
+                if seen.population.count:
+                    moments[name], found[name] = seen, seen.estimate(estimator)
+                    layers[name].store(*found[name])
+                    if not torch.isfinite(layers[name].variance).all():
+                        raise NumericsError(f"the new statistics of '{name}' overflow {layers[name].variance.dtype}.")
         if layers and not found:
             raise ModelError(f"the data reach none of the BatchNorm layers, such as '{next(iter(layers))}'.")
-    unreached = ((name, type(layer).__name__, "never reached") for name, layer in layers.items() if name not in found)
+        lost = next((name for name in folded if name not in found), None)
+        if lost is not None and not allow_unmeasured:
+            raise ModelError(
+                f"eval() folds '{lost}' into other weights, so that it runs unmeasured, and what lies behind it would "
+                "get wrong statistics. Give a model that does not fold, or leave it with `allow_unmeasured=True`."
+            )
+        kept.check()
+    found = {name: found[name] for name in layers if name in found}
+    for name, new in found.items():
+        layers[name].store(*new)
+        if isinstance(counter := getattr(layers[name].module, "num_batches_tracked", None), Tensor):
+            counter.fill_(watch.batches)
+    left = tuple(
+        (name, layer.class_name, _why(name, watch, trials)) for name, layer in layers.items() if name not in found
+    )
     return BatchNormReport(
-        layers=tuple(compare(name, layers[name], before[name], new, run.states[name]) for name, new in found.items()),
-        skipped=(*skipped, *unreached),
-        images=run.images,
-        batches=run.batches,
+        layers=tuple(
+            compare(name, layers[name].class_name, before[name], new, moments[name]) for name, new in found.items()
+        ),
+        skipped=(*skipped, *left),
+        images=watch.images,
+        batches=watch.batches,
         passes=passes,
         estimator=estimator,
         seconds=time.perf_counter() - started,
@@ -102,6 +155,10 @@ def recalibrate_bn(
             for name, (mean, variance) in found.items()
         },
     )
+
+
+def _quiet(number: int, images: int) -> None:
+    pass
 
 
 def check_options(passes: int, estimator: str) -> None:
@@ -116,166 +173,88 @@ def check_options(passes: int, estimator: str) -> None:
         raise UsageError(f"`estimator` is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
 
 
-def find_layers(model: nn.Module) -> tuple[dict[str, Any], tuple[tuple[str, str, str], ...]]:
-    """Find the layers whose statistics can be measured, and similar layers that are left out.
-
-    Returns:
-        (name to layer, in the order of the model; (name, class, reason) of the others).
-    """
-    layers: dict[str, Any] = {}
-    skipped = []
-    for name, module in model.named_modules():
-        class_ = type(module).__name__
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise UsageError(f"'{name}' is a {class_} that has not seen its first input. Run the model once before.")
-        variance = getattr(module, "running_var", None)
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm):
-            reason = "" if variance is None else "normalises each image by itself"
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and variance is None:
-            reason = "keeps no running statistics"
-        elif not isinstance(variance, Tensor):
-            continue
-        elif variance.dim() != 1:
-            reason = "keeps no statistics for each channel"
-        elif isinstance(module, torch.jit.ScriptModule):
-            reason = "is compiled by TorchScript, which hides its inputs"
-        elif not hasattr(module, "momentum"):
-            reason = "frozen: its class never updates them"
-        else:
-            layers[name] = module
-            continue
-        if reason:
-            skipped.append((name, class_, reason))
-    return layers, tuple(skipped)
-
-
-class _Reached(BaseException):  # not an Exception, which the forward of a model might catch
-    """The last layer has been measured; the rest of the forward pass is not needed."""
-
-
-class _Pass:
-    """One pass over the data, as the hooks see it."""
-
-    def __init__(self, layers: Mapping[str, Any], number: int) -> None:
-        self.layers = layers
-        self.number = number
-        self.states = {
-            name: LayerMoments(len(layer.running_var), layer.running_var.device) for name, layer in layers.items()
-        }
-        self.images = self.batches = 0
-        self._order: list[str] = []  # of the calls in the first batch that reaches every layer
-        self._calls: list[str] = []  # in this batch
-        self._finite: list[Tensor] = []
-
-    def see(self, name: str, values: Tensor) -> None:
-        """Measure the input of a layer that is about to run."""
-        layer = self.layers[name]
-        if values.dim() < 2 or values.shape[1] != len(self.states[name].population.mean):
-            return  # the layer itself raises the better error
-        moments = measure(values)
-        self.states[name].add(moments)
-        self._calls.append(name)
-        self._finite.append(torch.isfinite(moments.mean + moments.m2).all())
-        if self.number == 1:
-            _set_statistics(layer, (moments.mean, moments.variance(correction=0)), None)
-        if self._calls == self._order:
-            raise _Reached
-
-    def end_batch(self, images: int) -> None:
-        """Close a batch.
-
-        Raises:
-            NumericsError: a layer saw something that is not finite.
-        """
-        self.batches += 1
-        # One look for all layers, because each look waits for the device.
-        finite = torch.stack(self._finite).tolist() if self._finite else []
-        if not all(finite):
-            name = self._calls[finite.index(False)]
-            raise NumericsError(
-                f"batch {self.batches}: the input of '{name}' holds NaN or infinity. "
-                "Look at the images of this batch, and at the weights in front of that layer."
-            )
-        self.images += images
-        if not self._order and self.states.keys() == set(self._calls):  # else a later batch may reach the others
-            self._order = self._calls
-        self._calls, self._finite = [], []
-
-    def join_processes(self, device: torch.device) -> None:
-        """Merge the measurements of all processes of a group."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        sets = [(state, which) for state in self.states.values() for which in ("population", "means", "variances")]
-        parts = [torch.tensor([self.images, self.batches], dtype=torch.float64, device=device)]
-        for moments in (getattr(*each) for each in sets):
-            parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]))
-        mine = torch.cat(parts)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        totals, *gathered = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
-        self.images, self.batches = (int(total) for total in sum(totals).tolist())
-        for (state, which), found in zip(sets, gathered, strict=True):
-            setattr(state, which, merge([Moments(int(each[0].item()), *each[1:].view(2, -1)) for each in found]))
+def _why(name: str, watch: Watch, trials: Trials) -> str:
+    if trials.ways.get(name) == "frozen":
+        return "frozen: its class never updates them"
+    if name in watch.unmeasured:
+        return f"ran unmeasured: {watch.unmeasured[name]}"
+    return "never reached"
 
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode; restore its modes afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with kept_modes(model):
         model.eval()
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager
-def _borrowed(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[None]:
-    """Put a model into eval mode; restore its modes afterwards, and its buffers after an error."""
-    buffers = [buffer for layer in layers.values() for buffer in layer.buffers(recurse=False)]
-    copies = [buffer.clone() for buffer in buffers]
-    # A model that torch.compile compiled before does not call hooks added later.
-    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+def _borrowed(model: nn.Module, watch: Watch) -> Iterator[Kept]:
+    """Put a model into eval mode, while its layers are watched; restore its modes and tensors afterwards."""
+    kept = Kept(model)
     try:
-        with in_eval_mode(model), uncompiled:
-            yield
-    except BaseException:
-        for buffer, copy in zip(buffers, copies, strict=True):
-            buffer.copy_(copy)
-        raise
+        with kept_modes(model):
+            with watch.watching():
+                model.eval()
+            yield kept
+    finally:
+        kept.put_back()
 
 
-def _feed(model: nn.Module, batches: Iterable[Any], run: _Pass, on_batch: Callable[[int, int], None] | None) -> None:
+def _feed(
+    model: nn.Module,
+    batches: Iterable[Any],
+    call: Call,
+    watch: Watch,
+    kept: Kept,
+    suffices: list[bool],
+    on_batch: Callable[[int], None],
+) -> None:
+    """Show the batches to the model; `suffices` keeps between passes if batches of one sample may stay alone."""
     device = device_of(model)
 
-    def hook(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        run.see(name, args[0] if args else next(iter(kwargs.values())))
+    def show(batch: Any) -> None:
+        watch.begin_batch(call.real_positions(batch, device))
+        with watch.watching():
+            call(model, batch)
 
-    with ExitStack() as hooks:
-        for name, layer in run.layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
-        for images in joined(map(images_of, batches)):
-            with suppress(_Reached):
-                model(images.to(device, non_blocking=True))
-            run.end_batch(len(images))
-            if on_batch is not None:
-                on_batch(run.number, run.images)
+    def alone(batch: Any) -> bool:
+        if not suffices:
+            show(batch)
+            suffices.append(not watch.sees_single_values())
+        return suffices[0]
 
-
-def device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-
-
-def _statistics_of(layer: Any) -> tuple[Tensor | None, Tensor]:
-    mean, variance = getattr(layer, "running_mean", None), layer.running_var
-    return (None if mean is None else mean.to(torch.float64, copy=True), variance.to(torch.float64, copy=True))
+    with watch.hooked():
+        for batch in joined(batches, alone):
+            show(batch)
+            watch.end_batch(samples_in(batch))
+            kept.settle()
+            on_batch(watch.images)
 
 
-def _set_statistics(layer: Any, found: tuple[Tensor, Tensor], batches: int | None) -> None:
-    mean, variance = found
-    if getattr(layer, "running_mean", None) is not None:
-        layer.running_mean.copy_(mean)
-    layer.running_var.copy_(variance)
-    if batches is not None and isinstance(getattr(layer, "num_batches_tracked", None), Tensor):
-        layer.num_batches_tracked.fill_(batches)
+def _join_processes(watch: Watch, order: Sequence[str], device: torch.device) -> list[str]:
+    """Merge the measurements of all processes of a group.
+
+    Returns:
+        The layers that were measured, in the order of their first calls, with those of an earlier pass in front.
+    """
+    names = [*watch.moments]
+    first = {name: float(number) for number, name in enumerate(watch.order)}
+    sets = [(state, which) for state in watch.moments.values() for which in ("population", "means", "variances")]
+    places = [first.get(name, math.inf) for name in names]
+    parts = [torch.tensor([watch.images, watch.batches, *places], dtype=torch.float64, device=device)]
+    for moments in (getattr(*each) for each in sets):
+        parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]).to(device))
+    everyone = gathered(torch.cat(parts))
+    if len(everyone) > 1:
+        totals, *others = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
+        watch.images, watch.batches = (int(total) for total in sum(each[:2] for each in totals).tolist())
+        first = dict(zip(names, torch.stack([each[2:] for each in totals]).amin(0).tolist(), strict=True))
+        for (state, which), found in zip(sets, others, strict=True):
+            own = getattr(state, which).mean.device
+            setattr(
+                state, which, merge([Moments(int(each[0].item()), *each[1:].to(own).view(2, -1)) for each in found])
+            )
+    measured = [name for name in names if watch.moments[name].population.count and name not in order]
+    return [*order, *sorted(measured, key=lambda name: first.get(name, math.inf))]

@@ -51,7 +51,7 @@ class BatchNormReport:
     Attributes:
         layers: those with new statistics, in the order of the model.
         skipped: (name, class, reason) of layers that were left out.
-        images, batches: measured in the last pass, over all processes.
+        images, batches: measured in a pass, over all processes.
         passes, estimator: as asked for.
         seconds: of all passes, in this process.
         statistics: name to (mean, variance), float64 [C] on the CPU; the mean is None for a layer without one.
@@ -74,7 +74,7 @@ class BatchNormReport:
 
 
 def compare(
-    name: str, layer: Any, before: tuple[Tensor | None, Tensor], found: tuple[Tensor, Tensor], state: LayerMoments
+    name: str, class_name: str, before: tuple[Tensor | None, Tensor], found: tuple[Tensor, Tensor], state: LayerMoments
 ) -> LayerReport:
     old_mean, old_variance = before
     mean, variance = found
@@ -92,7 +92,7 @@ def compare(
 
     return LayerReport(
         name=name,
-        class_name=type(layer).__name__,
+        class_name=class_name,
         channels=len(variance),
         count=state.population.count,
         mean_before=_largest(old_mean),

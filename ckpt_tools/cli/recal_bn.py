@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ..jobs.recalibrate import RecalibrationReport
 
 
+FAR_MEAN, FAR_VARIANCE = 0.5, 4.0
+"""Shifts of a mean in standard deviations, and of a variance by a factor, above which there is a warning."""
+
+
 def number_of_images(text: str | None) -> int | None:
     """Read a number of images, or all.
 
@@ -71,11 +75,9 @@ def show_images(report: RecalibrationReport) -> None:
     passes = console.plural(report.passes, "pass", "passes")
     console.say(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
     if report.preprocessing:
-        p = dict(report.preprocessing)
-        console.say(
-            f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
-            f"{p['interpolation']}, mean {_numbers(p['mean'])}, std {_numbers(p['std'])}."
-        )
+        from ..evaluation.preprocessing import described
+
+        console.say(*described(report.preprocessing, report.preprocessing_from))
 
 
 def show_statistics(report: RecalibrationReport) -> None:
@@ -85,20 +87,14 @@ def show_statistics(report: RecalibrationReport) -> None:
     _show_accuracy(report)
 
 
-def _numbers(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
-
-
 def _show_statistics(found: BatchNormReport) -> None:
     from rich.text import Text
 
     longest = max((len(layer.name) for layer in found.layers), default=0)
     width = console.bar_width(longest + 54)
     table = console.table("layer", ("largest mean", "largest variance", "mean by", "var by"), bars=width)
-    largest = max((layer.mean_moved for layer in found.layers), default=0.0)
     for layer in found.layers:
-        finite = layer.mean_moved != float("inf")
-        drawn = console.bar(layer.mean_moved if finite else 1, largest if largest != float("inf") else 1, width)
+        drawn = console.bar(min(layer.mean_moved, 1.0), 1.0, width)  # full at one standard deviation
         table.add_row(
             Text(console.visible(layer.name or layer.class_name)),
             f"{layer.mean_before:.3g} → {layer.mean_after:.3g}",
@@ -117,6 +113,14 @@ def _show_statistics(found: BatchNormReport) -> None:
     variances = [layer.variance_error for layer in found.layers if layer.variance_error is not None]
     if means:
         console.say(f"Sampling error of the worst channel: mean {max(means):.2g} σ, variance {max(variances):.1%}.")
+
+    far = [layer for layer in found.layers if layer.mean_moved > FAR_MEAN or layer.variance_moved > FAR_VARIANCE]
+    if far:
+        console.say(
+            f"Far from what was stored: {console.plural(len(far), 'layer')} by more than {FAR_MEAN:g} σ or "
+            f"x{FAR_VARIANCE:g}, such as {far[0].name or far[0].class_name}. Files far apart give this, and images of "
+            "another size, mean or std."
+        )
 
 
 def _show_accuracy(report: RecalibrationReport) -> None:

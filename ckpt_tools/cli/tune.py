@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from .recal_bn import number_of_images
 
 if TYPE_CHECKING:
     from ..evaluation.scores import Accuracy
-    from ..jobs.tune.report import TuneReport
+    from ..jobs.tune.report import SizeScore, TuneReport
 
 
 @arguments.with_options(
@@ -37,7 +38,9 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
         _show_plan(plan)
 
     with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
-        report = tune_checkpoint(arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress)
+        report = tune_checkpoint(
+            arguments.averaged(checkpoint), **options, on_plan=show_plan, on_sizes=_show_sizes, on_progress=on_progress
+        )
     if report.written:
         _show_result(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])
@@ -55,11 +58,9 @@ def _what(report: TuneReport) -> str:
 def _show_plan(report: TuneReport) -> None:
     console.say(f"{report.path}: {report.state}, {report.model}, {report.classes} classes.")
     if report.preprocessing:
-        p = dict(report.preprocessing)
-        console.say(
-            f"Images: {'x'.join(map(str, p['input_size']))}, crop {p['crop_pct']:g} ({p['crop_mode']}), "
-            f"{p['interpolation']}."
-        )
+        from ..evaluation.preprocessing import described
+
+        console.say(*described(report.preprocessing, report.preprocessing_from))
     if report.recalibrated:
         console.say(f"BatchNorm layers to measure: {console.some(report.recalibrated)}.")
     trained = console.some(report.trained) if report.trained else "the whole network"
@@ -77,16 +78,18 @@ def _show_plan(report: TuneReport) -> None:
     arguments.say_notes(report.notes)
 
 
+def _show_sizes(sizes: Sequence[SizeScore]) -> None:
+    table = console.table("image size, without training", ("top-1 %", "top-5 %", "loss"), cut=False)
+    for each in sizes:
+        table.add_row(str(each.size), *(("refused", "", "") if each.accuracy is None else _figures(each.accuracy)))
+    console.say("")
+    console.stderr().print(table)
+    for each in sizes:
+        if each.error is not None:
+            console.say(f"Size {each.size}: {arguments.spelled(each.error)}")
+
+
 def _show_result(report: TuneReport) -> None:
-    if report.sizes:
-        table = console.table("image size, without training", ("top-1 %", "top-5 %", "loss"), cut=False)
-        for each in report.sizes:
-            table.add_row(str(each.size), *(("refused", "", "") if each.accuracy is None else _figures(each.accuracy)))
-        console.say("")
-        console.stderr().print(table)
-        for each in report.sizes:
-            if each.error is not None:
-                console.say(f"Size {each.size}: {arguments.spelled(each.error)}")
     if report.stages:
         images = next(iter(report.stages.values())).images
         table = console.table(f"on {images} images", ("top-1 %", "top-5 %", "loss"), cut=False)

@@ -9,16 +9,20 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..batchnorm.calls import Call
 from ..checkpoints.open import Checkpoint
 from ..checkpoints.prefixes import unwrap
 from ..checkpoints.script_arguments import script_arguments
@@ -82,6 +86,15 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[found.name] = module
     found.loader.exec_module(module)
     return module
+
+
+def call_of(forward: str | None, inputs: int, mask: str | None) -> Call:
+    """Return how a model is called, with a function of the user's, ``module:name`` or ``path/to/file.py:name``.
+
+    Raises:
+        UsageError: no such function, or options that do not go together.
+    """
+    return Call(None if forward is None else load_factory(forward, "forward"), inputs, mask)
 
 
 def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], specs: Mapping[str, Any]) -> nn.Module:
@@ -153,17 +166,37 @@ def _shapes(cfg: Any, specs: Mapping[str, Any]) -> dict[str, int]:
     found = {}
     for key, layer, axis in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
         name = getattr(cfg, layer, None)
-        tensor = bare.get(f"{name}.weight") if isinstance(name, str) else None
+        ends = [full for full in bare if isinstance(name, str) and f".{full}".endswith(f".{name}.weight")]
+        tensor = bare[ends[0]] if len(ends) == 1 else bare.get(f"{name}.weight")  # it may have a prefix
         if isinstance(tensor, TensorSpec) and len(tensor.shape) > axis:
             found[key] = tensor.shape[axis]
     return found
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The weights of a checkpoint in a network.
+
+    Attributes:
+        names: in the model to in the checkpoint; they differ by prefixes.
+        added: names in the model to what they would be called in the checkpoint, which does not have them.
+        notes: decisions, in words.
+    """
+
+    names: Mapping[str, str]
+    added: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, *, measured: Collection[str] = ()) -> Loaded:
     """Fill a model with the weights of a checkpoint, strictly.
 
-    Returns:
-        Names in the model to names in the checkpoint; they differ by wrapper prefixes.
+    The names in the checkpoint may begin with wrapper prefixes, or with one that all names of the model get, as
+    ``model.`` in Lightning's; what lies beside that, such as the weights of a loss, is not the model's.
+
+    Args:
+        measured: names of buffers in the model that are measured anyway. A checkpoint without any running variance, as
+            an average of parameters alone, may lack them.
 
     Raises:
         ModelError: names or shapes differ; the message has the first of each.
@@ -172,13 +205,23 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     wanted = model.state_dict()
     own = {bare: name for name, bare in unwrap(wanted).items()}
     # Files from before torch 0.4.1 have no such counter, and torch itself passes over that.
-    missing = [name for name in own if name not in stored and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in stored if name not in own]
-    shared = {name: (wanted[own[name]].shape, checkpoint.specs[stored[name]]) for name in own if name in stored}
+    if any(name.endswith("running_var") for name in stored):
+        measured = ()
+    needed = {bare for bare, name in own.items() if name not in measured and not bare.endswith(_COUNTER)}
+    lead = _lead(needed, own, wanted, stored, checkpoint)
+    notes = []
+    if lead:
+        notes.append(f"The names of the model begin with '{lead}' in the checkpoint.")
+    inside = {name.removeprefix(lead): full for name, full in stored.items() if name.startswith(lead)}
+    beside = [name for name in stored if not name.startswith(lead)]
+    beside += [lead + name for name in inside if name not in own and _of_a_loss(name, own)]
+    unexpected = [name for name in inside if name not in own and lead + name not in beside]
+    missing = [name for name in own if name in needed and name not in inside]
+    shared = [name for name in own if name in inside]
     shapes = [
-        f"'{name}' is {list(spec.shape)}, the model's {list(shape)}"
-        for name, (shape, spec) in shared.items()
-        if isinstance(spec, TensorSpec) and spec.shape != shape
+        f"'{name}' is {list(spec.shape)}, the model's {list(wanted[own[name]].shape)}"
+        for name in shared
+        if isinstance(spec := checkpoint.specs[inside[name]], TensorSpec) and spec.shape != wanted[own[name]].shape
     ]
     parts = [
         f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
@@ -187,26 +230,84 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     ]
     if parts:
         fit = f"{checkpoint.path}: the weights do not fit {type(model).__name__}"
-        for option, names, others in (("strip", stored.values(), own), ("add", own, stored.values())):
-            if (lead := _lead(names, others)) is not None:
-                what = "start with" if option == "strip" else "lack"
-                raise ModelError(f"{fit}: its names {what} '{lead}'. Run `fix_prefix({option}=[{lead!r}])` first.")
+        if (lacks := _lacking(stored, own)) is not None:
+            raise ModelError(f"{fit}: its names lack '{lacks}'. Run `fix_prefix(add=[{lacks!r}])` first.")
         raise ModelError(
             f"{fit}: {'; '.join(parts)}. "
             "Is it the right `model`, with the right `model_kwargs` (num_classes=..., in_chans=...)?"
         )
-    model.load_state_dict({own[name]: checkpoint[stored[name]] for name in shared}, strict=False)
-    return {own[name]: stored[name] for name in shared}
+    if beside:
+        more = ", ..." if len(beside) > 3 else ""
+        notes.append(
+            f"{len(beside)} tensors are not the model's, and stay as they are ({', '.join(beside[:3])}{more})."
+        )
+    added = {}
+    for name in own:
+        if own[name] in measured and name not in inside:
+            layer, dot, leaf = name.rpartition(".")
+            # Another tensor of the layer tells what is before its name; if there is none, any other.
+            near = next((other for other in inside if other.startswith(layer + dot)), None)
+            other, tail = (next(iter(inside)), name) if near is None else (near, leaf)
+            before = inside[other].removesuffix(other if near is None else other.removeprefix(layer + dot))
+            added[own[name]] = before + tail
+    if added:
+        notes.append("These weights have no BatchNorm statistics; the measured ones are added to them.")
+    model.load_state_dict({own[name]: checkpoint[inside[name]] for name in shared}, strict=False)
+    return Loaded({own[name]: inside[name] for name in shared}, added, tuple(notes))
 
 
-def _lead(names: Iterable[str], others: Iterable[str]) -> str | None:
-    """Return the prefix by which all names differ from the others, as Lightning's ``model.``; None if there is none."""
-    counters = "num_batches_tracked"  # may be missing, see above
-    wanted = {name for name in others if not name.endswith(counters)}
-    found = {name for name in names if not name.endswith(counters)}
-    one = min(wanted, default=None)
-    leads = {name.removesuffix(one) for name in found if one is not None and name.endswith(f".{one}")}
-    return next((lead for lead in leads if {f"{lead}{name}" for name in wanted} == found), None)
+_COUNTER = "num_batches_tracked"
+_LOSS = re.compile(r"(^|_)(loss|losses|criterion|criteria|metrics?|(class|pos)_weights?)(_|$)")
+"""What the modules and buffers of a loss or a metric are called."""
+
+
+def _of_a_loss(name: str, own: Iterable[str]) -> bool:
+    """Return True if a tensor is beside the modules of the model, and called as those of a loss are."""
+    first = name.split(".")[0]
+    return bool(_LOSS.search(first)) and all(each.split(".")[0] != first for each in own)
+
+
+def _lead(
+    needed: AbstractSet[str],
+    own: Mapping[str, str],
+    wanted: Mapping[str, Tensor],
+    stored: Mapping[str, str],
+    checkpoint: Checkpoint,
+) -> str:
+    """Return what all names of the model have before them in the checkpoint; nothing, also where that fits nowhere.
+
+    Raises:
+        ModelError: the model fits in several places.
+    """
+    if not needed or needed <= stored.keys():
+        return ""
+    one = min(needed)
+    leads = [name.removesuffix(one) for name in stored if name.endswith(f".{one}")]
+    named = [lead for lead in leads if all(lead + name in stored for name in needed)]
+    if not named:  # some are missing, and the message should name those alone
+        named = [lead for lead in leads if all(n.removeprefix(lead) in own for n in stored if n.startswith(lead))]
+        return named[0] if len(named) == 1 else ""
+
+    def fits(lead: str) -> bool:
+        specs = ((checkpoint.specs[stored[lead + name]], wanted[own[name]].shape) for name in needed)
+        return all(not isinstance(spec, TensorSpec) or spec.shape == shape for spec, shape in specs)
+
+    fitting = [lead for lead in named if fits(lead)]
+    if len(fitting) > 1:
+        raise ModelError(
+            f"{checkpoint.path}: the model fits in {len(fitting)} places, such as '{fitting[0]}' and '{fitting[1]}'. "
+            "Use a `model` whose names begin so, too: a module around it."
+        )
+    return next(iter(fitting or named), "")
+
+
+def _lacking(stored: Iterable[str], own: Iterable[str]) -> str | None:
+    """Return the prefix that all names of the model have, and none in the checkpoint; None if there is none."""
+    found = {name for name in stored if not name.endswith(_COUNTER)}
+    wanted = {name for name in own if not name.endswith(_COUNTER)}
+    one = min(found, default=None)
+    leads = {name.removesuffix(one) for name in wanted if one is not None and name.endswith(f".{one}")}
+    return next((lead for lead in leads if {f"{lead}{name}" for name in found} == wanted), None)
 
 
 def input_channels(model: nn.Module) -> int:

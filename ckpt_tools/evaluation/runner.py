@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm.batches import images_of
+from ..batchnorm.batches import mapped, samples_in, tensors_of
+from ..batchnorm.calls import Call
 from ..batchnorm.recalibrate import recalibrate_bn
 from ..batchnorm.report import BatchNormReport
 from ..errors import CkptError, DataError, ModelError
 from .data import Batches
-from .scores import Accuracy, Outcomes, evaluate, outcomes
+from .scores import Accuracy, Fit, Outcomes, evaluate, fit, outcomes
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]
@@ -28,13 +29,17 @@ class Runner:
 
     Args:
         network: on that device.
+        call: how it is called.
         amp: use bfloat16 where torch.autocast does.
         channels_last: put images, and the weights of convolutions over them, in channels-last order. Only those of
             four dimensions have it; volumes and their weights stay as they are.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, *, amp: bool, channels_last: bool) -> None:
+    def __init__(
+        self, network: nn.Module, device: torch.device, *, amp: bool, channels_last: bool, call: Call | None = None
+    ) -> None:
         self._network = network
+        self._call = call or Call()
         self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
         self._channels_last = channels_last
         self._shape: list[int] | None = None  # of the batch at work, for messages
@@ -43,7 +48,16 @@ class Runner:
             if isinstance(module, nn.modules.conv._ConvNd):
                 module.weight.data = self._ordered(module.weight.data)
 
-    def recalibrate(self, batches: Batches, passes: int, estimator: str, on_progress: Progress) -> BatchNormReport:
+    def recalibrate(
+        self,
+        batches: Batches,
+        passes: int,
+        estimator: str,
+        on_progress: Progress,
+        *,
+        include_frozen: bool = False,
+        allow_unmeasured: bool = False,
+    ) -> BatchNormReport:
         """Measure the statistics of the network; see `recalibrate_bn`.
 
         Raises:
@@ -56,17 +70,36 @@ class Runner:
             on_progress(what, images, batches.images)
 
         fed = _Fed(batches, self._prepare)
-        return self._run(lambda: recalibrate_bn(self._network, fed, passes=passes, estimator=estimator, on_batch=show))
+        call = self._call
+        return self._run(
+            lambda: recalibrate_bn(
+                self._network,
+                fed,
+                forward=call.forward,
+                inputs=call.inputs,
+                mask=call.mask,
+                passes=passes,
+                estimator=estimator,
+                include_frozen=include_frozen,
+                allow_unmeasured=allow_unmeasured,
+                on_batch=show,
+            )
+        )
 
     def evaluate(self, what: str, batches: Batches, on_progress: Progress) -> Accuracy:
         """Evaluate the network; see `ckpt_tools.evaluation.scores.evaluate`."""
         fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: evaluate(self._network, fed))
+        return self._run(lambda: evaluate(self._network, fed, self._call))
 
     def outcomes(self, what: str, batches: Batches, on_progress: Progress) -> Outcomes:
         """Evaluate the network image by image; see `ckpt_tools.evaluation.scores.outcomes`."""
         fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: outcomes(self._network, fed))
+        return self._run(lambda: outcomes(self._network, fed, self._call))
+
+    def fit(self, what: str, batches: Batches, on_progress: Progress) -> Fit | None:
+        """See how the network fits images; see `ckpt_tools.evaluation.scores.fit`."""
+        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
+        return self._run(lambda: fit(self._network, fed, self._call))
 
     def _run(self, work: Callable[[], T]) -> T:
         self._shape = None
@@ -77,17 +110,18 @@ class Runner:
             raise
         except (Exception, SystemExit) as error:  # the code of the user may raise anything
             shape = "" if self._shape is None else f" on a batch of shape {self._shape}"
+            fit = "Do the images fit the model (`img_size`, `data`)?"
             raise ModelError(
                 f"{type(self._network).__name__} failed{shape} ({type(error).__name__}: {error}). "
-                "Do the images fit the model (`img_size`, `data`)?"
+                f"{fit if self._call.forward is None else 'Does `forward` take such batches?'}"
             ) from error
 
-    def _prepare(self, images: Tensor) -> Tensor:
-        self._shape = list(images.shape)
-        return self._ordered(images)
+    def _prepare(self, batch: Any) -> Any:
+        self._shape = next((list(tensor.shape) for tensor in tensors_of(batch)), None)
+        return mapped(batch, self._ordered)
 
     def _ordered(self, tensor: Tensor) -> Tensor:
-        last = self._channels_last and tensor.dim() == 4
+        last = self._channels_last and tensor.dim() == 4 and tensor.is_floating_point()
         return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 
 
@@ -96,16 +130,15 @@ class _Fed:
     """Prepared batches for the network; can be iterated any number of times if the data can."""
 
     batches: Batches
-    prepare: Callable[[Tensor], Tensor]
+    prepare: Callable[[Any], Any]
     on_images: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         done = 0
         try:
             for batch in self.batches:
-                images = images_of(batch)
-                yield self.prepare(images), *(batch[1:] if isinstance(batch, (tuple, list)) else ())
-                done += len(images)
+                yield self.prepare(batch)
+                done += samples_in(batch)
                 if self.on_images is not None:
                     self.on_images(done)
         except CkptError:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.nn import functional as F
 
-from ..batchnorm.batches import images_of
-from ..batchnorm.recalibrate import device_of, in_eval_mode
-from ..errors import DataError
+from ..batchnorm.batches import samples_in
+from ..batchnorm.calls import LABEL_KEYS, Call, device_of
+from ..batchnorm.processes import gathered, gathered_objects
+from ..batchnorm.recalibrate import in_eval_mode
+from ..errors import DataError, ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,14 @@ class Accuracy:
         top1, top5: percentage of images whose label has the highest score, or one of the five highest.
         loss: mean cross entropy, in nats.
         images: number of images.
+        outputs: number of classes that the network tells apart.
     """
 
     top1: float
     top5: float
     loss: float
     images: int
+    outputs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,56 +44,150 @@ class Outcomes:
     Attributes:
         right, among: bool [N], the label has the highest score, or one of the five highest.
         loss: float64 [N], cross entropy in nats.
+        outputs: number of classes that the network tells apart.
     """
 
     right: Tensor
     among: Tensor
     loss: Tensor
+    outputs: int
 
 
-def evaluate(model: nn.Module, batches: Iterable[Any]) -> Accuracy:
+def evaluate(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> Accuracy:
     """Run a classifier over labelled images, in eval mode; the processes of a group add up their sums.
 
     Args:
-        batches: of (images, labels), labels int64 [N].
+        batches: of (images, labels), labels int64 [N]; see `_labels` for others.
+        call: how the model is called; its output are the logits, [N, classes].
 
     Raises:
         DataError: a batch has no labels, or labels out of range.
+        ModelError: the model gives no logits.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device_of(model))  # right, among five, loss, images
-    for each in _judged(model, batches):
-        sums += torch.stack([each.right.sum(), each.among.sum(), each.loss.sum(), sums.new_tensor(len(each.loss))])
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    right, among, loss_sum, images = sums.tolist()
+    sums = torch.zeros(5, dtype=torch.float64, device=device_of(model))  # right, among five, loss, images, outputs
+    for each in _judged(model, batches, call or Call()):
+        images = sums.new_tensor(len(each.loss))
+        found = torch.stack([each.right.sum(), each.among.sum(), each.loss.sum(), images, images * each.outputs])
+        sums += found
+    right, among, loss_sum, images, outputs = torch.stack(gathered(sums)).sum(0).tolist()
     if not images:
         raise DataError("`eval_data`: the data hold no labelled image.")
-    return Accuracy(100 * right / images, 100 * among / images, loss_sum / images, int(images))
+    return Accuracy(100 * right / images, 100 * among / images, loss_sum / images, int(images), round(outputs / images))
 
 
-def outcomes(model: nn.Module, batches: Iterable[Any]) -> Outcomes:
+def outcomes(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> Outcomes:
     """Run a classifier over labelled images, in eval mode, in this process alone.
 
     Raises:
         DataError: see `evaluate`.
     """
-    found = [(each.right.cpu(), each.among.cpu(), each.loss.cpu()) for each in _judged(model, batches)]
+    found = list(_judged(model, batches, call or Call()))
     if not found:
         raise DataError("`eval_data`: the data hold no labelled image.")
-    right, among, loss = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Outcomes(right, among, loss)
+    right, among, loss = (
+        torch.cat([getattr(each, name).cpu() for each in found]) for name in ("right", "among", "loss")
+    )
+    return Outcomes(right, among, loss, found[0].outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well a network fits some images.
+
+    Attributes:
+        images: number of images.
+        outputs: number of classes that the network tells apart.
+        loss: mean cross entropy, in nats; None without labels for all images.
+        information: what a prediction tells of its image, in nats: the entropy of the mean prediction minus the mean
+            entropy of the predictions (the mutual information of image and class). 0 for a network that answers all
+            images alike, however certain, or is certain of none; at most log(outputs).
+    """
+
+    images: int
+    outputs: int
+    loss: float | None
+    information: float
+
+    def far_worse(self, before: Fit) -> bool:
+        """Return True if a network fits its images far worse than it did before.
+
+        See `by_loss`; else by the information.
+        """
+        if before.loss is not None and self.loss is not None and self.by_loss(before):
+            return not self.loss <= 1.5 * before.loss + 0.1
+        return not self.information >= before.information / 1.5 - 0.1
+
+    @property
+    def says_little(self) -> bool:
+        """True if the predictions depend on the image by less than a tenth of what they could, and labels agree."""
+        most = math.log(self.outputs)
+        return not self.information >= 0.1 * most and not (self.loss is not None and self.loss < 0.5 * most)
+
+    def by_loss(self, before: Fit) -> bool:
+        """Return True if the loss tells: where it was not below that of guessing, the labels may be others."""
+        return self.loss is not None and before.loss is not None and before.loss < math.log(before.outputs)
 
 
 @torch.no_grad()
-def _judged(model: nn.Module, batches: Iterable[Any]) -> Iterator[Outcomes]:
-    """Yield the outcomes of each batch."""
-    device = device_of(model)
+def fit(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> Fit | None:
+    """Run a network over images, in eval mode; the processes of a group add up their sums.
+
+    Args:
+        batches: of images, with labels or without.
+        call: how the model is called.
+
+    Returns:
+        None if it is no classifier: its output is not of the shape [N, classes], with two classes or more.
+    """
+    call = call or Call()
+    shape, sums = (0, 0), torch.zeros(0, dtype=torch.float64)  # mean prediction, then entropy, loss, labelled, images
     with in_eval_mode(model):
         for batch in batches:
-            if len(images := images_of(batch)) == 0:
+            if samples_in(batch) == 0:
                 continue
-            labels = _labels(batch)
-            logits = model(images.to(device, non_blocking=True)).double()
+            logits = call(model, batch)
+            with suppress(ModelError):
+                logits = _logits(logits)
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+                shape = (1, 0)
+                break
+            log_p = logits.double().log_softmax(dim=1)
+            p = log_p.exp()
+            labels = _labels_or_none(batch, call, *logits.shape)
+            loss = 0.0 if labels is None else F.nll_loss(log_p, labels.to(logits.device), reduction="sum").item()
+            entropy = torch.special.entr(p).sum().item()
+            tail = p.new_tensor([entropy, loss, 0 if labels is None else len(p), len(p)])
+            found = torch.cat([p.sum(0), tail]).cpu()
+            sums, shape = (sums + found if len(sums) else found), (0, logits.shape[1])
+    everyone = gathered_objects((shape, sums))
+    sizes = {size for (other, size), _ in everyone if other or size}
+    if any(other for (other, _), _ in everyone) or len(sizes) != 1:
+        return None
+    total = torch.stack([each for _, each in everyone if len(each)]).sum(0)
+    entropy, loss, labelled, images = total[-4:].tolist()
+    mean = total[:-4] / images
+    information = torch.special.entr(mean).sum().item() - entropy / images
+    return Fit(int(images), len(mean), loss / images if labelled == images else None, information)
+
+
+def _labels_or_none(batch: Any, call: Call, count: int, outputs: int) -> Tensor | None:
+    """Return labels that fit an output; None if there are none."""
+    try:
+        labels = _labels(batch, call)
+    except DataError:
+        return None
+    return labels if len(labels) == count and int(labels.max()) < outputs else None
+
+
+@torch.no_grad()
+def _judged(model: nn.Module, batches: Iterable[Any], call: Call) -> Iterator[Outcomes]:
+    """Yield the outcomes of each batch."""
+    with in_eval_mode(model):
+        for batch in batches:
+            if samples_in(batch) == 0:
+                continue
+            labels = _labels(batch, call)
+            logits = _logits(call(model, batch)).double()
             if (
                 logits.dim() != 2
                 or len(labels) != len(logits)
@@ -98,13 +197,30 @@ def _judged(model: nn.Module, batches: Iterable[Any]) -> Iterator[Outcomes]:
                     f"`eval_data`: labels from {int(labels.min())} to {int(labels.max())} do not fit an output of "
                     f"shape {list(logits.shape)}. The folders should be the classes of the model, in its order."
                 )
-            labels = labels.to(device)
+            labels = labels.to(logits.device)
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            yield Outcomes(right[:, 0], right.any(dim=1), F.cross_entropy(logits, labels, reduction="none"))
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            yield Outcomes(right[:, 0], right.any(dim=1), loss, logits.shape[1])
 
 
-def _labels(batch: Any) -> Tensor:
-    labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+def _labels(batch: Any, call: Call) -> Tensor:
+    """Return the labels of a batch: of a tuple, what is behind the inputs, or its end if a function takes it whole."""
+    labels = None
+    if isinstance(batch, Mapping):
+        labels = next((batch[key] for key in LABEL_KEYS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > call.inputs:
+        labels = batch[call.inputs if call.forward is None else -1]
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or (labels < 0).any():
         raise DataError("`eval_data` needs images with labels: folders named by class, or batches of (images, labels).")
     return labels
+
+
+def _logits(output: Any) -> Tensor:
+    """Return the logits in an output: itself, its ``logits``, or the first of a tuple."""
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    found = found[0] if isinstance(found, (tuple, list)) and found else found
+    if not isinstance(found, Tensor):
+        raise ModelError(
+            f"the model gives a {type(output).__name__} in place of logits, [N, classes]. Let `forward` return them."
+        )
+    return found

@@ -413,7 +413,7 @@ def rewrite(
     Args:
         base: its header.
         state: the set of weights.
-        changed: what takes the place of tensors in it, by name.
+        changed: what takes the place of tensors in it, by name; new names come last.
         target: of the same format: a torch file, a safetensors file or a folder. What was in chunks is whole in it.
         provenance: written beside the weights.
 
@@ -427,14 +427,18 @@ def rewrite(
             f"{base.path}: its {state.label} is no dict of names to tensors, so it cannot be written again with some "
             "of them changed. Make plain weights of it first: `convert(to='plain')`."
         )
-    changed = {state.keys[name]: tensor for name, tensor in changed.items()}
+    name, key = next(iter(state.keys.items()))
+    lead = key.removesuffix(name)
+    changed = {state.keys.get(name, lead + name): tensor for name, tensor in changed.items()}
     if not base.format.nests or (folder and not base.format.folder):
         copies = Copies()
         tensors = {name: changed.get(name) or copies[dense(base, name, spec)] for name, spec in base.tree.items()}
+        tensors |= changed
         writing = Writing(name=target.name, provenance=provenance, like=base)
         return flat(tensors, writing, target=target, base=base)
     old = reduce(getitem, state.path, base.tree)
     weights: Any = OrderedDict((key, changed.get(key, value)) for key, value in old.items())
+    weights.update(changed)
     if isinstance(metadata := getattr(old, "_metadata", None), dict):
         weights._metadata = metadata
     tree = put(base.tree, state.path, weights)

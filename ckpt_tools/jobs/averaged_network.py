@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.open import Checkpoint
@@ -27,7 +28,7 @@ from ..formats.torch_zip import TORCH_ZIP
 from ..storage.source import Stamp
 from .assembly import Assembly, Copies
 from .options import Images, Measuring, Network, Numerics, Recalibration
-from .recalibrate import Opened, RecalibrationReport, check, new_buffers, opened
+from .recalibrate import Opened, RecalibrationReport, check, new_buffers, opened, statistics_of
 from .run import write
 
 
@@ -101,10 +102,11 @@ def measured(
     write(Assembly(path, TORCH_ZIP.plan(dict(tensors), Writing(name=path.name)), folder=False), stamps, **options)
     header = read_header(path)
     sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
-    stored = load_weights(network.network, sums)
+    layers, _ = find_layers(network.network, include_frozen=network.measuring.include_frozen)
+    loaded = load_weights(network.network, sums, measured=statistics_of(network.network, layers))
     done = network.measured(report, on_images or (lambda *_: None))
     copies = Copies()
     found = {name: copies[spec] for name, spec in header.tree.items()}
     if done.statistics is not None:
-        found |= new_buffers(network.network, done.statistics, stored, sums.specs)
+        found |= new_buffers(network.network, done.statistics, loaded, sums.specs)
     return Measured(found, header.files, done)

@@ -331,12 +331,15 @@ class Prefixes(Options):
 
 
 class Network(Options):
-    """The network that weights belong to."""
+    """The network that weights belong to, and how it is called."""
 
     title = "The network"
 
     model: str | None = option("timm name, module:factory or file.py:factory.", None, implied="arch in the checkpoint")
     model_kwargs: Pairs | None = option("Arguments of the factory, such as num_classes=10.", None, metavar="K=V")
+    forward: str | None = option("file.py:fn, called with (model, batch).", None, metavar="FN")
+    inputs: int = option("How many entries of a batch go to the model.", 1)
+    mask: str | None = option("Entry of a batch that says which positions are real.", None, metavar="KEY")
 
 
 class Images(Options):
@@ -350,11 +353,17 @@ class Images(Options):
     )
     batch_size: int = option("Images per batch.", 64)
     workers: int | None = option("Processes that decode images.", None, implied="the cores, 8 at most")
-    img_size: int | None = option("Side of the images.", None, implied="the model's")
-    crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the model's")
-    interpolation: str | None = option("bilinear, bicubic, ...", None, implied="the model's")
-    mean: Numbers | None = option("0.5 or 0.485,0.456,0.406.", None, implied="the model's")
-    std: Numbers | None = option("As `mean`.", None, implied="the model's")
+    img_size: int | None = option("Side of the images.", None, implied="the run's, or the model's")
+    crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the run's, or the model's")
+    interpolation: str | None = option("bilinear, bicubic, ...", None, implied="the run's, or the model's")
+    mean: Numbers | None = option("0.5 or 0.485,0.456,0.406.", None, implied="the run's, or the model's")
+    std: Numbers | None = option("As `mean`.", None, implied="the run's, or the model's")
+    class_map: str | Path | None = option(
+        "Classes of labelled folders: a name a line, with a number or in order; or JSON.",
+        None,
+        implied="the checkpoint's, or by name",
+        metavar="FILE",
+    )
     split: str = option("Of a named dataset.", "validation")
     data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
 
@@ -364,10 +373,10 @@ class Measuring(Options):
 
     title = "The statistics"
 
-    passes: int = option(
-        "1: with batch statistics; each further one measures again with the statistics of the one before.", 1
-    )
+    passes: int = option("1: all layers with batch statistics; P: the first P layers exactly.", 1)
     estimator: str = option("population or batch-mean.", "population")
+    include_frozen: bool = option("Measure layers, too, that training does not update.", False)
+    allow_unmeasured: bool = option("Leave layers as they are that cannot be measured.", False)
     seed: int = option("Of the random subset.", 0)
     eval_data: str | None = option("Labelled images, to measure the accuracy before and after.", None, metavar="DATA")
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batchnorm.processes import Group, joined_group, local_device
-from ..batchnorm.recalibrate import check_options, find_layers
+from ..batchnorm.calls import Call
+from ..batchnorm.layers import find_layers
+from ..batchnorm.processes import Group, gathered_objects, joined_group, local_device
+from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
 from ..compute.payload import torch_dtype
-from ..compute.threads import default_threads
-from ..errors import NumericsError, UsageError
-from ..evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
-from ..evaluation.models import build_model, importable, input_channels, load_weights, pick_device
+from ..errors import DataError, NumericsError, UsageError
+from ..evaluation.data import Batches, is_factory
+from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
+from ..evaluation.preprocessing import Preprocessing
 from ..evaluation.runner import Progress, Runner
-from ..evaluation.scores import Accuracy
+from ..evaluation.scores import Accuracy, Fit
 from ..formats import read_header
 from ..formats.file_plan import OutTensor, Terms
 from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
+from .image_data import fewer_classes, image_data, notes_of
 from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
 from .outputs import Target, named, named_after
 from .provenance import provenance
@@ -48,6 +50,7 @@ class RecalibrationReport(Report):
         data: as given.
         images: number of images; None in a plan if the data have no length.
         preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
+        preprocessing_from: each of these with where it is from.
         layers: BatchNorm layers to recalibrate.
         statistics: the new statistics; None in a plan.
         broken: images that could not be read.
@@ -65,6 +68,7 @@ class RecalibrationReport(Report):
     data: str
     images: int | None
     preprocessing: Mapping[str, Any]
+    preprocessing_from: Mapping[str, str]
     layers: int
     passes: int
     statistics: BatchNormReport | None = None
@@ -144,7 +148,7 @@ def recalibrate_checkpoint(
         def work(report: RecalibrationReport) -> RecalibrationReport:
             report = network.measured(report, running.on_progress or (lambda *_: None))
             if group.first and report.statistics is not None:
-                buffers = new_buffers(network.network, report.statistics, network.stored, checkpoint.specs)
+                buffers = new_buffers(network.network, report.statistics, network.loaded, checkpoint.specs)
                 write(lay_out(buffers, report), header.files, force=output.force)
             return report
 
@@ -160,31 +164,35 @@ class Opened:
     Attributes:
         checkpoint: whose network it is, and whose weights it has.
         network, device, group: the network, on its device, in one of the processes that share the images.
-        images, measuring, numerics: as asked for.
-        stored: names in the network to names in the checkpoint.
+        call: how it is called.
+        which, images, measuring, numerics: as asked for.
+        loaded: names in the network to names in the checkpoint.
         layers: number of BatchNorm layers.
         batches: images for the statistics; None if there are no layers.
         held_out: images for the accuracy; None if that is not asked for.
-        preprocessing: empty if the user's code prepares the images.
+        preprocessing: of the images; None if the user's code prepares them.
         notes: decisions, in words.
     """
 
     checkpoint: Checkpoint
+    which: Network
     network: nn.Module
+    call: Call
     device: torch.device
     group: Group
     images: Images
     measuring: Measuring
     numerics: Numerics
-    stored: Mapping[str, str]
+    loaded: Loaded
     layers: int
     batches: Batches | None
     held_out: Batches | None
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing | None
     notes: tuple[str, ...]
 
     def planned(self, target: Target) -> RecalibrationReport:
         """Return the report of the plan."""
+        shown = None if is_factory(self.images.data) else self.preprocessing
         return RecalibrationReport(
             path=str(self.checkpoint.path),
             out=str(target.path),
@@ -193,7 +201,8 @@ class Opened:
             device=str(self.device),
             data=self.images.data,
             images=None if self.batches is None else self.batches.images,
-            preprocessing={} if is_factory(self.images.data) else self.preprocessing,
+            preprocessing={} if shown is None else shown.config,
+            preprocessing_from={} if shown is None else shown.sources,
             layers=self.layers,
             passes=self.measuring.passes,
             notes=self.notes,
@@ -207,8 +216,11 @@ class Opened:
         """
         if self.batches is None:
             return report
-        runner = Runner(self.network, self.device, amp=self.numerics.amp, channels_last=self.numerics.channels_last)
-        report = _measured(report, runner, self.batches, self.held_out, self.measuring.estimator, self.group, progress)
+        numerics = self.numerics
+        runner = Runner(
+            self.network, self.device, amp=numerics.amp, channels_last=numerics.channels_last, call=self.call
+        )
+        report = _measured(report, runner, self.batches, self.held_out, self.measuring, progress)
         if self.measuring.require_gain:
             _check_gain(report, self.measuring.eval_data)
         return report
@@ -221,9 +233,14 @@ class Opened:
             "seed": self.measuring.seed,
             "passes": self.measuring.passes,
             "estimator": self.measuring.estimator,
+            "include_frozen": self.measuring.include_frozen or None,
+            "allow_unmeasured": self.measuring.allow_unmeasured or None,
+            "forward": self.which.forward,
+            "inputs": self.which.inputs if self.which.inputs != 1 else None,
+            "mask": self.which.mask,
             "batch_size": self.images.batch_size,
             "amp": self.numerics.amp or None,
-            "preprocessing": self.preprocessing or None,
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.config,
         }
 
 
@@ -242,15 +259,17 @@ def opened(
     Raises:
         CkptError: the network or the images cannot be used.
     """
-    factories = [which.model, *(data for data in (images.data, measuring.eval_data) if data and is_factory(data))]
-    with importable(*factories):
+    sources = [data for data in (images.data, measuring.eval_data) if data and is_factory(data)]
+    with importable(which.model, which.forward, *sources):
+        call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
-        stored = load_weights(network, checkpoint)
-        found, skipped = find_layers(network)
+        found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
+        loaded = load_weights(network, checkpoint, measured=statistics_of(network, found))
         network.to(device)
         batches, held_out, preprocessing, notes = _opened(
-            network, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
+            network, checkpoint, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
         )
+        notes = [*loaded.notes, *notes]
         if batches is not None and batches.once and measuring.passes > 1:
             raise UsageError(
                 f"`passes={measuring.passes}` needs data that can be read again: the factory gives an iterator."
@@ -259,19 +278,26 @@ def opened(
             notes += [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
         yield Opened(
             checkpoint,
+            which,
             network,
+            call,
             device,
             group,
             images,
             measuring,
             numerics,
-            stored,
+            loaded,
             len(found),
             batches,
             held_out,
             preprocessing,
             tuple(notes),
         )
+
+
+def statistics_of(network: nn.Module, layers: Collection[str]) -> frozenset[str]:
+    """Return the names of the buffers of BatchNorm layers."""
+    return frozenset(name for name in network.state_dict() if name.rpartition(".")[0] in layers)
 
 
 def check(images: Images, measuring: Measuring) -> None:
@@ -288,37 +314,47 @@ def check(images: Images, measuring: Measuring) -> None:
 
 
 def _opened(
-    network: nn.Module, images: Images, measuring: Measuring, group: Group, *, pin_memory: bool, wanted: bool
-) -> tuple[Batches | None, Batches | None, Mapping[str, Any], list[str]]:
-    """Open the data, preprocessed as the model expects unless options change it.
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    images: Images,
+    measuring: Measuring,
+    group: Group,
+    *,
+    pin_memory: bool,
+    wanted: bool,
+) -> tuple[Batches | None, Batches | None, Preprocessing | None, list[str]]:
+    """Open the data, preprocessed as in the training unless options change it.
 
     Returns:
         (images for the statistics, None if not `wanted`; images for the accuracy, None if not asked for; preprocessing,
-        empty if the user's code prepares the images; notes).
+        None if the user's code prepares the images; notes).
     """
     data, eval_data = images.data, measuring.eval_data
-    workers = min(8, default_threads()) if images.workers is None else images.workers
-    loading = Loading(
-        images.images, images.batch_size, workers, measuring.seed, group.rank, group.world, pin_memory=pin_memory
+    labelled = [] if eval_data is None else [eval_data]
+    sources = [*([data] if wanted else []), *labelled]
+    if not sources:
+        return None, None, None, []
+    how = image_data(
+        network, checkpoint.header, images, sources, labelled, seed=measuring.seed, group=group, pin_memory=pin_memory
     )
-    options = {name: getattr(images, name) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
-    own = is_factory(data) and (eval_data is None or is_factory(eval_data))
-    preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
-    open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
-    notes = []
-    if is_factory(data) and any(value is not None for value in options.values()):
-        notes.append("`data` is a factory, which prepares its images itself; size, crop, mean and std have no effect.")
-    batches = open_batches(data, loading) if wanted else None
+    batches = how.statistics(data) if wanted else None
+    notes = [] if batches is None else [*notes_of(data, batches, images, labelled=False)]
     held_out = None
     if eval_data is not None:
         with named("eval_data", "data"):
-            held_out = open_batches(eval_data, replace(loading, images=-1))
+            held_out = how.evaluated(eval_data)
+        said = notes_of(eval_data, held_out, images, labelled=True)
+        notes += [note for note in said if note not in notes]
         if _same(data, eval_data):
             notes.append(
                 "`eval_data` is the same as `data`, so the accuracy afterwards is higher than on images that were not "
                 "used for the statistics."
             )
-    return batches, held_out, preprocessing, notes
+    return batches, held_out, how.preprocessing, notes
+
+
+_LOOKED_AT = 256
+"""Images on which the loss before and after is compared if there are no others to evaluate."""
 
 
 def _measured(
@@ -326,20 +362,34 @@ def _measured(
     runner: Runner,
     batches: Batches,
     held_out: Batches | None,
-    estimator: str,
-    group: Group,
+    measuring: Measuring,
     progress: Progress,
 ) -> RecalibrationReport:
     """Run the network over the images; return the report with statistics and accuracy."""
+    sample = batches.first(_LOOKED_AT) if held_out is None else None
     before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
-    statistics = runner.recalibrate(batches, report.passes, estimator, progress)
+    fit_before = None if sample is None else runner.fit("looking before", sample, progress)
+    statistics = runner.recalibrate(
+        batches,
+        report.passes,
+        measuring.estimator,
+        progress,
+        include_frozen=measuring.include_frozen,
+        allow_unmeasured=measuring.allow_unmeasured,
+    )
     after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
+    fit_after = None if sample is None or fit_before is None else runner.fit("looking after", sample, progress)
     notes = list(report.notes)
-    broken = _everyones(batches.broken, group)
+    broken = [entry for part in gathered_objects(batches.broken) for entry in part]
     batches.check(broken)
     if broken:
         notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
-    unseen = [] if held_out is None else _everyones(held_out.broken, group)
+    if before is not None and held_out is not None:
+        notes += fewer_classes("`eval_data`", held_out, before.outputs)
+    doubt = _doubt(before, after) or _doubt_of_fit(fit_before, fit_after)
+    if doubt:
+        notes.append(f"{doubt} Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?")
+    unseen = [] if held_out is None else [entry for part in gathered_objects(held_out.broken) for entry in part]
     if unseen:
         notes.append(f"{len(unseen)} images of `eval_data` could not be read, such as {unseen[0]}.")
     return replace(
@@ -351,6 +401,36 @@ def _measured(
         after=after,
         notes=tuple(notes),
     )
+
+
+def _doubt(before: Accuracy | None, after: Accuracy | None) -> str:
+    """Return in words how bad the loss on held-out images is; empty if it is not."""
+    if before is None or after is None:
+        return ""
+    guessing = math.log(after.outputs)
+    if before.loss < guessing and not after.loss <= 1.5 * before.loss + 0.1:
+        return f"The network is far worse: its loss went from {before.loss:.4g} to {after.loss:.4g}."
+    if not after.loss < 0.9 * guessing:
+        return (
+            f"The network does not know these images: its loss is {after.loss:.4g}, that of guessing {guessing:.4g}. "
+            "Are the classes numbered as in the training (`class_map`)?"
+        )
+    return ""
+
+
+def _doubt_of_fit(before: Fit | None, after: Fit | None) -> str:
+    """Return in words how badly the network fits the images that were measured; empty if it does not."""
+    if before is None or after is None:
+        return ""
+    seen = f"{after.images} of the images that were measured"
+    if after.far_worse(before):
+        if after.by_loss(before):
+            return f"The network is far worse: its loss on {seen} went from {before.loss:.4g} to {after.loss:.4g}."
+        known = f"{after.information:.2g} nats, {before.information:.2g} before"
+        return f"The network is far worse: its predictions tell {seen} apart less than before ({known})."
+    if after.says_little:
+        return f"The network tells {seen} hardly apart. Or are they all of one kind?"
+    return ""
 
 
 def _check_gain(report: RecalibrationReport, eval_data: str | None) -> None:
@@ -369,9 +449,9 @@ def _same(data: str, other: str) -> bool:
 
 
 def new_buffers(
-    network: nn.Module, found: BatchNormReport, stored: Mapping[str, str], specs: Mapping[str, Any]
+    network: nn.Module, found: BatchNormReport, loaded: Loaded, specs: Mapping[str, Any]
 ) -> dict[str, OutTensor]:
-    """Return the tensors that change, with their names and dtypes in the checkpoint."""
+    """Return the tensors that change or are added, with their names and dtypes in the checkpoint."""
     measured = {network.get_submodule(layer): layer for layer in found.statistics}
     buffers: dict[str, Tensor] = {}
     counter = torch.tensor(found.batches)
@@ -384,29 +464,31 @@ def new_buffers(
             buffers[f"{lead}running_mean"] = mean
         buffers[f"{lead}running_var"] = variance
         buffers[f"{lead}num_batches_tracked"] = counter
+    lacking = sorted(loaded.added.keys() - buffers)
+    if lacking:
+        raise DataError(
+            f"the checkpoint has no '{loaded.added[lacking[0]]}', and the data do not reach that layer, so it cannot "
+            "be measured. Take images that reach all layers."
+        )
     changed = {}
-    made: dict[tuple[int, TensorSpec], OutTensor] = {}  # so that what was tied stays so
+    made: dict[Any, OutTensor] = {}  # so that what was tied stays so
     for name, values in buffers.items():
-        spec = specs[stored[name]] if name in stored else None  # files from before torch 0.4.1 lack the counter
-        if not isinstance(spec, TensorSpec):
-            continue
-        dtype = spec.dtype if values.is_floating_point() else DTYPES["int64"]  # other tools average the counter, too
+        own = loaded.names.get(name)
+        spec = specs[own] if own is not None else None
+        if own is None and name in loaded.added:
+            own, spec = loaded.added[name], network.get_buffer(name)
+        if own is None or not isinstance(spec, (TensorSpec, Tensor)):
+            continue  # files from before torch 0.4.1 lack the counter
+        stored = spec.dtype if isinstance(spec, TensorSpec) else DTYPES["float32"]
+        dtype = stored if values.is_floating_point() else DTYPES["int64"]  # other tools average the counter, too
         narrow = values.to(torch_dtype(dtype))
         if narrow.is_floating_point() and not torch.isfinite(narrow).all():
             raise NumericsError(f"the new '{name}' overflows {dtype.name}, its dtype in the checkpoint.")
-        new = OutTensor(dtype, spec.shape, Terms(), stored[name], data=_bytes(narrow))
-        changed[stored[name]] = made.setdefault((id(values), spec), new)
+        new = OutTensor(dtype, tuple(spec.shape), Terms(), own, data=_bytes(narrow))
+        changed[own] = made.setdefault((id(values), spec if isinstance(spec, TensorSpec) else name), new)
     return changed
 
 
 def _bytes(tensor: Tensor) -> bytes:
     """Return the bytes of a tensor, without NumPy, which the base installation lacks."""
     return bytes(tensor.reshape(-1).view(torch.uint8).tolist())
-
-
-def _everyones(broken: list[str], group: Group) -> list[str]:
-    if group.world == 1:
-        return broken
-    lists: list[list[str]] = [[] for _ in range(group.world)]
-    torch.distributed.all_gather_object(lists, broken)
-    return [entry for part in lists for entry in part]

@@ -33,6 +33,7 @@ def test_recal_bn_writes_new_statistics(averaged: Path) -> None:
     assert "averaged.pth: raw (state_dict), DigitsNet, 3 BatchNorm layers." in result.err
     assert "Statistics of 1297 images of" in result.err
     assert "Images: 1x8x8, crop 1 (center), bicubic, mean 0, std 1." in result.err
+    assert "From the options: size, crop, mean, std; from timm's default: interpolation." in result.err
     assert "on 500 images" in result.err
     assert result.err.splitlines()[-1] == "Wrote averaged-bn.pth: 3 layers recalibrated."
     assert averaged.read_bytes() == before
@@ -55,7 +56,7 @@ def test_recal_bn_writes_new_statistics(averaged: Path) -> None:
 def test_recal_bn_report_fits_a_narrow_terminal(averaged: Path, columns: int) -> None:
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", columns=columns)
     assert result.code == 0, result.err
-    table = result.err.splitlines()[3:-4]
+    table = result.err.splitlines()[4:-4]
     assert all(len(line) <= columns for line in table), table
     assert "…" not in result.err
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torchvision
 from conftest import Photos
 from PIL import Image
-from timm.data import IterableImageDataset, create_transform, resolve_data_config
+from timm.data import IterableImageDataset, create_transform
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
+from ckpt_tools.batchnorm.batches import images_of
 from ckpt_tools.errors import DataError, UsageError
 from ckpt_tools.evaluation.data import (
     DEFAULT_IMAGES,
@@ -24,7 +26,6 @@ from ckpt_tools.evaluation.data import (
     is_factory,
     open_data,
     plan_batches,
-    resolve_preprocessing,
 )
 
 PREPROCESSING: dict[str, Any] = {
@@ -79,15 +80,16 @@ def test_open_data_opens_a_dataset_of_timm_by_name(photos: Photos) -> None:
     assert sorted_rows(images_in(named)) == sorted_rows(images_in(opened(folder)))
 
 
-def test_open_data_numbers_labels_by_folder_in_order(photos: Photos) -> None:
-    folder = photos(classes=11, each=2)
+def test_open_data_numbers_labels_by_folder(photos: Photos) -> None:
+    """In the order of their text, as ImageFolder does; see test_classes for other orders."""
     brightness: dict[int, list[float]] = {}
-    for images, labels in opened(folder, batch_size=4):
+    for images, labels in opened(photos(classes=11, each=2), batch_size=4):
         for image, label in zip(images, labels.tolist(), strict=True):
             brightness.setdefault(label, []).append(image.mean().item())
     assert {label: len(values) for label, values in brightness.items()} == {i: 2 for i in range(11)}
-    # class10 comes behind class9, as timm sorts; the classes get brighter by number.
-    means = [sum(brightness[label]) for label in range(11)]
+    # The classes get brighter by number: class0, class1, class10, class2, ...
+    by_text = sorted(range(11), key=str)
+    means = [sum(brightness[by_text.index(number)]) for number in range(11)]
     assert means == sorted(means)
 
 
@@ -225,7 +227,7 @@ def test_batches_deal_a_list_out_to_processes(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("missing", "no such folder, tar or dataset"),
-        ("empty", "Found 0 images"),
+        ("empty", "no images in it; known are"),
         ("text.txt", r"neither a \.tar nor a factory"),
         ("mine.py:nothing", "gives a NoneType: neither"),
         ("mine.py:broken", "failed \\(KeyError: 'path'\\)"),
@@ -288,24 +290,6 @@ def test_is_factory_tells_factories_from_paths(source: str, yes: bool) -> None:
     assert is_factory(source) is yes
 
 
-def test_resolve_preprocessing_overrides_the_models_values_by_options() -> None:
-    model = torchvision.models.resnet18()
-    assert resolve_preprocessing(model, 3, {"img_size": None})["input_size"] == (3, 224, 224)
-    model.pretrained_cfg = PREPROCESSING | {"input_size": (3, 160, 160)}
-    found = resolve_preprocessing(model, 3, {"crop_pct": 0.5, "mean": None})
-    assert found["input_size"] == (3, 160, 160)
-    assert found["crop_pct"] == 0.5
-    assert found["mean"] == (0.5, 0.4, 0.3)
-    tested = timm.create_model("resnet18")  # trained at 224, tested at 288
-    assert resolve_preprocessing(tested, 3, {}) == resolve_data_config({}, model=tested, use_test_size=True)
-    assert resolve_preprocessing(tested, 3, {"img_size": 64})["input_size"] == (3, 64, 64)
-    gray = resolve_preprocessing(torchvision.models.resnet18(), 1, {})
-    assert gray["input_size"] == (1, 224, 224)
-    np.testing.assert_allclose(gray["mean"], [np.mean([0.485, 0.456, 0.406])])
-    with pytest.raises(UsageError, match="`mean` has 2 numbers for images of 3 channels"):
-        resolve_preprocessing(model, 3, {"mean": [0.1, 0.2]})
-
-
 def test_batches_report_a_worker_that_dies_as_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "deadly.py").write_text(
         "import os, signal, torch\n"
@@ -317,3 +301,130 @@ def test_batches_report_a_worker_that_dies_as_a_data_error(tmp_path: Path) -> No
     )
     with pytest.raises(DataError, match="a process that reads images died"):
         list(opened(f"{tmp_path}/deadly.py:make", workers=1))
+
+
+UNEVEN = """
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import Dataset
+class Uneven(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i): return torch.zeros(3, 4 + i % 2, 4), i
+def make(): return Uneven()
+def loader():  # as a DataLoader with workers does, whose end would take torch five seconds
+    try:
+        torch.utils.data.default_collate([Uneven()[i] for i in range(2)])
+    except RuntimeError:
+        failed = ExceptionWrapper(where="in DataLoader worker process 0")
+    class Loader:
+        def __iter__(self):
+            yield from [torch.zeros(2, 3)]
+            failed.reraise()
+    return Loader()
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "workers", "message"),
+    [
+        ("make", 0, r"^images do not go into one batch \(RuntimeError: stack expects each tensor to be equal size"),
+        ("make", 1, r"^images do not go into one batch \(RuntimeError: stack expects each tensor to be equal size"),
+        ("loader", 0, r"^a worker of the DataLoader failed \(RuntimeError: stack expects each tensor to be equal size"),
+    ],
+)
+def test_batches_tell_images_of_other_sizes_from_a_process_that_died(
+    tmp_path: Path, factory: str, workers: int, message: str
+) -> None:
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    with pytest.raises(DataError, match=message):
+        list(opened(f"{tmp_path}/uneven.py:{factory}", batch_size=4, workers=workers))
+
+
+class Stream(IterableDataset[Any]):
+    """Ten images, single or in batches of four, with or without labels."""
+
+    def __init__(self, *, batch: int | None, labels: str, shape: tuple[int, ...] = (3, 4, 4)) -> None:
+        self.batch, self.labels, self.shape = batch, labels, shape
+
+    def __iter__(self) -> Iterator[Any]:
+        images = [torch.full(self.shape, float(i)) for i in range(10)]
+        if self.batch is None:
+            yield from (self.item(image, i) for i, image in enumerate(images))
+        else:
+            for i in range(0, 10, self.batch):
+                part = range(i, min(10, i + self.batch))
+                yield self.item(torch.stack([images[j] for j in part]), torch.tensor(part))
+
+    def item(self, images: Any, label: Any) -> Any:
+        if self.labels == "dict":
+            return {"image": images, "label": label}
+        return (images, label) if self.labels == "tuple" else images
+
+
+@pytest.mark.parametrize("labels", ["tuple", "dict", "none"])
+@pytest.mark.parametrize("batch", [None, 4, 2])
+def test_a_stream_of_batches_is_not_put_into_batches_once_more(batch: int | None, labels: str) -> None:
+    found = [images_of(each) for each in Batches(Stream(batch=batch, labels=labels), Loading(batch_size=4))]
+    assert [tuple(images.shape) for images in found] == [(n, 3, 4, 4) for n in ((2,) * 5 if batch == 2 else (4, 4, 2))]
+    assert torch.cat(found)[:, 0, 0, 0].tolist() == list(range(10))
+
+
+def test_a_stream_that_may_be_of_either_kind_is_a_question() -> None:
+    for stream in (Stream(batch=3, labels="tuple", shape=(5, 6)), Stream(batch=4, labels="tuple", shape=(7,))):
+        with pytest.raises(DataError, match=r"one image, or a batch\? Return a DataLoader of it, with batch_size=None"):
+            Batches(stream, Loading())
+        loader = DataLoader(stream, batch_size=None)
+        assert sum(len(images) for images, _ in Batches(loader, Loading())) == 10
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 1), (3, 3, 1), (1,) * 5, (4, 1, 4, 1, 1), (1, 4, 4), (2, 1, 1, 4), (1,)])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_batch_of_one_image_goes_where_a_neighbour_goes(sizes: tuple[int, ...], world: int) -> None:
+    """No process gets a single image alone, unless there is no other."""
+    starts = np.cumsum([0, *sizes])
+    batches = [torch.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    dealt = [list(Batches(batches, Loading(rank=rank, world=world))) for rank in range(world)]
+    assert sorted(int(i) for part in dealt for batch in part for i in batch) == list(range(sum(sizes)))
+    for part in dealt:
+        assert sum(map(len, part)) != 1 or sum(sizes) == 1
+        assert part == sorted(part, key=lambda batch: int(batch[0]))
+
+
+@pytest.mark.parametrize("sampler", [DistributedSampler, OrderedDistributedSampler])
+@pytest.mark.parametrize("count", [37, 33])
+def test_a_loader_with_a_distributed_sampler_is_read_whole(sampler: Any, count: int) -> None:
+    """Each image once, though the sampler repeats some and the last batch would be of one image."""
+    data = TensorDataset(torch.arange(count).float()[:, None])
+    dealt = []
+    for rank in range(4):
+        loader = DataLoader(data, batch_size=8, sampler=sampler(data, num_replicas=4, rank=rank))
+        batches = Batches(loader, Loading(rank=rank, world=4))
+        assert batches.images == count
+        dealt.append([batch for (batch,) in batches])
+    assert sorted(int(i) for part in dealt for batch in part for i in batch) == list(range(count))
+    assert all(len(batch) > 1 for part in dealt for batch in part)
+
+
+def test_a_sampler_that_cannot_be_made_whole_is_refused() -> None:
+    class Half(DistributedSampler[Any]):
+        def __iter__(self) -> Iterator[int]:
+            return iter([self.rank])
+
+    data = TensorDataset(torch.arange(8).float()[:, None])
+    loader = DataLoader(data, batch_size=2, sampler=Half(data, num_replicas=2, rank=1))
+    with pytest.raises(DataError, match=r"the sampler of the loader \(Half\) keeps a share for each process"):
+        Batches(loader, Loading(rank=1, world=2))
+    assert len(list(Batches(loader, Loading()))) == 1  # of one process alone it is as the user wants it
+
+
+def test_the_first_images_are_some_of_those_that_are_measured(photos: Photos) -> None:
+    batches = opened(photos(classes=6, each=10, size=8), images=30, batch_size=7)
+    some = batches.first(10)
+    assert some is not None
+    assert some.images == 10
+    assert set(sorted_rows(images_in(some))) < set(sorted_rows(images_in(batches)))
+    assert len(images_in(batches)) == 30
+    stream = Batches([torch.zeros(4, 2)] * 3, Loading()).first(6)
+    assert stream is not None
+    assert sum(map(len, stream)) == 6
+    assert Batches(iter([torch.zeros(4, 2)]), Loading()).first(2) is None

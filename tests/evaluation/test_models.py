@@ -137,27 +137,96 @@ def test_load_weights_names_weights_that_do_not_fit(save: Save) -> None:
         built(path, f"{path.parent}/fits.py:net")
 
 
+NET = "nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))"
+
+
+def factory(folder: Path, made: str) -> str:
+    file = folder / f"net{abs(hash(made))}.py"  # of its own for each model: an imported module stays
+    file.write_text(f"from torch import nn\ndef net(): return {made}\n")
+    return f"{file}:net"
+
+
+@pytest.mark.parametrize("lead", ["model.", "net.backbone.", "module.student.", "_orig_mod.model."])
+def test_load_weights_understands_a_prefix_of_all_names(save: Save, lead: str) -> None:
+    layers = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    state = {f"{lead}{name}": tensor for name, tensor in layers.state_dict().items()}
+    path = save("a.pth", {"state_dict": state})
+    checkpoint = open_checkpoint(path)
+    model = build_model(factory(path.parent, NET), checkpoint.header, {}, checkpoint.specs)
+    loaded = load_weights(model, checkpoint)
+    assert all(tensor.equal(layers.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert loaded.names == {name: f"{lead}{name}" for name in layers.state_dict()}
+    shown = lead.removeprefix("module.").removeprefix("_orig_mod.")
+    assert loaded.notes == (f"The names of the model begin with '{shown}' in the checkpoint.",)
+
+
+def test_load_weights_names_the_prefix_that_the_model_has_alone(save: Save) -> None:
+    layers = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    path = save("a.pth", {"state_dict": layers.state_dict()})
+    spec = factory(path.parent, f"nn.ModuleDict({{'head': {NET}}})")
+    with pytest.raises(ModelError, match=r"lack 'head\.'\. Run `fix_prefix\(add=\['head\.'\]\)`"):
+        built(path, spec)
+    fixed = fix_prefix(path, out=path.with_name("b.pth"), add=["head."])
+    assert isinstance(built(Path(fixed.out), spec), nn.Module)
+
+
 @pytest.mark.parametrize(
-    ("own", "stored", "fix"),
+    ("lead", "beside"),
     [
-        ("", "model.", r"start with 'model\.'\. Run `fix_prefix\(strip=\['model\.'\]\)`"),
-        ("", "net.backbone.", r"`fix_prefix\(strip=\['net\.backbone\.'\]\)`"),
-        ("", "module.student.", r"`fix_prefix\(strip=\['module\.student\.'\]\)`"),
-        ("head.", "", r"lack 'head\.'\. Run `fix_prefix\(add=\['head\.'\]\)`"),
+        ("model.", ("criterion.weight", "ema_decay", "train_acc.total")),
+        ("", ("criterion.weight", "loss_fn.pos_weight", "class_weights", "val_metric.total")),
     ],
 )
-def test_load_weights_names_the_prefix_by_which_all_names_differ(save: Save, own: str, stored: str, fix: str) -> None:
+def test_load_weights_leaves_the_weights_of_a_loss_aside(save: Save, lead: str, beside: tuple[str, ...]) -> None:
     layers = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    path = save("a.pth", {"state_dict": {f"{stored}{name}": tensor for name, tensor in layers.state_dict().items()}})
-    made = "nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))"
-    made = f"nn.ModuleDict({{'head': {made}}})" if own else made
-    file = path.parent / f"net{len(own)}.py"  # of its own for each model: an imported module stays
-    file.write_text(f"from torch import nn\ndef net(): return {made}\n")
-    with pytest.raises(ModelError, match=fix):
-        built(path, f"{file}:net")
-    kind, prefix = ("add", own) if own else ("strip", stored)
-    fixed = fix_prefix(path, out=path.with_name("b.pth"), **{kind: [prefix]})
-    assert isinstance(built(Path(fixed.out), f"{file}:net"), nn.Module)
+    state = {f"{lead}{name}": tensor for name, tensor in layers.state_dict().items()}
+    path = save("a.pth", {"state_dict": state | {name: torch.ones(2) for name in beside}})
+    checkpoint = open_checkpoint(path)
+    model = build_model(factory(path.parent, NET), checkpoint.header, {}, checkpoint.specs)
+    loaded = load_weights(model, checkpoint)
+    assert all(tensor.equal(layers.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert loaded.notes[-1].startswith(
+        f"{len(beside)} tensors are not the model's, and stay as they are ({beside[0]}, "
+    )
+
+
+def test_load_weights_does_not_choose_between_two_models(save: Save) -> None:
+    layers = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict()
+    both = {f"{lead}.{name}": tensor for lead in ("student", "teacher") for name, tensor in layers.items()}
+    path = save("a.pth", {"state_dict": both})
+    with pytest.raises(ModelError, match=r"the model fits in 2 places, such as 'student\.' and 'teacher\.'"):
+        built(path, factory(path.parent, NET))
+    other = {name.replace("teacher", "other"): tensor for name, tensor in both.items()}
+    other["other.0.weight"] = torch.zeros(2, 5)
+    path = save("b.pth", {"state_dict": other})  # of the same names, and another shape
+    assert built(path, factory(path.parent, NET))[0].weight.equal(layers["0.weight"])
+
+
+def test_load_weights_refuses_a_model_that_is_a_part(save: Save) -> None:
+    """A deeper network has all names of one with fewer blocks."""
+    deep = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    path = save("a.pth", {"state_dict": {f"model.{name}": tensor for name, tensor in deep.state_dict().items()}})
+    with pytest.raises(ModelError, match=r"4 unexpected \(2\.weight, "):
+        built(path, factory(path.parent, "nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))"))
+
+
+def test_load_weights_names_the_buffers_that_a_checkpoint_lacks(save: Save) -> None:
+    """An average of parameters alone has no statistics; what it would call them follows from its other names."""
+    layers = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
+    buffers = [name for name, _ in layers.named_buffers()]
+    state = {f"module.model.{name}": tensor for name, tensor in layers.named_parameters()}
+    path = save("a.pth", {"state_dict": state})
+    checkpoint = open_checkpoint(path)
+    spec = factory(path.parent, NET.removesuffix(")") + ", nn.BatchNorm1d(2, affine=False))")
+    model = build_model(spec, checkpoint.header, {}, checkpoint.specs)
+    loaded = load_weights(model, checkpoint, measured=buffers)
+    assert loaded.added == {name: f"module.model.{name}" for name in buffers}
+    assert "These weights have no BatchNorm statistics; the measured ones are added to them." in loaded.notes
+    with pytest.raises(ModelError, match=r"4 missing \(1\.running_mean, "):
+        load_weights(model, checkpoint)
+    path = save("b.pth", {"state_dict": state | {"module.model.1.running_var": torch.ones(2)}})
+    with pytest.raises(ModelError, match=r"3 missing \(1\.running_mean, "):
+        load_weights(model, open_checkpoint(path), measured=buffers)
 
 
 def test_load_weights_accepts_files_without_num_batches_tracked(save: Save) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from cli_runner import run
 from conftest import Photos
+from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
 from timm.data import create_transform, resolve_data_config
 from torch import nn
@@ -44,11 +45,9 @@ def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def oracle(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+def oracle(model: nn.Module, folder: Path, said: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
     """Buffers by torch alone: one batch of all images, BatchNorm in train mode with a momentum of 1."""
-    from PIL import Image
-
-    config = resolve_data_config({"img_size": 32}, model=model)
+    config = resolve_data_config({"img_size": 32} if said is None else dict(said), model=model)
     transform = create_transform(**config, is_training=False)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in sorted(folder.rglob("*.png"))])
     model.eval()
@@ -241,8 +240,6 @@ def test_recalibrate_checkpoint_measures_the_accuracy_that_torch_does(save: Save
     assert report.before is not None
     assert report.after is not None
     assert any("so the accuracy afterwards is higher than" in note for note in report.notes)
-    from PIL import Image
-
     transform = create_transform(**resolve_data_config({"img_size": 32}, model=network()), is_training=False)
     files = sorted(folder.rglob("*.png"))
     images = torch.stack([transform(Image.open(f).convert("RGB")) for f in files])
@@ -256,6 +253,94 @@ def test_recalibrate_checkpoint_measures_the_accuracy_that_torch_does(save: Save
         assert found.top5 == pytest.approx(100.0)  # of three classes
         assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
         assert found.images == 18
+
+
+def test_recalibrate_checkpoint_prepares_images_as_the_run_did(save: Save, photos: Photos) -> None:
+    """What is evaluated by its train.py: the images at the size, mean and std in its args."""
+    args = argparse.Namespace(
+        model="test_resnet", num_classes=3, img_size=48, mean=[0.2] * 3, std=[0.1] * 3, crop_pct=1.0,
+        interpolation="bilinear",
+    )  # fmt: skip
+    model, folder = network(), photos()
+    path = save("a.pth", {"arch": "test_resnet", "args": args, "state_dict": model.state_dict()})
+    report = recalibrate_checkpoint(path, data=str(folder), batch_size=12, workers=0)
+    assert set(report.preprocessing_from.values()) == {"the args of the checkpoint"}
+    found = load(path.with_name("a-bn.pth"))["state_dict"]
+    for name, want in oracle(network(), folder, vars(args)).items():
+        np.testing.assert_allclose(found[name].numpy(), want.numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lead", ["", "model."])
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_recalibrate_checkpoint_fills_in_the_statistics_of_parameters_alone(
+    save: Save, photos: Photos, tmp_path: Path, lead: str, suffix: str
+) -> None:
+    model, folder = network(), photos()
+    state = {f"{lead}{name}": value.detach() for name, value in model.named_parameters()}
+    state |= {"criterion.weight": torch.ones(3)}
+    path = tmp_path / f"ema.{suffix}"
+    torch.save({"state_dict": state}, path) if suffix == "pth" else save_file(state, path)
+    report = recalibrate_checkpoint(path, data=str(folder), model="test_resnet", **QUICK | {"batch_size": 12})
+    assert any("the measured ones are added" in note for note in report.notes)
+    out = path.with_name(f"ema-bn.{suffix}")
+    found = load(out)["state_dict"] if suffix == "pth" else load_file(out)
+    assert all(found[name].equal(value) for name, value in state.items())
+    assert found.pop("criterion.weight").equal(torch.ones(3))
+    made = {name.removeprefix(lead): value for name, value in found.items()}
+    network().load_state_dict(made)  # strictly
+    for name, want in oracle(network(), folder).items():
+        np.testing.assert_allclose(made[name].numpy(), want.numpy(), rtol=1e-4, atol=1e-6)
+
+
+BRIGHT = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    '''Tells three classes by their brightness, if images are normalised by 0 and 1.'''
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.fc = nn.BatchNorm2d(3, affine=False), nn.Linear(1, 3)
+        self.bn.running_mean.fill_(0.175)
+        self.bn.running_var.fill_(0.0073)
+        levels = (torch.tensor([25.0, 45.0, 65.0]) / 255 - 0.175) / 0.0073**0.5
+        with torch.no_grad():
+            self.fc.weight[:, 0], self.fc.bias[:] = 40 * levels, -20 * levels**2
+
+    def forward(self, x):
+        return self.fc(self.bn(x).mean((1, 2, 3))[:, None])
+
+def wrong():  # as of another mean and std
+    return [(torch.randn(8, 3, 8, 8) * 30 + 9, torch.arange(8) % 3) for _ in range(3)]
+"""
+
+
+def test_recalibrate_checkpoint_says_when_the_network_is_far_worse(save: Save, photos: Photos, tmp_path: Path) -> None:
+    (tmp_path / "bright.py").write_text(BRIGHT)
+    names = runpy.run_path(str(tmp_path / "bright.py"))
+    path, folder = save("a.pth", names["Net"]().state_dict()), photos(each=20)
+    options = {"model": f"{tmp_path}/bright.py:Net", "workers": 0, "crop_pct": 1.0, "img_size": 32, "force": True}
+    plain = {"mean": [0.0], "std": [1.0]}
+
+    def doubts(**given: Any) -> list[str]:
+        report = recalibrate_checkpoint(path, **{"data": str(folder), **options, **given})
+        return [note for note in report.notes if "of the training?" in note]
+
+    assert doubts(**plain) == []
+    assert doubts(**plain, eval_data=str(folder)) == []
+    (doubt,) = doubts(**plain, data=f"{tmp_path}/bright.py:wrong", eval_data=str(folder))
+    assert doubt.startswith("The network is far worse: its loss went from ")
+    assert "Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?" in doubt
+    unlike = tmp_path / "unlike.txt"
+    unlike.write_text("class2\nclass0\nclass1\n")
+    (doubt,) = doubts(**plain, eval_data=str(folder), class_map=unlike)
+    assert "Are the classes numbered as in the training (`class_map`)?" in doubt
+    few = tmp_path / "few"
+    (few / "class0").mkdir(parents=True)
+    Image.open(folder / "class0" / "0-0.png").save(few / "class0" / "0.png")
+    report = recalibrate_checkpoint(path, data=str(folder), eval_data=str(few), **options, **plain)
+    assert any("1 class folders, and the network 3 outputs" in note for note in report.notes)
 
 
 def test_recalibrate_checkpoint_with_require_gain_writes_nothing_without_a_gain(

@@ -491,7 +491,9 @@ def test_the_drift_is_that_of_recal_bn_on_the_best_average(save: Save, here: Pat
     torch.manual_seed(0)
     for i in range(3):
         save(f"run/c-{i}.pth", {"model": namespace["net"]().state_dict(), "step": i})
-    images: dict[str, Any] = {"img_size": 16, "crop_pct": 1.0, "workers": 0, "batch_size": 6}
+    images: dict[str, Any] = {
+        "img_size": 16, "crop_pct": 1.0, "mean": [0.5], "std": [0.25], "workers": 0, "batch_size": 6,
+    }  # fmt: skip
     shared = {"model": "net.py:net", "data": str(photos()), **images}
     found = sweep("run", mode="uniform", eval_data=shared["data"], keep=0, metric="loss", report="s.html", **shared)
     assert found.best is not None

@@ -357,20 +357,20 @@ def test_options_that_would_have_no_effect_are_refused(
 
 def test_scores_of_a_model_with_other_arguments_are_measured_again(save: Save, here: Path) -> None:
     series(save)
-    Path("nets.py").write_text(
+    Path("scaled_net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n"
         "    def __init__(self, scale=1.0):\n        super().__init__()\n        self.scale = scale\n"
         "        self.w = torch.nn.Parameter(torch.zeros(4, 3))\n        self.register_buffer('n', torch.tensor(0))\n"
         "    def forward(self, x):\n        return self.scale * x.flatten(1) @ self.w\n\n"
         "def images():\n    return [(torch.arange(8.0).reshape(2, 1, 2, 2), torch.tensor([0, 2]))] * 4\n"
     )
-    sys.modules.pop("nets", None)
-    options: dict[str, Any] = {"last": 2, "model": "nets.py:Net", "metric": "loss", "state": "raw"}
-    found = sweep("run", eval_data="nets.py:images", **options)
+    sys.modules.pop("scaled_net", None)
+    options: dict[str, Any] = {"last": 2, "model": "scaled_net.py:Net", "metric": "loss", "state": "raw"}
+    found = sweep("run", eval_data="scaled_net.py:images", **options)
     assert found.evaluations == 1 + N
     for others in ({"model_kwargs": {"scale": 2.0}}, {"split": "train"}, {"data_root": "there"}):
-        assert sweep("run", eval_data="nets.py:images", **options, **others).reused == 0
-    assert sweep("run", eval_data="nets.py:images", **options).evaluations == 0
+        assert sweep("run", eval_data="scaled_net.py:images", **options, **others).reused == 0
+    assert sweep("run", eval_data="scaled_net.py:images", **options).evaluations == 0
 
 
 def test_averaged_statistics_are_told_if_a_function_scores_them(save: Save, here: Path) -> None:

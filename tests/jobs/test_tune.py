@@ -234,6 +234,9 @@ def test_safetensors_keep_their_dtypes_and_metadata(tmp_path: Path) -> None:
     found = load_file(tmp_path / "a-tuned.safetensors")
     assert {name for name in state if not state[name].equal(found[name])} == HEAD | BN3
     assert all(found[name].dtype == state[name].dtype for name in state)
+    with pytest.raises(NumericsError, match=r"the new 'head\.(weight|bias)' is not finite, or overflows float16"):
+        tune(tmp_path / "a.safetensors", epochs=1, lr=1e7, out=tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_lists_of_batches_are_counted_and_their_order_kept(averaged: Path) -> None:
@@ -268,7 +271,16 @@ def small(save: Save, photos: Photos) -> tuple[Path, dict[str, Any]]:
 def test_folders_have_sizes_of_which_a_refused_one_is_told(small: tuple[Path, dict[str, Any]]) -> None:
     path, options = small
     options["model_kwargs"] = {"dynamic_img_size": False}
-    report = tune_checkpoint(path, sizes=[160, 64], **options)
+    seen: list[Any] = []
+    report = tune_checkpoint(
+        path,
+        sizes=[160, 64],
+        on_sizes=seen.append,
+        on_progress=lambda what, *_: seen.append(what) if seen else None,
+        **options,
+    )
+    assert seen[0] == report.sizes
+    assert any("training" in what for what in seen[1:])
     assert [each.size for each in report.sizes] == [160, 64]
     assert report.sizes[0].accuracy is not None
     assert report.sizes[1].accuracy is None
@@ -306,13 +318,16 @@ def test_a_teacher_with_published_weights_gets_images_in_its_own_normalisation(
             return torch.zeros(len(images), 3)
 
     def made(name: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+        if name == "resnet18":
+            raise OSError("offline")
         return Seeing() if pretrained else create(name, **arguments)
 
     monkeypatch.setattr(timm, "create_model", made)
     report = tune_checkpoint(path, teacher="test_resnet.r160_in1k", mean=[0.5], std=[0.5], dry_run=True, **options)
     assert any("its own mean (0.2, 0.3, 0.4) and std (0.5, 0.6, 0.7)" in note for note in report.notes)
     taken = seen[0]
-    seen.clear()
+    with pytest.raises(ModelError, match=r"its published weights cannot be had \(OSError: offline\)"):
+        tune_checkpoint(path, teacher="resnet18", **options)
     tune_checkpoint(path, teacher=f"{HERE}:teacher_of_photos", mean=[0.5], std=[0.5], dry_run=True, **options)
     plain = digits_at.PHOTOS[-1]
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in Seeing.pretrained_cfg.values())
@@ -367,6 +382,7 @@ BAD: list[tuple[Mapping[str, Any], type[CkptError], str]] = [
     ({"data": f"{HERE}:failing"}, DataError, r"`data`.* failed .*the cable is out"),
     ({"data": f"{HERE}:stream12"}, UsageError, "a factory here gives an iterator"),
     ({"teacher": f"{HERE}:nine"}, ModelError, "teacher '.*:nine' has 9 classes, and the network .* has 10"),
+    ({"teacher": f"{HERE}:raising"}, ModelError, r"cannot be made \(RuntimeError: no weights\)"),
     ({"teacher": f"{HERE}:text"}, ModelError, "gives a str, not a torch.nn.Module"),
     ({"teacher": f"{HERE}:failing_teacher"}, UsageError, "`teacher=.*has no 'failing_teacher'"),
     ({"teacher": "resnet17"}, UsageError, "`teacher='resnet17'`: is no checkpoint, no timm model"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
-from ckpt_tools.errors import NumericsError
-from ckpt_tools.tuning.normalisation import last_layer, measure_layer
+from ckpt_tools.batchnorm import recalibrate_bn
+from ckpt_tools.tuning.normalisation import last_layer, only
 from digits_net import DigitsNet
 
 
@@ -20,7 +19,10 @@ def test_the_last_layer_alone_gets_the_statistics_of_its_input() -> None:
     before = {name: each.clone() for name, each in network.state_dict().items()}
     batches = [3 * torch.randn(n, 1, 12, 12).double() for n in (8, 8, 5)]
     assert last_layer(network, batches[0], network) == "bn3"
-    measure_layer(network, "bn3", batches, network)
+    momenta = [layer.momentum for layer in (network.bn1, network.bn2, network.bn3)]
+    with only(network, ["bn3"]):
+        recalibrate_bn(network, batches)
+    assert [layer.momentum for layer in (network.bn1, network.bn2, network.bn3)] == momenta
     assert network.training
 
     # By hand: the network in front of the layer, with the statistics that are stored, all images as one set.
@@ -52,11 +54,3 @@ def test_the_last_layer_is_the_one_that_is_called_last() -> None:
     assert last_layer(network, torch.ones(2, 2), network) == "last"
     assert last_layer(nn.Linear(2, 2), torch.ones(2, 2), nn.Linear(2, 2)) is None
     assert not network.first._forward_pre_hooks
-
-
-def test_an_input_that_is_not_finite_is_an_error_and_nothing_changes() -> None:
-    layer = nn.Sequential(nn.BatchNorm1d(2))
-    with pytest.raises(NumericsError, match="input of '0' holds NaN"):
-        measure_layer(layer, "0", [torch.full((3, 2), torch.nan)], layer)
-    assert layer[0].running_var.equal(torch.ones(2))
-    assert not layer[0]._forward_pre_hooks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -90,46 +90,56 @@ def _classifier(
     example: Checkpoint,
     on_progress: Callable[..., None],
 ) -> Iterator[Evaluators]:
-    from ...batchnorm.recalibrate import check_options, find_layers
-    from ...compute.threads import default_threads
-    from ...evaluation.data import Loading, is_factory, open_data, resolve_preprocessing
+    from ...batchnorm.layers import find_layers
+    from ...batchnorm.processes import Group
+    from ...batchnorm.recalibrate import check_options
+    from ...evaluation.data import is_factory
     from ...evaluation.evaluators import Classifier
-    from ...evaluation.models import build_model, importable, input_channels, load_weights, pick_device
+    from ...evaluation.models import build_model, call_of, importable, load_weights, pick_device
+    from ...evaluation.preprocessing import described
     from ...evaluation.runner import Runner
+    from ..image_data import fewer_classes, image_data, notes_of
 
     check_options(images.passes, images.estimator)
     device = pick_device("auto" if running.device == "cuda" else running.device)
     sources = [each for each in (eval_data, honesty.test, images.data) if each is not None]
-    with importable(which.model, *filter(is_factory, sources)):
+    with importable(which.model, which.forward, *filter(is_factory, sources)):
+        call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
-        load_weights(network, example)  # so that what does not fit is told before any work
+        loaded = load_weights(network, example)  # so that what does not fit is told before any work
         layers, _ = find_layers(network)
         network.to(device)
-        options = {name: getattr(images, name) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
-        own = all(map(is_factory, sources))
-        preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
-        workers = min(8, default_threads()) if images.workers is None else images.workers
-        loading = Loading(-1, images.batch_size, workers, images.seed, pin_memory=device.type == "cuda")
-        open_batches = partial(open_data, preprocessing=preprocessing, root=images.data_root)
+        labelled = [each for each in (eval_data, honesty.test) if each is not None]
+        how = image_data(
+            network, example.header, images, sources, labelled,
+            seed=images.seed, group=Group(), pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        prepared = [] if how.preprocessing is None else [" ".join(described(how.config, how.config_from))]
+        notes = [*loaded.notes, *prepared, *_notes(images.data, eval_data, has_layers=bool(layers))]
         statistics = None
         if images.data is not None and layers:
-            statistics = open_batches(images.data, replace(loading, images=images.images), split=images.split)
+            statistics = how.statistics(images.data)
+            notes += notes_of(images.data, statistics, images, labelled=False)
         identity = {
-            "preprocessing": {name: repr(value) for name, value in sorted(preprocessing.items())},
+            "preprocessing": {name: repr(value) for name, value in sorted(how.config.items())},
+            "classes": [dict(reading) for reading in how.order.readings] or how.order.natural,
             "model": which.model or type(network).__name__,
             "model_kwargs": {name: repr(value) for name, value in sorted((which.model_kwargs or {}).items())},
             "data_root": images.data_root,
+            "called": [which.forward, which.inputs, which.mask],
             "recalibrated": None
             if statistics is None
             else [images.data, statistics.images, images.passes, images.estimator, images.batch_size, images.seed]
             + [images.split],
             "amp": running.amp,
         }
-        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last)
+        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
 
         def classifier(data: str, option: str, split: str) -> Classifier:
             with named(option, "data"):
-                held_out = open_batches(data, loading, split=split)
+                held_out = how.evaluated(data, split)
+            notes.extend(note for note in notes_of(data, held_out, images, labelled=True) if note not in notes)
+            notes.extend(fewer_classes(data, held_out, getattr(network, "num_classes", 0)))  # timm's models have it
             if held_out.once or (statistics is not None and statistics.once):
                 raise UsageError("the data are evaluated many times, and a factory here gives an iterator, not a list.")
             return Classifier(
@@ -149,7 +159,7 @@ def _classifier(
             None if honesty.test is None else classifier(honesty.test, "test", honesty.test_split or images.split),
             "top1",
             None if statistics is None else partial(evaluator.measured, images=statistics),
-            tuple(_notes(images.data, eval_data, has_layers=bool(layers))),
+            tuple(notes),
         )
 
 

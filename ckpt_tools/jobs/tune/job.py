@@ -6,7 +6,7 @@ import ctypes
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,9 @@ def tune_checkpoint(
     sources = [images.data, images.eval_data, teaching.teacher]
     with importable(which.model, *(each for each in sources if each is not None and is_factory(each))):
         network = build_model(which.model, header, which.model_kwargs or {}, checkpoint.specs)
-        stored = load_weights(network, checkpoint)
-        setting = open_setting(network, device, which, images, training, teaching, numerics)
-        report = _planned(setting, checkpoint, source, target, images, training, teaching, recipe)
+        loaded = load_weights(network, checkpoint)
+        setting = open_setting(network, header, device, which, images, training, teaching, numerics)
+        report = _planned(setting, checkpoint, source, target, images, training, teaching, recipe, loaded.notes)
 
         def lay_out(changed: Mapping[str, OutTensor], settings: Mapping[str, Any]) -> Assembly:
             record = provenance(
@@ -104,10 +104,11 @@ def tune_checkpoint(
                 check_space(scratch, report.feature_bytes)
 
         def work(report: TuneReport) -> TuneReport:
-            done = worked(report, setting, recipe, scratch, running.on_progress or (lambda *_: None))
+            progress, on_sizes = (each or (lambda *_: None) for each in (running.on_progress, images.on_sizes))
+            done = worked(report, setting, recipe, scratch, progress, on_sizes)
             if output.require_gain:
                 _check_gain(done)
-            changed = _changed(setting, stored, checkpoint.specs)
+            changed = _changed(setting, loaded.names, checkpoint.specs)
             write(lay_out(changed, report.settings), header.files, force=output.force)
             return done
 
@@ -123,6 +124,7 @@ def _planned(
     training: Training,
     teaching: Teaching,
     recipe: Recipe,
+    said: Sequence[str],
 ) -> TuneReport:
     data = setting.data
     taught = teaching.teacher is not None
@@ -158,6 +160,7 @@ def _planned(
         images=data.images,
         classes=setting.classes,
         preprocessing={} if is_factory(images.data) else data.preprocessing,
+        preprocessing_from={} if is_factory(images.data) else data.preprocessing_from,
         train=training.train,
         head=None if setting.head is None else setting.head.name,
         trained=setting.trained,
@@ -166,7 +169,7 @@ def _planned(
         settings={name: value for name, value in settings.items() if value is not None},
         teacher=None if setting.teacher is None else setting.teacher.name,
         feature_bytes=data.images * sum(row.nbytes for row in setting.rows),
-        notes=setting.notes,
+        notes=(*said, *setting.notes),
     )
 
 

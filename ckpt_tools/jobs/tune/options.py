@@ -1,5 +1,6 @@
 """The options of a tuning."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ...series.rules.rule import Numbers
@@ -21,6 +22,7 @@ class LabelledImages(Images):
         "Labelled images that have no part in the training, to compare before and after.", None, metavar="DATA"
     )
     sizes: Numbers | None = option("Show first what these image sizes give on `eval_data` without training.", None)
+    on_sizes: Callable[..., None] | None = option("Called with these scores before the training.", None)
 
 
 class Training(Options):

@@ -52,6 +52,7 @@ class TuneReport(Report):
         images: number of images to train on.
         classes: outputs of the network.
         preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
+        preprocessing_from: each of these with where it is from.
         train: ``head``, ``last-block`` or ``all``.
         head: name of the classifier; None where it is not needed.
         trained: names of the modules that are trained; empty for the whole network.
@@ -82,6 +83,7 @@ class TuneReport(Report):
     images: int
     classes: int
     preprocessing: Mapping[str, Any]
+    preprocessing_from: Mapping[str, str]
     train: str
     head: str | None
     trained: tuple[str, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...batchnorm.recalibrate import find_layers
-from ...compute.threads import default_threads
+from ...batchnorm.layers import find_layers
+from ...batchnorm.processes import Group
 from ...errors import DataError, ModelError, UsageError
-from ...evaluation.data import Batches, Loading, is_factory, open_data, resolve_preprocessing
-from ...evaluation.models import input_channels
+from ...evaluation.data import Batches, is_factory
 from ...evaluation.runner import Runner
+from ...formats.header import Header
 from ...tuning.examples import as_logits, called, check_labels, labelled, taught
 from ...tuning.features import Row
 from ...tuning.head import Head, Tap, find_head, last_block
 from ...tuning.normalisation import last_layer
+from ..image_data import fewer_classes, image_data, notes_of
 from ..options import Network, Numerics
+from ..outputs import named
 from .options import LabelledImages, Teaching, Training
 from .teacher import Teacher, open_teacher
 
@@ -38,6 +40,7 @@ class Data:
         sizes: the same at other sizes.
         images, steps: number of training images, and of their batches.
         preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
+        preprocessing_from: each of these with where it is from.
         notes: decisions, in words.
     """
 
@@ -48,6 +51,7 @@ class Data:
     images: int
     steps: int
     preprocessing: Mapping[str, Any]
+    preprocessing_from: Mapping[str, str]
     notes: tuple[str, ...]
 
 
@@ -67,7 +71,6 @@ class Setting:
         trained: modules that are trained; empty for the whole network.
         parameters: those that are trained.
         layers: BatchNorm layers that are measured: name to layer.
-        only_last: measure the one layer behind the others, which keep their statistics.
         teacher: None without one.
         classes: outputs of the network.
         rows: what is stored of each image: the input of the classifier, and logits of the teacher; empty if nothing is.
@@ -85,7 +88,6 @@ class Setting:
     trained: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
     layers: Mapping[str, nn.Module]
-    only_last: bool
     teacher: Teacher | None
     classes: int
     rows: tuple[Row, ...]
@@ -109,6 +111,7 @@ def _placed(images: Tensor, device: torch.device, *, channels_last: bool) -> Ten
 
 def open_setting(
     network: nn.Module,
+    header: Header,
     device: torch.device,
     which: Network,
     images: LabelledImages,
@@ -119,7 +122,7 @@ def open_setting(
     """Open the data and the teacher, find the classifier, and run one batch.
 
     Args:
-        network: with its weights.
+        network, header: with the weights of the checkpoint with this header.
 
     Raises:
         CkptError: one of them is missing, or they do not fit together.
@@ -128,7 +131,7 @@ def open_setting(
     head = None if training.train == "all" else find_head(network, training.head)
     if training.train == "head" and head is not None:
         _check_apart(network, head)
-    data = open_images(network, images, training, pin_memory=device.type == "cuda")
+    data = open_images(network, header, images, training, pin_memory=device.type == "cuda")
     teacher, notes = None, data.notes
     if teaching.teacher is not None:
         teacher, more = open_teacher(teaching.teacher, which, network, data.preprocessing, device)
@@ -155,10 +158,12 @@ def open_setting(
             modules = (head.name,) if training.train == "head" else last_block(network, head.name, first)
         classes = as_logits(name, found, len(first)).shape[1]
         check_labels(labels, classes)
+        notes += (*fewer_classes("`data`", data.measured, classes),)
         if teacher is not None:
             rows.append(_row(taught(teacher.name, teacher, first, classes)))
         recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
-        layers, skipped = find_layers(network)
+        found_layers, skipped = find_layers(network)
+        layers = {each: layer.module for each, layer in found_layers.items()}
         if recalibrate == "last":
             last = last_layer(network, first, forward)
             layers = {} if last is None else {last: layers[last]}
@@ -179,7 +184,6 @@ def open_setting(
         trained=modules,
         parameters=_parameters(network, modules),
         layers=layers,
-        only_last=recalibrate == "last",
         teacher=teacher,
         classes=classes,
         rows=tuple(rows) if training.train == "head" and not training.augment else (),
@@ -213,39 +217,37 @@ def _check_apart(network: nn.Module, head: Head) -> None:
             )
 
 
-def open_images(network: nn.Module, images: LabelledImages, training: Training, *, pin_memory: bool) -> Data:
-    """Open the images, preprocessed as the model expects unless options change it.
+def open_images(
+    network: nn.Module, header: Header, images: LabelledImages, training: Training, *, pin_memory: bool
+) -> Data:
+    """Open the images, preprocessed as in the training unless options change it.
 
     Raises:
-        DataError, UsageError: see `open_data`; or options that do not go with a factory.
+        DataError, UsageError: see `image_data` and `open_data`; or options that do not go with a factory.
     """
     data, eval_data = images.data, images.eval_data
-    workers = min(8, default_threads()) if images.workers is None else images.workers
-    count = -1 if images.images is None else images.images
-    loading = Loading(count, images.batch_size, workers, training.seed, pin_memory=pin_memory)
-    options = {name: getattr(images, name) for name in ("img_size", "crop_pct", "interpolation", "mean", "std")}
-    own = is_factory(data) and (eval_data is None or is_factory(eval_data))
-    preprocessing = {} if own else resolve_preprocessing(network, input_channels(network), options)
-    notes = []
-    if is_factory(data):
-        if training.augment:
-            raise UsageError("`augment`: the factory of `data` prepares its images itself; let it augment them.")
-        if any(value is not None for value in options.values()):
-            notes.append("`data` is a factory, which prepares its images itself; size, crop, mean and std do not.")
-    open_batches = partial(open_data, preprocessing=preprocessing, split=images.split, root=images.data_root)
-    measured = open_batches(data, loading)
-    trained = open_batches(data, loading, augment=True) if training.augment else measured
+    sources = [each for each in (data, eval_data) if each is not None]
+    open_at = partial(
+        image_data, network, header, sources=sources, labelled=sources,
+        seed=training.seed, group=Group(), pin_memory=pin_memory,
+    )  # fmt: skip
+    how = open_at(images)
+    if is_factory(data) and training.augment:
+        raise UsageError("`augment`: the factory of `data` prepares its images itself; let it augment them.")
+    measured = how.trained(data)
+    trained = how.trained(data, augment=True) if training.augment else measured
+    notes = [*notes_of(data, measured, images, labelled=True)]
     held_out, sizes = None, {}
     if eval_data is None:
         notes.append("Without `eval_data` nothing shows whether the training helps.")
     else:
-        every = replace(loading, images=-1)
-        held_out = open_batches(eval_data, every)
+        with named("eval_data", "data"):
+            held_out = how.evaluated(eval_data)
+        notes += [note for note in notes_of(eval_data, held_out, images, labelled=True) if note not in notes]
         if images.sizes is not None and is_factory(eval_data):
             raise UsageError("`sizes`: the factory of `eval_data` prepares its images itself, at one size.")
         for size in map(int, images.sizes or ()):
-            resized = resolve_preprocessing(network, input_channels(network), {**options, "img_size": size})
-            sizes[size] = open_data(eval_data, every, preprocessing=resized, split=images.split, root=images.data_root)
+            sizes[size] = open_at(LabelledImages(**{**vars(images), "img_size": size})).evaluated(eval_data)
         if _same(data, eval_data):
             notes.append("`eval_data` is the same as `data`: it does not show what the training does on other images.")
     if any(each is not None and each.once for each in (measured, held_out)):
@@ -257,7 +259,7 @@ def open_images(network: nn.Module, images: LabelledImages, training: Training, 
     else:
         full, left = divmod(total, images.batch_size)
         steps = full + (left > 1 or (left == 1 and not full))  # a single one left over goes into the last batch
-    return Data(measured, trained, held_out, sizes, total, steps, preprocessing, tuple(notes))
+    return Data(measured, trained, held_out, sizes, total, steps, how.config, how.config_from, tuple(notes))
 
 
 def _same(data: str, other: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from ...evaluation.scores import Accuracy, Outcomes
 from ...tuning.examples import Example, as_logits, called, labelled, taught
 from ...tuning.features import mapped, stored
 from ...tuning.head import Head, Tap
-from ...tuning.normalisation import measure_layer
+from ...tuning.normalisation import only
 from ...tuning.training import Recipe, fit, seeded
 from ..sweep.verdict import compared, in_words
 from .report import Change, SizeScore, TuneReport
@@ -31,9 +31,23 @@ from .setting import Setting
 _WHOLE = ("after", "before")
 
 
-def worked(report: TuneReport, setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -> TuneReport:
-    """Evaluate, recalibrate, train and evaluate again; return the report with what came of it."""
+def worked(
+    report: TuneReport,
+    setting: Setting,
+    recipe: Recipe,
+    scratch: Path,
+    progress: Progress,
+    on_sizes: Callable[[tuple[SizeScore, ...]], None],
+) -> TuneReport:
+    """Evaluate, recalibrate, train and evaluate again; return the report with what came of it.
+
+    Args:
+        scratch: folder for features.
+        on_sizes: called with the scores at other image sizes, if there are any, before the training.
+    """
     sizes = tuple(_size_score(size, batches, setting, progress) for size, batches in setting.data.sizes.items())
+    if sizes:
+        on_sizes(sizes)
     stages: dict[str, Outcomes] = {}
 
     def score(stage: str, what: str) -> None:
@@ -80,13 +94,8 @@ def recalibrate(setting: Setting, progress: Progress) -> None:
         CkptError: of the network, the data and the values.
     """
     batches = setting.data.measured
-    if not setting.only_last:
+    with only(setting.network, setting.layers):
         setting.runner.recalibrate(batches, 1, "population", progress)
-    else:
-        forward = partial(called, setting.name, setting.network)
-        with setting.autocast, _blocks(setting):
-            images = (setting.placed(each) for each, _ in labelled(_counted(batches, "measuring", progress)))
-            measure_layer(setting.network, next(iter(setting.layers)), images, forward)
     batches.check(batches.broken)
 
 
@@ -217,7 +226,7 @@ def _scores(found: Outcomes) -> Scores:
 
 
 def _accuracy(found: Outcomes) -> Accuracy:
-    return Accuracy(**_scores(found).metrics, images=len(found.loss))
+    return Accuracy(**_scores(found).metrics, images=len(found.loss), outputs=found.outputs)
 
 
 def _size_score(size: int, batches: Batches, setting: Setting, progress: Progress) -> SizeScore:

@@ -1,0 +1,126 @@
+"""The images of a job: its sources, opened with one preprocessing and one order of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from ..batchnorm.processes import Group
+from ..compute.threads import default_threads
+from ..errors import UsageError
+from ..evaluation.classes import ClassOrder, class_order
+from ..evaluation.data import Batches, Loading, is_factory, open_data
+from ..evaluation.models import input_channels
+from ..evaluation.preprocessing import Preprocessing, resolve_preprocessing
+from ..formats.header import Header
+from .options import Images
+
+_PREPARED = ("img_size", "crop_pct", "interpolation", "mean", "std")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageData:
+    """How the sources of a job are opened.
+
+    Attributes:
+        images: the options.
+        loading: of the source for the statistics.
+        order: how class folders are numbered.
+        preprocessing: of the images; None if the user's code prepares all of them.
+    """
+
+    images: Images
+    loading: Loading
+    order: ClassOrder
+    preprocessing: Preprocessing | None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The preprocessing as plain data; empty if the user's code prepares the images."""
+        return {} if self.preprocessing is None else self.preprocessing.config
+
+    @property
+    def config_from(self) -> Mapping[str, str]:
+        """Where each value of the preprocessing is from."""
+        return {} if self.preprocessing is None else self.preprocessing.sources
+
+    def statistics(self, source: str) -> Batches:
+        """Open the images for BatchNorm statistics."""
+        return self._opened(source, self.loading, self.images.split, labelled=False)
+
+    def trained(self, source: str, *, augment: bool = False) -> Batches:
+        """Open labelled images to train on: all of them, unless a number is given."""
+        images = -1 if self.images.images is None else self.images.images
+        loading = replace(self.loading, images=images)
+        return self._opened(source, loading, self.images.split, labelled=True, augment=augment)
+
+    def evaluated(self, source: str, split: str | None = None) -> Batches:
+        """Open labelled images, all of them; of a named dataset those of another split if it is given."""
+        return self._opened(source, replace(self.loading, images=-1), split or self.images.split, labelled=True)
+
+    def _opened(self, source: str, loading: Loading, split: str, *, labelled: bool, augment: bool = False) -> Batches:
+        return open_data(
+            source,
+            loading,
+            preprocessing=self.config,
+            split=split,
+            augment=augment,
+            root=self.images.data_root,
+            order=self.order,
+            labelled=labelled,
+        )
+
+
+def image_data(
+    network: nn.Module,
+    header: Header,
+    images: Images,
+    sources: Sequence[str],
+    labelled: Sequence[str],
+    *,
+    seed: int,
+    group: Group,
+    pin_memory: bool,
+) -> ImageData:
+    """Find out how the images of a job are prepared, and how their classes are numbered.
+
+    Args:
+        network: with the weights of the checkpoint with this header.
+        sources, labelled: all data of the job, and those whose labels matter.
+
+    Raises:
+        CkptError: the preprocessing is unknown, or the list of classes cannot be read.
+    """
+    if images.class_map is not None and all(map(is_factory, labelled)):
+        raise UsageError("`class_map` goes with labelled images in folders.")
+    workers = min(8, default_threads()) if images.workers is None else images.workers
+    loading = Loading(images.images, images.batch_size, workers, seed, group.rank, group.world, pin_memory=pin_memory)
+    options = {name: getattr(images, name) for name in _PREPARED}
+    prepared = not all(map(is_factory, sources))
+    return ImageData(
+        images,
+        loading,
+        class_order(header, images.class_map),
+        resolve_preprocessing(network, input_channels(network), options, header) if prepared else None,
+    )
+
+
+def notes_of(source: str, batches: Batches, images: Images, *, labelled: bool) -> Iterator[str]:
+    """Yield what is to be said of opened data, in words."""
+    if is_factory(source) and any(getattr(images, name) is not None for name in _PREPARED):
+        yield f"{source} is a factory, which prepares its images itself; size, crop, mean and std have no effect there."
+    yield from (f"{source}: {note}" for note in batches.notes)
+    if labelled and batches.numbering:
+        yield f"{source}: {batches.numbering}."
+
+
+def fewer_classes(source: str, batches: Batches, outputs: int) -> Iterator[str]:
+    """Yield a warning if the network tells more classes apart than the data have."""
+    if batches.classes is not None and batches.classes < outputs:
+        yield (
+            f"{source} has {batches.classes} class folders, and the network {outputs} outputs: the accuracy is right "
+            "only if the folders are the first classes. Else say which they are with `class_map`."
+        )
