@@ -96,7 +96,7 @@ def _matrix(report: SweepReport) -> Table:
         by_name = dict(zip(each.checkpoints, each.coefficients, strict=True))
         largest = max(map(abs, each.coefficients)) or 1.0
         for name in report.checkpoints:
-            value = by_name.get(name, by_name.get(name.rpartition("/")[2], 0.0))
+            value = by_name.get(name, 0.0)
             level = 0 if value == 0 else 1 + min(int(abs(value) / largest * 4), 3)
             drawn.append(shades[level] * 2, style="red" if value < 0 else "green")
         same = f" (also {', '.join(each.same)})" if each.same else ""
@@ -142,7 +142,8 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
 
         def table() -> Table:
             shown = _results_table(found)
-            shown.caption = f"{state['done']} of {state['total']} scored{state['what']}"
+            scored = f"{state['done']} of {state['total']} scored" if state["total"] else ""
+            shown.caption = f"{scored}{state['what']}".removeprefix("; ")
             return shown
 
         def on_result(result: Result, done: int, total: int) -> None:
@@ -196,7 +197,7 @@ def _show(report: SweepReport, notes: Sequence[str], shown: Sequence[str]) -> No
         console.wrote(f"Wrote {report.out}.")
     for path in shown:
         console.wrote(f"Wrote {path}.")
-    console.say("The best one again:", f"  {command(report)}")
+    console.say("Reproduce the best:", f"  {command(report)}")
 
 
 def _ranking(report: SweepReport, metric: str) -> Table:

@@ -119,6 +119,10 @@ class Command:
                 self._running.discard(process)
             if code:
                 said = _tail(err)
+                if code in (126, 127):  # of the shell: no candidate will make it better
+                    raise UsageError(
+                        f"`{self.option}`: the shell cannot run it ({said}). See {log.with_suffix('.err')}."
+                    )
                 why = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
                 raise DataError(f"the evaluation fails ({why}): {said or 'it printed no error'}. See {log}.")
             last = _tail(out)

@@ -30,7 +30,7 @@ class Interval:
 
     @property
     def shown(self) -> bool:
-        """True if the interval leaves no difference out."""
+        """True if the interval excludes 0."""
         return not self.low <= 0 <= self.high
 
 

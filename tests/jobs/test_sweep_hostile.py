@@ -134,7 +134,7 @@ def test_a_missing_evaluation_is_told_by_its_own_option(save: Save, here: Path) 
         "import torch\nfrom torch import nn\ndef net(): return nn.BatchNorm2d(3)\n"
         "def data(): return [(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))]\n"
     )
-    options = {"model": "own.py:net", "data": "own.py:data"}
+    options: dict[str, Any] = {"model": "own.py:net", "data": "own.py:data", "img_size": 2, "mean": [0.0], "std": [1.0]}
     with pytest.raises(DataError, match="^`eval_data='gone'`"):
         sweep(["a.pth", "b.pth"], eval_data="gone", **options)
     with pytest.raises(DataError, match="^`test='gone'`"):
@@ -224,6 +224,13 @@ def test_paths_reach_a_command_as_they_are(here: Path, quoted: str) -> None:
         Path(name).write_text("7")
         assert Command(f"cat {quoted}").score(Path(name), Path("x.log")).metrics == {"metric": 7.0}
     assert not Path("pwned").exists()
+
+
+def test_a_command_that_the_shell_does_not_find_ends_the_sweep(save: Save, here: Path) -> None:
+    series(save)
+    with pytest.raises(UsageError, match=r"`eval_command`: the shell cannot run it \(.*pyton: not found\)"):
+        sweep("run", last=2, eval_command="pyton eval.py {ckpt}")
+    assert not Path("ckpt-sweep/results.jsonl").exists()
 
 
 def test_a_command_that_cannot_be_started_is_an_error(here: Path) -> None:
@@ -350,20 +357,20 @@ def test_options_that_would_have_no_effect_are_refused(
 
 def test_scores_of_a_model_with_other_arguments_are_measured_again(save: Save, here: Path) -> None:
     series(save)
-    Path("nets.py").write_text(
+    Path("scaled_net.py").write_text(
         "import torch\n\nclass Net(torch.nn.Module):\n"
         "    def __init__(self, scale=1.0):\n        super().__init__()\n        self.scale = scale\n"
         "        self.w = torch.nn.Parameter(torch.zeros(4, 3))\n        self.register_buffer('n', torch.tensor(0))\n"
         "    def forward(self, x):\n        return self.scale * x.flatten(1) @ self.w\n\n"
         "def images():\n    return [(torch.arange(8.0).reshape(2, 1, 2, 2), torch.tensor([0, 2]))] * 4\n"
     )
-    sys.modules.pop("nets", None)
-    options: dict[str, Any] = {"last": 2, "model": "nets.py:Net", "metric": "loss", "state": "raw"}
-    found = sweep("run", eval_data="nets.py:images", **options)
+    sys.modules.pop("scaled_net", None)
+    options: dict[str, Any] = {"last": 2, "model": "scaled_net.py:Net", "metric": "loss", "state": "raw"}
+    found = sweep("run", eval_data="scaled_net.py:images", **options)
     assert found.evaluations == 1 + N
     for others in ({"model_kwargs": {"scale": 2.0}}, {"split": "train"}, {"data_root": "there"}):
-        assert sweep("run", eval_data="nets.py:images", **options, **others).reused == 0
-    assert sweep("run", eval_data="nets.py:images", **options).evaluations == 0
+        assert sweep("run", eval_data="scaled_net.py:images", **options, **others).reused == 0
+    assert sweep("run", eval_data="scaled_net.py:images", **options).evaluations == 0
 
 
 def test_averaged_statistics_are_told_if_a_function_scores_them(save: Save, here: Path) -> None:

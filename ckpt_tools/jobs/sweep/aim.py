@@ -29,18 +29,18 @@ class Aim:
         return -value if self.lower else value
 
 
-def aim_of(metrics: Sequence[str], asked: str | None, usual: str | None, *, lower: bool | None) -> Aim:
+def aim_of(metrics: Sequence[str], metric: str | None, usual: str | None, *, lower: bool | None) -> Aim:
     """Choose the metric that decides.
 
     Args:
         metrics: that an evaluation gave.
-        asked, lower: as the user says; None if not.
+        metric, lower: as the user says; None if not.
         usual: of this kind of evaluation; None if it has none.
 
     Raises:
         UsageError: there is no such metric, or there are several and none is asked for.
     """
-    name = asked or (usual if usual in metrics else metrics[0] if len(metrics) == 1 else None)
+    name = metric or (usual if usual in metrics else metrics[0] if len(metrics) == 1 else None)
     if name is None:
         raise UsageError(f"the evaluation gives {', '.join(metrics)}: choose the one that decides with `metric`.")
     if name not in metrics:

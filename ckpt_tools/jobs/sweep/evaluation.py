@@ -18,7 +18,7 @@ from .options import Evaluation, Honesty, Sweeping, SweptImages
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class Evaluators:
     """What scores a checkpoint.
 
     Attributes:
@@ -50,7 +50,7 @@ def opened(
     running: Sweeping,
     example: Checkpoint,
     on_progress: Callable[..., None],
-) -> Iterator[Opened]:
+) -> Iterator[Evaluators]:
     """Open an evaluation, with the folders of the user's code on `sys.path` meanwhile.
 
     Args:
@@ -63,7 +63,7 @@ def opened(
     if evaluation.eval_command is not None:
         limit = evaluation.time_limit
         test: Evaluator | None = None if honesty.test is None else Command(honesty.test, limit, option="test")
-        yield Opened(Command(evaluation.eval_command, limit), test, notes=_not_measured(example))
+        yield Evaluators(Command(evaluation.eval_command, limit), test, notes=_not_measured(example))
     elif evaluation.eval_function is not None:
         from ...evaluation.models import load_factory
 
@@ -74,7 +74,7 @@ def opened(
         first, *others = [
             Function(spec, in_memory=evaluation.in_memory, option=name) for name, spec in functions.items()
         ]
-        yield Opened(first, others[0] if others else None, notes=_not_measured(example))
+        yield Evaluators(first, others[0] if others else None, notes=_not_measured(example))
     elif evaluation.eval_data is not None:
         with _classifier(evaluation.eval_data, honesty, which, images, running, example, on_progress) as found:
             yield found
@@ -89,7 +89,7 @@ def _classifier(
     running: Sweeping,
     example: Checkpoint,
     on_progress: Callable[..., None],
-) -> Iterator[Opened]:
+) -> Iterator[Evaluators]:
     from ...batchnorm.layers import find_layers
     from ...batchnorm.processes import Group
     from ...batchnorm.recalibrate import check_options
@@ -135,7 +135,7 @@ def _classifier(
         }
         runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
 
-        def scoring(data: str, option: str, split: str) -> Classifier:
+        def classifier(data: str, option: str, split: str) -> Classifier:
             with named(option, "data"):
                 held_out = how.evaluated(data, split)
             notes.extend(note for note in notes_of(data, held_out, images, labelled=True) if note not in notes)
@@ -153,10 +153,10 @@ def _classifier(
                 on_progress=on_progress,
             )
 
-        evaluator = scoring(eval_data, "eval_data", images.split)
-        yield Opened(
+        evaluator = classifier(eval_data, "eval_data", images.split)
+        yield Evaluators(
             evaluator,
-            None if honesty.test is None else scoring(honesty.test, "test", honesty.test_split or images.split),
+            None if honesty.test is None else classifier(honesty.test, "test", honesty.test_split or images.split),
             "top1",
             None if statistics is None else partial(evaluator.measured, images=statistics),
             tuple(notes),

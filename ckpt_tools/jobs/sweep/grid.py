@@ -15,10 +15,10 @@ from ...series.soup import Soup, greedy
 from ..options import Matching
 from ..provenance import short_names
 from ..weigh import facts_of
-from .bench import Bench
 from .making import Maker
 from .options import SWEPT, Evaluation, Order, Rules, Searching, Selections
 from .running_sum import RunningSum
+from .scoring import Scoring
 
 SEARCHED = ("decay", "half_life", "sigma_rel", "gamma", "warmup_gamma", "warmup_power", "min_decay")
 """Options that can be searched."""
@@ -86,7 +86,7 @@ class Grid:
             rules = {"mode": ["uniform"]}
         return candidates(self._series.members, self.names, rules, self._selections, self._facts, **self._fixed)
 
-    def search(self, bench: Bench) -> Iterator[str]:
+    def search(self, scoring: Scoring) -> Iterator[str]:
         """Search for the best value of one option, and say what was found."""
         name = self._searched
         if name is None or self._range is None:
@@ -97,28 +97,28 @@ class Grid:
         while True:
             rounded = [_rounded(name, value) for value in asked]
             new = [value for value in dict.fromkeys(rounded) if value not in scores]
-            results = bench.scores([self._at(value) for value in new])
-            scores |= {value: bench.score(result) for value, result in zip(new, results, strict=True)}
+            results = scoring.scores([self._at(value) for value in new])
+            scores |= {value: scoring.score(result) for value, result in zip(new, results, strict=True)}
             try:
                 asked = search.send([scores[value] for value in rounded])
             except StopIteration as stop:
                 yield from _of_optimum(name, stop.value)
                 return
 
-    def soup(self, bench: Bench, maker: Maker) -> Iterator[str]:
+    def soup(self, scoring: Scoring, maker: Maker) -> Iterator[str]:
         """Make the greedy soup, and say what is in it."""
         if not self._searching.greedy:
             return
         members = self._series.members
-        search = greedy([bench.score(bench.alone(member)) for member in members])
-        running = RunningSum(maker, bench.scratch.folder / "sum.safetensors")
-        bench.scratch.announce([running.path])
+        search = greedy([scoring.score(scoring.alone(member)) for member in members])
+        running = RunningSum(maker, scoring.scratch.folder / "sum.safetensors")
+        scoring.scratch.announce([running.path])
         try:
             asked = next(search)
             while True:
                 running.order = [members[i] for i in asked]
-                (result,) = bench.scores([self._uniform(asked)], running.make)
-                asked = search.send(bench.score(result))
+                (result,) = scoring.scores([self._uniform(asked)], running.make)
+                asked = search.send(scoring.score(result))
         except StopIteration as stop:
             yield f"Greedy soup: {', '.join(self.names[i] for i in stop.value)}."
         finally:

@@ -20,8 +20,7 @@ from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, check_target
 from ..provenance import provided, short_names
 from ..run import write
-from .bench import Bench
-from .evaluation import Opened, opened
+from .evaluation import Evaluators, opened
 from .files import Files
 from .geometry import geometry_of
 from .grid import Grid
@@ -44,6 +43,7 @@ from .options import (
 from .page import Background
 from .report import SweepReport
 from .results import Results
+from .scoring import Scoring
 from .scratch import Scratch
 
 if TYPE_CHECKING:
@@ -110,40 +110,40 @@ def sweep(
     show = running.on_progress or (lambda *_: None)
     example = Checkpoint(series.members[-1].header, state_of(matching))
     made = {**given_of(matching), **({} if dtype is None else {"dtype": dtype.name})}
-    with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as scoring:
-        bench = Bench(
+    with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as evaluators:
+        scoring = Scoring(
             make=lambda some, places: maker.make(some, places, lambda done, total: show("averaging", done, total)),
             nbytes=maker.bytes_moved(found[:1])[1],
             suffix=maker.suffix,
             made={name: repr(value) for name, value in made.items()},
-            evaluator=scoring.evaluator,
-            usual=scoring.usual,
+            evaluator=evaluators.evaluator,
+            usual=evaluators.usual,
             results=Results(folder),
             scratch=Scratch(folder),
             keep=output.keep,
-            asked=evaluation.metric,
-            lower=evaluation.lower_is_better,
+            metric=evaluation.metric,
+            lower_is_better=evaluation.lower_is_better,
             holdout=None if honesty.holdout is None else (honesty.holdout, images.seed),
             jobs=evaluation.jobs,
             planned=plan.evaluations,
             on_result=running.on_result,
         )
         geometry = geometry_of(folder, series.members, given, order, matching, running.threads)
-        bench.clear(found)
-        bench.scores(found)
-        notes = [*grid.search(bench), *grid.soup(bench, maker), *bench.keep_best()]
+        scoring.clear(found)
+        scoring.scores(found)
+        notes = [*grid.search(scoring), *grid.soup(scoring, maker), *scoring.keep_best()]
         notes += () if isinstance(geometry, str) else geometry.warnings
         shared = {**made, **given_of(order), **({"allow_nonfinite": True} if running.allow_nonfinite else {})}
         shared.pop("metrics", None)  # of `best`, and among the options of its candidates
         recalibration = Recalibration(**{**vars(which), **vars(images), **vars(running)}, recal_bn=images.data)
-        if scoring.recalibrates:
+        if evaluators.recalibrates:
             shared |= given_of(recalibration)
             shared |= {name: value for name, value in given_of(running).items() if name == "device"}
-        report = judged(plan, bench, scoring, maker, honesty, images.seed, notes, shared)
+        report = judged(plan, scoring, evaluators, maker, honesty, images.seed, notes, shared)
         if target is not None and not report.failure:
-            _write_best(report, bench, maker, scoring, target, recalibration, example, output, running)
+            _write_best(report, scoring, maker, evaluators, target, recalibration, example, output, running)
             report = replace(report, written=True)
-        files.write(report, lambda: _background(bench, maker, scoring, geometry), running.on_words)
+        files.write(report, lambda: _background(scoring, maker, evaluators, geometry), running.on_words)
     return report
 
 
@@ -163,24 +163,24 @@ def state_of(matching: Matching) -> str:
     return matching.state if isinstance(matching.state, str) else next(iter(matching.state), "auto")
 
 
-def _background(bench: Bench, maker: Maker, scoring: Opened, geometry: LookReport | str) -> Background:
+def _background(scoring: Scoring, maker: Maker, evaluators: Evaluators, geometry: LookReport | str) -> Background:
     """Gather what the page shows beyond the report, and measure the statistics of the best."""
     drift: BatchNormReport | str | None = None
-    if scoring.measured is not None:
+    if evaluators.measured is not None:
         try:
-            with file_of(bench.ranking()[0], bench, maker) as path:
-                drift = scoring.measured(path)
+            with file_of(scoring.ranking()[0], scoring, maker) as path:
+                drift = evaluators.measured(path)
         except CkptError as error:
             drift = str(error)
-    test = None if scoring.test is None else scoring.test.identity
-    return Background(scoring.evaluator.identity, test, bench.holdout, geometry, drift)
+    test = None if evaluators.test is None else evaluators.test.identity
+    return Background(evaluators.evaluator.identity, test, scoring.holdout, geometry, drift)
 
 
 def _write_best(
     report: SweepReport,
-    bench: Bench,
+    scoring: Scoring,
     maker: Maker,
-    scoring: Opened,
+    evaluators: Evaluators,
     target: Target,
     recalibration: Recalibration,
     example: Checkpoint,
@@ -188,13 +188,13 @@ def _write_best(
     running: Sweeping,
 ) -> None:
     """Write the best average with the evidence in its provenance, and with measured statistics if it was scored so."""
-    best = bench.ranking()[0]
+    best = scoring.ranking()[0]
     evidence: dict[str, Any] = {
         "sweep": {
-            "candidates": len(bench.found),
+            "candidates": len(scoring.found),
             "metric": report.metric,
-            "metrics": dict(bench.found[best].metrics),
-            "evaluation": dict(scoring.evaluator.identity),
+            "metrics": dict(scoring.found[best].metrics),
+            "evaluation": dict(evaluators.evaluator.identity),
             "other_data": report.other_data,
             "against_last": [
                 {name: getattr(each, name) for name in each.__dataclass_fields__} for each in report.against_last
@@ -206,7 +206,7 @@ def _write_best(
     tensors: Mapping[str, OutTensor] = maker.tensors([best])
     options: dict[str, Any] = {"threads": running.threads, "allow_nonfinite": running.allow_nonfinite}
     with ExitStack() as stack:
-        if scoring.recalibrates:
+        if evaluators.recalibrates:
             from ..averaged_network import measured, opened_network
 
             network = stack.enter_context(opened_network(example.header, example.state, recalibration, running.device))

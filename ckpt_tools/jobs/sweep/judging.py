@@ -1,4 +1,4 @@
-"""Judging: from the scores of a bench to a ranking, a comparison with the last checkpoint, and warnings."""
+"""Judging: from scores to a ranking, a comparison with the last checkpoint, and warnings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...series.find import Series
 from ...series.member import Member
 from ...storage.staged import remove
 from .aim import Aim
-from .bench import Bench
-from .evaluation import Opened
+from .evaluation import Evaluators
 from .grid import Grid
 from .making import Maker
 from .options import Honesty, SweptOutput
 from .report import Ranked, SweepReport
 from .results import Result
+from .scoring import Scoring
 from .verdict import Comparison, compared, in_words, intervals, split_samples, worse_metrics
 
 EDGE_MIN_VALUES = 3
@@ -93,8 +93,8 @@ def _ranked(
 
 def judged(
     plan: SweepReport,
-    bench: Bench,
-    scoring: Opened,
+    scoring: Scoring,
+    evaluators: Evaluators,
     maker: Maker,
     honesty: Honesty,
     seed: int,
@@ -102,37 +102,38 @@ def judged(
     shared: Mapping[str, Any],
 ) -> SweepReport:
     """Rank the candidates, and compare the best with the last checkpoint, on other data if there are any."""
-    ranking = bench.ranking()
-    aim = bench.chosen
+    ranking = scoring.ranking()
+    aim = scoring.chosen
     best = ranking[0]
     singles = [each for each in ranking if len(each.members) == 1]
-    last = next(each for each in bench.found if each.members == maker.members[-1:])
-    other_data = scoring.test is not None or honesty.holdout is not None
+    last = next(each for each in scoring.found if each.members == maker.members[-1:])
+    other_data = evaluators.test is not None or honesty.holdout is not None
     comparisons: list[Comparison] = []
     failure = ""
     try:
-        scores = {each: _report_scores(each, bench, scoring, maker, honesty) for each in dict.fromkeys([best, last])}
+        scores = {each: _report_scores(each, scoring, evaluators, maker) for each in dict.fromkeys([best, last])}
         if best is not last:
             comparisons = compared(scores[best], scores[last], seed=seed)
     except CkptError as error:  # the ranking is worth its evaluations without it
         failure = str(error)
-    failed = [each for each in bench.found if bench.found[each].error is not None]
+    failed = [each for each in scoring.found if scoring.found[each].error is not None]
     order = [*ranking, *failed]
     names = dict(zip(maker.members, plan.checkpoints, strict=True))
-    sampled = [each for each in ranking if bench.found[each].samples]
-    chosen_on = {each: bench.selection(Scores({}, bench.found[each].samples)).samples for each in sampled}
+    sampled = [each for each in ranking if scoring.found[each].samples]
+    chosen_on = {each: scoring.selection(Scores({}, scoring.found[each].samples)).samples for each in sampled}
     around = intervals({each: samples[aim.metric] for each, samples in chosen_on.items()}, seed=seed)
     return replace(
         plan,
         candidates=tuple(
-            _ranked(each, names, bench.found[each], bench.path(each), around.get(each, (None, None))) for each in order
+            _ranked(each, names, scoring.found[each], scoring.path(each), around.get(each, (None, None)))
+            for each in order
         ),
         metric=aim.metric,
         lower_is_better=aim.lower,
         best=best.label,
         best_single=singles[0].label if singles else None,
         last=last.label,
-        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=bench.found[last].error)
+        verdict=_verdict(comparisons, aim, last.label, other_data=other_data, error=scoring.found[last].error)
         if not failure
         else f"The best is not compared with the last checkpoint ({last.label}): {failure}",
         failure=failure,
@@ -140,41 +141,43 @@ def judged(
         other_data=other_data,
         paths=plan.paths if best.options else tuple(str(member.path) for member in best.members),
         options={**best.options, **shared} if best.options else shared,
-        recalibrated=scoring.recalibrates,
-        evaluations=len(bench.found) - bench.reused,
-        reused=bench.reused,
-        notes=tuple(dict.fromkeys([*plan.notes, *scoring.notes, *notes, *_warnings(bench, best, failed, comparisons)])),
+        recalibrated=evaluators.recalibrates,
+        evaluations=len(scoring.found) - scoring.reused,
+        reused=scoring.reused,
+        notes=tuple(
+            dict.fromkeys([*plan.notes, *evaluators.notes, *notes, *_warnings(scoring, best, failed, comparisons)])
+        ),
     )
 
 
-def _report_scores(candidate: Candidate, bench: Bench, scoring: Opened, maker: Maker, honesty: Honesty) -> Scores:
+def _report_scores(candidate: Candidate, scoring: Scoring, evaluators: Evaluators, maker: Maker) -> Scores:
     """Score a candidate on the data of the report; on those of the choice if there are no others."""
-    result = bench.found[candidate]
+    result = scoring.found[candidate]
     if result.error is not None:
         return Scores({})
-    if scoring.test is None:
-        scores = bench.samples(candidate)
-        return scores if bench.holdout is None else split_samples(scores, *bench.holdout, held_out=True)
-    key = bench.key_by(scoring.test.identity, candidate)
-    known = bench.results.get(key)
+    if evaluators.test is None:
+        scores = scoring.samples(candidate)
+        return scores if scoring.holdout is None else split_samples(scores, *scoring.holdout, held_out=True)
+    key = scoring.key_by(evaluators.test.identity, candidate)
+    known = scoring.results.get(key)
     if known is None:
         try:
-            with file_of(candidate, bench, maker) as path:
-                found = scoring.test.score(path, bench.log(candidate, "test"))
+            with file_of(candidate, scoring, maker) as path:
+                found = evaluators.test.score(path, scoring.log(candidate, "test"))
         except CkptError as error:
             raise type(error)(
-                f"`test` of {candidate.label}: {error} All scores are kept in {bench.results.path}, and the same sweep "
-                "goes on from there."
+                f"`test` of {candidate.label}: {error} All scores are kept in {scoring.results.path}, and the same "
+                "sweep goes on from there."
             ) from error
         known = replace(result, key=key, metrics=found.metrics, samples=found.samples)
-        bench.results.add(known)
+        scoring.results.add(known)
     return Scores(known.metrics, known.samples)
 
 
 @contextmanager
-def file_of(candidate: Candidate, bench: Bench, maker: Maker) -> Iterator[Path]:
+def file_of(candidate: Candidate, scoring: Scoring, maker: Maker) -> Iterator[Path]:
     """Give the file of a candidate, made for the while if it was not kept."""
-    path = bench.path(candidate)
+    path = scoring.path(candidate)
     kept = path.exists()
     if not kept:
         maker.make([candidate], [path])
@@ -200,15 +203,15 @@ def _verdict(comparisons: Sequence[Comparison], aim: Aim, last: str, *, other_da
 
 
 def _warnings(
-    bench: Bench, best: Candidate, failed: Sequence[Candidate], comparisons: Sequence[Comparison]
+    scoring: Scoring, best: Candidate, failed: Sequence[Candidate], comparisons: Sequence[Comparison]
 ) -> Iterator[str]:
     if failed:
-        first = bench.found[failed[0]]
+        first = scoring.found[failed[0]]
         others = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
         yield f"Not scored: {first.label} ({first.error}){others}."
-    if bench.results.torn:
-        yield f"{bench.results.path}: {bench.results.torn} lines were cut off, as by a kill, and are passed over."
-    tried = [options for each in bench.found for options in (each.options, *each.same_options)]
+    if scoring.results.torn:
+        yield f"{scoring.results.path}: {scoring.results.torn} lines were cut off, as by a kill, and are passed over."
+    tried = [options for each in scoring.found for options in (each.options, *each.same_options)]
     for name, value in best.options.items():
         found = [number_of(each[name]) for each in tried if name in each]
         numbers = sorted({each for each in found if each is not None})
@@ -217,6 +220,6 @@ def _warnings(
         if number_of(value) in (numbers[0], numbers[-1]):
             end = "lowest" if number_of(value) == numbers[0] else "highest"
             yield f"{name}={value} is the {end} value that was tried: the best one may lie beyond it."
-    worse = [*worse_metrics({each.metric: each for each in comparisons}, bench.chosen)]
+    worse = [*worse_metrics({each.metric: each for each in comparisons}, scoring.chosen)]
     if worse:
         yield f"Other metrics are worse than those of the last checkpoint: {', '.join(worse)}."

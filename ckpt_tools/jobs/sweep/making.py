@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.layouts import StateDict
 from ...compute.gpu import devices
 from ...formats.file_plan import OutTensor
 from ...formats.format import Writing
@@ -133,6 +134,11 @@ class Maker:
             return inputs[-1].placed(lambda path: self.lined_up.shared[path][i])  # type: ignore[union-attr]
         return inputs[i]  # type: ignore[return-value]
 
+    def _weights_of(self, i: int) -> tuple[StateDict, Mapping[str, str]]:
+        """Return the weights of checkpoint i, and their names in the output; files with one header have them once."""
+        i = min(i, len(self.lined_up.states) - 1)
+        return self.lined_up.states[i], self.lined_up.renamed[i]
+
     def _lasts(self, candidates: Sequence[Candidate]) -> list[int]:
         return [self.members.index(each.members[-1]) for each in candidates]
 
@@ -155,7 +161,7 @@ class Maker:
         tensors: Mapping[str, OutTensor],
         evidence: Mapping[str, Any],
     ) -> Assembly:
-        state, renamed = ([*zip(self.lined_up.states, self.lined_up.renamed, strict=True)] * len(self.members))[last]
+        state, renamed = self._weights_of(last)
         base = self.members[last].header
         own = [self.members.index(member) for member in candidate.members]
         addends = Addends(

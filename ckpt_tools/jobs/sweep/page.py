@@ -181,7 +181,7 @@ def _result(report: SweepReport, again: str, said: Said) -> Iterator[str]:
             ],
             range(1, 7),
         )
-    yield "<h3>The best one again</h3>"
+    yield "<h3>Reproduce the best</h3>"
     yield f'<pre class="command"><code>{html.escape(again)}</code></pre>'
     yield "<p>A click selects it, to be copied.</p>"
     yield from _curves(report)

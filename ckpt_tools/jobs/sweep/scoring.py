@@ -1,4 +1,4 @@
-"""The bench: candidates are made some at a time, scored, and all but the best of them deleted."""
+"""Scoring: candidates are made some at a time, scored, and all but the best of them deleted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Make = Callable[[Sequence[Candidate], Sequence[Path]], None]
 
 
 @dataclass(slots=True)
-class Bench:
+class Scoring:
     """Makes candidates and scores them.
 
     Attributes:
@@ -39,7 +39,7 @@ class Bench:
         results: of this sweep and those before it.
         scratch: for candidates and logs.
         keep: candidates that stay.
-        asked, lower: the metric that decides, as the user says.
+        metric, lower_is_better: the metric that decides, as the user says.
         holdout: part of the samples that has no part in the choice, and the seed by which it is drawn.
         jobs: evaluations at a time.
         planned: evaluations of the sweep, at most.
@@ -58,8 +58,8 @@ class Bench:
     results: Results
     scratch: Scratch
     keep: int
-    asked: str | None
-    lower: bool | None
+    metric: str | None
+    lower_is_better: bool | None
     holdout: tuple[float, int] | None = None
     jobs: int = 1
     planned: int = 0
@@ -75,7 +75,7 @@ class Bench:
         """Score candidates; those whose result is known are neither made nor scored again.
 
         Args:
-            make: takes the place of the bench's own.
+            make: takes the place of the usual one.
 
         Raises:
             UsageError: of the metric that decides.
@@ -287,13 +287,13 @@ class Bench:
 
     def _take(self, candidate: Candidate, result: Result) -> None:
         if result.error is None:
-            wanted = self.asked if self.aim is None else self.aim.metric
+            wanted = self.metric if self.aim is None else self.aim.metric
             # The first one alone may lack it; when two do, it is a slip.
             if wanted is not None and wanted not in result.metrics and (self.aim is not None or not self._lacking):
                 self._lacking += self.aim is None
                 result = replace(result, error=f"the evaluation gives no '{wanted}'", metrics={})
             elif self.aim is None:
-                self.aim = aim_of([*result.metrics], self.asked, self.usual, lower=self.lower)
+                self.aim = aim_of([*result.metrics], self.metric, self.usual, lower=self.lower_is_better)
         deciding = {name: values for name, values in result.samples.items() if self.aim and name == self.aim.metric}
         self.found[candidate] = replace(result, samples=deciding)
         self._by_key[self.key(candidate)] = candidate
