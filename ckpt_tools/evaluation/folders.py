@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Protocol
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from ..storage.local import scanned
 from .classes import Folders, Numbered, natural_key
 
 _USUAL = (
@@ -95,7 +96,7 @@ def read_folder(path: Path) -> FolderReader:
     waiting: list[tuple[str, tuple[str, ...]]] = [("", (root,))]  # folders with the real paths of those around them
     while waiting:
         inside, around = waiting.pop()
-        with os.scandir(os.path.join(path, inside)) as entries:  # noqa: PTH118 - a million paths
+        with scanned(os.path.join(path, inside)) as entries:  # noqa: PTH118 - a million paths
             for entry in entries:
                 name = f"{inside}/{entry.name}" if inside else entry.name
                 if entry.is_dir():

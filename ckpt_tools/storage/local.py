@@ -10,8 +10,8 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 _SEEKING = threading.Lock()
@@ -77,6 +77,11 @@ class LocalStore:
         # Existing parent folders are taken literally, so that brackets in their names are not a pattern.
         folder = next((parent for parent in pattern.parents if parent.is_dir()), Path())
         return sorted(_glob(folder, str(pattern.relative_to(folder))))
+
+
+def scanned(folder: str) -> AbstractContextManager[Iterator[os.DirEntry[str]]]:
+    """Return the entries of a folder, which know without a further call what they are."""
+    return os.scandir(folder)
 
 
 def _glob(folder: Path, pattern: str) -> set[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,18 +61,17 @@ def mapped(folder: Path, images: int, rows: Sequence[Row]) -> Iterator[list[Tens
     tensors = []
     for row in rows:
         try:
-            fd, path = tempfile.mkstemp(prefix=".ckpt-features-", dir=folder)
+            file = tempfile.NamedTemporaryFile(prefix=".ckpt-features-", dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             raise WriteError(f"`scratch='{folder}'`: cannot be written ({error.strerror}).") from error
         try:
             # Where the disk is full, a write to a hole in a mapped file would end the process.
-            reserve(fd, 0, images * row.nbytes, path)
-            flat = torch.from_file(path, shared=True, size=images * math.prod(row.shape), dtype=row.dtype)
+            reserve(file.fileno(), 0, images * row.nbytes, file.name)
+            flat = torch.from_file(file.name, shared=True, size=images * math.prod(row.shape), dtype=row.dtype)
         except WriteError as error:
             raise WriteError(f"`scratch='{folder}'`: the disk is full. Choose another place.") from error
         finally:
-            os.close(fd)
-            Path(path).unlink()
+            file.close()  # which deletes it
         tensors.append(flat.view(images, *row.shape))
     yield tensors
 

@@ -69,14 +69,14 @@ def test_build_model_restores_sys_path_after_a_factory(
 
 
 def test_build_model_needs_no_timm_for_a_factory(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "nets.py").write_text(
+    (tmp_path / "plain_net.py").write_text(
         "from torch import nn\nfrom neighbour import WIDTH\ndef net(width=WIDTH): return nn.Linear(width, 2)\n"
     )
     (tmp_path / "neighbour.py").write_text("WIDTH = 3\n")
     path = save("a.pth", nn.Linear(3, 2).state_dict())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    for spec in ("nets.py:net", str(tmp_path / "nets.py:net"), "nets:net", "torch.nn:Linear"):
+    for spec in ("plain_net.py:net", str(tmp_path / "plain_net.py:net"), "plain_net:net", "torch.nn:Linear"):
         kwargs = {"in_features": 3, "out_features": 2} if "torch" in spec else {}
         assert isinstance(built(path, spec, **kwargs), nn.Linear)
     with pytest.raises(ModelError, match="timm is not installed. Run: pip install"):
