@@ -35,9 +35,10 @@ demo: $(INSTALLED)
 		--eval fixtures/digits_net.py:val --holdout 0.5 --model fixtures/digits_net.py:DigitsNet \
 		--data fixtures/digits_net.py:train --passes 2
 
-# What averaging and recalibration did for two kinds of series, and what tuning does, in about eight minutes.
+# What averaging and recalibration did for three kinds of series, and what tuning does, in about ten minutes.
 evidence: $(INSTALLED)
 	@$(BIN)/python fixtures/evidence.py
+	@$(BIN)/python fixtures/deep_evidence.py
 	@$(BIN)/python fixtures/tuning.py
 
 # Some tests, without coverage: make test PYTEST_ARGS="tests/series -x"
