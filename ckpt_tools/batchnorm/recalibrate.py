@@ -97,10 +97,10 @@ def recalibrate_bn(
     layers, skipped = find_layers(model, include_frozen=include_frozen)
     trials = Trials()
 
-    def watching(exact: Collection[str]) -> Watch:
+    def new_watch(exact: Collection[str]) -> Watch:
         return Watch(layers, exact, trials, include_frozen=include_frozen, allow_unmeasured=allow_unmeasured)
 
-    watch = watching(())
+    watch = new_watch(())
     found: dict[str, tuple[Tensor, Tensor]] = {}
     moments: dict[str, LayerMoments] = {}
     before = {name: layer.stored() for name, layer in layers.items()}
@@ -112,7 +112,7 @@ def recalibrate_bn(
             exact = frozenset(order[: number - 1])
             if number > 1 and exact.issuperset(found):
                 break
-            watch = watching(exact)
+            watch = new_watch(exact)
             _feed(model, batches, call, watch, kept, suffices, partial(on_batch or _quiet, number))
             order = _join_processes(watch, order, device_of(model))
             if not watch.batches:
@@ -222,7 +222,7 @@ def _feed(
     def alone(batch: Any) -> bool:
         if not suffices:
             show(batch)
-            suffices.append(not watch.sees_single_values())
+            suffices.append(not watch.saw_single_values())
         return suffices[0]
 
     with watch.hooked():
