@@ -52,6 +52,11 @@ class Outcomes:
     loss: Tensor
     outputs: int
 
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """The metrics of each image, float64 [N]: ``top1`` and ``top5``, 0 or 100 percent, and ``loss``."""
+        return {"top1": 100 * self.right.double(), "top5": 100 * self.among.double(), "loss": self.loss}
+
 
 def evaluate(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> Accuracy:
     """Run a classifier over labelled images, in eval mode; the processes of a group add up their sums.
