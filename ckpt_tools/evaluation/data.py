@@ -120,6 +120,11 @@ class Batches:
         self.once = isinstance(source, Iterator)
         self.notes, self.classes, self.numbering = tuple(notes), classes, numbering
 
+    @property
+    def steps(self) -> int | None:
+        """Number of batches in this process; None if the data have no length."""
+        return None if self.images is None else len(self._source.batches(self.images, self._loading))
+
     def __iter__(self) -> Iterator[Any]:
         return self._from_items(self._source) if isinstance(self._source, _Items) else self._given()
 

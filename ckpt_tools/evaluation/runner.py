@@ -27,6 +27,9 @@ Progress = Callable[[str, int, "int | None"], None]
 class Runner:
     """Runs one network on one device, with the allocator of glibc set meanwhile.
 
+    Attributes:
+        autocast: mixed precision on this device; without effect if `amp` is off.
+
     Args:
         network: on that device.
         call: how it is called.
@@ -40,13 +43,13 @@ class Runner:
     ) -> None:
         self._network = network
         self._call = call or Call()
-        self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
         self._channels_last = channels_last
         self._shape: list[int] | None = None  # of the batch at work, for messages
         self._on_cpu = device.type == "cpu"
         for module in network.modules() if channels_last else ():
             if isinstance(module, nn.modules.conv._ConvNd):
-                module.weight.data = self._ordered(module.weight.data)
+                module.weight.data = self.ordered(module.weight.data)
 
     def recalibrate(
         self,
@@ -104,7 +107,7 @@ class Runner:
     def _run(self, work: Callable[[], T]) -> T:
         self._shape = None
         try:
-            with self._autocast, large_blocks_kept() if self._on_cpu else nullcontext():
+            with self.autocast, large_blocks_kept() if self._on_cpu else nullcontext():
                 return work()
         except CkptError:
             raise
@@ -118,9 +121,10 @@ class Runner:
 
     def _prepare(self, batch: Any) -> Any:
         self._shape = next((list(tensor.shape) for tensor in tensors_of(batch)), None)
-        return mapped(batch, self._ordered)
+        return mapped(batch, self.ordered)
 
-    def _ordered(self, tensor: Tensor) -> Tensor:
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """Return images, or weights of a convolution, in the memory order of this network."""
         last = self._channels_last and tensor.dim() == 4 and tensor.is_floating_point()
         return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from ...tuning.examples import as_logits, called, check_labels, labelled, taught
 from ...tuning.features import Row
 from ...tuning.head import Head, Tap, find_head, last_block
 from ...tuning.normalisation import last_layer
-from ..image_data import fewer_classes, image_data, notes_of
+from ..image_data import fewer_classes, image_data, notes_of, same_data
 from ..options import Network, Numerics
 from ..outputs import named
 from .options import LabelledImages, Teaching, Training
@@ -63,8 +61,6 @@ class Setting:
         network: in eval mode, on the device.
         runner: of the network.
         device: of all tensors that are computed with.
-        autocast: mixed precision, if it is asked for.
-        channels_last: memory order of images.
         data: images.
         train: ``head``, ``last-block`` or ``all``.
         head: the classifier; None where the whole network is trained.
@@ -80,8 +76,6 @@ class Setting:
     network: nn.Module
     runner: Runner
     device: torch.device
-    autocast: Any
-    channels_last: bool
     data: Data
     train: str
     head: Head | None
@@ -100,13 +94,7 @@ class Setting:
 
     def placed(self, images: Tensor) -> Tensor:
         """Return images on the device, in the memory order of the network."""
-        return _placed(images, self.device, channels_last=self.channels_last)
-
-
-def _placed(images: Tensor, device: torch.device, *, channels_last: bool) -> Tensor:
-    moved = images.to(device, non_blocking=True)
-    last = channels_last and moved.dim() == 4
-    return moved.contiguous(memory_format=torch.channels_last) if last else moved
+        return self.runner.ordered(images.to(self.device, non_blocking=True))
 
 
 def open_setting(
@@ -137,18 +125,17 @@ def open_setting(
         teacher, more = open_teacher(teaching.teacher, which, network, data.preprocessing, device)
         notes += more
     runner = Runner(network, device, amp=numerics.amp, channels_last=numerics.channels_last)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.amp)
     batch = next(labelled(data.measured), None)
     if batch is None:
         raise DataError("`data`: there are no images.")
-    first, labels = _placed(batch[0], device, channels_last=numerics.channels_last), batch[1]
+    first, labels = runner.ordered(batch[0].to(device)), batch[1]
 
     # One batch tells what no header does: the classifier, the classes, what the network takes, and the layers that run.
     name = type(network).__name__
     forward = partial(called, name, network)
     rows: list[Row] = []
     modules: tuple[str, ...] = ()
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), runner.autocast:
         if head is None:
             found = forward(first)
         else:
@@ -176,8 +163,6 @@ def open_setting(
         network=network,
         runner=runner,
         device=device,
-        autocast=autocast,
-        channels_last=numerics.channels_last,
         data=data,
         train=training.train,
         head=head,
@@ -248,21 +233,12 @@ def open_images(
             raise UsageError("`sizes`: the factory of `eval_data` prepares its images itself, at one size.")
         for size in map(int, images.sizes or ()):
             sizes[size] = open_at(LabelledImages(**{**vars(images), "img_size": size})).evaluated(eval_data)
-        if _same(data, eval_data):
+        if same_data(data, eval_data):
             notes.append("`eval_data` is the same as `data`: it does not show what the training does on other images.")
     if any(each is not None and each.once for each in (measured, held_out)):
         raise UsageError("the data are read many times, and a factory here gives an iterator, not a list.")
-    total, steps = measured.images, 0
-    if total is None:
+    total, steps = measured.images, measured.steps
+    if total is None or steps is None:
         counts = [len(labels) for _, labels in labelled(measured)]
         total, steps = sum(counts), len(counts)
-    else:
-        full, left = divmod(total, images.batch_size)
-        steps = full + (left > 1 or (left == 1 and not full))  # a single one left over goes into the last batch
     return Data(measured, trained, held_out, sizes, total, steps, how.config, how.config_from, tuple(notes))
-
-
-def _same(data: str, other: str) -> bool:
-    with suppress(OSError, RuntimeError):
-        return data == other or Path(data).resolve() == Path(other).resolve()
-    return False

@@ -130,7 +130,7 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
 
 def _through(setting: Setting, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Call what is trained, in mixed precision if that is asked for."""
-    with setting.autocast:
+    with setting.runner.autocast:
         return as_logits(setting.name, called(setting.name, module, inputs), len(inputs), setting.classes)
 
 
@@ -139,7 +139,7 @@ def _features(setting: Setting, head: Head, batches: Iterable[Any]) -> Iterator[
     with Tap(setting.network, head).open() as tap:
         for images, labels in labelled(batches, setting.classes):
             placed = setting.placed(images)
-            with setting.autocast:
+            with setting.runner.autocast:
                 features, _ = called(setting.name, tap, placed)
                 logits = _taught(setting, placed)
             yield features, labels.to(setting.device), logits
@@ -149,7 +149,7 @@ def _images(setting: Setting, batches: Iterable[Any]) -> Iterator[Example]:
     """Yield the images themselves."""
     for images, labels in labelled(batches, setting.classes):
         placed = setting.placed(images)
-        with setting.autocast:
+        with setting.runner.autocast:
             logits = _taught(setting, placed)
         yield placed, labels.to(setting.device), logits
 
