@@ -27,7 +27,8 @@ from .layers import find_layers, kept_modes
 from .processes import gathered
 from .report import BatchNormReport, compare
 from .statistics import LayerMoments, Moments, merge
-from .watch import Trials, Watch
+from .trial import Trials
+from .watch import Watch
 
 ESTIMATORS = ("population", "batch-mean")
 
@@ -95,10 +96,10 @@ def recalibrate_bn(
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
     layers, skipped = find_layers(model, include_frozen=include_frozen)
-    trials = Trials()
+    trials = Trials(include_frozen)
 
     def new_watch(exact: Collection[str]) -> Watch:
-        return Watch(layers, exact, trials, include_frozen=include_frozen, allow_unmeasured=allow_unmeasured)
+        return Watch(layers, exact, trials, allow_unmeasured=allow_unmeasured)
 
     watch = new_watch(())
     found: dict[str, tuple[Tensor, Tensor]] = {}

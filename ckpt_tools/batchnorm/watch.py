@@ -6,8 +6,8 @@ Each batch goes through the model in eval mode. A layer is measured in one of tw
    transposes, or the network. A mode of torch sees all functions (`_Functions`; with TorchScript all operators,
    `_Operators`) and hands them to `Watch.intercept`, which measures the input and calls the function with the mean and
    biased variance of that input in place of the buffers, as in train mode.
-2. A layer is called whose class normalises by arithmetic of its own. A hook before the call (`Watch._before_own`)
-   measures its input and stores mean and biased variance in its buffers; a trial has shown that the class works so.
+2. A layer is called whose class normalises by arithmetic of its own, as a trial has shown (`trial.py`). A hook before
+   the call (`Watch._before_own`) measures its input and stores mean and biased variance in its buffers.
 
 Layers in `exact` normalise by their buffers as they are, and are not measured. A layer ran unmeasured if its forward
 ended and neither place saw it (`Watch._after_call`), or if any other function took its buffers outside of a call
@@ -31,24 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import DataError, ModelError, NumericsError
 from .batches import tensors_of
 from .calls import RealPositions
-from .layers import NORMALISING, Doubtful, Layer, name_of, tried
+from .layers import NORMALISING, Layer, name_of
 from .statistics import LayerMoments, Moments, measure
+from .trial import Trials
 
 _READERS = frozenset(["item", "tolist", "numpy", "__array__", "__float__", "__bool__", "__format__"])
 """Functions by which the values of a tensor leave torch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trials:
-    """What trials of layers have shown.
-
-    Attributes:
-        ways: name to how the layer normalises, as `tried` returns it, or ``refused``.
-        doubts: name to why a layer is refused.
-    """
-
-    ways: dict[str, str] = field(default_factory=dict)
-    doubts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -97,8 +85,7 @@ class Watch:
     Args:
         layers: name to layer.
         exact: names of layers that normalise by their stored statistics and are not measured.
-        trials: of layers of a class of their own; filled in, and kept between passes.
-        include_frozen: measure layers, too, that a trial shows to be frozen.
+        trials: of layers of classes that are not known; filled in.
         allow_unmeasured: accept layers that run unmeasured in front of others.
 
     Attributes:
@@ -114,7 +101,6 @@ class Watch:
         exact: Collection[str],
         trials: Trials,
         *,
-        include_frozen: bool,
         allow_unmeasured: bool,
     ) -> None:
         self.layers = layers
@@ -128,7 +114,6 @@ class Watch:
         self.unmeasured: dict[str, str] = {}
         self.images = self.batches = 0
         self._trials = trials
-        self._include_frozen = include_frozen
         self._allow_unmeasured = allow_unmeasured
         self._owners = {
             id(buffer): layer
@@ -169,7 +154,7 @@ class Watch:
 
     def _before_own(self, layer: Layer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure the input of a layer whose class normalises by arithmetic of its own, and store the result in it."""
-        way = self._way(layer, args, kwargs)
+        way = self._trials.way(layer, args, kwargs)
         values = next(tensors_of([*args, *kwargs.values()]), None)
         if way == "frozen" or (way == "own" and layer.name in self.exact):
             self._batch.add_call(layer.name)
@@ -181,18 +166,6 @@ class Watch:
     def _after_call(self, layer: Layer, module: Any, args: Any, output: Any) -> None:
         if not self._batch.end(layer.name):
             self._ran_unmeasured(layer, "its forward normalises by no function that torch lets us see")
-
-    def _way(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return how a layer of a class of its own normalises; the first input with two values a channel tells."""
-        if layer.name not in self._trials.ways:
-            try:
-                way = tried(layer, args, kwargs, include_frozen=self._include_frozen)
-            except Doubtful as doubt:
-                way, self._trials.doubts[layer.name] = "refused", str(doubt)
-            if way == "few":
-                return way
-            self._trials.ways[layer.name] = way
-        return self._trials.ways[layer.name]
 
     def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call a function of torch for the model, and see what it does with the buffers of layers.
