@@ -1,8 +1,8 @@
 """Trials: does a layer whose class is not known update its statistics to those of what it normalises?
 
-A copy of the layer is tried twice on its first input. In eval mode, the inputs that it hands to normalising functions of
-torch are measured, or, if there are none, its own input. In train mode it starts from known statistics: the mean
-that was measured plus a standard deviation, and a higher variance. Its update is compared with that of torch,
+A copy of the layer is tried twice on its first input. In eval mode, the inputs that it hands to normalising functions
+of torch are measured, or, if there are none, its own input. In train mode it starts from known statistics: the measured
+mean plus a standard deviation, and a higher variance. Its update is compared with that of torch,
 new = (1 - m) old + m measured, which must hold with one m > 0 for all channels, of mean and variance (biased or not).
 """
 
