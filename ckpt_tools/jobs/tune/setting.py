@@ -16,7 +16,7 @@ from ...errors import DataError, ModelError, UsageError
 from ...evaluation.data import Batches, is_factory
 from ...evaluation.runner import Runner
 from ...formats.header import Header
-from ...tuning.examples import as_logits, called, check_labels, labelled, taught
+from ...tuning.examples import Forward, as_logits, called, check_labels, labelled, taught
 from ...tuning.features import Row
 from ...tuning.head import Head, Tap, find_head, last_block
 from ...tuning.normalisation import last_layer
@@ -110,7 +110,9 @@ def open_setting(
     """Open the data and the teacher, find the classifier, and run one batch.
 
     Args:
-        network, header: with the weights of the checkpoint with this header.
+        network, header: with the weights of the checkpoint with this header; put on the device and into eval mode.
+        device: of all tensors that are computed with.
+        which: how the network was made, for a teacher that does not record its own.
 
     Raises:
         CkptError: one of them is missing, or they do not fit together.
@@ -148,17 +150,8 @@ def open_setting(
         notes += (*fewer_classes("`data`", data.measured, classes),)
         if teacher is not None:
             rows.append(_row(taught(teacher.name, teacher, first, classes)))
-        recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
-        found_layers, skipped = find_layers(network)
-        layers = {each: layer.module for each, layer in found_layers.items()}
-        if recalibrate == "last":
-            last = last_layer(network, first, forward)
-            layers = {} if last is None else {last: layers[last]}
-    if recalibrate == "none":
-        layers = {}
-    elif not layers:
-        left = "".join(f" Left as it is: {each} ({of}), {reason}." for each, of, reason in skipped[:3])
-        notes += (f"The model has no BatchNorm statistics to measure.{left}",)
+        layers, more = _layers(network, first, forward, training)
+        notes += more
     return Setting(
         network=network,
         runner=runner,
@@ -174,6 +167,29 @@ def open_setting(
         rows=tuple(rows) if training.train == "head" and not training.augment else (),
         notes=notes,
     )
+
+
+def _layers(
+    network: nn.Module, images: Tensor, forward: Forward, training: Training
+) -> tuple[Mapping[str, nn.Module], tuple[str, ...]]:
+    """Return the BatchNorm layers that `recalibrate` asks for, and a note if there are none.
+
+    Args:
+        images: a batch, to see which layer runs last.
+        forward: calls the network.
+    """
+    which = training.recalibrate or ("all" if training.train == "all" else "last")
+    if which == "none":
+        return {}, ()
+    found, skipped = find_layers(network)
+    names = [*found]
+    if which == "last":
+        last = last_layer(network, images, forward)
+        names = [] if last is None else [last]
+    if not names:
+        left = "".join(f" Left as it is: {each} ({of}), {reason}." for each, of, reason in skipped[:3])
+        return {}, (f"The model has no BatchNorm statistics to measure.{left}",)
+    return {name: found[name].module for name in names}, ()
 
 
 def _row(batch: Tensor) -> Row:
