@@ -264,20 +264,21 @@ def _join_processes(watch: Watch, order: Sequence[str], device: torch.device) ->
     """
     names = [*watch.moments]
     first = {name: float(number) for number, name in enumerate(watch.order)}
-    sets = [(state, which) for state in watch.moments.values() for which in ("population", "means", "variances")]
     places = [first.get(name, math.inf) for name in names]
+    mine = [moments for layer in watch.moments.values() for moments in layer.sets]
     parts = [torch.tensor([watch.images, watch.batches, *places], dtype=torch.float64, device=device)]
-    for moments in (getattr(*each) for each in sets):
+    for moments in mine:
         parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]).to(device))
     everyone = gathered(torch.cat(parts))
     if len(everyone) > 1:
         totals, *others = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
         watch.images, watch.batches = (int(total) for total in sum(each[:2] for each in totals).tolist())
         first = dict(zip(names, torch.stack([each[2:] for each in totals]).amin(0).tolist(), strict=True))
-        for (state, which), found in zip(sets, others, strict=True):
-            own = getattr(state, which).mean.device
-            setattr(
-                state, which, merge([Moments(int(each[0].item()), *each[1:].to(own).view(2, -1)) for each in found])
-            )
+        merged = (
+            merge([Moments(int(each[0].item()), *each[1:].to(own.mean.device).view(2, -1)) for each in found])
+            for own, found in zip(mine, others, strict=True)
+        )
+        for layer in watch.moments.values():
+            layer.sets = (next(merged), next(merged), next(merged))
     measured = [name for name in names if watch.moments[name].population.count and name not in order]
     return [*order, *sorted(measured, key=lambda name: first.get(name, math.inf))]
