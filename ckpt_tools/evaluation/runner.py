@@ -1,4 +1,4 @@
-"""Running: a network over batches, with progress, mixed precision, and messages for errors."""
+"""Runner: shows batches to a network, with progress, mixed precision, and messages for errors."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .scores import Accuracy, Fit, Outcomes, evaluate, fit, outcomes
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]
+"""Called with what is done, the images done so far, and the images in all; None if their number is unknown."""
 
 
 class Runner:
@@ -91,18 +92,21 @@ class Runner:
 
     def evaluate(self, what: str, batches: Batches, on_progress: Progress) -> Accuracy:
         """Evaluate the network; see `ckpt_tools.evaluation.scores.evaluate`."""
-        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: evaluate(self._network, fed, self._call))
+        return self._scored(evaluate, what, batches, on_progress)
 
     def outcomes(self, what: str, batches: Batches, on_progress: Progress) -> Outcomes:
         """Evaluate the network image by image; see `ckpt_tools.evaluation.scores.outcomes`."""
-        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: outcomes(self._network, fed, self._call))
+        return self._scored(outcomes, what, batches, on_progress)
 
     def fit(self, what: str, batches: Batches, on_progress: Progress) -> Fit | None:
         """See how the network fits images; see `ckpt_tools.evaluation.scores.fit`."""
+        return self._scored(fit, what, batches, on_progress)
+
+    def _scored(
+        self, score: Callable[[nn.Module, _Fed, Call], T], what: str, batches: Batches, on_progress: Progress
+    ) -> T:
         fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: fit(self._network, fed, self._call))
+        return self._run(lambda: score(self._network, fed, self._call))
 
     def _run(self, work: Callable[[], T]) -> T:
         self._shape = None
@@ -120,6 +124,7 @@ class Runner:
             ) from error
 
     def _prepare(self, batch: Any) -> Any:
+        """Return a batch in the memory order of the network, and note its shape for messages."""
         self._shape = next((list(tensor.shape) for tensor in tensors_of(batch)), None)
         return mapped(batch, self.ordered)
 
