@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...batchnorm.processes import started_by_torchrun
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...errors import ModelError, NumericsError, UsageError
@@ -186,7 +186,7 @@ def _recipe(images: LabelledImages, training: Training, teaching: Teaching) -> R
 
 def _check(images: LabelledImages, training: Training, teaching: Teaching, output: TunedOutput) -> None:
     """Refuse impossible options before anything is read."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if started_by_torchrun():
         raise UsageError("a tuning runs in one process. Start it without torchrun.")
     check_images(images)
     for name, value in (("epochs", training.epochs), ("img_size", 1 if images.img_size is None else images.img_size)):
