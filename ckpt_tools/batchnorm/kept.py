@@ -1,4 +1,4 @@
-"""Kept: the tensors of a model come back: those that a forward pass replaces, and buffers that it moves."""
+"""Kept: the tensors of a model, given back after forward passes that replace or change them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from ..errors import ModelError
 
 _SMALL = 1 << 20
-"""Elements of a buffer of which a copy is kept, moved or not."""
+"""Elements of a buffer up to which its copy is kept in any case: 1 M."""
 
 
 class Kept:
     """The tensors of a model as they were.
 
     Parameters and buffers are kept by reference. Of buffers there are copies too, since a forward pass may change them
-    in place (observers, codebooks); those of large ones that the first batch does not move are dropped.
+    in place (observers, codebooks). The copies of large ones that the first batch does not change are dropped.
 
     Args:
         model: as it is to be again.
@@ -31,7 +31,7 @@ class Kept:
                 for key, tensor in places.items():
                     self._places.append((places, key, tensor, None if tensor is None else tensor.data))
         self._copies = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-        self._dropped: dict[str, tuple[Tensor, int]] = {}
+        self._dropped: dict[str, tuple[Tensor, int]] = {}  # with torch's count of changes in place
 
     def settle(self) -> None:
         """Drop the copies of large buffers that the first batch left as they were."""
@@ -54,12 +54,12 @@ class Kept:
         """Refuse a model that cannot be given back.
 
         Raises:
-            ModelError: a buffer moved of which there is no copy any more.
+            ModelError: a buffer was changed of which there is no copy any more.
         """
-        moved = next((name for name, (buffer, version) in self._dropped.items() if buffer._version != version), None)
-        if moved is not None:
+        changed = next((name for name, (buffer, version) in self._dropped.items() if buffer._version != version), None)
+        if changed is not None:
             raise ModelError(
-                f"the forward pass changes the buffer '{moved}' after the first batch, and it is too large to keep a "
+                f"the forward pass changes the buffer '{changed}' after the first batch, and it is too large to keep a "
                 "copy of. Give a model that leaves it alone in eval mode."
             )
 

@@ -28,6 +28,11 @@ class Group:
         return self.rank == 0
 
 
+def started_by_torchrun() -> bool:
+    """Return True if this is one of several processes that torchrun started; its environment variables tell."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 def local_device(device: torch.device) -> torch.device:
     """Give each process of a machine a GPU of its own."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -37,11 +42,11 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined_group(device: torch.device) -> Iterator[Group]:
-    """Join the processes that torchrun started, if it did; its environment variables tell.
+    """Join the processes that torchrun started, if it did.
 
     After an error the group is not closed: torchrun ends the others when one has ended.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or "RANK" not in os.environ:
+    if not started_by_torchrun():
         yield Group()
         return
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ from ..errors import DataError, ModelError, NumericsError, UsageError
 from .batches import joined, samples_in
 from .calls import Call, device_of
 from .kept import Kept
-from .layers import find_layers, kept_modes
+from .layers import Layer, find_layers, kept_modes
 from .processes import gathered
 from .report import BatchNormReport, compare
 from .statistics import LayerMoments, Moments, merge
-from .watch import Trials, Watch
+from .trial import Trials
+from .watch import Watch
 
 ESTIMATORS = ("population", "batch-mean")
 
@@ -95,25 +96,25 @@ def recalibrate_bn(
         raise UsageError("several passes need data that can be read again: a list or a DataLoader, not an iterator.")
     started = time.perf_counter()
     layers, skipped = find_layers(model, include_frozen=include_frozen)
-    trials = Trials()
+    trials = Trials(include_frozen)
 
-    def watching(exact: Collection[str]) -> Watch:
-        return Watch(layers, exact, trials, include_frozen=include_frozen, allow_unmeasured=allow_unmeasured)
+    def new_watch(exact: Collection[str]) -> Watch:
+        return Watch(layers, exact, trials, allow_unmeasured=allow_unmeasured)
 
-    watch = watching(())
+    watch = new_watch(())
     found: dict[str, tuple[Tensor, Tensor]] = {}
     moments: dict[str, LayerMoments] = {}
     before = {name: layer.stored() for name, layer in layers.items()}
     order: list[str] = []
+    suffices: bool | None = None
     with _borrowed(model, watch) as kept:
         folded = watch.used_outside()
-        suffices: list[bool] = []  # may batches of one sample stay alone?
         for number in range(1, passes + 1 if layers else 1):
             exact = frozenset(order[: number - 1])
             if number > 1 and exact.issuperset(found):
                 break
-            watch = watching(exact)
-            _feed(model, batches, call, watch, kept, suffices, partial(on_batch or _quiet, number))
+            watch = new_watch(exact)
+            suffices = _feed(model, batches, call, watch, kept, suffices, partial(on_batch or _quiet, number))
             order = _join_processes(watch, order, device_of(model))
             if not watch.batches:
                 raise DataError("the data yield no batch. Nothing was recalibrated.")
@@ -123,26 +124,17 @@ def recalibrate_bn(
                     layers[name].store(*found[name])
                     if not torch.isfinite(layers[name].variance).all():
                         raise NumericsError(f"the new statistics of '{name}' overflow {layers[name].variance.dtype}.")
-        if layers and not found:
-            raise ModelError(f"the data reach none of the BatchNorm layers, such as '{next(iter(layers))}'.")
-        lost = next((name for name in folded if name not in found), None)
-        if lost is not None and not allow_unmeasured:
-            raise ModelError(
-                f"eval() folds '{lost}' into other weights, so that it runs unmeasured, and what lies behind it would "
-                "get wrong statistics. Give a model that does not fold, or leave it with `allow_unmeasured=True`."
-            )
+        _check_reached(layers, found, () if allow_unmeasured else folded)
         kept.check()
-    found = {name: found[name] for name in layers if name in found}
     for name, new in found.items():
         layers[name].store(*new)
         if isinstance(counter := getattr(layers[name].module, "num_batches_tracked", None), Tensor):
             counter.fill_(watch.batches)
-    left = tuple(
-        (name, layer.class_name, _why(name, watch, trials)) for name, layer in layers.items() if name not in found
-    )
+    measured = [name for name in layers if name in found]
+    left = [(name, layer.class_name, _why(name, watch, trials)) for name, layer in layers.items() if name not in found]
     return BatchNormReport(
         layers=tuple(
-            compare(name, layers[name].class_name, before[name], new, moments[name]) for name, new in found.items()
+            compare(name, layers[name].class_name, before[name], found[name], moments[name]) for name in measured
         ),
         skipped=(*skipped, *left),
         images=watch.images,
@@ -151,8 +143,8 @@ def recalibrate_bn(
         estimator=estimator,
         seconds=time.perf_counter() - started,
         statistics={
-            name: (mean.cpu() if before[name][0] is not None else None, variance.cpu())
-            for name, (mean, variance) in found.items()
+            name: (found[name][0].cpu() if layers[name].mean is not None else None, found[name][1].cpu())
+            for name in measured
         },
     )
 
@@ -173,7 +165,28 @@ def check_options(passes: int, estimator: str) -> None:
         raise UsageError(f"`estimator` is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
 
 
+def _check_reached(layers: Mapping[str, Layer], found: Collection[str], folded: Collection[str]) -> None:
+    """Refuse statistics of no layer, or those behind a layer that is used where it cannot be measured.
+
+    Args:
+        found: layers that were measured.
+        folded: layers whose statistics eval() used.
+
+    Raises:
+        ModelError: no layer was measured, or one of the folded ones was not.
+    """
+    if layers and not found:
+        raise ModelError(f"the data reach none of the BatchNorm layers, such as '{next(iter(layers))}'.")
+    lost = next((name for name in folded if name not in found), None)
+    if lost is not None:
+        raise ModelError(
+            f"eval() folds '{lost}' into other weights, so that it runs unmeasured, and what lies behind it would "
+            "get wrong statistics. Give a model that does not fold, or leave it with `allow_unmeasured=True`."
+        )
+
+
 def _why(name: str, watch: Watch, trials: Trials) -> str:
+    """Return why a layer has no new statistics."""
     if trials.ways.get(name) == "frozen":
         return "frozen: its class never updates them"
     if name in watch.unmeasured:
@@ -208,10 +221,18 @@ def _feed(
     call: Call,
     watch: Watch,
     kept: Kept,
-    suffices: list[bool],
+    suffices: bool | None,
     on_batch: Callable[[int], None],
-) -> None:
-    """Show the batches to the model; `suffices` keeps between passes if batches of one sample may stay alone."""
+) -> bool | None:
+    """Show all batches to the model.
+
+    Args:
+        suffices: a batch of one sample can be measured, as a pass before has seen; None if it is not known.
+        on_batch: called after each batch with the number of samples so far.
+
+    Returns:
+        `suffices`, as it is known now.
+    """
     device = device_of(model)
 
     def show(batch: Any) -> None:
@@ -219,18 +240,20 @@ def _feed(
         with watch.watching():
             call(model, batch)
 
-    def alone(batch: Any) -> bool:
-        if not suffices:
+    def can_be_alone(batch: Any) -> bool:
+        nonlocal suffices
+        if suffices is None:
             show(batch)
-            suffices.append(not watch.sees_single_values())
-        return suffices[0]
+            suffices = not watch.saw_single_values()
+        return suffices
 
     with watch.hooked():
-        for batch in joined(batches, alone):
+        for batch in joined(batches, can_be_alone):
             show(batch)
             watch.end_batch(samples_in(batch))
             kept.settle()
             on_batch(watch.images)
+    return suffices
 
 
 def _join_processes(watch: Watch, order: Sequence[str], device: torch.device) -> list[str]:
@@ -241,20 +264,21 @@ def _join_processes(watch: Watch, order: Sequence[str], device: torch.device) ->
     """
     names = [*watch.moments]
     first = {name: float(number) for number, name in enumerate(watch.order)}
-    sets = [(state, which) for state in watch.moments.values() for which in ("population", "means", "variances")]
     places = [first.get(name, math.inf) for name in names]
+    mine = [moments for layer in watch.moments.values() for moments in layer.sets]
     parts = [torch.tensor([watch.images, watch.batches, *places], dtype=torch.float64, device=device)]
-    for moments in (getattr(*each) for each in sets):
+    for moments in mine:
         parts.append(torch.cat([moments.mean.new_full((1,), moments.count), moments.mean, moments.m2]).to(device))
     everyone = gathered(torch.cat(parts))
     if len(everyone) > 1:
         totals, *others = zip(*(torch.split(each, [*map(len, parts)]) for each in everyone), strict=True)
         watch.images, watch.batches = (int(total) for total in sum(each[:2] for each in totals).tolist())
         first = dict(zip(names, torch.stack([each[2:] for each in totals]).amin(0).tolist(), strict=True))
-        for (state, which), found in zip(sets, others, strict=True):
-            own = getattr(state, which).mean.device
-            setattr(
-                state, which, merge([Moments(int(each[0].item()), *each[1:].to(own).view(2, -1)) for each in found])
-            )
+        merged = (
+            merge([Moments(int(each[0].item()), *each[1:].to(own.mean.device).view(2, -1)) for each in found])
+            for own, found in zip(mine, others, strict=True)
+        )
+        for layer in watch.moments.values():
+            layer.sets = (next(merged), next(merged), next(merged))
     measured = [name for name in names if watch.moments[name].population.count and name not in order]
     return [*order, *sorted(measured, key=lambda name: first.get(name, math.inf))]

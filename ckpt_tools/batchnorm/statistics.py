@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,52 +157,61 @@ def _of_rows(table: Tensor) -> Moments:
     return Moments(len(table), origin + mean, variance * len(table))
 
 
-def _merged_set(which: int) -> Any:
-    """Return a property of `LayerMoments`: one of its sets, with all batches in it."""
-
-    def get(moments: LayerMoments) -> Moments:
-        return moments._merge()[which]
-
-    def put(moments: LayerMoments, new: Moments) -> None:
-        moments._merge()[which] = new
-
-    return property(get, put)
-
-
 class LayerMoments:
-    """The measurements of one layer. Batches are merged some at a time: a merge takes many small operations.
-
-    Attributes:
-        population: moments of all values.
-        means: moments, over batches, of their means.
-        variances: moments, over batches, of their unbiased variances.
-    """
-
-    population: Moments = _merged_set(0)
-    means: Moments = _merged_set(1)
-    variances: Moments = _merged_set(2)
+    """The measurements of one layer. Batches are merged some at a time: a merge takes many small operations."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self._sets = [Moments.none(channels, device)] * 3
+        none = Moments.none(channels, device)
+        self._sets = (none, none, none)
         self._batches: list[Moments] = []  # not in the sets yet
 
     def add(self, batch: Moments) -> None:
+        """Add what the layer saw in one call."""
         self._batches.append(batch)
         if len(self._batches) == _TOGETHER:
             self._merge()
 
-    def _merge(self) -> list[Moments]:
+    def _merge(self) -> None:
         batches, self._batches = self._batches, []
-        if batches:
-            means = _of_rows(torch.stack([batch.mean for batch in batches]))
-            variances = _of_rows(torch.stack([batch.variance(correction=1) for batch in batches]))
-            population, *over_batches = self._sets
-            new = zip(over_batches, (means, variances), strict=True)
-            self._sets = [merge([population, *batches]), *(merge([*each]) for each in new)]
+        population, means, variances = self._sets
+        self._sets = (
+            merge([population, *batches]),
+            merge([means, _of_rows(torch.stack([batch.mean for batch in batches]))]),
+            merge([variances, _of_rows(torch.stack([batch.variance(correction=1) for batch in batches]))]),
+        )
+
+    @property
+    def sets(self) -> tuple[Moments, Moments, Moments]:
+        """`population`, `means` and `variances`."""
+        if self._batches:
+            self._merge()
         return self._sets
 
+    @sets.setter
+    def sets(self, new: tuple[Moments, Moments, Moments]) -> None:
+        self._sets, self._batches = new, []
+
+    @property
+    def population(self) -> Moments:
+        """The moments of all values."""
+        return self.sets[0]
+
+    @property
+    def means(self) -> Moments:
+        """The moments, over batches, of their means."""
+        return self.sets[1]
+
+    @property
+    def variances(self) -> Moments:
+        """The moments, over batches, of their unbiased variances."""
+        return self.sets[2]
+
     def estimate(self, estimator: str) -> tuple[Tensor, Tensor]:
-        """Return the mean and the variance to store, float64 [C]."""
+        """Return the mean and the variance to store, float64 [C].
+
+        Args:
+            estimator: ``population`` or ``batch-mean``; see `recalibrate_bn`.
+        """
         if estimator == "batch-mean":
             return self.means.mean, self.variances.mean
         return self.population.mean, self.population.variance(correction=1)

@@ -1,9 +1,17 @@
-"""Watching: what each layer normalises, measured where it is normalised.
+"""Watch: what the layers of a model normalise, measured where they normalise it.
 
-A mode of torch sees every function that takes the buffers of a layer. One that normalises is handed the mean and biased
-variance of what it normalises, as in train mode, in place of the buffers. So it does not matter who calls it: the
-forward of the layer, of a subclass that transposes, or of the network itself. Layers that do without such a function
-are measured by a hook before them, once a trial has shown that their class measures the same.
+Each batch goes through the model in eval mode. A layer is measured in one of two places:
+
+1. Somebody calls a function of torch that normalises by the buffers of a layer: the layer itself, a subclass that
+   transposes, or the network. A mode of torch sees all functions (`_Functions`; with TorchScript all operators,
+   `_Operators`) and hands them to `Watch.intercept`, which measures the input and calls the function with the mean and
+   biased variance of that input in place of the buffers, as in train mode.
+2. A layer is called whose class normalises by arithmetic of its own, as a trial has shown (`trial.py`). A hook before
+   the call (`Watch._before_own`) measures its input and stores mean and biased variance in its buffers.
+
+Layers in `exact` normalise by their buffers as they are, and are not measured. A layer ran unmeasured if its forward
+ended and neither place saw it (`Watch._after_call`), or if any other function took its buffers outside of a call
+(`Watch.intercept`). `Watch.end_batch` refuses that if another layer normalised behind it.
 """
 
 from __future__ import annotations
@@ -23,19 +31,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import DataError, ModelError, NumericsError
 from .batches import tensors_of
 from .calls import RealPositions
-from .layers import NORMALISING, Doubtful, Layer, name_of, tried
+from .layers import NORMALISING, Layer, name_of
 from .statistics import LayerMoments, Moments, measure
+from .trial import Trials
 
 _READERS = frozenset(["item", "tolist", "numpy", "__array__", "__float__", "__bool__", "__format__"])
 """Functions by which the values of a tensor leave torch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Trials:
-    """What trials of layers have shown: name to how it normalises, and to why that cannot be relied on."""
+@dataclass(slots=True)
+class _Batch:
+    """What the layers have done in one batch so far; layers by name.
 
-    ways: dict[str, str] = field(default_factory=dict)
-    doubts: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        mask: which positions are real; None if all are.
+        measured: (layer, moments) of each measured call, in the order of the calls.
+        calls: layer to the number of its calls that were seen to normalise as they should.
+        unmeasured: layer to the reason why it ran unmeasured.
+        behind: unmeasured layer to the first other one that normalised after it.
+        running: layers whose forward is at work, each with its number in `calls` when that began.
+    """
+
+    mask: RealPositions | None = None
+    measured: list[tuple[str, Moments]] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    behind: dict[str, str] = field(default_factory=dict)
+    running: list[tuple[str, int]] = field(default_factory=list)
+
+    def add_call(self, name: str) -> None:
+        """Count a call in which a layer normalises as it should; it stands behind the layers unmeasured so far."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+        for other in self.unmeasured:
+            if other != name:
+                self.behind.setdefault(other, name)
+
+    def begin(self, name: str) -> None:
+        """Note that the forward of a layer begins."""
+        self.running.append((name, self.calls.get(name, 0)))
+
+    def end(self, name: str) -> bool:
+        """Note that the forward of a layer ends; return False if no call was counted since it began."""
+        for place in reversed(range(len(self.running))):
+            if self.running[place][0] == name:
+                _, before = self.running.pop(place)
+                return self.calls.get(name, 0) > before
+        return True
 
 
 class Watch:
@@ -44,15 +85,14 @@ class Watch:
     Args:
         layers: name to layer.
         exact: names of layers that normalise by their stored statistics and are not measured.
-        trials: of layers of a class of their own; filled in, and kept between passes.
-        include_frozen: measure those, too, that trials show to be frozen.
-        allow_unmeasured: a layer that runs unmeasured is no error.
+        trials: of layers of classes that are not known; filled in.
+        allow_unmeasured: accept layers that run unmeasured in front of others.
 
     Attributes:
-        moments: name to the measurements.
+        moments: name to the measurements of all batches.
         order: names by their first call.
         unmeasured: name to reason, of layers that ran unmeasured.
-        images, batches: so far.
+        images, batches: number of them so far.
     """
 
     def __init__(
@@ -61,7 +101,6 @@ class Watch:
         exact: Collection[str],
         trials: Trials,
         *,
-        include_frozen: bool,
         allow_unmeasured: bool,
     ) -> None:
         self.layers = layers
@@ -75,24 +114,14 @@ class Watch:
         self.unmeasured: dict[str, str] = {}
         self.images = self.batches = 0
         self._trials = trials
-        self._include_frozen = include_frozen
-        self._allowed = allow_unmeasured
-        self._owner = {
+        self._allow_unmeasured = allow_unmeasured
+        self._owners = {
             id(buffer): layer
             for layer in layers.values()
             for buffer in (layer.mean, layer.variance)
             if buffer is not None
         }
-        self._open: list[tuple[Layer, int]] = []  # layers at work, and how often each was seen before
-        self._mask: RealPositions | None = None
-        self._start()
-
-    def _start(self) -> None:
-        self._batch: list[tuple[str, Moments]] = []
-        self._seen: dict[str, int] = {}
-        self._blind: dict[str, str] = {}  # ran unmeasured in this batch: name to reason
-        self._behind: dict[str, str] = {}  # name to a layer that was measured behind it
-        self._open.clear()
+        self._batch = _Batch()
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -102,11 +131,13 @@ class Watch:
                 if layer.scripted:
                     continue
                 module = layer.module
-                # First, so that hooks of the user run within the call; and last, to see what they make of the input.
-                stack.enter_context(module.register_forward_pre_hook(partial(self._open_call, layer), prepend=True))
+                # The first and the last of all: what hooks of the user do belongs to the call.
+                stack.enter_context(module.register_forward_pre_hook(partial(self._before_call, layer), prepend=True))
                 if not layer.known:
-                    stack.enter_context(module.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True))
-                stack.enter_context(module.register_forward_hook(partial(self._leave, layer)))
+                    # Behind the hooks of the user, to see what they make of the input.
+                    hook = partial(self._before_own, layer)
+                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(partial(self._after_call, layer)))
             yield
 
     @contextmanager
@@ -118,163 +149,181 @@ class Watch:
         with _uncompiled(), unfused, _Operators(self) if scripted else _Functions(self):
             yield
 
-    def _open_call(self, layer: Layer, module: Any, args: tuple[Any, ...]) -> None:
-        self._open.append((layer, self._seen.get(layer.name, 0)))
+    def _before_call(self, layer: Layer, module: Any, args: tuple[Any, ...]) -> None:
+        self._batch.begin(layer.name)
 
-    def _enter(self, layer: Layer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        way = self._way(layer, args, kwargs)
+    def _before_own(self, layer: Layer, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure the input of a layer whose class normalises by arithmetic of its own, and store the result in it."""
+        way = self._trials.way(layer, args, kwargs)
         values = next(tensors_of([*args, *kwargs.values()]), None)
         if way == "frozen" or (way == "own" and layer.name in self.exact):
-            self._note(layer)
+            self._batch.add_call(layer.name)
         elif way in ("own", "few") and values is not None:
-            found = self._see(layer, values)
+            found = self._measure(layer, values)
             if found is not None:
                 layer.store(*found)
 
-    def _way(self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-        """Return how a class of its own normalises; it is tried on its first input."""
-        if layer.name not in self._trials.ways:
-            try:
-                way = tried(layer, args, kwargs, include_frozen=self._include_frozen)
-            except Doubtful as doubt:
-                way, self._trials.doubts[layer.name] = "refused", str(doubt)
-            if way == "few":
-                return way
-            self._trials.ways[layer.name] = way
-        return self._trials.ways[layer.name]
+    def _after_call(self, layer: Layer, module: Any, args: Any, output: Any) -> None:
+        if not self._batch.end(layer.name):
+            self._ran_unmeasured(layer, "its forward normalises by no function that torch lets us see")
 
-    def _leave(self, layer: Layer, module: Any, args: Any, output: Any) -> None:
-        for place in reversed(range(len(self._open))):
-            if self._open[place][0] is layer:
-                before = self._open.pop(place)[1]
-                if self._seen.get(layer.name, 0) == before:
-                    self._miss(layer, "its forward normalises by no function that torch lets us see")
-                return
+    def intercept(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call a function of torch for the model, and see what it does with the buffers of layers.
 
-    def called(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], used: list[Layer]
-    ) -> Any:
-        """Call a function that takes buffers of layers; measure what it normalises."""
+        Returns:
+            Its result; where it normalises by the buffers of a layer that is measured, by the statistics of its input.
+        """
+        used = self._owners_of(args, kwargs)
+        if not used:
+            return func(*args, **kwargs)
         if name_of(func) in NORMALISING and len(used) == 1 and _both(used[0], args, kwargs):
-            layer = used[0]
-            found = None
-            if layer.name in self.exact:
-                self._note(layer)
-            elif self._trials.ways.get(layer.name, "function") == "function":
-                found = self._see(layer, args[0] if args else kwargs["input"])
-            mean, variance = layer.stored() if found is None else found
-            new = {id(layer.variance): variance.to(layer.variance.dtype).view_as(layer.variance)}
-            if layer.mean is not None and mean is not None:
-                new[id(layer.mean)] = mean.to(layer.mean.dtype).view_as(layer.mean)
-            args = tuple(new.get(id(value), value) for value in args)
-            return func(*args, **{key: new.get(id(value), value) for key, value in kwargs.items()})
+            return self._normalise(used[0], func, args, kwargs)
         result = func(*args, **kwargs)
-        if name_of(func) in _READERS or any(True for _ in tensors_of(result)):
-            at_work = {layer.name for layer, _ in self._open}
+        if name_of(func) in _READERS or any(True for _ in tensors_of(result)):  # else it looked at shape or dtype
+            running = {name for name, _ in self._batch.running}
             for layer in used:
-                if layer.name not in at_work:
-                    self._miss(layer, f"'{name_of(func)}' takes its statistics outside of it")
+                if layer.name not in running:
+                    self._ran_unmeasured(layer, f"'{name_of(func)}' takes its statistics outside of it")
         return result
 
-    def _see(self, layer: Layer, values: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Measure what a layer is about to normalise; return its mean and biased variance, float64 [C]."""
+    def _owners_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Layer]:
+        """Return the layers whose buffers are among the arguments of a function, or in lists among them."""
+        owners, used = self._owners, {}
+        for value in args if not kwargs else (*args, *kwargs.values()):
+            if (layer := owners.get(id(value))) is not None:
+                used[layer.name] = layer
+            elif type(value) in (list, tuple):
+                for each in value:
+                    if (layer := owners.get(id(each))) is not None:
+                        used[layer.name] = layer
+        return [*used.values()]
+
+    def _normalise(
+        self, layer: Layer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call a function that normalises by the buffers of a layer, with the statistics of its input in their place.
+
+        A layer that is exact, or measured by its input, keeps its stored ones.
+        """
+        found = None
+        if layer.name in self.exact:
+            self._batch.add_call(layer.name)
+        elif self._trials.ways.get(layer.name, "function") == "function":
+            found = self._measure(layer, args[0] if args else kwargs["input"])
+        mean, variance = layer.stored() if found is None else found
+        # Always copies: in train mode, into which a forward pass may put the layer, the function changes them.
+        new = {id(layer.variance): variance.to(layer.variance.dtype, copy=True).view_as(layer.variance)}
+        if layer.mean is not None and mean is not None:
+            new[id(layer.mean)] = mean.to(layer.mean.dtype, copy=True).view_as(layer.mean)
+        return func(
+            *(new.get(id(value), value) for value in args),
+            **{key: new.get(id(value), value) for key, value in kwargs.items()},
+        )
+
+    def _measure(self, layer: Layer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Measure what a layer is about to normalise.
+
+        Args:
+            values: [N, C] or [N, C, ...].
+
+        Returns:
+            Mean and biased variance, float64 [C]; None if there is nothing to measure.
+
+        Raises:
+            DataError: the mask does not fit the values.
+        """
         if values.dim() < 2 or values.shape[1] != layer.channels:
             return None  # the layer itself raises the better error
-        self._note(layer)
-        found = measure(values if self._mask is None else self._real(layer, values, self._mask))
+        self._batch.add_call(layer.name)
+        mask = self._batch.mask
+        found = measure(values if mask is None else _real(layer, values, mask))
         if found.count == 0:
             return None
-        self._batch.append((layer.name, found))
+        self._batch.measured.append((layer.name, found))
         return found.mean, found.variance(correction=0)
 
-    def _note(self, layer: Layer) -> None:
-        self._seen[layer.name] = self._seen.get(layer.name, 0) + 1
-        for name in self._blind:
-            if name != layer.name:
-                self._behind.setdefault(name, layer.name)
-
-    def _miss(self, layer: Layer, reason: str) -> None:
-        self._blind.setdefault(layer.name, self._trials.doubts.get(layer.name, reason))
-
-    def _real(self, layer: Layer, values: Tensor, mask: RealPositions) -> Tensor:
-        real = mask.of(values)
-        if real is None:
-            what = "lengths" if mask.given.dim() == 1 else "positions"
-            raise DataError(
-                f"the input of '{layer.name}' has the shape {list(values.shape)}, and `mask` gives {what} of the shape "
-                f"{list(mask.given.shape)}: it goes with inputs [N, C, T] of the same T alone, and with [N, C]."
-            )
-        return real
+    def _ran_unmeasured(self, layer: Layer, reason: str) -> None:
+        """Keep the first reason, or what the trial has said."""
+        self._batch.unmeasured.setdefault(layer.name, self._trials.doubts.get(layer.name, reason))
 
     def used_outside(self) -> list[str]:
         """Return the layers whose statistics were used outside of them since the last batch."""
-        return [*self._blind]
+        return [*self._batch.unmeasured]
 
     def begin_batch(self, mask: RealPositions | None) -> None:
-        """Open a batch; without a mask, all of its positions are real."""
-        self._start()
-        self._mask = mask
+        """Begin a batch, and forget one that was not ended; without a mask, all of its positions are real."""
+        self._batch = _Batch(mask)
 
-    def sees_single_values(self) -> bool:
-        """Tell if a layer has seen one value a channel in this batch, which is then forgotten."""
-        few = any(moments.count < 2 for _, moments in self._batch)
-        self._start()
-        return few
+    def saw_single_values(self) -> bool:
+        """Return True if a layer has seen one value a channel in this batch."""
+        return any(moments.count < 2 for _, moments in self._batch.measured)
 
     def end_batch(self, images: int) -> None:
-        """Close a batch.
+        """End a batch, and add what was measured in it.
+
+        Args:
+            images: number of them in the batch.
 
         Raises:
             NumericsError: a layer saw something that is not finite.
             DataError: a layer saw a single value a channel.
-            ModelError: a layer ran unmeasured.
+            ModelError: a layer ran unmeasured in front of another one, or a trial refused it.
         """
         self.batches += 1
-        if self._batch:
-            device = self._batch[0][1].mean.device
-            sums = [torch.isfinite(moments.mean + moments.m2).all().to(device) for _, moments in self._batch]
-            # One look for all layers, because each look waits for the device.
-            finite = torch.stack(sums).tolist()
-            if not all(finite):
-                name = self._batch[finite.index(False)][0]
-                raise NumericsError(
-                    f"batch {self.batches}: the input of '{name}' holds NaN or infinity. "
-                    "Look at the images of this batch, and at the weights in front of that layer."
-                )
-        for name, moments in self._batch:
+        self._check_finite()
+        for name, moments in self._batch.measured:
             if moments.count < 2:
                 raise DataError(
                     f"batch {self.batches}: '{name}' sees a single value a channel, which has no variance: a batch of "
                     "a single image, with no neighbour of its shape. Give more data, or larger batches."
                 )
             self.moments[name].add(moments)
-        self.order += [name for name in self._seen if name not in self.order]
+        self.order += [name for name in self._batch.calls if name not in self.order]
         self._check_unmeasured()
         self.images += images
 
+    def _check_finite(self) -> None:
+        measured = self._batch.measured
+        if not measured:
+            return
+        device = measured[0][1].mean.device
+        found = [torch.isfinite(moments.mean + moments.m2).all().to(device) for _, moments in measured]
+        # One look for all layers, because each look waits for the device.
+        finite = torch.stack(found).tolist()
+        if not all(finite):
+            name, _ = measured[finite.index(False)]
+            raise NumericsError(
+                f"batch {self.batches}: the input of '{name}' holds NaN or infinity. "
+                "Look at the images of this batch, and at the weights in front of that layer."
+            )
+
     def _check_unmeasured(self) -> None:
-        for name, reason in self._blind.items():
+        for name, reason in self._batch.unmeasured.items():
             self.unmeasured.setdefault(name, reason)
-            layer = self.layers[name]
-            if not self._allowed and (name in self._behind or name in self._trials.doubts):
-                behind = f", in front of '{self._behind[name]}'" if name in self._behind else ""
+            behind = self._batch.behind.get(name)
+            if not self._allow_unmeasured and (behind is not None or name in self._trials.doubts):
+                where = "" if behind is None else f", in front of '{behind}'"
                 raise ModelError(
-                    f"'{name}' ({layer.class_name}) runs unmeasured{behind}: {reason}. What lies behind it would get "
-                    "wrong statistics. Normalise by torch's own function in that layer, or leave it as it is with "
-                    "`allow_unmeasured=True`."
+                    f"'{name}' ({self.layers[name].class_name}) runs unmeasured{where}: {reason}. What lies behind it "
+                    "would get wrong statistics. Normalise by torch's own function in that layer, or leave it as it "
+                    "is with `allow_unmeasured=True`."
                 )
 
-    def used_by(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> list[Layer]:
-        """Return the layers whose buffers are among the arguments of a function, or in lists among them."""
-        owner, used = self._owner, {}
-        for value in args if not kwargs else (*args, *kwargs.values()):
-            if (layer := owner.get(id(value))) is not None:
-                used[layer.name] = layer
-            elif type(value) in (list, tuple):
-                for each in value:
-                    if (layer := owner.get(id(each))) is not None:
-                        used[layer.name] = layer
-        return [*used.values()]
+
+def _real(layer: Layer, values: Tensor, mask: RealPositions) -> Tensor:
+    """Return the real positions of an input of a layer, [positions, C].
+
+    Raises:
+        DataError: the mask does not fit the input.
+    """
+    real = mask.of(values)
+    if real is None:
+        what = "lengths" if mask.given.dim() == 1 else "positions"
+        raise DataError(
+            f"the input of '{layer.name}' has the shape {list(values.shape)}, and `mask` gives {what} of the shape "
+            f"{list(mask.given.shape)}: it goes with inputs [N, C, T] of the same T alone, and with [N, C]."
+        )
+    return real
 
 
 def _uncompiled() -> Any:
@@ -285,7 +334,7 @@ def _uncompiled() -> Any:
 
 
 def _both(layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tell if both statistics of a layer are among some arguments."""
+    """Return True if both statistics of a layer are among the arguments of a function."""
     given = [*args, *kwargs.values()]
     return all(any(each is own for each in given) for own in (layer.mean, layer.variance))
 
@@ -300,9 +349,7 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if used := self._watch.used_by(args, kwargs):
-            return self._watch.called(func, args, kwargs or {}, used)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return self._watch.intercept(func, args, kwargs or {})
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -315,6 +362,4 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if used := self._watch.used_by(args, kwargs):
-            return self._watch.called(func, args, kwargs or {}, used)
-        return func(*args, **kwargs) if kwargs else func(*args)
+        return self._watch.intercept(func, args, kwargs or {})

@@ -45,6 +45,22 @@ Averaged = Annotated[
 """A checkpoint that is what `ckpt avg` writes if none is given."""
 
 
+def number_of_images(text: str | None) -> int | None:
+    """Read a number of images, or all.
+
+    Returns:
+        None if it is not given, -1 for all.
+
+    Raises:
+        UsageError: something else.
+    """
+    if text is None or text == "all":
+        return None if text is None else -1
+    if not text.isdecimal() or int(text) < 2:
+        raise UsageError(f"`images={text!r}`: a number, 2 or more, or all.")
+    return int(text)
+
+
 def with_options(
     *groups: type[Group], **readers: Reader
 ) -> Callable[[Callable[..., None]], Callable[[], Callable[..., None]]]:

@@ -11,14 +11,14 @@ from ..errors import UsageError
 from ..jobs.options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Summing
 from ..series.schedules import Schedule
 from . import arguments, console
-from .recal_bn import number_of_images, show_images, show_statistics
+from .recal_bn import show_images, show_statistics
 
 if TYPE_CHECKING:
     from ..jobs.average import AverageReport
 
 
 @arguments.with_options(
-    Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Summing, images=number_of_images
+    Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Summing, images=arguments.number_of_images
 )
 def avg(
     paths: Annotated[

@@ -17,20 +17,9 @@ FAR_MEAN, FAR_VARIANCE = 0.5, 4.0
 """Shifts of a mean in standard deviations, and of a variance by a factor, above which there is a warning."""
 
 
-def number_of_images(text: str | None) -> int | None:
-    """Read a number of images, or all.
-
-    Raises:
-        UsageError: something else.
-    """
-    if text is None or text == "all":
-        return None if text is None else -1
-    if not text.isdecimal() or int(text) < 2:
-        raise UsageError(f"`images={text!r}`: a number, 2 or more, or all.")
-    return int(text)
-
-
-@arguments.with_options(Network, State, Images, Measuring, RecalibratedOutput, Inference, images=number_of_images)
+@arguments.with_options(
+    Network, State, Images, Measuring, RecalibratedOutput, Inference, images=arguments.number_of_images
+)
 def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Recalibrate the BatchNorm statistics of averaged weights.
 

@@ -14,7 +14,6 @@ import typer
 from ..errors import DataError
 from ..jobs.sweep.options import GROUPS
 from . import arguments, console
-from .recal_bn import number_of_images
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +26,7 @@ _SHOWN = 20  # rows of a ranking
 _LIVE = 10  # rows while it runs
 
 
-@arguments.with_options(*GROUPS, images=number_of_images)
+@arguments.with_options(*GROUPS, images=arguments.number_of_images)
 def sweep(
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")

@@ -11,7 +11,6 @@ from ..errors import UsageError
 from ..jobs.options import Inference, State
 from ..jobs.tune.options import Classifier, LabelledImages, Teaching, Training, TunedOutput
 from . import arguments, console
-from .recal_bn import number_of_images
 
 if TYPE_CHECKING:
     from ..evaluation.scores import Accuracy
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @arguments.with_options(
-    Classifier, State, LabelledImages, Training, Teaching, TunedOutput, Inference, images=number_of_images
+    Classifier, State, LabelledImages, Training, Teaching, TunedOutput, Inference, images=arguments.number_of_images
 )
 def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
     """Train the classifier of averaged weights at the size of the test, or more of the network, or from a teacher.

@@ -120,6 +120,11 @@ class Batches:
         self.once = isinstance(source, Iterator)
         self.notes, self.classes, self.numbering = tuple(notes), classes, numbering
 
+    @property
+    def steps(self) -> int | None:
+        """Number of batches in this process; None if the data have no length."""
+        return None if self.images is None else len(self._source.batches(self.images, self._loading))
+
     def __iter__(self) -> Iterator[Any]:
         return self._from_items(self._source) if isinstance(self._source, _Items) else self._given()
 
@@ -163,14 +168,7 @@ class Batches:
             collate_fn=partial(_collate, items.collate),
             worker_init_fn=_leave_stops,
         )
-        with _deaths_told(), _stops_held():
-            arriving = iter(loader)
-        while True:
-            with _deaths_told():
-                arrived = next(arriving, None)
-            if arrived is None:
-                break
-            batch, broken = arrived
+        for batch, broken in _arriving(loader):
             self.broken += broken
             self.check(self.broken)
             if isinstance(batch, _Unfit):
@@ -190,11 +188,9 @@ class Batches:
     def _counted(self) -> Iterator[tuple[int, Any]]:
         """Yield the number of images of each batch, and the batch."""
         asked, seen, compared = self._loading.images, 0, False
-        with _deaths_told(), _stops_held():
-            arriving = iter(self._source)
+        arriving = _arriving(self._source)
         while self._most < 0 or seen < self._most:
-            with _deaths_told():
-                batch = next(arriving, None)
+            batch = next(arriving, None)
             if not compared:
                 _compare(batch)
                 compared = True
@@ -269,7 +265,7 @@ def open_data(
             `timm.data.create_dataset` such as ``hfds/...``, or ``path/to/file.py:factory``, which gives a
             Dataset of (image, label) or an iterable of batches.
         preprocessing: ``config`` of `resolve_preprocessing`; not used for a factory, which gives what the model takes.
-        split, root: of a named dataset.
+        split, root: of a named dataset: which part of it, and the folder that it is in.
         augment: prepare images as timm does for training, at random; not those of a factory.
         order: how class folders are numbered; by their names if None.
         labelled: the labels matter; else they are -1 where the folders cannot be numbered.
@@ -279,19 +275,13 @@ def open_data(
         UsageError: the factory cannot be imported.
     """
     if is_factory(source):
-        factory = load_factory(source, "data")
-        try:
-            with importable(source):
-                made = factory()
-        except (Exception, SystemExit) as error:  # the user's own code
-            raise DataError(f"`data={source!r}`: failed ({type(error).__name__}: {error}).") from error
-        return Batches(made, loading)
+        return Batches(_made(source), loading)
     path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
     named = source.lower().startswith(_NAMED) and not path.exists()
     if not named and not path.exists():
         raise DataError(f"`data={source!r}`: no such folder, tar or dataset.")
     try:
-        from timm.data import create_dataset, create_transform
+        from timm.data import create_transform
     except ImportError as error:
         raise DataError(f"`data={source!r}`: images need timm and torchvision. Run: {INSTALL}") from error
     settings = dict(preprocessing or {})
@@ -300,32 +290,54 @@ def open_data(
     if not named and path.is_file() and path.suffix != ".tar":
         raise DataError(f"`data={source!r}`: a file that is neither a .tar nor a factory (file.py:name).")
     try:
-        if not named:
-            files = read_tar(path) if path.is_file() else read_folder(path)
-            numbered = None
-            try:
-                numbered = (order or ClassOrder()).number(files.folders)
-            except DataError:
-                if labelled:
-                    raise
-            return Batches(
-                ImageFiles(files, numbered, transform, mode),
-                loading,
-                notes=files.notes,
-                classes=None if numbered is None or numbered.listed else len(numbered.folders),
-                numbering="" if numbered is None else numbered.note,
-            )
-        dataset = create_dataset(source, root=root, split=split, input_img_mode=mode, download=False)
-        reader = getattr(dataset, "reader", None)
-        if reader is not None and _is_map(dataset):
-            return Batches(_NamedImages(reader, transform, mode), loading)
-        dataset.transform = transform
-        # A reader of streams would share them out between the processes, and so does Batches.
-        if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
-        return Batches(dataset if _is_map(dataset) else _loader(dataset, loading.batch_size, loading), loading)
+        if named:
+            return _of_dataset(source, split, root, transform, mode, loading)
+        return _of_files(path, order or ClassOrder(), transform, mode, loading, labelled=labelled)
     except (RuntimeError, ValueError, AssertionError, ImportError, OSError) as error:
         raise DataError(f"`data={source!r}`: {str(error) or type(error).__name__}") from error
+
+
+def _made(source: str) -> Any:
+    """Return what a factory of the user gives."""
+    factory = load_factory(source, "data")
+    try:
+        with importable(source):
+            return factory()
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise DataError(f"`data={source!r}`: failed ({type(error).__name__}: {error}).") from error
+
+
+def _of_files(path: Path, order: ClassOrder, transform: Any, mode: str, loading: Loading, *, labelled: bool) -> Batches:
+    """Open a folder of images, or a tar of them."""
+    files = read_tar(path) if path.is_file() else read_folder(path)
+    numbered = None
+    try:
+        numbered = order.number(files.folders)
+    except DataError:
+        if labelled:
+            raise
+    return Batches(
+        ImageFiles(files, numbered, transform, mode),
+        loading,
+        notes=files.notes,
+        classes=None if numbered is None or numbered.listed else len(numbered.folders),
+        numbering="" if numbered is None else numbered.note,
+    )
+
+
+def _of_dataset(name: str, split: str, root: str | None, transform: Any, mode: str, loading: Loading) -> Batches:
+    """Open a dataset that timm knows by name."""
+    from timm.data import create_dataset
+
+    dataset = create_dataset(name, root=root, split=split, input_img_mode=mode, download=False)
+    reader = getattr(dataset, "reader", None)
+    if reader is not None and _is_map(dataset):
+        return Batches(_NamedImages(reader, transform, mode), loading)
+    dataset.transform = transform
+    # A reader of streams would share them out between the processes, and so does Batches.
+    if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    return Batches(dataset if _is_map(dataset) else _loader(dataset, loading.batch_size, loading), loading)
 
 
 def is_factory(source: str) -> bool:
@@ -498,6 +510,23 @@ def _collate(collate: Callable[[list[Any]], Any], items: Sequence[Any]) -> tuple
         return (collate(good) if good else None), broken
     except Exception as error:  # noqa: BLE001 - it may be the user's own
         return _Unfit(f"{type(error).__name__}: {error}"), broken
+
+
+def _arriving(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield what a loader gives.
+
+    Raises:
+        DataError: one of its workers died, or raised.
+    """
+    with _deaths_told(), _stops_held():
+        arriving = iter(loader)
+    while True:
+        with _deaths_told():
+            try:
+                arrived = next(arriving)
+            except StopIteration:
+                return
+        yield arrived
 
 
 @contextmanager

@@ -208,18 +208,15 @@ class Classifier:
         else:
             self.measured(path, self.images)
         found = self.runner.outcomes("evaluating", self.held_out, self.on_progress)
-        self.held_out.check(self.held_out.broken)
-        samples = {"top1": 100 * found.right.double(), "top5": 100 * found.among.double(), "loss": found.loss}
         if not found.loss.isfinite().all():
             raise NumericsError("the loss is NaN or infinity on some images: are these the statistics of its data?")
+        samples = found.samples
         return Scores({name: float(each.mean()) for name, each in samples.items()}, samples)
 
     def measured(self, path: Path, images: Batches) -> BatchNormReport:
         """Load the weights, measure the BatchNorm statistics, and return how far they are from those of the file."""
         load_weights(self.network, Checkpoint(read_header(path)))
-        found = self.runner.recalibrate(images, self.passes, self.estimator, self.on_progress)
-        images.check(images.broken)
-        return found
+        return self.runner.recalibrate(images, self.passes, self.estimator, self.on_progress)
 
     def end(self) -> None:
         """Nothing: the network runs in the thread that calls it."""

@@ -1,4 +1,4 @@
-"""Running: a network over batches, with progress, mixed precision, and messages for errors."""
+"""Runner: shows batches to a network, with progress, mixed precision, and messages for errors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from .scores import Accuracy, Fit, Outcomes, evaluate, fit, outcomes
 
 T = TypeVar("T")
 Progress = Callable[[str, int, "int | None"], None]
+"""Called with what is done, the images done so far, and the images in all; None if their number is unknown."""
 
 
 class Runner:
     """Runs one network on one device, with the allocator of glibc set meanwhile.
+
+    Attributes:
+        autocast: mixed precision on this device; without effect if `amp` is off.
 
     Args:
         network: on that device.
@@ -40,13 +44,13 @@ class Runner:
     ) -> None:
         self._network = network
         self._call = call or Call()
-        self._autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp)
         self._channels_last = channels_last
         self._shape: list[int] | None = None  # of the batch at work, for messages
         self._on_cpu = device.type == "cpu"
         for module in network.modules() if channels_last else ():
             if isinstance(module, nn.modules.conv._ConvNd):
-                module.weight.data = self._ordered(module.weight.data)
+                module.weight.data = self.ordered(module.weight.data)
 
     def recalibrate(
         self,
@@ -88,23 +92,26 @@ class Runner:
 
     def evaluate(self, what: str, batches: Batches, on_progress: Progress) -> Accuracy:
         """Evaluate the network; see `ckpt_tools.evaluation.scores.evaluate`."""
-        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: evaluate(self._network, fed, self._call))
+        return self._scored(evaluate, what, batches, on_progress)
 
     def outcomes(self, what: str, batches: Batches, on_progress: Progress) -> Outcomes:
         """Evaluate the network image by image; see `ckpt_tools.evaluation.scores.outcomes`."""
-        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: outcomes(self._network, fed, self._call))
+        return self._scored(outcomes, what, batches, on_progress)
 
     def fit(self, what: str, batches: Batches, on_progress: Progress) -> Fit | None:
         """See how the network fits images; see `ckpt_tools.evaluation.scores.fit`."""
+        return self._scored(fit, what, batches, on_progress)
+
+    def _scored(
+        self, score: Callable[[nn.Module, _Fed, Call], T], what: str, batches: Batches, on_progress: Progress
+    ) -> T:
         fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
-        return self._run(lambda: fit(self._network, fed, self._call))
+        return self._run(lambda: score(self._network, fed, self._call))
 
     def _run(self, work: Callable[[], T]) -> T:
         self._shape = None
         try:
-            with self._autocast, large_blocks_kept() if self._on_cpu else nullcontext():
+            with self.autocast, large_blocks_kept() if self._on_cpu else nullcontext():
                 return work()
         except CkptError:
             raise
@@ -117,10 +124,12 @@ class Runner:
             ) from error
 
     def _prepare(self, batch: Any) -> Any:
+        """Return a batch in the memory order of the network, and note its shape for messages."""
         self._shape = next((list(tensor.shape) for tensor in tensors_of(batch)), None)
-        return mapped(batch, self._ordered)
+        return mapped(batch, self.ordered)
 
-    def _ordered(self, tensor: Tensor) -> Tensor:
+    def ordered(self, tensor: Tensor) -> Tensor:
+        """Return images, or weights of a convolution, in the memory order of this network."""
         last = self._channels_last and tensor.dim() == 4 and tensor.is_floating_point()
         return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
 

@@ -52,6 +52,11 @@ class Outcomes:
     loss: Tensor
     outputs: int
 
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """The metrics of each image, float64 [N]: ``top1`` and ``top5``, 0 or 100 percent, and ``loss``."""
+        return {"top1": 100 * self.right.double(), "top5": 100 * self.among.double(), "loss": self.loss}
+
 
 def evaluate(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> Accuracy:
     """Run a classifier over labelled images, in eval mode; the processes of a group add up their sums.
@@ -140,7 +145,8 @@ def fit(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> F
         None if it is no classifier: its output is not of the shape [N, classes], with two classes or more.
     """
     call = call or Call()
-    shape, sums = (0, 0), torch.zeros(0, dtype=torch.float64)  # mean prediction, then entropy, loss, labelled, images
+    classifies, classes = True, 0
+    sums = torch.zeros(0, dtype=torch.float64)  # of predictions, by class; then entropy, loss, labelled images, images
     with in_eval_mode(model):
         for batch in batches:
             if samples_in(batch) == 0:
@@ -149,7 +155,7 @@ def fit(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> F
             with suppress(ModelError):
                 logits = _logits(logits)
             if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-                shape = (1, 0)
+                classifies = False
                 break
             log_p = logits.double().log_softmax(dim=1)
             p = log_p.exp()
@@ -158,12 +164,12 @@ def fit(model: nn.Module, batches: Iterable[Any], call: Call | None = None) -> F
             entropy = torch.special.entr(p).sum().item()
             tail = p.new_tensor([entropy, loss, 0 if labels is None else len(p), len(p)])
             found = torch.cat([p.sum(0), tail]).cpu()
-            sums, shape = (sums + found if len(sums) else found), (0, logits.shape[1])
-    everyone = gathered_objects((shape, sums))
-    sizes = {size for (other, size), _ in everyone if other or size}
-    if any(other for (other, _), _ in everyone) or len(sizes) != 1:
+            sums, classes = (sums + found if len(sums) else found), logits.shape[1]
+    everyone = gathered_objects((classifies, classes, sums))
+    known = {classes for _, classes, _ in everyone if classes}
+    if not all(classifies for classifies, _, _ in everyone) or len(known) != 1:
         return None
-    total = torch.stack([each for _, each in everyone if len(each)]).sum(0)
+    total = torch.stack([sums for _, _, sums in everyone if len(sums)]).sum(0)
     entropy, loss, labelled, images = total[-4:].tolist()
     mean = total[:-4] / images
     information = torch.special.entr(mean).sum().item() - entropy / images
@@ -181,7 +187,11 @@ def _labels_or_none(batch: Any, call: Call, count: int, outputs: int) -> Tensor 
 
 @torch.no_grad()
 def _judged(model: nn.Module, batches: Iterable[Any], call: Call) -> Iterator[Outcomes]:
-    """Yield the outcomes of each batch."""
+    """Yield the outcomes of each batch, on the device of the model.
+
+    Raises:
+        DataError: the labels do not fit the output.
+    """
     with in_eval_mode(model):
         for batch in batches:
             if samples_in(batch) == 0:

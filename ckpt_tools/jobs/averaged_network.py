@@ -6,7 +6,6 @@ written are the tensors of the scratch file, byte for byte, with the measured st
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batchnorm.layers import find_layers
-from ..batchnorm.processes import Group
+from ..batchnorm.processes import Group, started_by_torchrun
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.open import Checkpoint
 from ..errors import UsageError
@@ -60,7 +59,7 @@ def opened_network(base: Header, state: StateDict, recalibration: Recalibration,
     """
     images, measuring = recalibration.of(Images), recalibration.of(Measuring)
     check(images, measuring)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+    if started_by_torchrun():
         raise UsageError(
             "`recal_bn` works in one process, and torchrun has started several. Average in one process, and let "
             "several measure the statistics of what it wrote."

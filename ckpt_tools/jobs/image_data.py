@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -106,6 +108,26 @@ def image_data(
         class_order(header, images.class_map),
         resolve_preprocessing(network, input_channels(network), options, header) if prepared else None,
     )
+
+
+def check_images(images: Images) -> None:
+    """Refuse impossible numbers before anything is read.
+
+    Raises:
+        UsageError: a batch or a subset of less than two images, or less than no workers.
+    """
+    for name, value, least in (("batch_size", images.batch_size, 2), ("workers", images.workers or 0, 0)):
+        if type(value) is not int or value < least:
+            raise UsageError(f"`{name}={value!r}`: must be a whole number from {least} on.")
+    if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
+        raise UsageError(f"`images={images.images!r}`: must be 2 or more, or all (-1).")
+
+
+def same_data(source: str, other: str) -> bool:
+    """Return True if two sources have one name, or are one folder or file."""
+    with suppress(OSError, RuntimeError):
+        return source == other or Path(source).resolve() == Path(other).resolve()
+    return False
 
 
 def notes_of(source: str, batches: Batches, images: Images, *, labelled: bool) -> Iterator[str]:

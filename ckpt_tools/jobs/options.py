@@ -338,8 +338,8 @@ class Network(Options):
     model: str | None = option("timm name, module:factory or file.py:factory.", None, implied="arch in the checkpoint")
     model_kwargs: Pairs | None = option("Arguments of the factory, such as num_classes=10.", None, metavar="K=V")
     forward: str | None = option("file.py:fn, called with (model, batch).", None, metavar="FN")
-    inputs: int = option("How many entries of a batch go to the model.", 1)
-    mask: str | None = option("Entry of a batch that says which positions are real.", None, metavar="KEY")
+    inputs: int = option("How many leading entries of a batch go to the model.", 1)
+    mask: str | None = option("Entry of a batch that says which positions are not padding.", None, metavar="KEY")
 
 
 class Images(Options):
@@ -349,7 +349,10 @@ class Images(Options):
 
     data: str = option("Folder of images, tar, timm dataset (hfds/...), or file.py:factory.", metavar="DATA")
     images: int | None = option(
-        "Number of images, chosen at random; -1 for all.", None, implied="8192, or all if fewer", metavar="N"
+        "Number of images, chosen at random, or all (in Python: -1).",
+        None,
+        implied="8192, or all if fewer",
+        metavar="N",
     )
     batch_size: int = option("Images per batch.", 64)
     workers: int | None = option("Processes that decode images.", None, implied="the cores, 8 at most")
@@ -373,11 +376,11 @@ class Measuring(Options):
 
     title = "The statistics"
 
-    passes: int = option("1: all layers with batch statistics; P: the first P layers exactly.", 1)
-    estimator: str = option("population or batch-mean.", "population")
-    include_frozen: bool = option("Measure layers, too, that training does not update.", False)
-    allow_unmeasured: bool = option("Leave layers as they are that cannot be measured.", False)
-    seed: int = option("Of the random subset.", 0)
+    passes: int = option("Times that the images are read; after P passes the first P layers are exact.", 1)
+    estimator: str = option("population (all values as one set), or batch-mean (each batch counts once).", "population")
+    include_frozen: bool = option("Also measure layers that training does not update.", False)
+    allow_unmeasured: bool = option("Accept layers that cannot be measured in front of others.", False)
+    seed: int = option("Seed of the random subset.", 0)
     eval_data: str | None = option("Labelled images, to measure the accuracy before and after.", None, metavar="DATA")
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
 
@@ -386,7 +389,7 @@ class Numerics(Options):
     """How a network computes."""
 
     amp: bool = option("Mixed precision, bfloat16.", False)
-    channels_last: bool = option("Memory order of the images.", True)
+    channels_last: bool = option("Memory order of images and convolutions.", True)
 
 
 class Inference(Running, more=(Numerics,)):

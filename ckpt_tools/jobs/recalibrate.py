@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
-from ..compute.payload import torch_dtype
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
@@ -27,11 +26,12 @@ from ..evaluation.preprocessing import Preprocessing
 from ..evaluation.runner import Progress, Runner
 from ..evaluation.scores import Accuracy, Fit
 from ..formats import read_header
-from ..formats.file_plan import OutTensor, Terms
+from ..formats.file_plan import OutTensor
 from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
-from .image_data import fewer_classes, image_data, notes_of
+from .computed import computed
+from .image_data import check_images, fewer_classes, image_data, notes_of, same_data
 from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
 from .outputs import Target, named, named_after
 from .provenance import provenance
@@ -51,10 +51,11 @@ class RecalibrationReport(Report):
         images: number of images; None in a plan if the data have no length.
         preprocessing: size, crop, interpolation, mean and std; empty where the user's code prepares the images.
         preprocessing_from: each of these with where it is from.
-        layers: BatchNorm layers to recalibrate.
+        layers: number of BatchNorm layers to recalibrate.
+        passes: over the images.
         statistics: the new statistics; None in a plan.
-        broken: images that could not be read.
-        before, after: accuracy on the data of `eval_data`.
+        broken: images that could not be read, each with the reason.
+        before, after: accuracy on the data of `eval_data`; None if that is not asked for.
         notes: decisions and warnings, in words.
         dropped: entries of the checkpoint that cannot be written.
         written: True once the new checkpoint is there.
@@ -277,21 +278,21 @@ def opened(
         if batches is None:
             notes += [f"Left as it is: {name or 'the model'} ({of}), {reason}." for name, of, reason in skipped]
         yield Opened(
-            checkpoint,
-            which,
-            network,
-            call,
-            device,
-            group,
-            images,
-            measuring,
-            numerics,
-            loaded,
-            len(found),
-            batches,
-            held_out,
-            preprocessing,
-            tuple(notes),
+            checkpoint=checkpoint,
+            which=which,
+            network=network,
+            call=call,
+            device=device,
+            group=group,
+            images=images,
+            measuring=measuring,
+            numerics=numerics,
+            loaded=loaded,
+            layers=len(found),
+            batches=batches,
+            held_out=held_out,
+            preprocessing=preprocessing,
+            notes=tuple(notes),
         )
 
 
@@ -302,12 +303,7 @@ def statistics_of(network: nn.Module, layers: Collection[str]) -> frozenset[str]
 
 def check(images: Images, measuring: Measuring) -> None:
     """Refuse impossible options before anything is read."""
-    if type(images.batch_size) is not int or images.batch_size < 2:
-        raise UsageError(f"`batch_size={images.batch_size!r}`: must be 2 or more; one image cannot be normalised.")
-    if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
-        raise UsageError(f"`images={images.images!r}`: must be 2 or more, or all (-1).")
-    if images.workers is not None and (type(images.workers) is not int or images.workers < 0):
-        raise UsageError(f"`workers={images.workers!r}`: must be 0 or more.")
+    check_images(images)
     check_options(measuring.passes, measuring.estimator)
     if measuring.require_gain and measuring.eval_data is None:
         raise UsageError("`require_gain` goes with `eval_data`.")
@@ -345,7 +341,7 @@ def _opened(
             held_out = how.evaluated(eval_data)
         said = notes_of(eval_data, held_out, images, labelled=True)
         notes += [note for note in said if note not in notes]
-        if _same(data, eval_data):
+        if same_data(data, eval_data):
             notes.append(
                 "`eval_data` is the same as `data`, so the accuracy afterwards is higher than on images that were not "
                 "used for the statistics."
@@ -442,16 +438,19 @@ def _check_gain(report: RecalibrationReport, eval_data: str | None) -> None:
         )
 
 
-def _same(data: str, other: str) -> bool:
-    with suppress(OSError, RuntimeError):
-        return data == other or Path(data).resolve() == Path(other).resolve()
-    return False
-
-
 def new_buffers(
     network: nn.Module, found: BatchNormReport, loaded: Loaded, specs: Mapping[str, Any]
 ) -> dict[str, OutTensor]:
-    """Return the tensors that change or are added, with their names and dtypes in the checkpoint."""
+    """Return the tensors that change or are added, with their names and dtypes in the checkpoint.
+
+    Args:
+        loaded: how the names of the network stand in the checkpoint.
+        specs: the tensors of the checkpoint by name.
+
+    Raises:
+        DataError: the checkpoint lacks the statistics of a layer that was not measured.
+        NumericsError: a statistic overflows its dtype in the checkpoint.
+    """
     measured = {network.get_submodule(layer): layer for layer in found.statistics}
     buffers: dict[str, Tensor] = {}
     counter = torch.tensor(found.batches)
@@ -479,16 +478,9 @@ def new_buffers(
             own, spec = loaded.added[name], network.get_buffer(name)
         if own is None or not isinstance(spec, (TensorSpec, Tensor)):
             continue  # files from before torch 0.4.1 lack the counter
-        stored = spec.dtype if isinstance(spec, TensorSpec) else DTYPES["float32"]
-        dtype = stored if values.is_floating_point() else DTYPES["int64"]  # other tools average the counter, too
-        narrow = values.to(torch_dtype(dtype))
-        if narrow.is_floating_point() and not torch.isfinite(narrow).all():
-            raise NumericsError(f"the new '{name}' overflows {dtype.name}, its dtype in the checkpoint.")
-        new = OutTensor(dtype, tuple(spec.shape), Terms(), own, data=_bytes(narrow))
-        changed[own] = made.setdefault((id(values), spec if isinstance(spec, TensorSpec) else name), new)
+        dtype = spec.dtype if isinstance(spec, TensorSpec) else DTYPES["float32"]
+        key = (id(values), spec if isinstance(spec, TensorSpec) else name)
+        if key not in made:
+            made[key] = computed(values, dtype, tuple(spec.shape), own)
+        changed[own] = made[key]
     return changed
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    """Return the bytes of a tensor, without NumPy, which the base installation lacks."""
-    return bytes(tensor.reshape(-1).view(torch.uint8).tolist())

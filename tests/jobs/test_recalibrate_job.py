@@ -508,7 +508,7 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
         ({}, {"data": "missing"}, DataError, "no such folder"),
         ({}, {"images": 99}, DataError, "`images=99`: there are only 12"),
         ({}, {"images": 1}, UsageError, "`images=1`: must be 2 or more"),
-        ({}, {"batch_size": 1}, UsageError, "`batch_size=1`: must be 2 or more"),
+        ({}, {"batch_size": 1}, UsageError, "`batch_size=1`: must be a whole number from 2 on"),
         ({}, {"workers": -1}, UsageError, "`workers=-1`"),
         ({}, {"passes": 0}, UsageError, "`passes=0`"),
         ({}, {"estimator": "mode"}, UsageError, "`estimator` is one of"),

@@ -454,5 +454,6 @@ def test_weights_that_are_tied_to_others_are_not_trained_on_stored_features(save
 
 def test_a_tuning_in_several_processes_is_refused(averaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UsageError, match="runs in one process"):
         tune(averaged)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ...batchnorm.processes import started_by_torchrun
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
-from ...compute.payload import torch_dtype
 from ...errors import ModelError, NumericsError, UsageError
 from ...evaluation.data import is_factory
 from ...evaluation.models import build_model, importable, load_weights, pick_device
 from ...formats import read_header
-from ...formats.file_plan import OutTensor, Terms
+from ...formats.file_plan import OutTensor
 from ...series.paths import one_checkpoint
-from ...tensors import DTYPES, TensorSpec
+from ...tensors import TensorSpec
 from ...tuning.features import check_space
 from ...tuning.training import MOMENTUM, WEIGHT_DECAY, Recipe
 from ..assembly import Assembly, rewrite
+from ..computed import computed
+from ..image_data import check_images
 from ..options import Inference, Network, Numerics, State, takes
 from ..outputs import Target, named_after
 from ..provenance import provenance
@@ -187,18 +186,12 @@ def _recipe(images: LabelledImages, training: Training, teaching: Teaching) -> R
 
 def _check(images: LabelledImages, training: Training, teaching: Teaching, output: TunedOutput) -> None:
     """Refuse impossible options before anything is read."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if started_by_torchrun():
         raise UsageError("a tuning runs in one process. Start it without torchrun.")
-    for name, value, least in (
-        ("batch_size", images.batch_size, 2),
-        ("epochs", training.epochs, 1),
-        ("workers", 0 if images.workers is None else images.workers, 0),
-        ("img_size", 1 if images.img_size is None else images.img_size, 1),
-    ):
-        if type(value) is not int or value < least:
-            raise UsageError(f"`{name}={value!r}`: must be a whole number from {least} on.")
-    if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
-        raise UsageError(f"`images={images.images!r}`: must be 2 or more, or all (-1).")
+    check_images(images)
+    for name, value in (("epochs", training.epochs), ("img_size", 1 if images.img_size is None else images.img_size)):
+        if type(value) is not int or value < 1:
+            raise UsageError(f"`{name}={value!r}`: must be a whole number from 1 on.")
     for size in images.sizes or ():
         if not math.isfinite(size) or size != int(size) or size < 1:
             raise UsageError(f"`sizes={list(images.sizes or ())}`: must be whole numbers from 1 on.")
@@ -257,13 +250,8 @@ def _changed(setting: Setting, stored: Mapping[str, str], specs: Mapping[str, An
             if id(values) in trained:
                 raise ModelError(f"'{name}' was trained, and the checkpoint has no plain tensor for it.")
             continue  # files from before torch 0.4.1 lack the counter
-        dtype = spec.dtype if values.is_floating_point() else DTYPES["int64"]
-        narrow = values.detach().to("cpu", torch_dtype(dtype)).contiguous()
-        if narrow.is_floating_point() and not torch.isfinite(narrow).all():
-            raise NumericsError(f"the new '{name}' is not finite, or overflows {dtype.name}. Lower `lr`.")
-        key = (id(values), spec)
+        own, key = stored[name], (id(values), spec)
         if key not in made:
-            data = ctypes.string_at(narrow.data_ptr(), narrow.nbytes)  # NumPy is not a dependency
-            made[key] = OutTensor(dtype, spec.shape, Terms(), stored[name], data=data)
-        changed[stored[name]] = made[key]
+            made[key] = computed(values, spec.dtype, spec.shape, own, advice=" Lower `lr`.")
+        changed[own] = made[key]
     return changed

@@ -17,7 +17,9 @@ class LabelledImages(Images):
     """The images that a network is trained and evaluated on."""
 
     data: str = option("Labelled images to train on: folder, tar, timm dataset or file.py:factory.", metavar="DATA")
-    images: int | None = option("Number of images, chosen at random; -1 for all.", None, implied="all", metavar="N")
+    images: int | None = option(
+        "Number of images, chosen at random, or all (in Python: -1).", None, implied="all", metavar="N"
+    )
     eval_data: str | None = option(
         "Labelled images that have no part in the training, to compare before and after.", None, metavar="DATA"
     )
@@ -38,11 +40,16 @@ class Training(Options):
     epochs: int = option("Passes over the images.", 20)
     lr: float | None = option("Learning rate of the first step.", None, implied="0.001 times the batch size / 512")
     augment: bool = option("Random crops and flips, as timm trains; no features are stored.", False)
-    ema_decay: float | None = option("Keep an average of what is trained, updated in each step.", None, metavar="D")
-    scratch: str | Path | None = option(
-        "Folder for features.", None, implied="that of the system for temporary files", metavar="DIR"
+    ema_decay: float | None = option(
+        "Write an exponential moving average of what is trained, of this decay a step.", None, metavar="D"
     )
-    seed: int = option("Of the subset, the order of the images, and the intervals.", 0)
+    scratch: str | Path | None = option(
+        "Folder for the inputs of the classifier (features).",
+        None,
+        implied="that of the system for temporary files",
+        metavar="DIR",
+    )
+    seed: int = option("Seed of the subset, the order of the images, dropout, and the intervals.", 0)
 
 
 class Teaching(Options):
@@ -51,8 +58,10 @@ class Teaching(Options):
     title = "The teacher"
 
     teacher: str | None = option("Checkpoint, timm name or file.py:factory.", None, metavar="NAME")
-    alpha: float | None = option("Weight of the teacher, 0 to 1.", None, implied="0.5")
-    temperature: float | None = option("Softens the outputs of both.", None, implied="5")
+    alpha: float | None = option(
+        "Weight of the teacher in the loss, 0 to 1; labels have the rest.", None, implied="0.5"
+    )
+    temperature: float | None = option("Divides the logits of both networks in that part.", None, implied="5")
 
 
 class TunedOutput(Output):

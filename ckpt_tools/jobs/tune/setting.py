@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +16,11 @@ from ...errors import DataError, ModelError, UsageError
 from ...evaluation.data import Batches, is_factory
 from ...evaluation.runner import Runner
 from ...formats.header import Header
-from ...tuning.examples import as_logits, called, check_labels, labelled, taught
+from ...tuning.examples import Forward, as_logits, called, check_labels, labelled, taught
 from ...tuning.features import Row
 from ...tuning.head import Head, Tap, find_head, last_block
 from ...tuning.normalisation import last_layer
-from ..image_data import fewer_classes, image_data, notes_of
+from ..image_data import fewer_classes, image_data, notes_of, same_data
 from ..options import Network, Numerics
 from ..outputs import named
 from .options import LabelledImages, Teaching, Training
@@ -63,8 +61,6 @@ class Setting:
         network: in eval mode, on the device.
         runner: of the network.
         device: of all tensors that are computed with.
-        autocast: mixed precision, if it is asked for.
-        channels_last: memory order of images.
         data: images.
         train: ``head``, ``last-block`` or ``all``.
         head: the classifier; None where the whole network is trained.
@@ -80,8 +76,6 @@ class Setting:
     network: nn.Module
     runner: Runner
     device: torch.device
-    autocast: Any
-    channels_last: bool
     data: Data
     train: str
     head: Head | None
@@ -100,13 +94,7 @@ class Setting:
 
     def placed(self, images: Tensor) -> Tensor:
         """Return images on the device, in the memory order of the network."""
-        return _placed(images, self.device, channels_last=self.channels_last)
-
-
-def _placed(images: Tensor, device: torch.device, *, channels_last: bool) -> Tensor:
-    moved = images.to(device, non_blocking=True)
-    last = channels_last and moved.dim() == 4
-    return moved.contiguous(memory_format=torch.channels_last) if last else moved
+        return self.runner.ordered(images.to(self.device, non_blocking=True))
 
 
 def open_setting(
@@ -122,7 +110,9 @@ def open_setting(
     """Open the data and the teacher, find the classifier, and run one batch.
 
     Args:
-        network, header: with the weights of the checkpoint with this header.
+        network, header: with the weights of the checkpoint with this header; put on the device and into eval mode.
+        device: of all tensors that are computed with.
+        which: how the network was made, for a teacher that does not record its own.
 
     Raises:
         CkptError: one of them is missing, or they do not fit together.
@@ -137,18 +127,17 @@ def open_setting(
         teacher, more = open_teacher(teaching.teacher, which, network, data.preprocessing, device)
         notes += more
     runner = Runner(network, device, amp=numerics.amp, channels_last=numerics.channels_last)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=numerics.amp)
     batch = next(labelled(data.measured), None)
     if batch is None:
         raise DataError("`data`: there are no images.")
-    first, labels = _placed(batch[0], device, channels_last=numerics.channels_last), batch[1]
+    first, labels = runner.ordered(batch[0].to(device)), batch[1]
 
     # One batch tells what no header does: the classifier, the classes, what the network takes, and the layers that run.
     name = type(network).__name__
     forward = partial(called, name, network)
     rows: list[Row] = []
     modules: tuple[str, ...] = ()
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), runner.autocast:
         if head is None:
             found = forward(first)
         else:
@@ -161,23 +150,12 @@ def open_setting(
         notes += (*fewer_classes("`data`", data.measured, classes),)
         if teacher is not None:
             rows.append(_row(taught(teacher.name, teacher, first, classes)))
-        recalibrate = training.recalibrate or ("all" if training.train == "all" else "last")
-        found_layers, skipped = find_layers(network)
-        layers = {each: layer.module for each, layer in found_layers.items()}
-        if recalibrate == "last":
-            last = last_layer(network, first, forward)
-            layers = {} if last is None else {last: layers[last]}
-    if recalibrate == "none":
-        layers = {}
-    elif not layers:
-        left = "".join(f" Left as it is: {each} ({of}), {reason}." for each, of, reason in skipped[:3])
-        notes += (f"The model has no BatchNorm statistics to measure.{left}",)
+        layers, more = _layers(network, first, forward, training)
+        notes += more
     return Setting(
         network=network,
         runner=runner,
         device=device,
-        autocast=autocast,
-        channels_last=numerics.channels_last,
         data=data,
         train=training.train,
         head=head,
@@ -189,6 +167,29 @@ def open_setting(
         rows=tuple(rows) if training.train == "head" and not training.augment else (),
         notes=notes,
     )
+
+
+def _layers(
+    network: nn.Module, images: Tensor, forward: Forward, training: Training
+) -> tuple[Mapping[str, nn.Module], tuple[str, ...]]:
+    """Return the BatchNorm layers that `recalibrate` asks for, and a note if there are none.
+
+    Args:
+        images: a batch, to see which layer runs last.
+        forward: calls the network.
+    """
+    which = training.recalibrate or ("all" if training.train == "all" else "last")
+    if which == "none":
+        return {}, ()
+    found, skipped = find_layers(network)
+    names = [*found]
+    if which == "last":
+        last = last_layer(network, images, forward)
+        names = [] if last is None else [last]
+    if not names:
+        left = "".join(f" Left as it is: {each} ({of}), {reason}." for each, of, reason in skipped[:3])
+        return {}, (f"The model has no BatchNorm statistics to measure.{left}",)
+    return {name: found[name].module for name in names}, ()
 
 
 def _row(batch: Tensor) -> Row:
@@ -248,21 +249,12 @@ def open_images(
             raise UsageError("`sizes`: the factory of `eval_data` prepares its images itself, at one size.")
         for size in map(int, images.sizes or ()):
             sizes[size] = open_at(LabelledImages(**{**vars(images), "img_size": size})).evaluated(eval_data)
-        if _same(data, eval_data):
+        if same_data(data, eval_data):
             notes.append("`eval_data` is the same as `data`: it does not show what the training does on other images.")
     if any(each is not None and each.once for each in (measured, held_out)):
         raise UsageError("the data are read many times, and a factory here gives an iterator, not a list.")
-    total, steps = measured.images, 0
-    if total is None:
+    total, steps = measured.images, measured.steps
+    if total is None or steps is None:
         counts = [len(labels) for _, labels in labelled(measured)]
         total, steps = sum(counts), len(counts)
-    else:
-        full, left = divmod(total, images.batch_size)
-        steps = full + (left > 1 or (left == 1 and not full))  # a single one left over goes into the last batch
     return Data(measured, trained, held_out, sizes, total, steps, how.config, how.config_from, tuple(notes))
-
-
-def _same(data: str, other: str) -> bool:
-    with suppress(OSError, RuntimeError):
-        return data == other or Path(data).resolve() == Path(other).resolve()
-    return False

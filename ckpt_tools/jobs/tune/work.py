@@ -52,7 +52,7 @@ def worked(
 
     def score(stage: str, what: str) -> None:
         if setting.data.held_out is not None:
-            stages[stage] = _evaluated(setting, setting.data.held_out, f"evaluating {what}", progress)
+            stages[stage] = setting.runner.outcomes(f"evaluating {what}", setting.data.held_out, progress)
 
     score("before", "as it came")
     if setting.layers:
@@ -93,10 +93,8 @@ def recalibrate(setting: Setting, progress: Progress) -> None:
     Raises:
         CkptError: of the network, the data and the values.
     """
-    batches = setting.data.measured
     with only(setting.network, setting.layers):
-        setting.runner.recalibrate(batches, 1, "population", progress)
-    batches.check(batches.broken)
+        setting.runner.recalibrate(setting.data.measured, 1, "population", progress)
 
 
 def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -> list[float]:
@@ -116,9 +114,7 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
         return _images(setting, batches) if head is None else _features(setting, head, batches)
 
     def anew(number: int) -> Iterator[Example]:
-        batches = data.trained.reordered(recipe.seed + number) if number else data.trained
-        yield from examples(batches)
-        batches.check(batches.broken)
+        yield from examples(data.trained.reordered(recipe.seed + number) if number else data.trained)
 
     training = partial(fit, setting.parameters, partial(_through, setting, module), recipe=recipe, on_batch=show)
     with seeded(recipe.seed, setting.device), _blocks(setting), _trainable(setting):
@@ -127,7 +123,6 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
         with mapped(scratch, data.images, setting.rows) as (inputs, *logits):
             seen = _counted(data.measured, "computing features", progress)
             features = stored(examples(seen), inputs, logits[0] if logits else None)
-            data.measured.check(data.measured.broken)
             return training(
                 lambda number: _on(setting.device, features.epoch(number, recipe.seed)), len(features.sizes)
             )
@@ -135,7 +130,7 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
 
 def _through(setting: Setting, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """Call what is trained, in mixed precision if that is asked for."""
-    with setting.autocast:
+    with setting.runner.autocast:
         return as_logits(setting.name, called(setting.name, module, inputs), len(inputs), setting.classes)
 
 
@@ -144,7 +139,7 @@ def _features(setting: Setting, head: Head, batches: Iterable[Any]) -> Iterator[
     with Tap(setting.network, head).open() as tap:
         for images, labels in labelled(batches, setting.classes):
             placed = setting.placed(images)
-            with setting.autocast:
+            with setting.runner.autocast:
                 features, _ = called(setting.name, tap, placed)
                 logits = _taught(setting, placed)
             yield features, labels.to(setting.device), logits
@@ -154,7 +149,7 @@ def _images(setting: Setting, batches: Iterable[Any]) -> Iterator[Example]:
     """Yield the images themselves."""
     for images, labels in labelled(batches, setting.classes):
         placed = setting.placed(images)
-        with setting.autocast:
+        with setting.runner.autocast:
             logits = _taught(setting, placed)
         yield placed, labels.to(setting.device), logits
 
@@ -213,16 +208,10 @@ def _blocks(setting: Setting) -> Any:
     return large_blocks_kept() if setting.device.type == "cpu" else nullcontext()
 
 
-def _evaluated(setting: Setting, batches: Batches, what: str, progress: Progress) -> Outcomes:
-    found = setting.runner.outcomes(what, batches, progress)
-    batches.check(batches.broken)
-    return found
-
-
 def _scores(found: Outcomes) -> Scores:
-    samples = {"top1": 100 * found.right.double(), "top5": 100 * found.among.double(), "loss": found.loss}
-    metrics = {name: float(each.mean()) for name, each in samples.items()}
-    return Scores(metrics, {name: each for name, each in samples.items() if each.isfinite().all()})
+    """Return the scores of a stage; a metric that is not finite on all images has no samples to compare."""
+    metrics = {name: float(each.mean()) for name, each in found.samples.items()}
+    return Scores(metrics, {name: each for name, each in found.samples.items() if each.isfinite().all()})
 
 
 def _accuracy(found: Outcomes) -> Accuracy:
@@ -231,7 +220,7 @@ def _accuracy(found: Outcomes) -> Accuracy:
 
 def _size_score(size: int, batches: Batches, setting: Setting, progress: Progress) -> SizeScore:
     try:
-        return SizeScore(size, _accuracy(_evaluated(setting, batches, f"evaluating at size {size}", progress)))
+        return SizeScore(size, _accuracy(setting.runner.outcomes(f"evaluating at size {size}", batches, progress)))
     except ModelError as error:
         return SizeScore(size, None, str(error))
 
