@@ -86,7 +86,8 @@ def recalibrate_bn(
         UsageError: an option out of range, or an iterator (which ends) for several passes.
         DataError: no batch, one that holds no input, or one in which a layer sees a single value a channel.
         ModelError: the model runs without reaching any of its layers, a layer runs unmeasured in front of others, a
-            class of its own updates its statistics otherwise, or the forward pass moves the model to another device.
+            class of its own updates its statistics otherwise, or the forward pass moves the model to another device or
+            puts it into train mode.
         NumericsError: a layer's input is not finite, or its statistics overflow its dtype; names the layer.
         The model is as before after any error, including those that it raises itself.
     """
@@ -235,10 +236,23 @@ def _feed(
     """
     device = device_of(model)
 
+    # A layer with statistics of its own is measured, or keeps them, in either mode.
+    resting = {
+        module: name
+        for name, module in model.named_modules()
+        if not (module.training or hasattr(module, "running_var"))
+    }
+
     def show(batch: Any) -> None:
         watch.begin_batch(call.real_positions(batch, device))
         with watch.watching():
             call(model, batch)
+        roused = next((name for module, name in resting.items() if module.training), None)
+        if roused is not None:
+            raise ModelError(
+                f"the forward pass puts {f'{roused!r}' if roused else 'the model'} into train mode, where dropout is "
+                "on. Give a model, or a `forward`, that leaves the modes alone."
+            )
 
     def can_be_alone(batch: Any) -> bool:
         nonlocal suffices

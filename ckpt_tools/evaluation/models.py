@@ -61,6 +61,8 @@ def load_factory(spec: str, parameter: str) -> Any:
         UsageError: no such file, module or name; names the parameter that asked for it.
     """
     place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise UsageError(f"`{parameter}={spec!r}`: names no function. Write path/to/file.py:name or module:name.")
     try:
         with importable(spec):
             module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -232,6 +234,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, measured: Collecti
         fit = f"{checkpoint.path}: the weights do not fit {type(model).__name__}"
         if (lacks := _lacking(stored, own)) is not None:
             raise ModelError(f"{fit}: its names lack '{lacks}'. Run `fix_prefix(add=[{lacks!r}])` first.")
+        statistics = ("running_mean", "running_var")
+        if len(parts) == 1 and missing and all(name.endswith(statistics) for name in missing):
+            raise ModelError(f"{fit}: {parts[0]}. Run recal-bn first, which measures them.")
         raise ModelError(
             f"{fit}: {'; '.join(parts)}. "
             "Is it the right `model`, with the right `model_kwargs` (num_classes=..., in_chans=...)?"

@@ -379,7 +379,7 @@ def _measured(
     broken = [entry for part in gathered_objects(batches.broken) for entry in part]
     batches.check(broken)
     if broken:
-        notes.append(f"{len(broken)} images could not be read and were left out, such as {broken[0]}.")
+        notes.append(f"Images that could not be read and were left out: {len(broken)}, such as {broken[0]}.")
     if before is not None and held_out is not None:
         notes += fewer_classes("`eval_data`", held_out, before.outputs)
     doubt = _doubt(before, after) or _doubt_of_fit(fit_before, fit_after)
@@ -387,7 +387,7 @@ def _measured(
         notes.append(f"{doubt} Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?")
     unseen = [] if held_out is None else [entry for part in gathered_objects(held_out.broken) for entry in part]
     if unseen:
-        notes.append(f"{len(unseen)} images of `eval_data` could not be read, such as {unseen[0]}.")
+        notes.append(f"Images of `eval_data` that could not be read: {len(unseen)}, such as {unseen[0]}.")
     return replace(
         report,
         images=statistics.images,
@@ -404,6 +404,8 @@ def _doubt(before: Accuracy | None, after: Accuracy | None) -> str:
     if before is None or after is None:
         return ""
     guessing = math.log(after.outputs)
+    if math.isnan(after.loss):
+        return "The network gives NaN or infinity for these images. Are all of its weights finite?"
     if before.loss < guessing and not after.loss <= 1.5 * before.loss + 0.1:
         return f"The network is far worse: its loss went from {before.loss:.4g} to {after.loss:.4g}."
     if not after.loss < 0.9 * guessing:

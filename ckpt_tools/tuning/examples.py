@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batchnorm.batches import images_of
+from ..batchnorm.batches import INPUT_KEYS
+from ..batchnorm.calls import LABEL_KEYS
 from ..errors import CkptError, DataError, ModelError
 
 Forward = Callable[[Tensor], Tensor]
@@ -21,7 +22,7 @@ def labelled(batches: Iterable[Any], classes: int | None = None) -> Iterator[tup
     """Yield images [N, ...] and labels, int64 [N], of batches that are not empty.
 
     Args:
-        batches: of (images, labels).
+        batches: of (images, labels), or dicts with both under usual names.
         classes: of the network; None to leave the labels unchecked.
 
     Raises:
@@ -30,14 +31,9 @@ def labelled(batches: Iterable[Any], classes: int | None = None) -> Iterator[tup
     done = 0
     try:
         for batch in batches:
-            images = images_of(batch)
+            images, labels = _pair(batch)
             if len(images) == 0:
                 continue
-            labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-            if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(images),):
-                raise DataError(
-                    "`data` needs images with labels: folders named by class, or batches of (images, labels)."
-                )
             if classes is not None:
                 check_labels(labels, classes)
             yield images, labels.long()
@@ -46,6 +42,27 @@ def labelled(batches: Iterable[Any], classes: int | None = None) -> Iterator[tup
         raise
     except (Exception, SystemExit) as error:  # a dataset of the user's
         raise DataError(f"`data` failed after {done} images ({type(error).__name__}: {error}).") from error
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, Mapping):
+        images, labels = (next((batch[key] for key in keys if key in batch), None) for keys in (INPUT_KEYS, LABEL_KEYS))
+        given = f"a dict of {', '.join(map(str, batch))}"
+    else:
+        images, labels = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
+        given = f"a {type(batch).__name__}"
+    if not isinstance(images, Tensor) or images.dim() == 0:
+        raise DataError(f"`data` gives {given} without images. {_WANTED}")
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.shape != (len(images),):
+        found = f"{labels.dtype} of shape {list(labels.shape)}" if isinstance(labels, Tensor) else "none in it"
+        raise DataError(f"`data` gives {given} without labels of its images ({found}). {_WANTED}")
+    return images, labels
+
+
+_WANTED = (
+    "It needs folders named by class, or batches of (images, labels): a tensor [N, ...] and integers [N]; in a dict as "
+    "'image' and 'label'."
+)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

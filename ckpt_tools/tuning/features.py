@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,8 @@ def check_space(folder: Path, nbytes: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise WriteError(f"`scratch='{folder}'`: {error.strerror}.") from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise WriteError(f"`scratch='{folder}'`: is no folder that can be written. Choose another place.")
     if nbytes > free:
         raise WriteError(
             f"`scratch='{folder}'`: the features take {nbytes:,} bytes, and {free:,} are free. Choose another place, "

@@ -193,13 +193,27 @@ class Tap:
         found = self._seen[0] if len(self._seen) == 1 else (None, None)
         features, output = found
         if not isinstance(features, Tensor) or len(features) != len(images) or not self._is_output(output, logits):
+            name = type(self.network).__name__
+            if not isinstance(logits, Tensor):
+                raise ModelError(
+                    f"{name} gives {type(logits).__name__} in place of logits, [N, classes]. Give a `model` that "
+                    "returns them alone."
+                )
+            how = "" if len(self._seen) == 1 else f" (which is called {len(self._seen)} times for a batch)"
             raise ModelError(
-                f"the output of {type(self.network).__name__} is not that of '{self.head.name}' (called "
-                f"{len(self._seen)} times), so this layer cannot be trained by itself. Name the classifier with "
-                "`head`, or use `train='all'`."
+                f"the output of {name} is not that of '{self.head.name}'{how}, so this layer cannot be trained by "
+                "itself. Name the classifier with `head`, or use `train='all'`."
+            )
+        if features.device != images.device:
+            raise ModelError(
+                f"the forward pass of {type(self.network).__name__} moves its data from {images.device} to "
+                f"{features.device}. Choose the device with `device`, and let the network stay there."
             )
         if not torch.isfinite(features).all():
-            raise NumericsError(f"the input of '{self.head.name}' holds NaN or infinity.")
+            raise NumericsError(
+                f"the input of '{self.head.name}' holds NaN or infinity. Look at the images, and at the weights and "
+                "statistics in front of it."
+            )
         return features, logits
 
     @staticmethod

@@ -61,7 +61,7 @@ def fit(
         The mean loss of each epoch, before each step.
 
     Raises:
-        NumericsError: the loss is no longer finite.
+        NumericsError: the loss is not finite, or ends far above that of the first batch and that of guessing.
     """
     total = max(1, steps * recipe.epochs)
     optimizer = torch.optim.SGD(parameters, recipe.lr, MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -70,12 +70,16 @@ def fit(
     )
     averages = None if recipe.ema_decay is None else [parameter.detach().clone() for parameter in parameters]
     update = get_ema_multi_avg_fn(recipe.ema_decay or 0.0)  # type: ignore[no-untyped-call]
-    losses = []
+    losses: list[float] = []
+    bound = math.inf
     for number in range(recipe.epochs):
         loss_sum, images = 0.0, 0
         for inputs, labels, teacher in epoch(number):
             with torch.enable_grad():
-                loss = tuning_loss(forward(inputs), labels, teacher, alpha=recipe.alpha, temperature=recipe.temperature)
+                logits = forward(inputs)
+                loss = tuning_loss(logits, labels, teacher, alpha=recipe.alpha, temperature=recipe.temperature)
+                if not losses and not images:
+                    bound = _DIVERGED * max(_first(loss.item()), math.log(logits.shape[1]))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -87,13 +91,28 @@ def fit(
             if on_batch is not None:
                 on_batch(number, images)
         losses.append(loss_sum / max(1, images))
-        if not math.isfinite(losses[-1]):
-            raise NumericsError(f"the training diverged: the loss of epoch {number + 1} is {losses[-1]}. Lower `lr`.")
+        if not math.isfinite(losses[-1]) or (number + 1 == recipe.epochs and losses[-1] > bound):
+            raise NumericsError(
+                f"the training diverged: the loss of epoch {number + 1} is {losses[-1]:.4g}. Lower `lr`."
+            )
     if averages is not None:
         with torch.no_grad():
             for parameter, average in zip(parameters, averages, strict=True):
                 parameter.copy_(average)
     return losses
+
+
+_DIVERGED = 10
+"""Times the loss of the first batch, or of guessing, at which a training has diverged."""
+
+
+def _first(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NumericsError(
+            f"the loss of the first batch is {loss}, before any step: the images, the weights of the network or the "
+            "outputs of the teacher hold NaN or infinity, or values that overflow."
+        )
+    return loss
 
 
 @contextmanager

@@ -389,3 +389,24 @@ def test_buffers_of_any_dtype_are_kept(dtype: torch.dtype) -> None:
     model.register_buffer("other", torch.ones(4).to(dtype))
     recalibrate_bn(model, BATCHES)
     assert model.other.to(torch.complex64).equal(torch.ones(4, dtype=torch.complex64))
+
+
+class Rousing(nn.Module):
+    """Puts itself into train mode as it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner.train()
+        return self.inner(x)
+
+
+def test_a_model_that_puts_itself_into_train_mode_is_refused_and_as_before() -> None:
+    model = Rousing().double().eval()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(ModelError, match="the forward pass puts 'inner' into train mode, where dropout is on"):
+        recalibrate_bn(model, BATCHES)
+    assert not any(module.training for module in model.modules())
+    assert all(each.equal(before[name]) for name, each in model.state_dict().items())

@@ -83,7 +83,7 @@ def test_recal_bn_names_a_broken_image(averaged: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"no image")
     result = run("recal-bn", *GRAY, "--data", "val")
     assert result.code == 0, result.err
-    assert f"could not be read and were left out, such as {broken.relative_to(tmp_path)}" in result.err
+    assert f"could not be read and were left out: 1, such as {broken.relative_to(tmp_path)}" in result.err
 
 
 def test_recal_bn_dry_run_shows_the_plan(averaged: Path, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_build_model_suggests_nothing_for_a_name_that_nobody_typed(save: Save) -
         ("resnet81", UsageError, r"`model='resnet81'`: timm has no such model. Did you mean .*resnet18"),
         ("nothing_like_it_at_all", UsageError, "Use `model='path/to/file.py:factory'`"),
         ("torch.nn:Lienar", UsageError, "torch.nn has no 'Lienar'. Did you mean Linear"),
+        ("net.py:", UsageError, r"`model='net.py:'`: names no function. Write path/to/file.py:name or module:name"),
         ("torch.nn:Linear", ModelError, r"cannot be made \(TypeError"),
         ("builtins:dict", ModelError, "gives a dict, not a torch.nn.Module"),
         (None, ModelError, "does not record its model. Use `model`"),
@@ -227,6 +228,15 @@ def test_load_weights_names_the_buffers_that_a_checkpoint_lacks(save: Save) -> N
     path = save("b.pth", {"state_dict": state | {"module.model.1.running_var": torch.ones(2)}})
     with pytest.raises(ModelError, match=r"3 missing \(1\.running_mean, "):
         load_weights(model, open_checkpoint(path), measured=buffers)
+
+
+def test_load_weights_says_what_to_do_without_statistics(save: Save) -> None:
+    state = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).state_dict()
+    path = save("a.pth", {name: each for name, each in state.items() if "running" not in name})
+    with pytest.raises(
+        ModelError, match=r"2 missing \(1.running_mean, 1.running_var\). Run recal-bn first, which measures"
+    ):
+        load_weights(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), open_checkpoint(path))
 
 
 def test_load_weights_accepts_files_without_num_batches_tracked(save: Save) -> None:

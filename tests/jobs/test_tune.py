@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -235,8 +236,19 @@ def test_safetensors_keep_their_dtypes_and_metadata(tmp_path: Path) -> None:
     assert {name for name in state if not state[name].equal(found[name])} == HEAD | BN3
     assert all(found[name].dtype == state[name].dtype for name in state)
     with pytest.raises(NumericsError, match=r"the new 'head\.(weight|bias)' is not finite, or overflows float16"):
-        tune(tmp_path / "a.safetensors", epochs=1, lr=1e7, out=tmp_path / "b.safetensors")
+        tune(tmp_path / "a.safetensors", epochs=1, lr=1e7, batch_size=300, out=tmp_path / "b.safetensors")
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_training_that_the_dtype_of_the_checkpoint_rounds_away_is_told(tmp_path: Path) -> None:
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in digits_at.trained().state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    report = tune(tmp_path / "a.safetensors", epochs=1, lr=1e-6)
+    found = load_file(tmp_path / "a-tuned.safetensors")
+    assert all(found[name].equal(state[name]) for name in HEAD)
+    assert report.notes[-1].startswith("The checkpoint is in bfloat16, which is too coarse for what the training chang")
+    far = tune(tmp_path / "a.safetensors", epochs=1, lr=0.5, out=tmp_path / "b.safetensors")
+    assert not any("too coarse" in note for note in far.notes)
 
 
 def test_lists_of_batches_are_counted_and_their_order_kept(averaged: Path) -> None:
@@ -289,6 +301,17 @@ def test_folders_have_sizes_of_which_a_refused_one_is_told(small: tuple[Path, di
     assert any("The model has no BatchNorm statistics" in note for note in report.notes)
     with pytest.raises(ModelError, match=r"failed on a batch of shape \[4, 3, 64, 64\].*`img_size`"):
         tune_checkpoint(path, img_size=64, force=True, **options)
+
+
+def test_fewer_class_folders_than_outputs_are_told_of_both_sources(
+    small: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, options = small
+    one = min(each for each in Path(options["data"]).iterdir() if each.is_dir())
+    shutil.copytree(one, tmp_path / "some" / one.name)
+    report = tune_checkpoint(path, dry_run=True, **options | {"eval_data": str(tmp_path / "some")})
+    assert any(note.startswith("`eval_data` has 1 class folders, and the network 3 outputs") for note in report.notes)
+    assert not any(note.startswith("`data` has") for note in report.notes)
 
 
 def test_augmented_images_are_computed_anew_and_repeat_with_the_seed(small: tuple[Path, dict[str, Any]]) -> None:
@@ -378,7 +401,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(averaged: Path, tmp_path: P
 BAD: list[tuple[Mapping[str, Any], type[CkptError], str]] = [
     ({"data": f"{HERE}:eleven"}, DataError, r"`data`: labels from 0 to 10 do not fit a network of 10 classes"),
     ({"eval_data": f"{HERE}:eleven"}, DataError, r"`eval_data`: labels from 0 to 10 do not fit"),
-    ({"data": f"{HERE}:unlabelled"}, DataError, "`data` needs images with labels"),
+    ({"data": f"{HERE}:unlabelled"}, DataError, "`data` gives a Tensor without labels of its images"),
     ({"data": f"{HERE}:failing"}, DataError, r"`data`.* failed .*the cable is out"),
     ({"data": f"{HERE}:stream12"}, UsageError, "a factory here gives an iterator"),
     ({"teacher": f"{HERE}:nine"}, ModelError, "teacher '.*:nine' has 9 classes, and the network .* has 10"),
@@ -392,7 +415,7 @@ BAD: list[tuple[Mapping[str, Any], type[CkptError], str]] = [
     ({"head": "heads"}, UsageError, r"`head='heads'`: DigitsNet has no such module; it has the linear layers head"),
     ({"scratch": "/nowhere"}, WriteError, r"`scratch='/nowhere'`: No such file"),
     ({"lr": 1e30, "epochs": 3}, NumericsError, "the training diverged"),
-    ({"lr": 3.0, "recalibrate": "none", "eval_data": VAL, "require_gain": True}, NumericsError, "nothing was written"),
+    ({"lr": 2.0, "recalibrate": "none", "eval_data": VAL, "require_gain": True}, NumericsError, "nothing was written"),
     ({"augment": True}, UsageError, "`augment`: the factory of `data` prepares its images itself"),
     ({"sizes": [8.0], "eval_data": VAL}, UsageError, "`sizes`: the factory of `eval_data`"),
     ({"sizes": [8.5], "eval_data": VAL}, UsageError, r"`sizes=\[8.5\]`: must be whole numbers"),

@@ -61,6 +61,12 @@ def test_later_epochs_have_the_same_images_in_an_order_of_the_seed() -> None:
     assert order(1, 3) != order(1, 77)
 
 
+def test_a_file_in_place_of_a_folder_for_features_is_refused(tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"`scratch='.*file'`: is no folder that can be written"):
+        check_space(file, 1)
+
+
 def test_features_that_do_not_fit_the_disk_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 80, 20))
     with pytest.raises(WriteError, match=r"`scratch='.*'`: the features take 21 bytes, and 20 are free.*`augment`"):

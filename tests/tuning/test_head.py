@@ -77,10 +77,13 @@ def test_a_classifier_that_is_not_the_last_operation_is_refused_when_the_network
     for network, head in ((Unusual(), "into"), (Unusual(scaled=True), "out")):
         with (
             Tap(network, find_head(network, head)).open() as tap,
-            pytest.raises(ModelError, match=rf"output of Unusual is not that of '{head}' \(called 1 times\).*`head`"),
+            pytest.raises(ModelError, match=rf"output of Unusual is not that of '{head}', so this layer .*`head`"),
         ):
             tap(torch.randn(2, 6))
-    with Tap(Unusual(), Head("out", Unusual().out)).open() as tap, pytest.raises(ModelError, match=r"called 0 times"):
+    with (
+        Tap(Unusual(), Head("out", Unusual().out)).open() as tap,
+        pytest.raises(ModelError, match=r"is called 0 times"),
+    ):
         tap(torch.randn(2, 6))
 
 
@@ -147,3 +150,30 @@ def test_a_block_that_does_not_run_and_a_scale_are_no_last_block() -> None:
     layers = {"body": nn.Linear(4, 4), "scale": Scale(), "aux": nn.Linear(4, 3), "head": nn.Linear(4, 3)}
     network = Auxiliary(OrderedDict(layers))
     assert last_block(network, "head", torch.ones(2, 4)) == ("body", "scale", "head")
+
+
+def test_a_network_that_gives_more_than_logits_is_told_so() -> None:
+    class Pair(DigitsNet):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images), 1  # type: ignore[return-value]
+
+    network = Pair().eval()
+    with (
+        Tap(network, Head("head", network.head)).open() as tap,
+        pytest.raises(ModelError, match="Pair gives tuple in place of logits"),
+    ):
+        tap(torch.zeros(2, 1, 8, 8))
+
+
+def test_a_network_that_moves_its_data_to_another_device_is_refused() -> None:
+    class Moving(DigitsNet):
+        def forward(self, images: Tensor) -> Tensor:
+            self.to("meta")
+            return super().forward(images.to("meta"))
+
+    network = Moving().eval()
+    with (
+        Tap(network, Head("head", network.head)).open() as tap,
+        pytest.raises(ModelError, match="the forward pass of Moving moves its data from cpu to meta"),
+    ):
+        tap(torch.zeros(2, 1, 8, 8))

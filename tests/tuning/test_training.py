@@ -79,3 +79,17 @@ def test_seeded_gives_the_generators_back_as_they_were() -> None:
     assert drawn[0] == drawn[1]
     assert torch.get_rng_state().equal(before[0])
     assert random.getstate() == before[1]
+
+
+def test_a_loss_that_ends_far_above_guessing_is_an_error() -> None:
+    with pytest.raises(NumericsError, match="the training diverged: the loss of epoch 2 is .*Lower `lr`"):
+        fit([*(layer := network()).parameters()], layer, batches, 3, Recipe(epochs=2, lr=1e6, alpha=0.0))
+
+
+def test_a_loss_that_is_nan_before_any_step_is_not_blamed_on_the_learning_rate() -> None:
+    def taught_nan(number: int) -> Iterator[Example]:
+        for inputs, labels, teacher in batches(number):
+            yield inputs, labels, None if teacher is None else teacher * math.nan
+
+    with pytest.raises(NumericsError, match="loss of the first batch is nan, before any step: .* outputs of the teach"):
+        fit([*(layer := network()).parameters()], layer, taught_nan, 3, Recipe(epochs=1, lr=0.1))

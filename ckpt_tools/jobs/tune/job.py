@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,7 @@ def tune_checkpoint(
             if output.require_gain:
                 _check_gain(done)
             changed = _changed(setting, loaded.names, checkpoint.specs)
+            done = replace(done, notes=(*done.notes, *_rounded_away(setting, loaded.names, checkpoint)))
             write(lay_out(changed, report.settings), header.files, force=output.force)
             return done
 
@@ -225,6 +226,30 @@ def _check_gain(report: TuneReport) -> None:
         raise NumericsError(
             f"the loss on {report.eval_data} went from {before:.4f} to {after:.4f}; nothing was written "
             "(`require_gain`)."
+        )
+
+
+_TOLD_FROM = 0.25
+"""Part of a training, lost by rounding, from which on it is told."""
+
+
+def _rounded_away(setting: Setting, stored: Mapping[str, str], checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a warning if the dtypes of the checkpoint are too coarse for what the training changed."""
+    trained = {id(each) for each in setting.parameters}
+    lost = moved = 0.0
+    dtypes = set()
+    for name, values in setting.network.named_parameters():
+        spec = checkpoint.specs.get(stored.get(name, ""))
+        if id(values) in trained and isinstance(spec, TensorSpec):
+            new, old = (each.detach().cpu().double() for each in (values, checkpoint[stored[name]]))
+            lost += (new.to(torch_dtype(spec.dtype)).double() - new).square().sum().item()
+            moved += (new - old).square().sum().item()
+            dtypes.add(spec.dtype.name)
+    if moved and (part := math.sqrt(lost / moved)) > _TOLD_FROM:
+        yield (
+            f"The checkpoint is in {', '.join(sorted(dtypes))}, which is too coarse for what the training changed: "
+            f"rounding moves the weights by {part:.0%} of that, so the file is not what was evaluated. Convert it to "
+            "float32 before, or raise `lr`."
         )
 
 

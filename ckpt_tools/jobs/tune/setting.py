@@ -148,6 +148,8 @@ def open_setting(
         classes = as_logits(name, found, len(first)).shape[1]
         check_labels(labels, classes)
         notes += (*fewer_classes("`data`", data.measured, classes),)
+        if data.held_out is not None:
+            notes += (*fewer_classes("`eval_data`", data.held_out, classes),)
         if teacher is not None:
             rows.append(_row(taught(teacher.name, teacher, first, classes)))
         layers, more = _layers(network, first, forward, training)
