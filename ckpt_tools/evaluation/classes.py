@@ -80,7 +80,13 @@ class ClassOrder:
 
     def _by_name(self, folders: Folders) -> Numbered:
         by_text = {name: i for i, name in enumerate(sorted(folders.outer))}
-        by_number = {name: i for i, name in enumerate(sorted(set(folders.inner), key=natural_key))}
+        inner = sorted(set(folders.inner))
+        by_number = {name: i for i, name in enumerate(sorted(inner, key=natural_key))}
+        if self.natural and (same := _same_to_timm(inner)):
+            raise DataError(
+                f"the class folders '{same[0]}' and '{same[1]}' are the same name to timm, which numbers them by chance, "
+                "another way in each run. Say which is which with `class_map`."
+            )
         index = by_number if self.natural else by_text
         how = "in natural order, as timm does" if self.natural else "in the order of their text, as torchvision does"
         note = f"{len(index)} class folders, numbered {how}"
@@ -194,6 +200,15 @@ def _index(stored: Any) -> Mapping[str, int] | None:
     pairs = [(value, key) if isinstance(value, str) else (key, value) for key, value in stored.items()]
     index = {name: number for name, number in pairs if isinstance(name, str) and type(number) is int and number >= 0}
     return index if len(index) == len(pairs) else None
+
+
+def _same_to_timm(names: Sequence[str]) -> tuple[str, str] | None:
+    """Return two names that timm sorts as one, such as those that differ in case alone."""
+    known: dict[tuple[Any, ...], str] = {}
+    for name in names:
+        if (other := known.setdefault(tuple(natural_key(name)), name)) != name:
+            return other, name
+    return None
 
 
 def natural_key(name: str) -> list[Any]:

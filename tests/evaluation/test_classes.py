@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ def test_class_order_of_a_timm_run_is_that_of_timm(folder: Path, save: Save) -> 
     (folder / "b" / "deeper" / "er").mkdir(parents=True)  # the innermost folder is the class
     (folder / "b" / "deeper" / "er" / "0.png").touch()
     path = save("a.pth", TIMM | {"state_dict": {"w": torch.zeros(1)}})
+    with pytest.raises(DataError, match="'B' and 'b' are the same name to timm, which numbers them by chance"):
+        labels(folder, path)
+    shutil.rmtree(folder / "B")
+    shutil.rmtree(folder / "n01")  # as n1
     found, note = labels(folder, path)
     assert found == dict(create_dataset("", root=str(folder)).reader.samples)
     assert "numbered in natural order, as timm does (torchvision numbers " in note

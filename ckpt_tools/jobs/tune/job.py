@@ -14,6 +14,7 @@ from torch import Tensor
 from ...batchnorm.processes import started_by_torchrun
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
+from ...compute.payload import torch_dtype
 from ...errors import ModelError, NumericsError, UsageError
 from ...evaluation.data import is_factory
 from ...evaluation.models import build_model, importable, load_weights, pick_device
