@@ -251,7 +251,7 @@ def _feed(
         if roused is not None:
             raise ModelError(
                 f"the forward pass puts {f'{roused!r}' if roused else 'the model'} into train mode, where dropout is "
-                "on. Give a model, or a `forward`, that leaves the modes alone."
+                "on. Remove that call of train() from it."
             )
 
     def can_be_alone(batch: Any) -> bool:
