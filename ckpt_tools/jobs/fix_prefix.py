@@ -17,6 +17,7 @@ from ..errors import CorruptError, LayoutError, ReadError, UsageError, WriteErro
 from ..formats import holds_weights, read_header
 from ..formats.format import Renaming
 from ..formats.header import Header
+from ..formats.sharded import stays_inside
 from ..series.paths import one_checkpoint
 from ..storage.source import LOCAL, Stamp, stamp_at, store_of
 from ..storage.splice import Span, Splice
@@ -175,6 +176,9 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
             continue
         if not store.is_file(path) or holds_weights(path.name):
             left_out.append(path.name)
+            continue
+        if not stays_inside(path):
+            left_out.append(f"{path.name} (a link out of its folder)")
             continue
         try:
             stamps.append(stamp_at(path))
