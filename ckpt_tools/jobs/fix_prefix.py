@@ -131,7 +131,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         show = running.on_progress
         total = sum(each.copied for each in splices.values())
         on_copied = None if show is None else lambda copied: show(copied, total)
-        with staged_files(target, names, sizes, force=output.force or in_place) as (_, fds):
+        with staged_files(target, names, sizes, force=output.force or in_place) as fds:
             copy(list(splices.values()), fds, stamps, on_copied, in_place=in_place)
             if in_place:
                 _check_same(target, stamps[0])

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,19 @@ def spawn(*args: str | Path, cwd: Path, first: str = "") -> subprocess.Completed
         timeout=PATIENCE,
         check=False,
     )
+
+
+def is_writing(pid: int) -> bool:
+    """Return True if a process has written to a file without a name, or to a hidden one."""
+    here = Path.cwd()
+    written = list(here.glob(".*.partial"))
+    with suppress(OSError):
+        written += (fd for fd in Path(f"/proc/{pid}/fd").iterdir() if str(fd.readlink()).startswith(f"{here}/#"))
+    for path in written:
+        with suppress(OSError):
+            if path.stat().st_blocks:
+                return True
+    return False
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:
