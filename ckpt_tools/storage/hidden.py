@@ -131,10 +131,14 @@ def _lock(fd: int) -> bool | None:
 
 
 def is_open_as(path: Path, fd: int) -> bool:
-    """Return True if a path leads to an open file or folder."""
+    """Return True if a path leads to an open file or folder.
+
+    Raises:
+        OSError: the system does not tell.
+    """
     try:
         return os.path.samestat(path.stat(), os.fstat(fd))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

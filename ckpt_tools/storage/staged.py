@@ -120,8 +120,9 @@ class _Stage:
         if hasattr(os, "O_PATH"):
             self._held = os.open(self._parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             path = Path(f"/proc/self/fd/{self._held}")
-            if is_open_as(path, self._held):
-                return path
+            with suppress(OSError):  # no /proc
+                if is_open_as(path, self._held):
+                    return path
         return self._parent
 
     def _new_file(self) -> int:
@@ -141,14 +142,17 @@ class _Stage:
     @property
     def is_placed(self) -> bool:
         """True if the target is what was written."""
-        return self._placed or self._is(self._base / self._target.name)
+        with suppress(OSError):
+            return self._placed or self._is(self._base / self._target.name)
+        return False
 
     def _is(self, path: Path) -> bool:
         return self._whole is not None and is_open_as(path, self._whole)
 
     def place(self, force: bool) -> None:
         """Give the output its name."""
-        if not same_file(self._base, self._parent) or (self._stage is not None and not self._is(self._stage)):
+        moved = self._held is not None and not is_open_as(self._parent, self._held)
+        if moved or (self._stage is not None and not self._is(self._stage)):
             raise WriteError(
                 f"{self._target}: its folder, or what was written there, was moved in the meantime. Try again, or "
                 "choose another place with `out`."
