@@ -19,7 +19,7 @@ from ..formats.format import Renaming
 from ..formats.header import Header
 from ..formats.sharded import stays_inside
 from ..series.paths import one_checkpoint
-from ..storage.source import LOCAL, Stamp, stamp_at, store_of
+from ..storage.source import LOCAL, Stamp, read_failed, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
@@ -100,8 +100,10 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         changes, splices = _renamed(header, prefixes.strip, prefixes.add, notes)
         if folder and not in_place:
             stamps += _add_companions(header, splices, notes)
-    except (OSError, BadZipFile, JSONDecodeError, struct.error) as error:
+    except (FileNotFoundError, BadZipFile, JSONDecodeError, struct.error) as error:
         raise CorruptError(f"{source}: changed while it was read ({error}). Try again when it is whole.") from error
+    except OSError as error:
+        raise read_failed(error.filename or source, error.strerror) from error
     nbytes = sum(part.size for part in splices.values())
     idle = in_place and not any(change.names for change in changes)
     if in_place and not idle and target.stat().st_nlink > 1 and not sharded:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from ckpt_tools.cli import main
+from ckpt_tools.storage.staged import PLACED
 
 BIN = Path(sys.executable).parent
 # Environment variables that change the output.
@@ -40,6 +41,7 @@ def run(*args: str | Path, columns: int = 80, encoding: str = "utf-8") -> Result
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     code: Any = 0
+    PLACED.clear()  # as in a new process
     try:
         with (
             mock.patch.object(sys, "argv", ["ckpt", *map(str, args)]),

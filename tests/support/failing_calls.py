@@ -115,30 +115,37 @@ class Outcome:
 class Runner:
     """Runs jobs in forks of this process, each in a fresh copy of the inputs."""
 
-    def __init__(self, library: Path, folder: Path) -> None:
+    def __init__(self, library: Path, folder: Path, inputs: Path | None) -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.failed_call.restype = ctypes.c_char_p
         self._library.calls_seen.restype = ctypes.c_long
-        self._inputs, self._place, self._said = folder / "inputs", folder / "place", folder / "said"
-        self._inputs.mkdir()
+        self._inputs, self._place, self._said = inputs or folder / "inputs", folder / "place", folder / "said"
         self._said.mkdir()
-        # By another process, so that no fork has torch in it.
-        subprocess.run([sys.executable, str(Path(__file__)), "--make-inputs", str(self._inputs)], check=True)
+        if inputs is None:
+            self._inputs.mkdir()
+            # By another process, so that no fork has torch in it.
+            subprocess.run([sys.executable, __file__, "--make-inputs", str(self._inputs)], check=True)
         self.before = self._all(self._inputs)
-        # What a first run imports and compiles, the forks have.
-        for argument in dict.fromkeys(job.arguments[:2] for job in jobs()):
-            with suppress(BaseException):
-                self._import(argument)
+        # What a first run imports, the forks have.
+        for job in jobs():
+            if job.arguments[0] != "diff":
+                with suppress(SystemExit):
+                    self._import(job)
 
-    def _import(self, arguments: tuple[str, ...]) -> None:
-        """Run the start of a job in this process, as far as its plan."""
+    def _import(self, job: Job) -> None:
+        """Run a job in this process, as far as its plan."""
         import contextlib
 
         from ckpt_tools.cli import main
 
-        sys.argv = ["ckpt", *arguments, *(("--dry-run", "-o", "x.pth") if arguments[0] not in ("inspect", "diff") else ())]
-        with contextlib.chdir(self._inputs), contextlib.redirect_stderr(io.StringIO()):
-            main()
+        sys.argv = ["ckpt", *job.arguments, *(() if job.target is None else ("--dry-run",))]
+        here = Path.cwd()
+        os.chdir(self._inputs)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                main()
+            finally:
+                os.chdir(here)
 
     def _all(self, folder: Path) -> dict[str, object]:
         return {path.name: contents(path) for path in folder.iterdir()}
@@ -178,7 +185,7 @@ class Runner:
                 code = 0
             except SystemExit as end:
                 code = end.code if isinstance(end.code, int) else 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - the end of a fork
                 import traceback
 
                 traceback.print_exc()
@@ -219,12 +226,14 @@ class Runner:
             yield "the message shows the exception"
 
 
-def try_all(library: Path, folder: Path, every: int, only: str) -> Iterator[str]:
+def try_all(library: Path, options: argparse.Namespace) -> Iterator[str]:
     """Yield the faults of all jobs, and then how many runs there were."""
-    runner, runs, turn = Runner(library, folder), 0, 0
+    runner, runs, turn = Runner(library, library.parent.resolve(), options.inputs), 0, 0
     for job in jobs():
-        if only not in job.name:
+        if options.only not in job.name or job.arguments[0] == options.without:
             continue
+        if job.arguments[0] == "diff":
+            import torch  # noqa: F401 - so that the forks have it
         good = runner.run(job, 0, 0)
         if good.code != (job.arguments[0] == "diff"):
             yield f"{job.name}: {good.err}"
@@ -232,7 +241,7 @@ def try_all(library: Path, folder: Path, every: int, only: str) -> Iterator[str]
         for at in range(1, good.calls + 1):
             for name, reason in REASONS.items():
                 turn += 1
-                if turn % every:
+                if turn % options.every:
                     continue
                 bad = runner.run(job, at, reason)
                 runs += 1
@@ -254,13 +263,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--only", default="", help="jobs with this in their command line")
+    parser.add_argument("--without", help="a command that is not tried")
+    parser.add_argument("--inputs", type=Path, help="a folder in which make_inputs has been")
     parser.add_argument("--make-inputs", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make_inputs is not None:
         make_inputs(options.make_inputs)
     elif "FAILING_CALLS" in os.environ:
         library = Path(os.environ["FAILING_CALLS"])
-        for line in try_all(library, library.parent.resolve(), options.every, options.only):
+        for line in try_all(library, options):
             print(line, flush=True)  # noqa: T201 - a script
     else:
         _start_again()
