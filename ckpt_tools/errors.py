@@ -75,3 +75,7 @@ class DataError(CkptError):
 
 class WriteError(CkptError):
     """The output cannot be written to its target."""
+
+
+class WriteWarning(UserWarning):
+    """The target is in its place, but something after that failed."""

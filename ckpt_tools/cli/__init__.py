@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
-import warnings
 from types import FrameType
 from typing import Annotated
 
@@ -51,24 +51,48 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run `ckpt`; the one place where an error becomes a message and an exit code."""
-    for each in console.STOPPING:
-        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
-            signal.signal(each, _stop)
-    # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
-    thresholds = gc.get_threshold()
-    gc.set_threshold(100_000, 20, 20)
-    # torch says this at import where numpy is not installed; nothing here needs numpy.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    console.open_streams()
     try:
-        app()
+        _run()
+    except console.Stopped as stopped:  # the only one, wherever it came: see `_stop`
+        what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
+        console.say(f"{what}; {stopped.left or _left()}.")
+        sys.exit(128 + stopped.number)
+
+
+def _run() -> None:
+    thresholds = gc.get_threshold()
+    try:
+        for each in console.STOPPING:
+            if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
+                signal.signal(each, _stop)
+        # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
+        gc.set_threshold(100_000, 20, 20)
+        with console.showing_warnings():
+            console.open_streams()
+            app()
     except CkptError as error:
         console.say(f"Error: {arguments.spelled(str(error))}")
         sys.exit(error.exit_code)
-    except console.Stopped as stopped:
-        what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
-        console.say(f"{what}; {stopped.left}.")
-        sys.exit(128 + stopped.number)
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        console.say(f"Error: {where}{error.strerror or error}; {_left()}.")
+        sys.exit(1)
+    except MemoryError:
+        console.say(f"Error: there is not enough memory; {_left()}.")
+        sys.exit(1)
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        console.say(f"Error: the system allows no more threads (ulimit -u, or ulimit -v); {_left()}.")
+        sys.exit(1)
     finally:
         console.let_end()
         gc.set_threshold(*thresholds)
+
+
+def _left() -> str:
+    """Say what a run that ends early leaves behind."""
+    from ..storage.staged import PLACED
+
+    complete = [str(path) for path in PLACED if os.path.lexists(path)]
+    return f"{', '.join(complete)} is complete" if complete else "nothing was written"

@@ -11,11 +11,12 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import WriteError
+from ..errors import WriteError, WriteWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,12 +97,12 @@ class Stopped(BaseException):
 
     Attributes:
         number: of the signal.
-        left: what a command leaves behind, in words.
+        left: what a command leaves behind, in words; None if it is its output or nothing.
     """
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.left = "nothing was written"
+        self.left: str | None = None
 
 
 def let_end() -> None:
@@ -128,6 +129,25 @@ def say(*lines: str) -> None:
             )
         sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def showing_warnings() -> Iterator[None]:
+    """Write warnings about the output as lines like any other."""
+    with warnings.catch_warnings():
+        # torch says this at import where numpy is not installed; nothing here needs numpy.
+        warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+        warnings.simplefilter("always", WriteWarning)
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, WriteWarning):
+                say(f"Warning: {message}")
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def visible(text: str) -> str:

@@ -192,10 +192,16 @@ def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[st
 
 
 def stays_inside(file: Path) -> bool:
-    """Return True unless a file is a link out of its folder; the Hugging Face cache has links to ../../blobs."""
+    """Return True unless a file is a link out of its folder.
+
+    The cache of the Hugging Face Hub keeps ``snapshots/REVISION/.../NAME`` as links into ``blobs`` of the same
+    repository. These stay inside; a ``blobs`` that is itself a link elsewhere does not count.
+    """
     store = store_of(file)
-    folder = store.real_path(file.parent)
-    return store.real_path(file).parent in (folder, store.real_path(folder / "../../blobs"))
+    folder, home = store.real_path(file.parent), store.real_path(file).parent
+    return home == folder or any(
+        above.name == "snapshots" and home == above.parent / "blobs" for above in folder.parents
+    )
 
 
 def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:

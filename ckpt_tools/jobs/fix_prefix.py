@@ -17,8 +17,9 @@ from ..errors import CorruptError, LayoutError, ReadError, UsageError, WriteErro
 from ..formats import holds_weights, read_header
 from ..formats.format import Renaming
 from ..formats.header import Header
+from ..formats.sharded import stays_inside
 from ..series.paths import one_checkpoint
-from ..storage.source import LOCAL, Stamp, stamp_at, store_of
+from ..storage.source import LOCAL, Stamp, read_failed, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
@@ -99,8 +100,10 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         changes, splices = _renamed(header, prefixes.strip, prefixes.add, notes)
         if folder and not in_place:
             stamps += _add_companions(header, splices, notes)
-    except (OSError, BadZipFile, JSONDecodeError, struct.error) as error:
+    except (FileNotFoundError, BadZipFile, JSONDecodeError, struct.error) as error:
         raise CorruptError(f"{source}: changed while it was read ({error}). Try again when it is whole.") from error
+    except OSError as error:
+        raise read_failed(error.filename or source, error.strerror) from error
     nbytes = sum(part.size for part in splices.values())
     idle = in_place and not any(change.names for change in changes)
     if in_place and not idle and target.stat().st_nlink > 1 and not sharded:
@@ -130,7 +133,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         show = running.on_progress
         total = sum(each.copied for each in splices.values())
         on_copied = None if show is None else lambda copied: show(copied, total)
-        with staged_files(target, names, sizes, force=output.force or in_place) as (_, fds):
+        with staged_files(target, names, sizes, force=output.force or in_place) as fds:
             copy(list(splices.values()), fds, stamps, on_copied, in_place=in_place)
             if in_place:
                 _check_same(target, stamps[0])
@@ -175,6 +178,9 @@ def _add_companions(header: Header, splices: dict[str, Splice], notes: list[str]
             continue
         if not store.is_file(path) or holds_weights(path.name):
             left_out.append(path.name)
+            continue
+        if not stays_inside(path):
+            left_out.append(f"{path.name} (a link out of its folder)")
             continue
         try:
             stamps.append(stamp_at(path))

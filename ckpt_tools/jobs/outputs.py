@@ -19,6 +19,7 @@ from ..formats import FORMATS, format_of, suffixes
 from ..formats.format import Format
 from ..formats.header import Header
 from ..formats.sharded import SHARDED
+from ..storage.hidden import size_of_leftovers
 from ..storage.staged import is_writable, same_file
 
 
@@ -165,6 +166,8 @@ def check_target(
         if not is_writable(parent):
             raise WriteError(f"{target}: the folder {parent} is not writable for you. Choose another place with `out`.")
         free = shutil.disk_usage(parent).free
+        if nbytes > free:
+            free += size_of_leftovers(target)
         if nbytes > free:
             raise WriteError(
                 f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "

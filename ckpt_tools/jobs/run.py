@@ -15,7 +15,7 @@ from ..formats.file_plan import FilePlan
 from ..storage import splice
 from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
-from ..storage.staged import flush, keep_attributes, staged_files
+from ..storage.staged import flush, keep_attributes, staged_files, write_at
 from .assembly import Assembly
 from .options import Output, Running
 from .outputs import check_target
@@ -160,12 +160,14 @@ def write_all(
 def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> list[OutFile]:
     """Create the files of an assembly, to be moved into place when the stages end; its companions are complete."""
     files = assembly.files
-    names = [plan.name for plan in files] if assembly.folder else None
-    staged = staged_files(assembly.target, names, [plan.size for plan in files], force=force)
-    stage, fds = stages.enter_context(staged)
-    for companion in assembly.companions:
-        (stage / companion.name).write_bytes(read_file(companion)[0])
-    return [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
+    # Their content now, so that their sizes are known.
+    beside = {path.name: read_file(path)[0] for path in assembly.companions}
+    names = [*(plan.name for plan in files), *beside] if assembly.folder else None
+    sizes = [*(plan.size for plan in files), *map(len, beside.values())]
+    fds = stages.enter_context(staged_files(assembly.target, names, sizes, force=force))
+    for fd, (name, data) in zip(fds[len(files) :], beside.items(), strict=True):
+        write_at(fd, memoryview(data), 0, assembly.target / name)
+    return [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=False)]
 
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
@@ -216,8 +218,10 @@ def copy(
         sources.open_all(each.source for each in splices)
         for each, fd in zip(splices, fds, strict=True):
             if in_place:
-                keep_attributes(fd, sources.descriptor(each.source))  # before it holds anything to read
+                keep_attributes(fd, sources.descriptor(each.source), each.source)  # before it holds anything to read
             splice.write(each, sources[each.source], fd, count)
             if in_place:
-                flush(fd)  # now, so that little time is left for others between the next lines and the rename
+                flush(
+                    fd, each.source
+                )  # now, so that little time is left for others between the next lines and the rename
         sources.check_unchanged()

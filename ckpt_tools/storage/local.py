@@ -48,7 +48,8 @@ class LocalFile:
         return self._fd
 
     def close(self) -> None:
-        os.close(self._fd)
+        with suppress(OSError):  # it has been read, and nothing can be lost
+            os.close(self._fd)
 
 
 class LocalStore:

@@ -1,7 +1,8 @@
-"""Staged writing: at any instant, a target file is the old file or the complete new one.
+"""Staged writing: at any instant, a target is the old one or the complete new one.
 
-The output is written next to its target under a hidden name, synced to the disk, and renamed. On
-failure or interruption the hidden file is removed; inputs are never opened for writing.
+A file grows without a name where the file system can do that (Linux: O_TMPFILE), so that a killed run leaves nothing.
+Elsewhere, and if it is a folder, the output has a hidden name next to its target (see `hidden`). It is synced to the
+disk, and then gets its name in one step. On failure or interruption it is removed; inputs are never opened for writing.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from stat import S_IMODE
 
-from ..errors import WriteError
+from ..errors import WriteError, WriteWarning
+from .hidden import clear_leftovers, hidden, is_open_as, locked, new_file, new_folder, remove
 from .local import raise_file_limit, write_once
+
+PLACED: list[Path] = []
+"""Targets that this process has put in place."""
 
 
 @contextmanager
 def staged_files(
     target: Path, names: Sequence[str] | None, sizes: Sequence[int], *, force: bool = False
-) -> Iterator[tuple[Path, list[int]]]:
-    """Create files next to the target, and rename them to it when the block ends without an exception.
+) -> Iterator[list[int]]:
+    """Create files, and put them in the place of the target when the block ends without an exception.
+
+    What fails when the target is in its place is a `WriteWarning`.
 
     Args:
         target: the output file or folder.
@@ -31,56 +39,187 @@ def staged_files(
         force: replace an existing target.
 
     Yields:
-        (temporary path of the target, a writable descriptor of each file).
+        A writable descriptor of each file.
 
     Raises:
         WriteError: the system refuses.
     """
-    stage = _hidden(target)
-    fds: list[int] = []
-    raise_file_limit(len(sizes))
+    raise_file_limit(len(sizes) + 2)
+    stage = _Stage(target)
     try:
         try:
-            if names is not None:
-                stage.mkdir()
-            folders = {stage / name: None for each in names or () for name in [*PurePath(each).parents][-2::-1]}
-            for folder in folders:
-                folder.mkdir()
-            for path, size in zip([stage] if names is None else [stage / n for n in names], sizes, strict=True):
-                # 0o666 minus the umask: the default mode of new files.
-                fds.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666))
-                os.truncate(fds[-1], size)
+            stage.create(names, sizes)
         except OSError as error:
             raise WriteError(
                 f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
-        yield stage, fds
+        yield stage.fds
         try:
-            for fd in fds:
-                os.fsync(fd)
-            for folder in [*folders, stage] if names is not None else ():
-                _sync_folder(folder)
-            _put(stage, target, force)
-            _sync_folder(stage.parent)
-            _clear(stage, fds)
+            stage.sync()
+            stage.place(force)
+            stage.settle()
+            stage.clear()
         except OSError as error:
-            if error.errno in _TAKEN:
-                raise WriteError(
-                    f"{target}: was created by another program in the meantime, and was kept. "
-                    "Choose another name with `out`."
-                ) from error
-            raise WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.") from error
+            if not stage.is_placed:
+                raise _not_placed(target, error) from error
         except BaseException:
-            if os.path.lexists(stage) and not same_file(stage, target):
+            if not stage.is_placed:
                 raise
             # Interrupted after the rename: the target is complete.
+        PLACED.append(target)
     finally:
-        _clear(stage, fds)
+        stage.clear()
 
 
-def _hidden(target: Path) -> Path:
-    """Return a path next to a target; unique among concurrent and earlier runs; short, as file names have to be."""
-    return target.absolute().parent / f".{target.name[:40]}.{os.urandom(4).hex()}.partial"
+def _not_placed(target: Path, error: OSError) -> WriteError:
+    if error.errno in _TAKEN:
+        return WriteError(
+            f"{target}: was created by another program in the meantime, and was kept. Choose another name with `out`."
+        )
+    return WriteError(f"{target}: cannot be written ({error.strerror}). Nothing was left there.")
+
+
+class _Stage:
+    """An output on its way to its place.
+
+    Attributes:
+        fds: descriptors of its files.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.fds: list[int] = []
+        self._target = target
+        self._parent = target.absolute().parent
+        self._held: int | None = None
+        self._base = self._parent
+        self._stage: Path | None = None  # None while it has no name
+        self._whole: int | None = None  # descriptor of what gets the name of the target
+        self._folders: list[Path] = []
+        self._placed = False
+
+    def create(self, names: Sequence[str] | None, sizes: Sequence[int]) -> None:
+        """Create the files; see `staged_files`."""
+        self._base = self._hold()
+        clear_leftovers(self._target, self._base)
+        if names is None:
+            self._whole = self._new_file()
+            self.fds.append(self._whole)
+        else:
+            self._stage, self._whole = locked(self._target, self._base, new_folder)
+            inner = {self._stage / name: None for each in names for name in [*PurePath(each).parents][-2::-1]}
+            for folder in inner:
+                folder.mkdir()
+            self._folders = [*inner, self._stage]
+            for name in names:
+                self.fds.append(new_file(self._stage / name))
+        for fd, size in zip(self.fds, sizes, strict=True):
+            os.truncate(fd, size)
+
+    def _hold(self) -> Path:
+        """Return a path to the folder of the target that stays right when the folder is renamed, if there is one."""
+        if hasattr(os, "O_PATH"):
+            self._held = os.open(self._parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            path = Path(f"/proc/self/fd/{self._held}")
+            with suppress(OSError):  # no /proc
+                if is_open_as(path, self._held):
+                    return path
+        return self._parent
+
+    def _new_file(self) -> int:
+        if hasattr(os, "O_TMPFILE") and self._base != self._parent:  # a name is given through /proc
+            with suppress(OSError):
+                return os.open(self._base, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        self._stage, fd = locked(self._target, self._base, new_file)
+        return fd
+
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        for fd in self.fds:
+            os.fsync(fd)
+        for folder in self._folders:
+            _sync_folder(folder)
+
+    @property
+    def is_placed(self) -> bool:
+        """True if the target is what was written."""
+        with suppress(OSError):
+            return self._placed or self._is(self._base / self._target.name)
+        return False
+
+    def _is(self, path: Path) -> bool:
+        return self._whole is not None and is_open_as(path, self._whole)
+
+    def place(self, force: bool) -> None:
+        """Give the output its name."""
+        moved = self._held is not None and not is_open_as(self._parent, self._held)
+        if moved or (self._stage is not None and not self._is(self._stage)):
+            raise WriteError(
+                f"{self._target}: its folder, or what was written there, was moved in the meantime. Try again, or "
+                "choose another place with `out`."
+            )
+        place = self._base / self._target.name
+        if self._folders:
+            self._place_folder(place, force)
+        elif self._stage is None:
+            try:
+                self._link(place)
+            except FileExistsError:
+                if not force:
+                    raise
+                self._stage = hidden(self._target, self._base)  # a link replaces nothing, and a rename needs a name
+                self._link(self._stage)
+                self._stage.replace(place)
+        elif force:
+            self._stage.replace(place)
+        else:
+            try:
+                os.link(self._stage, place)  # unlike rename, replaces nothing; `clear` removes the other name
+            except (OSError, AttributeError) as error:
+                if getattr(error, "errno", None) == errno.EEXIST or os.path.lexists(place):
+                    raise FileExistsError(errno.EEXIST, "exists") from error
+                self._stage.rename(place)  # a file system without hard links
+
+    def _link(self, path: Path) -> None:
+        """Name a file that has no name."""
+        (fd,) = self.fds
+        # Only with a descriptor does Python follow the link in /proc, where others link the link.
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+    def _place_folder(self, place: Path, force: bool) -> None:
+        stage = self._folders[-1]
+        if not force or not (place.is_symlink() or (place.is_dir() and any(place.iterdir()))):
+            stage.rename(place)  # replaces an empty folder, and no other
+        elif not _exchanged(stage, place):
+            _rename_twice(stage, place, self._target)
+
+    def settle(self) -> None:
+        """Wait until the name is on the disk, too; what fails is a warning."""
+        self._placed = True
+        try:
+            _sync_folder(self._parent)
+        except OSError as error:
+            _warn(
+                f"{self._target}: is complete and in its place, but the system does not confirm that its name is on "
+                f"the disk ({error.strerror}). After a power cut, look whether it is still there."
+            )
+
+    def clear(self) -> None:
+        """Close the descriptors and remove what is hidden; safe to repeat after an interruption."""
+        if self._stage is not None:
+            for path in [self._stage, *([self._stage.with_suffix(".old")] if self.is_placed else ())]:
+                with suppress(OSError):
+                    remove(path)
+                if os.path.lexists(path):
+                    _warn(f"{self._parent / path.name}: is of no use any more, and cannot be removed.")
+        fds = {*self.fds, self._whole, self._held} - {None}
+        self.fds, self._whole, self._held = [], None, None
+        for fd in fds:
+            with suppress(OSError):  # all that counts has been synced
+                os.close(fd)  # type: ignore[arg-type]
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, WriteWarning, stacklevel=2)
 
 
 @contextmanager
@@ -90,17 +229,21 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     Raises:
         WriteError: the system refuses.
     """
-    folder = _hidden(target)
+    folder, lock = target.absolute().parent, None
     try:
         try:
-            folder.mkdir()
+            clear_leftovers(target, folder)
+            folder, lock = locked(target, folder, new_folder)
         except OSError as error:
             raise WriteError(
                 f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
         yield folder
     finally:
-        remove(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                os.close(lock)
 
 
 def write_file(target: Path, data: bytes, *, force: bool = False) -> None:
@@ -109,23 +252,8 @@ def write_file(target: Path, data: bytes, *, force: bool = False) -> None:
     Raises:
         WriteError: the system refuses.
     """
-    with staged_files(target, None, [len(data)], force=force) as (_, fds):
+    with staged_files(target, None, [len(data)], force=force) as fds:
         write_at(fds[0], memoryview(data), 0, target)
-
-
-def _clear(stage: Path, fds: list[int]) -> None:
-    """Close the descriptors and remove the stage; safe to repeat after an interruption."""
-    while fds:
-        os.close(fds.pop())
-    remove(stage)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder of our own, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def same_file(a: Path, b: Path) -> bool:
@@ -138,60 +266,64 @@ def same_file(a: Path, b: Path) -> bool:
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """Errors of link and rename for an existing target."""
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def _put(stage: Path, target: Path, force: bool) -> None:
-    if stage.is_dir():
-        if force and (target.is_symlink() or (target.is_dir() and any(target.iterdir()))):
-            _exchange(stage, target)
-        else:
-            stage.rename(target)  # replaces an empty folder, and no other
-    elif force:
-        stage.replace(target)
-    else:
-        try:
-            os.link(stage, target)  # unlike rename, replaces nothing; `_clear` removes the other name
-        except (OSError, AttributeError) as error:
-            if getattr(error, "errno", None) == errno.EEXIST or os.path.lexists(target):
-                raise FileExistsError(errno.EEXIST, "exists") from error
-            stage.rename(target)  # a file system without hard links
+def _exchanged(stage: Path, place: Path) -> bool:
+    """Let a folder and its target change places in one step; False where the system cannot."""
+    import ctypes  # takes 4 ms
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, TypeError, OSError):  # only Linux has the call
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(stage), _AT_FDCWD, os.fsencode(place), _RENAME_EXCHANGE) == 0:
+        return True
+    reason = ctypes.get_errno()
+    if reason in _NO_EXCHANGE:
+        return False
+    raise OSError(reason, os.strerror(reason), str(place))
 
 
-def _exchange(stage: Path, target: Path) -> None:
+def _rename_twice(stage: Path, place: Path, target: Path) -> None:
     """Replace a folder or link: rename the old one away, and back if the new one cannot be put in place.
 
     Between the two renames the target does not exist; a crash then leaves the old one under the name `aside`.
     """
     aside = stage.with_suffix(".old")
     try:
-        target.rename(aside)
-        stage.rename(target)
+        place.rename(aside)
+        stage.rename(place)
     finally:
-        if not stage.exists():
-            if aside.is_symlink():
-                aside.unlink()
-            else:
-                shutil.rmtree(aside, ignore_errors=True)
-        elif os.path.lexists(aside):
+        if stage.exists() and os.path.lexists(aside):
             try:
-                aside.rename(target)
+                aside.rename(place)
             except OSError as error:
                 raise WriteError(
-                    f"{target}: cannot be written ({error.strerror}). The old content is now {aside}; move it back."
+                    f"{target}: cannot be written ({error.strerror}). The old content is now "
+                    f"{target.absolute().with_name(aside.name)}; move it back."
                 ) from error
+
+
+_UNCONFIRMED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Errors of fsync that tell of a loss; others only mean that the file system has no such call for folders."""
 
 
 def _sync_folder(folder: Path) -> None:
     try:
         fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # a folder that may be written but not read; the file is already in place
+    except OSError:  # a folder that may be written but not read
         os.sync()
         return
     try:
-        with suppress(OSError):  # not supported by some network file systems
-            os.fsync(fd)
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno in _UNCONFIRMED:
+            raise
     finally:
-        os.close(fd)
+        with suppress(OSError):
+            os.close(fd)
 
 
 def reserve(fd: int, offset: int, nbytes: int, name: object) -> None:
@@ -235,8 +367,12 @@ def write_failed(name: object, reason: str | None) -> WriteError:
     )
 
 
-def keep_attributes(fd: int, old: int) -> None:
-    """Copy the owner, the extended attributes (with access lists) and the mode bits of the old file to a new one."""
+def keep_attributes(fd: int, old: int, name: object) -> None:
+    """Copy the owner, the extended attributes (with access lists) and the mode bits of the old file to a new one.
+
+    Raises:
+        WriteError: the file system does not take the mode.
+    """
     stat = os.fstat(old)
     with suppress(OSError, AttributeError):  # Windows has neither owners nor mode bits
         os.fchown(fd, stat.st_uid, stat.st_gid)
@@ -244,13 +380,27 @@ def keep_attributes(fd: int, old: int) -> None:
         for name in os.listxattr(old):
             with suppress(OSError):  # an attribute that only the system sets
                 os.setxattr(fd, name, os.getxattr(old, name))
-    if hasattr(os, "fchmod"):
-        os.fchmod(fd, S_IMODE(stat.st_mode))
+    mode = S_IMODE(stat.st_mode)
+    if hasattr(os, "fchmod") and S_IMODE(os.fstat(fd).st_mode) != mode:
+        try:
+            os.fchmod(fd, mode)
+        except OSError as error:
+            raise WriteError(
+                f"{name}: a new file there cannot have its mode {mode:o} ({error.strerror}), so it was not replaced. "
+                "Name a new file with `out`."
+            ) from error
 
 
-def flush(fd: int) -> None:
-    """Wait until all writes to a file are on the disk."""
-    os.fsync(fd)
+def flush(fd: int, name: object) -> None:
+    """Wait until all writes to a file are on the disk.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise write_failed(name, error.strerror) from error
 
 
 def is_writable(path: Path) -> bool:

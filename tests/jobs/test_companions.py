@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,3 +147,56 @@ def test_files_in_the_cache_of_hugging_face_are_links_that_stay(fill: Fill) -> N
     (snapshot / "config.json").symlink_to("../../blobs/2")
     ckpt_tools.average("hub/snapshots/abc", out="b")
     assert Path("b/config.json").read_text() == CONFIG
+
+
+def cached(fill: Fill, name: str, *, blobs: str = "hub/blobs", snapshot: str = "hub/snapshots/abc") -> Path:
+    """Make a snapshot of the Hub's cache with sharded weights and a link of this name."""
+    folder = fill(snapshot, config=CONFIG)
+    save_file({"module.w": torch.ones(2)}, fill(blobs, config=None) / "1")
+    (folder / "model.safetensors").write_bytes((Path(blobs) / "1").read_bytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"module.w": "model.safetensors"}}))
+    (Path(blobs) / "2").write_text("of the blobs")
+    (folder / name).symlink_to(os.path.relpath(f"{blobs}/2", folder))
+    return folder
+
+
+COMMANDS: dict[str, Callable[[Path], object]] = {
+    "average": lambda folder: ckpt_tools.average(folder, out="out"),
+    "convert": lambda folder: ckpt_tools.convert(folder, to="plain", out="out"),
+    "fix_prefix": lambda folder: ckpt_tools.fix_prefix(folder, out="out"),
+}
+
+
+@pytest.mark.parametrize("job", COMMANDS)
+@pytest.mark.parametrize(
+    ("blobs", "snapshot", "goes_along"),
+    [
+        ("hub/blobs", "hub/snapshots/abc", True),
+        ("hub/blobs", "hub/snapshots/abc/unet", True),
+        ("hub/blobs", "hub/other/abc", False),
+        ("theirs/blobs", "hub/snapshots/abc", False),
+        ("home/.ssh", "hub/snapshots/abc", False),
+    ],
+)
+def test_a_link_is_followed_into_the_blobs_of_its_own_repository_alone(
+    fill: Fill, job: str, blobs: str, snapshot: str, goes_along: bool
+) -> None:
+    COMMANDS[job](cached(fill, "tokenizer.json", blobs=blobs, snapshot=snapshot))
+    assert (Path("out") / "tokenizer.json").exists() is goes_along
+    assert "config.json" in written("out")
+
+
+@pytest.mark.parametrize("job", COMMANDS)
+def test_blobs_that_are_a_link_to_another_folder_are_not_followed(fill: Fill, job: str) -> None:
+    folder = cached(fill, "tokenizer.json", blobs="home/.ssh")
+    Path("hub/blobs").symlink_to("../home/.ssh")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("../../blobs/2")
+    assert (folder / "tokenizer.json").read_text() == "of the blobs"
+    COMMANDS[job](folder)
+    assert not (Path("out") / "tokenizer.json").exists()
+
+
+def test_fix_prefix_says_which_links_it_left_behind(fill: Fill) -> None:
+    report = ckpt_tools.fix_prefix(cached(fill, "notes.txt", blobs="elsewhere"), out="out")
+    assert "Not copied into the new folder: notes.txt (a link out of its folder)." in report.notes

@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from ckpt_tools.cli import main
+from ckpt_tools.storage.staged import PLACED
 
 BIN = Path(sys.executable).parent
 # Environment variables that change the output.
@@ -40,6 +41,7 @@ def run(*args: str | Path, columns: int = 80, encoding: str = "utf-8") -> Result
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     code: Any = 0
+    PLACED.clear()  # as in a new process
     try:
         with (
             mock.patch.object(sys, "argv", ["ckpt", *map(str, args)]),
@@ -77,6 +79,19 @@ def spawn(*args: str | Path, cwd: Path, first: str = "") -> subprocess.Completed
         timeout=PATIENCE,
         check=False,
     )
+
+
+def is_writing(pid: int) -> bool:
+    """Return True if a process has written to a file without a name, or to a hidden one."""
+    here = Path.cwd()
+    written = list(here.glob(".*.partial"))
+    with suppress(OSError):
+        written += (fd for fd in Path(f"/proc/{pid}/fd").iterdir() if str(fd.readlink()).startswith(f"{here}/#"))
+    for path in written:
+        with suppress(OSError):
+            if path.stat().st_blocks:
+                return True
+    return False
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int] | None]:

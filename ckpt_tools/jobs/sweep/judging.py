@@ -13,7 +13,7 @@ from ...evaluation.evaluators import Scores
 from ...series.candidates import Candidate, Combinations, number_of
 from ...series.find import Series
 from ...series.member import Member
-from ...storage.staged import remove
+from ...storage.hidden import remove
 from .aim import Aim
 from .evaluation import Evaluators
 from .grid import Grid

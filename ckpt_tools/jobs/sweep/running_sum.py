@@ -14,7 +14,7 @@ from ...formats.safetensors import SAFETENSORS
 from ...series.candidates import Candidate
 from ...series.member import Member
 from ...series.weighted_sums import weighted_sums
-from ...storage.staged import remove
+from ...storage.hidden import remove
 from ...tensors import DTYPES, DType, TensorSpec
 from ..assembly import Assembly
 from ..run import write

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ...storage.hidden import remove
 from ...storage.journal import append, make_folder
-from ...storage.staged import remove
 
 _ANNOUNCED = "candidates.txt"
 
