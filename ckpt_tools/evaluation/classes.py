@@ -84,8 +84,8 @@ class ClassOrder:
         by_number = {name: i for i, name in enumerate(sorted(inner, key=natural_key))}
         if self.natural and (same := _same_to_timm(inner)):
             raise DataError(
-                f"the class folders '{same[0]}' and '{same[1]}' are the same name to timm, which numbers them by chance, "
-                "another way in each run. Say which is which with `class_map`."
+                f"the class folders '{same[0]}' and '{same[1]}' are the same name to timm, which numbers them by "
+                "chance, another way in each run. Say which is which with `class_map`."
             )
         index = by_number if self.natural else by_text
         how = "in natural order, as timm does" if self.natural else "in the order of their text, as torchvision does"

@@ -187,7 +187,7 @@ class Classifier:
         runner: of the network.
         held_out: labelled images.
         images: for BatchNorm statistics, measured before every score; None to take those of the checkpoint.
-        passes, estimator: see `recalibrate_bn`.
+        passes, estimator, include_frozen, allow_unmeasured: see `recalibrate_bn`.
         identity: what the scores depend on, as plain data.
         on_progress: called with (what is done, images done, images in all).
     """
@@ -198,6 +198,8 @@ class Classifier:
     images: Batches | None
     passes: int
     estimator: str
+    include_frozen: bool
+    allow_unmeasured: bool
     identity: Mapping[str, Any]
     on_progress: Progress
 
@@ -216,7 +218,14 @@ class Classifier:
     def measured(self, path: Path, images: Batches) -> BatchNormReport:
         """Load the weights, measure the BatchNorm statistics, and return how far they are from those of the file."""
         load_weights(self.network, Checkpoint(read_header(path)))
-        return self.runner.recalibrate(images, self.passes, self.estimator, self.on_progress)
+        return self.runner.recalibrate(
+            images,
+            self.passes,
+            self.estimator,
+            self.on_progress,
+            include_frozen=self.include_frozen,
+            allow_unmeasured=self.allow_unmeasured,
+        )
 
     def end(self) -> None:
         """Nothing: the network runs in the thread that calls it."""

@@ -371,8 +371,8 @@ class Images(Options):
     data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
 
 
-class Measuring(Options):
-    """How BatchNorm statistics are measured, and whether they are an improvement."""
+class Statistics(Options):
+    """How BatchNorm statistics are measured."""
 
     title = "The statistics"
 
@@ -380,6 +380,11 @@ class Measuring(Options):
     estimator: str = option("population (all values as one set), or batch-mean (each batch counts once).", "population")
     include_frozen: bool = option("Also measure layers that training does not update.", False)
     allow_unmeasured: bool = option("Accept layers that cannot be measured in front of others.", False)
+
+
+class Measuring(Statistics):
+    """How BatchNorm statistics are measured, and whether they are an improvement."""
+
     seed: int = option("Seed of the random subset.", 0)
     eval_data: str | None = option("Labelled images, to measure the accuracy before and after.", None, metavar="DATA")
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import PATIENCE, run
+from torch import nn
 
 from ckpt_tools import average
 from ckpt_tools.batchnorm.report import BatchNormReport, LayerReport
@@ -533,3 +534,28 @@ def test_a_browser_opens_the_page_without_errors(width: int, here: Path) -> None
     if width == 400:  # errors would be seen
         (here / "bad.html").write_bytes(data.replace(b"</main>", b"<script>alert(1)</script></main>"))
         assert "Content Security Policy" in "".join(messages("bad.html"))
+
+
+def test_a_sweep_measures_frozen_layers_if_it_is_asked_to_and_so_does_its_command(save: Save, here: Path) -> None:
+    for i, name in enumerate("ab"):
+        save(f"{name}.pth", {**nn.BatchNorm2d(3).state_dict(), "weight": torch.full((3,), i + 1.0)})
+    Path("frozen_net.py").write_text(
+        "import torch\nfrom torch import nn\ndef net(): return nn.Sequential(nn.BatchNorm2d(3, momentum=0.0), Mean())\n"
+        "class Mean(nn.Module):\n    def forward(self, x): return x.mean((2, 3))\n"
+        "def data():\n    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 5\n"
+        "    return [(x, torch.arange(8) % 3)]\n"
+    )
+    for name in "ab":
+        stored = torch.load(f"{name}.pth")
+        save(f"{name}.pth", {f"0.{key}": value for key, value in stored.items()})
+    options: dict[str, Any] = {
+        "model": "frozen_net.py:net",
+        "data": "frozen_net.py:data",
+        "eval_data": "frozen_net.py:data",
+    }
+    left = sweep(["a.pth", "b.pth"], **options, scratch="left", out="left.pth")
+    found = sweep(["a.pth", "b.pth"], **options, include_frozen=True, scratch="found", out="found.pth")
+    assert found.options["include_frozen"] is True
+    assert torch.load("left.pth")["0.running_mean"].abs().max() == 0
+    assert left.evaluations == found.evaluations
+    assert (torch.load("found.pth")["0.running_mean"] - 5).abs().max() < 0.3

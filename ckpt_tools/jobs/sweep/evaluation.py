@@ -12,7 +12,7 @@ from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
 from ...errors import UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function
-from ..options import Network
+from ..options import Network, Statistics
 from ..outputs import named
 from .options import Evaluation, Honesty, Sweeping, SweptImages
 
@@ -100,14 +100,15 @@ def _classifier(
     from ...evaluation.runner import Runner
     from ..image_data import fewer_classes, image_data, notes_of
 
-    check_options(images.passes, images.estimator)
+    measuring = Statistics(**vars(images))
+    check_options(measuring.passes, measuring.estimator)
     device = pick_device("auto" if running.device == "cuda" else running.device)
     sources = [each for each in (eval_data, honesty.test, images.data) if each is not None]
     with importable(which.model, which.forward, *filter(is_factory, sources)):
         call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
         loaded = load_weights(network, example)  # so that what does not fit is told before any work
-        layers, _ = find_layers(network)
+        layers, _ = find_layers(network, include_frozen=measuring.include_frozen)
         network.to(device)
         labelled = [each for each in (eval_data, honesty.test) if each is not None]
         how = image_data(
@@ -129,8 +130,7 @@ def _classifier(
             "called": [which.forward, which.inputs, which.mask],
             "recalibrated": None
             if statistics is None
-            else [images.data, statistics.images, images.passes, images.estimator, images.batch_size, images.seed]
-            + [images.split],
+            else [images.data, statistics.images, images.batch_size, images.seed, images.split, vars(measuring)],
             "amp": running.amp,
         }
         runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
@@ -147,8 +147,7 @@ def _classifier(
                 runner=runner,
                 held_out=held_out,
                 images=statistics,
-                passes=images.passes,
-                estimator=images.estimator,
+                **vars(measuring),
                 identity={"data": data, "split": split, "images": held_out.images, **identity},
                 on_progress=on_progress,
             )

@@ -10,7 +10,7 @@ from ...series.candidates import SELECTED, several, values
 from ...series.rules.rule import Option
 from ...series.schedules import SCHEDULES, Schedule
 from ...storage.staged import same_file
-from ..options import Images, Matching, Network, Options, Output, Selection, Summing, option
+from ..options import Images, Matching, Network, Options, Output, Selection, Statistics, Summing, option
 
 
 class Values(Options):
@@ -131,14 +131,12 @@ class Honesty(Options):
     )
 
 
-class SweptImages(Images):
+class SweptImages(Images, more=(Statistics,)):
     """The images of the evaluation, and those for BatchNorm statistics."""
 
     data: str | None = option(  # type: ignore[assignment]
         "Images for BatchNorm statistics, measured before every score.", None, metavar="DATA"
     )
-    passes: int = option("Of the statistics, as in recal-bn.", 1)
-    estimator: str = option("Of the statistics, as in recal-bn.", "population")
     seed: int = option("Of the random subset of images, of `holdout` and of the intervals.", 0)
 
 
