@@ -58,8 +58,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise WriteError(f"{folder}: another sweep is at work here. Choose another place with `scratch`.") from None
+        except OSError as error:
+            raise WriteError(
+                f"{folder}: cannot be locked ({error.strerror}). Choose another place with `scratch`."
+            ) from error
         yield
     finally:
         os.close(lock)

@@ -14,6 +14,9 @@ import failing_calls
 import pytest
 from cli_runner import refused, run
 
+from ckpt_tools.errors import WriteError
+from ckpt_tools.storage.journal import alone_in
+
 Save = Callable[..., Path]
 SCRIPT = Path(failing_calls.__file__)
 
@@ -166,3 +169,21 @@ def test_a_system_without_memory_threads_or_disk_is_a_line(
     save("c.pth", weights())
     monkeypatch.setattr(engine, "run", failing)
     assert refused(here, "avg", "c.pth", "-o", "out.pth") == message
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (errno.EWOULDBLOCK, "scratch: another sweep is at work here"),
+        (errno.ENOLCK, r"scratch: cannot be locked \(No locks"),
+    ],
+)
+def test_a_folder_without_locks_is_not_taken_for_one_in_use(
+    here: Path, monkeypatch: pytest.MonkeyPatch, reason: int, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(WriteError, match=message), alone_in(Path("scratch")):
+        pytest.fail("the block was entered")
