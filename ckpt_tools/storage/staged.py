@@ -126,7 +126,8 @@ class _Stage:
         return self._parent
 
     def _new_file(self) -> int:
-        if hasattr(os, "O_TMPFILE") and self._base != self._parent:  # a name is given through /proc
+        by_proc = self._base != self._parent  # through which a name is given
+        if by_proc and hasattr(os, "O_TMPFILE") and hasattr(os, "link"):
             with suppress(OSError):
                 return os.open(self._base, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         self._stage, fd = locked(self._target, self._base, new_file)
