@@ -20,11 +20,21 @@ shows its options instead.
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 4000
+"""Characters of a message."""
+
 
 class CkptError(Exception):
     """A job was refused or failed, for a reason on which its user can act."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message, without its middle if it is long: a name in a file may have megabytes."""
+        message = super().__str__()
+        if len(message) <= LONGEST_MESSAGE:
+            return message
+        return f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
 
 
 class UsageError(CkptError):
