@@ -24,6 +24,11 @@ LONGEST_MESSAGE = 4000
 """Characters of a message."""
 
 
+def shortened(text: str, most: int = 500) -> str:
+    """Return a text, without its middle if it has more than so many characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+
+
 class CkptError(Exception):
     """A job was refused or failed, for a reason on which its user can act."""
 
@@ -31,10 +36,7 @@ class CkptError(Exception):
 
     def __str__(self) -> str:
         """Return the message, without its middle if it is long: a name in a file may have megabytes."""
-        message = super().__str__()
-        if len(message) <= LONGEST_MESSAGE:
-            return message
-        return f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+        return shortened(super().__str__(), LONGEST_MESSAGE)
 
 
 class UsageError(CkptError):

@@ -481,7 +481,7 @@ _INTEGERS = {int}
 @lru_cache(maxsize=4096)
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Return the number of storage elements that a tensor spans; -1 for invalid sizes or strides."""
-    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
+    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0 or max(shape, default=0) >= 1 << 63:
         return -1
     if 0 in shape:
         return 0

@@ -2,8 +2,8 @@
 
 A few bytes of a pickle can make a value that takes for ever to hash, or that ends the process: a tuple of itself twice,
 forty times over; a tuple nested half a million times; a memo of a billion entries. C code hashes and grows, without any
-way to stop it, so such pickles are refused before it sees them. Nothing here is run, and no value is made: one number is
-kept for each value on the stack.
+way to stop it, so such pickles are refused before it sees them. Nothing here is run, and no value is made: one number
+is kept for each value on the stack.
 """
 
 from __future__ import annotations

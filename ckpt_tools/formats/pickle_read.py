@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from typing import IO, Any
 
 from ..errors import CkptError, CorruptError
-from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, make_spec
+from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, c_strides, make_spec
 from .pickle_check import LARGEST_KEY, end_of_pickle
 from .rank_parts import part_of
 
@@ -352,6 +352,11 @@ _INTEGERS = frozenset({int})
 _MOST_AXES = 64  # torch's own limit
 
 
+_LARGEST_RATIO = 1024
+_MOST_EXPANDED = 1 << 30
+_EXPANDED: ContextVar[int] = ContextVar("bytes to which small storages may still be expanded while a pickle is read")
+
+
 class _Tensor(metaclass=Sealed):
     """torch._utils._rebuild_tensor(storage, offset, size, stride), _v2 (with metadata) and _v3 (with a dtype)."""
 
@@ -372,7 +377,15 @@ class _Tensor(metaclass=Sealed):
                 if metadata.get(view):
                     return UnsupportedTensor(f"a lazy {view} view")
         first = start if type(start) is int else -1
-        return make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
+        spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
+        if spec.stride != c_strides(spec.shape) and spec.nbytes > _LARGEST_RATIO * spec.storage.nbytes:
+            left = _EXPANDED.get() - spec.nbytes
+            if left < 0:
+                return UnsupportedTensor(
+                    f"expanded from {spec.storage.nbytes} bytes to {spec.nbytes}; save it as it is needed, not expanded"
+                )
+            _EXPANDED.set(left)
+        return spec
 
 
 class _Parameter(metaclass=Sealed):
@@ -565,12 +578,11 @@ def load(
         CorruptError: the pickle is damaged or hostile.
     """
     pickled = _next_pickle(file, where)
-    _COPIED.set(len(pickled) + _MOST_COPIED)
     # Most dtypes in pickles are those of tensors, for which torch need not be imported.
     unpickler = _Unpickler(_buffered(pickled), locate, TORCH_VALUES if torch_values else ())
     unpickler._named = [] if torch_values else None
     try:
-        tree = run(unpickler, where=where)
+        tree = run(unpickler, len(pickled), where=where)
         done = not unpickler._named or not _names_dtype(tree)
     except CorruptError:
         if not unpickler._named:
@@ -578,7 +590,7 @@ def load(
         done = False
     if not done:
         unpickler = _Unpickler(_buffered(pickled), locate, TORCH_VALUES)
-        tree = run(unpickler, where=where)
+        tree = run(unpickler, len(pickled), where=where)
     check_depth(tree, where)
     return tree, unpickler.foreign
 
@@ -668,14 +680,21 @@ def _names_dtype(tree: Any) -> bool:
     return False
 
 
-def run(unpickler: Any, *, where: str) -> Any:
+def run(unpickler: Any, size: int, *, where: str) -> Any:
     """Run a restricted unpickler and return the tree.
+
+    Args:
+        unpickler: of a pickle that `end_of_pickle` has passed.
+        size: of the pickle, in bytes.
+        where: the file's name, for messages.
 
     Raises:
         CorruptError: see `load`.
     """
     # Extension codes are looked up in a cache of the process before `find_class` is called.
     copyreg.clear_extension_cache()
+    _COPIED.set(size + _MOST_COPIED)
+    _EXPANDED.set(_MOST_EXPANDED)
     try:
         return unpickler.load()
     except CkptError:
