@@ -481,10 +481,10 @@ _INTEGERS = {int}
 @lru_cache(maxsize=4096)
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Return the number of storage elements that a tensor spans; -1 for invalid sizes or strides."""
-    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0 or max(shape, default=0) >= 1 << 63:
+    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
         return -1
     if 0 in shape:
-        return 0
+        return 0 if max(shape) < 1 << 63 else -1
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 

@@ -91,7 +91,7 @@ class Sharded(Format):
     def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
         store = store_of(folder)
         found = (name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES))
-        index = next((name for name in found if store.is_file(folder / name)), None)
+        index = next((n for n in found if store.is_file(folder / n) or store.is_folder(folder / n)), None)
         return SINGLE if index is None else (*SINGLE, index, *read_weight_map(folder / index).values())
 
 
