@@ -20,11 +20,23 @@ shows its options instead.
 
 from __future__ import annotations
 
+LONGEST_MESSAGE = 4000
+"""Characters of a message."""
+
+
+def shortened(text: str, most: int = 500) -> str:
+    """Return a text, without its middle if it has more than so many characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2) :]}"
+
 
 class CkptError(Exception):
     """A job was refused or failed, for a reason on which its user can act."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """Return the message, without its middle if it is long: a name in a file may have megabytes."""
+        return shortened(super().__str__(), LONGEST_MESSAGE)
 
 
 class UsageError(CkptError):

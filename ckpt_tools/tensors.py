@@ -484,7 +484,7 @@ def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
         return -1
     if 0 in shape:
-        return 0
+        return 0 if max(shape) < 1 << 63 else -1
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 

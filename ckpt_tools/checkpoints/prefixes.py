@@ -281,7 +281,9 @@ def _refuse_other_names(path: Path, state: Mapping[Any, Any], where: str) -> Non
 def _check(state: Mapping[Any, Any], changed: Mapping[str, str], label: str) -> None:
     taken: dict[Any, Any] = {}
     for key in state:
-        new = changed.get(key, key) if isinstance(key, str) else key
+        if not isinstance(key, str):
+            continue
+        new = changed.get(key, key)
         if new in taken:
             raise AlignmentError(
                 f"{label}: '{taken[new]}' and '{key}' would both be '{new}'. Rename one of them first."

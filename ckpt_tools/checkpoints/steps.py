@@ -14,8 +14,9 @@ from typing import Any
 from ..errors import LayoutError
 from ..formats import FORMATS
 from ..formats.header import Header
+from ..formats.json_file import read_small
 from ..formats.tree import follow
-from ..storage.source import read_file, store_of
+from ..storage.source import store_of
 from ..tensors import TensorSpec
 from .scalars import as_number
 
@@ -143,7 +144,7 @@ def trainer_state(header: Header) -> dict[str, Any]:
     if not store_of(path).is_file(path):
         return {}
     try:
-        state = json.loads(read_file(path)[0])
+        state = json.loads(read_small(path)[0])
     except (ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}

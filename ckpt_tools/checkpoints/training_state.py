@@ -25,6 +25,7 @@ from .state_dicts import state_dicts
 # Averages that a callback or an optimizer keeps; not `exp_avg`, which is Adam's.
 _AVERAGES = re.compile(r"(.*_)?(ema|swa|shadow|averaged?)(_(?!sq$).*)?|.*average_model.*")
 _MASTERS = re.compile(r".*(fp32|master|float32).*")
+_DEEPEST_NAME = 64  # modules in one another; all endings of a name of any length would fill the memory
 _DEEPEST = 8
 """Levels at which weights are looked for in training state; a hostile file may have any number."""
 
@@ -209,6 +210,8 @@ def _bare(names: Iterable[str]) -> set[str]:
 
 
 def _endings(name: str) -> Iterator[str]:
-    while name:
+    for _ in range(_DEEPEST_NAME):
+        if not name:
+            return
         yield name
         name = name.partition(".")[2]

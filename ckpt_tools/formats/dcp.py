@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError, WriteError
-from ..storage.source import InputFile, read_file, store_of
+from ..storage.source import InputFile, store_of
 from ..tensors import Chunk, TensorSpec, UnsupportedTensor, join
 from . import dcp_metadata
 from .dcp_metadata import ChunkEntry, Location, Metadata, TensorEntry
 from .file_plan import FilePlan, OutTensor, joined, whole_file
 from .format import Format, Named, Writing
 from .header import Header, parse_provenance
+from .json_file import read_small
 from .sharded import members
 from .torch_zip import TORCH_ZIP, read_archive
 from .zip import ALIGNMENT, Archive
+
+_LARGEST_METADATA = 2 << 30  # bytes
 
 METADATA = ".metadata"
 SUFFIX = ".distcp"
@@ -65,7 +68,7 @@ class DCP(Format):
                 f"{path}: holds {SUFFIX} files and no {METADATA}, which is written last: the save was interrupted, "
                 "or is under way. Get a complete copy."
             )
-        raw, stamp = read_file(index)
+        raw, stamp = read_small(index, _LARGEST_METADATA)
         metadata = dcp_metadata.load(io.BytesIO(raw), index)
         foreign = Counter(metadata.foreign)
         objects: dict[Location, Any] = {}

@@ -21,12 +21,30 @@ PROVENANCE = "ckpt_tools"
 
 
 def parse_provenance(text: str | bytes | None) -> dict[str, Any] | None:
-    """Return the provenance of an output; None if it is missing or not readable."""
+    """Return the provenance of an output; None if it is missing, not readable, or nested deeply."""
     try:
         provenance = json.loads(text) if text is not None else None
     except (ValueError, RecursionError):
         return None
-    return provenance if isinstance(provenance, dict) else None
+    return provenance if isinstance(provenance, dict) and _is_shallow(provenance) else None
+
+
+_DEEPEST_PROVENANCE = 50
+
+
+def _is_shallow(value: Any) -> bool:
+    """False for lists and dicts nested so deeply that functions that call themselves would fail."""
+    level = [value]
+    for _ in range(_DEEPEST_PROVENANCE):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return True
+    return False
 
 
 @dataclass(frozen=True, eq=False)

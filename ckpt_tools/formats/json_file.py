@@ -7,10 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReadError
-from ..storage.source import read_file, stamp_at, store_of
+from ..storage.source import InputFile, Stamp, store_of
 
 LARGEST = 100 << 20
 """Bytes of a file beside weights; the largest vocabularies take 40 MB."""
+
+
+def read_small(path: Path, most: int = LARGEST) -> tuple[bytes, Stamp]:
+    """Return the content and the stamp of a file beside weights.
+
+    Raises:
+        ReadError: it cannot be read, or has more than `most` bytes.
+    """
+    with InputFile(path) as file:
+        size = file.stamp.nbytes
+        if size > most:
+            raise ReadError(f"{path}: {size} bytes are too many for such a file; at most {most} are read.")
+        return file.read(0, size), file.stamp
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,9 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not store_of(path).is_file(path):  # which a pipe is not, either
         return {}
     try:
-        if stamp_at(path).nbytes > LARGEST:
-            raise ValueError("too large")
-        found = json.loads(read_file(path)[0])
+        found = json.loads(read_small(path)[0])
         if not isinstance(found, dict):
             raise TypeError("not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:

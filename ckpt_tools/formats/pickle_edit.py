@@ -22,6 +22,9 @@ from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
 from . import pickle_read as unpickle
 from .format import Renaming
 
+_MOST_COPIED = 100 << 20
+"""Characters of traced strings. Each reference to a string is a copy; those beyond are not traced, nor renamed."""
+
 
 class TracedText(str):
     """A string pushed by one opcode, known by its identity."""
@@ -109,7 +112,7 @@ def trace(pickled: bytes, *, where: str) -> TracedPickle:
         CorruptError: see `unpickle.load`.
     """
     tracer = _Tracer(io.BytesIO(pickled))
-    return TracedPickle(pickled, unpickle.run(tracer, where=where), tracer)
+    return TracedPickle(pickled, unpickle.run(tracer, len(pickled), where=where), tracer)
 
 
 def nowhere(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
@@ -125,7 +128,8 @@ def _noting(read: Callable[[Any], None], *, literal: bool, narrow: bool = False)
         start = tracer.pickled.tell() - 1
         read(tracer)
         top = tracer.stack[-1]
-        if literal or isinstance(top, TracedText):
+        if (literal or isinstance(top, TracedText)) and tracer.copied + len(top) <= _MOST_COPIED:
+            tracer.copied += len(top)
             source = None if literal else top
             narrowed = narrow if source is None else tracer.opcodes[id(source)].narrow
             text = TracedText(top)
@@ -139,6 +143,7 @@ class _Tracer(unpickle.Restricted, _Base):  # type: ignore[misc]
     def __init__(self, pickled: io.BytesIO) -> None:
         super().__init__(pickled, nowhere)
         self.pickled = pickled
+        self.copied = 0
         self.opcodes: dict[int, _TextOpcode] = {}
         self.frames: list[tuple[int, int]] = []
         self.keys: dict[int, tuple[Any, list[Any]]] = {}

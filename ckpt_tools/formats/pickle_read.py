@@ -11,17 +11,19 @@ because the BUILD opcode can set attributes of any object, classes included.
 from __future__ import annotations
 
 import argparse
-import codecs
 import copyreg
+import io
 import math
 import pickle
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
+from contextvars import ContextVar
 from typing import IO, Any
 
 from ..errors import CkptError, CorruptError
-from ..tensors import BY_STORAGE, DTYPES, DType, Storage, UnsupportedTensor, make_spec
+from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, c_strides, make_spec
+from .pickle_check import LARGEST_KEY, end_of_pickle
 from .rank_parts import part_of
 
 # From torch's persistent id (key, element type, element count, view) to a byte range of the file.
@@ -106,12 +108,84 @@ class _InertGetattr(Inert):
 _LONGEST_NAME = 1000
 
 
+_MOST_COPIED = 1_000_000
+_COPIED: ContextVar[int] = ContextVar("items that may still be copied from containers while a pickle is read")
+
+
+def _copied(source: Any) -> Any:
+    """Return a container that is about to be copied, and whose items are to be hashed.
+
+    A pickle can copy a container again and again by a few bytes each time. An honest one copies each item once.
+
+    Raises:
+        pickle.UnpicklingError: too many are copied, or an item takes long to hash.
+    """
+    if not isinstance(source, (list, tuple, set, frozenset, dict)):
+        raise pickle.UnpicklingError("a container made of what is none")
+    left = _COPIED.get() - 1 - len(source)
+    for item in source if tuple in set(map(type, source)) else ():
+        left -= _size(item)
+    if left < 0:
+        raise pickle.UnpicklingError("containers that are copied too often")
+    _COPIED.set(left)
+    return source
+
+
+def _size(key: Any) -> int:
+    """Return the number of values that are visited when a key is hashed."""
+    count, waiting = 0, [key]
+    while waiting:
+        node = waiting.pop()
+        count += 1
+        if count > LARGEST_KEY:
+            raise pickle.UnpicklingError("a key that is too large")
+        if isinstance(node, tuple):
+            if len(node) > LARGEST_KEY:
+                raise pickle.UnpicklingError("a key that is too large")
+            waiting += node
+    return count
+
+
+class _Set(metaclass=Sealed):
+    def __new__(cls, source: Any = (), /) -> Any:
+        return set(_copied(source))
+
+
+class _FrozenSet(metaclass=Sealed):
+    def __new__(cls, source: Any = (), /) -> Any:
+        return frozenset(_copied(source))
+
+
+class _Complex(metaclass=Sealed):
+    """builtins.complex(real, imaginary), each of which is a number."""
+
+    def __new__(cls, real: Any = 0.0, imaginary: Any = 0.0) -> Any:
+        if not (isinstance(real, (int, float)) and isinstance(imaginary, (int, float))):
+            raise pickle.UnpicklingError("a complex number made of what is no number")
+        return complex(real, imaginary)
+
+
 class Namespace(argparse.Namespace, metaclass=Sealed):
     """argparse.Namespace, sealed; timm and Megatron store their arguments in it."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError("a namespace without names")
+        vars(self).update(_copied(state))
+
+
+def _pair(pair: Any) -> tuple[Any, Any]:
+    key, value = _copied(pair)
+    return key, value
 
 
 class SealedDict(OrderedDict[Any, Any], metaclass=Sealed):
     """collections.OrderedDict with torch's `_metadata`; any other attribute is dropped, as it could hide a method."""
+
+    def __init__(self, *source: Any) -> None:
+        if source:
+            (pairs,) = source
+            super().__init__(pairs if isinstance(pairs, dict) and _copied(pairs) else map(_pair, _copied(pairs)))
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict) and "_metadata" in state:
@@ -124,15 +198,25 @@ class PlainDict(dict[Any, Any], metaclass=Sealed):
     __slots__ = ()
 
     def __init__(self, source: Any = None, /) -> None:
-        super().__init__(source if isinstance(source, dict) else ())
+        super().__init__(_copied(source) if isinstance(source, dict) else ())
+
+
+_ENCODINGS = {
+    **dict.fromkeys(("latin1", "latin-1", "latin_1", "iso-8859-1", "iso8859-1"), "latin-1"),
+    **dict.fromkeys(("utf-8", "utf8", "utf_8"), "utf-8"),
+    "ascii": "ascii",
+}
+"""Encodings by the names that pickles have for them. Any other name is not looked up: that imports a module of it."""
 
 
 class _Bytes(metaclass=Sealed):
     """Bytes as protocol 2 writes them: ``_codecs.encode(text, 'latin1')``, ``bytearray(text, 'latin-1')``."""
 
-    def __new__(cls, source: Any = b"", encoding: str = "latin1") -> Any:
-        if isinstance(source, str) and codecs.lookup(encoding).name in ("iso8859-1", "utf-8", "ascii"):
-            return source.encode(encoding)
+    def __new__(cls, source: Any = b"", encoding: Any = "latin1") -> Any:
+        if isinstance(source, str):
+            if not isinstance(encoding, str) or encoding.lower() not in _ENCODINGS:
+                raise pickle.UnpicklingError("bytes made from text by an encoding that is not latin-1")
+            return source.encode(_ENCODINGS[encoding.lower()])
         if isinstance(source, bytes):
             return source
         raise pickle.UnpicklingError("bytes made from a value that is not text")
@@ -219,6 +303,20 @@ def numbers_of(inert: Inert) -> Any:
     return nested(0, 0) if values else []
 
 
+class _Size(metaclass=Sealed):
+    """torch.Size of a tuple or list of integers."""
+
+    def __new__(cls, sizes: Any = ()) -> Any:
+        import torch
+
+        if _ints(sizes) == (-1,):
+            raise pickle.UnpicklingError("a torch.Size of what are no sizes")
+        return torch.Size(sizes)
+
+
+_MOST_NAMES = 10_000
+
+
 class _StorageType(metaclass=Sealed):
     """The storage class in a persistent id, with the dtype of its elements; None if untyped."""
 
@@ -245,12 +343,18 @@ def _ints(values: Any) -> tuple[int, ...]:
 
     The value itself goes into no message: a few bytes of a pickle can make a number of gigabytes of digits.
     """
-    if isinstance(values, (tuple, list)) and _INTEGERS.issuperset(map(type, values)):
+    if isinstance(values, (tuple, list)) and len(values) <= _MOST_AXES and _INTEGERS.issuperset(map(type, values)):
         return tuple(values)
     return (-1,)
 
 
 _INTEGERS = frozenset({int})
+_MOST_AXES = 64  # torch's own limit
+
+
+_LARGEST_RATIO = 1024
+_MOST_EXPANDED = 1 << 30
+_EXPANDED: ContextVar[int] = ContextVar("bytes to which small storages may still be expanded while a pickle is read")
 
 
 class _Tensor(metaclass=Sealed):
@@ -273,13 +377,23 @@ class _Tensor(metaclass=Sealed):
                 if metadata.get(view):
                     return UnsupportedTensor(f"a lazy {view} view")
         first = start if type(start) is int else -1
-        return make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
+        spec = make_spec(dtype, _ints(size), storage.storage, stride=_ints(stride), start=first)
+        if spec.stride != c_strides(spec.shape) and spec.nbytes > _LARGEST_RATIO * spec.storage.nbytes:
+            left = _EXPANDED.get() - spec.nbytes
+            if left < 0:
+                return UnsupportedTensor(
+                    f"expanded from {spec.storage.nbytes} bytes to {spec.nbytes}; save it as it is needed, not expanded"
+                )
+            _EXPANDED.set(left)
+        return spec
 
 
 class _Parameter(metaclass=Sealed):
     """torch._utils._rebuild_parameter(data, requires_grad, hooks[, state]): the data."""
 
     def __new__(cls, data: Any, *_: Any) -> Any:
+        if not isinstance(data, (TensorSpec, UnsupportedTensor, Inert)):  # a tuple would evade `pickle_check`
+            raise pickle.UnpicklingError("a parameter made of what is no tensor")
         return data
 
 
@@ -358,9 +472,9 @@ _TABLE: dict[str, Any] = {
         {"__slots__": (), "__init__": lambda self, factory=None, source=None: PlainDict.__init__(self, source)},
     ),
     "collections.Counter": PlainDict,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "builtins.complex": complex,
+    "builtins.set": _Set,
+    "builtins.frozenset": _FrozenSet,
+    "builtins.complex": _Complex,
     "builtins.bytearray": _ByteArray,
     "builtins.bytes": _Bytes,
     "_codecs.encode": _Bytes,
@@ -411,8 +525,10 @@ class Restricted:
                 return _DtypeName(DTYPES[name])
             import torch
 
-            return getattr(torch, name)
+            return _Size if name == "Size" else getattr(torch, name)
         if full not in self._inert:
+            if len(self._inert) >= _MOST_NAMES:
+                raise pickle.UnpicklingError("too many names of classes")
             self._inert[full] = _inert(full, _InertGetattr if full == "builtins.getattr" else Inert)
         self.foreign[full] += 1
         return self._inert[full]
@@ -421,7 +537,7 @@ class Restricted:
         tag, *rest = pid if isinstance(pid, tuple) and pid else ("",)
         if isinstance(tag, bytes):
             tag = tag.decode("latin1")
-        if tag == "module" and rest:  # legacy files: (container class, source file, source text)
+        if tag == "module" and rest and isinstance(rest[0], type):  # legacy: (container class, source file, its text)
             return rest[0]
         storage_type, key, numel = (rest[0], rest[1], rest[3]) if tag == "storage" and len(rest) > 3 else (None,) * 3
         if isinstance(key, bytes):
@@ -461,22 +577,87 @@ def load(
     Raises:
         CorruptError: the pickle is damaged or hostile.
     """
-    start = file.tell()
-    unpickler = _Unpickler(file, locate, TORCH_VALUES if torch_values else ())
+    pickled = _next_pickle(file, where)
     # Most dtypes in pickles are those of tensors, for which torch need not be imported.
+    unpickler = _Unpickler(_buffered(pickled), locate, TORCH_VALUES if torch_values else ())
     unpickler._named = [] if torch_values else None
     try:
-        tree = run(unpickler, where=where)
+        tree = run(unpickler, len(pickled), where=where)
         done = not unpickler._named or not _names_dtype(tree)
     except CorruptError:
         if not unpickler._named:
             raise
         done = False
-    if done:
-        return tree, unpickler.foreign
-    file.seek(start)
-    unpickler = _Unpickler(file, locate, TORCH_VALUES)
-    return run(unpickler, where=where), unpickler.foreign
+    if not done:
+        unpickler = _Unpickler(_buffered(pickled), locate, TORCH_VALUES)
+        tree = run(unpickler, len(pickled), where=where)
+    check_depth(tree, where)
+    return tree, unpickler.foreign
+
+
+def _buffered(pickled: bytes) -> IO[bytes]:
+    return io.BufferedReader(io.BytesIO(pickled))  # from io.BytesIO alone, each opcode is a call
+
+
+def _next_pickle(file: IO[bytes], where: str) -> bytes:
+    """Read the next pickle of a file, check what it costs to load, and leave the file position after it."""
+    start = file.tell()
+    size = -1 if isinstance(file, io.BytesIO) else 1 << 16
+    try:
+        while True:
+            file.seek(start)
+            data = file.read(size)
+            end = end_of_pickle(data, whole=size < 0 or len(data) < size)
+            if end is not None:
+                file.seek(start + end)
+                return data if end == len(data) else data[:end]
+            size *= 8
+    except (pickle.UnpicklingError, MemoryError) as error:
+        raise _unreadable(where, error) from error
+
+
+_DEEPEST = 1000
+"""Levels of containers. Python's own pickler ends with a RecursionError below that."""
+
+
+def check_depth(tree: Any, where: str) -> None:
+    """Refuse a tree in which containers are nested so deeply that paths to all of them would fill the memory.
+
+    Raises:
+        CorruptError: it is.
+    """
+    seen: set[int] = set()
+    levels = [iter((tree,))]
+    while levels:
+        for node in levels[-1]:
+            if type(node) in _LEAVES or id(node) in seen or not isinstance(node, _CONTAINERS):
+                continue
+            seen.add(id(node))
+            below: Collection[Any]
+            if isinstance(node, dict):
+                below = node.values()
+                metadata = getattr(node, "_metadata", None)
+                if metadata is not None:
+                    below = [*below, metadata]
+            elif isinstance(node, argparse.Namespace):
+                below = vars(node).values()
+            else:
+                below = [*node.args, node.state, *node.items] if isinstance(node, Inert) else node
+            if _LEAVES.issuperset(map(type, below)):
+                continue
+            levels.append(iter(below))
+            if len(levels) > _DEEPEST:
+                raise CorruptError(
+                    f"{where}: its values are nested more than {_DEEPEST} levels deep. "
+                    "The file is damaged or not a checkpoint; nothing in it was run."
+                )
+            break
+        else:
+            levels.pop()
+
+
+_CONTAINERS = (dict, list, tuple, argparse.Namespace, Inert)
+_LEAVES = frozenset({TensorSpec, UnsupportedTensor, str, int, float, bool, bytes, type(None), complex})
 
 
 def _names_dtype(tree: Any) -> bool:
@@ -499,22 +680,33 @@ def _names_dtype(tree: Any) -> bool:
     return False
 
 
-def run(unpickler: Any, *, where: str) -> Any:
+def run(unpickler: Any, size: int, *, where: str) -> Any:
     """Run a restricted unpickler and return the tree.
+
+    Args:
+        unpickler: of a pickle that `end_of_pickle` has passed.
+        size: of the pickle, in bytes.
+        where: the file's name, for messages.
 
     Raises:
         CorruptError: see `load`.
     """
     # Extension codes are looked up in a cache of the process before `find_class` is called.
     copyreg.clear_extension_cache()
+    _COPIED.set(size + _MOST_COPIED)
+    _EXPANDED.set(_MOST_EXPANDED)
     try:
         return unpickler.load()
     except CkptError:
         raise
     except Exception as error:  # a damaged or hostile pickle can raise any exception
-        raise CorruptError(
-            f"{where}: its pickle cannot be read ({type(error).__name__}: {error}). "
-            "The file is damaged or not a checkpoint; nothing in it was run."
-        ) from error
+        raise _unreadable(where, error) from error
     finally:
         copyreg.clear_extension_cache()
+
+
+def _unreadable(where: str, error: Exception) -> CorruptError:
+    return CorruptError(
+        f"{where}: its pickle cannot be read ({type(error).__name__}: {error}). "
+        "The file is damaged or not a checkpoint; nothing in it was run."
+    )

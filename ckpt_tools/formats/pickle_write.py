@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import IO, Any
 
-from ..errors import WriteError
+from ..errors import WriteError, shortened
 from ..tensors import TensorSpec, c_strides
 from .file_plan import OutTensor
 from .pickle_read import Inert, numbers_of
@@ -145,6 +145,9 @@ def _stream(inert: Inert) -> io.BytesIO | None:
     return io.BytesIO(state[0]) if whole and state is not None else None
 
 
+_MOST_SHOWN = 100  # keys of a path
+
+
 def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTensor]) -> Any:
     """Copy a tree so that torch.load(weights_only=True) accepts it.
 
@@ -169,15 +172,18 @@ def plain(tree: Any, dropped: list[str], convert: Callable[[TensorSpec], OutTens
     keys = (str, int, float, bool, tuple, type(None))
     containers = (dict, argparse.Namespace, list, tuple, set, frozenset)
 
+    def is_key(key: Any) -> bool:
+        return isinstance(key, keys) and (not isinstance(key, tuple) or all(map(is_key, key)))
+
     def place(path: list[Any]) -> str:
         where = ""
-        for key in path:
-            text = key if isinstance(key, keys) else type(key).__name__
+        for key in path[-_MOST_SHOWN:]:
+            text = shortened(str(key)) if is_key(key) else type(key).__name__
             where = where + ITEM if key is ITEM else f"{where}.{text}".lstrip(".")
-        return where or "the object itself"
+        return shortened(where) or "the object itself"
 
     def replace(path: list[Any], node: Any) -> Any:
-        if not path or isinstance(path[-1], keys):
+        if not path or is_key(path[-1]):
             if node is None or isinstance(node, atoms):
                 return node
             if isinstance(node, TensorSpec):

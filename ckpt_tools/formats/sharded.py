@@ -13,11 +13,12 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ..errors import CorruptError, UnsupportedError, UsageError
-from ..storage.source import read_file, store_of
+from ..storage.source import store_of
 from ..storage.splice import Splice
 from .file_plan import FilePlan, OutTensor, whole_file
 from .format import Format, Named, Renaming, Writing, read_single
 from .header import Header
+from .json_file import read_small
 from .safetensors import SAFETENSORS
 from .template import Template
 from .torch_zip import TORCH_ZIP
@@ -89,7 +90,8 @@ class Sharded(Format):
 
     def replaced(self, folder: Path, names: Collection[str]) -> Collection[str]:
         store = store_of(folder)
-        index = next((name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES)), None)
+        found = (name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES))
+        index = next((n for n in found if store.is_file(folder / n) or store.is_folder(folder / n)), None)
         return SINGLE if index is None else (*SINGLE, index, *read_weight_map(folder / index).values())
 
 
@@ -102,7 +104,8 @@ def checkpoint_inside(folder: Path) -> Path | None:
     for name in (*_INDEXES, *SINGLE):
         if store.is_file(folder / name):
             return folder / name
-    indexes = [name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES)]
+    found = (name for name in store.names(folder) if name.endswith(INDEX_SUFFIXES))
+    indexes = [name for name in found if store.is_file(folder / name)]  # a pipe would be waited for
     return folder / indexes[0] if len(indexes) == 1 else None
 
 
@@ -124,7 +127,7 @@ _KNOWN: WeakValueDictionary[bytes, _Union] = WeakValueDictionary()
 
 
 def _read_index(sharded: Format, index: Path, path: Path) -> Header:
-    raw, stamp = read_file(index)
+    raw, stamp = read_small(index)
     template = _KNOWN.get(raw)  # the last one with this index; its shards may differ
     weight_map = read_weight_map(index, raw) if template is None else template.weight_map
     headers = {name: read_single(shard) for name, shard in members(index, dict.fromkeys(weight_map.values())).items()}
@@ -214,7 +217,7 @@ def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
         CorruptError: it is not an index.
     """
     try:
-        weight_map = json.loads(read_file(index)[0] if raw is None else raw)["weight_map"]
+        weight_map = json.loads(read_small(index)[0] if raw is None else raw)["weight_map"]
         if not weight_map or not {*map(type, weight_map.values())} <= {str}:
             raise TypeError("weight_map should map tensor names to file names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -305,6 +308,6 @@ class _Named:
     def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
         (whole,) = renamings
         splices = [splice for shard in self.shards for splice in shard.renamed([replace(whole, state=shard.tree)])]
-        content = json.loads(read_file(self.index)[0])
+        content = json.loads(read_small(self.index)[0])
         content["weight_map"] = {whole.names.get(name, name): file for name, file in content["weight_map"].items()}
         return (*splices, Splice(self.index, ((json.dumps(content, indent=2) + "\n").encode(),)))

@@ -23,6 +23,7 @@ from . import pickle_edit, pickle_read
 from .file_plan import Computed, FilePlan, OutTensor, Payload, Segment, constant
 from .format import Format, Named, Writing
 from .header import PROVENANCE, Header, parse_provenance
+from .json_file import LARGEST
 from .pickle_edit import NamedPickle
 from .pickle_write import dump
 from .rank_join import whole_alone
@@ -73,7 +74,7 @@ class TorchZip(Format):
             archive = Archive(file, where=str(path))
             root, tree, foreign = read_archive(archive, path, where=str(path))
             made = f"{root}/{_PROVENANCE_ENTRY}"
-            provenance = parse_provenance(archive.read(made)) if made in archive.entries else None
+            provenance = parse_provenance(archive.read(made, LARGEST)) if made in archive.entries else None
         template = None
         if archive.usual and made not in archive.entries and all(n.startswith(f"{root}/") for n in archive.entries):
             template = ArchiveTemplate(tree, (path,), Counter(foreign), archive, f"{root}/".encode())
@@ -178,7 +179,7 @@ def read_archive(
 def is_big_endian(archive: Archive, root: str) -> bool:
     """Return True if an archive of torch says that its numbers have the most significant byte first."""
     name = f"{root}/byteorder"
-    return name in archive.entries and archive.read(name).strip() == b"big"
+    return name in archive.entries and archive.read(name, LARGEST).strip() == b"big"
 
 
 def root_of(entries: Mapping[str, Any], *, where: str, script: bool = False) -> str:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..errors import CorruptError, UnsupportedError
+from ..errors import CorruptError, UnsupportedError, shortened
 from ..storage.source import InputFile
 from ..storage.splice import Span, whole_blocks
 
@@ -173,17 +173,27 @@ class Archive:
             raise CorruptError(f"{self._where}: the entry {name} reaches beyond the file. Get a fresh copy.")
         return self._start + offset
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int | None = None) -> bytes:
         """Return the content of an entry.
 
+        Args:
+            most: bytes that it may have, if that is limited.
+
         Raises:
-            UnsupportedError, CorruptError: see `offset_of`; or its checksum does not match.
+            UnsupportedError, CorruptError: see `offset_of`; or its checksum does not match, or it is too large.
         """
         entry = self.entries[name]
         offset = self.offset_of(name)
-        content = self.file.read(offset, entry.size)
+        short = shortened(name.partition("/")[2])
+        try:
+            if most is not None and entry.size > most:
+                raise MemoryError
+            content = self.file.read(offset, entry.size)
+        except MemoryError as error:
+            raise CorruptError(
+                f"{self._where}: its {short} of {entry.size} bytes is too large to be read. Is the file damaged?"
+            ) from error
         if entry.crc and zlib.crc32(content) != entry.crc:
-            short = name.partition("/")[2]
             raise CorruptError(f"{self._where}: the checksum of its {short} does not match. The file is damaged.")
         self.contents[name] = offset - self._start, content
         return content

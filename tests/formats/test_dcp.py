@@ -414,7 +414,7 @@ def test_read_header_runs_nothing_that_a_checkpoint_names(single: Path, tmp_path
         ("relative_path", 7, r"the location of 'step' is invalid"),
         ("offset", -1, r"the location of 'step' is invalid"),
         ("offset", 1 << 62, r"says that an entry ends at byte \d+, the file at \d+"),
-        pytest.param("offset", 10**5000, r"the location of 'step' is invalid", id="more digits than Python shows"),
+        pytest.param("offset", 10**5000, "an integer of too many digits", id="more digits than Python shows"),
         ("offset", 3, r"__0_0\.distcp: the entry at byte 3: "),
         ("length", 1 << 40, r"says that an entry ends at byte \d+, the file at \d+"),
         ("length", True, r"the location of 'step' is invalid"),
@@ -479,7 +479,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "a size of 'odd.bfloat16' is invalid",
     ),
     "too large to show": (
-        lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", (10**5000, 2)),
+        lambda m: setattr(m.state_dict_metadata["odd.bfloat16"], "size", (10**2000, 2)),
         "a size of 'odd.bfloat16' is invalid",
     ),
     "many axes": (

@@ -159,7 +159,7 @@ def test_read_header_rejects_storages_that_do_not_fit_the_object(
         read_header(by_hand(tmp_path / "a.pth", TENSOR, keys, storages))
 
 
-@pytest.mark.parametrize("count", [-1, 1 << 40, 1 << 62, 10**5000], ids=["-1", "2^40", "2^62", "10^5000"])
+@pytest.mark.parametrize("count", [-1, 1 << 40, 1 << 62, 10**2000], ids=["-1", "2^40", "2^62", "10^2000"])
 def test_read_header_rejects_a_storage_of_impossible_size(count: int, tmp_path: Path) -> None:
     raw = pickle.encode_long(count)
     lying = TENSOR.replace(b"K\4tQ", b"\x8b" + struct.pack("<i", len(raw)) + raw + b"tQ")

@@ -232,7 +232,7 @@ def test_convert_gives_an_average_without_versions_those_of_the_raw_weights(save
     assert torch.equal(made.state_dict()["0.weight"], ema["0.weight"].half().float())
 
 
-@pytest.mark.parametrize("metadata", [None, 3, [1], {1: 2}, {"": 10**5000}, {10**5000: 2, "0": {"version": 3}}])
+@pytest.mark.parametrize("metadata", [None, 3, [1], {1: 2}, {"": 10**2000}, {10**2000: 2, "0": {"version": 3}}])
 def test_convert_takes_module_versions_of_any_kind(save: Save, tmp_path: Path, metadata: Any) -> None:
     state = weights(1)
     state._metadata = metadata  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,10 +69,15 @@ def _undotted(
             "Give `names_from`, or `model`, to `convert(...)`."
         )
     model = prefix.removesuffix("_ema.")
-    leads = [f"{model}.", "", *(f"{lead}." for lead in dict.fromkeys(name.partition(".")[0] for name in reference))]
+    heads = Counter(name.partition(".")[0] for name in reference)
+    leads = {f"{model}.": len(reference), "": len(reference)}  # to the most names that can begin so
+    leads = {**{f"{head}.": count for head, count in heads.items()}, **leads}
+    order = dict.fromkeys((f"{model}.", "", *leads))
     best: dict[tuple[str, Any], list[str]] = {}
     fewest: list[str] = list(averages)
-    for lead in leads:
+    for lead in order:
+        if len(averages) - leads[lead] >= len(fewest) and best:
+            continue
         known: dict[tuple[str, Any], list[str]] = {}
         for name, tensor in reference.items():
             if name.startswith(lead) and isinstance(tensor, TensorSpec):
