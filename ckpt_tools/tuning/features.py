@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, WriteError
-from ..storage.staged import reserve
+from ..storage.staged import is_writable, reserve
 from .examples import Example
 
 
@@ -42,7 +41,7 @@ def check_space(folder: Path, nbytes: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise WriteError(f"`scratch='{folder}'`: {error.strerror}.") from error
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not folder.is_dir() or not is_writable(folder):
         raise WriteError(f"`scratch='{folder}'`: is no folder that can be written. Choose another place.")
     if nbytes > free:
         raise WriteError(

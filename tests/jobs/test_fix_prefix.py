@@ -428,15 +428,15 @@ def test_fix_prefix_output_loads_with_weights_only(save: Save) -> None:
     assert equal(torch.load(path, weights_only=True, mmap=True), dict(bare))
 
 
-@pytest.mark.parametrize("names", [1, 40, 3000])
-def test_fix_prefix_keeps_storages_aligned(names: int, save: Save) -> None:
+@pytest.mark.parametrize(("names", "times"), [(1, 4), (40, 4), (3000, 1)])
+def test_fix_prefix_keeps_storages_aligned(names: int, times: int, save: Save) -> None:
     path = save("c.pth", {f"module.{i}.w": torch.full((3,), float(i)) for i in range(names)})
     before = offsets(path)
     for options in (
         {},
         {"add": ["a_very_long_name_of_a_wrapper.module."]},
         {"strip": ["a_very_long_name_of_a_wrapper."]},
-    ) * 4:
+    ) * times:
         fix_prefix(path, **options)
         after = offsets(path)
         moved = {after[name] - before[name] for name in after if name != "data.pkl"}
