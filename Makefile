@@ -41,9 +41,6 @@ evidence: $(INSTALLED)
 	@$(BIN)/python fixtures/deep_evidence.py
 	@$(BIN)/python fixtures/tuning.py
 
-# There is a worker for each core, and torch in it should not start a thread for each as well.
-test coverage test-ecosystem: export OMP_NUM_THREADS := 1
-
 # Some of the tests: make test PYTEST_ARGS="tests/series -x"
 test: $(INSTALLED)
 	$(BIN)/pytest -n logical --dist worksteal $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 # Tests run in parallel, one process per core: more torch threads would only wait for each other.
@@ -43,6 +44,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's folder, as the current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def unsynced(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder, which the system cannot sync: what fails once an output is in its place."""
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if os.path.samestat(os.fstat(fd), here.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import AlignmentError, UsageError
-from ..formats.pickle_read import Inert
+from ..formats.pickle_objects import Inert
 from ..formats.tree import Path
 from ..tensors import Tensor
 from .layouts.averaged_model import COUNTS

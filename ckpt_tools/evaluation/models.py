@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -140,13 +140,25 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
     return _made(name, lambda: timm.create_model(name, pretrained=False, **arguments))
 
 
-def _made(name: str, make: Any) -> nn.Module:
+def _made(name: str, make: Callable[[], Any]) -> nn.Module:
+    try:
+        return made(make, "See `model_kwargs`.")
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from error
+
+
+def made(make: Callable[[], Any], advice: str = "") -> nn.Module:
+    """Call a factory of the user.
+
+    Raises:
+        ModelError: it fails, which `advice` is for, or gives no network; does not name it.
+    """
     try:
         model = make()
     except (Exception, SystemExit) as error:  # a user's own code
-        raise ModelError(f"{name}: cannot be made ({type(error).__name__}: {error}). See `model_kwargs`.") from error
+        raise ModelError(f"cannot be made ({type(error).__name__}: {error}). {advice}".rstrip()) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{name}: gives a {type(model).__name__}, not a torch.nn.Module.")
+        raise ModelError(f"gives a {type(model).__name__}, not a torch.nn.Module.")
     return model
 
 

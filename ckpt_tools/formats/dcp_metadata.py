@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple, TypeGuard
 from ..errors import CorruptError, UnsupportedError, WriteError
 from . import pickle_read as unpickle
 from .header import PROVENANCE
-from .pickle_read import Inert
+from .pickle_objects import Inert
 
 _LIMIT = 1 << 63
 _MAX_AXES = 64  # torch's own limit

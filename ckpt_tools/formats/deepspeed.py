@@ -45,7 +45,7 @@ from .deepspeed_universal import universal
 from .flat import Flat
 from .format import Format, Named
 from .header import Header
-from .pickle_read import Inert
+from .pickle_objects import Inert
 from .torch_zip import TORCH_ZIP
 from .tree import follow
 

@@ -15,7 +15,7 @@ from ..storage.source import InputFile, Stamp, store_of
 from ..tensors import Tensor, TensorSpec, make_spec
 from .flat import Range, from_ranges
 from .format import read_single
-from .pickle_read import Inert
+from .pickle_objects import Inert
 from .torch_zip import TORCH_ZIP, read_archive
 from .zip import Archive
 

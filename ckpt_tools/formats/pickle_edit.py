@@ -21,6 +21,7 @@ from ..storage.splice import Span, Splice
 from ..tensors import DType, Storage, TensorSpec, UnsupportedTensor
 from . import pickle_read as unpickle
 from .format import Renaming
+from .pickle_objects import Inert
 
 _MOST_COPIED = 100 << 20
 """Characters of traced strings. Each reference to a string is a copy; those beyond are not traced, nor renamed."""
@@ -238,7 +239,7 @@ def differs(old: Any, new: Any, names: Mapping[int, Mapping[str, str]]) -> bool:
     return False
 
 
-_CONTAINERS = (dict, list, tuple, argparse.Namespace, unpickle.Inert)
+_CONTAINERS = (dict, list, tuple, argparse.Namespace, Inert)
 _PLAIN = (str, bytes, bytearray, int, float, complex, TensorSpec, UnsupportedTensor)
 
 
@@ -248,7 +249,7 @@ def _children(node: Any, names: Mapping[str, str]) -> list[Any]:
         return [*renamed.keys(), *renamed.values(), getattr(node, "_metadata", None)]
     if isinstance(node, argparse.Namespace):
         return [*vars(node).keys(), *vars(node).values()]
-    if isinstance(node, unpickle.Inert):
+    if isinstance(node, Inert):
         return [type(node).global_name, *node.args, node.state, *node.items]
     return list(node)
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 from ..errors import WriteError, shortened
 from ..tensors import TensorSpec, c_strides
 from .file_plan import OutTensor
-from .pickle_read import Inert, numbers_of
+from .pickle_objects import Inert, numbers_of
 from .tree import ITEM, LEFT_OUT, PLAIN, Instead, map_tree
 
 _REBUILD, _REBUILD_WITH_DTYPE = ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..storage.source import InputFile
 from ..tensors import RankPart, Storage, TensorSpec, UnsupportedTensor
-from .pickle_read import SealedDict
+from .pickle_objects import SealedDict
 from .tree import PLAIN, map_tree
 from .zip import CENTRAL_SIZE, LOCAL_SIZE, Archive
 

@@ -19,7 +19,7 @@ from ..storage.source import InputFile
 from ..tensors import Tensor, UnsupportedTensor
 from .format import Format
 from .header import Header
-from .pickle_read import Inert
+from .pickle_objects import Inert
 from .torch_zip import TORCH_ZIP, read_archive
 from .tree import tensors_in
 from .zip import Archive

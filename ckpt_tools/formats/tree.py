@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
-from .pickle_read import Inert
+from .pickle_objects import Inert
 
 Path = tuple[Any, ...]
 """Keys from the root of a tree to an entry."""

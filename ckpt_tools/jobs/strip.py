@@ -19,7 +19,7 @@ from ..errors import LayoutError, UnsupportedError
 from ..formats import read_header
 from ..formats.format import Writing
 from ..formats.header import Header
-from ..formats.pickle_read import Inert
+from ..formats.pickle_objects import Inert
 from ..formats.tree import put, tensors_in
 from ..series.paths import one_checkpoint
 from ..tensors import Storage, TensorSpec, UnsupportedTensor

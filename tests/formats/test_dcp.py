@@ -34,7 +34,7 @@ from ckpt_tools.formats import pickle_write, read_header
 from ckpt_tools.formats.dcp import DCP_FOLDER
 from ckpt_tools.formats.file_plan import OutTensor, Terms
 from ckpt_tools.formats.format import Writing
-from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.pickle_objects import Inert
 from ckpt_tools.jobs.assembly import Assembly
 from ckpt_tools.jobs.run import write
 from ckpt_tools.series.find import find_series

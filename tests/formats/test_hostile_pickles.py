@@ -25,10 +25,10 @@ from crafting import STORAGE, TENSOR, bounded_memory, bounded_resident, same, to
 from ckpt_tools import average, open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CkptError, CorruptError
+from ckpt_tools.formats import pickle_objects, read_header
 from ckpt_tools.formats import pickle_read as unpickle
-from ckpt_tools.formats import read_header
 from ckpt_tools.formats.pickle_edit import trace
-from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.pickle_objects import Inert
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 
@@ -46,7 +46,7 @@ NAMES = [
     "ctypes.CDLL", "collections.namedtuple", "codecs.open", "codecs.encode", "collections.OrderedDict.fromkeys",
     "collections.OrderedDict.__init__", "argparse.Namespace.__setattr__", "argparse.ArgumentParser",
     "torch.Size.__class__", "torch.float32.__class__", "torch.Tensor", "torch.os.system",
-    "ckpt_tools.formats.pickle_read.load", "ckpt_tools.formats.pickle_read._TABLE.clear", "builtins.set.__init__",
+    "ckpt_tools.formats.pickle_read.load", "ckpt_tools.formats.pickle_objects.GLOBALS.clear", "builtins.set.__init__",
 ]  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def test_read_header_looks_up_no_extension_code(opcode: bytes, tmp_path: Path, s
         copyreg.remove_extension("posix", "system", code)
 
 
-SETTABLE = sorted(unpickle._TABLE) + ["torch.Size", "torch.float32", "torch.device", "some.thing"]
+SETTABLE = sorted(pickle_objects.GLOBALS) + ["torch.Size", "torch.float32", "torch.device", "some.thing"]
 
 
 @pytest.mark.parametrize("slots", [False, True], ids=["dict", "slots"])
@@ -242,11 +242,11 @@ def test_read_header_lets_no_pickle_change_a_class(name: str, slots: bool, tmp_p
     state = b"}" + b"".join(
         text(key) + global_("evil.thing") + b"s" for key in ("__new__", "__init__", "items", "dtype", "kind", "x")
     )
-    before = {full: dict(vars(found)) for full, found in unpickle._TABLE.items()}
+    before = {full: dict(vars(found)) for full, found in pickle_objects.GLOBALS.items()}
 
     with pytest.raises(CorruptError, match=r"its pickle cannot be read \((TypeError|AttributeError|UnpicklingError)"):
         read(tmp_path, b"\x80\2" + global_(name) + (b"N" + state + b"\x86" if slots else state) + b"b")
-    assert {full: dict(vars(found)) for full, found in unpickle._TABLE.items()} == before
+    assert {full: dict(vars(found)) for full, found in pickle_objects.GLOBALS.items()} == before
 
 
 def built(instance: bytes, key: str, value: bytes, *, slots: bool) -> bytes:
@@ -277,12 +277,12 @@ def test_read_header_lets_no_pickle_hide_methods_of_a_counter(name: str, slots: 
 @pytest.mark.parametrize("slots", [False, True], ids=["dict", "slots"])
 @pytest.mark.parametrize("key", ["__class__", "__dict__", "__eq__", "__repr__"])
 def test_read_header_takes_a_namespace_as_data(key: str, slots: bool, tmp_path: Path) -> None:
-    for value in (*map(global_, unpickle._TABLE), b"}" + text("__class__") + b"Ns", global_("evil.thing"), b"N"):
+    for value in (*map(global_, pickle_objects.GLOBALS), b"}" + text("__class__") + b"Ns", global_("evil.thing"), b"N"):
         try:
             tree = read(tmp_path, built(global_("argparse.Namespace") + b")R", key, value, slots=slots)).tree
         except CorruptError:
             continue
-        assert type(tree) in {found for found in unpickle._TABLE.values() if isinstance(found, type)}
+        assert type(tree) in {found for found in pickle_objects.GLOBALS.values() if isinstance(found, type)}
         assert list(tensors_in(tree)) == []
 
 

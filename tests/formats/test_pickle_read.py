@@ -23,7 +23,7 @@ from ckpt_tools import open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, LayoutError, UnsupportedError
 from ckpt_tools.formats import pickle_read, read_header
-from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.pickle_objects import Inert
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec, UnsupportedTensor
 

@@ -18,7 +18,7 @@ from ckpt_tools import fix_prefix, open_checkpoint
 from ckpt_tools.compute.payload import read_tensor
 from ckpt_tools.errors import CorruptError, NotACheckpointError
 from ckpt_tools.formats import read_header
-from ckpt_tools.formats.pickle_read import Inert
+from ckpt_tools.formats.pickle_objects import Inert
 from ckpt_tools.formats.tree import tensors_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")

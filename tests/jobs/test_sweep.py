@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import swept_series
 import torch
 from cli_runner import run
+from swept_series import FUNCTION, OPTIMUM, N, error_of
 
 from ckpt_tools import average, open_checkpoint, sweep
 from ckpt_tools.errors import CkptError, DataError, SeriesError, UsageError, WriteError
 
 Save = Callable[..., Path]
-N = 6
-OPTIMUM = 3.2  # of the one weight of these models
 EVALUATE = f"""
 import json, struct, sys, time, zipfile
 archive = zipfile.ZipFile(sys.argv[1])  # torch would take a second to import
@@ -26,30 +26,14 @@ archive = zipfile.ZipFile(sys.argv[1])  # torch would take a second to import
 errors = [abs(weight - {OPTIMUM}) + 0.01 * (i % 5) for i in range(40)]
 print(json.dumps({{"error": sum(errors) / 40, "weight": weight, "per_sample": {{"error": errors}}}}))
 """
-FUNCTION = "scores.py:score"
-SCORES = f"""
-def score(state):
-    return {{"error": abs(state["w"].double().mean().item() - {OPTIMUM})}}
-"""
 
 
 def series(save: Save) -> None:
-    for i in range(N):
-        save(
-            f"run/c-{i}.pth",
-            {"model": {"w": torch.full((4, 3), float(i)), "n": torch.tensor(i)}, "step": 100 * i + 100},
-        )
+    swept_series.series(save)
     Path("evaluate.py").write_text(EVALUATE)
-    Path("scores.py").write_text(SCORES)
-    sys.modules.pop("scores", None)
 
 
 COMMAND = f"{sys.executable} evaluate.py {{ckpt}}"
-
-
-def error_of(**options: Any) -> float:
-    average("run", **options, out="alone.pth", force=True)
-    return abs(open_checkpoint("alone.pth")["w"].double().mean().item() - OPTIMUM)
 
 
 def test_every_candidate_is_scored_as_its_average_is(save: Save, here: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cli_runner import PATIENCE, environment
+from swept_series import FUNCTION, OPTIMUM, SCORES, N, scored, series
 
 from ckpt_tools import sweep
 from ckpt_tools.errors import DataError, WriteError
@@ -22,30 +23,6 @@ from ckpt_tools.jobs.sweep.report import SweepReport
 from ckpt_tools.storage.journal import alone_in
 
 Save = Callable[..., Path]
-N = 6
-OPTIMUM = 3.2  # of the one weight of these models
-FUNCTION = "scores.py:score"
-SCORES = """
-from pathlib import Path
-def score(state):
-    with open("calls", "a") as calls:
-        print("called", file=calls)
-    return {"error": abs(state["w"].double().mean().item() - %s)}
-"""
-
-
-def series(save: Save, optimum: float = OPTIMUM) -> None:
-    for i in range(N):
-        save(
-            f"run/c-{i}.pth",
-            {"model": {"w": torch.full((4, 3), float(i)), "n": torch.tensor(i)}, "step": 100 * i + 100},
-        )
-    Path("scores.py").write_text(SCORES % optimum)
-    sys.modules.pop("scores", None)
-
-
-def scored(**options: Any) -> SweepReport:
-    return sweep("run", eval_function=FUNCTION, in_memory=True, **options)
 
 
 def files(folder: str = "ckpt-sweep") -> list[str]:

@@ -9,42 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from swept_series import OPTIMUM, N, error_of, scored, series
 
-from ckpt_tools import average, open_checkpoint, sweep
+from ckpt_tools import average, open_checkpoint
 from ckpt_tools.errors import UsageError
-from ckpt_tools.jobs.sweep.report import SweepReport
 from ckpt_tools.jobs.sweep.results import Result
 
 Save = Callable[..., Path]
-N = 6
-OPTIMUM = 3.2  # of the one weight of these models
-FUNCTION = "scores.py:score"
-SCORES = """
-from pathlib import Path
-def score(state):
-    with open("calls", "a") as calls:
-        print("called", file=calls)
-    return {"error": abs(state["w"].double().mean().item() - %s)}
-"""
-
-
-def series(save: Save, optimum: float = OPTIMUM) -> None:
-    for i in range(N):
-        save(
-            f"run/c-{i}.pth",
-            {"model": {"w": torch.full((4, 3), float(i)), "n": torch.tensor(i)}, "step": 100 * i + 100},
-        )
-    Path("scores.py").write_text(SCORES % optimum)
-    sys.modules.pop("scores", None)
-
-
-def scored(**options: Any) -> SweepReport:
-    return sweep("run", eval_function=FUNCTION, in_memory=True, **options)
-
-
-def error_of(**options: Any) -> float:
-    average("run", **options, out="alone.pth", force=True)
-    return abs(open_checkpoint("alone.pth")["w"].double().mean().item() - OPTIMUM)
 
 
 def error_of_ema(decay: float) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...formats.pickle_read import Inert
+from ...formats.pickle_objects import Inert
 from ...formats.tree import Path, branches, entries, follow, tensors_in, walk
 from ...tensors import Tensor, TensorSpec
 from ..optimizers import is_optimizer, looks_like_training_state

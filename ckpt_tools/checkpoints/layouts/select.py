@@ -12,7 +12,7 @@ from ...errors import LayoutError
 from ...formats.deepspeed import FLAT_KEYS
 from ...formats.deepspeed_files import folder_of
 from ...formats.header import Header
-from ...formats.pickle_read import NUMPY_ARRAYS, Inert
+from ...formats.pickle_objects import NUMPY_ARRAYS, Inert
 from ...formats.tree import tensors_in
 from ...storage.source import store_of
 from ...tensors import Tensor, TensorSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ...formats.pickle_read import Inert
+from ...formats.pickle_objects import Inert
 from ...tensors import Tensor
 from .layout import Encoding, Layout, Names, Sets, StateDict
 

@@ -14,7 +14,7 @@ from ...checkpoints.open import Checkpoint
 from ...checkpoints.script_arguments import script_arguments
 from ...errors import CkptError, ModelError, UsageError
 from ...evaluation.data import is_factory
-from ...evaluation.models import INSTALL, build_model, load_factory, load_weights, stored_arguments
+from ...evaluation.models import INSTALL, build_model, load_factory, load_weights, made, stored_arguments
 from ...formats import read_header
 from ...series.paths import one_checkpoint
 from ..options import Network
@@ -103,14 +103,7 @@ def _network(spec: str, which: Network, student: nn.Module) -> tuple[nn.Module, 
         own = _published(network)
         return network, None if own == _published(student) else own
     if is_factory(spec):
-        factory = load_factory(spec, "teacher")
-        try:
-            made = factory()
-        except (Exception, SystemExit) as error:  # a user's own code
-            raise ModelError(f"cannot be made ({type(error).__name__}: {error}).") from error
-        if not isinstance(made, nn.Module):
-            raise ModelError(f"gives a {type(made).__name__}, not a torch.nn.Module with its weights.")
-        return made, None
+        return made(load_factory(spec, "teacher")), None
     try:
         import timm
     except ImportError as error:
