@@ -276,10 +276,7 @@ def open_data(
     """
     if is_factory(source):
         return Batches(_made(source), loading)
-    path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
-    named = source.lower().startswith(_NAMED) and not path.exists()
-    if not named and not path.exists():
-        raise DataError(f"`data={source!r}`: no such folder, tar or dataset.")
+    path, named = check_source(source)
     try:
         from timm.data import create_transform
     except ImportError as error:
@@ -338,6 +335,19 @@ def _of_dataset(name: str, split: str, root: str | None, transform: Any, mode: s
     if reader is not None and getattr(reader, "dist_num_replicas", 1) > 1:
         reader.dist_rank, reader.dist_num_replicas = 0, 1
     return Batches(dataset if _is_map(dataset) else _loader(dataset, loading.batch_size, loading), loading)
+
+
+def check_source(source: str) -> tuple[Path, bool]:
+    """Return the path of data, and True if they are a named dataset instead.
+
+    Raises:
+        DataError: they are no factory, and there are no such data.
+    """
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 - keeps a ~user that is none
+    named = source.lower().startswith(_NAMED) and not path.exists()
+    if not named and not is_factory(source) and not path.exists():
+        raise DataError(f"`data={source!r}`: no such folder, tar or dataset.")
+    return path, named
 
 
 def is_factory(source: str) -> bool:

@@ -27,6 +27,7 @@ from ..formats.torch_zip import TORCH_ZIP
 from ..storage.source import Stamp
 from .assembly import Assembly, Copies
 from .options import Images, Measuring, Network, Numerics, Recalibration
+from .outputs import named
 from .recalibrate import Opened, RecalibrationReport, check, new_buffers, opened, statistics_of
 from .run import write
 
@@ -71,7 +72,10 @@ def opened_network(base: Header, state: StateDict, recalibration: Recalibration,
     on = pick_device("auto" if device == "cuda" else device)
     checkpoint = Checkpoint.of(base, state)
     which, numerics = recalibration.of(Network), recalibration.of(Numerics)
-    with opened(checkpoint, which, images, measuring, numerics, on, Group()) as network:
+    with (
+        named("recal_bn", "data"),  # the option that has the place of `data` here
+        opened(checkpoint, which, images, measuring, numerics, on, Group()) as network,
+    ):
         yield network
 
 

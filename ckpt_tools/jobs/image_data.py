@@ -14,11 +14,12 @@ from ..batchnorm.processes import Group
 from ..compute.threads import default_threads
 from ..errors import UsageError
 from ..evaluation.classes import ClassOrder, class_order
-from ..evaluation.data import Batches, Loading, is_factory, open_data
+from ..evaluation.data import Batches, Loading, check_source, is_factory, open_data
 from ..evaluation.models import input_channels
 from ..evaluation.preprocessing import Preprocessing, resolve_preprocessing
 from ..formats.header import Header
 from .options import Images
+from .outputs import named
 
 _PREPARED = ("img_size", "crop_pct", "interpolation", "mean", "std")
 
@@ -80,7 +81,7 @@ def image_data(
     network: nn.Module,
     header: Header,
     images: Images,
-    sources: Sequence[str],
+    sources: Mapping[str, str],
     labelled: Sequence[str],
     *,
     seed: int,
@@ -91,7 +92,8 @@ def image_data(
 
     Args:
         network: with the weights of the checkpoint with this header.
-        sources, labelled: all data of the job, and those whose labels matter.
+        sources: all data of the job, by their options.
+        labelled: those whose labels matter.
 
     Raises:
         CkptError: the preprocessing is unknown, or the list of classes cannot be read.
@@ -101,7 +103,10 @@ def image_data(
     workers = min(8, default_threads()) if images.workers is None else images.workers
     loading = Loading(images.images, images.batch_size, workers, seed, group.rank, group.world, pin_memory=pin_memory)
     options = {name: getattr(images, name) for name in _PREPARED}
-    prepared = not all(map(is_factory, sources))
+    for option, source in sources.items():  # a name that is mistyped is told before what it would need
+        with named(option, "data"):
+            check_source(source)
+    prepared = not all(map(is_factory, sources.values()))
     return ImageData(
         images,
         loading,

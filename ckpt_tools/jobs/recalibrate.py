@@ -327,7 +327,8 @@ def _opened(
     """
     data, eval_data = images.data, measuring.eval_data
     labelled = [] if eval_data is None else [eval_data]
-    sources = [*([data] if wanted else []), *labelled]
+    given = {"data": data if wanted else None, "eval_data": eval_data}
+    sources = {option: source for option, source in given.items() if source is not None}
     if not sources:
         return None, None, None, []
     how = image_data(

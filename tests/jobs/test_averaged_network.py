@@ -135,7 +135,8 @@ def stop(*_: Any) -> None:
         ("infinite", {}, CkptError, "NaN or infinity"),
         ("loud", {"eval_data": "photos", "require_gain": True}, NumericsError, "nothing was written"),
         ("loud", {"on_images": stop}, KeyboardInterrupt, "stop"),
-        ("gone", {}, UsageError, "has no 'gone'"),
+        ("gone", {}, UsageError, "^`recal_bn='code.py:gone'`: code.py has no 'gone'"),
+        ("loud", {"recal_bn": "phtos"}, CkptError, "^`recal_bn='phtos'`: no such folder"),
         ("loud", {"model_kwargs": {"num_classes": 4}}, CkptError, "do not fit"),
         ("loud", {"batch_size": 1}, UsageError, "`batch_size=1`"),
     ],
@@ -148,7 +149,7 @@ def test_average_with_recal_bn_leaves_nothing_after_an_error(
     recalibrate_checkpoint(path, data=str(folder), out="2.pth", **NAMED)
     before = contents(here)
     with pytest.raises(error, match=message):
-        average("2.pth", out="out.pth", recal_bn=f"code.py:{data}", **NAMED | options)
+        average("2.pth", out="out.pth", **{"recal_bn": f"code.py:{data}"} | NAMED | options)
     assert contents(here) == before
     assert not [path for path in here.iterdir() if path.name.endswith(".partial")]
 

@@ -134,7 +134,7 @@ def test_a_missing_evaluation_is_told_by_its_own_option(save: Save, here: Path) 
         "import torch\nfrom torch import nn\ndef net(): return nn.BatchNorm2d(3)\n"
         "def data(): return [(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))]\n"
     )
-    options: dict[str, Any] = {"model": "own.py:net", "data": "own.py:data", "img_size": 2, "mean": [0.0], "std": [1.0]}
+    options: dict[str, Any] = {"model": "own.py:net", "data": "own.py:data"}
     with pytest.raises(DataError, match="^`eval_data='gone'`"):
         sweep(["a.pth", "b.pth"], eval_data="gone", **options)
     with pytest.raises(DataError, match="^`test='gone'`"):

@@ -103,8 +103,9 @@ def _classifier(
     measuring = Statistics(**vars(images))
     check_options(measuring.passes, measuring.estimator)
     device = pick_device("auto" if running.device == "cuda" else running.device)
-    sources = [each for each in (eval_data, honesty.test, images.data) if each is not None]
-    with importable(which.model, which.forward, *filter(is_factory, sources)):
+    given = {"eval_data": eval_data, "test": honesty.test, "data": images.data}
+    sources = {option: source for option, source in given.items() if source is not None}
+    with importable(which.model, which.forward, *filter(is_factory, sources.values())):
         call = call_of(which.forward, which.inputs, which.mask)
         network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
         loaded = load_weights(network, example)  # so that what does not fit is told before any work

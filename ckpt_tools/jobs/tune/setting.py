@@ -229,9 +229,9 @@ def open_images(
         DataError, UsageError: see `image_data` and `open_data`; or options that do not go with a factory.
     """
     data, eval_data = images.data, images.eval_data
-    sources = [each for each in (data, eval_data) if each is not None]
+    sources = {"data": data} | ({} if eval_data is None else {"eval_data": eval_data})
     open_at = partial(
-        image_data, network, header, sources=sources, labelled=sources,
+        image_data, network, header, sources=sources, labelled=[*sources.values()],
         seed=training.seed, group=Group(), pin_memory=pin_memory,
     )  # fmt: skip
     how = open_at(images)
