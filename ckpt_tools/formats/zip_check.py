@@ -119,11 +119,11 @@ def _entry(archive: Archive, file: InputFile, start: int, entry: Entry) -> tuple
         return "the length", end, False
     if (version != line[1] and (version, line[1]) not in _VERSIONS) or (flags, method, time, date) != line[2:6]:
         return "the local header", end, False
+    described = bool(flags & _DESCRIPTOR) and not (crc or packed or size)
     extra = file.read(start + entry.offset + len(header), begin - entry.offset - len(header))
     fields, rest = extra_fields(extra)
-    if rest or not all(_is_usual(number, data, entry) for number, data in fields):
+    if rest or not all(_is_usual(number, data, entry, described) for number, data in fields):
         return "the padding", end, False
-    described = flags & _DESCRIPTOR and not (crc or packed or size)
     if described:
         found = data_descriptor(file.read(start + end, 24), entry)
         if found is None or found[0] != entry.crc:
@@ -148,12 +148,13 @@ def _entry(archive: Archive, file: InputFile, start: int, entry: Entry) -> tuple
     return None if same else "the checksum", end, True
 
 
-def _is_usual(number: int, data: bytes, entry: Entry) -> bool:
+def _is_usual(number: int, data: bytes, entry: Entry, described: bool) -> bool:
     if number == _PADDING:
         return data == b"Z" * len(data)
     if number == _ZIP64:
         words = [data[i : i + 8] for i in range(0, len(data), 8)]
-        return all(int.from_bytes(word, "little") in (entry.size, entry.packed, entry.offset) for word in words)
+        known = (entry.size, entry.packed, entry.offset, *[0] * described)  # torch leaves one out
+        return all(int.from_bytes(word, "little") in known for word in words)
     return number in _OTHERS
 
 

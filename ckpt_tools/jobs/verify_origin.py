@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoints.layouts import select
-from ..errors import CkptError, LayoutError
+from ..errors import CkptError, LayoutError, UnsupportedError
 from ..formats.file_plan import OutTensor
 from ..formats.header import Header
 from ..tensors import TensorSpec, UnsupportedTensor
@@ -142,7 +142,10 @@ def _made_again(
     def left_out(name: str) -> bool:
         return bool(measured) and is_statistic(name)
 
-    wanted = {name: tensor for name, tensor in assembly.tensors.items() if not left_out(name)}
+    try:
+        wanted = {name: tensor for name, tensor in assembly.tensors.items() if not left_out(name)}
+    except UnsupportedError as error:
+        return Check(_MADE, NOT_CHECKED, str(error))
     stored = {name: each for name, each in stored_tensors(header).items() if not left_out(name)}
     pairing = paired(wanted, stored)
     pairs: dict[tuple[OutTensor, TensorSpec], str] = {}
@@ -192,7 +195,7 @@ def _same(
 ) -> Check:
     also = f"; {pairing.renamed}" if pairing.renamed else ""
     what = f"{len(pairs)} tensor{'s' * (len(pairs) != 1)}"
-    what = what if share == 1 else f"{share:.4g} of the slices of {what} (seed {seed})"
+    what = what if share == 1 else f"{100 * share:.4g} % of the slices of {what} (seed {seed})"
     if measured:
         return Check(
             _MADE,

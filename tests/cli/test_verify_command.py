@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runner import run
-from test_update import series  # type: ignore[import-not-found]
 
 from ckpt_tools import average
 
 
 @pytest.fixture
 def averaged(here: Path) -> Path:
-    average(series(here, 3), out="averaged.pth")
+    for i in range(3):
+        torch.save(
+            {"model": {"w": torch.full((3, 4), float(i)), "n": torch.tensor(i)}, "epoch": i}, here / f"c-{i}.pth"
+        )
+    average("c-*.pth", out="averaged.pth")
     return Path("averaged.pth")
 
 
@@ -47,7 +50,7 @@ def test_a_seed_is_drawn_and_reported(averaged: Path) -> None:
     assert found["sample"] == 0.5
     assert isinstance(found["seed"], int)
     result = run("verify", averaged, "--sample", "50%", "--seed", str(found["seed"]))
-    assert f"0.5 of the slices of 2 tensors (seed {found['seed']})" in result.err
+    assert f"50 % of the slices of 2 tensors (seed {found['seed']})" in result.err
 
 
 def test_wrong_usage_is_told_with_the_options(averaged: Path) -> None:

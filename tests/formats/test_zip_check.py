@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,33 @@ def test_archives_with_other_headers_are_not_blamed(tmp_path: Path) -> None:
     assert fault_of(tmp_path / "renamed.pth") is None
     average([path, tmp_path / "renamed.pth"], out=tmp_path / "averaged.pth")
     assert fault_of(tmp_path / "averaged.pth") is None
+
+
+def test_the_fields_of_a_file_beyond_4_gigabytes_are_known(tmp_path: Path) -> None:
+    """As torch writes them for a large tensor: its size, and 0, in the local header; 64 bits in the data descriptor."""
+    archive = directory = b""
+    records = records_of(saved(tmp_path / "a.pth"))
+    for path, data in records.items():
+        name, crc, at = path.encode(), zlib.crc32(data), len(archive)
+        extra = struct.pack("<2H2Q", 1, 16, len(data), 0)
+        common = (0x808, 0, 0, 0)
+        archive += struct.pack("<4s5H3L2H", b"PK\3\4", 0, *common, 0, 0, 0, len(name), len(extra)) + name + extra + data
+        archive += struct.pack("<4sL2Q", b"PK\7\10", crc, len(data), len(data))
+        wide, extra = 0xFFFFFFFF, struct.pack("<2H2Q", 1, 16, len(data), len(data))
+        directory += struct.pack(
+            "<4s6H3L5H2L", b"PK\1\2", 0, 0, *common, crc, wide, wide, len(name), len(extra), 0, 0, 0, 0, at
+        )
+        directory += name + extra
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 0x31E, 45, 0, 0, *[len(records)] * 2, len(directory), len(archive))
+    end += struct.pack("<4sLQL", b"PK\6\7", 0, len(archive) + len(directory), 1)
+    end += struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[len(records)] * 2, len(directory), wide, 0)
+    path = tmp_path / "large.pth"
+    path.write_bytes(archive + directory + end)
+    with zipfile.ZipFile(path) as found:
+        assert found.testzip() is None
+    assert fault_of(path) is None
+    path.write_bytes(archive.replace(struct.pack("<2Q", 12, 0), struct.pack("<2Q", 12, 1)) + directory + end)
+    assert "the padding" in (fault_of(path) or "")
 
 
 def test_contents_without_a_checksum_are_counted(tmp_path: Path) -> None:
