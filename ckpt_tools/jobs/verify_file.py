@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CkptError, UsageError
+from ..errors import CkptError, SeriesError, UsageError
 from ..formats.header import Header
 from ..formats.json_file import read_small
 from ..formats.safetensors import SAFETENSORS
@@ -17,6 +17,7 @@ from ..formats.torch_legacy import TORCH_LEGACY
 from ..formats.torch_zip import TORCH_ZIP
 from ..formats.tree import tensors_in
 from ..formats.zip_check import archives, check
+from ..series.shards import refuse_part
 from ..storage.source import LOCAL, sha256, store_of
 from ..tensors import TensorSpec, UnsupportedTensor
 from .checksums import read_checksums
@@ -60,6 +61,8 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
         yield Check("tensors", FAILED, f"{header.path}: {error}")
         return
     stored = stored_tensors(header)
+    if recorded is not None and part_of(header):  # the record is that of the whole
+        recorded = {name: each for name, each in recorded.items() if name in stored}
     specs = [*dict.fromkeys(each.tensor for each in stored.values() if isinstance(each.tensor, TensorSpec))]
     try:
         found = dict(zip(specs, _digests(specs, header, running, hashed=recorded is not None), strict=True))
@@ -95,6 +98,15 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
             fault = fault or f"the SHA-256 of '{name}' is not that in the record"
     also = f"; {pairing.renamed}" if pairing.renamed else ""
     yield Check("tensors", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
+
+
+def part_of(header: Header) -> str:
+    """Return of what a checkpoint is a part, in words; empty if it is whole."""
+    try:
+        refuse_part(header.path)
+    except SeriesError as error:
+        return str(error)
+    return ""
 
 
 def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Any]:

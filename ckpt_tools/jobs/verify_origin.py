@@ -32,6 +32,7 @@ from .outputs import Target
 from .provenance import Input, Record, SourceRecord, read_record, read_source_record
 from .replay import is_statistic, look_for, needs_sets, summed_again
 from .verify_checks import FAILED, NOT_CHECKED, OK, Check, Pairing, paired, stored_tensors
+from .verify_file import part_of
 
 _MADE = "made again"
 
@@ -65,6 +66,9 @@ def origin(header: Header, asked: Verification, running: Reading, share: float, 
     """
     if header.provenance is None:
         yield Check("record", NOT_CHECKED, "ckpt-tools has left none in it, so that its origin is not known")
+        return
+    if (part := part_of(header)) != "":
+        yield Check("record", NOT_CHECKED, part)
         return
     try:
         said = _read(header)
@@ -103,15 +107,14 @@ def _read(header: Header) -> _Origin:
 
     Raises:
         LayoutError: it is damaged.
-        SeriesError: the file is a part of a checkpoint.
     """
     command = (header.provenance or {}).get("command")
     if command == "avg":
         average = read_record(header)
-        times = f"{average.updates} time{'s' * (average.updates > 1)}"
-        unknown = f"it was updated {times}, and each update rounds; `replay` compares but for that" * bool(
-            average.updates
-        )
+        unknown = ""
+        if average.updates:
+            times = f"{average.updates} time{'s' * (average.updates > 1)}"
+            unknown = f"it was updated {times}, and each update rounds; `replay` compares but for that"
         return _Origin(average, average.inputs, needs_sets(average), "avg", average.version, unknown)
     made = read_source_record(header)
     unknown = "" if made.command in _AGAIN else f"'ckpt {made.command}' needs more than the input"

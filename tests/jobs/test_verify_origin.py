@@ -159,6 +159,17 @@ def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:
     assert results(verify(tmp_path / "averaged.pth"))["tensors"] == "failed"
 
 
+def test_a_shard_alone_is_checked_as_a_part(tmp_path: Path) -> None:
+    average(training(tmp_path), max_shard_size=100, out=f"{tmp_path}/shards/", write_checksums=True)
+    (shard, *_) = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    report = verify(shard)
+    assert (results(report)["tensors"], results(report)["record"]) == ("ok", "not checked")
+    assert "is a shard" in detail(report, "record")
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert results(verify(shard))["tensors"] == "failed"
+
+
 def test_an_average_that_was_updated_is_not_compared(tmp_path: Path) -> None:
     paths = series(tmp_path, 4)
     average(paths[:3], out=tmp_path / "averaged.pth")
