@@ -62,7 +62,7 @@ def fill(assembly: Assembly, outputs: Sequence[OutFile], threads: int | None = N
     """
     sums = _sums(outputs, threads)
     final = _recording(assembly, {tensor: sha256 for tensor, (sha256, _) in sums.items()})
-    for out, plan in zip(outputs, final.files, strict=False):
+    for out, plan in zip(outputs, final.files, strict=True):
         for segment in plan.computed:
             data = segment.make([sums[tensor][1] for tensor in segment.needs])
             write_at(out.fd, memoryview(data), segment.offset, plan.name)

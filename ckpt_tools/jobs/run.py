@@ -15,7 +15,7 @@ from ..formats.file_plan import FilePlan, whole_file
 from ..storage import splice
 from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
-from ..storage.staged import flush, keep_attributes, staged_files
+from ..storage.staged import flush, keep_attributes, staged_files, write_at
 from . import checksums
 from .assembly import Assembly
 from .options import Recorded, Running
@@ -147,7 +147,7 @@ def write(
     """
     statement = None if sign_off is None else sign_off.begun()
     with ExitStack() as stages:
-        outputs = _staged(assembly, 0, force, stages)
+        outputs, companions = _staged(assembly, 0, force, stages)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress
@@ -158,7 +158,7 @@ def write(
         if assembly.checksums:
             checksums.fill(assembly, outputs, options.get("threads"))
         if statement is not None:
-            statement = statement.about(assembly, outputs)
+            statement = statement.about(assembly, [*outputs, *companions])
     if statement is not None:
         statement.write(assembly.target, force=force)
 
@@ -176,18 +176,27 @@ def write_all(
     All are moved into place, one after another, when all are complete.
     """
     with ExitStack() as stages:
-        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)]
+        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)[0]]
         engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
 
 
-def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> list[OutFile]:
-    """Create the files of an assembly, to be moved into place when the stages end."""
+def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> tuple[list[OutFile], list[OutFile]]:
+    """Create the files of an assembly, to be moved into place when the stages end.
+
+    Returns:
+        (those to fill; its companions, which are complete)
+    """
     # The content of companions now, so that their sizes are known.
-    files = [*assembly.files, *(whole_file(path.name, read_file(path)[0]) for path in assembly.companions)]
+    beside = [whole_file(path.name, read_file(path)[0]) for path in assembly.companions]
+    files = [*assembly.files, *beside]
     names = [plan.name for plan in files] if assembly.folder else None
-    sizes = [plan.size for plan in files]
-    fds = stages.enter_context(staged_files(assembly.target, names, sizes, force=force))
-    return [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
+    fds = stages.enter_context(staged_files(assembly.target, names, [plan.size for plan in files], force=force))
+    outputs = [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
+    companions = outputs[len(assembly.files) :]
+    for out in companions:
+        for segment in out.plan.computed:
+            write_at(out.fd, memoryview(segment.make(())), 0, assembly.target / out.plan.name)
+    return outputs[: len(assembly.files)], companions
 
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:
