@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .jobs.sweep.report import SweepReport
     from .jobs.tune.job import tune_checkpoint
     from .jobs.tune.report import TuneReport
+    from .jobs.verify import VerifyReport, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "StripReport",
     "SweepReport",
     "TuneReport",
+    "VerifyReport",
     "__version__",
     "average",
     "convert",
@@ -51,6 +53,7 @@ __all__ = [
     "strip",
     "sweep",
     "tune_checkpoint",
+    "verify",
 ]
 
 _HOMES = {
@@ -70,6 +73,8 @@ _HOMES = {
     "sweep": "jobs.sweep.job",
     "TuneReport": "jobs.tune.report",
     "tune_checkpoint": "jobs.tune.job",
+    "VerifyReport": "jobs.verify",
+    "verify": "jobs.verify",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",

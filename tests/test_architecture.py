@@ -105,6 +105,7 @@ def test_the_public_names_are_these() -> None:
         "StripReport",
         "SweepReport",
         "TuneReport",
+        "VerifyReport",
         "__version__",
         "average",
         "convert",
@@ -117,6 +118,7 @@ def test_the_public_names_are_these() -> None:
         "strip",
         "sweep",
         "tune_checkpoint",
+        "verify",
     ]
     for name in ckpt_tools.__all__:
         assert getattr(ckpt_tools, name).__doc__

@@ -450,6 +450,30 @@ def _line(entry: Entry) -> bytes:
     return _CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
 
 
+def data_descriptor(raw: bytes, entry: Entry) -> tuple[int, int] | None:
+    """Return (CRC-32, length in bytes) of the data descriptor that these bytes begin with; None if there is none."""
+    for layout in _DESCRIPTORS:
+        length = struct.calcsize(layout)
+        if len(raw) < length:
+            continue
+        *signature, crc, packed, size = struct.unpack(layout, raw[:length])
+        if (packed, size) == (entry.packed, entry.packed) and signature in ([], [b"PK\7\10"]):
+            return crc, length
+    return None
+
+
+def extra_fields(extra: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
+    """Return the (identifier, data) of each extra field, and the bytes that are none."""
+    found, at = [], 0
+    while at + 4 <= len(extra):
+        identifier, length = struct.unpack_from("<2H", extra, at)
+        if at + 4 + length > len(extra):
+            break
+        found.append((identifier, extra[at + 4 : at + 4 + length]))
+        at += 4 + length
+    return found, extra[at:]
+
+
 def _descriptor(file: InputFile, position: int, entry: Entry) -> str:
     """Return the struct layout of the data descriptor after a content; "" if there is none."""
     raw = file.read(position, 24)

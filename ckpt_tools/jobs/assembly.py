@@ -29,7 +29,7 @@ from ..formats.header import PROVENANCE, Header
 from ..formats.json_file import read_json
 from ..formats.pickle_write import plain
 from ..formats.ranks import further_files
-from ..formats.tree import entries, put, tensors_in, without
+from ..formats.tree import branches, entries, put, tensors_in, walk, without
 from ..storage.source import stamp_at
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .companions import companions
@@ -48,6 +48,9 @@ class Assembly:
         dropped: what of the last checkpoint is not carried over, by dotted path.
         kept: what is carried over as it was, though it may be weights too: dotted path to the number of
             floating-point tensors, scalars not counted.
+        content: what `format` laid out as `writing` says: a tree of plain data and OutTensors, or names to OutTensors.
+            None for a file without a record.
+        checksums: the record has a place for the SHA-256 of each tensor.
     """
 
     target: Path
@@ -56,6 +59,10 @@ class Assembly:
     companions: tuple[Path, ...] = ()
     dropped: tuple[str, ...] = ()
     kept: Mapping[str, int] = field(default_factory=dict)
+    content: Any = None
+    format: Format | None = None
+    writing: Writing | None = None
+    checksums: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +78,27 @@ class Assembly:
     def bytes_moved(self) -> int:
         """Bytes of tensors to read and to write."""
         return self.bytes_read + sum(tensor.nbytes for plan in self.files for tensor, _ in plan.payloads)
+
+    @property
+    def tensors(self) -> dict[str, OutTensor]:
+        """All tensors by dotted path, those beside the weights, too.
+
+        Raises:
+            UnsupportedError: two have the same.
+        """
+        found: dict[str, OutTensor] = {}
+        for path, node in walk(self.content, lambda _, node: branches(node)):
+            if isinstance(node, OutTensor) and found.setdefault(dotted(path), node) is not node:
+                raise UnsupportedError(f"{self.target}: two tensors have the path '{dotted(path)}'.")
+        return found
+
+    def recording(self, **facts: Any) -> Assembly:
+        """Return it with further facts in its record."""
+        if self.format is None or self.writing is None:
+            raise TypeError("it has no record")
+        writing = replace(self.writing, provenance={**(self.writing.provenance or {}), **facts})
+        planned = self.format.plan(self.content, writing)
+        return replace(self, files=(*planned, *self.files[len(planned) :]), writing=writing)
 
     @property
     def names(self) -> list[str]:
@@ -106,8 +134,16 @@ def assemble(
         return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
     dropped = unkept_metadata(base)
     tree, kept = _container(tensors, base, state, renamed, dropped)
-    files = target.format.plan(tree, writing)
-    return Assembly(target.path, files, folder=target.folder, dropped=tuple(dropped), kept=kept)
+    return Assembly(
+        target.path,
+        target.format.plan(tree, writing),
+        folder=target.folder,
+        dropped=tuple(dropped),
+        kept=kept,
+        content=tree,
+        format=target.format,
+        writing=writing,
+    )
 
 
 def _in_ranks(
@@ -138,7 +174,17 @@ def _in_ranks(
     files = (*files, *made)
     known = {*base.tree, *(path.name for path in beside_them), *edited}
     dropped = _of_all_ranks([*dropped, *further_files(base.path, known)], base.ranks)
-    return Assembly(target.path, files, folder=True, companions=tuple(beside_them), dropped=tuple(dropped), kept=kept)
+    return Assembly(
+        target.path,
+        files,
+        folder=True,
+        companions=tuple(beside_them),
+        dropped=tuple(dropped),
+        kept=kept,
+        content=tree,
+        format=base.format,
+        writing=writing,
+    )
 
 
 def _of_all_ranks(places: Iterable[str], files: Iterable[str]) -> list[str]:
@@ -195,15 +241,23 @@ def flat(
     """
     metadata = _kept_metadata(base, target, tensors)
     dropped = [*unkept_metadata(base, metadata), *dropped]
-    files = target.format.plan(tensors, replace(writing, metadata=metadata))
+    writing = replace(writing, metadata=metadata)
+    made = Assembly(
+        target.path,
+        target.format.plan(tensors, writing),
+        folder=target.folder,
+        content=tensors,
+        format=target.format,
+        writing=writing,
+    )
     if not target.folder:
-        return Assembly(target.path, files, folder=False, dropped=tuple(dropped))
+        return replace(made, dropped=tuple(dropped))
     beside_them = companions(base, dropped)
     edited = dict(edited or {})
     if config is not None:
         edited["config.json"] = _with_config(beside_them, edited.get("config.json"), config)
-    made, beside_them = _replaced(beside_them, edited, dropped)
-    return Assembly(target.path, (*files, *made), folder=True, companions=tuple(beside_them), dropped=tuple(dropped))
+    texts, beside_them = _replaced(beside_them, edited, dropped)
+    return replace(made, files=(*made.files, *texts), companions=tuple(beside_them), dropped=tuple(dropped))
 
 
 def _replaced(
@@ -223,7 +277,15 @@ def nested(tree: Any, writing: Writing, *, target: Path, format: Format, dropped
     left_out = list(dropped)
     content = plain(tree, left_out, Copies().__getitem__)
     files = format.plan(content, writing)
-    return Assembly(target, files, folder=format.folder, dropped=tuple(left_out))
+    return Assembly(
+        target,
+        files,
+        folder=format.folder,
+        dropped=tuple(left_out),
+        content=content,
+        format=format,
+        writing=writing,
+    )
 
 
 def _with_config(paths: Sequence[Path], edited: bytes | None, config: Mapping[str, Any]) -> bytes:

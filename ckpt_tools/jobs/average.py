@@ -26,6 +26,7 @@ from ..storage.staged import scratch_folder
 from ..tensors import parse_dtype
 from .addends import Addends, ByTensor, inputs_of, record_of
 from .assembly import Assembly, assemble
+from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Summing, takes
@@ -203,6 +204,19 @@ def average(
     return replace(done, compared=compared, same=same)
 
 
+def laid_out_again(addends: Addends, target: Target) -> Assembly:
+    """Lay out an average that is there as it was made, to compare it with that.
+
+    Args:
+        target: of the same format.
+
+    Raises:
+        CkptError: the weights do not line up, or cannot be averaged.
+    """
+    _check(addends.matching)
+    return _laid_out(_sums(addends), target, AveragedOutput(), None)
+
+
 def _check(matching: Matching) -> None:
     if matching.buffers not in BUFFERS:
         raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
@@ -347,7 +361,7 @@ def _laid_out(sums: _Sums, target: Target, output: AveragedOutput, shard_bytes: 
     if sums.network is not None and sums.recalibration is not None:
         more["recalibrated"] = provided(sums.network.record(sums.recalibration))
     record = record_of(addends, sums.inputs, lined_up.states[-1], **more)
-    return assemble(
+    assembly = assemble(
         sums.tensors,
         Writing(
             name=addends.name or target.name,
@@ -362,6 +376,7 @@ def _laid_out(sums: _Sums, target: Target, output: AveragedOutput, shard_bytes: 
         renamed=lined_up.renamed[-1],
         edited=_edited(sums.base, sums.adapter, target, dequantize=addends.matching.dequantize),
     )
+    return with_place(assembly, output.write_checksums)
 
 
 def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> AverageReport:

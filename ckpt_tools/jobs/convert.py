@@ -31,13 +31,15 @@ from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series.paths import one_checkpoint
 from ..series.shards import rank_note
+from ..storage.source import Stamp
 from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
+from .checksums import with_place
 from .companions import companions
 from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
 from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
-from .provenance import provenance
+from .provenance import input_record, provenance
 from .reports import Report, some
 from .run import produce
 
@@ -96,15 +98,35 @@ def convert(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
+    check_threads(running.threads)
+    header = read_header(one_checkpoint(path))
+    report, assembly, further = planned(header, Target.of(output.out), output, which, missing)
+    return produce(
+        report,
+        assembly,
+        (*header.files, *further),
+        output,
+        running,
+        inputs=[header.path],
+        threads=running.threads,
+        allow_nonfinite=running.allow_nonfinite,
+    )
+
+
+def planned(
+    header: Header, target: Target, output: ConvertedOutput, which: ConvertedState, missing: Missing
+) -> tuple[ConvertReport, Assembly, Sequence[Stamp]]:
+    """Plan a conversion; see `convert`.
+
+    Returns:
+        (the report; what is written; stamps of further files that are read)
+    """
     layout = find_layout(output.to)
-    target = Target.of(output.out)
     shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
     check_shard_size(target, shard_bytes)
     _check_format(layout, target)
     _check_counters(missing.updates, missing.decay)
     dtype = parse_dtype(output.dtype)
-    check_threads(running.threads)
-    header = read_header(one_checkpoint(path))
     naming = find_names(header, missing.names_from, missing.model, missing.model_kwargs or {})
     found, sets = _chosen(header, layout, which.state, naming)
     if which.dequantize:
@@ -122,9 +144,17 @@ def convert(
     content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
-        {"to": output.to, "dtype": dtype and dtype.name, "dequantize": which.dequantize or None},
+        {
+            "to": output.to,
+            "dtype": dtype and dtype.name,
+            "dequantize": which.dequantize or None,
+            "names_from": missing.names_from and Path(missing.names_from).name,
+            "model": missing.model,
+            "updates": missing.updates,
+            "decay": missing.decay,
+        },
         state=" and ".join(each.label for each in sets.values()),
-        input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
+        input=input_record(header),
     )
     dropped = left_behind(header.tree, sets, layout, nested=bool(layout.home) and target.format.nests)
     if not target.folder and header.in_folder:
@@ -133,6 +163,7 @@ def convert(
     configured = companions(header, []) if which.dequantize and target.folder else []
     edited = dict(without_quantization(configured))
     assembly = _assembled(layout, content, header, target, writing, dropped, edited)
+    assembly = with_place(assembly, output.write_checksums)
     report = ConvertReport(
         path=str(header.path),
         layout=next(iter(sets.values())).layout,
@@ -148,16 +179,7 @@ def convert(
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
     )
-    return produce(
-        report,
-        assembly,
-        (*header.files, *naming.files),
-        output,
-        running,
-        inputs=[header.path],
-        threads=running.threads,
-        allow_nonfinite=running.allow_nonfinite,
-    )
+    return report, assembly, naming.files
 
 
 def find_layout(name: str) -> Layout:

@@ -179,7 +179,16 @@ class Earlier(Options):
     )
 
 
-class Encoding(Output):
+class Recorded(Output):
+    """Where an output with a record of its origin goes, and what else says where it is from."""
+
+    write_checksums: bool = option("Record the SHA-256 of each tensor in the output.", False)
+    sign_off: str | Path | None = option(
+        "Also write an in-toto statement about inputs and output, to be signed.", None, metavar="FILE"
+    )
+
+
+class Encoding(Recorded):
     """Where the output goes, and in which encoding."""
 
     dtype: Any = option("Of the output: float32, bfloat16, ...", None, implied="same")
@@ -209,7 +218,7 @@ class ConvertedOutput(Encoding):
     )
 
 
-class StrippedOutput(Output):
+class StrippedOutput(Recorded):
     """Where a stripped checkpoint goes."""
 
     out: str | Path | None = option("The target.", None, implied="CKPT with -stripped", metavar="PATH")
@@ -221,7 +230,7 @@ class RenamedOutput(Output):
     out: str | Path | None = option("The target.", None, implied="CKPT itself, in one rename", metavar="PATH")
 
 
-class RecalibratedOutput(Output):
+class RecalibratedOutput(Recorded):
     """Where a recalibrated checkpoint goes."""
 
     out: str | Path | None = option("The target.", None, implied="CKPT with -bn", metavar="PATH")
@@ -299,6 +308,22 @@ class Tolerance(Options):
 
     rtol: float = option("Values may differ by atol + rtol * |b|.", 0.0)
     atol: float = option("As in torch.allclose.", 0.0)
+
+
+class Verification(Options):
+    """What of a checkpoint is verified."""
+
+    title = "What is checked"
+
+    inputs: str | Path | None = option("A folder that has the inputs of its record.", None, metavar="DIR")
+    sample: str | None = option(
+        "Make so much of the output again, such as 1%, and read no more of the inputs.", None, implied="all of it"
+    )
+    seed: int | None = option("Of the sample.", None, implied="drawn, and reported", metavar="N")
+    expect_sha256: str | None = option(
+        "SHA-256 of the file; for a folder, a file with lines as sha256sum writes them.", None, metavar="HEX|FILE"
+    )
+    allow_nonfinite: bool = option("Allow NaN and infinity.", False)
 
 
 class Drawing(Options):

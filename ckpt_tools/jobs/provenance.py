@@ -80,6 +80,32 @@ class Record:
         return self.state.split(" (")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """What an output that was made of one checkpoint records of itself, checked.
+
+    Attributes:
+        path: of the output.
+        version: of ckpt-tools.
+        command: that made it.
+        arguments: the options that were not at their defaults.
+        state: label of the weights.
+        input: the checkpoint; its step and coefficient mean nothing.
+    """
+
+    path: Path
+    version: str
+    command: str
+    arguments: Mapping[str, Any]
+    state: str
+    input: Input
+
+    @property
+    def which(self) -> str:
+        """As `Record.which`; ``auto`` for several sets of weights."""
+        return "auto" if " and " in self.state else self.state.split(" (")[0]
+
+
 def short_names(paths: Sequence[Path]) -> list[str]:
     """Return the shortest distinct names; outputs do not record the folders above them."""
     depth = 1
@@ -99,6 +125,16 @@ def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict
         "arguments": provided(arguments),
         **facts,
     }
+
+
+def input_record(header: Header) -> dict[str, Any]:
+    """Return a record of the one checkpoint that an output is made of, with what that records of itself."""
+    made = header.provenance
+    if made is not None:
+        made = {
+            key: value for key, value in made.items() if key != "checksums"
+        }  # of tensors that are not in the output
+    return {"name": header.path.name, "size": header.nbytes, "made": made}
 
 
 def provided(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +177,33 @@ def read_record(header: Header) -> Record:
     try:
         return _record(path, made)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise LayoutError(
-            f"{path}: its record is damaged, or of another version of ckpt-tools ({made.get('version')}): "
-            f"{_fault(error)}. Average the checkpoints themselves instead."
-        ) from error
+        raise _damaged(path, made, error, "Average the checkpoints themselves instead.") from error
+
+
+def read_source_record(header: Header) -> SourceRecord:
+    """Read what an output of one checkpoint records of itself; a file of unknown origin may say anything.
+
+    Raises:
+        LayoutError: the record is damaged.
+    """
+    path, made = header.path, header.provenance or {}
+    try:
+        command, arguments, state, source = made["command"], made["arguments"], made["state"], made["input"]
+        if not isinstance(command, str) or not isinstance(arguments, dict) or not isinstance(state, str):
+            raise ValueError("its 'command', 'arguments' or 'state' is of the wrong type")
+        if not isinstance(source, dict):
+            raise ValueError("its 'input' is no object")
+        wanted = _input({"step": None, "coefficient": 1.0, "name": source["name"], "size": source["size"]}, state)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(path, made, error, "Make it again from the checkpoint itself.") from error
+    return SourceRecord(path, str(made.get("version")), command, arguments, state, wanted)
+
+
+def _damaged(path: Path, made: Mapping[str, Any], error: Exception, advice: str) -> LayoutError:
+    return LayoutError(
+        f"{path}: its record is damaged, or of another version of ckpt-tools ({made.get('version')}): "
+        f"{_fault(error)}. {advice}"
+    )
 
 
 def _fault(error: Exception) -> str:

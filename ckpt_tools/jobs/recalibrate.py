@@ -30,13 +30,15 @@ from ..formats.file_plan import OutTensor
 from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, TensorSpec
 from .assembly import Assembly, rewrite
+from .checksums import with_place
 from .computed import computed
 from .image_data import check_images, fewer_classes, image_data, notes_of, same_data
 from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
 from .outputs import Target, named, named_after
-from .provenance import provenance
+from .provenance import input_record, provenance
 from .reports import Report
 from .run import check_output, run, write
+from .sign_off import SignOff
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +139,23 @@ def recalibrate_checkpoint(
                 "recal-bn",
                 network.record(done),
                 state=checkpoint.state.label,
-                input={"name": header.path.name, "made": header.provenance},
+                input=input_record(header),
             )
-            return rewrite(header, checkpoint.state, buffers, target=target, provenance=record)
+            assembly = rewrite(header, checkpoint.state, buffers, target=target, provenance=record)
+            return with_place(assembly, output.write_checksums)
 
         plan = lay_out({}, report)
 
         def check_plan() -> None:
-            check_output(plan, [header.path, *(stamp.path for stamp in header.files)], force=output.force)
+            inputs = [header.path, *(stamp.path for stamp in header.files)]
+            check_output(plan, inputs, force=output.force, sign_off=output.sign_off)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
             report = network.measured(report, running.on_progress or (lambda *_: None))
             if group.first and report.statistics is not None:
                 buffers = new_buffers(network.network, report.statistics, network.loaded, checkpoint.specs)
-                write(lay_out(buffers, report), header.files, force=output.force)
+                sign_off = None if output.sign_off is None else SignOff(Path(output.sign_off), header.files)
+                write(lay_out(buffers, report), header.files, force=output.force, sign_off=sign_off)
             return report
 
         dropped = replace(report, dropped=plan.dropped)

@@ -80,13 +80,62 @@ def replayed(
         )
     if record.measured_on is None and measured:
         raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
-    by_set = recorded_rule(record).needs == "profile"  # a checkpoint with several sets of weights counts several times
-    matching, dtype = with_state(recorded_matching(record), matching), recorded_dtype(record)
+    headers = find_inputs(record, header, paths, hashes=not running.dry_run)
+    addends = summed_again(header, record, headers, matching)
+    in_place = output.out is not None and same_file(Path(output.out), header.path)
+    before = _digests(header) if in_place and not running.dry_run else None
+    target = named_after(header, "-replayed") if output.out is None else Target.of(output.out)
+    return replace(
+        addends,
+        notes=tuple(_remarks(record, headers, running)),
+        given=(*(member.path for member in addends.members), *(() if in_place else (header.path,))),
+        target=target,
+        # A torch file has its name inside.
+        name=None if header.in_folder or target.folder else header.path.name,
+        compared=partial(_compared, record, header, before),
+    )
+
+
+def find_inputs(record: Record, header: Header, paths: Iterable[str | Path], *, hashes: bool) -> list[Header]:
+    """Find the inputs of an average.
+
+    Args:
+        paths: files and folders that have inputs, apart from the places where they are looked for anyway.
+        hashes: compare SHA-256, where it is recorded.
+
+    Raises:
+        SeriesError: some are missing, changed or there several times; names all of them.
+        UsageError: a path leads to no input.
+    """
     paths = [*paths]
-    headers = _found(record, header, paths, by_set=by_set, hashes=not running.dry_run)
+    found = look_for(record.inputs, header, paths, by_set=needs_sets(record), hashes=hashes)
+    files = [place for path in paths if not store_of(place := as_path(path)).is_folder(place)]
+    unused = next((place for place in files if place in found.unused), None)
+    if unused is not None and not found.faults:
+        raise UsageError(f"{unused}: is no input of {header.path}. ckpt inspect lists them.")
+    if found.faults:
+        n = len(record.inputs)
+        raise SeriesError(
+            f"{header.path}: {len(found.faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {found.said}. Give "
+            "the paths of the right files, or of folders that have them."
+        )
+    return [*found.headers]
+
+
+def summed_again(header: Header, record: Record, headers: Sequence[Header], matching: Matching) -> Addends:
+    """Return what was summed for an average.
+
+    Args:
+        headers: of its inputs, in the order of the record.
+        matching: with the set of weights, if another one than that of the record is asked for.
+
+    Raises:
+        LayoutError: an input has no such weights, or the record is of another version.
+    """
+    matching, dtype = with_state(recorded_matching(record), matching), recorded_dtype(record)
     names = [i.name for i in record.inputs]
     members = tuple(Member(h.path, h, i.step, record.counter) for h, i in zip(headers, record.inputs, strict=True))
-    chosen: Sequence[StateDict] | None = _sets(record, members, matching) if by_set else None
+    chosen: Sequence[StateDict] | None = _sets(record, members, matching) if needs_sets(record) else None
     by_tensor = None
     if recorded_rule(record).needs == "products":
         chosen = sets(members, matching)
@@ -97,9 +146,6 @@ def replayed(
             f"{header.path} is an average of {record.state}, and in {members[-1].path} the weights would be "
             f"{last.label}. Add `state={record.which!r}`, if it is the right file."
         )
-    in_place = output.out is not None and same_file(Path(output.out), header.path)
-    before = _digests(header) if in_place and not running.dry_run else None
-    target = named_after(header, "-replayed") if output.out is None else Target.of(output.out)
     return Addends(
         members=members,
         names=names,
@@ -111,14 +157,15 @@ def replayed(
         mode=record.mode,
         arguments=record.arguments,
         ordered_by=f"the record of {header.path.name}",
-        notes=tuple(_remarks(record, headers, running)),
-        given=(*(member.path for member in members), *(() if in_place else (header.path,))),
+        notes=(),
+        given=(),
         sha256=[i.sha256 for i in record.inputs],
-        target=target,
-        # A torch file has its name inside.
-        name=None if header.in_folder or target.folder else header.path.name,
-        compared=partial(_compared, record, header, before),
     )
+
+
+def needs_sets(record: Record) -> bool:
+    """True if a checkpoint with several sets of weights counts several times."""
+    return recorded_rule(record).needs == "profile"
 
 
 def _remarks(record: Record, headers: Sequence[Header], running: Summing) -> Iterator[str]:
@@ -153,36 +200,58 @@ def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list
     return found
 
 
-def _found(record: Record, header: Header, paths: Sequence[str | Path], *, by_set: bool, hashes: bool) -> list[Header]:
-    """Find the inputs.
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why an input cannot be taken, in words; `missing` if there is nothing of its name."""
 
-    Raises:
-        SeriesError: some are missing, changed or there several times; names all of them.
-        UsageError: a path leads to no input.
+    text: str
+    missing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What came of looking for inputs.
+
+    Attributes:
+        headers: of those that were found, in order.
+        faults: of the others.
+        unused: files that were given, and are none of them.
+    """
+
+    headers: tuple[Header, ...]
+    faults: tuple[Fault, ...]
+    unused: frozenset[Path]
+
+    @property
+    def said(self) -> str:
+        """The faults in words."""
+        more = f"; and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
+        return "; ".join(fault.text for fault in self.faults[:20]) + more
+
+
+def look_for(
+    inputs: Sequence[Input], header: Header, paths: Iterable[str | Path], *, by_set: bool = False, hashes: bool
+) -> Found:
+    """Look for the inputs of an output by name, size and SHA-256.
+
+    Args:
+        header: of the output.
+        paths: files and folders that have inputs, apart from the places where they are looked for anyway.
+        by_set: an input may be one of several sets of weights in a file.
+        hashes: compare SHA-256, where it is recorded.
     """
     given = [place for path in paths for place in _expanded(path)]
     search = _Search(header, given)
-    faults: list[str] = []
+    faults: list[Fault] = []
     headers: list[Header] = []
-    for i in record.inputs:
+    for i in inputs:
         found = _one(search, i, faults, by_set=by_set, hashes=hashes)
         if found is None:
             continue
         if not by_set and any(found.path == each.path for each in headers):
-            faults.append(f"{i.name} is not there: {found.path} is another input already")
+            faults.append(Fault(f"{i.name} is not there: {found.path} is another input already"))
         headers.append(found)
-    files = [place for path in paths if (place := as_path(path)) in given and not store_of(place).is_folder(place)]
-    unused = next((place for place in files if place not in search.used), None)
-    if unused is not None and not faults:
-        raise UsageError(f"{unused}: is no input of {header.path}. ckpt inspect lists them.")
-    if faults:
-        n = len(record.inputs)
-        raise SeriesError(
-            f"{header.path}: {len(faults)} of its {n} input{'s' * (n > 1)} cannot be taken. {'; '.join(faults[:20])}"
-            f"{f'; and {len(faults) - 20} more' if len(faults) > 20 else ''}. Give the paths of the right files, or of "
-            "folders that have them."
-        )
-    return headers
+    return Found(tuple(headers), tuple(faults), frozenset(given) - search.used)
 
 
 def _expanded(path: str | Path) -> list[Path]:
@@ -190,7 +259,7 @@ def _expanded(path: str | Path) -> list[Path]:
     return [place] if store_of(place).is_folder(place) else expand([path])
 
 
-def _one(search: _Search, wanted: Input, faults: list[str], *, by_set: bool, hashes: bool) -> Header | None:
+def _one(search: _Search, wanted: Input, faults: list[Fault], *, by_set: bool, hashes: bool) -> Header | None:
     """Find one input; the first place that has a right one decides."""
     names = [wanted.name]
     if by_set and wanted.name.endswith(")"):
@@ -214,12 +283,13 @@ def _one(search: _Search, wanted: Input, faults: list[str], *, by_set: bool, has
             else:
                 wrong.append(fault)
         if len(right) > 1:
-            faults.append(f"{wanted.name} is there several times: {', '.join(str(each.path) for each in right[:3])}")
+            several = ", ".join(str(each.path) for each in right[:3])
+            faults.append(Fault(f"{wanted.name} is there several times: {several}"))
             return None
         if right:
             search.used.add(right[0].path)
             return right[0]
-    faults.append("; ".join(wrong) if wrong else f"{wanted.name} is missing")
+    faults.append(Fault("; ".join(wrong)) if wrong else Fault(f"{wanted.name} is missing", missing=True))
     return None
 
 
@@ -346,7 +416,7 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
     if report.verdict in ("identical", "equal"):
         return f"Its weights are those of {old.path} in every byte; something else in the file differs.", True
     if record.measured_on is not None:
-        others = tuple(each for each in report.tensors if not _is_statistic(each.name))
+        others = tuple(each for each in report.tensors if not is_statistic(each.name))
         rest = replace(report, tensors=others, identical=report.compared - len(others))
         if rest.verdict in ("identical", "equal"):
             return (
@@ -377,7 +447,7 @@ def _is_rounding(report: DiffReport, updates: int) -> bool:
     return all(2 * each.beyond <= each.values for each in beyond if each.name in known)
 
 
-def _is_statistic(name: str) -> bool:
+def is_statistic(name: str) -> bool:
     """True for what a recalibration replaces."""
     return is_running(name) or name.endswith("num_batches_tracked")
 

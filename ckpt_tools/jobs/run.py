@@ -11,14 +11,16 @@ from typing import Any, TypeVar
 from ..compute import engine
 from ..compute.work_units import OutFile
 from ..errors import WriteError
-from ..formats.file_plan import FilePlan
+from ..formats.file_plan import FilePlan, whole_file
 from ..storage import splice
 from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
 from ..storage.staged import flush, keep_attributes, staged_files, write_at
+from . import checksums
 from .assembly import Assembly
-from .options import Output, Running
+from .options import Recorded, Running
 from .outputs import check_target
+from .sign_off import SignOff, check_sign_off
 
 R = TypeVar("R")
 
@@ -63,7 +65,7 @@ def produce(
     report: R,
     assembly: Assembly,
     stamps: Sequence[Stamp],
-    output: Output,
+    output: Recorded,
     running: Running,
     *,
     inputs: Iterable[Path] = (),
@@ -85,27 +87,39 @@ def produce(
 
     def check() -> None:
         kept = [stamp.path for stamp in stamps if stamp not in replaces]
-        check_output(assembly, [*inputs, *kept], force=output.force, scratch=scratch)
+        check_output(assembly, [*inputs, *kept], force=output.force, scratch=scratch, sign_off=output.sign_off)
 
     def work(plan: R) -> R:
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
         on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
-        write(final, sources, force=output.force, on_progress=on_bytes, **options)
+        sign_off = None if output.sign_off is None else SignOff(Path(output.sign_off), stamps)
+        write(final, sources, force=output.force, sign_off=sign_off, on_progress=on_bytes, **options)
         return done
 
     return run(report, running, check=check, work=work)
 
 
-def check_output(assembly: Assembly, inputs: Iterable[Path], *, force: bool, scratch: int = 0) -> None:
+def check_output(
+    assembly: Assembly,
+    inputs: Iterable[Path],
+    *,
+    force: bool,
+    scratch: int = 0,
+    sign_off: str | Path | None = None,
+) -> None:
     """Refuse a target before any work is done.
 
     Args:
         scratch: further bytes that are written beside it meanwhile.
+        sign_off: where a statement about it goes, see `write`.
 
     Raises:
-        WriteError: see `check_target`.
+        UsageError, WriteError: see `check_target` and `check_sign_off`.
     """
+    inputs = [*inputs]
+    if sign_off is not None:
+        check_sign_off(Path(sign_off), assembly, inputs, force=force)
     names = assembly.names if assembly.folder else None
     check_target(assembly.target, inputs, nbytes=assembly.nbytes + scratch, force=force, names=names)
 
@@ -115,6 +129,7 @@ def write(
     stamps: Sequence[Stamp],
     *,
     force: bool = False,
+    sign_off: SignOff | None = None,
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
@@ -123,14 +138,16 @@ def write(
     Args:
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
+        sign_off: a statement to write when the output is in place.
         on_progress: called with the bytes of tensors read and written so far.
         options: of `engine.run`.
 
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
     """
+    statement = None if sign_off is None else sign_off.begun()
     with ExitStack() as stages:
-        outputs = _staged(assembly, 0, force, stages)
+        outputs, companions = _staged(assembly, 0, force, stages)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress
@@ -138,6 +155,12 @@ def write(
             copy([each for each in splices if each], [out.fd for out in outputs], stamps, on_copied)
         else:
             engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
+        if assembly.checksums:
+            checksums.fill(assembly, outputs, options.get("threads"))
+        if statement is not None:
+            statement = statement.about(assembly, [*outputs, *companions])
+    if statement is not None:
+        statement.write(assembly.target, force=force)
 
 
 def write_all(
@@ -153,21 +176,27 @@ def write_all(
     All are moved into place, one after another, when all are complete.
     """
     with ExitStack() as stages:
-        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)]
+        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)[0]]
         engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
 
 
-def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> list[OutFile]:
-    """Create the files of an assembly, to be moved into place when the stages end; its companions are complete."""
-    files = assembly.files
-    # Their content now, so that their sizes are known.
-    beside = {path.name: read_file(path)[0] for path in assembly.companions}
-    names = [*(plan.name for plan in files), *beside] if assembly.folder else None
-    sizes = [*(plan.size for plan in files), *map(len, beside.values())]
-    fds = stages.enter_context(staged_files(assembly.target, names, sizes, force=force))
-    for fd, (name, data) in zip(fds[len(files) :], beside.items(), strict=True):
-        write_at(fd, memoryview(data), 0, assembly.target / name)
-    return [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=False)]
+def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> tuple[list[OutFile], list[OutFile]]:
+    """Create the files of an assembly, to be moved into place when the stages end.
+
+    Returns:
+        (those to fill; its companions, which are complete)
+    """
+    # The content of companions now, so that their sizes are known.
+    beside = [whole_file(path.name, read_file(path)[0]) for path in assembly.companions]
+    files = [*assembly.files, *beside]
+    names = [plan.name for plan in files] if assembly.folder else None
+    fds = stages.enter_context(staged_files(assembly.target, names, [plan.size for plan in files], force=force))
+    outputs = [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
+    companions = outputs[len(assembly.files) :]
+    for out in companions:
+        for segment in out.plan.computed:
+            write_at(out.fd, memoryview(segment.make(())), 0, assembly.target / out.plan.name)
+    return outputs[: len(assembly.files)], companions
 
 
 def _spliced(plan: FilePlan, stamps: Sequence[Stamp]) -> Splice | None:

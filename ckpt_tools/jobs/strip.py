@@ -23,10 +23,11 @@ from ..formats.pickle_objects import Inert
 from ..formats.tree import put, tensors_in
 from ..series.paths import one_checkpoint
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
-from .assembly import nested
+from .assembly import Assembly, nested
+from .checksums import with_place
 from .options import KeptState, Running, StrippedOutput, takes
 from .outputs import Target, check_same_format, named_after
-from .provenance import provenance
+from .provenance import input_record, provenance
 from .reports import Report
 from .run import produce, run
 
@@ -101,9 +102,23 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     header = read_header(one_checkpoint(path))
+    target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
+    report, assembly = planned(header, target, which, output)
+    if assembly is None:
+        return run(report, running)
+    return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
+
+
+def planned(
+    header: Header, target: Target, which: KeptState, output: StrippedOutput
+) -> tuple[StripReport, Assembly | None]:
+    """Plan what is stripped; see `strip`.
+
+    Returns:
+        (the report; what is written, None if there is nothing to strip)
+    """
     if is_optimizer(header.tree):
         raise LayoutError(f"{header.path}: {_NO_WEIGHTS}")
-    target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
     if not header.format.rewritten:
         check_same_format(header, target, folder=header.copied_to_folder)
     found = states(header)
@@ -131,7 +146,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         nbytes=header.nbytes,
     )
     if not report.anything:
-        return run(report, running)
+        return report, None
     _check_kept(header, tree, sets)
     check_same_format(header, target, folder=header.copied_to_folder)
     said = provenance(
@@ -139,10 +154,11 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         {"state": which.state},
         state=" and ".join(report.kept) or "all weights",
         stripped=[entry.place for entry in report.entries],
-        input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
+        input=input_record(header),
     )
     writing = Writing(name=target.name, provenance=said)
     assembly = nested(tree, writing, target=target.path, format=header.format.written_as)
+    assembly = with_place(assembly, output.write_checksums)
     report = replace(
         report,
         beside=tuple(place for place in report.beside if place not in assembly.dropped),
@@ -150,7 +166,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
     )
-    return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
+    return report, assembly
 
 
 def _with_sums(header: Header, tree: Any, chosen: StateDict) -> Any:

@@ -50,9 +50,9 @@ def locked(target: Path, folder: Path, make: Callable[[Path], int]) -> tuple[Pat
 
 
 def new_file(path: Path) -> int:
-    """Create a file; return a descriptor for writing."""
+    """Create a file; return a descriptor for reading and writing."""
     # 0o666 minus the umask: the default mode of new files.
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
 
 
 def new_folder(path: Path) -> int:

@@ -39,7 +39,7 @@ def staged_files(
         force: replace an existing target.
 
     Yields:
-        A writable descriptor of each file.
+        A descriptor of each file, for reading and writing.
 
     Raises:
         WriteError: the system refuses.
@@ -129,7 +129,7 @@ class _Stage:
         by_proc = self._base != self._parent  # through which a name is given
         if by_proc and hasattr(os, "O_TMPFILE") and hasattr(os, "link"):
             with suppress(OSError):
-                return os.open(self._base, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+                return os.open(self._base, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
         self._stage, fd = locked(self._target, self._base, new_file)
         return fd
 

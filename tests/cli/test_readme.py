@@ -41,4 +41,4 @@ def test_readme_commands_print_what_the_readme_shows(tmp_path: Path) -> None:
 
 def test_readme_shows_every_command() -> None:
     shown = {session.split()[2] for session in SESSIONS}
-    assert shown == {"avg", "convert", "diff", "fix-prefix", "inspect", "recal-bn", "strip"}
+    assert shown == {"avg", "convert", "diff", "fix-prefix", "inspect", "recal-bn", "strip", "verify"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import runpy
@@ -28,7 +29,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchvision.ops import FrozenBatchNorm2d
 
-from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint
+from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint, verify
 from ckpt_tools.errors import CkptError, DataError, LayoutError, ModelError, NumericsError, UsageError, WriteError
 
 Save = Callable[..., Path]
@@ -107,7 +108,9 @@ def test_recalibrate_checkpoint_writes_a_valid_zip_with_provenance(save: Save, p
     paths = [save(f"{i}.pth", network(i).state_dict()) for i in range(2)]
     average(paths, out=paths[0].with_name("averaged.pth"))
     path = paths[0].with_name("averaged.pth")
-    recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", passes=2, seed=5, images=9, **QUICK)
+    options: dict[str, Any] = {"passes": 2, "seed": 5, "images": 9, "write_checksums": True, **QUICK}
+    sign_off = path.with_name("signed.json")
+    recalibrate_checkpoint(path, data=str(photos()), model="test_resnet", sign_off=sign_off, **options)
     out = path.with_name("averaged-bn.pth")
     assert zipfile.ZipFile(out).testzip() is None
     made = open_checkpoint(out).provenance
@@ -118,6 +121,12 @@ def test_recalibrate_checkpoint_writes_a_valid_zip_with_provenance(save: Save, p
     assert made["arguments"]["passes"] == 2
     assert made["arguments"]["preprocessing"]["input_size"] == [3, 32, 32]
     assert [i["name"] for i in made["input"]["made"]["inputs"]] == ["0.pth", "1.pth"]
+    (subject,) = json.loads(sign_off.read_text())["subject"]
+    assert subject["digest"]["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+    found = {check.name: (check.result, check.detail) for check in verify(out).checks}
+    assert found["tensors"][0] == "ok"
+    assert found["made again"][0] == "not checked"
+    assert "all else is the same bit for bit" in found["made again"][1]
 
 
 def test_recalibrate_checkpoint_changes_the_chosen_state(save: Save, photos: Photos) -> None:

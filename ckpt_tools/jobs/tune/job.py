@@ -29,7 +29,7 @@ from ..computed import computed
 from ..image_data import check_images
 from ..options import Inference, Network, Numerics, State, takes
 from ..outputs import Target, named_after
-from ..provenance import provenance
+from ..provenance import input_record, provenance
 from ..run import check_output, run, write
 from .options import Classifier, LabelledImages, Teaching, Training, TunedOutput
 from .report import TuneReport
@@ -92,7 +92,7 @@ def tune_checkpoint(
                 "tune",
                 {**settings, "amp": numerics.amp or None},
                 state=checkpoint.state.label,
-                input={"name": header.path.name, "made": header.provenance},
+                input=input_record(header),
             )
             return rewrite(header, checkpoint.state, changed, target=target, provenance=record)
 

@@ -1,0 +1,203 @@
+"""Zip check: every byte of an archive against its directory.
+
+Readers of zip files take what they need from the directory and pass over the rest. Here the checksum of every content
+is computed, and what an archive says twice has to agree: the local file header, the data descriptor and the directory
+line of an entry; the end records and the directory. What follows from nothing else (padding, attributes) has to be as
+torch and ckpt-tools write it. APPNOTE.TXT, sections 4.3.7 to 4.3.16, has the fields.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReadError
+from ..storage.source import InputFile, read_at
+from . import dcp_metadata
+from .dcp import DCP_FOLDER, METADATA, SUFFIX
+from .header import Header
+from .zip import Archive, Entry, data_descriptor, extra_fields
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_END, _LOCATOR, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
+_MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
+_DESCRIPTOR = 1 << 3
+_ZIP64, _PADDING = 1, 0x4246
+_OTHERS = frozenset({0x000A, 0x5455, 0x5855, 0x7855, 0x7875})
+"""Extra fields of other programs: times and owners."""
+_VERSIONS = ((20, 45), (45, 20))
+"""Versions in a local file header and in the directory that differ because of an offset beyond 4 GB."""
+_MAKERS = frozenset({20, 30, 45, 46, 63})
+_SYSTEMS = frozenset({0, 3, 10, 11, 19})
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An archive in a file: the whole file, or a range of it. `where` names it in messages."""
+
+    path: Path
+    start: int
+    length: int | None
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What came of checking an archive.
+
+    Attributes:
+        checked: number of contents whose checksum is right.
+        without: number of contents that have no checksum.
+        fault: the first thing that does not agree, in words; None if all does.
+    """
+
+    checked: int
+    without: int
+    fault: str | None = None
+
+
+def archives(header: Header) -> Iterator[Place]:
+    """Yield the zip archives that a checkpoint consists of."""
+    locations: dict[str, list[Any]] = {}
+    if header.format is DCP_FOLDER:
+        with InputFile(header.path / METADATA) as index:
+            metadata = dcp_metadata.load(index.as_file(), index.path)
+        locations = {name: [*each] for name, each in groupby(metadata.locations(), key=lambda at: at.file)}
+    for stamp in header.files:
+        with InputFile(stamp.path) as file:
+            start = file.read(0, 4)
+        if stamp.path.name.endswith(SUFFIX) and locations:
+            for at in locations.get(stamp.path.name, ()):
+                yield Place(stamp.path, at.offset, at.length, f"{stamp.path}, the entry at byte {at.offset}")
+        elif start == b"PK\3\4":
+            yield Place(stamp.path, 0, None, str(stamp.path))
+
+
+def check(place: Place) -> Records:
+    """Check every byte of an archive.
+
+    Raises:
+        ReadError: it cannot be read.
+    """
+    with InputFile(place.path) as file:
+        archive = Archive(file, place.start, place.length, where=place.where)
+        length = file.stamp.nbytes - place.start if place.length is None else place.length
+        checked = without = at = 0
+        if archive.shift:
+            return Records(0, 0, f"{place.where}: other bytes precede its archive")
+        for entry in sorted(archive.entries.values(), key=lambda each: each.offset):
+            name = entry.name.decode("utf-8", "replace")
+            if entry.offset != at:
+                return Records(checked, without, f"{place.where}: bytes before '{name}' belong to no entry")
+            fault, at, crc = _entry(archive, file, place.start, entry)
+            if fault is not None:
+                return Records(checked, without, f"{place.where}: {fault} of '{name}' is not as its directory says")
+            checked, without = (checked + 1, without) if crc else (checked, without + 1)
+        fault = _directory(archive, [*archive.entries.values()], at)
+        end = archive.limit + len(archive.directory)
+        fault = fault or _end(archive, file.read(place.start + end, length - end))
+    return Records(checked, without, None if fault is None else f"{place.where}: {fault}")
+
+
+def _entry(archive: Archive, file: InputFile, start: int, entry: Entry) -> tuple[str | None, int, bool]:
+    """Check an entry.
+
+    Returns:
+        (what is wrong; the offset after it; True if its content has a checksum)
+    """
+    header, begin = archive.local_header(entry)
+    _, version, flags, method, time, date, crc, packed, size, _, _ = _LOCAL.unpack_from(header)
+    line = entry.fields
+    end = begin + entry.packed
+    if end > archive.limit or (entry.stored and entry.size != entry.packed):
+        return "the length", end, False
+    if (version != line[1] and (version, line[1]) not in _VERSIONS) or (flags, method, time, date) != line[2:6]:
+        return "the local header", end, False
+    described = bool(flags & _DESCRIPTOR) and not (crc or packed or size)
+    extra = file.read(start + entry.offset + len(header), begin - entry.offset - len(header))
+    fields, rest = extra_fields(extra)
+    if rest or not all(_is_usual(number, data, entry, described) for number, data in fields):
+        return "the padding", end, False
+    if described:
+        found = data_descriptor(file.read(start + end, 24), entry)
+        if found is None or found[0] != entry.crc:
+            return "the data descriptor", end, False
+        end += found[1]
+    else:
+        sizes = all(n in (m, _MAX32) for n, m in ((packed, entry.packed), (size, entry.size)))
+        wide = _MAX32 in (packed, size) and not any(number == _ZIP64 for number, _ in fields)
+        if crc != entry.crc or not sizes or wide:
+            return "the local header", end, False
+    if not entry.crc and entry.size:
+        return None, end, False
+    name = next(name for name, each in archive.entries.items() if each is entry) if not entry.stored else ""
+    try:
+        same = (
+            _crc32(file, start + begin, entry.packed) == entry.crc
+            if entry.stored
+            else bool(archive.inflated(name, entry.size))
+        )
+    except ReadError:
+        same = False
+    return None if same else "the checksum", end, True
+
+
+def _is_usual(number: int, data: bytes, entry: Entry, described: bool) -> bool:
+    if number == _PADDING:
+        return data == b"Z" * len(data)
+    if number == _ZIP64:
+        words = [data[i : i + 8] for i in range(0, len(data), 8)]
+        known = (entry.size, entry.packed, entry.offset, *[0] * described)  # torch leaves one out
+        return all(int.from_bytes(word, "little") in known for word in words)
+    return number in _OTHERS
+
+
+def _crc32(file: InputFile, offset: int, nbytes: int) -> int:
+    crc, block = 0, memoryview(bytearray(min(_BLOCK, nbytes)))
+    for at in range(0, nbytes, _BLOCK):
+        part = block[: nbytes - at]
+        read_at(file.source, part, offset + at, file.path)
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _directory(archive: Archive, entries: list[Entry], at: int) -> str | None:
+    """Check what only the directory says; `at` is where the entries end."""
+    if at != archive.limit:
+        return "bytes before its directory belong to no entry"
+    systems = {entry.fields[0] >> 8 for entry in entries}
+    attributes = {entry.fields[13:15] for entry in entries}
+    odd = any(entry.fields[12] or entry.fields[13] > 1 for entry in entries)
+    if systems == {0}:  # torch and ckpt-tools; a program of Unix keeps permissions there
+        odd = odd or len(attributes) > 1 or any(entry.fields[0] != entry.fields[1] for entry in entries)
+    return "its directory has lines that differ from the others" if odd or len(systems) > 1 else None
+
+
+def _end(archive: Archive, tail: bytes) -> str | None:
+    """Check the end records, which repeat count, size and offset of the directory."""
+    odd = "its end records are not those of its directory"
+    count, size, at = len(archive.entries), len(archive.directory), archive.limit
+    if tail[:4] == b"PK\6\6":
+        if len(tail) < _END64.size + _LOCATOR.size:
+            return odd
+        _, length, made, needed, *rest = _END64.unpack_from(tail)
+        if length != 44 or needed not in _MAKERS or rest != [0, 0, count, count, size, at]:
+            return odd
+        if made & 0xFF not in _MAKERS or made >> 8 not in _SYSTEMS:
+            return odd
+        if _LOCATOR.unpack_from(tail, _END64.size) != (b"PK\6\7", 0, at + size, 1):
+            return odd
+        tail = tail[_END64.size + _LOCATOR.size :]
+    if len(tail) < _END.size:
+        return odd
+    signature, *found, comment = _END.unpack_from(tail)
+    wanted = [0, 0, count, count, size, at]
+    most = [0, 0, _MAX16, _MAX16, _MAX32, _MAX32]
+    right = all(n == m or n == largest != 0 for n, m, largest in zip(found, wanted, most, strict=True))
+    return None if signature == b"PK\5\6" and right and len(tail) == _END.size + comment else odd

@@ -1,0 +1,116 @@
+"""Verifying: whether a checkpoint is whole, and whether an output is what its record says.
+
+A plan of checks, none of which changes a file: those of the file by itself (`verify_file`), and those against its
+record (`verify_origin`).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compute.threads import check_threads
+from ..errors import CkptError, UsageError
+from ..formats import read_header
+from ..formats.header import Header
+from ..series.paths import folder_of_index, one_checkpoint
+from . import verify_file
+from .options import Reading, Verification, takes
+from .reports import Report
+from .verify_checks import FAILED, Check
+from .verify_origin import origin
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport(Report):
+    """What came of verifying one checkpoint.
+
+    Attributes:
+        path: the file or folder.
+        format: of the checkpoint; empty if it cannot be read.
+        checks: in the order in which they were made.
+        sample: share of the output that was made again, more than 0 and at most 1.
+        seed: of the sample; None if all of it was made again.
+    """
+
+    path: str
+    format: str
+    checks: tuple[Check, ...]
+    sample: float = 1.0
+    seed: int | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True if no check has failed."""
+        return not self.count(FAILED)
+
+    def count(self, result: str) -> int:
+        """Return the number of checks with this result: ``ok``, ``failed`` or ``not checked``."""
+        return sum(check.result == result for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON."""
+        return {"passed": self.passed} | asdict(self)
+
+
+@takes(Verification, Reading)
+def verify(path: str | Path, asked: Verification, running: Reading) -> VerifyReport:
+    """Check that a checkpoint is whole, and that an output is what its record says; in bounded memory.
+
+    What a file holds never raises an error here: it is the result of a check. Nothing in it is run, and `torch.load`
+    sees only a file whose pickle was read before.
+
+    Args:
+        path: a file or folder.
+        {options}
+
+    Returns:
+        The result of each check.
+
+    Raises:
+        UsageError: an option is invalid.
+    """
+    check_threads(running.threads)
+    share = _share(asked.sample)
+    seed = random.SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
+    if asked.inputs is not None and not Path(asked.inputs).is_dir():
+        raise UsageError(f"`inputs`: {asked.inputs} is no folder.")
+    place = Path(path)
+    try:
+        place = folder_of_index(one_checkpoint(path))
+        header = read_header(place)
+    except UsageError:
+        raise
+    except CkptError as error:
+        said = str(error).removeprefix(f"{place}: ")
+        return VerifyReport(str(place), "", (Check("structure", FAILED, said),), share)
+    checks = tuple(_checks(header, asked, running, share, seed))
+    return VerifyReport(str(header.path), header.format.name, checks, share, None if share == 1 else seed)
+
+
+def _checks(header: Header, asked: Verification, running: Reading, share: float, seed: int) -> Iterator[Check]:
+    yield verify_file.structure(header)
+    if asked.expect_sha256 is not None:
+        yield verify_file.digest(header, asked.expect_sha256)
+    yield verify_file.zip_checksums(header)
+    yield from verify_file.tensors(header, asked, running)
+    yield verify_file.loads(header)
+    yield from origin(header, asked, running, share, seed)
+
+
+def _share(sample: str | None) -> float:
+    """Read a share such as 1%.
+
+    Raises:
+        UsageError: it is none, or not more than 0 and at most 100 %.
+    """
+    if sample is None:
+        return 1.0
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*%", sample)
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise UsageError(f"`sample={sample!r}`: a part of the output, more than 0% and at most 100%, such as 1%.")
+    return float(match[1]) / 100

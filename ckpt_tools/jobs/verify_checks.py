@@ -1,0 +1,121 @@
+"""Checks: what comes of each, and how tensors are paired by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoints.layouts.layout import dotted
+from ..formats.header import Header
+from ..formats.tree import tensors_in
+from ..tensors import Tensor
+
+OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What came of one check.
+
+    Attributes:
+        name: of the check.
+        result: ``ok``, ``failed`` or ``not checked``.
+        detail: what was checked, what is wrong, or why it was not checked, in words.
+    """
+
+    name: str
+    result: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: its key path and where it is."""
+
+    path: tuple[Any, ...]
+    tensor: Tensor
+
+
+def stored_tensors(header: Header) -> dict[str, Stored]:
+    """Return all tensors of a checkpoint by dotted path."""
+    return {dotted(path): Stored(path, tensor) for path, tensor in tensors_in(header.tree)}
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Names in a file and the names that they should be.
+
+    Attributes:
+        names: from each name in the file that has a counterpart to that.
+        lacking: names that the file should have.
+        strange: names that it should not have.
+        renamed: which prefix was added or removed, in words; empty if none was.
+    """
+
+    names: Mapping[str, str]
+    lacking: tuple[str, ...]
+    strange: tuple[str, ...]
+    renamed: str
+
+    @property
+    def fault(self) -> str | None:
+        """A name that has no counterpart, in words; None if all have one."""
+        if self.lacking:
+            more = f" and {len(self.lacking) - 1} more" if self.lacking[1:] else ""
+            return f"it lacks '{self.lacking[0]}'{more}"
+        if self.strange:
+            more = f" and {len(self.strange) - 1} more" if self.strange[1:] else ""
+            return f"'{self.strange[0]}'{more} should not be in it"
+        return None
+
+
+def paired(wanted: Collection[str], stored: Mapping[str, Stored]) -> Pairing:
+    """Pair names, where `fix-prefix` may have added one prefix to those of a dict, or removed one."""
+    names: dict[str, str] = {}
+    changes: list[str] = []
+    for parent, keys in _by_parent(stored).items():
+        lead = f"{dotted(parent)}." if parent else ""
+        old = {key: lead + key for key in keys}
+        if any(name not in wanted for name in old.values()):
+            found = _renamed(lead, keys, wanted)
+            if found is not None:
+                old, change = found
+                changes.append(change)
+        names |= {lead + key: name for key, name in old.items() if name in wanted}
+    used = {*names.values()}
+    return Pairing(
+        names,
+        tuple(name for name in wanted if name not in used),
+        tuple(name for name in stored if name not in names),
+        "; ".join(dict.fromkeys(changes)),
+    )
+
+
+def _by_parent(stored: Mapping[str, Stored]) -> dict[tuple[Any, ...], list[str]]:
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for each in stored.values():
+        found.setdefault(each.path[:-1], []).append(dotted(each.path[-1:]))
+    return found
+
+
+def _renamed(lead: str, keys: list[str], wanted: Collection[str]) -> tuple[dict[str, str], str] | None:
+    """Return the old names by key, and the change in words; None if it is not that of one prefix."""
+    first = keys[0]
+    for name in wanted:
+        tail = name.removeprefix(lead)
+        if not name.startswith(lead) or tail == first:
+            continue
+        if first.endswith(tail):
+            prefix = first.removesuffix(tail)
+            old = {key: lead + key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+            change = f"'{prefix}' was put before its names"
+        elif tail.endswith(first):
+            prefix = tail.removesuffix(first)
+            old = {key: lead + prefix + key for key in keys}
+            change = f"'{prefix}' was removed from its names"
+        else:
+            continue
+        if len(old) == len(keys) and all(each in wanted for each in old.values()):
+            return old, change
+    return None

@@ -1,0 +1,249 @@
+"""Verifying a file by itself: checksums, values, other readers, and digests that its user or its record knows."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CkptError, SeriesError, UsageError
+from ..formats.header import Header
+from ..formats.json_file import read_small
+from ..formats.safetensors import SAFETENSORS
+from ..formats.torch_legacy import TORCH_LEGACY
+from ..formats.torch_zip import TORCH_ZIP
+from ..formats.tree import tensors_in
+from ..formats.zip_check import archives, check
+from ..series.shards import refuse_part
+from ..storage.source import LOCAL, sha256, store_of
+from ..tensors import TensorSpec, UnsupportedTensor
+from .checksums import read_checksums
+from .options import Reading, Verification
+from .verify_checks import FAILED, NOT_CHECKED, OK, Check, paired, stored_tensors
+
+_MOST_LIST = 10 << 20
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it
+
+
+def structure(header: Header) -> Check:
+    """Report what the reader has checked: offsets, shapes, names, an index against its shards, chunks that fit."""
+    n, files = sum(1 for _ in tensors_in(header.tree)), len(header.files)
+    more = f" in {files} files" if files > 1 else ""
+    return Check("structure", OK, f"{header.format.name}, {_plural(n, 'tensor')}{more}")
+
+
+def zip_checksums(header: Header) -> Check:
+    """Check the zip archives of a checkpoint."""
+    name, checked, without, found = "checksums", 0, 0, 0
+    try:
+        for place in archives(header):
+            records = check(place)
+            if records.fault is not None:
+                return Check(name, FAILED, records.fault)
+            found, checked, without = found + 1, checked + records.checked, without + records.without
+    except CkptError as error:
+        return Check(name, FAILED, str(error))
+    if not found:
+        return Check(name, NOT_CHECKED, f"the format {header.file_format.name} has none")
+    if without:
+        return Check(name, NOT_CHECKED, f"{without} of {_plural(checked + without, 'record')} have no CRC-32")
+    return Check(name, OK, f"CRC-32 of {_plural(checked, 'record')}, and every byte around them")
+
+
+def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[Check]:
+    """Check for one read that values are finite, and tensors those whose SHA-256 is recorded."""
+    try:
+        recorded = read_checksums(header.provenance or {})
+    except ValueError as error:
+        yield Check("tensors", FAILED, f"{header.path}: {error}")
+        return
+    stored = stored_tensors(header)
+    if recorded is not None and part_of(header):  # the record is that of the whole
+        recorded = {name: each for name, each in recorded.items() if name in stored}
+    specs = [*dict.fromkeys(each.tensor for each in stored.values() if isinstance(each.tensor, TensorSpec))]
+    try:
+        found = dict(zip(specs, _digests(specs, header, running, hashed=recorded is not None), strict=True))
+    except CkptError as error:
+        yield Check("finite", FAILED, str(error))
+        return
+    odd = [(name, found[each.tensor]) for name, each in stored.items() if isinstance(each.tensor, TensorSpec)]
+    odd = [(name, each) for name, each in odd if each.first is not None]
+    unread = {name: each.tensor.reason for name, each in stored.items() if isinstance(each.tensor, UnsupportedTensor)}
+    if odd:
+        name, first = odd[0]
+        counts = [f"{first.nans} NaN"] * bool(first.nans)
+        counts += [f"{first.infinities} infinit{'y' if first.infinities == 1 else 'ies'}"] * bool(first.infinities)
+        more = f"; so has or have {len(odd) - 1} more" if odd[1:] else ""
+        said = f"'{name}' has {' and '.join(counts)}, the first at {[*(first.first or ())]}{more}"
+        yield Check("finite", OK if asked.allow_nonfinite else FAILED, f"{said}{' (allowed)' * asked.allow_nonfinite}")
+    elif unread:
+        name, reason = next(iter(unread.items()))
+        yield Check("finite", NOT_CHECKED, f"{len(unread)} of {_plural(len(stored), 'tensor')}: '{name}' is {reason}")
+    else:
+        yield Check("finite", OK, f"every value of {_plural(len(stored), 'tensor')}")
+    if recorded is None:
+        return
+    pairing = paired(recorded, stored)
+    fault = pairing.fault
+    for name, old in pairing.names.items():
+        tensor, wanted = stored[name].tensor, recorded[old]
+        if isinstance(tensor, UnsupportedTensor):
+            fault = fault or f"'{name}' is {tensor.reason}"
+        elif (tensor.dtype.name, tensor.shape) != (wanted.dtype, wanted.shape):
+            fault = fault or f"'{name}' is {tensor.dtype.name} {[*tensor.shape]}, and was {wanted.dtype}"
+        elif found[tensor].sha256 != wanted.sha256:
+            fault = fault or f"the SHA-256 of '{name}' is not that in the record"
+    also = f"; {pairing.renamed}" if pairing.renamed else ""
+    yield Check("tensors", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
+
+
+def part_of(header: Header) -> str:
+    """Return of what a checkpoint is a part, in words; empty if it is whole."""
+    try:
+        refuse_part(header.path)
+    except SeriesError as error:
+        return str(error)
+    return ""
+
+
+def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Any]:
+    from ..compute.digest import digests  # imports torch
+
+    show, total = running.on_progress, sum(spec.nbytes for spec in specs)
+    on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
+    return digests(specs, hashed=hashed, stamps=header.files, threads=running.threads, on_progress=on_bytes)
+
+
+def loads(header: Header) -> Check:
+    """Load the files with the library of their format, which runs no code in them and leaves values on the disk."""
+    name, form = "loads", header.file_format
+    if store_of(header.path) is not LOCAL:
+        return Check(name, NOT_CHECKED, "the libraries read local files alone")
+    paths = [stamp.path for stamp in header.files if not stamp.path.name.endswith(".json")]
+    if form is SAFETENSORS:
+        return _each(paths, "safetensors.safe_open", lambda path: _open_safetensors(path, header))
+    if form in (TORCH_ZIP, TORCH_LEGACY):
+        how = "torch.load(weights_only=True" + (", mmap=True)" if form is TORCH_ZIP else ")")
+        whole = header.tree if len(paths) == 1 else None
+        return _each(paths, how, lambda path: _load_torch(path, whole, mapped=form is TORCH_ZIP))
+    return Check(name, NOT_CHECKED, f"no library loads the format {form.name} without a risk to run code in it")
+
+
+def _each(paths: list[Path], how: str, load: Callable[[Path], str | None]) -> Check:
+    for path in paths:
+        fault = load(path)
+        if fault is not None:
+            return Check("loads", FAILED, f"{how} of {path.name}: {fault}")
+    return Check("loads", OK, how + (f" of {len(paths)} files" if len(paths) > 1 else ""))
+
+
+def _load_torch(path: Path, tree: Any, *, mapped: bool) -> str | None:
+    """Load a file, whose pickle has been read and found harmless; return what is wrong with it."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True if mapped else None)
+    except Exception as error:  # noqa: BLE001 - whatever the library raises
+        return _refusal(error)
+    ours = [tensor for _, tensor in tensors_in(tree)]
+    if tree is None or any(isinstance(each, UnsupportedTensor) for each in ours):
+        return None
+    mine = Counter((each.dtype.name, each.shape) for each in ours if isinstance(each, TensorSpec))
+    theirs = Counter((str(each.dtype).removeprefix("torch."), tuple(each.shape)) for each in _tensors(loaded))
+    return None if mine == theirs else "it finds other tensors than ckpt-tools does"
+
+
+def _refusal(error: Exception) -> str:
+    """Shorten a refusal of torch, which says at length how to load anyway."""
+    text = str(error)
+    refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?: was not|$)", text)
+    name = re.search(r"GLOBAL ([\w.]+)", text)
+    if name is not None:
+        return f"refuses {name[1]}. `convert(to='plain')` writes a file without it."
+    return (refused[0] if refused else text.strip().split("\n")[0]) or type(error).__name__
+
+
+def _tensors(node: Any) -> Iterator[Any]:
+    """Yield the tensors of a loaded object, each place once as `tensors_in` does."""
+    import torch
+
+    waiting, seen = [node], set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, (dict, list, tuple)) and id(each) not in seen:
+            seen.add(id(each))
+            waiting += each.values() if isinstance(each, dict) else each
+
+
+def _open_safetensors(path: Path, header: Header) -> str | None:
+    """Open a file; return what is wrong with it."""
+    from safetensors import safe_open
+
+    tree: Mapping[str, Any] = header.tree
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                part, spec = file.get_slice(key), tree.get(key)
+                theirs = part.get_dtype(), tuple(part.get_shape())
+                if spec is None or (isinstance(spec, TensorSpec) and (spec.dtype.safetensors, spec.shape) != theirs):
+                    return f"it finds another '{key}' than ckpt-tools does"
+    except Exception as error:  # noqa: BLE001 - whatever the library raises
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return None
+
+
+def digest(header: Header, expected: str) -> Check:
+    """Check the SHA-256 of whole files.
+
+    Args:
+        expected: 64 hexadecimal digits, or a file with lines as `sha256sum` writes them.
+
+    Raises:
+        UsageError: digits for several files, or no list.
+    """
+    names = header.names
+    if re.fullmatch("[0-9a-fA-F]{64}", expected):
+        if len(names) > 1:
+            raise UsageError(
+                f"`expect_sha256`: {header.path} has {len(names)} files. Give a list of theirs, as sha256sum writes it."
+            )
+        wanted = dict.fromkeys(names, expected.lower())
+    else:
+        wanted = _listed(Path(expected), header)
+    lacking = [name for name in names if name not in wanted]
+    if lacking:
+        return Check("sha256", FAILED, f"{expected} does not list '{lacking[0]}'")
+    try:
+        wrong = [name for name, path in names.items() if sha256(path) != wanted[name]]
+    except CkptError as error:
+        return Check("sha256", FAILED, str(error))
+    if wrong:
+        return Check("sha256", FAILED, f"'{wrong[0]}' has another SHA-256 than expected")
+    return Check("sha256", OK, "that of the file" if len(names) == 1 else f"those of {len(names)} files")
+
+
+def _listed(path: Path, header: Header) -> dict[str, str]:
+    """Return the digests in a list by the names of the files in their folder."""
+    try:
+        text = read_small(path, _MOST_LIST)[0].decode("utf-8", "surrogateescape")
+    except CkptError as error:
+        raise UsageError(f"`expect_sha256`: 64 hexadecimal digits, or a list of them: {error}") from error
+    found = {}
+    lead = f"{header.path.name}/" if header.in_folder else ""
+    for line in filter(None, text.splitlines()):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise UsageError(f"`expect_sha256`: {path} has a line that sha256sum does not write.")
+        found[match[2].removeprefix("./").removeprefix(lead)] = match[1].lower()
+    return found
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,263 @@
+"""Verifying an output against its record: what was changed, in the output or its inputs, is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from crafting import raw_bytes, records_of, zip_of
+from memory_store import MemoryFile, MemoryStore
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_update import series
+from test_verify import detail, results
+
+from ckpt_tools import average, convert, fix_prefix, strip, verify
+from ckpt_tools.compute.recompute import SAMPLED
+from ckpt_tools.storage.source import STORES
+
+
+def training(folder: Path, n: int = 3) -> list[Path]:
+    """Checkpoints with raw weights, an EMA and an optimizer, by DDP."""
+    generator, paths = torch.Generator().manual_seed(0), []
+    for i in range(n):
+        raw, ema = (torch.randn(6, 8, generator=generator) for _ in range(2))
+        state = {"module.w": raw, "module.n": torch.tensor(i)}
+        optimizer = {"state": {0: {"momentum_buffer": raw}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+        both = {"state_dict": state, "state_dict_ema": {**state, "module.w": ema}, "epoch": i, "optimizer": optimizer}
+        paths.append(folder / f"r-{i}.pth")
+        torch.save(both, paths[-1])
+    return paths
+
+
+def renamed(paths: list[Path], out: str, **options: Any) -> None:
+    average(paths, out=f"{out}.whole.pth")
+    fix_prefix(f"{out}.whole.pth", out=out, **options)
+
+
+MADE: dict[str, Callable[[list[Path], str], Any]] = {
+    "uniform.pth": lambda paths, out: average(paths, out=out),
+    "ema.safetensors": lambda paths, out: average(paths, mode="ema", state="ema", out=out),
+    "raw.pth": lambda paths, out: average(
+        paths, weights=[3, 1, 4], normalize=False, state="raw", dtype="bf16", out=out
+    ),
+    "shards/": lambda paths, out: average(paths, max_shard_size=100, out=out),
+    "stock.pth": lambda paths, out: average(paths[1:], base=paths[0], out=out),
+    "plain.safetensors": lambda paths, out: convert(paths[0], out=out),
+    "timm-ema.pth": lambda paths, out: convert(paths[0], to="timm-ema", out=out),
+    "averaged-model.pth": lambda paths, out: convert(paths[0], to="averaged-model", dtype="float16", out=out),
+    "counted.pth": lambda paths, out: convert(paths[0], to="averaged-model", state="raw", updates=7, out=out),
+    "dcp": lambda paths, out: convert(paths[0], to="dcp", out=out),
+    "stripped.pth": lambda paths, out: strip(paths[0], out=out),
+    "stripped-ema.pth": lambda paths, out: strip(paths[0], state="ema", out=out),
+    "added.pth": lambda paths, out: renamed(paths, out, add=["model."]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_an_output_is_the_same_when_it_is_made_again(name: str, tmp_path: Path) -> None:
+    paths = training(tmp_path)
+    MADE[name](paths, f"{tmp_path}/{name}")
+    report = verify(tmp_path / name)
+    assert report.passed, report
+    assert results(report)["inputs"] == results(report)["made again"] == "ok", report
+    assert results(verify(tmp_path / name, sample="30%", seed=1))["made again"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "plain.safetensors", "shards/"])
+def test_one_changed_value_is_found_where_it_is(name: str, tmp_path: Path) -> None:
+    MADE[name](training(tmp_path), f"{tmp_path}/{name}")
+    path = tmp_path / name
+    path = next(path.glob("*.safetensors")) if path.is_dir() else path
+    ((key, values),) = ((key, tensor) for key, tensor in load_file(path).items() if tensor.ndim == 2)
+    data = path.read_bytes()
+    at = data.index(raw_bytes(values)) + 4 * 19  # row 2, column 3
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    report = verify(tmp_path / name)
+    assert not report.passed
+    assert f"'{key}' differs in 1 of 48 values, the first at [2, 3]" in detail(report, "made again")
+
+
+@pytest.mark.parametrize("hash_", [False, True])
+def test_one_changed_byte_of_an_input_is_found(hash_: bool, tmp_path: Path) -> None:
+    paths = series(tmp_path, 4)
+    average(paths, out=tmp_path / "averaged.pth", hash=hash_)
+    assert verify(tmp_path / "averaged.pth").passed
+    data, values = paths[2].read_bytes(), torch.load(paths[2])["model"]["w"]
+    at = data.index(raw_bytes(values)) + 10
+    paths[2].write_bytes(data[:at] + bytes([data[at] ^ 32]) + data[at + 1 :])
+    report = verify(tmp_path / "averaged.pth")
+    assert not report.passed
+    assert results(report)["inputs" if hash_ else "made again"] == "failed"
+
+
+def test_inputs_that_moved_are_found_in_the_folder_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    paths = series(tmp_path / "here", 3)
+    average(paths, out="averaged.pth")
+    for path in paths:
+        shutil.move(path, tmp_path / "elsewhere/deep")
+    report = verify("averaged.pth")
+    assert report.passed
+    assert (results(report)["inputs"], results(report)["made again"]) == ("not checked", "not checked")
+    assert results(verify("averaged.pth", inputs=tmp_path / "elsewhere"))["made again"] == "ok"
+    (tmp_path / "elsewhere/deep/c-1.pth").unlink()
+    report = verify("averaged.pth", inputs=tmp_path / "elsewhere")
+    assert "c-1.pth is missing" in detail(report, "inputs")
+    assert not report.passed
+
+
+def with_record(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the record of a torch file, and write it with right checksums."""
+    records = records_of(path)
+    name = next(each for each in records if each.endswith("ckpt_tools.json"))
+    record = json.loads(records[name])
+    change(record)
+    return zip_of(path, records | {name: json.dumps(record).encode()})
+
+
+@pytest.mark.parametrize(
+    ("name", "result"),
+    [
+        ("/dev/zero", "record"),
+        ("../../etc/passwd", "record"),
+        ("", "record"),
+        ("pipe.pth", "inputs"),
+        ("device.pth", "inputs"),
+        ("none.pth", "inputs"),
+    ],
+)
+def test_a_record_that_names_no_checkpoint_is_not_followed(name: str, result: str, tmp_path: Path) -> None:
+    for number, out in enumerate(("averaged.pth", "stripped.pth")):
+        paths = training(tmp_path)
+        (average(paths, out=tmp_path / out)) if not number else strip(paths[0], out=tmp_path / out)
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "device.pth").symlink_to("/dev/zero")
+    with_record(tmp_path / "averaged.pth", lambda record: record["inputs"][1].update(name=name))
+    with_record(tmp_path / "stripped.pth", lambda record: record["input"].update(name=name))
+    for out in ("averaged.pth", "stripped.pth"):
+        report = verify(tmp_path / out, inputs=tmp_path)
+        assert results(report)[result] == "failed", report
+        assert results(report).get("made again") in (None, "not checked")
+
+
+def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:
+    average(training(tmp_path), out=tmp_path / "averaged.pth")
+    with_record(tmp_path / "averaged.pth", lambda record: record["inputs"][0].update(coefficient=0.34))
+    assert "'state_dict.w' differs in 48 of 48 values" in detail(verify(tmp_path / "averaged.pth"), "made again")
+    with_record(tmp_path / "averaged.pth", lambda record: record.update(checksums=[1]))
+    assert results(verify(tmp_path / "averaged.pth"))["tensors"] == "failed"
+
+
+def test_a_shard_alone_is_checked_as_a_part(tmp_path: Path) -> None:
+    average(training(tmp_path), max_shard_size=100, out=f"{tmp_path}/shards/", write_checksums=True)
+    (shard, *_) = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    report = verify(shard)
+    assert (results(report)["tensors"], results(report)["record"]) == ("ok", "not checked")
+    assert "is a shard" in detail(report, "record")
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert results(verify(shard))["tensors"] == "failed"
+
+
+def test_an_average_that_was_updated_is_not_compared(tmp_path: Path) -> None:
+    paths = series(tmp_path, 4)
+    average(paths[:3], out=tmp_path / "averaged.pth")
+    average(paths[3], update=tmp_path / "averaged.pth", out=tmp_path / "longer.pth")
+    report = verify(tmp_path / "longer.pth")
+    assert (results(report)["inputs"], results(report)["made again"]) == ("ok", "not checked")
+    assert "was updated 1 time," in detail(report, "made again")
+
+
+def test_what_needs_images_is_compared_but_for_the_statistics(tmp_path: Path) -> None:
+    """What `recal-bn` writes, as the test writes it: its record, and other statistics than those of the input."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("conv.weight", "bn.weight", "bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
+    state = {name: torch.rand(6, generator=generator) for name in names}
+    save_file(state, tmp_path / "a.safetensors")
+    record = {
+        "tool": "ckpt-tools", "version": "0.1.0", "command": "recal-bn", "arguments": {"data": "imagenet/train"},
+        "state": "raw (the whole file)",
+        "input": {"name": "a.safetensors", "size": (tmp_path / "a.safetensors").stat().st_size, "made": None},
+    }  # fmt: skip
+    new = state | {name: tensor + 1 for name, tensor in state.items() if "running" in name}
+    save_file(new, tmp_path / "b.safetensors", {"ckpt_tools": json.dumps(record)})
+    report = verify(tmp_path / "b.safetensors")
+    assert results(report)["made again"] == "not checked"
+    assert "2 tensors" in detail(report, "made again")
+    assert report.passed
+    save_file(
+        new | {"bn.weight": state["bn.weight"] * 2}, tmp_path / "b.safetensors", {"ckpt_tools": json.dumps(record)}
+    )
+    assert "'bn.weight' differs in 6 of 6" in detail(verify(tmp_path / "b.safetensors"), "made again")
+
+
+PARTS = 20
+
+
+def large(folder: Path) -> Path:
+    """An average of two files of one tensor, whose inputs would take as many slices of a sample as `PARTS`."""
+    for i in range(2):
+        values = torch.randn(PARTS * SAMPLED, generator=torch.Generator().manual_seed(i))
+        save_file({"w": values}, folder / f"step_{i}.safetensors")
+    average([folder / f"step_{i}.safetensors" for i in range(2)], out=folder / "averaged.safetensors")
+    return folder / "averaged.safetensors"
+
+
+def test_a_sample_finds_a_changed_value_with_its_share(tmp_path: Path) -> None:
+    path = large(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-4 * 7 * SAMPLED] ^= 1
+    path.write_bytes(data)
+    found = [not verify(path, sample="30%", seed=seed, threads=1).passed for seed in range(40)]
+    assert found == [not verify(path, sample="30%", seed=seed, threads=1).passed for seed in range(40)]
+    # Binomial with n = 40 and p = 6 / 20: four standard deviations are 11.6.
+    assert abs(sum(found) - 12) <= 11
+    assert not verify(path, sample="100%").passed
+
+
+def test_a_sample_reads_no_more_than_its_share_of_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large(tmp_path)
+    read: list[int] = []
+
+    class Counted(MemoryFile):
+        def read_into(self, offset: int, view: memoryview) -> int:
+            read.append(len(view))
+            return super().read_into(offset, view)
+
+    class Store(MemoryStore):
+        def open(self, path: Path) -> MemoryFile:
+            return Counted(super().open(path).data) if path.name.startswith("step") else super().open(path)
+
+    files = {Path("mem:/run") / path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setitem(STORES, "mem", Store(files))
+    report = verify("mem://run/averaged.safetensors", sample="10%", seed=0)
+    assert results(report)["made again"] == "ok", report
+    assert results(report)["loads"] == "not checked"
+    share = 2 * 4 * SAMPLED * 2  # files, bytes, elements of a slice, slices
+    assert share <= sum(read) <= share + 100_000  # and headers
+
+
+def test_the_spec_of_a_tensor_is_compared_before_its_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    convert(training(tmp_path)[0], out=path)
+    stored = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({**stored, "module.w": stored["module.w"].half()}, path, metadata)
+    assert "'module.w' is float16 [6, 8], and would be float32 [6, 8]" in detail(verify(path), "made again")
+    del stored["module.n"]
+    save_file(stored, path, metadata)
+    assert "it lacks 'module.n'" in detail(verify(path), "made again")
+    save_file(stored | {"module.n": torch.tensor(0), "new": torch.ones(1)}, path, metadata)
+    assert "'new' should not be in it" in detail(verify(path), "made again")
