@@ -11,12 +11,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = Path("ckpt_tools/compute/csrc")
+MODULES = ("module", "fill", "tile", "sum", "exact", "gram", "moments", "crc", "io")
 
 setup(
     ext_modules=[
         Extension(
             "ckpt_tools.compute._native",
-            [f"{SOURCES}/{name}.c" for name in ("module", "fill", "tile", "sum", "exact", "gram", "moments", "crc", "io")],
+            [
+                f"{SOURCES}/{name}.c"
+                for name in ("module", "fill", "tile", "sum", "exact", "gram", "moments", "crc", "io")
+            ],
             depends=[f"{SOURCES}/native.h", f"{SOURCES}/widen.h"],
             # A fused multiply-add would round once where every other way rounds twice. Nobody asks what floating-point
             # exceptions there were, and loops with conditions become vectors if they need not be kept.

@@ -7,7 +7,8 @@ Private memory depends on the number of threads and, up to `MOST_ROWS`, of such 
 adding, checksums and writing all release the interpreter lock.
 
 Most slices are summed in C (`native`), without torch, or on GPUs (`gpu`). Torch (`torch_sums`) takes the others, and
-those with NaN or infinity, for it finds the first one.
+those with NaN or infinity, for it finds the first one, and the rare ones with a sum that two float64 numbers cannot
+decide (`formula`).
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ class _Job:
     torch_settings: ExitStack
     numbers: dict[OutFile, int]  # of the outputs
     bytes_done: int = 0  # read and written
-    refused: tuple[_Position, NumericsError] | None = None  # the first value that is refused, in the order of the output
+    refused: tuple[_Position, NumericsError] | None = None  # the first one in the order of the output
     written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
     stop: threading.Event = field(default_factory=threading.Event)
     disk: _Disk = field(default_factory=_Disk)
@@ -344,7 +345,7 @@ class _Cpu:
         return self._scratch[tiles]
 
     def _fill_large(self, key: GroupKey, slices: Sequence[Slice], scratch: bytearray) -> Sequence[Slice]:
-        """Fill slices, and return those in which NaN or infinity was found."""
+        """Fill slices, and return those left to torch: with NaN, infinity, or a sum that C cannot decide."""
         left = []
         for slice_ in slices:
             crcs, bad = native.fill(key, slice_, self._job.files, scratch)
@@ -355,7 +356,7 @@ class _Cpu:
         return left
 
     def _fill_small(self, key: GroupKey, parts: Sequence[Slice], scratch: bytearray) -> Sequence[Slice]:
-        """Fill small slices of the same files, and return those in which NaN or infinity was found.
+        """Fill small slices of the same files, and return those left to torch, as `_fill_large` does.
 
         Neighbours in a file are written at once, with what stands between them.
         """
@@ -395,7 +396,7 @@ class _Cpu:
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
 
     def _fill_tile(self, key: GroupKey, slice_: Slice, tile: Tile, scratch: bytearray) -> Sequence[Slice]:
-        """Fill a tile, and return it if NaN or infinity was found in it."""
+        """Fill a tile, and return it if it is left to torch, as `_fill_large` does."""
         crcs, bad = native.fill_tile(key, slice_, tile, self._job.files, scratch)
         if bad:
             return [slice_]

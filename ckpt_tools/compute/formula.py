@@ -1,8 +1,8 @@
 """Formulas: which steps a weighted sum takes, whether C, torch or a GPU computes it.
 
-The value of an element is defined by its inputs alone: sum c_i x_i, with the coefficients as they are in float64. If all
-coefficients are 1/N in float64, it is the mean, sum x_i / N; and if they sum up to 1 but for rounding, the average of
-equal values is that value.
+The value of an element is defined by its inputs alone: sum c_i x_i, with the coefficients as they are in float64. If
+all coefficients are 1/N in float64, it is the mean, sum x_i / N; and if they sum up to 1 but for rounding, the average
+of equal values is that value.
 
 - *Exact* sums, of float64 and of 8-bit floats, are that value, correctly rounded: to nearest, ties to even. A sum is
   kept in two float64 numbers, `high` and `low`, and a bound of what has been lost (`csrc/exact.c`, `Arithmetic`).
@@ -12,7 +12,7 @@ equal values is that value.
   by at most half a step of the result and (N + 1) 2^-53 sum |c_i x_i|. A mean is exact unless its values are further
   apart than float64 can hold together: a factor of 2^28 / N in float32. The order of operations is fixed.
 
-T. Ogita, S. Rump, S. Oishi, Accurate Sum and Dot Product (2005), whose Sum2 has the error-free steps that are used here.
+T. Ogita, S. Rump, S. Oishi, Accurate Sum and Dot Product (2005), whose Dot2 has the same error-free steps.
 """
 
 from __future__ import annotations

@@ -402,9 +402,7 @@ class Worker:
             for formula, arithmetic in using:
                 arithmetic.add(self._reader.buffer.view(dtype, slice_.numel * formula.reals))
 
-    def _decide(
-        self, slice_: Slice, recipe: Recipe, row: RowRecipe, formula: Formula, total: torch.Tensor
-    ) -> None:
+    def _decide(self, slice_: Slice, recipe: Recipe, row: RowRecipe, formula: Formula, total: torch.Tensor) -> None:
         """Replace each NaN by the sum in integers; if a term is not finite, by that of float64, infinity or NaN."""
         where = total.isnan().nonzero()[:, 0]
         if not len(where):
