@@ -140,6 +140,10 @@ class Arithmetic:
     def __init__(self, scratch: Callable[[int], Scratch], reals: int) -> None:
         self._blocks = [scratch(8 * reals) for _ in range(3)]
         self._single = scratch(4 * reals)
+        self._high: torch.Tensor
+        self._low: torch.Tensor
+        self._lost: torch.Tensor
+        self._first: torch.Tensor
 
     def begin(self, formula: Formula, count: int) -> None:
         """Start a sum of `count` reals."""
