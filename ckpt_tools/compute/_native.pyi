@@ -18,8 +18,8 @@ class Formula:
 
     Args:
         dtypes: one for each term, in the order of summation.
-        rows: for each result: (coefficient of each term, None if it is left out; factor of the sum; True to sum up
-            differences from the first term).
+        rows: for each result: (kind of the sum; factor of each term, None if it is left out; last; lost), see
+            `formula.Steps`.
         out: dtype of the results; None if bytes are copied and not looked at.
         itemsize: bytes of an element of a result.
         copied: the one term is the result, byte for byte.
@@ -30,7 +30,7 @@ class Formula:
         cls,
         *,
         dtypes: tuple[str, ...],
-        rows: tuple[tuple[tuple[float | None, ...], float, bool], ...],
+        rows: tuple[tuple[int, tuple[float | None, ...], float, float], ...],
         out: str | None,
         itemsize: int,
         copied: bool,
@@ -45,7 +45,7 @@ class Formula:
             scratch: as many bytes as `scratch` returns.
 
         Returns:
-            (failure, 32-bit CRC of each row, True if NaN or infinity was found).
+            (failure, 32-bit CRC of each row, True if NaN or infinity was found, or a sum that is not decided).
         """
     def pack(
         self, rows: array[int], scratch: bytearray, wants_crc: bool, /

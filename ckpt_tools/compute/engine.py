@@ -7,7 +7,8 @@ Private memory depends on the number of threads and, up to `MOST_ROWS`, of such 
 adding, checksums and writing all release the interpreter lock.
 
 Most slices are summed in C (`native`), without torch, or on GPUs (`gpu`). Torch (`torch_sums`) takes the others, and
-those with NaN or infinity, for it finds the first one.
+those with NaN or infinity, for it finds the first one, and the rare ones with a sum that two float64 numbers cannot
+decide (`formula`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from itertools import chain
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from ..errors import NumericsError
 from ..formats.file_plan import GroupKey, OutTensor
 from ..storage.source import OpenFiles, Stamp
 from ..storage.staged import reserve, write_at
 from ..tensors import c_strides
 from . import native
 from .crc32 import combine
+from .formula import room
 from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
 from .threads import in_threads
@@ -107,7 +110,8 @@ def run(
 
     Raises:
         UsageError: `gpu_memory` is too little.
-        NumericsError: an input is not finite, or a result overflows its dtype; names tensor and file.
+        NumericsError: an input is not finite, or a result overflows its dtype; names the file and the first such tensor
+            in the order of the output.
         ReadError: an input cannot be read, ends early, or changes meanwhile.
         WriteError: the output cannot be written.
     """
@@ -130,7 +134,8 @@ def run(
         # A GPU sums one row at a time.
         most_rows = MOST_ROWS if gpus.elements is None else 1
         units = list(cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows))
-        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings)
+        numbers = {out: number for number, out in enumerate(outputs)}
+        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers)
         with job.disk.at_work(job.stop):
             in_threads(
                 lambda: _work(job),
@@ -138,6 +143,8 @@ def run(
                 job.stop,
                 on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
             )
+            if job.refused is not None:
+                raise job.refused[1]
         files.check_unchanged()
     for out in outputs:
         plan = out.plan
@@ -189,6 +196,9 @@ class _Disk:
                 thread.join()
 
 
+_Position = tuple[int, int]  # number of an output file, byte in it
+
+
 @dataclass(slots=True)
 class _Job:
     """What the workers share."""
@@ -199,7 +209,9 @@ class _Job:
     allow_nonfinite: bool
     gpus: Accelerator
     torch_settings: ExitStack
+    numbers: dict[OutFile, int]  # of the outputs
     bytes_done: int = 0  # read and written
+    refused: tuple[_Position, NumericsError] | None = None  # the first one in the order of the output
     written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
     stop: threading.Event = field(default_factory=threading.Event)
     disk: _Disk = field(default_factory=_Disk)
@@ -216,13 +228,32 @@ class _Job:
         self.has_descriptors = self.files.have_descriptors
 
     def next_unit(self) -> WorkUnit | None:
-        """Return the next work unit; None if there is none, or if the job is stopped."""
+        """Return the next work unit; None if there is none, or if the job is stopped.
+
+        Once a value is refused, only what comes before it counts: the first one is the same for any number of threads.
+        """
         with self._lock:
-            unit = None if self.stop.is_set() else next(self._waiting, None)
-            band = unit.slices[0].band if unit is not None else None
-            if unit is not None and band is not None and not band.cleared:
-                _clear(unit.slices[0].targets, band)
-            return unit
+            for unit in self._waiting:
+                if self.stop.is_set():
+                    return None
+                if self.refused and all(self._position(slice_) > self.refused[0] for slice_ in unit.slices):
+                    continue
+                band = unit.slices[0].band
+                if band is not None and not band.cleared:
+                    _clear(unit.slices[0].targets, band)
+                return unit
+            return None
+
+    def refuse(self, slice_: Slice, error: NumericsError) -> None:
+        """Record that a slice has a value that is refused."""
+        with self._lock:
+            position = self._position(slice_)
+            if self.refused is None or position < self.refused[0]:
+                self.refused = position, error
+
+    def _position(self, slice_: Slice) -> _Position:
+        out, offset, _, _ = slice_.targets[0]
+        return self.numbers[out], offset + slice_.begin
 
     def use_torch(self) -> None:
         """Let torch compute in the calling thread until the run ends; most jobs do without torch."""
@@ -300,7 +331,11 @@ class _Cpu:
                 left = (self._fill_small if unit.small else self._fill_large)(unit.key, unit.slices, scratch)
         for slice_ in left:
             for own in of_tensors(slice_):
-                self._fill_by_torch(own)
+                try:
+                    self._fill_by_torch(own)
+                except NumericsError as error:
+                    self._job.refuse(own, error)
+                    return
 
     def _memory(self, rows: int, *, tiles: bool) -> bytearray:
         needed = native.scratch(rows, tiles=tiles)
@@ -310,7 +345,7 @@ class _Cpu:
         return self._scratch[tiles]
 
     def _fill_large(self, key: GroupKey, slices: Sequence[Slice], scratch: bytearray) -> Sequence[Slice]:
-        """Fill slices, and return those in which NaN or infinity was found."""
+        """Fill slices, and return those left to torch: with NaN, infinity, or a sum that C cannot decide."""
         left = []
         for slice_ in slices:
             crcs, bad = native.fill(key, slice_, self._job.files, scratch)
@@ -321,7 +356,7 @@ class _Cpu:
         return left
 
     def _fill_small(self, key: GroupKey, parts: Sequence[Slice], scratch: bytearray) -> Sequence[Slice]:
-        """Fill small slices of the same files, and return those in which NaN or infinity was found.
+        """Fill small slices of the same files, and return those left to torch, as `_fill_large` does.
 
         Neighbours in a file are written at once, with what stands between them.
         """
@@ -361,7 +396,7 @@ class _Cpu:
         write_at(out.fd, memoryview(b"".join(run)), run_begin, out.plan.name)
 
     def _fill_tile(self, key: GroupKey, slice_: Slice, tile: Tile, scratch: bytearray) -> Sequence[Slice]:
-        """Fill a tile, and return it if NaN or infinity was found in it."""
+        """Fill a tile, and return it if it is left to torch, as `_fill_large` does."""
         crcs, bad = native.fill_tile(key, slice_, tile, self._job.files, scratch)
         if bad:
             return [slice_]
@@ -371,7 +406,8 @@ class _Cpu:
     def _fill_by_torch(self, slice_: Slice) -> None:
         """Fill any slice; refuse NaN and infinity by their index, or let them pass."""
         count = max(len(slice_.tensor.terms.rows), 1)
-        for each in divided(slice_, max(self._job.torch_slice // count, 1)):
+        terms, dtype = slice_.tensor.terms, slice_.tensor.dtype
+        for each in divided(slice_, max(room(terms.dtypes, dtype, self._job.torch_slice // count), 1)):
             crcs = [0] * count
             for row, data in self._results(each):
                 for target in each.targets:

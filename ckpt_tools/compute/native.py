@@ -115,8 +115,8 @@ def fill(key: GroupKey, slice_: Slice, files: OpenFiles, scratch: bytearray) -> 
         scratch: memory that no other thread uses, see `scratch`.
 
     Returns:
-        (CRC-32 of each row if a file needs it, True if NaN or infinity was found; the slice is not written to its end
-        then).
+        (CRC-32 of each row if a file needs it, True if C leaves it to torch, because of NaN, infinity, or a sum that it
+        cannot decide; the slice is not written to its end then).
 
     Raises:
         ReadError: an input cannot be read, or ends early.
@@ -226,14 +226,14 @@ def _formula(key: GroupKey) -> _native.Formula:
     )
 
 
-def _row(key: GroupKey, row: Sequence[float]) -> tuple[tuple[float | None, ...], float, bool]:
-    """Return (coefficient of each term, None if it is left out; factor of the sum; True if anchored)."""
+def _row(key: GroupKey, row: Sequence[float]) -> tuple[int, tuple[float | None, ...], float, float]:
+    """Return (kind; factor of each term, None if it is left out; last; lost), see `Steps`."""
     terms = used(row)
-    common, anchored = Steps.of([key.dtypes[term] for term in terms], [row[term] for term in terms])
+    steps = Steps.of([key.dtypes[term] for term in terms], [row[term] for term in terms], key.out)
     found: list[float | None] = [None] * len(row)
-    for term in terms:
-        found[term] = row[term] if common is None else 1.0
-    return tuple(found), 1.0 if common is None else common, anchored
+    for term, factor in zip(terms, steps.factors, strict=True):
+        found[term] = factor
+    return steps.kind, tuple(found), steps.last, steps.lost
 
 
 def _raise_failure(failure: tuple[int, int, int, int] | None, slices: Sequence[Slice]) -> None:

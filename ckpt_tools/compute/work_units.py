@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..formats.file_plan import Computed, FilePlan, GroupKey, OutTensor
-from ..tensors import Chunk, ChunkedSpec, Storage, TensorSpec, c_strides, in_c_order
+from ..tensors import Category, Chunk, ChunkedSpec, Storage, TensorSpec, c_strides, in_c_order
+from .formula import exact
 from .tiles import Axes, Tile, cut_tile, storage_order, storage_orders, tiles
 
 SLICE = 128 * 1024
@@ -393,7 +394,7 @@ def cut(
             alike = (key, targets[0].out) if one else (key, *[(target.out, target.row) for target in targets])
             gathered = keys.get(alike)
             if gathered is None:
-                gathered = keys[alike] = _Gathered(max(dtype.itemsize for dtype in key.dtypes), len(key.rows))
+                gathered = keys[alike] = _Gathered(_widest(key), len(key.rows))
             if (
                 numel >= slice_size or numel * max(gathered.widest, 2) * gathered.rows > SMALL
             ):  # two bytes: for the sums of 8-bit floats
@@ -408,6 +409,13 @@ def cut(
             if gathered.slices:
                 key = gathered.slices[0].tensor.group_key
                 yield WorkUnit(key, tuple(gathered.slices), small=True)
+
+
+def _widest(key: GroupKey) -> int:
+    """Return the bytes of the widest element of a term; of an exact sum, half of what is kept for it."""
+    if not key.copied and exact(key.dtypes, key.out):
+        return 16 * (2 if key.out.category is Category.COMPLEX else 1)
+    return max(dtype.itemsize for dtype in key.dtypes)
 
 
 def orders_of(tensor: OutTensor) -> list[Axes] | None:

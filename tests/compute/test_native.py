@@ -146,12 +146,12 @@ def test_average_of_plain_files_does_not_import_torch(save: Save, tmp_path: Path
     assert found["n"].item() == 3
 
 
-ONE = ((1.0,), 1.0, False)  # a row
+ONE = (0, (1.0,), 1.0, 0.0)  # a row
 
 
 def formula(**changes: Any) -> Any:
     """The formula of the mean of two float32 tensors, with changes."""
-    usual: dict[str, Any] = {"dtypes": ("float32", "float32"), "rows": (((1.0, 1.0), 0.5, False),), "out": "float32"}
+    usual: dict[str, Any] = {"dtypes": ("float32", "float32"), "rows": ((0, (1.0, 1.0), 0.5, 0.0),), "out": "float32"}
     usual |= {"itemsize": 4, "copied": False, "checked": True}
     return native._native.Formula(**usual | changes)
 
@@ -159,12 +159,14 @@ def formula(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"dtypes": (), "rows": (((), 0.5, False),)},
+        {"dtypes": (), "rows": ((0, (), 0.5, 0.0),)},
         {"rows": ()},
-        {"rows": (((1.0,), 0.5, False),)},
-        {"rows": (((None, None), 0.5, False),)},
-        {"rows": (((1.0, 1.0), 0.5, False), ((1.0,), 0.5, False))},
-        {"rows": (((1.0, 1.0), 0.5, False),) * 33},
+        {"rows": ((0, (1.0,), 0.5, 0.0),)},
+        {"rows": ((0, (None, None), 0.5, 0.0),)},
+        {"rows": ((4, (1.0, 1.0), 0.5, 0.0),)},
+        {"rows": ((-1, (1.0, 1.0), 0.5, 0.0),)},
+        {"rows": ((0, (1.0, 1.0), 0.5, 0.0), (0, (1.0,), 0.5, 0.0))},
+        {"rows": ((0, (1.0, 1.0), 0.5, 0.0),) * 33},
         {"rows": (0.5,)},
         {"itemsize": 2},
         {"itemsize": 0},

@@ -3,7 +3,8 @@
    rows, and no more than some blocks are held.
 
    For several rows, a block is summed strip by strip: the terms of a strip are widened once, four at a time, and added
-   to the sums of each row, all of which stay in the first cache. A row goes the same steps as if it were the only one. */
+   to the sums of each row, all of which stay in the first cache. A row goes the same steps as if it were the only one.
+   Exact sums (exact.c) go strip by strip in any case, for each is four numbers. */
 
 #include <errno.h>
 #include <string.h>
@@ -32,7 +33,7 @@ static Memory lay_out(size_t rows, int tiles, char *scratch) {
     m.window = WINDOW / rows < READ ? READ : WINDOW / rows & ~(size_t)(READ - 1);
     m.x = scratch, m.end = m.batch * m.read;
     m.sum = (double *)(scratch + m.end), m.end += rows * 4 * m.read;
-    m.wide = (double *)(scratch + m.end), m.end += rows == 1 ? 0 : 4 * STRIP * sizeof(double);
+    m.wide = (double *)(scratch + m.end), m.end += 4 * STRIP * sizeof(double);
     m.spare = scratch + m.end, m.end += tiles ? m.read : 0;
     m.results = scratch + m.end, m.end += rows * (tiles ? 4 * m.read : m.window + 64);
     m.written = scratch + m.end, m.end += tiles ? TILE : 0;
@@ -44,11 +45,15 @@ size_t scratch_needed(size_t rows, int tiles) {
     return tiles || needed > SMALL ? needed : SMALL;
 }
 
+/* Return the numbers that are kept for each sum. */
+static size_t kept(const Formula *f) { return f->exact ? EXACT : 1; }
+
 /* Elements of a block: the reals of a term take READ bytes at most, their sums 4 * READ in each row. */
 static size_t block_of(const Formula *f) {
     size_t read = lay_out(f->rows, 0, NULL).read;
     if (f->copied) return read / f->item;
-    return read / (f->widest < 2 ? 2 : f->widest) / f->out->reals;
+    size_t least = 2 * kept(f);
+    return read / (f->widest < least ? least : f->widest) / f->out->reals;
 }
 
 /* A box of a tile, as large as a block. */
@@ -80,39 +85,48 @@ static Status read_term(const Block *block, size_t term, Place in, size_t item, 
     return status;
 }
 
-/* Add the terms to the sums of a row. VALUES: of the terms, of this dtype. */
-static void add_to_row(const Formula *f, size_t r, size_t term, size_t count, Code code, const void *const *values,
-                       size_t n, double *sum, double *first) {
-    const double *c = f->coefficients + r * f->count + term;
-    const char *used = f->used + r * f->count + term;
-    Terms terms = {.count = 0};
-    for (size_t k = 0; k < count; k++) {
-        if (!used[k]) continue;
-        if (!f->row[r].anchored) terms.x[terms.count] = values[k], terms.c[terms.count++] = c[k];
-        else if (term + k > f->row[r].first) add_differences(code, sum, first, values[k], c[k], n);
-        else {
-            widen(code, first, values[k], n);
-            memset(sum, 0, n * sizeof *sum);
-        }
-    }
-    if (terms.count) add(code, sum, &terms, n, f->row[r].first >= term);
+/* Return row R of sums: those of a row follow STRIDE behind those of the row before; all `high`, then all `low`, ... */
+static Exact row_of(const Formula *f, size_t r, double *sum, size_t stride) {
+    double *own = sum + r * stride;
+    size_t step = f->rows * stride;
+    return (Exact){own, own + step, own + 2 * step, own + 3 * step};
 }
 
-/* Add COUNT terms of one dtype, four at most, to the sums of N numbers. The sums of a row follow STRIDE behind those of
-   the row before, and the first values of the anchored rows behind the sums of all. */
+/* Add the terms to the sums of a row. VALUES: of the terms, of this dtype. */
+static void add_to_row(const Formula *f, size_t r, size_t term, size_t count, Code code, const void *const *values,
+                       size_t n, double *sum, size_t stride) {
+    const double *c = f->coefficients + r * f->count + term;
+    const char *used = f->used + r * f->count + term;
+    const Row *row = &f->row[r];
+    Terms terms = {.count = 0};
+    for (size_t k = 0; k < count; k++)
+        if (used[k]) terms.x[terms.count] = values[k], terms.c[terms.count++] = c[k];
+    if (!terms.count) return;
+    if (row->kind == PLAIN) add(code, sum + r * stride, &terms, n, row->first >= term);
+    else add_exact(row->kind, row_of(f, r, sum, stride), &terms, n, row->first >= term, row->lost);
+}
+
+/* Turn the sums of a row into what `narrow` rounds; return the factor that is left. */
+static double finish_row(const Formula *f, size_t r, size_t n, double *sum, size_t stride) {
+    const Row *row = &f->row[r];
+    if (row->kind == PLAIN) return row->last;
+    finish_exact(row->kind, row_of(f, r, sum, stride), n, row->last, f->out->code != FLOAT64);
+    return 1.0;
+}
+
+/* Add COUNT terms of one dtype, four at most, to the sums of N numbers; see `row_of`. */
 static void add_four(const Formula *f, size_t term, size_t count, const void *const *x, size_t n, double *sum,
                      size_t stride, double *wide) {
     Code code = f->dtypes[term]->code;
-    double *firsts = sum + f->rows * stride;
-    if (f->rows == 1) {
-        add_to_row(f, 0, term, count, code, x, n, sum, firsts);
+    if (f->rows == 1 && !f->exact) {
+        add_to_row(f, 0, term, count, code, x, n, sum, stride);
         return;
     }
     FourTerms whole[2][ROWS]; /* rows that use all four: those that have begun, and those that begin here */
     size_t wholes[2] = {0}, others[ROWS], other = 0;
     int vectors = count == 4 && adds_to_rows(code);
     for (size_t r = 0; r < f->rows; r++) {
-        if (vectors && !f->row[r].anchored && !memchr(f->used + r * f->count + term, 0, 4)) {
+        if (vectors && f->row[r].kind == PLAIN && !memchr(f->used + r * f->count + term, 0, 4)) {
             int begins = f->row[r].first == term;
             FourTerms *own = &whole[begins][wholes[begins]++];
             own->sum = sum + r * stride;
@@ -128,15 +142,17 @@ static void add_four(const Formula *f, size_t term, size_t count, const void *co
         widen(code, wide + k * STRIP, x[k], n);
         values[k] = wide + k * STRIP;
     }
-    for (size_t i = 0; i < other; i++)
-        add_to_row(f, others[i], term, count, FLOAT64, values, n, sum + others[i] * stride, firsts + others[i] * stride);
+    for (size_t i = 0; i < other; i++) add_to_row(f, others[i], term, count, FLOAT64, values, n, sum, stride);
 }
+
+/* Return how many of N numbers are summed at once. */
+static size_t strip_of(const Formula *f, size_t n) { return f->rows == 1 && !f->exact ? n : STRIP; }
 
 /* Sum elements [done, done + n) of a slice, or a block of N elements of a tile, from the files to the memory's results at
    TO; those of a row follow STEP bytes behind those of the row before. */
 static Result sum_block(const Formula *f, const Memory *m, const Block *block, const Place *in, size_t done, size_t n,
                         char *to, size_t step, int *bad) {
-    size_t reals = n * f->out->reals, most = f->rows == 1 ? reals : STRIP;
+    size_t reals = n * f->out->reals, most = strip_of(f, reals);
     *bad = 0;
     for (size_t t = 0, start = 0; t < f->count; start = t) {
         for (; t < f->count && t - start < m->batch; t++) {
@@ -148,7 +164,7 @@ static Result sum_block(const Formula *f, const Memory *m, const Block *block, c
         for (size_t at = 0; at < reals; at += most) {
             size_t length = reals - at < most ? reals - at : most;
             /* Terms that are all here need the sums of this strip alone. */
-            double *sum = m->sum + (f->count <= m->batch ? 0 : at * f->rows * (f->anchored ? 2 : 1));
+            double *sum = m->sum + (f->count <= m->batch ? 0 : at * f->rows * kept(f));
             for (size_t k = start, count; k < t; k += count) {
                 const void *x[4];
                 for (count = 0; count < 4 && k + count < t && f->dtypes[k + count] == f->dtypes[k]; count++)
@@ -156,9 +172,8 @@ static Result sum_block(const Formula *f, const Memory *m, const Block *block, c
                 add_four(f, k, count, x, length, sum, most, m->wide);
             }
             for (size_t r = 0; t == f->count && r < f->rows; r++) {
-                double *own = sum + r * most;
-                if (f->row[r].anchored) add_first(own, own + f->rows * most, length);
-                *bad |= narrow(f->out, to + r * step + at * f->out->size, own, length, f->row[r].common);
+                double c = finish_row(f, r, length, sum, most);
+                *bad |= narrow(f->out, to + r * step + at * f->out->size, sum + r * most, length, c);
             }
         }
     }
@@ -234,7 +249,7 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *list, char *sc
                 if (f->copied) memcpy(packed + at * item, x, n * item);
                 else {
                     if (place->offset % (int64_t)size) x = memmove(span + SPAN, x, n * item);
-                    for (size_t done = 0, most = f->rows == 1 ? n * reals : STRIP; done < n * reals; done += most) {
+                    for (size_t done = 0, most = strip_of(f, n * reals); done < n * reals; done += most) {
                         const void *own = x + done * size;
                         size_t length = n * reals - done < most ? n * reals - done : most;
                         add_four(f, t, 1, &own, length, sum + at * reals + done, total * reals,
@@ -247,15 +262,13 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *list, char *sc
     }
     memset(bad, 0, slices);
     for (size_t r = 0; r < f->rows; r++) {
-        double *own = sum + r * total * reals;
+        double *own = sum + r * total * reals, c = f->copied ? 1.0 : finish_row(f, r, total * reals, sum, total * reals);
         at = 0;
         for (size_t p = 0; p < slices; p++) {
             size_t n = (size_t)list[p * width];
             char *to = packed + (r * total + at) * f->item;
             double *sums = own + at * reals;
-            if (!f->copied && f->row[r].anchored) add_first(sums, sums + f->rows * total * reals, n * reals);
-            bad[p] |= (unsigned char)(f->copied ? refused(f, to, n)
-                                                : narrow(f->out, to, sums, n * reals, f->row[r].common));
+            bad[p] |= (unsigned char)(f->copied ? refused(f, to, n) : narrow(f->out, to, sums, n * reals, c));
             if (wants_crc) crcs[r * slices + p] = checksum(0, to, n * f->item);
             at += n;
         }

@@ -38,13 +38,15 @@ static Formula *new_formula(size_t count, size_t rows) {
     return f;
 }
 
-/* Read (coefficients, common, anchored); a coefficient is None if the term is left out. Returns 0 if they do not fit. */
+/* Read (kind, coefficients, last, lost); a coefficient is None if the term is left out. Returns 0 if they do not fit. */
 static int read_row(Formula *f, size_t r, PyObject *tuple) {
     PyObject *coefficients;
     Row *row = &f->row[r];
-    if (!PyTuple_Check(tuple) || !PyArg_ParseTuple(tuple, "O!dp", &PyTuple_Type, &coefficients, &row->common, &row->anchored))
+    int kind;
+    if (!PyTuple_Check(tuple) ||
+        !PyArg_ParseTuple(tuple, "iO!dd", &kind, &PyTuple_Type, &coefficients, &row->last, &row->lost))
         return 0;
-    if (PyTuple_GET_SIZE(coefficients) != (Py_ssize_t)f->count) return 0;
+    if (kind < PLAIN || kind > MEAN || PyTuple_GET_SIZE(coefficients) != (Py_ssize_t)f->count) return 0;
     row->first = f->count;
     for (size_t t = 0; t < f->count; t++) {
         PyObject *each = PyTuple_GET_ITEM(coefficients, (Py_ssize_t)t);
@@ -53,7 +55,8 @@ static int read_row(Formula *f, size_t r, PyObject *tuple) {
         f->used[r * f->count + t] = f->needed[t] = 1;
         if (row->first == f->count) row->first = t;
     }
-    f->anchored |= row->anchored;
+    row->kind = (Kind)kind;
+    f->exact |= kind != PLAIN;
     return row->first < f->count && !PyErr_Occurred();
 }
 
@@ -175,7 +178,7 @@ static PyObject *formula_pack(PyObject *self, PyObject *args) {
         elements += n;
         sound = sound && n <= SPAN / 2 / item;
     }
-    size_t sums = f->copied ? 0 : f->rows * elements * f->out->reals * sizeof(double) * (f->anchored ? 2 : 1);
+    size_t sums = f->copied ? 0 : f->rows * elements * f->out->reals * sizeof(double) * (f->exact ? EXACT : 1);
     char *memory = scratch_of(&scratch, 2 * SPAN + sums);
     if (!sound) PyErr_SetString(PyExc_ValueError, "_native: a slice that is not small");
     else if (memory) {
@@ -394,6 +397,7 @@ static int add_object(PyObject *module, const char *name, PyObject *object) {
 PyMODINIT_FUNC PyInit__native(void) {
     crc_init();
     sum_init();
+    exact_init();
     PyObject *module = PyModule_Create(&definition);
     if (module && (PyModule_AddIntMacro(module, NOT_READ) < 0 || PyModule_AddIntMacro(module, ENDS_EARLY) < 0 ||
                    PyModule_AddIntMacro(module, NOT_WRITTEN) < 0 || PyModule_AddIntMacro(module, ROWS) < 0 ||

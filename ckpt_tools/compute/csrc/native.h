@@ -80,18 +80,33 @@ void widen(Code code, double *to, const void *x, size_t n);
 /* The same, less an array of float64. */
 void widen_less(Code code, double *to, const void *x, const double *less, size_t n);
 
-/* Add a term's differences from the first term, times the coefficient, to the sums. */
-void add_differences(Code code, double *sum, const double *first, const void *x, double coefficient, size_t n);
-
-/* Turn sums of differences into sums of values. */
-void add_first(double *sum, const double *first, size_t n);
-
 /* Multiply the sums by C and round them once, to nearest, ties to even. Returns 1 if a result is NaN or infinite in the
    dtype; its code in OUT is meaningless in the dtypes of 8 bits. */
 int narrow(const Dtype *dtype, void *out, const double *sum, size_t n, double c);
 
 /* Return 1 if a number is infinity or NaN. */
 int nonfinite(Code code, const void *x, size_t n);
+
+/* ---- exact.c: sums that are rounded as if nothing had been lost before ---- */
+
+typedef enum { PLAIN, SUM, AVERAGE, MEAN } Kind; /* as in formula.py */
+
+typedef struct {
+    double *high, *low, *lost; /* a sum is high + low, but for `lost` at most */
+    double *first;             /* of kind AVERAGE: the first value if all so far are equal, or else NaN */
+} Exact;
+
+#define EXACT 4 /* numbers for each sum */
+
+/* Look at the processor; once, before anything else. */
+void exact_init(void);
+
+/* Add terms of float64 to the sums. If the sum BEGINS here, it has lost BEFORE at most. */
+void add_exact(Kind kind, Exact sum, const Terms *terms, size_t n, int begins, double before);
+
+/* Finish the sums, at `high`: multiply them by LAST, or divide means by it. Rounds to float64 once; or, if ODD, such that
+   a later rounding to fewer bits is as if it were the only one. What is not decided is NaN. */
+void finish_exact(Kind kind, Exact sum, size_t n, double last, int odd);
 
 /* ---- crc.c: CRC-32 as zip has it ---- */
 
@@ -144,9 +159,10 @@ void permute(const Tile *tile, size_t item, const int64_t *from_strides, const i
 /* ---- fill.c: weighted sums from files to files ---- */
 
 typedef struct {
-    double common; /* the sum is multiplied by this */
-    int anchored;  /* sum up differences from the first term: float64 has no bits to spare for the sum of equal values */
-    size_t first;  /* the first term that is not left out */
+    Kind kind;
+    double last;  /* the sum is multiplied by this at the end, or divided, if it is a mean */
+    double lost;  /* before the first term, if the sum is exact */
+    size_t first; /* the first term that is not left out */
 } Row;
 
 typedef struct {
@@ -155,7 +171,7 @@ typedef struct {
     size_t widest; /* bytes of the widest real number in a term */
     int copied;    /* the one input is the output, byte for byte */
     int checked;   /* if copied: look for NaN and infinity */
-    int anchored;  /* a row is */
+    int exact;     /* a row is */
     size_t count, rows;
     const Dtype **dtypes; /* of each term */
     double *coefficients; /* of each term, row after row */

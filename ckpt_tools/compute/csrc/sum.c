@@ -1,5 +1,5 @@
-/* Arithmetic on arrays: widen to float64, add, round once. Each step is that of torch_sums.py, so that the bytes are
-   the same. Multiplication and addition round separately: setup.py turns fused multiply-add off. */
+/* Arithmetic on arrays: widen to float64, add, round once. Each step of a plain sum is that of torch_sums.py, so that the
+   bytes are the same. Multiplication and addition round separately: setup.py turns fused multiply-add off. */
 
 #include <math.h>
 #include <string.h>
@@ -233,23 +233,6 @@ void widen_less(Code code, double *to, const void *x, const double *less, size_t
         EACH(SUBTRACT_REST)
         case RAW: break;
     }
-}
-
-#define DIFFERENCES(CODE, NAME)                                                                                        \
-    case CODE:                                                                                                         \
-        for (size_t i = 0; i < n; i++) sum[i] += (from_##NAME(x, i) - first[i]) * coefficient;                         \
-        break;
-void add_differences(Code code, double *restrict sum, const double *restrict first, const void *restrict x,
-                     double coefficient, size_t n) {
-    switch (code) {
-        EACH(DIFFERENCES)
-        case RAW: break;
-    }
-}
-
-void add_first(double *restrict sum, const double *restrict first, size_t n) {
-    /* Where nothing differs, the first value itself: a sum would lose the sign of a zero. */
-    for (size_t i = 0; i < n; i++) sum[i] = sum[i] == 0 ? first[i] : first[i] + sum[i];
 }
 
 /* ---- rounding, once ---- */
