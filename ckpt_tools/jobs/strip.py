@@ -141,7 +141,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
         stripped=[entry.place for entry in report.entries],
         input={"name": header.path.name, "size": header.nbytes, "made": header.provenance},
     )
-    writing = Writing(name=target.name, provenance=said)
+    writing = Writing(name=target.name, provenance=said, like=header)
     assembly = nested(tree, writing, target=target.path, format=header.format.written_as)
     report = replace(
         report,
