@@ -1,8 +1,8 @@
 """Megatron-LM's ``torch_dist`` checkpoints: a DCP folder for each iteration, inside the folder of the training.
 
-``iter_0001000/`` has the names of weights, of the optimizer and of objects in one flat dict, as shards of all ranks. All
-that no rank splits (arguments, the iteration, the scheduler) is in ``common.pt``, and ``metadata.json`` says how it was
-saved. ``latest_checkpointed_iteration.txt`` is beside these folders. From `megatron.core.dist_checkpointing`.
+``iter_0001000/`` has the names of weights, of the optimizer and of objects in one flat dict, as shards of all ranks.
+All that no rank splits (arguments, the iteration, the scheduler) is in ``common.pt``, and ``metadata.json`` says how it
+was saved. ``latest_checkpointed_iteration.txt`` is beside these folders. From `megatron.core.dist_checkpointing`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _BACKEND = "torch_dist"
 _FOLDER = re.compile(r"iter_\d{7,}|release")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optim.*", re.DOTALL)
+_SLOT = re.compile(r"(.*?optimizer\.state)\.(\w+)\.(.+)", re.DOTALL)
 
-_TENSORS = ("model", "optimizer")
 _OBJECTS = ("extra_state", "optimizer_objects", "rng_state", "train_state")
-"""Groups of entries that are not tensors; each is kept as the bytes that ``torch.save`` made of it."""
+"""Groups of entries that are not tensors. Each entry is kept as the bytes that ``torch.save`` made of it."""
 
 
 class Megatron(DCP):
@@ -72,9 +72,11 @@ class Megatron(DCP):
                 f"again with Megatron-LM's --ckpt-convert-format {_BACKEND}."
             )
         folder, common = read_folder(path, whole_objects=False), TORCH_ZIP.read(path / COMMON)
-        groups: dict[str, dict[str, Any]] = {"model": {}}
+        groups: dict[str, Any] = {"model": {}}
         for name, value in folder.entries.items():
             groups.setdefault(_group(name, is_object=name in folder.objects), {})[name] = value
+        if "optimizer" in groups:  # as torch's optimizers are, so that nobody looks for weights in it
+            groups["optimizer"] = {"state": _by_parameter(groups["optimizer"]), "param_groups": []}
         known = common.tree.items() if isinstance(common.tree, dict) else ()
         told = {key: value for key, value in known if isinstance(value, (int, float, str)) and key not in groups}
         return Header(
@@ -138,9 +140,21 @@ def _group(name: str, *, is_object: bool) -> str:
     return {"rng_state": "rng_state", "rerun_state_machine_state": "train_state"}.get(base, "extra_state")
 
 
+def _by_parameter(optimizer: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Group what an optimizer keeps: ``optimizer.state.exp_avg.NAME`` is exp_avg of (optimizer.state, NAME)."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, value in optimizer.items():
+        match = _SLOT.fullmatch(key)
+        lead, slot, name = match.groups() if match is not None else (*key.rpartition(".")[::2], "")
+        found.setdefault((lead, name), {})[slot] = value
+    return found
+
+
 def _leaves(content: Mapping[str, Any]) -> Iterator[tuple[str, None, Any]]:
-    for group in _TENSORS:
-        yield from ((name, None, value) for name, value in content.get(group, {}).items())
+    yield from ((name, None, value) for name, value in content["model"].items())
+    for (lead, name), slots in content.get("optimizer", {}).get("state", {}).items():
+        for slot, value in slots.items():
+            yield ".".join(part for part in (lead, slot, name) if part), None, value
     for group in _OBJECTS:
         yield from ((name, None, Saved(value)) for name, value in content.get(group, {}).items())
 
