@@ -25,8 +25,9 @@ from .format import Format, Named, Writing
 from .header import Header, parse_provenance
 from .json_file import read_small
 from .sharded import members
+from .template import ArchiveTemplate
 from .torch_zip import TORCH_ZIP, read_archive
-from .zip import ALIGNMENT, Archive
+from .zip import ALIGNMENT, Archive, find_directory
 
 _LARGEST_METADATA = 2 << 30  # bytes
 
@@ -140,6 +141,7 @@ def read_folder(path: Path, *, whole_objects: bool = True) -> Folder:
     foreign = Counter(metadata.foreign)
     unread = () if whole_objects else {each for each in metadata.entries.values() if isinstance(each, Location)}
     objects: dict[Location, Any] = {}
+    known: _Known = {}
     stamps = [stamp]
     locations_of = {
         name: list(each) for name, each in groupby(metadata.locations(), key=lambda location: location.file)
@@ -153,7 +155,7 @@ def read_folder(path: Path, *, whole_objects: bool = True) -> Folder:
                     storage = Storage(member, location.offset, location.length)
                     objects[location] = make_spec(DTYPES["uint8"], (location.length,), storage)
                     continue
-                objects[location], unknown = _read_object(file, location)
+                objects[location], unknown = _read_object(file, location, known)
                 foreign.update(unknown)
     entries = {name: _value(path, index, name, entry, objects) for name, entry in metadata.entries.items()}
     provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
@@ -221,8 +223,18 @@ def _check_inside(file: InputFile, location: Location) -> None:
         )
 
 
-def _read_object(file: InputFile, location: Location) -> tuple[Any, Counter[str]]:
-    """Return a chunk or another object, and its unknown globals."""
+_Known = dict[tuple[int, int], list[tuple[ArchiveTemplate, int]]]
+"""Chunks read before, by their length and the offset of their directory; each with its offset in its file."""
+_MOST_KNOWN = 8  # of one key
+
+
+def _read_object(file: InputFile, location: Location, known: _Known) -> tuple[Any, Counter[str]]:
+    """Return a chunk or another object, and its unknown globals. A chunk like one that is known is not unpickled."""
+    limit, directory = find_directory(file, location.offset, location.length)
+    alike = known.setdefault((location.length, limit), []) if directory else []
+    for template, start in alike:
+        if template.describes(file, directory, location.offset):
+            return template.content.relocated(file.path, location.offset - start), Counter()
     if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
         raise UnsupportedError(
             f"{file.path}: its entries were written as safetensors, which torch does not read from such a folder. "
@@ -230,7 +242,12 @@ def _read_object(file: InputFile, location: Location) -> tuple[Any, Counter[str]
         )
     where = f"{file.path}: the entry at byte {location.offset}"
     archive = Archive(file, location.offset, location.length, where=where)
-    return read_archive(archive, file.path, where=where)[1:]
+    root, value, foreign = read_archive(archive, file.path, where=where)
+    usual = archive.usual and all(name.startswith(f"{root}/") for name in archive.entries)
+    if type(value) is TensorSpec and usual and not foreign and len(alike) < _MOST_KNOWN:
+        template = ArchiveTemplate(value, (file.path,), foreign, archive, f"{root}/".encode())
+        alike.append((template, location.offset))
+    return value, foreign
 
 
 def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Location, objects: Mapping[Location, Any]) -> Any:

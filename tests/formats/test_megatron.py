@@ -1,6 +1,6 @@
 """Megatron-LM's torch_dist folders: averaged to one of their own kind, without the optimizer, as torch itself loads it.
 
-They are laid out by torch's DCP as megatron-core 0.16 does it; tests/ecosystem has those that megatron-core writes.
+They are laid out by torch's DCP, with the names and files that megatron-core 0.16 gives them.
 """
 
 from __future__ import annotations
