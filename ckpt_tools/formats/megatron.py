@@ -40,8 +40,8 @@ class Megatron(DCP):
     name = "torch-dist"
     keeps_folder = True
     averaged_note = (
-        "The average has no optimizer and no random states. Load it into Megatron-LM with --finetune, or with "
-        "--no-load-optim --no-load-rng."
+        "The average has no optimizer and no random states. Load it into Megatron-LM with its option finetune, or with "
+        "no-load-optim and no-load-rng."
     )
 
     def sniff(self, path: Path, start: bytes) -> bool:
@@ -69,7 +69,7 @@ class Megatron(DCP):
         if config.get("sharded_backend") != _BACKEND:
             raise UnsupportedError(
                 f"{path}: saved with the backend {config.get('sharded_backend')!r}; only {_BACKEND} is read. Save it "
-                f"again with Megatron-LM's --ckpt-convert-format {_BACKEND}."
+                f"again with Megatron-LM's option ckpt-convert-format {_BACKEND}."
             )
         folder, common = read_folder(path, whole_objects=False), TORCH_ZIP.read(path / COMMON)
         groups: dict[str, Any] = {"model": {}}
