@@ -16,6 +16,7 @@ from .fsdp import FSDP_FOLDER
 from .header import Header
 from .hf_shards import HF_SHARDS
 from .lightning_folder import LIGHTNING_FOLDER
+from .megatron import MEGATRON
 from .nemo import NEMO
 from .pt2 import PT2
 from .ranks import RANKS
@@ -26,7 +27,7 @@ from .torch_script import TORCH_SCRIPT
 from .torch_zip import TORCH_ZIP
 
 FORMATS[:] = [
-    SHARDED, LIGHTNING_FOLDER, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER, RANKS, DEEPSPEED,
+    SHARDED, LIGHTNING_FOLDER, MEGATRON, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER, RANKS, DEEPSPEED,
     TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO,
 ]  # fmt: skip
 

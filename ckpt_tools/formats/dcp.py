@@ -10,22 +10,24 @@ import io
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, UnsupportedError, WriteError
-from ..storage.source import InputFile, store_of
-from ..tensors import Chunk, TensorSpec, UnsupportedTensor, join
+from ..storage.source import InputFile, Stamp, store_of
+from ..tensors import DTYPES, Chunk, Storage, TensorSpec, UnsupportedTensor, join, make_spec
 from . import dcp_metadata
 from .dcp_metadata import ChunkEntry, Location, Metadata, TensorEntry
-from .file_plan import FilePlan, OutTensor, joined, whole_file
+from .file_plan import FilePlan, OutTensor, Payload, joined, whole_file
 from .format import Format, Named, Writing
 from .header import Header, parse_provenance
 from .json_file import read_small
 from .sharded import members
+from .template import ArchiveTemplate
 from .torch_zip import TORCH_ZIP, read_archive
-from .zip import ALIGNMENT, Archive
+from .zip import ALIGNMENT, Archive, find_directory
 
 _LARGEST_METADATA = 2 << 30  # bytes
 
@@ -57,37 +59,10 @@ class DCP(Format):
             raise UnsupportedError(
                 f"{path}: one file of the checkpoint that the folder holds. Give the folder: {path.parent}"
             )
-        index, store = path / METADATA, store_of(path)
-        if not store.is_file(index):
-            if any(name.endswith(METADATA) for name in store.names(path)):
-                raise UnsupportedError(
-                    f"{path}: each rank saved its own {METADATA}, so no file lists the chunks of each tensor. "
-                    "Load it with torch.distributed.checkpoint and save it with collectives."
-                )
-            raise CorruptError(
-                f"{path}: holds {SUFFIX} files and no {METADATA}, which is written last: the save was interrupted, "
-                "or is under way. Get a complete copy."
-            )
-        raw, stamp = read_small(index, _LARGEST_METADATA)
-        metadata = dcp_metadata.load(io.BytesIO(raw), index)
-        foreign = Counter(metadata.foreign)
-        objects: dict[Location, Any] = {}
-        stamps = [stamp]
-        locations_of = {
-            name: list(each) for name, each in groupby(metadata.locations(), key=lambda location: location.file)
-        }
-        for name, member in members(index, locations_of).items():
-            with InputFile(member) as file:
-                stamps.append(file.stamp)
-                for location in locations_of[name]:
-                    objects[location], unknown = _read_object(file, location)
-                    foreign.update(unknown)
-        leaves = (
-            (metadata.paths.get(name, (name,)), _value(path, index, name, entry, objects))
-            for name, entry in metadata.entries.items()
-        )
-        provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
-        return Header(path, self, _nest(index, leaves), tuple(stamps), foreign, provenance=provenance)
+        folder = read_folder(path)
+        leaves = ((folder.paths.get(name, (name,)), value) for name, value in folder.entries.items())
+        tree = _nest(path / METADATA, leaves)
+        return Header(path, self, tree, folder.stamps, folder.foreign, provenance=folder.provenance)
 
     def plan(self, content: Any, writing: Writing) -> tuple[FilePlan, ...]:
         """Lay out a folder that any number of processes can load: a tensor is one chunk.
@@ -97,42 +72,8 @@ class DCP(Format):
         Raises:
             WriteError: two entries have the same name, or an entry is not plain data.
         """
-        files: list[list[tuple[int, FilePlan]]] = [[]]
-        end = 0
-        entries: dict[str, TensorEntry | Location] = {}
-        paths: dict[str, tuple[Any, ...]] = {}
-        stored: dict[OutTensor, Location] = {}
-        for path, value in _leaves(content):
-            name = ".".join(map(str, path))
-            if name in entries:
-                raise WriteError(
-                    f"two entries would have the name '{name}', which torch.distributed.checkpoint cannot tell apart. "
-                    "Rename one, or write a .pth file."
-                )
-            paths[name] = path
-            location = stored.get(value) if isinstance(value, OutTensor) else None
-            if location is None:
-                (inner,) = TORCH_ZIP.plan(value, Writing(name=name))
-                start = end + -end % ALIGNMENT
-                if writing.max_bytes is not None and start and start + inner.size > writing.max_bytes:
-                    files.append([])
-                    start = 0
-                location = Location(f"__0_{len(files) - 1}{SUFFIX}", start, inner.size)
-                files[-1].append((start, inner))
-                end = start + inner.size
-            if isinstance(value, OutTensor):
-                stored[value] = location
-                entries[name] = TensorEntry(
-                    value.dtype.name, value.shape, (ChunkEntry((0,) * len(value.shape), value.shape, location),)
-                )
-            else:
-                entries[name] = location
-        text = None if writing.provenance is None else json.dumps(writing.provenance, indent=1)
-        index = dcp_metadata.dump(Metadata(entries, paths, text))
-        return (
-            *(joined(f"__0_{number}{SUFFIX}", plans) for number, plans in enumerate(files)),
-            whole_file(METADATA, index),
-        )
+        leaves = ((".".join(map(str, path)), path, value) for path, value in _leaves(content))
+        return lay_out(leaves, writing)
 
     def rename(self, header: Header) -> Named:
         raise UnsupportedError(
@@ -146,14 +87,154 @@ class DCP(Format):
 DCP_FOLDER = DCP()
 
 
-def _read_object(file: InputFile, location: Location) -> tuple[Any, Counter[str]]:
-    """Return a chunk or another object, and its unknown globals."""
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What a folder holds.
+
+    Attributes:
+        entries: name to tensor or other object, in the order of the saved dict.
+        objects: names of the entries that are not tensors.
+        paths: name to key path in the saved dict, where it is known.
+        stamps: of all files.
+        foreign: unknown globals, with counts.
+        provenance: as in Header.
+    """
+
+    entries: Mapping[str, Any]
+    objects: Collection[str]
+    paths: Mapping[str, tuple[Any, ...]]
+    stamps: tuple[Stamp, ...]
+    foreign: Counter[str]
+    provenance: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An object other than a tensor, as the bytes that `torch.save` made of it."""
+
+    pickled: OutTensor
+
+
+def read_folder(path: Path, *, whole_objects: bool = True) -> Folder:
+    """Read the index of a folder and the headers of its entries.
+
+    Args:
+        whole_objects: read objects other than tensors. Otherwise each is a tensor of the bytes that `torch.save` made
+            of it.
+
+    Raises:
+        CorruptError, UnsupportedError: see `DCP.read`.
+    """
+    index, store = path / METADATA, store_of(path)
+    if not store.is_file(index):
+        if any(name.endswith(METADATA) for name in store.names(path)):
+            raise UnsupportedError(
+                f"{path}: each rank saved its own {METADATA}, so no file lists the chunks of each tensor. "
+                "Load it with torch.distributed.checkpoint and save it with collectives."
+            )
+        raise CorruptError(
+            f"{path}: holds {SUFFIX} files and no {METADATA}, which is written last: the save was interrupted, "
+            "or is under way. Get a complete copy."
+        )
+    raw, stamp = read_small(index, _LARGEST_METADATA)
+    metadata = dcp_metadata.load(io.BytesIO(raw), index)
+    foreign = Counter(metadata.foreign)
+    unread = () if whole_objects else {each for each in metadata.entries.values() if isinstance(each, Location)}
+    objects: dict[Location, Any] = {}
+    known: _Known = {}
+    stamps = [stamp]
+    locations_of = {
+        name: list(each) for name, each in groupby(metadata.locations(), key=lambda location: location.file)
+    }
+    for name, member in members(index, locations_of).items():
+        with InputFile(member) as file:
+            stamps.append(file.stamp)
+            for location in locations_of[name]:
+                _check_inside(file, location)
+                if location in unread:
+                    storage = Storage(member, location.offset, location.length)
+                    objects[location] = make_spec(DTYPES["uint8"], (location.length,), storage)
+                    continue
+                objects[location], unknown = _read_object(file, location, known)
+                foreign.update(unknown)
+    entries = {name: _value(path, index, name, entry, objects) for name, entry in metadata.entries.items()}
+    provenance = parse_provenance(metadata.provenance if isinstance(metadata.provenance, str) else None)
+    names = {name for name, entry in metadata.entries.items() if isinstance(entry, Location)}
+    return Folder(entries, names, metadata.paths, tuple(stamps), foreign, provenance)
+
+
+def lay_out(leaves: Iterable[tuple[str, tuple[Any, ...] | None, Any]], writing: Writing) -> tuple[FilePlan, ...]:
+    """Lay out a folder; see `DCP.plan`.
+
+    Args:
+        leaves: (name, key path or None, value) of each entry; a value is an OutTensor, `Saved` or plain data.
+
+    Raises:
+        WriteError: as `DCP.plan`.
+    """
+    files: list[list[tuple[int, FilePlan]]] = [[]]
+    end = 0
+    entries: dict[str, TensorEntry | Location] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    stored: dict[OutTensor, Location] = {}
+    for name, path, value in leaves:
+        if name in entries:
+            raise WriteError(
+                f"two entries would have the name '{name}', which torch.distributed.checkpoint cannot tell apart. "
+                "Rename one, or write a .pth file."
+            )
+        if path is not None:
+            paths[name] = path
+        location = stored.get(value) if isinstance(value, OutTensor) else None
+        if location is None:
+            (inner,) = _as_saved(value) if isinstance(value, Saved) else TORCH_ZIP.plan(value, Writing(name=name))
+            start = end + -end % ALIGNMENT
+            if writing.max_bytes is not None and start and start + inner.size > writing.max_bytes:
+                files.append([])
+                start = 0
+            location = Location(f"__0_{len(files) - 1}{SUFFIX}", start, inner.size)
+            files[-1].append((start, inner))
+            end = start + inner.size
+        if isinstance(value, OutTensor):
+            stored[value] = location
+            entries[name] = TensorEntry(
+                value.dtype.name, value.shape, (ChunkEntry((0,) * len(value.shape), value.shape, location),)
+            )
+        else:
+            entries[name] = location
+    text = None if writing.provenance is None else json.dumps(writing.provenance, indent=1)
+    index = dcp_metadata.dump(Metadata(entries, paths, text))
+    return (
+        *(joined(f"__0_{number}{SUFFIX}", plans) for number, plans in enumerate(files)),
+        whole_file(METADATA, index),
+    )
+
+
+def _as_saved(value: Saved) -> tuple[FilePlan]:
+    return (FilePlan(value.pickled.name, value.pickled.nbytes, (Payload(value.pickled, 0),)),)
+
+
+def _check_inside(file: InputFile, location: Location) -> None:
     end = location.offset + location.length
     if end > file.stamp.nbytes:
         raise CorruptError(
             f"{file.path}: truncated: {METADATA} says that an entry ends at byte {end}, the file at "
             f"{file.stamp.nbytes}. Get a complete copy."
         )
+
+
+_Known = dict[tuple[int, int], list[tuple[ArchiveTemplate, int]]]
+"""Chunks read before, by their length and the offset of their directory; each with its offset in its file."""
+_MOST_KNOWN = 8  # of one key
+
+
+def _read_object(file: InputFile, location: Location, known: _Known) -> tuple[Any, Counter[str]]:
+    """Return a chunk or another object, and its unknown globals. A chunk like one that is known is not unpickled."""
+    limit, directory = find_directory(file, location.offset, location.length)
+    alike = known.setdefault((location.length, limit), []) if directory else []
+    for template, start in alike:
+        if template.describes(file, directory, location.offset):
+            return template.content.relocated(file.path, location.offset - start), Counter()
     if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
         raise UnsupportedError(
             f"{file.path}: its entries were written as safetensors, which torch does not read from such a folder. "
@@ -161,7 +242,12 @@ def _read_object(file: InputFile, location: Location) -> tuple[Any, Counter[str]
         )
     where = f"{file.path}: the entry at byte {location.offset}"
     archive = Archive(file, location.offset, location.length, where=where)
-    return read_archive(archive, file.path, where=where)[1:]
+    root, value, foreign = read_archive(archive, file.path, where=where)
+    usual = archive.usual and all(name.startswith(f"{root}/") for name in archive.entries)
+    if type(value) is TensorSpec and usual and not foreign and len(alike) < _MOST_KNOWN:
+        template = ArchiveTemplate(value, (file.path,), foreign, archive, f"{root}/".encode())
+        alike.append((template, location.offset))
+    return value, foreign
 
 
 def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Location, objects: Mapping[Location, Any]) -> Any:

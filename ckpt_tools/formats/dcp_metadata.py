@@ -23,7 +23,8 @@ _MAX_KEYS = 100  # in a key path
 # Globals of a sound file; the classes were in other modules before torch 2.3.
 _KNOWN = re.compile(
     r"torch\.distributed\.(\w+\.)+(Metadata|MetadataIndex|TensorStorageMetadata|BytesStorageMetadata"
-    r"|ChunkStorageMetadata|TensorProperties|_?MEM_FORMAT_ENCODING|StorageMeta|_StorageInfo)"
+    r"|ChunkStorageMetadata|TensorProperties|_?MEM_FORMAT_ENCODING|StorageMeta|_StorageInfo"
+    r"|SavePlan|WriteItem|WriteItemType|TensorWriteData)"  # the plans of all ranks, which Megatron-LM keeps
     r"|torch\.(Size|\w*\d\w*|bool|strided|serialization\._get_layout)"
     r"|pathlib\.(_local\.)?\w*Path"
 )
@@ -227,7 +228,8 @@ def dump(metadata: Metadata) -> bytes:
     for given, entry in metadata.entries.items():
         # Pickle writes a string object once; interning makes equal strings one object.
         name = sys.intern(given)
-        paths[name] = tuple(sys.intern(k) if isinstance(k, str) else k for k in metadata.paths[given])
+        if given in metadata.paths:
+            paths[name] = tuple(sys.intern(k) if isinstance(k, str) else k for k in metadata.paths[given])
         if isinstance(entry, Location):
             described[name] = classes.BytesStorageMetadata()
             stored[classes.MetadataIndex(name)] = info(entry)
@@ -239,7 +241,7 @@ def dump(metadata: Metadata) -> bytes:
         )
         for number, chunk in enumerate(entry.chunks):
             stored[classes.MetadataIndex(name, chunk.offsets, number)] = info(chunk.location)
-    saved = classes.Metadata(described, paths, stored)
+    saved = classes.Metadata(described, paths or None, stored)
     if metadata.provenance is not None:
         setattr(saved, PROVENANCE, metadata.provenance)
     stream = io.BytesIO()

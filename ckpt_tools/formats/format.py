@@ -82,6 +82,8 @@ class Format:
         nests: it stores nested objects (dicts, numbers, text), not only names to tensors.
         export: a model made ready for use; training saves other files, so a folder is not searched for it.
         writes: it can be written.
+        keeps_folder: an average that goes into a folder has this format; otherwise it is sharded.
+        averaged_note: what the user of such an average has to know.
         rewritten: an edited copy of such a checkpoint can be written, with all that is in it.
         usual_suffix: the default suffix of a file converted from this format.
     """
@@ -94,6 +96,8 @@ class Format:
     nests: bool = False
     export: bool = False
     writes: bool = False
+    keeps_folder: bool = False
+    averaged_note: str = ""
     rewritten: bool = True
     usual_suffix: str = ".pth"
 

@@ -120,12 +120,13 @@ class ArchiveTemplate(Template):
             waiting += [(each, depth + 1) for each in inside if type(each) is not TensorSpec]
         return True
 
-    def describes(self, file: InputFile, directory: bytes) -> bool:
+    def describes(self, file: InputFile, directory: bytes, start: int = 0) -> bool:
         """Return True if `file` has the same header bytes, ignoring checksums, timestamps and the root folder name.
 
         Args:
-            file: of the same length.
+            file: of the same length; or a range in it is, from `start`.
             directory: its central directory, at the same offset.
+            start: in bytes.
         """
         root = directory[CENTRAL_SIZE : CENTRAL_SIZE + len(self.root)]
         content_ranges, contents = self._contents
@@ -135,8 +136,8 @@ class ArchiveTemplate(Template):
             and root.count(b"/") == 1
             and not {*b"\0\\"} & {*root}
             and _same(directory, root, *self._directory)
-            and _same(_read_ranges(file, self._header_ranges), root, *self._headers)
-            and _read_ranges(file, content_ranges) == contents
+            and _same(_read_ranges(file, self._header_ranges, start), root, *self._headers)
+            and _read_ranges(file, content_ranges, start) == contents
             and all(directory[at : at + _CRC_SIZE] in checksums for at, checksums in self._checksums)
         )
 
@@ -218,9 +219,11 @@ def _coalesce(ranges: Iterable[tuple[int, int]]) -> list[_Coalesced]:
     return found
 
 
-def _read_ranges(file: InputFile, ranges: Sequence[_Coalesced]) -> bytes:
-    """Read coalesced ranges of a file; return the original ranges joined, up to the end of the file."""
+def _read_ranges(file: InputFile, ranges: Sequence[_Coalesced], start: int) -> bytes:
+    """Read coalesced ranges, counted from `start`; return the original ranges joined, up to the end of the file."""
     found: list[bytes] = []
-    for (_, _, slices), data in zip(ranges, file.read_ranges([each[:2] for each in ranges]), strict=True):
+    for (_, _, slices), data in zip(
+        ranges, file.read_ranges([(start + at, nbytes) for at, nbytes, _ in ranges]), strict=True
+    ):
         found += [data] if len(slices) == 1 else [data[each] for each in slices]
     return b"".join(found)

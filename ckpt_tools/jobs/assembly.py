@@ -130,6 +130,11 @@ def assemble(
     check_shard_size(target, writing.max_bytes)
     if base.ranks:
         return _in_ranks(tensors, writing, target, base, state, renamed, edited or {})
+    if base.format.keeps_folder and target.folder:
+        dropped: list[str] = []
+        tree, kept = _container(tensors, base, state, renamed, dropped, in_own_format=True)
+        files = base.format.plan(tree, writing)
+        return Assembly(target.path, files, folder=True, dropped=tuple(dropped), kept=kept)
     if not target.format.nests:
         return flat(tensors, writing, target=target, base=base, dropped=beside(base.tree, state), edited=edited)
     dropped = unkept_metadata(base)
@@ -319,9 +324,15 @@ class Copies(dict[TensorSpec, OutTensor]):
 
 
 def _container(
-    tensors: Mapping[str, OutTensor], base: Header, state: StateDict, renamed: Mapping[str, str], dropped: list[str]
+    tensors: Mapping[str, OutTensor],
+    base: Header,
+    state: StateDict,
+    renamed: Mapping[str, str],
+    dropped: list[str],
+    *,
+    in_own_format: bool = False,
 ) -> tuple[Any, Mapping[str, int]]:
-    of_folder = base.format.written_as.folder and not base.ranks
+    of_folder = base.format.written_as.folder and not base.ranks and not in_own_format
     if of_folder or not base.format.nests or not base.format.rewritten:
         dropped += beside(base.tree, state)
         return OrderedDict(tensors), {}
@@ -505,7 +516,10 @@ def rewrite(
         weights._metadata = metadata
     tree = put(base.tree, state.path, weights)
     return nested(
-        tree, Writing(name=target.name, provenance=provenance), target=target.path, format=base.format.written_as
+        tree,
+        Writing(name=target.name, provenance=provenance, like=base),
+        target=target.path,
+        format=base.format.written_as,
     )
 
 

@@ -397,6 +397,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
             *lined_up.notes,
             *sums.adapter.notes,
             *_kept(assembly),
+            *_of_format(sums.base, assembly),
             *_statistics(sums),
             *sums.notes,
         ),
@@ -455,6 +456,12 @@ def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantiz
             )
         edited[CONFIG] = config_text(adapter.config)
     return edited
+
+
+def _of_format(base: Header, assembly: Assembly) -> Iterator[str]:
+    """Report what the format of the checkpoints means for their average, if it has that format."""
+    if assembly.folder and base.format.averaged_note:
+        yield base.format.averaged_note
 
 
 def _kept(assembly: Assembly) -> Iterator[str]:

@@ -39,7 +39,7 @@ def companions(base: Header, dropped: list[str]) -> list[Path]:
     """
     found: list[Path] = []
     around = base.path.absolute().parents if store_of(base.path) is LOCAL else base.path.parents
-    if base.in_folder:
+    if base.in_folder and not base.format.keeps_folder:
         found = [*_files(base.path, _is_own)]
         if base.ranks or any(path.name in _CONFIGS for path in found):
             return [*_safe(found, dropped)]

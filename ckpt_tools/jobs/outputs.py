@@ -69,7 +69,7 @@ class Target:
 
 def default_target(headers: list[Header]) -> Target:
     """Name the output as its inputs suggest."""
-    if all(header.shards or header.ranks for header in headers):
+    if all(header.shards or header.ranks or header.format.keeps_folder for header in headers):
         return Target.of("averaged")
     usual = {header.file_format.usual_suffix for header in headers}
     return Target.of("averaged" + (usual.pop() if len(usual) == 1 else ".pth"))

@@ -156,7 +156,7 @@ def planned(
         stripped=[entry.place for entry in report.entries],
         input=input_record(header),
     )
-    writing = Writing(name=target.name, provenance=said)
+    writing = Writing(name=target.name, provenance=said, like=header)
     assembly = nested(tree, writing, target=target.path, format=header.format.written_as)
     assembly = with_place(assembly, output.write_checksums)
     report = replace(

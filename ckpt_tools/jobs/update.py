@@ -76,7 +76,7 @@ def updated(
             "that extends it are others. Give the images to measure them on with `recal_bn`."
         )
     rule = recorded_schedule(record)
-    series = find_series(paths, **vars(selection))
+    series = find_series(paths, dry_run=running.dry_run, **vars(selection))
     members = _placed(record, header, series.members)
     names = short_names([member.path for member in members])
     coefficients = _coefficients(record, rule, members)

@@ -45,7 +45,7 @@ def weighed(
     start = None
     if schedule.rule.needs == "products":
         start = folder_of_index(one_checkpoint(schedule.values["base"]))
-    series = find_series(paths, start=start, **vars(selection))
+    series = find_series(paths, start=start, dry_run=running.dry_run, **vars(selection))
     members, chosen, by_tensor = series.members, None, None
     if schedule.rule.needs == "profile":
         members, chosen = every_set(members, matching)

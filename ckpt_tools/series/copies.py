@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..checkpoints.layouts import select
 from ..checkpoints.optimizers import looks_like_training_state
 from ..checkpoints.prefixes import renamed, unwrap
 from ..checkpoints.steps import stored_counters
+from ..compute.threads import in_threads
 from ..errors import AlignmentError, LayoutError, ReadError
 from ..formats.header import Header
 from ..formats.tree import tensors_in
@@ -20,15 +22,21 @@ from .numbered import lined_up_first, without_numbers
 from .paths import keep_one
 
 
-def without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
+def without_copies(headers: Sequence[Header], notes: list[str], *, compare: bool = True) -> list[Header]:
     """Drop copies: checkpoints with the same weights at the same step, whatever their layout and other entries.
 
     Names that differ only in numbers belong to different checkpoints, whatever the weights.
+
+    Args:
+        notes: receives decisions to report.
+        compare: all bytes of suspected copies. Otherwise a few bytes of each tensor decide, and a note says so.
     """
     groups = [list(headers)]
     # Each comparison costs more than the one before, and is limited to headers that were equal so far.
-    for look in (_outlines, _middles, _values):
+    for look in (_outlines, _middles):
         groups = [subgroup for group in groups for subgroup in _split(group, look)]
+    if compare:
+        groups = [subgroup for group in groups for subgroup in _split_by_values(group)]
     key = lined_up_first(header.path for header in headers)
     copies: set[Header] = set()
     for group in groups:
@@ -38,10 +46,15 @@ def without_copies(headers: Sequence[Header], notes: list[str]) -> list[Header]:
         while same:
             first, *rest = same
             others = [each for each in rest if _is_copy(each, first)]
-            keep_one([header.path for header in (first, *others)], "again (the same weights)", notes)
+            what = "again (the same weights)" if compare else f"again, as {_LOOKED_AT} bytes of each tensor say"
+            keep_one([header.path for header in (first, *others)], what, notes)
             copies.update(others)
             same = [each for each in rest if each not in others]
     return [header for header in headers if header not in copies]
+
+
+_LOOKED_AT = 64
+_BLOCK = 1 << 20
 
 
 def _is_copy(header: Header, other: Header) -> bool:
@@ -61,11 +74,31 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
         return [headers]
     groups: dict[object, list[Header]] = {}
     for header in headers:
-        try:
+        with _reading(header):
             groups.setdefault(look(header), []).append(header)
-        except OSError as error:
-            raise ReadError(f"{header.path}: cannot be read ({error.strerror}).") from error
     return list(groups.values())
+
+
+def _split_by_values(headers: list[Header]) -> list[list[Header]]:
+    """Group headers by all bytes of their weights; each is compared with the first of a group until they differ."""
+    if not _may_hold_copies(headers):
+        return [headers]
+    groups: list[list[Header]] = []
+    for header in headers:
+        with _reading(header):
+            group = next((each for each in groups if _have_same_values(each[0], header)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(header)
+    return groups
+
+
+@contextmanager
+def _reading(header: Header) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ReadError(f"{header.path}: cannot be read ({error.strerror}).") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,37 +154,57 @@ def _outlines(header: Header) -> object:
 
 
 def _middles(header: Header) -> object:
-    """Compare 64 bytes of each tensor: at least one tensor changes between checkpoints."""
+    """Compare a few bytes of each tensor: at least one tensor changes between checkpoints."""
     with OpenFiles() as files:
-        middles = ((each.name, _blocks(files, each, each.extent // 2, 64)) for each in _weights(header))
-        return frozenset((name, b"".join(blocks)) for name, blocks in middles)
-
-
-def _values(header: Header) -> object:
-    """Compare all bytes."""
-    digests: dict[tuple[TensorSpec, ...], bytes] = {}
-    found = set()
-    with OpenFiles() as files:
+        found = set()
         for each in _weights(header):
-            if each.chunks not in digests:
-                digest = hashlib.sha256()
-                for block in _blocks(files, each, 0, each.extent):
-                    digest.update(block)
-                digests[each.chunks] = digest.digest()
-            found.add((each.name, digests[each.chunks]))
-    return frozenset(found)
+            files.open_all(chunk.storage.path for chunk in each.chunks)
+            start = each.extent // 2
+            found.add((each.name, bytes(_read(files, each.chunks, start, min(_LOOKED_AT, each.extent - start)))))
+        return frozenset(found)
 
 
-def _blocks(files: OpenFiles, stored: _Stored, start: int, nbytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor from `start` (relative to its first element) in blocks of a megabyte."""
-    stop = start + nbytes
-    for chunk in stored.chunks:
-        path, end = chunk.storage.path, min(stop, chunk.extent)
-        files.open(path)
-        at = max(start, 0)
-        while at < end:
-            block = memoryview(bytearray(min(end - at, 1 << 20)))
-            read_at(files[path], block, chunk.begin + at, path)
-            yield block
-            at += len(block)
-        start, stop = start - chunk.extent, stop - chunk.extent
+def _have_same_values(header: Header, other: Header) -> bool:
+    """Compare all bytes of weights with equal outlines, block by block in several threads, up to a difference."""
+    ours = {each.name: each.chunks for each in _weights(header)}
+    # Tied tensors once.
+    pairs = dict.fromkeys((ours[each.name], each.chunks) for each in _weights(other))
+    waiting = iter(pairs)
+    taking, stop = threading.Lock(), threading.Event()
+    differing: list[bool] = []
+
+    def work() -> None:
+        while not stop.is_set():
+            with taking:
+                pair = next(waiting, None)
+            if pair is None:
+                return
+            a, b = pair
+            extent = sum(chunk.extent for chunk in a)
+            for start in range(0, extent, _BLOCK):
+                nbytes = min(_BLOCK, extent - start)
+                if stop.is_set():
+                    return
+                if _read(files, a, start, nbytes) != _read(files, b, start, nbytes):
+                    differing.append(True)
+                    stop.set()
+                    return
+
+    with OpenFiles() as files:
+        files.open_all(chunk.storage.path for pair in pairs for chunks in pair for chunk in chunks)
+        in_threads(work, None, stop)
+    return not differing
+
+
+def _read(files: OpenFiles, chunks: Sequence[TensorSpec], start: int, nbytes: int) -> bytearray:
+    """Return bytes of a tensor from `start`, relative to its first element."""
+    found = bytearray(nbytes)
+    done = 0
+    for chunk in chunks:
+        size = min(nbytes - done, chunk.extent - start)
+        if size > 0:
+            path = chunk.storage.path
+            read_at(files[path], memoryview(found)[done : done + size], chunk.begin + start, path)
+            done += size
+        start = max(start - chunk.extent, 0)
+    return found

@@ -47,6 +47,7 @@ def find_series(
     order: str = "auto",
     include_outputs: bool = False,
     start: Path | None = None,
+    dry_run: bool = False,
     **selection: Any,
 ) -> Series:
     """Find, read, order and select checkpoints; the payload is read only of suspected copies.
@@ -57,6 +58,7 @@ def find_series(
             ``given``, ``natural`` (names), ``mtime``.
         include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
         start: a checkpoint from before the series, which is not in it, unless it is alone.
+        dry_run: read a few bytes of suspected copies, and say that they look like copies.
         selection: see `ckpt_tools.series.selection.Choice`.
 
     Raises:
@@ -75,7 +77,7 @@ def find_series(
     headers = [read_header(path) for path in found]
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
-    headers = without_copies([header for header in headers if header.path not in ours], notes)
+    headers = without_copies([header for header in headers if header.path not in ours], notes, compare=not dry_run)
     _refuse_exports_among_others(headers)
     if not include_outputs:
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)

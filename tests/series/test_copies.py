@@ -183,6 +183,33 @@ def test_find_series_keeps_files_that_differ_in_one_value(save: Save) -> None:
     assert names(find_series(["a-*.pth"])) == ["a-1.pth", "a-2.pth"]
 
 
+def bytes_read() -> int:
+    """All that this process has read so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
+def test_copies_are_compared_up_to_the_first_difference_and_in_a_dry_run_not_at_all(save: Save) -> None:
+    size = 16 << 20
+    state = {"a": torch.zeros(size // 4), "b": torch.zeros(size // 4)}
+    first = save("c-1.pth", state)
+    shutil.copy(first, "last.pth")
+    state["a"][0] = 1
+    save("other.pth", state)
+
+    before = bytes_read()
+    dry = find_series(["c-1.pth", "last.pth"], dry_run=True)
+    assert bytes_read() - before < size / 16
+    assert names(dry) == ["c-1.pth"]
+    assert dry.notes == ("last.pth is c-1.pth again, as 64 bytes of each tensor say: counted once.",)
+    before = bytes_read()
+    assert len(find_series(["c-1.pth", "other.pth"]).members) == 2
+    assert bytes_read() - before < size  # a few blocks of each file for each thread
+    before = bytes_read()
+    assert names(find_series(["c-1.pth", "last.pth"])) == ["c-1.pth"]
+    assert bytes_read() - before > 4 * size
+
+
 def test_find_series_counts_the_same_argument_once_without_a_note(plain: Callable[..., list[Path]]) -> None:
     paths = plain("a-1.pth", "a-2.pth")
     series = find_series([*paths, "a-1.pth", "./a-2.pth", "*.pth", "."])
