@@ -71,7 +71,8 @@ def _run() -> None:
             console.open_streams()
             app()
     except CkptError as error:
-        console.say(f"Error: {arguments.spelled(str(error))}")
+        complete = _complete()
+        console.say(f"Error: {arguments.spelled(str(error))}{f' {complete}.' if complete else ''}")
         sys.exit(error.exit_code)
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
@@ -92,7 +93,12 @@ def _run() -> None:
 
 def _left() -> str:
     """Say what a run that ends early leaves behind."""
+    return _complete() or "nothing was written"
+
+
+def _complete() -> str:
+    """Say which outputs are in their places; empty if none is."""
     from ..storage.staged import PLACED
 
     complete = [str(path) for path in PLACED if os.path.lexists(path)]
-    return f"{', '.join(complete)} is complete" if complete else "nothing was written"
+    return f"{', '.join(complete)} {'is' if len(complete) == 1 else 'are'} complete" if complete else ""

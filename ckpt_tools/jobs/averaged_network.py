@@ -102,7 +102,8 @@ def measured(
         CkptError: the sums cannot be written or do not fit the network, or the measurement fails.
     """
     path = folder / "sums.pth"
-    write(Assembly(path, TORCH_ZIP.plan(dict(tensors), Writing(name=path.name)), folder=False), stamps, **options)
+    assembly = Assembly(path, TORCH_ZIP.plan(dict(tensors), Writing(name=path.name)), folder=False)
+    write(assembly, stamps, internal=True, **options)
     header = read_header(path)
     sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
     layers, _ = find_layers(network.network, include_frozen=network.measuring.include_frozen)

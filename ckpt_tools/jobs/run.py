@@ -115,6 +115,7 @@ def write(
     stamps: Sequence[Stamp],
     *,
     force: bool = False,
+    internal: bool = False,
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
@@ -123,6 +124,7 @@ def write(
     Args:
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
+        internal: it is for the job alone, and no output.
         on_progress: called with the bytes of tensors read and written so far.
         options: of `engine.run`.
 
@@ -130,7 +132,7 @@ def write(
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
     """
     with ExitStack() as stages:
-        outputs = _staged(assembly, 0, force, stages)
+        outputs = _staged(assembly, 0, stages, force=force, internal=internal)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress
@@ -148,23 +150,28 @@ def write_all(
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
-    """Write assemblies that share their tensors, each from its own row, for one read of the inputs; see `write`.
+    """Write files for the job alone that share their tensors, each from its own row, for one read of the inputs.
 
-    All are moved into place, one after another, when all are complete.
+    All are moved into place, one after another, when all are complete; see `write`.
     """
     with ExitStack() as stages:
-        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)]
+        staged = [_staged(each, row, stages, force=force, internal=True) for row, each in enumerate(assemblies)]
+        outputs = [out for files in staged for out in files]
         engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
 
 
-def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> list[OutFile]:
-    """Create the files of an assembly, to be moved into place when the stages end; its companions are complete."""
+def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) -> list[OutFile]:
+    """Create the files of an assembly, to be moved into place when the stages end; its companions are complete.
+
+    Args:
+        options: of `staged_files`.
+    """
     files = assembly.files
     # Their content now, so that their sizes are known.
     beside = {path.name: read_file(path)[0] for path in assembly.companions}
     names = [*(plan.name for plan in files), *beside] if assembly.folder else None
     sizes = [*(plan.size for plan in files), *map(len, beside.values())]
-    fds = stages.enter_context(staged_files(assembly.target, names, sizes, force=force))
+    fds = stages.enter_context(staged_files(assembly.target, names, sizes, **options))
     for fd, (name, data) in zip(fds[len(files) :], beside.items(), strict=True):
         write_at(fd, memoryview(data), 0, assembly.target / name)
     return [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=False)]

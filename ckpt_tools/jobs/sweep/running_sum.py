@@ -92,7 +92,8 @@ class RunningSum:
     def _write(self, assembly: Assembly) -> None:
         running = self._maker.running
         stamps = self._maker.stamps + ([*read_header(self.path).files] if self.path.exists() else [])
-        write(assembly, stamps, force=True, threads=running.threads, allow_nonfinite=running.allow_nonfinite)
+        options = {"threads": running.threads, "allow_nonfinite": running.allow_nonfinite}
+        write(assembly, stamps, force=True, internal=True, **options)
 
 
 def _averaged(maker: Maker) -> list[str]:
