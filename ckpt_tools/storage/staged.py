@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from stat import S_IMODE
 
@@ -251,28 +251,47 @@ def _warn(text: str) -> None:
     warnings.warn(text, WriteWarning, stacklevel=2)
 
 
+@dataclass(frozen=True, slots=True)
+class ScratchFile:
+    """A file for the job alone.
+
+    Attributes:
+        fd: a descriptor open for writing.
+        path: by which this process may open it.
+    """
+
+    fd: int
+    path: Path
+
+
 @contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder next to a target, which is gone when the block ends.
+def scratch_file(target: Path) -> Iterator[ScratchFile]:
+    """Give an empty file on the disk of a target, which is gone when the block ends.
+
+    Where /proc leads to open files, its name goes at once, and the system frees it however the process ends.
 
     Raises:
         WriteError: the system refuses.
     """
-    folder, lock = target.absolute().parent, None
+    folder = target.absolute().parent
     try:
-        try:
-            clear_leftovers(target, folder)
-            folder, lock = locked(target, folder, new_folder)
-        except OSError as error:
-            raise WriteError(
-                f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
-            ) from error
-        yield folder
+        clear_leftovers(target, folder)
+        path, fd = locked(target, folder, new_file)
+    except OSError as error:
+        raise WriteError(f"{target}: cannot be written ({error.strerror}). Choose another place with `out`.") from error
+    opened = Path(f"/proc/self/fd/{fd}")
+    try:
+        with suppress(OSError):
+            if is_open_as(opened, fd):
+                path.unlink()
+        yield ScratchFile(fd, path if os.path.lexists(path) else opened)
     finally:
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):
-                os.close(lock)
+        with suppress(OSError):
+            remove(path)
+        if os.path.lexists(path):
+            _warn(f"{path}: is of no use any more, and cannot be removed.")
+        with suppress(OSError):
+            os.close(fd)
 
 
 def write_file(target: Path, data: bytes, *, force: bool = False, internal: bool = False) -> None:

@@ -377,11 +377,11 @@ def test_a_run_leaves_alone_what_another_one_for_its_target_is_writing(
     with staged_files(Path("out"), files, [3], force=True) as (fd,):
         os.pwrite(fd, b"one", 0)
         with (
-            staged.scratch_folder(Path("out")) as scratch,
+            staged.scratch_file(Path("out")) as scratch,
             staged_files(Path("out"), files, [3], force=True) as (other,),
         ):
             os.pwrite(other, b"two", 0)
-            assert scratch.is_dir()
+            assert scratch.path.exists()
     assert (Path("out/a.bin") if folder else Path("out")).read_bytes() == b"one"
     assert [path.name for path in here.iterdir()] == ["out"]
 

@@ -83,7 +83,6 @@ def jobs() -> Iterator[Job]:
             yield Job(("recal-bn", "n-1.pth", *network, *batches, *over), out, torch=True)
             yield Job(("tune", "n-1.pth", *network, *batches, *train, *over), out, torch=True)
         elif out.endswith(".safetensors"):
-            yield Job(("strip", "s.safetensors", "--state", "raw", *over), out)
             yield Job(("fix-prefix", "s.safetensors", *over), out)
             yield Job(("recal-bn", "n.safetensors", *network, *batches, *over), out, torch=True)
             yield Job(("tune", "n.safetensors", *network, *batches, *train, *over), out, torch=True)
@@ -144,7 +143,8 @@ def make_inputs(folder: Path, numbers: int = 4) -> None:
         warnings.simplefilter("ignore")
         for i in (1, 2):
             model(f"m-{i}", weights(i))
-            dcp.save({"model": weights(i)}, checkpoint_id=folder / f"dcp-{i}", no_dist=True)
+            tree = {"model": weights(i), "optimizer": {"state": {"module.w": {"exp_avg": weights(i)["module.w"]}}}}
+            dcp.save(tree, checkpoint_id=folder / f"dcp-{i}", no_dist=True)
         dcp.save({"model": trained(1)}, checkpoint_id=folder / "n-dcp", no_dist=True)
     with contextlib.chdir(folder):
         average(["a.pth", "b.pth"], out="averaged.pth")

@@ -29,7 +29,7 @@ def faults(forks: Forks, job: Job, good: Outcome, bad: Outcome) -> Iterator[str]
     before = forks.given(job)
     found: dict[str, Content] = {name: bad.left.get(name) for name in job.outputs}
     for name in job.outputs:
-        if not (found[name] == before.get(name) or _is_new(job, name, good, bad)):
+        if not (found[name] == before.get(name) or is_new(job, name, good, bad)):
             yield f"{name} is neither the old nor the new one"
     warned = [line for line in bad.err.splitlines() if line.startswith("Warning: ")]
     for name in {*before, *bad.left} - {*job.outputs, job.scratch}:
@@ -39,7 +39,7 @@ def faults(forks: Forks, job: Job, good: Outcome, bad: Outcome) -> Iterator[str]
     if bad.code == good.code and not (message and message[0].startswith("Error: ")):
         if job.target is None and bad.out != good.out and job.verb != "look":
             yield "success is reported, and the result is another one"
-        if not all(_is_new(job, name, good, bad) for name in job.outputs):
+        if not all(is_new(job, name, good, bad) for name in job.outputs):
             yield "success is reported, and the target is not the new one"
     elif not message or not message[0].startswith("Error: "):
         yield "there is no message at the end"
@@ -56,7 +56,7 @@ def _complete(message: str) -> str:
     return (re.search(r"[^;.][^;]* (is|are) complete\.$", message) or [""])[0].replace(",", " ")
 
 
-def _is_new(job: Job, name: str, good: Outcome, bad: Outcome) -> bool:
+def is_new(job: Job, name: str, good: Outcome, bad: Outcome) -> bool:
     """Return True if an output is that of the undisturbed run."""
     new, found = good.left[name], bad.left.get(name)
     if name in job.beside and isinstance(new, bytes) and isinstance(found, bytes):  # a table with seconds
@@ -69,7 +69,7 @@ def _goes_on(forks: Forks, job: Job, good: Outcome, bad: Outcome) -> Iterator[st
     """Run a sweep again, as after a failure, and look at what it leaves."""
     again = replace(job, arguments=(*job.arguments, *(() if "--force" in job.arguments else ("--force",))))
     after = forks.ended(forks.start(again))
-    if after.code or not all(_is_new(job, name, good, after) for name in job.outputs):
+    if after.code or not all(is_new(job, name, good, after) for name in job.outputs):
         yield f"the next run ends otherwise: {after.err.splitlines()[-1:]}"
     left = _files(after.left[job.scratch or ""]) - _files(good.left[job.scratch or ""])
     if left:
@@ -92,7 +92,7 @@ def try_all(library: Path, inputs: Path, options: argparse.Namespace) -> Iterato
             forks.import_for(chosen)
             for job in chosen:
                 good = forks.run(job)
-                if good.code != (job.verb == "diff"):
+                if good.code != (job.verb == "diff") or not {*job.outputs} <= good.left.keys():
                     yield f"{job.name}: {good.err}"
                     continue
                 for at, call in enumerate(good.calls, 1):

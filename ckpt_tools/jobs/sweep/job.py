@@ -14,7 +14,7 @@ from ...errors import AlignmentError, CkptError, SeriesError, UsageError
 from ...formats.file_plan import OutTensor
 from ...series.find import find_series
 from ...storage.journal import alone_in
-from ...storage.staged import scratch_folder
+from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
 from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, check_target
@@ -210,8 +210,8 @@ def _write_best(
             from ..averaged_network import measured, opened_network
 
             network = stack.enter_context(opened_network(example.header, example.state, recalibration, running.device))
-            folder = stack.enter_context(scratch_folder(target.path))
-            found = measured(network, tensors, folder, stamps, network.planned(target), running.on_progress, **options)
+            scratch = stack.enter_context(scratch_file(target.path))
+            found = measured(network, tensors, scratch, stamps, network.planned(target), running.on_progress, **options)
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))
         (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])
