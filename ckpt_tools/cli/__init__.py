@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -43,17 +42,11 @@ def _root(
     pass
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    for each in console.STOPPING:  # once is enough: a second one would break off the cleaning up
-        signal.signal(each, lambda *_: None)
-    raise console.Stopped(number)
-
-
 def main() -> None:
     """Run `ckpt`; the one place where an error becomes a message and an exit code."""
     try:
         _run()
-    except console.Stopped as stopped:  # the only one, wherever it came: see `_stop`
+    except console.Stopped as stopped:  # the only one, wherever it came: see `console.clean_up_when_stopped`
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
         console.say(f"{what}; {stopped.left or _left()}.")
         sys.exit(128 + stopped.number)
@@ -62,9 +55,6 @@ def main() -> None:
 def _run() -> None:
     thresholds = gc.get_threshold()
     try:
-        for each in console.STOPPING:
-            if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
-                signal.signal(each, _stop)
         # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
         gc.set_threshold(100_000, 20, 20)
         with console.showing_warnings():

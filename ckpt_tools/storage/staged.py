@@ -1,9 +1,9 @@
 """Staged writing: at any instant, a target is the old one or the complete new one.
 
 Files grow without names where the file system can do that (Linux: O_TMPFILE), so that a killed run leaves nothing.
-Elsewhere they have a hidden name next to the target, or are in a hidden folder there (see `hidden`). The output is synced
-to the disk, and then gets its name in one step; files without names are put into their folder just before. On failure or
-interruption all is removed; inputs are never opened for writing.
+Elsewhere they have a hidden name next to the target, or are in a hidden folder there (see `hidden`). The output is
+synced to the disk, and then gets its name in one step; files without names are put into their folder just before. On
+failure or interruption all is removed; inputs are never opened for writing.
 """
 
 from __future__ import annotations

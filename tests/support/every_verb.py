@@ -119,9 +119,9 @@ def make_inputs(folder: Path, numbers: int = 4) -> None:
     import torch
     import torch.distributed.checkpoint as dcp
     from safetensors.torch import save_file
+    from small_network import trained
 
     from ckpt_tools import average
-    from small_network import trained
 
     def weights(value: float) -> dict[str, torch.Tensor]:
         return {"module.w": torch.full((3, numbers), value), "module.b": torch.full((4,), value)}
@@ -200,6 +200,8 @@ class Forks:
         self._library.calls_seen.restype = ctypes.c_long
         self._lacking, self._inputs, self.place, self._said = lacking, inputs, place, folder / "said"
         self._said.mkdir()
+        for each in STOPPING:  # as `python -m ckpt_tools` has them; here, so that a fork has them from the first moment
+            signal.signal(each, signal.SIG_DFL)
         self.before = {path.name: contents(path) for path in inputs.iterdir()}
 
     def import_for(self, jobs: list[Job]) -> None:
@@ -267,9 +269,6 @@ class Forks:
     def _child(self, job: Job, at: int, reason: int) -> None:
         code = 70
         try:
-            for each in STOPPING[1:]:
-                signal.signal(each, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `python -m ckpt_tools` has it
             os.chdir(self.place)
             for number, name in ((1, "out"), (2, "err")):
                 fd = os.open(self._said / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

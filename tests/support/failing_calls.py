@@ -1,7 +1,7 @@
 """Let the k-th system call of a run fail, for every k, and look at what is left and what is said; Linux only.
 
-As a script it tries every call of every verb: ``python tests/support/failing_calls.py``, with ``--each-kind`` only one of
-each function and kind of path.
+As a script it tries every call of every verb: ``python tests/support/failing_calls.py``, with ``--each-kind`` only one
+of each function and kind of path.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def try_all(library: Path, inputs: Path, options: argparse.Namespace) -> Iterato
                         runs += 1
                         for fault in faults(forks, job, good, bad):
                             said = "\n    ".join(bad.err.splitlines()[-4:])
-                            yield f"ckpt {job.name}: call {at} of {len(good.calls)}, {call}, {reason}: {fault}\n    {said}"
+                            where = f"call {at} of {len(good.calls)}, {call}, {reason}"
+                            yield f"ckpt {job.name}: {where}: {fault}\n    {said}"
         yield f"{runs} runs"
 
 

@@ -1,4 +1,4 @@
-"""A network with BatchNorm of a few hundred weights, its data, and a score: what verbs with networks need, in no time."""
+"""A small network with BatchNorm, its data, and a score: what verbs with networks need."""
 
 from __future__ import annotations
 
