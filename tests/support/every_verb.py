@@ -110,11 +110,12 @@ def jobs() -> Iterator[Job]:
     yield Job(("diff", "m-1", "m-2", "--json"), torch=True)
 
 
-def make_inputs(folder: Path, numbers: int = 4) -> None:
+def make_inputs(folder: Path, numbers: int = 4, seed: int = 0) -> None:
     """Write small checkpoints of several formats, and old targets.
 
     Args:
         numbers: columns of the larger matrix in checkpoints without a network.
+        seed: of all values.
     """
     import torch
     import torch.distributed.checkpoint as dcp
@@ -123,8 +124,11 @@ def make_inputs(folder: Path, numbers: int = 4) -> None:
 
     from ckpt_tools import average
 
-    def weights(value: float) -> dict[str, torch.Tensor]:
-        return {"module.w": torch.full((3, numbers), value), "module.b": torch.full((4,), value)}
+    def weights(which: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(100 * seed + which)
+        return {
+            f"module.{n}": torch.randn(shape, generator=generator) for n, shape in (("w", (3, numbers)), ("b", (4,)))
+        }
 
     def model(name: str, state: dict[str, torch.Tensor]) -> None:
         (folder / name).mkdir()
@@ -136,16 +140,16 @@ def make_inputs(folder: Path, numbers: int = 4) -> None:
         torch.save({"state_dict": weights(i), "epoch": i, "optimizer": {"state": {}}}, folder / f"{name}.pth")
     save_file(weights(1), folder / "s.safetensors")
     for i in (1, 2, 3):
-        torch.save({"state_dict": trained(i), "epoch": i}, folder / f"n-{i}.pth")
-    save_file(trained(1), folder / "n.safetensors")
-    model("n-folder", trained(1))
+        torch.save({"state_dict": trained(100 * seed + i), "epoch": i}, folder / f"n-{i}.pth")
+    save_file(trained(100 * seed + 1), folder / "n.safetensors")
+    model("n-folder", trained(100 * seed + 1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i in (1, 2):
             model(f"m-{i}", weights(i))
             tree = {"model": weights(i), "optimizer": {"state": {"module.w": {"exp_avg": weights(i)["module.w"]}}}}
             dcp.save(tree, checkpoint_id=folder / f"dcp-{i}", no_dist=True)
-        dcp.save({"model": trained(1)}, checkpoint_id=folder / "n-dcp", no_dist=True)
+        dcp.save({"model": trained(100 * seed + 1)}, checkpoint_id=folder / "n-dcp", no_dist=True)
     with contextlib.chdir(folder):
         average(["a.pth", "b.pth"], out="averaged.pth")
     for name in ("old.pth", "old.safetensors"):
@@ -192,6 +196,10 @@ class Forks:
         inputs: a folder that `make_inputs` has filled.
         place: where the jobs run; a folder on a file system of interest.
         lacking: what that file system has not; see `failing_calls.c`.
+
+    Attributes:
+        place: where they run.
+        runs: how many jobs were started.
     """
 
     def __init__(self, library: Path, folder: Path, inputs: Path, place: Path, lacking: int = 0) -> None:
@@ -200,6 +208,7 @@ class Forks:
         self._library.calls_seen.restype = ctypes.c_long
         self._lacking, self._inputs, self.place, self._said = lacking, inputs, place, folder / "said"
         self._said.mkdir()
+        self.runs = 0
         for each in STOPPING:  # as `python -m ckpt_tools` has them; here, so that a fork has them from the first moment
             signal.signal(each, signal.SIG_DFL)
         self.before = {path.name: contents(path) for path in inputs.iterdir()}
@@ -249,6 +258,7 @@ class Forks:
     def start(self, job: Job, at: int = 0, reason: int = 0) -> int:
         """Start a job in the folder as it is; return the number of its process."""
         (self._said / "calls").unlink(missing_ok=True)
+        self.runs += 1
         process = os.fork()
         if not process:
             self._child(job, at, reason)
@@ -257,12 +267,14 @@ class Forks:
     def ended(self, process: int) -> Outcome:
         """Wait for the end of a job."""
         _, status = os.waitpid(process, 0)
-        told = self._said / "calls"
+        told = ""
+        with suppress(FileNotFoundError):
+            told = (self._said / "calls").read_text()
         return Outcome(
             os.waitstatus_to_exitcode(status),
             (self._said / "out").read_text(),
             (self._said / "err").read_text(),
-            tuple(json.loads(told.read_text())) if told.exists() else (),
+            tuple(json.loads(told)) if told.endswith("]") else (),
             {path.name: contents(path) for path in self.place.iterdir()},
         )
 
@@ -347,6 +359,13 @@ def preloaded(inputs: Path | None = None, numbers: int = 4) -> tuple[Path, Path]
         more = {"LD_PRELOAD": str(library), "FAILING_CALLS": str(library)}
         code = subprocess.run([sys.executable, *sys.argv], env=_environment() | more, check=False).returncode
     sys.exit(code)
+
+
+def with_own_mounts() -> None:
+    """Start this script again in a namespace in which it may mount what others do not see."""
+    if "OWN_MOUNTS" not in os.environ:
+        command = ["unshare", "--mount", "--map-root-user", sys.executable, *sys.argv]
+        sys.exit(subprocess.run(command, env=os.environ | {"OWN_MOUNTS": "1"}, check=False).returncode)
 
 
 def _environment() -> dict[str, str]:

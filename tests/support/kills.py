@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from every_verb import STOPPING, Content, Forks, Job, Outcome, jobs, preloaded
+from every_verb import STOPPING, Content, Forks, Job, Outcome, jobs, preloaded, with_own_mounts
 from failing_calls import faults, is_new
 
 NUMBERS = 100_000
@@ -88,48 +88,41 @@ class Trial:
 
     def finished(self, job: Job) -> Iterator[str]:
         """Run a job after others were ended; yield what is wrong with what it leaves."""
-        again = replace(job, arguments=(*job.arguments, "--force"))
-        if job.arguments[0] == "fix-prefix" and job.target in job.arguments[:2]:
-            again = job
-        last, good = self.forks.ended(self.forks.start(again)), self.good(job)[0]
+        last, good = self.forks.ended(self.forks.start(again(job))), self.good(job)[0]
         if last.code or "Traceback" in last.err or not all(is_new(job, name, good, last) for name in job.outputs):
             yield f"the next run ends otherwise: {last.code} {last.err.splitlines()[-1:]}"
         if self.hidden(job, last.left):
             yield f"the next run leaves {self.hidden(job, last.left)}"
 
 
-def kills(trial: Trial, count: int, seed: int) -> Iterator[str]:
+def killed(trial: Trial, job: Job, choose: random.Random) -> Iterator[str]:
     """End runs by SIGKILL, a few in a row, and let the next one finish."""
-    choose, done = random.Random(seed), 0
-    while done < count:
-        job = choose.choice(trial.jobs)
-        _, seconds = trial.good(job)
-        trial.forks.renew(job)
-        again = replace(job, arguments=(*job.arguments, *(() if _in_place(job) else ("--force",))))
-        before: set[str] = set()
-        for _ in range(IN_A_ROW):
-            outcome = trial.after(again, choose.uniform(0, seconds), signal.SIGKILL)
-            killed = outcome.code == -signal.SIGKILL
-            done += killed
-            trial.counts["kills"] += killed
-            trial.counts["ended before"] += not killed
-            hidden = {*trial.hidden(job, outcome.left)}
-            for name in hidden - before:
-                kind = "average to be recalibrated" if isinstance(outcome.left[name], dict) else "file"
-                trial.counts[f"left for the next run: {'folder' if _is_folder(job) else kind}"] += 1
-            before = hidden
-            for fault in trial.targets(job, outcome):
-                yield f"{job.name}: {fault}"
-        for fault in trial.finished(job):
+    _, seconds = trial.good(job)
+    trial.forks.renew(job)
+    before: set[str] = set()
+    for _ in range(IN_A_ROW):
+        outcome = trial.after(again(job), choose.uniform(0, seconds), signal.SIGKILL)
+        trial.counts["kills" if outcome.code == -signal.SIGKILL else "ended before"] += 1
+        hidden = {*trial.hidden(job, outcome.left)}
+        trial.counts["left for the next run"] += len(hidden - before)
+        before = hidden
+        for fault in trial.targets(job, outcome):
             yield f"{job.name}: {fault}"
+    for fault in trial.finished(job):
+        yield f"{job.name}: {fault}"
 
 
-def _in_place(job: Job) -> bool:
-    return "-o" not in job.arguments
+def kills(trial: Trial, count: int, seed: int) -> Iterator[str]:
+    """End runs of random jobs; see `killed`."""
+    choose = random.Random(seed)
+    while trial.counts["kills"] < count:
+        yield from killed(trial, choose.choice(trial.jobs), choose)
 
 
-def _is_folder(job: Job) -> bool:
-    return job.target is not None and "." not in job.target
+def again(job: Job) -> Job:
+    """Return the job over what is there."""
+    in_place = "-o" not in job.arguments
+    return replace(job, arguments=(*job.arguments, *(() if in_place or "--force" in job.arguments else ("--force",))))
 
 
 def each_call(trial: Trial, _count: int, _seed: int) -> Iterator[str]:
@@ -149,24 +142,27 @@ def each_call(trial: Trial, _count: int, _seed: int) -> Iterator[str]:
 
 
 def signals(trial: Trial, count: int, seed: int) -> Iterator[str]:
-    """Send runs a signal to stop, or two, or halt them first."""
+    """Send signals to runs of random jobs; see `stopped`."""
     choose = random.Random(seed)
     for _ in range(count):
-        job = choose.choice(trial.jobs)
-        good, seconds = trial.good(job)
-        trial.forks.renew(job)
-        numbers = [choose.choice(STOPPING) for _ in range(choose.choice((1, 2, 3)))]
-        sent = [*numbers, *([signal.SIGCONT] if choose.random() < 0.3 else [])]
-        sent = [signal.SIGTSTP, *sent] if signal.SIGCONT in sent else sent
-        gap = choose.choice((0, 0, 0.001, 0.02))
-        outcome = trial.after(job, choose.uniform(0, 1.1 * seconds), *sent, gap=gap)
-        trial.counts[f"exit {outcome.code}"] += 1
-        for fault in [*_told(job, outcome, numbers, good), *trial.targets(job, outcome)]:
-            yield f"{job.name}: {[each.name for each in sent]}: {fault}\n    {outcome.err[-300:]}"
-        if trial.hidden(job, outcome.left):
-            yield f"{job.name}: {sent}: {trial.hidden(job, outcome.left)} is left"
-        if job.scratch is not None:
-            yield from trial.finished(job)
+        yield from stopped(trial, choose.choice(trial.jobs), choose)
+
+
+def stopped(trial: Trial, job: Job, choose: random.Random) -> Iterator[str]:
+    """Send a run a signal to stop, or several, or halt it first."""
+    good, seconds = trial.good(job)
+    trial.forks.renew(job)
+    numbers = [choose.choice(STOPPING) for _ in range(choose.choice((1, 2, 3)))]
+    sent = [signal.SIGTSTP, *numbers, signal.SIGCONT] if choose.random() < 0.3 else numbers
+    outcome = trial.after(job, choose.uniform(0, seconds), *sent, gap=choose.choice((0, 0, 0.001, 0.02)))
+    trial.counts[f"signals, exit {outcome.code}"] += 1
+    for fault in [*_told(job, outcome, numbers, good), *trial.targets(job, outcome)]:
+        yield f"{job.name}: {[each.name for each in sent]}: {fault}\n    {outcome.err[-300:]}"
+    # A run that is ended by the default action of a signal may have just begun to write.
+    if outcome.code >= 0 and trial.hidden(job, outcome.left):
+        yield f"{job.name}: {sent}: {trial.hidden(job, outcome.left)} is left"
+    for fault in trial.finished(job):
+        yield f"{job.name}: {fault}"
 
 
 def _told(job: Job, outcome: Outcome, numbers: list[signal.Signals], good: Outcome) -> Iterator[str]:
@@ -212,26 +208,29 @@ def start_up(count: int, seed: int, inputs: Path) -> Iterator[str]:
 
 
 def full_disk(trial: Trial, count: int, seed: int) -> Iterator[str]:
-    """Run each job on a tmpfs with room for a part of what it writes."""
-    choose, place = random.Random(seed), trial.forks.place
-    for job in trial.jobs:
-        good, _ = trial.good(job)
-        for _ in range(max(1, count // len(trial.jobs))):
-            _resize(place, 1 << 30)
-            trial.forks.renew(job)
-            grown = 1.2 * sum(_size(good.left[name]) for name in job.outputs)
-            used = (os.statvfs(place).f_blocks - os.statvfs(place).f_bfree) * os.statvfs(place).f_bsize
-            _resize(place, used + int(choose.uniform(0, grown)))
-            bad = trial.forks.ended(trial.forks.start(job))
-            trial.counts[f"exit {bad.code}"] += 1
-            for fault in faults(
-                trial.forks, replace(job, scratch=None) if job.scratch else job, good, _without(bad, job.scratch)
-            ):
-                yield f"{job.name}: {fault}\n    {bad.err[-400:]}"
+    """Run each job on a tmpfs with room for a part of what it writes; see `filled`."""
+    choose = random.Random(seed)
+    for at in range(count):
+        yield from filled(trial, trial.jobs[at % len(trial.jobs)], choose)
 
 
-def _without(outcome: Outcome, name: str | None) -> Outcome:
-    return replace(outcome, left={each: content for each, content in outcome.left.items() if each != name})
+def filled(trial: Trial, job: Job, choose: random.Random) -> Iterator[str]:
+    """Run a job on a tmpfs with room for a part of what it writes."""
+    place = trial.forks.place
+    _resize(place, 1 << 30)
+    good, _ = trial.good(job)
+    trial.forks.renew(job)
+    grown = 1.2 * sum(_size(good.left[name]) for name in job.outputs)
+    free = os.statvfs(place)
+    _resize(place, (free.f_blocks - free.f_bfree) * free.f_bsize + int(choose.uniform(0, grown)))
+    bad = trial.forks.ended(trial.forks.start(job))
+    trial.counts[f"full disks, exit {bad.code}"] += 1
+    left = {name: content for name, content in bad.left.items() if name != job.scratch}
+    for fault in faults(trial.forks, replace(job, scratch=None), good, replace(bad, left=left)):
+        yield f"{job.name}: {fault}\n    {bad.err[-400:]}"
+    _resize(place, 1 << 30)
+    for fault in trial.finished(job):
+        yield f"{job.name}: {fault}"
 
 
 def _size(content: Content) -> int:
@@ -245,8 +244,8 @@ def _resize(place: Path, nbytes: int) -> None:
 
 
 @contextmanager
-def _small(place: Path) -> Iterator[None]:
-    """Mount a tmpfs; where the process ends, it goes, as this script then has mounts of its own."""
+def small(place: Path) -> Iterator[None]:
+    """Mount a tmpfs at a folder."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(place)], check=True)
     try:
         yield
@@ -262,9 +261,8 @@ def main() -> None:
     for name in ("signals", "start-up", "each-call", "full-disk"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
-    if options.full_disk and "FAILING_CALLS" not in os.environ and "OWN_MOUNTS" not in os.environ:
-        command = ["unshare", "--mount", "--map-root-user", sys.executable, *sys.argv]
-        sys.exit(subprocess.run(command, env=os.environ | {"OWN_MOUNTS": "1"}, check=False).returncode)
+    if options.full_disk:
+        with_own_mounts()
     library, inputs = preloaded(numbers=NUMBERS)
     if options.start_up:
         for line in start_up(options.count, options.seed, inputs):
@@ -277,7 +275,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=where or None) as name:
             folder, bad = Path(name).resolve(), 0
             (folder / "place").mkdir()
-            with _small(folder / "place") if options.full_disk else nullcontext():
+            with small(folder / "place") if options.full_disk else nullcontext():
                 trial = Trial(library, inputs, folder, lacking, options.only)
                 for fault in way(trial, options.count, options.seed):
                     bad += 1
