@@ -198,8 +198,9 @@ def changed(world: World, job: Job, choose: random.Random) -> Iterator[str]:
             shutil.rmtree(trial.forks.place / job.scratch)
         possible.append(trial.forks.ended(trial.forks.start(again(job))).left)
     wanted = [left.get(job.target or "") for left in (*possible, *([trial.forks.given(job)] if bad.code else []))]
-    if job.target != name and bad.left.get(job.target or "") not in wanted:
-        yield f"{job.name}: {file.name} was {how}: the target is half, or a mixture (exit {bad.code})"
+    fewer = job.verb == "sweep" and "not scored" in bad.err  # the best of those that could be made
+    if job.target != name and bad.left.get(job.target or "") not in wanted and not fewer:
+        yield f"{job.name}: {file.name} was {how}: the target is a mixture (exit {bad.code})\n    {bad.err[-900:]}"
 
 
 def pairs(world: World, job: Job, choose: random.Random) -> Iterator[str]:

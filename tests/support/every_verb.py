@@ -79,7 +79,7 @@ def jobs() -> Iterator[Job]:
             yield Job(("strip", "a.pth", *over), out)
             yield Job(("fix-prefix", "a.pth", *over), out)
             yield Job(("avg", "c.pth", "--update", "averaged.pth", *over, *one), out)
-            yield Job(("avg", "--replay", "averaged.pth", *over, *one), out, needs=("a.pth", "b.pth"))
+            yield Job(("avg", "--replay", "averaged.pth", *over, *one), out, True, needs=("a.pth", "b.pth"))
             yield Job(("recal-bn", "n-1.pth", *network, *batches, *over), out, torch=True)
             yield Job(("tune", "n-1.pth", *network, *batches, *train, *over), out, torch=True)
         elif out.endswith(".safetensors"):
@@ -99,7 +99,7 @@ def jobs() -> Iterator[Job]:
         yield Job((*sweep, *table), out, torch=True, beside=("new.csv",), scratch="scratch")
     yield Job(("avg", "dcp-1", "dcp-2", "-o", "new-dcp", *one), "new-dcp")
     yield Job(("convert", "dcp-1", "--to", "plain", "-o", "new.pth"), "new.pth")
-    yield Job(("strip", "dcp-1", "-o", "new-dcp"), "new-dcp")
+    yield Job(("strip", "dcp-1", "-o", "new-dcp"), "new-dcp", torch=True)
     yield Job(("recal-bn", "n-dcp", *network, *batches, "-o", "new-dcp"), "new-dcp", torch=True)
     yield Job(("fix-prefix", "a.pth"), "a.pth")
     yield Job(("fix-prefix", "s.safetensors"), "s.safetensors")

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from every_verb import Content, Forks, Job, Outcome, jobs, kind_of, preloaded
+from every_verb import OLD, Content, Forks, Job, Outcome, jobs, kind_of, preloaded
 
 REASONS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 
@@ -81,14 +81,20 @@ def _files(folder: Content) -> set[str]:
     return {re.sub("[0-9a-f]{8}", "", name) for name in folder} if isinstance(folder, dict) else set()
 
 
+def _kind_of_target(job: Job) -> tuple[bool, bool]:
+    return "." in (job.target or "."), job.target in OLD
+
+
 def try_all(library: Path, inputs: Path, options: argparse.Namespace) -> Iterator[str]:
     """Yield the faults of all jobs, and then how many runs there were."""
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         folder = Path(name)
         (folder / "place").mkdir()
         forks, runs, known = Forks(library, folder, inputs, folder / "place"), 0, set[str]()
-        for torch in (False, True):
+        for torch in (False, *([] if options.without_torch else [True])):
             chosen = [job for job in jobs() if job.torch == torch and options.only in job.name]
+            if options.each_kind:  # one job for each verb that writes a file, a folder, or over what is there
+                chosen = [*{(job.verb, *_kind_of_target(job)): job for job in chosen}.values()]
             forks.import_for(chosen)
             for job in chosen:
                 good = forks.run(job)
@@ -114,6 +120,7 @@ def try_all(library: Path, inputs: Path, options: argparse.Namespace) -> Iterato
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="jobs with this in their command line")
+    parser.add_argument("--without-torch", action="store_true", help="only jobs that do not need it, which are quicker")
     parser.add_argument("--each-kind", action="store_true", help="one call of each function and kind of path")
     parser.add_argument("--inputs", type=Path, help="a folder in which every_verb.make_inputs has been")
     options = parser.parse_args()

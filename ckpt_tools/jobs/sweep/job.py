@@ -99,7 +99,8 @@ def sweep(
     combinations = grid.candidates()
     found = combinations.candidates
     if target is not None and found:
-        check_output(*maker.planned(found[:1], [target.path]), series.given, force=output.force)
+        (assembly,) = maker.planned(found[:1], [target.path])
+        check_output(assembly, series.given, force=output.force)
     paths_of = [str(path) for path in given]
     plan = planned(series, combinations, maker, grid, output, paths_of, files.notes)
     if running.on_plan is not None:
