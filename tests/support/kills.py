@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="jobs with this in their command line")
+    parser.add_argument("--on", choices=[*SYSTEMS], help="one of the file systems; all if it is not given")
     for name in ("signals", "start-up", "each-call", "full-disk"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
@@ -269,9 +270,9 @@ def main() -> None:
             print(line, flush=True)  # noqa: T201 - a script
         return
     way = signals if options.signals else each_call if options.each_call else full_disk if options.full_disk else kills
-    for system, (where, lacking) in SYSTEMS.items():
-        if way in (signals, full_disk) and system != next(iter(SYSTEMS)):
-            continue
+    first, *others = SYSTEMS
+    for system in [options.on] if options.on else [first] if way in (signals, full_disk) else [first, *others]:
+        where, lacking = SYSTEMS[system]
         with tempfile.TemporaryDirectory(dir=where or None) as name:
             folder, bad = Path(name).resolve(), 0
             (folder / "place").mkdir()
