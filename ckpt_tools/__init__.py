@@ -7,9 +7,11 @@ is fast and does not import torch.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # Ctrl-C in an import here would end in a traceback of Python's, so as few as possible
 if TYPE_CHECKING:
+    from typing import Any
+
     from .batchnorm import BatchNormReport, recalibrate_bn
     from .checkpoints.open import Checkpoint, open_checkpoint
     from .errors import CkptError

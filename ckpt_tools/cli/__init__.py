@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import sys
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -43,17 +42,11 @@ def _root(
     pass
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
-    for each in console.STOPPING:  # once is enough: a second one would break off the cleaning up
-        signal.signal(each, lambda *_: None)
-    raise console.Stopped(number)
-
-
 def main() -> None:
     """Run `ckpt`; the one place where an error becomes a message and an exit code."""
     try:
         _run()
-    except console.Stopped as stopped:  # the only one, wherever it came: see `_stop`
+    except console.Stopped as stopped:  # the only one, wherever it came: see `console.clean_up_when_stopped`
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
         console.say(f"{what}; {stopped.left or _left()}.")
         sys.exit(128 + stopped.number)
@@ -62,16 +55,14 @@ def main() -> None:
 def _run() -> None:
     thresholds = gc.get_threshold()
     try:
-        for each in console.STOPPING:
-            if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
-                signal.signal(each, _stop)
         # Headers are many objects and no cycles; with the usual 700 the collector takes as long as all the planning.
         gc.set_threshold(100_000, 20, 20)
         with console.showing_warnings():
             console.open_streams()
             app()
     except CkptError as error:
-        console.say(f"Error: {arguments.spelled(str(error))}")
+        complete = _complete()
+        console.say(f"Error: {arguments.spelled(str(error))}{f' {complete}.' if complete else ''}")
         sys.exit(error.exit_code)
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
@@ -92,7 +83,12 @@ def _run() -> None:
 
 def _left() -> str:
     """Say what a run that ends early leaves behind."""
+    return _complete() or "nothing was written"
+
+
+def _complete() -> str:
+    """Say which outputs are in their places; empty if none is."""
     from ..storage.staged import PLACED
 
     complete = [str(path) for path in PLACED if os.path.lexists(path)]
-    return f"{', '.join(complete)} is complete" if complete else "nothing was written"
+    return f"{', '.join(complete)} {'is' if len(complete) == 1 else 'are'} complete" if complete else ""

@@ -209,6 +209,7 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
         def after_planning(call: Callable[..., None]) -> Callable[..., None]:
             def called(*given: Any) -> None:
                 planned()
+                console.clean_up_when_stopped()
                 call(*given)
 
             return called

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import WriteError, WriteWarning
@@ -103,6 +104,22 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         self.number = number
         self.left: str | None = None
+
+
+def clean_up_when_stopped() -> None:
+    """Let signals to stop raise `Stopped` from here on: what has begun must be cleaned up.
+
+    Before, they have their default action, which ends the process at once, whatever C code it is in.
+    """
+    for each in STOPPING:
+        if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(each, _stop)
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    for each in STOPPING:  # once is enough: a second one would break off the cleaning up
+        signal.signal(each, lambda *_: None)
+    raise Stopped(number)
 
 
 def let_end() -> None:
@@ -288,6 +305,7 @@ def counting(unit: str | None) -> Iterator[Callable[..., None]]:
             shown.stop()
             shown = None
         if shown is None:  # the plan stands above it by now
+            clean_up_when_stopped()  # the cursor is hidden
             shown = _bar(unit)
             shown.start()
             task = shown.add_task("", total=None)

@@ -33,6 +33,7 @@ def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = Fa
     plans: list[RecalibrationReport] = []
 
     def show_plan(plan: RecalibrationReport) -> None:
+        console.clean_up_when_stopped()
         plans.append(plan)
         _show_plan(plan)
 

@@ -48,6 +48,7 @@ def sweep(
     plans: list[SweepReport] = []
 
     def show_plan(plan: SweepReport) -> None:
+        console.clean_up_when_stopped()
         plans.append(plan)
         _show_plan(plan, matrix=options["dry_run"])
 
@@ -135,6 +136,7 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
         return
     from rich.live import Live
 
+    console.clean_up_when_stopped()  # the cursor is hidden
     with Live(console=console.stderr(), refresh_per_second=4, transient=True) as live:
         known: list[int] = []
         state = {"what": "", "done": 0, "total": 0}

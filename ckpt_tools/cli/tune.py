@@ -33,6 +33,7 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
     plans: list[TuneReport] = []
 
     def show_plan(plan: TuneReport) -> None:
+        console.clean_up_when_stopped()
         plans.append(plan)
         _show_plan(plan)
 

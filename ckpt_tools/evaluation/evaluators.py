@@ -164,14 +164,14 @@ class Function:
         given: Any = str(path)
         if self.in_memory:
             given = dict(open_checkpoint(path))
-        try:
-            # A live table stands on stderr.
-            with importable(self.spec), log.open("w") as out, redirect_stdout(out):
+        # A live table stands on stderr.
+        with importable(self.spec), log.open("w") as out, redirect_stdout(out):
+            try:
                 found = function(given)
-        except CkptError:
-            raise
-        except (Exception, SystemExit) as error:  # the user's own code
-            raise DataError(f"{self.spec} fails ({type(error).__name__}: {error}).") from error
+            except CkptError:
+                raise
+            except (Exception, SystemExit) as error:  # the user's own code
+                raise DataError(f"{self.spec} fails ({type(error).__name__}: {error}).") from error
         return parsed(found, f"{self.spec} returns ")
 
     def end(self) -> None:

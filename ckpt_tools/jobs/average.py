@@ -22,7 +22,7 @@ from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapte
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running, weighted_sums
 from ..storage.source import Stamp, sha256
-from ..storage.staged import scratch_folder
+from ..storage.staged import ScratchFile, scratch_file
 from ..tensors import parse_dtype
 from .addends import Addends, ByTensor, inputs_of, record_of
 from .assembly import Assembly, assemble
@@ -174,8 +174,8 @@ def average(
             if sums.recalibration is not None:
                 show = running.on_progress
                 on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
-                folder = stack.enter_context(scratch_folder(target.path))
-                final, further = _measured(final, folder, stamps, recalibration, on_progress=on_bytes, **options)
+                scratch = stack.enter_context(scratch_file(target.path))
+                final, further = _measured(final, scratch, stamps, recalibration, on_progress=on_bytes, **options)
             laid_out = _laid_out(final, target, output, shard_bytes)
             done = replace(
                 report,
@@ -325,13 +325,13 @@ def _with_network(sums: _Sums, network: Opened, target: Target) -> _Sums:
 
 
 def _measured(
-    sums: _Sums, folder: Path, stamps: Sequence[Stamp], recalibration: Recalibration, **options: Any
+    sums: _Sums, scratch: ScratchFile, stamps: Sequence[Stamp], recalibration: Recalibration, **options: Any
 ) -> tuple[_Sums, tuple[Stamp, ...]]:
     """Write the sums to a scratch file and measure the statistics of the network with them.
 
     Args:
-        folder: for the scratch file.
-        options: of `run.write`.
+        scratch: for the sums; stays until the output is written.
+        options: of `engine.run`.
 
     Returns:
         (what is written instead; stamps of the scratch file)
@@ -344,7 +344,7 @@ def _measured(
     network, plan = sums.network, sums.recalibration
     if network is None or plan is None:
         return sums, ()
-    found = measured(network, sums.tensors, folder, stamps, plan, recalibration.on_images, **options)
+    found = measured(network, sums.tensors, scratch, stamps, plan, recalibration.on_images, **options)
     report = replace(found.report, notes=())
     final = replace(sums, tensors=found.tensors, recalibration=report, notes=(*sums.notes, *found.report.notes))
     return final, found.stamps

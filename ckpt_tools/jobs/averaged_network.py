@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group, started_by_torchrun
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.open import Checkpoint
+from ..compute import engine
+from ..compute.work_units import OutFile
 from ..errors import UsageError
 from ..evaluation.models import load_weights, pick_device
 from ..evaluation.runner import Progress
@@ -25,11 +26,11 @@ from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.torch_zip import TORCH_ZIP
 from ..storage.source import Stamp
-from .assembly import Assembly, Copies
+from ..storage.staged import ScratchFile
+from .assembly import Copies
 from .options import Images, Measuring, Network, Numerics, Recalibration
 from .outputs import named
 from .recalibrate import Opened, RecalibrationReport, check, new_buffers, opened, statistics_of
-from .run import write
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +83,7 @@ def opened_network(base: Header, state: StateDict, recalibration: Recalibration,
 def measured(
     network: Opened,
     tensors: Mapping[str, OutTensor],
-    folder: Path,
+    scratch: ScratchFile,
     stamps: Sequence[Stamp],
     report: RecalibrationReport,
     on_images: Progress | None = None,
@@ -92,18 +93,18 @@ def measured(
 
     Args:
         tensors: the sums, by name.
-        folder: for the scratch file; stays until the output is written.
+        scratch: for the sums; stays until the output is written.
         stamps: of the inputs.
         report: of the plan.
         on_images: called with (what is done, images done, images in all).
-        options: of `write`.
+        options: of `engine.run`.
 
     Raises:
         CkptError: the sums cannot be written or do not fit the network, or the measurement fails.
     """
-    path = folder / "sums.pth"
-    write(Assembly(path, TORCH_ZIP.plan(dict(tensors), Writing(name=path.name)), folder=False), stamps, **options)
-    header = read_header(path)
+    (plan,) = TORCH_ZIP.plan(dict(tensors), Writing(name="sums.pth"))
+    engine.run([OutFile(plan, scratch.fd)], stamps=stamps, **options)
+    header = read_header(scratch.path)
     sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
     layers, _ = find_layers(network.network, include_frozen=network.measuring.include_frozen)
     loaded = load_weights(network.network, sums, measured=statistics_of(network.network, layers))

@@ -130,6 +130,7 @@ def write(
     *,
     force: bool = False,
     sign_off: SignOff | None = None,
+    internal: bool = False,
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
@@ -139,6 +140,7 @@ def write(
         stamps: of the inputs, taken when their headers were read.
         force: replace what is there.
         sign_off: a statement to write when the output is in place.
+        internal: it is for the job alone, and no output.
         on_progress: called with the bytes of tensors read and written so far.
         options: of `engine.run`.
 
@@ -147,7 +149,7 @@ def write(
     """
     statement = None if sign_off is None else sign_off.begun()
     with ExitStack() as stages:
-        outputs, companions = _staged(assembly, 0, force, stages)
+        outputs, companions = _staged(assembly, 0, stages, force=force, internal=internal)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress
@@ -171,17 +173,21 @@ def write_all(
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
-    """Write assemblies that share their tensors, each from its own row, for one read of the inputs; see `write`.
+    """Write files for the job alone that share their tensors, each from its own row, for one read of the inputs.
 
-    All are moved into place, one after another, when all are complete.
+    All are moved into place, one after another, when all are complete; see `write`.
     """
     with ExitStack() as stages:
-        outputs = [out for row, assembly in enumerate(assemblies) for out in _staged(assembly, row, force, stages)[0]]
+        staged = [_staged(each, row, stages, force=force, internal=True)[0] for row, each in enumerate(assemblies)]
+        outputs = [out for files in staged for out in files]
         engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
 
 
-def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> tuple[list[OutFile], list[OutFile]]:
+def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) -> tuple[list[OutFile], list[OutFile]]:
     """Create the files of an assembly, to be moved into place when the stages end.
+
+    Args:
+        options: of `staged_files`.
 
     Returns:
         (those to fill; its companions, which are complete)
@@ -190,7 +196,7 @@ def _staged(assembly: Assembly, row: int, force: bool, stages: ExitStack) -> tup
     beside = [whole_file(path.name, read_file(path)[0]) for path in assembly.companions]
     files = [*assembly.files, *beside]
     names = [plan.name for plan in files] if assembly.folder else None
-    fds = stages.enter_context(staged_files(assembly.target, names, [plan.size for plan in files], force=force))
+    fds = stages.enter_context(staged_files(assembly.target, names, [plan.size for plan in files], **options))
     outputs = [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
     companions = outputs[len(assembly.files) :]
     for out in companions:

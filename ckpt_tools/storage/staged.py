@@ -1,18 +1,19 @@
 """Staged writing: at any instant, a target is the old one or the complete new one.
 
-A file grows without a name where the file system can do that (Linux: O_TMPFILE), so that a killed run leaves nothing.
-Elsewhere, and if it is a folder, the output has a hidden name next to its target (see `hidden`). It is synced to the
-disk, and then gets its name in one step. On failure or interruption it is removed; inputs are never opened for writing.
+Files grow without names where the file system can do that (Linux: O_TMPFILE), so that a killed run leaves nothing.
+Elsewhere they have a hidden name next to the target, or are in a hidden folder there (see `hidden`). The output is
+synced to the disk, and then gets its name in one step; files without names are put into their folder just before. On
+failure or interruption all is removed; inputs are never opened for writing.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from stat import S_IMODE
 
@@ -21,12 +22,12 @@ from .hidden import clear_leftovers, hidden, is_open_as, locked, new_file, new_f
 from .local import raise_file_limit, write_once
 
 PLACED: list[Path] = []
-"""Targets that this process has put in place."""
+"""Outputs that this process has put in place."""
 
 
 @contextmanager
 def staged_files(
-    target: Path, names: Sequence[str] | None, sizes: Sequence[int], *, force: bool = False
+    target: Path, names: Sequence[str] | None, sizes: Sequence[int], *, force: bool = False, internal: bool = False
 ) -> Iterator[list[int]]:
     """Create files, and put them in the place of the target when the block ends without an exception.
 
@@ -37,6 +38,7 @@ def staged_files(
         names: files in the folder, with folders in it before their names; None if the target is one file.
         sizes: of the files, in bytes.
         force: replace an existing target.
+        internal: it is for the job alone, and no output.
 
     Yields:
         A descriptor of each file, for reading and writing.
@@ -66,7 +68,8 @@ def staged_files(
             if not stage.is_placed:
                 raise
             # Interrupted after the rename: the target is complete.
-        PLACED.append(target)
+        if not internal:
+            PLACED.append(target)
     finally:
         stage.clear()
 
@@ -92,26 +95,24 @@ class _Stage:
         self._parent = target.absolute().parent
         self._held: int | None = None
         self._base = self._parent
+        self._names: Sequence[str] | None = None
         self._stage: Path | None = None  # None while it has no name
         self._whole: int | None = None  # descriptor of what gets the name of the target
-        self._folders: list[Path] = []
         self._placed = False
 
     def create(self, names: Sequence[str] | None, sizes: Sequence[int]) -> None:
         """Create the files; see `staged_files`."""
-        self._base = self._hold()
+        self._names, self._base = names, self._hold()
         clear_leftovers(self._target, self._base)
-        if names is None:
-            self._whole = self._new_file()
+        if self._create_unnamed(len(sizes)):
+            self._whole = self.fds[0] if names is None else None
+        elif names is None:
+            self._stage, self._whole = locked(self._target, self._base, new_file)
             self.fds.append(self._whole)
         else:
-            self._stage, self._whole = locked(self._target, self._base, new_folder)
-            inner = {self._stage / name: None for each in names for name in [*PurePath(each).parents][-2::-1]}
-            for folder in inner:
-                folder.mkdir()
-            self._folders = [*inner, self._stage]
-            for name in names:
-                self.fds.append(new_file(self._stage / name))
+            self._make_folder()
+            for path in self._paths():
+                self.fds.append(new_file(path))
         for fd, size in zip(self.fds, sizes, strict=True):
             os.truncate(fd, size)
 
@@ -125,20 +126,41 @@ class _Stage:
                     return path
         return self._parent
 
-    def _new_file(self) -> int:
+    def _create_unnamed(self, count: int) -> bool:
+        """Create files without names; return False where that is not possible."""
         by_proc = self._base != self._parent  # through which a name is given
-        if by_proc and hasattr(os, "O_TMPFILE") and hasattr(os, "link"):
-            with suppress(OSError):
-                return os.open(self._base, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        self._stage, fd = locked(self._target, self._base, new_file)
-        return fd
+        if not (by_proc and hasattr(os, "O_TMPFILE") and hasattr(os, "link")):
+            return False
+        for _ in range(count):
+            try:
+                self.fds.append(os.open(self._base, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666))
+            except OSError:
+                if self.fds:  # no matter of the file system
+                    raise
+                return False
+        return bool(count)
+
+    def _make_folder(self) -> None:
+        """Make the hidden folder of an output, with the folders in it."""
+        self._stage, self._whole = locked(self._target, self._base, new_folder)
+        for folder in self._folders()[:-1]:
+            folder.mkdir()
+
+    def _paths(self) -> list[Path]:
+        """Return the paths of the files in the hidden folder."""
+        return [] if self._names is None or self._stage is None else [self._stage / name for name in self._names]
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of the output under their hidden names, the outermost last; none if it is one file."""
+        if self._names is None or self._stage is None:
+            return []
+        inner = {self._stage / name: None for each in self._names for name in [*PurePath(each).parents][-2::-1]}
+        return [*inner, self._stage]
 
     def sync(self) -> None:
-        """Wait until all is on the disk."""
+        """Wait until the content of all files is on the disk."""
         for fd in self.fds:
             os.fsync(fd)
-        for folder in self._folders:
-            _sync_folder(folder)
 
     @property
     def is_placed(self) -> bool:
@@ -159,16 +181,16 @@ class _Stage:
                 "choose another place with `out`."
             )
         place = self._base / self._target.name
-        if self._folders:
+        if self._names is not None:
             self._place_folder(place, force)
         elif self._stage is None:
             try:
-                self._link(place)
+                _link(self.fds[0], place)
             except FileExistsError:
                 if not force:
                     raise
                 self._stage = hidden(self._target, self._base)  # a link replaces nothing, and a rename needs a name
-                self._link(self._stage)
+                _link(self.fds[0], self._stage)
                 self._stage.replace(place)
         elif force:
             self._stage.replace(place)
@@ -180,14 +202,14 @@ class _Stage:
                     raise FileExistsError(errno.EEXIST, "exists") from error
                 self._stage.rename(place)  # a file system without hard links
 
-    def _link(self, path: Path) -> None:
-        """Name a file that has no name."""
-        (fd,) = self.fds
-        # Only with a descriptor does Python follow the link in /proc, where others link the link.
-        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
-
     def _place_folder(self, place: Path, force: bool) -> None:
-        stage = self._folders[-1]
+        if self._stage is None:
+            self._make_folder()
+            for fd, path in zip(self.fds, self._paths(), strict=True):
+                _link(fd, path)
+        *_, stage = folders = self._folders()
+        for folder in folders:
+            _sync_folder(folder)
         if not force or not (place.is_symlink() or (place.is_dir() and any(place.iterdir()))):
             stage.rename(place)  # replaces an empty folder, and no other
         elif not _exchanged(stage, place):
@@ -219,41 +241,66 @@ class _Stage:
                 os.close(fd)  # type: ignore[arg-type]
 
 
+def _link(fd: int, path: Path) -> None:
+    """Name a file that has no name."""
+    # Only with a descriptor does Python follow the link in /proc, where others link the link.
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
+
+
 def _warn(text: str) -> None:
     warnings.warn(text, WriteWarning, stacklevel=2)
 
 
+@dataclass(frozen=True, slots=True)
+class ScratchFile:
+    """A file for the job alone.
+
+    Attributes:
+        fd: a descriptor open for writing.
+        path: by which this process may open it.
+    """
+
+    fd: int
+    path: Path
+
+
 @contextmanager
-def scratch_folder(target: Path) -> Iterator[Path]:
-    """Give a hidden folder next to a target, which is gone when the block ends.
+def scratch_file(target: Path) -> Iterator[ScratchFile]:
+    """Give an empty file on the disk of a target, which is gone when the block ends.
+
+    Where /proc leads to open files, its name goes at once, and the system frees it however the process ends.
 
     Raises:
         WriteError: the system refuses.
     """
-    folder, lock = target.absolute().parent, None
+    folder = target.absolute().parent
     try:
-        try:
-            clear_leftovers(target, folder)
-            folder, lock = locked(target, folder, new_folder)
-        except OSError as error:
-            raise WriteError(
-                f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
-            ) from error
-        yield folder
+        clear_leftovers(target, folder)
+        path, fd = locked(target, folder, new_file)
+    except OSError as error:
+        raise WriteError(f"{target}: cannot be written ({error.strerror}). Choose another place with `out`.") from error
+    opened = Path(f"/proc/self/fd/{fd}")
+    try:
+        with suppress(OSError):
+            if is_open_as(opened, fd):
+                path.unlink()
+        yield ScratchFile(fd, path if os.path.lexists(path) else opened)
     finally:
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):
-                os.close(lock)
+        with suppress(OSError):
+            remove(path)
+        if os.path.lexists(path):
+            _warn(f"{path}: is of no use any more, and cannot be removed.")
+        with suppress(OSError):
+            os.close(fd)
 
 
-def write_file(target: Path, data: bytes, *, force: bool = False) -> None:
+def write_file(target: Path, data: bytes, *, force: bool = False, internal: bool = False) -> None:
     """Write a file of these bytes, whole or not at all; see `staged_files`.
 
     Raises:
         WriteError: the system refuses.
     """
-    with staged_files(target, None, [len(data)], force=force) as fds:
+    with staged_files(target, None, [len(data)], force=force, internal=internal) as fds:
         write_at(fds[0], memoryview(data), 0, target)
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError, WriteError
+from ..errors import DataError, WriteError, WriteWarning
 from ..storage.staged import is_writable, reserve
 from .examples import Example
 
@@ -72,10 +74,20 @@ def mapped(folder: Path, images: int, rows: Sequence[Row]) -> Iterator[list[Tens
             flat = torch.from_file(file.name, shared=True, size=images * math.prod(row.shape), dtype=row.dtype)
         except WriteError as error:
             raise WriteError(f"`scratch='{folder}'`: the disk is full. Choose another place.") from error
+        except RuntimeError as error:  # of torch, which shows the reason of the system
+            raise WriteError(f"`scratch='{folder}'`: cannot be used for features ({error}).") from error
         finally:
-            file.close()  # which deletes it
+            _delete(file)
         tensors.append(flat.view(images, *row.shape))
     yield tensors
+
+
+def _delete(file: IO[bytes]) -> None:
+    try:
+        file.close()  # which deletes it
+    except OSError as error:
+        text = f"{file.name}: is of no use any more, and cannot be removed ({error.strerror})."
+        warnings.warn(text, WriteWarning, stacklevel=2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -349,10 +349,29 @@ with staged.staged_files(Path({name!r}), {of_files}, [5], force=True):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has files without a name")
-def test_a_killed_run_leaves_nothing_of_a_file(here: Path) -> None:
-    Path("out.pth").write_text("old")
-    assert killed(here) == []
-    assert names(here) == ["out.pth"]
+@pytest.mark.parametrize("files", ["None", "['a.bin']"])
+def test_a_killed_run_leaves_nothing_of_a_file_or_folder(here: Path, files: str) -> None:
+    assert killed(here, of_files=files) == []
+    assert names(here) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux leads to an open file without a name")
+def test_a_scratch_file_has_no_name_and_can_be_opened(here: Path) -> None:
+    with staged.scratch_file(Path("out.pth")) as scratch:
+        os.pwrite(scratch.fd, b"sums", 0)
+        assert names(here) == []
+        assert scratch.path.read_bytes() == b"sums"
+
+
+def test_a_scratch_file_is_gone_at_the_end_where_open_files_have_no_path(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staged, "is_open_as", lambda *_: False)
+    with staged.scratch_file(Path("out.pth")) as scratch:
+        os.pwrite(scratch.fd, b"sums", 0)
+        assert names(here) == [scratch.path.name]
+        assert scratch.path.read_bytes() == b"sums"
+    assert names(here) == []
 
 
 @pytest.mark.parametrize("files", ["None", "['a.bin']"])
@@ -377,11 +396,11 @@ def test_a_run_leaves_alone_what_another_one_for_its_target_is_writing(
     with staged_files(Path("out"), files, [3], force=True) as (fd,):
         os.pwrite(fd, b"one", 0)
         with (
-            staged.scratch_folder(Path("out")) as scratch,
+            staged.scratch_file(Path("out")) as scratch,
             staged_files(Path("out"), files, [3], force=True) as (other,),
         ):
             os.pwrite(other, b"two", 0)
-            assert scratch.is_dir()
+            assert scratch.path.exists()
     assert (Path("out/a.bin") if folder else Path("out")).read_bytes() == b"one"
     assert [path.name for path in here.iterdir()] == ["out"]
 

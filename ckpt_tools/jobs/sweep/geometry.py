@@ -51,7 +51,7 @@ def geometry_of(
         found = look(paths, **options, threads=threads)
     except CkptError as error:  # a sweep without it is better than none
         return str(error)
-    write_file(kept, json.dumps({"key": key, "report": found.to_dict()}).encode(), force=True)
+    write_file(kept, json.dumps({"key": key, "report": found.to_dict()}).encode(), force=True, internal=True)
     return found
 
 

@@ -14,12 +14,12 @@ from ...errors import AlignmentError, CkptError, SeriesError, UsageError
 from ...formats.file_plan import OutTensor
 from ...series.find import find_series
 from ...storage.journal import alone_in
-from ...storage.staged import scratch_folder
+from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
 from ..options import Matching, Network, Recalibration, takes
-from ..outputs import Target, check_target
+from ..outputs import Target
 from ..provenance import provided, short_names
-from ..run import write
+from ..run import check_output, write
 from .evaluation import Evaluators, opened
 from .files import Files
 from .geometry import geometry_of
@@ -92,14 +92,15 @@ def sweep(
     if len(series.members) < 2:
         raise SeriesError(f"{series.members[0].path} is one checkpoint alone. Give a series of two or more.")
     target = None if output.out is None else Target.of(output.out)
-    if target is not None:
-        check_target(target.path, series.given, nbytes=0, force=output.force, names=None)
     files = Files.of(output, series.given)
     maker = Maker.of(series.members, short_names([each.path for each in series.members]), matching, dtype, running)
     _refuse_other_names(maker)
     grid = Grid(series, rules, selections, searching, order, matching, evaluation)
     combinations = grid.candidates()
     found = combinations.candidates
+    if target is not None and found:
+        (assembly,) = maker.planned(found[:1], [target.path])
+        check_output(assembly, series.given, force=output.force)
     paths_of = [str(path) for path in given]
     plan = planned(series, combinations, maker, grid, output, paths_of, files.notes)
     if running.on_plan is not None:
@@ -210,8 +211,8 @@ def _write_best(
             from ..averaged_network import measured, opened_network
 
             network = stack.enter_context(opened_network(example.header, example.state, recalibration, running.device))
-            folder = stack.enter_context(scratch_folder(target.path))
-            found = measured(network, tensors, folder, stamps, network.planned(target), running.on_progress, **options)
+            scratch = stack.enter_context(scratch_file(target.path))
+            found = measured(network, tensors, scratch, stamps, network.planned(target), running.on_progress, **options)
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))
         (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])

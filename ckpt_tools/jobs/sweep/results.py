@@ -111,7 +111,7 @@ class Results:
         if result.samples:
             data = {name: values.tolist() for name, values in result.samples.items()}
             make_folder(self._samples)
-            write_file(self._path_of_samples(result), json.dumps(data).encode(), force=True)
+            write_file(self._path_of_samples(result), json.dumps(data).encode(), force=True, internal=True)
         append(self.path, json.dumps({**record, "sampled": bool(result.samples)}).encode())
         self._know(result, sampled=bool(result.samples))
 

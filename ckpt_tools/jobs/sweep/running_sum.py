@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ...formats import read_header
 from ...formats.file_plan import OutTensor, Terms
@@ -92,7 +93,8 @@ class RunningSum:
     def _write(self, assembly: Assembly) -> None:
         running = self._maker.running
         stamps = self._maker.stamps + ([*read_header(self.path).files] if self.path.exists() else [])
-        write(assembly, stamps, force=True, threads=running.threads, allow_nonfinite=running.allow_nonfinite)
+        options: dict[str, Any] = {"threads": running.threads, "allow_nonfinite": running.allow_nonfinite}
+        write(assembly, stamps, force=True, internal=True, **options)
 
 
 def _averaged(maker: Maker) -> list[str]:
