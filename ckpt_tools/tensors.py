@@ -481,10 +481,12 @@ _INTEGERS = {int}
 @lru_cache(maxsize=4096)
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Return the number of storage elements that a tensor spans; -1 for invalid sizes or strides."""
-    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
+    numbers = (*shape, *stride)
+    # From 2**61 - 1 on, different integers have one hash.
+    if len(shape) != len(stride) or min(numbers, default=0) < 0 or max(numbers, default=0) >= 1 << 60:
         return -1
     if 0 in shape:
-        return 0 if max(shape) < 1 << 63 else -1
+        return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
@@ -513,7 +515,13 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
                 "The checkpoint is damaged."
             )
     missing = math.prod(shape) - sum(chunk.numel for _, chunk in filled)
-    overlapping = _first_overlap(filled)
+    try:
+        overlapping = _first_overlap(filled)
+    except TimeoutError as error:
+        raise CorruptError(
+            f"{faulty}they lie so irregularly that it would take too long to tell whether they overlap. "
+            "The checkpoint is damaged."
+        ) from error
     if overlapping is not None:
         raise CorruptError(
             f"{faulty}those at {list(overlapping[0])} and {list(overlapping[1])} overlap. The checkpoint is damaged."
@@ -534,20 +542,62 @@ def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Se
 
 
 def _first_overlap(chunks: Sequence[Chunk]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Find two overlapping chunks: a sweep along the axis with the most different offsets."""
+    """Find two overlapping chunks.
+
+    The chunks are cut apart between two of them along an axis, and each part again, until it is one chunk. A grid, of
+    chunks that were cut again and again, needs a cut an axis, or one a time: O(n log n). Only in what cannot be cut so,
+    all pairs that overlap along an axis are compared.
+
+    Raises:
+        TimeoutError: that would take too long, as it does for no grid.
+    """
     if len(chunks) < 2:
         return None
-    axis = max(range(len(chunks[0][0])), key=lambda i: len({offsets[i] for offsets, _ in chunks}), default=None)
-    if axis is None:
-        return chunks[0][0], chunks[1][0]
-    active: list[Chunk] = []
-    for offsets, chunk in sorted(chunks, key=lambda each: each[0][axis]):
-        active = [each for each in active if each[0][axis] + each[1].shape[axis] > offsets[axis]]
-        for others, other in active:
-            if all(
-                a < b + other_size and b < a + size
-                for a, size, b, other_size in zip(offsets, chunk.shape, others, other.shape, strict=True)
-            ):
-                return others, offsets
-        active.append((offsets, chunk))
+    axes = range(len(chunks[0][0]))
+    left = _MOST_STEPS * len(chunks)
+    parts = [list(chunks)]
+    while parts:
+        part = parts.pop()
+        for axis in axes:
+            left -= len(part)
+            cut = _cut(part, axis)
+            if len(cut) > 1:
+                parts += [each for each in cut if len(each) > 1]
+                break
+        else:
+            axis = max(axes, key=lambda i: len({offsets[i] for offsets, _ in part}), default=-1)
+            if axis < 0:
+                return part[0][0], part[1][0]
+            active: list[Chunk] = []
+            for offsets, chunk in sorted(part, key=lambda each: each[0][axis]):
+                active = [each for each in active if each[0][axis] + each[1].shape[axis] > offsets[axis]]
+                for others, other in active:
+                    if all(
+                        a < b + other_size and b < a + size
+                        for a, size, b, other_size in zip(offsets, chunk.shape, others, other.shape, strict=True)
+                    ):
+                        return others, offsets
+                active.append((offsets, chunk))
+                left -= len(active)
+                if left < 0:
+                    raise TimeoutError
+        if left < 0:
+            raise TimeoutError
     return None
+
+
+_MOST_STEPS = 100
+"""Steps for a chunk; a grid takes three times its number of axes, as often as chunks were cut again."""
+
+
+def _cut(chunks: list[Chunk], axis: int) -> list[list[Chunk]]:
+    """Cut chunks wherever all end along an axis before the others begin."""
+    parts: list[list[Chunk]] = []
+    end = -1
+    for each in sorted(chunks, key=lambda each: each[0][axis]):
+        offset = each[0][axis]
+        if offset >= end:
+            parts.append([])
+        parts[-1].append(each)
+        end = max(end, offset + each[1].shape[axis])
+    return parts

@@ -168,8 +168,14 @@ def showing_warnings() -> Iterator[None]:
 
 
 def visible(text: str) -> str:
-    """Escape control characters: names in a file of unknown origin may contain any."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
+    """Escape what a terminal obeys and does not show: names in a file of unknown origin may contain any of it."""
+    return _INVISIBLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+_INVISIBLE = re.compile(
+    # Controls; spaces without width, and marks of direction; line ends and turned text; joiners; the byte order mark.
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def print_json(data: Any) -> None:

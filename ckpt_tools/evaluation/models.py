@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..batchnorm.calls import Call
 from ..checkpoints.open import Checkpoint
@@ -136,8 +137,49 @@ def build_model(spec: str | None, header: Header, kwargs: Mapping[str, Any], spe
     # Options of timm itself (such as a file to load) are for the user to set, not for the checkpoint.
     own = inspect.signature(timm.create_model).parameters
     stored = {key: value for key, value in said.items() if name == said.get("arch") and key not in ("arch", *own)}
-    arguments = {**_shapes(timm.get_pretrained_cfg(name), specs), **stored, **kwargs}
-    return _made(name, lambda: timm.create_model(name, pretrained=False, **arguments))
+    shapes = _shapes(timm.get_pretrained_cfg(name), specs)
+    if "num_classes" in shapes:
+        stored.pop("num_classes", None)
+    arguments = {**shapes, **stored, **kwargs}
+    tensors = [spec for spec in specs.values() if isinstance(spec, TensorSpec)]
+    with _no_larger_than(sum(spec.numel for spec in tensors), len(tensors)):
+        return _made(name, lambda: timm.create_model(name, pretrained=False, **arguments))
+
+
+_FACTORIES = {
+    torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.full, torch.eye, torch.rand, torch.randn,
+    torch.arange, torch.linspace,
+}  # fmt: skip
+_SPARE = 1 << 26, 10_000  # elements and tensors of any network, such as masks and what is made to be thrown away
+_TIMES = 4
+
+
+class _no_larger_than(TorchFunctionMode):  # noqa: N801 - used as a context
+    """Refuse to make the tensors of a network that has far more of them than the checkpoint.
+
+    The arguments in a checkpoint could ask for any size. It is known from the calls that make tensors; each is made
+    without memory first, on the meta device.
+
+    Args:
+        elements, tensors: of the weights.
+    """
+
+    def __init__(self, elements: int, tensors: int) -> None:
+        super().__init__()
+        self._elements = _TIMES * elements + _SPARE[0]
+        self._tensors = _TIMES * tensors + _SPARE[1]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FACTORIES:
+            shape = {key: value for key, value in kwargs.items() if key not in ("out", "generator", "pin_memory")}
+            self._elements -= func(*args, **{**shape, "device": "meta"}).numel()
+            self._tensors -= 1
+            if min(self._elements, self._tensors) < 0:
+                raise ModelError("far larger than the weights of the checkpoint, which would not fit")
+        return func(*args, **kwargs)
 
 
 def _made(name: str, make: Callable[[], Any]) -> nn.Module:

@@ -83,7 +83,9 @@ class FSDP(Format):
         if start:
             return False
         store = store_of(path)
-        groups = rank_files([name for name in store.names(path) if store.is_file(path / name)])
+        # Only a few names, if any, are to be looked up.
+        named = [name for name in store.names(path) if _FILE.fullmatch(name) and store.is_file(path / name)]
+        groups = rank_files(named)
         return any(each.size is not None or _has_parts(path / next(iter(each.by_rank.values()))) for each in groups)
 
     def read(self, path: Path) -> Header:

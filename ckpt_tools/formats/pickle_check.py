@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from typing import NamedTuple
 
 _DEEPEST_KEY = 500  # levels of tuples
 LARGEST_KEY = 1000
@@ -19,7 +20,9 @@ LONGEST_KEY = 1 << 16
 LARGEST_INTEGER = 1024
 """Bytes; Python writes no integer of more than 4300 digits out, which are 1786 bytes."""
 _MOST_HASHED = 30_000_000  # values in tuples that are keys: half a second
-_MOST_EQUAL_HASHES = 1000  # of different integers; n of them as keys take n^2 comparisons
+MOST_EQUAL_HASHES = 100
+"""Different values of one hash; n of them as keys take n^2 comparisons."""
+_MOST_KEYS = 3000  # tuples and other compound values as keys, which may well have one hash
 _OBJECTS = 100 << 20, 64  # bytes of memory for objects: at least, and for each byte of the pickle
 _SET_BYTES, _CONTAINER_BYTES = 216, 64
 
@@ -55,7 +58,19 @@ _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 _MEMORY = {**dict.fromkeys(b"]}", _CONTAINER_BYTES), **dict.fromkeys(b"R\x81\x92\x8f\x91io", _SET_BYTES)}
 
 
-def end_of_pickle(data: bytes, *, whole: bool = True) -> int | None:
+class Checked(NamedTuple):
+    """A pickle that takes neither too long nor too much memory to read.
+
+    Attributes:
+        end: the offset after it. If an opcode is invalid, at which an unpickler stops, the number of bytes.
+        hashes: it has so many compound keys that their hashes have to be compared while they are read.
+    """
+
+    end: int
+    hashes: bool
+
+
+def check(data: bytes, *, whole: bool = True) -> Checked | None:
     """Check the opcodes of a pickle, and find its end.
 
     Args:
@@ -63,27 +78,30 @@ def end_of_pickle(data: bytes, *, whole: bool = True) -> int | None:
         whole: no more bytes are to be had.
 
     Returns:
-        The offset after the pickle. If an opcode is invalid, at which an unpickler stops, the number of bytes; None if
-        the pickle goes on after the data, and there is more.
+        What was found; None if the pickle goes on after the data, and there is more.
 
     Raises:
         pickle.UnpicklingError: it would take too long, or too much memory.
     """
-    checked = _Checked(data)
+    walk = _Walk(data)
     try:
-        return checked.run()
+        end = walk.run()
     except EOFError:
-        return len(data) if whole else None
+        if not whole:
+            return None
+        end = len(data)
     except (IndexError, ValueError):  # an empty stack, no mark, a number that is none
-        return len(data)
+        end = len(data)
+    return Checked(end, walk.compound > _MOST_KEYS)
 
 
-class _Checked:
+class _Walk:
     """One walk over the opcodes, with the cost of each value on the stack and in the memo."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.hashed = 0
+        self.compound = 0
         self.hashes: dict[int, set[int]] = {}
 
     def run(self) -> int:
@@ -147,7 +165,7 @@ class _Checked:
                     self.hash(stack[first:])
                 del stack[first:]
                 if op in b"d\x91lo":
-                    push(1)
+                    push(2 if op == 0x91 else 1)  # FROZENSET, which may be a key
             elif op in b"ab":  # APPEND, BUILD
                 stack.pop()
             elif op in _SIZED:
@@ -180,7 +198,10 @@ class _Checked:
                 start = at
                 for _ in range(_LINES[op]):
                     at = self.after_line(at)
-                push(1 if at - start <= LONGEST_KEY else _LONG_TEXT)
+                if op in b"IL":
+                    push(self.integer(data[start : at - 1].rstrip(b"L"), at - start, written=True))
+                else:
+                    push(1 if at - start <= LONGEST_KEY else _LONG_TEXT)
             elif op == 0x69:  # INST
                 at = self.after_line(self.after_line(at))
                 del stack[marks.pop() :]
@@ -215,23 +236,24 @@ class _Checked:
         for key in keys:
             if key > 1:
                 self.hashed += key & _STEPS
+                self.compound += 1
                 if key & _STEPS > LARGEST_KEY or key >> _LEVEL > _DEEPEST_KEY:
                     raise pickle.UnpicklingError("a key that is too large")
         if self.hashed > _MOST_HASHED:
             raise pickle.UnpicklingError("keys that are too large")
 
-    def integer(self, raw: bytes, size: int) -> int:
-        """Return the cost of an integer; the hash of one below 2**61 is itself."""
+    def integer(self, raw: bytes, size: int, *, written: bool = False) -> int:
+        """Return the cost of an integer of so many bytes, or `written` as text."""
         if size > LARGEST_INTEGER:
             raise pickle.UnpicklingError("an integer of too many digits")
         if size >= 8:
-            value = int.from_bytes(raw, "little", signed=True)
-            if value != hash(value):
+            value = int(raw) if written else int.from_bytes(raw, "little", signed=True)
+            if value != hash(value):  # which below 2**61 is the integer itself
                 known = self.hashes.setdefault(hash(value), set())
                 known.add(value)
-                if len(known) > _MOST_EQUAL_HASHES:
+                if len(known) > MOST_EQUAL_HASHES:
                     raise pickle.UnpicklingError("too many integers with one hash")
-        return 1 + size // 8
+        return 1 if size <= 64 else size // 8
 
 
 def _tuple(items: list[int]) -> int:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from ..tensors import BY_STORAGE, DTYPES, DType, Storage, TensorSpec, UnsupportedTensor, c_strides, make_spec
-from .pickle_check import LARGEST_KEY
+from .pickle_check import LARGEST_KEY, MOST_EQUAL_HASHES
 from .rank_parts import part_of
 
 
@@ -103,8 +103,39 @@ _MOST_COPIED = 1_000_000
 _COPIED: ContextVar[int] = ContextVar("items that may still be copied from containers while a pickle is read")
 
 
+_HASHES: ContextVar[dict[int, set[Any]]] = ContextVar("values that may be keys, by their hashes, of a pickle")
+
+
+def distinct(value: Any) -> Any:
+    """Return a value that may be a key; n values of one hash take n^2 comparisons.
+
+    Raises:
+        pickle.UnpicklingError: there are too many of its hash.
+    """
+    known = _HASHES.get().setdefault(hash(value), set())
+    known.add(value)
+    if len(known) > MOST_EQUAL_HASHES:
+        raise pickle.UnpicklingError("too many values with one hash")
+    return value
+
+
+def _keys(source: Any) -> Any:
+    """Return a container that is about to be copied, and whose items are hashed then.
+
+    Raises:
+        pickle.UnpicklingError: see `_copied` and `distinct`.
+    """
+    for item in _copied(source):
+        if type(item) in _COMPOUND:
+            distinct(item)
+    return source
+
+
+_COMPOUND = (tuple, frozenset)
+
+
 def _copied(source: Any) -> Any:
-    """Return a container that is about to be copied, and whose items are to be hashed.
+    """Return a container that is about to be copied.
 
     A pickle can copy a container again and again by a few bytes each time. An honest one copies each item once.
 
@@ -139,12 +170,12 @@ def _size(key: Any) -> int:
 
 class _Set(metaclass=Sealed):
     def __new__(cls, source: Any = (), /) -> Any:
-        return set(_copied(source))
+        return set(_keys(source))
 
 
 class _FrozenSet(metaclass=Sealed):
     def __new__(cls, source: Any = (), /) -> Any:
-        return frozenset(_copied(source))
+        return distinct(frozenset(_keys(source)))
 
 
 class _Complex(metaclass=Sealed):
@@ -153,7 +184,7 @@ class _Complex(metaclass=Sealed):
     def __new__(cls, real: Any = 0.0, imaginary: Any = 0.0) -> Any:
         if not (isinstance(real, (int, float)) and isinstance(imaginary, (int, float))):
             raise pickle.UnpicklingError("a complex number made of what is no number")
-        return complex(real, imaginary)
+        return distinct(complex(real, imaginary))
 
 
 class Namespace(argparse.Namespace, metaclass=Sealed):
@@ -162,12 +193,12 @@ class Namespace(argparse.Namespace, metaclass=Sealed):
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, dict):
             raise pickle.UnpicklingError("a namespace without names")
-        vars(self).update(_copied(state))
+        vars(self).update(_keys(state))
 
 
 def _pair(pair: Any) -> tuple[Any, Any]:
     key, value = _copied(pair)
-    return key, value
+    return distinct(key) if type(key) in _COMPOUND else key, value
 
 
 class SealedDict(OrderedDict[Any, Any], metaclass=Sealed):
@@ -176,7 +207,7 @@ class SealedDict(OrderedDict[Any, Any], metaclass=Sealed):
     def __init__(self, *source: Any) -> None:
         if source:
             (pairs,) = source
-            super().__init__(pairs if isinstance(pairs, dict) and _copied(pairs) else map(_pair, _copied(pairs)))
+            super().__init__(pairs if isinstance(pairs, dict) and _keys(pairs) else map(_pair, _copied(pairs)))
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict) and "_metadata" in state:
@@ -189,7 +220,7 @@ class PlainDict(dict[Any, Any], metaclass=Sealed):
     __slots__ = ()
 
     def __init__(self, source: Any = None, /) -> None:
-        super().__init__(_copied(source) if isinstance(source, dict) else ())
+        super().__init__(_keys(source) if isinstance(source, dict) else ())
 
 
 _ENCODINGS = {
@@ -302,7 +333,7 @@ class Size(metaclass=Sealed):
 
         if _ints(sizes) == (-1,):
             raise pickle.UnpicklingError("a torch.Size of what are no sizes")
-        return torch.Size(sizes)
+        return distinct(torch.Size(sizes))
 
 
 class StorageType(metaclass=Sealed):
@@ -496,3 +527,4 @@ def begin(size: int) -> None:
     """
     _COPIED.set(size + _MOST_COPIED)
     _EXPANDED.set(_MOST_EXPANDED)
+    _HASHES.set({})

@@ -11,12 +11,12 @@ import copyreg
 import io
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import IO, Any
 
 from ..errors import CkptError, CorruptError
 from ..tensors import DTYPES, DType, Storage, TensorSpec, UnsupportedTensor
-from .pickle_check import end_of_pickle
+from .pickle_check import check
 from .pickle_objects import (
     GLOBALS,
     TORCH_VALUES,
@@ -28,6 +28,7 @@ from .pickle_objects import (
     StorageType,
     TypedStorage,
     begin,
+    distinct,
     inert_class,
 )
 
@@ -93,6 +94,55 @@ class _Unpickler(Restricted, pickle.Unpickler):
     pass
 
 
+_Base: Any = pickle._Unpickler  # in Python, with one function per opcode
+
+
+class _Comparing(Restricted, _Base):  # type: ignore[misc]
+    """Reads a pickle of very many tuples as keys, and refuses those of one hash; it takes ten times as long."""
+
+    def load_setitem(self) -> None:
+        self._compare(self.stack[-2:-1])
+        _Base.load_setitem(self)
+
+    def load_setitems(self) -> None:
+        self._compare(self.stack[::2])
+        _Base.load_setitems(self)
+
+    def load_dict(self) -> None:
+        self._compare(self.stack[::2])
+        _Base.load_dict(self)
+
+    def load_additems(self) -> None:
+        self._compare(self.stack)
+        _Base.load_additems(self)
+
+    def load_frozenset(self) -> None:
+        self._compare(self.stack)
+        _Base.load_frozenset(self)
+
+    def load_bytearray8(self) -> None:
+        # The base class allocates the claimed length before it reads.
+        raw = self.read(size := int.from_bytes(self.read(8), "little"))
+        if len(raw) < size:
+            raise pickle.UnpicklingError("pickle data was truncated")
+        self.append(bytearray(raw))
+
+    def _compare(self, keys: Sequence[Any]) -> None:
+        for key in keys:
+            if isinstance(key, (tuple, frozenset)):
+                distinct(key)
+
+    dispatch = {
+        **_Base.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
+
+
 def no_storage(key: str, dtype: DType | None, numel: int, view: Any) -> Storage:
     """Refuse a storage, in a pickle without tensors."""
     raise pickle.UnpicklingError("an unexpected storage")
@@ -116,9 +166,10 @@ def load(
     Raises:
         CorruptError: the pickle is damaged or hostile.
     """
-    pickled = _next_pickle(file, where)
+    pickled, hashes = _next_pickle(file, where)
+    kind = _Comparing if hashes else _Unpickler
     # Most dtypes in pickles are those of tensors, for which torch need not be imported.
-    unpickler = _Unpickler(_buffered(pickled), locate, TORCH_VALUES if torch_values else ())
+    unpickler = kind(_buffered(pickled), locate, TORCH_VALUES if torch_values else ())
     unpickler._named = [] if torch_values else None
     try:
         tree = run(unpickler, len(pickled), where=where)
@@ -128,7 +179,7 @@ def load(
             raise
         done = False
     if not done:
-        unpickler = _Unpickler(_buffered(pickled), locate, TORCH_VALUES)
+        unpickler = kind(_buffered(pickled), locate, TORCH_VALUES)
         tree = run(unpickler, len(pickled), where=where)
     check_depth(tree, where)
     return tree, unpickler.foreign
@@ -138,18 +189,23 @@ def _buffered(pickled: bytes) -> IO[bytes]:
     return io.BufferedReader(io.BytesIO(pickled))  # from io.BytesIO alone, each opcode is a call
 
 
-def _next_pickle(file: IO[bytes], where: str) -> bytes:
-    """Read the next pickle of a file, check what it costs to load, and leave the file position after it."""
+def _next_pickle(file: IO[bytes], where: str) -> tuple[bytes, bool]:
+    """Read the next pickle of a file, check what it costs to load, and leave the file position after it.
+
+    Returns:
+        The pickle, and whether hashes of keys are to be compared (`pickle_check.Checked`).
+    """
     start = file.tell()
     size = -1 if isinstance(file, io.BytesIO) else 1 << 16
     try:
         while True:
             file.seek(start)
             data = file.read(size)
-            end = end_of_pickle(data, whole=size < 0 or len(data) < size)
-            if end is not None:
+            checked = check(data, whole=size < 0 or len(data) < size)
+            if checked is not None:
+                end = checked.end
                 file.seek(start + end)
-                return data if end == len(data) else data[:end]
+                return data if end == len(data) else data[:end], checked.hashes
             size *= 8
     except (pickle.UnpicklingError, MemoryError) as error:
         raise _unreadable(where, error) from error
@@ -223,7 +279,7 @@ def run(unpickler: Any, size: int, *, where: str) -> Any:
     """Run a restricted unpickler and return the tree.
 
     Args:
-        unpickler: of a pickle that `end_of_pickle` has passed.
+        unpickler: of a pickle that `pickle_check.check` has passed.
         size: of the pickle, in bytes.
         where: the file's name, for messages.
 

@@ -185,6 +185,8 @@ def members(index: Path, names: Sequence[str] | Mapping[str, object]) -> dict[st
     for name in names:
         if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
             raise CorruptError(f"{index}: points outside its folder ({name!r}); refused.")
+        if name.endswith(INDEX_SUFFIXES):  # it might list this one
+            raise CorruptError(f"{index}: its shard {name!r} is an index itself. It is damaged.")
         file = found[name] = folder / name
         if not stays_inside(file):
             target = store.real_path(file)

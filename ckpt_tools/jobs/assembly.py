@@ -74,7 +74,7 @@ class Assembly:
         """Bytes of the inputs that go into it."""
         return sum(tensor.numel * tensor.terms.width for plan in self.files for tensor, _ in plan.payloads)
 
-    @property
+    @cached_property
     def bytes_moved(self) -> int:
         """Bytes of tensors to read and to write."""
         return self.bytes_read + sum(tensor.nbytes for plan in self.files for tensor, _ in plan.payloads)

@@ -40,8 +40,10 @@ def refuse_parts(paths: Sequence[Path]) -> None:
     Raises:
         SeriesError: the file of a rank whose folder is the checkpoint, several shards of one, or one rank of several.
     """
-    for path in paths:
-        if not store_of(path).is_folder(path) and path.name in rank_files_of(path.parent):
+    files = [path for path in paths if not store_of(path).is_folder(path)]
+    of_ranks = {folder: rank_files_of(folder) for folder in {path.parent for path in files}}
+    for path in files:
+        if path.name in of_ranks[path.parent]:
             raise SeriesError(
                 f"{path} is the file of one rank, and holds a part of the weights. Give the folder, whose ranks are "
                 f"put together: {path.parent}"

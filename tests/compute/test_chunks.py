@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,17 @@ def part(begin: tuple[int, ...], sizes: tuple[int, ...], *, big_endian: bool = F
 def test_join_says_what_is_wrong_with_chunks(parts: list[Chunk], message: str) -> None:
     with pytest.raises(CorruptError, match=message):
         join(Path("run"), "w", DTYPES["int8"], (3, 3), parts)
+
+
+def test_join_takes_any_grid_and_refuses_what_takes_long_to_tell() -> None:
+    grid = [part(at, (1, 1, 1)) for at in product(range(12), repeat=3)]
+    assert join(Path("run"), "w", DTYPES["int8"], (12, 12, 12), grid).shape == (12, 12, 12)
+    with pytest.raises(CorruptError, match=r"those at \[3, 4, 5\] and \[3, 4, 5\] overlap"):
+        join(Path("run"), "w", DTYPES["int8"], (12, 12, 12), [*grid, part((3, 4, 5), (1, 1, 1))])
+    # Each cut takes one row or one column off.
+    peeled = [part((n, n), (1, 500 - n)) for n in range(500)] + [part((n + 1, n), (499 - n, 1)) for n in range(499)]
+    with pytest.raises(CorruptError, match="lie so irregularly"):
+        join(Path("run"), "w", DTYPES["int8"], (500, 500), peeled)
 
 
 def test_join_rejects_a_scalar_in_two_chunks() -> None:

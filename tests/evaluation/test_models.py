@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from crafting import bounded_resident
 from torch import nn
 
 from ckpt_tools import fix_prefix, open_checkpoint
@@ -47,6 +48,21 @@ def test_build_model_overrides_arguments_of_the_checkpoint_by_those_given(save: 
     assert built(path, drop_rate=0.5).drop_rate == 0.5
     with pytest.raises(ModelError, match=r"2 of another shape \('fc\.weight' is \[7, \d+\], the model's \[8, \d+\]"):
         built(path, num_classes=8)
+
+
+def test_build_model_believes_the_weights_on_the_number_of_classes(save: Save) -> None:
+    source = timm.create_model("test_resnet", num_classes=7)
+    path = save("a.pth", {"arch": "test_resnet", "num_classes": 1 << 40, "state_dict": source.state_dict()})
+    assert built(path).num_classes == 7
+
+
+@pytest.mark.parametrize("asked", [{"num_classes": 1 << 33}, {"block_args": {}, "channels": (1 << 20,) * 4}])
+def test_build_model_makes_no_network_that_the_weights_cannot_fill(asked: dict[str, Any], save: Save) -> None:
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()  # whose rows would tell the number
+    args = argparse.Namespace(model="test_resnet", model_kwargs=asked)
+    path = save("a.pth", {"arch": "test_resnet", "args": args, "state_dict": state})
+    with bounded_resident(300 << 20), pytest.raises(ModelError, match="far larger than the weights of the checkpoint"):
+        built(path)
 
 
 def test_build_model_restores_sys_path_after_a_factory(

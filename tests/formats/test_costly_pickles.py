@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from ckpt_tools import average, fix_prefix, open_checkpoint, strip
 from ckpt_tools.errors import CkptError, CorruptError
 from ckpt_tools.formats import read_header
-from ckpt_tools.formats.pickle_check import end_of_pickle
+from ckpt_tools.formats.pickle_check import check
 from ckpt_tools.jobs.inspect import describe
 
 
@@ -109,7 +110,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_end_of_pickle_agrees_with_pickletools_and_refuses_no_honest_pickle(protocol: int) -> None:
+def test_check_agrees_with_pickletools_and_refuses_no_honest_pickle(protocol: int) -> None:
     from pickletools import genops
 
     shared = tuple(range(900))
@@ -124,10 +125,10 @@ def test_end_of_pickle_agrees_with_pickletools_and_refuses_no_honest_pickle(prot
         pickled = pickle.dumps(value, protocol)
         *_, (last, _, at) = genops(pickled)
         assert last.name == "STOP"
-        assert end_of_pickle(pickled + b"more") == at + 1 == len(pickled)
+        assert check(pickled + b"more") == (at + 1, False) == (len(pickled), False)
         for cut in (1, 2, len(pickled) // 2, len(pickled) - 1):
-            assert end_of_pickle(pickled[:cut], whole=False) is None
-            assert end_of_pickle(pickled[:cut]) == cut
+            assert check(pickled[:cut], whole=False) is None
+            assert check(pickled[:cut]) == (cut, False)
 
 
 def test_read_header_keeps_a_tuple_of_pairs_that_is_no_key(tmp_path: Path) -> None:
@@ -172,6 +173,23 @@ def test_read_header_refuses_what_takes_far_more_memory_than_the_file(case: str,
     with bounded_resident(110 << 20), pytest.raises(CkptError) as caught:
         read_header(path)
     assert len(str(caught.value)) < 4100
+
+
+def test_many_tuples_are_keys_unless_their_hashes_are_equal(tmp_path: Path) -> None:
+    honest = {(f"a{n}", n): n for n in range(4000)} | {frozenset((n, -n)): n for n in range(1, 100)}
+    tree = read_header(torch_zip(tmp_path / "a.pth", b"\x80\4" + pickle.dumps(honest, 4)[2:])).tree
+    assert (tree, list(tree)) == (honest, list(honest))
+
+    flood = list(product((-1, -2), repeat=12))
+    assert len({hash(each) for each in flood}) == 1
+    for value in (dict.fromkeys(flood), set(flood), [set(flood[:200])]):
+        for protocol in (2, 4):
+            path = torch_zip(tmp_path / "a.pth", pickle.dumps(value, protocol))
+            if isinstance(value, list) and protocol == 4:
+                assert read_header(path).tree == value  # too few to take long
+            else:
+                with pytest.raises(CorruptError, match="too many values with one hash"):
+                    read_header(path)
 
 
 @pytest.mark.parametrize("make", [torch_zip, torch_legacy], ids=["zip", "legacy"])
