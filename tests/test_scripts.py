@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted([*ROOT.glob("fixtures/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/pictures/*.py")])
+SCRIPTS = sorted(
+    [
+        *ROOT.glob("fixtures/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("docs/pictures/*.py"),
+        *ROOT.glob("fuzz/*.py"),
+    ]
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
