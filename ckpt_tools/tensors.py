@@ -476,20 +476,19 @@ def make_spec(
 
 
 _INTEGERS = {int}
-_MOST = 1 << 63  # beyond what torch takes, even as the stride of an axis with one element
+_MOST = 1 << 63  # more than torch takes
 
 
 @lru_cache(maxsize=4096)
 def _extent(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Return the number of storage elements that a tensor spans; -1 for invalid sizes or strides."""
-    if (
-        len(shape) != len(stride)
-        or not 0 <= min((*shape, *stride), default=0) <= max((*shape, *stride), default=0) < _MOST
-    ):
+    if len(shape) != len(stride) or min((*shape, *stride), default=0) < 0:
         return -1
     if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        return 0 if max(shape) < _MOST else -1
+    extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    # The stride of an axis with one element may be any, and does not count.
+    return extent if extent >= _MOST or max(stride, default=0) < _MOST else -1
 
 
 def join(path: Path, name: str, dtype: DType, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> TensorSpec:

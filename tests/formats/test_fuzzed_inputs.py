@@ -25,7 +25,7 @@ def test_every_kept_input_is_read_or_refused_and_runs_and_imports_nothing() -> N
     for archive in (FUZZ / "corpus").iterdir():
         regressions = [*(FUZZ / "regressions" / archive.stem).glob("*")]
         kept = len(zipfile.ZipFile(archive).namelist()) + len(regressions)
-        assert kept > 10
+        assert kept > 5
         assert counts.pop(archive.stem) > kept  # and the seeds
     assert not counts
 
