@@ -8,12 +8,18 @@ INSTALLED := $(VENV)/.installed
 ECOSYSTEM := $(VENV)/.ecosystem
 SMOKE := build/smoke
 MERGEKIT := .venv-mergekit
+FUZZ := .venv-fuzz
+# Of all targets together; those in FUZZ_TARGETS, or all of fuzz/targets.py.
+FUZZ_SECONDS ?= 300
+FUZZ_TARGETS ?=
+SANITIZE := build/sanitize
 # Where the version of torch is not what is tested: one that has a small build for CPUs.
 PLAIN_TORCH := 2.13.0
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
-.PHONY: install demo evidence test coverage test-ecosystem formats-table pictures check fix smoke bench bench-full clean
+.PHONY: install demo evidence test coverage test-ecosystem formats-table pictures check fix smoke fuzz sanitize bench \
+	bench-full clean
 
 install: $(INSTALLED)
 
@@ -82,6 +88,33 @@ smoke: $(INSTALLED)
 	$(SMOKE)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py
 
+# Coverage-guided fuzzing: each target of fuzz/ in turn; see docs/fuzzing.md. The C extension needs clang.
+fuzz: $(FUZZ)/.installed build/sanitized/.built
+	$(FUZZ)/bin/python fuzz/run.py fuzz $(FUZZ_TARGETS) --seconds $(FUZZ_SECONDS)
+
+$(FUZZ)/.installed: fuzz/requirements.txt
+	$(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/$(PIP_INSTALL) -r fuzz/requirements.txt
+	touch $@
+
+build/sanitized/.built: $(FUZZ)/.installed setup.py $(wildcard ckpt_tools/compute/csrc/*)
+	CC=clang LDSHARED="clang -shared" CKPT_TOOLS_REQUIRE_NATIVE=1 \
+		CFLAGS="-O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined" \
+		$(FUZZ)/bin/python setup.py -q build_ext --force --build-lib build/sanitized --build-temp build/sanitized/temp
+	touch $@
+
+# The tests of sums with a C extension that is checked at each access and operation.
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZE)
+	mkdir -p $(SANITIZE)
+	cp -r ckpt_tools setup.py pyproject.toml README.md LICENSE $(SANITIZE)
+	cd $(SANITIZE) && CKPT_TOOLS_REQUIRE_NATIVE=1 \
+		CFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so) $$(cc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE) \
+		$(BIN)/pytest -n 0 tests/compute $(PYTEST_ARGS)
+
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench.py
 
@@ -101,4 +134,4 @@ $(MERGEKIT)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MERGEKIT) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(MERGEKIT) $(FUZZ) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

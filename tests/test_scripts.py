@@ -15,6 +15,7 @@ SCRIPTS = sorted(
         *ROOT.glob("benchmarks/*.py"),
         *ROOT.glob("docs/pictures/*.py"),
         ROOT / "tests/soak.py",
+        *ROOT.glob("fuzz/*.py"),
     ]
 )
 

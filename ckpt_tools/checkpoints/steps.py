@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from ..errors import LayoutError
 from ..formats import FORMATS
 from ..formats.header import Header
-from ..formats.json_file import read_small
+from ..formats.json_file import parse_json, read_small
 from ..formats.tree import follow
 from ..storage.source import store_of
 from ..tensors import TensorSpec
@@ -144,7 +143,7 @@ def trainer_state(header: Header) -> dict[str, Any]:
     if not store_of(path).is_file(path):
         return {}
     try:
-        state = json.loads(read_small(path)[0])
+        state = parse_json(read_small(path)[0])
     except (ValueError, RecursionError):
         return {}
     return state if isinstance(state, dict) else {}

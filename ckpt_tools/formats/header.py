@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..storage.source import Stamp, store_of
+from .json_file import parse_json
 from .template import Places, Template, in_own_files
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PROVENANCE = "ckpt_tools"
 def parse_provenance(text: str | bytes | None) -> dict[str, Any] | None:
     """Return the provenance of an output; None if it is missing, not readable, or nested deeply."""
     try:
-        provenance = json.loads(text) if text is not None else None
+        provenance = parse_json(text) if text is not None else None
     except (ValueError, RecursionError):
         return None
     return provenance if isinstance(provenance, dict) and _is_shallow(provenance) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,18 @@ def read_small(path: Path, most: int = LARGEST) -> tuple[bytes, Stamp]:
         return file.read(0, size), file.stamp
 
 
+def parse_json(raw: str | bytes) -> Any:
+    """Parse JSON, in UTF-8. `json.loads` guesses the encoding of bytes, and imports a module of it.
+
+    Raises:
+        ValueError: it is not valid.
+        RecursionError: it is nested deeply.
+    """
+    if isinstance(raw, bytes):
+        raw = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogatepass")
+    return json.loads(raw)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a small file; empty if there is no such file.
 
@@ -35,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not store_of(path).is_file(path):  # which a pipe is not, either
         return {}
     try:
-        found = json.loads(read_small(path)[0])
+        found = parse_json(read_small(path)[0])
         if not isinstance(found, dict):
             raise TypeError("not an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:

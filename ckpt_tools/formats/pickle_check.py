@@ -90,6 +90,10 @@ def check(data: bytes, *, whole: bool = True) -> Checked | None:
         if not whole:
             return None
         end = len(data)
+    except OverflowError as error:  # if there is no memory for a bytearray, Python prints an error that nobody catches
+        if whole:
+            raise pickle.UnpicklingError("a bytearray longer than the pickle") from error
+        return None
     except (IndexError, ValueError):  # an empty stack, no mark, a number that is none
         end = len(data)
     return Checked(end, walk.compound > _MOST_KEYS)
@@ -171,6 +175,8 @@ class _Walk:
             elif op in _SIZED:
                 size = int.from_bytes(data[at : at + _SIZED[op]], "little")
                 at += _SIZED[op]
+                if op == 0x96 and size > size_of_data - at:  # BYTEARRAY8
+                    raise OverflowError
                 if op in b"\x8a\x8b":  # LONG1, LONG4
                     push(self.integer(data[at : at + size], size))
                 else:

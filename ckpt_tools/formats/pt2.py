@@ -7,7 +7,6 @@ is ``<root>/data/weights/<model>.pt``; since 2.9 each storage is an entry ``<roo
 
 from __future__ import annotations
 
-import json
 from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..storage.source import InputFile
 from ..tensors import DTYPES, Storage, Tensor, UnsupportedTensor, make_spec
 from .format import Format
 from .header import Header
+from .json_file import parse_json
 from .torch_zip import TORCH_ZIP, is_big_endian, read_archive
 from .zip import Archive
 
@@ -109,7 +109,7 @@ def _file_inside(archive: Archive, name: str, path: Path) -> tuple[Any, Counter[
 def _tensors(archive: Archive, root: str, name: str, path: Path) -> OrderedDict[str, Tensor]:
     damaged = f"{path}: {name} does not describe weights. The file is damaged."
     try:
-        config = json.loads(archive.read(name))["config"]
+        config = parse_json(archive.read(name))["config"]
         big_endian = is_big_endian(archive, root)
         return OrderedDict((key, _tensor(archive, root, meta, path, big_endian)) for key, meta in config.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -20,6 +20,7 @@ from ..tensors import BY_SAFETENSORS, Storage, TensorSpec, UnsupportedTensor, ma
 from .file_plan import FilePlan, OutTensor, Payload, constant
 from .format import Format, Named, Renaming, Writing
 from .header import PROVENANCE, Header, parse_provenance
+from .json_file import parse_json
 from .template import Template
 
 MAX_HEADER = 100_000_000
@@ -345,7 +346,7 @@ class _Named:
         names = renamings[0].names
         with InputFile(path) as file:
             (length,) = struct.unpack("<Q", file.read(0, 8))
-            entries = json.loads(file.read(8, length))
+            entries = parse_json(file.read(8, length))
         metadata = entries.get(_METADATA, {})
         ties = {key for key in metadata if key in self.header.tree and key not in entries}
         renamed = {names.get(key, key): value for key, value in entries.items()}

@@ -18,7 +18,7 @@ from ..storage.splice import Splice
 from .file_plan import FilePlan, OutTensor, whole_file
 from .format import Format, Named, Renaming, Writing, read_single
 from .header import Header
-from .json_file import read_small
+from .json_file import parse_json, read_small
 from .safetensors import SAFETENSORS
 from .template import Template
 from .torch_zip import TORCH_ZIP
@@ -219,7 +219,7 @@ def read_weight_map(index: Path, raw: bytes | None = None) -> dict[str, str]:
         CorruptError: it is not an index.
     """
     try:
-        weight_map = json.loads(read_small(index)[0] if raw is None else raw)["weight_map"]
+        weight_map = parse_json(read_small(index)[0] if raw is None else raw)["weight_map"]
         if not weight_map or not {*map(type, weight_map.values())} <= {str}:
             raise TypeError("weight_map should map tensor names to file names")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -310,6 +310,6 @@ class _Named:
     def renamed(self, renamings: Sequence[Renaming]) -> tuple[Splice, ...]:
         (whole,) = renamings
         splices = [splice for shard in self.shards for splice in shard.renamed([replace(whole, state=shard.tree)])]
-        content = json.loads(read_small(self.index)[0])
+        content = parse_json(read_small(self.index)[0])
         content["weight_map"] = {whole.names.get(name, name): file for name, file in content["weight_map"].items()}
         return (*splices, Splice(self.index, ((json.dumps(content, indent=2) + "\n").encode(),)))

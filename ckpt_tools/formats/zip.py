@@ -6,6 +6,7 @@ header for each, called a line here. The format is PKWARE's APPNOTE.TXT, section
 
 from __future__ import annotations
 
+import encodings.cp437  # noqa: F401 - so that no name in a file decides whether it is imported
 import struct
 import zlib
 from collections.abc import Sequence

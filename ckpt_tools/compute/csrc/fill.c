@@ -26,17 +26,22 @@ typedef struct {
     size_t end; /* of all */
 } Memory;
 
+/* Add to a pointer that is NULL if only sizes are asked for, where C has no such sum. */
+static char *behind(char *scratch, size_t nbytes) {
+    return (char *)((uintptr_t)scratch + nbytes);
+}
+
 /* Lay out scratch: blocks of a batch of terms, the sums of a block, four terms of a strip; then, for slices, a window of
    each row; for tiles, a block in another order, the results of a block, and those of the tile. */
 static Memory lay_out(size_t rows, int tiles, char *scratch) {
     Memory m = {.read = rows <= 8 ? READ : READ / 2, .batch = rows == 1 ? 4 : 8};
     m.window = WINDOW / rows < READ ? READ : WINDOW / rows & ~(size_t)(READ - 1);
     m.x = scratch, m.end = m.batch * m.read;
-    m.sum = (double *)(scratch + m.end), m.end += rows * 4 * m.read;
-    m.wide = (double *)(scratch + m.end), m.end += 4 * STRIP * sizeof(double);
-    m.spare = scratch + m.end, m.end += tiles ? m.read : 0;
-    m.results = scratch + m.end, m.end += rows * (tiles ? 4 * m.read : m.window + 64);
-    m.written = scratch + m.end, m.end += tiles ? TILE : 0;
+    m.sum = (double *)behind(scratch, m.end), m.end += rows * 4 * m.read;
+    m.wide = (double *)behind(scratch, m.end), m.end += 4 * STRIP * sizeof(double);
+    m.spare = behind(scratch, m.end), m.end += tiles ? m.read : 0;
+    m.results = behind(scratch, m.end), m.end += rows * (tiles ? 4 * m.read : m.window + 64);
+    m.written = behind(scratch, m.end), m.end += tiles ? TILE : 0;
     return m;
 }
 

@@ -136,8 +136,8 @@ void permute(const Tile *tile, size_t item, const int64_t *from_strides, const i
         axes[at] = axis;
     }
     for (size_t a = 0; a < count; a++) { /* neighbours in both orders are one axis */
-        Axis *last = &axes[kept - 1];
-        if (kept && last->from == axes[a].from * axes[a].size && last->to == axes[a].to * axes[a].size)
+        Axis *last = kept ? &axes[kept - 1] : NULL;
+        if (last && last->from == axes[a].from * axes[a].size && last->to == axes[a].to * axes[a].size)
             *last = (Axis){last->size * axes[a].size, axes[a].from, axes[a].to};
         else axes[kept++] = axes[a];
     }
