@@ -265,10 +265,14 @@ class ScratchFile:
 
 
 @contextmanager
-def scratch_file(target: Path) -> Iterator[ScratchFile]:
+def scratch_file(target: Path, option: str = "out") -> Iterator[ScratchFile]:
     """Give an empty file on the disk of a target, which is gone when the block ends.
 
     Where /proc leads to open files, its name goes at once, and the system frees it however the process ends.
+
+    Args:
+        target: after which the file is called as long as it has a name.
+        option: that chooses the place, for messages.
 
     Raises:
         WriteError: the system refuses.
@@ -278,7 +282,9 @@ def scratch_file(target: Path) -> Iterator[ScratchFile]:
         clear_leftovers(target, folder)
         path, fd = locked(target, folder, new_file)
     except OSError as error:
-        raise WriteError(f"{target}: cannot be written ({error.strerror}). Choose another place with `out`.") from error
+        raise WriteError(
+            f"{target}: cannot be written ({error.strerror}). Choose another place with `{option}`."
+        ) from error
     opened = Path(f"/proc/self/fd/{fd}")
     try:
         with suppress(OSError):

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
-from ..errors import DataError, WriteError, WriteWarning
-from ..storage.staged import is_writable, reserve
+from ..errors import DataError, WriteError
+from ..storage.staged import is_writable, reserve, scratch_file
 from .examples import Example
 
 
@@ -54,40 +51,27 @@ def check_space(folder: Path, nbytes: int) -> None:
 
 @contextmanager
 def mapped(folder: Path, images: int, rows: Sequence[Row]) -> Iterator[list[Tensor]]:
-    """Give tensors of [images, *row] in memory-mapped files of a folder.
-
-    The names of the files go at once, and the system frees their room when the process ends, however it ends.
+    """Give tensors of [images, *row] in memory-mapped files of a folder; see `scratch_file`.
 
     Raises:
         WriteError: the folder cannot be written, or is full.
     """
     check_space(folder, images * sum(row.nbytes for row in rows))
     tensors = []
-    for row in rows:
-        try:
-            file = tempfile.NamedTemporaryFile(prefix=".ckpt-features-", dir=folder, buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise WriteError(f"`scratch='{folder}'`: cannot be written ({error.strerror}).") from error
-        try:
-            # Where the disk is full, a write to a hole in a mapped file would end the process.
-            reserve(file.fileno(), 0, images * row.nbytes, file.name)
-            flat = torch.from_file(file.name, shared=True, size=images * math.prod(row.shape), dtype=row.dtype)
-        except WriteError as error:
-            raise WriteError(f"`scratch='{folder}'`: the disk is full. Choose another place.") from error
-        except RuntimeError as error:  # of torch, which shows the reason of the system
-            raise WriteError(f"`scratch='{folder}'`: cannot be used for features ({error}).") from error
-        finally:
-            _delete(file)
-        tensors.append(flat.view(images, *row.shape))
-    yield tensors
-
-
-def _delete(file: IO[bytes]) -> None:
-    try:
-        file.close()  # which deletes it
-    except OSError as error:
-        text = f"{file.name}: is of no use any more, and cannot be removed ({error.strerror})."
-        warnings.warn(text, WriteWarning, stacklevel=2)
+    with ExitStack() as stack:
+        for row in rows:
+            file = stack.enter_context(scratch_file(folder / "ckpt-features", option="scratch"))
+            try:
+                # Where the disk is full, a write to a hole in a mapped file would end the process.
+                reserve(file.fd, 0, images * row.nbytes, file.path)
+                size = images * math.prod(row.shape)
+                flat = torch.from_file(str(file.path), shared=True, size=size, dtype=row.dtype)
+            except WriteError as error:
+                raise WriteError(f"`scratch='{folder}'`: the disk is full. Choose another place.") from error
+            except RuntimeError as error:  # of torch, which shows the reason of the system
+                raise WriteError(f"`scratch='{folder}'`: cannot be used for features ({error}).") from error
+            tensors.append(flat.view(images, *row.shape))
+        yield tensors
 
 
 @dataclass(frozen=True, slots=True)
