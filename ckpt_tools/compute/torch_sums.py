@@ -495,7 +495,7 @@ def _quotient(a: int, b: int, *, odd: bool) -> float:
     nearest, divisor = value.as_integer_ratio()
     above = a * divisor - nearest * b
     if odd and above and math.frexp(value)[0] * 2**53 % 2 == 0:
-        return math.nextafter(value, math.copysign(math.inf, above))
+        return math.nextafter(value, math.inf if above > 0 else -math.inf)
     return value
 
 

@@ -202,10 +202,10 @@ def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why an input cannot be taken, in words; `missing` if there is nothing of its name."""
+    """Why an input cannot be taken, in words; `unknown` if there is no one file of its name."""
 
     text: str
-    missing: bool = False
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +265,10 @@ def _one(search: _Search, wanted: Input, faults: list[Fault], *, by_set: bool, h
     if by_set and wanted.name.endswith(")"):
         names.append(wanted.name.partition(" (")[0])  # of several sets of weights in a file
     wrong = []
+    alone = False  # a wrong file that is the only one of its name where it is
     for places in search.places(names):
         right: list[Header] = []
+        alone = alone or len(places) == 1
         for place in places:
             fault = None
             try:
@@ -284,12 +286,14 @@ def _one(search: _Search, wanted: Input, faults: list[Fault], *, by_set: bool, h
                 wrong.append(fault)
         if len(right) > 1:
             several = ", ".join(str(each.path) for each in right[:3])
-            faults.append(Fault(f"{wanted.name} is there several times: {several}"))
+            faults.append(Fault(f"{wanted.name} is there several times: {several}", unknown=True))
             return None
         if right:
             search.used.add(right[0].path)
             return right[0]
-    faults.append(Fault("; ".join(wrong)) if wrong else Fault(f"{wanted.name} is missing", missing=True))
+    faults.append(
+        Fault("; ".join(wrong), unknown=not alone) if wrong else Fault(f"{wanted.name} is missing", unknown=True)
+    )
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from ..checkpoints.layouts.layout import dotted
@@ -71,7 +72,7 @@ class Pairing:
 
 
 def paired(wanted: Collection[str], stored: Mapping[str, Stored]) -> Pairing:
-    """Pair names, where `fix-prefix` may have added one prefix to those of a dict, or removed one."""
+    """Pair names, where `fix-prefix` may have replaced one prefix of those of a dict, added or removed one."""
     names: dict[str, str] = {}
     changes: list[str] = []
     for parent, keys in _by_parent(stored).items():
@@ -101,21 +102,16 @@ def _by_parent(stored: Mapping[str, Stored]) -> dict[tuple[Any, ...], list[str]]
 
 def _renamed(lead: str, keys: list[str], wanted: Collection[str]) -> tuple[dict[str, str], str] | None:
     """Return the old names by key, and the change in words; None if it is not that of one prefix."""
-    first = keys[0]
+    first, tried = keys[0], set()
     for name in wanted:
         tail = name.removeprefix(lead)
-        if not name.startswith(lead) or tail == first:
+        same = commonprefix([first[::-1], tail[::-1]])[::-1]
+        new, old = first.removesuffix(same), tail.removesuffix(same)
+        if not name.startswith(lead) or not same or (new, old) in tried:
             continue
-        if first.endswith(tail):
-            prefix = first.removesuffix(tail)
-            old = {key: lead + key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-            change = f"'{prefix}' was put before its names"
-        elif tail.endswith(first):
-            prefix = tail.removesuffix(first)
-            old = {key: lead + prefix + key for key in keys}
-            change = f"'{prefix}' was removed from its names"
-        else:
-            continue
-        if len(old) == len(keys) and all(each in wanted for each in old.values()):
-            return old, change
+        tried.add((new, old))
+        if all(key.startswith(new) and lead + old + key[len(new) :] in wanted for key in keys):
+            change = f"'{new}' was put before its names" if new else f"'{old}' was removed from its names"
+            change = f"'{new}' was put in place of '{old}' in its names" if new and old else change
+            return {key: lead + old + key[len(new) :] for key in keys}, change
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -25,7 +26,9 @@ from .options import Reading, Verification
 from .verify_checks import FAILED, NOT_CHECKED, OK, Check, paired, stored_tensors
 
 _MOST_LIST = 10 << 20
-_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it
+_LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it
+_ESCAPE = re.compile(r"\\([\\nr])")
+_ESCAPED = {"\\": "\\", "n": "\n", "r": "\r"}
 
 
 def structure(header: Header) -> Check:
@@ -209,19 +212,22 @@ def digest(header: Header, expected: str) -> Check:
         UsageError: digits for several files, or no list.
     """
     names = header.names
+    wanted: dict[str, set[str]]
     if re.fullmatch("[0-9a-fA-F]{64}", expected):
         if len(names) > 1:
             raise UsageError(
                 f"`expect_sha256`: {header.path} has {len(names)} files. Give a list of theirs, as sha256sum writes it."
             )
-        wanted = dict.fromkeys(names, expected.lower())
+        wanted = {name: {expected.lower()} for name in names}
     else:
         wanted = _listed(Path(expected), header)
     lacking = [name for name in names if name not in wanted]
     if lacking:
         return Check("sha256", FAILED, f"{expected} does not list '{lacking[0]}'")
+    if header.in_folder:  # what else of the folder is listed: a tokenizer, a configuration
+        names |= {name: header.path / name for name in wanted if name not in names and _inside(name, header.path)}
     try:
-        wrong = [name for name, path in names.items() if sha256(path) != wanted[name]]
+        wrong = [name for name, path in names.items() if {sha256(path)} != wanted[name]]
     except CkptError as error:
         return Check("sha256", FAILED, str(error))
     if wrong:
@@ -229,19 +235,31 @@ def digest(header: Header, expected: str) -> Check:
     return Check("sha256", OK, "that of the file" if len(names) == 1 else f"those of {len(names)} files")
 
 
-def _listed(path: Path, header: Header) -> dict[str, str]:
-    """Return the digests in a list by the names of the files in their folder."""
+def _inside(name: str, folder: Path) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()
+
+
+def _listed(path: Path, header: Header) -> dict[str, set[str]]:
+    """Return the digests in a list by the names of the files in their folder.
+
+    sha256sum writes names as it was given them: the path of a file from here, too, or the name in its folder.
+    """
     try:
         text = read_small(path, _MOST_LIST)[0].decode("utf-8", "surrogateescape")
     except CkptError as error:
         raise UsageError(f"`expect_sha256`: 64 hexadecimal digits, or a list of them: {error}") from error
-    found = {}
+    home = os.path.abspath(header.path if header.in_folder else header.path.parent)  # noqa: PTH100 - follows no link
     lead = f"{header.path.name}/" if header.in_folder else ""
-    for line in filter(None, text.splitlines()):
+    found: dict[str, set[str]] = {}
+    for line in filter(None, (line.removesuffix("\r") for line in text.split("\n"))):
         match = _LINE.fullmatch(line)
         if match is None:
             raise UsageError(f"`expect_sha256`: {path} has a line that sha256sum does not write.")
-        found[match[2].removeprefix("./").removeprefix(lead)] = match[1].lower()
+        name = _ESCAPE.sub(lambda each: _ESCAPED[each[1]], match[3]) if match[1] else match[3]
+        place = os.path.abspath(name)  # noqa: PTH100
+        inside = place.removeprefix(f"{home}/") if place.startswith(f"{home}/") else None
+        found.setdefault(inside or name.removeprefix("./").removeprefix(lead), set()).add(match[2].lower())
     return found
 
 

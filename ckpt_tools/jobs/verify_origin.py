@@ -85,7 +85,7 @@ def origin(header: Header, asked: Verification, running: Reading, share: float, 
         yield Check("inputs", FAILED, str(error))
         return
     if found.faults:
-        absent = all(fault.missing for fault in found.faults) and asked.inputs is None
+        absent = all(fault.unknown for fault in found.faults) and asked.inputs is None
         where = ". `inputs` names a folder that has them" if absent else ""
         yield Check("inputs", NOT_CHECKED if absent else FAILED, found.said + where)
         yield Check(_MADE, NOT_CHECKED, "its inputs are not all there")

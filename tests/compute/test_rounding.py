@@ -193,6 +193,17 @@ def test_float64_is_rounded_once_to_fewer_bits_in_every_way(tmp_path: Path, out:
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_what_two_numbers_for_a_sum_do_not_decide_is_rounded_once_to_fewer_bits(tmp_path: Path, way: str) -> None:
+    """A tie of float32 but for a term that is lost between two others."""
+    columns = [(1 + 2.0**-24, 2.0**-80, sign * 2.0**-140, -(2.0**-80)) for sign in (1, -1)]
+    columns += [tuple(-x for x in xs) for xs in columns]
+    series = [{"w": torch.tensor(xs, dtype=torch.float64)} for xs in zip(*columns, strict=True)]
+    with by(way) as options:
+        ((found,),) = (each.values() for each in written(tmp_path, series, "float32", [1.0] * 4, **options))
+    assert found.tolist() == [float(rounded(sum(map(Fraction, xs)), "float32")) for xs in columns]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_float64_is_decided_where_two_numbers_for_a_sum_are_not_enough(tmp_path: Path, way: str) -> None:
     """A tie but for the last term, far below; subnormal results; sums that overflow on the way."""
     most, least = torch.finfo(torch.float64).max, 5e-324

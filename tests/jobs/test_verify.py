@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,34 @@ def test_a_digest_is_compared_with_that_of_sha256sum(safetensors: Path, tmp_path
         verify(folder, expect_sha256=want)
     with pytest.raises(UsageError, match="a list of them"):
         verify(folder, expect_sha256=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name", ["a.pth", "./a.pth", "out/a.pth", "{}/out/a.pth", "out/b\nc\\d.pth"])
+def test_a_list_of_sha256sum_is_read_wherever_it_was_made(
+    name: str, safetensors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    name = name.format(tmp_path)
+    here = Path("out") if name.endswith("a.pth") and "out" not in name else Path()
+    path = here / name
+    shutil.copy(safetensors, path)
+    text = subprocess.run(["sha256sum", name], cwd=here, capture_output=True, text=True, check=True).stdout
+    Path("SUMS").write_text(text)
+    assert results(verify(path, expect_sha256="SUMS"))["sha256"] == "ok"
+    Path("SUMS").write_text(text.replace(hashlib.sha256(path.read_bytes()).hexdigest(), "0" * 64) + text)
+    assert results(verify(path, expect_sha256="SUMS"))["sha256"] == "failed"
+
+
+def test_all_that_a_list_has_of_a_folder_is_compared(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "folder", 1.0)
+    (folder / "config.json").write_text("{}")
+    files = sorted(path.name for path in folder.iterdir())
+    text = subprocess.run(["sha256sum", *files], cwd=folder, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "SUMS").write_text(text + "0" * 64 + "  elsewhere.json\n")
+    assert detail(verify(folder, expect_sha256=str(tmp_path / "SUMS")), "sha256") == "those of 4 files"
+    (folder / "config.json").write_text("[]")
+    assert "'config.json'" in detail(verify(folder, expect_sha256=str(tmp_path / "SUMS")), "sha256")
 
 
 @pytest.mark.parametrize("sample", ["0%", "101%", "1", "", "-1%", "nan%"])

@@ -41,6 +41,11 @@ def renamed(paths: list[Path], out: str, **options: Any) -> None:
     fix_prefix(f"{out}.whole.pth", out=out, **options)
 
 
+def replaced(paths: list[Path], out: str) -> None:
+    convert(paths[0], to="timm", out=f"{out}.whole.pth", write_checksums=True)
+    fix_prefix(f"{out}.whole.pth", out=out, strip=["module."], add=["model."])
+
+
 MADE: dict[str, Callable[[list[Path], str], Any]] = {
     "uniform.pth": lambda paths, out: average(paths, out=out),
     "ema.safetensors": lambda paths, out: average(paths, mode="ema", state="ema", out=out),
@@ -57,6 +62,7 @@ MADE: dict[str, Callable[[list[Path], str], Any]] = {
     "stripped.pth": lambda paths, out: strip(paths[0], out=out),
     "stripped-ema.pth": lambda paths, out: strip(paths[0], state="ema", out=out),
     "added.pth": lambda paths, out: renamed(paths, out, add=["model."]),
+    "replaced.pth": lambda paths, out: replaced(paths, out),
 }
 
 
@@ -115,6 +121,30 @@ def test_inputs_that_moved_are_found_in_the_folder_that_is_named(
     report = verify("averaged.pth", inputs=tmp_path / "elsewhere")
     assert "c-1.pth is missing" in detail(report, "inputs")
     assert not report.passed
+
+
+def test_two_files_that_may_be_an_input_are_no_fault_of_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs whose files have the same names and sizes, and an average beside neither."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("a", "b"):
+        Path(run).mkdir()
+        paths = series(Path(run), 3)
+    average(paths, out="averaged.pth")
+    report = verify("averaged.pth")
+    assert report.passed
+    assert "c-0.pth is there several times: " in detail(report, "inputs")
+    assert (results(report)["inputs"], results(report)["made again"]) == ("not checked", "not checked")
+    assert results(verify("averaged.pth", inputs="b"))["made again"] == "ok"
+    average([Path("a/c-0.pth")], out="of_one.pth")
+    for run in ("a", "b"):  # of other sizes: none is known to be the input
+        torch.save({"w": torch.ones(1000)}, f"{run}/c-0.pth")
+    report = verify("of_one.pth")
+    assert report.passed
+    assert "b/c-0.pth has" in detail(report, "inputs")
+    Path("b/c-0.pth").unlink()
+    assert results(verify("of_one.pth"))["inputs"] == "failed"
 
 
 def with_record(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
