@@ -9,20 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CkptError, SeriesError, UsageError
-from ..formats.header import Header
-from ..formats.json_file import read_small
-from ..formats.safetensors import SAFETENSORS
-from ..formats.torch_legacy import TORCH_LEGACY
-from ..formats.torch_zip import TORCH_ZIP
-from ..formats.tree import tensors_in
-from ..formats.zip_check import archives, check
-from ..series.shards import refuse_part
-from ..storage.source import LOCAL, sha256, store_of
-from ..tensors import TensorSpec, UnsupportedTensor
-from .checksums import read_checksums
-from .options import Reading, Verification
-from .verify_checks import FAILED, NOT_CHECKED, OK, Check, paired, stored_tensors
+from ...errors import CkptError, SeriesError, UsageError
+from ...formats.header import Header
+from ...formats.json_file import read_small
+from ...formats.safetensors import SAFETENSORS
+from ...formats.torch_legacy import TORCH_LEGACY
+from ...formats.torch_zip import TORCH_ZIP
+from ...formats.tree import tensors_in
+from ...formats.zip_check import archives, check
+from ...series.shards import refuse_part
+from ...storage.source import LOCAL, sha256, store_of
+from ...tensors import TensorSpec, UnsupportedTensor
+from ..checksums import read_checksums
+from ..options import Reading, Verification
+from .check import FAILED, NOT_CHECKED, OK, Check
+from .names import paired, stored_tensors
 
 _MOST_LIST = 10 << 20
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it
@@ -110,7 +111,7 @@ def part_of(header: Header) -> str:
 
 
 def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Any]:
-    from ..compute.digest import digests  # imports torch
+    from ...compute.digest import digests  # imports torch
 
     show, total = running.on_progress, sum(spec.nbytes for spec in specs)
     on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
