@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .jobs.sweep.report import SweepReport
     from .jobs.tune.job import tune_checkpoint
     from .jobs.tune.report import TuneReport
-    from .jobs.verify import VerifyReport, verify
+    from .jobs.verify.job import VerifyReport, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,8 +75,8 @@ _HOMES = {
     "sweep": "jobs.sweep.job",
     "TuneReport": "jobs.tune.report",
     "tune_checkpoint": "jobs.tune.job",
-    "VerifyReport": "jobs.verify",
-    "verify": "jobs.verify",
+    "VerifyReport": "jobs.verify.job",
+    "verify": "jobs.verify.job",
     "CkptError": "errors",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",

@@ -29,8 +29,9 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "support"), str(HERE.parent)]
-from every_verb import OLD, Forks, Job, Outcome, contents, preloaded, with_own_mounts  # noqa: E402
+from every_verb import OLD, Job  # noqa: E402
 from failing_calls import REASONS, faults, is_new  # noqa: E402
+from forks import Forks, Outcome, contents, preloaded, with_own_mounts  # noqa: E402
 from kills import NUMBERS, SYSTEMS, Trial, again, filled, killed, stopped  # noqa: E402
 
 WORLD = 120

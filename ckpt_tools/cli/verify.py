@@ -10,7 +10,7 @@ from ..jobs.options import Reading, Verification
 from . import arguments, console
 
 if TYPE_CHECKING:
-    from ..jobs.verify import VerifyReport
+    from ..jobs.verify.job import VerifyReport
 
 
 @arguments.with_options(Verification, Reading)
@@ -24,7 +24,7 @@ def verify(
 
     Example: ckpt verify averaged.pth
     """
-    from ..jobs.verify import verify as check
+    from ..jobs.verify.job import verify as check
 
     reports = []
     for checkpoint in checkpoints:

@@ -18,17 +18,17 @@ from ..storage.splice import Span, whole_blocks
 
 ALIGNMENT = 64
 """Bytes; torch aligns the contents of entries to it, for memory mapping."""
-_LOCAL = struct.Struct("<4s5H3L2H")
+LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
-_END = struct.Struct("<4s4H2LH")
-_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-LOCAL_SIZE, CENTRAL_SIZE = _LOCAL.size, _CENTRAL.size
+END = struct.Struct("<4s4H2LH")
+LOCATOR = struct.Struct("<4sLQL")
+END64 = struct.Struct("<4sQ2H2L4Q")
+LOCAL_SIZE, CENTRAL_SIZE = LOCAL.size, _CENTRAL.size
 _LENGTHS = struct.Struct("<2H")  # the last fields of a local file header: lengths of the name and the extra fields
-_MAX32, _MAX16 = 0xFFFFFFFF, 0xFFFF
-_UTF8, _ENCRYPTED, _DESCRIPTOR = 1 << 11, 1 << 0, 1 << 3  # general purpose flags
+MAX32, MAX16 = 0xFFFFFFFF, 0xFFFF
+_UTF8, _ENCRYPTED, DESCRIPTOR = 1 << 11, 1 << 0, 1 << 3  # general purpose flags
 _NEWEST = 63  # the newest version of the format that zipfile reads
-_ZIP64_FIELD, _PADDING_FIELD = 1, 0x4246  # extra fields: 64-bit sizes; torch's padding
+ZIP64_FIELD, PADDING_FIELD = 1, 0x4246  # extra fields: 64-bit sizes; torch's padding
 _DATE_1980 = 0x21  # the first date of the format: a constant, so that equal contents give equal bytes
 _DEFLATED = 8  # compression method
 _ONE, _SEVERAL = 1 << 10, 1 << 13  # bytes per read: for one local file header, or for several close together
@@ -236,19 +236,19 @@ def find_directory(file: InputFile, start: int, length: int) -> tuple[int, bytes
         (offset of the directory from the start of the archive, its lines); (0, b"") for any other end.
     """
     nothing = 0, b""
-    tails = _END64.size + _LOCATOR.size + _END.size
+    tails = END64.size + LOCATOR.size + END.size
     if length < tails:
         return nothing
     tail = file.read(start + length - tails, tails)
     if len(tail) < tails:
         return nothing
-    signature, *_, size, at, comment = _END.unpack_from(tail, tails - _END.size)
-    end = length - _END.size
+    signature, *_, size, at, comment = END.unpack_from(tail, tails - END.size)
+    end = length - END.size
     if signature != b"PK\5\6" or comment:
         return nothing
-    signature, disk, _, disks = _LOCATOR.unpack_from(tail, _END64.size)
+    signature, disk, _, disks = LOCATOR.unpack_from(tail, END64.size)
     if signature == b"PK\6\7":
-        signature, *_, size, at = _END64.unpack_from(tail)
+        signature, *_, size, at = END64.unpack_from(tail)
         end = length - tails
         if signature != b"PK\6\6" or disk or disks != 1:
             return nothing
@@ -276,10 +276,10 @@ def _parse_directory(data: bytes, where: str, count: int | None = None) -> tuple
         at = name_end + fields[_EXTRA_LENGTH] + fields[_COMMENT_LENGTH]
         if at != name_end:
             extra, comment = data[name_end : at - fields[_COMMENT_LENGTH]], data[at - fields[_COMMENT_LENGTH] : at]
-            zip64, extra = _taken(extra, _ZIP64_FIELD)
+            zip64, extra = _taken(extra, ZIP64_FIELD)
             values = []
             for value in (length, packed, offset):
-                if value == _MAX32 and len(zip64) >= 8:
+                if value == MAX32 and len(zip64) >= 8:
                     value, zip64 = int.from_bytes(zip64[:8], "little"), zip64[8:]
                 values.append(value)
             length, packed, offset = values
@@ -305,11 +305,11 @@ class NewEntry:
 
     def __init__(self, name: bytes, size: int, offset: int) -> None:
         self.name, self._size, self.offset = name, size, offset
-        big, far = size >= _MAX32, offset >= _MAX32
+        big, far = size >= MAX32, offset >= MAX32
         sizes = struct.pack("<2Q", size, size) if big else b""
         numbers = sizes + (struct.pack("<Q", offset) if far else b"")
-        self._local_extra = _field(_ZIP64_FIELD, sizes) if big else b""
-        self._central_extra = _field(_ZIP64_FIELD, numbers) if numbers else b""
+        self._local_extra = _field(ZIP64_FIELD, sizes) if big else b""
+        self._central_extra = _field(ZIP64_FIELD, numbers) if numbers else b""
         header = offset + LOCAL_SIZE + len(name) + len(self._local_extra) + 4
         self._padding = -header % ALIGNMENT
         self.data = header + self._padding
@@ -321,14 +321,14 @@ class NewEntry:
         return CENTRAL_SIZE + len(self.name) + len(self._central_extra)
 
     def _common(self, crc: int) -> tuple[int, ...]:
-        size = _MAX32 if self._local_extra else self._size
+        size = MAX32 if self._local_extra else self._size
         return (_UTF8, 0, 0, _DATE_1980, crc, size, size, len(self.name))
 
     def local_header(self, crc: int) -> bytes:
         """Return the bytes from `offset` to `data`."""
-        extra = self._local_extra + _field(_PADDING_FIELD, b"Z" * self._padding)
+        extra = self._local_extra + _field(PADDING_FIELD, b"Z" * self._padding)
         version = 45 if self._local_extra else 20
-        return _LOCAL.pack(b"PK\3\4", version, *self._common(crc), len(extra)) + self.name + extra
+        return LOCAL.pack(b"PK\3\4", version, *self._common(crc), len(extra)) + self.name + extra
 
     def local_header_of(self, crcs: Sequence[int]) -> bytes:
         """Return `local_header` as the segment of a file plan makes it: from one checksum in a sequence."""
@@ -337,14 +337,14 @@ class NewEntry:
     def line(self, crc: int) -> bytes:
         """Return its directory line."""
         version = 45 if self._central_extra else 20
-        offset = min(self.offset, _MAX32)
+        offset = min(self.offset, MAX32)
         line = _CENTRAL.pack(
             b"PK\1\2", version, version, *self._common(crc), len(self._central_extra), 0, 0, 0, 0, offset
         )  # fmt: skip
         return line + self.name + self._central_extra
 
 
-END_SIZE = _END64.size + _LOCATOR.size + _END.size
+END_SIZE = END64.size + LOCATOR.size + END.size
 """Size of the end records of an archive without a comment, in bytes."""
 
 
@@ -355,10 +355,10 @@ def end_of(start: int, size: int, count: int, comment: bytes = b"") -> bytes:
         start, size: of the central directory, in bytes.
         count: of entries.
     """
-    end64 = _END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
-    locator = _LOCATOR.pack(b"PK\6\7", 0, start + size, 1)
-    few, near = min(count, _MAX16), min(start, _MAX32)
-    return end64 + locator + _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _MAX32), near, len(comment)) + comment
+    end64 = END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+    locator = LOCATOR.pack(b"PK\6\7", 0, start + size, 1)
+    few, near = min(count, MAX16), min(start, MAX32)
+    return end64 + locator + END.pack(b"PK\5\6", 0, 0, few, few, min(size, MAX32), near, len(comment)) + comment
 
 
 # Data descriptors by likelihood: with and without a signature, with 32-bit and 64-bit sizes.
@@ -392,30 +392,31 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
     header, begin = archive.local_header(old)
     extra = archive.file.read(old.offset + len(header), begin - old.offset - len(header))
     end = begin + old.packed
-    descriptor = _descriptor(archive.file, end, old) if old.fields[_FLAGS] & _DESCRIPTOR else ""
+    found = data_descriptor(archive.file.read(end, 24), old) if old.fields[_FLAGS] & DESCRIPTOR else None
+    descriptor = "" if found is None else found[0]
     end += struct.calcsize(descriptor) if descriptor else 0
     for entry in archive.entries.values():
         before = archive.local_header(entry)[1] + entry.packed <= old.offset
         if entry is not old and not (end <= entry.offset < archive.limit or before):
             raise CorruptError(f"{where}: its entries overlap. The file is damaged; get a fresh copy.")
-    if end > archive.limit or len(body) >= _MAX32:
+    if end > archive.limit or len(body) >= MAX32:
         raise CorruptError(f"{where}: its entries overlap its directory. The file is damaged; get a fresh copy.")
 
     crc, size = zlib.crc32(body), len(body)
-    zip64, kept = _taken(_taken(extra, _PADDING_FIELD)[1], _ZIP64_FIELD)
+    zip64, kept = _taken(_taken(extra, PADDING_FIELD)[1], ZIP64_FIELD)
     if zip64:
         words = (zip64[i : i + 8] for i in range(0, len(zip64), 8))
         was, now = struct.pack("<Q", old.packed), struct.pack("<Q", size)
-        kept = _field(_ZIP64_FIELD, b"".join(now if word == was else word for word in words)) + kept
+        kept = _field(ZIP64_FIELD, b"".join(now if word == was else word for word in words)) + kept
     slack = len(extra) - len(kept) - 4  # the identifier and length of a field take 4 bytes
     shift = whole_blocks(size - old.packed - slack)
-    extra = kept + _field(_PADDING_FIELD, b"Z" * (slack + shift - (size - old.packed)))
-    if len(extra) > _MAX16:
+    extra = kept + _field(PADDING_FIELD, b"Z" * (slack + shift - (size - old.packed)))
+    if len(extra) > MAX16:
         raise UnsupportedError(f"{where}: the header of its {name} has no room left. Load and save it with torch once.")
-    fields = list(_LOCAL.unpack_from(header))
+    fields = list(LOCAL.unpack_from(header))
     for i, value in ((6, crc), (7, size), (8, size)):
-        in_descriptor = fields[2] & _DESCRIPTOR and fields[i] == 0
-        in_extra = i > 6 and fields[i] == _MAX32
+        in_descriptor = fields[2] & DESCRIPTOR and fields[i] == 0
+        in_extra = i > 6 and fields[i] == MAX32
         fields[i] = fields[i] if in_descriptor or in_extra else value
     fields[-1] = len(extra)
     lines = [
@@ -429,7 +430,7 @@ def replaced(archive: Archive, name: str, body: bytes, *, where: str) -> tuple[b
     directory = b"".join(lines)
     pieces = (
         Span(0, old.offset),
-        _LOCAL.pack(*fields) + old.name + extra,
+        LOCAL.pack(*fields) + old.name + extra,
         body,
         struct.pack(descriptor, *(b"PK\7\10",) * ("s" in descriptor), crc, size, size) if descriptor else b"",
         Span(end, archive.limit),
@@ -443,23 +444,23 @@ def _line(entry: Entry) -> bytes:
     fields = list(entry.fields)
     zip64 = b""
     for i, value in ((_SIZE, entry.size), (_PACKED, entry.packed), (_OFFSET, entry.offset)):
-        wide = fields[i] == _MAX32 or value >= _MAX32
-        fields[i] = _MAX32 if wide else value
+        wide = fields[i] == MAX32 or value >= MAX32
+        fields[i] = MAX32 if wide else value
         zip64 += struct.pack("<Q", value) if wide else b""
-    extra = (_field(_ZIP64_FIELD, zip64) if zip64 else b"") + entry.extra
+    extra = (_field(ZIP64_FIELD, zip64) if zip64 else b"") + entry.extra
     fields[_CRC], fields[_EXTRA_LENGTH] = entry.crc, len(extra)
     return _CENTRAL.pack(b"PK\1\2", *fields) + entry.name + extra + entry.comment
 
 
-def data_descriptor(raw: bytes, entry: Entry) -> tuple[int, int] | None:
-    """Return (CRC-32, length in bytes) of the data descriptor that these bytes begin with; None if there is none."""
+def data_descriptor(raw: bytes, entry: Entry) -> tuple[str, int] | None:
+    """Return (struct layout, CRC-32) of the data descriptor that these bytes begin with; None if there is none."""
     for layout in _DESCRIPTORS:
         length = struct.calcsize(layout)
         if len(raw) < length:
             continue
         *signature, crc, packed, size = struct.unpack(layout, raw[:length])
         if (packed, size) == (entry.packed, entry.packed) and signature in ([], [b"PK\7\10"]):
-            return crc, length
+            return layout, crc
     return None
 
 
@@ -473,19 +474,6 @@ def extra_fields(extra: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
         found.append((identifier, extra[at + 4 : at + 4 + length]))
         at += 4 + length
     return found, extra[at:]
-
-
-def _descriptor(file: InputFile, position: int, entry: Entry) -> str:
-    """Return the struct layout of the data descriptor after a content; "" if there is none."""
-    raw = file.read(position, 24)
-    for layout in _DESCRIPTORS:
-        length = struct.calcsize(layout)
-        if len(raw) < length:
-            continue
-        *signature, _crc, packed, size = struct.unpack(layout, raw[:length])
-        if (packed, size) == (entry.packed, entry.packed) and signature in ([], [b"PK\7\10"]):
-            return layout
-    return ""
 
 
 def _field(identifier: int, data: bytes) -> bytes:

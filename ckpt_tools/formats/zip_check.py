@@ -21,13 +21,22 @@ from ..storage.source import InputFile, read_at
 from . import dcp_metadata
 from .dcp import DCP_FOLDER, METADATA, SUFFIX
 from .header import Header
-from .zip import Archive, Entry, data_descriptor, extra_fields
+from .zip import (
+    DESCRIPTOR,
+    END,
+    END64,
+    LOCAL,
+    LOCATOR,
+    MAX16,
+    MAX32,
+    PADDING_FIELD,
+    ZIP64_FIELD,
+    Archive,
+    Entry,
+    data_descriptor,
+    extra_fields,
+)
 
-_LOCAL = struct.Struct("<4s5H3L2H")
-_END, _LOCATOR, _END64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sLQL"), struct.Struct("<4sQ2H2L4Q")
-_MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
-_DESCRIPTOR = 1 << 3
-_ZIP64, _PADDING = 1, 0x4246
 _OTHERS = frozenset({0x000A, 0x5455, 0x5855, 0x7855, 0x7875})
 """Extra fields of other programs: times and owners."""
 _VERSIONS = ((20, 45), (45, 20))
@@ -112,26 +121,26 @@ def _entry(archive: Archive, file: InputFile, start: int, entry: Entry) -> tuple
         (what is wrong; the offset after it; True if its content has a checksum)
     """
     header, begin = archive.local_header(entry)
-    _, version, flags, method, time, date, crc, packed, size, _, _ = _LOCAL.unpack_from(header)
+    _, version, flags, method, time, date, crc, packed, size, _, _ = LOCAL.unpack_from(header)
     line = entry.fields
     end = begin + entry.packed
     if end > archive.limit or (entry.stored and entry.size != entry.packed):
         return "the length", end, False
     if (version != line[1] and (version, line[1]) not in _VERSIONS) or (flags, method, time, date) != line[2:6]:
         return "the local header", end, False
-    described = bool(flags & _DESCRIPTOR) and not (crc or packed or size)
+    described = bool(flags & DESCRIPTOR) and not (crc or packed or size)
     extra = file.read(start + entry.offset + len(header), begin - entry.offset - len(header))
     fields, rest = extra_fields(extra)
     if rest or not all(_is_usual(number, data, entry, described) for number, data in fields):
         return "the padding", end, False
     if described:
         found = data_descriptor(file.read(start + end, 24), entry)
-        if found is None or found[0] != entry.crc:
+        if found is None or found[1] != entry.crc:
             return "the data descriptor", end, False
-        end += found[1]
+        end += struct.calcsize(found[0])
     else:
-        sizes = all(n in (m, _MAX32) for n, m in ((packed, entry.packed), (size, entry.size)))
-        wide = _MAX32 in (packed, size) and not any(number == _ZIP64 for number, _ in fields)
+        sizes = all(n in (m, MAX32) for n, m in ((packed, entry.packed), (size, entry.size)))
+        wide = MAX32 in (packed, size) and not any(number == ZIP64_FIELD for number, _ in fields)
         if crc != entry.crc or not sizes or wide:
             return "the local header", end, False
     if not entry.crc and entry.size:
@@ -149,9 +158,9 @@ def _entry(archive: Archive, file: InputFile, start: int, entry: Entry) -> tuple
 
 
 def _is_usual(number: int, data: bytes, entry: Entry, described: bool) -> bool:
-    if number == _PADDING:
+    if number == PADDING_FIELD:
         return data == b"Z" * len(data)
-    if number == _ZIP64:
+    if number == ZIP64_FIELD:
         words = [data[i : i + 8] for i in range(0, len(data), 8)]
         known = (entry.size, entry.packed, entry.offset, *[0] * described)  # torch leaves one out
         return all(int.from_bytes(word, "little") in known for word in words)
@@ -184,20 +193,20 @@ def _end(archive: Archive, tail: bytes) -> str | None:
     odd = "its end records are not those of its directory"
     count, size, at = len(archive.entries), len(archive.directory), archive.limit
     if tail[:4] == b"PK\6\6":
-        if len(tail) < _END64.size + _LOCATOR.size:
+        if len(tail) < END64.size + LOCATOR.size:
             return odd
-        _, length, made, needed, *rest = _END64.unpack_from(tail)
+        _, length, made, needed, *rest = END64.unpack_from(tail)
         if length != 44 or needed not in _MAKERS or rest != [0, 0, count, count, size, at]:
             return odd
         if made & 0xFF not in _MAKERS or made >> 8 not in _SYSTEMS:
             return odd
-        if _LOCATOR.unpack_from(tail, _END64.size) != (b"PK\6\7", 0, at + size, 1):
+        if LOCATOR.unpack_from(tail, END64.size) != (b"PK\6\7", 0, at + size, 1):
             return odd
-        tail = tail[_END64.size + _LOCATOR.size :]
-    if len(tail) < _END.size:
+        tail = tail[END64.size + LOCATOR.size :]
+    if len(tail) < END.size:
         return odd
-    signature, *found, comment = _END.unpack_from(tail)
+    signature, *found, comment = END.unpack_from(tail)
     wanted = [0, 0, count, count, size, at]
-    most = [0, 0, _MAX16, _MAX16, _MAX32, _MAX32]
+    most = [0, 0, MAX16, MAX16, MAX32, MAX32]
     right = all(n == m or n == largest != 0 for n, m, largest in zip(found, wanted, most, strict=True))
-    return None if signature == b"PK\5\6" and right and len(tail) == _END.size + comment else odd
+    return None if signature == b"PK\5\6" and right and len(tail) == END.size + comment else odd

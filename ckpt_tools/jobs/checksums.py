@@ -10,7 +10,7 @@ import hashlib
 import re
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from .assembly import Assembly
 
 CHECKSUMS = "checksums"
 """Name of the checksums in a record."""
-_BLOCK = 1 << 20
+BLOCK = 1 << 20
+"""Bytes read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _sums(outputs: Sequence[OutFile], threads: int | None) -> dict[OutTensor, tu
     lock, stop = threading.Lock(), threading.Event()
 
     def work() -> None:
-        block = memoryview(bytearray(_BLOCK))
+        block = memoryview(bytearray(BLOCK))
         while not stop.is_set():
             with lock:
                 tensor = next(waiting, None)
@@ -120,14 +121,26 @@ def _sums(outputs: Sequence[OutFile], threads: int | None) -> dict[OutTensor, tu
 
 
 def _sum(out: OutFile, offset: int, nbytes: int, block: memoryview) -> tuple[str, int]:
-    hasher, crc, at = hashlib.sha256(), 0, 0
+    hasher, crc = hashlib.sha256(), 0
+    for part in read_back(out, offset, nbytes, block):
+        hasher.update(part)
+        crc = zlib.crc32(part, crc)
+    return hasher.hexdigest(), crc
+
+
+def read_back(out: OutFile, offset: int, nbytes: int, block: memoryview) -> Iterator[memoryview]:
+    """Yield what was written to a range of an output, in parts; each overwrites the one before in `block`.
+
+    Raises:
+        WriteError: it cannot be read, or the file has become shorter.
+    """
+    at = 0
     while at < nbytes:
         try:
-            got = read_once(out.fd, block[: min(_BLOCK, nbytes - at)], offset + at)
+            got = read_once(out.fd, block[: min(len(block), nbytes - at)], offset + at)
         except OSError as error:
             raise WriteError(f"{out.plan.name}: cannot be read again for its checksums ({error.strerror}).") from error
         if not got:
             raise WriteError(f"{out.plan.name}: cannot be read again for its checksums: it became shorter.")
-        hasher.update(block[:got])
-        crc, at = zlib.crc32(block[:got], crc), at + got
-    return hasher.hexdigest(), crc
+        yield block[:got]
+        at += got

@@ -17,11 +17,10 @@ from typing import Any
 from .. import __version__
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, UsageError, WriteError
-from ..storage.local import read_once
 from ..storage.source import Stamp, sha256, stamp_at
 from ..storage.staged import same_file, write_file
 from .assembly import Assembly
-from .checksums import CHECKSUMS
+from .checksums import BLOCK, CHECKSUMS, read_back
 from .outputs import check_target, named
 from .provenance import short_names
 
@@ -29,7 +28,6 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILDER = "pkg:pypi/ckpt-tools"
 """The builder, as a package URL: who runs it is for the signature to say."""
-_BLOCK = 1 << 20
 
 
 def check_sign_off(path: Path, assembly: Assembly, inputs: Iterable[Path], *, force: bool) -> None:
@@ -141,13 +139,9 @@ class Statement:
 
 
 def _digest(out: OutFile) -> str:
-    hasher, block, at = hashlib.sha256(), memoryview(bytearray(_BLOCK)), 0
-    try:
-        while got := read_once(out.fd, block, at):
-            hasher.update(block[:got])
-            at += got
-    except OSError as error:
-        raise WriteError(f"{out.plan.name}: cannot be read again for its digest ({error.strerror}).") from error
+    hasher = hashlib.sha256()
+    for part in read_back(out, 0, out.plan.size, memoryview(bytearray(BLOCK))):
+        hasher.update(part)
     return hasher.hexdigest()
 
 

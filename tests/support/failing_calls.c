@@ -1,4 +1,4 @@
-/* The k-th system call that concerns a folder fails, or is met by a signal; preloaded into a process by every_verb.py. */
+/* The k-th system call that concerns a folder fails, or is met by a signal; preloaded into a process by forks.py. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from every_verb import OLD, Content, Forks, Job, Outcome, jobs, kind_of, preloaded
+from every_verb import OLD, Job, jobs
+from forks import Content, Forks, Outcome, kind_of, preloaded
 
 REASONS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 

@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from every_verb import STOPPING, Content, Forks, Job, Outcome, jobs, preloaded, with_own_mounts
+from every_verb import Job, jobs
 from failing_calls import faults, is_new
+from forks import STOPPING, Content, Forks, Outcome, preloaded, with_own_mounts
 
 NUMBERS = 100_000
 """Columns of the matrices: a file has 1.2 MB, so that many moments are in its writing."""

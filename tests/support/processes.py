@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import warnings
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+_IMPORTED = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.device_mesh"]
+"""What a process forks from has imported, so that it takes the time only once."""
+
 
 def in_processes(count: int, work: Callable[..., None], folder: Path, *args: Any) -> None:
     """Run ``work(rank, folder, *args)`` in processes that form a group; what one of them raises is raised here.
@@ -21,7 +25,8 @@ def in_processes(count: int, work: Callable[..., None], folder: Path, *args: Any
         work: a function of a module, as the processes start anew.
         folder: where the processes meet; `work` may use it, too.
     """
-    torch.multiprocessing.spawn(_process, (count, work, folder, args), nprocs=count)
+    multiprocessing.set_forkserver_preload(_IMPORTED)
+    torch.multiprocessing.start_processes(_process, (count, work, folder, args), count, start_method="forkserver")
 
 
 def _process(rank: int, count: int, work: Callable[..., None], folder: Path, args: tuple[Any, ...]) -> None:

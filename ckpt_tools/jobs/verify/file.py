@@ -8,22 +8,26 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CkptError, SeriesError, UsageError
-from ..formats.header import Header
-from ..formats.json_file import read_small
-from ..formats.safetensors import SAFETENSORS
-from ..formats.torch_legacy import TORCH_LEGACY
-from ..formats.torch_zip import TORCH_ZIP
-from ..formats.tree import tensors_in
-from ..formats.zip_check import archives, check
-from ..series.shards import refuse_part
-from ..storage.source import LOCAL, sha256, store_of
-from ..tensors import TensorSpec, UnsupportedTensor
-from .checksums import read_checksums
-from .options import Reading, Verification
-from .verify_checks import FAILED, NOT_CHECKED, OK, Check, paired, stored_tensors
+from ...errors import CkptError, SeriesError, UsageError
+from ...formats.header import Header
+from ...formats.json_file import read_small
+from ...formats.safetensors import SAFETENSORS
+from ...formats.torch_legacy import TORCH_LEGACY
+from ...formats.torch_zip import TORCH_ZIP
+from ...formats.tree import tensors_in
+from ...formats.zip_check import archives, check
+from ...series.shards import refuse_part
+from ...storage.source import LOCAL, sha256, store_of
+from ...tensors import TensorSpec, UnsupportedTensor
+from ..checksums import Checksum, read_checksums
+from ..options import Reading, Verification
+from .check import FAILED, NOT_CHECKED, OK, Check
+from .names import Stored, paired, stored_tensors
+
+if TYPE_CHECKING:
+    from ...compute.digest import Digest
 
 _MOST_LIST = 10 << 20
 _LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)")  # as sha256sum writes it
@@ -72,6 +76,12 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
     except CkptError as error:
         yield Check("finite", FAILED, str(error))
         return
+    yield _finite(stored, found, allowed=asked.allow_nonfinite)
+    if recorded is not None:
+        yield _recorded(recorded, stored, found)
+
+
+def _finite(stored: Mapping[str, Stored], found: Mapping[TensorSpec, Digest], *, allowed: bool) -> Check:
     odd = [(name, found[each.tensor]) for name, each in stored.items() if isinstance(each.tensor, TensorSpec)]
     odd = [(name, each) for name, each in odd if each.first is not None]
     unread = {name: each.tensor.reason for name, each in stored.items() if isinstance(each.tensor, UnsupportedTensor)}
@@ -81,14 +91,16 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
         counts += [f"{first.infinities} infinit{'y' if first.infinities == 1 else 'ies'}"] * bool(first.infinities)
         more = f"; so has or have {len(odd) - 1} more" if odd[1:] else ""
         said = f"'{name}' has {' and '.join(counts)}, the first at {[*(first.first or ())]}{more}"
-        yield Check("finite", OK if asked.allow_nonfinite else FAILED, f"{said}{' (allowed)' * asked.allow_nonfinite}")
-    elif unread:
+        return Check("finite", OK if allowed else FAILED, f"{said}{' (allowed)' * allowed}")
+    if unread:
         name, reason = next(iter(unread.items()))
-        yield Check("finite", NOT_CHECKED, f"{len(unread)} of {_plural(len(stored), 'tensor')}: '{name}' is {reason}")
-    else:
-        yield Check("finite", OK, f"every value of {_plural(len(stored), 'tensor')}")
-    if recorded is None:
-        return
+        return Check("finite", NOT_CHECKED, f"{len(unread)} of {_plural(len(stored), 'tensor')}: '{name}' is {reason}")
+    return Check("finite", OK, f"every value of {_plural(len(stored), 'tensor')}")
+
+
+def _recorded(
+    recorded: Mapping[str, Checksum], stored: Mapping[str, Stored], found: Mapping[TensorSpec, Digest]
+) -> Check:
     pairing = paired(recorded, stored)
     fault = pairing.fault
     for name, old in pairing.names.items():
@@ -100,7 +112,7 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
         elif found[tensor].sha256 != wanted.sha256:
             fault = fault or f"the SHA-256 of '{name}' is not that in the record"
     also = f"; {pairing.renamed}" if pairing.renamed else ""
-    yield Check("tensors", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
+    return Check("tensors", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
 
 
 def part_of(header: Header) -> str:
@@ -112,8 +124,8 @@ def part_of(header: Header) -> str:
     return ""
 
 
-def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Any]:
-    from ..compute.digest import digests  # imports torch
+def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Digest]:
+    from ...compute.digest import digests  # imports torch
 
     show, total = running.on_progress, sum(spec.nbytes for spec in specs)
     on_bytes = None if show is None else lambda nbytes: show(nbytes, total)

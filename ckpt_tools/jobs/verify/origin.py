@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
-from ..checkpoints.layouts import select
-from ..errors import CkptError, LayoutError, UnsupportedError
-from ..formats.file_plan import OutTensor
-from ..formats.header import Header
-from ..tensors import TensorSpec, UnsupportedTensor
-from .assembly import Assembly, rewrite
-from .options import (
+from ... import __version__
+from ...checkpoints.layouts import select
+from ...errors import CkptError, LayoutError, UnsupportedError
+from ...formats.file_plan import OutTensor
+from ...formats.header import Header
+from ...tensors import TensorSpec, UnsupportedTensor
+from ..assembly import Assembly, rewrite
+from ..options import (
     ConvertedOutput,
     ConvertedState,
     KeptState,
@@ -28,11 +28,12 @@ from .options import (
     StrippedOutput,
     Verification,
 )
-from .outputs import Target
-from .provenance import Input, Record, SourceRecord, read_record, read_source_record
-from .replay import is_statistic, look_for, needs_sets, summed_again
-from .verify_checks import FAILED, NOT_CHECKED, OK, Check, Pairing, paired, stored_tensors
-from .verify_file import part_of
+from ..outputs import Target
+from ..provenance import Input, Record, SourceRecord, read_record, read_source_record
+from ..replay import is_statistic, look_for, needs_sets, summed_again
+from .check import FAILED, NOT_CHECKED, OK, Check
+from .file import part_of
+from .names import Pairing, paired, stored_tensors
 
 _MADE = "made again"
 
@@ -177,8 +178,8 @@ def _differing(
     seed: int,
 ) -> str | None:
     """Compare tensors bit for bit; return the first difference in words."""
-    from ..compute.digest import index_of
-    from ..compute.recompute import agreements  # imports torch
+    from ...compute.digest import index_of
+    from ...compute.recompute import agreements  # imports torch
 
     stamps = [stamp for each in (*inputs, header) for stamp in each.files]
     found = agreements(
@@ -210,13 +211,13 @@ def _same(
 
 
 def _average(header: Header, record: Record, inputs: Sequence[Header], target: Target) -> Assembly:
-    from .average import laid_out_again
+    from ..average import laid_out_again
 
     return laid_out_again(summed_again(header, record, inputs, Matching()), target)
 
 
 def _converted(record: SourceRecord, source: Header, target: Target) -> Assembly:
-    from .convert import planned
+    from ..convert import planned
 
     to, dtype = _argument(record, "to", str), _argument(record, "dtype", str)
     output = ConvertedOutput(to=to or "plain", dtype=dtype, out=target.path)
@@ -228,7 +229,7 @@ def _converted(record: SourceRecord, source: Header, target: Target) -> Assembly
 
 
 def _stripped(record: SourceRecord, source: Header, target: Target) -> Assembly:
-    from .strip import planned
+    from ..strip import planned
 
     report, assembly = planned(source, target, KeptState(state=_argument(record, "state", str)), StrippedOutput())
     _check_state(record, source, " and ".join(report.kept) or "all weights")

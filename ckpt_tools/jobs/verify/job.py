@@ -1,8 +1,4 @@
-"""Verifying: whether a checkpoint is whole, and whether an output is what its record says.
-
-A plan of checks, none of which changes a file: those of the file by itself (`verify_file`), and those against its
-record (`verify_origin`).
-"""
+"""The job: the checks of a checkpoint, in order, and the report of them."""
 
 from __future__ import annotations
 
@@ -13,16 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..compute.threads import check_threads
-from ..errors import CkptError, UsageError
-from ..formats import read_header
-from ..formats.header import Header
-from ..series.paths import folder_of_index, one_checkpoint
-from . import verify_file
-from .options import Reading, Verification, takes
-from .reports import Report
-from .verify_checks import FAILED, Check
-from .verify_origin import origin
+from ...compute.threads import check_threads
+from ...errors import CkptError, UsageError
+from ...formats import read_header
+from ...formats.header import Header
+from ...series.paths import folder_of_index, one_checkpoint
+from ..options import Reading, Verification, takes
+from ..reports import Report
+from . import file
+from .check import FAILED, Check
+from .origin import origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +89,12 @@ def verify(path: str | Path, asked: Verification, running: Reading) -> VerifyRep
 
 
 def _checks(header: Header, asked: Verification, running: Reading, share: float, seed: int) -> Iterator[Check]:
-    yield verify_file.structure(header)
+    yield file.structure(header)
     if asked.expect_sha256 is not None:
-        yield verify_file.digest(header, asked.expect_sha256)
-    yield verify_file.zip_checksums(header)
-    yield from verify_file.tensors(header, asked, running)
-    yield verify_file.loads(header)
+        yield file.digest(header, asked.expect_sha256)
+    yield file.zip_checksums(header)
+    yield from file.tensors(header, asked, running)
+    yield file.loads(header)
     yield from origin(header, asked, running, share, seed)
 
 

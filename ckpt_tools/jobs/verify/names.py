@@ -1,4 +1,4 @@
-"""Checks: what comes of each, and how tensors are paired by name."""
+"""Names: how tensors in a file are paired with those that should be in it, where a prefix was added or removed."""
 
 from __future__ import annotations
 
@@ -7,27 +7,10 @@ from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
-from ..checkpoints.layouts.layout import dotted
-from ..formats.header import Header
-from ..formats.tree import tensors_in
-from ..tensors import Tensor
-
-OK, FAILED, NOT_CHECKED = "ok", "failed", "not checked"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """What came of one check.
-
-    Attributes:
-        name: of the check.
-        result: ``ok``, ``failed`` or ``not checked``.
-        detail: what was checked, what is wrong, or why it was not checked, in words.
-    """
-
-    name: str
-    result: str
-    detail: str
+from ...checkpoints.layouts.layout import dotted
+from ...formats.header import Header
+from ...formats.tree import tensors_in
+from ...tensors import Tensor
 
 
 @dataclass(frozen=True, slots=True)
