@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckpt_tools.compute import native
-from ckpt_tools.storage import staged
 from ckpt_tools.storage.source import OpenFiles
 
 
@@ -439,7 +438,7 @@ def test_avg_rejects_a_small_disk_before_the_work(monkeypatch: pytest.MonkeyPatc
     size = Path("averaged.pth").stat().st_size
     Path("averaged.pth").unlink()
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(staged.shutil, "disk_usage", lambda _: usage._replace(free=50))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50))
     monkeypatch.setattr(OpenFiles, "open", lambda *_: pytest.fail("payload was read"))
     refusal = refused(Path(), "avg", *GOOD)
     assert refusal.startswith(f"Error: averaged.pth: needs {size:,} bytes, and {Path().absolute()} has 50 left.")
