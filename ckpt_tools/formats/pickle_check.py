@@ -264,6 +264,10 @@ class _Walk:
 
 def _tuple(items: list[int]) -> int:
     """Return the cost of a tuple of values with these costs."""
+    if len(items) == 1:  # by the hundred thousand in a tuple that is deep
+        (cost,) = items
+        level, steps = cost >> _LEVEL, 1 + (cost & _STEPS)
+        return min(level + 1, _DEEPEST_KEY + 1) << _LEVEL | min(steps, _STEPS)
     level = max(items, default=1) >> _LEVEL
     steps = 1 + (sum(items) if level == 0 else sum(cost & _STEPS for cost in items))
     return min(level + 1, _DEEPEST_KEY + 1) << _LEVEL | min(steps, _STEPS)

@@ -1,8 +1,8 @@
 """All kinds of hostile files.
 
-As a program, ``python tests/support/hostile_files.py --commands`` runs each command on each of them in a process of its
-own, as a user does, and prints what was found; it takes half an hour. With text after that, only kinds whose name or
-group has it.
+As a program, ``python tests/support/hostile_files.py --every`` runs every command on each of them in one process, and
+prints what was found; the tests take some of the commands in turn. With ``--commands``, each has a process of its own,
+as with a user, which takes half an hour. With text after that, only kinds whose name or group has it.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def make(kinds: Sequence[Kind], folder: Path) -> list[tuple[str, str, bool]]:
     return made
 
 
-def run(kinds: Sequence[Kind], folder: Path) -> list[dict[str, Any]]:
+def run(kinds: Sequence[Kind], folder: Path, *, every: bool = False) -> list[dict[str, Any]]:
     """Run commands on kinds in one process, as `hostile_runs.serve` does; return what it says of each run."""
     good = make_good(folder)
     (folder / "work").mkdir()
     done = subprocess.run(
-        [sys.executable, RUNS, good, folder / "work"],
+        [sys.executable, RUNS, good, folder / "work", *(["--every"] if every else [])],
         input=json.dumps(make(kinds, folder / "kinds")),
         capture_output=True,
         text=True,
@@ -100,8 +100,8 @@ main()
 """
 
 
-def _in_processes(chosen: str) -> None:
-    """Run all commands on all kinds in processes of their own, and print what was found."""
+def _in_processes(chosen: Sequence[Kind]) -> None:
+    """Run all commands on kinds in processes of their own, and print what was found."""
     os.nice(10)
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -131,8 +131,7 @@ def _in_processes(chosen: str) -> None:
                 out.mkdir()
                 usual[command] = usual.get(command, set()) | started(arguments)[3]
                 shutil.rmtree(out)
-        chosen_kinds = [kind for kind in KINDS if chosen in kind.name or chosen in kind.group]
-        for kind, (_, made, _) in zip(chosen_kinds, make(chosen_kinds, folder / "kinds"), strict=True):
+        for kind, (_, made, _) in zip(chosen, make(chosen, folder / "kinds"), strict=True):
             path = Path(made)
             before = state(path.parent)
             for command, arguments in commands(path, good / "good.pth", out).items():
@@ -162,7 +161,22 @@ def _in_processes(chosen: str) -> None:
         print(f"{what:15} {counts[what]}")  # noqa: T201
 
 
+def _in_one_process(chosen: list[Kind]) -> None:
+    """Run every command on kinds in one process, and print what was found."""
+    with tempfile.TemporaryDirectory() as name:
+        records = run(chosen, Path(name), every=True)
+    for each in records:
+        if each["bad"]:
+            print(each["kind"], each["command"], each["bad"])  # noqa: T201
+    print(f"kinds {len(chosen)}, runs {len(records)}, bad {sum(bool(each['bad']) for each in records)}")  # noqa: T201
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--commands"]:
+    how, text = sys.argv[1:2], " ".join(sys.argv[2:])
+    kinds = [kind for kind in KINDS if text in kind.name or text in kind.group]
+    if how == ["--every"]:
+        _in_one_process(kinds)
+    elif how == ["--commands"]:
+        _in_processes(kinds)
+    else:
         raise SystemExit(__doc__)
-    _in_processes(" ".join(sys.argv[2:]))

@@ -176,8 +176,21 @@ def _measured(used: dict[str, float]) -> Iterator[None]:
     used["memory"] = 1024 * (_kilobytes("VmHWM") - before)
 
 
-def _run_all(files: Sequence[tuple[str, str, bool]], good: Path, work: Path, audit: Audit, tell: Any) -> None:
-    """Run all commands on all files; tell what each is found to do."""
+def in_turn(names: Sequence[str], number: int, read: bool) -> set[str]:
+    """Return the commands for the file with this number: those that all files have, and others in turn.
+
+    Of a file that is refused, all of them end where its header is read; `fix-prefix` has code of its own for pickles.
+    """
+    if not read:
+        return {"inspect", ("avg", "fix-prefix")[number % 2]}
+    others = [name for name in names if name not in ("inspect", "avg")]
+    return {"inspect", "avg", others[number % len(others)], others[(number + 2) % len(others)]}
+
+
+def _run_all(
+    files: Sequence[tuple[str, str, bool]], good: Path, work: Path, audit: Audit, tell: Any, *, every: bool
+) -> None:
+    """Run commands on all files, every one or those of `in_turn`; tell what each is found to do."""
     from cli_runner import run
 
     resource.setrlimit(resource.RLIMIT_AS, (1024 * _kilobytes("VmSize") + _ADDRESSES,) * 2)
@@ -188,9 +201,9 @@ def _run_all(files: Sequence[tuple[str, str, bool]], good: Path, work: Path, aud
         path = Path(name)
         before = state(path.parent)
         size = sum(info[1] for info in before.values() if info[4] is not None)
-        for command, arguments in commands(path, good / "good.pth", out).items():
-            if not read and command not in ("inspect", "avg", "fix-prefix"):
-                continue  # all of them end where the header is read; fix-prefix reads pickles by code of its own, too
+        arguments_of = commands(path, good / "good.pth", out)
+        for command in arguments_of if every else arguments_of.keys() & in_turn([*arguments_of], number, read):
+            arguments = arguments_of[command]
             tell({"kind": kind, "number": number, "command": command})
             out.mkdir()
             used: dict[str, float] = {}
@@ -248,8 +261,8 @@ def _watch(reading: int, child: int) -> Iterator[dict[str, Any]]:
                 yield last
 
 
-def serve(good: Path, work: Path, files: list[tuple[str, str, bool]]) -> None:
-    """Run all commands on all files, and write a line of JSON for each run.
+def serve(good: Path, work: Path, files: list[tuple[str, str, bool]], *, every: bool) -> None:
+    """Run commands on all files, and write a line of JSON for each run; see `in_turn`.
 
     A process does it that starts with all of `ckpt` imported. If it ends, or hangs, another goes on with the next file.
     """
@@ -291,7 +304,7 @@ def serve(good: Path, work: Path, files: list[tuple[str, str, bool]]) -> None:
         if not child:
             code = 1
             try:
-                _run_all(files, good, work, audit, lambda record: _tell(writing, record))  # noqa: B023
+                _run_all(files, good, work, audit, lambda record: _tell(writing, record), every=every)  # noqa: B023
                 code = 0
             finally:
                 if code:
@@ -307,4 +320,4 @@ def serve(good: Path, work: Path, files: list[tuple[str, str, bool]]) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]), json.load(sys.stdin))
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), json.load(sys.stdin), every=sys.argv[3:] == ["--every"])
