@@ -227,6 +227,12 @@ def say_notes(notes: Iterable[str]) -> None:
     console.say(*map(spelled, notes))
 
 
+def say_part(words: str) -> None:
+    """Show what became of a part of a job, if there was one."""
+    if words:
+        console.say(spelled(words))
+
+
 def plain(report: Any) -> dict[str, Any]:
     """Return a report as plain data, with options in its notes instead of parameters."""
     data: dict[str, Any] = report.to_dict()
