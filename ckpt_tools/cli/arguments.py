@@ -233,6 +233,11 @@ def say_part(words: str) -> None:
         console.say(spelled(words))
 
 
+def reports() -> bool:
+    """Return True unless this is one of several processes that torchrun started, and not the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def plain(report: Any) -> dict[str, Any]:
     """Return a report as plain data, with options in its notes instead of parameters."""
     data: dict[str, Any] = report.to_dict()

@@ -34,7 +34,7 @@ from .outputs import Target, default_target
 from .provenance import Input, provided
 from .reports import Report
 from .run import produce
-from .share import asked_of
+from .share import Asked, asked_of
 from .weigh import weighed
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def average(
     measured = recalibration.recal_bn is not None
     asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
     if asked is not None:
-        _check_shared(measured, running.device)
+        _check_shared(asked, measured, running.device)
     if earlier.update is not None:
         from .update import updated
 
@@ -244,9 +244,9 @@ def _check_recalibration(asked: Recalibration) -> None:
                 raise UsageError(f"`{each.name}` goes with `recal_bn`, the images to measure BatchNorm statistics on.")
 
 
-def _check_shared(measured: bool, device: str) -> None:
+def _check_shared(asked: Asked, measured: bool, device: str) -> None:
     """Refuse what cannot be done in parts, or gone on with."""
-    if measured:
+    if measured and not asked.together:  # else it is refused where the network is opened
         raise UsageError(
             "`recal_bn` does not go with `part`, `finish` and `resume`: average first, then use "
             "`recalibrate_checkpoint(...)`."

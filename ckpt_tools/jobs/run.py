@@ -100,15 +100,21 @@ def produce(
         on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
         sign_off = None if output.sign_off is None else SignOff(Path(output.sign_off), stamps)
         if asked is not None:
-            words = _write_share(
-                final, sources, asked, force=output.force, sign_off=sign_off, on_progress=show, **options
-            )
+            plans = _plans(final)
+
+            def part(asked: share.Asked) -> str:
+                more = {"sign_off": sign_off, "on_progress": show, **options}
+                return _write_share(final, plans, sources, asked, force=output.force, **more)
+
+            words = share.together(asked, final, plans, sources, part) if asked.together else part(asked)
             shared: Any = done
             return replace(shared, part=words)  # type: ignore[no-any-return]
         write(final, sources, force=output.force, sign_off=sign_off, on_progress=on_bytes, **options)
         kept_stage.clear(final.target)
         return done
 
+    if asked is not None and asked.silent:
+        running = type(running)(**{**vars(running), "on_plan": None, "on_progress": None})
     return run(report, running, check=check, work=work, completes=asked is None or asked.publishes)
 
 
@@ -179,6 +185,7 @@ def write(
 
 def _write_share(
     assembly: Assembly,
+    plans: Sequence[FilePlan],
     stamps: Sequence[Stamp],
     asked: share.Asked,
     *,
@@ -189,6 +196,9 @@ def _write_share(
 ) -> str:
     """Do what is asked of an assembly in a stage that stays until the output is published; see `write`.
 
+    Args:
+        plans: of all its files.
+
     Returns:
         What became of it, in words.
 
@@ -196,7 +206,6 @@ def _write_share(
         CkptError: see `share.opened` and `engine.run`.
     """
     statement = None if sign_off is None else sign_off.begun()
-    plans = _plans(assembly)
     with share.opened(assembly, plans, stamps, asked) as own:
         outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
         show = on_progress

@@ -8,19 +8,21 @@ done, with the checksums that the ends of the files need. The process that finds
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import time
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..compute.shares import SliceSum, shares
-from ..errors import UsageError, WriteError
+from ..errors import CkptError, UsageError, WriteError
 from ..formats.file_plan import FilePlan, OutTensor
 from ..storage.kept_stage import Journal, Open, Stage, clear, stages
 from ..storage.source import Stamp
@@ -32,6 +34,9 @@ from .options import Sharing
 NBYTES, SECONDS = 64 << 20, 2.0
 """After so many bytes, or so long, what is done goes to the journal."""
 MOST_PARTS = 100_000
+_LAST = " When all parts are, run the same command with `finish` in place of `part`."
+PATIENCE = timedelta(days=7)
+"""How long a process that torchrun started waits for slower ones. It learns at once of one that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +47,24 @@ class Asked:
         index, count: part `index` of `count`, from 1 on.
         finish: publish what all parts have done, and do none.
         resume: do all that is not done, and publish.
+        together: torchrun started all parts; the first one publishes when all are done.
     """
 
     index: int = 1
     count: int = 1
     finish: bool = False
     resume: bool = False
+    together: bool = False
 
     @property
     def publishes(self) -> bool:
-        """True if the target is there at the end."""
-        return self.finish or self.resume
+        """True if the target is there at the end, and this process reports that."""
+        return self.finish or self.resume or (self.together and self.index == 1)
+
+    @property
+    def silent(self) -> bool:
+        """True if another process reports."""
+        return self.together and self.index > 1
 
     def refuse(self, why: str, **options: object) -> None:
         """Refuse options that do not go with parts.
@@ -63,8 +75,8 @@ class Asked:
         if not self.resume:
             for name, value in options.items():
                 if value:
-                    asked = "finish" if self.finish else "part"
-                    raise UsageError(f"`{name}` does not go with `{asked}`: {why}")
+                    asked = "several processes" if self.together else "`finish`" if self.finish else "`part`"
+                    raise UsageError(f"`{name}` does not go with {asked}: {why}")
 
 
 def asked_of(sharing: Sharing, **hashed: object) -> Asked | None:
@@ -90,7 +102,7 @@ def _parsed(sharing: Sharing) -> Asked | None:
             "it stopped, then `finish`; or one process with `resume`."
         )
     if sharing.part is None:
-        return Asked(finish=sharing.finish, resume=sharing.resume) if given else None
+        return Asked(finish=sharing.finish, resume=sharing.resume) if given else _of_torchrun()
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(sharing.part))
     index, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= index <= count <= MOST_PARTS:
@@ -98,6 +110,55 @@ def _parsed(sharing: Sharing) -> Asked | None:
             f"`part={sharing.part!r}`: write i/n, part i of n with i from 1 to n, such as `part='1/4'` to `part='4/4'`."
         )
     return Asked(index, count)
+
+
+def _of_torchrun() -> Asked | None:
+    """Return the part of a process that torchrun started with others; None for any other."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from ..batchnorm.processes import started_by_torchrun  # takes torch
+
+    if not started_by_torchrun():
+        return None
+    return Asked(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]), together=True)
+
+
+def together(
+    asked: Asked,
+    assembly: Assembly,
+    plans: Sequence[FilePlan],
+    stamps: Sequence[Stamp],
+    work: Callable[[Asked], str],
+) -> str:
+    """Do the parts of a job in the processes that torchrun started, and publish if all have done theirs.
+
+    Args:
+        work: does what is asked; returns what became of it, in words.
+
+    Returns:
+        What became of this part, in words.
+
+    Raises:
+        CkptError: this process has failed; or another one has ended, or has another job.
+    """
+    import torch
+
+    from ..batchnorm.processes import gathered_objects, joined_group
+
+    with joined_group(torch.device("cpu"), PATIENCE) as group:
+        first, *others = gathered_objects(_job(assembly, plans, stamps))
+        for rank, each in enumerate(others, 1):
+            if each["digest"] != first["digest"]:
+                raise CkptError(
+                    f"process {rank} has another job than process 0: {_difference(first, each)}. Start all with the "
+                    "same command, where they see the same files."
+                )
+        words = work(asked)  # what fails ends this process, so that torchrun ends the others
+        gathered_objects(None)  # all have done theirs
+        if group.first:
+            words = work(Asked(finish=True))
+        gathered_objects(None)
+        return words
 
 
 @contextmanager
@@ -173,7 +234,7 @@ class Work:
     @property
     def completes(self) -> bool:
         """True if the target can be published after the run."""
-        return self.asked.publishes
+        return self.asked.finish or self.asked.resume
 
     def todo(self, sizes: Sequence[int]) -> Collection[int]:
         """Return the units of this part that no journal has; see `Share`.
@@ -278,12 +339,12 @@ class Work:
     def words(self) -> str:
         """What became of this part."""
         found = f"{self.found:,} bytes were read and written before."
-        if self.asked.publishes:
+        if self.completes:
             return " ".join((*self.notes, *([found] if self.found else ())))
         return (
             f"Part {self.asked.index} of {self.asked.count} of {self.stage.target} is done"
             + (f"; {found}" if self.found else ".")
-            + " When all parts are, run the same command with `finish` in place of `part`."
+            + ("" if self.asked.together else _LAST)
         )
 
 
@@ -302,7 +363,7 @@ def _others(stage: Stage, job: dict[str, Any], asked: Asked) -> tuple[str, ...]:
     if asked.finish and stage.job() is not None:
         return ()
     others = [each for each in stages(stage.target) if each.path != stage.path and each.job() is not None]
-    differing = {each.path: _difference(each, job) for each in others}
+    differing = {each.path: _difference(each.job() or {}, job) for each in others}
     gone = {each.path for each in clear(stage.target, but=stage)} if asked.resume else set()
     for path, difference in differing.items():
         if path not in gone:
@@ -313,9 +374,8 @@ def _others(stage: Stage, job: dict[str, Any], asked: Asked) -> tuple[str, ...]:
     return tuple(f"Began anew: {difference}." for difference in differing.values())
 
 
-def _difference(other: Stage, job: dict[str, Any]) -> str:
-    """Say in which a stage's job differs from this one."""
-    said = other.job() or {}
+def _difference(said: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Say in what a job differs from this one."""
     then, now = ({each[0]: each[1:] for each in one.get("inputs", ())} for one in (said, job))
     changed = [path for path, stamp in now.items() if path in then and then[path] != stamp]
     if changed:

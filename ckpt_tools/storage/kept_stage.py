@@ -25,6 +25,8 @@ from .hidden import is_open_as, prefix, remove, try_lock
 from .local import raise_file_limit
 from .staged import place_files
 
+KEPT: list[Path] = []
+"""Targets of which this process has a stage that stays if it ends now."""
 DIGITS = 12
 """Hexadecimal digits of a digest in the name of a stage."""
 _JOB, _OUTPUT = "job.json", "output"
@@ -79,6 +81,7 @@ class Stage:
         fds: list[int] = []
         try:
             self._open(fds, names, sizes, job)
+            KEPT.append(self.target)
             yield fds
         finally:
             for fd in fds:

@@ -6,7 +6,7 @@ import json
 import os
 import random
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -144,10 +144,11 @@ def test_shares_are_even_and_in_order() -> None:
     assert [len(each) for each in shares([5, 5], 4)] == [0, 1, 0, 1]
 
 
-KILLED = """
+KILLED = '''
 import os, signal, time
 from ckpt_tools import average
 from ckpt_tools.compute import engine, native
+from ckpt_tools.errors import CkptError
 from ckpt_tools.jobs import share
 from ckpt_tools.storage.kept_stage import Open
 
@@ -160,14 +161,37 @@ def slowly(self, unit):
 
 def torn(self, said):
     lines.append(said)
-    if len(lines) == 4:
+    if len(lines) == 4 and os.environ.get("KILLED") == "yes":
         os.write(self.fd, b'{"units":[[0,')
         os.kill(os.getpid(), signal.SIGKILL)
     append(self, said)
 
 append, Open.append, engine._Cpu.fill = Open.append, torn, slowly
-average(["a.safetensors", "b.safetensors"], out="out.pth", threads=1, part="1/1")
-"""
+def forked(rank, killed, world, port, **more):
+    """Do the job in a process of its own; the one that imported torch does so for all."""
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ["KILLED"] = "yes" * killed
+    try:
+        report = average(["a.safetensors", "b.safetensors"], out="out.pth", threads=1, **more)
+        print(rank, report.written, flush=True)
+        os._exit(0)
+    except CkptError as error:
+        print(rank, error, flush=True)
+        os._exit(1)
+
+def ended(*pids):
+    print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
+
+'''
+
+
+def with_forks(code: str) -> list[str]:
+    """Run code after that of `KILLED`; return the lines that it prints."""
+    command = [sys.executable, "-W", "ignore", "-c", KILLED + code]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=200).stdout.splitlines()
 
 
 def test_after_a_kill_only_what_was_missing_is_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +203,7 @@ def test_after_a_kill_only_what_was_missing_is_read(here: Path, monkeypatch: pyt
     average(["a.safetensors", "b.safetensors"], out="out.pth")
     alone = Path("out.pth").read_bytes()
     Path("out.pth").unlink()
-    ended = subprocess.run([sys.executable, "-c", KILLED], check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert with_forks("ended(forked(0, True, 1, '', part='1/1'))") == ["-9"]
     assert not Path("out.pth").exists()
     (stage,) = stages(Path("out.pth"))
     lines = (stage.path / "part-1-of-1.jsonl").read_text().splitlines()
@@ -199,6 +222,32 @@ def test_after_a_kill_only_what_was_missing_is_read(here: Path, monkeypatch: pyt
     assert f"{3 * 4 * numel * done:,} bytes were read and written before" in report.part
     average(["a.safetensors", "b.safetensors"], out="out.pth", finish=True)
     assert Path("out.pth").read_bytes() == alone
+
+
+def test_processes_of_torchrun_share_a_job_and_end_if_one_is_killed(here: Path) -> None:
+    from safetensors.torch import save_file
+
+    for name in ("a", "b"):
+        save_file({"w": torch.randn(20 << 14)}, f"{name}.safetensors")
+    average(["a.safetensors", "b.safetensors"], out="out.pth")
+    alone = Path("out.pth").read_bytes()
+    Path("out.pth").unlink()
+
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    said = with_forks(
+        f"import torch; ended(forked(0, False, 2, '{ports[0]}'), forked(1, True, 2, '{ports[0]}'))\n"
+        "print(os.path.exists('out.pth'), flush=True)\n"
+        f"ended(forked(0, False, 2, '{ports[1]}'), forked(1, False, 2, '{ports[1]}'))"
+    )
+    assert said[0].startswith("0 another process of this job has ended or cannot be reached")
+    assert said[1:3] == ["1 -9", "False"]
+    assert sorted(said[3:]) == ["0 0", "0 True", "1 False"]
+    assert Path("out.pth").read_bytes() == alone
+    assert not hidden()
 
 
 def test_one_process_goes_on_with_the_parts_of_others(series: list[str], small_units: None) -> None:
