@@ -241,7 +241,8 @@ def reports() -> bool:
 def plain(report: Any) -> dict[str, Any]:
     """Return a report as plain data, with options in its notes instead of parameters."""
     data: dict[str, Any] = report.to_dict()
-    return data | {"notes": [spelled(note) for note in data["notes"]]}
+    data["notes"] = [spelled(note) for note in data["notes"]]
+    return data | ({"part": spelled(data["part"])} if "part" in data else {})
 
 
 def check_folder() -> None:
