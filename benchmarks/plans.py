@@ -19,7 +19,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from planning import Tensor, dense_70b, make_sharded, moe_671b
@@ -63,29 +62,11 @@ MODELS: dict[str, tuple[Callable[[], Iterator[Tensor]], int]] = {
 """Name to tensors, and the number of shards."""
 
 
-def shares(sizes: Sequence[int], ranks: int) -> list[range]:
-    """Share work units out in their order: a rank takes those whose middle lies in its part of all bytes.
-
-    Args:
-        sizes: bytes that each unit moves.
-        ranks: how many.
-
-    Returns:
-        The units of each rank.
-    """
-    total, done, rank = sum(sizes), 0, 0
-    bounds = [0]
-    for unit, size in enumerate(sizes):
-        while 2 * done + size >= 2 * total * (rank + 1) / ranks and rank < ranks - 1:
-            bounds.append(unit)
-            rank += 1
-        done += size
-    bounds += [len(sizes)] * (ranks + 1 - len(bounds))
-    return [range(begin, end) for begin, end in pairwise(bounds)]
-
-
 def balance(sizes: Sequence[int], ranks: int) -> float:
     """Return the bytes of the rank that moves most over their mean: 1 if all move the same."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    from ckpt_tools.compute.shares import shares
+
     most = max(sum(sizes[unit] for unit in own) for own in shares(sizes, ranks))
     return most * ranks / sum(sizes)
 

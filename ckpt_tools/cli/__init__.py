@@ -83,7 +83,10 @@ def _run() -> None:
 
 def _left() -> str:
     """Say what a run that ends early leaves behind."""
-    return _complete() or "nothing was written"
+    from ..storage.kept_stage import KEPT
+
+    kept = f"what is done of {KEPT[-1]} is kept, and the same command goes on with it" if KEPT else ""
+    return _complete() or kept or "nothing was written"
 
 
 def _complete() -> str:

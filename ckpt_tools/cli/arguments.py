@@ -227,10 +227,22 @@ def say_notes(notes: Iterable[str]) -> None:
     console.say(*map(spelled, notes))
 
 
+def say_part(words: str) -> None:
+    """Show what became of a part of a job, if there was one."""
+    if words:
+        console.say(spelled(words))
+
+
+def reports() -> bool:
+    """Return True unless this is one of several processes that torchrun started, and not the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def plain(report: Any) -> dict[str, Any]:
     """Return a report as plain data, with options in its notes instead of parameters."""
     data: dict[str, Any] = report.to_dict()
-    return data | {"notes": [spelled(note) for note in data["notes"]]}
+    data["notes"] = [spelled(note) for note in data["notes"]]
+    return data | ({"part": spelled(data["part"])} if "part" in data else {})
 
 
 def check_folder() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Summing
+from ..jobs.options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Sharing, Summing
 from ..series.schedules import Schedule
 from . import arguments, console
 from .recal_bn import show_images, show_statistics
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 
 @arguments.with_options(
-    Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Summing, images=arguments.number_of_images
+    Schedule,
+    Selection,
+    Matching,
+    Earlier,
+    AveragedOutput,
+    Recalibration,
+    Sharing,
+    Summing,
+    images=arguments.number_of_images,
 )
 def avg(
     paths: Annotated[
@@ -45,6 +53,7 @@ def avg(
 
     with nullcontext() if options["recal_bn"] is None else console.printing_to_stderr():  # the user's own code
         report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
+    arguments.say_part(report.part)
     if report.written:
         moved = report.bytes_read + report.bytes_written
         # Small jobs take as long as importing torch takes.
@@ -58,7 +67,7 @@ def avg(
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
         if report.compared:
             console.say(report.compared)
-    if json:
+    if json and arguments.reports():
         console.print_json(arguments.plain(report))
     if report.same is False:
         raise typer.Exit(1)

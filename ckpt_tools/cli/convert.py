@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import Computing, ConvertedOutput, ConvertedState, Missing
+from ..jobs.options import Computing, ConvertedOutput, ConvertedState, Missing, Sharing
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.convert import ConvertReport
 
 
-@arguments.with_options(ConvertedOutput, ConvertedState, Missing, Computing)
+@arguments.with_options(ConvertedOutput, ConvertedState, Missing, Sharing, Computing)
 def convert(
     checkpoint: Annotated[
         str | None, typer.Argument(metavar="CKPT", help="A file, or a folder.", show_default=False)
@@ -41,9 +41,10 @@ def convert(
 
     source = arguments.path(checkpoint)
     report, seconds = arguments.carried_out(run, "converting", source, **options, on_plan=_show)
+    arguments.say_part(report.part)
     if report.written:
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
-    if json:
+    if json and arguments.reports():
         console.print_json(arguments.plain(report))
 
 

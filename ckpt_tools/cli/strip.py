@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..jobs.options import KeptState, Running, StrippedOutput
+from ..jobs.options import KeptState, Running, Sharing, StrippedOutput
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.strip import StripReport
 
 
-@arguments.with_options(KeptState, StrippedOutput, Running)
+@arguments.with_options(KeptState, StrippedOutput, Sharing, Running)
 def strip(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder of DCP; it is not changed.")],
     *,
@@ -28,9 +28,10 @@ def strip(
 
     source = arguments.path(checkpoint)
     report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=_show)
-    if report.anything:
+    arguments.say_part(report.part)
+    if report.anything and (report.written or not report.part):
         console.wrote(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
-    if json:
+    if json and arguments.reports():
         console.print_json(arguments.plain(report))
 
 

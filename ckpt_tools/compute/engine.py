@@ -32,6 +32,7 @@ from .crc32 import combine
 from .formula import room
 from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
+from .shares import Share, SliceSum
 from .threads import in_threads
 from .tiles import Tile, rows
 from .work_units import (
@@ -93,6 +94,7 @@ def run(
     allow_nonfinite: bool = False,
     devices: Sequence[str] = (),
     gpu_memory: int = GPU_MEMORY,
+    share: Share | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fill output files with their tensors and with the bytes around them.
@@ -106,6 +108,7 @@ def run(
             output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
         devices, gpu_memory: see `Accelerator`.
+        share: the work units to do, without GPUs, which would cut the job otherwise; all of them if None.
         on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
     Raises:
@@ -135,17 +138,35 @@ def run(
         most_rows = MOST_ROWS if gpus.elements is None else 1
         units = list(cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows))
         numbers = {out: number for number, out in enumerate(outputs)}
-        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers)
+        log = None
+        if share is not None:
+            todo = share.todo([sum([slice_.bytes_moved for slice_ in unit.slices]) for unit in units])
+            units = [units[number] for number in todo]
+            log = _Log({id(unit): number for unit, number in zip(units, todo, strict=True)})
+        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers, log)
+
+        def tick() -> None:
+            if on_progress is not None:
+                on_progress(job.bytes_done)
+            if share is not None:
+                share.done(*job.noted())
+
         with job.disk.at_work(job.stop):
             in_threads(
                 lambda: _work(job),
                 gpus.threads,
                 job.stop,
-                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
+                on_tick=None if on_progress is None and share is None else tick,
             )
             if job.refused is not None:
                 raise job.refused[1]
         files.check_unchanged()
+    if share is not None:
+        share.done(*job.noted())
+        share.flush()
+        if not share.completes:
+            return
+        job.know(outputs, share.sums())
     for out in outputs:
         plan = out.plan
         crcs = {tensor: job.checksum(out, at) for tensor, at in plan.payloads} if plan.needs_checksums else {}
@@ -196,6 +217,15 @@ class _Disk:
                 thread.join()
 
 
+@dataclass(slots=True)
+class _Log:
+    """What a share is told of next."""
+
+    numbers: dict[int, int]  # of the units, by id
+    units: list[int] = field(default_factory=list)
+    sums: list[SliceSum] = field(default_factory=list)
+
+
 _Position = tuple[int, int]  # number of an output file, byte in it
 
 
@@ -210,6 +240,7 @@ class _Job:
     gpus: Accelerator
     torch_settings: ExitStack
     numbers: dict[OutFile, int]  # of the outputs
+    log: _Log | None = None
     bytes_done: int = 0  # read and written
     refused: tuple[_Position, NumericsError] | None = None  # the first one in the order of the output
     written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
@@ -239,7 +270,8 @@ class _Job:
                 if self.refused and all(self._position(slice_) > self.refused[0] for slice_ in unit.slices):
                     continue
                 band = unit.slices[0].band
-                if band is not None and not band.cleared:
+                # Other tiles of a band may be another process's, and be written.
+                if band is not None and not band.cleared and self.log is None:
                     _clear(unit.slices[0].targets, band)
                 return unit
             return None
@@ -277,6 +309,30 @@ class _Job:
                     if out.plan.needs_checksums:
                         before = slice_.before
                         self._crcs.setdefault((out, offset - before), {})[before + slice_.end] = crcs[row]
+                        if self.log is not None:
+                            at = self.numbers[out], offset - before, before + slice_.end
+                            self.log.sums.append(SliceSum(*at, crcs[row]))
+
+    def unit_done(self, unit: WorkUnit) -> None:
+        """Record a unit of a share that was filled, unless the job is refused: its slice may be why."""
+        if self.log is not None:
+            with self._lock:
+                if self.refused is None:
+                    self.log.units.append(self.log.numbers[id(unit)])
+
+    def noted(self) -> tuple[list[int], list[SliceSum]]:
+        """Return the units of a share that were done since the last call, and the new checksums."""
+        if self.log is None:
+            return [], []
+        with self._lock:
+            noted = self.log.units, self.log.sums
+            self.log.units, self.log.sums = [], []
+            return noted
+
+    def know(self, outputs: Sequence[OutFile], sums: Iterable[SliceSum]) -> None:
+        """Take over the checksums of slices that other runs have filled."""
+        for file, offset, end, crc in sums:
+            self._crcs.setdefault((outputs[file], offset), {})[end] = crc
 
     def checksum(self, out: OutFile, offset: int) -> int:
         """Return the CRC-32 of the tensor at a place."""
@@ -303,6 +359,7 @@ def _work(job: _Job) -> None:
         while (unit := job.next_unit()) is not None:
             for left in gpu.fill(unit):
                 cpu.fill(left)
+            job.unit_done(unit)
         for left in gpu.finish():
             cpu.fill(left)
 

@@ -29,11 +29,12 @@ from .assembly import Assembly, assemble
 from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
-from .options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Summing, takes
+from .options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Sharing, Summing, takes
 from .outputs import Target, default_target
 from .provenance import Input, provided
 from .reports import Report
 from .run import produce
+from .share import Asked, asked_of
 from .weigh import weighed
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class AverageReport(Report):
         same: after a replay, True if the weights are the same in every byte; None if that is not known.
         recalibration: with `recal_bn`, how the BatchNorm statistics are measured, and what came of it.
         scratch: bytes of the sums beside the target while that is done.
-        written: False for a plan.
+        part: what became of a part of the job, in words.
+        written: False for a plan, and for a part.
     """
 
     inputs: tuple[Input, ...]
@@ -86,6 +88,7 @@ class AverageReport(Report):
     same: bool | None = None
     recalibration: RecalibrationReport | None = None
     scratch: int = 0
+    part: str = ""
     written: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +97,7 @@ class AverageReport(Report):
         return plain | {"recalibration": None if self.recalibration is None else self.recalibration.to_dict()}
 
 
-@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Summing)
+@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Sharing, Summing)
 def average(
     paths: str | Path | Iterable[str | Path],
     schedule: Schedule,
@@ -103,6 +106,7 @@ def average(
     earlier: Earlier,
     output: AveragedOutput,
     recalibration: Recalibration,
+    sharing: Sharing,
     running: Summing,
 ) -> AverageReport:
     """Average a series of checkpoints into one file or folder, in float64, in bounded memory.
@@ -137,6 +141,9 @@ def average(
 
     given = [paths] if isinstance(paths, (str, Path)) else paths
     measured = recalibration.recal_bn is not None
+    asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
+    if asked is not None:
+        _check_shared(asked, measured, running.device)
     if earlier.update is not None:
         from .update import updated
 
@@ -149,6 +156,8 @@ def average(
         addends = weighed(given, schedule, selection, matching, output, running)
     _check(addends.matching)  # a record may say anything
     sums = _sums(addends)
+    if sums.by_tensor.bytes_read and asked is not None:
+        asked.refuse("each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode)
     target = chosen or addends.target or sums.usual_target
     stamps = [stamp for member in addends.members for stamp in member.header.files]
     with ExitStack() as stack:
@@ -159,7 +168,7 @@ def average(
             network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
             sums = _with_network(sums, network, target)
         assembly = _laid_out(sums, target, output, shard_bytes)
-        gpus = devices.choose(running.device, assembly.bytes_read)
+        gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
         memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes)
         options: dict[str, Any] = {
             "threads": running.threads,
@@ -196,6 +205,7 @@ def average(
             replaces=addends.replaces,
             finish=finish if output.hash or sums.recalibration is not None else None,
             scratch=sums.scratch,
+            asked=asked,
             **options,
         )
     if addends.compared is None or not done.written:
@@ -232,6 +242,17 @@ def _check_recalibration(asked: Recalibration) -> None:
         for each in asked.options():
             if vars(asked)[each.name] != each.default and not each.name.startswith("on_"):
                 raise UsageError(f"`{each.name}` goes with `recal_bn`, the images to measure BatchNorm statistics on.")
+
+
+def _check_shared(asked: Asked, measured: bool, device: str) -> None:
+    """Refuse what cannot be done in parts, or gone on with."""
+    if measured and not asked.together:  # else it is refused where the network is opened
+        raise UsageError(
+            "`recal_bn` does not go with `part`, `finish` and `resume`: average first, then use "
+            "`recalibrate_checkpoint(...)`."
+        )
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"`device={device!r}`: with `part`, `finish` and `resume` the sums are made on the CPU.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,12 +36,13 @@ from ..tensors import Category, DType, TensorSpec, parse_dtype
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
 from .checksums import with_place
 from .companions import companions
-from .options import Computing, ConvertedOutput, ConvertedState, Missing, takes
+from .options import Computing, ConvertedOutput, ConvertedState, Missing, Sharing, takes
 from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
 from .provenance import input_record, provenance
 from .reports import Report, some
 from .run import produce
+from .share import asked_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class ConvertReport(Report):
         out: the target.
         bytes_read, bytes_written: of the whole job.
         companions: names of files beside the weights that go along: configuration and tokenizer.
-        written: False for a plan.
+        part: what became of a part of the job, in words.
+        written: False for a plan, and for a part.
     """
 
     path: str
@@ -76,12 +78,18 @@ class ConvertReport(Report):
     bytes_read: int
     bytes_written: int
     companions: tuple[str, ...] = ()
+    part: str = ""
     written: bool = False
 
 
-@takes(ConvertedOutput, ConvertedState, Missing, Computing)
+@takes(ConvertedOutput, ConvertedState, Missing, Sharing, Computing)
 def convert(
-    path: str | Path, output: ConvertedOutput, which: ConvertedState, missing: Missing, running: Computing
+    path: str | Path,
+    output: ConvertedOutput,
+    which: ConvertedState,
+    missing: Missing,
+    sharing: Sharing,
+    running: Computing,
 ) -> ConvertReport:
     """Write a checkpoint in another layout, file format or dtype, in bounded memory.
 
@@ -99,6 +107,7 @@ def convert(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     check_threads(running.threads)
+    asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
     report, assembly, further = planned(header, Target.of(output.out), output, which, missing)
     return produce(
@@ -108,6 +117,7 @@ def convert(
         output,
         running,
         inputs=[header.path],
+        asked=asked,
         threads=running.threads,
         allow_nonfinite=running.allow_nonfinite,
     )

@@ -262,6 +262,16 @@ class Summing(Computing):
     gpu_memory: Size | None = option("Memory to use on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE")
 
 
+class Sharing(Options):
+    """How several processes share a job, or one goes on with it."""
+
+    title = "A job in parts"
+
+    part: str | None = option("Do part i of n, such as 2/8, and publish nothing.", None, metavar="I/N")
+    finish: bool = option("Publish the output when all parts are done.", False)
+    resume: bool = option("Go on with what is done, and keep what is done if it is killed.", False)
+
+
 class KeptState(Options):
     """Which weights of one checkpoint stay."""
 

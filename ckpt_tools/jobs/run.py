@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 from ..compute import engine
 from ..compute.work_units import OutFile
-from ..errors import WriteError
+from ..errors import CorruptError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
-from ..storage import splice
+from ..storage import kept_stage, splice
 from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
 from ..storage.staged import flush, keep_attributes, staged_files, write_at
-from . import checksums
+from . import checksums, share
 from .assembly import Assembly
 from .options import Recorded, Running
 from .outputs import check_target
@@ -31,6 +31,7 @@ def run(
     *,
     check: Callable[[], None] | None = None,
     work: Callable[[R], R] | None = None,
+    completes: bool = True,
 ) -> R:
     """Check a planned job, show it, and carry it out.
 
@@ -38,9 +39,10 @@ def run(
         report: the plan; a frozen dataclass with `notes` and `written`.
         check: refuses the target. In a dry run the refusal becomes a note.
         work: writes the output and returns the report of what was done. None if there is nothing to do.
+        completes: the output is there after the work.
 
     Returns:
-        The report; `written` is True if there was work, and it was done.
+        The report; `written` is True if there was work, and the output is there.
 
     Raises:
         WriteError: the target is refused.
@@ -58,7 +60,7 @@ def run(
     if running.dry_run or work is None:
         return plan  # type: ignore[no-any-return]
     done: Any = work(plan)
-    return replace(done, written=True)  # type: ignore[no-any-return]
+    return replace(done, written=completes)  # type: ignore[no-any-return]
 
 
 def produce(
@@ -72,6 +74,7 @@ def produce(
     replaces: Collection[Stamp] = (),
     finish: Callable[[R], tuple[R, Assembly, Sequence[Stamp]]] | None = None,
     scratch: int = 0,
+    asked: share.Asked | None = None,
     **options: Any,
 ) -> R:
     """Run a job whose output is an assembly; see `run`.
@@ -82,22 +85,37 @@ def produce(
         replaces: those of `stamps` whose place the target may take.
         finish: called after the plan is shown; returns the report, the assembly to write instead, and its stamps.
         scratch: bytes that `finish` writes beside the target.
+        asked: do this of the job, in a stage that stays; the report then has a field `part`.
         options: of `engine.run`.
     """
 
     def check() -> None:
         kept = [stamp.path for stamp in stamps if stamp not in replaces]
-        check_output(assembly, [*inputs, *kept], force=output.force, scratch=scratch, sign_off=output.sign_off)
+        more = scratch if asked is None else scratch - share.allocated(assembly.target)
+        check_output(assembly, [*inputs, *kept], force=output.force, scratch=more, sign_off=output.sign_off)
 
     def work(plan: R) -> R:
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
         on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
         sign_off = None if output.sign_off is None else SignOff(Path(output.sign_off), stamps)
+        if asked is not None:
+            plans = _plans(final)
+
+            def part(asked: share.Asked) -> str:
+                more = {"sign_off": sign_off, "on_progress": show, **options}
+                return _write_share(final, plans, sources, asked, force=output.force, **more)
+
+            words = share.together(asked, final, plans, sources, part) if asked.together else part(asked)
+            shared: Any = done
+            return replace(shared, part=words)  # type: ignore[no-any-return]
         write(final, sources, force=output.force, sign_off=sign_off, on_progress=on_bytes, **options)
+        kept_stage.clear(final.target)
         return done
 
-    return run(report, running, check=check, work=work)
+    if asked is not None and asked.silent:
+        running = type(running)(**{**vars(running), "on_plan": None, "on_progress": None})
+    return run(report, running, check=check, work=work, completes=asked is None or asked.publishes)
 
 
 def check_output(
@@ -165,6 +183,55 @@ def write(
         statement.write(assembly.target, force=force)
 
 
+def _write_share(
+    assembly: Assembly,
+    plans: Sequence[FilePlan],
+    stamps: Sequence[Stamp],
+    asked: share.Asked,
+    *,
+    force: bool,
+    sign_off: SignOff | None,
+    on_progress: Callable[[int, int], None] | None,
+    **options: Any,
+) -> str:
+    """Do what is asked of an assembly in a stage that stays until the output is published; see `write`.
+
+    Args:
+        plans: of all its files.
+
+    Returns:
+        What became of it, in words.
+
+    Raises:
+        CkptError: see `share.opened` and `engine.run`.
+    """
+    statement = None if sign_off is None else sign_off.begun()
+    with share.opened(assembly, plans, stamps, asked) as own:
+        outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
+        show = on_progress
+        on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
+        try:
+            engine.run(outputs, stamps=stamps, share=own, on_progress=on_bytes, **options)
+        except CorruptError:
+            own.forget()
+            raise
+        if own.completes:
+            if assembly.checksums:
+                checksums.fill(assembly, outputs[: len(assembly.files)], options.get("threads"))
+            if statement is not None:
+                statement = statement.about(assembly, outputs)
+            own.place(force=force)
+    if statement is not None:
+        statement.write(assembly.target, force=force)
+    return own.words
+
+
+def _plans(assembly: Assembly) -> list[FilePlan]:
+    """Return the plans of all files of an assembly, of its companions last."""
+    # The content of companions now, so that their sizes are known.
+    return [*assembly.files, *[whole_file(path.name, read_file(path)[0]) for path in assembly.companions]]
+
+
 def write_all(
     assemblies: Sequence[Assembly],
     stamps: Sequence[Stamp],
@@ -192,9 +259,7 @@ def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) ->
     Returns:
         (those to fill; its companions, which are complete)
     """
-    # The content of companions now, so that their sizes are known.
-    beside = [whole_file(path.name, read_file(path)[0]) for path in assembly.companions]
-    files = [*assembly.files, *beside]
+    files = _plans(assembly)
     names = [plan.name for plan in files] if assembly.folder else None
     fds = stages.enter_context(staged_files(assembly.target, names, [plan.size for plan in files], **options))
     outputs = [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]

@@ -25,11 +25,12 @@ from ..series.paths import one_checkpoint
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .assembly import Assembly, nested
 from .checksums import with_place
-from .options import KeptState, Running, StrippedOutput, takes
+from .options import KeptState, Running, Sharing, StrippedOutput, takes
 from .outputs import Target, check_same_format, named_after
 from .provenance import input_record, provenance
 from .reports import Report
 from .run import produce, run
+from .share import asked_of
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
 
@@ -63,6 +64,7 @@ class StripReport(Report):
         notes: decisions and warnings, in words.
         nbytes: size of the checkpoint.
         bytes_read, bytes_written: of the job; 0 where there is nothing to strip.
+        part: what became of a part of the job, in words.
         written: True once the new checkpoint is there.
     """
 
@@ -77,6 +79,7 @@ class StripReport(Report):
     nbytes: int
     bytes_read: int = 0
     bytes_written: int = 0
+    part: str = ""
     written: bool = False
 
     @property
@@ -85,8 +88,10 @@ class StripReport(Report):
         return bool(self.entries) or self.compacted > 0
 
 
-@takes(KeptState, StrippedOutput, Running)
-def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: Running) -> StripReport:
+@takes(KeptState, StrippedOutput, Sharing, Running)
+def strip(
+    path: str | Path, which: KeptState, output: StrippedOutput, sharing: Sharing, running: Running
+) -> StripReport:
     """Write a checkpoint without optimizers, schedulers, scalers, random states and the like.
 
     All sets of weights are kept byte for byte, with ``arch``, ``epoch``, ``args`` and all other entries.
@@ -101,12 +106,14 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, running: R
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
+    asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
     target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
     report, assembly = planned(header, target, which, output)
     if assembly is None:
         return run(report, running)
-    return produce(report, assembly, header.files, output, running, inputs=[header.path], allow_nonfinite=True)
+    inputs = [header.path]
+    return produce(report, assembly, header.files, output, running, inputs=inputs, asked=asked, allow_nonfinite=True)
 
 
 def planned(

@@ -16,13 +16,14 @@ from pathlib import Path
 _TOKEN = 8  # hexadecimal digits
 
 
-def _prefix(target: Path) -> str:
+def prefix(target: Path) -> str:
+    """Return what the names of all that is hidden beside a target begin with."""
     return f".{target.name[:40]}."  # short, as file names have to be
 
 
 def hidden(target: Path, folder: Path) -> Path:
     """Return a path in a folder for a target; unique among concurrent and earlier runs."""
-    return folder / f"{_prefix(target)}{os.urandom(_TOKEN // 2).hex()}.partial"
+    return folder / f"{prefix(target)}{os.urandom(_TOKEN // 2).hex()}.partial"
 
 
 def locked(target: Path, folder: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
@@ -41,7 +42,7 @@ def locked(target: Path, folder: Path, make: Callable[[Path], int]) -> tuple[Pat
         path = hidden(target, folder)
         try:
             fd = make(path)
-            if _lock(fd) is not False and is_open_as(path, fd):
+            if try_lock(fd) is not False and is_open_as(path, fd):
                 return path, fd
         except BaseException:
             remove(path)
@@ -94,12 +95,12 @@ def size_of_leftovers(target: Path) -> int:
 
 def _leftovers(target: Path, folder: Path) -> Iterator[tuple[Path, int | None]]:
     """Yield what killed runs have left, with a descriptor that holds its lock; None for a link."""
-    prefix, found = _prefix(target), []
+    begin, found = prefix(target), []
     with suppress(OSError), os.scandir(folder) as entries:
-        found = [each.name for each in entries if each.name.startswith(prefix)]
+        found = [each.name for each in entries if each.name.startswith(begin)]
     there = os.path.lexists(folder / target.name)
     for name in found:
-        token, _, suffix = name[len(prefix) :].partition(".")
+        token, _, suffix = name[len(begin) :].partition(".")
         # The old folder has the suffix .old between two renames, and may be all that there is.
         if len(token) == _TOKEN and {*token} <= {*"0123456789abcdef"} and suffix in ("partial", "old")[: 1 + there]:
             path = folder / name
@@ -111,13 +112,13 @@ def _leftovers(target: Path, folder: Path) -> Iterator[tuple[Path, int | None]]:
                     # Some network file systems lock only what is open for writing.
                     access = os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR
                     fd = os.open(path, access | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-                    if _lock(fd):
+                    if try_lock(fd):
                         yield path, fd
                     else:
                         os.close(fd)
 
 
-def _lock(fd: int) -> bool | None:
+def try_lock(fd: int) -> bool | None:
     """Lock an open file or folder until it is closed; None where the file system has no locks."""
     try:
         import fcntl

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -56,22 +56,62 @@ def staged_files(
                 f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
         yield stage.fds
-        try:
-            stage.sync()
-            stage.place(force)
-            stage.settle()
-            stage.clear()
-        except OSError as error:
-            if not stage.is_placed:
-                raise _not_placed(target, error) from error
-        except BaseException:
-            if not stage.is_placed:
-                raise
-            # Interrupted after the rename: the target is complete.
-        if not internal:
-            PLACED.append(target)
+        _place(stage, force=force, internal=internal)
     finally:
         stage.clear()
+
+
+def place_files(
+    target: Path,
+    names: Sequence[str] | None,
+    path: Path,
+    *,
+    force: bool,
+    before: Callable[[], None],
+    failed: Callable[[], None],
+) -> None:
+    """Put files that are complete in the place of a target, as `staged_files` does.
+
+    Args:
+        names: files in the folder, with folders in it before their names; None if the target is one file.
+        path: of the file or folder, on the same disk.
+        before: called when the files are on the disk, before anything is renamed.
+        failed: called if they stay where they were.
+
+    Raises:
+        WriteError: the system refuses.
+    """
+    raise_file_limit(len(names or ()) + 3)
+    stage = _Stage(target)
+    try:
+        stage.adopt(names, path)
+        _place(stage, force=force, before=before)
+    except OSError as error:
+        raise _not_placed(target, error) from error
+    finally:
+        if stage.is_placed:
+            stage.clear()
+        else:
+            stage.close()
+            failed()
+
+
+def _place(stage: _Stage, *, force: bool, internal: bool = False, before: Callable[[], None] = lambda: None) -> None:
+    try:
+        stage.sync()
+        before()
+        stage.place(force)
+        stage.settle()
+        stage.clear()
+    except OSError as error:
+        if not stage.is_placed:
+            raise _not_placed(stage.target, error) from error
+    except BaseException:
+        if not stage.is_placed:
+            raise
+        # Interrupted after the rename: the target is complete.
+    if not internal:
+        PLACED.append(stage.target)
 
 
 def _not_placed(target: Path, error: OSError) -> WriteError:
@@ -86,28 +126,30 @@ class _Stage:
     """An output on its way to its place.
 
     Attributes:
+        target: the place.
         fds: descriptors of its files.
     """
 
     def __init__(self, target: Path) -> None:
         self.fds: list[int] = []
-        self._target = target
+        self.target = target
         self._parent = target.absolute().parent
         self._held: int | None = None
         self._base = self._parent
         self._names: Sequence[str] | None = None
         self._stage: Path | None = None  # None while it has no name
+        self._aside: Path | None = None  # for what is replaced; beside the stage if None
         self._whole: int | None = None  # descriptor of what gets the name of the target
         self._placed = False
 
     def create(self, names: Sequence[str] | None, sizes: Sequence[int]) -> None:
         """Create the files; see `staged_files`."""
         self._names, self._base = names, self._hold()
-        clear_leftovers(self._target, self._base)
+        clear_leftovers(self.target, self._base)
         if self._create_unnamed(len(sizes)):
             self._whole = self.fds[0] if names is None else None
         elif names is None:
-            self._stage, self._whole = locked(self._target, self._base, new_file)
+            self._stage, self._whole = locked(self.target, self._base, new_file)
             self.fds.append(self._whole)
         else:
             self._make_folder()
@@ -115,6 +157,17 @@ class _Stage:
                 self.fds.append(new_file(path))
         for fd, size in zip(self.fds, sizes, strict=True):
             os.truncate(fd, size)
+
+    def adopt(self, names: Sequence[str] | None, path: Path) -> None:
+        """Open files that are there; see `place_files`."""
+        self._names, self._base, self._stage = names, self._hold(), path
+        self._aside = hidden(self.target, self._base).with_suffix(".old")
+        if names is not None:
+            self._whole = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        for each in [path] if names is None else self._paths():
+            self.fds.append(os.open(each, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)))
+        if names is None:
+            self._whole = self.fds[0]
 
     def _hold(self) -> Path:
         """Return a path to the folder of the target that stays right when the folder is renamed, if there is one."""
@@ -142,7 +195,7 @@ class _Stage:
 
     def _make_folder(self) -> None:
         """Make the hidden folder of an output, with the folders in it."""
-        self._stage, self._whole = locked(self._target, self._base, new_folder)
+        self._stage, self._whole = locked(self.target, self._base, new_folder)
         for folder in self._folders()[:-1]:
             folder.mkdir()
 
@@ -166,7 +219,7 @@ class _Stage:
     def is_placed(self) -> bool:
         """True if the target is what was written."""
         with suppress(OSError):
-            return self._placed or self._is(self._base / self._target.name)
+            return self._placed or self._is(self._base / self.target.name)
         return False
 
     def _is(self, path: Path) -> bool:
@@ -177,10 +230,10 @@ class _Stage:
         moved = self._held is not None and not is_open_as(self._parent, self._held)
         if moved or (self._stage is not None and not self._is(self._stage)):
             raise WriteError(
-                f"{self._target}: its folder, or what was written there, was moved in the meantime. Try again, or "
+                f"{self.target}: its folder, or what was written there, was moved in the meantime. Try again, or "
                 "choose another place with `out`."
             )
-        place = self._base / self._target.name
+        place = self._base / self.target.name
         if self._names is not None:
             self._place_folder(place, force)
         elif self._stage is None:
@@ -189,7 +242,7 @@ class _Stage:
             except FileExistsError:
                 if not force:
                     raise
-                self._stage = hidden(self._target, self._base)  # a link replaces nothing, and a rename needs a name
+                self._stage = hidden(self.target, self._base)  # a link replaces nothing, and a rename needs a name
                 _link(self.fds[0], self._stage)
                 self._stage.replace(place)
         elif force:
@@ -213,7 +266,7 @@ class _Stage:
         if not force or not (place.is_symlink() or (place.is_dir() and any(place.iterdir()))):
             stage.rename(place)  # replaces an empty folder, and no other
         elif not _exchanged(stage, place):
-            _rename_twice(stage, place, self._target)
+            _rename_twice(stage, place, self._aside or stage.with_suffix(".old"), self.target)
 
     def settle(self) -> None:
         """Wait until the name is on the disk, too; what fails is a warning."""
@@ -222,18 +275,23 @@ class _Stage:
             _sync_folder(self._parent)
         except OSError as error:
             _warn(
-                f"{self._target}: is complete and in its place, but the system does not confirm that its name is on "
+                f"{self.target}: is complete and in its place, but the system does not confirm that its name is on "
                 f"the disk ({error.strerror}). After a power cut, look whether it is still there."
             )
 
     def clear(self) -> None:
         """Close the descriptors and remove what is hidden; safe to repeat after an interruption."""
         if self._stage is not None:
-            for path in [self._stage, *([self._stage.with_suffix(".old")] if self.is_placed else ())]:
+            aside = self._aside or self._stage.with_suffix(".old")
+            for path in [self._stage, *([aside] if self.is_placed else ())]:
                 with suppress(OSError):
                     remove(path)
                 if os.path.lexists(path):
                     _warn(f"{self._parent / path.name}: is of no use any more, and cannot be removed.")
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors; safe to repeat."""
         fds = {*self.fds, self._whole, self._held} - {None}
         self.fds, self._whole, self._held = [], None, None
         for fd in fds:
@@ -340,12 +398,11 @@ def _exchanged(stage: Path, place: Path) -> bool:
     raise OSError(reason, os.strerror(reason), str(place))
 
 
-def _rename_twice(stage: Path, place: Path, target: Path) -> None:
+def _rename_twice(stage: Path, place: Path, aside: Path, target: Path) -> None:
     """Replace a folder or link: rename the old one away, and back if the new one cannot be put in place.
 
     Between the two renames the target does not exist; a crash then leaves the old one under the name `aside`.
     """
-    aside = stage.with_suffix(".old")
     try:
         place.rename(aside)
         stage.rename(place)

@@ -105,6 +105,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
         "From an average that is there:",
         "Output:",
         "BatchNorm statistics (recal-bn):",
+        "A job in parts:",
         "Running:",
         "Options:",
     ]

@@ -1,0 +1,439 @@
+"""Sharing: one job done by several processes in parts, or by one that may be killed and goes on.
+
+The plan of a job is a function of headers and arguments, so that every process makes the same one. Its digest names the
+stage (`storage/kept_stage.py`) in which all of them fill the same output files. A journal tells which work units are
+done, with the checksums that the ends of the files need. The process that finds all of them done publishes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..compute.shares import SliceSum, shares
+from ..errors import CkptError, UsageError, WriteError
+from ..formats.file_plan import FilePlan, OutTensor
+from ..storage.kept_stage import Journal, Open, Stage, clear, stages
+from ..storage.source import Stamp
+from ..storage.staged import flush
+from ..tensors import TensorSpec
+from .assembly import Assembly
+from .options import Sharing
+
+NBYTES, SECONDS = 64 << 20, 2.0
+"""After so many bytes, or so long, what is done goes to the journal."""
+MOST_PARTS = 100_000
+_LAST = " When all parts are, run the same command with `finish` in place of `part`."
+PATIENCE = timedelta(days=7)
+"""How long a process that torchrun started waits for slower ones. It learns at once of one that has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a process is asked to do of a job.
+
+    Attributes:
+        index, count: part `index` of `count`, from 1 on.
+        finish: publish what all parts have done, and do none.
+        resume: do all that is not done, and publish.
+        together: torchrun started all parts; the first one publishes when all are done.
+    """
+
+    index: int = 1
+    count: int = 1
+    finish: bool = False
+    resume: bool = False
+    together: bool = False
+
+    @property
+    def publishes(self) -> bool:
+        """True if the target is there at the end, and this process reports that."""
+        return self.finish or self.resume or (self.together and self.index == 1)
+
+    @property
+    def silent(self) -> bool:
+        """True if another process reports."""
+        return self.together and self.index > 1
+
+    def refuse(self, why: str, **options: object) -> None:
+        """Refuse options that do not go with parts.
+
+        Raises:
+            UsageError: one of them is given.
+        """
+        if not self.resume:
+            for name, value in options.items():
+                if value:
+                    asked = "several processes" if self.together else "`finish`" if self.finish else "`part`"
+                    raise UsageError(f"`{name}` does not go with {asked}: {why}")
+
+
+def asked_of(sharing: Sharing, **hashed: object) -> Asked | None:
+    """Read the options; None if the job is not shared.
+
+    Args:
+        hashed: options for which all inputs are read once more.
+
+    Raises:
+        UsageError: they are wrong, or do not go together.
+    """
+    asked = _parsed(sharing)
+    if asked is not None:
+        asked.refuse("every part would read all inputs once more. Leave it out, or use `resume`.", **hashed)
+    return asked
+
+
+def _parsed(sharing: Sharing) -> Asked | None:
+    given = [name for name in ("part", "finish", "resume") if vars(sharing)[name] not in (None, False)]
+    if len(given) > 1:
+        raise UsageError(
+            f"`{given[0]}` and `{given[1]}` do not go together: run all parts with `part`, each of which goes on where "
+            "it stopped, then `finish`; or one process with `resume`."
+        )
+    if sharing.part is None:
+        return Asked(finish=sharing.finish, resume=sharing.resume) if given else _of_torchrun()
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(sharing.part))
+    index, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= index <= count <= MOST_PARTS:
+        raise UsageError(
+            f"`part={sharing.part!r}`: write i/n, part i of n with i from 1 to n, such as `part='1/4'` to `part='4/4'`."
+        )
+    return Asked(index, count)
+
+
+def _of_torchrun() -> Asked | None:
+    """Return the part of a process that torchrun started with others; None for any other."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    from ..batchnorm.processes import started_by_torchrun  # takes torch
+
+    if not started_by_torchrun():
+        return None
+    return Asked(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]), together=True)
+
+
+def together(
+    asked: Asked,
+    assembly: Assembly,
+    plans: Sequence[FilePlan],
+    stamps: Sequence[Stamp],
+    work: Callable[[Asked], str],
+) -> str:
+    """Do the parts of a job in the processes that torchrun started, and publish if all have done theirs.
+
+    Args:
+        work: does what is asked; returns what became of it, in words.
+
+    Returns:
+        What became of this part, in words.
+
+    Raises:
+        CkptError: this process has failed; or another one has ended, or has another job.
+    """
+    import torch
+
+    from ..batchnorm.processes import gathered_objects, joined_group
+
+    with joined_group(torch.device("cpu"), PATIENCE) as group:
+        first, *others = gathered_objects(_job(assembly, plans, stamps))
+        for rank, each in enumerate(others, 1):
+            if each["digest"] != first["digest"]:
+                raise CkptError(
+                    f"process {rank} has another job than process 0: {_difference(first, each)}. Start all with the "
+                    "same command, where they see the same files."
+                )
+        words = work(asked)  # what fails ends this process, so that torchrun ends the others
+        gathered_objects(None)  # all have done theirs
+        if group.first:
+            words = work(Asked(finish=True))
+        gathered_objects(None)
+        return words
+
+
+@contextmanager
+def opened(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp], asked: Asked) -> Iterator[Work]:
+    """Open the stage of a job.
+
+    Args:
+        plans: of all files, companions too.
+        stamps: of the inputs, taken when their headers were read.
+
+    Raises:
+        WriteError: the stage is in use, is that of another job, or lacks parts.
+    """
+    job = _job(assembly, plans, stamps)
+    stage = Stage.of(assembly.target, job["digest"])
+    notes = _others(stage, job, asked)
+    if asked.finish and stage.job() is None:
+        raise WriteError(
+            f"{assembly.target}: nothing of it is there yet. First run all parts, such as `part='1/2'` and "
+            "`part='2/2'`."
+        )
+    with ExitStack() as stack:
+        names = [plan.name if assembly.folder else assembly.target.name for plan in plans]
+        fds = stack.enter_context(stage.opened(names, [plan.size for plan in plans], job))
+        if asked.finish:
+            own = None
+            stack.enter_context(stage.alone())
+        else:
+            own = stack.enter_context(stage.journal(asked.index, asked.count).opened())
+            for other in stage.journals():  # parts of another division would fill the same ranges at once
+                if other != own.journal and (asked.resume or other.count != asked.count):
+                    stack.enter_context(other.opened())
+        yield Work(stage, fds, asked, own, stage.journals(), names if assembly.folder else None, notes)
+
+
+def allocated(target: Path) -> int:
+    """Return the bytes that stages of a target take on the disk."""
+    return sum(stage.allocated for stage in stages(target))
+
+
+@dataclass(slots=True)
+class Work:
+    """The part of a job that this process does; a `compute.shares.Share`.
+
+    Attributes:
+        stage: where the files are.
+        fds: descriptors of them.
+        asked: what to do.
+        own: the journal of this process; None if it does no units.
+        journals: all that are there.
+        names: of the files in the folder; None if the target is one file.
+        notes: what was found, in words.
+        nbytes: to read and to write here.
+        found: bytes of this part that were done before.
+    """
+
+    stage: Stage
+    fds: Sequence[int]
+    asked: Asked
+    own: Open | None
+    journals: Sequence[Journal]
+    names: Sequence[str] | None
+    notes: tuple[str, ...]
+    nbytes: int = 0
+    found: int = 0
+    _sizes: Sequence[int] = ()
+    _known: list[SliceSum] = field(default_factory=list)
+    _units: list[int] = field(default_factory=list)
+    _sums: list[SliceSum] = field(default_factory=list)
+    _waiting: int = 0  # bytes in `_units`
+    _flushed: float = field(default_factory=time.monotonic)
+
+    @property
+    def completes(self) -> bool:
+        """True if the target can be published after the run."""
+        return self.asked.finish or self.asked.resume
+
+    def todo(self, sizes: Sequence[int]) -> Collection[int]:
+        """Return the units of this part that no journal has; see `Share`.
+
+        Raises:
+            WriteError: parts are missing; or the units of another process are not the same.
+        """
+        self._sizes = array("Q", sizes)
+        cut = f"{len(sizes)} units, {hashlib.sha256(self._sizes).hexdigest()[:32]}"
+        done = self._read(cut)
+        if self.asked.finish:
+            self._check_all(done)
+            return ()
+        share = range(len(sizes)) if self.asked.resume else shares(sizes, self.asked.count)[self.asked.index - 1]
+        own = [unit for unit in share if unit not in done]
+        self.nbytes = sum([sizes[unit] for unit in own])
+        self.found = sum([sizes[unit] for unit in share]) - self.nbytes
+        if self.own is not None:
+            self.own.append({"cut": cut})
+        return own
+
+    def _read(self, cut: str) -> set[int]:
+        done: set[int] = set()
+        for journal in self.journals:
+            for line in journal.lines():
+                if line.get("cut", cut) != cut:
+                    raise WriteError(
+                        f"{self.stage.target}: part {journal.index} of {journal.count} was cut into other work units, "
+                        "as by a ckpt without its C extension. Run all parts with the same installation; to begin "
+                        f"anew, remove the folder {self.stage.path}."
+                    )
+                for begin, end in line.get("units", ()):
+                    done.update(range(begin, end))
+                if self.completes:
+                    self._known += [SliceSum(*each) for each in line.get("sums", ())]
+        return done
+
+    def _check_all(self, done: Collection[int]) -> None:
+        """Refuse to publish before all units are done.
+
+        Raises:
+            WriteError: some are not; names their parts.
+        """
+        if len(done) == len(self._sizes):
+            return
+        count = max((journal.count for journal in self.journals), default=1)
+        missing = [
+            index
+            for index, share in enumerate(shares(self._sizes, count), 1)
+            if not all(unit in done for unit in share)
+        ]
+        some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        what = f"part {some} of {count} is" if len(missing) == 1 else f"parts {some} of {count} are"
+        raise WriteError(
+            f"{self.stage.target}: {what} missing or not complete. Run "
+            + (
+                f"`part='{missing[0]}/{count}'`"
+                if len(missing) == 1
+                else f"each, such as `part='{missing[0]}/{count}'`"
+            )
+            + ", then `finish` again."
+        )
+
+    def done(self, units: Sequence[int], sums: Sequence[SliceSum]) -> None:
+        """Note units, and bring them to the journal from time to time; see `Share`."""
+        self._units += units
+        self._sums += sums
+        self._waiting += sum([self._sizes[unit] for unit in units])
+        if self._waiting >= NBYTES or time.monotonic() - self._flushed >= SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring all that was noted to the journal, after the files themselves; see `Share`."""
+        self._flushed = time.monotonic()
+        if self.own is None or not (self._units or self._sums):
+            return
+        for fd in self.fds:
+            flush(fd, self.stage.target)
+        self.own.append({"units": _ranges(sorted(self._units)), "sums": self._sums})
+        if self.completes:
+            self._known += self._sums
+        self._units, self._sums, self._waiting = [], [], 0
+
+    def sums(self) -> Iterable[SliceSum]:
+        """Return the checksums that all journals have; see `Share`."""
+        return self._known
+
+    def forget(self) -> None:
+        """Let nothing count that this process has done: an input changed meanwhile."""
+        if self.own is not None:
+            self.own.forget()
+
+    def place(self, *, force: bool) -> None:
+        """Publish the output.
+
+        Raises:
+            WriteError: the system refuses.
+        """
+        self.stage.place(self.names, force=force)
+
+    @property
+    def words(self) -> str:
+        """What became of this part."""
+        found = f"{self.found:,} bytes were read and written before."
+        if self.completes:
+            return " ".join((*self.notes, *([found] if self.found else ())))
+        return (
+            f"Part {self.asked.index} of {self.asked.count} of {self.stage.target} is done"
+            + (f"; {found}" if self.found else ".")
+            + ("" if self.asked.together else _LAST)
+        )
+
+
+def _ranges(units: Sequence[int]) -> list[tuple[int, int]]:
+    """Return ascending numbers as ranges."""
+    breaks = [i for i, (a, b) in enumerate(pairwise(units), 1) if b != a + 1]
+    return [(units[a], units[b - 1] + 1) for a, b in pairwise([0, *breaks, len(units)]) if b > a]
+
+
+def _others(stage: Stage, job: dict[str, Any], asked: Asked) -> tuple[str, ...]:
+    """Deal with the stages of other jobs with the same target: `resume` begins anew, and parts are not mixed.
+
+    Raises:
+        WriteError: there is one.
+    """
+    if asked.finish and stage.job() is not None:
+        return ()
+    others = [each for each in stages(stage.target) if each.path != stage.path and each.job() is not None]
+    differing = {each.path: _difference(each.job() or {}, job) for each in others}
+    gone = {each.path for each in clear(stage.target, but=stage)} if asked.resume else set()
+    for path, difference in differing.items():
+        if path not in gone:
+            raise WriteError(
+                f"{stage.target}: parts of another job are there: {difference}. Run all parts with the same command "
+                f"and the same files; to begin anew, remove the folder {path}."
+            )
+    return tuple(f"Began anew: {difference}." for difference in differing.values())
+
+
+def _difference(said: Mapping[str, Any], job: Mapping[str, Any]) -> str:
+    """Say in what a job differs from this one."""
+    then, now = ({each[0]: each[1:] for each in one.get("inputs", ())} for one in (said, job))
+    changed = [path for path, stamp in now.items() if path in then and then[path] != stamp]
+    if changed:
+        return f"{changed[0]} has changed since" + (f", and {len(changed) - 1} more" if len(changed) > 1 else "")
+    if then.keys() != now.keys():
+        return f"its inputs are others ({', '.join(sorted({*then} ^ {*now})[:2])})"
+    if said.get("version") != job["version"]:
+        return f"it was begun by ckpt {said.get('version')}, and this is {job['version']}"
+    return "its arguments are others"
+
+
+def _job(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp]) -> dict[str, Any]:
+    """Describe a job: the same in every process that does it, on any machine."""
+    inputs = sorted({(str(each.path), each.nbytes, str(_changing(each))) for each in stamps})
+    hasher = hashlib.sha256(repr((__version__, assembly.folder, inputs)).encode())
+    for text in _described(plans):
+        hasher.update(text.encode())
+    return {"digest": hasher.hexdigest(), "version": __version__, "inputs": [list(each) for each in inputs]}
+
+
+def _changing(stamp: Stamp) -> object:
+    """Return what changes with the content of a file, without device and inode: these differ between machines."""
+    return stamp.identity[-1]
+
+
+def _described(plans: Iterable[FilePlan]) -> Iterator[str]:
+    """Write everything that the bytes of files depend on, apart from the payload of the inputs."""
+    numbers: dict[OutTensor, int] = {}
+    written: dict[int, str] = {}  # of tuples that tensors share, by id; the plans keep them alive
+    for plan in plans:
+        yield f"\nfile {plan.name!r} {plan.size}"
+        for tensor, offset in plan.payloads:
+            number = numbers.get(tensor)
+            yield f"\n{offset} "
+            if number is not None:
+                yield f"= {number}"
+                continue
+            numbers[tensor] = len(numbers)
+            yield f"{tensor.name!r} {tensor.dtype.name} {tensor.shape} {tensor.finite}"
+            if tensor.data is not None:
+                yield hashlib.sha256(tensor.data).hexdigest()
+            terms = tensor.terms
+            if terms:
+                for shared in (terms.rows, terms.files):
+                    if id(shared) not in written:
+                        written[id(shared)] = hashlib.sha256(repr(shared).encode()).hexdigest()
+                    yield f" {written[id(shared)]}"
+                for spec in terms.specs:
+                    yield _spec(spec)
+        for segment in plan.computed:
+            data = segment.make([0] * len(segment.needs))
+            needs = [numbers.get(each) for each in segment.needs]
+            yield f"\n{segment.offset} {needs} {hashlib.sha256(data).hexdigest()}"
+
+
+def _spec(spec: TensorSpec) -> str:
+    if type(spec) is not TensorSpec:
+        return f" {spec!r}"
+    where = spec.storage
+    begin, big = where.offset + spec.start * spec.dtype.itemsize, where.big_endian
+    return f" {spec.dtype.name} {spec.stride} {where.path} {begin} {big}"

@@ -1,0 +1,294 @@
+"""Kept stages: output files that several processes fill, at once or one after another, and that outlive these.
+
+The files grow in a hidden folder beside the target, ``.NAME.DIGEST.parts``, where the digest is that of the job:
+
+    job.json               what the job is, in words that tell how another one differs
+    output/                the files, at their full size from the start
+    part-2-of-8.jsonl      journal: a line for what one process has finished, locked while it is at work
+
+A line is appended when what it tells of is on the disk. A stage without `job.json` is void: nothing is known of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import WriteError
+from .hidden import is_open_as, prefix, remove, try_lock
+from .local import raise_file_limit
+from .staged import place_files
+
+KEPT: list[Path] = []
+"""Targets of which this process has a stage that stays if it ends now."""
+DIGITS = 12
+"""Hexadecimal digits of a digest in the name of a stage."""
+_JOB, _OUTPUT = "job.json", "output"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage beside a target.
+
+    Attributes:
+        target: the output.
+        path: the hidden folder.
+    """
+
+    target: Path
+    path: Path
+
+    @classmethod
+    def of(cls, target: Path, digest: str) -> Stage:
+        """Return that of a job, which need not be there."""
+        return cls(target, target.absolute().parent / f"{prefix(target)}{digest[:DIGITS]}.parts")
+
+    @property
+    def output(self) -> Path:
+        """The folder of the output files."""
+        return self.path / _OUTPUT
+
+    def job(self) -> Mapping[str, Any] | None:
+        """Return what its job is; None if it is void, or not there."""
+        try:
+            found = json.loads((self.path / _JOB).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    @contextmanager
+    def opened(self, names: Sequence[str], sizes: Sequence[int], job: Mapping[str, Any]) -> Iterator[list[int]]:
+        """Open its files, and create them if that has not been done; processes may do so at once.
+
+        Args:
+            names: of the files, with folders in them before their names.
+            sizes: in bytes.
+            job: what the job is.
+
+        Yields:
+            A descriptor of each.
+
+        Raises:
+            WriteError: the system refuses, or a file is not as it was made.
+        """
+        raise_file_limit(len(sizes) + 2)
+        fds: list[int] = []
+        try:
+            self._open(fds, names, sizes, job)
+            KEPT.append(self.target)
+            yield fds
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _open(self, fds: list[int], names: Sequence[str], sizes: Sequence[int], job: Mapping[str, Any]) -> None:
+        try:
+            begun = self.job() is not None
+            if not begun and self.journals():
+                with self.alone():
+                    remove(self.path)
+            for name, size in zip(names, sizes, strict=True):
+                path = self.output / name
+                if not begun:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | (0 if begun else os.O_CREAT)
+                fds.append(os.open(path, flags, 0o666))
+                if not begun:
+                    os.truncate(fds[-1], size)
+                if os.fstat(fds[-1]).st_size != size:
+                    raise self._damaged(f"{name} has another size")
+            if not begun:
+                self.begin(job)
+        except FileNotFoundError as error:
+            raise self._damaged(f"{error.filename} is missing") from error
+        except OSError as error:
+            raise WriteError(
+                f"{self.target}: cannot be written ({error.strerror}). Choose another place with `out`."
+            ) from error
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Say what the job is; the stage is not void from now on."""
+        path = self.path / f"{_JOB}.{os.urandom(4).hex()}"
+        path.write_text(json.dumps(job))
+        path.replace(self.path / _JOB)
+
+    def _damaged(self, what: str) -> WriteError:
+        return WriteError(
+            f"{self.target}: what is there of it is damaged: {what}. Remove the folder {self.path} to begin anew."
+        )
+
+    def journals(self) -> list[Journal]:
+        """Return the journals, by part."""
+        found = []
+        with suppress(OSError):
+            for path in self.path.iterdir():
+                if match := re.fullmatch(r"part-(\d+)-of-(\d+)\.jsonl", path.name):
+                    found.append(Journal(self.target, path, *map(int, match.groups())))
+        return sorted(found, key=lambda each: (each.count, each.index))
+
+    @contextmanager
+    def alone(self) -> Iterator[list[Open]]:
+        """Give all journals, and keep their processes away while the block runs.
+
+        Raises:
+            WriteError: one is at work.
+        """
+        with ExitStack() as locks:
+            yield [locks.enter_context(journal.opened()) for journal in self.journals()]
+
+    def journal(self, index: int, count: int) -> Journal:
+        """Return the journal of a part, which need not be there."""
+        return Journal(self.target, self.path / f"part-{index}-of-{count}.jsonl", index, count)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that it takes on the disk."""
+        found = 0
+        for path in self.path.rglob("*"):
+            with suppress(OSError, AttributeError):
+                found += path.lstat().st_blocks * 512
+        return found
+
+    def place(self, names: Sequence[str] | None, *, force: bool) -> None:
+        """Put the files, which are complete, in the place of the target, and remove the stage.
+
+        Args:
+            names: as given to `opened`; None if the target is one file.
+            force: replace an existing target.
+
+        Raises:
+            WriteError: the system refuses; the stage is as it was.
+        """
+        job = self.job() or {}
+        whole = self.output if names is not None else self.output / self.target.name
+
+        def leave() -> None:
+            (self.path / _JOB).unlink(missing_ok=True)  # a kill during the rename leaves nothing that would be trusted
+
+        def stay() -> None:
+            with suppress(OSError):
+                self.begin(job)
+
+        place_files(self.target, names, whole, force=force, before=leave, failed=stay)
+        with suppress(OSError):
+            remove(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """What one process has finished.
+
+    Attributes:
+        target: the output.
+        path: its file.
+        index, count: part `index` of `count`, from 1 on.
+    """
+
+    target: Path
+    path: Path
+    index: int
+    count: int
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield its lines; one that a kill has cut off is passed over."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise WriteError(f"{self.path}: cannot be read ({error.strerror}).") from error
+        for line in data.splitlines():
+            with suppress(ValueError):
+                said = json.loads(line)
+                if isinstance(said, dict):
+                    yield said
+
+    @contextmanager
+    def opened(self) -> Iterator[Open]:
+        """Lock it as long as the block runs, and create it if it is not there.
+
+        Raises:
+            WriteError: another process has it, or the system refuses.
+        """
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+        except OSError as error:
+            raise WriteError(f"{self.path}: cannot be written ({error.strerror}).") from error
+        try:
+            if try_lock(fd) is False:
+                raise self._at_work()
+            yield Open(self, fd)
+        finally:
+            os.close(fd)
+
+    def _at_work(self) -> WriteError:
+        return WriteError(
+            f"{self.target}: part {self.index} of {self.count} is at work in another process. Wait until it has ended."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A journal that this process has to itself."""
+
+    journal: Journal
+    fd: int
+
+    def append(self, said: Mapping[str, Any]) -> None:
+        """Append a line, and wait until it is on the disk.
+
+        Raises:
+            WriteError: the system refuses, or the journal was removed meanwhile.
+        """
+        line = json.dumps(said, separators=(",", ":")).encode() + b"\n"
+        try:
+            there = is_open_as(self.journal.path, self.fd)
+            if there:
+                size = os.fstat(self.fd).st_size
+                torn = size and os.pread(self.fd, 1, size - 1) != b"\n"
+                os.write(self.fd, b"\n" * bool(torn) + line)
+                os.fsync(self.fd)
+        except OSError as error:
+            raise WriteError(f"{self.journal.path}: cannot be written ({error.strerror}).") from error
+        if not there:
+            raise WriteError(f"{self.journal.target}: {self.journal.path} was removed by another program. Try again.")
+
+    def forget(self) -> None:
+        """Remove all lines."""
+        os.truncate(self.fd, 0)
+
+
+def stages(target: Path) -> list[Stage]:
+    """Return the stages beside a target."""
+    begin, found = prefix(target), []
+    with suppress(OSError), os.scandir(target.absolute().parent) as entries:
+        for each in entries:
+            token, dot, suffix = each.name[len(begin) :].partition(".")
+            if (
+                each.name.startswith(begin)
+                and re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", token)
+                and dot + suffix == ".parts"
+            ):
+                found.append(Stage(target, Path(each.path)))
+    return sorted(found, key=lambda each: each.path)
+
+
+def clear(target: Path, *, but: Stage | None = None) -> list[Stage]:
+    """Remove the stages beside a target in which no process is at work; return them.
+
+    Args:
+        but: this one stays.
+    """
+    gone = []
+    for stage in stages(target):
+        if stage != but:
+            with suppress(WriteError, OSError), stage.alone():
+                remove(stage.path)
+                gone.append(stage)
+    return gone
