@@ -186,18 +186,18 @@ def test_a_record_that_claims_something_else_is_found(tmp_path: Path) -> None:
     with_record(tmp_path / "averaged.pth", lambda record: record["inputs"][0].update(coefficient=0.34))
     assert "'state_dict.w' differs in 48 of 48 values" in detail(verify(tmp_path / "averaged.pth"), "made again")
     with_record(tmp_path / "averaged.pth", lambda record: record.update(checksums=[1]))
-    assert results(verify(tmp_path / "averaged.pth"))["tensors"] == "failed"
+    assert results(verify(tmp_path / "averaged.pth"))["checksums"] == "failed"
 
 
 def test_a_shard_alone_is_checked_as_a_part(tmp_path: Path) -> None:
     average(training(tmp_path), max_shard_size=100, out=f"{tmp_path}/shards/", write_checksums=True)
     (shard, *_) = sorted((tmp_path / "shards").glob("model-*.safetensors"))
     report = verify(shard)
-    assert (results(report)["tensors"], results(report)["record"]) == ("ok", "not checked")
+    assert (results(report)["checksums"], results(report)["record"]) == ("ok", "not checked")
     assert "is a shard" in detail(report, "record")
     data = shard.read_bytes()
     shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert results(verify(shard))["tensors"] == "failed"
+    assert results(verify(shard))["checksums"] == "failed"
 
 
 def test_an_average_that_was_updated_is_not_compared(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Verifying a file by itself: checksums, values, other readers, and digests that its user or its record knows."""
+"""Verifying a file by itself: CRC-32, values, other readers, and digests that its user or its record knows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def structure(header: Header) -> Check:
 
 def zip_checksums(header: Header) -> Check:
     """Check the zip archives of a checkpoint."""
-    name, checked, without, found = "checksums", 0, 0, 0
+    name, checked, without, found = "crc32", 0, 0, 0
     try:
         for place in archives(header):
             records = check(place)
@@ -54,10 +54,10 @@ def zip_checksums(header: Header) -> Check:
     except CkptError as error:
         return Check(name, FAILED, str(error))
     if not found:
-        return Check(name, NOT_CHECKED, f"the format {header.file_format.name} has none")
+        return Check(name, NOT_CHECKED, f"{header.file_format.name} has none")
     if without:
         return Check(name, NOT_CHECKED, f"{without} of {_plural(checked + without, 'record')} have no CRC-32")
-    return Check(name, OK, f"CRC-32 of {_plural(checked, 'record')}, and every byte around them")
+    return Check(name, OK, f"{_plural(checked, 'record')}, and every byte around them")
 
 
 def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[Check]:
@@ -65,7 +65,7 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
     try:
         recorded = read_checksums(header.provenance or {})
     except ValueError as error:
-        yield Check("tensors", FAILED, f"{header.path}: {error}")
+        yield Check("checksums", FAILED, f"{header.path}: {error}")
         return
     stored = stored_tensors(header)
     if recorded is not None and part_of(header):  # the record is that of the whole
@@ -112,7 +112,7 @@ def _recorded(
         elif found[tensor].sha256 != wanted.sha256:
             fault = fault or f"the SHA-256 of '{name}' is not that in the record"
     also = f"; {pairing.renamed}" if pairing.renamed else ""
-    return Check("tensors", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
+    return Check("checksums", FAILED if fault else OK, fault or f"SHA-256 of {_plural(len(recorded), 'tensor')}{also}")
 
 
 def part_of(header: Header) -> str:
