@@ -122,6 +122,13 @@ def test_a_file_that_ends_early_is_found_at_every_length(safetensors: Path, tmp_
             assert results(verify(tmp_path / "short", threads=1)) == {"structure": "failed"}, length
 
 
+def test_a_file_that_is_loaded_in_the_place_of_shards_is_found(tmp_path: Path) -> None:
+    sharded(tmp_path / "model", 1.0)
+    assert verify(tmp_path / "model").passed
+    save_file(weights(), tmp_path / "model/model.safetensors")
+    assert "model.safetensors is beside the index" in detail(verify(tmp_path / "model"), "structure")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2", "complex64", "float64"])
 def test_values_that_are_not_finite_are_counted(dtype: str, tmp_path: Path) -> None:
     values = np.ones((4, 6))

@@ -14,6 +14,7 @@ from ...errors import CkptError, SeriesError, UsageError
 from ...formats.header import Header
 from ...formats.json_file import read_small
 from ...formats.safetensors import SAFETENSORS
+from ...formats.sharded import SINGLE
 from ...formats.torch_legacy import TORCH_LEGACY
 from ...formats.torch_zip import TORCH_ZIP
 from ...formats.tree import tensors_in
@@ -36,7 +37,15 @@ _ESCAPED = {"\\": "\\", "n": "\n", "r": "\r"}
 
 
 def structure(header: Header) -> Check:
-    """Report what the reader has checked: offsets, shapes, names, an index against its shards, chunks that fit."""
+    """Report what the reader has checked: offsets, shapes, names, an index against its shards, chunks that fit.
+
+    Beside an index, there must be no file that libraries load in place of the shards.
+    """
+    if header.shards and header.in_folder:
+        there = {*store_of(header.path).names(header.path)}
+        both = [name for name in SINGLE if {name, f"{name}.index.json"} <= there]
+        if both:
+            return Check("structure", FAILED, f"{both[0]} is beside the index of shards, and is loaded in their place")
     n, files = sum(1 for _ in tensors_in(header.tree)), len(header.files)
     more = f" in {files} files" if files > 1 else ""
     return Check("structure", OK, f"{header.format.name}, {_plural(n, 'tensor')}{more}")
