@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_tools.compute.formula import Kind
 from properties import Fault, Watch
 
 _LENGTHS = (
@@ -49,6 +50,7 @@ _LENGTHS = (
     300_001,
 )
 _ODD = (-1, -8, -(1 << 40), 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 32, 1 << 40, (1 << 62) - 1, -(1 << 62))
+_KINDS = (Kind.PLAIN, Kind.PLAIN, Kind.PLAIN, Kind.SUM, Kind.AVERAGE, Kind.MEAN)
 _COEFFICIENTS = (None, 1.0, 0.5, -0.25, 1 / 3, 0.0, -0.0, 1e-300, 1e300, math.inf, math.nan)
 _NUMPY = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 _INPUT = 3 << 20  # bytes of the input that is long enough
@@ -144,9 +146,10 @@ class _Formula:
         rows = 1 if self.copied else 1 + numbers.below(34 if numbers.rarely() else 4)
         self.rows = tuple(
             (
+                numbers.one_of(_KINDS),
                 tuple(numbers.one_of(_COEFFICIENTS) for _ in range(count)),
                 numbers.one_of((1.0, 0.5, 1e300)),
-                numbers.rarely(),
+                numbers.one_of((0.0, 0.0, 2.0**-1000)),
             )
             for _ in range(rows)
         )
@@ -206,8 +209,8 @@ def _compare(formula: _Formula, row: int, n: int, files: _Files, places: list[tu
         if written != files.content[begin : begin + n * formula.item]:
             raise Fault("fill: a copy differs")
         return
-    coefficients, common, anchored = formula.rows[row]
-    if anchored or not {*formula.dtypes, formula.out} <= _NUMPY.keys():
+    kind, coefficients, common, _ = formula.rows[row]
+    if kind != Kind.PLAIN or not {*formula.dtypes, formula.out} <= _NUMPY.keys():
         return
     with np.errstate(all="ignore"):
         total: Any = None
