@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -102,7 +101,8 @@ class Watch:
 
 
 def _peak() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not that of getrusage, which a process takes over from the one that started it.
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def look(path: Path, job: int | None = None) -> Header | None:
