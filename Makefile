@@ -13,6 +13,8 @@ FUZZ := .venv-fuzz
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?=
 SANITIZE := build/sanitize
+# Sanitizers take memory of their own, and nothing is built anew.
+WITHOUT_COSTS := --ignore tests/compute/test_costs.py --ignore tests/compute/test_build.py
 # Where the version of torch is not what is tested: one that has a small build for CPUs.
 PLAIN_TORCH := 2.13.0
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
@@ -113,7 +115,7 @@ sanitize: $(INSTALLED)
 		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace --force
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so) $$(cc -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZE) \
-		$(BIN)/pytest -n 0 tests/compute $(PYTEST_ARGS)
+		$(BIN)/pytest -n logical --dist worksteal tests/compute $(WITHOUT_COSTS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench.py
