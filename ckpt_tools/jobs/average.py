@@ -25,6 +25,7 @@ from ..storage.source import Stamp, sha256
 from ..storage.staged import ScratchFile, scratch_file
 from ..tensors import parse_dtype
 from .addends import Addends, ByTensor, inputs_of, record_of
+from .asked import Asked, asked_of
 from .assembly import Assembly, assemble
 from .checksums import with_place
 from .companions import companions
@@ -34,7 +35,6 @@ from .outputs import Target, default_target
 from .provenance import Input, provided
 from .reports import Report
 from .run import produce
-from .share import Asked, asked_of
 from .weigh import weighed
 
 if TYPE_CHECKING:

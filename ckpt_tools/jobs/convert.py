@@ -33,6 +33,7 @@ from ..series.paths import one_checkpoint
 from ..series.shards import rank_note
 from ..storage.source import Stamp
 from ..tensors import Category, DType, TensorSpec, parse_dtype
+from .asked import asked_of
 from .assembly import Assembly, dense, flat, module_versions, nested, unkept_metadata
 from .checksums import with_place
 from .companions import companions
@@ -42,7 +43,6 @@ from .parameter_names import Naming, find_names, in_files
 from .provenance import input_record, provenance
 from .reports import Report, some
 from .run import produce
-from .share import asked_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,24 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..compute import engine
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
-from ..storage import kept_stage, splice
+from ..storage import splice
+from ..storage.hidden import kept_stages
 from ..storage.source import OpenFiles, Stamp, read_file
 from ..storage.splice import Span, Splice
 from ..storage.staged import flush, keep_attributes, staged_files, write_at
-from . import checksums, share
 from .assembly import Assembly
 from .options import Recorded, Running
 from .outputs import check_target
-from .sign_off import SignOff, check_sign_off
+
+if TYPE_CHECKING:
+    from .asked import Asked
+    from .sign_off import SignOff
 
 R = TypeVar("R")
 
@@ -74,7 +77,7 @@ def produce(
     replaces: Collection[Stamp] = (),
     finish: Callable[[R], tuple[R, Assembly, Sequence[Stamp]]] | None = None,
     scratch: int = 0,
-    asked: share.Asked | None = None,
+    asked: Asked | None = None,
     **options: Any,
 ) -> R:
     """Run a job whose output is an assembly; see `run`.
@@ -91,26 +94,39 @@ def produce(
 
     def check() -> None:
         kept = [stamp.path for stamp in stamps if stamp not in replaces]
-        more = scratch if asked is None else scratch - share.allocated(assembly.target)
+        more = scratch
+        if asked is not None:
+            from .share import allocated
+
+            more -= allocated(assembly.target)
         check_output(assembly, [*inputs, *kept], force=output.force, scratch=more, sign_off=output.sign_off)
 
     def work(plan: R) -> R:
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
         on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
-        sign_off = None if output.sign_off is None else SignOff(Path(output.sign_off), stamps)
+        sign_off = None
+        if output.sign_off is not None:
+            from .sign_off import SignOff
+
+            sign_off = SignOff(Path(output.sign_off), stamps)
         if asked is not None:
+            from .share import together
+
             plans = _plans(final)
 
-            def part(asked: share.Asked) -> str:
+            def part(asked: Asked) -> str:
                 more = {"sign_off": sign_off, "on_progress": show, **options}
                 return _write_share(final, plans, sources, asked, force=output.force, **more)
 
-            words = share.together(asked, final, plans, sources, part) if asked.together else part(asked)
+            words = together(asked, final, plans, sources, part) if asked.together else part(asked)
             shared: Any = done
             return replace(shared, part=words)  # type: ignore[no-any-return]
         write(final, sources, force=output.force, sign_off=sign_off, on_progress=on_bytes, **options)
-        kept_stage.clear(final.target)
+        if kept_stages(final.target):
+            from ..storage.kept_stage import clear
+
+            clear(final.target)
         return done
 
     if asked is not None and asked.silent:
@@ -137,6 +153,8 @@ def check_output(
     """
     inputs = [*inputs]
     if sign_off is not None:
+        from .sign_off import check_sign_off
+
         check_sign_off(Path(sign_off), assembly, inputs, force=force)
     names = assembly.names if assembly.folder else None
     check_target(assembly.target, inputs, nbytes=assembly.nbytes + scratch, force=force, names=names)
@@ -176,7 +194,9 @@ def write(
         else:
             engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
         if assembly.checksums:
-            checksums.fill(assembly, outputs, options.get("threads"))
+            from .checksums import fill
+
+            fill(assembly, outputs, options.get("threads"))
         if statement is not None:
             statement = statement.about(assembly, [*outputs, *companions])
     if statement is not None:
@@ -187,7 +207,7 @@ def _write_share(
     assembly: Assembly,
     plans: Sequence[FilePlan],
     stamps: Sequence[Stamp],
-    asked: share.Asked,
+    asked: Asked,
     *,
     force: bool,
     sign_off: SignOff | None,
@@ -205,8 +225,10 @@ def _write_share(
     Raises:
         CkptError: see `share.opened` and `engine.run`.
     """
+    from .share import opened
+
     statement = None if sign_off is None else sign_off.begun()
-    with share.opened(assembly, plans, stamps, asked) as own:
+    with opened(assembly, plans, stamps, asked) as own:
         outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
         show = on_progress
         on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
@@ -217,7 +239,9 @@ def _write_share(
             raise
         if own.completes:
             if assembly.checksums:
-                checksums.fill(assembly, outputs[: len(assembly.files)], options.get("threads"))
+                from .checksums import fill
+
+                fill(assembly, outputs[: len(assembly.files)], options.get("threads"))
             if statement is not None:
                 statement = statement.about(assembly, outputs)
             own.place(force=force)

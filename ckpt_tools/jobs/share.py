@@ -8,8 +8,6 @@ done, with the checksums that the ends of the files need. The process that finds
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,105 +20,20 @@ from typing import Any
 
 from .. import __version__
 from ..compute.shares import SliceSum, shares
-from ..errors import CkptError, UsageError, WriteError
+from ..errors import CkptError, WriteError
 from ..formats.file_plan import FilePlan, OutTensor
 from ..storage.kept_stage import Journal, Open, Stage, clear, stages
 from ..storage.source import Stamp
 from ..storage.staged import flush
 from ..tensors import TensorSpec
+from .asked import Asked
 from .assembly import Assembly
-from .options import Sharing
 
 NBYTES, SECONDS = 64 << 20, 2.0
 """After so many bytes, or so long, what is done goes to the journal."""
-MOST_PARTS = 100_000
 _LAST = " When all parts are, run the same command with `finish` in place of `part`."
 PATIENCE = timedelta(days=7)
 """How long a process that torchrun started waits for slower ones. It learns at once of one that has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a process is asked to do of a job.
-
-    Attributes:
-        index, count: part `index` of `count`, from 1 on.
-        finish: publish what all parts have done, and do none.
-        resume: do all that is not done, and publish.
-        together: torchrun started all parts; the first one publishes when all are done.
-    """
-
-    index: int = 1
-    count: int = 1
-    finish: bool = False
-    resume: bool = False
-    together: bool = False
-
-    @property
-    def publishes(self) -> bool:
-        """True if the target is there at the end, and this process reports that."""
-        return self.finish or self.resume or (self.together and self.index == 1)
-
-    @property
-    def silent(self) -> bool:
-        """True if another process reports."""
-        return self.together and self.index > 1
-
-    def refuse(self, why: str, **options: object) -> None:
-        """Refuse options that do not go with parts.
-
-        Raises:
-            UsageError: one of them is given.
-        """
-        if not self.resume:
-            for name, value in options.items():
-                if value:
-                    asked = "several processes" if self.together else "`finish`" if self.finish else "`part`"
-                    raise UsageError(f"`{name}` does not go with {asked}: {why}")
-
-
-def asked_of(sharing: Sharing, **hashed: object) -> Asked | None:
-    """Read the options; None if the job is not shared.
-
-    Args:
-        hashed: options for which all inputs are read once more.
-
-    Raises:
-        UsageError: they are wrong, or do not go together.
-    """
-    asked = _parsed(sharing)
-    if asked is not None:
-        asked.refuse("every part would read all inputs once more. Leave it out, or use `resume`.", **hashed)
-    return asked
-
-
-def _parsed(sharing: Sharing) -> Asked | None:
-    given = [name for name in ("part", "finish", "resume") if vars(sharing)[name] not in (None, False)]
-    if len(given) > 1:
-        raise UsageError(
-            f"`{given[0]}` and `{given[1]}` do not go together: run all parts with `part`, each of which goes on where "
-            "it stopped, then `finish`; or one process with `resume`."
-        )
-    if sharing.part is None:
-        return Asked(finish=sharing.finish, resume=sharing.resume) if given else _of_torchrun()
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(sharing.part))
-    index, count = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= index <= count <= MOST_PARTS:
-        raise UsageError(
-            f"`part={sharing.part!r}`: write i/n, part i of n with i from 1 to n, such as `part='1/4'` to `part='4/4'`."
-        )
-    return Asked(index, count)
-
-
-def _of_torchrun() -> Asked | None:
-    """Return the part of a process that torchrun started with others; None for any other."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    from ..batchnorm.processes import started_by_torchrun  # takes torch
-
-    if not started_by_torchrun():
-        return None
-    return Asked(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]), together=True)
 
 
 def together(

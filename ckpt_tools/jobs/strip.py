@@ -23,6 +23,7 @@ from ..formats.pickle_objects import Inert
 from ..formats.tree import put, tensors_in
 from ..series.paths import one_checkpoint
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
+from .asked import asked_of
 from .assembly import Assembly, nested
 from .checksums import with_place
 from .options import KeptState, Running, Sharing, StrippedOutput, takes
@@ -30,7 +31,6 @@ from .outputs import Target, check_same_format, named_after
 from .provenance import input_record, provenance
 from .reports import Report
 from .run import produce, run
-from .share import asked_of
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
 

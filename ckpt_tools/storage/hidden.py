@@ -14,6 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 _TOKEN = 8  # hexadecimal digits
+_HEX = {*"0123456789abcdef"}
+DIGITS = 12
+"""Hexadecimal digits of a job's digest in the name of its kept stage."""
 
 
 def prefix(target: Path) -> str:
@@ -102,7 +105,7 @@ def _leftovers(target: Path, folder: Path) -> Iterator[tuple[Path, int | None]]:
     for name in found:
         token, _, suffix = name[len(begin) :].partition(".")
         # The old folder has the suffix .old between two renames, and may be all that there is.
-        if len(token) == _TOKEN and {*token} <= {*"0123456789abcdef"} and suffix in ("partial", "old")[: 1 + there]:
+        if len(token) == _TOKEN and {*token} <= _HEX and suffix in ("partial", "old")[: 1 + there]:
             path = folder / name
             with suppress(OSError):
                 mode = path.lstat().st_mode
@@ -116,6 +119,17 @@ def _leftovers(target: Path, folder: Path) -> Iterator[tuple[Path, int | None]]:
                         yield path, fd
                     else:
                         os.close(fd)
+
+
+def kept_stages(target: Path) -> list[Path]:
+    """Return the folders beside a target in which a job in parts grows, see `kept_stage`."""
+    begin, found = prefix(target), []
+    with suppress(OSError), os.scandir(target.absolute().parent) as entries:
+        for each in entries:
+            token, _, suffix = each.name[len(begin) :].partition(".")
+            if each.name.startswith(begin) and len(token) == DIGITS and {*token} <= _HEX and suffix == "parts":
+                found.append(Path(each.path))
+    return sorted(found)
 
 
 def try_lock(fd: int) -> bool | None:

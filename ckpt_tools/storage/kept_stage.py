@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WriteError
-from .hidden import is_open_as, prefix, remove, try_lock
+from .hidden import DIGITS, is_open_as, kept_stages, prefix, remove, try_lock
 from .local import raise_file_limit
 from .staged import place_files
 
 KEPT: list[Path] = []
 """Targets of which this process has a stage that stays if it ends now."""
-DIGITS = 12
-"""Hexadecimal digits of a digest in the name of a stage."""
 _JOB, _OUTPUT = "job.json", "output"
 
 
@@ -266,17 +264,7 @@ class Open:
 
 def stages(target: Path) -> list[Stage]:
     """Return the stages beside a target."""
-    begin, found = prefix(target), []
-    with suppress(OSError), os.scandir(target.absolute().parent) as entries:
-        for each in entries:
-            token, dot, suffix = each.name[len(begin) :].partition(".")
-            if (
-                each.name.startswith(begin)
-                and re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", token)
-                and dot + suffix == ".parts"
-            ):
-                found.append(Stage(target, Path(each.path)))
-    return sorted(found, key=lambda each: each.path)
+    return [Stage(target, path) for path in kept_stages(target)]
 
 
 def clear(target: Path, *, but: Stage | None = None) -> list[Stage]:
