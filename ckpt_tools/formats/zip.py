@@ -34,7 +34,8 @@ _DEFLATED = 8  # compression method
 _ONE, _SEVERAL = 1 << 10, 1 << 13  # bytes per read: for one local file header, or for several close together
 # Fields of a directory line, after the signature.
 _VERSION, _FLAGS, _METHOD, _CRC, _PACKED, _SIZE = 1, 2, 3, 6, 7, 8
-_NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH, _OFFSET = 9, 10, 11, 15
+_NAME_LENGTH, _EXTRA_LENGTH, _COMMENT_LENGTH, _ATTRIBUTES, _OFFSET = 9, 10, 11, 14, 15
+_IS_FOLDER = 1 << 4  # attribute of DOS
 
 
 class Entry(NamedTuple):
@@ -283,6 +284,10 @@ def _parse_directory(data: bytes, where: str, count: int | None = None) -> tuple
                     value, zip64 = int.from_bytes(zip64[:8], "little"), zip64[8:]
                 values.append(value)
             length, packed, offset = values
+        if fields[_ATTRIBUTES] & _IS_FOLDER and length:  # torch reads nothing of it, and returns unset memory
+            raise CorruptError(
+                f"{where}: the zip says of an entry with {length} bytes that it is a folder. The file is damaged."
+            )
         entries.append(Entry(name, offset, length, fields[_CRC], packed, fields, extra, comment))
     if at > end:
         raise CorruptError(f"{where}: truncated or damaged: its zip directory cannot be read. Get a fresh copy.")

@@ -328,3 +328,14 @@ def test_read_header_rejects_a_directory_that_points_at_no_record(where: int, tm
     # Offset 0 is a record, of another name; the one after it is too short for 16 bytes, or its name differs.
     with pytest.raises(CorruptError, match="points at no entry"):
         read_header(path)
+
+
+def test_read_header_rejects_content_that_is_said_to_be_a_folder(tmp_path: Path) -> None:
+    path = torch_zip(tmp_path / "a.pth", b"\x80\2" + TENSOR + b".")
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(b"archive/data/0")
+    raw[entry - 8] |= 0x10  # the attribute of DOS; torch.load passes the content over, and returns unset memory
+    path.write_bytes(raw)
+
+    with pytest.raises(CorruptError, match="an entry with 16 bytes that it is a folder"):
+        read_header(path)

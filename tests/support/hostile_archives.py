@@ -74,6 +74,7 @@ ZIPS = {
         (line(2) + 20, "I", 0xFFFFFFFF), (line(2) + 24, "I", 0xFFFFFFFF)
     ),
     "an entry with two sizes": patched((line(2) + 24, "I", 17)),
+    "an entry with a content that is a folder": patched((line(2) + 38, "I", 0x10)),
     "an entry of a name of 65,535 bytes": patched((line(2) + 28, "H", 0xFFFF)),
     "an entry with extra bytes beyond the end": patched((line(2) + 30, "H", 0xFFFF)),
     "a local header with extra bytes beyond the end": patched((GOOD.index(b"a/data/0") - 2, "H", 0xFFFF)),
