@@ -92,6 +92,8 @@ def jobs() -> Iterator[Job]:
     yield Job(("fix-prefix", "s.safetensors"), "s.safetensors")
     for path in ("a.pth", "s.safetensors", "m-1", "dcp-1"):
         yield Job(("inspect", path, "--json"))
+        yield Job(("verify", path, "--json", *one), torch=True)
+    yield Job(("verify", "averaged.pth", "--json", *one), torch=True, needs=("a.pth", "b.pth"))
     yield Job(("look", "n-1.pth", "n-2.pth", "n-3.pth", "--json", *one), torch=True)
     yield Job(("diff", "a.pth", "b.pth", "--json"), torch=True)
     yield Job(("diff", "m-1", "m-2", "--json"), torch=True)

@@ -37,12 +37,13 @@ def faults(forks: Forks, job: Job, good: Outcome, bad: Outcome) -> Iterator[str]
         if before.get(name) != bad.left.get(name) and not any(name in line for line in warned):
             yield f"{name} is left, or has changed"
     message = bad.err.splitlines()[-1:]
-    if bad.code == good.code and not (message and message[0].startswith("Error: ")):
+    refused = bool(message) and message[0].startswith(("Error: ", "FAILED: ")[: 1 + (job.verb == "verify")])
+    if bad.code == good.code and not refused:
         if job.target is None and bad.out != good.out and job.verb != "look":
             yield "success is reported, and the result is another one"
         if not all(is_new(job, name, good, bad) for name in job.outputs):
             yield "success is reported, and the target is not the new one"
-    elif not message or not message[0].startswith("Error: "):
+    elif not refused:
         yield "there is no message at the end"
     elif any(found[name] != before.get(name) and f"{name} " not in _complete(message[0]) for name in job.outputs):
         yield "an error is reported, and the target is the new one"
@@ -102,6 +103,7 @@ def try_all(library: Path, inputs: Path, options: argparse.Namespace) -> Iterato
                 if good.code != (job.verb == "diff") or not {*job.outputs} <= good.left.keys():
                     yield f"{job.name}: {good.err}"
                     continue
+                print(f"{runs:,} runs; {job.name}: {len(good.calls):,} calls", file=sys.stderr, flush=True)  # noqa: T201
                 for at, call in enumerate(good.calls, 1):
                     reasons = [*REASONS]
                     if options.each_kind:

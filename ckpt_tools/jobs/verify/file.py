@@ -183,7 +183,9 @@ def _load_torch(path: Path, tree: Any, *, mapped: bool) -> str | None:
 
 
 def _refusal(error: Exception) -> str:
-    """Shorten a refusal of torch, which says at length how to load anyway."""
+    """Say why a library does not load a file; torch says at length how to load anyway."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"reading failed ({error.strerror})"
     text = str(error)
     refused = re.search(r"Unsupported (?:global|class|operand)[^\n]*?(?: was not|$)", text)
     name = re.search(r"GLOBAL ([\w.]+)", text)
@@ -219,7 +221,7 @@ def _open_safetensors(path: Path, header: Header) -> str | None:
                 if spec is None or (isinstance(spec, TensorSpec) and (spec.dtype.safetensors, spec.shape) != theirs):
                     return f"it finds another '{key}' than ckpt-tools does"
     except Exception as error:  # noqa: BLE001 - whatever the library raises
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return _refusal(error)
     return None
 
 
