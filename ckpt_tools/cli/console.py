@@ -169,13 +169,13 @@ def showing_warnings() -> Iterator[None]:
 
 def visible(text: str) -> str:
     """Escape what a terminal obeys and does not show: names in a file of unknown origin may contain any of it."""
-    return _INVISIBLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    if text.isprintable() and max(text, default="") < "\U000e0000":
+        return text  # and no pattern is compiled, which takes longer than a small job
+    return re.sub(_INVISIBLE, lambda match: ascii(match[0])[1:-1], text)
 
 
-_INVISIBLE = re.compile(
-    # Controls; spaces without width, and marks of direction; line ends and turned text; joiners; the byte order mark.
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
-)
+# Controls; spaces without width, and marks of direction; line ends and turned text; joiners; the byte order mark.
+_INVISIBLE = "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 
 
 def print_json(data: Any) -> None:

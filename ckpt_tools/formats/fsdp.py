@@ -28,7 +28,7 @@ _FILE = re.compile(
 )
 _WORLD_SIZE = re.compile(r"world_size_(\d{1,6})_$")
 # What is saved beside the weights, in files of its own.
-_OTHER = re.compile(r"(?<![a-z])(optim|extra|rng|random|sched|scaler|data|train)", re.IGNORECASE)
+_OTHER = re.compile(r"(?<![a-z])(optim|extra|rng|random|sched|scaler|data|train)")
 _FLAT = ("_flat_param", "flat_param")
 _COUNTER = re.compile(r"(global_|num_)?(step|iter|iteration|epoch|update)s?")
 
@@ -53,7 +53,7 @@ def rank_files(names: list[str]) -> list[RankFiles]:
     groups: dict[tuple[str, str], dict[int, str]] = {}
     twice: dict[tuple[str, str], tuple[str, str]] = {}
     for name in names:
-        found = _FILE.fullmatch(name) if name.endswith(TORCH_ZIP.suffixes) and not _OTHER.search(name) else None
+        found = _FILE.fullmatch(name) if name.endswith(TORCH_ZIP.suffixes) and not _OTHER.search(name.lower()) else None
         if found is not None:
             key = (found["before"], found["after"])
             other = groups.setdefault(key, {}).setdefault(int(found["rank"]), name)

@@ -248,5 +248,6 @@ def test_visible_escapes_what_a_terminal_obeys_and_keeps_all_letters() -> None:
     hidden = "\x1b\x9b\x7f\n\u061c\u200b\u200e\u200f\u202a\u202e\u2066\u2069\ufeff\ud800"
     shown = "".join(f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" for c in hidden)
     assert console.visible(hidden) == shown.replace("\\x0a", "\\n")
+    assert console.visible("a\U000e0041") == "a\\U000e0041"  # a tag, which Python takes for printable text
     for text in ("layer.0.weight", "größe 重み веса وزن", "[bold]x[/]", "─│▏"):
         assert console.visible(text) == text
