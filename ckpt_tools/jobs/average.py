@@ -32,7 +32,7 @@ from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing, takes
-from .outputs import Target, default_target
+from .outputs import Target, default_target, grows_at
 from .provenance import Input, provided
 from .reports import Report
 from .run import produce
@@ -186,7 +186,7 @@ def average(
             if sums.recalibration is not None:
                 show = running.on_progress
                 on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
-                scratch = stack.enter_context(scratch_file(target.path))
+                scratch = stack.enter_context(scratch_file(grows_at(target.path)))
                 final, further = _measured(final, scratch, stamps, recalibration, on_progress=on_bytes, **options)
             laid_out = _laid_out(final, target, output, shard_bytes)
             done = replace(

@@ -303,6 +303,12 @@ class Objects:
         for each in (self._listed, self._pinned, self._starts):
             each.clear()
 
+    def forget(self, path: Path) -> None:
+        """Forget what was seen of a file or folder, and of the folder that it is in."""
+        for each in (self._listed, self._pinned):
+            for known in [key for key in each if path in (key, *key.parents) or key == path.parent]:
+                each.pop(known, None)
+
     def open(self, path: Path) -> ObjectFile:
         pinned = self._state(path)
         if pinned is None:
