@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..formats import read_header
 from ..formats.header import Header
+from ..storage.remote import as_address
 from ..tensors import SummedSpec, Tensor, UnsupportedTensor
 from .layouts import StateDict, select
 from .layouts import states as states_of
@@ -104,4 +105,4 @@ def open_checkpoint(path: str | Path, *, state: str = "auto") -> Checkpoint:
         ReadError: missing, damaged, or of no known format. Nothing in the file is run, whatever it holds.
         LayoutError: the asked weights are not inside.
     """
-    return Checkpoint(read_header(Path(path)), state)
+    return Checkpoint(read_header(as_address(path) or Path(path)), state)

@@ -263,10 +263,10 @@ def averaged(checkpoint: str | None) -> Path:
     Raises:
         UsageError: neither is there.
     """
-    if checkpoint is not None:
-        return Path(path(checkpoint))
-    from ..series.paths import default_input
+    from ..series.paths import as_path, default_input
 
+    if checkpoint is not None:
+        return as_path(checkpoint)
     return default_input()
 
 

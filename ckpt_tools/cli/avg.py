@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Sharing, Summing
+from ..jobs.options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing
 from ..series.schedules import Schedule
 from . import arguments, console
 from .recal_bn import show_images, show_statistics
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     AveragedOutput,
     Recalibration,
     Sharing,
+    Fetched,
     Summing,
     images=arguments.number_of_images,
 )
 def avg(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded)."),
+        typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded), addresses."),
     ] = None,
     *,
     json: arguments.Json = False,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from ..storage.staged import reserve, write_at
 from ..tensors import c_strides
 from . import native
 from .crc32 import combine
+from .fetching import Fetching
 from .formula import room
 from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
@@ -95,6 +97,7 @@ def run(
     devices: Sequence[str] = (),
     gpu_memory: int = GPU_MEMORY,
     share: Share | None = None,
+    cache: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fill output files with their tensors and with the bytes around them.
@@ -108,6 +111,7 @@ def run(
             output.
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
         devices, gpu_memory: see `Accelerator`.
+        cache: a folder in which what is fetched of remote inputs stays.
         share: the work units to do, without GPUs, which would cut the job otherwise; all of them if None.
         on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
@@ -143,7 +147,9 @@ def run(
             todo = share.todo([sum([slice_.bytes_moved for slice_ in unit.slices]) for unit in units])
             units = [units[number] for number in todo]
             log = _Log({id(unit): number for unit, number in zip(units, todo, strict=True)})
-        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers, log)
+        # A GPU tells when it has read a unit, but not which.
+        fetching = None if devices else Fetching.of(files, units, cache, torch_settings)
+        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers, log, fetching)
 
         def tick() -> None:
             if on_progress is not None:
@@ -241,6 +247,7 @@ class _Job:
     torch_settings: ExitStack
     numbers: dict[OutFile, int]  # of the outputs
     log: _Log | None = None
+    fetching: Fetching | None = None  # of remote inputs
     bytes_done: int = 0  # read and written
     refused: tuple[_Position, NumericsError] | None = None  # the first one in the order of the output
     written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
@@ -357,9 +364,13 @@ def _work(job: _Job) -> None:
     cpu = _Cpu(job)
     with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
         while (unit := job.next_unit()) is not None:
+            if job.fetching is not None and not job.fetching.wait(unit, job.stop):
+                return
             for left in gpu.fill(unit):
                 cpu.fill(left)
             job.unit_done(unit)
+            if job.fetching is not None:
+                job.fetching.done(unit)
         for left in gpu.finish():
             cpu.fill(left)
 

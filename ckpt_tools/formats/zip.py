@@ -96,6 +96,7 @@ class Archive:
         self.comment, self.shift = b"", 0
         self.usual = bool(self.directory)
         self._window = 0, b""
+        self._fetched: dict[int, bytes] | None = None  # local file headers by offset, where each read is a request
         self.headers: dict[int, bytes] = {}
         self.contents: dict[str, tuple[int, bytes]] = {}
         entries = _parse_directory(self.directory, where)[0] if self.usual else self._found_by_zipfile(length)
@@ -143,19 +144,28 @@ class Archive:
         header = b""
         wanted = LOCAL_SIZE + len(entry.name)
         if 0 <= entry.offset < self.limit:
-            begin, window = self._window
-            at = entry.offset - begin
-            if not 0 <= at <= len(window) - wanted:
-                ahead = _SEVERAL if 0 <= at < _SEVERAL else _ONE
-                begin, window = self._window = entry.offset, self.file.read(self._start + entry.offset, ahead)
-                at = 0
-            header = window[at : at + wanted]
+            header = self._read_header(entry.offset, wanted)
         if header[:4] != b"PK\3\4" or header[LOCAL_SIZE:] != entry.name:
             name = entry.name.decode("utf-8", "replace")
             raise CorruptError(f"{self._where}: its directory points at no entry for {name}. The file is damaged.")
         self.headers[entry.offset] = header
         name_length, extra_length = _LENGTHS.unpack_from(header, LOCAL_SIZE - _LENGTHS.size)
         return header, entry.offset + LOCAL_SIZE + name_length + extra_length
+
+    def _read_header(self, offset: int, nbytes: int) -> bytes:
+        if self.file.source.fileno() is None:
+            if self._fetched is None:  # all at once, and nothing else
+                sizes = {each.offset: LOCAL_SIZE + len(each.name) for each in self.entries.values() if each.offset >= 0}
+                found = self.file.read_ranges([(self._start + at, size) for at, size in sizes.items()])
+                self._fetched = dict(zip(sizes, found, strict=True))
+            return self._fetched.get(offset, b"")
+        begin, window = self._window
+        at = offset - begin
+        if not 0 <= at <= len(window) - nbytes:
+            ahead = _SEVERAL if 0 <= at < _SEVERAL else _ONE
+            begin, window = self._window = offset, self.file.read(self._start + offset, ahead)
+            at = 0
+        return window[at : at + nbytes]
 
     def offset_of(self, name: str) -> int:
         """Return the offset of the content of an entry, in bytes from the start of the file.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.prefixes import renamed
 from ..checkpoints.quantized import without_quantization
 from ..compute import engine
+from ..compute.fetching import memory_ahead
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
 from ..errors import UsageError
@@ -30,8 +31,8 @@ from .assembly import Assembly, assemble
 from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
-from .options import AveragedOutput, Earlier, Matching, Recalibration, Selection, Sharing, Summing, takes
-from .outputs import Target, default_target
+from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing, takes
+from .outputs import Target, default_target, grows_at
 from .provenance import Input, provided
 from .reports import Report
 from .run import produce
@@ -97,7 +98,7 @@ class AverageReport(Report):
         return plain | {"recalibration": None if self.recalibration is None else self.recalibration.to_dict()}
 
 
-@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Sharing, Summing)
+@takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Sharing, Fetched, Summing)
 def average(
     paths: str | Path | Iterable[str | Path],
     schedule: Schedule,
@@ -107,6 +108,7 @@ def average(
     output: AveragedOutput,
     recalibration: Recalibration,
     sharing: Sharing,
+    fetched: Fetched,
     running: Summing,
 ) -> AverageReport:
     """Average a series of checkpoints into one file or folder, in float64, in bounded memory.
@@ -169,12 +171,13 @@ def average(
             sums = _with_network(sums, network, target)
         assembly = _laid_out(sums, target, output, shard_bytes)
         gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
-        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes)
+        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + memory_ahead(stamps)
         options: dict[str, Any] = {
             "threads": running.threads,
             "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
             "devices": gpus,
             "gpu_memory": gpu_bytes,
+            "cache": None if fetched.cache is None else Path(fetched.cache),
         }
 
         def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
@@ -183,7 +186,7 @@ def average(
             if sums.recalibration is not None:
                 show = running.on_progress
                 on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
-                scratch = stack.enter_context(scratch_file(target.path))
+                scratch = stack.enter_context(scratch_file(grows_at(target.path)))
                 final, further = _measured(final, scratch, stamps, recalibration, on_progress=on_bytes, **options)
             laid_out = _laid_out(final, target, output, shard_bytes)
             done = replace(

@@ -262,6 +262,16 @@ class Summing(Computing):
     gpu_memory: Size | None = option("Memory to use on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE")
 
 
+class Fetched(Options):
+    """How inputs are read that are not on this machine."""
+
+    title = "Running"
+
+    cache: str | Path | None = option(
+        "Keep what is read of remote inputs in this folder, and take from it what is there.", None, metavar="DIR"
+    )
+
+
 class Sharing(Options):
     """How several processes share a job, or one goes on with it."""
 

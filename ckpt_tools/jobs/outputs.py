@@ -9,17 +9,21 @@ import difflib
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Any
 
 from ..errors import CkptError, ReadError, UsageError, WriteError
 from ..formats import FORMATS, format_of, suffixes
 from ..formats.format import Format
 from ..formats.header import Header
+from ..formats.json_file import read_json
 from ..formats.sharded import SHARDED
+from ..series.paths import as_path
 from ..storage.hidden import size_of_leftovers
+from ..storage.source import LOCAL, store_of
 from ..storage.staged import is_writable, same_file
 
 
@@ -45,9 +49,9 @@ class Target:
         text, name, known = os.fspath(out), Path(out).name, suffixes()
         if not text or name in known:
             raise UsageError(f"`out={text!r}`: there is no name in it. Is a variable of the shell unset?")
-        path = Path(out)
+        path = as_path(out)
         slash = os.path.basename(text) != name  # noqa: PTH119 - a Path would not tell
-        if not slash and not name.endswith(known) and not os.path.isdir(path):  # noqa: PTH112 - never raises
+        if not slash and not name.endswith(known) and not _is_folder(path):
             near = difflib.get_close_matches(path.suffix.lower(), known, n=2, cutoff=0.7)
             if near:
                 raise UsageError(
@@ -83,7 +87,10 @@ def named_after(header: Header, tail: str) -> Target:
     written = header.format.written_as
     if not header.copied_to_folder and written is not header.format and not suffix.endswith(written.suffixes):
         suffix = header.format.usual_suffix
-    return Target(source.with_name(f"{stem}{tail}{suffix}"), folder=header.copied_to_folder or not suffix)
+    name = f"{stem}{tail}{suffix}"
+    # What was read from a store is written there only if that is asked for.
+    place = source.with_name(name) if store_of(source) is LOCAL else Path(name)
+    return Target(place, folder=header.copied_to_folder or not suffix)
 
 
 def check_same_format(base: Header, target: Target, *, folder: bool) -> None:
@@ -113,6 +120,15 @@ def check_shard_size(target: Target, max_shard_size: int | None) -> None:
         raise UsageError("`max_shard_size` needs a folder: give `out` a name without suffix.")
 
 
+def grows_at(target: Path) -> Path:
+    """Return where an output grows: beside its target, or for one in a store, in the folder for temporary files."""
+    if store_of(target) is LOCAL:
+        return target
+    import tempfile
+
+    return Path(tempfile.gettempdir(), target.name)
+
+
 def check_target(
     target: Path, inputs: Iterable[Path], *, nbytes: int, force: bool, names: Collection[str] | None
 ) -> None:
@@ -128,6 +144,9 @@ def check_target(
         WriteError: the target exists, is an input or inside one, cannot be written, or does not fit on the disk; or it
             is a folder with other files than these and those of an older output.
     """
+    if store_of(target) is not LOCAL:
+        _check_address(target, [*inputs], nbytes=nbytes, force=force, names=names)
+        return
     folder = names is not None
     with _looking_at(target):
         parent = target.absolute().parent
@@ -175,6 +194,47 @@ def check_target(
             )
         if names is not None:
             _check_replaceable(target, names)
+
+
+def _check_address(
+    target: Any, inputs: Sequence[Path], *, nbytes: int, force: bool, names: Collection[str] | None
+) -> None:
+    """Refuse a target in a store; see `check_target`."""
+    from ..storage.remote.sending import CLAIM, bucket_of
+
+    bucket_of(target).forget(target)
+    folder = names is not None
+    with _looking_at(target):
+        for path in inputs:
+            if target == path or path in target.parents or (folder and target in path.parents):
+                raise WriteError(
+                    f"{target}: is, holds or lies in the input {path}, which is never changed. Choose another place "
+                    "with `out`."
+                )
+        there = [kind for kind, found in (("file", target.is_file()), ("folder", target.is_dir())) if found]
+        if ("file" if folder else "folder") in there:
+            raise WriteError(f"{target}: is a {there[0]} already. Choose another name with `out`.")
+        if there and not force:
+            raise WriteError(
+                f"{target}: exists already. Pass `force=True` to replace it, or choose another name with `out`."
+            )
+        if names is not None and there:
+            claimed = read_json(target / CLAIM).get("names")  # what a job that was killed may have sent
+            _check_replaceable(target, {*names, CLAIM, *(map(str, claimed) if isinstance(claimed, list) else ())})
+    here = grows_at(target)
+    free = shutil.disk_usage(here.parent).free + size_of_leftovers(here)
+    if nbytes > free:
+        raise WriteError(
+            f"{target}: needs {nbytes:,} bytes on this machine first, and {here.parent} has {free:,} left. Set TMPDIR "
+            "to a folder with room for it."
+        )
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager

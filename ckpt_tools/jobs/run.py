@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..compute import engine
 from ..compute.work_units import OutFile
-from ..errors import CorruptError, WriteError
+from ..errors import CorruptError, UsageError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
 from ..storage import splice
 from ..storage.hidden import kept_stages
-from ..storage.source import OpenFiles, Stamp, read_file
+from ..storage.source import LOCAL, OpenFiles, Stamp, read_file, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import flush, keep_attributes, staged_files, write_at
 from .assembly import Assembly
@@ -92,6 +92,9 @@ def produce(
         options: of `engine.run`.
     """
 
+    if asked is not None and store_of(assembly.target) is not LOCAL:
+        raise UsageError(f"`out`: {assembly.target} is in a store, and parts of a job need a disk that they share.")
+
     def check() -> None:
         kept = [stamp.path for stamp in stamps if stamp not in replaces]
         more = scratch
@@ -104,7 +107,8 @@ def produce(
     def work(plan: R) -> R:
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
-        on_bytes = None if show is None else lambda nbytes: show(nbytes, final.bytes_moved)
+        total = final.bytes_moved + (0 if store_of(final.target) is LOCAL else final.nbytes)
+        on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
         sign_off = None
         if output.sign_off is not None:
             from .sign_off import SignOff
@@ -177,7 +181,7 @@ def write(
         force: replace what is there.
         sign_off: a statement to write when the output is in place.
         internal: it is for the job alone, and no output.
-        on_progress: called with the bytes of tensors read and written so far.
+        on_progress: called with the bytes of tensors read and written so far; then also with those sent to a store.
         options: of `engine.run`.
 
     Raises:
@@ -185,7 +189,19 @@ def write(
     """
     statement = None if sign_off is None else sign_off.begun()
     with ExitStack() as stages:
-        outputs, companions = _staged(assembly, 0, stages, force=force, internal=internal)
+        made = assembly
+        if store_of(assembly.target) is not LOCAL:
+            from .uploads import uploading
+
+            sent = [assembly.bytes_moved]
+
+            def on_sent(nbytes: int) -> None:
+                sent[0] += nbytes
+                if on_progress is not None:
+                    on_progress(sent[0])
+
+            made = stages.enter_context(uploading(assembly, on_sent, force=force))
+        outputs, companions = _staged(made, 0, stages, force=force, internal=internal)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress

@@ -35,7 +35,19 @@ def listed(paths: Iterable[str | Path]) -> list[str | Path]:
 
 
 def as_path(given: str | Path) -> Path:
-    """Return what a user gives as a path."""
+    """Return what a user gives as a path, or as the address of an object.
+
+    Raises:
+        UsageError: an address, and a library for it is not installed.
+    """
+    if isinstance(given, Path) and store_of(given) is not LOCAL:
+        return given
+    if "://" in os.fspath(given):
+        from ..storage.remote import as_address
+
+        address = as_address(given)
+        if address is not None:
+            return address
     return Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
 
 
@@ -62,6 +74,9 @@ def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
     """Expand files, globs and folders to checkpoints, each a file or a folder."""
+    paths = [*paths]
+    for store in {store_of(as_path(given)) for given in paths if isinstance(given, (str, os.PathLike))}:
+        store.refresh()
     found = [path for given in paths for path in _find(given)]
     if not found:
         raise SeriesError("no checkpoint given.")
@@ -77,6 +92,7 @@ def one_checkpoint(given: str | Path) -> Path:
     path = as_path(given)
     try:
         store = store_of(path)
+        store.refresh()
         if not store.is_folder(path):
             if store is LOCAL:
                 _refuse_url(given, path)
@@ -103,8 +119,8 @@ def _refuse_url(given: str | Path, path: Path) -> None:
     scheme = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):", path.parts[0] if path.parts else "")
     if scheme is not None and not Path(path.parts[0]).exists():
         raise SeriesError(
-            f"{given}: {scheme[1]}:// is not read yet, only files on this machine are. Download the checkpoint first, "
-            "and give its path."
+            f"{given}: {scheme[1]}:// is not read; s3://, gs://, az://, https:// and hf:// are. Download the "
+            "checkpoint first, and give its path."
         )
 
 

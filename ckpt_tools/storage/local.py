@@ -44,6 +44,9 @@ class LocalFile:
             done += got
         return done
 
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return read_small(self._fd, ranges)
+
     def fileno(self) -> int | None:
         return self._fd
 
@@ -54,6 +57,9 @@ class LocalFile:
 
 class LocalStore:
     """The local file system."""
+
+    def refresh(self) -> None:
+        pass
 
     def open(self, path: Path) -> LocalFile:
         return LocalFile(path)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Protocol
 
 from ..errors import CorruptError, ReadError
-from .local import LocalStore, raise_file_limit, read_small
+from .local import LocalStore, raise_file_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,13 @@ class Source(Protocol):
             OSError: the system cannot read.
         """
 
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of many small ranges, given as (offset, nbytes); fewer of those beyond the end of the file.
+
+        Raises:
+            OSError: the system cannot read.
+        """
+
     def fileno(self) -> int | None:
         """Return a file descriptor, for the C extension and the kernel; None if there is none."""
 
@@ -60,6 +67,9 @@ class Source(Protocol):
 
 class Store(Protocol):
     """A file system. All methods may raise OSError."""
+
+    def refresh(self) -> None:
+        """Forget what is known of files and folders: a new job begins."""
 
     def open(self, path: Path) -> Source:
         """Open a file for reading."""
@@ -167,11 +177,8 @@ class InputFile:
 
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Return the bytes of many ranges, given as (offset, nbytes); fewer of those beyond the end of the file."""
-        fd = self.source.fileno()
-        if fd is None:
-            return [self.read(*each) for each in ranges]
         try:
-            return read_small(fd, ranges)
+            return self.source.read_ranges(ranges)
         except OSError as error:
             raise read_failed(self.path, error.strerror) from error
 
@@ -235,6 +242,14 @@ class OpenFiles:
 
     def __getitem__(self, path: Path) -> Source:
         return self._sources[path]
+
+    def items(self) -> list[tuple[Path, Source]]:
+        """Return the open files."""
+        return [*self._sources.items()]
+
+    def substitute(self, path: Path, source: Source) -> None:
+        """Read an open file from another source, which closes the first one."""
+        self._sources[path] = source
 
     @property
     def have_descriptors(self) -> bool:

@@ -12,7 +12,7 @@ from cli_runner import run
 from safetensors.torch import save_file
 
 from ckpt_tools import average, convert, diff, fix_prefix, open_checkpoint, strip
-from ckpt_tools.errors import NotACheckpointError, SeriesError
+from ckpt_tools.errors import NotACheckpointError, SeriesError, UsageError
 from ckpt_tools.formats import read_header
 from ckpt_tools.jobs.parameter_names import find_names
 from ckpt_tools.series.paths import one_checkpoint
@@ -79,15 +79,39 @@ def test_every_command_takes_the_folder_of_a_step(step: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", [average, convert, strip])
-@pytest.mark.parametrize("url", ["s3://bucket/run/step_1.pth", "gs://bucket/run/*.pth", "hf://user/model"])
-def test_object_stores_are_said_not_to_be_read(command: Any, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("url", "lacks"),
+    [
+        ("s3://bucket/run/step_1.pth", "obstore, which is"),
+        ("gs://bucket/run/*.pth", "obstore, which is"),
+        ("https://host/a.pth?Signature=secret", "obstore, which is"),
+        ("hf://user/model", "obstore and huggingface_hub, which are"),
+    ],
+)
+def test_without_the_extra_an_address_is_refused_with_the_command_that_installs_it(
+    command: Any, url: str, lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckpt_tools.storage.remote.addresses.find_spec", lambda name: None)
+    monkeypatch.setattr("ckpt_tools.storage.source.STORES", {})
+    monkeypatch.setattr("ckpt_tools.storage.remote.addresses.STORES", {})
     options = {"to": "plain"} if command is convert else {}
     given = [url] if command is average else url
-    with pytest.raises(SeriesError, match=r"://.* is not read yet, only files on this machine are\. Download"):
+    with pytest.raises(
+        UsageError, match=rf"// needs {lacks} not installed: pip install 'ckpt-tools\[remote\]'"
+    ) as told:
+        command(given, out=tmp_path / "out.pth", **options)
+    assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("command", [average, convert, strip])
+def test_an_address_of_no_known_store_is_refused(command: Any, tmp_path: Path) -> None:
+    options = {"to": "plain"} if command is convert else {}
+    given = ["ftp://host/a.pth"] if command is average else "ftp://host/a.pth"
+    with pytest.raises(SeriesError, match=r"ftp:// is not read; s3://, .* are\. Download"):
         command(given, out=tmp_path / "out.pth", **options)
 
 
-def test_a_folder_named_like_a_store_is_a_folder(here: Path) -> None:
-    (here / "s3:").mkdir()
+def test_a_folder_named_like_a_store_that_is_not_known_is_a_folder(here: Path) -> None:
+    (here / "ftp:").mkdir()
     with pytest.raises(SeriesError, match="no such file or folder"):
-        average(["s3://missing.pth"], out=here / "out.pth")
+        average(["ftp://missing.pth"], out=here / "out.pth")

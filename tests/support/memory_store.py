@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -19,6 +20,9 @@ class MemoryFile:
         view[: len(part)] = part
         return len(part)
 
+    def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        return [self.data[offset : offset + nbytes] for offset, nbytes in ranges]
+
     def fileno(self) -> int | None:
         return None
 
@@ -31,6 +35,9 @@ class MemoryStore:
 
     def __init__(self, files: dict[Path, bytes]) -> None:
         self.files = files
+
+    def refresh(self) -> None:
+        pass
 
     def open(self, path: Path) -> MemoryFile:
         if path not in self.files:

@@ -17,7 +17,7 @@ from ...storage.journal import alone_in
 from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
 from ..options import Matching, Network, Recalibration, takes
-from ..outputs import Target
+from ..outputs import Target, grows_at
 from ..provenance import provided, short_names
 from ..run import check_output, write
 from .evaluation import Evaluators, opened
@@ -211,7 +211,7 @@ def _write_best(
             from ..averaged_network import measured, opened_network
 
             network = stack.enter_context(opened_network(example.header, example.state, recalibration, running.device))
-            scratch = stack.enter_context(scratch_file(target.path))
+            scratch = stack.enter_context(scratch_file(grows_at(target.path)))
             found = measured(network, tensors, scratch, stamps, network.planned(target), running.on_progress, **options)
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))

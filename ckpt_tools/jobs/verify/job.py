@@ -13,7 +13,7 @@ from ...compute.threads import check_threads
 from ...errors import CkptError, UsageError
 from ...formats import read_header
 from ...formats.header import Header
-from ...series.paths import folder_of_index, one_checkpoint
+from ...series.paths import as_path, folder_of_index, one_checkpoint
 from ..options import Reading, Verification, takes
 from ..reports import Report
 from . import file
@@ -75,7 +75,7 @@ def verify(path: str | Path, asked: Verification, running: Reading) -> VerifyRep
     seed = random.SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
     if asked.inputs is not None and not Path(asked.inputs).is_dir():
         raise UsageError(f"`inputs`: {asked.inputs} is no folder.")
-    place = Path(path)
+    place = as_path(path)
     try:
         place = folder_of_index(one_checkpoint(path))
         header = read_header(place)

@@ -1,0 +1,91 @@
+"""Fetching: which bytes of remote inputs a work unit reads, so that they are there when it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Event
+
+from ..storage.ahead import MEMORY, Need, RangeSource, ReadAhead
+from ..storage.source import LOCAL, OpenFiles, Stamp, store_of
+from ..tensors import ChunkedSpec, ScaledSpec, TensorSpec
+from .work_units import Slice, WorkUnit
+
+
+class Fetching:
+    """Has the payload of work units fetched ahead of them; see `ReadAhead`."""
+
+    def __init__(self, files: OpenFiles, units: Sequence[WorkUnit], keep: Path | None) -> None:
+        self._numbers = {id(unit): number for number, unit in enumerate(units)}
+        inputs = max((len(unit.slices[0].tensor.terms) for unit in units), default=1)
+        self.ahead = ReadAhead(files, lambda number: needed(units[number]), len(units), inputs=inputs, keep=keep)
+
+    @classmethod
+    def of(cls, files: OpenFiles, units: Sequence[WorkUnit], keep: Path | None, stack: ExitStack) -> Fetching | None:
+        """Begin to fetch, until the stack ends; None if all inputs are local."""
+        if not any(isinstance(source, RangeSource) for _, source in files.items()):
+            return None
+        found = cls(files, units, keep)
+        stack.enter_context(found.ahead)
+        return found
+
+    def wait(self, unit: WorkUnit, stop: Event) -> bool:
+        """Wait for what a unit reads; see `ReadAhead.wait`."""
+        return self.ahead.wait(self._numbers[id(unit)], stop)
+
+    def done(self, unit: WorkUnit) -> None:
+        """Let go what no other unit reads."""
+        self.ahead.done(self._numbers[id(unit)])
+
+
+def memory_ahead(stamps: Iterable[Stamp]) -> int:
+    """Return the bytes of host memory in which payload waits for the sums, at most; none if all inputs are local."""
+    return 0 if all(store_of(stamp.path) is LOCAL for stamp in stamps) else MEMORY
+
+
+def needed(unit: WorkUnit) -> Iterator[Need]:
+    """Yield the bytes that a work unit reads."""
+    for slice_ in unit.slices:
+        for spec, places in slice_.tensor.terms.inputs:
+            if type(spec) is TensorSpec:
+                begin, end = _range(spec, slice_)
+                for path, shift in places:
+                    yield path, begin + shift, end + shift
+            else:
+                yield from _of_parts(spec, slice_.start, slice_.stop)
+
+
+def _range(spec: TensorSpec, slice_: Slice) -> tuple[int, int]:
+    """Return the bytes from the first to the last element of a slice in a tensor that one file has."""
+    item = spec.dtype.itemsize
+    if slice_.tile is not None:
+        first = slice_.tile.begin(spec.stride)
+        span = sum((size - 1) * step for size, step in zip(slice_.tile.sizes, spec.stride, strict=True))
+        return spec.begin + first * item, spec.begin + (first + span + 1) * item
+    if spec.contiguous:
+        return spec.begin + slice_.start * item, spec.begin + slice_.stop * item
+    return spec.begin, spec.begin + spec.extent
+
+
+def _of_parts(spec: TensorSpec, start: int, stop: int) -> Iterator[Need]:
+    """Yield the bytes of elements [start, stop) in C order of a tensor that is stored in parts: rows of its chunks."""
+    if isinstance(spec, ScaledSpec):
+        yield from _of_parts(spec.codes, start, stop)
+        yield from _of_parts(spec.scales, 0, spec.scales.numel)
+        return
+    row = max(math.prod(spec.shape[1:]), 1)
+    first, last = start // row, -(-stop // row)
+    for index, chunk in spec.as_chunks:
+        path, begin, end = chunk.storage.path, chunk.begin, chunk.begin + chunk.extent
+        if isinstance(spec, ChunkedSpec) and chunk.shape:
+            low, high = max(first - index[0], 0), min(last - index[0], chunk.shape[0])
+            if low >= high:
+                continue
+            if chunk.contiguous:
+                width = chunk.nbytes // chunk.shape[0]
+                begin, end = begin + low * width, begin + high * width
+        elif chunk.contiguous:
+            begin, end = begin + start * chunk.dtype.itemsize, begin + stop * chunk.dtype.itemsize
+        yield path, begin, end

@@ -1,0 +1,131 @@
+"""Uploads: an output in a store is written on this machine, checked, and sent; what makes it readable comes last."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CkptError, WriteError, WriteWarning
+from ..formats import read_header
+from ..storage.hidden import clear_leftovers, locked, new_folder, remove
+from ..storage.remote import Address, sending
+from .assembly import Assembly
+from .outputs import grows_at
+
+_INDEXES = (".index.json", ".metadata")
+
+
+@contextmanager
+def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: bool) -> Iterator[Assembly]:
+    """Give a place on this machine for an output in a store, and send what is there when the block ends.
+
+    A file is an object that appears when its last byte has come. Of a folder, the last file is the index, without
+    which nothing finds the others; an old index goes first.
+
+    Args:
+        on_bytes: called with the number of bytes that were sent since the last call.
+        force: replace what is there.
+
+    Yields:
+        The output, with the place as its target.
+
+    Raises:
+        WriteError: this machine or the store refuses, or what was written here cannot be read; the output is not
+            there then.
+    """
+    target: Any = assembly.target
+    here = grows_at(target)
+    try:
+        clear_leftovers(here, here.parent)
+        folder, lock = locked(here, here.parent, new_folder)
+    except OSError as error:
+        raise WriteError(
+            f"{target}: nothing can be written in {here.parent} ({error.strerror}). Set TMPDIR to a folder with room "
+            "for it."
+        ) from error
+    try:
+        made = folder / here.name
+        yield replace(assembly, target=made)
+        _check(made, target)
+        if assembly.folder:
+            names = [path.name for path in assembly.companions] + [plan.name for plan in assembly.files]
+            _send_folder(made, target, names, on_bytes, force=force)
+        else:
+            _send_file(made, target, on_bytes, force=force)
+    finally:
+        with suppress(OSError):
+            remove(folder)
+        with suppress(OSError):
+            os.close(lock)
+
+
+def _check(made: Path, target: Address) -> None:
+    """Read what is to be sent, as `verify` does.
+
+    Raises:
+        WriteError: it is not what was written.
+    """
+    from .verify.file import structure, zip_checksums
+
+    try:
+        header = read_header(made)
+        faults = [each.detail for each in (structure(header), zip_checksums(header)) if each.result == "failed"]
+    except CkptError as error:
+        faults = [str(error)]
+    if faults:
+        raise WriteError(f"{target}: what was written on this machine is damaged: {faults[0]} Nothing was sent.")
+
+
+def _send_file(made: Path, target: Address, on_bytes: Callable[[int], None], *, force: bool) -> None:
+    sending.bucket_of(target).forget(target)
+    if not force and target.is_file():
+        raise WriteError(f"{target}: has been written by another job meanwhile. Nothing was replaced.")
+    sending.send(made, target, on_bytes)
+
+
+def _send_folder(
+    made: Path, target: Address, names: Sequence[str], on_bytes: Callable[[int], None], *, force: bool
+) -> None:
+    """Send the files of a folder in order; the last one makes it readable.
+
+    Raises:
+        WriteError: the store refuses, or has another output meanwhile; what was sent is removed again.
+    """
+    *others, last = names
+    sending.claim(target, names, force=force)
+    sent: list[Address] = []
+    try:
+        sending.bucket_of(target).forget(target)
+        old = [name for name in _files_in(target) if name != sending.CLAIM]
+        if old and not force:
+            raise WriteError(f"{target}: has been written by another job meanwhile. Nothing was replaced.")
+        sending.remove(target / name for name in old if name == last or name.endswith(_INDEXES))
+        for name in (*others, last):
+            sent.append(target / name)
+            sending.send(made / name, target / name, on_bytes)
+    except BaseException:
+        with suppress(WriteError):
+            sending.remove([*sent, target / sending.CLAIM])
+        raise
+    try:
+        sending.remove([*(target / name for name in old if name not in names), target / sending.CLAIM])
+    except WriteError as error:
+        warnings.warn(f"{target} is complete. What is of no use any more cannot be removed: {error}", WriteWarning, 2)
+
+
+def _files_in(folder: Address) -> list[str]:
+    """Return the names of all files below a folder."""
+    found: list[str] = []
+    waiting = [folder]
+    while waiting:
+        for child in waiting.pop().iterdir():
+            if child.is_file():
+                found.append(child.relative_to(folder).as_posix())
+            else:
+                waiting.append(child)
+    return found

@@ -1,0 +1,327 @@
+"""Reading ahead: payload that comes by requests, fetched before it is needed, in blocks, several at a time.
+
+A fetched block is written to a file without a name in memory, at its offset in the input. So whatever reads local files
+by descriptor reads it, the C extension too, and sums are made as of local files. When the last work unit that needs a
+block is done, its memory is given back. With a folder to keep them in, the files stay instead (`kept_blocks`).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ..errors import CkptError
+from .kept_blocks import KeptBlocks
+from .local import read_once
+from .source import OpenFiles, Source, read_failed
+
+MEMORY = 512 << 20
+"""Bytes of blocks that are fetched and not yet let go. Only a unit that needs more by itself takes more."""
+BLOCK = 8 << 20
+"""Bytes of a request, at most."""
+_LEAST = 1 << 20  # bytes of a block: many inputs at once share `MEMORY`
+CONNECTIONS = 16
+"""Requests at the same time."""
+
+Need = tuple[Path, int, int]
+"""Bytes of a file that a work unit reads: (path, begin, end)."""
+
+
+@runtime_checkable
+class RangeSource(Source, Protocol):
+    """A source whose bytes come by requests."""
+
+    def fetch(self, begin: int, end: int) -> bytes | memoryview:
+        """Return a range within the file, by one request.
+
+        Raises:
+            OSError: it failed, and so did those made after it.
+            CorruptError: the file has changed since it was opened.
+        """
+
+
+class Staged:
+    """A file whose blocks are fetched into memory, or into a file that stays; see `Source`."""
+
+    def __init__(self, path: Path, source: RangeSource, block: int, kept: KeptBlocks | None) -> None:
+        self.path, self.inner, self._block = path, source, block
+        self.nbytes = source.stat()[0]
+        self.blocks: dict[int, Block] = {}
+        self.kept = kept
+        self.fd = _unnamed(self.nbytes) if kept is None else kept.fd
+        self._memory = None
+        if kept is None and self.nbytes and hasattr(mmap, "MADV_REMOVE"):
+            self._memory = mmap.mmap(self.fd, self.nbytes)  # never touched: it is there to give memory back
+
+    def stat(self) -> tuple[int, tuple[object, ...]]:
+        return self.inner.stat()
+
+    def fileno(self) -> int | None:
+        return self.fd
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        return self.inner.read_ranges([*ranges])
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill a buffer, from blocks if they are there."""
+        end = offset + len(view)
+        numbers = range(offset // self._block, max(end - 1, offset) // self._block + 1)
+        if not all((block := self.blocks.get(n)) and block.has(offset, end) for n in numbers):
+            return self.inner.read_into(offset, view)
+        done = got = read_once(self.fd, view, offset)
+        while got and done < len(view):
+            got = read_once(self.fd, view[done:], offset + done)
+            done += got
+        return done
+
+    def let_go(self, number: int) -> None:
+        """Give the memory of a block back."""
+        if self._memory is not None:
+            start = number * self._block
+            self._memory.madvise(mmap.MADV_REMOVE, start, min(self._block, self.nbytes - start))
+
+    def close(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
+        if self.kept is not None:
+            self.kept.close()
+        else:
+            os.close(self.fd)
+        self.inner.close()
+
+
+class Block:
+    """A block of a file.
+
+    Attributes:
+        begin, end: the bytes of it that work units need.
+        units: how many need some, and are not done.
+        asked, there: it is being fetched, or is fetched and not let go.
+    """
+
+    __slots__ = ("asked", "begin", "end", "file", "number", "there", "units")
+
+    def __init__(self, file: Staged, number: int) -> None:
+        self.file, self.number = file, number
+        self.begin, self.end = file.nbytes, 0
+        self.units = 0
+        self.asked = self.there = False
+
+    def has(self, begin: int, end: int) -> bool:
+        """Return True if all bytes of a range that lie in this block are there."""
+        size = self.file._block
+        low, high = max(begin, self.number * size), min(end, (self.number + 1) * size, self.file.nbytes)
+        return self.there and self.begin <= low and high <= self.end
+
+
+class ReadAhead:
+    """Fetches what work units need, in their order; a context manager.
+
+    Args:
+        files: the inputs; those with a `fetch` are read from blocks until this ends.
+        needs: from the number of a unit to what it reads; called several times.
+        count: of units.
+        inputs: files that one unit reads, about.
+        keep: a folder in which fetched blocks stay; None for memory.
+        memory: see `MEMORY`.
+
+    Raises:
+        WriteError: nothing can be kept in the folder.
+    """
+
+    def __init__(
+        self,
+        files: OpenFiles,
+        needs: Callable[[int], Iterable[Need]],
+        count: int,
+        *,
+        inputs: int = 1,
+        keep: Path | None = None,
+        memory: int = MEMORY,
+    ) -> None:
+        self._needs, self._memory = needs, memory
+        room = memory // (4 * max(inputs, 1)) // _LEAST * _LEAST
+        # Kept blocks have one size, or another job could not use them.
+        self.block = BLOCK if keep is not None else max(min(BLOCK, room), _LEAST)
+        self._files: dict[Path, Staged] = {}
+        for path, source in files.items():
+            if isinstance(source, RangeSource):
+                kept = None if keep is None else KeptBlocks(keep, path, source.stat())
+                self._files[path] = Staged(path, source, self.block, kept)
+                files.substitute(path, self._files[path])
+        self._count = count
+        self._changed = threading.Condition()
+        self._held = 0  # bytes of blocks that are asked for and not let go
+        self.most_held = 0
+        self._done: set[int] = set()
+        self._oldest = 0  # unit that is not done
+        self._writing = 0
+        self._closed = False
+        self._error: CkptError | None = None
+        for number in range(count):
+            for block, begin, end in self._touched(number):
+                block.units += 1
+                block.begin, block.end = min(block.begin, begin), max(block.end, end)
+        if keep is not None:  # whole blocks, for the next job may need more of them
+            for file in self._files.values():
+                for block in file.blocks.values():
+                    block.begin = block.number * self.block
+                    block.end = min(block.begin + self.block, file.nbytes)
+        self._waiting = self._in_order()
+        self._next: tuple[int, Block] | None = None
+
+    def wait(self, number: int, stop: threading.Event) -> bool:
+        """Wait until all that a unit reads is there.
+
+        Returns:
+            False if the job was stopped meanwhile.
+
+        Raises:
+            ReadError: a request failed for good.
+        """
+        blocks = [block for block, _, _ in self._touched(number)]
+        with self._changed:
+            while not all([block.there for block in blocks]):
+                if self._error is not None:
+                    raise self._error
+                if stop.is_set():
+                    return False
+                self._changed.wait(0.2)
+        return True
+
+    def done(self, number: int) -> None:
+        """Let go what no other unit needs."""
+        free = []
+        with self._changed:
+            for block, _, _ in self._touched(number):
+                block.units -= 1
+                if not block.units:
+                    block.there = False
+                    free.append(block)
+        for block in free:
+            block.file.let_go(block.number)
+        with self._changed:
+            self._held -= sum(block.end - block.begin for block in free)
+            self._done.add(number)
+            while self._oldest in self._done:
+                self._done.remove(self._oldest)
+                self._oldest += 1
+            self._changed.notify_all()
+
+    def _touched(self, number: int) -> list[tuple[Block, int, int]]:
+        """Return the blocks that a unit needs, and the bytes of each."""
+        found: dict[tuple[Path, int], tuple[Block, int, int]] = {}
+        size = self.block
+        for path, begin, end in self._needs(number):
+            file = self._files.get(path)
+            if file is None:
+                continue
+            end = min(end, file.nbytes)  # a file that ends early is refused where it is read
+            for at in range(begin // size, -(-end // size) if end > begin else begin // size):
+                low, high = max(begin, at * size), min(end, (at + 1) * size)
+                block = file.blocks.get(at)
+                if block is None:
+                    block = file.blocks[at] = Block(file, at)
+                _, first, last = found.get((path, at), (block, low, high))
+                found[path, at] = block, min(first, low), max(last, high)
+        return [*found.values()]
+
+    def _in_order(self) -> Iterator[tuple[int, Block]]:
+        for number in range(self._count):
+            for block, _, _ in self._touched(number):
+                if not block.asked:
+                    yield number, block
+
+    def _take(self) -> Block | None:
+        """Return the next block to fetch, when there is room for it; None at the end."""
+        with self._changed:
+            while not self._closed and self._error is None:
+                if self._next is None:
+                    self._next = next(self._waiting, None)
+                    if self._next is None:
+                        return None
+                number, block = self._next
+                if block.asked:  # for another unit
+                    self._next = None
+                    continue
+                size = block.end - block.begin
+                # What the oldest unit needs always comes, or nothing would be let go any more.
+                if self._held + size <= self._memory or number <= self._oldest:
+                    self._next = None
+                    block.asked = True
+                    self._held += size
+                    self.most_held = max(self.most_held, self._held)
+                    return block
+                self._changed.wait()
+        return None
+
+    def _work(self) -> None:
+        while (block := self._take()) is not None:
+            try:
+                self._fill(block)
+            except CkptError as error:
+                self._fail(error)
+            except OSError as error:
+                self._fail(read_failed(block.file.path, error.strerror or type(error).__name__))
+
+    def _fill(self, block: Block) -> None:
+        file, begin, end = block.file, block.begin, block.end
+        data: bytes | memoryview | None = None
+        if file.kept is None or not file.kept.has(begin, end):
+            data = file.inner.fetch(begin, end)
+        with self._changed:
+            if self._closed:
+                return
+            self._writing += 1
+        try:
+            if data is not None:
+                _write(file.fd, memoryview(data), begin)
+                if file.kept is not None:
+                    file.kept.note(begin, data)
+            block.there = True
+        finally:
+            with self._changed:
+                self._writing -= 1
+                self._changed.notify_all()
+
+    def _fail(self, error: CkptError) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def __enter__(self) -> ReadAhead:
+        # A request that hangs holds up no process that has ended its job.
+        for _ in range(CONNECTIONS if self._files else 0):
+            with suppress(RuntimeError):  # no more threads: fewer requests at a time
+                threading.Thread(target=self._work, name="ckpt-fetch", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            while self._writing:
+                self._changed.wait()
+
+
+def _unnamed(nbytes: int) -> int:
+    """Return the descriptor of an empty file of this size without a name, in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("ckpt", os.MFD_CLOEXEC)
+    else:
+        fd, name = tempfile.mkstemp(prefix="ckpt-")
+        Path(name).unlink()
+    os.truncate(fd, nbytes)
+    return fd
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)

@@ -1,0 +1,194 @@
+"""Outputs in a store: what is there, in which order it comes, and what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckpt_tools import average
+from ckpt_tools.errors import UsageError, WriteError
+
+boto3 = pytest.importorskip("boto3")
+pytest.importorskip("obstore")
+pytest.importorskip("moto.server")
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    made.start()
+    host, port = made.get_host_and_port()
+    yield f"http://{host}:{port}"
+    made.stop()
+
+
+@pytest.fixture
+def s3(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client, for an empty bucket; the current folder has three checkpoints of either kind."""
+    from ckpt_tools.storage.source import STORES
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    for name, value in (("ACCESS_KEY_ID", "id"), ("SECRET_ACCESS_KEY", "secret"), ("REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path)
+    STORES.pop("s3", None)  # it has seen the bucket of the test before
+    client = boto3.client("s3", region_name="us-east-1")
+    if BUCKET not in [each["Name"] for each in client.list_buckets()["Buckets"]]:
+        client.create_bucket(Bucket=BUCKET)
+    for key in keys(client):
+        client.delete_object(Bucket=BUCKET, Key=key)
+    for i in range(3):
+        weights = {name: torch.full((2000,), float(i + n)) for n, name in enumerate("ab")}
+        torch.save({"state_dict": weights, "epoch": i}, f"c-{i}.pth")
+        Path(f"m-{i}").mkdir()
+        save_file(weights, f"m-{i}/model.safetensors")
+        Path(f"m-{i}/config.json").write_text('{"model_type": "llama"}')
+    yield client
+    assert not [*Path(tempfile.gettempdir()).iterdir()]
+
+
+FILES, FOLDERS = (["c-0.pth", "c-1.pth"], ["m-0", "m-1"])
+
+
+def keys(client: Any) -> list[str]:
+    return [each["Key"] for each in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+
+
+def content(client: Any, key: str) -> bytes:
+    data: bytes = client.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+    return data
+
+
+def test_a_file_in_a_store_has_the_bytes_of_one_here(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckpt_tools.storage.remote import sending
+
+    monkeypatch.setattr(sending, "_PART", 5 << 20)  # the least that S3 takes
+    for i in range(2):
+        torch.save({"w": torch.randn(1_500_000)}, f"w-{i}.pth")
+    seen: list[tuple[int, int]] = []
+    series = ["w-0.pth", "w-1.pth"]
+    report = average(
+        series, out=f"s3://{BUCKET}/run/avg.pth", on_progress=lambda done, total: seen.append((done, total))
+    )
+    average(series, out="avg.pth")
+    assert report.written
+    assert report.out == f"s3://{BUCKET}/run/avg.pth"
+    assert keys(s3) == ["run/avg.pth"]
+    assert content(s3, "run/avg.pth") == Path("avg.pth").read_bytes()
+    assert s3.head_object(Bucket=BUCKET, Key="run/avg.pth")["ETag"].endswith('-2"')  # it came in two parts
+    assert seen[-1][0] == seen[-1][1] == 3 * 6_000_000 + Path("avg.pth").stat().st_size
+
+
+def test_what_is_there_is_replaced_only_if_that_is_asked_for(s3: Any) -> None:
+    out = f"s3://{BUCKET}/avg.pth"
+    average(FILES, out=out)
+    before = content(s3, "avg.pth")
+    with pytest.raises(WriteError, match=f"^{out}: exists already. Pass `force=True`"):
+        average([*FILES, "c-2.pth"], out=out)
+    assert content(s3, "avg.pth") == before
+    average([*FILES, "c-2.pth"], out=out, force=True)
+    assert content(s3, "avg.pth") != before
+
+
+def test_the_index_of_a_folder_comes_last_and_an_old_one_goes_first(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckpt_tools.storage.remote import sending
+
+    events: list[str] = []
+    send, remove = sending.send, sending.remove
+
+    def sends(path: Path, target: Any, on_bytes: Any) -> None:
+        events.append(f"+{target.name}")
+        send(path, target, on_bytes)
+
+    def removes(targets: Any) -> None:
+        for each in targets:
+            events.append(f"-{each.name}")
+            remove([each])
+
+    monkeypatch.setattr(sending, "send", sends)
+    monkeypatch.setattr(sending, "remove", removes)
+    out = f"s3://{BUCKET}/avg/"
+    average(FOLDERS, out=out, max_shard_size=8000)
+    index = "model.safetensors.index.json"
+    assert events[0] == "+config.json"
+    assert events[-2:] == [f"+{index}", f"-{sending.CLAIM}"]
+    shards = {*json.loads(content(s3, f"avg/{index}"))["weight_map"].values()}
+    assert len(shards) == 2
+    assert {*keys(s3)} == {f"avg/{name}" for name in (*shards, index, "config.json")}
+
+    events.clear()
+    average(FOLDERS, out=out, force=True)
+    assert events[:2] == [f"-{index}", "+config.json"]
+    assert {*keys(s3)} == {"avg/config.json", "avg/model.safetensors"}
+    Path("got.safetensors").write_bytes(content(s3, "avg/model.safetensors"))
+    assert torch.equal(load_file("got.safetensors")["a"], torch.full((2000,), 0.5))
+
+
+@pytest.mark.parametrize("kth", [1, 2, 4])
+def test_a_failure_leaves_nothing_there(kth: int, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckpt_tools.storage.remote import sending
+
+    put, calls = sending.obstore.put, []
+
+    def fails(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == kth + 1:  # the first is the claim
+            raise sending.exceptions.GenericError("Error performing PUT https://secret@host: status code: 503")
+        return put(*args, **options)
+
+    monkeypatch.setattr(sending.obstore, "put", fails)
+    with pytest.raises(WriteError, match=f"^s3://{BUCKET}/avg/.*: writing failed: ") as refusal:
+        average(FOLDERS, out=f"s3://{BUCKET}/avg/", max_shard_size=8000)
+    assert "secret" not in str(refusal.value)
+    assert keys(s3) == []
+
+
+def test_another_job_for_one_folder_is_noticed_and_what_a_kill_left_is_replaced(s3: Any) -> None:
+    from ckpt_tools.storage.remote import as_address, sending
+
+    folder = as_address(f"s3://{BUCKET}/avg")
+    assert folder is not None
+    sending.claim(folder, ["model.safetensors", "model-00007-of-00009.safetensors"], force=False)
+    s3.put_object(Bucket=BUCKET, Key="avg/model-00007-of-00009.safetensors", Body=b"half a model")
+    with pytest.raises(WriteError, match="another job sends files to it, or was killed meanwhile"):
+        sending.claim(folder, [], force=False)
+    with pytest.raises(WriteError, match="exists already"):
+        average(FOLDERS, out=str(folder))
+    average(FOLDERS, out=str(folder), force=True)
+    assert {*keys(s3)} == {"avg/config.json", "avg/model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (f"s3://{BUCKET}", WriteError, "there is no name behind the bucket"),
+        ("s3://there-is-none/avg.pth", WriteError, "NoSuchBucket"),
+        ("hf://org/name/avg.safetensors", WriteError, "nothing is written to hf://.*`hf upload`"),
+        ("https://example.org/avg.pth", WriteError, "nothing is written to https://"),
+        (f"s3://{BUCKET}/run", WriteError, "holds notes.txt, which the new folder would not"),
+        (f"s3://{BUCKET}/run/notes.txt", WriteError, "is a file already"),
+    ],
+)
+def test_wrong_targets_are_refused(out: str, error: type[Exception], message: str, s3: Any) -> None:
+    s3.put_object(Bucket=BUCKET, Key="run/notes.txt", Body=b"mine")
+    with pytest.raises(error, match=message):
+        average(FOLDERS, out=out, force=True)
+    assert keys(s3) == ["run/notes.txt"]
+
+
+def test_parts_of_a_job_need_a_disk_that_they_share(s3: Any) -> None:
+    with pytest.raises(UsageError, match="parts of a job need a disk"):
+        average(FILES, out=f"s3://{BUCKET}/avg.pth", part="1/2")
+    assert keys(s3) == []
