@@ -9,6 +9,7 @@ import ast
 import inspect
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
@@ -18,6 +19,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 
 from ..errors import UsageError, WriteError
+from ..jobs.asked import COMMAND
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.rules.rule import Numbers, Option
 from . import console
@@ -203,6 +205,8 @@ def _option(match: re.Match[str]) -> str:
 def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
+    if "part" in options:
+        COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
     started = time.perf_counter()
     with console.counting(None) as show, console.patience("Still planning: reading headers ...") as planned:
 
@@ -220,6 +224,20 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
             options["on_images"] = partial(show, unit="images")
         report = job(*inputs, **options, on_progress=after_planning(partial(show, doing)))
     return report, time.perf_counter() - started
+
+
+def _without_part(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line without those that say which part of a job to do."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            kept += [word, *rest]
+        elif word == "--part":
+            next(rest, None)
+        elif not word.startswith("--part=") and word not in ("--finish", "--resume"):
+            kept.append(word)
+    return kept
 
 
 def say_notes(notes: Iterable[str]) -> None:

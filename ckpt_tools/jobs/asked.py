@@ -13,6 +13,8 @@ from ..errors import UsageError
 from .options import Sharing
 
 MOST_PARTS = 100_000
+COMMAND: list[str] = []
+"""The command line, without what says which part to do, if this process is one of `ckpt`."""
 
 
 @dataclass(frozen=True, slots=True)

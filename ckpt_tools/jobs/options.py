@@ -272,6 +272,15 @@ class Sharing(Options):
     resume: bool = option("Go on with what is done, and keep what is done if it is killed.", False)
 
 
+class Clearing(Options):
+    """What `clean` removes."""
+
+    title = "Running"
+
+    parts: bool = option("Also remove what is done of jobs in parts, which could go on.", False)
+    dry_run: bool = option("Show what is there, remove nothing.", False)
+
+
 class KeptState(Options):
     """Which weights of one checkpoint stay."""
 

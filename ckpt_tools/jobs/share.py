@@ -26,7 +26,7 @@ from ..storage.kept_stage import Journal, Open, Stage, clear, stages
 from ..storage.source import Stamp
 from ..storage.staged import flush
 from ..tensors import TensorSpec
-from .asked import Asked
+from .asked import COMMAND, Asked
 from .assembly import Assembly
 
 NBYTES, SECONDS = 64 << 20, 2.0
@@ -95,7 +95,8 @@ def opened(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp
         )
     with ExitStack() as stack:
         names = [plan.name if assembly.folder else assembly.target.name for plan in plans]
-        fds = stack.enter_context(stage.opened(names, [plan.size for plan in plans], job))
+        told = {**job, "command": COMMAND, "folder": str(Path.cwd())}
+        fds = stack.enter_context(stage.opened(names, [plan.size for plan in plans], told))
         if asked.finish:
             own = None
             stack.enter_context(stage.alone())
@@ -166,7 +167,7 @@ class Work:
         self.nbytes = sum([sizes[unit] for unit in own])
         self.found = sum([sizes[unit] for unit in share]) - self.nbytes
         if self.own is not None:
-            self.own.append({"cut": cut})
+            self.own.append({"cut": cut, "total": sum(sizes)})
         return own
 
     def _read(self, cut: str) -> set[int]:
@@ -226,7 +227,7 @@ class Work:
             return
         for fd in self.fds:
             flush(fd, self.stage.target)
-        self.own.append({"units": _ranges(sorted(self._units)), "sums": self._sums})
+        self.own.append({"units": _ranges(sorted(self._units)), "nbytes": self._waiting, "sums": self._sums})
         if self.completes:
             self._known += self._sums
         self._units, self._sums, self._waiting = [], [], 0
