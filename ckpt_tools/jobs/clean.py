@@ -21,7 +21,7 @@ from ..storage.kept_stage import Stage
 from .options import Clearing, takes
 from .reports import Report
 
-_OURS = re.compile(r"job\.json(\.[0-9a-f]{8})?|output|part-\d+-of-\d+\.jsonl|ended-of-\d+")
+_OURS = re.compile(r"job\.json(\.[0-9a-f]{8})?|output|part-\d+-of-\d+\.jsonl|ended")
 """Names in a stage."""
 
 

@@ -320,6 +320,15 @@ class Comparison(State):
     state_b: str | None = option("The same, of B.", None, implied="as `state`")
 
 
+class SharedComparison(Options):
+    """How several processes share a comparison."""
+
+    title = "A job in parts"
+
+    part: str | None = option("Compare part i of n, such as 2/8, and show no result.", None, metavar="I/N")
+    finish: bool = option("Show the result when all parts are done.", False)
+
+
 class Tolerance(Options):
     """Which differences are tolerated."""
 

@@ -5,7 +5,7 @@ The files grow in a hidden folder beside the target, ``.NAME.DIGEST.parts``, whe
     job.json               what the job is, in words that tell how another one differs
     output/                the files, at their full size from the start
     part-2-of-8.jsonl      journal: a line for what one process has finished, locked while it is at work
-    ended-of-8             the parts that have ended, where the last one publishes
+    ended                  a line for each part that has ended, where the last one publishes
 
 A line is appended when what it tells of is on the disk. A stage without `job.json` is void: nothing is known of it.
 Processes that have a stage open share a lock of the folder; to remove it takes that lock alone.
@@ -30,7 +30,7 @@ from .staged import place_files
 
 KEPT: list[Path] = []
 """Targets of which this process has a stage that stays if it ends now."""
-_JOB, _OUTPUT = "job.json", "output"
+_JOB, _OUTPUT, _ENDED = "job.json", "output", "ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Stage:
             begun = self.job() is not None
             if not begun and self.journals():  # they tell of files that are gone
                 with self.alone():
-                    for path in self.path.glob("*-of-*"):
+                    for path in (*self.path.glob("part-*"), self.path / _ENDED):
                         path.unlink(missing_ok=True)
             for name, size in zip(names, sizes, strict=True):
                 path = self.output / name
@@ -182,6 +182,35 @@ class Stage:
                 yield False
             else:
                 yield (True if all(parts) and (folder or parts) else None)
+
+    def ended(self, step: str, index: int, count: int) -> bool:
+        """Note that a part has ended; return True in one process, the last of those that were started together.
+
+        Args:
+            step: names those that were.
+            index, count: part `index` of `count`.
+
+        Raises:
+            WriteError: the system refuses, or has no locks.
+        """
+        path = self.path / _ENDED
+        try:
+            import fcntl
+
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)  # also brings what other machines have written
+                os.write(fd, f"{step} {index}/{count}\n".encode())
+                os.fsync(fd)
+                found = {line for line in path.read_text().splitlines() if line.startswith(f"{step} ")}
+            finally:
+                os.close(fd)
+        except (ImportError, OSError) as error:
+            raise WriteError(
+                f"{path}: cannot be written or locked ({getattr(error, 'strerror', None) or error}), so that the last "
+                "part is not known. When all parts are done, publish with `finish`."
+            ) from error
+        return found == {f"{step} {each}/{count}" for each in range(1, count + 1)}
 
     def place(self, names: Sequence[str] | None, *, force: bool) -> None:
         """Put the files, which are complete, in the place of the target, and remove the stage.
