@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoints.open import Checkpoint, open_checkpoint
     from .errors import CkptError
     from .jobs.average import AverageReport, average
+    from .jobs.clean import CleanReport, clean
     from .jobs.convert import ConvertReport, convert
     from .jobs.diff import DiffReport, diff
     from .jobs.fix_prefix import PrefixReport, fix_prefix
@@ -34,6 +35,7 @@ __all__ = [
     "BatchNormReport",
     "Checkpoint",
     "CkptError",
+    "CleanReport",
     "ConvertReport",
     "DiffReport",
     "LookReport",
@@ -45,6 +47,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "average",
+    "clean",
     "convert",
     "diff",
     "fix_prefix",
@@ -78,6 +81,8 @@ _HOMES = {
     "VerifyReport": "jobs.verify.job",
     "verify": "jobs.verify.job",
     "CkptError": "errors",
+    "CleanReport": "jobs.clean",
+    "clean": "jobs.clean",
     "ConvertReport": "jobs.convert",
     "convert": "jobs.convert",
     "StripReport": "jobs.strip",

@@ -9,6 +9,7 @@ import ast
 import inspect
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial, wraps
@@ -18,6 +19,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 
 from ..errors import UsageError, WriteError
+from ..jobs.asked import COMMAND, alone_among_tasks, started_together
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.rules.rule import Numbers, Option
 from . import console
@@ -203,6 +205,9 @@ def _option(match: re.Match[str]) -> str:
 def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
+    if "part" in options:
+        COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
+        _say_if_alone(options)
     started = time.perf_counter()
     with console.counting(None) as show, console.patience("Still planning: reading headers ...") as planned:
 
@@ -222,6 +227,30 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
     return report, time.perf_counter() - started
 
 
+def _say_if_alone(options: Mapping[str, Any]) -> None:
+    """Say what is done if srun runs several tasks, and none of them is this process."""
+    asked = options["part"] or options["finish"] or options.get("resume")
+    if not asked and started_together() is None and (count := alone_among_tasks()):
+        console.say(
+            f"srun runs {count} tasks, and did not start ckpt itself: this process does the whole job. To share one job, "
+            "start ckpt by srun, in a script with 'exec ckpt', or give --part."
+        )
+
+
+def _without_part(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line without those that say which part of a job to do."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            kept += [word, *rest]
+        elif word == "--part":
+            next(rest, None)
+        elif not word.startswith("--part=") and word not in ("--finish", "--resume"):
+            kept.append(word)
+    return kept
+
+
 def say_notes(notes: Iterable[str]) -> None:
     """Show notes of a report, with options instead of parameters."""
     console.say(*map(spelled, notes))
@@ -233,9 +262,14 @@ def say_part(words: str) -> None:
         console.say(spelled(words))
 
 
-def reports() -> bool:
-    """Return True unless this is one of several processes that torchrun started, and not the first."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+def reports(report: Any, **options: Any) -> bool:
+    """Return True if this process tells what became of a job; of several that were started together one does.
+
+    Args:
+        options: of the command.
+    """
+    started = None if options["part"] or options["finish"] or options.get("resume") else started_together()
+    return started is None or report.written or (not report.part and started.index == 1)
 
 
 def plain(report: Any) -> dict[str, Any]:

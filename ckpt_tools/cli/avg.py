@@ -68,7 +68,7 @@ def avg(
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
         if report.compared:
             console.say(report.compared)
-    if json and arguments.reports():
+    if json and arguments.reports(report, **options):
         console.print_json(arguments.plain(report))
     if report.same is False:
         raise typer.Exit(1)

@@ -20,7 +20,20 @@ import typer.main
 
 from . import console
 
-NAMES = ("avg", "look", "sweep", "convert", "fix-prefix", "inspect", "diff", "verify", "strip", "recal-bn", "tune")
+NAMES = (
+    "avg",
+    "look",
+    "sweep",
+    "convert",
+    "fix-prefix",
+    "inspect",
+    "diff",
+    "verify",
+    "strip",
+    "recal-bn",
+    "tune",
+    "clean",
+)
 """Each is made by a function in a module of its name; see `arguments.with_options`."""
 
 

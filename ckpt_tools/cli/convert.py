@@ -44,7 +44,7 @@ def convert(
     arguments.say_part(report.part)
     if report.written:
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
-    if json and arguments.reports():
+    if json and arguments.reports(report, **options):
         console.print_json(arguments.plain(report))
 
 

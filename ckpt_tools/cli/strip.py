@@ -31,7 +31,7 @@ def strip(
     arguments.say_part(report.part)
     if report.anything and (report.written or not report.part):
         console.wrote(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
-    if json and arguments.reports():
+    if json and arguments.reports(report, **options):
         console.print_json(arguments.plain(report))
 
 

@@ -13,6 +13,8 @@ from ..errors import UsageError
 from .options import Sharing
 
 MOST_PARTS = 100_000
+COMMAND: list[str] = []
+"""The command line, without what says which part to do, if this process is one of `ckpt`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Asked:
         finish: publish what all parts have done, and do none.
         resume: do all that is not done, and publish.
         together: torchrun started all parts; the first one publishes when all are done.
+        step: srun started all parts, as this step of a job; the one that ends last publishes. Empty if it did not.
     """
 
     index: int = 1
@@ -31,16 +34,12 @@ class Asked:
     finish: bool = False
     resume: bool = False
     together: bool = False
-
-    @property
-    def publishes(self) -> bool:
-        """True if the target is there at the end, and this process reports that."""
-        return self.finish or self.resume or (self.together and self.index == 1)
+    step: str = ""
 
     @property
     def silent(self) -> bool:
-        """True if another process reports."""
-        return self.together and self.index > 1
+        """True if another process shows the plan."""
+        return (self.together or bool(self.step)) and self.index > 1
 
     def refuse(self, why: str, **options: object) -> None:
         """Refuse options that do not go with parts.
@@ -51,7 +50,8 @@ class Asked:
         if not self.resume:
             for name, value in options.items():
                 if value:
-                    asked = "several processes" if self.together else "`finish`" if self.finish else "`part`"
+                    started = self.together or self.step
+                    asked = "several processes" if started else "`finish`" if self.finish else "`part`"
                     raise UsageError(f"`{name}` does not go with {asked}: {why}")
 
 
@@ -71,14 +71,14 @@ def asked_of(sharing: Sharing, **hashed: object) -> Asked | None:
 
 
 def _parsed(sharing: Sharing) -> Asked | None:
-    given = [name for name in ("part", "finish", "resume") if vars(sharing)[name] not in (None, False)]
+    given = [name for name, value in vars(sharing).items() if value not in (None, False)]
     if len(given) > 1:
         raise UsageError(
             f"`{given[0]}` and `{given[1]}` do not go together: run all parts with `part`, each of which goes on where "
             "it stopped, then `finish`; or one process with `resume`."
         )
     if sharing.part is None:
-        return Asked(finish=sharing.finish, resume=sharing.resume) if given else _of_torchrun()
+        return Asked(finish=sharing.finish, resume=getattr(sharing, "resume", False)) if given else started_together()
     match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", str(sharing.part))
     index, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= index <= count <= MOST_PARTS:
@@ -88,8 +88,12 @@ def _parsed(sharing: Sharing) -> Asked | None:
     return Asked(index, count)
 
 
+def started_together() -> Asked | None:
+    """Return the part of a process that torchrun or srun started with others; None for any other."""
+    return _of_torchrun() or _of_srun()
+
+
 def _of_torchrun() -> Asked | None:
-    """Return the part of a process that torchrun started with others; None for any other."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     from ..batchnorm.processes import started_by_torchrun  # takes torch
@@ -97,3 +101,38 @@ def _of_torchrun() -> Asked | None:
     if not started_by_torchrun():
         return None
     return Asked(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]), together=True)
+
+
+def _of_srun() -> Asked | None:
+    """Return the part of a process that srun itself started; see `srun(1)`, output environment variables.
+
+    A shell that Slurm started, of a batch script or an interactive one, hands its variables on to all that is run in
+    it, once or often, on this job or on others: so what counts is if this very process is the task. A call of the
+    library may be that of one task alone, and is never taken for a part.
+    """
+    if not COMMAND or os.environ.get("SLURM_TASK_PID") != str(os.getpid()):
+        return None
+    index, count = _task()
+    return Asked(index, count, step=_step()) if 1 <= index <= count > 1 else None
+
+
+def alone_among_tasks() -> int:
+    """Return the number of tasks if this process does a job alone that other tasks of srun may do, too; else 0."""
+    index, count = _task()
+    special = os.environ.get("SLURM_STEP_ID", "").rjust(10, "0") >= _SPECIAL  # a shell
+    return count if 1 <= index <= count > 1 and not special and "SLURM_PTY_PORT" not in os.environ else 0
+
+
+_SPECIAL = "4294967280"
+"""Steps from this number on are batch scripts, interactive shells and the like."""
+
+
+def _task() -> tuple[int, int]:
+    found = [os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS")]
+    index, count = (int(text) if text.isdecimal() else -1 for text in found)
+    return index + 1, count
+
+
+def _step() -> str:
+    """Name the step: the same in all its tasks, and another one in each run of a job."""
+    return ".".join(os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))

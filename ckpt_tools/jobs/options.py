@@ -282,6 +282,15 @@ class Sharing(Options):
     resume: bool = option("Go on with what is done, and keep what is done if it is killed.", False)
 
 
+class Clearing(Options):
+    """What `clean` removes."""
+
+    title = "Running"
+
+    parts: bool = option("Also remove what is done of jobs in parts, which could go on.", False)
+    dry_run: bool = option("Show what is there, remove nothing.", False)
+
+
 class KeptState(Options):
     """Which weights of one checkpoint stay."""
 
@@ -319,6 +328,15 @@ class Comparison(State):
     """Which weights are compared."""
 
     state_b: str | None = option("The same, of B.", None, implied="as `state`")
+
+
+class SharedComparison(Options):
+    """How several processes share a comparison."""
+
+    title = "A job in parts"
+
+    part: str | None = option("Compare part i of n, such as 2/8, and show no result.", None, metavar="I/N")
+    finish: bool = option("Show the result when all parts are done.", False)
 
 
 class Tolerance(Options):

@@ -23,6 +23,7 @@ from .outputs import check_target
 
 if TYPE_CHECKING:
     from .asked import Asked
+    from .share import Work
     from .sign_off import SignOff
 
 R = TypeVar("R")
@@ -34,7 +35,7 @@ def run(
     *,
     check: Callable[[], None] | None = None,
     work: Callable[[R], R] | None = None,
-    completes: bool = True,
+    completes: Callable[[], bool] = lambda: True,
 ) -> R:
     """Check a planned job, show it, and carry it out.
 
@@ -42,7 +43,7 @@ def run(
         report: the plan; a frozen dataclass with `notes` and `written`.
         check: refuses the target. In a dry run the refusal becomes a note.
         work: writes the output and returns the report of what was done. None if there is nothing to do.
-        completes: the output is there after the work.
+        completes: called after the work: the output is there.
 
     Returns:
         The report; `written` is True if there was work, and the output is there.
@@ -63,7 +64,7 @@ def run(
     if running.dry_run or work is None:
         return plan  # type: ignore[no-any-return]
     done: Any = work(plan)
-    return replace(done, written=completes)  # type: ignore[no-any-return]
+    return replace(done, written=completes())  # type: ignore[no-any-return]
 
 
 def produce(
@@ -104,7 +105,10 @@ def produce(
             more -= allocated(assembly.target)
         check_output(assembly, [*inputs, *kept], force=output.force, scratch=more, sign_off=output.sign_off)
 
+    published = True
+
     def work(plan: R) -> R:
+        nonlocal published
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
         total = final.bytes_moved + (0 if store_of(final.target) is LOCAL else final.nbytes)
@@ -115,15 +119,8 @@ def produce(
 
             sign_off = SignOff(Path(output.sign_off), stamps)
         if asked is not None:
-            from .share import together
-
-            plans = _plans(final)
-
-            def part(asked: Asked) -> str:
-                more = {"sign_off": sign_off, "on_progress": show, **options}
-                return _write_share(final, plans, sources, asked, force=output.force, **more)
-
-            words = together(asked, final, plans, sources, part) if asked.together else part(asked)
+            more = {"force": output.force, "sign_off": sign_off, "on_progress": show, **options}
+            words, published = _shared(final, sources, asked, **more)
             shared: Any = done
             return replace(shared, part=words)  # type: ignore[no-any-return]
         write(final, sources, force=output.force, sign_off=sign_off, on_progress=on_bytes, **options)
@@ -135,7 +132,7 @@ def produce(
 
     if asked is not None and asked.silent:
         running = type(running)(**{**vars(running), "on_plan": None, "on_progress": None})
-    return run(report, running, check=check, work=work, completes=asked is None or asked.publishes)
+    return run(report, running, check=check, work=work, completes=lambda: published)
 
 
 def check_output(
@@ -219,51 +216,73 @@ def write(
         statement.write(assembly.target, force=force)
 
 
+def _shared(assembly: Assembly, stamps: Sequence[Stamp], asked: Asked, **options: Any) -> tuple[str, bool]:
+    """Do what is asked of a job that processes share; see `write`.
+
+    Returns:
+        (what became of it, in words; True if this process has published the output).
+
+    Raises:
+        CkptError: see `write` and `share.opened`.
+    """
+    from ..storage.kept_stage import Stage
+    from .share import described, job_of, opened, together, until_last
+
+    plans = _plans(assembly)
+    job = job_of(assembly.folder, described(plans), stamps)
+    stage = Stage.of(assembly.target, job["digest"])
+
+    def part(asked: Asked) -> str:
+        with opened(assembly, plans, job, stage, asked) as own:
+            _write_share(assembly, plans, stamps, own, **options)
+        return own.words
+
+    if asked.together:
+        return together(asked, job, part)
+    if asked.step:
+        return until_last(asked, stage, part)
+    return part(asked), asked.finish or asked.resume
+
+
 def _write_share(
     assembly: Assembly,
     plans: Sequence[FilePlan],
     stamps: Sequence[Stamp],
-    asked: Asked,
+    own: Work,
     *,
     force: bool,
     sign_off: SignOff | None,
     on_progress: Callable[[int, int], None] | None,
     **options: Any,
-) -> str:
-    """Do what is asked of an assembly in a stage that stays until the output is published; see `write`.
+) -> None:
+    """Do a part of an assembly in a stage that stays until the output is published; see `write`.
 
     Args:
         plans: of all its files.
-
-    Returns:
-        What became of it, in words.
+        own: the part.
 
     Raises:
-        CkptError: see `share.opened` and `engine.run`.
+        CkptError: see `engine.run`.
     """
-    from .share import opened
-
     statement = None if sign_off is None else sign_off.begun()
-    with opened(assembly, plans, stamps, asked) as own:
-        outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
-        show = on_progress
-        on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
-        try:
-            engine.run(outputs, stamps=stamps, share=own, on_progress=on_bytes, **options)
-        except CorruptError:
-            own.forget()
-            raise
-        if own.completes:
-            if assembly.checksums:
-                from .checksums import fill
+    outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
+    show = on_progress
+    on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
+    try:
+        engine.run(outputs, stamps=stamps, share=own, on_progress=on_bytes, **options)
+    except CorruptError:
+        own.forget()
+        raise
+    if own.completes:
+        if assembly.checksums:
+            from .checksums import fill
 
-                fill(assembly, outputs[: len(assembly.files)], options.get("threads"))
-            if statement is not None:
-                statement = statement.about(assembly, outputs)
-            own.place(force=force)
+            fill(assembly, outputs[: len(assembly.files)], options.get("threads"))
+        if statement is not None:
+            statement = statement.about(assembly, outputs)
+        own.place(force=force)
     if statement is not None:
         statement.write(assembly.target, force=force)
-    return own.words
 
 
 def _plans(assembly: Assembly) -> list[FilePlan]:

@@ -12,11 +12,11 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..compute.shares import SliceSum, shares
@@ -26,67 +26,101 @@ from ..storage.kept_stage import Journal, Open, Stage, clear, stages
 from ..storage.source import Stamp
 from ..storage.staged import flush
 from ..tensors import TensorSpec
-from .asked import Asked
+from .asked import COMMAND, Asked
 from .assembly import Assembly
+
+if TYPE_CHECKING:
+    from ..batchnorm.processes import Group
 
 NBYTES, SECONDS = 64 << 20, 2.0
 """After so many bytes, or so long, what is done goes to the journal."""
 _LAST = " When all parts are, run the same command with `finish` in place of `part`."
+_LAST_OF_STEP = " The process that ends last publishes the output."
 PATIENCE = timedelta(days=7)
 """How long a process that torchrun started waits for slower ones. It learns at once of one that has ended."""
 
 
-def together(
-    asked: Asked,
-    assembly: Assembly,
-    plans: Sequence[FilePlan],
-    stamps: Sequence[Stamp],
-    work: Callable[[Asked], str],
-) -> str:
+def together(asked: Asked, job: Mapping[str, Any], work: Callable[[Asked], str]) -> tuple[str, bool]:
     """Do the parts of a job in the processes that torchrun started, and publish if all have done theirs.
 
     Args:
+        job: see `job_of`.
         work: does what is asked; returns what became of it, in words.
 
     Returns:
-        What became of this part, in words.
+        (what became of this part, in words; True if this process has published).
 
     Raises:
         CkptError: this process has failed; or another one has ended, or has another job.
     """
+    with same_job(job) as group:
+        words = work(asked)  # what fails ends this process, so that torchrun ends the others
+        gathered(None)  # all have done theirs
+        if group.first:
+            words = work(Asked(finish=True))
+        gathered(None)
+        return words, group.first
+
+
+@contextmanager
+def same_job(job: Mapping[str, Any]) -> Iterator[Group]:
+    """Join the processes that torchrun started.
+
+    Raises:
+        CkptError: another process has another job; or has ended while the block runs.
+    """
     import torch
 
-    from ..batchnorm.processes import gathered_objects, joined_group
+    from ..batchnorm.processes import joined_group
 
     with joined_group(torch.device("cpu"), PATIENCE) as group:
-        first, *others = gathered_objects(_job(assembly, plans, stamps))
+        first, *others = gathered(job)
         for rank, each in enumerate(others, 1):
             if each["digest"] != first["digest"]:
                 raise CkptError(
                     f"process {rank} has another job than process 0: {_difference(first, each)}. Start all with the "
                     "same command, where they see the same files."
                 )
-        words = work(asked)  # what fails ends this process, so that torchrun ends the others
-        gathered_objects(None)  # all have done theirs
-        if group.first:
-            words = work(Asked(finish=True))
-        gathered_objects(None)
-        return words
+        yield group
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Return the objects of all processes that torchrun started; see `batchnorm.processes`."""
+    from ..batchnorm.processes import gathered_objects
+
+    return gathered_objects(mine)
+
+
+def until_last(asked: Asked, stage: Stage, work: Callable[[Asked], str]) -> tuple[str, bool]:
+    """Do the part of a process that srun started, and publish if it ends last; nothing waits for others.
+
+    Args:
+        work: see `together`.
+
+    Returns:
+        See `together`.
+
+    Raises:
+        CkptError: this process has failed.
+    """
+    words = work(asked)
+    last = stage.ended(asked.step, asked.index, asked.count)
+    return (work(replace(asked, finish=True)), True) if last else (words, False)
 
 
 @contextmanager
-def opened(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp], asked: Asked) -> Iterator[Work]:
+def opened(
+    assembly: Assembly, plans: Sequence[FilePlan], job: Mapping[str, Any], stage: Stage, asked: Asked
+) -> Iterator[Work]:
     """Open the stage of a job.
 
     Args:
         plans: of all files, companions too.
-        stamps: of the inputs, taken when their headers were read.
+        job: see `job_of`.
 
     Raises:
         WriteError: the stage is in use, is that of another job, or lacks parts.
     """
-    job = _job(assembly, plans, stamps)
-    stage = Stage.of(assembly.target, job["digest"])
     notes = _others(stage, job, asked)
     if asked.finish and stage.job() is None:
         raise WriteError(
@@ -95,7 +129,7 @@ def opened(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp
         )
     with ExitStack() as stack:
         names = [plan.name if assembly.folder else assembly.target.name for plan in plans]
-        fds = stack.enter_context(stage.opened(names, [plan.size for plan in plans], job))
+        fds = stack.enter_context(stage.opened(names, [plan.size for plan in plans], told(job)))
         if asked.finish:
             own = None
             stack.enter_context(stage.alone())
@@ -104,7 +138,14 @@ def opened(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp
             for other in stage.journals():  # parts of another division would fill the same ranges at once
                 if other != own.journal and (asked.resume or other.count != asked.count):
                     stack.enter_context(other.opened())
-        yield Work(stage, fds, asked, own, stage.journals(), names if assembly.folder else None, notes)
+        journals = stage.journals()
+        if (
+            asked.step and asked.finish
+        ):  # a listing of the folder may lag behind other machines; that of a name does not
+            journals = [stage.journal(index, asked.count) for index in range(1, asked.count + 1)] + [
+                each for each in journals if each.count != asked.count
+            ]
+        yield Work(stage, fds, asked, own, journals, names if assembly.folder else None, notes)
 
 
 def allocated(target: Path) -> int:
@@ -166,7 +207,7 @@ class Work:
         self.nbytes = sum([sizes[unit] for unit in own])
         self.found = sum([sizes[unit] for unit in share]) - self.nbytes
         if self.own is not None:
-            self.own.append({"cut": cut})
+            self.own.append({"cut": cut, "total": sum(sizes)})
         return own
 
     def _read(self, cut: str) -> set[int]:
@@ -199,17 +240,7 @@ class Work:
             for index, share in enumerate(shares(self._sizes, count), 1)
             if not all(unit in done for unit in share)
         ]
-        some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
-        what = f"part {some} of {count} is" if len(missing) == 1 else f"parts {some} of {count} are"
-        raise WriteError(
-            f"{self.stage.target}: {what} missing or not complete. Run "
-            + (
-                f"`part='{missing[0]}/{count}'`"
-                if len(missing) == 1
-                else f"each, such as `part='{missing[0]}/{count}'`"
-            )
-            + ", then `finish` again."
-        )
+        raise incomplete(self.stage.target, missing, count)
 
     def done(self, units: Sequence[int], sums: Sequence[SliceSum]) -> None:
         """Note units, and bring them to the journal from time to time; see `Share`."""
@@ -226,7 +257,7 @@ class Work:
             return
         for fd in self.fds:
             flush(fd, self.stage.target)
-        self.own.append({"units": _ranges(sorted(self._units)), "sums": self._sums})
+        self.own.append({"units": _ranges(sorted(self._units)), "nbytes": self._waiting, "sums": self._sums})
         if self.completes:
             self._known += self._sums
         self._units, self._sums, self._waiting = [], [], 0
@@ -257,8 +288,16 @@ class Work:
         return (
             f"Part {self.asked.index} of {self.asked.count} of {self.stage.target} is done"
             + (f"; {found}" if self.found else ".")
-            + ("" if self.asked.together else _LAST)
+            + ("" if self.asked.together else _LAST_OF_STEP if self.asked.step else _LAST)
         )
+
+
+def incomplete(target: Path, missing: Sequence[int], count: int) -> WriteError:
+    """Return the error of a job of which parts are missing."""
+    some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    what = f"part {some} of {count} is" if len(missing) == 1 else f"parts {some} of {count} are"
+    run = f"`part='{missing[0]}/{count}'`" if len(missing) == 1 else f"each, such as `part='{missing[0]}/{count}'`"
+    return WriteError(f"{target}: {what} missing or not complete. Run {run}, then `finish` again.")
 
 
 def _ranges(units: Sequence[int]) -> list[tuple[int, int]]:
@@ -267,7 +306,7 @@ def _ranges(units: Sequence[int]) -> list[tuple[int, int]]:
     return [(units[a], units[b - 1] + 1) for a, b in pairwise([0, *breaks, len(units)]) if b > a]
 
 
-def _others(stage: Stage, job: dict[str, Any], asked: Asked) -> tuple[str, ...]:
+def _others(stage: Stage, job: Mapping[str, Any], asked: Asked) -> tuple[str, ...]:
     """Deal with the stages of other jobs with the same target: `resume` begins anew, and parts are not mixed.
 
     Raises:
@@ -300,11 +339,17 @@ def _difference(said: Mapping[str, Any], job: Mapping[str, Any]) -> str:
     return "its arguments are others"
 
 
-def _job(assembly: Assembly, plans: Sequence[FilePlan], stamps: Sequence[Stamp]) -> dict[str, Any]:
-    """Describe a job: the same in every process that does it, on any machine."""
+def job_of(what: object, texts: Iterable[str], stamps: Iterable[Stamp]) -> dict[str, Any]:
+    """Describe a job: the same in every process that does it, on any machine.
+
+    Args:
+        what: it is, in short.
+        texts: everything that the result depends on, apart from the payload of the inputs.
+        stamps: of the inputs, taken when their headers were read.
+    """
     inputs = sorted({(str(each.path), each.nbytes, str(_changing(each))) for each in stamps})
-    hasher = hashlib.sha256(repr((__version__, assembly.folder, inputs)).encode())
-    for text in _described(plans):
+    hasher = hashlib.sha256(repr((__version__, what, inputs)).encode())
+    for text in texts:
         hasher.update(text.encode())
     return {"digest": hasher.hexdigest(), "version": __version__, "inputs": [list(each) for each in inputs]}
 
@@ -314,7 +359,12 @@ def _changing(stamp: Stamp) -> object:
     return stamp.identity[-1]
 
 
-def _described(plans: Iterable[FilePlan]) -> Iterator[str]:
+def told(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a job as its stage keeps it: with the command that goes on with it."""
+    return {**job, "command": COMMAND, "folder": str(Path.cwd())}
+
+
+def described(plans: Iterable[FilePlan]) -> Iterator[str]:
     """Write everything that the bytes of files depend on, apart from the payload of the inputs."""
     numbers: dict[OutTensor, int] = {}
     written: dict[int, str] = {}  # of tuples that tensors share, by id; the plans keep them alive
@@ -337,14 +387,15 @@ def _described(plans: Iterable[FilePlan]) -> Iterator[str]:
                         written[id(shared)] = hashlib.sha256(repr(shared).encode()).hexdigest()
                     yield f" {written[id(shared)]}"
                 for spec in terms.specs:
-                    yield _spec(spec)
+                    yield described_spec(spec)
         for segment in plan.computed:
             data = segment.make([0] * len(segment.needs))
             needs = [numbers.get(each) for each in segment.needs]
             yield f"\n{segment.offset} {needs} {hashlib.sha256(data).hexdigest()}"
 
 
-def _spec(spec: TensorSpec) -> str:
+def described_spec(spec: TensorSpec) -> str:
+    """Write where the bytes of a tensor are."""
     if type(spec) is not TensorSpec:
         return f" {spec!r}"
     where = spec.storage

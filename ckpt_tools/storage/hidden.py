@@ -10,9 +10,11 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
+_START = 40  # characters of the target's name, as file names have to be short
 _TOKEN = 8  # hexadecimal digits
 _HEX = {*"0123456789abcdef"}
 DIGITS = 12
@@ -21,7 +23,7 @@ DIGITS = 12
 
 def prefix(target: Path) -> str:
     """Return what the names of all that is hidden beside a target begin with."""
-    return f".{target.name[:40]}."  # short, as file names have to be
+    return f".{target.name[:_START]}."
 
 
 def hidden(target: Path, folder: Path) -> Path:
@@ -79,65 +81,113 @@ def remove(path: Path) -> None:
 
 def clear_leftovers(target: Path, folder: Path) -> None:
     """Remove what killed runs for a target have left beside it, as far as the system allows."""
-    for path, lock in _leftovers(target, folder):
-        with suppress(OSError):
-            remove(path)
-        _close(lock)
+    for path in _leftovers(target, folder):
+        with held(path) as ours, suppress(OSError):
+            if ours:
+                remove(path)
 
 
 def size_of_leftovers(target: Path) -> int:
     """Return the bytes that `clear_leftovers` will free."""
     freed = 0
-    for path, lock in _leftovers(target, target.absolute().parent):
-        for each in [path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())]:
-            with suppress(OSError, AttributeError):
-                freed += each.lstat().st_blocks * 512
-        _close(lock)
+    for path in _leftovers(target, target.absolute().parent):
+        with held(path) as ours:
+            freed += allocated(path) if ours else 0
     return freed
 
 
-def _leftovers(target: Path, folder: Path) -> Iterator[tuple[Path, int | None]]:
-    """Yield what killed runs have left, with a descriptor that holds its lock; None for a link."""
-    begin, found = prefix(target), []
-    with suppress(OSError), os.scandir(folder) as entries:
-        found = [each.name for each in entries if each.name.startswith(begin)]
+def _leftovers(target: Path, folder: Path) -> Iterator[Path]:
+    """Yield what runs for a target may have left: its old folder, too, if that is not all that there is."""
     there = os.path.lexists(folder / target.name)
-    for name in found:
-        token, _, suffix = name[len(begin) :].partition(".")
-        # The old folder has the suffix .old between two renames, and may be all that there is.
-        if len(token) == _TOKEN and {*token} <= _HEX and suffix in ("partial", "old")[: 1 + there]:
-            path = folder / name
-            with suppress(OSError):
-                mode = path.lstat().st_mode
-                if stat.S_ISLNK(mode):
-                    yield path, None
-                elif stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-                    # Some network file systems lock only what is open for writing.
-                    access = os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR
-                    fd = os.open(path, access | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-                    if try_lock(fd):
-                        yield path, fd
-                    else:
-                        os.close(fd)
+    for each in hidden_in(folder):
+        if each.start == target.name[:_START] and each.suffix in ("partial", "old")[: 1 + there]:
+            yield each.path
 
 
 def kept_stages(target: Path) -> list[Path]:
     """Return the folders beside a target in which a job in parts grows, see `kept_stage`."""
-    begin, found = prefix(target), []
-    with suppress(OSError), os.scandir(target.absolute().parent) as entries:
-        for each in entries:
-            token, _, suffix = each.name[len(begin) :].partition(".")
-            if each.name.startswith(begin) and len(token) == DIGITS and {*token} <= _HEX and suffix == "parts":
-                found.append(Path(each.path))
+    found = hidden_in(target.absolute().parent)
+    return [each.path for each in found if each.suffix == "parts" and each.start == target.name[:_START]]
+
+
+class Hidden(NamedTuple):
+    """Something whose name says that a job made it.
+
+    Attributes:
+        path: where it is.
+        start: the first 40 characters of the name of the target.
+        suffix: ``partial`` (an output that grows), ``old`` (a folder that is being replaced), or ``parts`` (see
+            `kept_stage`).
+    """
+
+    path: Path
+    start: str
+    suffix: str
+
+    @property
+    def target(self) -> Path | None:
+        """The target; None if its name is longer than what is known of it."""
+        return self.path.parent / self.start if len(self.start) < _START else None
+
+
+def hidden_in(folder: Path) -> list[Hidden]:
+    """Return what is hidden in a folder, by its name; nothing if the folder cannot be read."""
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith((".partial", ".old", ".parts")) and entry.name.count(".") > 2:
+                start, token, suffix = entry.name.rsplit(".", 2)
+                length = DIGITS if suffix == "parts" else _TOKEN
+                if start.startswith(".") and len(token) == length and {*token} <= _HEX:
+                    found.append(Hidden(folder / entry.name, start[1:], suffix))
     return sorted(found)
 
 
-def try_lock(fd: int) -> bool | None:
-    """Lock an open file or folder until it is closed; None where the file system has no locks."""
+@contextmanager
+def held(path: Path) -> Iterator[bool | None]:
+    """Lock something hidden as long as the block runs.
+
+    Yields:
+        True if no process is at work in it; False if one is; None if the system does not tell. A link has no lock.
+    """
+    fd = None
+    try:
+        ours: bool | None = None
+        with suppress(OSError):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                ours = True
+            elif stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+                # Some network file systems lock only what is open for writing.
+                access = os.O_RDONLY if stat.S_ISDIR(mode) else os.O_RDWR
+                fd = os.open(path, access | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+                ours = try_lock(fd)
+        yield ours
+    finally:
+        if fd is not None:
+            with suppress(OSError):
+                os.close(fd)
+
+
+def allocated(path: Path) -> int:
+    """Return the bytes that a file, or a folder with all that is in it, takes on the disk."""
+    found = 0
+    for each in [path, *(path.rglob("*") if path.is_dir() and not path.is_symlink() else ())]:
+        with suppress(OSError, AttributeError):
+            found += each.lstat().st_blocks * 512
+    return found
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool | None:
+    """Lock an open file or folder until it is closed; None where the file system has no locks.
+
+    Args:
+        shared: with other processes that share it, and against those that do not.
+    """
     try:
         import fcntl
 
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):
@@ -155,9 +205,3 @@ def is_open_as(path: Path, fd: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(fd))
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _close(fd: int | None) -> None:
-    if fd is not None:
-        with suppress(OSError):
-            os.close(fd)

@@ -5,8 +5,10 @@ The files grow in a hidden folder beside the target, ``.NAME.DIGEST.parts``, whe
     job.json               what the job is, in words that tell how another one differs
     output/                the files, at their full size from the start
     part-2-of-8.jsonl      journal: a line for what one process has finished, locked while it is at work
+    ended                  a line for each part that has ended, where the last one publishes
 
 A line is appended when what it tells of is on the disk. A stage without `job.json` is void: nothing is known of it.
+Processes that have a stage open share a lock of the folder; to remove it takes that lock alone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import WriteError
-from .hidden import DIGITS, is_open_as, kept_stages, prefix, remove, try_lock
+from .hidden import DIGITS, allocated, held, is_open_as, kept_stages, prefix, remove, try_lock
 from .local import raise_file_limit
 from .staged import place_files
 
 KEPT: list[Path] = []
 """Targets of which this process has a stage that stays if it ends now."""
-_JOB, _OUTPUT = "job.json", "output"
+_JOB, _OUTPUT, _ENDED = "job.json", "output", "ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,22 +78,37 @@ class Stage:
         Raises:
             WriteError: the system refuses, or a file is not as it was made.
         """
-        raise_file_limit(len(sizes) + 2)
+        raise_file_limit(len(sizes) + 3)
         fds: list[int] = []
+        lock = self._shared()
         try:
             self._open(fds, names, sizes, job)
             KEPT.append(self.target)
             yield fds
         finally:
-            for fd in fds:
+            for fd in [*fds, lock]:
                 os.close(fd)
+
+    def _shared(self) -> int:
+        """Make the folder if it is not there; return a descriptor that holds its lock, with other processes."""
+        try:
+            while True:
+                self.path.mkdir(exist_ok=True)
+                fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                if try_lock(fd, shared=True) is not False and is_open_as(self.path, fd):
+                    return fd
+                os.close(fd)  # it is being removed
+                time.sleep(0.01)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def _open(self, fds: list[int], names: Sequence[str], sizes: Sequence[int], job: Mapping[str, Any]) -> None:
         try:
             begun = self.job() is not None
-            if not begun and self.journals():
+            if not begun and self.journals():  # they tell of files that are gone
                 with self.alone():
-                    remove(self.path)
+                    for path in (*self.path.glob("part-*"), self.path / _ENDED):
+                        path.unlink(missing_ok=True)
             for name, size in zip(names, sizes, strict=True):
                 path = self.output / name
                 if not begun:
@@ -106,9 +124,10 @@ class Stage:
         except FileNotFoundError as error:
             raise self._damaged(f"{error.filename} is missing") from error
         except OSError as error:
-            raise WriteError(
-                f"{self.target}: cannot be written ({error.strerror}). Choose another place with `out`."
-            ) from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> WriteError:
+        return WriteError(f"{self.target}: cannot be written ({error.strerror}). Choose another place with `out`.")
 
     def begin(self, job: Mapping[str, Any]) -> None:
         """Say what the job is; the stage is not void from now on."""
@@ -147,11 +166,51 @@ class Stage:
     @property
     def allocated(self) -> int:
         """Bytes that it takes on the disk."""
-        found = 0
-        for path in self.path.rglob("*"):
-            with suppress(OSError, AttributeError):
-                found += path.lstat().st_blocks * 512
-        return found
+        return allocated(self.path)
+
+    @contextmanager
+    def abandoned(self) -> Iterator[bool | None]:
+        """Tell if no process has it open, and keep others away while the block runs; None if the system has no locks.
+
+        Some network file systems lock files and no folders; the journals tell then.
+        """
+        with ExitStack() as locks:
+            folder, *parts = [
+                locks.enter_context(held(path)) for path in (self.path, *(each.path for each in self.journals()))
+            ]
+            if folder is False or False in parts:
+                yield False
+            else:
+                yield (True if all(parts) and (folder or parts) else None)
+
+    def ended(self, step: str, index: int, count: int) -> bool:
+        """Note that a part has ended; return True in one process, the last of those that were started together.
+
+        Args:
+            step: names those that were.
+            index, count: part `index` of `count`.
+
+        Raises:
+            WriteError: the system refuses, or has no locks.
+        """
+        path = self.path / _ENDED
+        try:
+            import fcntl
+
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)  # also brings what other machines have written
+                os.write(fd, f"{step} {index}/{count}\n".encode())
+                os.fsync(fd)
+                found = {line for line in path.read_text().splitlines() if line.startswith(f"{step} ")}
+            finally:
+                os.close(fd)
+        except (ImportError, OSError) as error:
+            raise WriteError(
+                f"{path}: cannot be written or locked ({getattr(error, 'strerror', None) or error}), so that the last "
+                "part is not known. When all parts are done, publish with `finish`."
+            ) from error
+        return found == {f"{step} {each}/{count}" for each in range(1, count + 1)}
 
     def place(self, names: Sequence[str] | None, *, force: bool) -> None:
         """Put the files, which are complete, in the place of the target, and remove the stage.
@@ -276,7 +335,8 @@ def clear(target: Path, *, but: Stage | None = None) -> list[Stage]:
     gone = []
     for stage in stages(target):
         if stage != but:
-            with suppress(WriteError, OSError), stage.alone():
-                remove(stage.path)
-                gone.append(stage)
+            with suppress(OSError), stage.abandoned() as free:
+                if free:
+                    remove(stage.path)
+                    gone.append(stage)
     return gone
