@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CkptError, WriteError, WriteWarning
 from ..formats import read_header
-from ..storage.hidden import clear_leftovers, locked, new_folder, remove
+from ..storage.hidden import hidden_folder
 from ..storage.remote import Address, sending
 from .assembly import Assembly
 from .outputs import grows_at
@@ -40,15 +39,14 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
     """
     target: Any = assembly.target
     here = grows_at(target)
-    try:
-        clear_leftovers(here, here.parent)
-        folder, lock = locked(here, here.parent, new_folder)
-    except OSError as error:
-        raise WriteError(
-            f"{target}: nothing can be written in {here.parent} ({error.strerror}). Set TMPDIR to a folder with room "
-            "for it."
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(hidden_folder(here))
+        except OSError as error:
+            raise WriteError(
+                f"{target}: nothing can be written in {here.parent} ({error.strerror}). Set TMPDIR to a folder with room "
+                "for it."
+            ) from error
         made = folder / here.name
         yield replace(assembly, target=made)
         _check(made, target)
@@ -57,11 +55,6 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
             _send_folder(made, target, names, on_bytes, force=force)
         else:
             _send_file(made, target, on_bytes, force=force)
-    finally:
-        with suppress(OSError):
-            remove(folder)
-        with suppress(OSError):
-            os.close(lock)
 
 
 def _check(made: Path, target: Address) -> None:

@@ -67,6 +67,23 @@ def new_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
 
+@contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """Give a folder beside a target, which is gone when the block ends; clear what killed runs have left there.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    folder = target.absolute().parent
+    clear_leftovers(target, folder)
+    path, lock = locked(target, folder, new_folder)
+    try:
+        yield path
+    finally:
+        remove(path)
+        os.close(lock)
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link, or a folder of our own, if it is there.
 
