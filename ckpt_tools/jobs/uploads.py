@@ -44,8 +44,8 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
             folder = stack.enter_context(hidden_folder(here))
         except OSError as error:
             raise WriteError(
-                f"{target}: nothing can be written in {here.parent} ({error.strerror}). Set TMPDIR to a folder with room "
-                "for it."
+                f"{target}: nothing can be written in {here.parent} ({error.strerror}). Set TMPDIR to a folder with "
+                "room for it."
             ) from error
         made = folder / here.name
         yield replace(assembly, target=made)
