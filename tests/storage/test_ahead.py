@@ -1,0 +1,225 @@
+"""Reading ahead: what comes by requests is there before it is summed, once, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_store import MemoryFile, MemoryStore
+from safetensors.torch import save_file
+
+from ckpt_tools import average, convert
+from ckpt_tools.errors import CorruptError, ReadError
+from ckpt_tools.storage import ahead
+from ckpt_tools.storage import source as sources
+from ckpt_tools.storage.ahead import ReadAhead
+from ckpt_tools.storage.remote import Address
+from ckpt_tools.storage.source import OpenFiles
+
+
+class RangeStore(MemoryStore):
+    """A toy store whose files come by requests, which it counts."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.requests: list[tuple[str, int, int]] = []
+        self.fails: Callable[[str, int], Exception | None] = lambda name, begin: None
+
+    def add(self, local: Path) -> Path:
+        path = Path(f"mem://runs/{local.name}")
+        for file in [local] if local.is_file() else sorted(local.rglob("*")):
+            if file.is_file():
+                self.files[path / file.relative_to(local)] = file.read_bytes()
+        return path
+
+    def open(self, path: Path) -> RangeFile:
+        return RangeFile(path, super().open(path).data, self)
+
+
+class RangeFile(MemoryFile):
+    def __init__(self, path: Path, data: bytes, store: RangeStore) -> None:
+        super().__init__(data)
+        self.path, self.store = path, store
+
+    def fetch(self, begin: int, end: int) -> bytes:
+        self.store.requests.append((str(self.path), begin, end))
+        error = self.store.fails(self.path.name, begin)
+        if error is not None:
+            raise error
+        assert 0 <= begin < end <= len(self.data)
+        return self.data[begin:end]
+
+
+@pytest.fixture
+def store() -> Iterator[RangeStore]:
+    sources.STORES["mem"] = found = RangeStore()
+    yield found
+    del sources.STORES["mem"]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "BLOCK", 64 << 10)
+    monkeypatch.setattr(ahead, "_LEAST", 64 << 10)
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    found = {f"layers.{i}.w": torch.randn(300, 200, generator=generator) for i in range(4)}
+    found |= {f"layers.{i}.b": torch.randn(30, generator=generator).bfloat16() for i in range(40)}
+    return found | {"t": torch.randn(90, 400, generator=generator).t(), "n": torch.tensor(seed)}
+
+
+def sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    convert_from = folder.with_suffix(".safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, convert_from)
+    convert(convert_from, out=f"{folder}/", max_shard_size="400KB")
+    convert_from.unlink()
+    return folder
+
+
+def torch_file(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    torch.save({"model": tensors, "step": int(tensors["n"]), "junk": torch.randn(100_000)}, path.with_suffix(".pth"))
+    return path.with_suffix(".pth")
+
+
+def scaled(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """8-bit floats with scales of blocks, as they are published."""
+    codes = {f"{i}.weight": tensors[f"layers.{i}.w"].clamp(-400, 400).to(torch.float8_e4m3fn) for i in range(4)}
+    scales = {f"{i}.weight_scale_inv": tensors[f"layers.{i}.w"][:3, :2].abs().contiguous() for i in range(4)}
+    save_file(codes | scales, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+LAYOUTS: dict[str, Callable[[Path, dict[str, torch.Tensor]], Path]] = {
+    "torch": torch_file,
+    "shards": sharded,
+    "scaled": scaled,
+}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_fetched_gives_the_bytes_that_local_files_give(layout: str, store: RangeStore, tmp_path: Path) -> None:
+    local = [LAYOUTS[layout](tmp_path / f"step-{n}", weights(n)) for n in (1, 2, 3)]
+    remote = [store.add(path) for path in local]
+    options: dict[str, Any] = {"dequantize": True} if layout == "scaled" else {}
+
+    average(local, out=tmp_path / "local.safetensors", threads=2, **options)
+    average(remote, out=tmp_path / "remote.safetensors", threads=2, **options)
+
+    assert (tmp_path / "remote.safetensors").read_bytes() == (tmp_path / "local.safetensors").read_bytes()
+    assert len(store.requests) > 10
+    assert len(set(store.requests)) == len(store.requests)  # nothing twice
+    if layout == "torch":  # 400 kB of each file are no weights
+        payload = sum(tensor.nbytes for tensor in weights(1).values())
+        assert sum(end - begin for _, begin, end in store.requests) < 3 * (payload + 20_000)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_in_memory_are_bounded_and_given_back(store: RangeStore, tmp_path: Path) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(range(256)) * 8192  # 2 MB
+    size = 64 << 10
+    with OpenFiles() as files:
+        files.open(path)
+        units = [[(path, begin, begin + size)] for begin in range(0, 2 << 20, size)]
+        with ReadAhead(files, units.__getitem__, len(units), memory=4 * size) as fetched:
+            fd = files.descriptor(path)
+            for number, ((_, begin, end),) in enumerate(units):
+                assert fetched.wait(number, threading.Event())
+                assert os.pread(fd, size, begin) == store.files[path][begin:end]
+                assert os.fstat(fd).st_blocks * 512 <= 4 * size
+                fetched.done(number)
+        assert fetched.most_held == 4 * size
+        assert os.fstat(fd).st_blocks == 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_unit_that_needs_more_than_the_memory_gets_it(store: RangeStore) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(1 << 20)
+    with OpenFiles() as files:
+        files.open(path)
+        units = [[(path, 0, 1 << 20)], [(path, 5, 9)]]
+        with ReadAhead(files, units.__getitem__, 2, memory=1) as fetched:
+            for number in range(2):
+                assert fetched.wait(number, threading.Event())
+                fetched.done(number)
+    assert len(store.requests) == 16
+
+
+def test_a_job_that_is_stopped_does_not_wait_for_what_is_under_way(store: RangeStore) -> None:
+    path, stop = Path("mem://runs/a"), threading.Event()
+    store.files[path] = bytes(1000)
+    store.fails = lambda name, begin: time.sleep(2)  # type: ignore[func-returns-value]
+    with OpenFiles() as files:
+        files.open(path)
+        begun = time.monotonic()
+        with ReadAhead(files, lambda number: [(path, 0, 1000)], 1) as fetched:
+            stop.set()
+            assert not fetched.wait(0, stop)
+    assert time.monotonic() - begun < 1.5
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (OSError(5, "the server answered 503"), ReadError, r"step-2\.pth: reading failed \(the server answered 503\)"),
+        (CorruptError("step-2.pth: changed while it was read."), CorruptError, "changed while it was read"),
+    ],
+)
+def test_a_range_that_does_not_come_ends_the_job_and_nothing_is_written(
+    error: Exception, raised: type[Exception], message: str, store: RangeStore, tmp_path: Path
+) -> None:
+    remote = [store.add(torch_file(tmp_path / f"step-{n}", weights(n))) for n in (1, 2, 3)]
+    store.fails = lambda name, begin: error if name == "step-2.pth" else None
+    (tmp_path / "out").mkdir()
+    with pytest.raises(raised, match=message):
+        average(remote, out=tmp_path / "out" / "average.pth")
+    assert [*(tmp_path / "out").iterdir()] == []
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_with_a_cache_a_second_job_asks_for_nothing_and_a_damaged_range_again(
+    store: RangeStore, tmp_path: Path
+) -> None:
+    remote = [store.add(torch_file(tmp_path / f"step-{n}", weights(n))) for n in (1, 2)]
+    cache = tmp_path / "cache" / "kept"
+    # The toy's identity is that of the object in memory, so both jobs see one state.
+    average(remote, out=tmp_path / "first.pth", cache=cache)
+    first = len(store.requests)
+    average(remote, out=tmp_path / "second.pth", cache=cache)
+    assert len(store.requests) == first > 0
+
+    for kept in cache.iterdir():
+        if kept.suffix != ".ranges":
+            with kept.open("r+b") as file:
+                file.seek(kept.stat().st_size // 2)
+                file.write(b"damaged.")
+    average(remote, out=tmp_path / "third.pth", cache=cache)
+    assert len(store.requests) == first + 2  # one block of each file
+    average(remote, out=tmp_path / "plain.pth")
+    contents = {(tmp_path / f"{name}.pth").read_bytes() for name in ("first", "second", "third", "plain")}
+    assert len(contents) == 1
+
+
+def test_an_address_is_a_path_that_keeps_its_slashes_and_asks_its_store(store: RangeStore) -> None:
+    store.files = {Address("mem://runs/a/x.pth"): b"1", Address("mem://runs/b.pth"): b"2"}
+    folder = Address("mem://runs")
+    assert str(folder / "a") == f"{folder}/a" == "mem://runs/a"
+    assert str((folder / "a").parent) == "mem://runs"
+    assert str(folder.with_name("other")) == "mem://other"
+    assert repr(folder / "b.pth") == "Address('mem://runs/b.pth')"
+    assert (folder / "a" / "x.pth").exists()
+    assert (folder / "a").is_dir()
+    assert not (folder / "c").exists()
+    assert [*folder.iterdir()] == [folder / "a", folder / "b.pth"]
+    assert (folder / "a").resolve() == (folder / "a").absolute() == folder / "a"
+    assert str((folder / "a").relative_to(folder)) == "a"
