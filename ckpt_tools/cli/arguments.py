@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 
 from ..errors import UsageError, WriteError
-from ..jobs.asked import COMMAND, alone_among_tasks, started_together
+from ..jobs.asked import COMMAND, Asked, alone_among_tasks, started_together
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.rules.rule import Numbers, Option
 from . import console
@@ -205,8 +205,8 @@ def _option(match: re.Match[str]) -> str:
 def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
+    COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
     if "part" in options:
-        COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
         _say_if_alone(options)
     started = time.perf_counter()
     with console.counting(None) as show, console.patience("Still planning: reading headers ...") as planned:
@@ -232,8 +232,8 @@ def _say_if_alone(options: Mapping[str, Any]) -> None:
     asked = options["part"] or options["finish"] or options.get("resume")
     if not asked and started_together() is None and (count := alone_among_tasks()):
         console.say(
-            f"srun runs {count} tasks, and did not start ckpt itself: this process does the whole job. To share one job, "
-            "start ckpt by srun, in a script with 'exec ckpt', or give --part."
+            f"srun runs {count} tasks, and did not start ckpt itself: this process does the whole job. To share one "
+            "job, start ckpt by srun, in a script with 'exec ckpt', or give --part."
         )
 
 
@@ -262,14 +262,19 @@ def say_part(words: str) -> None:
         console.say(spelled(words))
 
 
+def started(**options: Any) -> Asked | None:
+    """Return the part of a process that was started with others; None if the options of its command say what to do."""
+    return None if options["part"] or options["finish"] or options.get("resume") else started_together()
+
+
 def reports(report: Any, **options: Any) -> bool:
-    """Return True if this process tells what became of a job; of several that were started together one does.
+    """Return True if this process tells what became of an output; of several that were started together one does.
 
     Args:
         options: of the command.
     """
-    started = None if options["part"] or options["finish"] or options.get("resume") else started_together()
-    return started is None or report.written or (not report.part and started.index == 1)
+    part = started(**options)
+    return part is None or report.written or (not report.part and part.index == 1)
 
 
 def plain(report: Any) -> dict[str, Any]:

@@ -52,8 +52,8 @@ def _show(left: Left) -> None:
         console.say(f"  begun: part {console.some(left.begun)}")
     if left.command and left.result == "kept":
         where = f" in {left.folder}" if left.folder else ""
-        resumed = () if left.command[1:2] == ("diff",) else ("--resume",)
-        console.say(f"  goes on with{where}: {shortened(shlex.join([*left.command, *resumed]))}")
+        more = "--part I/N, then --finish" if left.command[1:2] == ("diff",) else "--resume"
+        console.say(f"  goes on with{where}: {shortened(shlex.join(left.command))} {more}")
 
 
 def _span(seconds: float) -> str:

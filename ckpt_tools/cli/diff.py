@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import Comparison, Reading, Tolerance
+from ..jobs.options import Comparison, Reading, SharedComparison, Tolerance
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
-@arguments.with_options(Comparison, Tolerance, Reading)
+@arguments.with_options(Comparison, Tolerance, SharedComparison, Reading)
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
@@ -32,8 +32,12 @@ def diff(
     from ..jobs.diff import diff as compare
 
     report, _ = arguments.carried_out(compare, "comparing", arguments.path(a), arguments.path(b), **options)
-    _show(report, top)
-    if json:
+    arguments.say_part(report.part)
+    started = arguments.started(**options)
+    told = report.complete and (started is None or bool(started.step) or started.index == 1)
+    if told:
+        _show(report, top)
+    if json and (told or started is None):
         console.print_json(arguments.plain(report))
     if report.verdict == "different":
         raise typer.Exit(1)

@@ -71,6 +71,11 @@ def _larger(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else max(a, b)
 
 
+def over_nothing(pairs: Iterable[tuple[TensorSpec, TensorSpec]]) -> list[Distance]:
+    """Return the distances of pairs over no values, to be joined with others."""
+    return [Distance(0, a.dtype is b.dtype) for a, b in pairs]
+
+
 def compare(
     pairs: Sequence[tuple[TensorSpec, TensorSpec]],
     *,
@@ -79,6 +84,7 @@ def compare(
     stamps: Iterable[Stamp] = (),
     threads: int | None = None,
     slice_size: int = SLICE,
+    part: tuple[int, int] = (1, 1),
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Distance]:
     """Compare pairs of tensors of one shape and of comparable dtypes.
@@ -88,6 +94,8 @@ def compare(
         stamps: of the files, taken when their headers were read.
         threads: workers; as many as there are cores by default.
         slice_size: elements a worker handles at a time. Changes no result.
+        part: (i, n): compare only the i-th of n parts of all slices, from 1 on. The distances of all parts, joined, are
+            those of the whole, for they are counts and maxima.
         on_progress: called in this thread, a few times a second, with the bytes read so far.
 
     Returns:
@@ -98,7 +106,7 @@ def compare(
     """
     with OpenFiles(stamps) as files:
         files.open_all(path for pair in pairs for spec in pair for path in spec.paths)
-        job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol)
+        job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol, part)
         with one_thread_each():
             in_threads(
                 lambda: _work(job),
@@ -115,15 +123,19 @@ class _Pair:
 
     Attributes:
         orders: axis orders to cut tiles for; None to compare elements in C order.
+        item: bytes of an element, in both.
+        nbytes: of both.
     """
 
-    __slots__ = ("a", "b", "category", "orders", "reals", "same_dtype")
+    __slots__ = ("a", "b", "category", "item", "nbytes", "orders", "reals", "same_dtype")
 
     def __init__(self, a: TensorSpec, b: TensorSpec, files: OpenFiles) -> None:
         if a.stride == b.stride:
             a, b = in_storage_order(a), in_storage_order(b)
         self.orders = storage_orders([a, b])
         self.a, self.b = TensorSource(a, files), TensorSource(b, files)
+        self.item = a.dtype.itemsize + b.dtype.itemsize
+        self.nbytes = self.item * math.prod(a.shape)
         self.same_dtype = a.dtype is b.dtype
         categories = {a.dtype.category, b.dtype.category}
         unsigned = [dtype for dtype in (a.dtype, b.dtype) if dtype.name == "uint64"]
@@ -143,6 +155,7 @@ class _Job:
     slice_size: int
     rtol: float
     atol: float
+    part: tuple[int, int]
     bytes_done: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     found: list[Distance] = field(init=False)
@@ -150,9 +163,23 @@ class _Job:
     slices: HandedOut[tuple[int, Portion]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.found = [Distance(0, pair.same_dtype) for pair in self.pairs]
-        slices = ((i, portion) for i, pair in enumerate(self.pairs) for portion in _cut(pair, self.slice_size))
-        self.slices = HandedOut(slices, self.stop)
+        self.found = over_nothing([(pair.a.spec, pair.b.spec) for pair in self.pairs])
+        self.slices = HandedOut(self._cut_part(), self.stop)
+
+    def _cut_part(self) -> Iterator[tuple[int, Portion]]:
+        """Yield (number of a pair, a slice of it) for those whose middle, in bytes, lies in the part."""
+        index, count = self.part
+        total, done = sum(pair.nbytes for pair in self.pairs), 0
+        begin, end = 2 * total * (index - 1), 2 * total * index  # of twice the middle, times `count`
+        for i, pair in enumerate(self.pairs):
+            if 2 * (done + pair.nbytes) * count > begin and 2 * done * count < end:
+                at = done
+                for portion in _cut(pair, self.slice_size):
+                    size = pair.item * (portion.numel if isinstance(portion, Tile) else len(portion))
+                    if begin <= (2 * at + size) * count < end:
+                        yield i, portion
+                    at += size
+            done += pair.nbytes
 
     def done(self, pair: int, distance: Distance, read: int) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from .options import Sharing
+from .options import SharedComparison, Sharing
 
 MOST_PARTS = 100_000
 COMMAND: list[str] = []
@@ -55,7 +55,7 @@ class Asked:
                     raise UsageError(f"`{name}` does not go with {asked}: {why}")
 
 
-def asked_of(sharing: Sharing, **hashed: object) -> Asked | None:
+def asked_of(sharing: Sharing | SharedComparison, **hashed: object) -> Asked | None:
     """Read the options; None if the job is not shared.
 
     Args:
@@ -70,7 +70,7 @@ def asked_of(sharing: Sharing, **hashed: object) -> Asked | None:
     return asked
 
 
-def _parsed(sharing: Sharing) -> Asked | None:
+def _parsed(sharing: Sharing | SharedComparison) -> Asked | None:
     given = [name for name, value in vars(sharing).items() if value not in (None, False)]
     if len(given) > 1:
         raise UsageError(

@@ -18,7 +18,8 @@ from ..formats import read_header
 from ..formats.header import Header
 from ..series.paths import one_checkpoint
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
-from .options import Comparison, Reading, Tolerance, takes
+from .asked import Asked, asked_of
+from .options import Comparison, Reading, SharedComparison, Tolerance, takes
 from .provenance import short_names
 from .reports import Report
 
@@ -97,7 +98,9 @@ class DiffReport(Report):
         identical: number of them with the same bytes.
         tensors: the others, with the largest differences first.
         notes: decisions, in words.
-        bytes_read: of both.
+        bytes_read: of both, by all parts.
+        part: what became of a part of the comparison, in words.
+        complete: all parts are in it. If not, no values are: `compared` is 0.
     """
 
     a: Side
@@ -114,6 +117,8 @@ class DiffReport(Report):
     tensors: tuple[TensorDiff, ...]
     notes: tuple[str, ...]
     bytes_read: int
+    part: str = ""
+    complete: bool = True
 
     @property
     def tolerant(self) -> bool:
@@ -122,7 +127,9 @@ class DiffReport(Report):
 
     @property
     def verdict(self) -> str:
-        """``identical`` (every byte), ``equal`` (every value), ``within tolerance``, or ``different``."""
+        """``identical`` (every byte), ``equal`` (every value), ``within tolerance``, ``different``, ``incomplete``."""
+        if not self.complete:
+            return "incomplete"
         if self.only_a or self.only_b or self.shapes or self.not_compared or any(t.beyond for t in self.tensors):
             return "different"
         if self.dtypes and not self.tolerant:
@@ -158,8 +165,15 @@ def _largest(found: Iterable[tuple[float | None, str]]) -> tuple[float, str]:
     return max(numbers, key=lambda pair: pair[0], default=(0.0, ""))
 
 
-@takes(Comparison, Tolerance, Reading)
-def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, running: Reading) -> DiffReport:
+@takes(Comparison, Tolerance, SharedComparison, Reading)
+def diff(
+    a: str | Path,
+    b: str | Path,
+    which: Comparison,
+    tolerance: Tolerance,
+    sharing: SharedComparison,
+    running: Reading,
+) -> DiffReport:
     """Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
 
     Names are compared without wrapper prefixes, and floating-point values in float64; integers must be equal
@@ -179,6 +193,7 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
             raise UsageError(f"`{name}={value!r}`: must be a number, 0 or more.")
     check_threads(running.threads)
+    asked = asked_of(sharing)
     headers = read_header(one_checkpoint(a)), read_header(one_checkpoint(b))
     names = short_names([header.path for header in headers])
     chosen = (
@@ -194,7 +209,8 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         headers=headers,
         same_place=chosen[0].path == chosen[1].path,
     )
-    found = [*zip(plan.pairs.items(), _distances(plan, headers, tolerance, running), strict=True)]
+    distances, words = _distances(plan, headers, tolerance, running, asked)
+    found = [] if distances is None else [*zip(plan.pairs.items(), distances, strict=True)]
     differing = [_tensor_diff(spec, tied, how) for ((spec, _), tied), how in found if not how.same_bytes]
     return DiffReport(
         a=_side(headers[0], names[0], chosen[0], bare[0]),
@@ -206,11 +222,13 @@ def diff(a: str | Path, b: str | Path, which: Comparison, tolerance: Tolerance, 
         shapes=tuple(plan.shapes),
         dtypes=tuple(plan.dtypes),
         not_compared=plan.not_compared,
-        compared=plan.same + sum(len(tied) for tied in plan.pairs.values()),
-        identical=plan.same + sum(len(tied) for (_, tied), how in found if how.same_bytes),
+        compared=0 if distances is None else plan.same + sum(len(tied) for tied in plan.pairs.values()),
+        identical=0 if distances is None else plan.same + sum(len(tied) for (_, tied), how in found if how.same_bytes),
         tensors=tuple(sorted(differing, key=_rank)),
         notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
+        part=words,
+        complete=distances is not None,
     )
 
 
@@ -301,20 +319,48 @@ def _pair_off(plan: _Plan, name: str, a: TensorSpec, b: TensorSpec) -> None:
         plan.pairs[a, b] = (*plan.pairs.get((a, b), ()), name)
 
 
-def _distances(plan: _Plan, headers: Sequence[Header], tolerance: Tolerance, running: Reading) -> Sequence[Distance]:
-    """Read the pairs, and compare them."""
-    if not plan.pairs:
-        return []
-    from ..compute.compare import compare  # imports torch
+def _distances(
+    plan: _Plan, headers: Sequence[Header], tolerance: Tolerance, running: Reading, asked: Asked | None
+) -> tuple[Sequence[Distance] | None, str]:
+    """Read the pairs, and compare them.
 
-    show = running.on_progress
-    return compare(
-        list(plan.pairs),
-        **vars(tolerance),
-        stamps=[stamp for header in headers for stamp in header.files],
-        threads=running.threads,
-        on_progress=None if show is None else lambda nbytes: show(nbytes, plan.nbytes),
+    Returns:
+        See `diff_parts.distances`.
+    """
+    stamps = [stamp for header in headers for stamp in header.files]
+
+    def work(asked: Asked) -> Sequence[Distance]:
+        if not plan.pairs:
+            return []
+        from ..compute.compare import compare  # imports torch
+
+        show, total = running.on_progress, max(plan.nbytes // asked.count, 1)
+        return compare(
+            list(plan.pairs),
+            **vars(tolerance),
+            stamps=stamps,
+            threads=running.threads,
+            part=(asked.index, asked.count),
+            on_progress=None if show is None or asked.silent else lambda nbytes: show(nbytes, total),
+        )
+
+    if asked is None:
+        return work(Asked()), ""
+    from .diff_parts import distances
+    from .share import job_of
+
+    return distances(
+        asked, list(plan.pairs), job_of(("diff", *vars(tolerance).values()), _described(plan), stamps), work
     )
+
+
+def _described(plan: _Plan) -> Iterator[str]:
+    """Write everything that the comparison depends on, apart from the payload."""
+    from .share import described_spec
+
+    yield repr((plan.only_a, plan.only_b, plan.same, plan.shapes, plan.dtypes, plan.not_compared))
+    for (a, b), names in plan.pairs.items():
+        yield f"\n{names} {a.shape} {described_spec(a)} {described_spec(b)}"
 
 
 def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -> TensorDiff:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..compute.shares import SliceSum, shares
 from ..errors import CkptError, WriteError
 from ..formats.file_plan import FilePlan, OutTensor
-from ..storage.kept_stage import Journal, Open, Stage, clear, stages
+from ..storage.kept_stage import KEPT, Journal, Open, Stage, clear, stages
 from ..storage.source import Stamp
 from ..storage.staged import flush
 from ..tensors import TensorSpec
@@ -130,6 +130,7 @@ def opened(
     with ExitStack() as stack:
         names = [plan.name if assembly.folder else assembly.target.name for plan in plans]
         fds = stack.enter_context(stage.opened(names, [plan.size for plan in plans], told(job)))
+        KEPT.append(stage.target)
         if asked.finish:
             own = None
             stack.enter_context(stage.alone())

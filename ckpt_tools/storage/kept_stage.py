@@ -83,7 +83,6 @@ class Stage:
         lock = self._shared()
         try:
             self._open(fds, names, sizes, job)
-            KEPT.append(self.target)
             yield fds
         finally:
             for fd in [*fds, lock]:

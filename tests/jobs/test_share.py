@@ -146,7 +146,7 @@ def test_shares_are_even_and_in_order() -> None:
 
 KILLED = '''
 import os, signal, time
-from ckpt_tools import average
+from ckpt_tools import average, diff
 from ckpt_tools.compute import engine, native
 from ckpt_tools.errors import CkptError
 from ckpt_tools.jobs import share
@@ -175,7 +175,10 @@ def say(*words):
     """Print a line that those of other processes do not cut."""
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
-def forked(rank, killed, world, port, **more):
+def averaged(**more):
+    return average(["a.safetensors", "b.safetensors"], out="out.pth", threads=1, **more).written
+
+def forked(rank, killed, world, port, job=averaged, **more):
     """Do the job in a process of its own; the one that imported torch does so for all."""
     pid = os.fork()
     if pid:
@@ -183,8 +186,7 @@ def forked(rank, killed, world, port, **more):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     os.environ["KILLED"] = "yes" * killed
     try:
-        report = average(["a.safetensors", "b.safetensors"], out="out.pth", threads=1, **more)
-        say(rank, report.written)
+        say(rank, job(**more))
         os._exit(0)
     except CkptError as error:
         say(rank, error)
@@ -242,18 +244,27 @@ def test_processes_of_torchrun_share_a_job_and_end_if_one_is_killed(here: Path) 
     Path("out.pth").unlink()
 
     ports = []
-    for _ in range(2):
+    for _ in range(4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(str(free.getsockname()[1]))
     said = with_forks(
         f"import torch; ended(forked(0, False, 2, '{ports[0]}'), forked(1, True, 2, '{ports[0]}'))\n"
         "say(os.path.exists('out.pth'))\n"
-        f"ended(forked(0, False, 2, '{ports[1]}'), forked(1, False, 2, '{ports[1]}'))"
+        f"ended(forked(0, False, 2, '{ports[1]}', decay=0.5, mode='ema'), forked(1, False, 2, '{ports[1]}'))\n"
+        f"ended(forked(0, False, 2, '{ports[2]}'), forked(1, False, 2, '{ports[2]}'))\n"
+        "compared = lambda: diff('a.safetensors', 'b.safetensors').to_dict()\n"
+        f"ended(forked(0, False, 2, '{ports[3]}', compared), forked(1, False, 2, '{ports[3]}', compared))\n"
+        "say('alone', compared())"
     )
     assert said[0].startswith("0 another process of this job has ended or cannot be reached")
     assert said[1:3] == ["1 -9", "False"]
-    assert sorted(said[3:]) == ["0 0", "0 True", "1 False"]
+    other = "process 1 has another job than process 0: its arguments are others. Start all with the same command, where"
+    assert [line.startswith(f"{rank} {other}") for rank, line in enumerate(sorted(said[3:5]))] == [True, True]
+    assert said[5] == "1 1"
+    assert sorted(said[6:9]) == ["0 0", "0 True", "1 False"]
+    alone_differ = said[12].removeprefix("alone ")
+    assert sorted(said[9:12]) == ["0 0", f"0 {alone_differ}", f"1 {alone_differ}"]
     assert Path("out.pth").read_bytes() == alone
     assert not hidden()
 

@@ -156,6 +156,13 @@ def test_a_call_of_the_library_in_one_task_does_the_whole_job(alone: bytes, monk
     assert average(JOB[1:3], out="out.safetensors").written
 
 
+def test_a_sweep_runs_in_one_process(alone: bytes, as_task: object) -> None:
+    words = ("sweep", *JOB[1:3], "--last", "1,2", "--eval-command", "score {ckpt}", "--lower-is-better")
+    result = as_task(*words, variables=task(1, 2) | itself())  # type: ignore[operator]
+    assert result.code == 2
+    assert "this sweep was started in 2 processes, and it runs in one: which averages it makes depends on" in result.err
+
+
 def test_tasks_with_other_arguments_are_refused(alone: bytes, as_task: object) -> None:
     as_task(*JOB, variables=task(0, 2) | itself())  # type: ignore[operator]
     other = (*JOB, "--mode", "ema", "--decay", "0.5")

@@ -16,6 +16,7 @@ from ...series.find import find_series
 from ...storage.journal import alone_in
 from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
+from ..asked import COMMAND, started_together
 from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, grows_at
 from ..provenance import provided, short_names
@@ -83,6 +84,7 @@ def sweep(
             gives the reason. So it does if the best cannot be compared with the last checkpoint.
     """
     check(evaluation, honesty, output, searching, which, images, running)
+    _refuse_several()
     if matching.lora == "product":
         raise UsageError("`lora='product'` does not go with a sweep. Merge each adapter into its model first.")
     check_threads(running.threads)
@@ -146,6 +148,19 @@ def sweep(
             report = replace(report, written=True)
         files.write(report, lambda: _background(scoring, maker, evaluators, geometry), running.on_words)
     return report
+
+
+def _refuse_several() -> None:
+    """Refuse processes that were started together; they would score the same averages in one another's way.
+
+    Raises:
+        UsageError: torchrun or srun started this process with others.
+    """
+    if COMMAND and (started := started_together()) is not None:  # a call of the library may be that of one of them
+        raise UsageError(
+            f"this sweep was started in {started.count} processes, and it runs in one: which averages it makes depends "
+            "on the scores of others. Start it once. The average with the options that it finds can be made in parts."
+        )
 
 
 def _refuse_other_names(maker: Maker) -> None:
