@@ -14,12 +14,14 @@ decide (`formula`).
 from __future__ import annotations
 
 import threading
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from queue import SimpleQueue
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import NumericsError
@@ -121,10 +123,6 @@ def run(
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
-        places = chain.from_iterable(tensor.terms.inputs for out in outputs for tensor, _ in out.plan.payloads)
-        # By identity first: tensors of a shared template have one tuple of files. The dict keeps all tuples alive.
-        shared = {id(each): each for _, each in places}
-        files.open_all(path for each in shared.values() for path, _ in each)
         tensors = (piece for out in outputs for tensor, _ in out.plan.payloads for piece in pieces(tensor))
         gpus = Accelerator(tensors, threads, devices, gpu_memory)
         other = slice_size or SLICE
@@ -136,14 +134,21 @@ def run(
         each = slice_size or gpus.elements or native.SLICE
         # A GPU sums one row at a time.
         most_rows = MOST_ROWS if gpus.elements is None else 1
-        units = list(cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows))
-        numbers = {out: number for number, out in enumerate(outputs)}
-        log = None
+
+        def units() -> Iterator[WorkUnit]:
+            """Cut the job; drawn anew each time, for in a large one all units take more memory than the plan."""
+            return cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows)
+
+        todo = None
         if share is not None:
-            todo = share.todo([sum([slice_.bytes_moved for slice_ in unit.slices]) for unit in units])
-            units = [units[number] for number in todo]
-            log = _Log({id(unit): number for unit, number in zip(units, todo, strict=True)})
-        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers, log)
+            todo = frozenset(share.todo(array("Q", (unit.bytes_moved for unit in units()))))
+        own = partial(_chosen, units, todo)
+        for _, unit in own():
+            files.expect(unit.paths)
+        files.open_expected()
+        numbers = {out: number for number, out in enumerate(outputs)}
+        log = None if share is None else _Log()
+        job = _Job(own(), files, other, allow_nonfinite, gpus, torch_settings, numbers, log)
 
         def tick() -> None:
             if on_progress is not None:
@@ -160,7 +165,6 @@ def run(
             )
             if job.refused is not None:
                 raise job.refused[1]
-        files.check_unchanged()
     if share is not None:
         share.done(*job.noted())
         share.flush()
@@ -174,6 +178,12 @@ def run(
             if id(segment) not in job.written_early:
                 data = segment.make([crcs[tensor] for tensor in segment.needs])
                 write_at(out.fd, memoryview(data), segment.offset, plan.name)
+
+
+def _chosen(units: Callable[[], Iterator[WorkUnit]], todo: Collection[int] | None) -> Iterator[tuple[int, WorkUnit]]:
+    """Yield the units to do, all if None, and their numbers."""
+    numbered = enumerate(units())
+    return numbered if todo is None else (each for each in numbered if each[0] in todo)
 
 
 class _Disk:
@@ -221,7 +231,6 @@ class _Disk:
 class _Log:
     """What a share is told of next."""
 
-    numbers: dict[int, int]  # of the units, by id
     units: list[int] = field(default_factory=list)
     sums: list[SliceSum] = field(default_factory=list)
 
@@ -233,7 +242,7 @@ _Position = tuple[int, int]  # number of an output file, byte in it
 class _Job:
     """What the workers share."""
 
-    units: Sequence[WorkUnit]
+    waiting: Iterator[tuple[int, WorkUnit]]
     files: OpenFiles
     torch_slice: int  # elements that torch handles at a time
     allow_nonfinite: bool
@@ -248,23 +257,17 @@ class _Job:
     disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _uses_torch: bool = False
-    has_descriptors: bool = field(init=False)  # of the inputs, which the C extension reads from
-    _waiting: Iterator[WorkUnit] = field(init=False)
     # By place of a tensor and end in bytes: the CRC-32 of a slice; of a tile, what it adds to that of all bytes up to
     # its end.
     _crcs: dict[tuple[OutFile, int], dict[int, int]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._waiting = iter(self.units)
-        self.has_descriptors = self.files.have_descriptors
-
-    def next_unit(self) -> WorkUnit | None:
-        """Return the next work unit; None if there is none, or if the job is stopped.
+    def next_unit(self) -> tuple[int, WorkUnit] | None:
+        """Return the next work unit and its number; None if there is none, or if the job is stopped.
 
         Once a value is refused, only what comes before it counts: the first one is the same for any number of threads.
         """
         with self._lock:
-            for unit in self._waiting:
+            for number, unit in self.waiting:
                 if self.stop.is_set():
                     return None
                 if self.refused and all(self._position(slice_) > self.refused[0] for slice_ in unit.slices):
@@ -273,7 +276,7 @@ class _Job:
                 # Other tiles of a band may be another process's, and be written.
                 if band is not None and not band.cleared and self.log is None:
                     _clear(unit.slices[0].targets, band)
-                return unit
+                return number, unit
             return None
 
     def refuse(self, slice_: Slice, error: NumericsError) -> None:
@@ -313,12 +316,13 @@ class _Job:
                             at = self.numbers[out], offset - before, before + slice_.end
                             self.log.sums.append(SliceSum(*at, crcs[row]))
 
-    def unit_done(self, unit: WorkUnit) -> None:
-        """Record a unit of a share that was filled, unless the job is refused: its slice may be why."""
+    def unit_done(self, number: int, unit: WorkUnit) -> None:
+        """Record a unit that was filled; in a share not if the job is refused: its slice may be why."""
+        self.files.used(unit.paths)
         if self.log is not None:
             with self._lock:
                 if self.refused is None:
-                    self.log.units.append(self.log.numbers[id(unit)])
+                    self.log.units.append(number)
 
     def noted(self) -> tuple[list[int], list[SliceSum]]:
         """Return the units of a share that were done since the last call, and the new checksums."""
@@ -354,38 +358,45 @@ def _clear(targets: Sequence[Target], band: Band) -> None:
 
 
 def _work(job: _Job) -> None:
-    cpu = _Cpu(job)
-    with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
-        while (unit := job.next_unit()) is not None:
+    with _Cpu(job) as cpu, job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
+        while (taken := job.next_unit()) is not None:
+            number, unit = taken
             for left in gpu.fill(unit):
                 cpu.fill(left)
-            job.unit_done(unit)
+            job.unit_done(number, unit)
         for left in gpu.finish():
             cpu.fill(left)
 
 
 class _Cpu:
-    """Fills work units in one thread, in C where that can be and by torch otherwise; owns the buffers for it."""
+    """Fills work units in one thread, in C where that can be and by torch otherwise; a context manager.
+
+    It owns the buffers for that.
+    """
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._scratch = {False: bytearray(), True: bytearray()}  # True: for tiles
         self._worker: Worker | None = None
         self._recipe: tuple[OutTensor, Recipe] | None = None
+        self._held = ExitStack()  # the files of the recipe
+
+    def __enter__(self) -> _Cpu:
+        return self
+
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
 
     def fill(self, unit: WorkUnit) -> None:
         left: Sequence[Slice] = unit.slices
         tile = unit.slices[0].tile
-        if (
-            unit.key is not None
-            and self._job.has_descriptors
-            and native.knows(unit.key, 0 if tile is None else len(tile.sizes))
-        ):
-            scratch = self._memory(len(unit.key.rows), tiles=tile is not None)
-            if tile is not None:
-                left = self._fill_tile(unit.key, unit.slices[0], tile, scratch)
-            else:
-                left = (self._fill_small if unit.small else self._fill_large)(unit.key, unit.slices, scratch)
+        if unit.key is not None and native.knows(unit.key, 0 if tile is None else len(tile.sizes)):
+            paths = unit.paths
+            with self._job.files.using(paths):
+                if self._job.files.with_descriptors(paths):
+                    left = self._fill_by_native(unit.key, unit, tile)
         for slice_ in left:
             for own in of_tensors(slice_):
                 try:
@@ -393,6 +404,12 @@ class _Cpu:
                 except NumericsError as error:
                     self._job.refuse(own, error)
                     return
+
+    def _fill_by_native(self, key: GroupKey, unit: WorkUnit, tile: Tile | None) -> Sequence[Slice]:
+        scratch = self._memory(len(key.rows), tiles=tile is not None)
+        if tile is not None:
+            return self._fill_tile(key, unit.slices[0], tile, scratch)
+        return (self._fill_small if unit.small else self._fill_large)(key, unit.slices, scratch)
 
     def _memory(self, rows: int, *, tiles: bool) -> bytearray:
         needed = native.scratch(rows, tiles=tiles)
@@ -500,6 +517,9 @@ class _Cpu:
             self._job.use_torch()
             self._worker = Worker(self._job.torch_slice, allow_nonfinite=self._job.allow_nonfinite)
         if self._recipe is None or self._recipe[0] is not tensor:
+            self._recipe = None
+            self._held.close()
+            self._held.enter_context(self._job.files.using(tensor.terms.paths))
             self._recipe = tensor, Recipe(tensor, self._job.files)
         yield from self._worker.compute(slice_, self._recipe[1])
 
