@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,7 +25,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import NumericsError
-from ..formats.file_plan import GroupKey, OutTensor
+from ..formats.file_plan import FilePlan, GroupKey, OutTensor
+from ..storage import page_cache
+from ..storage.pace import Pace
 from ..storage.source import OpenFiles, Stamp
 from ..storage.staged import reserve, write_at
 from ..tensors import c_strides
@@ -55,10 +57,13 @@ from .work_units import (
 )
 
 if TYPE_CHECKING:
+    from .follower import Follower
     from .torch_sums import Recipe, Worker
 
 
 _ZEROS = 512 << 10  # bytes of one write
+_UNDER_WAY = 256 << 20  # bytes that a disk may have to write
+_MOST_UNDER_WAY = 128  # ranges of them
 _WORTH_STARTING = 1 << 20  # bytes that are worth a call to start the disk: it needs a millisecond for them
 
 
@@ -97,6 +102,10 @@ def run(
     devices: Sequence[str] = (),
     gpu_memory: int = GPU_MEMORY,
     share: Share | None = None,
+    pace: Pace | None = None,
+    follower: Follower | None = None,
+    drop_cache: bool = False,
+    complete: Callable[[], Sequence[FilePlan]] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fill output files with their tensors and with the bytes around them.
@@ -111,6 +120,10 @@ def run(
         allow_nonfinite: let NaN and infinity pass, in the inputs and in the output.
         devices, gpu_memory: see `Accelerator`.
         share: the work units to do, without GPUs, which would cut the job otherwise; all of them if None.
+        pace: at which the inputs are read.
+        follower: of what is read of them.
+        drop_cache: let the system drop the pages of results that are on the disk.
+        complete: called when all tensors are written; returns plans of which the bytes around them are written instead.
         on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
     Raises:
@@ -148,7 +161,8 @@ def run(
         files.open_expected()
         numbers = {out: number for number, out in enumerate(outputs)}
         log = None if share is None else _Log()
-        job = _Job(own(), files, other, allow_nonfinite, gpus, torch_settings, numbers, log)
+        disk = _Disk(drop_cache)
+        job = _Job(own(), files, other, allow_nonfinite, gpus, torch_settings, numbers, disk, pace, follower, log)
 
         def tick() -> None:
             if on_progress is not None:
@@ -171,8 +185,7 @@ def run(
         if not share.completes:
             return
         job.know(outputs, share.sums())
-    for out in outputs:
-        plan = out.plan
+    for out, plan in zip(outputs, [out.plan for out in outputs] if complete is None else complete(), strict=True):
         crcs = {tensor: job.checksum(out, at) for tensor, at in plan.payloads} if plan.needs_checksums else {}
         for segment in plan.computed:
             if id(segment) not in job.written_early:
@@ -189,8 +202,10 @@ def _chosen(units: Callable[[], Iterator[WorkUnit]], todo: Collection[int] | Non
 class _Disk:
     """Starts to write results to the disk, in a thread of its own: a busy disk would hold the workers up."""
 
-    def __init__(self) -> None:
+    def __init__(self, drops: bool) -> None:
         self._ranges: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._drops = drops  # pages that are on the disk
+        self._started: deque[tuple[int, int, int]] = deque()
         self._small: Counter[int] = Counter()  # by file: bytes in slices below `_WORTH_STARTING`
 
     def written(self, slice_: Slice) -> None:
@@ -215,6 +230,7 @@ class _Disk:
             while (told := self._ranges.get()) is not None:
                 if not stop.is_set():  # a job that failed does not wait for the disk
                     native.start_disk(*told)
+                    self._drop(told)
 
         thread = threading.Thread(target=begin, name="ckpt-disk")
         try:
@@ -225,6 +241,13 @@ class _Disk:
             self._ranges.put(None)
             if thread.ident is not None:
                 thread.join()
+
+    def _drop(self, started: tuple[int, int, int]) -> None:
+        """Drop what was started long enough ago to be on the disk; what is not yet goes when all is synced."""
+        if self._drops:
+            self._started.append(started)
+            while sum([nbytes for _, _, nbytes in self._started]) > _UNDER_WAY or len(self._started) > _MOST_UNDER_WAY:
+                page_cache.drop(*self._started.popleft())
 
 
 @dataclass(slots=True)
@@ -249,12 +272,14 @@ class _Job:
     gpus: Accelerator
     torch_settings: ExitStack
     numbers: dict[OutFile, int]  # of the outputs
+    disk: _Disk
+    pace: Pace | None = None
+    follower: Follower | None = None
     log: _Log | None = None
     bytes_done: int = 0  # read and written
     refused: tuple[_Position, NumericsError] | None = None  # the first one in the order of the output
     written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
     stop: threading.Event = field(default_factory=threading.Event)
-    disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _uses_torch: bool = False
     # By place of a tensor and end in bytes: the CRC-32 of a slice; of a tile, what it adds to that of all bytes up to
@@ -318,6 +343,8 @@ class _Job:
 
     def unit_done(self, number: int, unit: WorkUnit) -> None:
         """Record a unit that was filled; in a share not if the job is refused: its slice may be why."""
+        if self.follower is not None:
+            self.follower.read(unit)
         self.files.used(unit.paths)
         if self.log is not None:
             with self._lock:
@@ -361,6 +388,10 @@ def _work(job: _Job) -> None:
     with _Cpu(job) as cpu, job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
         while (taken := job.next_unit()) is not None:
             number, unit = taken
+            if job.pace is not None:
+                job.pace.take(unit.bytes_read, job.stop)
+            if job.follower is not None:
+                job.follower.wait(job.stop)
             for left in gpu.fill(unit):
                 cpu.fill(left)
             job.unit_done(number, unit)

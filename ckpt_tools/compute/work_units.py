@@ -156,6 +156,11 @@ class WorkUnit(NamedTuple):
         return sum([slice_.bytes_moved for slice_ in self.slices])
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes to read from all inputs."""
+        return sum([slice_.numel * slice_.tensor.terms.width for slice_ in self.slices])
+
+    @property
     def paths(self) -> list[Path]:
         """The files that it reads, each once."""
         # By identity first: tensors of a shared template have one tuple of files.
