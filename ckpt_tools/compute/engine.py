@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 
 _ZEROS = 512 << 10  # bytes of one write
+_NOTE = 400  # bytes, with what Python adds
 _UNDER_WAY = 256 << 20  # bytes that a disk may have to write
 _MOST_UNDER_WAY = 128  # ranges of them
 _WORTH_STARTING = 1 << 20  # bytes that are worth a call to start the disk: it needs a millisecond for them
@@ -90,6 +91,13 @@ def memory_needed(
     each = max(native.memory(rows, tiles=bool(tiled)), MEMORY) if by_torch else native.memory(rows, tiles=bool(tiled))
     gpus = Accelerator([tensor for tensor, _ in keyed], threads, devices, gpu_memory)
     return gpus.threads * (each + gpus.host_memory)
+
+
+def notes_needed(plans: Iterable[FilePlan]) -> int:
+    """Return the bytes of memory, about, for the checksums of slices that a run keeps for the ends of files."""
+    plans = [plan for plan in plans if plan.needs_checksums]
+    slices = sum([1 + tensor.numel // native.SLICE for plan in plans for tensor, _ in plan.payloads])
+    return slices * _NOTE
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running, weighted_sums
+from ..storage.local import peak_memory
 from ..storage.source import Stamp, sha256
 from ..storage.staged import ScratchFile, scratch_file
 from ..tensors import parse_dtype
@@ -59,6 +60,8 @@ class AverageReport(Report):
         out: the target.
         bytes_read, bytes_written: of the whole job.
         memory: bytes of private buffers in host memory.
+        peak_memory: bytes that the process takes at its peak, about: what it took until the plan was made, and what is
+            added by the work; without torch, images and networks.
         device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
         companions: names of files beside the weights that go along: configuration and tokenizer.
         compared: after a replay, how the output compares with the average that it was made again from, in words.
@@ -88,6 +91,7 @@ class AverageReport(Report):
     same: bool | None = None
     recalibration: RecalibrationReport | None = None
     scratch: int = 0
+    peak_memory: int = field(default=0, compare=False)
     part: str = ""
     written: bool = False
 
@@ -443,6 +447,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         device=device,
         recalibration=sums.recalibration,
         scratch=sums.scratch,
+        peak_memory=peak_memory() + memory + engine.notes_needed(assembly.files),
     )
 
 

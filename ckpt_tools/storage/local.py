@@ -157,3 +157,18 @@ def raise_file_limit(count: int) -> int | None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         return None if soft == resource.RLIM_INFINITY else max(soft - already - _SPARE, 1)
     return None
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has taken so far; 0 if the system does not tell."""
+    with suppress(OSError, ValueError):
+        with Path("/proc/self/status").open() as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    with suppress(ImportError):
+        import resource
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0
