@@ -20,6 +20,9 @@ PLAIN_TORCH := 2.13.0
 DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train \
 	--img-size 8 --crop-pct 1 --mean 0 --std 1 --passes 2 --workers 0
 
+# Compiled modules are kept, whatever the environment asks for: many tests start processes, which would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo evidence test coverage test-ecosystem formats-table pictures check fix smoke fuzz sanitize bench \
 	bench-full clean
 

@@ -175,7 +175,10 @@ def visible(text: str) -> str:
 
 
 # Controls; spaces without width, and marks of direction; line ends and turned text; joiners; the byte order mark.
-_INVISIBLE = "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+_INVISIBLE = (
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def print_json(data: Any) -> None:

@@ -18,7 +18,7 @@ from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, TensorSpec
 from .formula import real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
-from .threads import in_threads
+from .threads import HandedOut, in_threads
 from .tiles import Tile, in_storage_order, storage_orders, tiles
 from .torch_sums import one_thread_each
 from .work_units import SLICE
@@ -147,16 +147,12 @@ class _Job:
     stop: threading.Event = field(default_factory=threading.Event)
     found: list[Distance] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _slices: Iterator[tuple[int, Portion]] = field(init=False)
+    slices: HandedOut[tuple[int, Portion]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.found = [Distance(0, pair.same_dtype) for pair in self.pairs]
-        self._slices = ((i, portion) for i, pair in enumerate(self.pairs) for portion in _cut(pair, self.slice_size))
-
-    def next(self) -> tuple[int, Portion] | None:
-        """Return (number of a pair, its next slice); None if there is none, or if the job is stopped."""
-        with self._lock:
-            return None if self.stop.is_set() else next(self._slices, None)
+        slices = ((i, portion) for i, pair in enumerate(self.pairs) for portion in _cut(pair, self.slice_size))
+        self.slices = HandedOut(slices, self.stop)
 
     def done(self, pair: int, distance: Distance, read: int) -> None:
         with self._lock:
@@ -176,8 +172,7 @@ def _cut(pair: _Pair, numel: int) -> Iterator[Portion]:
 
 def _work(job: _Job) -> None:
     worker = _Worker(job.slice_size, job.rtol, job.atol)
-    while (found := job.next()) is not None:
-        i, portion = found
+    for i, portion in job.slices:
         job.done(i, *worker.compare(job.pairs[i], portion))
 
 

@@ -13,7 +13,7 @@ from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, TensorSpec, c_strides
 from .formula import real_dtype
 from .payload import Reader, TensorSource, torch_dtype
-from .threads import in_threads
+from .threads import HandedOut, in_threads
 from .torch_sums import one_thread_each
 
 _BLOCK = 1 << 20
@@ -59,9 +59,9 @@ def digests(
         ReadError: a file cannot be read, ends early, or changes meanwhile.
     """
     found: list[Digest | None] = [None] * len(specs)
-    # The largest first: a tensor is hashed in one thread.
-    waiting = iter(sorted(range(len(specs)), key=lambda i: -specs[i].nbytes))
     lock, stop, done = threading.Lock(), threading.Event(), [0]
+    # The largest first: a tensor is hashed in one thread.
+    waiting = HandedOut(sorted(range(len(specs)), key=lambda i: -specs[i].nbytes), stop)
     with OpenFiles(stamps) as files, one_thread_each():
         files.open_all(path for spec in specs for path in spec.paths)
 
@@ -71,11 +71,7 @@ def digests(
 
         def work() -> None:
             reader = Reader(_BLOCK)
-            while not stop.is_set():
-                with lock:
-                    i = next(waiting, None)
-                if i is None:
-                    return
+            for i in waiting:
                 found[i] = _digest(TensorSource(specs[i], files), reader, hashed, stop, count)
 
         on_tick = None if on_progress is None else lambda: on_progress(done[0])

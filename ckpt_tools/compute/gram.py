@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import ChunkedSpec, TensorSpec, in_c_order
 from . import native
-from .threads import in_threads
+from .threads import HandedOut, in_threads
 from .tiles import Tile, in_storage_order, storage_orders, tiles
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class _Job:
         self.stop = threading.Event()
         self.bytes_done = 0
         self._lock = threading.Lock()
-        self._units = self._cut()
+        self.units = HandedOut(self._cut(), self.stop)
         self._waiting: list[dict[int, memoryview[float]]] = [{} for _ in aligned]  # for the units before them
         self._added = [0] * len(aligned)
 
@@ -130,10 +130,6 @@ class _Job:
                     blocks = _ranges(specs[0].numel, BLOCK)
                 for unit in _together(blocks):
                     yield _Unit(i, next(number), specs, in_c, unit)
-
-    def next(self) -> _Unit | None:
-        with self._lock:
-            return None if self.stop.is_set() else next(self._units, None)
 
     def done(self, unit: _Unit, products: memoryview[float]) -> None:
         """Add the products of a unit to those of its tensor, after those of the units before."""
@@ -207,7 +203,7 @@ def _square(sums: memoryview[float], specs: Sequence[TensorSpec]) -> Matrix:
 def _work(job: _Job) -> None:
     scratch = bytearray()
     by_torch: TorchProducts | None = None
-    while (unit := job.next()) is not None:
+    for unit in job.units:
         specs = unit.specs
         memory = bytearray(8 * _padded(len(specs)) ** 2)
         if unit.in_c:

@@ -20,7 +20,7 @@ from ..formats.file_plan import OutTensor
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import TensorSpec
 from .payload import Reader, TensorSource
-from .threads import in_threads
+from .threads import HandedOut, in_threads
 from .torch_sums import Recipe, Worker, one_thread_each
 from .work_units import SLICE, Slice
 
@@ -79,7 +79,8 @@ def agreements(
     slices = [*_chosen([wanted.numel for wanted, _ in pairs], share, seed)]
     items = [wanted.dtype.itemsize for wanted, _ in pairs]
     total = sum((stop - start) * items[i] for i, start, stop in slices)
-    waiting, lock, stop_all = iter(slices), threading.Lock(), threading.Event()
+    lock, stop_all = threading.Lock(), threading.Event()
+    waiting = HandedOut(slices, stop_all)
     with OpenFiles(stamps) as files, one_thread_each():
         files.open_all(path for wanted, _ in pairs for _, places in wanted.terms.inputs for path, _ in places)
         files.open_all(path for _, spec in pairs for path in spec.paths)
@@ -87,12 +88,7 @@ def agreements(
         def work() -> None:
             worker, reader = Worker(SLICE, allow_nonfinite=True), Reader(16 * SLICE)
             recipe: tuple[int, Recipe, TensorSource] | None = None
-            while not stop_all.is_set():
-                with lock:
-                    each = next(waiting, None)
-                if each is None:
-                    return
-                i, start, stop = each
+            for i, start, stop in waiting:
                 wanted, spec = pairs[i]
                 if recipe is None or recipe[0] != i:
                     recipe = i, Recipe(wanted, files), TensorSource(spec, files)

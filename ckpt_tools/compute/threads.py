@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Generic, TypeVar
 
 from ..errors import CkptError, UsageError
+
+T = TypeVar("T")
 
 MAX_THREADS = 256
 """More would help no disk, and each holds its own buffers."""
@@ -27,6 +30,27 @@ def default_threads() -> int:
     """Return the number of cores that this process may use, at most 16: more would wait for the disk."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)
+
+
+class HandedOut(Generic[T]):
+    """An iterator for several threads: each item goes to one of them, and none once the job is to stop.
+
+    Args:
+        items: asked for one at a time.
+        stop: see `in_threads`.
+    """
+
+    def __init__(self, items: Iterable[T], stop: threading.Event) -> None:
+        self._items, self._stop, self._lock = iter(items), stop, threading.Lock()
+
+    def __iter__(self) -> HandedOut[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self._lock:
+            if self._stop.is_set():
+                raise StopIteration
+            return next(self._items)
 
 
 def in_threads(

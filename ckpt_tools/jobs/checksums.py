@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..compute.threads import in_threads
+from ..compute.threads import HandedOut, in_threads
 from ..compute.work_units import OutFile
 from ..errors import WriteError
 from ..formats.file_plan import OutTensor
@@ -103,17 +103,13 @@ def _sums(outputs: Sequence[OutFile], threads: int | None) -> dict[OutTensor, tu
     """Read what was written; return the SHA-256 and the CRC-32 of each tensor."""
     places = {tensor: (out, offset) for out in outputs for tensor, offset in out.plan.payloads}
     found: dict[OutTensor, tuple[str, int]] = {}
+    stop = threading.Event()
     # The largest first: a tensor is hashed in one thread.
-    waiting = iter(sorted(places, key=lambda tensor: -tensor.nbytes))
-    lock, stop = threading.Lock(), threading.Event()
+    waiting = HandedOut(sorted(places, key=lambda tensor: -tensor.nbytes), stop)
 
     def work() -> None:
         block = memoryview(bytearray(BLOCK))
-        while not stop.is_set():
-            with lock:
-                tensor = next(waiting, None)
-            if tensor is None:
-                return
+        for tensor in waiting:
             found[tensor] = _sum(*places[tensor], tensor.nbytes, block)
 
     in_threads(work, threads, stop)

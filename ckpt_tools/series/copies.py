@@ -12,7 +12,7 @@ from ..checkpoints.layouts import select
 from ..checkpoints.optimizers import looks_like_training_state
 from ..checkpoints.prefixes import renamed, unwrap
 from ..checkpoints.steps import stored_counters
-from ..compute.threads import in_threads
+from ..compute.threads import HandedOut, in_threads
 from ..errors import AlignmentError, LayoutError, ReadError
 from ..formats.header import Header
 from ..formats.tree import tensors_in
@@ -169,17 +169,12 @@ def _have_same_values(header: Header, other: Header) -> bool:
     ours = {each.name: each.chunks for each in _weights(header)}
     # Tied tensors once.
     pairs = dict.fromkeys((ours[each.name], each.chunks) for each in _weights(other))
-    waiting = iter(pairs)
-    taking, stop = threading.Lock(), threading.Event()
+    stop = threading.Event()
+    waiting = HandedOut(pairs, stop)
     differing: list[bool] = []
 
     def work() -> None:
-        while not stop.is_set():
-            with taking:
-                pair = next(waiting, None)
-            if pair is None:
-                return
-            a, b = pair
+        for a, b in waiting:
             extent = sum(chunk.extent for chunk in a)
             for start in range(0, extent, _BLOCK):
                 nbytes = min(_BLOCK, extent - start)

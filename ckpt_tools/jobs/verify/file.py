@@ -91,14 +91,14 @@ def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[C
 
 
 def _finite(stored: Mapping[str, Stored], found: Mapping[TensorSpec, Digest], *, allowed: bool) -> Check:
-    odd = [(name, found[each.tensor]) for name, each in stored.items() if isinstance(each.tensor, TensorSpec)]
-    odd = [(name, each) for name, each in odd if each.first is not None]
+    nonfinite = [(name, found[each.tensor]) for name, each in stored.items() if isinstance(each.tensor, TensorSpec)]
+    nonfinite = [(name, each) for name, each in nonfinite if each.first is not None]
     unread = {name: each.tensor.reason for name, each in stored.items() if isinstance(each.tensor, UnsupportedTensor)}
-    if odd:
-        name, first = odd[0]
+    if nonfinite:
+        name, first = nonfinite[0]
         counts = [f"{first.nans} NaN"] * bool(first.nans)
         counts += [f"{first.infinities} infinit{'y' if first.infinities == 1 else 'ies'}"] * bool(first.infinities)
-        more = f"; so has or have {len(odd) - 1} more" if odd[1:] else ""
+        more = f"; so has or have {len(nonfinite) - 1} more" if nonfinite[1:] else ""
         said = f"'{name}' has {' and '.join(counts)}, the first at {[*(first.first or ())]}{more}"
         return Check("finite", OK if allowed else FAILED, f"{said}{' (allowed)' * allowed}")
     if unread:

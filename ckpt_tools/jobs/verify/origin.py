@@ -185,12 +185,14 @@ def _differing(
     found = agreements(
         [*pairs], share=share, seed=seed, stamps=stamps, threads=running.threads, on_progress=running.on_progress
     )
-    odd = [(spec, name, each) for ((_, spec), name), each in zip(pairs.items(), found, strict=True) if each.differing]
-    if not odd:
+    differing = [
+        (spec, name, each) for ((_, spec), name), each in zip(pairs.items(), found, strict=True) if each.differing
+    ]
+    if not differing:
         return None
-    spec, name, each = odd[0]
+    spec, name, each = differing[0]
     at = [*index_of(spec.shape, each.first or 0)]
-    more = f"; {len(odd) - 1} more differ" if odd[1:] else ""
+    more = f"; {len(differing) - 1} more differ" if differing[1:] else ""
     return f"'{name}' differs in {each.differing} of {each.compared} values, the first at {at}{more}"
 
 
