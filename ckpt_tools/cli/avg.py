@@ -56,9 +56,8 @@ def avg(
         report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
     arguments.say_part(report.part)
     if report.written:
-        moved = report.bytes_read + report.bytes_written
-        # Small jobs take as long as importing torch takes.
-        rate = f" ({console.size(moved / seconds)}/s read and written)" if moved > 1e8 else ""
+        # Small jobs take as long as the start of the program.
+        rate = "" if report.bytes_read < 1e8 else _rate(report, seconds)
         if report.recalibration is not None:
             rate = ""
             show_statistics(report.recalibration)
@@ -72,6 +71,11 @@ def avg(
         console.print_json(arguments.plain(report))
     if report.same is False:
         raise typer.Exit(1)
+
+
+def _rate(report: AverageReport, seconds: float) -> str:
+    read, written = (console.size(nbytes / seconds) for nbytes in (report.bytes_read, report.bytes_written))
+    return f" ({read}/s read, {written}/s written)"
 
 
 def _show_summary(report: AverageReport) -> None:
@@ -128,7 +132,7 @@ def _show_table(report: AverageReport) -> None:
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
-        f"at most {console.size(report.memory)} of buffers{where}.",
+        f"takes {console.size(report.peak_memory)} of memory, {console.size(report.memory)} of it buffers{where}.",
     )
     _show_dropped(report)
     _show_recalibration(report)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..jobs.options import KeptState, Running, Sharing, StrippedOutput
+from ..jobs.options import KeptState, Moving, Sharing, StrippedOutput
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.strip import StripReport
 
 
-@arguments.with_options(KeptState, StrippedOutput, Sharing, Running)
+@arguments.with_options(KeptState, StrippedOutput, Sharing, Moving)
 def strip(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder of DCP; it is not changed.")],
     *,

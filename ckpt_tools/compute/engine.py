@@ -14,17 +14,21 @@ decide (`formula`).
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ..errors import NumericsError
-from ..formats.file_plan import GroupKey, OutTensor
+from ..formats.file_plan import FilePlan, GroupKey, OutTensor
+from ..storage import page_cache
+from ..storage.pace import Pace
 from ..storage.source import OpenFiles, Stamp
 from ..storage.staged import reserve, write_at
 from ..tensors import c_strides
@@ -55,10 +59,14 @@ from .work_units import (
 )
 
 if TYPE_CHECKING:
+    from .follower import Follower
     from .torch_sums import Recipe, Worker
 
 
 _ZEROS = 512 << 10  # bytes of one write
+_NOTE = 400  # bytes, with what Python adds
+_UNDER_WAY = 256 << 20  # bytes that a disk may have to write
+_MOST_UNDER_WAY = 128  # ranges of them
 _WORTH_STARTING = 1 << 20  # bytes that are worth a call to start the disk: it needs a millisecond for them
 
 
@@ -87,6 +95,13 @@ def memory_needed(
     return gpus.threads * (each + gpus.host_memory)
 
 
+def notes_needed(plans: Iterable[FilePlan]) -> int:
+    """Return the bytes of memory, about, for the checksums of slices that a run keeps for the ends of files."""
+    plans = [plan for plan in plans if plan.needs_checksums]
+    slices = sum([1 + tensor.numel // native.SLICE for plan in plans for tensor, _ in plan.payloads])
+    return slices * _NOTE
+
+
 def run(
     outputs: Sequence[OutFile],
     *,
@@ -98,6 +113,10 @@ def run(
     gpu_memory: int = GPU_MEMORY,
     share: Share | None = None,
     cache: Path | None = None,
+    pace: Pace | None = None,
+    follower: Follower | None = None,
+    drop_cache: bool = False,
+    complete: Callable[[], Sequence[FilePlan]] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fill output files with their tensors and with the bytes around them.
@@ -113,6 +132,10 @@ def run(
         devices, gpu_memory: see `Accelerator`.
         cache: a folder in which what is fetched of remote inputs stays.
         share: the work units to do, without GPUs, which would cut the job otherwise; all of them if None.
+        pace: at which the inputs are read.
+        follower: of what is read of them.
+        drop_cache: let the system drop the pages of results that are on the disk.
+        complete: called when all tensors are written; returns plans of which the bytes around them are written instead.
         on_progress: called in this thread, a few times a second, with the bytes read and written so far.
 
     Raises:
@@ -125,10 +148,6 @@ def run(
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
         for out in outputs:
             reserve(out.fd, 0, out.plan.size, out.plan.name)
-        places = chain.from_iterable(tensor.terms.inputs for out in outputs for tensor, _ in out.plan.payloads)
-        # By identity first: tensors of a shared template have one tuple of files. The dict keeps all tuples alive.
-        shared = {id(each): each for _, each in places}
-        files.open_all(path for each in shared.values() for path, _ in each)
         tensors = (piece for out in outputs for tensor, _ in out.plan.payloads for piece in pieces(tensor))
         gpus = Accelerator(tensors, threads, devices, gpu_memory)
         other = slice_size or SLICE
@@ -140,16 +159,26 @@ def run(
         each = slice_size or gpus.elements or native.SLICE
         # A GPU sums one row at a time.
         most_rows = MOST_ROWS if gpus.elements is None else 1
-        units = list(cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows))
-        numbers = {out: number for number, out in enumerate(outputs)}
-        log = None
+
+        def units() -> Iterator[WorkUnit]:
+            """Cut the job; drawn anew each time, for in a large one all units take more memory than the plan."""
+            return cut(outputs, slice_size=each, other=other, tile=tile, most_rows=most_rows)
+
+        todo = None
         if share is not None:
-            todo = share.todo([sum([slice_.bytes_moved for slice_ in unit.slices]) for unit in units])
-            units = [units[number] for number in todo]
-            log = _Log({id(unit): number for unit, number in zip(units, todo, strict=True)})
+            todo = frozenset(share.todo(array("Q", (unit.bytes_moved for unit in units()))))
+        own = partial(_chosen, units, todo)
+        for _, unit in own():
+            files.expect(unit.paths)
+        files.open_expected()
+        numbers = {out: number for number, out in enumerate(outputs)}
+        log = None if share is None else _Log()
+        disk = _Disk(drop_cache)
         # A GPU tells when it has read a unit, but not which.
-        fetching = None if devices else Fetching.of(files, units, cache, torch_settings)
-        job = _Job(units, files, other, allow_nonfinite, gpus, torch_settings, numbers, log, fetching)
+        fetching = None if devices else Fetching.of(files, own, cache, torch_settings)
+        job = _Job(
+            own(), files, other, allow_nonfinite, gpus, torch_settings, numbers, disk, pace, follower, log, fetching
+        )
 
         def tick() -> None:
             if on_progress is not None:
@@ -166,15 +195,13 @@ def run(
             )
             if job.refused is not None:
                 raise job.refused[1]
-        files.check_unchanged()
     if share is not None:
         share.done(*job.noted())
         share.flush()
         if not share.completes:
             return
         job.know(outputs, share.sums())
-    for out in outputs:
-        plan = out.plan
+    for out, plan in zip(outputs, [out.plan for out in outputs] if complete is None else complete(), strict=True):
         crcs = {tensor: job.checksum(out, at) for tensor, at in plan.payloads} if plan.needs_checksums else {}
         for segment in plan.computed:
             if id(segment) not in job.written_early:
@@ -182,11 +209,19 @@ def run(
                 write_at(out.fd, memoryview(data), segment.offset, plan.name)
 
 
+def _chosen(units: Callable[[], Iterator[WorkUnit]], todo: Collection[int] | None) -> Iterator[tuple[int, WorkUnit]]:
+    """Yield the units to do, all if None, and their numbers."""
+    numbered = enumerate(units())
+    return numbered if todo is None else (each for each in numbered if each[0] in todo)
+
+
 class _Disk:
     """Starts to write results to the disk, in a thread of its own: a busy disk would hold the workers up."""
 
-    def __init__(self) -> None:
+    def __init__(self, drops: bool) -> None:
         self._ranges: SimpleQueue[tuple[int, int, int] | None] = SimpleQueue()
+        self._drops = drops  # pages that are on the disk
+        self._started: deque[tuple[int, int, int]] = deque()
         self._small: Counter[int] = Counter()  # by file: bytes in slices below `_WORTH_STARTING`
 
     def written(self, slice_: Slice) -> None:
@@ -211,6 +246,7 @@ class _Disk:
             while (told := self._ranges.get()) is not None:
                 if not stop.is_set():  # a job that failed does not wait for the disk
                     native.start_disk(*told)
+                    self._drop(told)
 
         thread = threading.Thread(target=begin, name="ckpt-disk")
         try:
@@ -222,12 +258,18 @@ class _Disk:
             if thread.ident is not None:
                 thread.join()
 
+    def _drop(self, started: tuple[int, int, int]) -> None:
+        """Drop what was started long enough ago to be on the disk; what is not yet goes when all is synced."""
+        if self._drops:
+            self._started.append(started)
+            while sum([nbytes for _, _, nbytes in self._started]) > _UNDER_WAY or len(self._started) > _MOST_UNDER_WAY:
+                page_cache.drop(*self._started.popleft())
+
 
 @dataclass(slots=True)
 class _Log:
     """What a share is told of next."""
 
-    numbers: dict[int, int]  # of the units, by id
     units: list[int] = field(default_factory=list)
     sums: list[SliceSum] = field(default_factory=list)
 
@@ -239,39 +281,35 @@ _Position = tuple[int, int]  # number of an output file, byte in it
 class _Job:
     """What the workers share."""
 
-    units: Sequence[WorkUnit]
+    waiting: Iterator[tuple[int, WorkUnit]]
     files: OpenFiles
     torch_slice: int  # elements that torch handles at a time
     allow_nonfinite: bool
     gpus: Accelerator
     torch_settings: ExitStack
     numbers: dict[OutFile, int]  # of the outputs
+    disk: _Disk
+    pace: Pace | None = None
+    follower: Follower | None = None
     log: _Log | None = None
     fetching: Fetching | None = None  # of remote inputs
     bytes_done: int = 0  # read and written
     refused: tuple[_Position, NumericsError] | None = None  # the first one in the order of the output
     written_early: set[int] = field(default_factory=set)  # computed segments that went out with small tensors, by id
     stop: threading.Event = field(default_factory=threading.Event)
-    disk: _Disk = field(default_factory=_Disk)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _uses_torch: bool = False
-    has_descriptors: bool = field(init=False)  # of the inputs, which the C extension reads from
-    _waiting: Iterator[WorkUnit] = field(init=False)
     # By place of a tensor and end in bytes: the CRC-32 of a slice; of a tile, what it adds to that of all bytes up to
     # its end.
     _crcs: dict[tuple[OutFile, int], dict[int, int]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._waiting = iter(self.units)
-        self.has_descriptors = self.files.have_descriptors
-
-    def next_unit(self) -> WorkUnit | None:
-        """Return the next work unit; None if there is none, or if the job is stopped.
+    def next_unit(self) -> tuple[int, WorkUnit] | None:
+        """Return the next work unit and its number; None if there is none, or if the job is stopped.
 
         Once a value is refused, only what comes before it counts: the first one is the same for any number of threads.
         """
         with self._lock:
-            for unit in self._waiting:
+            for number, unit in self.waiting:
                 if self.stop.is_set():
                     return None
                 if self.refused and all(self._position(slice_) > self.refused[0] for slice_ in unit.slices):
@@ -280,7 +318,7 @@ class _Job:
                 # Other tiles of a band may be another process's, and be written.
                 if band is not None and not band.cleared and self.log is None:
                     _clear(unit.slices[0].targets, band)
-                return unit
+                return number, unit
             return None
 
     def refuse(self, slice_: Slice, error: NumericsError) -> None:
@@ -320,12 +358,15 @@ class _Job:
                             at = self.numbers[out], offset - before, before + slice_.end
                             self.log.sums.append(SliceSum(*at, crcs[row]))
 
-    def unit_done(self, unit: WorkUnit) -> None:
-        """Record a unit of a share that was filled, unless the job is refused: its slice may be why."""
+    def unit_done(self, number: int, unit: WorkUnit) -> None:
+        """Record a unit that was filled; in a share not if the job is refused: its slice may be why."""
+        if self.follower is not None:
+            self.follower.read(unit)
+        self.files.used(unit.paths)
         if self.log is not None:
             with self._lock:
                 if self.refused is None:
-                    self.log.units.append(self.log.numbers[id(unit)])
+                    self.log.units.append(number)
 
     def noted(self) -> tuple[list[int], list[SliceSum]]:
         """Return the units of a share that were done since the last call, and the new checksums."""
@@ -361,42 +402,53 @@ def _clear(targets: Sequence[Target], band: Band) -> None:
 
 
 def _work(job: _Job) -> None:
-    cpu = _Cpu(job)
-    with job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
-        while (unit := job.next_unit()) is not None:
-            if job.fetching is not None and not job.fetching.wait(unit, job.stop):
+    with _Cpu(job) as cpu, job.gpus.filler(job.files, job.done, job.stop, job.use_torch) as gpu:
+        while (taken := job.next_unit()) is not None:
+            number, unit = taken
+            if job.pace is not None:
+                job.pace.take(unit.bytes_read, job.stop)
+            if job.follower is not None:
+                job.follower.wait(job.stop)
+            if job.fetching is not None and not job.fetching.wait(number, job.stop):
                 return
             for left in gpu.fill(unit):
                 cpu.fill(left)
-            job.unit_done(unit)
             if job.fetching is not None:
-                job.fetching.done(unit)
+                job.fetching.done(number)
+            job.unit_done(number, unit)
         for left in gpu.finish():
             cpu.fill(left)
 
 
 class _Cpu:
-    """Fills work units in one thread, in C where that can be and by torch otherwise; owns the buffers for it."""
+    """Fills work units in one thread, in C where that can be and by torch otherwise; a context manager.
+
+    It owns the buffers for that.
+    """
 
     def __init__(self, job: _Job) -> None:
         self._job = job
         self._scratch = {False: bytearray(), True: bytearray()}  # True: for tiles
         self._worker: Worker | None = None
         self._recipe: tuple[OutTensor, Recipe] | None = None
+        self._held = ExitStack()  # the files of the recipe
+
+    def __enter__(self) -> _Cpu:
+        return self
+
+    def __exit__(
+        self, cls: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.close()
 
     def fill(self, unit: WorkUnit) -> None:
         left: Sequence[Slice] = unit.slices
         tile = unit.slices[0].tile
-        if (
-            unit.key is not None
-            and self._job.has_descriptors
-            and native.knows(unit.key, 0 if tile is None else len(tile.sizes))
-        ):
-            scratch = self._memory(len(unit.key.rows), tiles=tile is not None)
-            if tile is not None:
-                left = self._fill_tile(unit.key, unit.slices[0], tile, scratch)
-            else:
-                left = (self._fill_small if unit.small else self._fill_large)(unit.key, unit.slices, scratch)
+        if unit.key is not None and native.knows(unit.key, 0 if tile is None else len(tile.sizes)):
+            paths = unit.paths
+            with self._job.files.using(paths):
+                if self._job.files.with_descriptors(paths):
+                    left = self._fill_by_native(unit.key, unit, tile)
         for slice_ in left:
             for own in of_tensors(slice_):
                 try:
@@ -404,6 +456,12 @@ class _Cpu:
                 except NumericsError as error:
                     self._job.refuse(own, error)
                     return
+
+    def _fill_by_native(self, key: GroupKey, unit: WorkUnit, tile: Tile | None) -> Sequence[Slice]:
+        scratch = self._memory(len(key.rows), tiles=tile is not None)
+        if tile is not None:
+            return self._fill_tile(key, unit.slices[0], tile, scratch)
+        return (self._fill_small if unit.small else self._fill_large)(key, unit.slices, scratch)
 
     def _memory(self, rows: int, *, tiles: bool) -> bytearray:
         needed = native.scratch(rows, tiles=tiles)
@@ -511,6 +569,9 @@ class _Cpu:
             self._job.use_torch()
             self._worker = Worker(self._job.torch_slice, allow_nonfinite=self._job.allow_nonfinite)
         if self._recipe is None or self._recipe[0] is not tensor:
+            self._recipe = None
+            self._held.close()
+            self._held.enter_context(self._job.files.using(tensor.terms.paths))
             self._recipe = tensor, Recipe(tensor, self._job.files)
         yield from self._worker.compute(slice_, self._recipe[1])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
@@ -15,29 +15,40 @@ from .work_units import Slice, WorkUnit
 
 
 class Fetching:
-    """Has the payload of work units fetched ahead of them; see `ReadAhead`."""
+    """Has the payload of work units fetched ahead of them; see `ReadAhead`.
 
-    def __init__(self, files: OpenFiles, units: Sequence[WorkUnit], keep: Path | None) -> None:
-        self._numbers = {id(unit): number for number, unit in enumerate(units)}
-        inputs = max((len(unit.slices[0].tensor.terms) for unit in units), default=1)
-        self.ahead = ReadAhead(files, lambda number: needed(units[number]), len(units), inputs=inputs, keep=keep)
+    Args:
+        numbered: the units in their order, each with the number by which the other methods know it.
+    """
+
+    def __init__(self, files: OpenFiles, numbered: Iterable[tuple[int, WorkUnit]], keep: Path | None) -> None:
+        listed = [*numbered]
+        self._places = {number: place for place, (number, _) in enumerate(listed)}
+        inputs = max((len(unit.slices[0].tensor.terms) for _, unit in listed), default=1)
+        self.ahead = ReadAhead(files, lambda place: needed(listed[place][1]), len(listed), inputs=inputs, keep=keep)
 
     @classmethod
-    def of(cls, files: OpenFiles, units: Sequence[WorkUnit], keep: Path | None, stack: ExitStack) -> Fetching | None:
+    def of(
+        cls,
+        files: OpenFiles,
+        numbered: Callable[[], Iterable[tuple[int, WorkUnit]]],
+        keep: Path | None,
+        stack: ExitStack,
+    ) -> Fetching | None:
         """Begin to fetch, until the stack ends; None if all inputs are local."""
         if not any(isinstance(source, RangeSource) for _, source in files.items()):
             return None
-        found = cls(files, units, keep)
+        found = cls(files, numbered(), keep)
         stack.enter_context(found.ahead)
         return found
 
-    def wait(self, unit: WorkUnit, stop: Event) -> bool:
+    def wait(self, number: int, stop: Event) -> bool:
         """Wait for what a unit reads; see `ReadAhead.wait`."""
-        return self.ahead.wait(self._numbers[id(unit)], stop)
+        return self.ahead.wait(self._places[number], stop)
 
-    def done(self, unit: WorkUnit) -> None:
+    def done(self, number: int) -> None:
         """Let go what no other unit reads."""
-        self.ahead.done(self._numbers[id(unit)])
+        self.ahead.done(self._places[number])
 
 
 def memory_ahead(stamps: Iterable[Stamp]) -> int:

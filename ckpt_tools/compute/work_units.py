@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from ..formats.file_plan import Computed, FilePlan, GroupKey, OutTensor
@@ -148,6 +149,23 @@ class WorkUnit(NamedTuple):
     key: GroupKey | None
     slices: tuple[Slice, ...]
     small: bool = False
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes to read from all inputs and to write."""
+        return sum([slice_.bytes_moved for slice_ in self.slices])
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes to read from all inputs."""
+        return sum([slice_.numel * slice_.tensor.terms.width for slice_ in self.slices])
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that it reads, each once."""
+        # By identity first: tensors of a shared template have one tuple of files.
+        terms = {id(own.files or own.specs): own for own in [slice_.tensor.terms for slice_ in self.slices]}
+        return list(dict.fromkeys([path for each in terms.values() for path in each.paths]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

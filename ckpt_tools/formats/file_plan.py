@@ -95,6 +95,13 @@ class Terms:
         return sum([spec.width for spec in self.specs])
 
     @property
+    def paths(self) -> list[Path]:
+        """The files that have the terms; one may be there several times."""
+        if self.files:
+            return [path for path, _ in self.files]
+        return [path for spec in self.specs for path in spec.paths]
+
+    @property
     def inputs(self) -> Sequence[tuple[TensorSpec, Files]]:
         """(spec, the files that have it), in the order of the terms."""
         if self.files:

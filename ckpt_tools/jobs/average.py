@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running, weighted_sums
+from ..storage.local import peak_memory
 from ..storage.source import Stamp, sha256
 from ..storage.staged import ScratchFile, scratch_file
 from ..tensors import parse_dtype
@@ -35,7 +36,7 @@ from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, 
 from .outputs import Target, default_target, grows_at
 from .provenance import Input, provided
 from .reports import Report
-from .run import produce
+from .run import Hashed, manners, produce
 from .weigh import weighed
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class AverageReport(Report):
         out: the target.
         bytes_read, bytes_written: of the whole job.
         memory: bytes of private buffers in host memory.
+        peak_memory: bytes that the process takes at its peak, about: what it took until the plan was made, and what is
+            added by the work; without torch, images and networks.
         device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
         companions: names of files beside the weights that go along: configuration and tokenizer.
         compared: after a replay, how the output compares with the average that it was made again from, in words.
@@ -89,6 +92,7 @@ class AverageReport(Report):
     same: bool | None = None
     recalibration: RecalibrationReport | None = None
     scratch: int = 0
+    peak_memory: int = field(default=0, compare=False)
     part: str = ""
     written: bool = False
 
@@ -136,6 +140,7 @@ def average(
         raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
     parse_dtype(output.dtype)
     check_threads(running.threads)
+    polite = manners(running)
     devices.check_name(running.device)
     gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
     chosen = None if output.out is None else Target.of(output.out)
@@ -169,7 +174,9 @@ def average(
             state = sums.lined_up.states[-1]
             network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
             sums = _with_network(sums, network, target)
-        assembly = _laid_out(sums, target, output, shard_bytes)
+        inline = output.hash and sums.recalibration is None  # else the inputs are hashed before they are read
+        planned = _hashed(sums, None) if inline else sums
+        assembly = _laid_out(planned, target, output, shard_bytes)
         gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
         memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + memory_ahead(stamps)
         options: dict[str, Any] = {
@@ -178,16 +185,15 @@ def average(
             "devices": gpus,
             "gpu_memory": gpu_bytes,
             "cache": None if fetched.cache is None else Path(fetched.cache),
+            "pace": polite["pace"],
         }
 
         def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
-            final = replace(sums, inputs=_hashed(sums)) if output.hash else sums
-            further: tuple[Stamp, ...] = ()
-            if sums.recalibration is not None:
-                show = running.on_progress
-                on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
-                scratch = stack.enter_context(scratch_file(grows_at(target.path)))
-                final, further = _measured(final, scratch, stamps, recalibration, on_progress=on_bytes, **options)
+            final = _hashed(sums, {path: sha256(path) for path in _own(sums)}) if output.hash else sums
+            show = running.on_progress
+            on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
+            scratch = stack.enter_context(scratch_file(grows_at(target.path)))
+            final, further = _measured(final, scratch, stamps, recalibration, on_progress=on_bytes, **options)
             laid_out = _laid_out(final, target, output, shard_bytes)
             done = replace(
                 report,
@@ -198,6 +204,12 @@ def average(
             )
             return done, laid_out, [*stamps, *further]
 
+        hashes: dict[Path, str] = {}
+
+        def recorded(found: Mapping[Path, str]) -> Assembly:
+            hashes.update(found)
+            return _laid_out(_hashed(sums, found), target, output, shard_bytes)
+
         done = produce(
             _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu"),
             assembly,
@@ -206,11 +218,15 @@ def average(
             running,
             inputs=addends.given,
             replaces=addends.replaces,
-            finish=finish if output.hash or sums.recalibration is not None else None,
+            finish=finish if sums.recalibration is not None else None,
             scratch=sums.scratch,
             asked=asked,
+            hashed=Hashed(_own(sums), recorded) if inline else None,
+            drop_cache=running.drop_cache,
             **options,
         )
+        if hashes:
+            done = replace(done, inputs=_hashed(sums, hashes).inputs)
     if addends.compared is None or not done.written:
         return done
     compared, same = addends.compared(target.path)
@@ -434,6 +450,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         device=device,
         recalibration=sums.recalibration,
         scratch=sums.scratch,
+        peak_memory=peak_memory() + memory + engine.notes_needed(assembly.files),
     )
 
 
@@ -458,11 +475,20 @@ def _is_layer(tensors: Mapping[str, OutTensor], lead: str) -> bool:
     return mean is not None and variance is not None and len(mean.shape) == 1 and mean.shape == variance.shape
 
 
-def _hashed(sums: _Sums) -> tuple[Input, ...]:
-    """Return the inputs with the SHA-256 of their files; those of an average that is extended are not read again."""
+def _own(sums: _Sums) -> list[Path]:
+    """Return the files of the checkpoints; not those of an average that is extended, which are not read again."""
+    return [path for member in sums.addends.sources for path in member.header.names.values()]
+
+
+def _hashed(sums: _Sums, found: Mapping[Path, str] | None) -> _Sums:
+    """Return the sums with the SHA-256 of their files in the record, or with a place for it if it is not known."""
     before, own = sums.inputs[: -len(sums.addends.sources)], sums.inputs[-len(sums.addends.sources) :]
-    digests = ({name: sha256(path) for name, path in member.header.names.items()} for member in sums.addends.sources)
-    return (*before, *(replace(entry, sha256=each) for entry, each in zip(own, digests, strict=True)))
+    digests = (
+        {name: "0" * 64 if found is None else found[path] for name, path in member.header.names.items()}
+        for member in sums.addends.sources
+    )
+    hashed = (replace(entry, sha256=each) for entry, each in zip(own, digests, strict=True))
+    return replace(sums, inputs=(*before, *hashed))
 
 
 def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:

@@ -42,7 +42,7 @@ from .outputs import Target, check_shard_size
 from .parameter_names import Naming, find_names, in_files
 from .provenance import input_record, provenance
 from .reports import Report, some
-from .run import produce
+from .run import manners, produce
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +107,7 @@ def convert(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     check_threads(running.threads)
+    polite = manners(running)
     asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
     report, assembly, further = planned(header, Target.of(output.out), output, which, missing)
@@ -120,6 +121,7 @@ def convert(
         asked=asked,
         threads=running.threads,
         allow_nonfinite=running.allow_nonfinite,
+        **polite,
     )
 
 

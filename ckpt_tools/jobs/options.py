@@ -248,7 +248,16 @@ class Running(Options):
     )
 
 
-class Computing(Running):
+class Moving(Running):
+    """How a job runs that reads and writes whole checkpoints."""
+
+    max_read_rate: Size | None = option(
+        "Bytes a second to read, at most, in all threads together, such as 2GB.", None, metavar="SIZE"
+    )
+    drop_cache: bool = option("Let the system forget what was read and written, for others' sake.", False)
+
+
+class Computing(Moving):
     """How a job runs that computes with the tensors."""
 
     threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,21 +13,48 @@ from ..compute import engine
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, UsageError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
-from ..storage import splice
+from ..formats.sharded import parse_size
+from ..storage import page_cache, splice
 from ..storage.hidden import kept_stages
+from ..storage.pace import Pace
 from ..storage.source import LOCAL, OpenFiles, Stamp, read_file, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import flush, keep_attributes, staged_files, write_at
 from .assembly import Assembly
-from .options import Recorded, Running
+from .options import Moving, Recorded, Running
 from .outputs import check_target
 
 if TYPE_CHECKING:
+    from ..compute.follower import Follower
     from .asked import Asked
     from .share import Work
     from .sign_off import SignOff
 
 R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """Files of which the record has the SHA-256, which is computed while they are read.
+
+    Attributes:
+        paths: the files, all of them inputs.
+        recorded: from their hashes to the output with them in its record, which has its size without them.
+    """
+
+    paths: Sequence[Path]
+    recorded: Callable[[Mapping[Path, str]], Assembly]
+
+
+def manners(running: Moving) -> dict[str, Any]:
+    """Return the options of `write` by which a job leaves others their share of disk and memory.
+
+    Raises:
+        UsageError: `max_read_rate` is not a size.
+    """
+    rate = running.max_read_rate
+    pace = None if rate is None else Pace(parse_size(rate, "max_read_rate"))
+    return {"pace": pace, "drop_cache": running.drop_cache}
 
 
 def run(
@@ -79,6 +107,7 @@ def produce(
     finish: Callable[[R], tuple[R, Assembly, Sequence[Stamp]]] | None = None,
     scratch: int = 0,
     asked: Asked | None = None,
+    hashed: Hashed | None = None,
     **options: Any,
 ) -> R:
     """Run a job whose output is an assembly; see `run`.
@@ -90,7 +119,8 @@ def produce(
         finish: called after the plan is shown; returns the report, the assembly to write instead, and its stamps.
         scratch: bytes that `finish` writes beside the target.
         asked: do this of the job, in a stage that stays; the report then has a field `part`.
-        options: of `engine.run`.
+        hashed: files to hash; none if `finish` is given.
+        options: of `write`.
     """
 
     if asked is not None and store_of(assembly.target) is not LOCAL:
@@ -119,11 +149,12 @@ def produce(
 
             sign_off = SignOff(Path(output.sign_off), stamps)
         if asked is not None:
-            more = {"force": output.force, "sign_off": sign_off, "on_progress": show, **options}
+            more = {"force": output.force, "sign_off": sign_off, "on_progress": show, "hashed": hashed, **options}
             words, published = _shared(final, sources, asked, **more)
             shared: Any = done
             return replace(shared, part=words)  # type: ignore[no-any-return]
-        write(final, sources, force=output.force, sign_off=sign_off, on_progress=on_bytes, **options)
+        more = {"sign_off": sign_off, "on_progress": on_bytes, "hashed": hashed, **options}
+        write(final, sources, force=output.force, **more)
         if kept_stages(final.target):
             from ..storage.kept_stage import clear
 
@@ -168,6 +199,9 @@ def write(
     force: bool = False,
     sign_off: SignOff | None = None,
     internal: bool = False,
+    pace: Pace | None = None,
+    drop_cache: bool = False,
+    hashed: Hashed | None = None,
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
@@ -178,6 +212,9 @@ def write(
         force: replace what is there.
         sign_off: a statement to write when the output is in place.
         internal: it is for the job alone, and no output.
+        pace: at which the inputs are read.
+        drop_cache: let the system drop the pages of inputs that it had not in memory before, and of the output.
+        hashed: files to hash.
         on_progress: called with the bytes of tensors read and written so far; then also with those sent to a store.
         options: of `engine.run`.
 
@@ -198,22 +235,60 @@ def write(
                     on_progress(sent[0])
 
             made = stages.enter_context(uploading(assembly, on_sent, force=force))
-        outputs, companions = _staged(made, 0, stages, force=force, internal=internal)
+        outputs, companions = _staged(made, 0, stages, force=force, internal=internal, drop_cache=drop_cache)
+        follower = stages.enter_context(_followed(stamps, hashed, drop_cache=drop_cache, **options))
+        final = _Final(assembly, hashed, follower)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
             show = on_progress
             on_copied = None if show is None else lambda nbytes: show(2 * nbytes)  # read and written
-            copy([each for each in splices if each], [out.fd for out in outputs], stamps, on_copied)
+            more = {"pace": pace, "drop_cache": drop_cache}
+            copy([each for each in splices if each], [out.fd for out in outputs], stamps, on_copied, **more)
+            for out, plan in zip(outputs, final.plans(), strict=True):
+                for segment in plan.computed if hashed is not None else ():
+                    write_at(out.fd, memoryview(segment.make(())), segment.offset, plan.name)
         else:
-            engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
+            more = {"pace": pace, "drop_cache": drop_cache, "follower": follower, "complete": final.plans, **options}
+            engine.run(outputs, stamps=stamps, on_progress=on_progress, **more)
         if assembly.checksums:
             from .checksums import fill
 
-            fill(assembly, outputs, options.get("threads"))
+            fill(final.assembly, outputs, options.get("threads"))
         if statement is not None:
-            statement = statement.about(assembly, [*outputs, *companions])
+            statement = statement.about(final.assembly, [*outputs, *companions])
     if statement is not None:
         statement.write(assembly.target, force=force)
+
+
+@dataclass(slots=True)
+class _Final:
+    """An output whose record may lack hashes until all of it is written.
+
+    Attributes:
+        assembly: with the hashes, as soon as they are known.
+    """
+
+    assembly: Assembly
+    hashed: Hashed | None
+    follower: Follower | None
+
+    def plans(self) -> Sequence[FilePlan]:
+        """Return the plans of its files, with the hashes; see `engine.run`."""
+        found = {} if self.follower is None else self.follower.finish()
+        if self.hashed is not None:
+            self.assembly = self.hashed.recorded(found)
+        return self.assembly.files
+
+
+def _followed(
+    stamps: Sequence[Stamp], hashed: Hashed | None, *, drop_cache: bool, threads: int | None = None, **_: Any
+) -> AbstractContextManager[Follower | None]:
+    """Return what follows the sums, if anything is to be hashed or dropped."""
+    if hashed is None and not drop_cache:
+        return nullcontext()
+    from ..compute.follower import Follower
+
+    return Follower(stamps, hashed=() if hashed is None else hashed.paths, drop=drop_cache, threads=threads)
 
 
 def _shared(assembly: Assembly, stamps: Sequence[Stamp], asked: Asked, **options: Any) -> tuple[str, bool]:
@@ -253,6 +328,8 @@ def _write_share(
     force: bool,
     sign_off: SignOff | None,
     on_progress: Callable[[int, int], None] | None,
+    drop_cache: bool = False,
+    hashed: Hashed | None = None,
     **options: Any,
 ) -> None:
     """Do a part of an assembly in a stage that stays until the output is published; see `write`.
@@ -268,19 +345,28 @@ def _write_share(
     outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
     show = on_progress
     on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
-    try:
-        engine.run(outputs, stamps=stamps, share=own, on_progress=on_bytes, **options)
-    except CorruptError:
-        own.forget()
-        raise
-    if own.completes:
-        if assembly.checksums:
-            from .checksums import fill
+    with _followed(stamps, hashed, drop_cache=drop_cache, **options) as follower:
+        final = _Final(assembly, hashed, follower)
 
-            fill(assembly, outputs[: len(assembly.files)], options.get("threads"))
-        if statement is not None:
-            statement = statement.about(assembly, outputs)
-        own.place(force=force)
+        def complete() -> Sequence[FilePlan]:
+            return [*final.plans(), *plans[len(assembly.files) :]]  # and companions
+
+        more = {"drop_cache": drop_cache, "follower": follower, "complete": complete, **options}
+        try:
+            engine.run(outputs, stamps=stamps, share=own, on_progress=on_bytes, **more)
+        except CorruptError:
+            own.forget()
+            raise
+        if own.completes:
+            if assembly.checksums:
+                from .checksums import fill
+
+                fill(final.assembly, outputs[: len(assembly.files)], options.get("threads"))
+            if statement is not None:
+                statement = statement.about(final.assembly, outputs)
+            own.place(force=force)
+            for fd in own.fds if drop_cache else ():
+                page_cache.drop(fd)
     if statement is not None:
         statement.write(assembly.target, force=force)
 
@@ -296,6 +382,7 @@ def write_all(
     stamps: Sequence[Stamp],
     *,
     force: bool = False,
+    drop_cache: bool = False,
     on_progress: Callable[[int], None] | None = None,
     **options: Any,
 ) -> None:
@@ -306,7 +393,8 @@ def write_all(
     with ExitStack() as stages:
         staged = [_staged(each, row, stages, force=force, internal=True)[0] for row, each in enumerate(assemblies)]
         outputs = [out for files in staged for out in files]
-        engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
+        follower = stages.enter_context(_followed(stamps, None, drop_cache=drop_cache, **options))
+        engine.run(outputs, stamps=stamps, on_progress=on_progress, follower=follower, **options)
 
 
 def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) -> tuple[list[OutFile], list[OutFile]]:
@@ -353,6 +441,8 @@ def copy(
     on_progress: Callable[[int], None] | None,
     *,
     in_place: bool = False,
+    pace: Pace | None = None,
+    drop_cache: bool = False,
 ) -> None:
     """Write files of which the kernel copies most.
 
@@ -361,6 +451,8 @@ def copy(
         stamps: of the inputs, taken when their headers were read.
         on_progress: called with the bytes copied so far.
         in_place: each file replaces its source, and keeps its attributes.
+        pace: at which they are read.
+        drop_cache: let the system drop the pages of sources that it had not in memory before.
 
     Raises:
         CkptError: see `splice.write`; or an input has changed.
@@ -372,13 +464,20 @@ def copy(
         copied += nbytes
         if on_progress is not None:
             on_progress(copied)
+        if pace is not None:
+            pace.take(nbytes, going_on)
 
+    going_on = threading.Event()
     with OpenFiles(stamps) as sources:
         sources.open_all(each.source for each in splices)
         for each, fd in zip(splices, fds, strict=True):
             if in_place:
                 keep_attributes(fd, sources.descriptor(each.source), each.source)  # before it holds anything to read
+            read = sources[each.source].fileno()
+            drops = drop_cache and read is not None and not page_cache.in_use(read)
             splice.write(each, sources[each.source], fd, count)
+            if drops and read is not None:
+                page_cache.drop(read)
             if in_place:
                 flush(
                     fd, each.source

@@ -26,11 +26,11 @@ from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .asked import asked_of
 from .assembly import Assembly, nested
 from .checksums import with_place
-from .options import KeptState, Running, Sharing, StrippedOutput, takes
+from .options import KeptState, Moving, Sharing, StrippedOutput, takes
 from .outputs import Target, check_same_format, named_after
 from .provenance import input_record, provenance
 from .reports import Report
-from .run import produce, run
+from .run import manners, produce, run
 
 _NO_WEIGHTS = "holds nothing but training state; no weights would be left."
 
@@ -88,10 +88,8 @@ class StripReport(Report):
         return bool(self.entries) or self.compacted > 0
 
 
-@takes(KeptState, StrippedOutput, Sharing, Running)
-def strip(
-    path: str | Path, which: KeptState, output: StrippedOutput, sharing: Sharing, running: Running
-) -> StripReport:
+@takes(KeptState, StrippedOutput, Sharing, Moving)
+def strip(path: str | Path, which: KeptState, output: StrippedOutput, sharing: Sharing, running: Moving) -> StripReport:
     """Write a checkpoint without optimizers, schedulers, scalers, random states and the like.
 
     All sets of weights are kept byte for byte, with ``arch``, ``epoch``, ``args`` and all other entries.
@@ -106,14 +104,15 @@ def strip(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
+    polite = manners(running)
     asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
     target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
     report, assembly = planned(header, target, which, output)
     if assembly is None:
         return run(report, running)
-    inputs = [header.path]
-    return produce(report, assembly, header.files, output, running, inputs=inputs, asked=asked, allow_nonfinite=True)
+    more = {"inputs": [header.path], "asked": asked, "allow_nonfinite": True, **polite}
+    return produce(report, assembly, header.files, output, running, **more)
 
 
 def planned(

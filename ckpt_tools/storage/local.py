@@ -17,6 +17,8 @@ from pathlib import Path
 _SEEKING = threading.Lock()
 """Held between a seek and its read or write, because all threads share the file position."""
 
+_SPARE = 64  # open files for other things than inputs
+
 # A pipe would wait for a writer without O_NONBLOCK.
 _READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_BINARY", "O_NONBLOCK"))
 
@@ -142,8 +144,12 @@ def write_once(fd: int, view: memoryview, offset: int) -> int:
         return os.write(fd, view)
 
 
-def raise_file_limit(count: int) -> None:
-    """Raise the limit of open files of this process by `count`, as far as the system allows."""
+def raise_file_limit(count: int) -> int | None:
+    """Raise the limit of open files of this process by `count`, as far as the system allows.
+
+    Returns:
+        How many more may be opened, with some left over for other things; None if the system does not tell.
+    """
     already = 0
     with suppress(OSError):
         already = sum(1 for _ in os.scandir("/dev/fd"))
@@ -151,7 +157,24 @@ def raise_file_limit(count: int) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = already + count + 64
+        wanted = already + count + _SPARE
         if soft != resource.RLIM_INFINITY and soft < wanted:
-            limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return None if soft == resource.RLIM_INFINITY else max(soft - already - _SPARE, 1)
+    return None
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has taken so far; 0 if the system does not tell."""
+    with suppress(OSError, ValueError):
+        with Path("/proc/self/status").open() as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    with suppress(ImportError):
+        import resource
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return 0

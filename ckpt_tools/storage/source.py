@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol
@@ -209,7 +213,10 @@ def stamp_of(source: Source, path: Path) -> Stamp:
 
 
 class OpenFiles:
-    """Inputs opened once and shared by all threads; a context manager.
+    """Inputs shared by all threads; a context manager.
+
+    Either they are all open from the beginning to the end (`open_all`), or from the first to the last of their expected
+    uses (`expect`), and more at a time than the system allows are never open.
 
     Args:
         stamps: of files with known headers; a file that differs from its stamp is refused.
@@ -218,6 +225,10 @@ class OpenFiles:
     def __init__(self, stamps: Iterable[Stamp] = ()) -> None:
         self._sources: dict[Path, Source] = {}
         self._stamps = {stamp.path: stamp for stamp in stamps}
+        self._coming: Counter[Path] = Counter()  # uses that are expected
+        self._users: Counter[Path] = Counter()  # at the moment
+        self._most: int | None = None  # files that may be open
+        self._lock = threading.Lock()
 
     def open(self, path: Path) -> None:
         """Open a file, if it is not open yet.
@@ -228,6 +239,10 @@ class OpenFiles:
         """
         if path in self._sources:
             return
+        if self._most is not None and len(self._sources) >= self._most:
+            idle = next((each for each in self._sources if not self._users[each]), None)
+            if idle is not None:
+                self._close(idle)
         source = self._sources[path] = open_source(path)
         now = stamp_of(source, path)
         self._check(now, self._stamps.setdefault(path, now))
@@ -239,6 +254,65 @@ class OpenFiles:
         raise_file_limit(len(unique))
         for path in unique:
             self.open(path)
+
+    def expect(self, paths: Iterable[Path]) -> None:
+        """Expect a use of these files, see `used`; in the order of the uses."""
+        self._coming.update(paths)
+
+    def open_expected(self) -> None:
+        """Open the files that are expected, or the first ones if there are more than the system allows.
+
+        An open file can be read to its end though its name goes meanwhile.
+
+        Raises:
+            ReadError, CorruptError: see `open`.
+        """
+        self._most = raise_file_limit(len(self._coming))
+        for path in islice(self._coming, self._most):
+            self.open(path)
+
+    @contextmanager
+    def using(self, paths: Iterable[Path]) -> Iterator[None]:
+        """Keep files open.
+
+        Raises:
+            ReadError, CorruptError: see `open`.
+        """
+        held = []
+        try:
+            with self._lock:
+                for path in paths:
+                    self.open(path)
+                    self._users[path] += 1
+                    held.append(path)
+            yield
+        finally:
+            with self._lock:
+                for path in held:
+                    self._users[path] -= 1
+                    self._settle(path)
+
+    def used(self, paths: Iterable[Path]) -> None:
+        """Take note of an expected use; a file is closed after its last one.
+
+        Raises:
+            CorruptError: a file that is closed has changed since its header was read.
+        """
+        with self._lock:
+            for path in paths:
+                self._coming[path] -= 1
+                self._settle(path)
+
+    def _settle(self, path: Path) -> None:
+        if not self._coming[path] and not self._users[path] and path in self._sources:
+            self._close(path)
+
+    def _close(self, path: Path) -> None:
+        source = self._sources.pop(path)
+        try:
+            self._check(stamp_of(source, path), self._stamps[path])
+        finally:
+            source.close()
 
     def __getitem__(self, path: Path) -> Source:
         return self._sources[path]
@@ -254,7 +328,11 @@ class OpenFiles:
     @property
     def have_descriptors(self) -> bool:
         """True if every open file has a descriptor; see `Source.fileno`."""
-        return all(source.fileno() is not None for source in self._sources.values())
+        return self.with_descriptors(self._sources)
+
+    def with_descriptors(self, paths: Iterable[Path]) -> bool:
+        """Return True if each of these open files has a descriptor; see `Source.fileno`."""
+        return all([self._sources[path].fileno() is not None for path in paths])
 
     def descriptor(self, path: Path) -> int:
         """Return the descriptor of an open file that has one."""

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from stat import S_IMODE
 
 from ..errors import WriteError, WriteWarning
+from . import page_cache
 from .hidden import clear_leftovers, hidden, is_open_as, locked, new_file, new_folder, remove
 from .local import raise_file_limit, write_once
 
@@ -27,7 +28,13 @@ PLACED: list[Path] = []
 
 @contextmanager
 def staged_files(
-    target: Path, names: Sequence[str] | None, sizes: Sequence[int], *, force: bool = False, internal: bool = False
+    target: Path,
+    names: Sequence[str] | None,
+    sizes: Sequence[int],
+    *,
+    force: bool = False,
+    internal: bool = False,
+    drop_cache: bool = False,
 ) -> Iterator[list[int]]:
     """Create files, and put them in the place of the target when the block ends without an exception.
 
@@ -39,6 +46,7 @@ def staged_files(
         sizes: of the files, in bytes.
         force: replace an existing target.
         internal: it is for the job alone, and no output.
+        drop_cache: let the system drop the pages of the files when they are on the disk.
 
     Yields:
         A descriptor of each file, for reading and writing.
@@ -56,7 +64,7 @@ def staged_files(
                 f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
         yield stage.fds
-        _place(stage, force=force, internal=internal)
+        _place(stage, force=force, internal=internal, before=stage.drop if drop_cache else lambda: None)
     finally:
         stage.clear()
 
@@ -214,6 +222,11 @@ class _Stage:
         """Wait until the content of all files is on the disk."""
         for fd in self.fds:
             os.fsync(fd)
+
+    def drop(self) -> None:
+        """Let the system drop the pages of all files from memory."""
+        for fd in self.fds:
+            page_cache.drop(fd)
 
     @property
     def is_placed(self) -> bool:

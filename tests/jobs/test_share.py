@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -362,15 +362,19 @@ def test_parts_that_are_cut_otherwise_are_refused(
 def test_nothing_counts_of_a_part_whose_input_changed_meanwhile(
     series: list[str], small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    used = OpenFiles.used
+
+    def touched(self: OpenFiles, paths: Iterable[Path]) -> None:
+        os.utime("step_1.pth", (1, 1))
+        used(self, paths)
+
+    before = Path("step_1.pth").stat()
     with monkeypatch.context() as changed:
-
-        def check(self: OpenFiles) -> None:
-            raise CorruptError("step_1.pth: changed while it was read")
-
-        changed.setattr(OpenFiles, "check_unchanged", check)
+        changed.setattr(OpenFiles, "used", touched)
         changed.setattr("ckpt_tools.jobs.share.NBYTES", 0)
         with pytest.raises(CorruptError, match="changed while it was read"):
             average(series, out="out.pth", part="1/1")
+    os.utime("step_1.pth", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert journals() == {"part-1-of-1.jsonl": []}
     with pytest.raises(WriteError, match="part 1 of 1 is missing"):
         average(series, out="out.pth", finish=True)

@@ -161,10 +161,12 @@ class StagingPipeline:
             chunk, rest = take(unit.slices, room(key.dtypes, key.out, self._size.reals) // formula.reals)
             if rest:
                 waiting.appendleft(WorkUnit(key, rest))
+            handed = WorkUnit(key, chunk)
             try:
-                self._hand_over(self._memory, WorkUnit(key, chunk), formula)
+                with self._files.using(handed.paths):
+                    self._hand_over(self._memory, handed, formula)
             except torch.cuda.OutOfMemoryError:
-                again = [WorkUnit(key, chunk)]
+                again = [handed]
             else:
                 while len(self._under_way) >= RESULTS:
                     left += self._write()

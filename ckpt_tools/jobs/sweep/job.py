@@ -20,7 +20,7 @@ from ..asked import COMMAND, started_together
 from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, grows_at
 from ..provenance import provided, short_names
-from ..run import check_output, write
+from ..run import check_output, manners, write
 from .evaluation import Evaluators, opened
 from .files import Files
 from .geometry import geometry_of
@@ -88,6 +88,7 @@ def sweep(
     if matching.lora == "product":
         raise UsageError("`lora='product'` does not go with a sweep. Merge each adapter into its model first.")
     check_threads(running.threads)
+    manners(running)
     dtype = parse_dtype(output.dtype)
     given = [paths] if isinstance(paths, (str, Path)) else [*paths]
     series = find_series(given, order=order.order, include_outputs=order.include_outputs)
@@ -231,4 +232,4 @@ def _write_best(
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))
         (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])
-        write(assembly, stamps, force=output.force, **options)
+        write(assembly, stamps, force=output.force, **options, **manners(running))

@@ -23,7 +23,7 @@ from ..lined_up import LinedUp, line_up
 from ..options import Matching
 from ..outputs import Target, default_target
 from ..provenance import short_names
-from ..run import write_all
+from ..run import manners, write_all
 from ..weigh import arguments_of
 from .options import Sweeping
 
@@ -114,6 +114,7 @@ class Maker:
             allow_nonfinite=self.running.allow_nonfinite,
             devices=devices.choose(self.running.device, read),
             gpu_memory=devices.GPU_MEMORY if size is None else parse_size(size, "gpu_memory"),
+            **manners(self.running),
             on_progress=None if on_progress is None else lambda nbytes: on_progress(nbytes, total),
         )
 
