@@ -99,7 +99,9 @@ def curl(urls: list[str], nbytes: int, folder: Path) -> None:
     lines = []
     for url in urls:
         for begin in range(0, nbytes, BLOCK):
-            lines.append(f'next\nurl = "{url}"\nrange = "{begin}-{min(begin + BLOCK, nbytes) - 1}"\noutput = "/dev/null"')
+            lines.append(
+                f'next\nurl = "{url}"\nrange = "{begin}-{min(begin + BLOCK, nbytes) - 1}"\noutput = "/dev/null"'
+            )
     config.write_text("\n".join(lines).removeprefix("next\n"))
     subprocess.run(["curl", "-s", "-f", "-Z", "--parallel-max", str(CONNECTIONS), "-K", config], check=True)
 
