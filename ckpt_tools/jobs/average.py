@@ -22,6 +22,7 @@ from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running, weighted_sums
+from ..storage.remote import as_address
 from ..storage.source import Stamp, sha256
 from ..storage.staged import ScratchFile, scratch_file
 from ..tensors import parse_dtype
@@ -128,6 +129,31 @@ def average(
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
+
+    def made(output: AveragedOutput, running: Summing) -> AverageReport:
+        return _average(paths, schedule, selection, matching, earlier, output, recalibration, sharing, fetched, running)
+
+    address = None if output.out is None else as_address(output.out)
+    if address is None:
+        return made(output, running)
+    from .upload import uploaded
+
+    return uploaded(address, output, running, sharing, made)
+
+
+def _average(
+    paths: str | Path | Iterable[str | Path],
+    schedule: Schedule,
+    selection: Selection,
+    matching: Matching,
+    earlier: Earlier,
+    output: AveragedOutput,
+    recalibration: Recalibration,
+    sharing: Sharing,
+    fetched: Fetched,
+    running: Summing,
+) -> AverageReport:
+    """Average into a file or folder on this machine."""
     if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
         schedule.check()
     _check(matching)

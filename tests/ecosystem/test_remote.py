@@ -21,7 +21,7 @@ from range_server import Asked, RangeServer, serving
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools import average, convert, diff, open_checkpoint
-from ckpt_tools.errors import CkptError, CorruptError, ReadError, SeriesError, UsageError
+from ckpt_tools.errors import CkptError, CorruptError, ReadError, SeriesError, UsageError, WriteError
 from ckpt_tools.storage import ahead
 from ckpt_tools.storage.remote import Address, as_address, objects
 from ckpt_tools.storage.source import STORES, store_of
@@ -441,3 +441,86 @@ def files_below(store: Any, folder: Address) -> Iterator[tuple[Path, int]]:
             yield from ((Path(name) / inner, size) for inner, size in files_below(store, path))
         else:
             yield Path(name), store.open(path).stat()[0]
+
+
+@pytest.mark.parametrize("name", ["average.safetensors", "average.pth", "average/"])
+def test_an_output_in_a_bucket_has_the_bytes_of_a_local_one(
+    name: str, bucket: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client.create_bucket(Bucket=f"outputs-{len(name)}")
+    inputs = [runs / (f"checkpoint-{step}" if "/" in name else f"step_{step}.pth") for step in STEPS]
+    target = f"s3://outputs-{len(name)}/a/{name}"
+
+    planned = average(inputs, out=target, dry_run=True)
+    report = average(inputs, out=target)
+    average(inputs, out=f"{tmp_path}/{name}")
+
+    assert planned.out == report.out == target.rstrip("/")
+    local = [path for path in (tmp_path / name).rglob("*") if path.is_file()] or [tmp_path / name]
+    found = {each["Key"] for each in client.list_objects_v2(Bucket=f"outputs-{len(name)}")["Contents"]}
+    assert found == {f"a/{path.relative_to(tmp_path)}" for path in local}
+    for path in local:
+        body = client.get_object(Bucket=f"outputs-{len(name)}", Key=f"a/{path.relative_to(tmp_path)}")["Body"].read()
+        assert body == path.read_bytes(), path
+    with pytest.raises(WriteError, match=rf"{target.rstrip('/')}: exists already\. Pass `force=True`"):
+        average(inputs, out=target)
+    average(inputs, out=target, force=True)
+    client.put_object(Bucket=f"outputs-{len(name)}", Key=f"a/{name.rstrip('/')}/notes.txt", Body=b"mine")
+    with pytest.raises(WriteError, match=r"holds notes\.txt, which the new output would not.* The output is in"):
+        average(inputs, out=target, force=True)
+
+
+def test_an_index_is_sent_last_and_what_fails_leaves_the_output_on_this_machine(
+    server: RangeServer, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials(monkeypatch, server.url)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    sizes: dict[str, int] = {}
+
+    def answer(handler: Any) -> bool:
+        path = urlsplit(handler.path).path
+        if handler.command == "PUT":
+            size = int(handler.headers["Content-Length"])
+            handler.rfile.read(size)
+            if path.endswith("index.json"):
+                handler.answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>secret</Message></Error>")
+                return True
+            sizes[path] = size
+            handler.answer(200, {"ETag": '"1"'})
+        elif handler.command == "HEAD" and path in sizes:
+            modified = "Thu, 01 Jan 2026 00:00:00 GMT"
+            handler.answer(200, {"Content-Length": str(sizes[path]), "ETag": '"1"', "Last-Modified": modified})
+        else:
+            return listing([])(handler) if "list-type" in handler.path else handler.answer(404, {}) is None
+        return True
+
+    server.answer = answer
+    with pytest.raises(WriteError, match=r"uploading failed \(access denied: 403 Forbidden AccessDenied;.*") as told:
+        average([runs / f"checkpoint-{step}" for step in STEPS], out="s3://bucket/average/")
+    said = "".join(traceback.format_exception(told.value))
+    assert "secret" not in said
+    assert len(sizes) == 4  # three shards and config.json, before the index
+    kept = Path(re.search(r"The output is in (\S+): upload", str(told.value))[1])
+    assert (kept / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "match"),
+    [
+        ("https://host/a.pth", {}, "https://host/a.pth: is read, not written"),
+        ("hf://org/name/a.pth", {}, "is read, not written"),
+        ("s3://bucket/a.pth", {"part": "1/2"}, "need a local one"),
+    ],
+)
+def test_outputs_that_cannot_be_sent_are_refused_before_any_work(
+    out: str, options: dict[str, Any], match: str, runs: Path
+) -> None:
+    with pytest.raises(UsageError, match=match):
+        average([runs / "step_100.pth"], out=out, **options)
+    with pytest.raises(UsageError, match="only `average"):
+        convert(runs / "step_100.pth", out=out)

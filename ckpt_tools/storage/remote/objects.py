@@ -49,6 +49,9 @@ _CLIENT: Any = {"timeout": "120s", "connect_timeout": "10s"}
 _START = 512  # bytes of a file that tell its format, and are kept
 _LARGE = 256 << 10  # bytes of a read from which on it is one of many in sequence
 _BLOCK = 8 << 20
+_PART = 16 << 20  # bytes of a part of an upload
+_MOST_PARTS = 9_000  # of an object: S3 takes 10,000
+_PARTS_AT_ONCE = 8
 _BLOCKS = 32  # kept at once, of all files
 
 
@@ -448,6 +451,22 @@ class Buckets(Objects):
         skip = len(prefix) + 1 if prefix else 0
         files: dict[str, Pinned | None] = {meta["path"][skip:]: Pinned.of(meta) for meta in found["objects"]}
         return {prefix[skip:]: None for prefix in found["common_prefixes"]} | files
+
+    def put(self, path: Path, local: Path) -> None:
+        """Send a local file, in parts if it is large; the object is there when all of it is.
+
+        Raises:
+            OSError: it cannot be sent, or what is there is not as large.
+        """
+        place, nbytes = self.place(path, False), local.stat().st_size
+        part = max(_PART, -(-nbytes // _MOST_PARTS))
+        try:
+            obstore.put(place.client, place.key, local, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
+            found = obstore.head(place.client, place.key)["size"]
+        except _ERRORS as error:
+            raise refused(error, path) from None
+        if found != nbytes:
+            raise OSError(errno.EIO, f"{nbytes:,} bytes were sent, and {found:,} are there", str(path))
 
     def _client(self, path: Path) -> Any:
         bucket = path.parts[1]
