@@ -44,9 +44,7 @@ class Target:
         """
         text, name, known = os.fspath(out), Path(out).name, suffixes()
         if re.match(r"(s3|gs|az|https?|hf)://", text):
-            raise UsageError(
-                f"`out={text!r}`: only `average(...)` writes to a store. Write a local file, and upload it."
-            )
+            raise UsageError(f"`out={text!r}`: only averages are sent to a store. Write a local file, and upload it.")
         if not text or name in known:
             raise UsageError(f"`out={text!r}`: there is no name in it. Is a variable of the shell unset?")
         path = Path(out)

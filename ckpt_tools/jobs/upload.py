@@ -83,8 +83,8 @@ def _send(store: Buckets, address: Address, local: Path, there: set[str]) -> Non
     left = sorted(there - names.keys())
     if left:
         raise WriteError(
-            f"{address}: holds {left[0] or 'an object of this name'}, which the new output would not. Choose a new name. "
-            f"The output is in {local} meanwhile."
+            f"{address}: holds {left[0] or 'an object of this name'}, which the new output would not. Choose a new "
+            f"name. The output is in {local} meanwhile."
         )
     indexes = tuple(suffix for each in FORMATS for suffix in each.indexes)
     try:
@@ -92,8 +92,8 @@ def _send(store: Buckets, address: Address, local: Path, there: set[str]) -> Non
             store.put(address / name if name else address, path)
     except OSError as error:
         raise WriteError(
-            f"{address}: uploading failed ({error.strerror}). The output is in {local}: upload it from there, the index "
-            "last."
+            f"{address}: uploading failed ({error.strerror}). The output is in {local}: upload it from there, the "
+            "index last."
         ) from None
 
 

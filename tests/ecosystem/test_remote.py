@@ -522,5 +522,5 @@ def test_outputs_that_cannot_be_sent_are_refused_before_any_work(
 ) -> None:
     with pytest.raises(UsageError, match=match):
         average([runs / "step_100.pth"], out=out, **options)
-    with pytest.raises(UsageError, match="only `average"):
+    with pytest.raises(UsageError, match="only averages are sent to a store"):
         convert(runs / "step_100.pth", out=out)
