@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from ..errors import CkptError, WriteError, WriteWarning
@@ -35,7 +36,7 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
 
     Raises:
         WriteError: this machine or the store refuses, or what was written here cannot be read; the output is not
-            there then.
+            there then. If only the sending failed, the message says where it is on this machine.
     """
     target: Any = assembly.target
     here = grows_at(target)
@@ -50,11 +51,21 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
         made = folder / here.name
         yield replace(assembly, target=made)
         _check(made, target)
-        if assembly.folder:
-            names = [path.name for path in assembly.companions] + [plan.name for plan in assembly.files]
-            _send_folder(made, target, names, on_bytes, force=force)
-        else:
-            _send_file(made, target, on_bytes, force=force)
+        try:
+            if assembly.folder:
+                names = [path.name for path in assembly.companions] + [plan.name for plan in assembly.files]
+                _send_folder(made, target, names, on_bytes, force=force)
+            else:
+                _send_file(made, target, on_bytes, force=force)
+        except WriteError as error:
+            raise WriteError(f"{error} The output is in {_kept(made, here)}: send it from there.") from None
+
+
+def _kept(made: Path, here: Path) -> Path:
+    """Move an output that could not be sent to where it stays; return the path."""
+    place = here.with_name(f"ckpt-{token_hex(4)}")
+    place.mkdir()
+    return made.rename(place / made.name)
 
 
 def _check(made: Path, target: Address) -> None:

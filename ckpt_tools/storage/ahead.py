@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ MEMORY = 512 << 20
 BLOCK = 8 << 20
 """Bytes of a request, at most."""
 _LEAST = 1 << 20  # bytes of a block: many inputs at once share `MEMORY`
+_GAP = 256 << 10  # bytes between two ranges that cost less than a second request
 CONNECTIONS = 16
 """Requests at the same time."""
 
@@ -50,7 +52,7 @@ class Staged:
     """A file whose blocks are fetched into memory, or into a file that stays; see `Source`."""
 
     def __init__(self, path: Path, source: RangeSource, block: int, kept: KeptBlocks | None) -> None:
-        self.path, self.inner, self._block = path, source, block
+        self.path, self.inner, self.block = path, source, block
         self.nbytes = source.stat()[0]
         self.blocks: dict[int, Block] = {}
         self.kept = kept
@@ -71,7 +73,7 @@ class Staged:
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill a buffer, from blocks if they are there."""
         end = offset + len(view)
-        numbers = range(offset // self._block, max(end - 1, offset) // self._block + 1)
+        numbers = range(offset // self.block, max(end - 1, offset) // self.block + 1)
         if not all((block := self.blocks.get(n)) and block.has(offset, end) for n in numbers):
             return self.inner.read_into(offset, view)
         done = got = read_once(self.fd, view, offset)
@@ -83,8 +85,8 @@ class Staged:
     def let_go(self, number: int) -> None:
         """Give the memory of a block back."""
         if self._memory is not None:
-            start = number * self._block
-            self._memory.madvise(mmap.MADV_REMOVE, start, min(self._block, self.nbytes - start))
+            start = number * self.block
+            self._memory.madvise(mmap.MADV_REMOVE, start, min(self.block, self.nbytes - start))
 
     def close(self) -> None:
         if self._memory is not None:
@@ -100,24 +102,43 @@ class Block:
     """A block of a file.
 
     Attributes:
-        begin, end: the bytes of it that work units need.
+        ranges: the bytes of it that work units need, (begin, end), and small gaps between them; in ascending order.
         units: how many need some, and are not done.
         asked, there: it is being fetched, or is fetched and not let go.
     """
 
-    __slots__ = ("asked", "begin", "end", "file", "number", "there", "units")
+    __slots__ = ("asked", "file", "number", "ranges", "there", "units")
 
     def __init__(self, file: Staged, number: int) -> None:
         self.file, self.number = file, number
-        self.begin, self.end = file.nbytes, 0
+        self.ranges: list[tuple[int, int]] = []
         self.units = 0
         self.asked = self.there = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes to fetch."""
+        return sum([end - begin for begin, end in self.ranges])
+
+    def add(self, begin: int, end: int) -> None:
+        """Add what a work unit needs."""
+        ranges = self.ranges
+        first = bisect_left(ranges, begin - _GAP, key=_end)
+        last = first
+        while last < len(ranges) and ranges[last][0] <= end + _GAP:
+            begin, end = min(begin, ranges[last][0]), max(end, ranges[last][1])
+            last += 1
+        ranges[first:last] = [(begin, end)]
+
     def has(self, begin: int, end: int) -> bool:
         """Return True if all bytes of a range that lie in this block are there."""
-        size = self.file._block
+        size = self.file.block
         low, high = max(begin, self.number * size), min(end, (self.number + 1) * size, self.file.nbytes)
-        return self.there and self.begin <= low and high <= self.end
+        return self.there and any(first <= low and high <= last for first, last in self.ranges)
+
+
+def _end(each: tuple[int, int]) -> int:
+    return each[1]
 
 
 class ReadAhead:
@@ -165,14 +186,15 @@ class ReadAhead:
         self._closed = False
         self._error: CkptError | None = None
         for number in range(count):
-            for block, begin, end in self._touched(number):
+            for block, begin, end in self._parts(number):
+                block.add(begin, end)
+            for block in self._blocks(number):
                 block.units += 1
-                block.begin, block.end = min(block.begin, begin), max(block.end, end)
         if keep is not None:  # whole blocks, for the next job may need more of them
             for file in self._files.values():
                 for block in file.blocks.values():
-                    block.begin = block.number * self.block
-                    block.end = min(block.begin + self.block, file.nbytes)
+                    begin = block.number * self.block
+                    block.ranges = [(begin, min(begin + self.block, file.nbytes))]
         self._waiting = self._in_order()
         self._next: tuple[int, Block] | None = None
 
@@ -185,7 +207,7 @@ class ReadAhead:
         Raises:
             ReadError: a request failed for good.
         """
-        blocks = [block for block, _, _ in self._touched(number)]
+        blocks = self._blocks(number)
         with self._changed:
             while not all([block.there for block in blocks]):
                 if self._error is not None:
@@ -199,7 +221,7 @@ class ReadAhead:
         """Let go what no other unit needs."""
         free = []
         with self._changed:
-            for block, _, _ in self._touched(number):
+            for block in self._blocks(number):
                 block.units -= 1
                 if not block.units:
                     block.there = False
@@ -207,34 +229,37 @@ class ReadAhead:
         for block in free:
             block.file.let_go(block.number)
         with self._changed:
-            self._held -= sum(block.end - block.begin for block in free)
+            self._held -= sum(block.nbytes for block in free)
             self._done.add(number)
             while self._oldest in self._done:
                 self._done.remove(self._oldest)
                 self._oldest += 1
             self._changed.notify_all()
 
-    def _touched(self, number: int) -> list[tuple[Block, int, int]]:
-        """Return the blocks that a unit needs, and the bytes of each."""
-        found: dict[tuple[Path, int], tuple[Block, int, int]] = {}
+    def _blocks(self, number: int) -> Iterable[Block]:
+        """Return the blocks that a unit needs."""
+        return dict.fromkeys([block for block, _, _ in self._parts(number)])
+
+    def _parts(self, number: int) -> Iterator[tuple[Block, int, int]]:
+        """Yield what a unit needs, block by block: (block, begin, end)."""
         size = self.block
         for path, begin, end in self._needs(number):
             file = self._files.get(path)
             if file is None:
                 continue
             end = min(end, file.nbytes)  # a file that ends early is refused where it is read
-            for at in range(begin // size, -(-end // size) if end > begin else begin // size):
-                low, high = max(begin, at * size), min(end, (at + 1) * size)
+            while begin < end:
+                at = begin // size
                 block = file.blocks.get(at)
                 if block is None:
                     block = file.blocks[at] = Block(file, at)
-                _, first, last = found.get((path, at), (block, low, high))
-                found[path, at] = block, min(first, low), max(last, high)
-        return [*found.values()]
+                stop = min(end, (at + 1) * size)
+                yield block, begin, stop
+                begin = stop
 
     def _in_order(self) -> Iterator[tuple[int, Block]]:
         for number in range(self._count):
-            for block, _, _ in self._touched(number):
+            for block in self._blocks(number):
                 if not block.asked:
                     yield number, block
 
@@ -250,7 +275,7 @@ class ReadAhead:
                 if block.asked:  # for another unit
                     self._next = None
                     continue
-                size = block.end - block.begin
+                size = block.nbytes
                 # What the oldest unit needs always comes, or nothing would be let go any more.
                 if self._held + size <= self._memory or number <= self._oldest:
                     self._next = None
@@ -271,24 +296,26 @@ class ReadAhead:
                 self._fail(read_failed(block.file.path, error.strerror or type(error).__name__))
 
     def _fill(self, block: Block) -> None:
-        file, begin, end = block.file, block.begin, block.end
-        data: bytes | memoryview | None = None
-        if file.kept is None or not file.kept.has(begin, end):
+        file = block.file
+        for begin, end in block.ranges:
+            if file.kept is not None and file.kept.has(begin, end):
+                continue
             data = file.inner.fetch(begin, end)
-        with self._changed:
-            if self._closed:
-                return
-            self._writing += 1
-        try:
-            if data is not None:
+            with self._changed:
+                if self._closed:
+                    return
+                self._writing += 1
+            try:
                 _write(file.fd, memoryview(data), begin)
                 if file.kept is not None:
                     file.kept.note(begin, data)
+            finally:
+                with self._changed:
+                    self._writing -= 1
+                    self._changed.notify_all()
+        with self._changed:
             block.there = True
-        finally:
-            with self._changed:
-                self._writing -= 1
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     def _fail(self, error: CkptError) -> None:
         with self._changed:

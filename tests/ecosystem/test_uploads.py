@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def s3(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         save_file(weights, f"m-{i}/model.safetensors")
         Path(f"m-{i}/config.json").write_text('{"model_type": "llama"}')
     yield client
-    assert not [*Path(tempfile.gettempdir()).iterdir()]
+    assert [path.name for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith(".")] == []
 
 
 FILES, FOLDERS = (["c-0.pth", "c-1.pth"], ["m-0", "m-1"])
@@ -137,7 +139,7 @@ def test_the_index_of_a_folder_comes_last_and_an_old_one_goes_first(s3: Any, mon
 
 
 @pytest.mark.parametrize("kth", [1, 2, 4])
-def test_a_failure_leaves_nothing_there(kth: int, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing_there_and_the_output_here(kth: int, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from ckpt_tools.storage.remote import sending
 
     put, calls = sending.obstore.put, []
@@ -151,8 +153,14 @@ def test_a_failure_leaves_nothing_there(kth: int, s3: Any, monkeypatch: pytest.M
     monkeypatch.setattr(sending.obstore, "put", fails)
     with pytest.raises(WriteError, match=f"^s3://{BUCKET}/avg/.*: writing failed: ") as refusal:
         average(FOLDERS, out=f"s3://{BUCKET}/avg/", max_shard_size=8000)
-    assert "secret" not in str(refusal.value)
+    said = "".join(traceback.format_exception(refusal.value))
+    assert "secret" not in said
     assert keys(s3) == []
+    kept = Path(re.search(r"The output is in (\S+): send it from there", str(refusal.value))[1])  # type: ignore[index]
+    average(FOLDERS, out="here/", max_shard_size=8000)
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
+        path.name: path.read_bytes() for path in Path("here").iterdir()
+    }
 
 
 def test_another_job_for_one_folder_is_noticed_and_what_a_kill_left_is_replaced(s3: Any) -> None:

@@ -155,6 +155,22 @@ def test_a_unit_that_needs_more_than_the_memory_gets_it(store: RangeStore) -> No
     assert len(store.requests) == 16
 
 
+@pytest.mark.parametrize(("gap", "requests"), [(300_000, 3), (100, 1)])
+def test_ranges_far_apart_are_fetched_without_what_is_between(gap: int, requests: int, store: RangeStore) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(range(250)) * 8000
+    unit = [(path, begin, begin + 50) for begin in (2 * gap + 200, 100, gap + 150)]
+    with OpenFiles() as files:
+        files.open(path)
+        with ReadAhead(files, lambda number: unit, 1) as fetched:
+            assert fetched.wait(0, threading.Event())
+            fd = files.descriptor(path)
+            assert [os.pread(fd, 50, begin) for _, begin, _ in unit] == [
+                store.files[path][begin:end] for _, begin, end in unit
+            ]
+    assert len(store.requests) == requests
+
+
 def test_a_job_that_is_stopped_does_not_wait_for_what_is_under_way(store: RangeStore) -> None:
     path, stop = Path("mem://runs/a"), threading.Event()
     store.files[path] = bytes(1000)

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +95,9 @@ def _handler(server: RangeServer) -> type[BaseHTTPRequestHandler]:
         def do_HEAD(self) -> None:
             self.do_GET()
 
+        def do_PUT(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             asked = Asked(self.command, path, headers=dict(self.headers))
@@ -151,12 +154,13 @@ def _handler(server: RangeServer) -> type[BaseHTTPRequestHandler]:
             if fault == "cut":
                 end = begin + (end - begin) // 2
                 self.close_connection = True
-            while begin < end:
-                done = os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
-                if not done:
-                    break
-                begin += done
-                asked.sent += done
+            with suppress(OSError):  # the other side has closed
+                while begin < end:
+                    done = os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
+                    if not done:
+                        break
+                    begin += done
+                    asked.sent += done
 
     return Handler
 

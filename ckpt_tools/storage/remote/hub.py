@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -28,7 +27,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ...errors import SeriesError
 from .addresses import Address
-from .objects import Objects, Pinned, Place, at_url, check_few
+from .objects import MAGIC, Objects, Pinned, Place, at_url, check_few
 
 _BASE: Any = HfHubHTTPError.__bases__[0]  # of all errors of its HTTP library
 _FAILURES = (_BASE, OSError, ValueError)
@@ -66,15 +65,16 @@ class Hub(Objects):
 
     def listing(self, folder: Path) -> Mapping[str, Pinned | None]:
         """List the whole revision, since that is one request too, and return one folder."""
-        if len(folder.parts) < 3:
+        if len(folder.parts) < 3 or MAGIC.search(folder.parts[2]):
             return {}
         top = Address(*folder.parts[:3])
         if top in self._listed:
             return {}
         repository, _ = _repository(top)
         found: dict[Path, dict[str, Pinned | None]] = {top: {}}
+        commit = self._commit(top)
         with _in_words(top):
-            for each in self._api.list_repo_tree(repository, revision=self._commit(top), recursive=True):
+            for each in self._api.list_repo_tree(repository, revision=commit, recursive=True):
                 path = top / each.path
                 state = None
                 if isinstance(each, RepoFile):
@@ -90,9 +90,9 @@ class Hub(Objects):
 
     def find(self, pattern: Path) -> list[Path]:
         name, _, revisions = pattern.parts[2].partition("@") if len(pattern.parts) > 2 else ("", "", "")
-        if not re.search("[*?[]", revisions):
+        if not MAGIC.search(revisions):
             return super().find(pattern)
-        if re.search("[*?[]", name):
+        if MAGIC.search(name):
             raise SeriesError(f"'{pattern}': write out the name of the repository. A glob may be of its revisions.")
         folder = Address(*pattern.parts[:2])
         known = self._revisions(folder / name)
@@ -157,7 +157,7 @@ def _in_words(path: Path) -> Iterator[None]:
     except _FAILURES as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            reason = f"access denied: {status}. Is HF_TOKEN right, and not expired?"
+            reason = f"access denied: {status}; HF_TOKEN may be wrong, or have expired"
             raise PermissionError(errno.EACCES, reason, str(path)) from None
         reason = "the Hub did not answer" if status is None else f"the Hub answered {status}"
         raise OSError(errno.EIO, reason, str(path)) from None

@@ -35,6 +35,7 @@ CONNECTIONS = 16
 """Requests at the same time."""
 MOST_MATCHES = 10_000
 """Objects that a glob may match; more is a slip."""
+MAGIC = re.compile("[*?[]")
 TRIES = 4
 """Times that a range is asked for, each with the retries of obstore."""
 PAUSE = 0.5
@@ -237,7 +238,7 @@ def refused(error: BaseException, path: Path, *, again: bool = False) -> Excepti
     if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)) or (
         code and re.search("Token|AccessKey|Signature|AccessDenied", code[1])
     ):
-        reason = f"access denied: {answer or 'no reason given'}. Are the credentials right, and not expired?"
+        reason = f"access denied: {answer or 'no reason given'}; the credentials may be wrong, or have expired"
         return PermissionError(errno.EACCES, reason, str(path))
     if isinstance(error, exceptions.NotSupportedError):
         return OSError(errno.EOPNOTSUPP, "the server sends whole files only. Download it first", str(path))
@@ -302,6 +303,8 @@ class Objects:
         """Forget what was seen so far."""
         for each in (self._listed, self._pinned, self._starts):
             each.clear()
+        with _KEPT_LOCK:
+            _KEPT.clear()
 
     def forget(self, path: Path) -> None:
         """Forget what was seen of a file or folder, and of the folder that it is in."""
@@ -338,7 +341,7 @@ class Objects:
     def find(self, pattern: Path) -> list[Path]:
         found: list[Path] = [Address(*pattern.parts[: self.root])]
         for part in pattern.parts[self.root :]:
-            if not re.search("[*?[]", part):
+            if not MAGIC.search(part):
                 found = [folder / part for folder in found]
                 continue
             in_parallel(self._children, found)
@@ -392,6 +395,8 @@ class Objects:
         """Ask for the state of an object, and for its first bytes, since these are read next."""
         if len(path.parts) <= self.root:
             return None
+        if MAGIC.search(path.name):  # a glob, which asks for this list next
+            return self._children(path.parent).get(path.name)
         place = self.place(path, False)
         try:
             result = obstore.get(place.client, place.key, options={"range": (0, _START)})
