@@ -161,11 +161,10 @@ def raise_file_limit(count: int) -> int | None:
 
 def peak_memory() -> int:
     """Return the most bytes of memory that this process has taken so far; 0 if the system does not tell."""
-    with suppress(OSError, ValueError):
-        with Path("/proc/self/status").open() as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError), Path("/proc/self/status").open() as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     with suppress(ImportError):
         import resource
         import sys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ckpt_tools.compute import follower, native
 from ckpt_tools.compute.follower import Follower
 from ckpt_tools.errors import CorruptError, UsageError
 from ckpt_tools.formats import read_header
-from ckpt_tools.jobs import run
 from ckpt_tools.storage import page_cache
 from ckpt_tools.storage.pace import Pace
 from ckpt_tools.storage.source import InputFile
