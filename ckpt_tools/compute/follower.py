@@ -22,7 +22,7 @@ from ..tensors import TensorSpec
 from .threads import default_threads
 from .work_units import Slice, WorkUnit
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 """Bytes that a thread hashes at a time."""
 BEHIND = 1 << 30
 """Bytes that the hashes of all files may be behind the sums."""

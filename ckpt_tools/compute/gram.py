@@ -14,9 +14,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, count, pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
-from ..storage.source import OpenFiles, Stamp
+from ..storage.source import LOCAL, OpenFiles, Stamp, store_of
 from ..tensors import ChunkedSpec, TensorSpec, in_c_order
 from . import native
 from .threads import HandedOut, in_threads
@@ -62,6 +63,11 @@ class _Unit(NamedTuple):
     def numel(self) -> int:
         return sum(map(_numel, self.blocks))
 
+    @property
+    def paths(self) -> list[Path]:
+        """The files that it reads, each once."""
+        return list(dict.fromkeys([path for spec in self.specs for path in spec.paths]))
+
 
 def gram(
     aligned: Sequence[Sequence[TensorSpec]],
@@ -86,8 +92,10 @@ def gram(
         ReadError: a file cannot be read, ends early, or changes meanwhile.
     """
     with OpenFiles(stamps) as files, ExitStack() as torch_settings:
-        files.open_all(path for specs in aligned for spec in specs for path in spec.paths)
         job = _Job(aligned, files)
+        for unit in job.cut():
+            files.expect(unit.paths)
+        files.open_expected()
         if job.needs_torch:
             from .torch_sums import one_thread_each
 
@@ -98,7 +106,6 @@ def gram(
             job.stop,
             on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
         )
-        files.check_unchanged()
     return [_square(*each) for each in zip(job.sums, aligned, strict=True)]
 
 
@@ -107,18 +114,20 @@ class _Job:
 
     def __init__(self, aligned: Sequence[Sequence[TensorSpec]], files: OpenFiles) -> None:
         self.files = files
-        known = native.gram_knows if files.have_descriptors else lambda specs: False
+        local = all(store_of(path) is LOCAL for specs in aligned for spec in specs for path in spec.paths)
+        known = native.gram_knows if local else lambda specs: False
         self._pieces = [[(piece, known(piece)) for piece in _pieces(specs)] for specs in aligned]
         self.needs_torch = not all(in_c for pieces in self._pieces for _, in_c in pieces)
         self.sums = [memoryview(bytearray(8 * _padded(len(specs)) ** 2)).cast("d") for specs in aligned]
         self.stop = threading.Event()
         self.bytes_done = 0
         self._lock = threading.Lock()
-        self.units = HandedOut(self._cut(), self.stop)
+        self.units = HandedOut(self.cut(), self.stop)
         self._waiting: list[dict[int, memoryview[float]]] = [{} for _ in aligned]  # for the units before them
         self._added = [0] * len(aligned)
 
-    def _cut(self) -> Iterator[_Unit]:
+    def cut(self) -> Iterator[_Unit]:
+        """Cut the tensors into units."""
         for i, pieces in enumerate(self._pieces):
             number = count()
             for specs, in_c in pieces:
@@ -206,16 +215,19 @@ def _work(job: _Job) -> None:
     for unit in job.units:
         specs = unit.specs
         memory = bytearray(8 * _padded(len(specs)) ** 2)
-        if unit.in_c:
-            if len(scratch) < (needed := native.gram_scratch(len(specs))):
-                scratch = bytearray(needed)
-            for block in unit.blocks:
-                if isinstance(block, range):  # tiles are for torch
-                    native.gram(specs, block.start, block.stop, job.files, memory, scratch)
-        else:
-            if by_torch is None:
-                from .torch_gram import TorchProducts
+        paths = unit.paths
+        with job.files.using(paths):
+            if unit.in_c:
+                if len(scratch) < (needed := native.gram_scratch(len(specs))):
+                    scratch = bytearray(needed)
+                for block in unit.blocks:
+                    if isinstance(block, range):  # tiles are for torch
+                        native.gram(specs, block.start, block.stop, job.files, memory, scratch)
+            else:
+                if by_torch is None:
+                    from .torch_gram import TorchProducts
 
-                by_torch = TorchProducts(job.files)
-            by_torch.add(specs, unit.blocks, memory)
+                    by_torch = TorchProducts(job.files)
+                by_torch.add(specs, unit.blocks, memory)
+        job.files.used(paths)
         job.done(unit, memoryview(memory).cast("d"))

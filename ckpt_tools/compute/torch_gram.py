@@ -19,7 +19,6 @@ class TorchProducts:
     def __init__(self, files: OpenFiles) -> None:
         self._files = files
         self._readers: list[Reader] = []
-        self._sources: tuple[Sequence[TensorSpec], list[TensorSource]] = ((), [])
 
     def add(self, specs: Sequence[TensorSpec], blocks: Sequence[range | Tile], memory: bytearray) -> None:
         """Add what C adds for these blocks of a tensor; see `native.gram`.
@@ -28,9 +27,7 @@ class TorchProducts:
             memory: float64, a square matrix with a row for each tensor, rounded up to a multiple of 4.
         """
         n = len(specs)
-        if self._sources[0] is not specs:
-            self._sources = specs, [TensorSource(spec, self._files) for spec in specs]
-        sources = self._sources[1]
+        sources = [TensorSource(spec, self._files) for spec in specs]
         counts = [block.numel if isinstance(block, Tile) else len(block) for block in blocks]
         nbytes = max(counts, default=0) * max(source.item for source in sources)
         if len(self._readers) < n or len(self._readers[0].buffer.bytes) < nbytes:

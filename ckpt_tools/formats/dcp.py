@@ -1,7 +1,8 @@
 """torch.distributed.checkpoint (DCP): a folder with the files of each process and an index.
 
 The index, ``.metadata``, maps names to tensors (dtype, shape, chunks) or to other objects, and each chunk or object to
-a byte range of a ``__<rank>_<n>.distcp`` file. Each range is a file as ``torch.save`` writes it.
+a byte range of a ``__<rank>_<n>.distcp`` file. Each range is a file as ``torch.save`` writes it. Where tensors were
+serialized as safetensors, one such file with all of them is at the end, and the range of each begins there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .file_plan import FilePlan, OutTensor, Payload, joined, whole_file
 from .format import Format, Named, Writing
 from .header import Header, parse_provenance
 from .json_file import read_small
+from .safetensors import SAFETENSORS
 from .sharded import members
 from .template import ArchiveTemplate
 from .torch_zip import TORCH_ZIP, read_archive
@@ -155,6 +157,10 @@ def read_folder(path: Path, *, whole_objects: bool = True) -> Folder:
                     storage = Storage(member, location.offset, location.length)
                     objects[location] = make_spec(DTYPES["uint8"], (location.length,), storage)
                     continue
+                last = next(reversed(objects.values()), None)
+                if isinstance(last, _Tensors) and (last.path, last.start) == (member, location.offset):
+                    objects[location] = last
+                    continue
                 objects[location], unknown = _read_object(file, location, known)
                 foreign.update(unknown)
     entries = {name: _value(path, index, name, entry, objects) for name, entry in metadata.entries.items()}
@@ -214,6 +220,26 @@ def _as_saved(value: Saved) -> tuple[FilePlan]:
     return (FilePlan(value.pickled.name, value.pickled.nbytes, (Payload(value.pickled, 0),)),)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """The tensors of a file that a process serialized as safetensors, which all have the same location.
+
+    Attributes:
+        path, start: of their file, and where they begin in it.
+        chunks: by name.
+        offsets: of each chunk in its tensor.
+    """
+
+    path: Path
+    start: int
+    chunks: Mapping[str, Any]
+    offsets: Mapping[str, tuple[int, ...]]
+
+    def chunk(self, name: str, offsets: tuple[int, ...]) -> Any:
+        """Return a chunk; None if there is none at these offsets of its tensor."""
+        return self.chunks[name] if self.offsets.get(name) == offsets else None
+
+
 def _check_inside(file: InputFile, location: Location) -> None:
     end = location.offset + location.length
     if end > file.stamp.nbytes:
@@ -236,10 +262,8 @@ def _read_object(file: InputFile, location: Location, known: _Known) -> tuple[An
         if template.describes(file, directory, location.offset):
             return template.content.relocated(file.path, location.offset - start), Counter()
     if file.read(location.offset, 9)[8:] == b"{":  # the start of a safetensors file
-        raise UnsupportedError(
-            f"{file.path}: its entries were written as safetensors, which torch does not read from such a folder. "
-            "Save it again with the default serialization format of FileSystemWriter."
-        )
+        header, offsets = SAFETENSORS.parse(file.path, location.offset)
+        return _Tensors(file.path, location.offset, header.tree, offsets or {}), Counter()
     where = f"{file.path}: the entry at byte {location.offset}"
     archive = Archive(file, location.offset, location.length, where=where)
     root, value, foreign = read_archive(archive, file.path, where=where)
@@ -253,10 +277,14 @@ def _read_object(file: InputFile, location: Location, known: _Known) -> tuple[An
 def _value(folder: Path, index: Path, name: str, entry: TensorEntry | Location, objects: Mapping[Location, Any]) -> Any:
     """Return the tensor or object of one name."""
     if isinstance(entry, Location):
+        if isinstance(objects[entry], _Tensors):
+            raise CorruptError(f"{index}: '{name}' is no tensor, and there are tensors in its place. It is damaged.")
         return objects[entry]
     chunks: list[Chunk] = []
     for offsets, shape, location in entry.chunks:
         chunk = objects[location]
+        if isinstance(chunk, _Tensors):
+            chunk = chunk.chunk(name, offsets)
         if isinstance(chunk, UnsupportedTensor):
             return chunk
         if not isinstance(chunk, TensorSpec) or chunk.shape != shape or chunk.dtype.name != entry.dtype:

@@ -63,8 +63,12 @@ class Safetensors(Format):
             )
         return header
 
-    def parse(self, path: Path) -> tuple[Header, dict[str, tuple[int, ...]] | None]:
+    def parse(self, path: Path, start: int = 0) -> tuple[Header, dict[str, tuple[int, ...]] | None]:
         """Read the header of a file that may hold chunks of tensors.
+
+        Args:
+            path: of the file.
+            start: where it begins, in bytes, if other things are before it.
 
         Returns:
             The header, and of a file that HuggingFaceStorageWriter wrote, the offsets of each chunk in its tensor.
@@ -73,14 +77,14 @@ class Safetensors(Format):
             CorruptError: as for `read`.
         """
         with InputFile(path) as file:
-            size = file.stamp.nbytes
-            (length,) = struct.unpack("<Q", file.read(0, 8).ljust(8, b"\0"))
+            size = file.stamp.nbytes - start
+            (length,) = struct.unpack("<Q", file.read(start, 8).ljust(8, b"\0"))
             if size < 8 or length > MAX_HEADER or 8 + length > size:
                 raise CorruptError(
                     f"{path}: truncated: its header is {length} bytes, the file {size}. Get a fresh copy."
                 )
-            raw = file.read(8, length)
-        data = Storage(path, 8 + length, size - 8 - length)
+            raw = file.read(start + 8, length)
+        data = Storage(path, start + 8 + length, size - 8 - length)
         metadata, text = _split(path, raw)
         key = text, tuple((alias, kept) for alias, kept in metadata.items() if _is_tie(alias, kept))
         template = _KNOWN.get(key) or _parse(path, text, metadata, data)

@@ -242,14 +242,22 @@ def write(
         if all(splices):
             show = on_progress
             on_copied = None if show is None else lambda nbytes: show(2 * nbytes)  # read and written
-            more = {"pace": pace, "drop_cache": drop_cache}
-            copy([each for each in splices if each], [out.fd for out in outputs], stamps, on_copied, **more)
+            fds = [out.fd for out in outputs]
+            copy([each for each in splices if each], fds, stamps, on_copied, pace=pace, drop_cache=drop_cache)
             for out, plan in zip(outputs, final.plans(), strict=True):
                 for segment in plan.computed if hashed is not None else ():
                     write_at(out.fd, memoryview(segment.make(())), segment.offset, plan.name)
         else:
-            more = {"pace": pace, "drop_cache": drop_cache, "follower": follower, "complete": final.plans, **options}
-            engine.run(outputs, stamps=stamps, on_progress=on_progress, **more)
+            engine.run(
+                outputs,
+                stamps=stamps,
+                pace=pace,
+                follower=follower,
+                drop_cache=drop_cache,
+                complete=final.plans,
+                on_progress=on_progress,
+                **options,
+            )
         if assembly.checksums:
             from .checksums import fill
 
@@ -357,6 +365,7 @@ def _write_share(
         except CorruptError:
             own.forget()
             raise
+        own.timed()
         if own.completes:
             if assembly.checksums:
                 from .checksums import fill
@@ -391,10 +400,14 @@ def write_all(
     All are moved into place, one after another, when all are complete; see `write`.
     """
     with ExitStack() as stages:
-        staged = [_staged(each, row, stages, force=force, internal=True)[0] for row, each in enumerate(assemblies)]
+        more = {"force": force, "internal": True, "drop_cache": drop_cache}
+        staged = [_staged(each, row, stages, **more)[0] for row, each in enumerate(assemblies)]
         outputs = [out for files in staged for out in files]
         follower = stages.enter_context(_followed(stamps, None, drop_cache=drop_cache, **options))
-        engine.run(outputs, stamps=stamps, on_progress=on_progress, follower=follower, **options)
+        options |= {"follower": follower, "drop_cache": drop_cache}
+        engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
+        if follower is not None:
+            follower.finish()
 
 
 def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) -> tuple[list[OutFile], list[OutFile]]:

@@ -184,6 +184,8 @@ class Work:
     _units: list[int] = field(default_factory=list)
     _sums: list[SliceSum] = field(default_factory=list)
     _waiting: int = 0  # bytes in `_units`
+    _speeds: str = ""
+    _began: float = field(default_factory=time.monotonic)
     _flushed: float = field(default_factory=time.monotonic)
 
     @property
@@ -263,6 +265,15 @@ class Work:
             self._known += self._sums
         self._units, self._sums, self._waiting = [], [], 0
 
+    def timed(self) -> None:
+        """Note how long this part took; if it publishes, find out how long each part took."""
+        if self.own is not None and self.nbytes:
+            self.own.append({"took": round(time.monotonic() - self._began, 3), "moved": self.nbytes})
+        if self.asked.finish:
+            self._speeds = _speeds(self.journals)
+        elif self.nbytes and not self.completes:
+            self._speeds = f" It moved {_moved(self.nbytes, time.monotonic() - self._began)}."
+
     def sums(self) -> Iterable[SliceSum]:
         """Return the checksums that all journals have; see `Share`."""
         return self._known
@@ -285,10 +296,11 @@ class Work:
         """What became of this part."""
         found = f"{self.found:,} bytes were read and written before."
         if self.completes:
-            return " ".join((*self.notes, *([found] if self.found else ())))
+            return " ".join((*self.notes, *([found] if self.found else ()), *filter(None, [self._speeds])))
         return (
             f"Part {self.asked.index} of {self.asked.count} of {self.stage.target} is done"
             + (f"; {found}" if self.found else ".")
+            + self._speeds
             + ("" if self.asked.together else _LAST_OF_STEP if self.asked.step else _LAST)
         )
 
@@ -299,6 +311,28 @@ def incomplete(target: Path, missing: Sequence[int], count: int) -> WriteError:
     what = f"part {some} of {count} is" if len(missing) == 1 else f"parts {some} of {count} are"
     run = f"`part='{missing[0]}/{count}'`" if len(missing) == 1 else f"each, such as `part='{missing[0]}/{count}'`"
     return WriteError(f"{target}: {what} missing or not complete. Run {run}, then `finish` again.")
+
+
+def _speeds(journals: Iterable[Journal]) -> str:
+    """Say how fast the parts were, and which one was the slowest; nothing of fewer than two."""
+    parts = []
+    for journal in journals:
+        times = [line for line in journal.lines() if "took" in line]
+        if times:
+            seconds, nbytes = (sum(line[key] for line in times) for key in ("took", "moved"))
+            parts.append((seconds, nbytes, journal.index))
+    if len(parts) < 2:
+        return ""
+    seconds, nbytes, index = max(parts)
+    mean = sum(each for each, _, _ in parts) / len(parts)
+    return (
+        f"{len(parts)} parts took {mean:.1f} s on average, and the slowest, part {index}, "
+        f"moved {_moved(nbytes, seconds)}."
+    )
+
+
+def _moved(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / 1e9:.3g} GB in {seconds:.1f} s, {nbytes / 1e9 / max(seconds, 1e-3):.3g} GB/s read and written"
 
 
 def _ranges(units: Sequence[int]) -> list[tuple[int, int]]:

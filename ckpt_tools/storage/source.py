@@ -215,8 +215,8 @@ def stamp_of(source: Source, path: Path) -> Stamp:
 class OpenFiles:
     """Inputs shared by all threads; a context manager.
 
-    Either they are all open from the beginning to the end (`open_all`), or from the first to the last of their expected
-    uses (`expect`), and more at a time than the system allows are never open.
+    Either they are all open from the beginning to the end (`open_all`), or each until the last of its expected uses
+    (`expect`). Then no more are open than the system allows, unless more are in use at once.
 
     Args:
         stamps: of files with known headers; a file that differs from its stamp is refused.

@@ -230,6 +230,8 @@ def test_avg_dry_run_notes_a_target_that_the_run_rejects(pair: list[Path]) -> No
 def test_avg_dry_run_announces_the_bytes_then_written(runs: list[Path]) -> None:
     plan = json.loads(run("avg", *runs, "--dry-run", "--json").out)
     report = json.loads(run("avg", *runs, "--json").out)
+    assert plan.pop("peak_memory") > plan["memory"]
+    assert report.pop("peak_memory") > report["memory"]
     assert plan | {"written": True} == report
     assert report["bytes_written"] == Path("averaged.pth").stat().st_size
 

@@ -16,9 +16,9 @@ SESSIONS = [session for block in BLOCKS for session in re.split(r"\n+(?=\$ )", b
 
 
 def comparable(text: str, command: str) -> list[str]:
-    """Return the lines without what changes from run to run: progress, times, and what a network computes."""
+    """Return the lines without what changes from run to run: progress, times, memory, and what a network computes."""
     lines = [line.rstrip() for line in text.splitlines() if line and not re.match(r"(measuring|comparing): ", line)]
-    lines = [re.sub(r"\d[\d.]* s\b", "_ s", line) for line in lines]
+    lines = [re.sub(r"\d[\d.]* s\b|takes \d[\d.]* MB", "_ s", line) for line in lines]
     if command == "recal-bn":  # sums of torch in float32 depend on the processor
         lines = [re.sub(r"[ \u2580-\u259f]+", " ", re.sub(r"\d+(\.\d+)?", "#", line)).rstrip() for line in lines]
         lines = [line for line in lines if not line.endswith("# of # images")]  # progress, on a slow machine

@@ -124,3 +124,13 @@ def test_a_file_that_is_gone_when_its_turn_comes_is_an_error(
     with pytest.raises(ReadError, match="run/1/model-00004-of-00005.safetensors: no such file"):
         ckpt_tools.average("run/*", out="out.safetensors", threads=1)
     assert not Path("out.safetensors").exists()
+
+
+def test_inner_products_need_no_more_files_than_the_system_allows(
+    series: dict[str, np.ndarray], opened: dict[str, int], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ckpt_tools.look("run/*", threads=1).to_dict()
+    monkeypatch.setattr(source, "raise_file_limit", lambda count: STEPS)
+    opened["most"] = 0
+    assert ckpt_tools.look("run/*", threads=1).to_dict() == whole
+    assert 0 < opened["most"] <= STEPS

@@ -147,3 +147,23 @@ def test_a_part_under_another_name_is_refused(folder: Path, tmp_path: Path) -> N
     next(folder.glob("shard-00001-model-00001*")).rename(first)
     with pytest.raises(UnsupportedError, match="holds the tensor chunks of one process"):
         SAFETENSORS.read(first)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("where", [".", "sharded"])
+def test_what_torch_consolidates_is_averaged_so_that_torch_reads_it(where: str, tmp_path: Path) -> None:
+    hf_storage = pytest.importorskip("torch.distributed.checkpoint.hf_storage")
+    values = []
+    for step in range(2):
+        values.append({"a": random_tensor("float32", (4, 3)), "b": random_tensor("bfloat16", (5,))})
+        files = {"a": 1, "b": 2}
+        writer = hf_storage.HuggingFaceStorageWriter(
+            tmp_path / f"step-{step}", files, save_distributed=True, enable_consolidation=True
+        )
+        dcp.save(dict(values[-1]), storage_writer=writer)
+    average([tmp_path / f"step-{step}" / where for step in range(2)], out=tmp_path / "out/")
+    found = {name: torch.empty_like(tensor) for name, tensor in values[0].items()}
+    dcp.load(found, storage_reader=hf_storage.HuggingFaceStorageReader(tmp_path / "out"))
+    for name, tensor in found.items():
+        mean = (values[0][name].double() + values[1][name].double()) / 2
+        assert same(tensor, mean.to(tensor.dtype))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from ckpt_tools import average, convert, strip
 from ckpt_tools.compute import engine, native, work_units
 from ckpt_tools.compute.shares import shares
 from ckpt_tools.errors import CorruptError, UsageError, WriteError
+from ckpt_tools.jobs.share import Work
 from ckpt_tools.storage.kept_stage import stages
 from ckpt_tools.storage.source import OpenFiles
 
@@ -340,6 +342,29 @@ def test_a_stage_without_its_job_is_not_trusted(series: list[str], small_units: 
     assert "before" not in average(series, out="out.pth", part="2/2").part
     with pytest.raises(WriteError, match="part 1 of 2 is missing|parts 1 of 2 are missing"):
         average(series, out="out.pth", finish=True)
+
+
+def test_the_last_process_says_which_part_was_the_slowest(
+    series: list[str], small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, moved = Work.timed, {}
+
+    def took(self: Work) -> None:
+        moved[self.asked.index] = self.nbytes
+        self._began = 100.0 - 2 * self.asked.index
+        with monkeypatch.context() as later:
+            later.setattr("ckpt_tools.jobs.share.time", SimpleNamespace(monotonic=lambda: 100.0))
+            timed(self)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(Work, "timed", took)
+        reports = [average(series, out="out.pth", part=f"{part}/2") for part in (1, 2)]
+    assert [f"It moved {moved[i] / 1e9:.3g} GB in {2 * i}.0 s, " in reports[i - 1].part for i in (1, 2)] == [True] * 2
+    report = average(series, out="out.pth", finish=True)
+    assert report.part == (
+        f"2 parts took 3.0 s on average, and the slowest, part 2, moved {moved[2] / 1e9:.3g} GB in 4.0 s, "
+        f"{moved[2] / 4e9:.3g} GB/s read and written."
+    )
 
 
 def test_a_stage_that_lost_a_file_is_refused(series: list[str], small_units: None) -> None:
