@@ -8,6 +8,8 @@ done, with the checksums that the ends of the files need. The process that finds
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -73,7 +75,9 @@ def same_job(job: Mapping[str, Any]) -> Iterator[Group]:
 
     from ..batchnorm.processes import joined_group
 
-    with joined_group(torch.device("cpu"), PATIENCE) as group:
+    with ExitStack() as stack:
+        with _ended_at_once():
+            group = stack.enter_context(joined_group(torch.device("cpu"), PATIENCE))
         first, *others = gathered(job)
         for rank, each in enumerate(others, 1):
             if each["digest"] != first["digest"]:
@@ -88,7 +92,27 @@ def gathered(mine: Any) -> list[Any]:
     """Return the objects of all processes that torchrun started; see `batchnorm.processes`."""
     from ..batchnorm.processes import gathered_objects
 
-    return gathered_objects(mine)
+    with _ended_at_once():
+        return gathered_objects(mine)
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Let signals to stop end this process while the block waits for others.
+
+    It waits in C, where no handler of Python is called; and there is nothing to clean up, for stages stay.
+    """
+    kept = {}
+    if threading.current_thread() is threading.main_thread():
+        stopping = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        kept = {number: handler for number in stopping if callable(handler := signal.getsignal(number))}
+    try:
+        for number in kept:
+            signal.signal(number, signal.SIG_DFL)
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def until_last(asked: Asked, stage: Stage, work: Callable[[Asked], str]) -> tuple[str, bool]:
