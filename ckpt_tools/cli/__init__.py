@@ -46,7 +46,12 @@ def main() -> None:
     """Run `ckpt`; the one place where an error becomes a message and an exit code."""
     try:
         _run()
-    except console.Stopped as stopped:  # the only one, wherever it came: see `console.clean_up_when_stopped`
+    except SystemExit:
+        raise
+    except BaseException as error:
+        stopped = console.stopped_by(error)  # the only one, wherever it came: see `console.clean_up_when_stopped`
+        if stopped is None:
+            raise
         what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
         console.say(f"{what}; {stopped.left or _left()}.")
         sys.exit(128 + stopped.number)

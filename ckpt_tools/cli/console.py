@@ -137,6 +137,16 @@ def _stop_again(lost: sys.UnraisableHookArgs) -> None:
     again.start()
 
 
+def stopped_by(error: BaseException | None) -> Stopped | None:
+    """Return the signal that ended a run; None if it was something else.
+
+    It may have come in the middle of code that fails then itself: a lock is released that was not taken again.
+    """
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
+
+
 def let_end() -> None:
     """Ignore signals to stop from here on: the output is complete, or gone."""
     for each in STOPPING:

@@ -221,6 +221,29 @@ def test_signals_at_the_same_time_end_in_one_line(numbers: tuple[signal.Signals,
     assert files() == before
 
 
+def test_a_signal_in_the_middle_of_a_lock_ends_the_run_in_one_line() -> None:
+    """Condition.wait() gives its lock up and takes it again; a handler that raises between the two makes it fail."""
+    before = files()
+    script = (
+        "import os, sys, threading\n"
+        "class Condition(threading.Condition):\n"
+        "    def _acquire_restore(self, state): os.kill(os.getpid(), 2)\n"
+        "def audit(event, arguments):\n"
+        "    if event == 'os.truncate':\n"
+        "        condition = Condition(threading.Lock())\n"
+        "        with condition: condition.wait(0.01)\n"
+        "sys.argv = ['ckpt', *sys.argv[1:]]\n"
+        "sys.addaudithook(audit)\n"
+        "from ckpt_tools.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *ARGUMENTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "Interrupted; nothing was written."
+    assert "Traceback" not in done.stderr
+    assert files() == before
+
+
 def test_a_signal_in_a_finalizer_whose_exceptions_are_lost_ends_the_run() -> None:
     before = files()
     script = (
