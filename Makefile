@@ -85,13 +85,18 @@ fix: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 # The wheel alone, built from the source distribution, with nothing but what it asks for: no timm, torchvision, numpy.
-smoke: $(INSTALLED)
-	rm -rf $(SMOKE) build/wheel build/lib
-	mkdir -p build
+smoke: $(INSTALLED) $(SMOKE)/.torch
+	rm -rf build/wheel build/lib
 	CKPT_TOOLS_REQUIRE_NATIVE=1 $(BIN)/python -m build -o build/wheel . > build/wheel.log 2>&1 || (cat build/wheel.log; exit 1)
-	$(PYTHON) -m venv $(SMOKE)
-	$(SMOKE)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) build/wheel/*.whl
+	$(SMOKE)/bin/pip uninstall -q -y ckpt-tools
+	$(SMOKE)/bin/$(PIP_INSTALL) build/wheel/*.whl
 	$(SMOKE)/bin/python tests/smoke.py
+
+$(SMOKE)/.torch:
+	rm -rf $(SMOKE)
+	$(PYTHON) -m venv $(SMOKE)
+	$(SMOKE)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH)
+	touch $@
 
 # Coverage-guided fuzzing: each target of fuzz/ in turn; see docs/fuzzing.md. The C extension needs clang.
 fuzz: $(FUZZ)/.installed build/sanitized/.built

@@ -192,7 +192,7 @@ def _fill(native: Any, names: list[str], files: _Files, numbers: Numbers) -> Non
         ends = ends[: numbers.below(len(ends))]
     scratch = _scratch(native, numbers, native.scratch(len(formula.rows), False))
     failure, crcs, bad = formula.of.fill(ends, scratch, True)
-    if failure is None and not bad and len(targets) == 1:
+    if failure is None and not bad and len(targets) == 1 and n:  # nothing is written nowhere, too
         row, _, offset = targets[0]
         written = os.pread(files.out, n * formula.item, offset)
         if zlib.crc32(written) != memoryview(crcs).cast("I")[row]:

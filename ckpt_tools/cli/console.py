@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import io
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -109,8 +111,10 @@ class Stopped(BaseException):
 def clean_up_when_stopped() -> None:
     """Let signals to stop raise `Stopped` from here on: what has begun must be cleaned up.
 
-    Before, they have their default action, which ends the process at once, whatever C code it is in.
+    Before, they have their default action, which ends the process at once, whatever C code it is in. An exception that
+    is raised in a finalizer ends nothing: the signal comes again then, when that has returned.
     """
+    sys.unraisablehook = _stop_again
     for each in STOPPING:
         if signal.getsignal(each) is not signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(each, _stop)
@@ -120,6 +124,17 @@ def _stop(number: int, _frame: FrameType | None) -> None:
     for each in STOPPING:  # once is enough: a second one would break off the cleaning up
         signal.signal(each, lambda *_: None)
     raise Stopped(number)
+
+
+def _stop_again(lost: sys.UnraisableHookArgs) -> None:
+    if not isinstance(lost.exc_value, Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    number = lost.exc_value.number
+    signal.signal(number, _stop)
+    again = threading.Timer(0.01, _thread.interrupt_main, [number])  # not here, where it would be lost again
+    again.daemon = True
+    again.start()
 
 
 def let_end() -> None:

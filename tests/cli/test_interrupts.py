@@ -221,6 +221,27 @@ def test_signals_at_the_same_time_end_in_one_line(numbers: tuple[signal.Signals,
     assert files() == before
 
 
+def test_a_signal_in_a_finalizer_whose_exceptions_are_lost_ends_the_run() -> None:
+    before = files()
+    script = (
+        "import os, sys, weakref\n"
+        "class Object: pass\n"
+        "objects = [Object()]\n"
+        "known = weakref.ref(objects[0], lambda _: os.kill(os.getpid(), 2))\n"
+        "def audit(event, arguments):\n"
+        "    if event == 'os.truncate': objects.clear()\n"
+        "sys.argv = ['ckpt', *sys.argv[1:]]\n"
+        "sys.addaudithook(audit)\n"
+        "from ckpt_tools.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *ARGUMENTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "Interrupted; nothing was written."
+    assert "Stopped" not in done.stderr
+    assert files() == before
+
+
 def test_a_signal_ends_a_long_call_of_c_while_headers_are_read() -> None:
     """Nothing has to be cleaned up then, and a handler in Python would run only when the call is over."""
     before = files()
