@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import CorruptError
+from ..errors import CkptError, CorruptError
 from ..storage.page_cache import drop, in_use
 from ..storage.source import InputFile, Stamp, read_at
 from ..tensors import TensorSpec
@@ -86,8 +87,11 @@ class Follower:
         self._stopped = False
 
     def __enter__(self) -> Follower:
-        for thread in self._threads:
-            thread.start()
+        with suppress(RuntimeError):  # no more threads: those that there are take longer
+            for thread in self._threads:
+                thread.start()
+        if self._threads[0].ident is None:
+            raise CkptError("Can't start new thread: the system has no more. Allow more (ulimit -u).")
         return self
 
     def __exit__(
@@ -97,7 +101,8 @@ class Follower:
             self._stopped = True
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def wait(self, stop: threading.Event) -> None:
         """Wait until the hashes are near enough, or until the job is stopped."""

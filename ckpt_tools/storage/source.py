@@ -325,11 +325,6 @@ class OpenFiles:
         """Read an open file from another source, which closes the first one."""
         self._sources[path] = source
 
-    @property
-    def have_descriptors(self) -> bool:
-        """True if every open file has a descriptor; see `Source.fileno`."""
-        return self.with_descriptors(self._sources)
-
     def with_descriptors(self, paths: Iterable[Path]) -> bool:
         """Return True if each of these open files has a descriptor; see `Source.fileno`."""
         return all([self._sources[path].fileno() is not None for path in paths])

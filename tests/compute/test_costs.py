@@ -41,19 +41,23 @@ if not native:
     importlib.import_module("ckpt_tools.compute.torch_sums")
 open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
 status, before = fields("/proc/self/status"), fields("/proc/self/io")
-getattr(ckpt_tools, job["function"])(*job["arguments"], **job["options"])
+report = getattr(ckpt_tools, job["function"])(*job["arguments"], **job["options"])
 after, peak = fields("/proc/self/io"), fields("/proc/self/status")["VmHWM"]
 print(json.dumps({
     "read": after["rchar"] - before["rchar"], "written": after["wchar"] - before["wchar"],
     "reads": after["syscr"] - before["syscr"], "writes": after["syscw"] - before["syscw"],
     "memory": 1024 * (peak - status["VmRSS"]), "torch": "torch" in sys.modules,
+    "peak": 1024 * peak, "announced": getattr(report, "peak_memory", 0),
 }))
 """
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read and written, calls that read and write, bytes of memory beyond the start, torch imported or not."""
+    """Bytes read and written, calls that read and write, bytes of memory beyond the start, torch imported or not.
+
+    Also bytes of memory in all, and as the plan announced them.
+    """
 
     read: int
     written: int
@@ -61,6 +65,8 @@ class Cost:
     writes: int
     memory: int
     torch: bool
+    peak: int
+    announced: int
 
 
 def cost(function: str, *arguments: object, way: str = "native", **options: object) -> Cost:
@@ -102,6 +108,7 @@ def test_average_moves_each_byte_once_in_few_calls_and_without_torch(series: lis
     assert found.reads < 1600  # 1,024 blocks of large tensors; the 2,400 small ones are gathered
     assert found.writes < 80  # 34 windows of large tensors, and runs of small ones
     assert found.memory < 7e6
+    assert found.announced == pytest.approx(found.peak, rel=0.2)
     assert not found.torch
 
 

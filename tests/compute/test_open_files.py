@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -134,3 +135,23 @@ def test_inner_products_need_no_more_files_than_the_system_allows(
     opened["most"] = 0
     assert ckpt_tools.look("run/*", threads=1).to_dict() == whole
     assert 0 < opened["most"] <= STEPS
+
+
+def test_a_tensor_in_chunks_with_nan_is_read_again_from_files_that_were_closed(
+    here: Path, opened: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C sums the chunks one after the other, and leaves the last one to torch, which takes the whole tensor."""
+    monkeypatch.setattr(source, "raise_file_limit", lambda count: 2)
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((9, 40)).astype(np.float32) for _ in range(2)]
+    values[0][-1, -1] = np.nan
+    for step, value in enumerate(values):
+        for process in range(3):
+            path = Path(f"run/step-{step}/shard-{process + 1:05d}-model-00001-of-00001.safetensors")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            about = json.dumps({"w": {"saved_offsets": [3 * process, 0]}})
+            rows = np.ascontiguousarray(value[3 * process : 3 * process + 3])
+            safetensors_library.save_file({"w": rows}, path, {"DCP_SHARDING_INFO": about, "DCP_VERSION": "1.0"})
+    ckpt_tools.average(["run/step-0", "run/step-1"], out="out.safetensors", threads=1, allow_nonfinite=True)
+    found = safetensors_library.load_file("out.safetensors")["w"]
+    np.testing.assert_array_equal(found, ((values[0].astype(np.float64) + values[1]) / 2).astype(np.float32))
