@@ -2,8 +2,9 @@
 
     python benchmarks/remote.py --bytes 1e9 --rounds 3
 
-The server sends files by sendfile (tests/support/range_server.py), so it bounds neither. curl drops what it gets; `ckpt
-avg` adds it up and writes the average. Needs the extra `remote`, and curl.
+The server sends files by sendfile (tests/support/range_server.py). curl drops what it gets; `ckpt avg` adds it up
+and writes the average. Between them, the same ranges are fetched into memory as `ckpt avg` does it, and not summed.
+Needs the extra `remote`, and curl.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
             local = [str(path) for path in paths]
             ways = {
                 "curl, 16 at a time": lambda: curl(urls, paths[0].stat().st_size, folder),
+                "ranges fetched, not summed": lambda: fetch(urls),
                 "ckpt avg of the server": lambda: average(urls, folder),
                 "ckpt avg of local files": lambda: average(local, folder),
             }
@@ -62,7 +64,7 @@ def main() -> None:
         seconds = statistics.median(wall for wall, _ in samples)
         cpu = statistics.median(used for _, used in samples)
         print(  # noqa: T201
-            f"{name:26} {total / seconds / 1e6:6.0f} MB/s   {cpu / total * 1e9:.2f} CPU s/GB"
+            f"{name:28} {total / seconds / 1e6:6.0f} MB/s   {cpu / total * 1e9:.2f} CPU s/GB"
             f"   {[round(total / wall / 1e6) for wall, _ in samples]}"
         )
 
@@ -103,7 +105,31 @@ def curl(urls: list[str], nbytes: int, folder: Path) -> None:
                 f'next\nurl = "{url}"\nrange = "{begin}-{min(begin + BLOCK, nbytes) - 1}"\noutput = "/dev/null"'
             )
     config.write_text("\n".join(lines).removeprefix("next\n"))
-    subprocess.run(["curl", "-s", "-f", "-Z", "--parallel-max", str(CONNECTIONS), "-K", config], check=True)
+    subprocess.run(
+        ["curl", "-s", "-f", "-Z", "--parallel-max", str(CONNECTIONS), "-K", config], check=True, capture_output=True
+    )
+
+
+FETCH = """
+import sys, threading
+from ckpt_tools.series.paths import as_path
+from ckpt_tools.storage.ahead import BLOCK, ReadAhead
+from ckpt_tools.storage.source import OpenFiles
+
+with OpenFiles() as files:
+    paths = [as_path(url) for url in sys.argv[1:]]
+    files.open_all(paths)
+    nbytes = files[paths[0]].stat()[0]
+    units = [[(path, at, at + BLOCK) for path in paths] for at in range(0, nbytes, BLOCK)]
+    with ReadAhead(files, units.__getitem__, len(units), inputs=len(paths)) as ahead:
+        for number in range(len(units)):
+            ahead.wait(number, threading.Event())
+            ahead.done(number)
+"""
+
+
+def fetch(urls: list[str]) -> None:
+    subprocess.run([sys.executable, "-c", FETCH, *urls], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def average(paths: list[str], folder: Path) -> None:

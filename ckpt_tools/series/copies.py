@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import select
@@ -16,7 +18,7 @@ from ..compute.threads import HandedOut, in_threads
 from ..errors import AlignmentError, LayoutError, ReadError
 from ..formats.header import Header
 from ..formats.tree import tensors_in
-from ..storage.source import OpenFiles, read_at
+from ..storage.source import OpenFiles, ended_early, read_at
 from ..tensors import Tensor, TensorSpec, in_c_order
 from .numbered import lined_up_first, without_numbers
 from .paths import keep_one
@@ -155,13 +157,22 @@ def _outlines(header: Header) -> object:
 
 def _middles(header: Header) -> object:
     """Compare a few bytes of each tensor: at least one tensor changes between checkpoints."""
+    weights = _weights(header)
+    ranges = [_ranges(each.chunks, each.extent // 2, min(_LOOKED_AT, each.extent)) for each in weights]
+    of_file: dict[Path, list[tuple[int, int]]] = {}
+    for path, offset, nbytes in chain.from_iterable(ranges):
+        of_file.setdefault(path, []).append((offset, nbytes))
+    read: dict[tuple[Path, int, int], bytes] = {}
     with OpenFiles() as files:
-        found = set()
-        for each in _weights(header):
-            files.open_all(chunk.storage.path for chunk in each.chunks)
-            start = each.extent // 2
-            found.add((each.name, bytes(_read(files, each.chunks, start, min(_LOOKED_AT, each.extent - start)))))
-        return frozenset(found)
+        files.open_all(of_file)
+        for path, own in of_file.items():  # all of a file at once: each may be a request
+            for (offset, nbytes), data in zip(own, files[path].read_ranges(own), strict=True):
+                if len(data) != nbytes:
+                    raise ended_early(path)
+                read[path, offset, nbytes] = data
+    return frozenset(
+        (each.name, b"".join([read[part] for part in own])) for each, own in zip(weights, ranges, strict=True)
+    )
 
 
 def _have_same_values(header: Header, other: Header) -> bool:
@@ -195,11 +206,19 @@ def _read(files: OpenFiles, chunks: Sequence[TensorSpec], start: int, nbytes: in
     """Return bytes of a tensor from `start`, relative to its first element."""
     found = bytearray(nbytes)
     done = 0
+    for path, offset, size in _ranges(chunks, start, nbytes):
+        read_at(files[path], memoryview(found)[done : done + size], offset, path)
+        done += size
+    return found
+
+
+def _ranges(chunks: Sequence[TensorSpec], start: int, nbytes: int) -> list[tuple[Path, int, int]]:
+    """Return where bytes of a tensor are, up to its end: (file, offset, length) of each part."""
+    found = []
     for chunk in chunks:
-        size = min(nbytes - done, chunk.extent - start)
+        size = min(nbytes, chunk.extent - start)
         if size > 0:
-            path = chunk.storage.path
-            read_at(files[path], memoryview(found)[done : done + size], chunk.begin + start, path)
-            done += size
+            found.append((chunk.storage.path, chunk.begin + start, size))
+            nbytes -= size
         start = max(start - chunk.extent, 0)
     return found

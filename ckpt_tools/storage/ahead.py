@@ -177,7 +177,9 @@ class ReadAhead:
                 self._files[path] = Staged(path, source, self.block, kept)
                 files.substitute(path, self._files[path])
         self._count = count
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)  # a block, or an error
+        self._room = threading.Condition(self._lock)  # a block was let go
         self._held = 0  # bytes of blocks that are asked for and not let go
         self.most_held = 0
         self._done: set[int] = set()
@@ -208,19 +210,19 @@ class ReadAhead:
             ReadError: a request failed for good.
         """
         blocks = self._blocks(number)
-        with self._changed:
+        with self._lock:
             while not all([block.there for block in blocks]):
                 if self._error is not None:
                     raise self._error
                 if stop.is_set():
                     return False
-                self._changed.wait(0.2)
+                self._arrived.wait(0.2)
         return True
 
     def done(self, number: int) -> None:
         """Let go what no other unit needs."""
         free = []
-        with self._changed:
+        with self._lock:
             for block in self._blocks(number):
                 block.units -= 1
                 if not block.units:
@@ -228,13 +230,13 @@ class ReadAhead:
                     free.append(block)
         for block in free:
             block.file.let_go(block.number)
-        with self._changed:
+        with self._lock:
             self._held -= sum(block.nbytes for block in free)
             self._done.add(number)
             while self._oldest in self._done:
                 self._done.remove(self._oldest)
                 self._oldest += 1
-            self._changed.notify_all()
+            self._room.notify_all()
 
     def _blocks(self, number: int) -> Iterable[Block]:
         """Return the blocks that a unit needs."""
@@ -265,7 +267,7 @@ class ReadAhead:
 
     def _take(self) -> Block | None:
         """Return the next block to fetch, when there is room for it; None at the end."""
-        with self._changed:
+        with self._lock:
             while not self._closed and self._error is None:
                 if self._next is None:
                     self._next = next(self._waiting, None)
@@ -283,7 +285,7 @@ class ReadAhead:
                     self._held += size
                     self.most_held = max(self.most_held, self._held)
                     return block
-                self._changed.wait()
+                self._room.wait()
         return None
 
     def _work(self) -> None:
@@ -301,7 +303,7 @@ class ReadAhead:
             if file.kept is not None and file.kept.has(begin, end):
                 continue
             data = file.inner.fetch(begin, end)
-            with self._changed:
+            with self._lock:
                 if self._closed:
                     return
                 self._writing += 1
@@ -310,17 +312,19 @@ class ReadAhead:
                 if file.kept is not None:
                     file.kept.note(begin, data)
             finally:
-                with self._changed:
+                with self._lock:
                     self._writing -= 1
-                    self._changed.notify_all()
-        with self._changed:
+                    if self._closed:
+                        self._arrived.notify_all()
+        with self._lock:
             block.there = True
-            self._changed.notify_all()
+            self._arrived.notify_all()
 
     def _fail(self, error: CkptError) -> None:
-        with self._changed:
+        with self._lock:
             self._error = self._error or error
-            self._changed.notify_all()
+            self._arrived.notify_all()
+            self._room.notify_all()
 
     def __enter__(self) -> ReadAhead:
         # A request that hangs holds up no process that has ended its job.
@@ -330,18 +334,18 @@ class ReadAhead:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._room.notify_all()
             while self._writing:
-                self._changed.wait()
+                self._arrived.wait()
 
 
 def _unnamed(nbytes: int) -> int:
     """Return the descriptor of an empty file of this size without a name, in memory where the system can."""
-    if hasattr(os, "memfd_create"):
+    try:
         fd = os.memfd_create("ckpt", os.MFD_CLOEXEC)
-    else:
+    except (AttributeError, OSError):  # another system, or a sandbox
         fd, name = tempfile.mkstemp(prefix="ckpt-")
         Path(name).unlink()
     os.truncate(fd, nbytes)

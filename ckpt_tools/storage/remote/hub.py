@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -43,25 +44,30 @@ class Hub(Objects):
         self._api = HfApi(endpoint=constants.ENDPOINT)
         self._commits: dict[Path, str] = {}
         self._places: dict[Path, Place] = {}
+        self._lock = Lock()
 
     def refresh(self) -> None:
         super().refresh()
         self._commits.clear()
         self._places.clear()
 
-    def place(self, path: Path, renew: bool) -> Place:
-        if renew or path not in self._places:
-            repository, _ = _repository(path)
-            url = hf_hub_url(
-                repository, "/".join(path.parts[3:]), revision=self._commit(path), endpoint=self._api.endpoint
-            )
-            with _in_words(path):
-                parts = urlsplit(get_hf_file_metadata(url, token=get_token()).location)
-            token = get_token() if parts.netloc == urlsplit(self._api.endpoint).netloc else None
-            headers = {"Authorization": f"Bearer {token}"} if token else None
-            found = at_url(f"{parts.scheme}://{parts.netloc}{parts.path}", parts.query, headers)
-            self._places[path] = found._replace(fixed=True)
-        return self._places[path]
+    def place(self, path: Path, refused: Place | None = None) -> Place:
+        with self._lock:  # all requests under way find out at once that a signature has expired
+            if self._places.get(path) is refused:
+                self._places[path] = self._signed(path)
+            return self._places[path]
+
+    def _signed(self, path: Path) -> Place:
+        """Ask for a place of a file, which is mostly on another host, and signed for some time."""
+        repository, _ = _repository(path)
+        name, endpoint = "/".join(path.parts[3:]), self._api.endpoint
+        url = hf_hub_url(repository, name, revision=self._commit(path), endpoint=endpoint)
+        with _in_words(path):
+            parts = urlsplit(get_hf_file_metadata(url, token=get_token()).location)
+        token = get_token() if parts.netloc == urlsplit(endpoint).netloc else None
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        found = at_url(f"{parts.scheme}://{parts.netloc}{parts.path}", parts.query, headers)
+        return found._replace(fixed=True)
 
     def listing(self, folder: Path) -> Mapping[str, Pinned | None]:
         """List the whole revision, since that is one request too, and return one folder."""

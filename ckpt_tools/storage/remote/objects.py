@@ -91,8 +91,8 @@ class Place(NamedTuple):
     fixed: bool = False
 
 
-Places = Callable[[bool], Place]
-"""Returns the place of an object; True asks for a new one, because the old one is refused."""
+Places = Callable[[Place | None], Place]
+"""Returns the place of an object; given one that failed, another one if there is any."""
 
 
 class ObjectFile:
@@ -142,18 +142,20 @@ class ObjectFile:
 
     def fetch(self, begin: int, end: int) -> memoryview:
         """Return the bytes of a range within the file by one request, which is made again if it fails."""
+        place = None
         for attempt in range(TRIES):
+            place = self._places(place)
             try:
-                return self._ask(begin, end, renewed=attempt > 0)
+                return self._ask(place, begin, end, first=not attempt)
             except _Again as again:
                 if attempt == TRIES - 1:
                     raise OSError(errno.EIO, f"{again}; {TRIES} tries", str(self._path)) from None
             time.sleep(PAUSE * 2**attempt)
         raise AssertionError  # pragma: no cover
 
-    def _ask(self, begin: int, end: int, *, renewed: bool) -> memoryview:
+    def _ask(self, place: Place, begin: int, end: int, *, first: bool) -> memoryview:
         pinned = self._pinned
-        client, key, fixed = self._places(renewed)
+        client, key, fixed = place
         options: Any = {"range": (begin, end)}
         if pinned.tag and not fixed and not pinned.tag.startswith("W/"):  # weak tags match nothing
             options["if_match"] = pinned.tag
@@ -162,7 +164,7 @@ class ObjectFile:
             found, data = Pinned.of(result.meta), memoryview(result.bytes())
         except _ERRORS as error:
             told = refused(error, self._path, again=True)
-            if fixed and not renewed and isinstance(told, PermissionError):
+            if fixed and first and isinstance(told, PermissionError):
                 raise _Again("access denied") from None  # to a place that was signed some time ago
             raise told from None
         if found.nbytes != pinned.nbytes or not (fixed or found.same(pinned)):
@@ -291,7 +293,7 @@ class Objects:
         self._pinned: dict[Path, Pinned | None] = {}
         self._starts: dict[object, bytes] = {}
 
-    def place(self, path: Path, renew: bool) -> Place:
+    def place(self, path: Path, refused: Place | None = None) -> Place:
         """Return where an object is; see `Places`."""
         raise NotImplementedError
 
@@ -316,7 +318,7 @@ class Objects:
         pinned = self._state(path)
         if pinned is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(path))
-        return ObjectFile(path, lambda renew: self.place(path, renew), pinned, self._starts)
+        return ObjectFile(path, lambda refused: self.place(path, refused), pinned, self._starts)
 
     def is_file(self, path: Path) -> bool:
         return self._state(path) is not None
@@ -397,7 +399,7 @@ class Objects:
             return None
         if MAGIC.search(path.name):  # a glob, which asks for this list next
             return self._children(path.parent).get(path.name)
-        place = self.place(path, False)
+        place = self.place(path)
         try:
             result = obstore.get(place.client, place.key, options={"range": (0, _START)})
             pinned, start = Pinned.of(result.meta), bytes(result.bytes())
@@ -437,7 +439,7 @@ class Buckets(Objects):
         self._made = made
         self._clients: dict[str, Any] = {}
 
-    def place(self, path: Path, renew: bool) -> Place:
+    def place(self, path: Path, refused: Place | None = None) -> Place:
         return Place(self._client(path), "/".join(path.parts[2:]))
 
     def listing(self, folder: Path) -> Mapping[str, Pinned | None]:
@@ -521,7 +523,7 @@ class WebServers(Objects):
         super().__init__()
         self._places: dict[tuple[str, str | None], Place] = {}
 
-    def place(self, path: Path, renew: bool) -> Place:
+    def place(self, path: Path, refused: Place | None = None) -> Place:
         url = str(path)
         key = url, QUERIES.get(url)
         if key not in self._places:

@@ -115,7 +115,7 @@ def _parts(path: Path, nbytes: int, on_bytes: Callable[[int], None]) -> Iterator
 
 
 def _place(target: Address) -> Place:
-    return bucket_of(target).place(target, False)
+    return bucket_of(target).place(target)
 
 
 def _failed(error: BaseException, target: Address) -> WriteError:
