@@ -6,6 +6,7 @@ folder that was about to be replaced, and the parts of a job that can go on. A l
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import ReadError, UsageError
 from ..storage.hidden import Hidden, allocated, held, hidden_in, remove
 from ..storage.kept_stage import Stage
 from .options import Clearing, takes
@@ -95,11 +96,15 @@ def clean(folder: str | Path, clearing: Clearing) -> CleanReport:
         What was found, and what became of it.
 
     Raises:
-        UsageError: there is no such folder.
+        CkptError: there is no such folder, or it cannot be read.
     """
     place = Path(folder)
     if not place.is_dir():
         raise UsageError(f"{folder}: is not a folder. Give the folder that has the outputs.")
+    try:
+        os.scandir(place).close()
+    except OSError as error:  # else it would look as if nothing was there
+        raise ReadError(f"{folder}: cannot be read ({error.strerror}).") from error
     left = tuple(_cleared(each, clearing) for each in hidden_in(place))
     freed = sum(each.nbytes for each in left if "removed" in each.result)
     kept = [each for each in left if each.what == "parts" and each.result == "kept" and not each.detail]

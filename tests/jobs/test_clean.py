@@ -12,7 +12,7 @@ import torch
 from cli_runner import run
 
 from ckpt_tools import average, clean
-from ckpt_tools.errors import UsageError
+from ckpt_tools.errors import ReadError, UsageError
 from ckpt_tools.storage import hidden, kept_stage
 from ckpt_tools.storage.hidden import locked, new_file, new_folder
 from ckpt_tools.storage.kept_stage import stages
@@ -158,6 +158,15 @@ def test_what_cannot_be_removed_is_a_failure(here: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_is_not_there_is_refused(here: Path) -> None:
     with pytest.raises(UsageError, match="gone: is not a folder. Give the folder that has the outputs"):
         clean("gone")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ReadError, match=r"\.: cannot be read \(Permission denied\)"):
+        clean(".")
 
 
 def test_the_command_tells_how_a_job_in_parts_goes_on(series: list[str]) -> None:

@@ -283,6 +283,17 @@ def test_one_process_goes_on_with_the_parts_of_others(series: list[str], small_u
     assert not hidden()
 
 
+def test_clocks_of_machines_may_differ(series: list[str], small_units: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    average(series, out="out.pth")
+    alone = Path("out.pth").read_bytes()
+    Path("out.pth").unlink()
+    average(series, out="out.pth", part="1/2")
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    average(series, out="out.pth", part="2/2")
+    average(series, out="out.pth", finish=True)
+    assert Path("out.pth").read_bytes() == alone
+
+
 def test_finish_names_the_missing_parts(series: list[str], small_units: None) -> None:
     with pytest.raises(WriteError, match=r"out.pth: nothing of it is there yet. First run all parts, such as `part="):
         average(series, out="out.pth", finish=True)

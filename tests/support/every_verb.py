@@ -97,6 +97,7 @@ def jobs() -> Iterator[Job]:
     yield Job(("look", "n-1.pth", "n-2.pth", "n-3.pth", "--json", *one), torch=True)
     yield Job(("diff", "a.pth", "b.pth", "--json"), torch=True)
     yield Job(("diff", "m-1", "m-2", "--json"), torch=True)
+    yield Job(("clean", ".", "--json"))
 
 
 def make_inputs(folder: Path, numbers: int = 4, seed: int = 0) -> None:
