@@ -441,3 +441,18 @@ def files_below(store: Any, folder: Address) -> Iterator[tuple[Path, int]]:
             yield from ((Path(name) / inner, size) for inner, size in files_below(store, path))
         else:
             yield Path(name), store.open(path).stat()[0]
+
+
+
+def test_a_copy_under_another_name_costs_a_plan_a_few_bytes_of_each_tensor(
+    server: RangeServer, runs: Path, tmp_path: Path
+) -> None:
+    server.folder = tmp_path
+    for step in STEPS:
+        shutil.copy(runs / f"step_{step}.safetensors", tmp_path)
+    shutil.copy(runs / "step_1000.safetensors", tmp_path / "last.safetensors")
+    urls = [f"{server.url}/{name}.safetensors" for name in (*(f"step_{step}" for step in STEPS), "last")]
+    report = average(urls, out=tmp_path / "out.safetensors", dry_run=True)
+    assert len(report.inputs) == 3
+    assert f"{urls[3]} is {urls[2]} again, as 64 bytes of each tensor say: counted once." in report.notes
+    assert server.sent < sum(path.stat().st_size for path in tmp_path.iterdir()) / 1000
