@@ -226,7 +226,9 @@ def main() -> int:
         if options.kills_only:
             ways = {first: ways[first]}
         few = ("torchrun, 4 processes, 1 thread",)
-        found, _ = interleave(ways, rounds=options.rounds, few=few, few_rounds=1, say=lambda text: print(text, flush=True))
+        found, _ = interleave(
+            ways, rounds=options.rounds, few=few, few_rounds=1, say=lambda text: print(text, flush=True)
+        )
         base = statistics.median(each.seconds for each in found[first])
         for way, samples in found.items():
             seconds = [each.seconds for each in samples]

@@ -6,7 +6,6 @@ folder that was about to be replaced, and the parts of a job that can go on. A l
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -102,10 +101,10 @@ def clean(folder: str | Path, clearing: Clearing) -> CleanReport:
     if not place.is_dir():
         raise UsageError(f"{folder}: is not a folder. Give the folder that has the outputs.")
     try:
-        os.scandir(place).close()
-    except OSError as error:  # else it would look as if nothing was there
+        found = hidden_in(place)
+    except OSError as error:
         raise ReadError(f"{folder}: cannot be read ({error.strerror}).") from error
-    left = tuple(_cleared(each, clearing) for each in hidden_in(place))
+    left = tuple(_cleared(each, clearing) for each in found)
     freed = sum(each.nbytes for each in left if "removed" in each.result)
     kept = [each for each in left if each.what == "parts" and each.result == "kept" and not each.detail]
     notes = ("What is done of jobs in parts is kept, because they can go on. Remove it with `parts`.",) if kept else ()

@@ -115,15 +115,19 @@ def size_of_leftovers(target: Path) -> int:
 
 def _leftovers(target: Path, folder: Path) -> Iterator[Path]:
     """Yield what runs for a target may have left: its old folder, too, if that is not all that there is."""
-    there = os.path.lexists(folder / target.name)
-    for each in hidden_in(folder):
+    there, found = os.path.lexists(folder / target.name), []
+    with suppress(OSError):
+        found = hidden_in(folder)
+    for each in found:
         if each.start == target.name[:_START] and each.suffix in ("partial", "old")[: 1 + there]:
             yield each.path
 
 
 def kept_stages(target: Path) -> list[Path]:
     """Return the folders beside a target in which a job in parts grows, see `kept_stage`."""
-    found = hidden_in(target.absolute().parent)
+    found = []
+    with suppress(OSError):
+        found = hidden_in(target.absolute().parent)
     return [each.path for each in found if each.suffix == "parts" and each.start == target.name[:_START]]
 
 
@@ -148,9 +152,13 @@ class Hidden(NamedTuple):
 
 
 def hidden_in(folder: Path) -> list[Hidden]:
-    """Return what is hidden in a folder, by its name; nothing if the folder cannot be read."""
+    """Return what is hidden in a folder, by its name.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     found = []
-    with suppress(OSError), os.scandir(folder) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith((".partial", ".old", ".parts")) and entry.name.count(".") > 2:
                 start, token, suffix = entry.name.rsplit(".", 2)
