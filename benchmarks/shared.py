@@ -227,7 +227,11 @@ def main() -> int:
             ways = {first: ways[first]}
         few = ("torchrun, 4 processes, 1 thread",)
         found, _ = interleave(
-            ways, rounds=options.rounds, few=few, few_rounds=1, say=lambda text: print(text, flush=True)
+            ways,
+            rounds=options.rounds,
+            few=few,
+            few_rounds=1,
+            say=lambda text: print(text, flush=True),  # noqa: T201
         )
         base = statistics.median(each.seconds for each in found[first])
         for way, samples in found.items():

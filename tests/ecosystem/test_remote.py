@@ -443,7 +443,6 @@ def files_below(store: Any, folder: Address) -> Iterator[tuple[Path, int]]:
             yield Path(name), store.open(path).stat()[0]
 
 
-
 def test_a_copy_under_another_name_costs_a_plan_a_few_bytes_of_each_tensor(
     server: RangeServer, runs: Path, tmp_path: Path
 ) -> None:
