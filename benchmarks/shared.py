@@ -198,6 +198,10 @@ def killed(shared: Shared, started: str) -> dict[str, Any]:
     return result | {"read_by_resume": int(read), "payload_missing": missing, "beyond": int(read) - missing}
 
 
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0)
@@ -226,13 +230,7 @@ def main() -> int:
         if options.kills_only:
             ways = {first: ways[first]}
         few = ("torchrun, 4 processes, 1 thread",)
-        found, _ = interleave(
-            ways,
-            rounds=options.rounds,
-            few=few,
-            few_rounds=1,
-            say=lambda text: print(text, flush=True),  # noqa: T201
-        )
+        found, _ = interleave(ways, rounds=options.rounds, few=few, few_rounds=1, say=_say)
         base = statistics.median(each.seconds for each in found[first])
         for way, samples in found.items():
             seconds = [each.seconds for each in samples]
