@@ -49,12 +49,23 @@ def main() -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        stopped = console.stopped_by(error)  # the only one, wherever it came: see `console.clean_up_when_stopped`
-        if stopped is None:
+        code = _stopped(error)
+        if code is None:
             raise
-        what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
-        console.say(f"{what}; {stopped.left or _left()}.")
-        sys.exit(128 + stopped.number)
+        sys.exit(code)
+
+
+def _stopped(error: BaseException) -> int | None:
+    """Tell that a signal has ended the run, if it has; return the exit code.
+
+    The exception is in no variable of `main`: a cycle would keep all that the run held until the process has ended.
+    """
+    stopped = console.stopped_by(error)  # the only one, wherever it came: see `console.clean_up_when_stopped`
+    if stopped is None:
+        return None
+    what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
+    console.say(f"{what}; {stopped.left or _left()}.")
+    return 128 + stopped.number
 
 
 def _run() -> None:

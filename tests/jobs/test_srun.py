@@ -76,8 +76,8 @@ def test_tasks_that_run_at_once_publish_once(alone: bytes) -> None:
     assert [out == "" for out, _ in ended].count(True) == 2
     assert ["Wrote out.safetensors" in err for _, err in ended].count(True) == 1
     for index, (out, err) in enumerate(ended, 1):
-        done = f"Part {index} of 3 of out.safetensors is done. The process that ends last publishes the output."
-        assert (done in err) == (not out)
+        assert (f"Part {index} of 3 of out.safetensors is done. " in err) == (not out)
+        assert ("The process that ends last publishes the output." in err) == (not out)
     assert Path("out.safetensors").read_bytes() == alone
     assert not list(Path().glob(".*"))
 
@@ -143,9 +143,8 @@ def test_what_srun_did_not_start_does_the_whole_job(
 
 def test_a_part_that_is_asked_for_is_done_whatever_srun_says(alone: bytes, as_task: object) -> None:
     result = as_task(*JOB, "--part", "2/2", "--json", variables=task(0, 8) | itself())  # type: ignore[operator]
-    assert (
-        "Part 2 of 2 of out.safetensors is done. When all parts are, run the same command with --finish" in result.err
-    )
+    assert "Part 2 of 2 of out.safetensors is done." in result.err
+    assert result.err.endswith("When all parts are, run the same command with --finish in place of --part.\n")
     assert json.loads(result.out)["written"] is False
 
 
