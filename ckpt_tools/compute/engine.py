@@ -313,6 +313,8 @@ class _Job:
                 if self.stop.is_set():
                     return None
                 if self.refused and all(self._position(slice_) > self.refused[0] for slice_ in unit.slices):
+                    if self.fetching is not None:
+                        self.fetching.done(number)
                     continue
                 band = unit.slices[0].band
                 # Other tiles of a band may be another process's, and be written.

@@ -18,13 +18,15 @@ from typing import Any
 
 from ..errors import CkptError, CorruptError
 from ..storage.page_cache import drop, in_use
-from ..storage.source import InputFile, Stamp, read_at
+from ..storage.source import LOCAL, InputFile, Stamp, read_at, store_of
 from ..tensors import TensorSpec
 from .threads import default_threads
 from .work_units import Slice, WorkUnit
 
 BLOCK = 1 << 20
 """Bytes that a thread hashes at a time."""
+FETCHED = 8 << 20
+"""The same, of a file that is not on this machine: as many as come with a request."""
 BEHIND = 1 << 30
 """Bytes that the hashes of all files may be behind the sums."""
 _IN_USE = 64 << 20  # bytes behind the furthest one that other threads may still read
@@ -49,6 +51,22 @@ class _File:
     sha256: Any = None
     dropped: bool = False
     busy: bool = False
+
+    @property
+    def fetched(self) -> bool:
+        """True if it is not on this machine."""
+        return store_of(self.stamp.path) is not LOCAL
+
+    @property
+    def block(self) -> int:
+        """Bytes that a thread hashes at a time."""
+        return FETCHED if self.fetched else BLOCK
+
+    def is_there(self) -> bool:
+        """Return True if the file that was summed still has its name."""
+        with suppress(CkptError), InputFile(self.stamp.path) as file:
+            return file.stamp == self.stamp
+        return False
 
 
 class Follower:
@@ -80,7 +98,7 @@ class Follower:
         }
         self._hashed = [each for each in self._files.values() if each.sha256 is not None]
         count = (default_threads() if threads is None else threads) if wanted else 1
-        self._threads = [threading.Thread(target=self._work, name="ckpt-follower") for _ in range(count)]
+        self._threads = [threading.Thread(target=self._work, name="ckpt-follower", daemon=True) for _ in range(count)]
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
         self._last = False  # the sums are done
@@ -102,7 +120,7 @@ class Follower:
             self._changed.notify_all()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(None if error is None else 1.0)  # a request that hangs holds no job up that has failed
 
     def wait(self, stop: threading.Event) -> None:
         """Wait until the hashes are near enough, or until the job is stopped."""
@@ -151,17 +169,18 @@ class Follower:
                 behind, file = max(waiting, key=lambda item: item[0], default=(0, None))
                 if file is not None and behind > 0:
                     file.busy = True
-                    return file, behind if file.sha256 is None else min(behind, BLOCK)
+                    return file, behind if file.sha256 is None else min(behind, file.block)
                 self._changed.wait()
             return None
 
     def _behind(self, file: _File) -> int:
         behind = file.front - file.at
         whole = file.front == file.stamp.nbytes
-        return behind if file.sha256 is not None or whole or behind >= _IN_USE else 0
+        least = _IN_USE if file.sha256 is None else file.block if file.fetched else 0
+        return behind if whole or behind >= least else 0
 
     def _work(self) -> None:
-        block = bytearray(BLOCK if self._hashed else 0)
+        block = bytearray(max((each.block for each in self._hashed), default=0))
         while (found := self._next()) is not None:
             file, nbytes = found
             try:
@@ -178,6 +197,8 @@ class Follower:
                 self._changed.notify_all()
 
     def _follow(self, file: _File, block: memoryview, nbytes: int) -> None:
+        if file.sha256 is None and not file.is_there():
+            return  # nothing is lost if pages stay
         # Opened each time: a job may have more files than may be open.
         with InputFile(file.stamp.path) as opened:
             if opened.stamp != file.stamp:

@@ -10,7 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from ..errors import CkptError, WriteError, WriteWarning
+from ..errors import CkptError, ReadError, WriteError, WriteWarning
 from ..formats import read_header
 from ..storage.hidden import hidden_folder
 from ..storage.remote import Address, sending
@@ -57,8 +57,14 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
                 _send_folder(made, target, names, on_bytes, force=force)
             else:
                 _send_file(made, target, on_bytes, force=force)
-        except WriteError as error:
-            raise WriteError(f"{error} The output is in {_kept(made, here)}: send it from there.") from None
+        except (WriteError, ReadError, OSError) as error:
+            raise WriteError(
+                f"{_words(error, target)} The output is in {_kept(made, here)}: send it from there."
+            ) from None
+
+
+def _words(error: Exception, target: Path) -> str:
+    return f"{target}: {error.strerror or error}." if isinstance(error, OSError) else str(error)
 
 
 def _kept(made: Path, here: Path) -> Path:

@@ -7,6 +7,7 @@ block is done, its memory is given back. With a folder to keep them in, the file
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -17,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ..errors import CkptError
+from ..errors import WriteError
 from .kept_blocks import KeptBlocks
-from .local import read_once
+from .local import raise_file_limit, read_once
 from .source import OpenFiles, Source, read_failed
 
 MEMORY = 512 << 20
@@ -29,6 +30,7 @@ BLOCK = 8 << 20
 _LEAST = 1 << 20  # bytes of a block: many inputs at once share `MEMORY`
 _GAP = 256 << 10  # bytes between two ranges that cost less than a second request
 CONNECTIONS = 16
+_DESCRIPTORS = 3  # of a file, at most
 """Requests at the same time."""
 
 Need = tuple[Path, int, int]
@@ -171,6 +173,7 @@ class ReadAhead:
         # Kept blocks have one size, or another job could not use them.
         self.block = BLOCK if keep is not None else max(min(BLOCK, room), _LEAST)
         self._files: dict[Path, Staged] = {}
+        raise_file_limit(_DESCRIPTORS * len(files.items()))
         for path, source in files.items():
             if isinstance(source, RangeSource):
                 kept = None if keep is None else KeptBlocks(keep, path, source.stat())
@@ -186,7 +189,7 @@ class ReadAhead:
         self._oldest = 0  # unit that is not done
         self._writing = 0
         self._closed = False
-        self._error: CkptError | None = None
+        self._error: BaseException | None = None
         for number in range(count):
             for block, begin, end in self._parts(number):
                 block.add(begin, end)
@@ -220,7 +223,7 @@ class ReadAhead:
         return True
 
     def done(self, number: int) -> None:
-        """Let go what no other unit needs."""
+        """Let go what no other unit needs; also of a unit that is passed over."""
         free = []
         with self._lock:
             for block in self._blocks(number):
@@ -231,7 +234,9 @@ class ReadAhead:
         for block in free:
             block.file.let_go(block.number)
         with self._lock:
-            self._held -= sum(block.nbytes for block in free)
+            self._held -= sum(block.nbytes for block in free if block.asked)
+            for block in free:
+                block.asked = True  # and not any more
             self._done.add(number)
             while self._oldest in self._done:
                 self._done.remove(self._oldest)
@@ -292,10 +297,10 @@ class ReadAhead:
         while (block := self._take()) is not None:
             try:
                 self._fill(block)
-            except CkptError as error:
-                self._fail(error)
             except OSError as error:
                 self._fail(read_failed(block.file.path, error.strerror or type(error).__name__))
+            except BaseException as error:  # noqa: BLE001 - raised in the threads that wait
+                self._fail(error)
 
     def _fill(self, block: Block) -> None:
         file = block.file
@@ -311,6 +316,9 @@ class ReadAhead:
                 _write(file.fd, memoryview(data), begin)
                 if file.kept is not None:
                     file.kept.note(begin, data)
+            except OSError as error:
+                where = "in memory" if file.kept is None else "with `cache`"
+                raise WriteError(f"{file.path}: what was fetched cannot be kept {where} ({error.strerror}).") from error
             finally:
                 with self._lock:
                     self._writing -= 1
@@ -320,7 +328,7 @@ class ReadAhead:
             block.there = True
             self._arrived.notify_all()
 
-    def _fail(self, error: CkptError) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
             self._arrived.notify_all()
@@ -345,7 +353,9 @@ def _unnamed(nbytes: int) -> int:
     """Return the descriptor of an empty file of this size without a name, in memory where the system can."""
     try:
         fd = os.memfd_create("ckpt", os.MFD_CLOEXEC)
-    except (AttributeError, OSError):  # another system, or a sandbox
+    except (AttributeError, OSError) as error:  # another system, or a sandbox
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         fd, name = tempfile.mkstemp(prefix="ckpt-")
         Path(name).unlink()
     os.truncate(fd, nbytes)

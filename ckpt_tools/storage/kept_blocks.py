@@ -7,6 +7,7 @@ and of the state of the remote file, so another state has another file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import zlib
@@ -43,6 +44,8 @@ class KeptBlocks:
             )
             lines = os.read(self._list, os.fstat(self._list).st_size).decode("ascii", "replace").splitlines()
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             raise WriteError(f"`cache`: {folder} cannot be written to ({error.strerror}). Choose another.") from error
         self._ranges: dict[tuple[int, int], int] = {}
         for line in lines:

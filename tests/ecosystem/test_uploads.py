@@ -200,3 +200,33 @@ def test_parts_of_a_job_need_a_disk_that_they_share(s3: Any) -> None:
     with pytest.raises(UsageError, match="parts of a job need a disk"):
         average(FILES, out=f"s3://{BUCKET}/avg.pth", part="1/2")
     assert keys(s3) == []
+
+
+def test_a_mark_of_a_folder_is_no_file_in_it(s3: Any) -> None:
+    s3.put_object(Bucket=BUCKET, Key="run/", Body=b"")
+    average(FOLDERS, out=f"s3://{BUCKET}/run/", force=True)
+    assert "run/model.safetensors" in keys(s3)
+
+
+def test_credentials_that_expire_during_the_sums_do_not_lose_the_output(
+    s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpt_tools.jobs import uploads
+    from ckpt_tools.storage.remote import objects
+
+    check = uploads._check
+
+    def refused(self: Any, path: Path) -> None:
+        raise PermissionError(13, "access denied: 400 Bad Request ExpiredToken", str(path))
+
+    def then_expire(*arguments: Any) -> None:
+        check(*arguments)
+        monkeypatch.setattr(objects.Objects, "_look", refused)
+
+    monkeypatch.setattr(uploads, "_check", then_expire)
+    with pytest.raises(WriteError, match=r"ExpiredToken.* The output is in (\S+): send it from there\.") as told:
+        average(FILES, out=f"s3://{BUCKET}/avg.pth")
+    average(FILES, out="avg.pth")
+    kept = re.search(r"The output is in (\S+): send", str(told.value))
+    assert kept is not None
+    assert Path(kept[1]).read_bytes() == Path("avg.pth").read_bytes()

@@ -244,3 +244,33 @@ def test_an_address_is_a_path_that_keeps_its_slashes_and_asks_its_store(store: R
     assert [*folder.iterdir()] == [folder / "a", folder / "b.pth"]
     assert (folder / "a").resolve() == (folder / "a").absolute() == folder / "a"
     assert str((folder / "a").relative_to(folder)) == "a"
+
+
+def test_whatever_fails_in_a_request_reaches_the_one_who_waits(store: RangeStore) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(1000)
+
+    def fails(name: str, begin: int) -> None:
+        raise MemoryError
+
+    store.fails = fails
+    with OpenFiles() as files:
+        files.open(path)
+        with (
+            ReadAhead(files, lambda number: [(path, 0, 1000)], 1) as fetched,
+            pytest.raises(MemoryError),
+        ):
+            fetched.wait(0, threading.Event())
+
+
+def test_a_unit_that_is_passed_over_makes_room_for_the_next_ones(store: RangeStore) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(8 << 20)
+    with OpenFiles() as files:
+        files.open(path)
+        units = [[(path, begin << 20, (begin + 1) << 20)] for begin in range(8)]
+        with ReadAhead(files, lambda number: units[number], 8, memory=1 << 20) as fetched:
+            for number in range(7):
+                fetched.done(number)
+            assert fetched.wait(7, threading.Event())
+            assert fetched.most_held <= 2 << 20

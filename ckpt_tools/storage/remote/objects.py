@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import obstore
@@ -29,6 +30,7 @@ from obstore import exceptions
 from ...errors import CorruptError, SeriesError
 from .addresses import Address
 
+R = TypeVar("R")
 QUERIES: dict[str, str] = {}
 """Queries of URLs, by the URL without it: a signature is no part of an address, which is shown and recorded."""
 CONNECTIONS = 16
@@ -110,7 +112,7 @@ class ObjectFile:
 
     def stat(self) -> tuple[int, tuple[object, ...]]:
         """Return the pinned (size, identity): every request is refused if they are not those of the object any more."""
-        return self._pinned.nbytes, self._pinned.identity
+        return self._pinned.nbytes, (str(self._path), *self._pinned.identity)
 
     def fileno(self) -> int | None:
         return None
@@ -160,8 +162,7 @@ class ObjectFile:
         if pinned.tag and not fixed and not pinned.tag.startswith("W/"):  # weak tags match nothing
             options["if_match"] = pinned.tag
         try:
-            result = obstore.get(client, key, options=options)
-            found, data = Pinned.of(result.meta), memoryview(result.bytes())
+            found, data = asked(_got, client, key, options)
         except _ERRORS as error:
             told = refused(error, self._path, again=True)
             if fixed and first and isinstance(told, PermissionError):
@@ -267,6 +268,33 @@ def refused(error: BaseException, path: Path, *, again: bool = False) -> Excepti
 
 def _changed(path: Path) -> CorruptError:
     return CorruptError(f"{path}: changed while it was read. Wait until training has finished writing, then try again.")
+
+
+def asked(call: Callable[..., R], *arguments: Any, **options: Any) -> R:
+    """Return what a request gives; a signal ends the wait for it, as it would not end the library's own wait."""
+    if threading.current_thread() is not threading.main_thread():
+        return call(*arguments, **options)
+    given: list[R] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            given.append(call(*arguments, **options))
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="ckpt-request", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failed:
+        raise failed[0]
+    return given[0]
+
+
+def _got(client: Any, key: str, options: Any) -> tuple[Pinned, memoryview]:
+    result = obstore.get(client, key, options=options)
+    return Pinned.of(result.meta), memoryview(result.bytes())
 
 
 def in_parallel(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -401,15 +429,15 @@ class Objects:
             return self._children(path.parent).get(path.name)
         place = self.place(path)
         try:
-            result = obstore.get(place.client, place.key, options={"range": (0, _START)})
-            pinned, start = Pinned.of(result.meta), bytes(result.bytes())
+            pinned, data = asked(_got, place.client, place.key, {"range": (0, _START)})
+            start = bytes(data)
         except _ERRORS as error:
             if "416" not in str(error):
                 told = refused(error, path)
                 if isinstance(told, FileNotFoundError):
                     return None
                 raise told from None
-            pinned, start = Pinned.of(obstore.head(place.client, place.key)), b""  # an empty file
+            pinned, start = Pinned.of(asked(obstore.head, place.client, place.key)), b""  # an empty file
         self._starts[path, pinned] = start
         return pinned
 
@@ -447,14 +475,17 @@ class Buckets(Objects):
             return {}
         prefix = "/".join(folder.parts[2:])
         try:
-            found = obstore.list_with_delimiter(self._client(folder), prefix or None)
+            found = asked(obstore.list_with_delimiter, self._client(folder), prefix or None)
         except _ERRORS as error:
             told = refused(error, folder)
             if isinstance(told, FileNotFoundError):
                 raise FileNotFoundError(errno.ENOENT, "no such bucket", str(folder)) from None
             raise told from None
         skip = len(prefix) + 1 if prefix else 0
-        files: dict[str, Pinned | None] = {meta["path"][skip:]: Pinned.of(meta) for meta in found["objects"]}
+        # An object of the name of the folder marks it, as consoles do: it is no file in it.
+        files: dict[str, Pinned | None] = {
+            meta["path"][skip:]: Pinned.of(meta) for meta in found["objects"] if meta["path"][skip:]
+        }
         return {prefix[skip:]: None for prefix in found["common_prefixes"]} | files
 
     def _client(self, path: Path) -> Any:

@@ -15,7 +15,7 @@ from obstore import exceptions
 from ...errors import WriteError
 from ..source import store_of
 from .addresses import Address
-from .objects import Buckets, Objects, Place, refused
+from .objects import Buckets, Objects, Place, asked, refused
 
 CLAIM = ".ckpt-upload.json"
 """Name of an object that is in a folder as long as its files are sent."""
@@ -54,12 +54,12 @@ def send(path: Path, target: Address, on_bytes: Callable[[int], None]) -> None:
     part = max(_PART, -(-nbytes // _MOST_PARTS))
     try:
         if nbytes <= part:
-            obstore.put(place.client, place.key, path, use_multipart=False)
+            asked(obstore.put, place.client, place.key, path, use_multipart=False)
             on_bytes(nbytes)
         else:
             parts = _parts(path, part, on_bytes)
-            obstore.put(place.client, place.key, parts, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
-        found = obstore.head(place.client, place.key)["size"]
+            asked(obstore.put, place.client, place.key, parts, chunk_size=part, max_concurrency=_PARTS_AT_ONCE)
+        found = asked(obstore.head, place.client, place.key)["size"]
     except _FAILURES as error:
         raise _failed(error, target) from None
     if found != nbytes:
@@ -79,7 +79,7 @@ def claim(folder: Address, names: Sequence[str], *, force: bool) -> None:
     place = _place(folder / CLAIM)
     said = json.dumps({"names": [*names], "host": platform.node(), "process": os.getpid()}).encode()
     try:
-        obstore.put(place.client, place.key, said, mode="overwrite" if force else "create")
+        asked(obstore.put, place.client, place.key, said, mode="overwrite" if force else "create")
     except exceptions.AlreadyExistsError:
         raise WriteError(
             f"{folder}: another job sends files to it, or was killed meanwhile. If none does, pass `force=True`."
@@ -97,7 +97,7 @@ def remove(targets: Iterable[Address]) -> None:
     for target in targets:
         place = _place(target)
         try:
-            obstore.delete(place.client, place.key)
+            asked(obstore.delete, place.client, place.key)
         except FileNotFoundError:
             continue
         except _FAILURES as error:
