@@ -16,7 +16,7 @@ from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
 from ..formats.header import Header
-from ..series.paths import one_checkpoint
+from ..series.paths import one_checkpoint, refuse_other_queries
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 from .asked import Asked, asked_of
 from .options import Comparison, Reading, SharedComparison, Tolerance, takes
@@ -194,6 +194,7 @@ def diff(
             raise UsageError(f"`{name}={value!r}`: must be a number, 0 or more.")
     check_threads(running.threads)
     asked = asked_of(sharing)
+    refuse_other_queries([a, b])
     headers = read_header(one_checkpoint(a)), read_header(one_checkpoint(b))
     names = short_names([header.path for header in headers])
     chosen = (

@@ -23,7 +23,7 @@ from ..storage.source import LOCAL, Stamp, read_failed, stamp_at, store_of
 from ..storage.splice import Span, Splice
 from ..storage.staged import is_writable, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
-from .outputs import Target, check_same_format, check_target
+from .outputs import Target, check_same_format, check_target, on_this_machine
 from .reports import Report
 from .run import copy, run
 
@@ -90,6 +90,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         raise WriteError(f"{source}: is not a local file, so it cannot be replaced. Give `out`.")
     sharded = header.format.folder
     if output.out is not None:
+        on_this_machine(output.out, "out")
         chosen = Target.of(output.out)
         target, folder = chosen.path, sharded or (header.in_folder and chosen.format is not header.format.written_as)
         check_same_format(header, chosen, folder=folder)

@@ -21,7 +21,7 @@ from ..formats.format import Format
 from ..formats.header import Header
 from ..formats.json_file import read_json
 from ..formats.sharded import SHARDED
-from ..series.paths import as_path
+from ..series.paths import as_path, is_address, shown
 from ..storage.hidden import size_of_leftovers
 from ..storage.source import LOCAL, store_of
 from ..storage.staged import is_writable, same_file
@@ -46,7 +46,8 @@ class Target:
         Raises:
             UsageError: no name, or a suffix that is a slip of a known one.
         """
-        text, name, known = os.fspath(out), Path(out).name, suffixes()
+        text = shown(os.fspath(out))
+        name, known = Path(text).name, suffixes()
         if not text or name in known:
             raise UsageError(f"`out={text!r}`: there is no name in it. Is a variable of the shell unset?")
         path = as_path(out)
@@ -118,6 +119,20 @@ def check_shard_size(target: Target, max_shard_size: int | None) -> None:
     """
     if max_shard_size is not None and not target.folder:
         raise UsageError("`max_shard_size` needs a folder: give `out` a name without suffix.")
+
+
+def on_this_machine(given: str | Path, option: str) -> Path:
+    """Return a path as it is, for what is written on this machine alone.
+
+    Raises:
+        UsageError: it is an address.
+    """
+    if is_address(given):
+        raise UsageError(
+            f"`{option}`: {shown(given)} is in a store, and this is written on this machine alone. Give a local path, "
+            "and upload the file afterwards."
+        )
+    return Path(given)
 
 
 def grows_at(target: Path) -> Path:

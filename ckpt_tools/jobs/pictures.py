@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..storage.staged import write_file
-from .outputs import check_target, named
+from .outputs import check_target, named, on_this_machine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +65,9 @@ def check_picture(plot: str | Path) -> Path:
         Its path.
 
     Raises:
-        UsageError: the name has no suffix of a picture, or matplotlib is not installed.
+        UsageError: it is an address, the name has no suffix of a picture, or matplotlib is not installed.
     """
-    path = Path(plot)
+    path = on_this_machine(plot, "plot")
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"`plot={os.fspath(plot)!r}`: a picture is {' or '.join(SUFFIXES)}. Give it such a suffix.")
     lacking = no_matplotlib()

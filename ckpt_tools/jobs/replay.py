@@ -19,7 +19,7 @@ from ..series.member import Member
 from ..series.paths import as_path, expand, folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running
-from ..storage.source import LOCAL, sha256, store_of
+from ..storage.source import LOCAL, sha256, stamp_at, store_of
 from ..storage.staged import same_file
 from ..tensors import DTYPES
 from .addends import (
@@ -391,6 +391,13 @@ def _digests(header: Header) -> dict[str, str]:
     return {name: sha256(path) for name, path in header.names.items()}
 
 
+def _same(a: Path, b: Path) -> bool:
+    """True if two files of any stores are the same in every byte."""
+    if store_of(a) is LOCAL is store_of(b):
+        return filecmp.cmp(a, b, shallow=False)
+    return stamp_at(a).nbytes == stamp_at(b).nbytes and sha256(a) == sha256(b)
+
+
 def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out: Path) -> tuple[str, bool | None]:
     """Compare an average with what it was made again from.
 
@@ -411,7 +418,7 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
     pairs = [(new.names.get(name), path) for name, path in old.names.items()]
     if len(old.names) == 1 == len(new.names):
         pairs = [*zip(new.names.values(), old.names.values(), strict=True)]
-    if len(new.names) == len(pairs) and all(a is not None and filecmp.cmp(a, b, shallow=False) for a, b in pairs):
+    if len(new.names) == len(pairs) and all(a is not None and _same(a, b) for a, b in pairs):
         return f"It is the same as {old.path} in every byte.", True
     try:
         report = diff(old.path, out)

@@ -22,7 +22,7 @@ from ..storage.splice import Span, Splice
 from ..storage.staged import flush, keep_attributes, staged_files, write_at
 from .assembly import Assembly
 from .options import Moving, Recorded, Running
-from .outputs import check_target
+from .outputs import check_target, on_this_machine
 
 if TYPE_CHECKING:
     from ..compute.follower import Follower
@@ -181,13 +181,13 @@ def check_output(
         sign_off: where a statement about it goes, see `write`.
 
     Raises:
-        UsageError, WriteError: see `check_target` and `check_sign_off`.
+        UsageError, WriteError: see `check_target`, `check_sign_off` and `on_this_machine`.
     """
     inputs = [*inputs]
     if sign_off is not None:
         from .sign_off import check_sign_off
 
-        check_sign_off(Path(sign_off), assembly, inputs, force=force)
+        check_sign_off(on_this_machine(sign_off, "sign_off"), assembly, inputs, force=force)
     names = assembly.names if assembly.folder else None
     check_target(assembly.target, inputs, nbytes=assembly.nbytes + scratch, force=force, names=names)
 

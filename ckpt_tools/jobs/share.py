@@ -24,6 +24,7 @@ from .. import __version__
 from ..compute.shares import SliceSum, shares
 from ..errors import CkptError, WriteError
 from ..formats.file_plan import FilePlan, OutTensor
+from ..series.paths import shown
 from ..storage.kept_stage import KEPT, Journal, Open, Stage, clear, stages
 from ..storage.source import Stamp
 from ..storage.staged import flush
@@ -420,7 +421,7 @@ def _changing(stamp: Stamp) -> object:
 
 def told(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job as its stage keeps it: with the command that goes on with it."""
-    return {**job, "command": COMMAND, "folder": str(Path.cwd())}
+    return {**job, "command": [shown(word) for word in COMMAND], "folder": str(Path.cwd())}
 
 
 def described(plans: Iterable[FilePlan]) -> Iterator[str]:

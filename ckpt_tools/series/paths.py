@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ..errors import SeriesError, UsageError
 from ..formats import is_checkpoint, suffixes
@@ -18,6 +19,8 @@ from .numbered import glob_of, lined_up_first, natural_key, without_numbers
 from .shards import is_part, refuse_parts
 
 _MAGIC = re.compile("[*?[]")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_SECRET = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^?#]*)(?:[?#].*)?", re.DOTALL)
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
@@ -30,7 +33,7 @@ def listed(paths: Iterable[str | Path]) -> list[str | Path]:
         UsageError: they are not several, but one path or none.
     """
     if isinstance(paths, (str, bytes)) or not isinstance(paths, Iterable):
-        raise UsageError(f"paths is a list of paths, not {paths!r}.")
+        raise UsageError(f"paths is a list of paths, not {shown(repr(paths))}.")
     return [*paths]
 
 
@@ -49,6 +52,16 @@ def as_path(given: str | Path) -> Path:
         if address is not None:
             return address
     return Path(os.path.expanduser(given))  # noqa: PTH111 - keeps an unknown ~user
+
+
+def shown(given: object) -> str:
+    """Return what a user gives as messages and records show it: a URL without its query and password."""
+    return _SECRET.sub(r"\1\2", str(given))
+
+
+def is_address(given: str | Path) -> bool:
+    """True for a path that is none of this machine, whether its store is known or not."""
+    return _SCHEME.match(os.fspath(given)) is not None or store_of(Path(given)) is not LOCAL
 
 
 def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
@@ -75,12 +88,30 @@ def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
 def expand(paths: Iterable[str | Path]) -> list[Path]:
     """Expand files, globs and folders to checkpoints, each a file or a folder."""
     paths = [*paths]
+    refuse_other_queries(paths)
     for store in {store_of(as_path(given)) for given in paths if isinstance(given, (str, os.PathLike))}:
         store.refresh()
     found = [path for given in paths for path in _find(given)]
     if not found:
         raise SeriesError("no checkpoint given.")
     return found
+
+
+def refuse_other_queries(paths: Iterable[object]) -> None:
+    """Refuse URLs that differ in their queries alone: the query, which may be a signature, is no part of an address.
+
+    Raises:
+        SeriesError: there are such.
+    """
+    queries: dict[str, str] = {}
+    for given in paths:
+        if isinstance(given, str) and given.startswith(("http://", "https://")):
+            query = urlsplit(given).query
+            if queries.setdefault(shown(given), query) != query:
+                raise SeriesError(
+                    f"{shown(given)}: given with several queries, and a query is no part of an address: these would be "
+                    "one file. Download the files first, and give their paths."
+                )
 
 
 def one_checkpoint(given: str | Path) -> Path:
@@ -119,7 +150,7 @@ def _refuse_url(given: str | Path, path: Path) -> None:
     scheme = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):", path.parts[0] if path.parts else "")
     if scheme is not None and not Path(path.parts[0]).exists():
         raise SeriesError(
-            f"{given}: {scheme[1]}:// is not read; s3://, gs://, az://, https:// and hf:// are. Download the "
+            f"{shown(given)}: {scheme[1]}:// is not read; s3://, gs://, az://, https:// and hf:// are. Download the "
             "checkpoint first, and give its path."
         )
 
@@ -141,13 +172,15 @@ def _find(given: str | Path) -> list[Path]:
         _refuse_url(given, path)
     missing = _missing_folder(path)
     if not _MAGIC.search(str(path)):
-        raise SeriesError(f"{given}: no such file or folder.{_near(path) if missing is None else missing}")
+        raise SeriesError(f"{shown(given)}: no such file or folder.{_near(path) if missing is None else missing}")
     matches = sorted(store.find(path), key=natural_key)
     if not matches:
         if missing is not None:
-            raise SeriesError(f"no file matches '{given}'.{missing}")
+            raise SeriesError(f"no file matches '{shown(given)}'.{missing}")
+        if store is not LOCAL:
+            raise SeriesError(f"no file matches '{shown(given)}'.")
         folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-        raise SeriesError(f"no file matches '{given}'. Look at the folder: ls {folder}")
+        raise SeriesError(f"no file matches '{shown(given)}'. Look at the folder: ls {folder}")
     return [found for match in matches for found in (_in_folder(match) if store.is_folder(match) else [match])]
 
 
@@ -201,7 +234,12 @@ def _dangling(path: Path) -> str:
 
 
 def _missing_folder(path: Path) -> str | None:
-    """Return a message for the first parent folder that does not exist, up to a glob; None if all exist."""
+    """Return a message for the first parent folder that does not exist, up to a glob; None if all exist.
+
+    In a store there are no folders apart from their files.
+    """
+    if store_of(path) is not LOCAL:
+        return None
     for folder in reversed(path.parents):
         if _MAGIC.search(folder.name):
             return None
@@ -211,6 +249,8 @@ def _missing_folder(path: Path) -> str | None:
 
 
 def _near(path: Path, only: Callable[[Path], bool] = Path.exists) -> str:
+    if store_of(path) is not LOCAL:
+        return ""
     try:
         names = [child.name for child in path.parent.iterdir() if only(child)]
     except OSError:

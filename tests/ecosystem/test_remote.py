@@ -20,7 +20,7 @@ from hub_server import HubStub, a_hub
 from range_server import Asked, RangeServer, serving
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import average, convert, diff, open_checkpoint
+from ckpt_tools import average, convert, diff, open_checkpoint, sweep
 from ckpt_tools.errors import CkptError, CorruptError, ReadError, SeriesError, UsageError
 from ckpt_tools.storage import ahead
 from ckpt_tools.storage.remote import Address, as_address, objects
@@ -272,6 +272,19 @@ def test_a_signed_address_is_asked_for_with_its_signature_and_recorded_without(
     with pytest.raises(UsageError, match=r"http://\.\.\.@host/a\.pth: an address with a password") as told:
         average(["http://user:secret@host/a.pth"], out=out)
     assert "secret" not in str(told.value)
+    for given in (f"{server.url}/missing.pth?secret", f"{server.url}/missing*.pth?secret", "ftp://h/a.pth?x"):
+        with pytest.raises(SeriesError) as wrong:
+            average([given], out=out, force=True)
+        assert "secret" not in str(wrong.value)
+        assert "The folder" not in str(wrong.value)
+    with pytest.raises(SeriesError, match=f"^{server.url}/step_100.safetensors: given with several queries"):
+        diff(urls[0], f"{server.url}/step_100.safetensors?secret")
+    for name in ("a.pht", ".pth"):
+        with pytest.raises(UsageError) as slip:
+            average(urls, out=f"{server.url}/{name}?secret")
+        assert "secret" not in str(slip.value)
+    found = sweep(urls, last=[2], eval_command="false", dry_run=True)
+    assert "secret" not in json.dumps(found.to_dict())
 
 
 @pytest.mark.parametrize(

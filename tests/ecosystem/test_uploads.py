@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools import average
+from ckpt_tools import average, fix_prefix, sweep
 from ckpt_tools.errors import UsageError, WriteError
 
 boto3 = pytest.importorskip("boto3")
@@ -230,3 +230,37 @@ def test_credentials_that_expire_during_the_sums_do_not_lose_the_output(
     kept = re.search(r"The output is in (\S+): send", str(told.value))
     assert kept is not None
     assert Path(kept[1]).read_bytes() == Path("avg.pth").read_bytes()
+
+
+def test_what_goes_to_local_files_alone_is_refused_in_a_store_before_any_work(s3: Any) -> None:
+    for place in (f"s3://{BUCKET}/a", f"https://{BUCKET}/a"):
+        for out in ("avg.pth", f"s3://{BUCKET}/avg.pth"):
+            with pytest.raises(UsageError, match=f"^`sign_off`: {place}.json is in a store"):
+                average(FILES, out=out, sign_off=f"{place}.json")
+        for name, suffix in (("plot", ".svg"), ("report", ".html"), ("csv", ".csv")):
+            with pytest.raises(UsageError, match=f"^`{name}`: {place}{suffix} is in a store"):
+                sweep(FILES, last=[2], eval_command="false", **{name: f"{place}{suffix}"})
+        with pytest.raises(UsageError, match=f"^`out`: {place}.pth is in a store"):
+            fix_prefix("c-0.pth", add=["module."], out=f"{place}.pth")
+    assert keys(s3) == []
+    assert not Path("avg.pth").exists()
+
+
+def test_an_average_in_a_store_is_made_again_and_compared_with_the_new_one(s3: Any) -> None:
+    out = f"s3://{BUCKET}/avg.pth"
+    average(FILES, out=out)
+    for again in ("again.pth", f"s3://{BUCKET}/again.pth"):
+        report = average(FILES, replay=out, out=again)
+        assert (report.same, report.compared) == (True, f"It is the same as {out} in every byte.")
+
+
+def test_what_is_sent_is_seen_anew(s3: Any) -> None:
+    from ckpt_tools.storage.remote import as_address, sending
+
+    target: Any = as_address(f"s3://{BUCKET}/new/a.bin")
+    assert not target.is_file()
+    assert not target.parent.is_dir()
+    Path("a.bin").write_bytes(b"1234")
+    sending.send(Path("a.bin"), target, lambda _: None)
+    assert target.is_file()
+    assert target.parent.is_dir()

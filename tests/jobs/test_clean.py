@@ -13,6 +13,7 @@ from cli_runner import run
 
 from ckpt_tools import average, clean
 from ckpt_tools.errors import ReadError, UsageError
+from ckpt_tools.jobs import share
 from ckpt_tools.storage import hidden, kept_stage
 from ckpt_tools.storage.hidden import locked, new_file, new_folder
 from ckpt_tools.storage.kept_stage import stages
@@ -186,6 +187,12 @@ def test_the_command_tells_how_a_job_in_parts_goes_on(series: list[str]) -> None
     assert run(*command.split()[1:]).code == 0
     assert run("clean", ".").err == ".: no job has left anything here.\n"
     assert run("clean", "gone").code == 2
+
+
+def test_what_a_job_in_parts_keeps_shows_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["ckpt", "avg", "https://h/a.pth?secret", "--out=s3://b/a.pth"]
+    monkeypatch.setattr(share, "COMMAND", words)
+    assert share.told({})["command"] == ["ckpt", "avg", "https://h/a.pth", "--out=s3://b/a.pth"]
 
 
 def test_the_command_fails_if_something_stays(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

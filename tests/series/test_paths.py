@@ -15,7 +15,7 @@ from series_files import names, sharded, trainer_folder, weights
 
 from ckpt_tools.errors import NotACheckpointError, SeriesError, UnsupportedError, UsageError
 from ckpt_tools.series.find import find_series
-from ckpt_tools.series.paths import expand
+from ckpt_tools.series.paths import expand, is_address, shown
 from ckpt_tools.storage.source import STORES
 
 Save = Callable[..., Path]
@@ -322,3 +322,30 @@ def test_find_series_names_a_file_where_each_folder_has_several_kinds_of_files(t
     with pytest.raises(SeriesError, match=r"several in .*CKPT\+1; if my_model\.ckpt .*'.*CKPT\+\*/my_model\.ckpt'\.$"):
         find_series([tmp_path])
     assert len(find_series([tmp_path / "CKPT+*" / "my_model.ckpt"]).members) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("https://h/run/a.pth?X-Amz-Signature=secret&b=a b", "https://h/run/a.pth"),
+        ("--out=http://user:secret@h/a.pth#secret", "--out=http://h/a.pth"),
+        ("run/step_?.pth", "run/step_?.pth"),
+        ("s3://bucket/step_?.pth", "s3://bucket/step_?.pth"),
+    ],
+)
+def test_a_url_is_shown_without_query_and_password(given: str, said: str) -> None:
+    assert shown(given) == said
+
+
+def test_addresses_are_told_from_local_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [is_address(each) for each in ("s3://b/a.json", "ftp://h/a", "a.json", "C:/a", "a://b", "/s3/b", "")] == [
+        True, True, False, False, False, False, False,
+    ]  # fmt: skip
+    monkeypatch.setitem(STORES, "toy", MemoryStore({}))
+    assert is_address(Path("toy://a"))
+
+
+def test_urls_that_differ_in_their_queries_alone_are_refused() -> None:
+    with pytest.raises(SeriesError, match="^https://h/x: given with several queries") as told:
+        expand(["https://h/x?id=secret", "https://h/y", "https://h/x?id=2"])
+    assert "secret" not in str(told.value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import UsageError
 from ...storage.staged import write_file
-from ..outputs import check_target, named
+from ..outputs import check_target, named, on_this_machine
 from ..pictures import check_picture, check_picture_target, no_matplotlib, write_picture
 from .options import SweptOutput
 from .page import Background, Wording, page
@@ -48,7 +48,8 @@ class Files:
             inputs: checkpoints, which stay as they are.
 
         Raises:
-            UsageError: another suffix, the same name as that of the output, or matplotlib is lacking for the picture.
+            UsageError: an address, another suffix, the same name as that of the output, or matplotlib is lacking for
+                the picture.
             WriteError: see `check_target`.
         """
         plot = None if output.plot is None else check_picture(output.plot)
@@ -92,7 +93,7 @@ class Files:
 def _checked(name: str, given: str | Path | None, inputs: Iterable[Path], *, force: bool) -> Path | None:
     if given is None:
         return None
-    path, known = Path(given), _SUFFIXES[name]
+    path, known = on_this_machine(given, name), _SUFFIXES[name]
     if path.suffix.lower() not in known:
         raise UsageError(f"`{name}={os.fspath(given)!r}`: give it the suffix {known[0]}.")
     with named(name):

@@ -13,6 +13,7 @@ from ...compute.threads import check_threads
 from ...errors import AlignmentError, CkptError, SeriesError, UsageError
 from ...formats.file_plan import OutTensor
 from ...series.find import find_series
+from ...series.paths import shown
 from ...storage.journal import alone_in
 from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
@@ -104,7 +105,7 @@ def sweep(
     if target is not None and found:
         (assembly,) = maker.planned(found[:1], [target.path])
         check_output(assembly, series.given, force=output.force)
-    paths_of = [str(path) for path in given]
+    paths_of = [shown(path) for path in given]
     plan = planned(series, combinations, maker, grid, output, paths_of, files.notes)
     if running.on_plan is not None:
         running.on_plan(plan)

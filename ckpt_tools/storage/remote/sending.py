@@ -62,6 +62,8 @@ def send(path: Path, target: Address, on_bytes: Callable[[int], None]) -> None:
         found = asked(obstore.head, place.client, place.key)["size"]
     except _FAILURES as error:
         raise _failed(error, target) from None
+    finally:
+        bucket_of(target).forget(target)
     if found != nbytes:
         raise WriteError(f"{target}: has {found:,} bytes, and {nbytes:,} were sent. Did another job write it, too?")
 
