@@ -68,7 +68,7 @@ def _files(folder: Path, wanted: Callable[[str], object]) -> Iterator[Path]:
 def _configuration(folder: Path) -> Mapping[str, Any]:
     """Return the configuration of a model in a folder; empty if there is none."""
     for path in (folder / name for name in _CONFIGS):
-        with suppress(ReadError):
+        with suppress(ReadError, OSError):  # a signed address opens nothing beside its file
             content = read_json(path)
             if not _MARKS.isdisjoint(content):
                 return content

@@ -216,6 +216,7 @@ class _Again(Exception):
 
 
 _ERRORS = (exceptions.BaseError, OSError, ValueError)
+_NO_RANGE = re.compile(r"\b416 [A-Z]")
 _PASSING = re.compile(r"status code: (5\d\d|429|408)")
 _STATUS = re.compile(r"status code: (\d{3} [A-Za-z ]*[A-Za-z])")
 _CODE = re.compile(r"<Code>(\w{1,40})</Code>")
@@ -432,12 +433,15 @@ class Objects:
             pinned, data = asked(_got, place.client, place.key, {"range": (0, _START)})
             start = bytes(data)
         except _ERRORS as error:
-            if "416" not in str(error):
-                told = refused(error, path)
-                if isinstance(told, FileNotFoundError):
-                    return None
+            told: BaseException = refused(error, path)
+            if isinstance(told, FileNotFoundError):
+                return None
+            if not _NO_RANGE.search(str(error)):
                 raise told from None
-            pinned, start = Pinned.of(asked(obstore.head, place.client, place.key)), b""  # an empty file
+            try:
+                pinned, start = Pinned.of(asked(obstore.head, place.client, place.key)), b""  # an empty file
+            except _ERRORS as again:
+                raise refused(again, path) from None
         self._starts[path, pinned] = start
         return pinned
 
