@@ -149,6 +149,11 @@ def _refuse_url(given: str | Path, path: Path) -> None:
     """Refuse an object of a store that is not known, which as a path would be a file in a folder named ``s3:``."""
     scheme = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):", path.parts[0] if path.parts else "")
     if scheme is not None and not Path(path.parts[0]).exists():
+        if scheme[1] in ("s3", "gs", "az", "http", "https", "hf"):
+            raise SeriesError(
+                f"{shown(given)}: an address has two slashes, such as {scheme[1]}://{'/'.join(path.parts[1:])}, and is "
+                "given as text: a Path drops one of them."
+            )
         raise SeriesError(
             f"{shown(given)}: {scheme[1]}:// is not read; s3://, gs://, az://, https:// and hf:// are. Download the "
             "checkpoint first, and give its path."

@@ -349,3 +349,9 @@ def test_urls_that_differ_in_their_queries_alone_are_refused() -> None:
     with pytest.raises(SeriesError, match="^https://h/x: given with several queries") as told:
         expand(["https://h/x?id=secret", "https://h/y", "https://h/x?id=2"])
     assert "secret" not in str(told.value)
+
+
+def test_an_address_with_one_slash_is_refused_with_the_right_one() -> None:
+    for given in ("s3:/bucket/run", Path("s3://bucket/run")):
+        with pytest.raises(SeriesError, match="has two slashes, such as s3://bucket/run, and is given as text"):
+            find_series([given])
