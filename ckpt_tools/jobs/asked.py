@@ -74,8 +74,8 @@ def _parsed(sharing: Sharing | SharedComparison) -> Asked | None:
     given = [name for name, value in vars(sharing).items() if value not in (None, False)]
     if len(given) > 1:
         raise UsageError(
-            f"`{given[0]}` and `{given[1]}` do not go together: run all parts with `part`, each of which goes on where "
-            "it stopped, then `finish`; or one process with `resume`."
+            f"`{given[0]}` and `{given[1]}` do not go together: run all parts with `part`, then `finish`"
+            + ("; or one process with `resume`." if "resume" in vars(sharing) else ".")
         )
     if sharing.part is None:
         return Asked(finish=sharing.finish, resume=getattr(sharing, "resume", False)) if given else started_together()
