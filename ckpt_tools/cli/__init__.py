@@ -109,5 +109,6 @@ def _complete() -> str:
     """Say which outputs are in their places; empty if none is."""
     from ..storage.staged import PLACED
 
-    complete = [str(path) for path in PLACED if os.path.lexists(path)]
+    # What was sent to a store is there; a file of this machine may have gone since.
+    complete = [str(path) for path in PLACED if "://" in str(path) or os.path.lexists(path)]
     return f"{', '.join(complete)} {'is' if len(complete) == 1 else 'are'} complete" if complete else ""

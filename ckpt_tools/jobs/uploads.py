@@ -14,6 +14,7 @@ from ..errors import CkptError, ReadError, WriteError, WriteWarning
 from ..formats import read_header
 from ..storage.hidden import hidden_folder
 from ..storage.remote import Address, sending
+from ..storage.staged import PLACED
 from .assembly import Assembly
 from .outputs import grows_at
 
@@ -57,6 +58,7 @@ def uploading(assembly: Assembly, on_bytes: Callable[[int], None], *, force: boo
                 _send_folder(made, target, names, on_bytes, force=force)
             else:
                 _send_file(made, target, on_bytes, force=force)
+            PLACED.append(target)
         except (WriteError, ReadError, OSError) as error:
             raise WriteError(
                 f"{_words(error, target)} The output is in {_kept(made, here)}: send it from there."

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import os
 import re
 import shutil
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -468,3 +470,13 @@ def test_a_copy_under_another_name_costs_a_plan_a_few_bytes_of_each_tensor(
     assert len(report.inputs) == 3
     assert f"{urls[3]} is {urls[2]} again, as 64 bytes of each tensor say: counted once." in report.notes
     assert server.sent < sum(path.stat().st_size for path in tmp_path.iterdir()) / 1000
+
+
+def test_a_signal_ends_the_wait_for_a_request_that_is_not_answered() -> None:
+    answer = threading.Event()
+    interrupt = threading.Timer(0.2, _thread.interrupt_main)
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        objects.asked(answer.wait, 60)
+    assert "ckpt-request" in [thread.name for thread in threading.enumerate()]  # and nobody waits for it
+    answer.set()

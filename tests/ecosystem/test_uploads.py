@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_runner import run
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools import average, fix_prefix, sweep
@@ -264,3 +265,16 @@ def test_what_is_sent_is_seen_anew(s3: Any) -> None:
     sending.send(Path("a.bin"), target, lambda _: None)
     assert target.is_file()
     assert target.parent.is_dir()
+
+
+def test_an_error_after_the_upload_says_that_the_output_is_there(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckpt_tools.jobs import sign_off
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise WriteError("a.json: cannot be written.")
+
+    monkeypatch.setattr(sign_off, "write_file", fails)
+    result = run("avg", *FILES, "-o", f"s3://{BUCKET}/avg.pth", "--sign-off", "a.json")
+    assert result.code == 1
+    assert f"s3://{BUCKET}/avg.pth is complete" in result.err
+    assert keys(s3) == ["avg.pth"]
