@@ -221,17 +221,30 @@ def test_signals_at_the_same_time_end_in_one_line(numbers: tuple[signal.Signals,
     assert files() == before
 
 
-def test_a_signal_in_the_middle_of_a_lock_ends_the_run_in_one_line() -> None:
-    """Condition.wait() gives its lock up and takes it again; a handler that raises between the two makes it fail."""
+MIDDLE_OF_A_LOCK = (
+    "class Condition(threading.Condition):\n"
+    "    def _acquire_restore(self, state): os.kill(os.getpid(), 2)\n"
+    "def happens():\n"
+    "    condition = Condition(threading.Lock())\n"
+    "    with condition: condition.wait(0.01)\n"
+)
+"""wait() gives its lock up and takes it again; a handler that raises between the two makes it fail."""
+FINALIZER = (
+    "class Object: pass\n"
+    "objects = [Object()]\n"
+    "known = weakref.ref(objects[0], lambda _: os.kill(os.getpid(), 2))\n"
+    "happens = objects.clear\n"
+)
+"""Exceptions in a finalizer are lost."""
+
+
+@pytest.mark.parametrize("code", [MIDDLE_OF_A_LOCK, FINALIZER], ids=["lock", "finalizer"])
+def test_a_signal_that_meets_code_in_the_middle_of_something_ends_the_run_in_one_line(code: str) -> None:
     before = files()
     script = (
-        "import os, sys, threading\n"
-        "class Condition(threading.Condition):\n"
-        "    def _acquire_restore(self, state): os.kill(os.getpid(), 2)\n"
+        f"import os, sys, threading, weakref\n{code}"
         "def audit(event, arguments):\n"
-        "    if event == 'os.truncate':\n"
-        "        condition = Condition(threading.Lock())\n"
-        "        with condition: condition.wait(0.01)\n"
+        "    if event == 'os.truncate': happens()\n"
         "sys.argv = ['ckpt', *sys.argv[1:]]\n"
         "sys.addaudithook(audit)\n"
         "from ckpt_tools.__main__ import main\n"
@@ -241,26 +254,6 @@ def test_a_signal_in_the_middle_of_a_lock_ends_the_run_in_one_line() -> None:
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "Interrupted; nothing was written."
     assert "Traceback" not in done.stderr
-    assert files() == before
-
-
-def test_a_signal_in_a_finalizer_whose_exceptions_are_lost_ends_the_run() -> None:
-    before = files()
-    script = (
-        "import os, sys, weakref\n"
-        "class Object: pass\n"
-        "objects = [Object()]\n"
-        "known = weakref.ref(objects[0], lambda _: os.kill(os.getpid(), 2))\n"
-        "def audit(event, arguments):\n"
-        "    if event == 'os.truncate': objects.clear()\n"
-        "sys.argv = ['ckpt', *sys.argv[1:]]\n"
-        "sys.addaudithook(audit)\n"
-        "from ckpt_tools.__main__ import main\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *ARGUMENTS], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == "Interrupted; nothing was written."
     assert "Stopped" not in done.stderr
     assert files() == before
 
