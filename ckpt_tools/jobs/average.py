@@ -193,7 +193,8 @@ def average(
             show = running.on_progress
             on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
             scratch = stack.enter_context(scratch_file(grows_at(target.path)))
-            final, further = _measured(final, scratch, stamps, recalibration, on_progress=on_bytes, **options)
+            more = {"on_progress": on_bytes, "drop_cache": running.drop_cache, **options}
+            final, further = _measured(final, scratch, stamps, recalibration, **more)
             laid_out = _laid_out(final, target, output, shard_bytes)
             done = replace(
                 report,
@@ -371,7 +372,7 @@ def _measured(
 
     Args:
         scratch: for the sums; stays until the output is written.
-        options: of `engine.run`.
+        options: of `averaged_network.measured`.
 
     Returns:
         (what is written instead; stamps of the scratch file)

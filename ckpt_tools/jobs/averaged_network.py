@@ -31,6 +31,7 @@ from .assembly import Copies
 from .options import Images, Measuring, Network, Numerics, Recalibration
 from .outputs import named
 from .recalibrate import Opened, RecalibrationReport, check, new_buffers, opened, statistics_of
+from .run import followed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +88,7 @@ def measured(
     stamps: Sequence[Stamp],
     report: RecalibrationReport,
     on_images: Progress | None = None,
+    drop_cache: bool = False,
     **options: Any,
 ) -> Measured:
     """Write the sums to a scratch file, and measure the statistics of a network with them.
@@ -97,13 +99,17 @@ def measured(
         stamps: of the inputs.
         report: of the plan.
         on_images: called with (what is done, images done, images in all).
+        drop_cache: let the system drop the pages of inputs that it had not in memory before.
         options: of `engine.run`.
 
     Raises:
         CkptError: the sums cannot be written or do not fit the network, or the measurement fails.
     """
     (plan,) = TORCH_ZIP.plan(dict(tensors), Writing(name="sums.pth"))
-    engine.run([OutFile(plan, scratch.fd)], stamps=stamps, **options)
+    with followed(stamps, None, drop_cache=drop_cache, **options) as follower:
+        engine.run([OutFile(plan, scratch.fd)], stamps=stamps, follower=follower, **options)
+        if follower is not None:
+            follower.finish()
     header = read_header(scratch.path)
     sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
     layers, _ = find_layers(network.network, include_frozen=network.measuring.include_frozen)

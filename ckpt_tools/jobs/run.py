@@ -236,7 +236,7 @@ def write(
 
             made = stages.enter_context(uploading(assembly, on_sent, force=force))
         outputs, companions = _staged(made, 0, stages, force=force, internal=internal, drop_cache=drop_cache)
-        follower = stages.enter_context(_followed(stamps, hashed, drop_cache=drop_cache, **options))
+        follower = stages.enter_context(followed(stamps, hashed, drop_cache=drop_cache, **options))
         final = _Final(assembly, hashed, follower)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
@@ -288,7 +288,7 @@ class _Final:
         return self.assembly.files
 
 
-def _followed(
+def followed(
     stamps: Sequence[Stamp], hashed: Hashed | None, *, drop_cache: bool, threads: int | None = None, **_: Any
 ) -> AbstractContextManager[Follower | None]:
     """Return what follows the sums, if anything is to be hashed or dropped."""
@@ -353,7 +353,7 @@ def _write_share(
     outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
     show = on_progress
     on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
-    with _followed(stamps, hashed, drop_cache=drop_cache, **options) as follower:
+    with followed(stamps, hashed, drop_cache=drop_cache, **options) as follower:
         final = _Final(assembly, hashed, follower)
 
         def complete() -> Sequence[FilePlan]:
@@ -403,7 +403,7 @@ def write_all(
         more = {"force": force, "internal": True, "drop_cache": drop_cache}
         staged = [_staged(each, row, stages, **more)[0] for row, each in enumerate(assemblies)]
         outputs = [out for files in staged for out in files]
-        follower = stages.enter_context(_followed(stamps, None, drop_cache=drop_cache, **options))
+        follower = stages.enter_context(followed(stamps, None, drop_cache=drop_cache, **options))
         options |= {"follower": follower, "drop_cache": drop_cache}
         engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
         if follower is not None:

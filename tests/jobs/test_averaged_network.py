@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from ckpt_tools import average, open_checkpoint, recalibrate_checkpoint, sweep
+from ckpt_tools.compute import follower
 from ckpt_tools.errors import CkptError, LayoutError, NumericsError, UsageError
 
 Save = Callable[..., Path]
@@ -297,3 +299,15 @@ def test_the_best_of_a_sweep_is_written_as_it_was_scored(save: Save, photos: Pho
     assert made.pop("sweep")["metric"] == "loss"
     assert made == again
     assert not [path for path in here.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of open files are in /proc")
+def test_pages_of_the_inputs_are_dropped_while_the_sums_are_made(
+    save: Save, photos: Photos, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropped: list[str] = []
+    monkeypatch.setattr(follower, "in_use", lambda fd: False)
+    monkeypatch.setattr(follower, "drop", lambda fd, *_: dropped.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    paths = [save(f"{i}.pth", {"epoch": i, "model": weights(i)}) for i in range(2)]
+    average(paths, out="a.pth", recal_bn=str(photos()), drop_cache=True, **NAMED)
+    assert {"0.pth", "1.pth"} <= {*dropped}

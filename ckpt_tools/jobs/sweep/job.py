@@ -222,7 +222,11 @@ def _write_best(
     }
     stamps = maker.stamps
     tensors: Mapping[str, OutTensor] = maker.tensors([best])
-    options: dict[str, Any] = {"threads": running.threads, "allow_nonfinite": running.allow_nonfinite}
+    options: dict[str, Any] = {
+        "threads": running.threads,
+        "allow_nonfinite": running.allow_nonfinite,
+        **manners(running),
+    }
     with ExitStack() as stack:
         if evaluators.recalibrates:
             from ..averaged_network import measured, opened_network
@@ -233,4 +237,4 @@ def _write_best(
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))
         (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])
-        write(assembly, stamps, force=output.force, **options, **manners(running))
+        write(assembly, stamps, force=output.force, **options)
