@@ -24,6 +24,11 @@ settings.register_profile(
 )
 settings.load_profile("any machine")
 
+# A sync waits for the disk, thousands of times in all, and no test pulls the plug. A bad descriptor is still an error.
+# Processes that tests start do sync, and the test that asks for `synced`.
+_fsync = os.fsync
+os.fsync = lambda fd: os.fstat(fd) and None
+
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 # The real dtypes that are averaged, listed here: the table under test must not select the test cases.
@@ -44,6 +49,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The test's folder, as the current folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are on the disk when a job has ended, so that the page cache can let go of them."""
+    monkeypatch.setattr(os, "fsync", _fsync)
 
 
 @pytest.fixture

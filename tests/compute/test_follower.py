@@ -166,7 +166,7 @@ def forget(paths: list[str]) -> None:
 
 
 @pytest.fixture
-def large(here: Path) -> list[str]:
+def large(here: Path, synced: None) -> list[str]:
     """Files of which the page cache keeps nothing, on a disk that tells."""
     names = []
     for i in range(2):

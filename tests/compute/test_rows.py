@@ -28,7 +28,7 @@ from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload,
 from ckpt_tools.tensors import DTYPES, Storage, SummedSpec, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 COMPLEX = ["complex128", "complex64", "complex32"]
 WHOLE = ["int64", "uint8", "bool"]
 Row = tuple[float, ...]
@@ -155,7 +155,7 @@ def rows_of(draw: st.DrawFn, n: int, most: int = 6) -> list[Row]:
     return rows
 
 
-SHAPES = st.sampled_from([(), (1,), (0,), (5,), (3, 5), (700,), (513, 3), (33_000,), (150, 170)])
+SHAPES = st.sampled_from([(), (1,), (0,), (5,), (3, 5), (700,), (513, 3), (5_000,), (50, 70)])
 
 
 @RELAXED

@@ -26,7 +26,7 @@ from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload,
 from ckpt_tools.tensors import DTYPES, Category, Storage, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(max_examples=60)
+RELAXED = settings(max_examples=40)
 
 
 def numbers(dtype: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
@@ -216,7 +216,7 @@ def test_run_sums_large_transposed_matrices_as_contiguous_ones(
     tmp_path: Path, way: str, dtype: str, orders: list[tuple[int, int]]
 ) -> None:
     """Larger than a tile, with sizes that leave a rest; in one slice and in many."""
-    shape = (1187, 1301)
+    shape = (1187, 1301) if dtype == "float32" else (613, 421)
     terms, plain = [], []
     for i, order in enumerate(orders):
         values = numbers(dtype, shape, seed=i)
