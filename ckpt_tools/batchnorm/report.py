@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .statistics import LayerMoments, Moments
 
+FAR_MEAN, FAR_VARIANCE = 0.5, 4.0
+"""A mean that moves by more standard deviations, or a variance by a larger factor, has moved far."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -65,6 +68,11 @@ class BatchNormReport:
     estimator: str
     seconds: float
     statistics: Mapping[str, tuple[Tensor | None, Tensor]] = field(repr=False)
+
+    @property
+    def far(self) -> tuple[LayerReport, ...]:
+        """The layers that moved far."""
+        return tuple(each for each in self.layers if each.mean_moved > FAR_MEAN or each.variance_moved > FAR_VARIANCE)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON, without the statistics themselves."""

@@ -65,6 +65,8 @@ def avg(
         where = "" if report.device == "cpu" else f" on {report.device}"
         took = f" in {seconds:.2f} s{where}{rate}" if not report.compared else ""  # which takes as long again
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
+        if options["plot"] is not None:
+            console.wrote(f"Wrote {options['plot']}.")
         if report.compared:
             console.say(report.compared)
     if json and arguments.reports(report, **options):

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import Comparison, Reading, SharedComparison, Tolerance
+from ..jobs.options import Comparison, Drawing, Reading, SharedComparison, Tolerance
 from . import arguments, console
 
 if TYPE_CHECKING:
     from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
-@arguments.with_options(Comparison, Tolerance, SharedComparison, Reading)
+@arguments.with_options(Comparison, Tolerance, SharedComparison, Drawing, Reading)
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
@@ -37,6 +37,8 @@ def diff(
     told = report.complete and (started is None or bool(started.step) or started.index == 1)
     if told:
         _show(report, top)
+    if report.complete and options["plot"] is not None:
+        console.wrote(f"Wrote {options['plot']}.")
     if json and (told or started is None):
         console.print_json(arguments.plain(report))
     if report.verdict == "different":

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from ..jobs.recalibrate import RecalibrationReport
 
 
-FAR_MEAN, FAR_VARIANCE = 0.5, 4.0
-"""Shifts of a mean in standard deviations, and of a variance by a factor, above which there is a warning."""
-
-
 @arguments.with_options(
     Network, State, Images, Measuring, RecalibratedOutput, Inference, images=arguments.number_of_images
 )
@@ -45,6 +41,8 @@ def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = Fa
         show_statistics(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])
         console.wrote(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
+        if options["plot"] is not None:
+            console.wrote(f"Wrote {options['plot']}.")
     if json and plans:  # of several processes only the first has one
         console.print_json(arguments.plain(report))
 
@@ -104,8 +102,9 @@ def _show_statistics(found: BatchNormReport) -> None:
     if means:
         console.say(f"Sampling error of the worst channel: mean {max(means):.2g} σ, variance {max(variances):.1%}.")
 
-    far = [layer for layer in found.layers if layer.mean_moved > FAR_MEAN or layer.variance_moved > FAR_VARIANCE]
-    if far:
+    if far := found.far:
+        from ..batchnorm.report import FAR_MEAN, FAR_VARIANCE
+
         console.say(
             f"Far from what was stored: {console.plural(len(far), 'layer')} by more than {FAR_MEAN:g} σ or "
             f"x{FAR_VARIANCE:g}, such as {far[0].name or far[0].class_name}. Files far apart give this, and images of "

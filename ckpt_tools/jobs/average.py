@@ -34,6 +34,7 @@ from .companions import companions
 from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing, takes
 from .outputs import Target, default_target, grows_at
+from .pictures import Picture
 from .provenance import Input, provided
 from .reports import Report
 from .run import Hashed, manners, produce
@@ -141,6 +142,7 @@ def average(
     parse_dtype(output.dtype)
     check_threads(running.threads)
     polite = manners(running)
+    picture = Picture.of(output.plot, force=output.force)
     devices.check_name(running.device)
     gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
     chosen = None if output.out is None else Target.of(output.out)
@@ -167,6 +169,8 @@ def average(
         asked.refuse("each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode)
     target = chosen or addends.target or sums.usual_target
     stamps = [stamp for member in addends.members for stamp in member.header.files]
+    if picture is not None:
+        picture.check([*addends.given, *(stamp.path for stamp in stamps)], target.path)
     with ExitStack() as stack:
         if recalibration.recal_bn is not None:
             from .averaged_network import opened_network
@@ -228,6 +232,10 @@ def average(
         )
         if hashes:
             done = replace(done, inputs=_hashed(sums, hashes).inputs)
+    if picture is not None and done.written:
+        from .report_pictures import AVERAGE_SIZE, draw_average
+
+        picture.write(lambda figure: draw_average(done, figure), AVERAGE_SIZE)
     if addends.compared is None or not done.written:
         return done
     compared, same = addends.compared(target.path)

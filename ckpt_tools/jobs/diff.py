@@ -19,7 +19,8 @@ from ..formats.header import Header
 from ..series.paths import one_checkpoint, refuse_other_queries
 from ..tensors import DTYPES, Tensor, TensorSpec, UnsupportedTensor
 from .asked import Asked, asked_of
-from .options import Comparison, Reading, SharedComparison, Tolerance, takes
+from .options import Comparison, Drawing, Reading, SharedComparison, Tolerance, takes
+from .pictures import Picture
 from .provenance import short_names
 from .reports import Report
 
@@ -165,13 +166,14 @@ def _largest(found: Iterable[tuple[float | None, str]]) -> tuple[float, str]:
     return max(numbers, key=lambda pair: pair[0], default=(0.0, ""))
 
 
-@takes(Comparison, Tolerance, SharedComparison, Reading)
+@takes(Comparison, Tolerance, SharedComparison, Drawing, Reading)
 def diff(
     a: str | Path,
     b: str | Path,
     which: Comparison,
     tolerance: Tolerance,
     sharing: SharedComparison,
+    drawing: Drawing,
     running: Reading,
 ) -> DiffReport:
     """Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
@@ -194,8 +196,11 @@ def diff(
             raise UsageError(f"`{name}={value!r}`: must be a number, 0 or more.")
     check_threads(running.threads)
     asked = asked_of(sharing)
+    picture = Picture.of(drawing.plot, force=drawing.force)
     refuse_other_queries([a, b])
     headers = read_header(one_checkpoint(a)), read_header(one_checkpoint(b))
+    if picture is not None:
+        picture.check([stamp.path for header in headers for stamp in header.files])
     names = short_names([header.path for header in headers])
     chosen = (
         _select(headers[0], which.state),
@@ -213,7 +218,7 @@ def diff(
     distances, words = _distances(plan, headers, tolerance, running, asked)
     found = [] if distances is None else [*zip(plan.pairs.items(), distances, strict=True)]
     differing = [_tensor_diff(spec, tied, how) for ((spec, _), tied), how in found if not how.same_bytes]
-    return DiffReport(
+    report = DiffReport(
         a=_side(headers[0], names[0], chosen[0], bare[0]),
         b=_side(headers[1], names[1], chosen[1], bare[1]),
         rtol=float(tolerance.rtol),
@@ -231,6 +236,11 @@ def diff(
         part=words,
         complete=distances is not None,
     )
+    if picture is not None and report.complete:
+        from .report_pictures import DIFF_SIZE, draw_diff
+
+        picture.write(lambda figure: draw_diff(report, figure), DIFF_SIZE)
+    return report
 
 
 def _select(header: Header, state: str) -> StateDict:

@@ -27,7 +27,7 @@ from ..tensors import TensorSpec
 from .lined_up import line_up, selected
 from .measure import inner_products
 from .options import Alignment, Drawing, Matching, Reading, Selection, takes
-from .pictures import check_picture, check_picture_target, write_picture
+from .pictures import Picture
 from .provenance import short_names
 from .reports import Report
 
@@ -116,13 +116,13 @@ def look(
         CkptError: one of the errors of `ckpt_tools.errors`.
     """
     check_threads(running.threads)
-    picture = None if drawing.plot is None else check_picture(drawing.plot)
+    picture = Picture.of(drawing.plot, force=drawing.force)
     series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
     members = series.members
     if len(members) < 2:
         raise UsageError(f"{members[0].path} is one checkpoint alone. Give a series of two or more.")
     if picture is not None:
-        check_picture_target(picture, [member.path for member in members], force=drawing.force)
+        picture.check([member.path for member in members])
     names = short_names([member.path for member in members])
     matching = Matching(**vars(alignment))
     states = selected(members, names, matching)
@@ -155,7 +155,7 @@ def look(
     if picture is not None:
         from .look_picture import SIZE, draw
 
-        write_picture(picture, lambda figure: draw(report, figure), size=SIZE, force=drawing.force)
+        picture.write(lambda figure: draw(report, figure), SIZE)
     return report
 
 

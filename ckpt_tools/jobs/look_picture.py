@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .pictures import BLUE, ORANGE, count_steps, markers, missing, scale, shortened
+from .pictures import BLUE, ORANGE, bars, markers, missing, place, positions, scale, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 SIZE = (10.0, 6.2)
 """Inches."""
 _TOP = 10
-_NAMES = 12
-"""So many checkpoints have room for their names below the axis."""
 
 
 def draw(report: LookReport, figure: Figure) -> None:
@@ -28,7 +26,7 @@ def draw(report: LookReport, figure: Figure) -> None:
     moving = any(report.movement.values())
     rows: list[Any] = [[name, "tensors"] if moving else [name] for name in panels]
     grid = figure.subplot_mosaic(rows, width_ratios=[1.7, 1] if moving else [1])
-    at, label = _positions(report)
+    at, label = positions([each.step for each in series])
     _distance(grid["distance"], report, at)
     _step(grid["step"], report, at)
     if "cosine" in grid:
@@ -38,29 +36,12 @@ def draw(report: LookReport, figure: Figure) -> None:
     if moving:
         _tensors(grid["tensors"], report)
     lowest = grid[panels[-1]]
-    margin = (at[-1] - at[0]) * 0.03
-    for name in panels:
-        grid[name].set_xlim(at[0] - margin, at[-1] + margin)
-        if grid[name] is not lowest:
-            grid[name].sharex(lowest)
-            grid[name].tick_params(labelbottom=False)
-    if label is None:
-        names = [shortened(each.name, 18) for each in series]
-        lowest.set_xticks(at, names, rotation=30, ha="right", rotation_mode="anchor")
-    else:
-        count_steps(lowest)
-        lowest.set_xlabel(label)
+    for name in panels[:-1]:
+        grid[name].sharex(lowest)
+        grid[name].tick_params(labelbottom=False)
+    place(lowest, at, label, [each.name for each in series])
     figure.align_ylabels([grid[name] for name in panels])
     figure.suptitle("\n".join(_title(report)), x=0.01, ha="left", fontsize=9)
-
-
-def _positions(report: LookReport) -> tuple[list[float], str | None]:
-    """Return where each checkpoint stands on the axis, and its label; None if the names are to stand there."""
-    steps = [float(each.step) for each in report.checkpoints if each.step is not None]
-    if len(steps) == len(report.checkpoints) and all(a < b for a, b in zip(steps, steps[1:], strict=False)):
-        return steps, "training step or epoch"
-    numbers = [float(i + 1) for i in range(len(report.checkpoints))]
-    return numbers, None if len(numbers) <= _NAMES else "checkpoint, oldest first"
 
 
 def _title(report: LookReport) -> list[str]:
@@ -118,21 +99,5 @@ def _rate(axes: Axes, report: LookReport, at: Sequence[float]) -> None:
 
 
 def _tensors(axes: Axes, report: LookReport) -> None:
-    shares = [(name, 100 * share) for name, share in [*report.movement.items()][:_TOP]]
-    places = range(len(shares))
-    axes.barh(places, [share for _, share in shares], height=0.32, color=BLUE, align="edge")
-    for place, (name, share) in zip(places, shares, strict=True):
-        axes.annotate(
-            f"{shortened(name, 40)}  {share:.3g} %",
-            (0, place),
-            xytext=(1, 2),
-            textcoords="offset points",
-            va="bottom",
-            fontsize=8,
-        )
-    axes.set_ylim(len(shares) - 0.4 if len(shares) > 4 else 4.6, -0.8)
-    axes.set_yticks([])
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_title("tensors that move most")
-    axes.set_xlabel("spread / norm (%)")
+    rows = [(name, 100 * share, f"{100 * share:.3g} %") for name, share in [*report.movement.items()][:_TOP]]
+    bars(axes, rows, title="tensors that move most", label="spread / norm (%)")

@@ -206,6 +206,7 @@ class AveragedOutput(Encoding):
         metavar="PATH",
     )
     hash: bool = option("Record the SHA-256 of the inputs.", False)
+    plot: str | Path | None = option("Draw the coefficients, .svg or .png; needs matplotlib.", None, metavar="FILE")
 
 
 class ConvertedOutput(Encoding):
@@ -234,6 +235,9 @@ class RecalibratedOutput(Recorded):
     """Where a recalibrated checkpoint goes."""
 
     out: str | Path | None = option("The target.", None, implied="CKPT with -bn", metavar="PATH")
+    plot: str | Path | None = option(
+        "Draw how far each layer moved, .svg or .png; needs matplotlib.", None, metavar="FILE"
+    )
 
 
 class Running(Options):

@@ -11,6 +11,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,22 +59,57 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def check_picture(plot: str | Path) -> Path:
-    """Refuse, before any work, a picture that cannot be made.
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture that is asked for beside the result of a job.
 
-    Returns:
-        Its path.
-
-    Raises:
-        UsageError: it is an address, the name has no suffix of a picture, or matplotlib is not installed.
+    Attributes:
+        path: with a suffix of `SUFFIXES`.
+        force: replace an existing file.
     """
-    path = on_this_machine(plot, "plot")
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"`plot={os.fspath(plot)!r}`: a picture is {' or '.join(SUFFIXES)}. Give it such a suffix.")
-    lacking = no_matplotlib()
-    if lacking is not None:
-        raise UsageError(f"`plot` needs {lacking}")
-    return path
+
+    path: Path
+    force: bool
+
+    @classmethod
+    def of(cls, plot: str | Path | None, *, force: bool) -> Picture | None:
+        """Refuse, before any work, a picture that cannot be made; return None if none is asked for.
+
+        Raises:
+            UsageError: it is an address, the name has no suffix of a picture, or matplotlib is not installed.
+        """
+        if plot is None:
+            return None
+        path = on_this_machine(plot, "plot")
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                f"`plot={os.fspath(plot)!r}`: a picture is {' or '.join(SUFFIXES)}. Give it such a suffix."
+            )
+        lacking = no_matplotlib()
+        if lacking is not None:
+            raise UsageError(f"`plot` needs {lacking}")
+        return cls(path, force)
+
+    def check(self, inputs: Iterable[Path], out: Path | None = None) -> None:
+        """Refuse to write it over another file, into an input, or where the output goes; see `check_target`."""
+        if out is not None and self.path.absolute() == out.absolute():
+            raise UsageError(f"`plot` and `out` are both {self.path}: give them different names.")
+        with named("plot"):
+            check_target(self.path, inputs, nbytes=0, force=self.force, names=None)
+
+    def write(self, draw: Callable[[Figure], None], size: tuple[float, float]) -> None:
+        """Draw it and write it, whole or not at all.
+
+        Args:
+            draw: fills an empty figure.
+            size: width and height in inches.
+
+        Raises:
+            WriteError: the system refuses.
+        """
+        data = rendered(draw, size=size, suffix=self.path.suffix.lower())
+        with named("plot"):
+            write_file(self.path, data, force=self.force)
 
 
 def no_matplotlib() -> str | None:
@@ -85,31 +121,8 @@ def no_matplotlib() -> str | None:
     return None
 
 
-def check_picture_target(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Refuse to write a picture over another file, or into an input; see `check_target`."""
-    with named("plot"):
-        check_target(path, inputs, nbytes=0, force=force, names=None)
-
-
-def write_picture(path: Path, draw: Callable[[Figure], None], *, size: tuple[float, float], force: bool) -> None:
-    """Draw a figure and write it, whole or not at all.
-
-    Args:
-        path: with a suffix of `SUFFIXES`.
-        draw: fills an empty figure.
-        size: width and height in inches.
-        force: replace an existing file.
-
-    Raises:
-        WriteError: the system refuses.
-    """
-    data = rendered(draw, size=size, suffix=path.suffix.lower())
-    with named("plot"):
-        write_file(path, data, force=force)
-
-
 def rendered(draw: Callable[[Figure], None], *, size: tuple[float, float], suffix: str) -> bytes:
-    """Return a figure as the bytes of a file; see `write_picture`."""
+    """Return a figure as the bytes of a file; see `Picture.write`."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -130,6 +143,57 @@ def shortened(name: str, most: int) -> str:
         return shown
     head = (most - 1) // 2
     return f"{shown[:head]}\u2026{shown[head + 1 - most :]}"
+
+
+_NAMES = 12
+"""So many checkpoints have room for their names below the axis."""
+
+
+def positions(steps: Sequence[int | None]) -> tuple[list[float], str | None]:
+    """Return where each checkpoint of a series stands on the axis, and its label; None if names are to stand there."""
+    known = [float(step) for step in steps if step is not None]
+    if len(known) == len(steps) and all(a < b for a, b in zip(known, known[1:], strict=False)):
+        return known, "training step or epoch"
+    numbers = [float(i + 1) for i in range(len(steps))]
+    return numbers, None if len(numbers) <= _NAMES else "checkpoint, oldest first"
+
+
+def place(axes: Axes, at: Sequence[float], label: str | None, names: Sequence[str]) -> None:
+    """Write what stands where below the horizontal axis: numbers of the unit `label`, or else the names."""
+    margin = (at[-1] - at[0]) * 0.03 or 0.5
+    axes.set_xlim(at[0] - margin, at[-1] + margin)
+    if label is None:
+        axes.set_xticks(at, [shortened(name, 18) for name in names], rotation=30, ha="right", rotation_mode="anchor")
+    else:
+        count_steps(axes)
+        axes.set_xlabel(label)
+
+
+def bars(axes: Axes, rows: Sequence[tuple[str, float, str]], *, title: str, label: str) -> None:
+    """Draw a bar below each name.
+
+    Args:
+        rows: name, length of the bar, and the length in words; from the top down.
+        title: of the panel.
+        label: of the lengths.
+    """
+    places = range(len(rows))
+    axes.barh(places, [length for _, length, _ in rows], height=0.32, color=BLUE, align="edge")
+    for place_, (name, _, words) in zip(places, rows, strict=True):
+        axes.annotate(
+            f"{shortened(name, 40)}  {words}",
+            (0, place_),
+            xytext=(1, 2),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=8,
+        )
+    axes.set_ylim(len(rows) - 0.4 if len(rows) > 4 else 4.6, -0.8)
+    axes.set_yticks([])
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_title(title)
+    axes.set_xlabel(label)
 
 
 def count_steps(axes: Axes) -> None:

@@ -35,6 +35,7 @@ from .computed import computed
 from .image_data import check_images, fewer_classes, image_data, notes_of, same_data
 from .options import Images, Inference, Measuring, Network, Numerics, RecalibratedOutput, State, takes
 from .outputs import Target, named, named_after
+from .pictures import Picture
 from .provenance import input_record, provenance
 from .reports import Report
 from .run import check_output, run, write
@@ -116,6 +117,7 @@ def recalibrate_checkpoint(
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
     """
     check(images, measuring)
+    picture = Picture.of(output.plot, force=output.force)
     source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)
     refuse_computed(checkpoint.header, checkpoint.state)
@@ -149,6 +151,8 @@ def recalibrate_checkpoint(
         def check_plan() -> None:
             inputs = [header.path, *(stamp.path for stamp in header.files)]
             check_output(plan, inputs, force=output.force, sign_off=output.sign_off)
+            if picture is not None:
+                picture.check(inputs, plan.target)
 
         def work(report: RecalibrationReport) -> RecalibrationReport:
             report = network.measured(report, running.on_progress or (lambda *_: None))
@@ -160,6 +164,11 @@ def recalibrate_checkpoint(
 
         dropped = replace(report, dropped=plan.dropped)
         done = run(dropped, running, check=check_plan if group.first else None, work=work)
+        if picture is not None and done.written and group.first and done.statistics is not None:
+            from .report_pictures import BATCHNORM_SIZE, draw_batchnorm
+
+            found = done.statistics
+            picture.write(lambda figure: draw_batchnorm(found, figure), BATCHNORM_SIZE)
         return done if group.first else replace(done, written=False)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.jobs.pictures import LINES, count_steps, write_picture
+from ckpt_tools.jobs.pictures import LINES, Picture, count_steps
 from ckpt_tools.series.schedules import Schedule
 
 SIZE = (10, 3)
@@ -58,4 +58,4 @@ def draw(figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    write_picture(TARGET, draw, size=SIZE, force=True)
+    Picture(TARGET, force=True).write(draw, SIZE)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import UsageError
 from ...storage.staged import write_file
 from ..outputs import check_target, named, on_this_machine
-from ..pictures import check_picture, check_picture_target, no_matplotlib, write_picture
+from ..pictures import Picture, no_matplotlib
 from .options import SweptOutput
 from .page import Background, Wording, page
 
@@ -29,12 +29,13 @@ class Files:
     """Where they go; None for each that is not asked for.
 
     Attributes:
-        plot, report, csv: paths of the picture, the page and the table.
+        plot: the picture.
+        report, csv: paths of the page and the table.
         force: replace what is there.
         notes: decisions, in words.
     """
 
-    plot: Path | None
+    plot: Picture | None
     report: Path | None
     csv: Path | None
     force: bool
@@ -52,14 +53,15 @@ class Files:
                 the picture.
             WriteError: see `check_target`.
         """
-        plot = None if output.plot is None else check_picture(output.plot)
+        out = None if output.out is None else Path(output.out)
+        plot = Picture.of(output.plot, force=output.force)
         if plot is not None:
-            check_picture_target(plot, inputs, force=output.force)
+            plot.check(inputs, out)
         report, table = (
             _checked(name, getattr(output, name), inputs, force=output.force) for name in ("report", "csv")
         )
-        for name, path in (("plot", plot), ("report", report), ("csv", table)):
-            if path is not None and output.out is not None and path.absolute() == Path(output.out).absolute():
+        for name, path in (("report", report), ("csv", table)):
+            if path is not None and out is not None and path.absolute() == out.absolute():
                 raise UsageError(f"`{name}` and `out` are both {path}: give them different names.")
         notes = []
         if report is not None:
@@ -84,7 +86,7 @@ class Files:
         if self.plot is not None:
             from .picture import draw, size
 
-            write_picture(self.plot, lambda figure: draw(report, figure), size=size(report), force=self.force)
+            self.plot.write(lambda figure: draw(report, figure), size(report))
         if self.report is not None:
             with named("report"):
                 write_file(self.report, page(report, background(), words or Wording()), force=self.force)
