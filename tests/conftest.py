@@ -19,10 +19,15 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 # No test depends on the speed of the machine. All examples of a test share a folder, and each rewrites its files.
+# Of examples there are few in each run, and others in the next; HYPOTHESIS_PROFILE=thorough takes many.
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "any machine",
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
-settings.load_profile("any machine")
+settings.register_profile("thorough", settings.get_profile("any machine"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "any machine"))
 
 # A sync waits for the disk, thousands of times in all, and no test pulls the plug. A bad descriptor is still an error.
 # Processes that tests start do sync, and the test that asks for `synced`.

@@ -60,7 +60,7 @@ places = st.lists(plain, max_size=2).flatmap(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(
     raw=st.sampled_from(["model", "state_dict", "model_state_dict"]),
     place=places,

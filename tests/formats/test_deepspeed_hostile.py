@@ -43,7 +43,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {stage: full(tmp_path_factory.mktemp("sound") / "step", stage=stage, ranks=2) for stage in (2, 3)}
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.sampled_from([2, 3]), st.sampled_from(KEYS), HOSTILE, st.data())
 def test_any_value_in_the_files_is_read_or_refused(
     sound: dict[int, Path], tmp_path_factory: pytest.TempPathFactory, stage: int, key: str, value: Any, data: Any

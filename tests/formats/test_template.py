@@ -189,7 +189,7 @@ def test_read_header_rejects_a_wrong_checksum_despite_a_template(save: Save) -> 
         read_header(path)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_read_header_treats_a_damaged_twin_as_it_does_alone(save: Save, data: st.DataObject) -> None:
     KNOWN.clear()

@@ -303,7 +303,7 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, dict) and any(isinstance(each, torch.Tensor) for each in value.values())
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(tree=_mixtures(), layout=st.sampled_from(PAIRS))
 def test_convert_of_any_mixture_reads_back_from_any_layout(scratch: Path, tree: dict[str, Any], layout: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)

@@ -303,7 +303,7 @@ def with_prefix(tree: Any, prefix: str) -> Any:
     return [with_prefix(value, prefix) for value in tree] if isinstance(tree, list) else tree
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(trees(), st.sampled_from([2, 3, 4, 5, None]))
 def test_fix_prefix_renames_random_trees_as_python_does(pair: tuple[Any, Any], protocol: int | None) -> None:
     """A file of each protocol, and one of the format before zip."""
