@@ -174,6 +174,8 @@ def _in_one_process(chosen: list[Kind]) -> None:
 if __name__ == "__main__":
     how, text = sys.argv[1:2], " ".join(sys.argv[2:])
     kinds = [kind for kind in KINDS if text in kind.name or text in kind.group]
+    if not kinds:
+        raise SystemExit(f"no kind or group has {text!r} in its name")
     if how == ["--every"]:
         _in_one_process(kinds)
     elif how == ["--commands"]:
