@@ -30,6 +30,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard ckpt_tools/compute/csrc/*)
 	$(PYTHON) -m venv $(VENV)
+	rm -f ckpt_tools/compute/_native*.so  # one of another name, from an older build, would be imported first
 	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
