@@ -11,7 +11,8 @@ MERGEKIT := .venv-mergekit
 FUZZ := .venv-fuzz
 DOCS := .venv-docs
 QUICK := .venv-quick
-QUICK_TESTS := tests/storage tests/jobs/test_average.py tests/cli/test_avg_command.py tests/test_architecture.py
+QUICK_TESTS := tests/storage tests/series/test_align.py tests/series/test_find.py tests/series/test_weighted_sums.py \
+	tests/cli/test_avg_command.py tests/test_architecture.py
 # Of all targets together; those in FUZZ_TARGETS, or all of fuzz/targets.py.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?=
@@ -80,11 +81,11 @@ quick: $(QUICK)/.installed
 	$(QUICK)/bin/python -m pytest -n logical --dist loadfile $(QUICK_TESTS) $(PYTEST_ARGS)
 
 # torch has what is largest. A CPU build is taken where pip finds one: see CONTRIBUTING.md.
-$(QUICK)/.installed: setup.py tests/quick.txt $(wildcard ckpt_tools/compute/csrc/*)
+$(QUICK)/.installed: setup.py pyproject.toml tests/quick.txt $(wildcard ckpt_tools/compute/csrc/*)
 	$(PYTHON) -m venv $(QUICK)
 	$(QUICK)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) -r tests/quick.txt
 	rm -f ckpt_tools/compute/_native*.so
-	$(QUICK)/bin/python setup.py -q build_ext --inplace
+	$(QUICK)/bin/$(PIP_INSTALL) --no-build-isolation -e .
 	touch $@
 
 # All of them with branch coverage, which takes longer; fails below 96 %.
