@@ -9,6 +9,10 @@ ECOSYSTEM := $(VENV)/.ecosystem
 SMOKE := build/smoke
 MERGEKIT := .venv-mergekit
 FUZZ := .venv-fuzz
+DOCS := .venv-docs
+QUICK := .venv-quick
+QUICK_TESTS := tests/storage tests/series/test_align.py tests/series/test_find.py tests/series/test_weighted_sums.py \
+	tests/cli/test_avg_command.py tests/test_architecture.py
 # Of all targets together; those in FUZZ_TARGETS, or all of fuzz/targets.py.
 FUZZ_SECONDS ?= 300
 FUZZ_TARGETS ?=
@@ -23,13 +27,29 @@ DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train 
 # Compiled modules are kept, whatever the environment asks for: many tests start processes, which would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo evidence test coverage test-ecosystem formats-table pictures check fix smoke fuzz sanitize bench \
-	bench-full clean
+.PHONY: help install demo evidence test quick coverage test-ecosystem formats-table pictures docs check fix smoke fuzz \
+	sanitize bench bench-full clean
+
+help:
+	@echo "make quick            the some tests, in a small environment of their own: the first thing to try"
+	@echo "make demo             averages, recalibrates, evaluates and sweeps a small series"
+	@echo "make install          .venv with everything for development; the other targets make it, too"
+	@echo "make check            format, lint, types; make fix mends the first two"
+	@echo "make test             all tests; some of them: make test PYTEST_ARGS='tests/series -x'"
+	@echo "make smoke            the wheel in a clean environment"
+	@echo "make docs             the site, in build/site"
+	@echo "make coverage         all tests with branch coverage"
+	@echo "make test-ecosystem   with the real libraries: Lightning, transformers, diffusers, DeepSpeed, ..."
+	@echo "make bench            speed and memory on this machine; bench-full for the figures of the docs"
+	@echo "make evidence         what averaging did for three kinds of series"
+	@echo "make fuzz, sanitize   hostile files, and the C extension under sanitizers"
+	@echo "make clean            removes what the others have made"
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard ckpt_tools/compute/csrc/*)
 	$(PYTHON) -m venv $(VENV)
+	rm -f ckpt_tools/compute/_native*.so  # one of another name, from an older build, would be imported first
 	$(BIN)/$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -56,6 +76,18 @@ evidence: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest -n logical --dist worksteal $(PYTEST_ARGS)
 
+# Some of the tests, with what they need and no more.
+quick: $(QUICK)/.installed
+	$(QUICK)/bin/python -m pytest -n logical --dist loadfile $(QUICK_TESTS) $(PYTEST_ARGS)
+
+# torch has what is largest. A CPU build is taken where pip finds one: see CONTRIBUTING.md.
+$(QUICK)/.installed: setup.py pyproject.toml tests/quick.txt $(wildcard ckpt_tools/compute/csrc/*)
+	$(PYTHON) -m venv $(QUICK)
+	$(QUICK)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) -r tests/quick.txt
+	rm -f ckpt_tools/compute/_native*.so
+	$(QUICK)/bin/$(PIP_INSTALL) --no-build-isolation -e .
+	touch $@
+
 # All of them with branch coverage, which takes longer; fails below 96 %.
 coverage: $(INSTALLED)
 	$(BIN)/pytest -n logical --dist worksteal --cov --cov-report=term:skip-covered
@@ -74,6 +106,15 @@ formats-table:
 # The pictures of the docs, made by the tool; tests/jobs/test_pictures.py compares them.
 pictures: $(INSTALLED)
 	$(BIN)/python docs/pictures/profiles.py
+
+# The site, in build/site: strict, and with the output of all commands in its pages.
+docs: $(DOCS)/.installed
+	PYTHONPATH=. NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict -q
+
+$(DOCS)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) -r docs/requirements.txt
+	touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -144,4 +185,4 @@ $(MERGEKIT)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(MERGEKIT) $(FUZZ) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(MERGEKIT) $(FUZZ) $(DOCS) $(QUICK) build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .jobs.tune.report import TuneReport
     from .jobs.verify.job import VerifyReport, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AverageReport",
     "BatchNormReport",

@@ -38,7 +38,7 @@ def peak_rss(program: str, *arguments: str) -> int:
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"{program} {' '.join(arguments)} failed")
-    return usage.ru_maxrss * 1024
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def check_files() -> None:

@@ -1,38 +1,77 @@
-"""The recipes: the page runs from top to bottom."""
+"""Pages that run: the commands and the Python of the documentation, from top to bottom, on the fixtures."""
 
 from __future__ import annotations
 
+import ast
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
 import torch
 from cli_runner import run
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "recipes.md").read_text()
-BLOCKS = re.findall(r"^```(python|)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+import ckpt_tools
+
+RUNNING = sorted(
+    str(path.relative_to(pages.DOCS))
+    for path in pages.DOCS.rglob("*.md")
+    if pages.blocks(str(path.relative_to(pages.DOCS)))
+)
 
 
-def test_recipes_run_from_a_training_to_final_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "fixtures" / "digits", tmp_path / "digits")
-    shutil.copy(ROOT / "fixtures" / "digits_net.py", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    shown = []
-    for language, text in BLOCKS:
-        if language == "python":
-            exec(compile(text, "recipes.md", "exec"), {})  # noqa: S102 - our own page
+def run_page(page: str, folder: Path) -> list[list[str]]:
+    """Run the blocks of a page in a folder, which is the current one; return the commands."""
+    pages.lay_out(page, folder)
+    names: dict[str, Any] = {}
+    done = []
+    for block in pages.blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, page, "exec"), names)  # noqa: S102 - our own page
             continue
-        for line in text.splitlines():
-            command, *words = line.split()
-            assert command == "ckpt"
-            done = run(*words)
-            assert done.code in ((0, 1) if words[0] == "diff" else (0,)), done.err
-            shown.append(words[0])
+        for words in block.commands():
+            result = run(*words)
+            assert result.code in ((0, 1) if words[0] == "diff" else (0,)), f"{page}: {words}: {result.err}"
+            done.append(words)
+    return done
+
+
+def test_pages_that_run_are_the_start_the_recipes_and_the_reference() -> None:
+    recipes = [f"recipes/{path.name}" for path in (pages.DOCS / "recipes").glob("*.md")]
+    assert set(RUNNING) == {"index.md", "recipes.md", "exact.md", "python.md", "batchnorm.md", *recipes}
+    assert len(recipes) == 6
+
+
+@pytest.mark.parametrize("page", [page for page in RUNNING if page != "recipes.md"])
+def test_a_page_runs_from_top_to_bottom(page: str, here: Path) -> None:
+    before = {*here.iterdir()}
+    commands = run_page(page, here)
+    written = [words[words.index("-o") + 1] for words in commands if "-o" in words and "--dry-run" not in words]
+    assert all(Path(name).exists() for name in written)
+    assert {*here.iterdir()} > before  # a page that writes nothing shows little
+
+
+def test_recipes_run_from_a_training_to_final_weights(here: Path) -> None:
+    shown = [words[0] for words in run_page("recipes.md", here)]
     assert shown == ["look", "sweep", "avg", "recal-bn", "tune", "diff", "inspect", "convert"]
     weights = torch.load("tuned.pth")["state_dict"]
     final = load_file("final.safetensors")
     assert final.keys() == weights.keys()
     assert all(torch.equal(final[name], weights[name]) for name in final)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    listed = re.findall(r"^::: ckpt_tools\.(.+)$", (pages.DOCS / "python.md").read_text(), re.MULTILINE)
+    public = {getattr(ckpt_tools, name) for name in ckpt_tools.__all__ if name not in ("CkptError", "__version__")}
+    homes = [name.rpartition(".") for name in listed if name != "errors"]
+    found = {getattr(__import__(f"ckpt_tools.{home}", fromlist=[name]), name) for home, _, name in homes}
+    assert found == public
+
+
+@pytest.mark.parametrize("page", sorted(pages.DOCS.rglob("*.md")), ids=lambda page: page.stem)
+def test_python_that_does_not_run_here_is_python(page: Path) -> None:
+    """Lines that need another library, such as its Trainer, are only parsed."""
+    for text in re.findall(r"^```py\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        ast.parse(text)

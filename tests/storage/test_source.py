@@ -113,14 +113,28 @@ def test_open_checkpoint_names_a_file_that_a_store_lacks(memory: dict[Path, byte
 
 
 # The calls of the system that others than Linux lack, each taken away in turn.
+MACOS = "fallocate posix_fadvise copy_file_range sched_getaffinity O_TMPFILE O_PATH"
+
+
 @pytest.fixture(
-    params=["nothing", "preadv", "preadv pread", "pwrite", "copy_file_range", "posix_fadvise", "link", "fchown fchmod"]
+    params=[
+        "nothing",
+        "preadv",
+        "preadv pread",
+        "pwrite",
+        "copy_file_range",
+        "fallocate",
+        "posix_fadvise",
+        "link",
+        "fchown fchmod",
+        MACOS,
+    ]
 )
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "fallocate":  # of the C library
-        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
-    elif request.param != "nothing":
-        for name in request.param.split():
+    for name in request.param.split():
+        if name == "fallocate":  # of the C library
+            monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+        elif name != "nothing":
             monkeypatch.delattr(os, name)
     return str(request.param)
 

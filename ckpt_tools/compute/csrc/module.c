@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <errno.h>
+#include <string.h>
 
 #include "native.h"
 
@@ -46,10 +47,10 @@ static int read_row(Formula *f, size_t r, PyObject *tuple) {
     if (!PyTuple_Check(tuple) ||
         !PyArg_ParseTuple(tuple, "iO!dd", &kind, &PyTuple_Type, &coefficients, &row->last, &row->lost))
         return 0;
-    if (kind < PLAIN || kind > MEAN || PyTuple_GET_SIZE(coefficients) != (Py_ssize_t)f->count) return 0;
+    if (kind < PLAIN || kind > MEAN || PyTuple_Size(coefficients) != (Py_ssize_t)f->count) return 0;
     row->first = f->count;
     for (size_t t = 0; t < f->count; t++) {
-        PyObject *each = PyTuple_GET_ITEM(coefficients, (Py_ssize_t)t);
+        PyObject *each = PyTuple_GetItem(coefficients, (Py_ssize_t)t);
         if (each == Py_None) continue;
         f->coefficients[r * f->count + t] = PyFloat_AsDouble(each);
         f->used[r * f->count + t] = f->needed[t] = 1;
@@ -69,9 +70,9 @@ static PyObject *formula_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "$O!O!znpp", names, &PyTuple_Type, &dtypes, &PyTuple_Type, &rows, &out,
                                      &itemsize, &copied, &checked))
         return NULL;
-    size_t count = (size_t)PyTuple_GET_SIZE(dtypes), row_count = (size_t)PyTuple_GET_SIZE(rows);
+    size_t count = (size_t)PyTuple_Size(dtypes), row_count = (size_t)PyTuple_Size(rows);
     Formula *f = new_formula(count, row_count);
-    FormulaObject *self = (FormulaObject *)type->tp_alloc(type, 0);
+    FormulaObject *self = (FormulaObject *)PyType_GenericAlloc(type, 0);
     if (!f || !self) goto no_memory;
     self->formula = f;
     f->item = (size_t)itemsize, f->copied = copied, f->checked = checked;
@@ -82,30 +83,30 @@ static PyObject *formula_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     sound = sound && (out ? f->item == f->out->size * f->out->reals : copied && !checked);
     sound = sound && (!copied || (count == 1 && row_count == 1));
     for (size_t t = 0; sound && t < count; t++) {
-        const char *name = out ? PyUnicode_AsUTF8(PyTuple_GET_ITEM(dtypes, (Py_ssize_t)t)) : "";
+        const char *name = out ? PyUnicode_AsUTF8AndSize(PyTuple_GetItem(dtypes, (Py_ssize_t)t), NULL) : "";
         if (!name || !(f->dtypes[t] = out ? dtype_of(name) : raw)) goto failed;
         sound = copied ? f->dtypes[t] == f->out : f->dtypes[t]->reals == f->out->reals;
         if (f->dtypes[t]->size > f->widest) f->widest = f->dtypes[t]->size;
     }
     for (size_t r = 0; sound && r < row_count; r++) {
-        sound = read_row(f, r, PyTuple_GET_ITEM(rows, (Py_ssize_t)r));
+        sound = read_row(f, r, PyTuple_GetItem(rows, (Py_ssize_t)r));
         if (PyErr_Occurred()) goto failed;
     }
     if (sound) return (PyObject *)self;
     PyErr_SetString(PyExc_ValueError, "_native: a formula whose parts do not fit each other");
 failed:
-    Py_DECREF(self); /* frees the formula */
+    Py_DECREF((PyObject *)self); /* frees the formula */
     return NULL;
 no_memory:
     PyMem_Free(f);
-    Py_XDECREF(self);
+    Py_XDECREF((PyObject *)self);
     return PyErr_NoMemory();
 }
 
 static void formula_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     PyMem_Free(((FormulaObject *)self)->formula);
-    type->tp_free(self);
+    PyObject_Free(self);
     Py_DECREF(type);
 }
 
@@ -187,9 +188,9 @@ static PyObject *formula_pack(PyObject *self, PyObject *args) {
         bad = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)slices);
     }
     if (packed && crcs && bad) {
-        char *to = PyByteArray_AS_STRING(packed);
-        uint32_t *sums_of = (uint32_t *)PyByteArray_AS_STRING(crcs);
-        unsigned char *refused = (unsigned char *)PyByteArray_AS_STRING(bad);
+        char *to = PyByteArray_AsString(packed);
+        uint32_t *sums_of = (uint32_t *)PyByteArray_AsString(crcs);
+        unsigned char *refused = (unsigned char *)PyByteArray_AsString(bad);
         Result done;
         Py_BEGIN_ALLOW_THREADS
         done = fill_small(f, slices, numbers, memory, wants_crc, to, sums_of, refused);
@@ -284,13 +285,13 @@ static PyObject *gram_of(PyObject *module, PyObject *args) {
     Py_ssize_t n;
     (void)module;
     if (!PyArg_ParseTuple(args, "O!y*nw*w*", &PyTuple_Type, &names, &places, &n, &sums, &scratch)) return NULL;
-    size_t count = (size_t)PyTuple_GET_SIZE(names), padded = (count + 3) & ~(size_t)3;
+    size_t count = (size_t)PyTuple_Size(names), padded = (count + 3) & ~(size_t)3;
     const Dtype **dtypes = PyMem_Calloc(count + 1, sizeof *dtypes);
     char *memory = count ? scratch_of(&scratch, gram_scratch(count) - 64) : NULL;
     int sound = dtypes && count && n >= 0 && (size_t)places.len == count * sizeof(Place);
     sound = sound && (size_t)sums.len == padded * padded * sizeof(double);
     for (size_t r = 0; sound && r < count; r++) {
-        const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(names, (Py_ssize_t)r));
+        const char *name = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(names, (Py_ssize_t)r), NULL);
         sound = name && (dtypes[r] = dtype_of(name));
     }
     if (sound && memory) {
@@ -330,7 +331,7 @@ static PyObject *moments_of(PyObject *module, PyObject *args) {
     }
     PyObject *found = PyByteArray_FromStringAndSize(NULL, 2 * channels * (Py_ssize_t)sizeof(double));
     if (!found) return NULL;
-    double *result = (double *)PyByteArray_AS_STRING(found);
+    double *result = (double *)PyByteArray_AsString(found);
     Py_BEGIN_ALLOW_THREADS
     done = moments(dtype->code, (const void *)(uintptr_t)address, (size_t)outer, (size_t)channels, (size_t)inner,
                    (size_t)threads, result);
@@ -375,8 +376,6 @@ static PyMethodDef methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, methods, NULL, NULL, NULL, NULL};
-
 /* The dtypes that can be summed, each with the magnitude from which on it overflows. */
 static PyObject *limits(void) {
     PyObject *found = PyDict_New();
@@ -394,16 +393,27 @@ static int add_object(PyObject *module, const char *name, PyObject *object) {
     return failed ? -1 : 0;
 }
 
-PyMODINIT_FUNC PyInit__native(void) {
+static int filled_module(PyObject *module) {
     crc_init();
     sum_init();
     exact_init();
-    PyObject *module = PyModule_Create(&definition);
-    if (module && (PyModule_AddIntMacro(module, NOT_READ) < 0 || PyModule_AddIntMacro(module, ENDS_EARLY) < 0 ||
-                   PyModule_AddIntMacro(module, NOT_WRITTEN) < 0 || PyModule_AddIntMacro(module, ROWS) < 0 ||
-                   PyModule_AddIntMacro(module, AXES) < 0 ||
-                   add_object(module, "LIMITS", limits()) < 0 ||
-                   add_object(module, "Formula", PyType_FromSpec(&formula_spec)) < 0))
-        Py_CLEAR(module);
-    return module;
+    if (PyModule_AddIntMacro(module, NOT_READ) < 0 || PyModule_AddIntMacro(module, ENDS_EARLY) < 0 ||
+        PyModule_AddIntMacro(module, NOT_WRITTEN) < 0 || PyModule_AddIntMacro(module, ROWS) < 0 ||
+        PyModule_AddIntMacro(module, AXES) < 0 || add_object(module, "LIMITS", limits()) < 0)
+        return -1;
+    return add_object(module, "Formula", PyType_FromSpec(&formula_spec));
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, filled_module},
+#ifdef Py_mod_gil /* Python 3.13: a formula never changes, and scratch is of one thread */
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, methods, slots, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) {
+    return PyModuleDef_Init(&definition);
 }
