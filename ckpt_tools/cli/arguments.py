@@ -22,7 +22,7 @@ from ..errors import UsageError, WriteError
 from ..jobs.asked import COMMAND, Asked, alone_among_tasks, started_together
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.rules.rule import Numbers, Option
-from . import console
+from . import common, console
 
 R = TypeVar("R")
 SPELLINGS = {
@@ -82,7 +82,8 @@ def _for_typer(
     options = [(group.title, o) for group in groups for o in group.options() if not o.name.startswith("on_")]
 
     @wraps(function)
-    def call(**given: Any) -> None:
+    def call(*, quiet: bool, verbose: bool, **given: Any) -> None:
+        common.speak(quiet=quiet, verbose=verbose, all_rows=given.get("all_", False))
         for _, option in options:
             if option.name in ONCE and _kind(option) is not Words and isinstance(given[option.name], list):
                 given[option.name] = _only(option, given[option.name])
@@ -102,7 +103,11 @@ def _for_typer(
         for title, option in options
     ]
     arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
-    parameters = [*arguments, *made, *own[len(arguments) :]]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (("quiet", common.Quiet), ("verbose", common.Verbose))
+    ]
+    parameters = [*arguments, *made, *own[len(arguments) :], *shared]
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
@@ -126,6 +131,9 @@ def _default(option: Option) -> Any:
     return [option.default] if listed and isinstance(option.default, str) else option.default
 
 
+_METAVARS = {int: "N", float: "X", Numbers: "X,X,...", bool: None}
+
+
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
     kind = _kind(option)
     many = kind in (Words, Pairs)
@@ -143,7 +151,7 @@ def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
     info = typer.Option(
         *names,
         help=spelled(option.help.rstrip(".") + "; repeatable." if many else option.help),
-        metavar=option.metavar,
+        metavar=option.metavar or _METAVARS.get(kind, option.name.rpartition("_")[2].upper()),
         show_default=default,
         rich_help_panel=title,
     )
@@ -251,9 +259,9 @@ def _without_part(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def say_notes(notes: Iterable[str]) -> None:
+def say_notes(notes: Iterable[str], tell: console.Tell = console.say) -> None:
     """Show notes of a report, with options instead of parameters."""
-    console.say(*map(spelled, notes))
+    tell(*map(spelled, notes))
 
 
 def say_part(words: str) -> None:

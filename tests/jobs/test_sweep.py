@@ -184,9 +184,9 @@ def test_a_dry_run_draws_the_matrix_and_scores_nothing(save: Save, here: Path) -
     series(save)
     shown = run("sweep", "run", "--last", "2,4", "--mode", "uniform,ema", "--eval-command", COMMAND, "--dry-run")
     assert shown.code == 0
-    assert "last=4 mode=ema" in shown.err
-    assert "█" in shown.err
-    assert f"{4 + N} evaluations; reads" in shown.err
+    assert "last=4 mode=ema" in shown.out
+    assert "█" in shown.out
+    assert f"{4 + N} evaluations; reads" in shown.out
     assert not Path("ckpt-sweep").exists()
 
 
@@ -196,10 +196,10 @@ def test_the_command_ranks_and_ends_with_the_average_to_make(save: Save, here: P
         "sweep", "run", "--last", "2:5:1", "--eval-command", COMMAND, "--metric", "error", "--jobs", "2", "--json"
     )
     assert shown.code == 0
-    assert shown.err.rstrip().splitlines()[-1] == "  ckpt avg run --last 5 --mode uniform -o best.pth"
+    assert shown.out.rstrip().splitlines()[-1] == "  ckpt avg run --last 5 --mode uniform -o best.pth"
     report = json.loads(shown.out)
     assert report["best"] == "last=5"
-    assert "c-5.pth (last)" in shown.err
+    assert "c-5.pth (last)" in shown.out
 
 
 def test_changed_files_are_scored_again(save: Save, here: Path) -> None:
