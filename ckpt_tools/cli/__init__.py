@@ -32,6 +32,24 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", "-V", callback=common.show_version, is_eager=True, help="Show the version.")
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion", callback=common.complete_shell, is_eager=True, help="Let this shell complete ckpt."
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion", callback=common.complete_shell, is_eager=True, help="Show the script for that."
+        ),
+    ] = False,
+    show_config: Annotated[
+        bool,
+        typer.Option(
+            "--show-config", callback=common.show_config, is_eager=True, help="Show the defaults that are set."
+        ),
+    ] = False,
     quiet: common.Quiet = False,
     verbose: common.Verbose = False,
 ) -> None:
@@ -73,12 +91,18 @@ def _run() -> None:
         gc.set_threshold(100_000, 20, 20)
         with console.showing_warnings():
             console.open_streams()
-            sys.exit(app(standalone_mode=False) or 0)
+            if "_CKPT_COMPLETE" in os.environ:
+                from .completion import prepare
+
+                prepare()
+            sys.exit(app(prog_name="ckpt", standalone_mode=False) or 0)
     except CkptError as error:
         from .arguments import spelled
+        from .defaults import blamed
 
         complete = _complete()
-        message = f"{spelled(str(error))}{f' {complete}.' if complete else ''}"
+        message = spelled(str(error))
+        message += blamed(message) + (f" {complete}." if complete else "")
         _fail(type(error).__name__, message, error.exit_code)
     except NotUsable as error:
         message = error.format_message()

@@ -9,6 +9,7 @@ of an average. A wrong value goes to Typer, which has the message.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,8 @@ from typing import Any, get_args
 import typer.core
 import typer.main
 
-from . import common, console
+from ..errors import UsageError
+from . import common, console, defaults
 
 NotUsable: Any = typer.BadParameter.__base__
 """Typer's errors about the words of a command line."""
@@ -116,7 +118,7 @@ class Commands(_QuickHelp, typer.core.TyperGroup):
             common.show_version(True)
         if word == "help":
             word, *rest = [*rest[:1], "--help"]
-        if word == "--help":
+        if word in ("--help", "help"):
             typer.echo(ctx.get_help())
             raise typer.Exit
         if word not in COMMANDS and not ctx.resilient_parsing:
@@ -136,6 +138,12 @@ def made(name: str) -> Any:
     command = getattr(import_module(f".{module}", __package__), module)
     app.command(name, cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})(command())
     return typer.main.get_command(app)
+
+
+def _options_of(name: str) -> list[str]:
+    """Return the names of the options of a command; KeyError if there is none of this name."""
+    COMMANDS[name]
+    return [param.name for param in made(name).params if isinstance(param, typer.core.TyperOption)]
 
 
 def _unknown(word: str, rest: Sequence[str]) -> str:
@@ -178,14 +186,51 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
         _fit(formatter)
         super().format_help(ctx, formatter)
 
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the arguments, with defaults from files and the environment."""
+        if not extra.get("resilient_parsing"):
+            options = {param.name: param for param in self.params if isinstance(param, typer.core.TyperOption)}
+            found = defaults.read(str(self.name), options, _options_of)
+            defaults.in_use.clear()
+            defaults.in_use.update(found)
+            extra["default_map"] = {
+                name: defaults.as_typed(name, default, flag=options[name].is_flag, many=options[name].multiple)
+                for name, default in found.items()
+            }
+        return super().make_context(info_name, args, parent, **extra)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; say what an option of another tool is called here."""
+        shown = "--show-config" in args
+        ctx.resilient_parsing |= shown  # what is missing or wrong is shown as it is
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
+            for name in [*defaults.in_use]:
+                if ctx.get_parameter_source(name).name == "COMMANDLINE":
+                    del defaults.in_use[name]
+            if shown:
+                self._show_config(ctx)
+            return rest
         except NotUsable as error:
+            named = getattr(getattr(error, "param", None), "name", None)
+            if named in defaults.in_use and ctx.get_parameter_source(named).name != "COMMANDLINE":
+                value, origin = defaults.in_use[named]
+                raise UsageError(f"{origin}: {named.replace('_', '-')} = {value!r}: {error.message}") from error
             if (meant := _OPTIONS.get(getattr(error, "option_name", ""))) is not None:
                 ctx.fail(f"No such option: {error.option_name}. Did you mean {meant}?")
             raise
+
+    def _show_config(self, ctx: Any) -> None:
+        """Show each option that has a value, with where it is from, and end the run."""
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if param.name == "show_config" or not isinstance(param, typer.core.TyperOption) or value in (None, ()):
+                continue
+            given = ctx.get_parameter_source(param.name).name == "COMMANDLINE"
+            default = defaults.in_use.get(param.name)
+            origin = "the command line" if given else "default" if default is None else default.origin
+            console.show(f"{param.name.replace('_', '-')} = {json.dumps(value)}  # {origin}")
+        raise typer.Exit
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options under the titles of their groups."""

@@ -12,7 +12,7 @@ from ckpt_tools.cli.commands import made
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 COMMANDS = {name: made(name) for name in LISTED}
-EVERYWHERE = {"--quiet", "-q", "--verbose", "-v"}
+EVERYWHERE = {"--quiet", "-q", "--verbose", "-v", "--show-config"}
 OPTIONS = [
     (name, option)
     for name, command in COMMANDS.items()

@@ -33,7 +33,7 @@ class Result:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if key not in _FOREIGN}
+    clean = {key: value for key, value in os.environ.items() if key not in _FOREIGN and not key.startswith("CKPT_")}
     return clean | {"PATH": f"{BIN}{os.pathsep}{clean.get('PATH', '')}", "PYTHONUTF8": "1"} | extra
 
 
