@@ -224,7 +224,7 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
         _say_if_alone(options)
     started = time.perf_counter()
     steps: list[float] = []  # when the plan was made, when the work began, when it was last heard of
-    with console.counting(None) as show, console.patience("Still planning: reading headers ...") as planned:
+    with console.counting(None) as show, console.patience("Planning: reading headers") as planned:
 
         def after_planning(call: Callable[..., None]) -> Callable[..., None]:
             def called(*given: Any) -> None:

@@ -44,7 +44,7 @@ def clean(
 
 
 def _show(left: Left, tell: console.Tell) -> None:
-    facts = [f"{WHAT[left.what]} of {left.target}", console.size(left.nbytes), f"{_span(left.age)} old"]
+    facts = [f"{WHAT[left.what]} of {left.target}", console.size(left.nbytes), f"{console.span(left.age)} old"]
     if left.done is not None:
         facts.append(f"{left.done:.0%} done")
     why = f" ({left.detail})" if left.detail else ""
@@ -55,14 +55,6 @@ def _show(left: Left, tell: console.Tell) -> None:
         where = f" in {left.folder}" if left.folder else ""
         more = "--part I/N, then --finish" if left.command[1:2] == ("diff",) else "--resume"
         tell(f"  goes on with{where}: {shortened(shlex.join(left.command))} {more}")
-
-
-def _span(seconds: float) -> str:
-    """Write a time as a person reads it: 3 hours."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            return console.plural(int(seconds // length), unit)
-    return console.plural(int(seconds), "second")
 
 
 def _verdict(report: CleanReport, *, dry_run: bool) -> str:

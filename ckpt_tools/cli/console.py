@@ -53,6 +53,8 @@ class _Manner:
     all = False
     printed = False
     """Whether the report is on stdout, as JSON."""
+    end_waiting: Callable[[], None] | None = None
+    """Called before a message: `patience` is over."""
     results: TextIO | None = None
     """Where results go while the standard output is not for them."""
 
@@ -223,6 +225,8 @@ def shown_by(*, asked: bool, json: bool) -> Tell:
 
 def _write(stream: TextIO, lines: Sequence[str | Table]) -> None:
     """Write lines without control characters; on a terminal they wrap between words, elsewhere they do not."""
+    if manner.end_waiting is not None:
+        manner.end_waiting()
     width = columns(stream) if stream.isatty() else None
     colour = coloured(stream)
     for line in lines:
@@ -384,6 +388,9 @@ def counting(unit: str | None) -> Iterator[Callable[..., None]]:
         A function to call with (what is being done, how many are done, how many there are, if known), and with another
         `unit` for work of another kind.
     """
+    if manner.quiet:
+        yield lambda *_, **__: None
+        return
     # In fewer columns the bar breaks in two.
     if not sys.stderr.isatty() or _simple_terminal() or columns() < 60:
         yield _plain_counting(unit)
@@ -398,6 +405,8 @@ def counting(unit: str | None) -> Iterator[Callable[..., None]]:
             shown.stop()
             shown = None
         if shown is None:  # the plan stands above it by now
+            if manner.end_waiting is not None:
+                manner.end_waiting()
             clean_up_when_stopped()  # the cursor is hidden
             shown = _bar(unit)
             shown.start()
@@ -420,42 +429,105 @@ def _bar(unit: str | None) -> Progress:
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
-    figures = (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit))
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
+
+    figures = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit), Rate())
+    )
     parts = (TextColumn("{task.description}"), BarColumn(bar_width=None), *figures, TimeRemainingColumn())
     return Progress(*parts, console=stderr(), transient=True)
 
 
+class _Waiting:
+    """A line on a terminal that moves while nothing else is shown; the next message takes its place."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._shown = False
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._turn, daemon=True)
+        self._thread.start()
+
+    def _turn(self) -> None:
+        began = time.monotonic()
+        marks = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+        if encodable(marks, sys.stderr) != marks:
+            marks = "|/-\\"
+        turn = 0
+        while not self._ended.wait(0.1):
+            seconds = time.monotonic() - began
+            with self._lock:
+                if not self._ended.is_set() and seconds >= 0.4:  # what is quicker needs no such line
+                    line = f"{marks[turn % len(marks)]} {self._text} {seconds:.0f} s"
+                    sys.stderr.write(f"\r{line[: columns() - 1]}\x1b[K")
+                    sys.stderr.flush()
+                    self._shown = True
+            turn += 1
+
+    def end(self) -> None:
+        """Take the line away."""
+        with self._lock:
+            self._ended.set()
+            if self._shown:
+                self._shown = False
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+
 @contextmanager
 def patience(text: str, seconds: float = 10) -> Iterator[Callable[[], None]]:
-    """Write a line, once, if what comes first takes longer than this.
+    """Show that something goes on until the first message: a line that moves on a terminal, elsewhere one line, once.
+
+    Args:
+        text: what goes on.
+        seconds: until the line is written where there is no terminal.
 
     Yields:
         A function to call when it is done.
     """
-    import threading
-
-    timer = threading.Timer(seconds, say, [text])
-    timer.daemon = True
-    timer.start()
+    if manner.quiet:
+        yield lambda: None
+        return
+    if sys.stderr.isatty() and not _simple_terminal():
+        end = _Waiting(text).end
+    else:
+        timer = threading.Timer(seconds, say, [f"{text} ..."])
+        timer.daemon = True
+        timer.start()
+        end = timer.cancel
+    manner.end_waiting = end
     try:
-        yield timer.cancel
+        yield end
     finally:
-        timer.cancel()
+        end()
+        manner.end_waiting = None
 
 
 def _plain_counting(unit: str | None) -> Callable[..., None]:
-    last = time.monotonic()
+    last = began = time.monotonic()
+    current, first = "", 0
 
     def show(what: str, done: int, total: int | None, unit: str | None = unit) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            say(f"{what}: {_so_far(done, total, unit)}")
+        nonlocal last, began, current, first
+        now = time.monotonic()
+        if what != current:  # its own clock
+            current, began, first = what, now, done
+        if now - last >= 10:
+            last = now
+            rate = (done - first) / (now - began) if now > began else 0
+            say(f"{what}: {_so_far(done, total, unit)}{_pace(rate, done, total, unit)}")
 
     return show
 
@@ -464,3 +536,19 @@ def _so_far(done: int, total: int | None, unit: str | None) -> str:
     if unit is None:
         return f"{done / total:.0%} of {size(total)}" if total else size(done)
     return f"{done}{'' if total is None else f' of {total}'} {unit}"
+
+
+def _pace(rate: float, done: int, total: int | None, unit: str | None) -> str:
+    """Return how fast it goes, and the time left."""
+    if rate <= 0:
+        return ""
+    said = f", {size(rate)}/s" if unit is None else f", {rate:.3g}/s"
+    return said if total is None or done >= total else f"{said}, {span((total - done) / rate)} left"
+
+
+def span(seconds: float) -> str:
+    """Write a time as a person reads it: 3 hours."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return plural(int(seconds // length), unit)
+    return plural(int(seconds), "second")

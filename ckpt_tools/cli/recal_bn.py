@@ -31,8 +31,6 @@ def recal_bn(
     if options["data"] is None:
         raise UsageError("--data is missing: the images to take the statistics from, such as --data imagenet/train.")
     arguments.check_folder()
-    from ..jobs.recalibrate import recalibrate_checkpoint
-
     plans: list[RecalibrationReport] = []
 
     def show_plan(plan: RecalibrationReport) -> None:
@@ -40,7 +38,13 @@ def recal_bn(
         plans.append(plan)
         _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with console.counting("images") as on_progress, console.printing_to_stderr():  # the user's own code
+    with (
+        console.counting("images") as on_progress,
+        console.patience("Loading torch and the model", 60),
+        console.printing_to_stderr(),  # the user's own code
+    ):
+        from ..jobs.recalibrate import recalibrate_checkpoint
+
         report = recalibrate_checkpoint(
             arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress
         )

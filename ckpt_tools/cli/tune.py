@@ -27,8 +27,6 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
     if options["data"] is None:
         raise UsageError("--data is missing: the images to train on, such as --data imagenet/train.")
     arguments.check_folder()
-    from ..jobs.tune.job import tune_checkpoint
-
     plans: list[TuneReport] = []
 
     def show_plan(plan: TuneReport) -> None:
@@ -36,7 +34,13 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
         plans.append(plan)
         _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with console.counting("images") as on_progress, console.printing_to_stderr():  # the user's own code
+    with (
+        console.counting("images") as on_progress,
+        console.patience("Loading torch and the model", 60),
+        console.printing_to_stderr(),  # the user's own code
+    ):
+        from ..jobs.tune.job import tune_checkpoint
+
         report = tune_checkpoint(
             arguments.averaged(checkpoint), **options, on_plan=show_plan, on_sizes=_show_sizes, on_progress=on_progress
         )

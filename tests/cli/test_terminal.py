@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,20 @@ def test_a_table_fits_its_terminal_and_loses_no_letter_of_a_name(width: int | No
     cut = "".join(line[: (width or 200)].split("  ")[0].strip() for line in lines)
     assert name in cut or name in "".join(lines).replace(" ", "")
     assert all(any(figure in line for line in lines) for figure in ("0.5", "1.25", "0.01"))
+
+
+def test_a_line_moves_on_a_terminal_until_the_first_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = stream(_Terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with console.patience("Loading torch"):
+        while b"Loading torch" not in shown.buffer.getvalue():  # type: ignore[attr-defined]
+            time.sleep(0.02)
+        console.say("The plan.")
+        shown.flush()
+        told = shown.buffer.getvalue()  # type: ignore[attr-defined]
+        time.sleep(0.3)
+    assert told.decode().endswith("\r\x1b[KThe plan.\n")
+    assert shown.buffer.getvalue().startswith(told)  # type: ignore[attr-defined]
+    assert b"Loading" not in shown.buffer.getvalue()[len(told) :]  # type: ignore[attr-defined]
