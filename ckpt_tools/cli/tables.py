@@ -81,21 +81,24 @@ class Table:
         if width is not None:
             bars = min(bars, width - rest - widths[0] - 2)
             bars = bars if bars >= 4 else 0
-            widths[0] = max(min(widths[0], width - rest), min(widths[0], _NARROW))
-            if widths[0] + rest > width:
-                return self._stacked(rows, width)
+            if rest + min(widths[0], _NARROW) > width:
+                return self._stacked(rows, width, left_out)
+            names = (self._titles[0], *(row.name for row in rows))
+            widths[0] = max(size for size in (0, *map(_columns, names)) if size <= width - rest)
         draw = self._bars(rows, bars, stream)
         colours = console.coloured(stream)
         found = []
         if any(self._titles):
-            found = self._line(self._titles, self._drawn, widths, "bold" if colours else None)
+            found = self._line(self._titles, self._drawn, widths, width, "bold" if colours else None)
         for index, row in enumerate(rows):
             if left_out and index == _FIRST:
-                found.append(f"{' ' * self._indent}... {left_out} more; --all shows them")
+                found.append(" " * self._indent + _hint(left_out))
             drawn = row.drawn or draw(row.bar)
             if colours and drawn:
                 drawn = console.painted(drawn, row.colour)
-            found += self._line((row.name, *row.figures), drawn, widths, "bold" if colours and row.bold else None)
+            found += self._line(
+                (row.name, *row.figures), drawn, widths, width, "bold" if colours and row.bold else None
+            )
         return found
 
     def _shown(self, *, short: bool) -> tuple[list[_Row], int]:
@@ -105,10 +108,12 @@ class Table:
             return self._rows, 0
         return [*self._rows[:_FIRST], *self._rows[-_LAST:]], left_out
 
-    def _stacked(self, rows: Sequence[_Row], width: int) -> list[str]:
+    def _stacked(self, rows: Sequence[_Row], width: int, left_out: int) -> list[str]:
         """Lay the rows out for a terminal that has no room for the columns: each figure in a line of its own."""
         found = []
-        for row in rows:
+        for index, row in enumerate(rows):
+            if left_out and index == _FIRST:
+                found.append(_hint(left_out))
             found += _folded(row.name, width)
             for title, figure in zip(self._titles[1:], row.figures, strict=True):
                 found += [f"  {part}" for part in _folded(f"{title}: {figure}", width - 2)]
@@ -118,31 +123,36 @@ class Table:
         largest = self._full or max((abs(row.bar) for row in rows), default=0.0)
         return lambda value: bar(value, largest, width, stream) if width else ""
 
-    def _line(self, cells: Sequence[str], drawn: str, widths: Sequence[int], style: str | None) -> list[str]:
-        """Lay a row out; a name that is too long goes on in the next lines."""
+    def _line(
+        self, cells: Sequence[str], drawn: str, widths: Sequence[int], room: int | None, style: str | None
+    ) -> list[str]:
+        """Lay a row out; a name that is too long for its column has lines of its own."""
         (name, *figures), (most, *others) = cells, widths
 
         def paint(text: str) -> str:
             return text if style is None else console.painted(text, style)
 
-        parts = _folded(name, most)
-        line = paint(parts[0]) + " " * (most - _columns(parts[0]))
+        alone = _folded(name, (room or most) - self._indent) if _columns(name) > most else []
+        line = " " * most if alone else paint(name) + " " * (most - _columns(name))
         for figure, column in zip(figures, others, strict=True):
             line += "  " + " " * (column - _columns(figure)) + paint(figure)
         line = f"{line}  {drawn}".rstrip() if drawn else line.rstrip()
-        return [" " * self._indent + text for text in (line, *map(paint, parts[1:]))]
+        return [" " * self._indent + text for text in (*map(paint, alone), line)]
+
+
+def _hint(left_out: int) -> str:
+    return f"... {left_out} more; --all shows them"
 
 
 def _folded(text: str, width: int) -> list[str]:
-    """Cut a text into parts of at most so many columns."""
-    if _columns(text) <= width:
-        return [text]
-    parts = [""]
-    for letter in text:
-        if _columns(parts[-1] + letter) > width:
-            parts.append("")
-        parts[-1] += letter
-    return parts
+    """Cut a text into parts of at most so many columns, after a dot if there is one."""
+    parts = []
+    while _columns(text) > width:
+        most = next(size for size in range(len(text), 0, -1) if size == 1 or _columns(text[:size]) <= width)
+        cut = text.rfind(".", 1, most) + 1 or most
+        parts.append(text[:cut])
+        text = text[cut:]
+    return [*parts, text]
 
 
 def _columns(text: str) -> int:

@@ -112,8 +112,7 @@ def test_diff_wraps_the_table_in_a_narrow_terminal(runs: list[Path]) -> None:
     assert any(line.startswith("bn3.running_mean  ") for line in wide)
     table = run("diff", runs[0], runs[1], columns=60, terminal=True, NO_COLOR="1").out.splitlines()[2:-2]
     assert max(map(len, table)) <= 60
-    width = table[0].index("larg")
-    assert "bn3.running_mean" in "".join(line[:width].strip() for line in table)
+    assert any(line.startswith("bn3.running_mean") for line in table)
 
 
 def test_diff_rejects_bad_input(save: Save) -> None:
