@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import arguments, common, console
-from .tables import BAR, bar
+from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
     from ..jobs.inspect import Description, Optimizer, WeightSet
@@ -129,8 +129,7 @@ def _is_figure(value: object) -> bool:
 
 
 def _list(weights: WeightSet) -> None:
-    console.show("", weights.label)
-    width = max((len(row.name) for row in weights.tensors), default=0)
+    table = Table("", ("", ""), indent=2)
     for row in weights.tensors:
-        shape = "" if row.shape is None else str(list(row.shape))
-        console.show(f"  {row.name:<{width}}  {row.dtype:<10} {shape}")
+        table.add(row.name, row.dtype, "" if row.shape is None else str(list(row.shape)))
+    console.show("", weights.label, table)

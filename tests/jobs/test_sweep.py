@@ -196,10 +196,10 @@ def test_the_command_ranks_and_ends_with_the_average_to_make(save: Save, here: P
         "sweep", "run", "--last", "2:5:1", "--eval-command", COMMAND, "--metric", "error", "--jobs", "2", "--json"
     )
     assert shown.code == 0
-    assert shown.out.rstrip().splitlines()[-1] == "  ckpt avg run --last 5 --mode uniform -o best.pth"
+    assert shown.err.rstrip().splitlines()[-1] == "  ckpt avg run --last 5 --mode uniform -o best.pth"
     report = json.loads(shown.out)
     assert report["best"] == "last=5"
-    assert "c-5.pth (last)" in shown.out
+    assert "c-5.pth (last)" in shown.err
 
 
 def test_changed_files_are_scored_again(save: Save, here: Path) -> None:
