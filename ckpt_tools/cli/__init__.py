@@ -6,40 +6,54 @@ import gc
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from ..errors import CkptError
-from . import arguments, console
-from .commands import Commands
+from . import common, console
+from .commands import Commands, NotUsable
 
 app = typer.Typer(
     name="ckpt",
     cls=Commands,
     help="Average, convert, rename, recalibrate, strip, compare and inspect saved PyTorch checkpoints. No code in a "
     "checkpoint is ever run; no input is ever changed (fix-prefix replaces its own, in one rename, without -o).",
+    epilog="'ckpt help COMMAND' shows the options of a command, and an example.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        from .. import __version__
-
-        typer.echo(f"ckpt-tools {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", "-V", callback=common.show_version, is_eager=True, help="Show the version.")
     ] = False,
+    install_completion: Annotated[
+        bool,
+        typer.Option(
+            "--install-completion", callback=common.complete_shell, is_eager=True, help="Let this shell complete ckpt."
+        ),
+    ] = False,
+    show_completion: Annotated[
+        bool,
+        typer.Option(
+            "--show-completion", callback=common.complete_shell, is_eager=True, help="Show the script for that."
+        ),
+    ] = False,
+    show_config: Annotated[
+        bool,
+        typer.Option(
+            "--show-config", callback=common.show_config, is_eager=True, help="Show the defaults that are set."
+        ),
+    ] = False,
+    quiet: common.Quiet = False,
+    verbose: common.Verbose = False,
 ) -> None:
-    pass
+    common.speak(quiet=quiet, verbose=verbose)
 
 
 def main() -> None:
@@ -64,8 +78,10 @@ def _stopped(error: BaseException) -> int | None:
     if stopped is None:
         return None
     what = "Interrupted" if stopped.number == signal.SIGINT else "Terminated"
-    console.say(f"{what}; {stopped.left or _left()}.")
-    return 128 + stopped.number
+    message, code = f"{what}; {stopped.left or _left()}.", 128 + stopped.number
+    console.say_error(message)
+    _print_error(what, message, code)
+    return code
 
 
 def _run() -> None:
@@ -75,26 +91,47 @@ def _run() -> None:
         gc.set_threshold(100_000, 20, 20)
         with console.showing_warnings():
             console.open_streams()
-            app()
+            if "_CKPT_COMPLETE" in os.environ:
+                from .completion import prepare
+
+                prepare()
+            sys.exit(app(prog_name="ckpt", standalone_mode=False) or 0)
     except CkptError as error:
+        from .arguments import spelled
+        from .defaults import blamed
+
         complete = _complete()
-        console.say(f"Error: {arguments.spelled(str(error))}{f' {complete}.' if complete else ''}")
-        sys.exit(error.exit_code)
+        message = spelled(str(error))
+        message += blamed(message) + (f" {complete}." if complete else "")
+        _fail(type(error).__name__, message, error.exit_code)
+    except NotUsable as error:
+        message = error.format_message()
+        end = "" if message.endswith((".", "?")) else "."
+        _fail("UsageError", f"{message}{end} Try '{getattr(error.ctx, 'command_path', 'ckpt')} --help'.", 2)
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-        console.say(f"Error: {where}{error.strerror or error}; {_left()}.")
-        sys.exit(1)
+        _fail("OSError", f"{where}{error.strerror or error}; {_left()}.", 1)
     except MemoryError:
-        console.say(f"Error: there is not enough memory; {_left()}.")
-        sys.exit(1)
+        _fail("MemoryError", f"there is not enough memory; {_left()}.", 1)
     except RuntimeError as error:
         if str(error) != "can't start new thread":
             raise
-        console.say(f"Error: the system allows no more threads (ulimit -u, or ulimit -v); {_left()}.")
-        sys.exit(1)
+        _fail("OSError", f"the system allows no more threads (ulimit -u, or ulimit -v); {_left()}.", 1)
     finally:
         console.let_end()
         gc.set_threshold(*thresholds)
+
+
+def _fail(kind: str, message: str, code: int) -> NoReturn:
+    """Show an error, to a program as JSON, and end the run."""
+    console.say_error(f"Error: {message}")
+    _print_error(kind, message, code)
+    sys.exit(code)
+
+
+def _print_error(kind: str, message: str, code: int) -> None:
+    if "--json" in sys.argv and not console.manner.printed:
+        console.print_json({"error": {"type": kind, "message": message, "exit_code": code}})
 
 
 def _left() -> str:

@@ -22,7 +22,7 @@ from ..errors import UsageError, WriteError
 from ..jobs.asked import COMMAND, Asked, alone_among_tasks, started_together
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.rules.rule import Numbers, Option
-from . import console
+from . import common, completion, console, defaults
 
 R = TypeVar("R")
 SPELLINGS = {
@@ -82,7 +82,9 @@ def _for_typer(
     options = [(group.title, o) for group in groups for o in group.options() if not o.name.startswith("on_")]
 
     @wraps(function)
-    def call(**given: Any) -> None:
+    def call(*, quiet: bool, verbose: bool, show_config: bool, **given: Any) -> None:
+        common.speak(quiet=quiet, verbose=verbose, all_rows=given.get("all_", False))
+        defaults.say_in_use()
         for _, option in options:
             if option.name in ONCE and _kind(option) is not Words and isinstance(given[option.name], list):
                 given[option.name] = _only(option, given[option.name])
@@ -102,7 +104,15 @@ def _for_typer(
         for title, option in options
     ]
     arguments = [p for p in own if p.kind is not p.KEYWORD_ONLY]
-    parameters = [*arguments, *made, *own[len(arguments) :]]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in (
+            ("quiet", common.Quiet),
+            ("verbose", common.Verbose),
+            ("show_config", common.ShowConfig),
+        )
+    ]
+    parameters = [*arguments, *made, *own[len(arguments) :], *shared]
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call
@@ -126,6 +136,9 @@ def _default(option: Option) -> Any:
     return [option.default] if listed and isinstance(option.default, str) else option.default
 
 
+_METAVARS = {int: "N", float: "X", Numbers: "X,X,...", bool: None}
+
+
 def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
     kind = _kind(option)
     many = kind in (Words, Pairs)
@@ -143,9 +156,10 @@ def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
     info = typer.Option(
         *names,
         help=spelled(option.help.rstrip(".") + "; repeatable." if many else option.help),
-        metavar=option.metavar,
+        metavar=option.metavar or _METAVARS.get(kind, option.name.rpartition("_")[2].upper()),
         show_default=default,
         rich_help_panel=title,
+        autocompletion=completion.values(option.name) if completion.ASKED else None,
     )
     return Annotated[type_ if option.default not in (REQUIRED, None, ()) else type_ | None, info]
 
@@ -209,12 +223,14 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
     if "part" in options:
         _say_if_alone(options)
     started = time.perf_counter()
-    with console.counting(None) as show, console.patience("Still planning: reading headers ...") as planned:
+    steps: list[float] = []  # when the plan was made, when the work began, when it was last heard of
+    with console.counting(None) as show, console.patience("Planning: reading headers") as planned:
 
         def after_planning(call: Callable[..., None]) -> Callable[..., None]:
             def called(*given: Any) -> None:
                 planned()
                 console.clean_up_when_stopped()
+                steps[2:] = [time.perf_counter()] * (3 - min(len(steps), 2))
                 call(*given)
 
             return called
@@ -224,7 +240,14 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
         if options.get("recal_bn") is not None:
             options["on_images"] = partial(show, unit="images")
         report = job(*inputs, **options, on_progress=after_planning(partial(show, doing)))
-    return report, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    if len(steps) == 3:
+        planning, working = steps[0] - started, steps[2] - steps[0]
+        console.say_more(
+            f"Planned in {planning:.2f} s; {doing}: {working:.2f} s; to the disk, and all else: "
+            f"{max(seconds - planning - working, 0):.2f} s."
+        )
+    return report, seconds
 
 
 def _say_if_alone(options: Mapping[str, Any]) -> None:
@@ -251,9 +274,9 @@ def _without_part(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def say_notes(notes: Iterable[str]) -> None:
+def say_notes(notes: Iterable[str], tell: console.Tell = console.say) -> None:
     """Show notes of a report, with options instead of parameters."""
-    console.say(*map(spelled, notes))
+    tell(*map(spelled, notes))
 
 
 def say_part(words: str) -> None:

@@ -10,8 +10,9 @@ import typer
 from ..errors import UsageError
 from ..jobs.options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing
 from ..series.schedules import Schedule
-from . import arguments, console
+from . import arguments, common, console
 from .recal_bn import show_images, show_statistics
+from .tables import Table
 
 if TYPE_CHECKING:
     from ..jobs.average import AverageReport
@@ -35,6 +36,7 @@ def avg(
         typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded), addresses."),
     ] = None,
     *,
+    all_: common.All = False,
     json: arguments.Json = False,
     **options: Any,
 ) -> None:
@@ -50,7 +52,8 @@ def avg(
 
     def show(plan: AverageReport) -> None:
         plans.append(plan)
-        (_show_table if options["dry_run"] else _show_summary)(plan)
+        tell = console.shown_by(asked=options["dry_run"], json=json)
+        (_show_table if options["dry_run"] or console.manner.verbose else _show_summary)(plan, tell)
 
     with nullcontext() if options["recal_bn"] is None else console.printing_to_stderr():  # the user's own code
         report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
@@ -80,50 +83,44 @@ def _rate(report: AverageReport, seconds: float) -> str:
     return f" ({read}/s read, {written}/s written)"
 
 
-def _show_summary(report: AverageReport) -> None:
+def _show_summary(report: AverageReport, tell: console.Tell) -> None:
     first, last = report.inputs[0], report.inputs[-1]
     n = len(report.inputs)
     span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
-    console.say(
-        f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.", *_prefixes(report)
-    )
-    _show_dropped(report)
-    _show_recalibration(report)
-    arguments.say_notes(report.notes)
+    tell(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.", *_prefixes(report))
+    _show_dropped(report, tell)
+    _show_recalibration(report, tell)
+    arguments.say_notes(report.notes, tell)
 
 
-def _show_recalibration(report: AverageReport) -> None:
+def _show_recalibration(report: AverageReport, tell: console.Tell) -> None:
     if (plan := report.recalibration) is not None:
         layers = console.plural(plan.layers, "layer")
-        console.say(
+        tell(
             f"BatchNorm: {layers} of {plan.model}, measured before the output is written. "
             f"Meanwhile the sums take {console.size(report.scratch)} beside it."
         )
-        show_images(plan)
+        show_images(plan, tell)
 
 
-def _show_dropped(report: AverageReport) -> None:
+def _show_dropped(report: AverageReport, tell: console.Tell) -> None:
     if report.left_out:
-        console.say(f"Left out, because some checkpoints do not have them: {console.some(report.left_out)}.")
+        tell(f"Left out, because some checkpoints do not have them: {console.some(report.left_out)}.")
     if report.dropped:
-        console.say(f"Not carried over from the last checkpoint: {console.some(report.dropped)}.")
+        tell(f"Not carried over from the last checkpoint: {console.some(report.dropped)}.")
     if report.companions:
-        console.say(f"Copied beside the weights: {console.some(report.companions)}.")
+        tell(f"Copied beside the weights: {console.some(report.companions)}.")
 
 
-def _show_table(report: AverageReport) -> None:
-    from rich.text import Text
-
-    width = console.bar_width(40)
-    table = console.table("checkpoint", ("step", "coefficient"), bars=width, cut=False)
-    largest = max(abs(i.coefficient) for i in report.inputs)
+def _show_table(report: AverageReport, tell: console.Tell) -> None:
+    table = Table("checkpoint", ("step", "coefficient"))
     for i in report.inputs:
         step = "" if i.step is None else str(i.step)
-        drawn = Text(console.bar(i.coefficient, largest, width), style="red" if i.coefficient < 0 else "green")
-        table.add_row(Text(console.visible(i.name)), step, f"{i.coefficient:.6f}", drawn)
-    console.stderr().print(table)
+        colour = "red" if i.coefficient < 0 else "green"
+        table.add(i.name, step, f"{i.coefficient:.6f}", bar=i.coefficient, colour=colour)
     where = "" if report.device == "cpu" else f"; sums on {report.device}"
-    console.say(
+    tell(
+        table,
         "",
         f"Ordered by {report.ordered_by}; mode {report.mode}; "
         f"weights: {', '.join(dict.fromkeys(i.state for i in report.inputs))}.",
@@ -136,9 +133,9 @@ def _show_table(report: AverageReport) -> None:
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
         f"takes {console.size(report.peak_memory)} of memory, {console.size(report.memory)} of it buffers{where}.",
     )
-    _show_dropped(report)
-    _show_recalibration(report)
-    arguments.say_notes(report.notes)
+    _show_dropped(report, tell)
+    _show_recalibration(report, tell)
+    arguments.say_notes(report.notes, tell)
 
 
 def _source(report: AverageReport) -> str:

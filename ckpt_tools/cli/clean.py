@@ -32,36 +32,29 @@ def clean(
 
     arguments.check_folder()
     report = remove(arguments.path(folder), **options)
+    tell = console.shown_by(asked=options["dry_run"], json=json)
     for left in report.left:
-        _show(left)
-    arguments.say_notes(report.notes)
-    console.say(_verdict(report, dry_run=options["dry_run"]))
+        _show(left, tell)
+    arguments.say_notes(report.notes, tell)
+    tell(_verdict(report, dry_run=options["dry_run"]))
     if json:
         console.print_json(arguments.plain(report))
     if report.failed:
         raise typer.Exit(1)
 
 
-def _show(left: Left) -> None:
-    facts = [f"{WHAT[left.what]} of {left.target}", console.size(left.nbytes), f"{_span(left.age)} old"]
+def _show(left: Left, tell: console.Tell) -> None:
+    facts = [f"{WHAT[left.what]} of {left.target}", console.size(left.nbytes), f"{console.span(left.age)} old"]
     if left.done is not None:
         facts.append(f"{left.done:.0%} done")
     why = f" ({left.detail})" if left.detail else ""
-    console.say(f"{left.path}", f"  {left.result}{why}: {', '.join(facts)}")
+    tell(f"{left.path}", f"  {left.result}{why}: {', '.join(facts)}")
     if left.begun:
-        console.say(f"  begun: part {console.some(left.begun)}")
+        tell(f"  begun: part {console.some(left.begun)}")
     if left.command and left.result == "kept":
         where = f" in {left.folder}" if left.folder else ""
         more = "--part I/N, then --finish" if left.command[1:2] == ("diff",) else "--resume"
-        console.say(f"  goes on with{where}: {shortened(shlex.join(left.command))} {more}")
-
-
-def _span(seconds: float) -> str:
-    """Write a time as a person reads it: 3 hours."""
-    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
-        if seconds >= length:
-            return console.plural(int(seconds // length), unit)
-    return console.plural(int(seconds), "second")
+        tell(f"  goes on with{where}: {shortened(shlex.join(left.command))} {more}")
 
 
 def _verdict(report: CleanReport, *, dry_run: bool) -> str:

@@ -9,8 +9,9 @@ of an average. A wrong value goes to Typer, which has the message.
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any, get_args
@@ -18,23 +19,75 @@ from typing import Any, get_args
 import typer.core
 import typer.main
 
-from . import console
+from ..errors import UsageError
+from . import common, console, defaults
 
-NAMES = (
-    "avg",
-    "look",
-    "sweep",
-    "convert",
-    "fix-prefix",
-    "inspect",
-    "diff",
-    "verify",
-    "strip",
-    "recal-bn",
-    "tune",
-    "clean",
-)
-"""Each is made by a function in a module of its name; see `arguments.with_options`."""
+NotUsable: Any = typer.BadParameter.__base__
+"""Typer's errors about the words of a command line."""
+
+COMMANDS = {
+    "avg": "Average a series of checkpoints into one set of weights.",
+    "look": "Show where the checkpoints of a series lie to each other, before they are averaged.",
+    "sweep": "Average a series in many ways, score each average, and find the best.",
+    "convert": "Write a checkpoint in another layout, file format or dtype.",
+    "fix-prefix": "Take wrapper prefixes off the names; nothing else changes.",
+    "inspect": "Show what a checkpoint holds, from its header alone.",
+    "diff": "Show what differs between two checkpoints.",
+    "verify": "Check that checkpoints are whole, and that outputs are what their records say.",
+    "strip": "Drop the optimizer and the rest of the training state.",
+    "recal-bn": "Recalibrate the BatchNorm statistics of averaged weights.",
+    "tune": "Train the classifier of averaged weights at the size of the test, or more of the network, "
+    "or from a teacher.",
+    "clean": "Remove what killed jobs have left in a folder.",
+}
+"""Each with the first line of its help; a function in a module of its name makes it, see `arguments.with_options`."""
+
+WORDS = {
+    "avg": "average averaging mean merge merge-checkpoints combine blend fuse swa lawa polyak",
+    "avg --mode ema": "ema",
+    "sweep": "soup greedy search grid optimize",
+    "look": "plot distance distances geometry landscape",
+    "inspect": "info show ls list describe summary print view cat head keys stat stats dump tensors metadata",
+    "diff": "compare cmp delta",
+    "convert": "export save cast to half fp16 bf16 quantize safetensors",
+    "fix-prefix": "prefix rename unwrap fix strip-prefix remove-prefix",
+    "recal-bn": "bn recal recalibrate update-bn updatebn precise-bn batchnorm",
+    "verify": "check validate test checksum sha256",
+    "strip": "slim prune shrink reduce clear-optimizer",
+    "tune": "train finetune fine-tune distill fixres",
+    "clean": "rm gc purge cleanup clear",
+}
+"""Words that people try, with what they look for."""
+_MEANT = {word: meant for meant, words in WORDS.items() for word in words.split()}
+
+_OPTIONS = {
+    "--output": "-o",
+    "--output-file": "-o",
+    "--output-path": "-o",
+    "--outfile": "-o",
+    "--destination": "-o",
+    "--overwrite": "--force",
+    "--yes": "--force",
+    "--ema": "--mode ema",
+    "--swa": "--mode uniform",
+    "--uniform": "--mode uniform",
+    "--beta": "--decay",
+    "--alpha": "--decay",
+    "--momentum": "--decay",
+    "--num": "--last",
+    "--top-k": "--best",
+    "--precision": "--dtype",
+    "--format": "-o NAME.safetensors or -o NAME.pth",
+    "--workers": "--threads",
+    "--num-threads": "--threads",
+    "--gpu": "--device cuda",
+    "--cuda": "--device cuda",
+    "--cpu": "--device cpu",
+    "--use-ema": "--state ema",
+    "--non-strict": "--keys intersection",
+    "--recursive": "'runs/**/*.pth'",
+}
+"""Options that people try, with what they look for."""
 
 
 class _QuickHelp:
@@ -55,17 +108,62 @@ class Commands(_QuickHelp, typer.core.TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.rich_markup_mode = None
-        self.commands = {name: typer.core.TyperCommand(name) for name in NAMES}  # what Typer guesses slips from
+        # For lists of them: none of these is imported.
+        self.commands = {name: typer.core.TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
 
-    def get_command(self, ctx: Any, name: str) -> Any:
-        """Return the command of this name; None if there is none."""
-        if name not in NAMES:
-            return None
-        module = name.replace("-", "_")
-        made = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        command = getattr(import_module(f".{module}", __package__), module)
-        made.command(name, cls=_Command)(command())
-        return typer.main.get_command(made)
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return name, command and arguments of what is called; say what a word of another tool is called here."""
+        word, *rest = args
+        if word == "version" and not rest:
+            common.show_version(True)
+        if word == "help":
+            word, *rest = [*rest[:1], "--help"]
+        if word in ("--help", "help"):
+            typer.echo(ctx.get_help())
+            raise typer.Exit
+        if word not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(_unknown(word, rest))
+        return word, made(word) if word in COMMANDS else None, rest
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help, as wide as the terminal."""
+        _fit(formatter)
+        super().format_help(ctx, formatter)
+
+
+def made(name: str) -> Any:
+    """Import a command, and make it."""
+    module = name.replace("-", "_")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command = getattr(import_module(f".{module}", __package__), module)
+    app.command(name, cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})(command())
+    return typer.main.get_command(app)
+
+
+def _options_of(name: str) -> list[str]:
+    """Return the names of the options of a command; KeyError if there is none of this name."""
+    COMMANDS[name]
+    return [param.name for param in made(name).params if isinstance(param, typer.core.TyperOption)]
+
+
+def _unknown(word: str, rest: Sequence[str]) -> str:
+    """Say which command may be meant by a word."""
+    import shlex
+    from difflib import get_close_matches
+
+    said = f"No such command '{word}'."
+    if (meant := _MEANT.get(word.lower().replace("_", "-"))) is not None:
+        name, *options = meant.split()
+        return f"{said} Did you mean '{shlex.join(['ckpt', name, *rest, *options])}'?"
+    close = get_close_matches(word.lower(), [*COMMANDS, *_MEANT], 3)
+    names = dict.fromkeys(_MEANT.get(each, each).split()[0] for each in close)
+    return f"{said} Did you mean {' or '.join(map(repr, names))}?" if names else said
+
+
+def _fit(formatter: Any) -> None:
+    formatter.width = min(console.columns(), 100)
+    if formatter.width < 80:  # names of options would leave no room for what they mean
+        formatter.write_dl = partial(formatter.write_dl, col_max=formatter.width // 3)
 
 
 class _Command(_QuickHelp, typer.core.TyperCommand):
@@ -85,10 +183,54 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help, as wide as the terminal."""
-        formatter.width = min(console.columns(), 100)
-        if formatter.width < 80:  # names of options would leave no room for what they mean
-            formatter.write_dl = partial(formatter.write_dl, col_max=formatter.width // 3)
+        _fit(formatter)
         super().format_help(ctx, formatter)
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the arguments, with defaults from files and the environment."""
+        if not extra.get("resilient_parsing"):
+            options = {param.name: param for param in self.params if isinstance(param, typer.core.TyperOption)}
+            found = defaults.read(str(self.name), options, _options_of)
+            defaults.in_use.clear()
+            defaults.in_use.update(found)
+            extra["default_map"] = {
+                name: defaults.as_typed(name, default, flag=options[name].is_flag, many=options[name].multiple)
+                for name, default in found.items()
+            }
+        return super().make_context(info_name, args, parent, **extra)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments; say what an option of another tool is called here."""
+        shown = "--show-config" in args
+        ctx.resilient_parsing |= shown  # what is missing or wrong is shown as it is
+        try:
+            rest = super().parse_args(ctx, args)
+            for name in [*defaults.in_use]:
+                if ctx.get_parameter_source(name).name == "COMMANDLINE":
+                    del defaults.in_use[name]
+            if shown:
+                self._show_config(ctx)
+            return rest
+        except NotUsable as error:
+            named = getattr(getattr(error, "param", None), "name", None)
+            if named in defaults.in_use and ctx.get_parameter_source(named).name != "COMMANDLINE":
+                value, origin = defaults.in_use[named]
+                raise UsageError(f"{origin}: {named.replace('_', '-')} = {value!r}: {error.message}") from error
+            if (meant := _OPTIONS.get(getattr(error, "option_name", ""))) is not None:
+                ctx.fail(f"No such option: {error.option_name}. Did you mean {meant}?")
+            raise
+
+    def _show_config(self, ctx: Any) -> None:
+        """Show each option that has a value, with where it is from, and end the run."""
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if param.name == "show_config" or not isinstance(param, typer.core.TyperOption) or value in (None, ()):
+                continue
+            given = ctx.get_parameter_source(param.name).name == "COMMANDLINE"
+            default = defaults.in_use.get(param.name)
+            origin = "the command line" if given else "default" if default is None else default.origin
+            console.show(f"{param.name.replace('_', '-')} = {json.dumps(value)}  # {origin}")
+        raise typer.Exit
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options under the titles of their groups."""
@@ -144,4 +286,18 @@ class _Option(_Quick, typer.core.TyperOption):
 
 
 class _Argument(_Quick, typer.core.TyperArgument):
-    pass
+    """An argument whose help is its name alone."""
+
+    def get_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what stands for it in the usage line."""
+        shown = self._shown + ("..." if self.nargs == -1 and not self._shown.endswith("...") else "")
+        return [shown if self.required else f"[{shown}]"]
+
+    def get_help_record(self, ctx: Any) -> tuple[str, str] | None:
+        """Return its name and help."""
+        record = super().get_help_record(ctx)
+        return None if record is None else (self._shown, record[1])
+
+    @property
+    def _shown(self) -> str:
+        return self.metavar or str(self.name).upper()

@@ -1,4 +1,4 @@
-"""Console: tables, bars and progress on stderr for people; JSON on stdout for programs."""
+"""Console: what was asked for goes to stdout, messages and progress to stderr."""
 
 from __future__ import annotations
 
@@ -24,10 +24,42 @@ from ..errors import WriteError, WriteWarning
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
-    from rich.table import Table
+
+    from .tables import Table
 
 NARROWEST = 40
-"""Columns that a table needs; in fewer, rich would leave parts of it out, where a terminal only wraps them."""
+"""Columns that a table needs; in fewer, a terminal wraps its lines."""
+_COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "bold": "1"}
+_HEADS = {
+    "Error:": "red",
+    "FAILED:": "red",
+    "Different:": "red",
+    "Warning:": "yellow",
+    "Wrote": "green",
+    "Removed": "green",
+    "Verified:": "green",
+    "Identical:": "green",
+    "Equal:": "green",
+    "Equal": "green",
+}
+"""First words of lines that say how it went, with their colour."""
+
+
+class _Manner:
+    """How much is said, as the options `--quiet`, `--verbose` and `--all` have it; the same for all of a run."""
+
+    quiet = False
+    verbose = False
+    all = False
+    printed = False
+    """Whether the report is on stdout, as JSON."""
+    end_waiting: Callable[[], None] | None = None
+    """Called before a message: `patience` is over."""
+    results: TextIO | None = None
+    """Where results go while the standard output is not for them."""
+
+
+manner = _Manner()
 
 
 class _Stderr(io.FileIO):
@@ -56,6 +88,7 @@ class _Stdout(io.FileIO):
 
 def open_streams() -> None:
     """Make the standard streams behave the same for a terminal, a file, a broken pipe, or nothing."""
+    vars(manner).clear()  # as the class has it, for a second run in this process
     # The number of a closed stream would go to the next file opened, and what C code prints would go into that.
     while (spare := os.open(os.devnull, os.O_RDONLY)) <= 2:
         pass
@@ -74,13 +107,13 @@ def _text(raw: io.FileIO, like: TextIO | None, errors: str) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=True)
 
 
-def columns() -> int:
-    """Return the width in COLUMNS, or of the terminal at stderr, or 80."""
+def columns(stream: TextIO | None = None) -> int:
+    """Return the width in COLUMNS, or of the terminal at a stream (stderr if None), or 80."""
     with suppress(ValueError):
         if (asked := int(os.environ.get("COLUMNS", ""))) > 0:
             return asked
     with suppress(OSError):
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size((stream or sys.stderr).fileno()).columns or 80
     return 80
 
 
@@ -159,18 +192,81 @@ def wrote(text: str) -> None:
     say(text)
 
 
-def say(*lines: str) -> None:
-    """Write plain lines to stderr, without control characters; on a terminal they wrap between words."""
-    for line in map(visible, lines):
-        if sys.stderr.isatty() and len(line) > columns():
-            import textwrap
+def say(*lines: str | Table) -> None:
+    """Write messages to stderr, unless only errors are wanted."""
+    if not manner.quiet:
+        _write(sys.stderr, lines)
 
-            indent = " " * (len(line) - len(line.lstrip()) + 2)
-            line = textwrap.fill(
-                line, columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-            )
-        sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+
+def say_more(*lines: str | Table) -> None:
+    """Write messages that only some want: what was decided, and how long it took."""
+    if manner.verbose:
+        _write(sys.stderr, lines)
+
+
+def say_error(*lines: str) -> None:
+    """Write an error, or a warning of one, to stderr."""
+    _write(sys.stderr, lines)
+
+
+def show(*lines: str | Table) -> None:
+    """Write what was asked for to stdout."""
+    _write(manner.results or sys.stdout, lines)
+
+
+Tell = Callable[..., None]
+"""`show` or `say`."""
+
+
+def shown_by(*, asked: bool, json: bool) -> Tell:
+    """Return what shows a report: `show` if it is what was `asked` for, `say` if it is not, or is on stdout as JSON."""
+    return show if asked and not json else say
+
+
+def _write(stream: TextIO, lines: Sequence[str | Table]) -> None:
+    """Write lines without control characters; on a terminal they wrap between words, elsewhere they do not."""
+    if manner.end_waiting is not None:
+        manner.end_waiting()
+    width = columns(stream) if stream.isatty() else None
+    colour = coloured(stream)
+    for line in lines:
+        text = "\n".join(line.lines(width, stream)) if not isinstance(line, str) else _wrapped(visible(line), width)
+        head, space, rest = text.partition(" ")
+        if colour and head in _HEADS:
+            text = painted(head, _HEADS[head]) + space + rest
+        stream.write(encodable(text, stream) + "\n")
+    stream.flush()
+
+
+def _wrapped(line: str, width: int | None) -> str:
+    if width is None or len(line) <= width:
+        return line
+    import textwrap
+
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def coloured(stream: TextIO) -> bool:
+    """Return True if a stream is a terminal that shows colours, and they are wanted; see no-color.org."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and not _simple_terminal()
+
+
+def _simple_terminal() -> bool:
+    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+
+
+def painted(text: str, colour: str) -> str:
+    """Put a text in a colour, for a terminal."""
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """Escape what the encoding of a stream does not have."""
+    if text.isascii():
+        return text
+    encoding = stream.encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -184,7 +280,7 @@ def showing_warnings() -> Iterator[None]:
 
         def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, WriteWarning):
-                say(f"Warning: {message}")
+                say_error(f"Warning: {message}")
             else:
                 usual(message, category, *where, **more)
 
@@ -216,6 +312,7 @@ def print_json(data: Any) -> None:
         text = json.dumps(_plain(data), indent=2, allow_nan=False)
     except RecursionError as error:  # such as the provenance in a file of unknown origin
         raise WriteError("nested too deeply to be shown as JSON.") from error
+    manner.printed = True
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
@@ -233,14 +330,20 @@ def _plain(data: Any) -> Any:
 
 @contextmanager
 def printing_to_stderr() -> Iterator[None]:
-    """Send to stderr what the user's code, and C code and processes below it, print to stdout, which is for JSON."""
+    """Send to stderr what the user's code, and C code and processes below it, print to stdout, which is for results."""
     sys.stdout.flush()
     kept = os.dup(1)
+    ours = sys.stdout.buffer if isinstance(sys.stdout, io.TextIOWrapper) else None
+    if isinstance(getattr(ours, "raw", None), _Stdout):
+        manner.results = _text(_Stdout(kept, "w", closefd=False), sys.stdout, "strict")
+    else:
+        manner.results = sys.stdout
     try:
         os.dup2(2, 1)
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        manner.results = None
         os.dup2(kept, 1)
         os.close(kept)
 
@@ -274,46 +377,6 @@ def some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def table(first: str, figures: Sequence[str], *, bars: int | None = None, cut: bool = True) -> Table:
-    """Make a table with a column of names, columns of figures, and one of bars of this width.
-
-    Args:
-        cut: figures may be cut into several lines where the terminal is narrow.
-    """
-    from rich.table import Table
-
-    made = Table(box=None, pad_edge=False)
-    made.add_column(first, overflow="fold")
-    for title in figures:
-        made.add_column(title, justify="right", overflow="fold", no_wrap=not cut)
-    if bars is not None:
-        made.add_column("", no_wrap=True, width=bars)
-    return made
-
-
-def bar(value: float, largest: float, width: int = 20) -> str:
-    """Draw a value as a bar; the largest fills the width, and any value but zero is visible."""
-    if largest <= 0 or value == 0:
-        return ""
-    eighths = max(1, round(abs(value) / largest * width * 8))
-    drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-    return drawn if encodes(drawn) else "#" * max(1, eighths // 8)
-
-
-def encodes(text: str) -> bool:
-    """Return True if stderr can show this text."""
-    try:
-        text.encode(sys.stderr.encoding or "ascii")
-    except (LookupError, UnicodeEncodeError):
-        return False
-    return True
-
-
-def bar_width(text: int) -> int:
-    """Return the width of bars in a line with this much text."""
-    return max(2, min(20, columns() - text))
-
-
 @contextmanager
 def counting(unit: str | None) -> Iterator[Callable[..., None]]:
     """Show progress: a bar on a terminal that is wide enough, otherwise a line every ten seconds.
@@ -325,8 +388,11 @@ def counting(unit: str | None) -> Iterator[Callable[..., None]]:
         A function to call with (what is being done, how many are done, how many there are, if known), and with another
         `unit` for work of another kind.
     """
+    if manner.quiet:
+        yield lambda *_, **__: None
+        return
     # In fewer columns the bar breaks in two.
-    if not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown") or columns() < 60:
+    if not sys.stderr.isatty() or _simple_terminal() or columns() < 60:
         yield _plain_counting(unit)
         return
     shown: Progress | None = None
@@ -339,6 +405,8 @@ def counting(unit: str | None) -> Iterator[Callable[..., None]]:
             shown.stop()
             shown = None
         if shown is None:  # the plan stands above it by now
+            if manner.end_waiting is not None:
+                manner.end_waiting()
             clean_up_when_stopped()  # the cursor is hidden
             shown = _bar(unit)
             shown.start()
@@ -361,42 +429,105 @@ def _bar(unit: str | None) -> Progress:
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.text import Text
 
-    figures = (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit))
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
+
+    figures = (
+        (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit), Rate())
+    )
     parts = (TextColumn("{task.description}"), BarColumn(bar_width=None), *figures, TimeRemainingColumn())
     return Progress(*parts, console=stderr(), transient=True)
 
 
+class _Waiting:
+    """A line on a terminal that moves while nothing else is shown; the next message takes its place."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._shown = False
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._turn, daemon=True)
+        self._thread.start()
+
+    def _turn(self) -> None:
+        began = time.monotonic()
+        marks = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+        if encodable(marks, sys.stderr) != marks:
+            marks = "|/-\\"
+        turn = 0
+        while not self._ended.wait(0.1):
+            seconds = time.monotonic() - began
+            with self._lock:
+                if not self._ended.is_set() and seconds >= 0.4:  # what is quicker needs no such line
+                    line = f"{marks[turn % len(marks)]} {self._text} {seconds:.0f} s"
+                    sys.stderr.write(f"\r{line[: columns() - 1]}\x1b[K")
+                    sys.stderr.flush()
+                    self._shown = True
+            turn += 1
+
+    def end(self) -> None:
+        """Take the line away."""
+        with self._lock:
+            self._ended.set()
+            if self._shown:
+                self._shown = False
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
+
+
 @contextmanager
 def patience(text: str, seconds: float = 10) -> Iterator[Callable[[], None]]:
-    """Write a line, once, if what comes first takes longer than this.
+    """Show that something goes on until the first message: a line that moves on a terminal, elsewhere one line, once.
+
+    Args:
+        text: what goes on.
+        seconds: until the line is written where there is no terminal.
 
     Yields:
         A function to call when it is done.
     """
-    import threading
-
-    timer = threading.Timer(seconds, say, [text])
-    timer.daemon = True
-    timer.start()
+    if manner.quiet:
+        yield lambda: None
+        return
+    if sys.stderr.isatty() and not _simple_terminal():
+        end = _Waiting(text).end
+    else:
+        timer = threading.Timer(seconds, say, [f"{text} ..."])
+        timer.daemon = True
+        timer.start()
+        end = timer.cancel
+    manner.end_waiting = end
     try:
-        yield timer.cancel
+        yield end
     finally:
-        timer.cancel()
+        end()
+        manner.end_waiting = None
 
 
 def _plain_counting(unit: str | None) -> Callable[..., None]:
-    last = time.monotonic()
+    last = began = time.monotonic()
+    current, first = "", 0
 
     def show(what: str, done: int, total: int | None, unit: str | None = unit) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            say(f"{what}: {_so_far(done, total, unit)}")
+        nonlocal last, began, current, first
+        now = time.monotonic()
+        if what != current:  # its own clock
+            current, began, first = what, now, done
+        if now - last >= 10:
+            last = now
+            rate = (done - first) / (now - began) if now > began else 0
+            say(f"{what}: {_so_far(done, total, unit)}{_pace(rate, done, total, unit)}")
 
     return show
 
@@ -405,3 +536,19 @@ def _so_far(done: int, total: int | None, unit: str | None) -> str:
     if unit is None:
         return f"{done / total:.0%} of {size(total)}" if total else size(done)
     return f"{done}{'' if total is None else f' of {total}'} {unit}"
+
+
+def _pace(rate: float, done: int, total: int | None, unit: str | None) -> str:
+    """Return how fast it goes, and the time left."""
+    if rate <= 0:
+        return ""
+    said = f", {size(rate)}/s" if unit is None else f", {rate:.3g}/s"
+    return said if total is None or done >= total else f"{said}, {span((total - done) / rate)} left"
+
+
+def span(seconds: float) -> str:
+    """Write a time as a person reads it: 3 hours."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return plural(int(seconds // length), unit)
+    return plural(int(seconds), "second")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -40,7 +41,8 @@ def convert(
     from ..jobs.convert import convert as run
 
     source = arguments.path(checkpoint)
-    report, seconds = arguments.carried_out(run, "converting", source, **options, on_plan=_show)
+    tell = console.shown_by(asked=options["dry_run"], json=json)
+    report, seconds = arguments.carried_out(run, "converting", source, **options, on_plan=partial(_show, tell))
     arguments.say_part(report.part)
     if report.written:
         console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
@@ -48,16 +50,16 @@ def convert(
         console.print_json(arguments.plain(report))
 
 
-def _show(report: ConvertReport) -> None:
-    console.say(
+def _show(tell: console.Tell, report: ConvertReport) -> None:
+    tell(
         f"{report.path}: {report.format}, layout {report.layout}.",
         f"To layout {report.to}, {console.plural(report.tensors, 'tensor')}: {', '.join(report.placed)}.",
     )
     if report.dropped:
-        console.say(f"Not carried over: {console.some(report.dropped)}.")
+        tell(f"Not carried over: {console.some(report.dropped)}.")
     if report.companions:
-        console.say(f"Copied beside the weights: {console.some(report.companions)}.")
-    arguments.say_notes(report.notes)
+        tell(f"Copied beside the weights: {console.some(report.companions)}.")
+    arguments.say_notes(report.notes, tell)
 
 
 def _list(*, as_json: bool) -> None:
@@ -69,4 +71,4 @@ def _list(*, as_json: bool) -> None:
     width = max(len(layout.name) for layout in LAYOUTS)
     for layout in LAYOUTS:
         read_only = "" if layout.written else " (is read, not written)"
-        console.say(f"{layout.name:<{width}}  {layout.about}{read_only}")
+        console.show(f"{layout.name:<{width}}  {layout.about}{read_only}")

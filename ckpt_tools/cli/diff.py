@@ -9,6 +9,7 @@ import typer
 from ..errors import UsageError
 from ..jobs.options import Comparison, Drawing, Reading, SharedComparison, Tolerance
 from . import arguments, console
+from .tables import Table
 
 if TYPE_CHECKING:
     from ..jobs.diff import DiffReport, Side, TensorDiff
@@ -36,7 +37,7 @@ def diff(
     started = arguments.started(**options)
     told = report.complete and (started is None or bool(started.step) or started.index == 1)
     if told:
-        _show(report, top)
+        _show(report, top, console.shown_by(asked=True, json=json))
     if report.complete and options["plot"] is not None:
         console.wrote(f"Wrote {options['plot']}.")
     if json and (told or started is None):
@@ -45,56 +46,53 @@ def diff(
         raise typer.Exit(1)
 
 
-def _show(report: DiffReport, top: int) -> None:
+def _show(report: DiffReport, top: int, tell: console.Tell) -> None:
     for side in (report.a, report.b):
         lost = f", compared without {' and '.join(repr(p) for p in side.prefixes)}" if side.prefixes else ""
-        console.say(f"{side.name}: {side.state}, {console.plural(side.tensors, 'tensor')}{lost}")
-    arguments.say_notes(report.notes)
-    _show_names(report.a, report.only_a, top)
-    _show_names(report.b, report.only_b, top)
+        tell(f"{side.name}: {side.state}, {console.plural(side.tensors, 'tensor')}{lost}")
+    arguments.say_notes(report.notes, tell)
+    _show_names(report.a, report.only_a, top, tell)
+    _show_names(report.b, report.only_b, top, tell)
     for what, changes in (("shape", report.shapes), ("dtype", report.dtypes)):
         for change in changes[:top]:
-            console.say(f"{what} of {change.name}: {change.a}, and {change.b} in {report.b.name}")
-        _show_rest(what + "s that differ", len(changes) - top)
+            tell(f"{what} of {change.name}: {change.a}, and {change.b} in {report.b.name}")
+        _show_rest(what + "s that differ", len(changes) - top, tell)
     for name, kind in list(report.not_compared.items())[:top]:
-        console.say(f"not compared: {name} ({kind})")
-    _show_rest("tensors that are not compared", len(report.not_compared) - top)
+        tell(f"not compared: {name} ({kind})")
+    _show_rest("tensors that are not compared", len(report.not_compared) - top, tell)
     shown = [tensor for tensor in report.tensors if tensor.differing][:top]
     if shown:
-        _show_table(shown)
-        _show_rest("tensors that differ", sum(t.differing > 0 for t in report.tensors) - top)
-    console.say(_verdict(report))
+        tell(_table(shown))
+        _show_rest("tensors that differ", sum(t.differing > 0 for t in report.tensors) - top, tell)
+    tell(_verdict(report))
 
 
-def _show_names(side: Side, names: tuple[str, ...], top: int) -> None:
+def _show_names(side: Side, names: tuple[str, ...], top: int, tell: console.Tell) -> None:
     for name in names[:top]:
-        console.say(f"only in {side.name}: {name}")
-    _show_rest(f"names only in {side.name}", len(names) - top)
+        tell(f"only in {side.name}: {name}")
+    _show_rest(f"names only in {side.name}", len(names) - top, tell)
 
 
-def _show_rest(what: str, number: int) -> None:
+def _show_rest(what: str, number: int, tell: console.Tell) -> None:
     if number > 0:
-        console.say(f"... and {number} more {what}")
+        tell(f"... and {number} more {what}")
 
 
-def _show_table(tensors: list[TensorDiff]) -> None:
-    from rich.text import Text
-
-    width = console.bar_width(max(len(tensor.name) for tensor in tensors) + 50)
-    table = console.table("tensor", ("largest absolute", "relative", "values that differ"), bars=width)
-    # A counter that went on by thousands would leave nothing of the bars of the weights.
-    bars = [tensor.max_abs or 0.0 if tensor.weights else 0.0 for tensor in tensors]
-    for tensor, bar in zip(tensors, bars, strict=True):
+def _table(tensors: list[TensorDiff]) -> Table:
+    table = Table("tensor", ("largest absolute", "relative", "values that differ"), sampled=False)
+    for tensor in tensors:
         name = tensor.name + (f" (and {len(tensor.tied)} tied)" if tensor.tied else "")
         odd = f", {tensor.nonfinite} not finite" if tensor.nonfinite else ""
-        table.add_row(
-            Text(console.visible(name)),
+        table.add(
+            name,
             "codes" if tensor.max_abs is None else f"{tensor.max_abs:.3g}",
             "" if tensor.max_rel is None else f"{tensor.max_rel:.3g}",
             f"{tensor.differing} of {tensor.values}{odd}",
-            Text(console.bar(bar, max(bars), width), style="red" if tensor.beyond else "green"),
+            # A counter that went on by thousands would leave nothing of the bars of the weights.
+            bar=tensor.max_abs or 0.0 if tensor.weights else 0.0,
+            colour="red" if tensor.beyond else "green",
         )
-    console.stderr().print(table)
+    return table
 
 
 def _verdict(report: DiffReport) -> str:

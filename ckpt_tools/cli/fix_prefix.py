@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..jobs.options import Prefixes, RenamedOutput, Running
@@ -20,22 +21,25 @@ def fix_prefix(checkpoint: arguments.Averaged = None, *, json: arguments.Json = 
     from ..jobs.fix_prefix import fix_prefix as without_prefixes
 
     source = arguments.averaged(checkpoint)
-    report, seconds = arguments.carried_out(without_prefixes, "copying", source, **options, on_plan=_show)
+    tell = console.shown_by(asked=options["dry_run"], json=json)
+    report, seconds = arguments.carried_out(
+        without_prefixes, "copying", source, **options, on_plan=partial(_show, tell)
+    )
     if report.written:
         console.wrote(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")
     if json:
         console.print_json(arguments.plain(report))
 
 
-def _show(report: PrefixReport) -> None:
-    console.say(f"{report.path}: {report.format}, {console.plural(len(report.states), 'state dict')}.")
+def _show(tell: console.Tell, report: PrefixReport) -> None:
+    tell(f"{report.path}: {report.format}, {console.plural(len(report.states), 'state dict')}.")
     for state in report.states:
         place = state.place or "the whole file"
         parts = [f"{number} of {state.names} names lose '{prefix}'" for prefix, number in state.removed.items()]
         parts += [f"{number} of {state.names} names get '{prefix}'" for prefix, number in state.added.items()]
         example = "" if state.example is None else " ({} becomes {})".format(*state.example)
         done = f"{', '.join(parts)}{example}" if parts else f"{console.plural(state.names, 'name')}, none to change"
-        console.say(f"  {place}: {done}.")
+        tell(f"  {place}: {done}.")
     if not report.changed:
-        console.say(f"Nothing to fix; it {'stays' if report.in_place else 'is copied'} as it is.")
-    arguments.say_notes(report.notes)
+        tell(f"Nothing to fix; it {'stays' if report.in_place else 'is copied'} as it is.")
+    arguments.say_notes(report.notes, tell)

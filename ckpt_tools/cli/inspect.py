@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import arguments, console
+from . import arguments, common, console
+from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
     from ..jobs.inspect import Description, Optimizer, WeightSet
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    all_: common.All = False,
     json: Annotated[bool, typer.Option("--json", help="The description on stdout.")] = False,
 ) -> None:
     """Show what a checkpoint holds, from its header alone.
@@ -42,36 +45,36 @@ def inspect(
 
 def _show(d: Description) -> None:
     files = f" in {d.files} files" if d.files > 1 else ""
-    console.say(f"{d.path}: {d.format}, {console.size(d.nbytes)}{files}")
+    console.show(f"{d.path}: {d.format}, {console.size(d.nbytes)}{files}")
     if not d.sets:
-        console.say("  no weights in a known layout; other commands can be told the place with --state")
+        console.show("  no weights in a known layout; other commands can be told the place with --state")
     for weights in d.sets:
-        console.say(
+        console.show(
             f"  {weights.label}: {console.plural(len(weights.tensors), 'tensor')}, "
             f"{console.count(weights.elements)} values, {console.size(weights.nbytes)} (layout {weights.layout})"
         )
         largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
         for name, (number, nbytes) in weights.dtypes.items():
-            drawn = console.bar(nbytes, largest, console.bar_width(38))
-            console.say(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {drawn}")
+            drawn = bar(nbytes, largest, stream=sys.stdout)
+            console.show(f"    {name:<15} {number:>6} {console.size(nbytes):>9}  {drawn}")
         for prefix, number in weights.prefixes.items():
-            console.say(f"    {number} of {len(weights.tensors)} names carry '{prefix}'")
+            console.show(f"    {number} of {len(weights.tensors)} names carry '{prefix}'")
     facts = [f"{key} {value}" for key, value in d.counters.items()]
     if d.metric is not None:
         facts.append(f"metric {d.metric:g}")
     if facts:
-        console.say("  " + ", ".join(facts))
+        console.show("  " + ", ".join(facts))
     for optimizer in d.optimizers:
         _show_optimizer(optimizer)
     for place, number in d.other.items():
         if place not in {o.place.split(".")[0] for o in d.optimizers}:
-            console.say(f"  {place}: {console.plural(number, 'other tensor')}")
+            console.show(f"  {place}: {console.plural(number, 'other tensor')}")
     if d.foreign:
         names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in d.foreign.items())
-        console.say(f"  not understood, so neither imported nor run: {names}")
+        console.show(f"  not understood, so neither imported nor run: {names}")
     if d.provenance is not None:
         _show_provenance(d.provenance)
-    arguments.say_notes(d.notes)
+    arguments.say_notes(d.notes, console.show)
 
 
 def _show_optimizer(optimizer: Optimizer) -> None:
@@ -79,11 +82,11 @@ def _show_optimizer(optimizer: Optimizer) -> None:
     said = "" if multiple is None else f", {multiple:.2g} times the weights"
     if multiple is not None and times is not None and abs(times - multiple) > 0.05 * times:
         said += f" ({times:.2g} times in values)"
-    console.say(f"  {optimizer.place}: {optimizer.name}, {console.size(optimizer.nbytes)}{said}")
+    console.show(f"  {optimizer.place}: {optimizer.name}, {console.size(optimizer.nbytes)}{said}")
     rows = [row for row in optimizer.kept if row.multiple is None or row.multiple >= 0.001]  # no counts of steps
     shown = [row.name if row.multiple is None else f"{row.name} {row.multiple:.2g}" for row in rows]
     if shown:
-        console.say(f"    keeps {console.some(shown, 8)}")
+        console.show(f"    keeps {console.some(shown, 8)}")
 
 
 def _show_provenance(provenance: dict[str, object]) -> None:
@@ -91,13 +94,13 @@ def _show_provenance(provenance: dict[str, object]) -> None:
     options = "".join(f", {k} {_short(v)}" for k, v in arguments.items()) if isinstance(arguments, dict) else ""
     command = provenance.get("command")
     what = f"{provenance.get('mode')} average" if command == "avg" else str(command)
-    console.say(f"  made by ckpt-tools {provenance.get('version')}: {what} of {provenance.get('state')}{options}")
+    console.show(f"  made by ckpt-tools {provenance.get('version')}: {what} of {provenance.get('state')}{options}")
     if isinstance(measured := provenance.get("recalibrated"), dict):
         settings = ", ".join(f"{k} {_short(v)}" for k, v in measured.items())
-        console.say(f"  with BatchNorm statistics measured on it: {settings}")
+        console.show(f"  with BatchNorm statistics measured on it: {settings}")
     source = provenance.get("input")  # recal-bn has one, which may be an output itself
     if isinstance(source, dict) and isinstance(source.get("made"), dict):
-        console.say(f"  from {source.get('name')}:")
+        console.show(f"  from {source.get('name')}:")
         _show_provenance(source["made"])
     inputs = provenance.get("inputs")
     # Written by us, or by whoever wrote the file.
@@ -107,10 +110,9 @@ def _show_provenance(provenance: dict[str, object]) -> None:
         else []
     )
     largest = max((abs(i["coefficient"]) for i in rows), default=0)
-    width = console.bar_width(16 + max((len(str(i.get("name"))) for i in rows), default=0))
     for i in rows:
-        drawn = console.bar(i["coefficient"], largest, width)
-        console.say(f"    {i['coefficient']:>10.6f} {drawn:<{width}} {i.get('name')}")
+        drawn = bar(i["coefficient"], largest, stream=sys.stdout)
+        console.show(f"    {i['coefficient']:>10.6f} {drawn:<{BAR}} {i.get('name')}")
 
 
 def _short(value: object) -> str:
@@ -127,8 +129,7 @@ def _is_figure(value: object) -> bool:
 
 
 def _list(weights: WeightSet) -> None:
-    console.say("", weights.label)
-    width = max((len(row.name) for row in weights.tensors), default=0)
+    table = Table("", ("", ""), indent=2)
     for row in weights.tensors:
-        shape = "" if row.shape is None else str(list(row.shape))
-        console.say(f"  {row.name:<{width}}  {row.dtype:<10} {shape}")
+        table.add(row.name, row.dtype, "" if row.shape is None else str(list(row.shape)))
+    console.show("", weights.label, table)

@@ -8,7 +8,8 @@ import typer
 
 from ..errors import UsageError
 from ..jobs.options import Alignment, Drawing, Reading, Selection
-from . import arguments, console
+from . import arguments, common, console
+from .tables import Table
 
 if TYPE_CHECKING:
     from ..jobs.look import LookReport
@@ -21,6 +22,7 @@ def look(
     ],
     *,
     top: Annotated[int, typer.Option(help="Show the N tensors that move most.", metavar="N")] = 5,
+    all_: common.All = False,
     json: arguments.Json = False,
     **options: Any,
 ) -> None:
@@ -33,38 +35,33 @@ def look(
     from ..jobs.look import look as measure
 
     report, _ = arguments.carried_out(measure, "measuring", paths, **options)
-    _show(report, top)
+    _show(report, top, console.shown_by(asked=True, json=json))
     if options["plot"] is not None:
         console.wrote(f"Wrote {options['plot']}.")
     if json:
         console.print_json(arguments.plain(report))
 
 
-def _show(report: LookReport, top: int) -> None:
-    from rich.text import Text
-
+def _show(report: LookReport, top: int, tell: console.Tell) -> None:
     rates = any(each.learning_rate is not None for each in report.checkpoints)
     ages = any(each.start_left is not None for each in report.checkpoints)
-    names = [console.visible(each.name) for each in report.checkpoints]
-    longest = max(len("checkpoint"), *map(len, names))
-    width = console.bar_width(min(longest, 30) + 36 + 10 * rates + 12 * ages)
     columns = ("step", "to mean", "to next", "cosine", *(["lr"] if rates else []), *(["start left"] if ages else []))
-    table = console.table("checkpoint", columns, bars=width, cut=False)
-    farthest = max(each.to_mean for each in report.checkpoints)
-    for each, name in zip(report.checkpoints, names, strict=True):
-        table.add_row(
-            Text(name),
+    table = Table("checkpoint", columns)
+    for each in report.checkpoints:
+        table.add(
+            each.name,
             _cell(each.step, "d"),
             _cell(each.to_mean, ".4g"),
             _cell(each.to_next, ".4g"),
             _cell(each.cosine, "+.2f"),
             *([_cell(each.learning_rate, ".3g")] if rates else []),
             *([_cell(each.start_left, ".1%")] if ages else []),
-            Text(console.bar(each.to_mean, farthest, width), style="red" if each.name == report.outlier else "green"),
+            bar=each.to_mean,
+            colour="red" if each.name == report.outlier else "green",
         )
-    console.stderr().print(table)
     norm = sum(each.norm for each in report.checkpoints) / len(report.checkpoints)
-    console.say(
+    tell(
+        table,
         "",
         f"Ordered by {report.ordered_by}; weights: {report.state}. Read {console.size(report.bytes_read)}.",
         f"The norm of the checkpoints is {norm:.4g} on average, and that of their mean {report.mean_norm:.4f} of it.",
@@ -72,8 +69,8 @@ def _show(report: LookReport, top: int) -> None:
     moving = [*report.movement.items()][:top]
     if moving:
         shown = ", ".join(f"{console.visible(name)} ({share:.2%})" for name, share in moving)
-        console.say(f"These tensors move most, relative to their norm: {shown}.")
-    arguments.say_notes(report.notes)
+        tell(f"These tensors move most, relative to their norm: {shown}.")
+    arguments.say_notes(report.notes, tell)
 
 
 def _cell(value: float | None, form: str) -> str:

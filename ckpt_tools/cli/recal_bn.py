@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..jobs.options import Images, Inference, Measuring, Network, RecalibratedOutput, State
-from . import arguments, console
+from . import arguments, common, console
+from .tables import Table
 
 if TYPE_CHECKING:
     from ..batchnorm.report import BatchNormReport
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 @arguments.with_options(
     Network, State, Images, Measuring, RecalibratedOutput, Inference, images=arguments.number_of_images
 )
-def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False, **options: Any) -> None:
+def recal_bn(
+    checkpoint: arguments.Averaged = None, *, all_: common.All = False, json: arguments.Json = False, **options: Any
+) -> None:
     """Recalibrate the BatchNorm statistics of averaged weights.
 
     Example: ckpt recal-bn averaged.pth --data imagenet/train
@@ -24,16 +27,20 @@ def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = Fa
     if options["data"] is None:
         raise UsageError("--data is missing: the images to take the statistics from, such as --data imagenet/train.")
     arguments.check_folder()
-    from ..jobs.recalibrate import recalibrate_checkpoint
-
     plans: list[RecalibrationReport] = []
 
     def show_plan(plan: RecalibrationReport) -> None:
         console.clean_up_when_stopped()
         plans.append(plan)
-        _show_plan(plan)
+        _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with console.counting("images") as on_progress, console.printing_to_stderr():  # the user's own code
+    with (
+        console.counting("images") as on_progress,
+        console.patience("Loading torch and the model", 60),
+        console.printing_to_stderr(),  # the user's own code
+    ):
+        from ..jobs.recalibrate import recalibrate_checkpoint
+
         report = recalibrate_checkpoint(
             arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress
         )
@@ -47,25 +54,25 @@ def recal_bn(checkpoint: arguments.Averaged = None, *, json: arguments.Json = Fa
         console.print_json(arguments.plain(report))
 
 
-def _show_plan(report: RecalibrationReport) -> None:
+def _show_plan(report: RecalibrationReport, tell: console.Tell) -> None:
     layers = console.plural(report.layers, "BatchNorm layer")
-    console.say(f"{report.path}: {report.state}, {report.model}, {layers}.")
+    tell(f"{report.path}: {report.state}, {report.model}, {layers}.")
     if report.layers:
-        show_images(report)
+        show_images(report, tell)
     if report.dropped:
-        console.say(f"Not carried over: {', '.join(report.dropped[:6])}.")
-    arguments.say_notes(report.notes)
+        tell(f"Not carried over: {', '.join(report.dropped[:6])}.")
+    arguments.say_notes(report.notes, tell)
 
 
-def show_images(report: RecalibrationReport) -> None:
+def show_images(report: RecalibrationReport, tell: console.Tell) -> None:
     """Show which images the statistics are measured on, and how."""
     known = "" if report.images is None else f"{report.images} "
     passes = console.plural(report.passes, "pass", "passes")
-    console.say(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
+    tell(f"Statistics of {known}images of {report.data}, in {passes} on {report.device}.")
     if report.preprocessing:
         from ..evaluation.preprocessing import described
 
-        console.say(*described(report.preprocessing, report.preprocessing_from))
+        tell(*described(report.preprocessing, report.preprocessing_from))
 
 
 def show_statistics(report: RecalibrationReport) -> None:
@@ -76,22 +83,18 @@ def show_statistics(report: RecalibrationReport) -> None:
 
 
 def _show_statistics(found: BatchNormReport) -> None:
-    from rich.text import Text
-
-    longest = max((len(layer.name) for layer in found.layers), default=0)
-    width = console.bar_width(longest + 54)
-    table = console.table("layer", ("largest mean", "largest variance", "mean by", "var by"), bars=width)
+    # A bar is full at one standard deviation.
+    table = Table("layer", ("largest mean", "largest variance", "mean by", "var by"), full=1.0)
     for layer in found.layers:
-        drawn = console.bar(min(layer.mean_moved, 1.0), 1.0, width)  # full at one standard deviation
-        table.add_row(
-            Text(console.visible(layer.name or layer.class_name)),
+        table.add(
+            layer.name or layer.class_name,
             f"{layer.mean_before:.3g} → {layer.mean_after:.3g}",
             f"{layer.variance_before:.3g} → {layer.variance_after:.3g}",
             f"{layer.mean_moved:.2g} σ",
             f"x{layer.variance_moved:.3g}",
-            Text(drawn, style="green"),
+            bar=layer.mean_moved,
         )
-    console.stderr().print(table)
+    console.say(table)
     for name, class_name, reason in found.skipped:
         console.say(f"Left as it is: {name} ({class_name}), {reason}.")
     rate = found.images * found.passes / found.seconds if found.seconds else 0
@@ -115,8 +118,7 @@ def _show_statistics(found: BatchNormReport) -> None:
 def _show_accuracy(report: RecalibrationReport) -> None:
     if report.before is None or report.after is None:
         return
-    table = console.table(f"on {report.before.images} images", ("top-1 %", "top-5 %", "loss"), cut=False)
+    table = Table(f"on {report.before.images} images", ("top-1 %", "top-5 %", "loss"))
     for name, a in (("before", report.before), ("after", report.after)):
-        table.add_row(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}")
-    console.say("")
-    console.stderr().print(table)
+        table.add(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}")
+    console.say("", table)

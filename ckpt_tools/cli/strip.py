@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..jobs.options import KeptState, Moving, Sharing, StrippedOutput
 from . import arguments, console
+from .tables import Table
 
 if TYPE_CHECKING:
     from ..jobs.strip import StripReport
@@ -27,31 +29,34 @@ def strip(
     from ..jobs.strip import strip as without_training_state
 
     source = arguments.path(checkpoint)
-    report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=_show)
+    tell = console.shown_by(asked=options["dry_run"], json=json)
+    report, _ = arguments.carried_out(
+        without_training_state, "stripping", source, **options, on_plan=partial(_show, tell)
+    )
     arguments.say_part(report.part)
     if report.anything and (report.written or not report.part):
-        console.wrote(f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}.")
+        text = f"{report.out}: {_sizes(report)}."
+        console.wrote(f"Wrote {text}") if report.written else tell(f"Would write {text}")
     if json and arguments.reports(report, **options):
         console.print_json(arguments.plain(report))
 
 
-def _show(report: StripReport) -> None:
+def _show(tell: console.Tell, report: StripReport) -> None:
     if not report.anything:
-        console.say(f"{report.path}: nothing to strip. Nothing was written.")
-        arguments.say_notes(report.notes)
+        tell(f"{report.path}: nothing to strip. Nothing was written.")
+        arguments.say_notes(report.notes, tell)
         return
     rows = [(entry.place, entry.nbytes) for entry in report.entries]
     if report.compacted > 0:
         rows.append(("unused parts of storages", report.compacted))
-    names = max(len(place) for place, _ in rows)
-    width = console.bar_width(names + 14)
-    largest = max(nbytes for _, nbytes in rows)
+    table = Table("", ("",), indent=2)
     for place, nbytes in rows:
-        console.say(f"  {place:<{names}} {console.size(nbytes):>9}  {console.bar(nbytes, largest, width)}".rstrip())
-    console.say(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
+        table.add(place, console.size(nbytes), bar=nbytes)
+    tell(table)
+    tell(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
     if report.dropped:
-        console.say(f"Not carried over, because it is not plain data: {', '.join(report.dropped)}.")
-    arguments.say_notes(report.notes)
+        tell(f"Not carried over, because it is not plain data: {', '.join(report.dropped)}.")
+    arguments.say_notes(report.notes, tell)
 
 
 def _sizes(report: StripReport) -> str:

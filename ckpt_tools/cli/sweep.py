@@ -13,16 +13,14 @@ import typer
 
 from ..errors import DataError
 from ..jobs.sweep.options import GROUPS
-from . import arguments, console
+from . import arguments, common, console
+from .tables import Table, encodes
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ..jobs.sweep.report import Ranked, SweepReport
     from ..jobs.sweep.results import Result
 
 _SHADES = " ░▒▓█"
-_SHOWN = 20  # rows of a ranking
 _LIVE = 10  # rows while it runs
 
 
@@ -32,6 +30,7 @@ def sweep(
         list[str], typer.Argument(metavar="PATH", help="Files, quoted globs, folders (of checkpoints, or sharded).")
     ],
     *,
+    all_: common.All = False,
     json: arguments.Json = False,
     **options: Any,
 ) -> None:
@@ -50,7 +49,8 @@ def sweep(
     def show_plan(plan: SweepReport) -> None:
         console.clean_up_when_stopped()
         plans.append(plan)
-        _show_plan(plan, matrix=options["dry_run"])
+        tell = console.shown_by(asked=options["dry_run"], json=json)
+        _show_plan(plan, tell, matrix=options["dry_run"])
 
     words = Wording(command, arguments.spelled)
     try:
@@ -62,45 +62,43 @@ def sweep(
         raise
     if not options["dry_run"]:
         files = [options[name] for name in ("plot", "report", "csv") if options[name] is not None]
-        _show(report, [note for note in report.notes if note not in plans[0].notes], files)
+        tell = console.shown_by(asked=True, json=json)
+        _show(report, tell, [note for note in report.notes if note not in plans[0].notes], files)
     if json:
         console.print_json(arguments.plain(report))
     if report.failure:
         raise DataError(arguments.spelled(report.failure))
 
 
-def _show_plan(report: SweepReport, *, matrix: bool) -> None:
+def _show_plan(report: SweepReport, tell: console.Tell, *, matrix: bool) -> None:
     if matrix:
-        console.stderr().print(_matrix(report))
-        console.say("")
+        tell(_matrix(report), "")
     first, last = report.checkpoints[0], report.checkpoints[-1]
-    console.say(
+    tell(
         f"{console.plural(len(report.checkpoints), 'checkpoint')}: {first} to {last}, in the order of "
         f"{report.ordered_by}.",
         f"{console.plural(report.evaluations, 'evaluation')}; reads {console.size(report.bytes_read)} and writes "
         f"{console.size(report.bytes_written)} for the candidates.",
         *[f"Cannot be made: {label}: {arguments.spelled(why)}" for label, why in report.refused.items()],
     )
-    arguments.say_notes(report.notes)
+    arguments.say_notes(report.notes, tell)
 
 
 def _matrix(report: SweepReport) -> Table:
     """Draw the coefficients: a row for each candidate, a column for each checkpoint."""
-    from rich.text import Text
-
-    table = console.table("candidate", ("of",), cut=False)
-    table.add_column("coefficients, oldest first", overflow="fold")
-    shades = _SHADES if console.encodes(_SHADES) else " .:*#"
+    shades = _SHADES if encodes(_SHADES, sys.stdout) else " .:*#"
+    table = Table("candidate", ("of",), drawn="coefficients, oldest first")
     for each in report.candidates:
-        drawn = Text()
         by_name = dict(zip(each.checkpoints, each.coefficients, strict=True))
         largest = max(map(abs, each.coefficients)) or 1.0
+        levels = []
         for name in report.checkpoints:
             value = by_name.get(name, 0.0)
-            level = 0 if value == 0 else 1 + min(int(abs(value) / largest * 4), 3)
-            drawn.append(shades[level] * 2, style="red" if value < 0 else "green")
+            levels.append(0 if value == 0 else 1 + min(int(abs(value) / largest * 4), 3))
         same = f" (also {', '.join(each.same)})" if each.same else ""
-        table.add_row(Text(console.visible(each.label + same)), str(len(each.checkpoints)), drawn)
+        colour = "red" if min(each.coefficients) < 0 else "green"
+        drawn = "".join(shades[level] * 2 for level in levels)
+        table.add(each.label + same, str(len(each.checkpoints)), drawn=drawn, colour=colour)
     return table
 
 
@@ -135,17 +133,17 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
         yield {"on_result": line}
         return
     from rich.live import Live
+    from rich.text import Text
 
     console.clean_up_when_stopped()  # the cursor is hidden
     with Live(console=console.stderr(), refresh_per_second=4, transient=True) as live:
         known: list[int] = []
         state = {"what": "", "done": 0, "total": 0}
 
-        def table() -> Table:
-            shown = _results_table(found)
+        def table() -> Text:
             scored = f"{state['done']} of {state['total']} scored" if state["total"] else ""
-            shown.caption = f"{scored}{state['what']}".removeprefix("; ")
-            return shown
+            lines = _results_table(found).lines(console.columns(), sys.stderr)
+            return Text.from_ansi("\n".join([*lines, f"{scored}{state['what']}".removeprefix("; ")]))
 
         def on_result(result: Result, done: int, total: int) -> None:
             known.append(done - 1)
@@ -162,77 +160,56 @@ def _live() -> Iterator[dict[str, Callable[..., None]]]:
 
 
 def _results_table(found: Sequence[Result]) -> Table:
-    from rich.text import Text
-
     names = [*dict.fromkeys(name for result in found for name in result.metrics)][:4]
-    table = console.table("the last candidates", names, cut=False)
+    table = Table("the last candidates", names)
     for result in found[-_LIVE:]:
         figures = [f"{result.metrics[name]:.6g}" if name in result.metrics else "" for name in names]
-        table.add_row(
-            Text(console.visible(result.label if result.error is None else f"{result.label}: failed")), *figures
-        )
+        table.add(result.label if result.error is None else f"{result.label}: failed", *figures)
     return table
 
 
-def _show(report: SweepReport, notes: Sequence[str], shown: Sequence[str]) -> None:
+def _show(report: SweepReport, tell: console.Tell, notes: Sequence[str], files: Sequence[str]) -> None:
     metric = report.metric or ""
-    console.stderr().print(_ranking(report, metric))
-    hidden = len(report.candidates) - _SHOWN
-    if hidden > 0:
-        console.say(f"... and {hidden} more in {report.results}.")
     reused = f", {report.reused} known from before" if report.reused else ""
     direction = "lower" if report.lower_is_better else "higher"
-    console.say(
+    tell(
+        _ranking(report, metric),
         "",
         f"{console.plural(report.evaluations, 'evaluation')}{reused}; {metric} decides, {direction} is better.",
     )
-    arguments.say_notes(notes)
+    arguments.say_notes(notes, tell)
     if not report.failure:
-        console.say(arguments.spelled(report.verdict))
+        tell(arguments.spelled(report.verdict))
     for each in report.against_last:
         if each.low is not None and each.metric != metric:
-            console.say(
-                f"  {each.metric}: {each.best:.6g} against {each.other:.6g} ({each.low:+.4g} to {each.high:+.4g})."
-            )
+            tell(f"  {each.metric}: {each.best:.6g} against {each.other:.6g} ({each.low:+.4g} to {each.high:+.4g}).")
     if report.written:
         console.wrote(f"Wrote {report.out}.")
-    for path in shown:
+    for path in files:
         console.wrote(f"Wrote {path}.")
-    console.say("Reproduce the best:", f"  {command(report)}")
+    tell("Reproduce the best:", f"  {command(report)}")
 
 
 def _ranking(report: SweepReport, metric: str) -> Table:
-    from rich.text import Text
-
     others = [*dict.fromkeys(name for each in report.candidates for name in each.metrics if name != metric)][:3]
-    width = console.bar_width(50)
-    table = console.table("candidate", (metric, *others), bars=width, cut=False)
+    table = Table("candidate", (metric, *others))
     values = [each.metrics[metric] for each in report.candidates if metric in each.metrics]
     worst, best = (max(values), min(values)) if report.lower_is_better else (min(values), max(values))
-    rows = [*report.candidates[:_SHOWN]]
-    rows += [each for each in report.candidates[_SHOWN:] if each.label == report.last]
-    for each in rows:
+    for each in report.candidates:
         value = each.metrics.get(metric)
         figures = [f"{each.metrics[name]:.6g}" if name in each.metrics else "" for name in (metric, *others)]
-        drawn = ""
-        if value is not None:
-            # From the worst to the best, for the differences are small beside the values.
-            drawn = console.bar(abs(value - worst) + 0.05 * abs(best - worst), 1.05 * abs(best - worst) or 1, width)
-        table.add_row(
-            _name(report, each), *figures, Text(drawn, style="green" if each.label == report.best else "blue")
-        )
+        # From the worst to the best, for the differences are small beside the values.
+        length = 0.0 if value is None else abs(value - worst) + 0.05 * abs(best - worst)
+        first = each.label == report.best
+        table.add(_name(report, each), *figures, bar=length, colour="green" if first else "blue", bold=first)
     return table
 
 
-def _name(report: SweepReport, each: Ranked) -> Any:
-    from rich.text import Text
-
+def _name(report: SweepReport, each: Ranked) -> str:
     marks = [mark for mark, label in (("best", report.best), ("last", report.last)) if each.label == label]
     marks += ["best single"] if each.label == report.best_single and each.label != report.best else []
     failed = [] if each.error is None else ["not scored"]
-    said = f" ({', '.join([*marks, *failed])})" if marks or failed else ""
-    style = "bold" if each.label == report.best else ""
-    return Text(console.visible(each.label) + said, style=style)
+    return each.label + (f" ({', '.join([*marks, *failed])})" if marks or failed else "")
 
 
 def command(report: SweepReport) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..jobs.options import Inference, State
 from ..jobs.tune.options import Classifier, LabelledImages, Teaching, Training, TunedOutput
 from . import arguments, console
+from .tables import Table
 
 if TYPE_CHECKING:
     from ..evaluation.scores import Accuracy
@@ -28,16 +27,20 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
     if options["data"] is None:
         raise UsageError("--data is missing: the images to train on, such as --data imagenet/train.")
     arguments.check_folder()
-    from ..jobs.tune.job import tune_checkpoint
-
     plans: list[TuneReport] = []
 
     def show_plan(plan: TuneReport) -> None:
         console.clean_up_when_stopped()
         plans.append(plan)
-        _show_plan(plan)
+        _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with console.counting("images") as on_progress, redirect_stdout(sys.stderr):  # the user's own code may print
+    with (
+        console.counting("images") as on_progress,
+        console.patience("Loading torch and the model", 60),
+        console.printing_to_stderr(),  # the user's own code
+    ):
+        from ..jobs.tune.job import tune_checkpoint
+
         report = tune_checkpoint(
             arguments.averaged(checkpoint), **options, on_plan=show_plan, on_sizes=_show_sizes, on_progress=on_progress
         )
@@ -55,35 +58,34 @@ def _what(report: TuneReport) -> str:
     return f"{trained}, {layers} recalibrated" if report.recalibrated else trained
 
 
-def _show_plan(report: TuneReport) -> None:
-    console.say(f"{report.path}: {report.state}, {report.model}, {report.classes} classes.")
+def _show_plan(report: TuneReport, tell: console.Tell) -> None:
+    tell(f"{report.path}: {report.state}, {report.model}, {report.classes} classes.")
     if report.preprocessing:
         from ..evaluation.preprocessing import described
 
-        console.say(*described(report.preprocessing, report.preprocessing_from))
+        tell(*described(report.preprocessing, report.preprocessing_from))
     if report.recalibrated:
-        console.say(f"BatchNorm layers to measure: {console.some(report.recalibrated)}.")
+        tell(f"BatchNorm layers to measure: {console.some(report.recalibrated)}.")
     trained = console.some(report.trained) if report.trained else "the whole network"
     s = report.settings
-    console.say(
+    tell(
         f"To train: {trained} ({console.count(report.parameters)} parameters), on {report.images} images of "
         f"{report.data}, {console.plural(s['epochs'], 'epoch')}, learning rate {s['lr']:g}, on {report.device}."
     )
     if report.teacher is not None:
-        console.say(f"With {report.teacher}: weight {s['alpha']:g}, temperature {s['temperature']:g}.")
+        tell(f"With {report.teacher}: weight {s['alpha']:g}, temperature {s['temperature']:g}.")
     if report.feature_bytes:
-        console.say(f"Features on the disk: {console.size(report.feature_bytes)}, removed at the end.")
+        tell(f"Features on the disk: {console.size(report.feature_bytes)}, removed at the end.")
     if report.dropped:
-        console.say(f"Not carried over: {console.some(report.dropped)}.")
-    arguments.say_notes(report.notes)
+        tell(f"Not carried over: {console.some(report.dropped)}.")
+    arguments.say_notes(report.notes, tell)
 
 
 def _show_sizes(sizes: Sequence[SizeScore]) -> None:
-    table = console.table("image size, without training", ("top-1 %", "top-5 %", "loss"), cut=False)
+    table = Table("image size, without training", ("top-1 %", "top-5 %", "loss"))
     for each in sizes:
-        table.add_row(str(each.size), *(("refused", "", "") if each.accuracy is None else _figures(each.accuracy)))
-    console.say("")
-    console.stderr().print(table)
+        table.add(str(each.size), *(("refused", "", "") if each.accuracy is None else _figures(each.accuracy)))
+    console.say("", table)
     for each in sizes:
         if each.error is not None:
             console.say(f"Size {each.size}: {arguments.spelled(each.error)}")
@@ -92,11 +94,10 @@ def _show_sizes(sizes: Sequence[SizeScore]) -> None:
 def _show_result(report: TuneReport) -> None:
     if report.stages:
         images = next(iter(report.stages.values())).images
-        table = console.table(f"on {images} images", ("top-1 %", "top-5 %", "loss"), cut=False)
+        table = Table(f"on {images} images", ("top-1 %", "top-5 %", "loss"))
         for stage, accuracy in report.stages.items():
-            table.add_row(stage, *_figures(accuracy))
-        console.say("")
-        console.stderr().print(table)
+            table.add(stage, *_figures(accuracy))
+        console.say("", table)
         for change in report.changes:
             told = {each.metric: each for each in change.comparisons}
             parts = [

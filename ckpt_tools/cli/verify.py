@@ -30,7 +30,7 @@ def verify(
     for checkpoint in checkpoints:
         report, _ = arguments.carried_out(check, "verifying", arguments.path(checkpoint), **options)
         reports.append(report)
-        _show(report)
+        _show(report, console.shown_by(asked=True, json=json))
     passed = all(report.passed for report in reports)
     if json:
         console.print_json({"passed": passed, "checkpoints": [_plain(report) for report in reports]})
@@ -38,14 +38,14 @@ def verify(
         raise typer.Exit(1)
 
 
-def _show(report: VerifyReport) -> None:
-    console.say(f"{report.path}:")
+def _show(report: VerifyReport, tell: console.Tell) -> None:
+    tell(f"{report.path}:")
     width = max(len(check.name) for check in report.checks)
     for check in report.checks:
-        console.say(f"  {check.result:<11}  {check.name:<{width}}  {arguments.spelled(check.detail)}")
+        tell(f"  {check.result:<11}  {check.name:<{width}}  {arguments.spelled(check.detail)}")
     failed, left = report.count("failed"), report.count("not checked")
     verdict = f"{console.plural(failed, 'check')} failed" if failed else f"{report.count('ok')} checks passed"
-    console.say(f"{'FAILED' if failed else 'Verified'}: {verdict}" + (f", {left} not made." if left else "."))
+    tell(f"{'FAILED' if failed else 'Verified'}: {verdict}" + (f", {left} not made." if left else "."))
 
 
 def _plain(report: VerifyReport) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def coefficients(*arguments: str) -> dict[str, float]:
 def shown(*arguments: str) -> str:
     result = run("avg", "run", *arguments, "--dry-run", columns=1000)
     assert result.code == 0, result.err
-    return result.err
+    return result.out + result.err
 
 
 @pytest.mark.parametrize("more", [[], ["--mode", "decay"]])
@@ -138,7 +138,7 @@ def test_best_names_folders_where_all_files_have_one_name() -> None:
         write(f"run/CKPT+{i}/model.ckpt", weights(i))
         Path(f"run/CKPT+{i}/CKPT.yaml").write_text(f"WER: {wer}\n")
     result = run("avg", "run/*/model.ckpt", "--best", "1", "--metric", "WER", "--dry-run", columns=1000)
-    assert "Best by 'WER', from the YAML files beside them; lower is better, by its name: CKPT+2 7.5." in result.err
+    assert "Best by 'WER', from the YAML files beside them; lower is better, by its name: CKPT+2 7.5." in result.out
 
 
 def test_files_at_one_step_are_counted_as_files_and_that_is_said() -> None:
@@ -168,7 +168,7 @@ def test_a_decay_that_is_chosen_is_shown_and_what_it_reaches() -> None:
     )
     assert "no decay makes the average as old as a third." in shown("--warmup", "timm", "--update-after", "20")
     write("one/a-1.pth", weights(1))
-    assert "which fits" not in run("avg", "one", "--mode", "ema", "--dry-run").err
+    assert "which fits" not in run("avg", "one", "--mode", "ema", "--dry-run").out
 
 
 def test_one_checkpoint_that_counts_alone_is_where_tensors_are_copied_from() -> None:
@@ -180,7 +180,7 @@ def test_one_checkpoint_that_counts_alone_is_where_tensors_are_copied_from() -> 
 def test_weights_belong_to_the_paths_in_their_order_whatever_is_typed() -> None:
     even(4)
     result = run("avg", "run/c3.pth", "run/c[01].pth", "run", "--weights", "5,1,2,0", "--dry-run", columns=1000)
-    assert "The weights of the files: c3.pth 0.625, c0.pth 0.125, c1.pth 0.25, c2.pth 0." in result.err
+    assert "The weights of the files: c3.pth 0.625, c0.pth 0.125, c1.pth 0.25, c2.pth 0." in result.out
 
 
 @pytest.mark.parametrize(
@@ -382,5 +382,5 @@ def test_the_page_shows_what_the_tool_draws() -> None:
     assert len(blocks) == 4
     for block in blocks:
         command, *lines = block.splitlines()
-        drawn = [line.rstrip() for line in run(*command.split()).err.splitlines()]
+        drawn = [line.rstrip() for line in run(*command.split()).out.splitlines()]
         assert drawn[1:9] == lines, command

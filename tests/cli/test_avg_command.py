@@ -168,8 +168,10 @@ def test_avg_writes_json_alone_to_stdout(pair: list[Path]) -> None:
     assert run("avg", *pair, "--force").out == ""
 
 
-def test_avg_writes_no_json_for_a_refused_job(pair: list[Path]) -> None:
-    assert "gone.pth" in refused(Path(), "avg", *pair, "gone.pth", "--json")
+def test_a_refused_job_is_an_error_in_json(pair: list[Path]) -> None:
+    message = refused(Path(), "avg", *pair, "gone.pth", "--json").removeprefix("Error: ")
+    error = {"type": "SeriesError", "message": message, "exit_code": 1}
+    assert json.loads(run("avg", *pair, "gone.pth", "--json").out) == {"error": error}
 
 
 @contextmanager
@@ -226,7 +228,7 @@ def test_avg_dry_run_notes_a_target_that_the_run_rejects(pair: list[Path]) -> No
         refusal = refused(Path(), "avg", *pair, "-o", "out", *options).removeprefix("Error: ")
         planned = run("avg", *pair, "-o", "out", *options, "--dry-run")
         assert planned.code == 0
-        assert f"Without --dry-run this would be refused: {refusal}" in planned.err.splitlines()
+        assert f"Without --dry-run this would be refused: {refusal}" in planned.out.splitlines()
 
 
 def test_avg_dry_run_announces_the_bytes_then_written(runs: list[Path]) -> None:
@@ -240,8 +242,8 @@ def test_avg_dry_run_announces_the_bytes_then_written(runs: list[Path]) -> None:
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
 def test_avg_table_fits_the_terminal_and_keeps_names_whole(runs: list[Path], columns: int) -> None:
-    result = run("avg", *runs, "--dry-run", columns=columns)
-    table = result.err.split("\n\n")[0].splitlines()
+    result = run("avg", *runs, "--dry-run", columns=columns, terminal=True, NO_COLOR="1")
+    table = result.out.split("\n\n")[0].splitlines()
     assert len(table) == 13
     assert max(map(len, table)) <= columns
     assert table[-1].split()[0] == "checkpoint-12.pth"
@@ -251,8 +253,8 @@ def test_avg_table_shows_negative_coefficients_and_unknown_steps() -> None:
     for name in ("early", "late"):
         torch.save({"w": torch.full((2,), float(len(name)))}, f"{name}.pth")
     result = run("avg", "early.pth", "late.pth", "--mode", "weights", "--weights", "-1,2", "--dry-run")
-    assert result.err.splitlines()[1].split()[:2] == ["early.pth", "-1.000000"]
-    assert "early.pth has no step" in result.err
+    assert result.out.splitlines()[1].split()[:2] == ["early.pth", "-1.000000"]
+    assert "early.pth has no step" in result.out
 
 
 def test_avg_shows_notes_and_the_state(pair: list[Path]) -> None:
@@ -271,7 +273,8 @@ def test_avg_shows_tensors_that_some_checkpoints_lack(pair: list[Path]) -> None:
     torch.save({"state_dict": {"w": torch.zeros(4), "head": torch.zeros(1)}, "epoch": 3}, "c-3.pth")
     for plan in (["--dry-run"], []):
         result = run("avg", *pair, "c-3.pth", "--keys", "intersection", *plan)
-        assert "Left out, because some checkpoints do not have them: head, n." in result.err
+        shown = result.out if plan else result.err
+        assert "Left out, because some checkpoints do not have them: head, n." in shown
     result = run("avg", *pair, "c-3.pth", "--keys", "union", "-o", "union.pth")
     assert "Not in every checkpoint, so averaged over those that have them: 'head' and 1 more." in result.err
 

@@ -42,15 +42,15 @@ def test_convert_writes_the_report_as_json() -> None:
 def test_convert_dry_run_writes_nothing() -> None:
     result = run("convert", "c.pth", "--to", "deit", "-o", "d.pth", "--dry-run")
     assert result.code == 0
-    assert "raw (state_dict) → model, ema (state_dict_ema) → model_ema" in result.err
+    assert "raw (state_dict) → model, ema (state_dict_ema) → model_ema" in result.out
     assert not Path("d.pth").exists()
 
 
 def test_convert_list_shows_the_layouts() -> None:
     result = run("convert", "--list")
     assert result.code == 0
-    assert "timm-ema          timm, with the weights as state_dict_ema" in result.err.splitlines()
-    assert "(is read, not written)" in next(line for line in result.err.splitlines() if line.startswith("nemo"))
+    assert "timm-ema          timm, with the weights as state_dict_ema" in result.out.splitlines()
+    assert "(is read, not written)" in next(line for line in result.out.splitlines() if line.startswith("nemo"))
     listed = json.loads(run("convert", "--list", "--json").out)
     assert {"name": "plain", "about": "names to tensors: one set of weights", "written": True} in listed
 

@@ -6,20 +6,20 @@ import re
 from pathlib import Path
 
 import pytest
-import typer
-from typer.main import get_command
 
-from ckpt_tools.cli import app
+from ckpt_tools.cli.commands import COMMANDS as LISTED
+from ckpt_tools.cli.commands import made
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
-GROUP = get_command(app)
-COMMANDS = {name: GROUP.get_command(typer.Context(GROUP), name) for name in GROUP.list_commands(typer.Context(GROUP))}  # type: ignore[attr-defined]
+COMMANDS = {name: made(name) for name in LISTED}
+EVERYWHERE = {"--quiet", "-q", "--verbose", "-v", "--show-config"}
 OPTIONS = [
     (name, option)
     for name, command in COMMANDS.items()
     for parameter in command.params
     if parameter.param_type_name == "option"
     for option in (*parameter.opts, *parameter.secondary_opts)
+    if option not in EVERYWHERE
 ]
 
 
@@ -60,7 +60,23 @@ def test_help_describes_every_option(command: str, option: str) -> None:
     assert parameter.help, f"ckpt {command} {option} has no help"
 
 
-@pytest.mark.parametrize("code", ["0 done", "1 refused or failed", "2 wrong usage", "130 interrupted"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_the_options_of_all(command: str) -> None:
+    assert {option for p in COMMANDS[command].params for option in p.opts} >= EVERYWHERE
+
+
+def test_docs_list_the_options_of_all_commands_once() -> None:
+    head = DOCS.read_text().partition("## ckpt ")[0]
+    assert EVERYWHERE | {"--help", "-h", "--version"} <= documented(head)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_list_of_commands_has_the_first_line_of_each_help(command: str) -> None:
+    """The list is a table, so that `ckpt --help` imports no command."""
+    assert LISTED[command] == COMMANDS[command].help.splitlines()[0]
+
+
+@pytest.mark.parametrize("code", ["| 0 | done", "| 1 | refused or failed", "| 2 | wrong usage", "| 130 | interrupted"])
 def test_docs_list_exit_codes(code: str) -> None:
     assert code in DOCS.read_text()
 

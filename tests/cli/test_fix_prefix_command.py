@@ -127,7 +127,7 @@ def test_fix_prefix_dry_run_writes_nothing() -> None:
     report = json.loads(result.out)
     assert report["states"][0]["removed"] == {"module.": 2}
     assert (report["changed"], report["written"]) == (True, False)
-    assert "Without --dry-run this would be refused: averaged.pth: is a symbolic link." in result.err
+    assert "Without --dry-run this would be refused: averaged.pth: is a symbolic link." in result.out
     assert contents(Path()) == before
 
 

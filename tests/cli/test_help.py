@@ -8,15 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from cli_runner import PATIENCE, environment, run
-from typer.main import get_command
 
 import ckpt_tools
-from ckpt_tools.cli import app
+from ckpt_tools.cli.commands import COMMANDS, made
 
-GROUP = get_command(app)
-COMMANDS = sorted(GROUP.list_commands(typer.Context(GROUP)))  # type: ignore[attr-defined]
 LAST_EXAMPLE = re.compile(r"^Example: (ckpt .+)$", re.MULTILINE)
 
 # Runs `ckpt` with some arguments and says whether torch came in.
@@ -31,7 +27,7 @@ except SystemExit as end:
 
 
 def help_text(command: str) -> str:
-    return str(GROUP.get_command(typer.Context(GROUP), command).help)  # type: ignore[attr-defined]
+    return str(made(command).help)
 
 
 @pytest.mark.parametrize(

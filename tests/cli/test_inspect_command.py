@@ -23,8 +23,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_inspect_summarizes_a_timm_checkpoint(runs: list[Path]) -> None:
     result = run("inspect", runs[3])
-    assert (result.code, result.out) == (0, "")
-    lines = [line.strip() for line in result.err.splitlines()]
+    assert (result.code, result.err) == (0, "")
+    lines = [line.strip() for line in result.out.splitlines()]
     assert lines[0] == f"{runs[3]}: torch-zip, 220 kB"
     assert "ema (state_dict_ema): 20 tensors, 17k values, 68.1 kB (layout timm)" in lines
     assert "raw (state_dict): 20 tensors, 17k values, 68.1 kB (layout timm)" in lines
@@ -37,8 +37,8 @@ def test_inspect_summarizes_a_timm_checkpoint(runs: list[Path]) -> None:
 @pytest.mark.parametrize("number", [2, 9])
 def test_inspect_summarizes_a_legacy_file(runs: list[Path], number: int) -> None:
     result = run("inspect", runs[number - 1])
-    assert "torch-legacy" in result.err.splitlines()[0]
-    assert "ema (state_dict_ema): 20 tensors" in result.err
+    assert "torch-legacy" in result.out.splitlines()[0]
+    assert "ema (state_dict_ema): 20 tensors" in result.out
 
 
 def test_inspect_reads_no_payload(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_inspect_writes_json_alone_to_stdout(runs: list[Path]) -> None:
 
 
 def test_inspect_lists_tensors_on_request(runs: list[Path]) -> None:
-    shown = run("inspect", runs[0], "--tensors").err
+    shown = run("inspect", runs[0], "--tensors").out
     assert shown.count("head.weight ") == 2
     row = next(line for line in shown.splitlines() if "bn1.num_batches_tracked" in line)
     assert row.split() == ["bn1.num_batches_tracked", "int64", "[]"]
@@ -72,7 +72,7 @@ def test_inspect_lists_tensors_on_request(runs: list[Path]) -> None:
 
 def test_inspect_shows_provenance(runs: list[Path]) -> None:
     assert run("avg", *runs, "--mode", "ema", "--decay", "0.7").code == 0
-    shown = run("inspect", "averaged.pth").err
+    shown = run("inspect", "averaged.pth").out
     assert "ema average of ema (state_dict_ema), decay 0.7" in shown
     rows = [line.split() for line in shown.splitlines() if line.rstrip().endswith(".pth")]
     assert [row[-1] for row in rows] == [path.name for path in runs]
@@ -86,7 +86,7 @@ def test_inspect_shows_forged_provenance_as_far_as_possible() -> None:
     save_file({"w": torch.zeros(2)}, "c.safetensors", {"ckpt_tools": json.dumps({"inputs": [*inputs, [[]], None]})})
     result = run("inspect", "c.safetensors")
     assert result.code == 0
-    assert [line.split()[-1] for line in result.err.splitlines()[3:]] == ["None", "a"]
+    assert [line.split()[-1] for line in result.out.splitlines()[3:]] == ["None", "a"]
     assert run("inspect", "c.safetensors", "--json").code == 0
 
 
@@ -99,7 +99,7 @@ def test_inspect_lists_foreign_names_and_runs_nothing() -> None:
     before = contents(Path())
     result = run("inspect", "c.pth")
     assert result.code == 0
-    assert "not understood, so neither imported nor run: posix.mkdir" in result.err
+    assert "not understood, so neither imported nor run: posix.mkdir" in result.out
     assert json.loads(run("inspect", "c.pth", "--json").out)["foreign"] == {"posix.mkdir": 1}
     assert contents(Path()) == before
 
@@ -108,8 +108,8 @@ def test_inspect_summarizes_a_file_without_known_weights() -> None:
     torch.save({"student": {"backbone": {"w": torch.zeros(2)}}, "epoch": 3}, "c.pth")
     result = run("inspect", "c.pth")
     assert result.code == 0
-    assert "no weights in a known layout" in result.err
-    assert "student: 1 other tensor" in result.err
+    assert "no weights in a known layout" in result.out
+    assert "student: 1 other tensor" in result.out
 
 
 def test_inspect_summarizes_a_sharded_folder_as_one_checkpoint() -> None:
@@ -119,14 +119,14 @@ def test_inspect_summarizes_a_sharded_folder_as_one_checkpoint() -> None:
     weight_map = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", 1)}
     Path("m/model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     result = run("inspect", "m")
-    assert "m: sharded" in result.err
-    assert "in 3 files" in result.err
-    assert "raw (the whole file): 2 tensors, 6 values, 24 B (layout plain)" in result.err
+    assert "m: sharded" in result.out
+    assert "in 3 files" in result.out
+    assert "raw (the whole file): 2 tensors, 6 values, 24 B (layout plain)" in result.out
 
 
 def test_inspect_shows_unsupported_tensors_by_reason() -> None:
     torch.save({"w": torch.eye(3).to_sparse(), "v": torch.zeros(2)}, "c.pth")
-    shown = run("inspect", "c.pth", "--tensors").err
+    shown = run("inspect", "c.pth", "--tensors").out
     assert next(line for line in shown.splitlines() if line.startswith("  w ")).split() == ["w", "sparse"]
 
 

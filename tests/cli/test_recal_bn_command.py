@@ -54,7 +54,7 @@ def test_recal_bn_writes_new_statistics(averaged: Path) -> None:
 
 @pytest.mark.parametrize("columns", [40, 60, 80])
 def test_recal_bn_report_fits_a_narrow_terminal(averaged: Path, columns: int) -> None:
-    result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", columns=columns)
+    result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", columns=columns, terminal=True, TERM="dumb")
     assert result.code == 0, result.err
     table = result.err.splitlines()[4:-4]
     assert all(len(line) <= columns for line in table), table
@@ -98,7 +98,7 @@ def test_recal_bn_dry_run_shows_the_plan(averaged: Path, tmp_path: Path) -> None
 
 def test_inspect_shows_the_provenance_of_statistics(averaged: Path) -> None:
     run("recal-bn", *GRAY, "--data", FIXTURES / "digits/val", "--images", "200")
-    shown = run("inspect", "averaged-bn.pth").err
+    shown = run("inspect", "averaged-bn.pth").out
     assert "recal-bn" in shown
     assert "images 200" in shown
     assert "checkpoint-12.pth" in shown

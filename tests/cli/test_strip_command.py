@@ -26,8 +26,8 @@ def test_strip_shows_each_entry_with_its_size(runs: list[Path]) -> None:
     assert "Kept: ema (state_dict_ema), raw (state_dict), epoch, arch, version, args, metric." in lines
     gained = runs[3].stat().st_size - Path("s.pth").stat().st_size
     assert lines[-1] == f"Wrote s.pth: 147 kB of 220 kB, {gained / 1000:.3g} kB (33%) less."
-    assert "made by ckpt-tools" in run("inspect", "s.pth").err
-    assert ": strip of ema (state_dict_ema) and raw (state_dict)" in run("inspect", "s.pth").err
+    assert "made by ckpt-tools" in run("inspect", "s.pth").out
+    assert ": strip of ema (state_dict_ema) and raw (state_dict)" in run("inspect", "s.pth").out
     assert run("diff", "s.pth", runs[3]).code == run("diff", "s.pth", runs[3], "--state", "raw").code == 0
 
 
@@ -51,7 +51,7 @@ def test_strip_writes_json_alone_to_stdout(runs: list[Path]) -> None:
 def test_strip_dry_run_shows_the_output_and_writes_nothing(runs: list[Path]) -> None:
     result = run("strip", runs[3], "-o", "s.pth", "--dry-run")
     assert (result.code, contents(Path())) == (0, {})
-    assert result.err.splitlines()[-1].startswith("Would write s.pth: 147 kB of 220 kB")
+    assert result.out.splitlines()[-1].startswith("Would write s.pth: 147 kB of 220 kB")
 
 
 def test_strip_shows_compacted_views_apart(save: Save) -> None:

@@ -53,7 +53,7 @@ def test_tune_shows_sizes_stages_and_intervals_and_writes(here_with_digits: Path
     assert Path("last.pth").read_bytes() == before
     old, new = (torch.load(f"last{end}.pth", weights_only=True)["state_dict"] for end in ("", "-tuned"))
     assert {name.partition(".")[0] for name in old if not old[name].equal(new[name])} == {"bn3", "head"}
-    shown = run("inspect", "last-tuned.pth").err
+    shown = run("inspect", "last-tuned.pth").out
     assert "tune" in shown
     assert "epochs 5" in shown
 

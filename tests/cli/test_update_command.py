@@ -25,10 +25,10 @@ def mean(path: str) -> float:
 
 def test_update_shows_all_coefficients_and_writes_the_average_of_all(paths: list[str]) -> None:
     shown = run("avg", "--update", "averaged.pth", "c-4.pth", "-o", "four.pth", "--dry-run")
-    assert [shown.err.count(name) for name in paths] == [1, 1, 1, 1]
-    assert shown.err.count("0.250000") == 4
+    assert [shown.out.count(name) for name in paths] == [1, 1, 1, 1]
+    assert shown.out.count("0.250000") == 4
     assert "averaged.pth counts 0.75 of the sum, for its 3 inputs, which are not read again." in " ".join(
-        shown.err.split()
+        shown.out.split()
     )
     assert not Path("four.pth").exists()
     done = run("avg", "--update", "averaged.pth", "c-4.pth", "-o", "four.pth", "--json")
@@ -88,7 +88,7 @@ def test_replay_lists_all_inputs_that_are_missing(paths: list[str]) -> None:
 
 def test_replay_shows_the_recorded_coefficients_in_a_dry_run(paths: list[str]) -> None:
     shown = run("avg", "--replay", "averaged.pth", "--dry-run")
-    assert shown.err.count("0.333333") == 3
+    assert shown.out.count("0.333333") == 3
     assert not Path("averaged-replayed.pth").exists()
 
 

@@ -24,8 +24,8 @@ def averaged(here: Path) -> Path:
 
 def test_a_line_for_each_check_and_a_verdict(averaged: Path) -> None:
     result = run("verify", averaged)
-    assert (result.code, result.out) == (0, "")
-    lines = result.err.splitlines()
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
     assert lines[0] == "averaged.pth:"
     assert lines[-1] == "Verified: 7 checks passed."
     assert [line.split()[0] for line in lines[1:-1]] == ["ok"] * 7
@@ -50,7 +50,7 @@ def test_a_seed_is_drawn_and_reported(averaged: Path) -> None:
     assert found["sample"] == 0.5
     assert isinstance(found["seed"], int)
     result = run("verify", averaged, "--sample", "50%", "--seed", str(found["seed"]))
-    assert f"50 % of the slices of 2 tensors (seed {found['seed']})" in result.err
+    assert f"50 % of the slices of 2 tensors (seed {found['seed']})" in result.out
 
 
 def test_wrong_usage_is_told_with_the_options(averaged: Path) -> None:
@@ -69,5 +69,5 @@ def test_names_in_a_file_send_nothing_to_the_terminal(here: Path) -> None:
     torch.save({"\x1b[2Jw": torch.tensor([torch.nan])}, "odd.pth")
     result = run("verify", "odd.pth")
     assert result.code == 1
-    assert "\x1b" not in result.err
-    assert r"'\x1b[2Jw' has 1 NaN, the first at [0]" in result.err
+    assert "\x1b" not in result.out
+    assert r"'\x1b[2Jw' has 1 NaN, the first at [0]" in result.out

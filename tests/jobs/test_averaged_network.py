@@ -103,7 +103,7 @@ def test_avg_with_recal_bn_shows_both_plans_and_writes_nothing_in_a_dry_run(
     folder = photos()
     before = contents(here)
     arguments = ("avg", "0.pth", "1.pth", "--recal-bn", folder, "--img-size", "32", "-j", "0")
-    shown = run(*arguments, "--dry-run").err
+    shown = run(*arguments, "--dry-run").out
     assert "0.500000" in shown
     assert "15 layers of ResNet" in shown
     assert "Statistics of 12 images" in shown
@@ -111,7 +111,7 @@ def test_avg_with_recal_bn_shows_both_plans_and_writes_nothing_in_a_dry_run(
     done = run(*arguments, "--json")
     assert "layer4.0.bn2" in done.err
     assert json.loads(done.out)["recalibration"]["statistics"]["images"] == 12
-    assert "measured on it: data" in run("inspect", "averaged.pth").err
+    assert "measured on it: data" in run("inspect", "averaged.pth").out
 
 
 CODE = """

@@ -131,7 +131,7 @@ def test_look_tells_how_much_of_an_ema_is_still_its_start(save: Save, here: Path
     assert report.checkpoints[0].start_left == pytest.approx(0.99**100, rel=1e-5)
     assert any("36.6% of the EMA in e-1.ckpt is still the weights that it began with" in note for note in report.notes)
     for columns in (60, 80, 120):
-        shown = run("look", "e-*.ckpt", columns=columns).err
+        shown = run("look", "e-*.ckpt", columns=columns, terminal=True, NO_COLOR="1").out
         assert "start left" in shown
         assert all(len(line) <= columns for line in shown.splitlines()[:3])
         assert [name for name in ("e-1.ckpt", "e-2.ckpt") if f"\n{name}  " in shown] == ["e-1.ckpt", "e-2.ckpt"]
@@ -168,5 +168,5 @@ def test_what_is_no_learning_rate_is_not_shown(save: Save, here: Path, value: ob
 
 def test_short_names_leave_room_for_the_title_of_their_column(save: Save, here: Path) -> None:
     series(save)
-    shown = run("look", "c-*.pth", columns=60).err
+    shown = run("look", "c-*.pth", columns=60).out
     assert shown.startswith("checkpoint  ")

@@ -145,7 +145,7 @@ def test_a_bad_call_is_refused_and_nothing_is_written(
 
 def test_the_record_says_how_the_model_was_called(here: Path) -> None:
     run(*arguments("nested", "--forward", "spoken_nets.py:call"))
-    assert "forward spoken_nets.py:call" in run("inspect", "averaged-bn.pth").err
+    assert "forward spoken_nets.py:call" in run("inspect", "averaged-bn.pth").out
 
 
 def test_statistics_far_from_those_stored_are_a_warning_and_bars_are_full_at_one_sigma(here: Path) -> None:

@@ -235,8 +235,8 @@ def test_base_alone_means_stock_and_a_dry_run_draws_it(save: Save, here: Path) -
     paths = write(save, *models(3))
     shown = run("avg", *paths, "--base", "start.safetensors", "--dry-run")
     assert shown.code == 0
-    assert "mode stock" in shown.err
-    assert "The start, start.safetensors, counts" in shown.err
+    assert "mode stock" in shown.out
+    assert "The start, start.safetensors, counts" in shown.out
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

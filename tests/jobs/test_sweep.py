@@ -184,9 +184,9 @@ def test_a_dry_run_draws_the_matrix_and_scores_nothing(save: Save, here: Path) -
     series(save)
     shown = run("sweep", "run", "--last", "2,4", "--mode", "uniform,ema", "--eval-command", COMMAND, "--dry-run")
     assert shown.code == 0
-    assert "last=4 mode=ema" in shown.err
-    assert "█" in shown.err
-    assert f"{4 + N} evaluations; reads" in shown.err
+    assert "last=4 mode=ema" in shown.out
+    assert "█" in shown.out
+    assert f"{4 + N} evaluations; reads" in shown.out
     assert not Path("ckpt-sweep").exists()
 
 

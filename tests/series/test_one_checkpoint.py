@@ -75,7 +75,7 @@ def test_every_command_takes_the_folder_of_a_step(step: Path, tmp_path: Path) ->
     average([step], out=tmp_path / "average.pth")
     shown = run("inspect", step)
     assert shown.code == 0
-    assert "step_300/weights.pth: torch-zip" in shown.err
+    assert "step_300/weights.pth: torch-zip" in shown.out
 
 
 @pytest.mark.parametrize("command", [average, convert, strip])

@@ -215,7 +215,7 @@ def test_register_adds_a_rule_that_average_and_the_command_line_know(toy: None, 
     assert run("avg", *files, "--mode", "favour", "--share", "0.75", "-o", "c.pth").code == 0
     assert Path("c.pth").read_bytes() == Path("a.pth").read_bytes()
     assert "--share" in run("avg", "--help").out
-    assert "share 0.75" in run("inspect", "a.pth").err
+    assert "share 0.75" in run("inspect", "a.pth").out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -32,20 +33,34 @@ class Result:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if key not in _FOREIGN}
+    clean = {key: value for key, value in os.environ.items() if key not in _FOREIGN and not key.startswith("CKPT_")}
     return clean | {"PATH": f"{BIN}{os.pathsep}{clean.get('PATH', '')}", "PYTHONUTF8": "1"} | extra
 
 
-def run(*args: str | Path, columns: int = 80, encoding: str = "utf-8") -> Result:
-    """Call `main` in this process, with arguments and streams like those of a separate process."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace") for _ in range(2))
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(
+    *args: str | Path, columns: int = 80, encoding: str = "utf-8", terminal: bool = False, **variables: str
+) -> Result:
+    """Call `main` in this process, with arguments and streams like those of a separate process.
+
+    Args:
+        columns: of the terminal.
+        terminal: the streams say that they are one.
+        variables: of the environment.
+    """
+    kind = _Terminal if terminal else io.TextIOWrapper
+    out, err = (kind(io.BytesIO(), encoding=encoding, errors="backslashreplace") for _ in range(2))
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     code: Any = 0
     PLACED.clear()  # as in a new process
     try:
         with (
             mock.patch.object(sys, "argv", ["ckpt", *map(str, args)]),
-            mock.patch.dict(os.environ, environment(COLUMNS=str(columns)), clear=True),
+            mock.patch.dict(os.environ, environment(COLUMNS=str(columns), **variables), clear=True),
             redirect_stdout(out),
             redirect_stderr(err),
         ):
@@ -107,9 +122,13 @@ def refused(folder: Path, *args: str | Path, code: int = 1) -> str:
     before = contents(folder)
     result = run(*args)
     assert result.code == code, result
-    assert result.out == ""
     *others, message = result.err.splitlines()
     assert message.startswith("Error: ")
+    if "--json" in args:
+        error = json.loads(result.out)["error"]
+        assert (f"Error: {error['message']}", error["exit_code"]) == (message, code)
+    else:
+        assert result.out == ""
     assert not any("Error" in line or "Traceback" in line for line in others)
     assert contents(folder) == before
     return message

@@ -269,16 +269,12 @@ def serve(good: Path, work: Path, files: list[tuple[str, str, bool]], *, every: 
     from functools import cache
     from unittest import mock
 
-    import typer
     from cli_runner import run
 
     import ckpt_tools.cli.commands as listed
 
     # A command is made once, and not for each file; to make it takes ten times as long as to refuse a file.
-    makes = listed.Commands.get_command
-    made = cache(lambda name: makes(None, None, name))  # type: ignore[arg-type]
-    mock.patch.object(listed.Commands, "get_command", lambda self, context, name: made(name)).start()
-    mock.patch.object(typer.main, "get_command", cache(typer.main.get_command)).start()
+    mock.patch.object(listed, "made", cache(listed.made)).start()
     warnings.simplefilter("ignore")  # of torch, which loads the outputs
     audit = Audit(work)
     for path in sorted(good.iterdir()):  # imports what any honest or broken file needs

@@ -1,0 +1,69 @@
+"""Options that all commands have, and that stand before a command, too."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError
+from . import console
+
+
+def show_version(asked: bool) -> None:
+    """Show the version, and end the run."""
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"ckpt-tools {__version__}")
+        raise typer.Exit
+
+
+def complete_shell(context: typer.Context, param: typer.CallbackParam, asked: bool) -> None:
+    """Install the completion of the shell that started this process, or show it."""
+    if asked and not context.resilient_parsing:
+        from typer import completion
+
+        from .completion import prepare
+
+        prepare()
+        callback = completion.install_callback if param.name == "install_completion" else completion.show_callback
+        callback(context, param, asked)
+
+
+def show_config(asked: bool) -> None:
+    """Show the defaults that files and the environment set, and end the run."""
+    if asked:
+        import os
+
+        from .defaults import config
+
+        path, table = config()
+        console.show(f"# {path or 'no ckpt.toml, and no pyproject.toml with [tool.ckpt], from here upwards'}")
+        for key, value in table.items():
+            inner = value.items() if isinstance(value, dict) else ()
+            console.show(*[f"{key}.{name} = {each!r}" for name, each in inner] or [f"{key} = {value!r}"])
+        found = sorted(name for name in os.environ if name.startswith("CKPT_"))
+        console.show(*[f"{name}={os.environ[name]}" for name in found])
+        raise typer.Exit
+
+
+def speak(*, quiet: bool, verbose: bool, all_rows: bool = False) -> None:
+    """Say as much as these options want, from here on.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    console.manner.quiet |= quiet
+    console.manner.verbose |= verbose
+    console.manner.all |= all_rows
+    if console.manner.quiet and console.manner.verbose:
+        raise UsageError("`quiet` and `verbose` do not go together.")
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors, and what is asked for.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say what is decided, and how long it takes.")]
+ShowConfig = Annotated[
+    bool, typer.Option("--show-config", help="Show the value of each option and where it is from; do nothing.")
+]
+All = Annotated[bool, typer.Option("--all", help="Show all rows of a long table on a terminal, too.")]

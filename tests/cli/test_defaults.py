@@ -1,0 +1,106 @@
+"""Defaults: from the environment and from files, in this order after the command line, and never in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import refused, run
+
+from ckpt_tools.cli.commands import COMMANDS, made
+from ckpt_tools.cli.defaults import ONE_OFF
+
+
+@pytest.fixture(autouse=True)
+def _pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for i in (1, 2, 3):
+        torch.save({"w": torch.full((4,), float(i)), "epoch": i}, f"c-{i}.pth")
+
+
+def mode(*words: str, **variables: str) -> tuple[str, str]:
+    """Return the mode of an average and what is said."""
+    result = run("avg", "c-1.pth", "c-2.pth", *words, "--dry-run", "--json", **variables)
+    assert result.code == 0, result.err
+    return json.loads(result.out)["mode"], result.err
+
+
+def test_a_command_line_counts_before_the_environment_and_that_before_files() -> None:
+    Path("ckpt.toml").write_text("mode = 'power'\nsigma-rel = 0.1\n")
+    assert mode()[0] == "power"
+    Path("ckpt.toml").write_text("mode = 'power'\n[avg]\nmode = 'ema'\n")
+    assert mode()[0] == "ema"
+    assert mode(CKPT_MODE="uniform")[0] == "uniform"
+    assert mode("--mode", "ema", CKPT_MODE="uniform")[0] == "ema"
+    assert mode(CKPT_MODE="")[0] == "ema"
+    assert mode(CKPT_NO_CONFIG="1")[0] == "uniform"
+
+
+def test_the_nearest_file_upwards_counts_and_ckpt_toml_before_pyproject() -> None:
+    Path("../pyproject.toml").write_text("[tool.ckpt]\nmode = 'ema'\n")
+    assert mode()[0] == "ema"
+    Path("pyproject.toml").write_text("[project]\nname = 'uses-ckpt'\n")  # has no table of ours
+    assert mode()[0] == "ema"
+    Path("pyproject.toml").write_text("[tool.ckpt.avg]\nmode = 'uniform'\n")
+    assert mode()[0] == "uniform"
+    Path("ckpt.toml").write_text("mode = 'ema'")
+    assert mode()[0] == "ema"
+
+
+def test_what_is_not_on_the_command_line_is_said() -> None:
+    Path("ckpt.toml").write_text("decay = 0.5\n")
+    assert "Defaults: decay 0.5 (ckpt.toml), threads 2 (CKPT_THREADS)." in mode(CKPT_THREADS="2")[1]
+    assert "threads" not in mode("--threads", "3", CKPT_THREADS="2")[1]
+    assert "Defaults" not in mode("-q")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("threds = 1", "ckpt.toml: 'threds' is no option of ckpt."),
+        ("[avg]\nchoose = 1", "ckpt.toml: [avg] 'choose' is no option of ckpt avg."),
+        ("[agv]\nmode = 'ema'", "ckpt.toml: [agv] is no command of ckpt."),
+        ("out = 'a.pth'", "ckpt.toml: 'out' belongs to one run, and has no default. Give it on the command line."),
+        ("threads = 'many'", "ckpt.toml: threads = 'many': "),
+        ("threads = true", "ckpt.toml: threads = True is no value of this option."),
+        ("per-step = 'perhaps'", "ckpt.toml: per_step = 'perhaps' is neither true nor false."),
+        ("mode = 'best'", "(--mode is from ckpt.toml.)"),
+        ("threads = 1000", "(--threads is from ckpt.toml.)"),
+        ("threads = ", "ckpt.toml: not TOML: "),
+    ],
+)
+def test_a_wrong_key_or_value_is_an_error_that_names_the_file(text: str, message: str) -> None:
+    Path("ckpt.toml").write_text(text)
+    assert message in refused(Path(), "avg", "c-1.pth", "c-2.pth", code=2)
+
+
+def test_a_key_of_another_command_is_none_of_this_one() -> None:
+    Path("ckpt.toml").write_text("mode = 'ema'\n[sweep]\nkeep = 3\n")
+    assert run("inspect", "c-1.pth").code == 0
+
+
+def test_flags_and_lists_are_read() -> None:
+    Path("ckpt.toml").write_text("quiet = true\nnormalize = false\nstate = ['raw']\nlast = 2\n")
+    result = run("avg", "c-1.pth", "c-2.pth", "c-3.pth", "--mode", "weights", "--weights", "1,1", "--dry-run", "--json")
+    assert (result.code, result.err) == (0, "")
+    assert [each["coefficient"] for each in json.loads(result.out)["inputs"]] == [1.0, 1.0]
+
+
+def test_show_config_tells_where_each_value_is_from() -> None:
+    Path("ckpt.toml").write_text("decay = 0.5\n[inspect]\nverbose = true\n")
+    shown = run("avg", "--mode", "ema", "--show-config", CKPT_THREADS="2")
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    for line in ('mode = "ema"  # the command line', "decay = 0.5  # ckpt.toml", "threads = 2  # CKPT_THREADS"):
+        assert line in lines
+    assert 'order = "auto"  # default' in lines
+    shown = run("--show-config", CKPT_THREADS="2")
+    assert shown.out.splitlines()[1:] == ["decay = 0.5", "inspect.verbose = True", "CKPT_THREADS=2"]
+
+
+def test_what_belongs_to_one_run_is_the_name_of_an_option() -> None:
+    names = {param.name for command in COMMANDS for param in made(command).params}
+    assert names >= ONE_OFF

@@ -1,0 +1,195 @@
+"""The terminal: words that people try, what goes where, how much is said, and colours."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import PATIENCE, environment, refused, run
+
+from ckpt_tools.cli import console
+from ckpt_tools.cli.commands import _MEANT, COMMANDS
+from ckpt_tools.cli.tables import Table
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.chdir(tmp_path)
+    for i in (1, 2):
+        torch.save({"state_dict": {"w": torch.full((4,), float(i))}, "epoch": i}, f"c-{i}.pth")
+    return [Path("c-1.pth"), Path("c-2.pth")]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["ema", "runs dir", "--last", "5"], "ckpt avg 'runs dir' --last 5 --mode ema"),
+        (["merge", "a.pth", "b.pth"], "ckpt avg a.pth b.pth"),
+        (["SWA", "runs"], "ckpt avg runs"),
+        (["compare", "a.pth", "b.pth"], "ckpt diff a.pth b.pth"),
+        (["update_bn", "a.pth"], "ckpt recal-bn a.pth"),
+        (["ls", "runs"], "ckpt inspect runs"),
+    ],
+)
+def test_a_word_of_another_tool_leads_to_the_line_to_type(typed: list[str], meant: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, *typed, code=2)
+    assert message == f"Error: No such command '{typed[0]}'. Did you mean '{meant}'? Try 'ckpt --help'."
+
+
+def test_words_lead_to_commands_that_exist_and_hide_none() -> None:
+    assert {meant.split()[0] for meant in _MEANT.values()} <= COMMANDS.keys()
+    assert not _MEANT.keys() & COMMANDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [("averge", "'avg'"), ("recal_bn", "'recal-bn'"), ("stirp", "'strip'"), ("insepct", "'inspect'")],
+)
+def test_a_slip_of_a_command_leads_to_it(typed: str, names: str, tmp_path: Path) -> None:
+    assert f"Did you mean {names}" in refused(tmp_path, typed, "a.pth", code=2)
+    assert "Did you mean" not in refused(tmp_path, "zzz", code=2)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--output", "-o"), ("--swa", "--mode uniform"), ("--precision", "--dtype"), ("--lats", "--last")],
+)
+def test_an_option_of_another_tool_leads_to_ours(typed: str, meant: str, tmp_path: Path) -> None:
+    message = refused(tmp_path, "avg", "a.pth", typed, "x", code=2)
+    assert message.startswith(f"Error: No such option: {typed}")
+    assert meant in message
+
+
+def test_help_and_version_are_words_and_options() -> None:
+    for words in (["help", "diff"], ["diff", "-h"]):
+        assert run(*words) == run("diff", "--help")
+    for words in (["help"], ["-h"], ["help", "help"]):
+        assert run(*words).out.strip() == run("--help").out.strip()
+    for words in (["version"], ["-V"]):
+        assert run(*words) == run("--version")
+    assert run("help", "averge").code == 2
+
+
+def test_help_writes_values_as_words(tmp_path: Path) -> None:
+    for command in COMMANDS:
+        text = run(command, "-h").out
+        assert not set("<>{}") & set(text.partition("Arguments:")[0].partition("Example:")[0])
+        assert "<" not in text.partition("Arguments:")[2]
+
+
+def test_reports_go_to_stdout_and_messages_to_stderr(pair: list[Path]) -> None:
+    for command in (["inspect", "c-1.pth"], ["diff", *pair], ["look", *pair], ["avg", *pair, "--dry-run"]):
+        result = run(*command)
+        assert ("c-1.pth" in result.out, result.err) == (True, ""), command
+    result = run("avg", *pair)
+    assert (result.out, result.err.splitlines()[-1].startswith("Wrote averaged.pth: ")) == ("", True)
+    result = run("verify", "averaged.pth", "--json")
+    assert json.loads(result.out)["passed"] is True
+    assert "Verified: " in result.err
+
+
+def test_what_the_users_code_prints_is_not_among_results(pair: list[Path]) -> None:
+    """Of a process, for file descriptors are at stake."""
+    script = (
+        "import os, sys\nfrom ckpt_tools.cli import console\nconsole.open_streams()\n"
+        "with console.printing_to_stderr():\n"
+        "    print('theirs')\n    os.system('echo below')\n    console.show('asked for')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    assert done.stdout == "asked for\n"
+    assert sorted(done.stderr.split()) == ["below", "theirs"]
+
+
+def test_quiet_says_errors_alone_and_shows_what_is_asked_for(pair: list[Path]) -> None:
+    for words in (["-q", "avg"], ["avg", "--quiet"]):
+        result = run(*words, *pair, "--force")
+        assert (result.code, result.out, result.err) == (0, "", "")
+    assert run("-q", "diff", *pair).out == run("diff", *pair).out
+    assert run("-q", "avg", "gone.pth").err.startswith("Error: gone.pth")
+    assert "--quiet and --verbose do not go together" in refused(Path(), "-q", "avg", *pair, "-v", code=2)
+    assert run("avg", *pair, "--force").err  # and the next run is not quiet
+
+
+def test_verbose_says_what_is_decided_and_how_long_it_takes(pair: list[Path]) -> None:
+    usual, verbose = run("avg", *pair), run("-v", "avg", *pair, "--force")
+    assert "0.500000" not in usual.err
+    assert verbose.err.count("0.500000") == 2
+    assert "Planned in " in verbose.err
+    assert "Planned in " not in usual.err
+
+
+def test_colours_are_for_terminals_that_want_them(pair: list[Path]) -> None:
+    red, green = "\x1b[31mError:\x1b[0m", "\x1b[32mWrote\x1b[0m"
+    assert red in run("avg", "gone.pth", terminal=True, TERM="xterm").err
+    assert green in run("avg", *pair, terminal=True, TERM="xterm").err
+    for variables in ({"NO_COLOR": "1", "TERM": "xterm"}, {"TERM": "dumb"}):
+        for command in (["avg", "gone.pth"], ["inspect", "c-1.pth"]):
+            result = run(*command, terminal=True, **variables)
+            assert "\x1b" not in result.out + result.err
+    assert "\x1b" not in run("diff", *pair, TERM="xterm").out
+
+
+class _Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def stream(kind: type[io.TextIOWrapper] = io.TextIOWrapper) -> io.TextIOWrapper:
+    return kind(io.BytesIO(), encoding="utf-8")
+
+
+def test_a_long_table_is_shortened_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table("name", ("number",))
+    for i in range(500):
+        table.add(f"row-{i}", str(i))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert len(table.lines(None, stream())) == 501
+    short = table.lines(80, stream(_Terminal))
+    assert [short[0], short[1].strip(), short[-1]] == ["name     number", "row-0         0", "row-499     499"]
+    assert short[21] == "... 470 more; --all shows them"
+    assert len(short) == 1 + 20 + 1 + 10
+    monkeypatch.setattr(console.manner, "all", True)
+    assert len(table.lines(80, stream(_Terminal))) == 501
+
+
+@pytest.mark.parametrize("width", [None, 100, 60, 44, 30, 20])
+def test_a_table_fits_its_terminal_and_loses_no_letter_of_a_name(width: int | None) -> None:
+    name = "model.layers.0.mlp.gate_proj.weight"
+    table = Table("tensor", ("largest absolute", "relative"))
+    table.add(name, "0.5", "1.25", bar=0.5)
+    table.add("重み", "0.1", "0.01", bar=0.1)
+    lines = table.lines(width, stream())
+    if width is None:
+        assert lines[1].startswith(f"{name}  ")
+        assert lines[1].endswith("█" * 20)
+    else:
+        assert max(len(line.replace("重み", "重み  ")) for line in lines) <= width
+        assert sum(line.count("█") for line in lines) == 0 or width > len(name)
+    cut = "".join(line[: (width or 200)].split("  ")[0].strip() for line in lines)
+    assert name in cut or name in "".join(lines).replace(" ", "")
+    assert all(any(figure in line for line in lines) for figure in ("0.5", "1.25", "0.01"))
+
+
+def test_a_line_moves_on_a_terminal_until_the_first_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = stream(_Terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with console.patience("Loading torch"):
+        while b"Loading torch" not in shown.buffer.getvalue():  # type: ignore[attr-defined]
+            time.sleep(0.02)
+        console.say("The plan.")
+        shown.flush()
+        told = shown.buffer.getvalue()  # type: ignore[attr-defined]
+        time.sleep(0.3)
+    assert told.decode().endswith("\r\x1b[KThe plan.\n")
+    assert shown.buffer.getvalue().startswith(told)  # type: ignore[attr-defined]
+    assert b"Loading" not in shown.buffer.getvalue()[len(told) :]  # type: ignore[attr-defined]
