@@ -21,6 +21,7 @@ from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.schedules import Schedule
+from ..series.usable import Skipped
 from ..series.weighted_sums import is_running, weighted_sums
 from ..storage.local import peak_memory
 from ..storage.source import Stamp, sha256
@@ -71,6 +72,7 @@ class AverageReport(Report):
         scratch: bytes of the sums beside the target while that is done.
         part: what became of a part of the job, in words.
         written: False for a plan, and for a part.
+        skipped: checkpoints that were left out, and why.
     """
 
     inputs: tuple[Input, ...]
@@ -95,6 +97,7 @@ class AverageReport(Report):
     peak_memory: int = field(default=0, compare=False)
     part: str = ""
     written: bool = False
+    skipped: tuple[Skipped, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -451,6 +454,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         device=device,
         recalibration=sums.recalibration,
         scratch=sums.scratch,
+        skipped=addends.skipped,
         peak_memory=peak_memory() + memory + engine.notes_needed(assembly.files),
     )
 

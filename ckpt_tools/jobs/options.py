@@ -102,7 +102,16 @@ def _annotation(option: Option) -> Any:
     return option.type | None if option.default is None and type(None) not in get_args(option.type) else option.type
 
 
-class Selection(Options):
+class Skipping(Options):
+    """What of a series is left out."""
+
+    title = "Which checkpoints"
+
+    exclude: Words = option("Leave out what this glob matches, by its name or the end of its path.", (), metavar="GLOB")
+    skip_broken: bool = option("Leave out what is damaged or holds no weights; else it is an error.", False)
+
+
+class Selection(Options, more=(Skipping,)):
     """Which checkpoints, in which order; see `ckpt_tools.series.find.find_series`."""
 
     title = "Which checkpoints"

@@ -10,7 +10,7 @@ from ...series.candidates import SELECTED, several, values
 from ...series.rules.rule import Option
 from ...series.schedules import SCHEDULES, Schedule
 from ...storage.staged import same_file
-from ..options import Images, Matching, Network, Options, Output, Selection, Statistics, Summing, option
+from ..options import Images, Matching, Network, Options, Output, Selection, Skipping, Statistics, Summing, option
 
 
 class Values(Options):
@@ -74,7 +74,7 @@ class Selections(Values):
         return tuple(each for each in Selection.options() if each.name in SELECTED)
 
 
-class Order(Options):
+class Order(Skipping):
     """Where the series comes from."""
 
     title = "The series"
