@@ -169,6 +169,8 @@ def average(
     if sums.by_tensor.bytes_read and asked is not None:
         asked.refuse("each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode)
     target = chosen or addends.target or sums.usual_target
+    if output.out is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
+        target = Target.of(output.out, sums.usual_target)
     stamps = [stamp for member in addends.members for stamp in member.header.files]
     with ExitStack() as stack:
         if recalibration.recal_bn is not None:

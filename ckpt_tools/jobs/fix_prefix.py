@@ -91,7 +91,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     sharded = header.format.folder
     if output.out is not None:
         on_this_machine(output.out, "out")
-        chosen = Target.of(output.out)
+        chosen = Target.of(output.out, Target(header.path, folder=sharded or header.in_folder))
         target, folder = chosen.path, sharded or (header.in_folder and chosen.format is not header.format.written_as)
         check_same_format(header, chosen, folder=folder)
     else:

@@ -209,7 +209,7 @@ class AveragedOutput(Encoding):
     """Where an average goes, in which encoding, and what is recorded in it."""
 
     out: str | Path | None = option(
-        "A known suffix chooses the format; other names, and a slash at the end, mean a folder of shards.",
+        "A known suffix chooses the format; other names mean a folder of shards; DIR/ puts a file into it.",
         None,
         implied="averaged.pth, or as the inputs are",
         metavar="PATH",

@@ -107,7 +107,8 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, sharing: S
     polite = manners(running)
     asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
-    target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
+    usual = named_after(header, "-stripped")
+    target = usual if output.out is None else Target.of(output.out, usual)
     report, assembly = planned(header, target, which, output)
     if assembly is None:
         return run(report, running)
