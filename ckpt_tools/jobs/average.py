@@ -36,7 +36,7 @@ from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing, takes
 from .outputs import Target, default_target, grows_at
 from .provenance import Input, provided
-from .reports import Report
+from .reports import Report, some
 from .run import Hashed, manners, produce
 from .weigh import weighed
 
@@ -66,6 +66,7 @@ class AverageReport(Report):
             added by the work; without torch, images and networks.
         device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
         companions: names of files beside the weights that go along: configuration and tokenizer.
+        files: number of files with weights in the output; 0 if it is one file and no folder.
         compared: after a replay, how the output compares with the average that it was made again from, in words.
         same: after a replay, True if the weights are the same in every byte; None if that is not known.
         recalibration: with `recal_bn`, how the BatchNorm statistics are measured, and what came of it.
@@ -90,6 +91,7 @@ class AverageReport(Report):
     memory: int
     device: str
     companions: tuple[str, ...] = ()
+    files: int = 0
     compared: str = ""
     same: bool | None = None
     recalibration: RecalibrationReport | None = None
@@ -443,6 +445,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
             *lined_up.notes,
             *sums.adapter.notes,
             *_kept(assembly),
+            *_left_behind(sums.base, assembly),
             *_of_format(sums.base, assembly),
             *_statistics(sums),
             *sums.notes,
@@ -450,6 +453,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
+        files=assembly.shards,
         bytes_read=assembly.bytes_read + sums.by_tensor.bytes_read,
         bytes_written=assembly.nbytes,
         memory=memory,
@@ -513,6 +517,18 @@ def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantiz
             )
         edited[CONFIG] = config_text(adapter.config)
     return edited
+
+
+def _left_behind(base: Header, assembly: Assembly) -> Iterator[str]:
+    """Report configuration and tokenizer that a single file cannot have."""
+    if assembly.folder or not base.in_folder:
+        return
+    names = [path.name for path in companions(base, []) if path.parent == base.path]
+    if names:
+        yield (
+            f"{some(names)} in {base.path} {'do' if len(names) > 1 else 'does'} not go along with a single file. For a "
+            "folder that loads by itself, give `out` a name without suffix."
+        )
 
 
 def _of_format(base: Header, assembly: Assembly) -> Iterator[str]:

@@ -61,6 +61,7 @@ class ConvertReport(Report):
         out: the target.
         bytes_read, bytes_written: of the whole job.
         companions: names of files beside the weights that go along: configuration and tokenizer.
+        files: number of files with weights in the output; 0 if it is one file and no folder.
         part: what became of a part of the job, in words.
         written: False for a plan, and for a part.
     """
@@ -78,6 +79,7 @@ class ConvertReport(Report):
     bytes_read: int
     bytes_written: int
     companions: tuple[str, ...] = ()
+    files: int = 0
     part: str = ""
     written: bool = False
 
@@ -188,6 +190,7 @@ def planned(
         notes=tuple(notes),
         out=str(target.path),
         companions=tuple(path.name for path in assembly.companions),
+        files=assembly.shards,
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
     )

@@ -15,7 +15,7 @@ from ..storage.source import LOCAL, store_of
 from .copies import without_copies
 from .member import Member
 from .numbered import natural_key
-from .paths import as_path, find, listed
+from .paths import Found, as_path, find, listed
 from .selection import Choice
 from .usable import EXCLUDED, Skipped, usable
 
@@ -84,8 +84,8 @@ def find_series(
     if start is not None:
         found = [path for path in found if path.resolve() != start.resolve()] or found
     headers, broken = usable(found, there.empty, state, skip_broken=skip_broken)
-    skipped = [*(Skipped(str(p), EXCLUDED, f"matches {glob!r}") for p, glob in there.excluded.items()), *broken]
-    notes.extend(_notes_of(skipped))
+    skipped = [*excluded(there), *broken]
+    notes.extend(notes_of(skipped))
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
     headers = without_copies([header for header in headers if header.path not in ours], notes, compare=not dry_run)
@@ -96,11 +96,16 @@ def find_series(
     return Series(tuple(choice.of(members, notes)), given, ordered_by, tuple(notes), tuple(skipped))
 
 
-def _notes_of(skipped: Sequence[Skipped]) -> Iterator[str]:
+def excluded(found: Found) -> list[Skipped]:
+    """Describe what a glob leaves out."""
+    return [Skipped(str(path), EXCLUDED, f"matches {glob!r}") for path, glob in found.excluded.items()]
+
+
+def notes_of(skipped: Sequence[Skipped]) -> Iterator[str]:
     """Say what is left out, and why."""
-    excluded = [Path(each.path) for each in skipped if each.kind == EXCLUDED]
-    if excluded:
-        yield f"Left out by `exclude`: {_some(excluded)}."
+    matched = [Path(each.path) for each in skipped if each.kind == EXCLUDED]
+    if matched:
+        yield f"Left out by `exclude`: {_some(matched)}."
     broken = [str(each) for each in skipped if each.kind != EXCLUDED]
     if broken:
         yield f"Left out by `skip_broken`: {'; '.join(broken)}."

@@ -410,6 +410,26 @@ def _series_in(folder: Path) -> list[Path]:
     return [glob for glob, n in times.items() if n > 1]
 
 
+def runs_below(folder: Path) -> list[Path]:
+    """Find series by their names: folders, or globs, with checkpoints whose names differ in numbers; links aside."""
+    found: list[Path] = []
+    for each in (folder, *islice(_below(folder), _MOST_FOLDERS)):
+        if is_checkpoint(each):
+            found += _series_in(each)
+            continue
+        names = Counter(without_numbers(path) for path in _checkpoints(each) if re.search(r"\d", path.name))
+        if max(names.values(), default=0) > 1:
+            found.append(each)
+    return found
+
+
+def training_state_beside(folder: Path) -> list[Path]:
+    """Return the files of training state in the folder of a checkpoint."""
+    own, store = suffixes(exports=False), store_of(folder)
+    named = (path for path in _children(folder) if path.name.endswith(own) and _NOT_WEIGHTS.search(path.name))
+    return [path for path in named if store.is_file(path)]
+
+
 def default_input() -> Path:
     """Return the default output of `ckpt avg`, the default input of other commands.
 

@@ -98,17 +98,24 @@ def usable(
     Raises:
         CkptError: something is not usable, or nothing is left.
     """
+    headers, errors = sorted_out(paths, empty, [state] if isinstance(state, str) else state)
+    if not errors:
+        return headers, []
+    if not (skip_broken and headers):
+        _refuse(errors, headers, len(paths) + len(empty))
+    return headers, [Skipped.of(path, error) for path, error in errors.items()]
+
+
+def sorted_out(
+    paths: Sequence[Path], empty: Sequence[Path], state: Sequence[str] = ("auto",)
+) -> tuple[list[Header], dict[Path, CkptError]]:
+    """Return the headers of what is usable, and the error of what is not; see `usable`."""
     read = read_headers(paths)
     headers = [each for each in read if isinstance(each, Header)]
     errors = {path: each for path, each in zip(paths, read, strict=True) if isinstance(each, CkptError)}
-    errors |= _without_weights(headers, [state] if isinstance(state, str) else state)
+    errors |= _without_weights(headers, state)
     errors |= {path: SeriesError(f"{path}: a folder without weights. Is it still being written?") for path in empty}
-    if not errors:
-        return headers, []
-    whole = [header for header in headers if header.path not in errors]
-    if not (skip_broken and whole):
-        _refuse(errors, whole, len(paths) + len(empty))
-    return whole, [Skipped.of(path, error) for path, error in errors.items()]
+    return [header for header in headers if header.path not in errors], errors
 
 
 def _refuse(errors: dict[Path, CkptError], whole: Sequence[Header], n: int) -> NoReturn:
@@ -157,18 +164,18 @@ def _way_on(bad: Sequence[Path], good: Sequence[Path], *, skip_broken: bool) -> 
 def _without_weights(headers: Iterable[Header], asked: Sequence[str]) -> dict[Path, CkptError]:
     """Return the checkpoints without weights in a known layout, and what they hold; none if that is so for all."""
     found: dict[Path, CkptError] = {}
-    seen = set()
-    with_weights = 0
+    with_weights: set[tuple[str, ...]] = set()
     for header in headers:
-        if header.template is None or header.template not in seen:
-            try:
-                of_ranks(header, lambda each: select_parts(each, asked))
-            except CkptError as error:
-                if not header.ranks and not states(header):
-                    found[header.path] = error
-                    continue
-            seen |= {header.template} - {None}
-        with_weights += 1
+        entries = tuple(map(str, header.content)) if isinstance(header.content, dict) else ()
+        if entries in with_weights:  # one of a series stands for those that are like it
+            continue
+        try:
+            of_ranks(header, lambda each: select_parts(each, asked))
+        except CkptError as error:
+            if not header.ranks and not states(header):
+                found[header.path] = error
+                continue
+        with_weights.add(entries)
     return found if with_weights else {}
 
 

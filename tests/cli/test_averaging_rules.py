@@ -138,7 +138,8 @@ def test_best_names_folders_where_all_files_have_one_name() -> None:
         write(f"run/CKPT+{i}/model.ckpt", weights(i))
         Path(f"run/CKPT+{i}/CKPT.yaml").write_text(f"WER: {wer}\n")
     result = run("avg", "run/*/model.ckpt", "--best", "1", "--metric", "WER", "--dry-run", columns=1000)
-    assert "Best by 'WER', from the YAML files beside them; lower is better, by its name: CKPT+2 7.5." in result.out
+    said = "Best 1 of 2 by 'WER', from the YAML files beside them (lower is better, by its name): CKPT+2 7.5."
+    assert said in result.out
 
 
 def test_files_at_one_step_are_counted_as_files_and_that_is_said() -> None:
