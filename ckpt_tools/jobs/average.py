@@ -36,7 +36,7 @@ from .lined_up import LinedUp, line_up
 from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing, takes
 from .outputs import Target, default_target, grows_at
 from .provenance import Input, provided
-from .reports import Report, some
+from .reports import Report
 from .run import Hashed, manners, produce
 from .weigh import weighed
 
@@ -525,9 +525,10 @@ def _left_behind(base: Header, assembly: Assembly) -> Iterator[str]:
         return
     names = [path.name for path in companions(base, []) if path.parent == base.path]
     if names:
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         yield (
-            f"{some(names)} in {base.path} {'do' if len(names) > 1 else 'does'} not go along with a single file. For a "
-            "folder that loads by itself, give `out` a name without suffix."
+            f"A single file has no place for what is beside the weights, which stays behind: {shown}. For a folder "
+            "with all of it, give `out` a name without suffix."
         )
 
 

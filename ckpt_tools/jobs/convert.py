@@ -24,7 +24,7 @@ from ..checkpoints.quantized import (
 )
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
-from ..formats import read_header
+from ..formats import read_header, suffixes
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
@@ -205,6 +205,11 @@ def find_layout(name: str) -> Layout:
     """
     layout = next((layout for layout in LAYOUTS if layout.name == name), None)
     written = [layout.name for layout in LAYOUTS if layout.written]
+    if layout is None and name.lower().lstrip(".") in {suffix.lstrip(".") for suffix in suffixes()}:
+        file = f"weights.{name.lower().lstrip('.')}"
+        raise UsageError(
+            f"`to={name!r}`: a file format, not a layout. The name of the output chooses it: `out={file!r}`."
+        )
     if layout is None:
         near = difflib.get_close_matches(name, written, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""

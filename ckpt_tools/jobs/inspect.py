@@ -22,8 +22,9 @@ from ..series.find import excluded, notes_of
 from ..series.member import Member
 from ..series.metrics import METRIC, metric_at_hand, metric_of
 from ..series.numbered import natural_key
-from ..series.paths import find
+from ..series.paths import find, training_state_beside
 from ..series.usable import Skipped, sorted_out
+from ..storage.source import stamp_at
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .provenance import short_names
 from .reports import Report
@@ -135,7 +136,7 @@ class Listed:
         step: training step or epoch; None if unknown.
         metric: a number that tells how good it is; None if it has none.
         sets: the sets of weights, ``raw`` and ``ema``.
-        optimizer: bytes of its training state in tensors.
+        optimizer: bytes of the tensors of optimizers, and of the files of training state in its folder.
         nbytes: size on disk; None if it cannot be read.
         made: the command of ckpt-tools that wrote it; empty if none did.
         fault: why it cannot be used; empty if it can.
@@ -209,13 +210,15 @@ def _listed(member: Member, name: str, metric: str) -> Listed:
     sets = _sets(header)
     found = find_optimizers(header.tree, [each.path for each in sets.values()])
     state = (spec for _, optimizer in found for _, spec in tensors_in(optimizer["state"]))
+    beside = training_state_beside(header.path) if header.in_folder else []
     return Listed(
         path=str(member.path),
         name=name,
         step=member.step,
         metric=metric_at_hand(member, metric),
         sets=tuple(sets),
-        optimizer=sum(spec.nbytes for spec in state if isinstance(spec, TensorSpec)),
+        optimizer=sum(spec.nbytes for spec in state if isinstance(spec, TensorSpec))
+        + sum(stamp_at(path).nbytes for path in beside),
         nbytes=header.nbytes,
         made=str((header.provenance or {}).get("command", "")),
     )

@@ -128,7 +128,7 @@ def test_the_difference_of_two_averaged_models_is_the_mean_of_the_updates_betwee
 def test_best_takes_the_lowest_loss_and_the_highest_accuracy() -> None:
     trainer()
     text = shown("--best", "2", "--metric", "eval_loss")
-    assert "lower is better, by its name: checkpoint-1000 0.1, checkpoint-1500 0.2." in text
+    assert "(lower is better, by its name): checkpoint-1000 0.1, checkpoint-1500 0.2." in text
     assert [*coefficients("--best", "1", "--metric", "eval_accuracy")] == ["checkpoint-1000"]
     assert [*coefficients("--best", "1", "--metric", "eval_loss", "--higher-is-better")] == ["checkpoint-500"]
 

@@ -261,12 +261,13 @@ def test_avg_shows_notes_and_the_state(pair: list[Path]) -> None:
     Path("last.pth").hardlink_to(pair[1])
     result = run("avg", *pair, "last.pth")
     assert result.err.splitlines()[:2] == [
-        "2 checkpoints: c-1.pth to c-2.pth, in the order of the epoch stored in the files. "
+        "2 checkpoints: c-1.pth, c-2.pth, in the order of the epoch stored in the files. "
         "Weights: raw (state_dict). Mode: uniform.",
         "last.pth is c-2.pth under another name: counted once.",
     ]
     assert "in the order of the arguments." in run("avg", *pair, "--order", "given", "--force").err
-    assert run("avg", "c-1.pth", "--force").err.startswith("1 checkpoint: c-1.pth. Weights: raw (state_dict).")
+    said = "1 checkpoint: c-1.pth, so this is a copy of its weights. Weights: raw (state_dict)."
+    assert run("avg", "c-1.pth", "--force").err.startswith(said)
 
 
 def test_avg_shows_tensors_that_some_checkpoints_lack(pair: list[Path]) -> None:

@@ -402,7 +402,7 @@ def test_avg_rejects_a_deleted_current_folder(runs: list[Path]) -> None:
         "Error: the current folder is gone, and torch cannot start in it. cd to another folder.\n",
     )
     assert spawn("inspect", runs[0], cwd=Path(), first=leave).returncode == 0
-    assert spawn("inspect", "c-1.pth", cwd=Path(), first=leave).stderr == "Error: c-1.pth: no such file.\n"
+    assert spawn("inspect", "c-1.pth", cwd=Path(), first=leave).stderr == "Error: c-1.pth: no such file or folder.\n"
 
 
 @needs_permissions

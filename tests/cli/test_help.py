@@ -161,11 +161,11 @@ def test_help_fits_a_narrow_terminal(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["avg"], "Missing argument 'PATH'"),
+        (["look"], "Missing argument 'PATH'"),
         (["avg", "a.pth", "--lats", "3"], "No such option: --lats"),
         (["avg", "a.pth", "--threads", "x"], "Invalid value for '--threads'"),
         (["average", "a.pth"], "No such command 'average'"),
-        (["inspect", "a.pth", "b.pth"], "unexpected extra argument"),
+        (["diff", "a.pth", "b.pth", "c.pth"], "unexpected extra argument"),
     ],
 )
 def test_commands_exit_with_2_and_name_the_help_on_bad_usage(arguments: list[str], message: str) -> None:
