@@ -145,7 +145,7 @@ def _show_recalibration(report: AverageReport, tell: console.Tell) -> None:
 
 def _show_dropped(report: AverageReport, tell: console.Tell, *, companions: bool) -> None:
     if report.left_out:
-        tell(f"Left out, because some checkpoints do not have them: {console.some(report.left_out)}.")
+        tell(f"Left out (missing in some checkpoints): {console.some(report.left_out)}.")
     if report.dropped:
         tell(f"Not carried over from the last checkpoint: {console.some(report.dropped)}.")
     if report.companions and companions:
@@ -171,7 +171,7 @@ def _show_table(report: AverageReport, tell: console.Tell) -> None:
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
-        f"takes {console.size(report.peak_memory)} of memory, {console.size(report.memory)} of it buffers{where}.",
+        f"memory: about {console.size(report.peak_memory)}{where}.",
     )
     _show_dropped(report, tell, companions=True)
     _show_recalibration(report, tell)

@@ -154,7 +154,7 @@ def planned(
         notes.append(note)
     notes += [note for each in sets.values() if (note := evaluation_note(each)) is not None]
     if len(sets) == 1 and layout.pair and not layout.alone:
-        notes.append("The only set of weights is used for both, raw and averaged.")
+        notes.append("Raw and averaged weights get the same values: the checkpoint has one set.")
     content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",

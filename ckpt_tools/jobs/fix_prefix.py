@@ -203,7 +203,9 @@ def _check_in_place(header: Header, target: Path, nbytes: int) -> None:
             f"{target}: is a symbolic link. Name the file itself, {target.resolve()}, or a new one with `out`."
         )
     if not is_writable(target):
-        raise WriteError(f"{target}: is write-protected. Lift that (chmod u+w), or name a new file with `out`.")
+        raise WriteError(
+            f"{target}: cannot be replaced (read-only). Allow it (chmod u+w), or name a new file with `out`."
+        )
     check_target(target, [], nbytes=nbytes, force=True, names=None)
 
 

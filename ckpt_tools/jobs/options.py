@@ -448,7 +448,7 @@ class Images(Options):
         implied="the checkpoint's, or by name",
         metavar="FILE",
     )
-    split: str = option("Of a named dataset.", "validation")
+    split: str = option("Split of a named dataset.", "validation")
     data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
 
 

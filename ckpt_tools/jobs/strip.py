@@ -33,7 +33,7 @@ from .provenance import input_record, provenance
 from .reports import Report
 from .run import manners, produce, run
 
-_NO_WEIGHTS = "holds nothing but training state; no weights would be left."
+_NO_WEIGHTS = "holds training state alone, and no weights."
 
 
 @dataclass(frozen=True, slots=True)

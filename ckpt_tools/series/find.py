@@ -204,8 +204,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     nameless = [member.path for member in by_name if not key_of[member.path]]
     if nameless and len(members) > 1:
         notes.append(
-            f"{nameless[0]} has no step, neither inside nor in its name, so the files are ordered by name. "
-            "Give the files in order, with `order='given'`, if it should be another."
+            f"No step found for {nameless[0]}; sorted by name. Wrong? List the files in order and add `order='given'`."
         )
         return by_name, "the names"
     notes.extend(places.remarks)

@@ -107,7 +107,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
     ]
     text = " ".join(" ".join(lines).split())
     assert "--gpu-memory SIZE Memory to use on each GPU, such as 2GB. [default: (1GB)]" in text
-    assert "ema: for a checkpoint; with --per-step, for a training step. [default: (such that" in text
+    assert "EMA decay per checkpoint (per training step with --per-step). [default: (such that" in text
 
 
 @pytest.mark.parametrize(

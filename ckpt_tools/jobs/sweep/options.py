@@ -125,7 +125,7 @@ class Honesty(Options):
         None,
         metavar="DATA|COMMAND|FN",
     )
-    test_split: str | None = option("Of a named dataset.", None, implied="that of split")
+    test_split: str | None = option("Split of a named dataset to report on.", None, implied="that of split")
     holdout: float | None = option(
         "Instead: fraction of the samples that is kept for the report, drawn by `seed`.", None, metavar="F"
     )
