@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
+from ..jobs.asked import COMMAND
 from ..jobs.options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing
 from ..series.schedules import Schedule
 from . import arguments, common, console
@@ -16,6 +19,10 @@ from .tables import Table
 
 if TYPE_CHECKING:
     from ..jobs.average import AverageReport
+
+
+_FEW = 4
+"""Checkpoints that are named each; of more, the first and the last."""
 
 
 @arguments.with_options(
@@ -46,8 +53,12 @@ def avg(
     """
     from ..jobs.average import average
 
+    proposed = None
+    if not paths and options["update"] is not None:
+        raise UsageError("PATH is missing: the checkpoints to add. Try 'ckpt avg --help'.")
     if not paths and options["replay"] is None:
-        raise UsageError("Missing argument 'PATH', the checkpoints to average. Try 'ckpt avg --help'.")
+        proposed = _only_run()
+        paths, options["dry_run"] = [proposed], True
     plans: list[AverageReport] = []
 
     def show(plan: AverageReport) -> None:
@@ -67,15 +78,42 @@ def avg(
             arguments.say_notes(report.notes[len(plans[0].notes) :])
         where = "" if report.device == "cpu" else f" on {report.device}"
         took = f" in {seconds:.2f} s{where}{rate}" if not report.compared else ""  # which takes as long again
-        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)}{took}.")
+        written = console.size(report.bytes_written)
+        console.wrote(f"Wrote {console.output(report.out, report.files, report.companions)}: {written}{took}.")
         if options["plot"] is not None:
             console.wrote(f"Wrote {options['plot']}.")
         if report.compared:
             console.say(report.compared)
     if json and arguments.reports(report, **options):
         console.print_json(arguments.plain(report))
+    if proposed is not None:
+        command = shlex.join([*(word for word in COMMAND if word != "--dry-run"), proposed])
+        console.say("", f"Nothing was written, for no PATH was given. The only run here is {proposed}:", f"  {command}")
     if report.same is False:
         raise typer.Exit(1)
+
+
+def _only_run() -> str:
+    """Return the only run in the current folder, or below it.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    from ..series.paths import runs_below
+
+    arguments.check_folder()
+    runs = [*map(str, runs_below(Path()))]
+    if not runs:
+        raise UsageError(
+            "PATH is missing, and no series of checkpoints was found here. Example: ckpt avg runs/*.pth. "
+            "Try 'ckpt avg --help'."
+        )
+    if len(runs) > 1:
+        raise UsageError(
+            f"PATH is missing, and there are {len(runs)} runs here: {console.some(runs)}. "
+            f"Example: ckpt avg {shlex.quote(runs[0])}"
+        )
+    return runs[0]
 
 
 def _rate(report: AverageReport, seconds: float) -> str:
@@ -86,9 +124,13 @@ def _rate(report: AverageReport, seconds: float) -> str:
 def _show_summary(report: AverageReport, tell: console.Tell) -> None:
     first, last = report.inputs[0], report.inputs[-1]
     n = len(report.inputs)
-    span = f"{first.name} to {last.name}, in the order of {report.ordered_by}" if n > 1 else first.name
-    tell(f"{console.plural(n, 'checkpoint')}: {span}. Weights: {last.state}. Mode: {report.mode}.", *_prefixes(report))
-    _show_dropped(report, tell)
+    names = ", ".join(i.name for i in report.inputs) if n <= _FEW else f"{first.name} to {last.name}"
+    order = f"in the order of {report.ordered_by}" if n > 1 else "so this is a copy of its weights"
+    tell(
+        f"{console.plural(n, 'checkpoint')}: {names}, {order}. Weights: {last.state}. Mode: {report.mode}.",
+        *_prefixes(report),
+    )
+    _show_dropped(report, tell, companions=False)  # the last line has them
     _show_recalibration(report, tell)
     arguments.say_notes(report.notes, tell)
 
@@ -103,13 +145,13 @@ def _show_recalibration(report: AverageReport, tell: console.Tell) -> None:
         show_images(plan, tell)
 
 
-def _show_dropped(report: AverageReport, tell: console.Tell) -> None:
+def _show_dropped(report: AverageReport, tell: console.Tell, *, companions: bool) -> None:
     if report.left_out:
-        tell(f"Left out, because some checkpoints do not have them: {console.some(report.left_out)}.")
+        tell(f"Left out (missing in some checkpoints): {console.some(report.left_out)}.")
     if report.dropped:
         tell(f"Not carried over from the last checkpoint: {console.some(report.dropped)}.")
-    if report.companions:
-        tell(f"Copied beside the weights: {console.some(report.companions)}.")
+    if report.companions and companions:
+        tell(f"Carried along beside the weights: {console.some(report.companions)}.")
 
 
 def _show_table(report: AverageReport, tell: console.Tell) -> None:
@@ -131,9 +173,9 @@ def _show_table(report: AverageReport, tell: console.Tell) -> None:
         + (f", {len(report.left_out)} left out" if report.left_out else "")
         + ".",
         f"Reads {console.size(report.bytes_read)}, writes {console.size(report.bytes_written)} to {report.out}; "
-        f"takes {console.size(report.peak_memory)} of memory, {console.size(report.memory)} of it buffers{where}.",
+        f"memory: about {console.size(report.peak_memory)}{where}.",
     )
-    _show_dropped(report, tell)
+    _show_dropped(report, tell, companions=True)
     _show_recalibration(report, tell)
     arguments.say_notes(report.notes, tell)
 

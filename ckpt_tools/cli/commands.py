@@ -31,7 +31,7 @@ COMMANDS = {
     "sweep": "Average a series in many ways, score each average, and find the best.",
     "convert": "Write a checkpoint in another layout, file format or dtype.",
     "fix-prefix": "Take wrapper prefixes off the names; nothing else changes.",
-    "inspect": "Show what a checkpoint holds, from its header alone.",
+    "inspect": "Show what a checkpoint holds, from its header alone, or list several.",
     "diff": "Show what differs between two checkpoints.",
     "verify": "Check that checkpoints are whole, and that outputs are what their records say.",
     "strip": "Drop the optimizer and the rest of the training state.",

@@ -377,6 +377,22 @@ def some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def output(out: str, files: int, companions: Sequence[str]) -> str:
+    """Name an output; of a folder, with what is in it.
+
+    Args:
+        files: with weights; 0 if the output is no folder.
+        companions: names of the small files beside them.
+    """
+    if not files:
+        return out
+    words = [word for word in ("config", "tokenizer") if any(name.partition(".")[0] == word for name in companions)]
+    more = len(companions) - len(words)
+    others = f"{more}{' more' if words else ''} file{'s' * (more > 1)}" if more else ""
+    along = " and ".join(filter(None, (", ".join(words), others)))
+    return f"{out.rstrip('/')}/ ({plural(files, 'shard')}{f'; {along} carried along' if along else ''})"
+
+
 @contextmanager
 def counting(unit: str | None) -> Iterator[Callable[..., None]]:
     """Show progress: a bar on a terminal that is wide enough, otherwise a line every ten seconds.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +19,9 @@ if TYPE_CHECKING:
 
 @arguments.with_options(ConvertedOutput, ConvertedState, Missing, Sharing, Computing)
 def convert(
-    checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CKPT", help="A file, or a folder.", show_default=False)
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CKPT [OUT]", help="A file, or a folder. The target, or -o.", show_default=False),
     ] = None,
     *,
     list_: Annotated[
@@ -34,20 +37,39 @@ def convert(
     if list_:
         _list(as_json=json)
         return
-    if checkpoint is None:
+    if not paths:
         raise UsageError("CKPT is missing: the checkpoint to convert. ckpt convert --list shows the layouts.")
+    source, *further = map(arguments.path, paths)
+    if further:
+        options["out"] = _target(further, options["out"])
     if options["out"] is None:
         raise UsageError("-o is missing: where to write, such as -o weights.safetensors.")
     from ..jobs.convert import convert as run
 
-    source = arguments.path(checkpoint)
     tell = console.shown_by(asked=options["dry_run"], json=json)
     report, seconds = arguments.carried_out(run, "converting", source, **options, on_plan=partial(_show, tell))
     arguments.say_part(report.part)
     if report.written:
-        console.wrote(f"Wrote {report.out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
+        out = console.output(report.out, report.files, report.companions)
+        console.wrote(f"Wrote {out}: {console.size(report.bytes_written)} in {seconds:.2f} s.")
     if json and arguments.reports(report, **options):
         console.print_json(arguments.plain(report))
+
+
+def _target(paths: Sequence[str], out: str | None) -> str:
+    """Return the second path as the target.
+
+    Raises:
+        UsageError: it may be another checkpoint to convert.
+    """
+    path, *more = paths
+    if more or out is not None:
+        raise UsageError(f"{(more or paths)[0]}: convert takes one checkpoint at a time, and one target, by -o.")
+    if os.path.lexists(path):
+        raise UsageError(f"{path}: exists, so it is not clear that it is the target. If it is, give it with -o.")
+    if not {".", "/"} & {*path}:
+        raise UsageError(f"{path}: a folder to write, or a layout? Say -o {path}, or --to {path}.")
+    return path
 
 
 def _show(tell: console.Tell, report: ConvertReport) -> None:
@@ -57,8 +79,6 @@ def _show(tell: console.Tell, report: ConvertReport) -> None:
     )
     if report.dropped:
         tell(f"Not carried over: {console.some(report.dropped)}.")
-    if report.companions:
-        tell(f"Copied beside the weights: {console.some(report.companions)}.")
     arguments.say_notes(report.notes, tell)
 
 

@@ -1,35 +1,87 @@
-"""`ckpt inspect`: read the header, show."""
+"""`ckpt inspect`: read headers, show one checkpoint, or a table of several."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UsageError
+from ..jobs.options import Skipping
 from . import arguments, common, console
 from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
-    from ..jobs.inspect import Description, Optimizer, WeightSet
+    from ..jobs.inspect import Description, Listed, Listing, Optimizer, WeightSet
 
 
-@arguments.with_options()
+@arguments.with_options(Skipping)
 def inspect(
-    path: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint; of several, a table."),
+    ],
+    *,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    metric: Annotated[str, typer.Option("--metric", help="The number in a table.", metavar="KEY")] = "metric",
     all_: common.All = False,
     json: Annotated[bool, typer.Option("--json", help="The description on stdout.")] = False,
+    **options: Any,
 ) -> None:
-    """Show what a checkpoint holds, from its header alone.
+    """Show what a checkpoint holds, from its header alone, or list several.
 
-    Example: ckpt inspect averaged.pth
+    Example: ckpt inspect runs/
     """
     from ..formats import read_header
-    from ..jobs.inspect import describe
-    from ..series.paths import one_checkpoint
+    from ..jobs.inspect import describe, listing
+    from ..series.paths import expand, one_checkpoint
 
-    description = describe(read_header(one_checkpoint(arguments.path(path))))
+    given = [arguments.path(path) for path in paths]
+    if len(given) == 1 and len(expand(given)) == 1:
+        _show_one(describe(read_header(one_checkpoint(*expand(given)))), tensors=tensors, json=json)
+        return
+    if tensors:
+        raise UsageError("`tensors` goes with one checkpoint.")
+    found = listing(given, metric=metric, **options)
+    if json:
+        console.print_json(arguments.plain(found))
+    else:
+        _show_table(found, metric)
+    if found.faults:
+        raise typer.Exit(1)
+
+
+def _show_table(found: Listing, metric: str) -> None:
+    rows = found.checkpoints
+    columns = {
+        "step" if found.counter == "name" else found.counter: [_cell(row.step) for row in rows],
+        metric: [_cell(row.metric) for row in rows],
+        "weights": [_weights(row) for row in rows],
+        "optimizer": [console.size(row.optimizer) if row.optimizer else "" for row in rows],
+        "size": ["" if row.nbytes is None else console.size(row.nbytes) for row in rows],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    table = Table("checkpoint", tuple(columns))
+    for row, *cells in zip(rows, *columns.values(), strict=True):
+        table.add(row.name, *cells, drawn=row.fault, colour="red")
+    nbytes = sum(row.nbytes or 0 for row in rows)
+    console.show(table, "", f"{console.plural(len(rows), 'checkpoint')}, {console.size(nbytes)}.")
+    if found.faults:
+        console.show(arguments.spelled(f"{found.faults} of them cannot be averaged; `skip_broken` leaves them out."))
+    arguments.say_notes(found.notes, console.show)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _weights(row: Listed) -> str:
+    made = f" (by ckpt {row.made})" if row.made else ""
+    return f"{', '.join(row.sets)}{made}"
+
+
+def _show_one(description: Description, *, tensors: bool, json: bool) -> None:
     if json:
         data = description.to_dict()
         if not tensors:
@@ -48,10 +100,13 @@ def _show(d: Description) -> None:
     console.show(f"{d.path}: {d.format}, {console.size(d.nbytes)}{files}")
     if not d.sets:
         console.show("  no weights in a known layout; other commands can be told the place with --state")
+    alone = [weights.which for weights in d.sets] == ["raw"]  # which tells nothing, and neither does its layout
     for weights in d.sets:
+        label = weights.label.replace("raw", "weights", 1) if alone else weights.label
+        layout = "" if alone else f" (layout {weights.layout})"
         console.show(
-            f"  {weights.label}: {console.plural(len(weights.tensors), 'tensor')}, "
-            f"{console.count(weights.elements)} values, {console.size(weights.nbytes)} (layout {weights.layout})"
+            f"  {label}: {console.plural(len(weights.tensors), 'tensor')}, "
+            f"{console.count(weights.elements)} values, {console.size(weights.nbytes)}{layout}"
         )
         largest = max((nbytes for _, nbytes in weights.dtypes.values()), default=0)
         for name, (number, nbytes) in weights.dtypes.items():
@@ -71,7 +126,7 @@ def _show(d: Description) -> None:
             console.show(f"  {place}: {console.plural(number, 'other tensor')}")
     if d.foreign:
         names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in d.foreign.items())
-        console.show(f"  not understood, so neither imported nor run: {names}")
+        console.show(f"  unknown classes, kept as plain data and never run: {names}")
     if d.provenance is not None:
         _show_provenance(d.provenance)
     arguments.say_notes(d.notes, console.show)
@@ -79,9 +134,13 @@ def _show(d: Description) -> None:
 
 def _show_optimizer(optimizer: Optimizer) -> None:
     multiple, times = optimizer.multiple, optimizer.times
-    said = "" if multiple is None else f", {multiple:.2g} times the weights"
-    if multiple is not None and times is not None and abs(times - multiple) > 0.05 * times:
-        said += f" ({times:.2g} times in values)"
+    if not optimizer.nbytes and not optimizer.kept:
+        console.show(f"  {optimizer.place}: empty")
+        return
+    said = ""
+    if multiple is not None:
+        values = times is not None and abs(times - multiple) > 0.05 * times
+        said = f" ({multiple:.2g}x the weights{f', {times:.2g}x their values' if values else ''})"
     console.show(f"  {optimizer.place}: {optimizer.name}, {console.size(optimizer.nbytes)}{said}")
     rows = [row for row in optimizer.kept if row.multiple is None or row.multiple >= 0.001]  # no counts of steps
     shown = [row.name if row.multiple is None else f"{row.name} {row.multiple:.2g}" for row in rows]

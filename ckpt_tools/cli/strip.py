@@ -1,12 +1,16 @@
-"""`ckpt strip`: parse, strip, show."""
+"""`ckpt strip`: parse, strip one checkpoint or several, show."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import CkptError, SeriesError, UsageError, WriteError
 from ..jobs.options import KeptState, Moving, Sharing, StrippedOutput
 from . import arguments, console
 from .tables import Table
@@ -17,7 +21,10 @@ if TYPE_CHECKING:
 
 @arguments.with_options(KeptState, StrippedOutput, Sharing, Moving)
 def strip(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="A file, or a folder of DCP; it is not changed.")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="CKPT", help="Files, quoted globs, folders of DCP, folders of these; not changed."),
+    ],
     *,
     json: arguments.Json = False,
     **options: Any,
@@ -26,19 +33,97 @@ def strip(
 
     Example: ckpt strip checkpoint-300.pth.tar
     """
+    from ..series.paths import expand
+
+    given = [arguments.path(each) for each in checkpoints]
+    sources = expand(given)
+    if len(sources) == 1:
+        report = _strip(given[0], json=json, **options)
+        reports = [report]
+    else:
+        reports = _strip_all(sources, json=json, **options)
+    shown = [arguments.plain(report) for report in reports if arguments.reports(report, **options)]
+    if json and shown:
+        console.print_json(shown if len(sources) > 1 else shown[0])
+
+
+def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[StripReport]:
+    """Strip several checkpoints, each into a file of its own; all are planned before the first is written.
+
+    Raises:
+        CkptError: one cannot be stripped; names all such.
+    """
+    from ..jobs.outputs import Target
     from ..jobs.strip import strip as without_training_state
 
-    source = arguments.path(checkpoint)
+    for name in ("part", "finish", "resume", "sign_off"):
+        if options[name]:
+            raise UsageError(f"`{name}` goes with one checkpoint.")
+    out = options["out"]
+    if out is not None:
+        if not Target.of(out).folder:
+            raise UsageError(f"`out={out!r}`: {len(sources)} checkpoints go into a folder, such as `out='stripped/'`.")
+        options["out"] = f"{out.rstrip('/')}/"
+    outs: list[str] = []
+    faults: list[CkptError] = []
+    for source in sources:
+        try:
+            without_training_state(source, **options, on_plan=_stop_after_planning)
+        except _Planned as plan:
+            outs.append(plan.out)
+        except CkptError as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        said = [str(fault).split(". ")[0].rstrip(".") for fault in faults]
+        shown = console.some(said, 10)
+        raise SeriesError(f"{len(faults)} of {len(sources)} checkpoints cannot be stripped, and none was: {shown}.")
+    twice = next((path for path, times in Counter(outs).items() if times > 1), None)
+    if twice is not None:
+        raise WriteError(f"{twice}: would be written twice. Strip checkpoints with the same name one at a time.")
+    tell = console.shown_by(asked=options["dry_run"], json=json)
+    reports = []
+    for source in sources:
+        report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=_quietly)
+        reports.append(report)
+        # Signals still end the run: there is more to do.
+        say = console.say if report.written else tell
+        say(_result(report) if report.anything else f"{report.path}: nothing to strip.")
+        arguments.say_notes(report.notes, tell)
+    return reports
+
+
+class _Planned(Exception):
+    """A checkpoint can be stripped, and nothing of it is written yet."""
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+
+
+def _quietly(_: StripReport) -> None:
+    """Show nothing of a plan."""
+
+
+def _stop_after_planning(plan: StripReport) -> None:
+    raise _Planned(plan.out)
+
+
+def _result(report: StripReport) -> str:
+    return f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}."
+
+
+def _strip(source: str | Path, *, json: bool, **options: Any) -> StripReport:
+    from ..jobs.strip import strip as without_training_state
+
     tell = console.shown_by(asked=options["dry_run"], json=json)
     report, _ = arguments.carried_out(
         without_training_state, "stripping", source, **options, on_plan=partial(_show, tell)
     )
     arguments.say_part(report.part)
     if report.anything and (report.written or not report.part):
-        text = f"{report.out}: {_sizes(report)}."
-        console.wrote(f"Wrote {text}") if report.written else tell(f"Would write {text}")
-    if json and arguments.reports(report, **options):
-        console.print_json(arguments.plain(report))
+        (console.wrote if report.written else tell)(_result(report))
+    return report
 
 
 def _show(tell: console.Tell, report: StripReport) -> None:

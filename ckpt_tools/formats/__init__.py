@@ -99,11 +99,13 @@ def _read_header(path: Path) -> Header:
             if each.folder and each.sniff(path, b""):
                 return each.read(path)
         names = store.names(path)
-        inside = next((path / n for n in names if store.is_folder(path / n) and is_checkpoint(path / n)), None)
-        files = any(holds_weights(name) and store.is_file(path / name) for name in names)
+        folder = next((path / n for n in names if store.is_folder(path / n) and is_checkpoint(path / n)), None)
+        file = next((path / n for n in names if holds_weights(n) and store.is_file(path / n)), None)
+        inside = folder or file
         raise NotACheckpointError(
-            f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
-            + (f" Give one of its folders, such as {inside}" if inside else " Give one of its files." if files else "")
+            f"{path}: a folder of checkpoints, not one checkpoint. Name one in it, such as {inside}"
+            if inside
+            else f"{path}: not a checkpoint: the folder has no model.safetensors, index.json or *.distcp."
         )
     except OSError as error:
         raise ReadError(f"{error.filename or path}: cannot be read ({error.strerror or error}).") from error

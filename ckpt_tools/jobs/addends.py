@@ -14,12 +14,13 @@ from ..errors import LayoutError, UsageError
 from ..series.member import Member
 from ..series.rules.rule import Rule
 from ..series.schedules import SCHEDULES, Schedule
+from ..series.usable import Skipped
 from ..storage.source import Stamp
 from ..tensors import DType, parse_dtype
 from .lined_up import LinedUp, states_asked
 from .options import AveragedOutput, Matching
 from .outputs import Target
-from .provenance import Input, Record, averaged_inputs, provenance
+from .provenance import Input, Record, averaged_inputs, provenance, skipped_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Addends:
         ordered_by: in words.
         notes: decisions to report.
         given: paths that the output must not be.
+        skipped: checkpoints that were left out, to record.
         before: inputs of an average that is extended.
         sha256: those recorded of each member, by the names of its files; empty where there are none.
         updates: how often the average was extended.
@@ -80,6 +82,7 @@ class Addends:
     notes: tuple[str, ...]
     given: tuple[Path, ...]
     chosen: Sequence[StateDict] | None = None
+    skipped: tuple[Skipped, ...] = ()
     before: tuple[Input, ...] = ()
     sha256: Sequence[Mapping[str, str]] = ()
     updates: int = 0
@@ -153,6 +156,7 @@ def record_of(addends: Addends, inputs: Sequence[Input], state: StateDict, **mor
         **_places(addends.members[-1], state),
         **({"updates": addends.updates} if addends.updates else {}),
         inputs=averaged_inputs(inputs),
+        **({"skipped": skipped_inputs(addends.skipped)} if addends.skipped else {}),
         **more,
     )
 

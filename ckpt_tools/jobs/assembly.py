@@ -65,6 +65,11 @@ class Assembly:
     checksums: bool = False
 
     @property
+    def shards(self) -> int:
+        """Number of files with weights in a folder; 0 if it is one file."""
+        return sum(any(True for _ in plan.payloads) for plan in self.files) if self.folder else 0
+
+    @property
     def nbytes(self) -> int:
         """Size of the output in bytes."""
         return sum(plan.size for plan in self.files) + sum(stamp_at(path).nbytes for path in self.companions)

@@ -21,6 +21,7 @@ from ..formats.header import Header
 from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.schedules import Schedule
+from ..series.usable import Skipped
 from ..series.weighted_sums import is_running, weighted_sums
 from ..storage.local import peak_memory
 from ..storage.source import Stamp, sha256
@@ -66,12 +67,14 @@ class AverageReport(Report):
             added by the work; without torch, images and networks.
         device: where the sums are computed: ``cpu``, or GPUs such as ``cuda:0, cuda:1``.
         companions: names of files beside the weights that go along: configuration and tokenizer.
+        files: number of files with weights in the output; 0 if it is one file and no folder.
         compared: after a replay, how the output compares with the average that it was made again from, in words.
         same: after a replay, True if the weights are the same in every byte; None if that is not known.
         recalibration: with `recal_bn`, how the BatchNorm statistics are measured, and what came of it.
         scratch: bytes of the sums beside the target while that is done.
         part: what became of a part of the job, in words.
         written: False for a plan, and for a part.
+        skipped: checkpoints that were left out, and why.
     """
 
     inputs: tuple[Input, ...]
@@ -89,6 +92,7 @@ class AverageReport(Report):
     memory: int
     device: str
     companions: tuple[str, ...] = ()
+    files: int = 0
     compared: str = ""
     same: bool | None = None
     recalibration: RecalibrationReport | None = None
@@ -96,6 +100,7 @@ class AverageReport(Report):
     peak_memory: int = field(default=0, compare=False)
     part: str = ""
     written: bool = False
+    skipped: tuple[Skipped, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -168,6 +173,8 @@ def average(
     if sums.by_tensor.bytes_read and asked is not None:
         asked.refuse("each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode)
     target = chosen or addends.target or sums.usual_target
+    if output.out is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
+        target = Target.of(output.out, sums.usual_target)
     stamps = [stamp for member in addends.members for stamp in member.header.files]
     if picture is not None:
         picture.check([*addends.given, *(stamp.path for stamp in stamps)], target.path)
@@ -446,6 +453,7 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
             *lined_up.notes,
             *sums.adapter.notes,
             *_kept(assembly),
+            *_left_behind(sums.base, assembly),
             *_of_format(sums.base, assembly),
             *_statistics(sums),
             *sums.notes,
@@ -453,12 +461,14 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
         dropped=assembly.dropped,
         out=str(assembly.target),
         companions=tuple(path.name for path in assembly.companions),
+        files=assembly.shards,
         bytes_read=assembly.bytes_read + sums.by_tensor.bytes_read,
         bytes_written=assembly.nbytes,
         memory=memory,
         device=device,
         recalibration=sums.recalibration,
         scratch=sums.scratch,
+        skipped=addends.skipped,
         peak_memory=peak_memory() + memory + engine.notes_needed(assembly.files),
     )
 
@@ -515,6 +525,19 @@ def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantiz
             )
         edited[CONFIG] = config_text(adapter.config)
     return edited
+
+
+def _left_behind(base: Header, assembly: Assembly) -> Iterator[str]:
+    """Report configuration and tokenizer that a single file cannot have."""
+    if assembly.folder or not base.in_folder:
+        return
+    names = [path.name for path in companions(base, []) if path.parent == base.path]
+    if names:
+        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        yield (
+            f"A single file has no place for what is beside the weights, which stays behind: {shown}. For a folder "
+            "with all of it, give `out` a name without suffix."
+        )
 
 
 def _of_format(base: Header, assembly: Assembly) -> Iterator[str]:

@@ -24,7 +24,7 @@ from ..checkpoints.quantized import (
 )
 from ..compute.threads import check_threads
 from ..errors import UnsupportedError, UsageError
-from ..formats import read_header
+from ..formats import read_header, suffixes
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
 from ..formats.header import Header
@@ -61,6 +61,7 @@ class ConvertReport(Report):
         out: the target.
         bytes_read, bytes_written: of the whole job.
         companions: names of files beside the weights that go along: configuration and tokenizer.
+        files: number of files with weights in the output; 0 if it is one file and no folder.
         part: what became of a part of the job, in words.
         written: False for a plan, and for a part.
     """
@@ -78,6 +79,7 @@ class ConvertReport(Report):
     bytes_read: int
     bytes_written: int
     companions: tuple[str, ...] = ()
+    files: int = 0
     part: str = ""
     written: bool = False
 
@@ -152,7 +154,7 @@ def planned(
         notes.append(note)
     notes += [note for each in sets.values() if (note := evaluation_note(each)) is not None]
     if len(sets) == 1 and layout.pair and not layout.alone:
-        notes.append("The only set of weights is used for both, raw and averaged.")
+        notes.append("Raw and averaged weights get the same values: the checkpoint has one set.")
     content = _content(header, found, sets, dtype, naming, notes, missing)
     said = provenance(
         "convert",
@@ -188,6 +190,7 @@ def planned(
         notes=tuple(notes),
         out=str(target.path),
         companions=tuple(path.name for path in assembly.companions),
+        files=assembly.shards,
         bytes_read=assembly.bytes_read,
         bytes_written=assembly.nbytes,
     )
@@ -202,6 +205,11 @@ def find_layout(name: str) -> Layout:
     """
     layout = next((layout for layout in LAYOUTS if layout.name == name), None)
     written = [layout.name for layout in LAYOUTS if layout.written]
+    if layout is None and name.lower().lstrip(".") in {suffix.lstrip(".") for suffix in suffixes()}:
+        file = f"weights.{name.lower().lstrip('.')}"
+        raise UsageError(
+            f"`to={name!r}`: a file format, not a layout. The name of the output chooses it: `out={file!r}`."
+        )
     if layout is None:
         near = difflib.get_close_matches(name, written, n=2)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""

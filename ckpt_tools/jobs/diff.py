@@ -258,7 +258,7 @@ def _remarks(chosen: Sequence[StateDict], names: Sequence[str]) -> Iterator[str]
     a, b = (weights.which for weights in chosen)
     if a != b:
         yield (
-            f"The {a} weights of {names[0]} are compared with the {b} weights of {names[1]}: only one has an EMA. "
+            f"Comparing {a} weights ({names[0]}) with {b} weights ({names[1]}): only one has an EMA. "
             "Choose with `state` and `state_b`."
         )
 

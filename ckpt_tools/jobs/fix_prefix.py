@@ -91,7 +91,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     sharded = header.format.folder
     if output.out is not None:
         on_this_machine(output.out, "out")
-        chosen = Target.of(output.out)
+        chosen = Target.of(output.out, Target(header.path, folder=sharded or header.in_folder))
         target, folder = chosen.path, sharded or (header.in_folder and chosen.format is not header.format.written_as)
         check_same_format(header, chosen, folder=folder)
     else:
@@ -203,7 +203,9 @@ def _check_in_place(header: Header, target: Path, nbytes: int) -> None:
             f"{target}: is a symbolic link. Name the file itself, {target.resolve()}, or a new one with `out`."
         )
     if not is_writable(target):
-        raise WriteError(f"{target}: is write-protected. Lift that (chmod u+w), or name a new file with `out`.")
+        raise WriteError(
+            f"{target}: cannot be replaced (read-only). Allow it (chmod u+w), or name a new file with `out`."
+        )
     check_target(target, [], nbytes=nbytes, force=True, names=None)
 
 

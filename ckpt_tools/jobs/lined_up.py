@@ -149,9 +149,9 @@ def selected(members: Sequence[Member], names: Sequence[str], matching: Matching
     marked = [name for name in names if "ema" in average_words(name)]
     if "auto" in asked and "ema" not in which and 0 < len(marked) < len(names):
         raise LayoutError(
-            f"{marked[0]} is an EMA by its name, {next(n for n in names if n not in marked)} is not "
-            f"({len(marked)} of {len(names)} are). Raw and averaged weights cannot be mixed: leave the others out, "
-            "or use `state='raw'` if the names are wrong."
+            f"Only {len(marked)} of {len(names)} checkpoints look{'s' * (len(marked) == 1)} like an EMA by name: "
+            f"{', '.join(marked[:3])}. Raw and averaged weights cannot be mixed: leave the others out, or use "
+            "`state='raw'` if the names are wrong."
         )
     return found
 
@@ -203,7 +203,7 @@ def _notes(members: Sequence[Member], states: Sequence[StateDict], plan: KeyPlan
         yield f"Of another shape or dtype in other checkpoints, so taken from the last one: {some(plan.differing)}."
     borrowed = not_averaged(last.header, states[-1])
     if borrowed:
-        yield f"The averages lack these, so they are averages of the raw weights: {some(borrowed)}."
+        yield f"Not in the EMA, so averaged from the raw weights: {some(borrowed)}."
     factor = next((name for name in plan.aligned if is_factor(name)), None) if len(members) > 1 else None
     if factor is not None:
         yield (

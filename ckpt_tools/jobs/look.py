@@ -23,6 +23,7 @@ from ..series.find import find_series
 from ..series.geometry import FAR, ONE_BASIN, Geometry, geometry, movement
 from ..series.member import Member
 from ..series.rules.rule import Products
+from ..series.usable import Skipped
 from ..tensors import TensorSpec
 from .lined_up import line_up, selected
 from .measure import inner_products
@@ -79,6 +80,7 @@ class LookReport(Report):
         warnings: what tells against an average of these, in words.
         notes: these, and decisions.
         bytes_read: of the job.
+        skipped: checkpoints that were left out, and why.
     """
 
     checkpoints: tuple[Position, ...]
@@ -91,6 +93,7 @@ class LookReport(Report):
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     bytes_read: int
+    skipped: tuple[Skipped, ...] = ()
 
 
 @takes(Selection, Alignment, Drawing, Reading)
@@ -117,7 +120,8 @@ def look(
     """
     check_threads(running.threads)
     picture = Picture.of(drawing.plot, force=drawing.force)
-    series = find_series([paths] if isinstance(paths, (str, Path)) else paths, **vars(selection))
+    given = [paths] if isinstance(paths, (str, Path)) else paths
+    series = find_series(given, state=alignment.state, **vars(selection))
     members = series.members
     if len(members) < 2:
         raise UsageError(f"{members[0].path} is one checkpoint alone. Give a series of two or more.")
@@ -150,6 +154,7 @@ def look(
         movement=dict(sorted(moves.items(), key=lambda pair: -pair[1])),
         warnings=warnings,
         notes=(*series.notes, *warnings, *lined_up.notes),
+        skipped=series.skipped,
         bytes_read=sum(spec.nbytes for specs in aligned.values() for spec in specs),
     )
     if picture is not None:

@@ -102,7 +102,16 @@ def _annotation(option: Option) -> Any:
     return option.type | None if option.default is None and type(None) not in get_args(option.type) else option.type
 
 
-class Selection(Options):
+class Skipping(Options):
+    """What of a series is left out."""
+
+    title = "Which checkpoints"
+
+    exclude: Words = option("Leave out what this glob matches, by its name or the end of its path.", (), metavar="GLOB")
+    skip_broken: bool = option("Leave out what is damaged or holds no weights; else it is an error.", False)
+
+
+class Selection(Options, more=(Skipping,)):
     """Which checkpoints, in which order; see `ckpt_tools.series.find.find_series`."""
 
     title = "Which checkpoints"
@@ -200,7 +209,7 @@ class AveragedOutput(Encoding):
     """Where an average goes, in which encoding, and what is recorded in it."""
 
     out: str | Path | None = option(
-        "A known suffix chooses the format; other names, and a slash at the end, mean a folder of shards.",
+        "A known suffix chooses the format; other names mean a folder of shards; DIR/ puts a file into it.",
         None,
         implied="averaged.pth, or as the inputs are",
         metavar="PATH",
@@ -443,7 +452,7 @@ class Images(Options):
         implied="the checkpoint's, or by name",
         metavar="FILE",
     )
-    split: str = option("Of a named dataset.", "validation")
+    split: str = option("Split of a named dataset.", "validation")
     data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
 
 

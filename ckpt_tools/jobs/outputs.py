@@ -40,25 +40,36 @@ class Target:
     folder: bool
 
     @classmethod
-    def of(cls, out: str | Path) -> Target:
+    def of(cls, out: str | Path, usual: Target | None = None) -> Target:
         """Read what the user says: a known suffix means a file; all else, and a slash at the end, a folder.
+
+        Args:
+            usual: where the output would go by itself. If that is a file, a slash at the end puts it into a folder
+                under its usual name. None if the output may be a folder.
 
         Raises:
             UsageError: no name, or a suffix that is a slip of a known one.
         """
         text = shown(os.fspath(out))
         name, known = Path(text).name, suffixes()
+        if text == "-":
+            raise UsageError(
+                "`out='-'`: checkpoints are not written to standard output, as their parts are written in any order. "
+                "Name a file, such as `out='averaged.pth'`; a folder of this name is ./-"
+            )
         if not text or name in known:
             raise UsageError(f"`out={text!r}`: there is no name in it. Is a variable of the shell unset?")
         path = as_path(out)
         slash = os.path.basename(text) != name  # noqa: PTH119 - a Path would not tell
-        if not slash and not name.endswith(known) and not _is_folder(path):
+        if not name.endswith(known):
             near = difflib.get_close_matches(path.suffix.lower(), known, n=2, cutoff=0.7)
-            if near:
+            if near and not slash and not _is_folder(path):
                 raise UsageError(
                     f"{text}: {path.suffix} is not a known suffix. Did you mean {' or '.join(near)}? "
                     f"If a folder should have this name, end it in a slash: {text}/"
                 )
+            if slash and not near and usual is not None and not usual.folder:
+                return cls(path / usual.name, folder=False)
         return cls(path, folder=slash or not name.endswith(known))
 
     @property
@@ -187,11 +198,13 @@ def check_target(
                 )
         if folder and resolved in (Path.cwd(), *Path.cwd().parents):
             raise WriteError(f"{target}: is the folder you are in, or around it. Choose another folder with `out`.")
+        if target.exists() and not (target.is_dir() or target.is_file()):
+            raise WriteError(f"{target}: is not a regular file. Choose another name with `out`.")
         if target.exists() and target.is_dir() != folder:
             kind = "a folder" if target.is_dir() else "a file"
             raise WriteError(f"{target}: is {kind} already. Choose another name with `out`.")
-        if target.exists() and not (folder or target.is_file()):
-            raise WriteError(f"{target}: is no regular file. Choose another name with `out`.")
+        if names is not None:
+            _check_replaceable(target, names)
         # A link is replaced itself, as any file is; what it leads to stays as it was.
         if not force and os.path.lexists(target) and (not folder or target.is_symlink() or any(target.iterdir())):
             raise WriteError(
@@ -207,8 +220,6 @@ def check_target(
                 f"{target}: needs {nbytes:,} bytes, and {parent} has {free:,} left. "
                 "Free some space or choose another place with `out`."
             )
-        if names is not None:
-            _check_replaceable(target, names)
 
 
 def _check_address(
@@ -229,13 +240,13 @@ def _check_address(
         there = [kind for kind, found in (("file", target.is_file()), ("folder", target.is_dir())) if found]
         if ("file" if folder else "folder") in there:
             raise WriteError(f"{target}: is a {there[0]} already. Choose another name with `out`.")
+        if names is not None and there:
+            claimed = read_json(target / CLAIM).get("names")  # what a job that was killed may have sent
+            _check_replaceable(target, {*names, CLAIM, *(map(str, claimed) if isinstance(claimed, list) else ())})
         if there and not force:
             raise WriteError(
                 f"{target}: exists already. Pass `force=True` to replace it, or choose another name with `out`."
             )
-        if names is not None and there:
-            claimed = read_json(target / CLAIM).get("names")  # what a job that was killed may have sent
-            _check_replaceable(target, {*names, CLAIM, *(map(str, claimed) if isinstance(claimed, list) else ())})
     here = grows_at(target)
     free = shutil.disk_usage(here.parent).free + size_of_leftovers(here)
     if nbytes > free:
@@ -285,5 +296,6 @@ def _check_replaceable(folder: Path, names: Iterable[str]) -> None:
                     waiting.append(child)
                 elif name not in known or not child.is_file():
                     raise WriteError(
-                        f"{folder}: holds {name}, which the new folder would not. Choose a new folder with `out`."
+                        f"{folder}: is a folder that also holds {name}, and a folder of shards would replace all of "
+                        "it. Choose a new folder with `out`, or the name of a file in this one."
                     )

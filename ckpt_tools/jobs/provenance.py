@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import LayoutError
 from ..formats.header import Header
 from ..series.shards import refuse_part
+from ..series.usable import Skipped
 
 _MOST = 1 << 63
 _LONGEST = 4096
@@ -60,6 +61,7 @@ class Record:
         updates: how many times inputs were added to it after it was written.
         ratios: of Model Stock: tensor to the coefficients of all inputs but the first together; else empty.
         measured_on: the data of its BatchNorm statistics; None if they are averaged like all else.
+        skipped: checkpoints that were left out; `reason` is not recorded, and is their `kind`.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Record:
     updates: int
     ratios: Mapping[str, float]
     measured_on: str | None = None
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def which(self) -> str:
@@ -149,6 +152,12 @@ def averaged_inputs(inputs: Sequence[Input]) -> list[dict[str, Any]]:
         | ({"sha256": dict(i.sha256)} if i.sha256 else {})
         for i in inputs
     ]
+
+
+def skipped_inputs(skipped: Sequence[Skipped]) -> list[dict[str, str]]:
+    """Return a record of the checkpoints that were left out, and why."""
+    names = short_names([Path(each.path) for each in skipped])
+    return [{"name": name, "reason": each.kind} for name, each in zip(names, skipped, strict=True)]
 
 
 def read_record(header: Header) -> Record:
@@ -238,7 +247,18 @@ def _record(path: Path, made: Mapping[str, Any]) -> Record:
         updates=updates,
         ratios=_ratios(made.get("ratios", {})),
         measured_on=None if recalibrated is None else recalibrated["data"],
+        skipped=_skipped(made.get("skipped", [])),
     )
+
+
+def _skipped(said: Any) -> tuple[Skipped, ...]:
+    found = []
+    for each in said if isinstance(said, list) else [None]:
+        name, kind = (each.get("name"), each.get("reason")) if isinstance(each, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(kind, str):
+            raise ValueError("its 'skipped' are no names with reasons")
+        found.append(Skipped(name, kind, kind))
+    return tuple(found)
 
 
 def _ratios(said: Any) -> dict[str, float]:

@@ -121,7 +121,8 @@ def recalibrate_checkpoint(
     source = one_checkpoint(path)
     checkpoint = Checkpoint(read_header(source), weights.state)
     refuse_computed(checkpoint.header, checkpoint.state)
-    target = Target.of(output.out) if output.out is not None else named_after(checkpoint.header, "-bn")
+    usual = named_after(checkpoint.header, "-bn")
+    target = usual if output.out is None else Target.of(output.out, usual)
     device = local_device(pick_device(running.device))
     numerics = Numerics(**vars(running))
     with (

@@ -160,6 +160,7 @@ def summed_again(header: Header, record: Record, headers: Sequence[Header], matc
         notes=(),
         given=(),
         sha256=[i.sha256 for i in record.inputs],
+        skipped=record.skipped,
     )
 
 

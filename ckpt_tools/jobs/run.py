@@ -86,7 +86,7 @@ def run(
     except WriteError as error:
         if not running.dry_run:
             raise
-        plan = replace(plan, notes=(*plan.notes, f"Without `dry_run` this would be refused: {error}"))
+        plan = replace(plan, notes=(*plan.notes, f"The real run would stop: {error}"))
     if running.on_plan is not None:
         running.on_plan(plan)
     if running.dry_run or work is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import getitem
@@ -21,7 +21,8 @@ from ..formats.format import Writing
 from ..formats.header import Header
 from ..formats.pickle_objects import Inert
 from ..formats.tree import put, tensors_in
-from ..series.paths import one_checkpoint
+from ..series.paths import one_checkpoint, training_state_beside
+from ..storage.source import stamp_at
 from ..tensors import Storage, TensorSpec, UnsupportedTensor
 from .asked import asked_of
 from .assembly import Assembly, nested
@@ -32,7 +33,7 @@ from .provenance import input_record, provenance
 from .reports import Report
 from .run import manners, produce, run
 
-_NO_WEIGHTS = "holds nothing but training state; no weights would be left."
+_NO_WEIGHTS = "holds training state alone, and no weights."
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,8 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, sharing: S
     polite = manners(running)
     asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
-    target = Target.of(output.out) if output.out is not None else named_after(header, "-stripped")
+    usual = named_after(header, "-stripped")
+    target = usual if output.out is None else Target.of(output.out, usual)
     report, assembly = planned(header, target, which, output)
     if assembly is None:
         return run(report, running)
@@ -152,7 +154,7 @@ def planned(
         nbytes=header.nbytes,
     )
     if not report.anything:
-        return report, None
+        return replace(report, notes=(*report.notes, *_beside_weights(header))), None
     _check_kept(header, tree, sets)
     check_same_format(header, target, folder=header.copied_to_folder)
     said = provenance(
@@ -173,6 +175,15 @@ def planned(
         bytes_written=assembly.nbytes,
     )
     return report, assembly
+
+
+def _beside_weights(header: Header) -> Iterator[str]:
+    """Report training state in files of its own, which stay: no input is changed."""
+    files = training_state_beside(header.path) if header.in_folder else []
+    if files:
+        said = ", ".join(f"{path.name} ({stamp_at(path).nbytes:,} bytes)" for path in files[:6])
+        more = f" and {len(files) - 6} more" if len(files) > 6 else ""
+        yield f"The training state is in files beside the weights, which you may delete: {said}{more}."
 
 
 def _with_sums(header: Header, tree: Any, chosen: StateDict) -> Any:

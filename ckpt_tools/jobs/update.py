@@ -76,7 +76,7 @@ def updated(
             "that extends it are others. Give the images to measure them on with `recal_bn`."
         )
     rule = recorded_schedule(record)
-    series = find_series(paths, dry_run=running.dry_run, **vars(selection))
+    series = find_series(paths, state=matching.state, dry_run=running.dry_run, **vars(selection))
     members = _placed(record, header, series.members)
     names = short_names([member.path for member in members])
     coefficients = _coefficients(record, rule, members)
@@ -110,6 +110,7 @@ def updated(
         ordered_by=f"the record of {header.path.name}, and {series.ordered_by}",
         notes=(*series.notes, *_remarks(record, rule, members, scale)),
         given=(*series.given, *kept, *(() if in_place else (header.path,))),
+        skipped=(*record.skipped, *series.skipped),
         before=tuple(replace(i, coefficient=c) for i, c in zip(record.inputs, coefficients, strict=False)),
         updates=record.updates + 1,
         target=target,

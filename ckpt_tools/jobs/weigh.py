@@ -45,7 +45,7 @@ def weighed(
     start = None
     if schedule.rule.needs == "products":
         start = folder_of_index(one_checkpoint(schedule.values["base"]))
-    series = find_series(paths, start=start, dry_run=running.dry_run, **vars(selection))
+    series = find_series(paths, state=matching.state, start=start, dry_run=running.dry_run, **vars(selection))
     members, chosen, by_tensor = series.members, None, None
     if schedule.rule.needs == "profile":
         members, chosen = every_set(members, matching)
@@ -68,6 +68,7 @@ def weighed(
         ordered_by=series.ordered_by,
         notes=(*series.notes, *_remarks(schedule, facts, members, coefficients)),
         given=(*series.given, *(member.path for member in members)),
+        skipped=series.skipped,
         by_tensor=by_tensor,
     )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..checkpoints.quantized import quantized, way_on
 from ..errors import AlignmentError, UnsupportedError, UsageError
 from ..tensors import Category, Tensor, TensorSpec, UnsupportedTensor
+from .usable import of_other_models
 
 KEYS = ("strict", "intersection", "union")
 MATCHES = ("name", "order")
@@ -70,7 +71,7 @@ def align(
     names = [*states[-1], *(name for name in counts if name not in states[-1])]
     partial = [name for name in names if counts[name] < len(states)]
     if partial and keys == "strict":
-        raise AlignmentError(_missing(partial, counts, states, files))
+        raise AlignmentError(_other_models(states, files) or _missing(partial, counts, states, files))
     if keys == "intersection":
         names = [name for name in names if counts[name] == len(states)]
         if not names and any(states):
@@ -117,6 +118,19 @@ def _missing(
         advice = "No name is in all files, so they are of different models: give the files of one."
     return f"{lacking[0]} has no tensor '{name}' ({counts[name]} of {len(states)} files have it).{more} " + (
         _prefix_advice(states, files) or advice
+    )
+
+
+def _other_models(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) -> str | None:
+    """Name the files whose tensors have other names than those of most; None if there are no such files."""
+    others = of_other_models([[*state] for state in states])
+    if not others:
+        return None
+    said = "; ".join(f"{files[i]} ({reason})" for i, reason in others.items())
+    names = [files[i] for i in others]
+    them = "it" if len(names) == 1 else "them"
+    return (
+        f"{len(names)} of {len(files)} checkpoints cannot be averaged: {said}. Leave {them} out: `exclude={names!r}`."
     )
 
 

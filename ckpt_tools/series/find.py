@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.steps import named_positions, stored_positions, telling_names
 from ..errors import SeriesError, UsageError
-from ..formats import read_header
 from ..formats.header import Header
 from ..storage.source import LOCAL, store_of
 from .copies import without_copies
 from .member import Member
 from .numbered import natural_key
-from .paths import as_path, find, listed
+from .paths import Found, as_path, find, listed
 from .selection import Choice
+from .usable import EXCLUDED, Skipped, usable
 
 _AVERAGE = re.compile(r"(?<![a-z])(ave|avg|averaged?|swa|ema|soup|merged)(?![a-z])", re.IGNORECASE)
 """Words of file names; for keys inside a checkpoint see `ckpt_tools.checkpoints.layouts.counterparts`."""
@@ -33,12 +33,14 @@ class Series:
         given: all checkpoints found, selected or not, except ckpt-tools outputs that were left out.
         ordered_by: in words.
         notes: decisions to report: duplicates, outputs and averages left out, ties.
+        skipped: what was excluded, or could not be used.
     """
 
     members: tuple[Member, ...]
     given: tuple[Path, ...]
     ordered_by: str
     notes: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
 
 
 def find_series(
@@ -46,6 +48,9 @@ def find_series(
     *,
     order: str = "auto",
     include_outputs: bool = False,
+    exclude: Sequence[str] = (),
+    skip_broken: bool = False,
+    state: str | Sequence[str] = "auto",
     start: Path | None = None,
     dry_run: bool = False,
     **selection: Any,
@@ -57,6 +62,9 @@ def find_series(
         order: ``auto`` (step or epoch stored in all files, else the numbers in the names),
             ``given``, ``natural`` (names), ``mtime``.
         include_outputs: include files that ckpt-tools wrote, and averages by other tools, known by their names.
+        exclude: globs of checkpoints to leave out.
+        skip_broken: leave out what cannot be read or holds no weights. Otherwise one error names all of it.
+        state: the set of weights that will be asked for.
         start: a checkpoint from before the series, which is not in it, unless it is alone.
         dry_run: read a few bytes of suspected copies, and say that they look like copies.
         selection: see `ckpt_tools.series.selection.Choice`.
@@ -64,17 +72,20 @@ def find_series(
     Raises:
         UsageError, SeriesError: an invalid selection; no checkpoint found or left; one left beside averages; an export
             among checkpoints.
-        ReadError: a file is not a checkpoint.
+        ReadError, LayoutError: a file is not a checkpoint, or holds no weights; of several, a SeriesError names all.
     """
     choice = Choice(**selection)
     if order not in ORDERS:
         raise UsageError(f"`order` is one of {', '.join(ORDERS)}, not {order!r}.")
     notes: list[str] = []
     paths = listed(paths)
-    found = find(paths, notes)
+    there = find(paths, notes, [exclude] if isinstance(exclude, str) else exclude)
+    found = there.paths
     if start is not None:
         found = [path for path in found if path.resolve() != start.resolve()] or found
-    headers = [read_header(path) for path in found]
+    headers, broken = usable(found, there.empty, state, skip_broken=skip_broken)
+    skipped = [*excluded(there), *broken]
+    notes.extend(notes_of(skipped))
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
     headers = without_copies([header for header in headers if header.path not in ours], notes, compare=not dry_run)
@@ -82,7 +93,22 @@ def find_series(
     if not include_outputs:
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)
     members, ordered_by = _ordered(headers, order, notes)
-    return Series(tuple(choice.of(members, notes)), given, ordered_by, tuple(notes))
+    return Series(tuple(choice.of(members, notes)), given, ordered_by, tuple(notes), tuple(skipped))
+
+
+def excluded(found: Found) -> list[Skipped]:
+    """Describe what a glob leaves out."""
+    return [Skipped(str(path), EXCLUDED, f"matches {glob!r}") for path, glob in found.excluded.items()]
+
+
+def notes_of(skipped: Sequence[Skipped]) -> Iterator[str]:
+    """Say what is left out, and why."""
+    matched = [Path(each.path) for each in skipped if each.kind == EXCLUDED]
+    if matched:
+        yield f"Left out by `exclude`: {_some(matched)}."
+    broken = [str(each) for each in skipped if each.kind != EXCLUDED]
+    if broken:
+        yield f"Left out by `skip_broken`: {'; '.join(broken)}."
 
 
 def average_words(name: str) -> set[str]:
@@ -178,8 +204,7 @@ def _ordered(headers: Sequence[Header], order: str, notes: list[str]) -> tuple[l
     nameless = [member.path for member in by_name if not key_of[member.path]]
     if nameless and len(members) > 1:
         notes.append(
-            f"{nameless[0]} has no step, neither inside nor in its name, so the files are ordered by name. "
-            "Give the files in order, with `order='given'`, if it should be another."
+            f"No step found for {nameless[0]}; sorted by name. Wrong? List the files in order and add `order='given'`."
         )
         return by_name, "the names"
     notes.extend(places.remarks)

@@ -141,6 +141,15 @@ def _measure(
     raise SeriesError(_unmeasured(member.header, key, stored))
 
 
+def metric_at_hand(member: Member, key: str = METRIC) -> float | None:
+    """Return the metric of one checkpoint, from the file or a place beside it; None if there is none."""
+    value = metric_of(member.header, key)
+    if value is None:
+        others = (search(member, key) for search in _PLACES)
+        value = next((other[0] for other in others if other is not None), None)
+    return value
+
+
 def _finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None

@@ -6,7 +6,9 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +25,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SECRET = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^?#]*)(?:[?#].*)?", re.DOTALL)
 DEFAULT_INPUTS = ("averaged.pth", "averaged.safetensors")
 _NOT_WEIGHTS = re.compile(r"optimizer|optim_states|scheduler|scaler|rng_state|training_args")
+_LEVELS, _MOST_FOLDERS = 3, 100
+"""How deep, and in how many folders, checkpoints are looked for that a message points to."""
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
 
 
@@ -64,37 +68,81 @@ def is_address(given: str | Path) -> bool:
     return _SCHEME.match(os.fspath(given)) is not None or store_of(Path(given)) is not LOCAL
 
 
-def find(paths: Sequence[str | Path], notes: list[str]) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What paths lead to.
+
+    Attributes:
+        paths: of the checkpoints, without duplicates.
+        empty: folders that should be checkpoints, as the others are, and hold no weights.
+        excluded: path to the glob that leaves it out.
+    """
+
+    paths: list[Path]
+    empty: list[Path]
+    excluded: dict[Path, str]
+
+
+def find(paths: Sequence[str | Path], notes: list[str], exclude: Sequence[str] = ()) -> Found:
     """Expand files, globs and folders to checkpoints, without duplicates.
 
     Args:
         notes: receives decisions to report.
+        exclude: globs; what one of them matches is left out, by its name or by the end of its path.
 
     Raises:
         UsageError: an argument is not a path.
         SeriesError: a path that does not exist, a glob without matches, a folder without checkpoints, shards of one
-            checkpoint, one rank of several, or one checkpoint next to a series.
+            checkpoint, one rank of several, or one checkpoint next to a series; or nothing is left.
     """
     try:
-        found = _without_duplicates(expand(paths), notes)
+        expanded, empty = _expanded(paths)
+        excluded = _excluded([*expanded, *empty], exclude, notes)
+        found = _without_duplicates([path for path in expanded if path not in excluded], notes)
         _note_nested(found, {as_path(each) for each in paths}, notes)
         _note_masters(found, notes)
     except OSError as error:
         raise SeriesError(f"{error.filename}: {error.strerror}.") from error
     refuse_parts(found)
-    return found
+    return Found(found, [path for path in empty if path not in excluded], excluded)
 
 
 def expand(paths: Iterable[str | Path]) -> list[Path]:
     """Expand files, globs and folders to checkpoints, each a file or a folder."""
-    paths = [*paths]
+    return _expanded([*paths])[0]
+
+
+def _expanded(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Return the checkpoints, and the folders among them that hold no weights."""
     refuse_other_queries(paths)
     for store in {store_of(as_path(given)) for given in paths if isinstance(given, (str, os.PathLike))}:
         store.refresh()
-    found = [path for given in paths for path in _find(given)]
+    empty: list[Path] = []
+    found = [path for given in paths for path in _find(given, empty)]
+    if not found and empty:
+        raise SeriesError(_no_checkpoints(empty[0]))
     if not found:
         raise SeriesError("no checkpoint given.")
-    return found
+    return found, empty
+
+
+def _excluded(paths: Sequence[Path], globs: Sequence[str], notes: list[str]) -> dict[Path, str]:
+    """Return the paths that a glob matches, and the glob.
+
+    Raises:
+        SeriesError: no path is left.
+    """
+    excluded: dict[Path, str] = {}
+    for glob in globs:
+        if not glob.strip("/"):
+            raise UsageError(f"`exclude={glob!r}`: no glob.")
+        matches = [path for path in paths if path.match(glob)]
+        if not matches:
+            notes.append(f"`exclude={glob!r}` matches none of the {len(paths)} checkpoints.")
+        excluded |= dict.fromkeys(matches, glob)
+    if len({*paths} - excluded.keys()) == 0:
+        raise SeriesError(f"`exclude={[*globs]!r}` leaves none of the {len(paths)} checkpoints.")
+    return excluded
 
 
 def refuse_other_queries(paths: Iterable[object]) -> None:
@@ -160,7 +208,12 @@ def _refuse_url(given: str | Path, path: Path) -> None:
         )
 
 
-def _find(given: str | Path) -> list[Path]:
+def _find(given: str | Path, empty: list[Path]) -> list[Path]:
+    """Expand one argument.
+
+    Args:
+        empty: receives folders without weights.
+    """
     if not isinstance(given, (str, os.PathLike)):
         raise UsageError(f"a path is text, not {given!r}.")
     if given == "":
@@ -168,7 +221,7 @@ def _find(given: str | Path) -> list[Path]:
     path = as_path(given)
     store = store_of(path)
     if store.is_folder(path):
-        return _in_folder(path)
+        return _in_folder(path, empty)
     if store.is_file(path) or path.exists():
         return [path]
     if path.is_symlink():
@@ -186,15 +239,29 @@ def _find(given: str | Path) -> list[Path]:
             raise SeriesError(f"no file matches '{shown(given)}'.")
         folder = next((parent for parent in path.parents if parent.is_dir()), Path())
         raise SeriesError(f"no file matches '{shown(given)}'. Look at the folder: ls {folder}")
-    return [found for match in matches for found in (_in_folder(match) if store.is_folder(match) else [match])]
+    return [found for match in matches for found in (_in_folder(match, empty) if store.is_folder(match) else [match])]
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, empty: list[Path]) -> list[Path]:
+    """Find the checkpoints in a folder.
+
+    Args:
+        empty: receives the folder if it holds none, and folders in it that are named like those that do.
+    """
     found = _checkpoints(folder)
+    store = store_of(folder)
     if not found:
-        looked_for = " ".join(f"*{suffix}" for suffix in suffixes(exports=False))
-        raise SeriesError(f"{folder}: no checkpoints in this folder (looked for {looked_for}).{_hint_below(folder)}")
+        empty.append(folder)
+    elif found != [folder]:
+        names = {without_numbers(path) for path in found if re.search(r"\d", path.name) and store.is_folder(path)}
+        alike = names and [each for each in _children(folder) if without_numbers(each) in names and each not in found]
+        empty += [each for each in alike or () if store.is_folder(each)]
     return found
+
+
+def _no_checkpoints(folder: Path) -> str:
+    looked_for = " ".join(f"*{suffix}" for suffix in suffixes(exports=False))
+    return f"{folder}: no checkpoints in this folder (looked for {looked_for}).{_hint_below(folder)}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -221,17 +288,31 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _hint_below(folder: Path) -> str:
-    """Point to a subfolder: Accelerate and Hugging Face's Trainer save weights in a folder inside each checkpoint's."""
-    for child in _children(folder):
-        inside = _checkpoints(child) if store_of(child).is_folder(child) else []
+    """Point to a folder inside: Accelerate and Hugging Face's Trainer save weights in a folder of each checkpoint's."""
+    for child in islice(_below(folder), _MOST_FOLDERS):
+        inside = _checkpoints(child)
         if not inside:
             continue
         glob = glob_of(child)
+        if sum(each.match(glob.name) for each in _children(child.parent)) == 1:
+            glob = child
         if len({without_numbers(path) for path in inside}) > 1:  # SpeechBrain's model.ckpt, brain.ckpt and more
             named = min(inside, key=lambda path: "model" not in path.name)
             return f" There are several in {child}; if {named.name} has the weights, use '{glob / named.name}'."
         return f" There are some in {child}; use '{glob}'."
     return ""
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the folders in a folder, those of one level before those of the next; links are not followed."""
+    level = [folder]
+    for _ in range(_LEVELS):
+        level = [each for parent in level for each in _children(parent) if _is_real_folder(each)]
+        yield from level
+
+
+def _is_real_folder(path: Path) -> bool:
+    return store_of(path).is_folder(path) and not path.is_symlink()
 
 
 def _dangling(path: Path) -> str:
@@ -327,6 +408,26 @@ def _series_in(folder: Path) -> list[Path]:
             own = _checkpoints(child) * (1 + (numbered and folder_of(child) != child))
         times[glob_of(child)] += sum(not is_part(each) for each in own)
     return [glob for glob, n in times.items() if n > 1]
+
+
+def runs_below(folder: Path) -> list[Path]:
+    """Find series by their names: folders, or globs, with checkpoints whose names differ in numbers; links aside."""
+    found: list[Path] = []
+    for each in (folder, *islice(_below(folder), _MOST_FOLDERS)):
+        if is_checkpoint(each):
+            found += _series_in(each)
+            continue
+        names = Counter(without_numbers(path) for path in _checkpoints(each) if re.search(r"\d", path.name))
+        if max(names.values(), default=0) > 1:
+            found.append(each)
+    return found
+
+
+def training_state_beside(folder: Path) -> list[Path]:
+    """Return the files of training state in the folder of a checkpoint."""
+    own, store = suffixes(exports=False), store_of(folder)
+    named = (path for path in _children(folder) if path.name.endswith(own) and _NOT_WEIGHTS.search(path.name))
+    return [path for path in named if store.is_file(path)]
 
 
 def default_input() -> Path:

@@ -141,7 +141,10 @@ class Choice:
         more = f" and {len(chosen) - 10} more" if len(chosen) > 10 else ""
         places = " and ".join(dict.fromkeys(ranking.measured[m].where for m in members))
         direction = "lower" if ranking.lower_is_better else "higher"
-        notes.append(f"Best by '{self._metric}', from {places}; {direction} is better, {ranking.why}: {shown}{more}.")
+        notes.append(
+            f"Best {len(chosen)} of {len(members)} by '{self._metric}', from {places} ({direction} is better, "
+            f"{ranking.why}): {shown}{more}."
+        )
         return [member for member in members if member in chosen]
 
 

@@ -229,7 +229,7 @@ def test_describe_counts_bytes_and_values_of_each_name(save: Save) -> None:
     assert found.kept[0].multiple == pytest.approx((N * M + 4 * M) / (4 * (N * M + M)))
     shown = run("inspect", save("again.pth", tree)).out
     assert "8-bit by bitsandbytes" in shown
-    assert "times in values" in shown
+    assert "x their values)" in shown
     assert "keeps state1 0.26, state2 0.26" in shown
 
 

@@ -128,7 +128,7 @@ def test_the_difference_of_two_averaged_models_is_the_mean_of_the_updates_betwee
 def test_best_takes_the_lowest_loss_and_the_highest_accuracy() -> None:
     trainer()
     text = shown("--best", "2", "--metric", "eval_loss")
-    assert "lower is better, by its name: checkpoint-1000 0.1, checkpoint-1500 0.2." in text
+    assert "(lower is better, by its name): checkpoint-1000 0.1, checkpoint-1500 0.2." in text
     assert [*coefficients("--best", "1", "--metric", "eval_accuracy")] == ["checkpoint-1000"]
     assert [*coefficients("--best", "1", "--metric", "eval_loss", "--higher-is-better")] == ["checkpoint-500"]
 
@@ -138,7 +138,8 @@ def test_best_names_folders_where_all_files_have_one_name() -> None:
         write(f"run/CKPT+{i}/model.ckpt", weights(i))
         Path(f"run/CKPT+{i}/CKPT.yaml").write_text(f"WER: {wer}\n")
     result = run("avg", "run/*/model.ckpt", "--best", "1", "--metric", "WER", "--dry-run", columns=1000)
-    assert "Best by 'WER', from the YAML files beside them; lower is better, by its name: CKPT+2 7.5." in result.out
+    said = "Best 1 of 2 by 'WER', from the YAML files beside them (lower is better, by its name): CKPT+2 7.5."
+    assert said in result.out
 
 
 def test_files_at_one_step_are_counted_as_files_and_that_is_said() -> None:
@@ -150,13 +151,16 @@ def test_files_at_one_step_are_counted_as_files_and_that_is_said() -> None:
 def test_advice_offers_nothing_that_is_on_or_cannot_be() -> None:
     even()
     for options, advice in {
-        ("--half-life", "5%"): "A larger --half-life spreads it.",
-        ("--half-life", "20k"): "A smaller --half-life spreads it.",
-        ("--decay", "0.9999"): "A smaller --decay, --per-step or --bias-correction spreads it.",
-        ("--decay", "0.99999999", "--per-step"): "A smaller --decay spreads it.",
-        ("--decay", "0.99999999", "--by", "steps"): "A smaller --decay spreads it.",
-        ("--decay", "0.1", "--bias-correction"): "A larger --decay spreads it.",
-        ("--decay", "0.1", "--warmup", "timm"): "A larger --decay spreads it.",
+        ("--half-life", "5%"): "To spread it, use a larger --half-life.",
+        ("--half-life", "20k"): "To spread it, use a smaller --half-life.",
+        (
+            "--decay",
+            "0.9999",
+        ): "leave --decay out: the default fits the series, or use --per-step or --bias-correction.",
+        ("--decay", "0.99999999", "--per-step"): "To spread it, leave --decay out: the default fits the series.",
+        ("--decay", "0.99999999", "--by", "steps"): "To spread it, leave --decay out: the default fits the series.",
+        ("--decay", "0.1", "--bias-correction"): "To spread it, leave --decay out: the default fits the series.",
+        ("--decay", "0.1", "--warmup", "timm"): "To spread it, leave --decay out: the default fits the series.",
     }.items():
         assert shown(*options).splitlines()[-1].endswith(f"of this average. {advice}"), options
 

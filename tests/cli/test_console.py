@@ -240,7 +240,7 @@ def test_say_wraps_between_words_on_a_terminal(runs: list[Path]) -> None:
     os.close(terminal)
     lines = shown.decode().splitlines()
     assert max(map(len, lines[2:])) <= 54
-    assert lines[-3:-1] == ["  optimizer: SGD with momentum, 67.4 kB, 0.99 times", "    the weights"]
+    assert lines[-3:-1] == ["  optimizer: SGD with momentum, 67.4 kB (0.99x the", "    weights)"]
 
 
 def test_module_runs_as_the_script_does(tmp_path: Path) -> None:

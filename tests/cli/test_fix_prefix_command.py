@@ -115,7 +115,7 @@ def test_fix_prefix_rejects_a_symbolic_link() -> None:
 def test_fix_prefix_rejects_a_write_protected_file(monkeypatch: pytest.MonkeyPatch) -> None:
     save().chmod(0o444)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root may do all things
-    assert "averaged.pth: is write-protected. Lift that (chmod u+w)" in refused(Path(), "fix-prefix")
+    assert "averaged.pth: cannot be replaced (read-only). Allow it (chmod u+w)" in refused(Path(), "fix-prefix")
 
 
 def test_fix_prefix_dry_run_writes_nothing() -> None:
@@ -127,7 +127,7 @@ def test_fix_prefix_dry_run_writes_nothing() -> None:
     report = json.loads(result.out)
     assert report["states"][0]["removed"] == {"module.": 2}
     assert (report["changed"], report["written"]) == (True, False)
-    assert "Without --dry-run this would be refused: averaged.pth: is a symbolic link." in result.out
+    assert "The real run would stop: averaged.pth: is a symbolic link." in result.out
     assert contents(Path()) == before
 
 

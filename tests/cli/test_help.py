@@ -107,7 +107,7 @@ def test_help_shows_options_in_groups_with_their_defaults() -> None:
     ]
     text = " ".join(" ".join(lines).split())
     assert "--gpu-memory SIZE Memory to use on each GPU, such as 2GB. [default: (1GB)]" in text
-    assert "ema: for a checkpoint; with --per-step, for a training step. [default: (such that" in text
+    assert "EMA decay per checkpoint (per training step with --per-step). [default: (such that" in text
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,11 @@ def test_help_fits_a_narrow_terminal(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["avg"], "Missing argument 'PATH'"),
+        (["look"], "Missing argument 'PATH'"),
         (["avg", "a.pth", "--lats", "3"], "No such option: --lats"),
         (["avg", "a.pth", "--threads", "x"], "Invalid value for '--threads'"),
         (["average", "a.pth"], "No such command 'average'"),
-        (["inspect", "a.pth", "b.pth"], "unexpected extra argument"),
+        (["diff", "a.pth", "b.pth", "c.pth"], "unexpected extra argument"),
     ],
 )
 def test_commands_exit_with_2_and_name_the_help_on_bad_usage(arguments: list[str], message: str) -> None:

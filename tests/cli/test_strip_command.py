@@ -66,8 +66,8 @@ def test_strip_shows_compacted_views_apart(save: Save) -> None:
 def test_strip_rejects_bad_input(save: Save) -> None:
     save("a.pth", {"model": {"w": torch.ones(2)}, "optimizer": {"state": {}, "param_groups": []}})
     save("o.pth", {"state": {0: {"m": torch.ones(2)}}, "param_groups": []})
-    assert refused(Path(), "strip", "gone.pth") == "Error: gone.pth: no such file."
-    assert "o.pth: holds nothing but training state" in refused(Path(), "strip", "o.pth")
+    assert refused(Path(), "strip", "gone") == "Error: gone: no such file or folder."
+    assert "o.pth: holds training state alone" in refused(Path(), "strip", "o.pth")
     assert "a.pth: has no ema weights" in refused(Path(), "strip", "a.pth", "--state", "ema")
     assert "is one of the inputs" in refused(Path(), "strip", "a.pth", "-o", "a.pth", "--force")
     assert "stays one" in refused(Path(), "strip", "a.pth", "-o", "a.safetensors", code=2)

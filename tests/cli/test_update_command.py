@@ -94,4 +94,4 @@ def test_replay_shows_the_recorded_coefficients_in_a_dry_run(paths: list[str]) -
 
 def test_only_a_replay_goes_without_paths(paths: list[str]) -> None:
     result = run("avg", "--update", "averaged.pth")
-    assert (result.code, "Missing argument 'PATH'" in result.err) == (2, True)
+    assert (result.code, "PATH is missing: the checkpoints to add" in result.err) == (2, True)

@@ -186,7 +186,7 @@ def test_another_job_for_one_folder_is_noticed_and_what_a_kill_left_is_replaced(
         ("s3://there-is-none/avg.pth", WriteError, "NoSuchBucket"),
         ("hf://org/name/avg.safetensors", WriteError, "nothing is written to hf://.*`hf upload`"),
         ("https://example.org/avg.pth", WriteError, "nothing is written to https://"),
-        (f"s3://{BUCKET}/run", WriteError, "holds notes.txt, which the new folder would not"),
+        (f"s3://{BUCKET}/run", WriteError, "also holds notes.txt, and a folder of shards would replace"),
         (f"s3://{BUCKET}/run/notes.txt", WriteError, "is a file already"),
     ],
 )

@@ -322,7 +322,8 @@ def test_the_folder_of_a_run_is_a_series(here: Path, argument: str) -> None:
     average(argument, out="folder", dtype="bfloat16")
     assert open_checkpoint("folder")["one"].dtype == torch.bfloat16
     with pytest.raises(
-        NotACheckpointError, match="run: not a checkpoint.* Give one of its folders, such as run/global"
+        NotACheckpointError,
+        match="run: a folder of checkpoints, .* Name one in it, such as run/global",
     ):
         open_checkpoint("run")
 

@@ -137,7 +137,7 @@ def test_the_average_is_read_again_and_replaced_only_if_asked(root: Path, tmp_pa
     average(inputs[:2], out=out, force=True)
     assert [path.name for path in out.iterdir() if path.is_dir()] == ["iter_0002000"]
     shutil.copytree(inputs[0], out / "iter_0001000")
-    with pytest.raises(WriteError, match=r"holds iter_000[12]000.*which the new folder would not"):
+    with pytest.raises(WriteError, match=r"holds iter_000[12]000.*and a folder of shards would replace"):
         average(inputs[:2], out=out, force=True)
 
 

@@ -76,7 +76,7 @@ def test_convert_uses_a_single_set_for_both(save: Save, tmp_path: Path) -> None:
     found = load(tmp_path / "out.pth")
     assert same_bits(found["state_dict"], weights(1))
     assert found["state_dict"]["0.weight"].data_ptr() == found["state_dict_ema"]["0.weight"].data_ptr()
-    assert "The only set of weights is used for both, raw and averaged." in report.notes
+    assert "Raw and averaged weights get the same values: the checkpoint has one set." in report.notes
     ckpt_tools.convert(tmp_path / "out.pth", to="timm", state="ema", out=tmp_path / "one.pth")
     assert list(load(tmp_path / "one.pth")) == ["state_dict"]
 

@@ -231,7 +231,7 @@ def test_convert_keeps_the_settings_of_diffusers(save: Save, tmp_path: Path, out
         (1 << 40, "litema", (1 << 31) - 1, None),
         (7, "ema-pytorch", 7, r"replaces the average until its step, 7 here"),
         (101, "ema-pytorch", 101, None),
-        (-1, "averaged-model", 1, "EMA update count is not known"),
+        (-1, "averaged-model", 1, "EMA update count unknown"),
     ],
 )
 def test_convert_notes_a_counter_that_lets_the_next_update_replace_the_average(

@@ -163,7 +163,7 @@ def test_diff_compares_formats_layouts_and_wrapped_names(tmp_path: Path, save: S
         report = ckpt_tools.diff(timm, other)
         assert report.verdict == "identical"
         assert (report.a.state, report.a.prefixes, report.b.prefixes) == ("ema (state_dict_ema)", ("module.",), ())
-        assert any("The ema weights of a.pth are compared with the raw" in note for note in report.notes)
+        assert any("Comparing ema weights (a.pth) with raw weights (" in note for note in report.notes)
     assert ckpt_tools.diff(timm, folder, state="raw").notes == ()
     assert ckpt_tools.diff(timm, timm, state="raw", state_b="state_dict_ema").verdict == "identical"
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from series_files import trainer_folder
 
-from ckpt_tools import average, convert, open_checkpoint
+from ckpt_tools import average, convert, fix_prefix, open_checkpoint, strip
 from ckpt_tools.errors import UsageError, WriteError
 from ckpt_tools.jobs.outputs import Target, check_target
 
@@ -36,10 +37,12 @@ def test_check_target_needs_force_for_an_older_output_folder(here: Path, old_fol
     check("out", folder=True, force=True)
 
 
+@pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("stranger", ["train.py", "notes.txt", "other.pth", "runs", ".git"])
 def test_check_target_rejects_a_folder_with_other_files(
-    here: Path, old_folder: Callable[..., Path], stranger: str
+    here: Path, old_folder: Callable[..., Path], stranger: str, force: bool
 ) -> None:
+    """It is not offered to be replaced either."""
     folder = old_folder()
     add_index(folder)
     check("out", folder=True, force=True)
@@ -47,8 +50,8 @@ def test_check_target_rejects_a_folder_with_other_files(
         (folder / stranger).write_text("precious")
     else:
         (folder / stranger).mkdir()
-    with pytest.raises(WriteError, match=rf"out: holds {re.escape(stranger)}, which the new folder would not"):
-        check("out", folder=True, force=True)
+    with pytest.raises(WriteError, match=rf"out: is a folder that also holds {re.escape(stranger)}, and a folder"):
+        check("out", folder=True, force=force)
 
 
 def test_check_target_rejects_a_folder_with_a_bad_index(here: Path, old_folder: Callable[..., Path]) -> None:
@@ -74,6 +77,12 @@ def test_check_target_rejects_a_file_for_a_folder_and_a_folder_for_a_file(here: 
         check("file", folder=True, force=True)
     with pytest.raises(WriteError, match=r"folder\.pth: is a folder already"):
         check("folder.pth", force=True)
+
+
+def test_check_target_rejects_a_device(here: Path) -> None:
+    for folder in (False, True):
+        with pytest.raises(WriteError, match="/dev/null: is not a regular file"):
+            check("/dev/null", folder=folder, force=True)
 
 
 def test_check_target_rejects_an_input_through_any_link(here: Path) -> None:
@@ -149,6 +158,36 @@ def test_target_rejects_a_slip_in_a_suffix(here: Path, out: str, meant: str) -> 
     assert Target.of(f"{out}/").folder
     Path(out).mkdir()
     assert Target.of(out).folder
+
+
+def test_a_slash_puts_a_file_into_a_folder_under_its_usual_name(here: Path, runs: list[Path]) -> None:
+    with pytest.raises(WriteError, match=r"res/averaged\.pth: there is no folder .*mkdir -p"):
+        average(runs[:2], out="res/")
+    Path("res").mkdir()
+    Path("res/notes.txt").write_text("precious")
+    strip(runs[0], out="res/")
+    average(runs[:2], out="res/")
+    assert fix_prefix(runs[0], out="res/").out == f"res/{runs[0].name}"
+    assert {path.name for path in Path("res").iterdir()} == {
+        "notes.txt", "averaged.pth", f"{runs[0].stem}-stripped.pth", runs[0].name,
+    }  # fmt: skip
+    with pytest.raises(WriteError, match=r"res/averaged\.pth: exists already\. Pass `force=True`"):
+        average(runs[:2], out="res/")
+
+
+def test_a_slash_means_the_folder_where_that_is_asked_for(here: Path, runs: list[Path]) -> None:
+    average(runs[:2], out="shards/", max_shard_size="1GB")
+    assert Path("shards/model.safetensors").is_file()
+    for step in (1, 2):
+        trainer_folder(Path(f"run/checkpoint-{step}"), step)
+    average(["run"], out="averaged/")
+    assert Path("averaged/model.safetensors").is_file()
+
+
+def test_target_rejects_standard_output() -> None:
+    with pytest.raises(UsageError, match="`out='-'`: checkpoints are not written to standard output.* Name a file"):
+        Target.of("-")
+    assert Target.of("./-") == Target(Path("./-"), folder=True)
 
 
 def test_target_rejects_a_path_without_a_name() -> None:

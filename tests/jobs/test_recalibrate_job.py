@@ -504,7 +504,7 @@ def test_recalibrate_checkpoint_dry_run_runs_nothing(save: Save, photos: Photos,
     assert sorted(tmp_path.iterdir()) == before
     json.dumps(report.to_dict())
     again = recalibrate_checkpoint(path, data=str(folder), model="test_resnet", dry_run=True, out=path, **QUICK)
-    assert any("would be refused: " in note and "is one of the inputs" in note for note in again.notes)
+    assert any("The real run would stop: " in note and "is one of the inputs" in note for note in again.notes)
 
 
 def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors", "/"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
 @pytest.mark.parametrize("options", RULES, ids=str)
 def test_a_replay_gives_the_same_bytes(options: dict[str, Any], suffix: str, tmp_path: Path) -> None:
     average(series(tmp_path, 5), **options, out=f"{tmp_path}/averaged{suffix}")

@@ -461,7 +461,7 @@ def test_features_that_do_not_fit_the_disk_are_refused_before_any_work(
         tune(averaged, on_plan=plans.append)
     assert not plans
     report = tune(averaged, dry_run=True)
-    assert any("this would be refused" in note for note in report.notes)
+    assert any("The real run would stop" in note for note in report.notes)
 
 
 def test_weights_that_are_tied_to_others_are_not_trained_on_stored_features(save: Save) -> None:

@@ -315,7 +315,7 @@ def test_find_series_takes_a_series_of_averages_with_a_copy_of_another_name(plai
 
 def test_average_rejects_a_folder_of_raw_weights_and_several_emas(plain: Callable[..., list[Path]]) -> None:
     plain("net_1.pt", "net_2.pt", "ema_1.pt", "ema_2.pt")
-    with pytest.raises(LayoutError, match=r"ema_1.pt is an EMA by its name, net_1.pt is not \(2 of 4 are\)"):
+    with pytest.raises(LayoutError, match=r"Only 2 of 4 checkpoints look like an EMA by name: ema_1.pt, ema_2.pt\."):
         average(".", out="o.pt")
 
 

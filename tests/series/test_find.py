@@ -77,9 +77,7 @@ def test_find_series_orders_by_names_without_numbers_and_says_so(plain: Callable
     series = find_series(["late.pth", "early.pth"])
     assert (names(series), series.ordered_by) == (["early.pth", "late.pth"], "the names")
     assert len(series.notes) == 1
-    assert series.notes[0].startswith(
-        "early.pth has no step, neither inside nor in its name, so the files are ordered by name."
-    )
+    assert series.notes[0].startswith("No step found for early.pth; sorted by name.")
     assert "`order='given'`" in series.notes[0]
 
 

@@ -258,7 +258,7 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
         "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
         "on_progress": None, "update": None, "replay": None, "recal_bn": None,
         "write_checksums": False, "sign_off": None, "part": None, "finish": False, "resume": False, "cache": None,
-        "max_read_rate": None, "drop_cache": False,
+        "max_read_rate": None, "drop_cache": False, "exclude": (), "skip_broken": False,
     }  # fmt: skip
     expected |= {option.name: option.default for group in (Network, Measuring, Numerics) for option in group.options()}
     expected |= {option.name: option.default for option in Images.options() if option.name != "data"}

@@ -81,7 +81,7 @@ def test_find_series_takes_a_nested_metric_with_the_direction_that_its_name_says
     found = find_series(["a-*.pth"], best=2, metric="val.loss")
     assert names(found) == ["a-2.pth", "a-3.pth"]
     assert found.notes == (
-        "Best by 'val.loss', from the files; lower is better, by its name: a-2.pth 0.1, a-3.pth 0.2.",
+        "Best 2 of 3 by 'val.loss', from the files (lower is better, by its name): a-2.pth 0.1, a-3.pth 0.2.",
     )
     assert names(find_series(["a-*.pth"], best=1, metric="val.loss", lower_is_better=False)) == ["a-1.pth"]
 

@@ -275,7 +275,7 @@ class Content:
     def count(self) -> OutTensor:
         """Return the EMA update count as an int64 tensor, 1 where it is not known or 0."""
         if self.updates is None:
-            self.notes.append("The EMA update count is not known: 1 is written, so that a further update averages.")
+            self.notes.append("EMA update count unknown, set to 1, so that a further update averages (use `updates`).")
         elif self.updates == 0:
             self.notes.append("The EMA update count is written as 1: with 0 the next update would replace the average.")
         return scalar("int64", "q", self.updates or 1)

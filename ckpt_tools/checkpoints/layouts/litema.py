@@ -132,7 +132,7 @@ def _write(weights: Weights, content: Content) -> dict[str, Any]:
     content.note_lost(set(short.values()), f"LitEma averages parameters{of_model}", raw_stays=True)
     updates = -1 if content.updates is None else min(content.updates, (1 << 31) - 1)
     if content.updates is None:
-        content.notes.append("The EMA update count is not known: num_updates is -1, which LitEma takes for no warm-up.")
+        content.notes.append("EMA update count unknown: num_updates is -1, which LitEma takes for no warm-up.")
     averages = {
         "decay": scalar("float32", "f", content.known_decay()),
         "num_updates": scalar("int32", "i", updates),

@@ -245,6 +245,8 @@ def _nothing(header: Header, found: Mapping[str, StateDict], which: str) -> str:
     if isinstance(header.tree, Inert):
         return f"{_in_words(header.tree)}, {from_code}"
     top = header.tree if isinstance(header.tree, dict) else {}
+    if is_optimizer(top):
+        return "the state of an optimizer alone, and no weights."
     for key in set_keys():
         value = top.get(key)
         if isinstance(value, Inert):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import CkptError
 from ...series.member import Member
+from ...series.usable import Skipped
 from ...storage.staged import write_file
 from ..look import LookReport, Position, look
 from ..options import Matching
@@ -35,6 +36,8 @@ def geometry_of(
     options = {
         "order": order.order,
         "include_outputs": order.include_outputs,
+        "exclude": order.exclude,
+        "skip_broken": order.skip_broken,
         "state": matching.state,
         "match": matching.match,
         "keys": matching.keys,
@@ -58,4 +61,5 @@ def geometry_of(
 def _read(report: Mapping[str, Any]) -> LookReport:
     listed = {name: tuple(report[name]) for name in ("warnings", "notes")}
     positions = tuple(Position(**each) for each in report["checkpoints"])
-    return LookReport(**{**report, **listed, "checkpoints": positions})
+    skipped = tuple(Skipped(**each) for each in report["skipped"])
+    return LookReport(**{**report, **listed, "checkpoints": positions, "skipped": skipped})

@@ -92,7 +92,14 @@ def sweep(
     manners(running)
     dtype = parse_dtype(output.dtype)
     given = [paths] if isinstance(paths, (str, Path)) else [*paths]
-    series = find_series(given, order=order.order, include_outputs=order.include_outputs)
+    series = find_series(
+        given,
+        order=order.order,
+        include_outputs=order.include_outputs,
+        exclude=order.exclude,
+        skip_broken=order.skip_broken,
+        state=matching.state,
+    )
     if len(series.members) < 2:
         raise SeriesError(f"{series.members[0].path} is one checkpoint alone. Give a series of two or more.")
     target = None if output.out is None else Target.of(output.out)

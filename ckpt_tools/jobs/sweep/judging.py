@@ -64,6 +64,7 @@ def planned(
         notes=tuple(dict.fromkeys([*series.notes, *maker.lined_up.notes, *found.notes, *notes])),
         results=str(Path(output.scratch) / "results.jsonl"),
         out=None if output.out is None else str(output.out),
+        skipped=series.skipped,
     )
 
 

@@ -10,7 +10,7 @@ from ...series.candidates import SELECTED, several, values
 from ...series.rules.rule import Option
 from ...series.schedules import SCHEDULES, Schedule
 from ...storage.staged import same_file
-from ..options import Images, Matching, Network, Options, Output, Selection, Statistics, Summing, option
+from ..options import Images, Matching, Network, Options, Output, Selection, Skipping, Statistics, Summing, option
 
 
 class Values(Options):
@@ -74,7 +74,7 @@ class Selections(Values):
         return tuple(each for each in Selection.options() if each.name in SELECTED)
 
 
-class Order(Options):
+class Order(Skipping):
     """Where the series comes from."""
 
     title = "The series"
@@ -125,7 +125,7 @@ class Honesty(Options):
         None,
         metavar="DATA|COMMAND|FN",
     )
-    test_split: str | None = option("Of a named dataset.", None, implied="that of split")
+    test_split: str | None = option("Split of a named dataset to report on.", None, implied="that of split")
     holdout: float | None = option(
         "Instead: fraction of the samples that is kept for the report, drawn by `seed`.", None, metavar="F"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...series.candidates import Kind
+from ...series.usable import Skipped
 from ..reports import Report
 from .verdict import Comparison
 
@@ -71,6 +72,7 @@ class SweepReport(Report):
         results: file of all results.
         out: the target; None if none was asked for.
         written: False for a plan.
+        skipped: checkpoints that were left out, and why.
     """
 
     checkpoints: tuple[str, ...]
@@ -98,3 +100,4 @@ class SweepReport(Report):
     out: str | None
     failure: str = ""
     written: bool = False
+    skipped: tuple[Skipped, ...] = ()

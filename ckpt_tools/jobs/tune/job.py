@@ -77,7 +77,8 @@ def tune_checkpoint(
     checkpoint = Checkpoint(read_header(source), weights.state)
     header = checkpoint.header
     refuse_computed(header, checkpoint.state)
-    target = Target.of(output.out) if output.out is not None else named_after(header, "-tuned")
+    usual = named_after(header, "-tuned")
+    target = usual if output.out is None else Target.of(output.out, usual)
     device = pick_device(running.device)
     scratch = Path(tempfile.gettempdir() if training.scratch is None else training.scratch).expanduser()
     sources = [images.data, images.eval_data, teaching.teacher]

@@ -220,8 +220,11 @@ def _advice(*, half_life: Span | None, per_step: bool, by: str, warmup: str | No
     """Return how to spread an average, without options that are on, or that cannot go with these."""
     number = "decay" if half_life is None else "half_life"
     alone = half_life is None and by == "auto" and not (per_step or warmup or options["bias_correction"])
-    others = ", `per_step` or `bias_correction`" if alone else ""
-    return f"A smaller `{number}`{others} spreads it.", f"A larger `{number}` spreads it."
+    others = ", or use `per_step` or `bias_correction`" if alone else ""
+    if options["decay"] is not None:
+        fitting = "To spread it, leave `decay` out: the default fits the series"
+        return f"{fitting}{others}.", f"{fitting}."
+    return f"To spread it, use a smaller `{number}`{others}.", f"To spread it, use a larger `{number}`."
 
 
 def _check(**options: Any) -> None:
@@ -264,7 +267,7 @@ RULE = Rule(
     _ema,
     (
         Option(
-            "decay", float, None, "ema: for a checkpoint; with `per_step`, for a training step.",
+            "decay", float, None, "EMA decay per checkpoint (per training step with `per_step`).",
             "such that the average is as old as a third of the series",
         ),
         Option("half_life", Span, None, "ema: in steps (or files, `by='files'`), or 5% of the run.", metavar="SPAN"),

@@ -1,0 +1,175 @@
+"""Commands that take many checkpoints, or find them: tables, outputs one by one, and what is proposed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import contents, refused, run
+from series_files import trainer_folder, weights
+
+from ckpt_tools import open_checkpoint
+
+Save = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def series(save: Save) -> list[str]:
+    """Twelve checkpoints with a metric and a momentum of 24 bytes."""
+    paths = [f"run/checkpoint-{n}.pth" for n in range(1, 13)]
+    for n, path in enumerate(paths, 1):
+        momentum = {"state": {0: {"momentum_buffer": torch.ones(6)}}, "param_groups": [{"params": [0]}]}
+        save(path, {"state_dict": weights(n), "epoch": 2 * n, "metric": 90 + n / 4, "optimizer": momentum})
+    return paths
+
+
+# inspect
+
+
+def test_inspect_of_a_folder_is_a_table_in_the_order_of_training(series: list[str]) -> None:
+    result = run("inspect", "run")
+    assert (result.code, result.err) == (0, "")
+    title, *rows = [line.split() for line in result.out.splitlines()[:13]]
+    assert title == ["checkpoint", "epoch", "metric", "weights", "optimizer", "size"]
+    for n, (path, row) in enumerate(zip(series, rows, strict=True), 1):
+        size = f"{Path(path).stat().st_size / 1000:.3g}"
+        assert row == [Path(path).name, str(2 * n), f"{90 + n / 4:g}", "raw", "24", "B", size, "kB"]
+    assert run("inspect", *reversed(series)).out == result.out
+
+
+def test_inspect_of_many_lists_what_is_broken_and_fails(series: list[str]) -> None:
+    Path(series[4]).write_bytes(b"")
+    result = run("inspect", "run")
+    assert result.code == 1
+    assert result.out.splitlines()[12].split() == ["checkpoint-5.pth", "empty", "file"]
+    left = run("inspect", "run", "--skip-broken", "--exclude", "checkpoint-1*.pth")
+    assert left.code == 0
+    listed = [line.split()[0] for line in left.out.splitlines()[1:8]]
+    assert listed == [f"checkpoint-{n}.pth" for n in (2, 3, 4, 6, 7, 8, 9)]
+    assert "Left out by --skip-broken: run/checkpoint-5.pth (empty file)." in left.out
+
+
+def test_inspect_of_many_gives_json(series: list[str]) -> None:
+    listed = json.loads(run("inspect", *series[:3], "--json").out)
+    assert [(each["path"], each["step"], each["optimizer"], each["fault"]) for each in listed["checkpoints"]] == [
+        (path, 2 * n, 24, "") for n, path in enumerate(series[:3], 1)
+    ]
+    assert "goes with one checkpoint" in refused(Path(), "inspect", "run", "--tensors", code=2)
+
+
+def test_inspect_counts_training_state_beside_the_weights_and_finds_a_metric_by_name() -> None:
+    for step in (100, 200):
+        folder = trainer_folder(Path(f"run/checkpoint-{step}"), step)
+        log = [{"step": step, "eval_loss": 1 / step}]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+    state = sum(Path("run/checkpoint-100", name).stat().st_size for name in ("optimizer.pt", "scheduler.pt"))
+    (first, _) = json.loads(run("inspect", "run", "--metric", "eval_loss", "--json").out)["checkpoints"]
+    assert (first["metric"], first["optimizer"]) == (0.01, state)
+
+
+# strip
+
+
+def test_strip_of_many_writes_each_where_it_would_be_alone(series: list[str]) -> None:
+    result = run("strip", *series[:3], "--json")
+    assert [(each["path"], each["written"]) for each in json.loads(result.out)] == [(p, True) for p in series[:3]]
+    assert result.err.count("Wrote run/checkpoint-") == 3
+    for n, path in enumerate(series[:3], 1):
+        stripped = open_checkpoint(path.replace(".pth", "-stripped.pth"))
+        assert torch.equal(stripped["w"], weights(n)["w"])
+        assert "optimizer" not in stripped.header.tree
+
+
+def test_strip_of_many_writes_into_a_folder(series: list[str]) -> None:
+    Path("small").mkdir()
+    for out in ("small/", "small"):
+        assert run("strip", "run", "-o", out, "--force").code == 0
+        assert {path.name for path in Path("small").iterdir()} == {f"{Path(path).stem}-stripped.pth" for path in series}
+    assert "12 checkpoints go into a folder" in refused(Path(), "strip", "run", "-o", "a.pth", code=2)
+
+
+def test_strip_of_many_writes_none_if_one_cannot_be_stripped(series: list[str]) -> None:
+    Path("run/checkpoint-2-stripped.pth").write_text("precious")
+    Path(series[4]).write_bytes(b"")
+    message = refused(Path(), "strip", *series)
+    assert message.startswith("Error: 2 of 12 checkpoints cannot be stripped, and none was: ")
+    assert "run/checkpoint-2-stripped.pth: exists already" in message
+    assert "run/checkpoint-5.pth: empty file" in message
+    assert "--resume goes with one checkpoint" in refused(Path(), "strip", *series, "--resume", code=2)
+
+
+def test_strip_names_training_state_in_files_beside_the_weights() -> None:
+    trainer_folder(Path("checkpoint-100"), 100)
+    before = contents(Path())
+    result = run("strip", "checkpoint-100")
+    assert "nothing to strip" in result.err
+    assert "which you may delete: optimizer.pt (" in result.err
+    assert "scheduler.pt (" in result.err
+    assert contents(Path()) == before
+
+
+# convert
+
+
+def test_convert_takes_a_second_path_as_the_target(series: list[str]) -> None:
+    assert run("convert", series[0], "w.safetensors").code == 0
+    assert torch.equal(open_checkpoint("w.safetensors")["w"], weights(1)["w"])
+    assert "give it with -o" in refused(Path(), "convert", series[0], series[1], code=2)
+    assert "Say -o timm, or --to timm." in refused(Path(), "convert", series[0], "timm", code=2)
+    assert "one checkpoint at a time" in refused(Path(), "convert", *series[:3], code=2)
+    assert "one target, by -o" in refused(Path(), "convert", series[0], "x.pth", "-o", "y.pth", code=2)
+
+
+@pytest.mark.parametrize("name", ["safetensors", "pth", "SafeTensors"])
+def test_convert_says_that_a_format_is_no_layout(series: list[str], name: str) -> None:
+    message = refused(Path(), "convert", series[0], "--to", name, "-o", "x.pth", code=2)
+    assert message.endswith(
+        f"a file format, not a layout. The name of the output chooses it: -o weights.{name.lower()}."
+    )
+
+
+# avg
+
+
+def test_avg_without_arguments_shows_the_plan_for_the_only_run_and_writes_nothing(series: list[str]) -> None:
+    Path("run").rename("work")
+    Path("out/train").mkdir(parents=True)
+    Path("work").rename("out/train/exp 1")
+    before = contents(Path())
+    result = run("avg", "--last", "3")
+    assert result.code == 0
+    assert [line.split()[0] for line in result.out.splitlines()[1:4]] == [f"checkpoint-{n}.pth" for n in (10, 11, 12)]
+    assert result.err.splitlines()[-1] == "  ckpt avg --last 3 'out/train/exp 1'"
+    assert contents(Path()) == before
+
+
+def test_avg_without_arguments_lists_several_runs_and_asks_for_one(series: list[str], save: Save) -> None:
+    for n in (1, 2):
+        save(f"other/e{n}.pth", weights(n))
+    message = refused(Path(), "avg", code=2)
+    assert "there are 2 runs here: other, run. Example: ckpt avg other" in message
+
+
+def test_avg_without_arguments_knows_a_series_by_its_numbers(save: Save) -> None:
+    for name in ("averaged.pth", "averaged-bn.pth", "best.pth"):
+        save(name, weights())
+    assert "no series of checkpoints was found here. Example: ckpt avg runs/*.pth" in refused(Path(), "avg", code=2)
+
+
+def test_avg_says_what_goes_along_and_what_stays_behind() -> None:
+    for step in (100, 200):
+        folder = trainer_folder(Path(f"run/checkpoint-{step}"), step)
+        for name in ("config.json", "tokenizer.json", "generation_config.json"):
+            (folder / name).write_text('{"model_type": "llama"}')
+    folder, file = run("avg", "run", "-o", "out/"), run("avg", "run", "-o", "out.safetensors")
+    assert "Wrote out/ (1 shard; config, tokenizer and 1 more file carried along): " in folder.err
+    assert "stays behind: config.json, generation_config.json, tokenizer.json. For a folder" in file.err
+    assert "Wrote out.safetensors: " in file.err
+
+
+def test_avg_of_one_checkpoint_says_that_it_is_a_copy(series: list[str]) -> None:
+    assert "1 checkpoint: checkpoint-1.pth, so this is a copy of its weights." in run("avg", series[0]).err
