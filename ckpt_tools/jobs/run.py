@@ -309,7 +309,7 @@ def _shared(assembly: Assembly, stamps: Sequence[Stamp], asked: Asked, **options
         CkptError: see `write` and `share.opened`.
     """
     from ..storage.kept_stage import Stage
-    from .share import described, job_of, opened, together, until_last
+    from .share import described, job_of, opened, until_last
 
     plans = _plans(assembly)
     job = job_of(assembly.folder, described(plans), stamps)
@@ -320,8 +320,6 @@ def _shared(assembly: Assembly, stamps: Sequence[Stamp], asked: Asked, **options
             _write_share(assembly, plans, stamps, own, **options)
         return own.words
 
-    if asked.together:
-        return together(asked, job, part)
     if asked.step:
         return until_last(asked, stage, part)
     return part(asked), asked.finish or asked.resume
