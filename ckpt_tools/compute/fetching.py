@@ -11,6 +11,7 @@ from threading import Event
 from ..storage.ahead import MEMORY, Need, RangeSource, ReadAhead
 from ..storage.source import LOCAL, OpenFiles, Stamp, store_of
 from ..tensors import ChunkedSpec, ScaledSpec, TensorSpec
+from . import native
 from .work_units import Slice, WorkUnit
 
 
@@ -25,7 +26,14 @@ class Fetching:
         listed = [*numbered]
         self._places = {number: place for place, (number, _) in enumerate(listed)}
         inputs = max((len(unit.slices[0].tensor.terms) for _, unit in listed), default=1)
-        self.ahead = ReadAhead(files, lambda place: needed(listed[place][1]), len(listed), inputs=inputs, keep=keep)
+        self.ahead = ReadAhead(
+            files,
+            lambda place: needed(listed[place][1]),
+            len(listed),
+            inputs=inputs,
+            keep=keep,
+            address_of=native.reads_memory(),
+        )
 
     @classmethod
     def of(

@@ -483,7 +483,7 @@ def copy(
         sources.open_all(each.source for each in splices)
         for each, fd in zip(splices, fds, strict=True):
             if in_place:
-                keep_attributes(fd, sources.descriptor(each.source), each.source)  # before it holds anything to read
+                keep_attributes(fd, sources.handle(each.source), each.source)  # before it holds anything to read
             read = sources[each.source].fileno()
             drops = drop_cache and read is not None and not page_cache.in_use(read)
             splice.write(each, sources[each.source], fd, count)
