@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ckpt_tools import average, convert
 from ckpt_tools.compute import native
 from ckpt_tools.errors import CorruptError, ReadError
+from ckpt_tools.jobs import run
 from ckpt_tools.storage import ahead
 from ckpt_tools.storage import source as sources
 from ckpt_tools.storage.ahead import ReadAhead
@@ -333,3 +334,29 @@ def test_c_reads_bytes_in_memory_and_no_others() -> None:
     part = (20, 28, address(data[1]) + 4)
     expected = (numbers**2)[[0, 1, 2, 3, 5, 6, 8, 9, 10, 11]].sum()
     assert squares(12, 0, whole[0], part, whole[2]) == (None, float(expected))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("layout", "out"), [("torch", "out.safetensors"), ("shards", "out")])
+def test_copies_are_fetched_several_ranges_at_a_time_and_once(
+    layout: str, out: str, store: RangeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = LAYOUTS[layout](tmp_path / "step-1", {name: each for name, each in weights(1).items() if name != "t"})
+    for where in ("local", "remote"):
+        (tmp_path / where).mkdir()
+    convert(local, out=tmp_path / "local" / out)
+    remote = store.add(local)
+    copied = []
+    monkeypatch.setattr(run, "copy", lambda *args, copy=run.copy, **options: copied.append(1) or copy(*args, **options))
+    both = threading.Barrier(2)
+
+    def wait(name: str, begin: int) -> None:
+        if len(store.requests) <= 2:
+            both.wait(60)  # for a second request that is under way
+
+    store.fails = wait
+    convert(remote, out=tmp_path / "remote" / out)
+    assert copied
+    made = [[each for each in sorted((tmp_path / where).rglob("*")) if each.is_file()] for where in ("local", "remote")]
+    assert [path.read_bytes() for path in made[1]] == [path.read_bytes() for path in made[0]] != []
+    assert len(set(store.requests)) == len(store.requests) > 10
