@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
-from cli_runner import run
+from cli_runner import environment, run
 from hub_server import HubStub, a_hub
 from range_server import Asked, RangeServer, serving
 from safetensors.torch import load_file, save_file
@@ -540,3 +543,31 @@ def test_a_signal_ends_the_wait_for_a_request_that_is_not_answered() -> None:
         objects.asked(answer.wait, 60)
     assert "ckpt-request" in [thread.name for thread in threading.enumerate()]  # and nobody waits for it
     answer.set()
+
+
+@pytest.mark.parametrize("silent", ["header", "payload"])
+def test_a_command_ends_at_ctrl_c_though_the_server_says_nothing(
+    silent: str, server: RangeServer, tmp_path: Path
+) -> None:
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def hang(request: Asked) -> None:
+        begin, end = re.findall(
+            r"\d+", next(value for name, value in request.headers.items() if name.lower() == "range")
+        )
+        if silent == "header" or int(end) - int(begin) > 100_000:
+            asked.set()
+            goes_on.wait(120)
+
+    server.fault = hang
+    words = [f"{server.url}/step_100.safetensors", f"{server.url}/step_200.safetensors", "-o", "out.safetensors"]
+    command = [sys.executable, "-m", "ckpt_tools", "avg", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert asked.wait(120)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    goes_on.set()
+    # While headers are read the signal itself ends the process, which shells tell as 130, too.
+    assert process.returncode == (130 if silent == "payload" else -signal.SIGINT), err
+    assert "Traceback" not in err
+    assert [*tmp_path.iterdir()] == []
