@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..compute import engine
+from ..compute.fetching import any_remote
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, UsageError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
@@ -505,7 +506,7 @@ def _fetched_ahead(
     Returns:
         The splices, with smaller spans if a file is remote, and what is to be entered for each span in turn.
     """
-    if not any(isinstance(source, ahead.RangeSource) for _, source in sources.items()):
+    if not any_remote(sources):
         return splices, nullcontext
     splices = [each.cut(ahead.BLOCK) for each in splices]
     spans = [(each.source, span.start, span.stop) for each in splices for span in each.pieces if isinstance(span, Span)]

@@ -15,7 +15,7 @@ import torch
 from memory_store import MemoryFile, MemoryStore
 from safetensors.torch import save_file
 
-from ckpt_tools import average, convert
+from ckpt_tools import average, convert, diff
 from ckpt_tools.compute import native
 from ckpt_tools.errors import CorruptError, ReadError
 from ckpt_tools.jobs import run
@@ -359,4 +359,25 @@ def test_copies_are_fetched_several_ranges_at_a_time_and_once(
     assert copied
     made = [[each for each in sorted((tmp_path / where).rglob("*")) if each.is_file()] for where in ("local", "remote")]
     assert [path.read_bytes() for path in made[1]] == [path.read_bytes() for path in made[0]] != []
+    assert len(set(store.requests)) == len(store.requests) > 10
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("layout", ["torch", "shards"])
+def test_a_comparison_is_fetched_ahead_and_once(layout: str, store: RangeStore, tmp_path: Path) -> None:
+    local = [LAYOUTS[layout](tmp_path / f"step-{n}", weights(n)) for n in (1, 2)]
+    alone = diff(*local).to_dict()
+    remote = [store.add(path) for path in local]
+    both = threading.Barrier(2)
+
+    def wait(name: str, begin: int) -> None:
+        if len(store.requests) <= 2:
+            both.wait(60)  # for a second request that is under way
+
+    store.fails = wait
+    found = diff(*remote).to_dict()
+    assert {key: value for key, value in found.items() if key not in "ab"} == {
+        key: value for key, value in alone.items() if key not in "ab"
+    }
+    assert found["verdict"] == "different"
     assert len(set(store.requests)) == len(store.requests) > 10
