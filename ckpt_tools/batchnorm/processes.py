@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,13 +41,10 @@ def local_device(device: torch.device) -> torch.device:
 
 
 @contextmanager
-def joined_group(device: torch.device, patience: timedelta | None = None) -> Iterator[Group]:
+def joined_group(device: torch.device) -> Iterator[Group]:
     """Join the processes that torchrun started, if it did.
 
     After an error the group is not closed: torchrun ends the others when one has ended.
-
-    Args:
-        patience: how long a process waits for the others; torch's default if None.
     """
     if not started_by_torchrun():
         yield Group()
@@ -56,7 +52,7 @@ def joined_group(device: torch.device, patience: timedelta | None = None) -> Ite
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _told_if_lost():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield Group(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()
 

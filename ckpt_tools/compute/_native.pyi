@@ -111,4 +111,7 @@ def gram_scratch(count: int, /) -> int:
     """Return the bytes of scratch for so many rows."""
 
 def crc32(data: bytes | memoryview, /) -> int: ...
+def address(data: bytes | bytearray | memoryview | array[int], /) -> int:
+    """Return where bytes are in memory, as long as they live and keep their size."""
+
 def start_disk(fd: int, offset: int, nbytes: int, /) -> None: ...

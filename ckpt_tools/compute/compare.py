@@ -10,12 +10,15 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 
+from ..storage.ahead import Need, ReadAhead
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, TensorSpec
+from .fetching import any_remote, needed_of
 from .formula import real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .threads import HandedOut, in_threads
@@ -104,9 +107,12 @@ def compare(
     Raises:
         ReadError: a file cannot be read, ends early, or changes meanwhile.
     """
-    with OpenFiles(stamps) as files:
+    with OpenFiles(stamps) as files, ExitStack() as stack:
         files.open_all(path for pair in pairs for spec in pair for path in spec.paths)
         job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol, part)
+        if any_remote(files):
+            ahead = stack.enter_context(_fetched_ahead(job, files))
+            job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol, part, ahead)  # reads from it
         with one_thread_each():
             in_threads(
                 lambda: _work(job),
@@ -156,15 +162,16 @@ class _Job:
     rtol: float
     atol: float
     part: tuple[int, int]
+    ahead: ReadAhead | None = None
     bytes_done: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     found: list[Distance] = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    slices: HandedOut[tuple[int, Portion]] = field(init=False)
+    slices: HandedOut[tuple[int, tuple[int, Portion]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.found = over_nothing([(pair.a.spec, pair.b.spec) for pair in self.pairs])
-        self.slices = HandedOut(self._cut_part(), self.stop)
+        self.slices = HandedOut(enumerate(self._cut_part()), self.stop)
 
     def _cut_part(self) -> Iterator[tuple[int, Portion]]:
         """Yield (number of a pair, a slice of it) for those whose middle, in bytes, lies in the part."""
@@ -197,10 +204,29 @@ def _cut(pair: _Pair, numel: int) -> Iterator[Portion]:
     yield from (range(start, min(start + numel, whole)) for start in range(0, whole, numel))
 
 
+def _fetched_ahead(job: _Job, files: OpenFiles) -> ReadAhead:
+    """Return what has the slices of a job fetched ahead of it, in their order."""
+    slices = [(job.pairs[i], portion) for _, (i, portion) in job.slices]
+
+    def needs(number: int) -> Iterator[Need]:
+        pair, portion = slices[number]
+        for side in (pair.a, pair.b):
+            if isinstance(portion, Tile):
+                yield from needed_of(side.spec, 0, 0, portion)
+            else:
+                yield from needed_of(side.spec, portion.start, portion.stop)
+
+    return ReadAhead(files, needs, len(slices), inputs=2)
+
+
 def _work(job: _Job) -> None:
     worker = _Worker(job.slice_size, job.rtol, job.atol)
-    for i, portion in job.slices:
+    for number, (i, portion) in job.slices:
+        if job.ahead is not None and not job.ahead.wait(number, job.stop):
+            return
         job.done(i, *worker.compare(job.pairs[i], portion))
+        if job.ahead is not None:
+            job.ahead.done(number)
 
 
 class _Worker:

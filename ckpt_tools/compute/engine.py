@@ -449,7 +449,7 @@ class _Cpu:
         if unit.key is not None and native.knows(unit.key, 0 if tile is None else len(tile.sizes)):
             paths = unit.paths
             with self._job.files.using(paths):
-                if self._job.files.with_descriptors(paths):
+                if self._job.files.known_to_c(paths):
                     left = self._fill_by_native(unit.key, unit, tile)
         for slice_ in left:
             for own in of_tensors(slice_):

@@ -11,7 +11,9 @@ from threading import Event
 from ..storage.ahead import MEMORY, Need, RangeSource, ReadAhead
 from ..storage.source import LOCAL, OpenFiles, Stamp, store_of
 from ..tensors import ChunkedSpec, ScaledSpec, TensorSpec
-from .work_units import Slice, WorkUnit
+from . import native
+from .tiles import Tile
+from .work_units import WorkUnit
 
 
 class Fetching:
@@ -25,7 +27,14 @@ class Fetching:
         listed = [*numbered]
         self._places = {number: place for place, (number, _) in enumerate(listed)}
         inputs = max((len(unit.slices[0].tensor.terms) for _, unit in listed), default=1)
-        self.ahead = ReadAhead(files, lambda place: needed(listed[place][1]), len(listed), inputs=inputs, keep=keep)
+        self.ahead = ReadAhead(
+            files,
+            lambda place: needed(listed[place][1]),
+            len(listed),
+            inputs=inputs,
+            keep=keep,
+            address_of=native.reads_memory(),
+        )
 
     @classmethod
     def of(
@@ -36,7 +45,7 @@ class Fetching:
         stack: ExitStack,
     ) -> Fetching | None:
         """Begin to fetch, until the stack ends; None if all inputs are local."""
-        if not any(isinstance(source, RangeSource) for _, source in files.items()):
+        if not any_remote(files):
             return None
         found = cls(files, numbered(), keep)
         stack.enter_context(found.ahead)
@@ -51,6 +60,11 @@ class Fetching:
         self.ahead.done(self._places[number])
 
 
+def any_remote(files: OpenFiles) -> bool:
+    """Return True if an open file comes by requests."""
+    return any(isinstance(source, RangeSource) for _, source in files.items())
+
+
 def memory_ahead(stamps: Iterable[Stamp]) -> int:
     """Return the bytes of host memory in which payload waits for the sums, at most; none if all inputs are local."""
     return 0 if all(store_of(stamp.path) is LOCAL for stamp in stamps) else MEMORY
@@ -60,23 +74,31 @@ def needed(unit: WorkUnit) -> Iterator[Need]:
     """Yield the bytes that a work unit reads."""
     for slice_ in unit.slices:
         for spec, places in slice_.tensor.terms.inputs:
-            if type(spec) is TensorSpec:
-                begin, end = _range(spec, slice_)
-                for path, shift in places:
-                    yield path, begin + shift, end + shift
-            else:
-                yield from _of_parts(spec, slice_.start, slice_.stop)
+            for path, begin, end in needed_of(spec, slice_.start, slice_.stop, slice_.tile):
+                if type(spec) is TensorSpec:
+                    for other, shift in places:
+                        yield other, begin + shift, end + shift
+                else:
+                    yield path, begin, end
 
 
-def _range(spec: TensorSpec, slice_: Slice) -> tuple[int, int]:
-    """Return the bytes from the first to the last element of a slice in a tensor that one file has."""
+def needed_of(spec: TensorSpec, start: int, stop: int, tile: Tile | None = None) -> Iterator[Need]:
+    """Yield the bytes of elements [start, stop) of a tensor in C order, or of a tile of it."""
+    if type(spec) is TensorSpec:
+        yield spec.storage.path, *_range(spec, start, stop, tile)
+    else:
+        yield from _of_parts(spec, start, stop)
+
+
+def _range(spec: TensorSpec, start: int, stop: int, tile: Tile | None) -> tuple[int, int]:
+    """Return the bytes from the first to the last element in a tensor that one file has."""
     item = spec.dtype.itemsize
-    if slice_.tile is not None:
-        first = slice_.tile.begin(spec.stride)
-        span = sum((size - 1) * step for size, step in zip(slice_.tile.sizes, spec.stride, strict=True))
+    if tile is not None:
+        first = tile.begin(spec.stride)
+        span = sum((size - 1) * step for size, step in zip(tile.sizes, spec.stride, strict=True))
         return spec.begin + first * item, spec.begin + (first + span + 1) * item
     if spec.contiguous:
-        return spec.begin + slice_.start * item, spec.begin + slice_.stop * item
+        return spec.begin + start * item, spec.begin + stop * item
     return spec.begin, spec.begin + spec.extent
 
 

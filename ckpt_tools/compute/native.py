@@ -10,11 +10,12 @@ import os
 import sys
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from ..formats.file_plan import GroupKey, used
+from ..storage.ahead import Buffer
 from ..storage.source import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
 from ..tensors import TensorSpec, c_strides
@@ -61,6 +62,11 @@ def crc32(data: bytes | memoryview) -> int:
     return zlib.crc32(data) if _native is None else _native.crc32(data)
 
 
+def reads_memory() -> Callable[[Buffer | array[int]], int] | None:
+    """Return what finds the address of bytes, if C can read them there; see `InMemory` in `csrc/native.h`."""
+    return None if _native is None or sys.byteorder != "little" else _native.address
+
+
 def start_disk(fd: int, offset: int, nbytes: int) -> None:
     """Start to write a range of a file to the disk, so that the final sync takes less time; 0 bytes: up to its end."""
     if _native is not None:
@@ -93,7 +99,7 @@ def gram(
     dtypes = tuple([real_dtype(spec.dtype).name for spec in specs])
     places = array("q")
     for spec in specs:
-        places.extend((files.descriptor(spec.paths[0]), spec.begin + start * spec.dtype.itemsize))
+        places.extend((files.handle(spec.paths[0]), spec.begin + start * spec.dtype.itemsize))
     reals = specs[0].dtype.itemsize // real_dtype(specs[0].dtype).itemsize
     failure = _native.gram(dtypes, places, (stop - start) * reals, sums, scratch)
     if failure is not None:
@@ -159,7 +165,7 @@ def fill_tile(
         offset = spec.begin + tile.begin(spec.stride) * spec.dtype.itemsize
         for path, shift in places:
             strides.extend(spec.stride)
-            ends.extend((files.descriptor(path), offset + shift))
+            ends.extend((files.handle(path), offset + shift))
     ends.extend(_ends(slice_))
     failure, crcs, bad = _formula(key).fill_tile(array("q", tile.sizes), strides, ends, scratch, slice_.needs_checksums)
     _raise_failure(failure, (slice_,))
@@ -191,10 +197,10 @@ def pack(
 
 
 def _inputs(slice_: Slice, files: OpenFiles, fds: dict[int, int]) -> list[int]:
-    """List descriptor and offset of each term.
+    """List descriptor, or what stands for it, and offset of each term.
 
     Args:
-        fds: descriptors found so far, by the identity of their path: comparing paths would cost more than all the rest.
+        fds: those found so far, by the identity of their path: comparing paths would cost more than all the rest.
     """
     found: list[int] = []
     for spec, places in slice_.tensor.terms.inputs:
@@ -202,7 +208,7 @@ def _inputs(slice_: Slice, files: OpenFiles, fds: dict[int, int]) -> list[int]:
         for path, shift in places:
             fd = fds.get(id(path))
             if fd is None:
-                fd = fds[id(path)] = files.descriptor(path)
+                fd = fds[id(path)] = files.handle(path)
             found += (fd, offset + shift)
     return found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import UsageError
 from .options import SharedComparison, Sharing
@@ -25,21 +26,19 @@ class Asked:
         index, count: part `index` of `count`, from 1 on.
         finish: publish what all parts have done, and do none.
         resume: do all that is not done, and publish.
-        together: torchrun started all parts; the first one publishes when all are done.
-        step: srun started all parts, as this step of a job; the one that ends last publishes. Empty if it did not.
+        step: names what torchrun or srun started all parts as; the one that ends last publishes. Empty if neither did.
     """
 
     index: int = 1
     count: int = 1
     finish: bool = False
     resume: bool = False
-    together: bool = False
     step: str = ""
 
     @property
     def silent(self) -> bool:
         """True if another process shows the plan."""
-        return (self.together or bool(self.step)) and self.index > 1
+        return bool(self.step) and self.index > 1
 
     def refuse(self, why: str, **options: object) -> None:
         """Refuse options that do not go with parts.
@@ -50,8 +49,7 @@ class Asked:
         if not self.resume:
             for name, value in options.items():
                 if value:
-                    started = self.together or self.step
-                    asked = "several processes" if started else "`finish`" if self.finish else "`part`"
+                    asked = "several processes" if self.step else "`finish`" if self.finish else "`part`"
                     raise UsageError(f"`{name}` does not go with {asked}: {why}")
 
 
@@ -89,28 +87,38 @@ def _parsed(sharing: Sharing | SharedComparison) -> Asked | None:
 
 
 def started_together() -> Asked | None:
-    """Return the part of a process that torchrun or srun started with others; None for any other."""
-    return _of_torchrun() or _of_srun()
+    """Return the part of a process that torchrun or srun started with others; None for any other.
+
+    A call of the library may be that of one of them alone, and is never taken for a part.
+    """
+    return (_of_torchrun() or _of_srun()) if COMMAND else None
 
 
 def _of_torchrun() -> Asked | None:
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    from ..batchnorm.processes import started_by_torchrun  # takes torch
+    """Return the part of a process that torchrun started, or a script that sets its variables."""
+    index, count = _numbers("RANK", "WORLD_SIZE")
+    return Asked(index, count, step=_torchrun_step()) if 1 <= index <= count > 1 else None
 
-    if not started_by_torchrun():
-        return None
-    return Asked(int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"]), together=True)
+
+def _torchrun_step() -> str:
+    """Name what torchrun does: the same in all its processes, and on one machine another one in each run.
+
+    Its run has no name of its own unless the user gives one; but there is a folder of logs for each run and machine:
+    FOLDER/attempt_0/0/error.json.
+    """
+    named = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT", "ERROR_FILE")]
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    named[2] = str(Path(named[2]).parent.parent) if alone else os.environ.get("MASTER_PORT", "")
+    return "torchrun:" + ":".join("".join(each.split()) for each in named)
 
 
 def _of_srun() -> Asked | None:
     """Return the part of a process that srun itself started; see `srun(1)`, output environment variables.
 
     A shell that Slurm started, of a batch script or an interactive one, hands its variables on to all that is run in
-    it, once or often, on this job or on others: so what counts is if this very process is the task. A call of the
-    library may be that of one task alone, and is never taken for a part.
+    it, once or often, on this job or on others: so what counts is if this very process is the task.
     """
-    if not COMMAND or os.environ.get("SLURM_TASK_PID") != str(os.getpid()):
+    if os.environ.get("SLURM_TASK_PID") != str(os.getpid()):
         return None
     index, count = _task()
     return Asked(index, count, step=_step()) if 1 <= index <= count > 1 else None
@@ -128,9 +136,13 @@ _SPECIAL = "4294967280"
 
 
 def _task() -> tuple[int, int]:
-    found = [os.environ.get(f"SLURM_{name}", "") for name in ("PROCID", "STEP_NUM_TASKS")]
-    index, count = (int(text) if text.isdecimal() else -1 for text in found)
-    return index + 1, count
+    return _numbers("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
+
+def _numbers(index: str, count: str) -> tuple[int, int]:
+    """Return (number of a process from 1 on, number of processes), by two variables; 0 or -1 for what is not there."""
+    first, number = (int(text) if (text := os.environ.get(name, "")).isdecimal() else -1 for name in (index, count))
+    return first + 1, number
 
 
 def _step() -> str:

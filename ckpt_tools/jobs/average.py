@@ -281,11 +281,9 @@ def _check_recalibration(asked: Recalibration) -> None:
 
 def _check_shared(asked: Asked, measured: bool, device: str) -> None:
     """Refuse what cannot be done in parts, or gone on with."""
-    if measured and not asked.together:  # else it is refused where the network is opened
-        raise UsageError(
-            "`recal_bn` does not go with `part`, `finish` and `resume`: average first, then use "
-            "`recalibrate_checkpoint(...)`."
-        )
+    if measured:
+        refused = "works in one process" if asked.step else "does not go with `part`, `finish` and `resume`"
+        raise UsageError(f"`recal_bn` {refused}: average first, then use `recalibrate_checkpoint(...)`.")
     if device not in ("auto", "cpu"):
         raise UsageError(f"`device={device!r}`: with `part`, `finish` and `resume` the sums are made on the CPU.")
 

@@ -1,7 +1,6 @@
 """Comparing in parts: each process compares some slices, and what they found is joined: counts and maxima.
 
-Processes that torchrun started tell each other. Others leave it in a stage without files (`storage/kept_stage.py`), in
-the current folder, for a comparison has no target.
+They leave it in a stage without files (`storage/kept_stage.py`), in the current folder, for a comparison has no target.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..storage.hidden import remove
 from ..storage.kept_stage import Stage
 from ..tensors import TensorSpec
 from .asked import Asked
-from .share import gathered, incomplete, same_job, told
+from .share import incomplete, not_begun, refuse_step, told
 
 if TYPE_CHECKING:
     from ..compute.compare import Distance
@@ -44,19 +43,22 @@ def distances(
     Raises:
         CkptError: parts are missing, or this process or another one has failed.
     """
-    if asked.together:
-        with same_job(job):
-            return _joined(gathered(work(asked))), ""
     stage = Stage.of(NAME, job["digest"])
     if not asked.finish:
         words = _compared(stage, asked, job, work)
-        if not (asked.step and stage.ended(asked.step, asked.index, asked.count)):
+        if not asked.step:
             return None, words
+        last, missing = stage.ended(asked.step, asked.index, asked.count)
+        if not last:
+            return None, words + not_begun(missing)
     return _finished(stage, asked, pairs), ""
 
 
 def _compared(stage: Stage, asked: Asked, job: Mapping[str, Any], work: Work) -> str:
     with stage.opened([], [], told(job)), stage.journal(asked.index, asked.count).opened() as own:
+        if asked.step:
+            stage.began(asked.step, asked.index, asked.count)
+            refuse_step(stage, job, asked.step)
         before = _found(own.journal.lines()) is not None
         if not before:
             found = [[i, *astuple(each)] for i, each in enumerate(work(asked)) if each.values]
@@ -99,11 +101,3 @@ def _finished(stage: Stage, asked: Asked, pairs: Sequence[tuple[TensorSpec, Tens
 def _found(lines: Iterable[Mapping[str, Any]]) -> Any:
     """Return what a part has found; None if it has not ended."""
     return next((line["distances"] for line in lines if "distances" in line), None)
-
-
-def _joined(parts: Iterable[Sequence[Distance]]) -> list[Distance]:
-    first, *others = parts
-    whole = [*first]
-    for part in others:
-        whole = [a.joined(b) for a, b in zip(whole, part, strict=True)]
-    return whole

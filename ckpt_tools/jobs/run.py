@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..compute import engine
+from ..compute.fetching import any_remote
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, UsageError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
 from ..formats.sharded import parse_size
-from ..storage import page_cache, splice
+from ..storage import ahead, page_cache, splice
 from ..storage.hidden import kept_stages
 from ..storage.pace import Pace
 from ..storage.source import LOCAL, OpenFiles, Stamp, read_file, store_of
@@ -309,7 +310,7 @@ def _shared(assembly: Assembly, stamps: Sequence[Stamp], asked: Asked, **options
         CkptError: see `write` and `share.opened`.
     """
     from ..storage.kept_stage import Stage
-    from .share import described, job_of, opened, together, until_last
+    from .share import described, job_of, opened, until_last
 
     plans = _plans(assembly)
     job = job_of(assembly.folder, described(plans), stamps)
@@ -320,8 +321,6 @@ def _shared(assembly: Assembly, stamps: Sequence[Stamp], asked: Asked, **options
             _write_share(assembly, plans, stamps, own, **options)
         return own.words
 
-    if asked.together:
-        return together(asked, job, part)
     if asked.step:
         return until_last(asked, stage, part)
     return part(asked), asked.finish or asked.resume
@@ -481,14 +480,15 @@ def copy(
             pace.take(nbytes, going_on)
 
     going_on = threading.Event()
-    with OpenFiles(stamps) as sources:
+    with OpenFiles(stamps) as sources, ExitStack() as stack:
         sources.open_all(each.source for each in splices)
+        splices, around = _fetched_ahead(splices, sources, stack, going_on)
         for each, fd in zip(splices, fds, strict=True):
             if in_place:
-                keep_attributes(fd, sources.descriptor(each.source), each.source)  # before it holds anything to read
+                keep_attributes(fd, sources.handle(each.source), each.source)  # before it holds anything to read
             read = sources[each.source].fileno()
             drops = drop_cache and read is not None and not page_cache.in_use(read)
-            splice.write(each, sources[each.source], fd, count)
+            splice.write(each, sources[each.source], fd, count, around)
             if drops and read is not None:
                 page_cache.drop(read)
             if in_place:
@@ -496,3 +496,28 @@ def copy(
                     fd, each.source
                 )  # now, so that little time is left for others between the next lines and the rename
         sources.check_unchanged()
+
+
+def _fetched_ahead(
+    splices: Sequence[Splice], sources: OpenFiles, stack: ExitStack, stop: threading.Event
+) -> tuple[Sequence[Splice], Callable[[], AbstractContextManager[object]]]:
+    """Have the spans of remote files fetched ahead of their copies, until the stack ends.
+
+    Returns:
+        The splices, with smaller spans if a file is remote, and what is to be entered for each span in turn.
+    """
+    if not any_remote(sources):
+        return splices, nullcontext
+    splices = [each.cut(ahead.BLOCK) for each in splices]
+    spans = [(each.source, span.start, span.stop) for each in splices for span in each.pieces if isinstance(span, Span)]
+    fetched = stack.enter_context(ahead.ReadAhead(sources, lambda number: [spans[number]], len(spans)))
+    numbers = iter(range(len(spans)))
+
+    @contextmanager
+    def there() -> Iterator[None]:
+        number = next(numbers)
+        fetched.wait(number, stop)
+        yield
+        fetched.done(number)
+
+    return splices, there

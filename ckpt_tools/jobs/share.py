@@ -8,21 +8,18 @@ done, with the checksums that the ends of the files need. The process that finds
 from __future__ import annotations
 
 import hashlib
-import signal
-import threading
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
 from ..compute.shares import SliceSum, shares
-from ..errors import CkptError, WriteError
+from ..errors import WriteError
 from ..formats.file_plan import FilePlan, OutTensor
 from ..series.paths import shown
 from ..storage.kept_stage import KEPT, Journal, Open, Stage, clear, stages
@@ -32,105 +29,27 @@ from ..tensors import TensorSpec
 from .asked import COMMAND, Asked
 from .assembly import Assembly
 
-if TYPE_CHECKING:
-    from ..batchnorm.processes import Group
-
 NBYTES, SECONDS = 64 << 20, 2.0
 """After so many bytes, or so long, what is done goes to the journal."""
 _LAST = " When all parts are, run the same command with `finish` in place of `part`."
 _LAST_OF_STEP = " The process that ends last publishes the output."
-PATIENCE = timedelta(days=7)
-"""How long a process that torchrun started waits for slower ones. It learns at once of one that has ended."""
 
 
-def together(asked: Asked, job: Mapping[str, Any], work: Callable[[Asked], str]) -> tuple[str, bool]:
-    """Do the parts of a job in the processes that torchrun started, and publish if all have done theirs.
+def until_last(asked: Asked, stage: Stage, work: Callable[[Asked], str]) -> tuple[str, bool]:
+    """Do the part of a process that was started with others, and publish if it ends last; nothing waits for others.
 
     Args:
-        job: see `job_of`.
         work: does what is asked; returns what became of it, in words.
 
     Returns:
         (what became of this part, in words; True if this process has published).
 
     Raises:
-        CkptError: this process has failed; or another one has ended, or has another job.
-    """
-    with same_job(job) as group:
-        words = work(asked)  # what fails ends this process, so that torchrun ends the others
-        gathered(None)  # all have done theirs
-        if group.first:
-            words = work(Asked(finish=True))
-        gathered(None)
-        return words, group.first
-
-
-@contextmanager
-def same_job(job: Mapping[str, Any]) -> Iterator[Group]:
-    """Join the processes that torchrun started.
-
-    Raises:
-        CkptError: another process has another job; or has ended while the block runs.
-    """
-    import torch
-
-    from ..batchnorm.processes import joined_group
-
-    with ExitStack() as stack:
-        with _ended_at_once():
-            group = stack.enter_context(joined_group(torch.device("cpu"), PATIENCE))
-        first, *others = gathered(job)
-        for rank, each in enumerate(others, 1):
-            if each["digest"] != first["digest"]:
-                raise CkptError(
-                    f"process {rank} has another job than process 0: {_difference(first, each)}. Start all with the "
-                    "same command, where they see the same files."
-                )
-        yield group
-
-
-def gathered(mine: Any) -> list[Any]:
-    """Return the objects of all processes that torchrun started; see `batchnorm.processes`."""
-    from ..batchnorm.processes import gathered_objects
-
-    with _ended_at_once():
-        return gathered_objects(mine)
-
-
-@contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """Let signals to stop end this process while the block waits for others.
-
-    It waits in C, where no handler of Python is called; and there is nothing to clean up, for stages stay.
-    """
-    kept = {}
-    if threading.current_thread() is threading.main_thread():
-        stopping = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        kept = {number: handler for number in stopping if callable(handler := signal.getsignal(number))}
-    try:
-        for number in kept:
-            signal.signal(number, signal.SIG_DFL)
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-
-
-def until_last(asked: Asked, stage: Stage, work: Callable[[Asked], str]) -> tuple[str, bool]:
-    """Do the part of a process that srun started, and publish if it ends last; nothing waits for others.
-
-    Args:
-        work: see `together`.
-
-    Returns:
-        See `together`.
-
-    Raises:
         CkptError: this process has failed.
     """
     words = work(asked)
-    last = stage.ended(asked.step, asked.index, asked.count)
-    return (work(replace(asked, finish=True)), True) if last else (words, False)
+    last, missing = stage.ended(asked.step, asked.index, asked.count)
+    return (work(replace(asked, finish=True)), True) if last else (words + not_begun(missing), False)
 
 
 @contextmanager
@@ -164,6 +83,9 @@ def opened(
             for other in stage.journals():  # parts of another division would fill the same ranges at once
                 if other != own.journal and (asked.resume or other.count != asked.count):
                     stack.enter_context(other.opened())
+        if asked.step and not asked.finish:
+            stage.began(asked.step, asked.index, asked.count)
+            _others(stage, job, asked)  # one that began at the same time
         journals = stage.journals()
         if (
             asked.step and asked.finish
@@ -326,13 +248,22 @@ class Work:
             f"Part {self.asked.index} of {self.asked.count} of {self.stage.target} is done"
             + (f"; {found}" if self.found else ".")
             + self._speeds
-            + ("" if self.asked.together else _LAST_OF_STEP if self.asked.step else _LAST)
+            + (_LAST_OF_STEP if self.asked.step else _LAST)
         )
+
+
+def not_begun(missing: Sequence[int]) -> str:
+    """Name the parts that nobody has begun when another one ends: their processes may have another target."""
+    return f" Not begun yet: part{'s' * (len(missing) > 1)} {_some(missing)}." if missing else ""
+
+
+def _some(parts: Sequence[int]) -> str:
+    return ", ".join(map(str, parts[:8])) + (", ..." if len(parts) > 8 else "")
 
 
 def incomplete(target: Path, missing: Sequence[int], count: int) -> WriteError:
     """Return the error of a job of which parts are missing."""
-    some = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    some = _some(missing)
     what = f"part {some} of {count} is" if len(missing) == 1 else f"parts {some} of {count} are"
     run = f"`part='{missing[0]}/{count}'`" if len(missing) == 1 else f"each, such as `part='{missing[0]}/{count}'`"
     return WriteError(f"{target}: {what} missing or not complete. Run {run}, then `finish` again.")
@@ -374,16 +305,33 @@ def _others(stage: Stage, job: Mapping[str, Any], asked: Asked) -> tuple[str, ..
     """
     if asked.finish and stage.job() is not None:
         return ()
+    if not asked.resume:
+        clear(stage.target, but=stage, void=True)
     others = [each for each in stages(stage.target) if each.path != stage.path and each.job() is not None]
     differing = {each.path: _difference(each.job() or {}, job) for each in others}
     gone = {each.path for each in clear(stage.target, but=stage)} if asked.resume else set()
     for path, difference in differing.items():
         if path not in gone:
-            raise WriteError(
-                f"{stage.target}: parts of another job are there: {difference}. Run all parts with the same command "
-                f"and the same files; to begin anew, remove the folder {path}."
-            )
+            raise _another(stage, path, difference)
     return tuple(f"Began anew: {difference}." for difference in differing.values())
+
+
+def refuse_step(stage: Stage, job: Mapping[str, Any], step: str) -> None:
+    """Refuse to go on if processes that were started together with this one do another job.
+
+    Raises:
+        WriteError: they do.
+    """
+    for other in stages(stage.target):
+        if other.path != stage.path and other.has(step):
+            raise _another(stage, other.path, _difference(other.job() or {}, job))
+
+
+def _another(stage: Stage, path: Path, difference: str) -> WriteError:
+    return WriteError(
+        f"{stage.target}: parts of another job are there: {difference}. Run all parts with the same command "
+        f"and the same files; to begin anew, remove the folder {path}."
+    )
 
 
 def _difference(said: Mapping[str, Any], job: Mapping[str, Any]) -> str:

@@ -1,17 +1,14 @@
 """Reading ahead: payload that comes by requests, fetched before it is needed, in blocks, several at a time.
 
-A fetched block is written to a file without a name in memory, at its offset in the input. So whatever reads local files
-by descriptor reads it, the C extension too, and sums are made as of local files. When the last work unit that needs a
-block is done, its memory is given back. With a folder to keep them in, the files stay instead (`kept_blocks`).
+A fetched block stays where the library has put it, and a table tells the C extension the addresses, so that sums are
+made as of local files, and nothing is copied before. When the last work unit that needs a block is done, it is let go.
+With a folder to keep them in, blocks are written to files, which stay (`kept_blocks`), and are read by descriptor.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
-import os
-import tempfile
 import threading
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,18 +17,20 @@ from typing import Protocol, runtime_checkable
 
 from ..errors import WriteError
 from .kept_blocks import KeptBlocks
-from .local import raise_file_limit, read_once
+from .local import raise_file_limit
 from .source import OpenFiles, Source, read_failed
 
-MEMORY = 512 << 20
+MEMORY = 256 << 20
 """Bytes of blocks that are fetched and not yet let go. Only a unit that needs more by itself takes more."""
 BLOCK = 8 << 20
 """Bytes of a request, at most."""
 _LEAST = 1 << 20  # bytes of a block: many inputs at once share `MEMORY`
 _GAP = 256 << 10  # bytes between two ranges that cost less than a second request
 CONNECTIONS = 16
-_DESCRIPTORS = 3  # of a file, at most
 """Requests at the same time."""
+_DESCRIPTORS = 2  # of a file that is kept
+
+Buffer = bytes | bytearray | memoryview
 
 Need = tuple[Path, int, int]
 """Bytes of a file that a work unit reads: (path, begin, end)."""
@@ -50,53 +49,71 @@ class RangeSource(Source, Protocol):
         """
 
 
-class Staged:
-    """A file whose blocks are fetched into memory, or into a file that stays; see `Source`."""
+class FetchedFile:
+    """A file whose blocks are fetched into memory, or into a file that stays; see `Source` and `InMemory`.
 
-    def __init__(self, path: Path, source: RangeSource, block: int, kept: KeptBlocks | None) -> None:
-        self.path, self.inner, self.block = path, source, block
+    Args:
+        address_of: finds bytes in memory; None if nobody reads them there.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        source: RangeSource,
+        block: int,
+        kept: KeptBlocks | None,
+        address_of: Callable[[Buffer | array[int]], int] | None,
+    ) -> None:
+        self.path, self.inner, self.block, self.kept = path, source, block, kept
         self.nbytes = source.stat()[0]
         self.blocks: dict[int, Block] = {}
-        self.kept = kept
-        self.fd = _unnamed(self.nbytes) if kept is None else kept.fd
-        self._memory = None
-        if kept is None and self.nbytes and hasattr(mmap, "MADV_REMOVE"):
-            self._memory = mmap.mmap(self.fd, self.nbytes)  # never touched: it is there to give memory back
+        self._address_of = address_of
+        self._table = array("q", [self.nbytes, block, *(0, 0, 0) * -(-self.nbytes // block)])
+        self.address = None if kept is not None or address_of is None else address_of(self._table)
 
     def stat(self) -> tuple[int, tuple[object, ...]]:
         return self.inner.stat()
 
     def fileno(self) -> int | None:
-        return self.fd
+        return None if self.kept is None else self.kept.fd
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         return self.inner.read_ranges([*ranges])
 
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill a buffer, from blocks if they are there."""
-        end = offset + len(view)
-        numbers = range(offset // self.block, max(end - 1, offset) // self.block + 1)
-        if not all((block := self.blocks.get(n)) and block.has(offset, end) for n in numbers):
-            return self.inner.read_into(offset, view)
-        done = got = read_once(self.fd, view, offset)
-        while got and done < len(view):
-            got = read_once(self.fd, view[done:], offset + done)
-            done += got
+        done, end = 0, offset + len(view)
+        while offset + done < min(end, self.nbytes):
+            at = offset + done
+            block = self.blocks.get(at // self.block)
+            stop = min(end, (at // self.block + 1) * self.block, self.nbytes)
+            if block is None or not block.has(at, stop):
+                return done + self.inner.read_into(at, view[done:])
+            part = view[done : done + stop - at]
+            if self.kept is not None:
+                self.kept.read(at, part)
+            elif block.data is not None:
+                part[:] = block.data[at - block.begin : stop - block.begin]
+            done += len(part)
         return done
+
+    def have(self, block: Block, begin: int, data: Buffer) -> None:
+        """Take what was fetched of a block, from `begin` on."""
+        block.begin, block.data = begin, memoryview(data)
+        if self._address_of is not None:
+            self._tell(block.number, begin, begin + len(data), self._address_of(data))
 
     def let_go(self, number: int) -> None:
         """Give the memory of a block back."""
-        if self._memory is not None:
-            start = number * self.block
-            self._memory.madvise(mmap.MADV_REMOVE, start, min(self.block, self.nbytes - start))
+        self._tell(number, 0, 0, 0)
+        self.blocks[number].data = None
+
+    def _tell(self, number: int, *entry: int) -> None:
+        self._table[2 + 3 * number : 5 + 3 * number] = array("q", entry)
 
     def close(self) -> None:
-        if self._memory is not None:
-            self._memory.close()
         if self.kept is not None:
             self.kept.close()
-        else:
-            os.close(self.fd)
         self.inner.close()
 
 
@@ -107,12 +124,14 @@ class Block:
         ranges: the bytes of it that work units need, (begin, end), and small gaps between them; in ascending order.
         units: how many need some, and are not done.
         asked, there: it is being fetched, or is fetched and not let go.
+        begin, data: the first byte that is in memory, and those from there on; None if none is.
     """
 
-    __slots__ = ("asked", "file", "number", "ranges", "there", "units")
+    __slots__ = ("asked", "begin", "data", "file", "number", "ranges", "there", "units")
 
-    def __init__(self, file: Staged, number: int) -> None:
-        self.file, self.number = file, number
+    def __init__(self, file: FetchedFile, number: int) -> None:
+        self.file, self.number, self.begin = file, number, 0
+        self.data: memoryview | None = None
         self.ranges: list[tuple[int, int]] = []
         self.units = 0
         self.asked = self.there = False
@@ -133,10 +152,8 @@ class Block:
         ranges[first:last] = [(begin, end)]
 
     def has(self, begin: int, end: int) -> bool:
-        """Return True if all bytes of a range that lie in this block are there."""
-        size = self.file.block
-        low, high = max(begin, self.number * size), min(end, (self.number + 1) * size, self.file.nbytes)
-        return self.there and any(first <= low and high <= last for first, last in self.ranges)
+        """Return True if bytes of the file that lie in this block are there."""
+        return self.there and any(first <= begin and end <= last for first, last in self.ranges)
 
 
 def _end(each: tuple[int, int]) -> int:
@@ -153,6 +170,7 @@ class ReadAhead:
         inputs: files that one unit reads, about.
         keep: a folder in which fetched blocks stay; None for memory.
         memory: see `MEMORY`.
+        address_of: see `FetchedFile`.
 
     Raises:
         WriteError: nothing can be kept in the folder.
@@ -167,17 +185,19 @@ class ReadAhead:
         inputs: int = 1,
         keep: Path | None = None,
         memory: int = MEMORY,
+        address_of: Callable[[Buffer | array[int]], int] | None = None,
     ) -> None:
         self._needs, self._memory = needs, memory
         room = memory // (4 * max(inputs, 1)) // _LEAST * _LEAST
         # Kept blocks have one size, or another job could not use them.
         self.block = BLOCK if keep is not None else max(min(BLOCK, room), _LEAST)
-        self._files: dict[Path, Staged] = {}
-        raise_file_limit(_DESCRIPTORS * len(files.items()))
+        self._files: dict[Path, FetchedFile] = {}
+        if keep is not None:
+            raise_file_limit(_DESCRIPTORS * len(files.items()))
         for path, source in files.items():
             if isinstance(source, RangeSource):
                 kept = None if keep is None else KeptBlocks(keep, path, source.stat())
-                self._files[path] = Staged(path, source, self.block, kept)
+                self._files[path] = FetchedFile(path, source, self.block, kept, address_of)
                 files.substitute(path, self._files[path])
         self._count = count
         self._lock = threading.Lock()
@@ -187,7 +207,7 @@ class ReadAhead:
         self.most_held = 0
         self._done: set[int] = set()
         self._oldest = 0  # unit that is not done
-        self._writing = 0
+        self._writing = 0  # blocks to files that stay
         self._closed = False
         self._error: BaseException | None = None
         for number in range(count):
@@ -224,19 +244,13 @@ class ReadAhead:
 
     def done(self, number: int) -> None:
         """Let go what no other unit needs; also of a unit that is passed over."""
-        free = []
         with self._lock:
             for block in self._blocks(number):
                 block.units -= 1
                 if not block.units:
-                    block.there = False
-                    free.append(block)
-        for block in free:
-            block.file.let_go(block.number)
-        with self._lock:
-            self._held -= sum(block.nbytes for block in free if block.asked)
-            for block in free:
-                block.asked = True  # and not any more
+                    self._held -= block.nbytes if block.asked else 0
+                    block.there, block.asked = False, True  # and not any more
+                    block.file.let_go(block.number)
             self._done.add(number)
             while self._oldest in self._done:
                 self._done.remove(self._oldest)
@@ -304,29 +318,37 @@ class ReadAhead:
 
     def _fill(self, block: Block) -> None:
         file = block.file
-        for begin, end in block.ranges:
-            if file.kept is not None and file.kept.has(begin, end):
-                continue
-            data = file.inner.fetch(begin, end)
+        if file.kept is not None:
+            for begin, end in block.ranges:
+                if not file.kept.has(begin, end):
+                    self._keep(file.kept, file.path, begin, file.inner.fetch(begin, end))
+        else:
+            first, (_, last) = block.ranges[0][0], block.ranges[-1]
+            data: Buffer = file.inner.fetch(*block.ranges[0]) if len(block.ranges) == 1 else bytearray(last - first)
+            for begin, end in block.ranges if len(block.ranges) > 1 else ():
+                memoryview(data)[begin - first : end - first] = file.inner.fetch(begin, end)
             with self._lock:
-                if self._closed:
+                if self._closed or not block.units:
                     return
-                self._writing += 1
-            try:
-                _write(file.fd, memoryview(data), begin)
-                if file.kept is not None:
-                    file.kept.note(begin, data)
-            except OSError as error:
-                where = "in memory" if file.kept is None else "with `cache`"
-                raise WriteError(f"{file.path}: what was fetched cannot be kept {where} ({error.strerror}).") from error
-            finally:
-                with self._lock:
-                    self._writing -= 1
-                    if self._closed:
-                        self._arrived.notify_all()
+                file.have(block, first, data)
         with self._lock:
             block.there = True
             self._arrived.notify_all()
+
+    def _keep(self, kept: KeptBlocks, path: Path, begin: int, data: Buffer) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._writing += 1
+        try:
+            kept.write(begin, data)
+        except OSError as error:
+            raise WriteError(f"{path}: what was fetched cannot be kept with `cache` ({error.strerror}).") from error
+        finally:
+            with self._lock:
+                self._writing -= 1
+                if self._closed:
+                    self._arrived.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
@@ -347,22 +369,3 @@ class ReadAhead:
             self._room.notify_all()
             while self._writing:
                 self._arrived.wait()
-
-
-def _unnamed(nbytes: int) -> int:
-    """Return the descriptor of an empty file of this size without a name, in memory where the system can."""
-    try:
-        fd = os.memfd_create("ckpt", os.MFD_CLOEXEC)
-    except (AttributeError, OSError) as error:  # another system, or a sandbox
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            raise
-        fd, name = tempfile.mkstemp(prefix="ckpt-")
-        Path(name).unlink()
-    os.truncate(fd, nbytes)
-    return fd
-
-
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

@@ -60,14 +60,25 @@ class KeptBlocks:
         if crc is None:
             return False
         data = bytearray(end - begin)
-        done = got = read_once(self.fd, memoryview(data), begin)
-        while got and done < len(data):
-            got = read_once(self.fd, memoryview(data)[done:], begin + done)
-            done += got
+        self.read(begin, memoryview(data))
         return zlib.crc32(data) == crc
 
-    def note(self, begin: int, data: bytes | memoryview) -> None:
-        """List a range that was written."""
+    def read(self, begin: int, view: memoryview) -> None:
+        """Fill a buffer from an offset; the file is long enough."""
+        done = got = read_once(self.fd, view, begin)
+        while got and done < len(view):
+            got = read_once(self.fd, view[done:], begin + done)
+            done += got
+
+    def write(self, begin: int, data: bytes | bytearray | memoryview) -> None:
+        """Write a range, and list it.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(self.fd, view[done:], begin + done)
         end, crc = begin + len(data), zlib.crc32(data)
         with self._lock:
             self._ranges[begin, end] = crc

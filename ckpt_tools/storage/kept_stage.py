@@ -5,7 +5,7 @@ The files grow in a hidden folder beside the target, ``.NAME.DIGEST.parts``, whe
     job.json               what the job is, in words that tell how another one differs
     output/                the files, at their full size from the start
     part-2-of-8.jsonl      journal: a line for what one process has finished, locked while it is at work
-    ended                  a line for each part that has ended, where the last one publishes
+    processes              lines for each part that has begun or ended, where the last one publishes
 
 A line is appended when what it tells of is on the disk. A stage without `job.json` is void: nothing is known of it.
 Processes that have a stage open share a lock of the folder; to remove it takes that lock alone.
@@ -30,7 +30,7 @@ from .staged import place_files
 
 KEPT: list[Path] = []
 """Targets of which this process has a stage that stays if it ends now."""
-_JOB, _OUTPUT, _ENDED = "job.json", "output", "ended"
+_JOB, _OUTPUT, _PROCESSES = "job.json", "output", "processes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Stage:
             begun = self.job() is not None
             if not begun and self.journals():  # they tell of files that are gone
                 with self.alone():
-                    for path in (*self.path.glob("part-*"), self.path / _ENDED):
+                    for path in (*self.path.glob("part-*"), self.path / _PROCESSES):
                         path.unlink(missing_ok=True)
             for name, size in zip(names, sizes, strict=True):
                 path = self.output / name
@@ -158,6 +158,11 @@ class Stage:
         with ExitStack() as locks:
             yield [locks.enter_context(journal.opened()) for journal in self.journals()]
 
+    @property
+    def has_work(self) -> bool:
+        """True if something was done in it."""
+        return any("nbytes" in line for journal in self.journals() for line in journal.lines())
+
     def journal(self, index: int, count: int) -> Journal:
         """Return the journal of a part, which need not be there."""
         return Journal(self.target, self.path / f"part-{index}-of-{count}.jsonl", index, count)
@@ -182,34 +187,54 @@ class Stage:
             else:
                 yield (True if all(parts) and (folder or parts) else None)
 
-    def ended(self, step: str, index: int, count: int) -> bool:
-        """Note that a part has ended; return True in one process, the last of those that were started together.
+    def began(self, step: str, index: int, count: int) -> None:
+        """Note that a part has begun: until it ends none is the last one, also where a step has the name of an old one.
 
         Args:
-            step: names those that were.
+            step: names those that were started together.
             index, count: part `index` of `count`.
 
         Raises:
             WriteError: the system refuses, or has no locks.
         """
-        path = self.path / _ENDED
+        self._noted(step, index, count, "begins")
+
+    def ended(self, step: str, index: int, count: int) -> tuple[bool, list[int]]:
+        """Note that a part has ended; see `began`.
+
+        Returns:
+            (True in one process, the last of its step; the parts of it that have not begun).
+        """
+        found = self._noted(step, index, count, "ends")
+        parts = {each: found.get(f"{each}/{count}") for each in range(1, count + 1)}
+        return {*parts.values()} == {"ends"}, [each for each, said in parts.items() if said is None]
+
+    def has(self, step: str) -> bool:
+        """Return True if a part of a step has begun here."""
+        with suppress(OSError):
+            return any(line.startswith(f"{step} ") for line in (self.path / _PROCESSES).read_text().splitlines())
+        return False
+
+    def _noted(self, step: str, index: int, count: int, what: str) -> dict[str, str]:
+        """Note something of a part; return the last note on each part of its step."""
+        path = self.path / _PROCESSES
         try:
             import fcntl
 
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)  # also brings what other machines have written
-                os.write(fd, f"{step} {index}/{count}\n".encode())
+                os.write(fd, f"{step} {index}/{count} {what}\n".encode())
                 os.fsync(fd)
-                found = {line for line in path.read_text().splitlines() if line.startswith(f"{step} ")}
+                lines = [line.split(" ") for line in path.read_text().splitlines()]
             finally:
                 os.close(fd)
         except (ImportError, OSError) as error:
             raise WriteError(
                 f"{path}: cannot be written or locked ({getattr(error, 'strerror', None) or error}), so that the last "
-                "part is not known. When all parts are done, publish with `finish`."
+                "part is not known. Give each process its part with `part`, and publish with `finish`."
             ) from error
-        return found == {f"{step} {each}/{count}" for each in range(1, count + 1)}
+        return {line[1]: line[2] for line in lines if line[0] == step and len(line) == 3}
 
     def place(self, names: Sequence[str] | None, *, force: bool) -> None:
         """Put the files, which are complete, in the place of the target, and remove the stage.
@@ -325,15 +350,16 @@ def stages(target: Path) -> list[Stage]:
     return [Stage(target, path) for path in kept_stages(target)]
 
 
-def clear(target: Path, *, but: Stage | None = None) -> list[Stage]:
+def clear(target: Path, *, but: Stage | None = None, void: bool = False) -> list[Stage]:
     """Remove the stages beside a target in which no process is at work; return them.
 
     Args:
         but: this one stays.
+        void: only those in which nothing was done.
     """
     gone = []
     for stage in stages(target):
-        if stage != but:
+        if stage != but and not (void and stage.has_work):
             with suppress(OSError), stage.abandoned() as free:
                 if free:
                     remove(stage.path)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Protocol
+from typing import IO, Protocol, runtime_checkable
 
 from ..errors import CorruptError, ReadError
 from .local import LocalStore, raise_file_limit
@@ -67,6 +67,17 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release all resources."""
+
+
+@runtime_checkable
+class InMemory(Source, Protocol):
+    """A source that the C extension reads from memory, without a descriptor.
+
+    Attributes:
+        address: of an `InMemory` of `csrc/native.h`.
+    """
+
+    address: int | None
 
 
 class Store(Protocol):
@@ -325,15 +336,22 @@ class OpenFiles:
         """Read an open file from another source, which closes the first one."""
         self._sources[path] = source
 
-    def with_descriptors(self, paths: Iterable[Path]) -> bool:
-        """Return True if each of these open files has a descriptor; see `Source.fileno`."""
-        return all([self._sources[path].fileno() is not None for path in paths])
+    def known_to_c(self, paths: Iterable[Path]) -> bool:
+        """Return True if the C extension can read each of these open files."""
+        return all([self._handle(path) is not None for path in paths])
 
-    def descriptor(self, path: Path) -> int:
-        """Return the descriptor of an open file that has one."""
-        fd = self._sources[path].fileno()
-        if fd is None:
-            raise ValueError(f"{path} has no descriptor")
+    def handle(self, path: Path) -> int:
+        """Return what the C extension knows an open file by: its descriptor, or minus an address in memory."""
+        found = self._handle(path)
+        if found is None:
+            raise ValueError(f"{path} has neither descriptor nor address")
+        return found
+
+    def _handle(self, path: Path) -> int | None:
+        source = self._sources[path]
+        fd = source.fileno()
+        if fd is None and isinstance(source, InMemory) and source.address is not None:
+            return -source.address
         return fd
 
     def check_unchanged(self) -> None:

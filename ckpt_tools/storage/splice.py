@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,19 @@ class Splice:
     source: Path
     pieces: tuple[bytes | Span, ...]
 
+    def cut(self, size: int) -> Splice:
+        """Return the same with spans of so many bytes at most."""
+
+        def cut() -> Iterator[bytes | Span]:
+            for piece in self.pieces:
+                if isinstance(piece, Span):
+                    for start in range(piece.start, piece.stop, size):
+                        yield Span(start, min(start + size, piece.stop))
+                else:
+                    yield piece
+
+        return Splice(self.source, tuple(cut()))
+
     @property
     def size(self) -> int:
         """Size of the new file, in bytes."""
@@ -62,13 +75,20 @@ def whole_blocks(grown: int) -> int:
     return -(-grown // BLOCK) * BLOCK
 
 
-def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+def write(
+    splice: Splice,
+    source: Source,
+    target: int,
+    on_bytes: Callable[[int], None] = lambda _: None,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
     """Write the new file.
 
     Args:
         source: the old file.
         target: descriptor of the new file, which has its final size and no data.
         on_bytes: called with the number of bytes just copied.
+        around: entered for each span while it is copied.
 
     Raises:
         CorruptError: the old file ends too early.
@@ -78,10 +98,11 @@ def write(splice: Splice, source: Source, target: int, on_bytes: Callable[[int],
     position = 0
     for piece in splice.pieces:
         if isinstance(piece, Span):
-            for span in _without_holes(source, piece):
-                at = position + span.start - piece.start
-                reserve(target, at, len(span), name)
-                copy(splice.source, source, span, target, at, on_bytes)
+            with around():
+                for span in _without_holes(source, piece):
+                    at = position + span.start - piece.start
+                    reserve(target, at, len(span), name)
+                    copy(splice.source, source, span, target, at, on_bytes)
         else:
             write_at(target, memoryview(piece), position, name)
         position += len(piece)

@@ -194,9 +194,9 @@ def test_open_files_close_each_file_once(tmp_path: Path) -> None:
     path.write_bytes(b"abcd")
     with OpenFiles() as files:
         files.open(path)
-        fd = files.descriptor(path)
+        fd = files.handle(path)
         files.open(path)
-        assert files.descriptor(path) == fd
+        assert files.handle(path) == fd
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
 

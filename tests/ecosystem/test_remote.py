@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
-from cli_runner import run
+from cli_runner import environment, run
 from hub_server import HubStub, a_hub
 from range_server import Asked, RangeServer, serving
 from safetensors.torch import load_file, save_file
@@ -152,6 +155,66 @@ def test_other_commands_read_addresses_too(bucket: str, runs: Path, tmp_path: Pa
     assert torch.equal(open_checkpoint(remote)["layers.3.b"], weights(100)["layers.3.b"])
     convert(remote, out=tmp_path / "out.safetensors")
     assert torch.equal(load_file(tmp_path / "out.safetensors")["layers.0.w"], weights(100)["layers.0.w"])
+
+
+def dcp_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As a training with FSDP saves its model and optimizer."""
+    import torch.distributed.checkpoint as dcp
+
+    slots = {f"optimizer.state.{name}.exp_avg": tensor / 3 for name, tensor in tensors.items()}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"model": tensors, **slots}, checkpoint_id=folder)
+
+
+def megatron_folder(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As megatron-core saves an iteration, in one process."""
+    import torch.distributed.checkpoint as dcp
+
+    slots = {f"optimizer.state.exp_avg.{name}": tensor / 3 for name, tensor in tensors.items()}
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save(tensors | slots, checkpoint_id=folder)
+    step = int(re.sub(r"\D", "", folder.name))
+    torch.save({"iteration": step, "checkpoint_version": 3.0}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+
+
+@pytest.mark.parametrize(("make", "state"), [(dcp_folder, "model"), (megatron_folder, None)])
+def test_folders_of_dcp_are_shown_averaged_and_converted_as_local_ones(
+    make: Callable[[Path, dict[str, torch.Tensor]], None],
+    state: str | None,
+    moto: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    import boto3
+
+    credentials(monkeypatch, moto)
+    root, bucket = tmp_path / "run", make.__name__.replace("_", "-")
+    client = boto3.client("s3", endpoint_url=moto)
+    client.create_bucket(Bucket=bucket)
+    for step in STEPS[:2]:
+        make(root / f"iter_{step:07d}", weights(step))
+    for path in root.rglob("*"):
+        if path.is_file():
+            client.put_object(Bucket=bucket, Key=f"run/{path.relative_to(root)}", Body=path.read_bytes())
+    first, more = "iter_0000100", {} if state is None else {"state": state}
+
+    shown = [run("inspect", f"{where}/{first}", "--json").out for where in (root, f"s3://{bucket}/run")]
+    assert shown[1].replace(f"s3://{bucket}/run", str(root)) == shown[0] != ""
+    for where, source in (("local", f"{root}"), ("remote", f"s3://{bucket}/run")):
+        (tmp_path / where).mkdir()
+        average([f"{source}/iter_*"], out=tmp_path / where / "averaged", **more)
+        convert(f"{source}/{first}", out=tmp_path / where / "one.safetensors", to="plain", **more)
+    made = [
+        {
+            path.relative_to(tmp_path / where): path.read_bytes()
+            for path in (tmp_path / where).rglob("*.*")
+            if path.is_file()
+        }
+        for where in ("local", "remote")
+    ]
+    assert made[0] == made[1]
+    assert torch.equal(load_file(tmp_path / "remote" / "one.safetensors")["layers.0.w"], weights(100)["layers.0.w"])
 
 
 @pytest.mark.parametrize(
@@ -480,3 +543,31 @@ def test_a_signal_ends_the_wait_for_a_request_that_is_not_answered() -> None:
         objects.asked(answer.wait, 60)
     assert "ckpt-request" in [thread.name for thread in threading.enumerate()]  # and nobody waits for it
     answer.set()
+
+
+@pytest.mark.parametrize("silent", ["header", "payload"])
+def test_a_command_ends_at_ctrl_c_though_the_server_says_nothing(
+    silent: str, server: RangeServer, tmp_path: Path
+) -> None:
+    asked, goes_on = threading.Event(), threading.Event()
+
+    def hang(request: Asked) -> None:
+        begin, end = re.findall(
+            r"\d+", next(value for name, value in request.headers.items() if name.lower() == "range")
+        )
+        if silent == "header" or int(end) - int(begin) > 100_000:
+            asked.set()
+            goes_on.wait(120)
+
+    server.fault = hang
+    words = [f"{server.url}/step_100.safetensors", f"{server.url}/step_200.safetensors", "-o", "out.safetensors"]
+    command = [sys.executable, "-m", "ckpt_tools", "avg", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    assert asked.wait(120)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    goes_on.set()
+    # While headers are read the signal itself ends the process, which shells tell as 130, too.
+    assert process.returncode == (130 if silent == "payload" else -signal.SIGINT), err
+    assert "Traceback" not in err
+    assert [*tmp_path.iterdir()] == []

@@ -255,6 +255,18 @@ def test_an_average_in_a_store_is_made_again_and_compared_with_the_new_one(s3: A
         assert (report.same, report.compared) == (True, f"It is the same as {out} in every byte.")
 
 
+@pytest.mark.parametrize("files", [FILES, FOLDERS])
+def test_an_average_in_a_store_is_made_again_in_its_own_place(files: list[str], s3: Any) -> None:
+    out = f"s3://{BUCKET}/avg" + (".pth" if files is FILES else "/")
+    average(files, out=out)
+    before = {key: content(s3, key) for key in keys(s3)}
+    with pytest.raises(WriteError, match="avg(.pth)?: exists already"):
+        average(files, replay=out, out=out)
+    report = average(files, replay=out, out=out, force=True)
+    assert (report.same, report.compared) == (True, f"It is the same as the old {out.rstrip('/')} in every byte.")
+    assert {key: content(s3, key) for key in keys(s3)} == before
+
+
 def test_what_is_sent_is_seen_anew(s3: Any) -> None:
     from ckpt_tools.storage.remote import as_address, sending
 

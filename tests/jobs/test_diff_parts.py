@@ -147,6 +147,8 @@ def test_the_last_task_of_srun_tells_the_result(pair: tuple[str, str], monkeypat
             monkeypatch.setenv(f"SLURM_{name}", str(value))
         found.append(run("diff", *pair, "--json"))
     assert (found[0].code, found[0].out) == (0, "")
-    assert found[0].err == "Part 2 of 2 of the comparison is done. The process that ends last shows the result.\n"
+    assert found[0].err == (
+        "Part 2 of 2 of the comparison is done. The process that ends last shows the result. Not begun yet: part 1.\n"
+    )
     assert (found[1].code, found[1].out, found[1].err) == (1, alone.out, alone.err)
     assert not hidden()

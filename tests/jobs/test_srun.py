@@ -183,5 +183,6 @@ def test_without_locks_the_last_task_is_not_known(
         result = as_task(*JOB, variables=task(0, 2) | itself())  # type: ignore[operator]
     assert result.code == 1
     assert (
-        "No locks available), so that the last part is not known. When all parts are done, publish with" in result.err
+        "No locks available), so that the last part is not known. Give each process its part with --part, and"
+        in result.err
     )

@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -29,7 +28,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import torch  # noqa: E402 - after the path is set; for the forks
-import torch.distributed  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from ckpt_tools.cli import main as ckpt  # noqa: E402
@@ -62,18 +60,15 @@ class Trial:
     def start(self) -> list[int]:
         """Start all processes of a round."""
         self.rounds += 1
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        return [self._fork(index, port) for index in range(self.count)]
+        return [self._fork(index) for index in range(self.count)]
 
-    def _fork(self, index: int, port: str) -> int:
+    def _fork(self, index: int) -> int:
         pid = os.fork()
         if pid:
             return pid
         words = ["ckpt", "avg", "a.safetensors", "b.safetensors", "-o", self.out, "--threads", "1"]
         if self.way == "torchrun":
-            os.environ.update(RANK=str(index), WORLD_SIZE=str(self.count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os.environ.update(RANK=str(index), WORLD_SIZE=str(self.count), TORCHELASTIC_RUN_ID=str(self.rounds))
         elif self.way == "srun":
             named = {"PROCID": index, "STEP_NUM_TASKS": self.count, "TASK_PID": os.getpid(), "STEP_ID": self.rounds}
             os.environ.update({f"SLURM_{name}": str(value) for name, value in named.items()})
@@ -198,7 +193,7 @@ def main() -> int:
             for number in range(options.count // 2):
                 way = options.way or WAYS[number % len(WAYS)]
                 trial = Trial(way, choose.randint(2, 4), out, choose)
-                for fault in faults(trial, good, 2 * seconds if way == "torchrun" else seconds, counts):
+                for fault in faults(trial, good, seconds, counts):
                     bad += 1
                     print(f"{way}, {trial.count} processes, {out}: {fault}", flush=True)  # noqa: T201 - a script
                 if Path(out).exists():

@@ -277,6 +277,15 @@ static PyObject *crc32_of(PyObject *module, PyObject *data) {
     return PyLong_FromUnsignedLong(crc);
 }
 
+static PyObject *address_of(PyObject *module, PyObject *data) {
+    Py_buffer view;
+    (void)module;
+    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE) < 0) return NULL;
+    PyObject *address = PyLong_FromVoidPtr(view.buf);
+    PyBuffer_Release(&view);
+    return address;
+}
+
 PyDoc_STRVAR(gram_doc, "gram(dtypes, places, n, sums, scratch)\n\nAdd inner products of rows to sums; see _native.pyi.");
 
 static PyObject *gram_of(PyObject *module, PyObject *args) {
@@ -368,6 +377,7 @@ static PyObject *scratch_for(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"crc32", crc32_of, METH_O, "crc32(data)\n\nReturn the CRC-32 of bytes, as zlib.crc32 does."},
+    {"address", address_of, METH_O, "address(data)\n\nReturn where bytes are in memory, as long as they live."},
     {"gram", gram_of, METH_VARARGS, gram_doc},
     {"scratch", scratch_for, METH_VARARGS, "scratch(rows, tiles)\n\nReturn the bytes of scratch of a thread; see _native.pyi."},
     {"gram_scratch", gram_scratch_of, METH_O, "gram_scratch(count)\n\nReturn the bytes of scratch for so many rows."},

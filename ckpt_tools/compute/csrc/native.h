@@ -122,6 +122,14 @@ uint32_t crc_shift(uint32_t crc, uint64_t nbytes);
 
 typedef enum { DONE, NOT_READ, ENDS_EARLY, NOT_WRITTEN } Status;
 
+typedef struct {
+    int64_t nbytes, size; /* of the file; of a block */
+    struct {
+        int64_t begin, end; /* bytes of the file that are there */
+        int64_t address;    /* of the first one; 0: none is */
+    } blocks[];             /* as many as the file has */
+} InMemory; /* a file that is read from memory: in place of a descriptor, it is known by minus its address */
+
 Status read_all(int64_t fd, void *to, size_t n, int64_t offset);
 Status write_all(int64_t fd, const void *from, size_t n, int64_t offset);
 

@@ -17,7 +17,7 @@ from ...series.paths import shown
 from ...storage.journal import alone_in
 from ...storage.staged import scratch_file
 from ...tensors import parse_dtype
-from ..asked import COMMAND, started_together
+from ..asked import started_together
 from ..options import Matching, Network, Recalibration, takes
 from ..outputs import Target, grows_at
 from ..provenance import provided, short_names
@@ -165,7 +165,7 @@ def _refuse_several() -> None:
     Raises:
         UsageError: torchrun or srun started this process with others.
     """
-    if COMMAND and (started := started_together()) is not None:  # a call of the library may be that of one of them
+    if (started := started_together()) is not None:
         raise UsageError(
             f"this sweep was started in {started.count} processes, and it runs in one: which averages it makes depends "
             "on the scores of others. Start it once. The average with the options that it finds can be made in parts."
