@@ -13,7 +13,8 @@ from . import arguments, common, console
 from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
-    from ..jobs.inspect import Description, Listed, Listing, Optimizer, WeightSet
+    from ..jobs.inspect import Description, Optimizer, WeightSet
+    from ..jobs.listing import Listed, Listing
 
 
 @arguments.with_options(Skipping)
@@ -34,7 +35,7 @@ def inspect(
     Example: ckpt inspect runs/
     """
     from ..formats import read_header
-    from ..jobs.inspect import describe, listing
+    from ..jobs.inspect import describe
     from ..series.paths import expand, one_checkpoint
 
     given = [arguments.path(path) for path in paths]
@@ -43,6 +44,8 @@ def inspect(
         return
     if tensors:
         raise UsageError("`tensors` goes with one checkpoint.")
+    from ..jobs.listing import listing
+
     found = listing(given, metric=metric, **options)
     if json:
         console.print_json(arguments.plain(found))
