@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .jobs.clean import CleanReport, clean
     from .jobs.convert import ConvertReport, convert
     from .jobs.diff import DiffReport, diff
+    from .jobs.evaluate.job import evaluate
+    from .jobs.evaluate.report import EvaluationReport
     from .jobs.fix_prefix import PrefixReport, fix_prefix
     from .jobs.look import LookReport, look
     from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
@@ -38,6 +40,7 @@ __all__ = [
     "CleanReport",
     "ConvertReport",
     "DiffReport",
+    "EvaluationReport",
     "LookReport",
     "PrefixReport",
     "RecalibrationReport",
@@ -50,6 +53,7 @@ __all__ = [
     "clean",
     "convert",
     "diff",
+    "evaluate",
     "fix_prefix",
     "look",
     "open_checkpoint",
@@ -72,6 +76,8 @@ _HOMES = {
     "open_checkpoint": "checkpoints.open",
     "DiffReport": "jobs.diff",
     "diff": "jobs.diff",
+    "EvaluationReport": "jobs.evaluate.report",
+    "evaluate": "jobs.evaluate.job",
     "LookReport": "jobs.look",
     "look": "jobs.look",
     "SweepReport": "jobs.sweep.report",

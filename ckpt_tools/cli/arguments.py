@@ -34,6 +34,8 @@ SPELLINGS = {
 """Options that are not called like their parameters, or have a short name."""
 OPPOSITES = {"lower_is_better": "higher-is-better"}
 """What the option for False is called, where it is not ``--no-`` and the name."""
+VERBS = {"evaluate": "eval", "recalibrate_checkpoint": "recal-bn", "tune_checkpoint": "tune"}
+"""Commands that are not called like their functions."""
 ONCE = ("state", "state_b")
 """Options that some commands take several times; where they take one, a second is no slip to pass over."""
 Reader = Callable[[Any], Any]
@@ -192,7 +194,7 @@ def spelled(text: str) -> str:
 
 def _option(match: re.Match[str]) -> str:
     function, name, text = match.groups()
-    command = "" if function is None else f"ckpt {function.replace('_', '-')} "
+    command = "" if function is None else f"ckpt {VERBS.get(function, function).replace('_', '-')} "
     if name == "...":
         return command.rstrip()
     option = "-o" if name == "out" else SPELLINGS.get(name, (f"--{name.replace('_', '-')}",))[0]

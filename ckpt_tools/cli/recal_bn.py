@@ -44,9 +44,10 @@ def recal_bn(
         report = recalibrate_checkpoint(
             arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress
         )
-    if report.statistics is not None and report.written:
+    if plans and (report.before is not None or report.written):  # of several processes only the first has a plan
         show_statistics(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])
+    if report.statistics is not None and report.written:
         console.wrote(f"Wrote {report.out}: {console.plural(len(report.statistics.layers), 'layer')} recalibrated.")
         if options["plot"] is not None:
             console.wrote(f"Wrote {options['plot']}.")
@@ -116,9 +117,10 @@ def _show_statistics(found: BatchNormReport) -> None:
 
 
 def _show_accuracy(report: RecalibrationReport) -> None:
-    if report.before is None or report.after is None:
+    if report.before is None:
         return
     table = Table(f"on {report.before.images} images", ("top-1 %", "top-5 %", "loss"))
-    for name, a in (("before", report.before), ("after", report.after)):
+    rows = (("as it is", report.before),) if report.after is None else (("before", report.before), ("after", report.after))
+    for name, a in rows:
         table.add(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}")
     console.say("", table)

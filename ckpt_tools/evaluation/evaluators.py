@@ -11,11 +11,12 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from .data import Batches
 from .models import importable, load_factory, load_weights
 from .runner import Progress, Runner
 
+T = TypeVar("T")
+R = TypeVar("R")
 PER_SAMPLE = "per_sample"
 """Key of the values of each sample, in what a command prints or a function returns."""
 _READ = 1 << 28  # bytes at the end of what a command printed, for values of many samples
@@ -148,11 +151,13 @@ class Function:
         spec: ``file.py:function`` or ``module:function``.
         in_memory: call it with the state dict, name to tensor, in place of the path.
         option: that gave it, for messages.
+        state: the set of weights that is the state dict.
     """
 
     spec: str
     in_memory: bool = False
     option: str = "eval_function"
+    state: str = "auto"
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -163,7 +168,7 @@ class Function:
         function = load_factory(self.spec, self.option)
         given: Any = str(path)
         if self.in_memory:
-            given = dict(open_checkpoint(path))
+            given = dict(open_checkpoint(path, state=self.state))
         # A live table stands on stderr.
         with importable(self.spec), log.open("w") as out, redirect_stdout(out):
             try:
@@ -190,6 +195,7 @@ class Classifier:
         passes, estimator, include_frozen, allow_unmeasured: see `recalibrate_bn`.
         identity: what the scores depend on, as plain data.
         on_progress: called with (what is done, images done, images in all).
+        state: the set of weights of each checkpoint.
     """
 
     network: nn.Module
@@ -202,11 +208,12 @@ class Classifier:
     allow_unmeasured: bool
     identity: Mapping[str, Any]
     on_progress: Progress
+    state: str = "auto"
 
     def score(self, path: Path, log: Path) -> Scores:
         """Load the weights and run the network; see `Evaluator`. Nothing is logged."""
         if self.images is None:
-            load_weights(self.network, Checkpoint(read_header(path)))
+            load_weights(self.network, Checkpoint(read_header(path), self.state))
         else:
             self.measured(path, self.images)
         found = self.runner.outcomes("evaluating", self.held_out, self.on_progress)
@@ -217,7 +224,7 @@ class Classifier:
 
     def measured(self, path: Path, images: Batches) -> BatchNormReport:
         """Load the weights, measure the BatchNorm statistics, and return how far they are from those of the file."""
-        load_weights(self.network, Checkpoint(read_header(path)))
+        load_weights(self.network, Checkpoint(read_header(path), self.state))
         return self.runner.recalibrate(
             images,
             self.passes,
@@ -229,6 +236,33 @@ class Classifier:
 
     def end(self) -> None:
         """Nothing: the network runs in the thread that calls it."""
+
+
+def scored_together(
+    items: Sequence[T], score: Callable[[T], R], jobs: int, end: Callable[[], None]
+) -> Iterator[tuple[T, R]]:
+    """Yield each item with its score, as they come.
+
+    Args:
+        score: called with an item; in threads if there is more than one job.
+        jobs: scores at a time.
+        end: called if something ends this early, such as Ctrl-C, so that what runs is ended; what waits is not begun.
+    """
+    if jobs == 1:
+        for item in items:
+            yield item, score(item)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        running: dict[Future[R], T] = {pool.submit(score, item): item for item in items}
+        try:
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for each in done:
+                    yield running.pop(each), each.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            end()
+            raise
 
 
 def parsed(found: Any, who: str = "") -> Scores:

@@ -374,6 +374,8 @@ def _with_network(sums: _Sums, network: Opened, target: Target) -> _Sums:
     plan = network.planned(target)
     if network.batches is None:
         nothing = "The model has no BatchNorm statistics, so `recal_bn` has no effect."
+        if network.held_out is not None:
+            nothing += " `eval_data` has none, either: `evaluate(...)` scores the average."
         return replace(sums, notes=(*plan.notes, nothing))
     return replace(sums, network=network, recalibration=replace(plan, notes=()), notes=plan.notes)
 

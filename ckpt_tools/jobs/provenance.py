@@ -160,6 +160,40 @@ def skipped_inputs(skipped: Sequence[Skipped]) -> list[dict[str, str]]:
     return [{"name": name, "reason": each.kind} for name, each in zip(names, skipped, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What an output was made of, as far as its record says; a file of unknown origin may say anything.
+
+    Attributes:
+        averaged: number of checkpoints that it is the average of; None if it is no average.
+        measured: its BatchNorm statistics were measured, after it was averaged.
+        tuned: it was trained afterwards.
+    """
+
+    averaged: int | None = None
+    measured: bool = False
+    tuned: bool = False
+
+    @property
+    def words(self) -> str:
+        """``average of 5, recalibrated``; ``checkpoint`` if nothing else is known."""
+        what = "checkpoint" if self.averaged is None else f"average of {self.averaged}"
+        return what + ", recalibrated" * self.measured + ", tuned" * self.tuned
+
+
+def origin_of(made: Any) -> Origin:
+    """Return what an output was made of: the record of the output, or that of what it was made of, and so on."""
+    measured = tuned = False
+    while isinstance(made, dict):
+        command, inputs, source = made.get("command"), made.get("inputs"), made.get("input")
+        measured |= command == "recal-bn" or isinstance(made.get("recalibrated"), dict)
+        tuned |= command == "tune"
+        if command == "avg" and isinstance(inputs, list) and len(inputs) > 1:
+            return Origin(len(inputs), measured, tuned)
+        made = source.get("made") if isinstance(source, dict) else None
+    return Origin(None, measured, tuned)
+
+
 def read_record(header: Header) -> Record:
     """Read what an average records of itself; a file of unknown origin may say anything.
 

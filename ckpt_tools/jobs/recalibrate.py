@@ -58,7 +58,8 @@ class RecalibrationReport(Report):
         passes: over the images.
         statistics: the new statistics; None in a plan.
         broken: images that could not be read, each with the reason.
-        before, after: accuracy on the data of `eval_data`; None if that is not asked for.
+        before, after: accuracy on the data of `eval_data`; None if that is not asked for. Without BatchNorm there is
+            `before` alone.
         notes: decisions and warnings, in words.
         dropped: entries of the checkpoint that cannot be written.
         written: True once the new checkpoint is there.
@@ -111,7 +112,8 @@ def recalibrate_checkpoint(
         {options}
 
     Returns:
-        What was done. For a model without BatchNorm, the report has no layers, and nothing is written.
+        What was done. For a model without BatchNorm, the report has no layers, and nothing is written; the accuracy on
+        `eval_data` is there all the same.
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
@@ -134,7 +136,14 @@ def recalibrate_checkpoint(
             running = Inference(**{**vars(running), "on_plan": None, "on_progress": None})
         if network.batches is None:
             nothing = "The model has no BatchNorm statistics; nothing to do."
-            return run(replace(report, notes=(*report.notes, nothing)), running)
+            if network.held_out is not None:
+                nothing = "The model has no BatchNorm statistics: nothing to recalibrate. It is evaluated as it is."
+            return run(
+                replace(report, notes=(*report.notes, nothing)),
+                running,
+                work=lambda plan: network.measured(plan, running.on_progress or (lambda *_: None)),
+                completes=lambda: False,
+            )
         header = checkpoint.header
 
         def lay_out(buffers: Mapping[str, OutTensor], done: RecalibrationReport) -> Assembly:
@@ -230,12 +239,15 @@ class Opened:
         Raises:
             CkptError: the network or the images fail, or there is no gain and one is required.
         """
-        if self.batches is None:
-            return report
         numerics = self.numerics
         runner = Runner(
             self.network, self.device, amp=numerics.amp, channels_last=numerics.channels_last, call=self.call
         )
+        if self.batches is None:
+            if self.held_out is None:
+                return report
+            found = runner.evaluate("evaluating", self.held_out, progress)
+            return replace(report, before=found, notes=(*report.notes, *_of_evaluation(self.held_out, found)))
         report = _measured(report, runner, self.batches, self.held_out, self.measuring, progress)
         if self.measuring.require_gain:
             _check_gain(report, self.measuring.eval_data)
@@ -397,13 +409,10 @@ def _measured(
     if broken:
         notes.append(f"Images that could not be read and were left out: {len(broken)}, such as {broken[0]}.")
     if before is not None and held_out is not None:
-        notes += fewer_classes("`eval_data`", held_out, before.outputs)
+        notes += _of_evaluation(held_out, before)
     doubt = _doubt(before, after) or _doubt_of_fit(fit_before, fit_after)
     if doubt:
         notes.append(f"{doubt} Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?")
-    unseen = [] if held_out is None else [entry for part in gathered_objects(held_out.broken) for entry in part]
-    if unseen:
-        notes.append(f"Images of `eval_data` that could not be read: {len(unseen)}, such as {unseen[0]}.")
     return replace(
         report,
         images=statistics.images,
@@ -413,6 +422,14 @@ def _measured(
         after=after,
         notes=tuple(notes),
     )
+
+
+def _of_evaluation(held_out: Batches, found: Accuracy) -> Iterator[str]:
+    """Yield what is to be said of images that were evaluated; all processes of a group ask."""
+    yield from fewer_classes("`eval_data`", held_out, found.outputs)
+    unseen = [entry for part in gathered_objects(held_out.broken) for entry in part]
+    if unseen:
+        yield f"Images of `eval_data` that could not be read: {len(unseen)}, such as {unseen[0]}."
 
 
 def _doubt(before: Accuracy | None, after: Accuracy | None) -> str:

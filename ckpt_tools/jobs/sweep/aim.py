@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...errors import UsageError
 from ...series.metrics import lower_by_name
-from .results import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +22,9 @@ class Aim:
     metric: str
     lower: bool
 
-    def score(self, result: Result) -> float:
-        """Return a number of which higher is better; NaN for a failed evaluation."""
-        value = result.metrics.get(self.metric, math.nan)
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """Return a number of which higher is better; NaN without this metric, as after a failed evaluation."""
+        value = metrics.get(self.metric, math.nan)
         return -value if self.lower else value
 
 

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
-from ...errors import UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function
-from ..options import Network, Statistics
-from ..outputs import named
+from ..options import Network, Numerics, Statistics
 from .options import Evaluation, Honesty, Sweeping, SweptImages
 
 
@@ -90,77 +88,31 @@ def _classifier(
     example: Checkpoint,
     on_progress: Callable[..., None],
 ) -> Iterator[Evaluators]:
-    from ...batchnorm.layers import find_layers
-    from ...batchnorm.processes import Group
-    from ...batchnorm.recalibrate import check_options
-    from ...evaluation.data import is_factory
-    from ...evaluation.evaluators import Classifier
-    from ...evaluation.models import build_model, call_of, importable, load_weights, pick_device
-    from ...evaluation.preprocessing import described
-    from ...evaluation.runner import Runner
-    from ..image_data import fewer_classes, image_data, notes_of
+    from ..classifiers import opened_classifiers
 
-    measuring = Statistics(**vars(images))
-    check_options(measuring.passes, measuring.estimator)
-    device = pick_device("auto" if running.device == "cuda" else running.device)
-    given = {"eval_data": eval_data, "test": honesty.test, "data": images.data}
-    sources = {option: source for option, source in given.items() if source is not None}
-    with importable(which.model, which.forward, *filter(is_factory, sources.values())):
-        call = call_of(which.forward, which.inputs, which.mask)
-        network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
-        loaded = load_weights(network, example)  # so that what does not fit is told before any work
-        layers, _ = find_layers(network, include_frozen=measuring.include_frozen)
-        network.to(device)
-        labelled = [each for each in (eval_data, honesty.test) if each is not None]
-        how = image_data(
-            network, example.header, images, sources, labelled,
-            seed=images.seed, group=Group(), pin_memory=device.type == "cuda",
-        )  # fmt: skip
-        prepared = [] if how.preprocessing is None else [" ".join(described(how.config, how.config_from))]
-        notes = [*loaded.notes, *prepared, *_notes(images.data, eval_data, has_layers=bool(layers))]
-        statistics = None
-        if images.data is not None and layers:
-            statistics = how.statistics(images.data)
-            notes += notes_of(images.data, statistics, images, labelled=False)
-        identity = {
-            "preprocessing": {name: repr(value) for name, value in sorted(how.config.items())},
-            "classes": [dict(reading) for reading in how.order.readings] or how.order.natural,
-            "model": which.model or type(network).__name__,
-            "model_kwargs": {name: repr(value) for name, value in sorted((which.model_kwargs or {}).items())},
-            "data_root": images.data_root,
-            "called": [which.forward, which.inputs, which.mask],
-            "recalibrated": None
-            if statistics is None
-            else [images.data, statistics.images, images.batch_size, images.seed, images.split, vars(measuring)],
-            "amp": running.amp,
-        }
-        runner = Runner(network, device, amp=running.amp, channels_last=running.channels_last, call=call)
-
-        def classifier(data: str, option: str, split: str) -> Classifier:
-            with named(option, "data"):
-                held_out = how.evaluated(data, split)
-            notes.extend(note for note in notes_of(data, held_out, images, labelled=True) if note not in notes)
-            notes.extend(fewer_classes(data, held_out, getattr(network, "num_classes", 0)))  # timm's models have it
-            if held_out.once or (statistics is not None and statistics.once):
-                raise UsageError("the data are evaluated many times, and a factory here gives an iterator, not a list.")
-            return Classifier(
-                network=network,
-                runner=runner,
-                held_out=held_out,
-                images=statistics,
-                **vars(measuring),
-                identity={"data": data, "split": split, "images": held_out.images, **identity},
-                on_progress=on_progress,
-            )
-
-        evaluator = classifier(eval_data, "eval_data", images.split)
-        yield Evaluators(
-            evaluator,
-            None if honesty.test is None else classifier(honesty.test, "test", honesty.test_split or images.split),
-            "top1",
-            None if statistics is None else partial(evaluator.measured, images=statistics),
-            tuple(notes),
-        )
+    given = {"eval_data": eval_data, "test": honesty.test}
+    labelled = {option: source for option, source in given.items() if source is not None}
+    with opened_classifiers(
+        example,
+        which,
+        images,
+        Statistics(**vars(images)),
+        Numerics(**vars(running)),
+        labelled,
+        ("data", images.data),
+        state="auto",
+        seed=images.seed,
+        device=running.device,
+        on_progress=on_progress,
+    ) as classifiers:
+        classifiers.notes.extend(_notes(images.data, eval_data, has_layers=classifiers.has_layers))
+        evaluator = classifiers.on(eval_data, "eval_data", images.split)
+        test = None
+        if honesty.test is not None:
+            test = classifiers.on(honesty.test, "test", honesty.test_split or images.split)
+        statistics = classifiers.statistics
+        measured = None if statistics is None else partial(evaluator.measured, images=statistics)
+        yield Evaluators(evaluator, test, "top1", measured, tuple(classifiers.notes))
 
 
 def _not_measured(example: Checkpoint) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class Files:
         if plot is not None:
             plot.check(inputs, out)
         report, table = (
-            _checked(name, getattr(output, name), inputs, force=output.force) for name in ("report", "csv")
+            checked_file(name, getattr(output, name), inputs, force=output.force) for name in ("report", "csv")
         )
         for name, path in (("report", report), ("csv", table)):
             if path is not None and out is not None and path.absolute() == out.absolute():
@@ -92,7 +92,18 @@ class Files:
                 write_file(self.report, page(report, background(), words or Wording()), force=self.force)
 
 
-def _checked(name: str, given: str | Path | None, inputs: Iterable[Path], *, force: bool) -> Path | None:
+def checked_file(name: str, given: str | Path | None, inputs: Iterable[Path], *, force: bool) -> Path | None:
+    """Return where a page or a table goes; None if it is not asked for.
+
+    Args:
+        name: of the option.
+        inputs: checkpoints, which stay as they are.
+        force: replace what is there.
+
+    Raises:
+        UsageError: an address, or another suffix.
+        WriteError: see `check_target`.
+    """
     if given is None:
         return None
     path, known = on_this_machine(given, name), _SUFFIXES[name]
@@ -131,8 +142,12 @@ def ranking(report: SweepReport) -> bytes:
                 *(each.low, each.high, each.seconds, each.error),
             ]
         )
-    # Names of files are bytes, and those that are no UTF-8 come back as they are.
+    return encoded(text.getvalue())
+
+
+def encoded(text: str) -> bytes:
+    """Return a text in UTF-8; names of files are bytes, and those that are no UTF-8 come back as they are."""
     try:
-        return text.getvalue().encode("utf-8", "surrogateescape")
+        return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        return text.getvalue().encode("utf-8", "backslashreplace")
+        return text.encode("utf-8", "backslashreplace")

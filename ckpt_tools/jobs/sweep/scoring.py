@@ -7,13 +7,12 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import CkptError, DataError, UsageError, WriteError
-from ...evaluation.evaluators import Evaluator, Scores
+from ...evaluation.evaluators import Evaluator, Scores, scored_together
 from ...series.candidates import Candidate, joined
 from ...series.member import Member
 from .aim import Aim, aim_of
@@ -110,7 +109,7 @@ class Scoring:
 
     def score(self, result: Result) -> float:
         """Return a number of which higher is better; NaN for a failed evaluation."""
-        return math.nan if self.aim is None else self.aim.score(result)
+        return math.nan if self.aim is None else self.aim.score(result.metrics)
 
     def key(self, candidate: Candidate) -> str:
         """Return the key of a candidate's result."""
@@ -134,9 +133,9 @@ class Scoring:
         aim = self.aim
         if aim is None:
             return []
-        scored = [each for each in self.found if not math.isnan(aim.score(self.found[each]))]
+        scored = [each for each in self.found if not math.isnan(aim.score(self.found[each].metrics))]
         return sorted(
-            scored, key=lambda each: (-aim.score(self.found[each]), self.found[each].metrics.get("loss", 0.0))
+            scored, key=lambda each: (-aim.score(self.found[each].metrics), self.found[each].metrics.get("loss", 0.0))
         )
 
     def path(self, candidate: Candidate) -> Path:
@@ -199,7 +198,7 @@ class Scoring:
             for candidate, reason in failed.items():
                 self._done(candidate, self._unscored(candidate, reason))
             rest = [each for each in candidates if each not in failed]
-            for candidate, result in self._evaluated(rest, [self.path(each) for each in rest]):
+            for candidate, result in scored_together(rest, self._result, self.jobs, self.evaluator.end):
                 self._done(candidate, result)
         finally:
             best = self.ranking()[: self.keep]
@@ -236,32 +235,12 @@ class Scoring:
         if self.on_result is not None:
             self.on_result(result, len(self.found), max(self.planned, len(self.found)))
 
-    def _evaluated(self, candidates: Sequence[Candidate], paths: Sequence[Path]) -> Iterator[tuple[Candidate, Result]]:
-        if self.jobs == 1:
-            for candidate, path in zip(candidates, paths, strict=True):
-                yield candidate, self._result(candidate, path)
-            return
-        with ThreadPoolExecutor(self.jobs) as pool:
-            running: dict[Future[Result], Candidate] = {
-                pool.submit(self._result, candidate, path): candidate
-                for candidate, path in zip(candidates, paths, strict=True)
-            }
-            try:
-                while running:
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for each in done:
-                        yield running.pop(each), each.result()
-            except BaseException:  # Ctrl-C, too: what runs is ended, and what waits is not begun
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.evaluator.end()
-                raise
-
-    def _result(self, candidate: Candidate, path: Path) -> Result:
+    def _result(self, candidate: Candidate) -> Result:
         began = time.perf_counter()
         metrics: Mapping[str, float] = {}
         scores, error = Scores({}), None
         try:
-            scores = self.evaluator.score(path, self.log(candidate))
+            scores = self.evaluator.score(self.path(candidate), self.log(candidate))
             metrics = self.selection(scores).metrics
         except UsageError:
             raise  # it will not get better with the next one
