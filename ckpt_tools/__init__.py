@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoints.open import Checkpoint, open_checkpoint
     from .errors import CkptError
     from .jobs.average import AverageReport, average
+    from .jobs.card import CardReport, card
     from .jobs.clean import CleanReport, clean
     from .jobs.convert import ConvertReport, convert
     from .jobs.diff import DiffReport, diff
@@ -35,6 +36,7 @@ __version__ = "0.2.0"
 __all__ = [
     "AverageReport",
     "BatchNormReport",
+    "CardReport",
     "Checkpoint",
     "CkptError",
     "CleanReport",
@@ -50,6 +52,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "average",
+    "card",
     "clean",
     "convert",
     "diff",
@@ -87,6 +90,8 @@ _HOMES = {
     "VerifyReport": "jobs.verify.job",
     "verify": "jobs.verify.job",
     "CkptError": "errors",
+    "CardReport": "jobs.card",
+    "card": "jobs.card",
     "CleanReport": "jobs.clean",
     "clean": "jobs.clean",
     "ConvertReport": "jobs.convert",

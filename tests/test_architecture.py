@@ -95,6 +95,7 @@ def test_the_public_names_are_these() -> None:
     assert ckpt_tools.__all__ == [
         "AverageReport",
         "BatchNormReport",
+        "CardReport",
         "Checkpoint",
         "CkptError",
         "CleanReport",
@@ -110,6 +111,7 @@ def test_the_public_names_are_these() -> None:
         "VerifyReport",
         "__version__",
         "average",
+        "card",
         "clean",
         "convert",
         "diff",

@@ -34,7 +34,7 @@ SPELLINGS = {
 """Options that are not called like their parameters, or have a short name."""
 OPPOSITES = {"lower_is_better": "higher-is-better"}
 """What the option for False is called, where it is not ``--no-`` and the name."""
-VERBS = {"evaluate": "eval", "recalibrate_checkpoint": "recal-bn", "tune_checkpoint": "tune"}
+VERBS = {"average": "avg", "evaluate": "eval", "recalibrate_checkpoint": "recal-bn", "tune_checkpoint": "tune"}
 """Commands that are not called like their functions."""
 ONCE = ("state", "state_b")
 """Options that some commands take several times; where they take one, a second is no slip to pass over."""

@@ -39,6 +39,7 @@ COMMANDS = {
     "recal-bn": "Recalibrate the BatchNorm statistics of averaged weights.",
     "tune": "Train the classifier of averaged weights at the size of the test, or more of the network, "
     "or from a teacher.",
+    "card": "Write a model card for the Hugging Face Hub, from the record in an output of ckpt.",
     "clean": "Remove what killed jobs have left in a folder.",
 }
 """Each with the first line of its help; a function in a module of its name makes it, see `arguments.with_options`."""
@@ -57,6 +58,7 @@ WORDS = {
     "verify": "check validate test checksum sha256",
     "strip": "slim prune shrink reduce clear-optimizer",
     "tune": "train finetune fine-tune distill fixres",
+    "card": "model-card modelcard readme upload push",
     "clean": "rm gc purge cleanup clear",
 }
 """Words that people try, with what they look for."""

@@ -249,6 +249,27 @@ class RecalibratedOutput(Recorded):
     )
 
 
+class Wording(Options):
+    """What a model card says beyond the record."""
+
+    title = "What only you know"
+
+    name: str | None = option("The title.", None, implied="the name of the file", metavar="TEXT")
+    license: str | None = option("Such as apache-2.0.", None, metavar="NAME")
+    base_model: Words = option("The model on the Hub that all were fine-tuned from.", (), metavar="ORG/NAME")
+    library_name: str | None = option("The library that loads it, such as timm.", None, metavar="NAME")
+    tag: Words = option("A tag of the Hub.", (), metavar="TAG")
+
+
+class CardOutput(Output):
+    """Where a model card goes."""
+
+    out: str | Path | None = option(
+        "The target.", None, implied="README.md in the folder of the checkpoint", metavar="PATH"
+    )
+    hash: bool = option("Also give the SHA-256 of the files.", False)
+
+
 class Running(Options):
     """How a job runs."""
 

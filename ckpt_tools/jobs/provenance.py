@@ -217,6 +217,15 @@ def read_record(header: Header) -> Record:
             f"{path}: was written by 'ckpt {command}'{of}, and is not the average as it was made. Give the average "
             "itself, then do that again with the result."
         )
+    return average_record(path, made)
+
+
+def average_record(path: Path, made: Mapping[str, Any]) -> Record:
+    """Read the record of an average, which is that of the file or of what it was made of.
+
+    Raises:
+        LayoutError: it is damaged.
+    """
     try:
         return _record(path, made)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
