@@ -120,7 +120,9 @@ def _show_accuracy(report: RecalibrationReport) -> None:
     if report.before is None:
         return
     table = Table(f"on {report.before.images} images", ("top-1 %", "top-5 %", "loss"))
-    rows = (("as it is", report.before),) if report.after is None else (("before", report.before), ("after", report.after))
+    rows = (
+        (("as it is", report.before),) if report.after is None else (("before", report.before), ("after", report.after))
+    )
     for name, a in rows:
         table.add(name, f"{a.top1:.2f}", f"{a.top5:.2f}", f"{a.loss:.4f}")
     console.say("", table)

@@ -1,0 +1,1 @@
+"""Callbacks that average the checkpoints of a training when it ends; each module imports its library."""
