@@ -265,9 +265,9 @@ def test_the_command_shows_a_line_for_each_checkpoint_on_stdout_and_the_verdict(
     result = run("eval", "run", "avg.pth", "--eval-function", "scores.py:score", "--in-memory", "--metric", "error")
     assert result.code == 0, result.err
     lines = result.out.splitlines()
-    assert lines[1].split("  ")[0] == "checkpoint"
-    assert lines[1].endswith("error against c-1.pth")
-    shown = {line.split()[0]: line for line in lines[2:7]}
+    assert lines[0].split("  ")[0] == "checkpoint"
+    assert lines[0].endswith("error against c-1.pth")
+    shown = {line.split()[0]: line for line in lines[1:6]}
     assert shown.keys() == {"c-0.pth", "c-1.pth", "c-2.pth", "c-3.pth", "avg.pth"}
     assert "average of 3" in shown["avg.pth"]
     assert "checkpoint at 200" in shown["c-2.pth"]
