@@ -104,7 +104,7 @@ def _name(report: EvaluationReport, each: Evaluated) -> str:
 
 
 def _what(each: Evaluated) -> str:
-    return each.origin.words if each.step is None else f"{each.origin.words} at {each.step}"
+    return each.what if each.step is None else f"{each.what} at {each.step}"
 
 
 def _difference(each: Evaluated) -> str:

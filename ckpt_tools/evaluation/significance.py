@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -111,6 +112,22 @@ def mean_intervals(
     tail = (1 - confidence) / 2
     ends = torch.quantile(torch.cat(means), torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     return [(low, high) for low, high in ends.T.tolist()]
+
+
+def share_interval(right: Tensor, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of the share of samples that are right (Wilson 1927, doi.org/10.2307/2276774).
+
+    Unlike resamples, it says something where all are right, or none.
+
+    Args:
+        right: bool [N].
+        confidence: between 0 and 1.
+    """
+    n, share = len(right), float(right.double().mean())
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _check(a: Tensor, b: Tensor) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ckpt_tools.errors import DataError, UsageError
-from ckpt_tools.evaluation.significance import mcnemar, mean_intervals, paired_interval
+from ckpt_tools.evaluation.significance import mcnemar, mean_intervals, paired_interval, share_interval
 
 
 def outcomes(both: int, only_a: int, only_b: int, neither: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,6 +28,14 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant(both: int, only_a: int, 
 def test_mcnemar_is_exact_for_many_samples() -> None:
     expected = stats.binomtest(10_200, 20_000).pvalue
     assert mcnemar(*outcomes(0, 10_200, 9_800, 0)) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.integers(1, 400), st.integers(0, 400), st.sampled_from([0.8, 0.95, 0.99]))
+def test_the_interval_of_a_share_is_the_score_interval_of_scipy(n: int, right: int, confidence: float) -> None:
+    right = min(right, n)
+    expected = stats.binomtest(right, n).proportion_ci(confidence, method="wilson")
+    found = share_interval(torch.arange(n) < right, confidence=confidence)
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_the_interval_is_that_of_scipy_within_the_noise_of_resampling() -> None:

@@ -13,6 +13,7 @@ import pytest
 import small_network
 import torch
 from cli_runner import run
+from scipy import stats
 from small_network import Net, labelled, trained
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,6 +86,14 @@ def test_scores_are_those_of_the_network_itself(save: Save, here: Path) -> None:
     assert [(each.name, each.step) for each in found.checkpoints if each.step == 20] == [("c-2.pth", 20)]
 
 
+def test_the_interval_of_an_accuracy_is_that_of_a_share(save: Save, here: Path) -> None:
+    networks(save, 1)
+    (row,) = evaluate("run", **ON_DATA).checkpoints
+    n = round(row.metrics["top1"] * 24 / 100)
+    expected = stats.binomtest(n, 24).proportion_ci(0.95, method="wilson")
+    assert (row.low, row.high) == pytest.approx((100 * expected.low, 100 * expected.high))
+
+
 def test_averages_are_known_by_their_records_whatever_was_made_of_them(save: Save, here: Path) -> None:
     networks(save)
     save("run/swa.pth", {"model": trained(7), "step": 90})
@@ -95,7 +104,7 @@ def test_averages_are_known_by_their_records_whatever_was_made_of_them(save: Sav
     average("run/c-2.pth", out="one.pth")
     paths = ["avg.safetensors", "bn.safetensors", "c-1.safetensors", "run/swa.pth", "one.pth"]
     found = evaluate(paths, **ON_DATA)
-    assert {each.path: each.origin.words for each in found.checkpoints} == {
+    assert {each.path: each.what for each in found.checkpoints} == {
         "avg.safetensors": "average of 2",
         "bn.safetensors": "average of 2, recalibrated",
         "c-1.safetensors": "checkpoint",

@@ -166,7 +166,7 @@ def _refuse_remote(members: Sequence[Member], way: str) -> None:
 def _row(member: Member, name: str) -> Evaluated:
     origin = origin_of(member.header.provenance)
     step = None if origin.averaged is not None else member.step
-    return Evaluated(str(member.path), name, origin, step, {})
+    return Evaluated(str(member.path), name, origin, origin.words, step, {})
 
 
 def _own(own: Evaluation, weights: State) -> Evaluator:
@@ -277,10 +277,10 @@ def _only(scores: Scores, metrics: Sequence[str], *, with_samples: bool) -> Scor
 
 
 def _verdict(best: Evaluated, other: Evaluated | None, comparisons: Sequence[Comparison], aim: Aim) -> str:
-    said = f"Best: {best.name} ({best.origin.words})."
+    said = f"Best: {best.name} ({best.what})."
     if other is None:
         around = "" if best.low is None else f" (95 % interval {best.low:.4g} to {best.high:.4g})"
-        return f"{best.name} ({best.origin.words}): {aim.metric} is {best.metrics[aim.metric]:.6g}{around}."
+        return f"{best.name} ({best.what}): {aim.metric} is {best.metrics[aim.metric]:.6g}{around}."
     name = other.name
     if best.is_average != other.is_average:
         name = f"the best {'average' if other.is_average else 'single checkpoint'} ({name})"
@@ -323,7 +323,7 @@ def _table(report: EvaluationReport) -> bytes:
         difference = (None,) * 3 if against is None else (against.difference, against.low, against.high)
         table.writerow(
             [
-                *(rank if each.error is None else "", each.path, each.origin.words, each.origin.averaged, each.step),
+                *(rank if each.error is None else "", each.path, each.what, each.origin.averaged, each.step),
                 *(each.metrics.get(name, "") for name in metrics),
                 *(each.low, each.high, *difference, each.seconds, each.error),
             ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from ..provenance import Origin
 from ..reports import Report
@@ -19,6 +18,7 @@ class Evaluated:
         path: of the file or folder.
         name: a short name, distinct among those that are scored.
         origin: what it was made of, by its record.
+        what: the same in words, such as ``average of 5, recalibrated``.
         step: training step or epoch; None if unknown, and for an average.
         metrics: name to value; empty if the evaluation failed.
         low, high: 95 % interval of the metric that decides, over the samples; None without values of samples.
@@ -30,6 +30,7 @@ class Evaluated:
     path: str
     name: str
     origin: Origin
+    what: str
     step: int | None
     metrics: Mapping[str, float]
     low: float | None = None
@@ -79,8 +80,3 @@ class EvaluationReport(Report):
     def failed(self) -> tuple[Evaluated, ...]:
         """Those without a score, after the work."""
         return tuple(each for each in self.checkpoints if each.error is not None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON, with what each checkpoint is in words."""
-        rows = [{**asdict(each), "what": each.origin.words} for each in self.checkpoints]
-        return {**asdict(self), "checkpoints": rows}

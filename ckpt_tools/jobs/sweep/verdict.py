@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...evaluation.evaluators import Scores
-from ...evaluation.significance import mcnemar, mean_intervals, paired_interval
+from ...evaluation.significance import mcnemar, mean_intervals, paired_interval, share_interval
 from ...series.metrics import lower_by_name
 from .aim import Aim
 
@@ -83,8 +83,17 @@ def _compared(name: str, best: Scores, other: Scores, seed: int) -> Comparison:
 
 
 def intervals(values: Mapping[Key, Tensor], *, seed: int) -> dict[Key, tuple[float, float]]:
-    """Return the 95 % interval of each mean, by itself: that of a difference on the same samples is narrower."""
+    """Return the 95 % interval of each mean, by itself: that of a difference on the same samples is narrower.
+
+    Where samples are right or wrong it is the score interval, else the bootstrap interval.
+    """
     found: dict[Key, tuple[float, float]] = {}
+    unit = _unit(*values.values()) if values else None
+    if unit:
+        for key, each in values.items():
+            low, high = share_interval(each != 0, confidence=CONFIDENCE)
+            found[key] = (unit * low, unit * high)
+        return found
     for n in {len(each) for each in values.values()}:
         some = [key for key, each in values.items() if len(each) == n]
         own = mean_intervals(torch.stack([values[key] for key in some]), confidence=CONFIDENCE, seed=seed)
@@ -93,10 +102,15 @@ def intervals(values: Mapping[Key, Tensor], *, seed: int) -> dict[Key, tuple[flo
 
 
 def _right(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return which samples each has right, if all values are 0 or one other, as 1 or 100; else None."""
-    found = torch.unique(torch.cat([a, b]))
-    right = [each for each in found.tolist() if each]
-    return (a != 0, b != 0) if right in ([], [1.0], [100.0]) else None
+    """Return which samples each has right, if all values are right or wrong; else None."""
+    return None if _unit(a, b) is None else (a != 0, b != 0)
+
+
+def _unit(*values: Tensor) -> float | None:
+    """Return the value of a right sample, 1 or 100, if all others are 0; 0 if all are, and None if some are others."""
+    found = torch.unique(torch.cat(values))
+    right = [each for each in found.tolist() if each] or [0.0]
+    return right[0] if right in ([0.0], [1.0], [100.0]) else None
 
 
 def split_samples(scores: Scores, part: float, seed: int, *, held_out: bool) -> Scores:
