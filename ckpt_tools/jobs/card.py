@@ -160,7 +160,7 @@ def _told(header: Header, step: Mapping[str, Any], *, last: bool) -> Iterator[st
         yield from _facts(step)
         return
     record = average_record(header.path, step)
-    yield from _average(record, step)
+    yield from _average(record)
     measured = step.get("recalibrated")
     if isinstance(measured, dict):
         yield from ("", "The BatchNorm statistics were measured on the averaged weights:", "", *_listed(measured))
@@ -179,7 +179,7 @@ def _told(header: Header, step: Mapping[str, Any], *, last: bool) -> Iterator[st
         yield from ("```python", "import ckpt_tools", "", f'ckpt_tools.average("FOLDER", {given})', "```")
 
 
-def _average(record: Record, step: Mapping[str, Any]) -> Iterator[str]:
+def _average(record: Record) -> Iterator[str]:
     what = f"The average of {len(record.inputs)} checkpoints" if len(record.inputs) > 1 else "One checkpoint"
     more = f"; checkpoints were added {record.updates} times" if record.updates else ""
     yield f"- {what}, rule {code(record.mode)}{more}"
@@ -203,6 +203,9 @@ def _average(record: Record, step: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", *["<details><summary>Checkpoints</summary>", ""] * folded)
     yield from _rows(titles, rows)
     yield from ["", "</details>"] * folded
+    if record.skipped:
+        names = ", ".join(f"{code(each.path)} ({code(each.kind)})" for each in record.skipped)
+        yield from ("", f"Left out: {names}")
     if record.ratios:
         yield from ("", "The coefficients differ from tensor to tensor (Model Stock); these are their means.")
 

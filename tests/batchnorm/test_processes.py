@@ -18,6 +18,7 @@ from cli_runner import PATIENCE
 from torch import nn
 
 from ckpt_tools import recalibrate_checkpoint
+from ckpt_tools.batchnorm import processes
 
 Save = Callable[..., Path]
 
@@ -175,3 +176,18 @@ def test_recalibrate_bn_ends_all_processes_with_the_error_of_one(folder: Path) -
     assert result.returncode != 0
     assert "rank 1 fails" in result.stderr
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_process_that_works_alone_asks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name, value in (("is_initialized", True), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    mine = torch.ones(2)
+    with processes.alone():
+        assert not processes.started_by_torchrun()
+        assert processes.gathered(mine) == [mine]
+        assert processes.gathered_objects(3) == [3]
+    assert processes.started_by_torchrun()
+    with pytest.raises(ValueError, match="has not been initialized"):  # of torch, which has no group here
+        processes.gathered(mine)

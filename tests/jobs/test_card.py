@@ -62,6 +62,13 @@ def test_the_hub_reads_the_metadata_and_the_card_says_what_was_averaged(save: Sa
     assert "`decay=0.5`" in read.text
 
 
+def test_what_an_average_left_out_is_told(save: Save, here: Path) -> None:
+    series(save)
+    Path("run/c-9.pth").write_bytes(b"cut off")
+    average("run", out="avg.pth", skip_broken=True)
+    assert "Left out: `c-9.pth` (`not a checkpoint`)" in card("avg.pth", dry_run=True).text
+
+
 def test_the_code_in_a_card_makes_the_same_average_again(save: Save, here: Path) -> None:
     series(save)
     average("run", out="avg.pth", last=2)
@@ -112,6 +119,7 @@ def test_texts_of_a_hostile_record_do_nothing(here: Path) -> None:
         "state": HOSTILE,
         "inputs": [{"name": HOSTILE, "size": 3, "step": None, "coefficient": 1.0}] * 30,
         "sweep": {"candidates": HOSTILE, "metric": HOSTILE, "metrics": {HOSTILE: HOSTILE}, "verdict": HOSTILE},
+        "skipped": [{"name": HOSTILE, "reason": HOSTILE}],
         "recalibrated": {"data": HOSTILE, "images": [HOSTILE]},
     }
     outer = {
