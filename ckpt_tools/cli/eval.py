@@ -89,22 +89,18 @@ def _table(report: EvaluationReport) -> Table:
     intervals = any(each.low is not None for each in rows)
     compared = any(each.against is not None for each in rows)
     titles = ["what", metric, *["95 % interval"] * intervals, *others]
-    table = Table("checkpoint", [*titles, *[f"{metric} against {report.best_single}"] * compared])
+    table = Table("checkpoint", [*titles, *["vs best single"] * compared])
     for each in rows:
         row = [_what(each), f"{each.metrics[metric]:.6g}"]
-        row += ["" if each.low is None else f"{each.low:.4g} to {each.high:.4g}"] * intervals
-        row += [f"{each.metrics[name]:.6g}" if name in each.metrics else "" for name in others]
+        row += ["" if each.low is None else f"{each.low:.3g} to {each.high:.3g}"] * intervals
+        row += [f"{each.metrics[name]:.4g}" if name in each.metrics else "" for name in others]
         row += [_difference(each)] * compared
-        table.add(_name(report, each), *row, bold=each.name == report.best)
+        table.add(each.name, *row, bold=each.name == report.best)
     return table
 
 
-def _name(report: EvaluationReport, each: Evaluated) -> str:
-    return f"{each.name} (best)" if each.name == report.best and len(report.checkpoints) > 1 else each.name
-
-
 def _what(each: Evaluated) -> str:
-    return each.what if each.step is None else f"{each.what} at {each.step}"
+    return each.what if each.step is None else f"{each.what}, step {each.step}".removeprefix("checkpoint, ")
 
 
 def _difference(each: Evaluated) -> str:
@@ -113,4 +109,4 @@ def _difference(each: Evaluated) -> str:
         return ""
     if found.low is None:
         return f"{found.difference:+.4g}"
-    return f"{found.difference:+.4g} ({found.low:+.4g} to {found.high:+.4g})"
+    return f"{found.difference:+.3g} ({found.low:+.3g} to {found.high:+.3g})"

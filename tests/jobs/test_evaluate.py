@@ -275,11 +275,11 @@ def test_the_command_shows_a_line_for_each_checkpoint_on_stdout_and_the_verdict(
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert lines[0].split("  ")[0] == "checkpoint"
-    assert lines[0].endswith("error against c-1.pth")
+    assert lines[0].endswith("vs best single")
     shown = {line.split()[0]: line for line in lines[1:6]}
     assert shown.keys() == {"c-0.pth", "c-1.pth", "c-2.pth", "c-3.pth", "avg.pth"}
     assert "average of 3" in shown["avg.pth"]
-    assert "checkpoint at 200" in shown["c-2.pth"]
+    assert "step 200" in shown["c-2.pth"]
     assert "+0.6 (+0.6 to +0.6)" in shown["avg.pth"]
     assert "Best: c-1.pth (checkpoint). Better than the best average (avg.pth): error is 0.22" in result.out
     assert "5 checkpoints; ckpt averaged 1 of them." in result.err
