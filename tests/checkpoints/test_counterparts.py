@@ -208,7 +208,7 @@ def test_average_knows_an_average_of_the_net_beside_which_there_is_a_loss(
     bare = {name.removeprefix("module."): tensor for name, tensor in found["state_dict"].items()}
     assert value_of({name: t for name, t in bare.items() if name.startswith(lead.removeprefix("module."))}) == 15.0
     assert bare["loss.center"].tolist() == [1.5] * 4
-    assert any("averages of the raw weights: 'loss.center'" in note for note in report.notes)
+    assert any("averaged from the raw weights: 'loss.center'" in note for note in report.notes)
 
 
 def test_average_rejects_an_average_of_one_of_two_nets_in_a_dict(save: Save, tmp_path: Path) -> None:

@@ -273,7 +273,10 @@ def test_an_older_output_is_replaced_whole_and_other_files_are_kept_safe(run: Ca
     for stray in ("mp_rank_00_000/notes.txt", "mp_rank_00_000/more/notes.txt"):
         (here / "averaged" / stray).parent.mkdir(exist_ok=True)
         (here / "averaged" / stray).write_text("mine")
-        with pytest.raises(WriteError, match=r"averaged: holds mp_rank_00_000/(notes\.txt|more), which the new folder"):
+        with pytest.raises(
+            WriteError,
+            match=r"averaged: is a folder that also holds mp_rank_00_000/(notes\.txt|more), and a folder of shards",
+        ):
             ckpt_tools.average("run/iter_*", out="averaged", force=True)
         (here / "averaged" / stray).unlink()
 

@@ -386,5 +386,5 @@ def test_the_command_is_for_the_shell(save: Save, here: Path) -> None:
     Path("run").rename("-my run")
     shown = run("sweep", "--eval-function", FUNCTION, "--in-memory", "--last", "2", "--", "-my run")
     assert shown.code == 0
-    (said,) = [line for line in shown.err.splitlines() if line.startswith("  ckpt avg")]
+    (said,) = [line for line in shown.out.splitlines() if line.startswith("  ckpt avg")]
     assert run(*shlex.split(said)[1:]).code == 0
