@@ -89,38 +89,3 @@ def test_the_wheel_takes_every_package_along() -> None:
     listed = (PACKAGE.parent / "pyproject.toml").read_text().partition("\npackages = [")[2].partition("]")[0]
     found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
     assert set(listed.replace('"', "").split(", ")) == found
-
-
-def test_the_public_names_are_these() -> None:
-    assert ckpt_tools.__all__ == [
-        "AverageReport",
-        "BatchNormReport",
-        "Checkpoint",
-        "CkptError",
-        "CleanReport",
-        "ConvertReport",
-        "DiffReport",
-        "LookReport",
-        "PrefixReport",
-        "RecalibrationReport",
-        "StripReport",
-        "SweepReport",
-        "TuneReport",
-        "VerifyReport",
-        "__version__",
-        "average",
-        "clean",
-        "convert",
-        "diff",
-        "fix_prefix",
-        "look",
-        "open_checkpoint",
-        "recalibrate_bn",
-        "recalibrate_checkpoint",
-        "strip",
-        "sweep",
-        "tune_checkpoint",
-        "verify",
-    ]
-    for name in ckpt_tools.__all__:
-        assert getattr(ckpt_tools, name).__doc__

@@ -13,6 +13,7 @@ SCRIPTS = sorted(
     [
         *ROOT.glob("fixtures/*.py"),
         *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("docs/*.py"),
         *ROOT.glob("docs/pictures/*.py"),
         ROOT / "tests/soak.py",
         *ROOT.glob("fuzz/*.py"),

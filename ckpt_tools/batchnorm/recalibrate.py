@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from .statistics import LayerMoments, Moments, merge
 from .trial import Trials
 from .watch import Watch
 
-ESTIMATORS = ("population", "batch-mean")
+Estimator = Literal["population", "batch-mean"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def recalibrate_bn(
     inputs: int = 1,
     mask: str | int | None = None,
     passes: int = 1,
-    estimator: str = "population",
+    estimator: Estimator = "population",
     include_frozen: bool = False,
     allow_unmeasured: bool = False,
     on_batch: Callable[[int, int], None] | None = None,

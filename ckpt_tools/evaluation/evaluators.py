@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.recalibrate import Estimator
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.open import Checkpoint, open_checkpoint
 from ..errors import CkptError, DataError, NumericsError, UsageError
@@ -197,7 +198,7 @@ class Classifier:
     held_out: Batches
     images: Batches | None
     passes: int
-    estimator: str
+    estimator: Estimator
     include_frozen: bool
     allow_unmeasured: bool
     identity: Mapping[str, Any]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..batchnorm.batches import mapped, samples_in, tensors_of
 from ..batchnorm.calls import Call
-from ..batchnorm.recalibrate import recalibrate_bn
+from ..batchnorm.recalibrate import Estimator, recalibrate_bn
 from ..batchnorm.report import BatchNormReport
 from ..errors import CkptError, DataError, ModelError
 from .data import Batches
@@ -56,7 +56,7 @@ class Runner:
         self,
         batches: Batches,
         passes: int,
-        estimator: str,
+        estimator: Estimator,
         on_progress: Progress,
         *,
         include_frozen: bool = False,

@@ -16,13 +16,14 @@ from ..checkpoints.parts import of_ranks, select_parts
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import named_positions, stored_counters, stored_positions
 from ..errors import LayoutError
+from ..formats import read_header
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.find import excluded, notes_of
 from ..series.member import Member
 from ..series.metrics import METRIC, metric_at_hand, metric_of
 from ..series.numbered import natural_key
-from ..series.paths import find, training_state_beside
+from ..series.paths import find, one_checkpoint, training_state_beside
 from ..series.usable import Skipped, sorted_out
 from ..storage.source import stamp_at
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
@@ -96,7 +97,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True, slots=True)
-class Description(Report):
+class InspectReport(Report):
     """The contents of a checkpoint.
 
     Attributes:
@@ -224,13 +225,33 @@ def _listed(member: Member, name: str, metric: str) -> Listed:
     )
 
 
-def describe(header: Header) -> Description:
+def inspect(path: str | Path) -> InspectReport:
+    """Describe what a checkpoint holds, from its header alone; no payload is read, and nothing in it is run.
+
+    Args:
+        path: a file, a folder with a sharded checkpoint, or a folder with a single checkpoint in it.
+
+    Returns:
+        Format, layout, the sets of weights with their tensors, counters, optimizers, and the record of ckpt-tools.
+
+    Raises:
+        CkptError: it cannot be read, or the folder holds several checkpoints.
+
+    Example:
+        >>> report = ckpt_tools.inspect("averaged.pth")
+        >>> report.sets[0].dtypes
+        {'float32': (10, 21640)}
+    """
+    return describe(read_header(one_checkpoint(path)))
+
+
+def describe(header: Header) -> InspectReport:
     """Describe a checkpoint from its header; no payload is read."""
     sets = _sets(header)
     weights = {which: _weight_set(state) for which, state in sets.items()}
     counted = weights.get("raw") or next(iter(weights.values()), None)
     note = training_mode_note(header.tree, [each.path for each in sets.values()])
-    return Description(
+    return InspectReport(
         path=str(header.path),
         format=header.format.name,
         nbytes=header.nbytes,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from ..series.rules.amounts import Span, Steps
 from ..series.rules.rule import Numbers, Option
@@ -90,7 +90,7 @@ def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]
             for o in options
         ]
         call.__signature__ = full.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
-        lines = [o.help if o.implied is None else f"{o.help} If None: {o.implied}." for o in options]
+        lines = [f"{o.help} If None: {o.implied}." if o.default is None and o.implied else o.help for o in options]
         text = "\n        ".join(f"{o.name}: {line}" for o, line in zip(options, lines, strict=True))
         call.__doc__ = (function.__doc__ or "").replace("{options}", text)
         return call
@@ -128,7 +128,9 @@ class Selection(Options, more=(Skipping,)):
     )
     from_step: Steps | None = option("From this step (or epoch) on.", None, metavar="N")
     to_step: Steps | None = option("Up to this step (or epoch).", None, metavar="N")
-    order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
+    order: Literal["auto", "given", "natural", "mtime"] = option(
+        "auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto"
+    )
     include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
 
 
@@ -140,8 +142,10 @@ class Alignment(Options):
     state: str | Words = option(
         "auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.", "auto"
     )
-    match: str = option("name or order.", "name")
-    keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
+    match: Literal["name", "order"] = option("name or order.", "name")
+    keys: Literal["strict", "intersection", "union"] = option(
+        "strict, intersection, or union (averaged over those that have it).", "strict"
+    )
 
 
 class Matching(Alignment):
@@ -149,8 +153,12 @@ class Matching(Alignment):
 
     title = "Which weights"
 
-    buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
-    lora: str = option("factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors")
+    buffers: Literal["average", "last"] = option(
+        "average, or last: BatchNorm statistics of the last checkpoint.", "average"
+    )
+    lora: Literal["factors", "product"] = option(
+        "factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors"
+    )
     dequantize: bool = option(
         "Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
     )
@@ -462,7 +470,9 @@ class Statistics(Options):
     title = "The statistics"
 
     passes: int = option("Times that the images are read; after P passes the first P layers are exact.", 1)
-    estimator: str = option("population (all values as one set), or batch-mean (each batch counts once).", "population")
+    estimator: Literal["population", "batch-mean"] = option(
+        "population (all values as one set), or batch-mean (each batch counts once).", "population"
+    )
     include_frozen: bool = option("Also measure layers that training does not update.", False)
     allow_unmeasured: bool = option("Accept layers that cannot be measured in front of others.", False)
 
