@@ -123,7 +123,7 @@ def average(
     untie: bool = False,
     hash: bool = False,
     recal_bn: str | None = None,
-    on_images: Callable[..., None] | None = None,
+    on_images: Callable[[str, int, int | None], None] | None = None,
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     forward: str | None = None,
@@ -155,7 +155,7 @@ def average(
     cache: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[AverageReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -253,7 +253,7 @@ def average(
         cache: Keep what is read of remote inputs in this folder, and take from it what is there.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -316,7 +316,7 @@ def convert(
     resume: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[ConvertReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -349,7 +349,7 @@ def convert(
         resume: Go on with what is done, and keep what is done if it is killed.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -374,7 +374,7 @@ def diff(
     part: str | None = None,
     finish: bool = False,
     threads: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> DiffReport:
     r"""Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
 
@@ -390,7 +390,7 @@ def diff(
         part: Compare part i of n, such as 2/8, and show no result.
         finish: Show the result when all parts are done.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
-        on_progress: Called in this thread with (bytes read, bytes in all).
+        on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
     Returns:
         The differences; ``verdict`` summarizes them.
@@ -409,7 +409,7 @@ def fix_prefix(
     force: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[PrefixReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> PrefixReport:
     r"""Remove wrapper prefixes from the names in a checkpoint; everything else is kept byte for byte.
 
@@ -425,7 +425,7 @@ def fix_prefix(
         force: Replace an existing target.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
 
     Returns:
         What was done. If no name changes, nothing is written, or, with `out`, a copy.
@@ -456,7 +456,7 @@ def look(
     plot: str | Path | None = None,
     force: bool = False,
     threads: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LookReport:
     r"""Measure where the checkpoints of a series lie to each other, in one pass over them, in float64.
 
@@ -482,7 +482,7 @@ def look(
         plot: Draw it, too: .svg or .png; needs matplotlib.
         force: Replace an existing picture.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
-        on_progress: Called in this thread with (bytes read, bytes in all).
+        on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
     Returns:
         Distances, cosines, and warnings.
@@ -526,7 +526,7 @@ def recalibrate_checkpoint(
     sign_off: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[RecalibrationReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
     device: str = 'auto',
     amp: bool = False,
     channels_last: bool = True,
@@ -596,7 +596,7 @@ def strip(
     resume: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[StripReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
 ) -> StripReport:
@@ -616,7 +616,7 @@ def strip(
         resume: Go on with what is done, and keep what is done if it is killed.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
 
@@ -707,7 +707,7 @@ def sweep(
     csv: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[SweepReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
     max_read_rate: str | int | None = None,
     drop_cache: bool = False,
     threads: int | None = None,
@@ -802,7 +802,7 @@ def sweep(
         csv: Write the ranking as a table.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -861,7 +861,7 @@ def tune_checkpoint(
     require_gain: bool = False,
     dry_run: bool = False,
     on_plan: Callable[[TuneReport], None] | None = None,
-    on_progress: Callable[..., None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
     device: str = 'auto',
     amp: bool = False,
     channels_last: bool = True,
@@ -934,7 +934,7 @@ def verify(
     expect_sha256: str | None = None,
     allow_nonfinite: bool = False,
     threads: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> VerifyReport:
     r"""Check that a checkpoint is whole, and that an output is what its record says; in bounded memory.
 
@@ -949,7 +949,7 @@ def verify(
         expect_sha256: SHA-256 of the file; for a folder, a file with lines as sha256sum writes them.
         allow_nonfinite: Allow NaN and infinity.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
-        on_progress: Called in this thread with (bytes read, bytes in all).
+        on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
     Returns:
         The result of each check.

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from ..batchnorm.recalibrate import Estimator
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.open import Checkpoint, open_checkpoint
+from ..compute.progress import Progress
 from ..errors import CkptError, DataError, NumericsError, UsageError
 from ..formats import read_header
 from .data import Batches
 from .models import importable, load_factory, load_weights
-from .runner import Progress, Runner
+from .runner import Runner
 
 PER_SAMPLE = "per_sample"
 """Key of the values of each sample, in what a command prints or a function returns."""

@@ -201,8 +201,8 @@ def average(
 
         def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
             final = _hashed(sums, {path: sha256(path) for path in _own(sums)}) if output.hash else sums
-            show = running.on_progress
-            on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
+            show, moved = running.on_progress, sum(each.numel * each.terms.width + each.nbytes for each in sums.unique)
+            on_bytes = None if show is None else lambda nbytes: show("averaging", nbytes, moved)
             scratch = stack.enter_context(scratch_file(grows_at(target.path)))
             more = {"on_progress": on_bytes, "drop_cache": running.drop_cache, **options}
             final, further = _measured(final, scratch, stamps, recalibration, **more)
@@ -228,6 +228,7 @@ def average(
             stamps,
             output,
             running,
+            doing="averaging" if sums.recalibration is None else "writing",
             inputs=addends.given,
             replaces=addends.replaces,
             finish=finish if sums.recalibration is not None else None,

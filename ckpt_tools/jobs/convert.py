@@ -119,6 +119,7 @@ def convert(
         (*header.files, *further),
         output,
         running,
+        doing="converting",
         inputs=[header.path],
         asked=asked,
         threads=running.threads,

@@ -10,6 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from ..compute.progress import Progress, check_progress
 from ..series.rules.amounts import Span, Steps
 from ..series.rules.rule import Numbers, Option
 from ..series.schedules import Schedule
@@ -74,6 +75,9 @@ def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]
                 for option in options:
                     if option.default is REQUIRED and option.name not in given:
                         raise TypeError(f"{function.__name__}() lacks the keyword argument '{option.name}'")
+                for option in options:
+                    if option.type == Progress | None and given.get(option.name) is not None:
+                        check_progress(option.name, given[option.name])
                 filled.append(group(**{o.name: given.pop(o.name) for o in options if o.name in given}))
             try:
                 positional = signature.bind(*arguments, **given).args
@@ -264,8 +268,8 @@ class Running(Options):
 
     dry_run: bool = option("Show the plan, write nothing.", False)
     on_plan: Callable[[Any], None] | None = option("Called with the report of the plan before the work.", None)
-    on_progress: Callable[..., None] | None = option(
-        "Called in this thread with (bytes done, bytes in all), read and written.", None
+    on_progress: Progress | None = option(
+        "Called in this thread with (what is done, bytes done, bytes in all), read and written.", None
     )
 
 
@@ -409,9 +413,7 @@ class Reading(Options):
     title = "Running"
 
     threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
-    on_progress: Callable[[int, int], None] | None = option(
-        "Called in this thread with (bytes read, bytes in all).", None
-    )
+    on_progress: Progress | None = option("Called in this thread with (what is done, bytes read, bytes in all).", None)
 
 
 class Prefixes(Options):
@@ -495,7 +497,7 @@ class Numerics(Options):
 class Inference(Running, more=(Numerics,)):
     """How a job runs that shows images to a network."""
 
-    on_progress: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+    on_progress: Progress | None = option("Called with (what is done, images done, images in all).", None)
     device: str = option("auto, cpu, cuda, cuda:1.", "auto")
 
 
@@ -507,7 +509,7 @@ class Recalibration(Options, more=(Network, Images, Measuring, Numerics), withou
     recal_bn: str | None = option(
         "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
     )
-    on_images: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+    on_images: Progress | None = option("Called with (what is done, images done, images in all).", None)
 
     def of(self, group: type[G]) -> G:
         """Return one of the groups that it is made of, with the values given here."""

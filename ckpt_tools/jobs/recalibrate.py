@@ -19,11 +19,12 @@ from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
+from ..compute.progress import Progress
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
 from ..evaluation.preprocessing import Preprocessing
-from ..evaluation.runner import Progress, Runner
+from ..evaluation.runner import Runner
 from ..evaluation.scores import Accuracy, Fit
 from ..formats import read_header
 from ..formats.file_plan import OutTensor

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
+from ...compute.progress import Progress
 from ...errors import UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function
 from ..options import Network, Statistics
@@ -49,7 +50,7 @@ def opened(
     images: SweptImages,
     running: Sweeping,
     example: Checkpoint,
-    on_progress: Callable[..., None],
+    on_progress: Progress,
 ) -> Iterator[Evaluators]:
     """Open an evaluation, with the folders of the user's code on `sys.path` meanwhile.
 
@@ -88,7 +89,7 @@ def _classifier(
     images: SweptImages,
     running: Sweeping,
     example: Checkpoint,
-    on_progress: Callable[..., None],
+    on_progress: Progress,
 ) -> Iterator[Evaluators]:
     from ...batchnorm.layers import find_layers
     from ...batchnorm.processes import Group
