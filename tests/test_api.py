@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 import pydoc
 import runpy
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+import torch
 
 import ckpt_tools
 from ckpt_tools import errors
@@ -84,3 +87,33 @@ def test_the_public_names_are_these() -> None:
         "NumericsError", "ReadError", "SeriesError", "UnsupportedError", "UsageError", "WriteError", "WriteWarning",
     ]  # fmt: skip
     assert {*ckpt_tools.__all__} == {"__version__", *functions, *reports, *raised}
+
+
+def test_a_report_of_thousands_of_tensors_is_one_short_line_and_html_that_is_escaped(
+    save: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [
+        save(f"{i}.pth", {f"<script>&'\"{j}": torch.zeros(1, dtype=torch.float32) for j in range(2000)})
+        for i in range(2)
+    ]
+    for report in (
+        ckpt_tools.average(paths, dry_run=True),
+        ckpt_tools.inspect(paths[0]),
+        ckpt_tools.convert(paths[0], out="<b>.pth", dry_run=True),
+    ):
+        assert len(repr(report).splitlines()) == 1
+        assert len(repr(report)) < 1000
+        page = ET.fromstring(report._repr_html_())  # an error unless all is escaped
+        assert {each.tag for each in page.iter()} == {"div", "b", "table", "tr", "th", "td", "details", "summary"}
+        assert len([*page.iter()]) < 1000
+    averaged = ET.fromstring(ckpt_tools.average(paths, dry_run=True)._repr_html_())
+    assert "<script>&'\"7" in {each.text for each in averaged.iter("td")}
+    assert "... and 1950 more" in {each.text for each in averaged.iter("td")}
+
+
+@pytest.mark.parametrize("name", [name for name in ckpt_tools.__all__ if name.endswith("Report")])
+def test_every_report_is_shown_alike(name: str) -> None:
+    report = getattr(ckpt_tools, name)
+    assert report.__repr__.__doc__ == "Return one line; lists are there by their lengths."
+    assert report._repr_html_.__doc__ == "Return the report as a notebook shows it."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compute.shown import as_html, one_line
 from .statistics import LayerMoments, Moments
 
 FAR_MEAN, FAR_VARIANCE = 0.5, 4.0
@@ -47,7 +48,7 @@ class LayerReport:
     variance_error: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BatchNormReport:
     """What a recalibration did.
 
@@ -79,6 +80,14 @@ class BatchNormReport:
         plain = asdict(replace(self, statistics={}))
         del plain["statistics"]
         return plain
+
+    def __repr__(self) -> str:
+        """Return one line; lists are there by their lengths."""
+        return one_line(self)
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        return as_html(self)
 
 
 def compare(

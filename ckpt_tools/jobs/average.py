@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 BUFFERS = ("average", "last")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AverageReport(Report):
     """What an average consists of; the plan before the work, and the result after it.
 

@@ -85,7 +85,7 @@ class TensorDiff:
         return DTYPES[self.dtype].averaged
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DiffReport(Report):
     """The differences between two sets of weights.
 

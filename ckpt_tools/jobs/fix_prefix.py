@@ -28,7 +28,7 @@ from .reports import Report
 from .run import copy, run
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PrefixReport(Report):
     """What a change of names does; the plan before the work, and the result after it.
 

@@ -96,7 +96,7 @@ class Optimizer:
     kept: tuple[KeptRow, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class InspectReport(Report):
     """The contents of a checkpoint.
 

@@ -43,7 +43,7 @@ from .run import check_output, run, write
 from .sign_off import SignOff
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RecalibrationReport(Report):
     """What a recalibration does; the plan before the work, and the result after it.
 

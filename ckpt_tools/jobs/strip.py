@@ -51,7 +51,7 @@ class Stripped:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class StripReport(Report):
     """What is stripped from a checkpoint; the plan before the work, and the result after it.
 
