@@ -117,9 +117,10 @@ $(DOCS)/.installed: docs/requirements.txt
 	$(DOCS)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) -r docs/requirements.txt
 	touch $@
 
-# The signatures of the Python API; tests/test_api.py compares them.
+# The signatures of the Python API, and the schemas of --json; tests compare them.
 generated: $(INSTALLED)
 	$(BIN)/python docs/stub.py
+	$(BIN)/python docs/schemas.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

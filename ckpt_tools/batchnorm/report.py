@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compute.shown import as_html, one_line
 from .statistics import LayerMoments, Moments
 
 FAR_MEAN, FAR_VARIANCE = 0.5, 4.0
@@ -83,10 +82,14 @@ class BatchNormReport:
 
     def __repr__(self) -> str:
         """Return one line; lists are there by their lengths."""
+        from ..compute.shown import one_line
+
         return one_line(self)
 
     def _repr_html_(self) -> str:
         """Return the report as a notebook shows it."""
+        from ..compute.shown import as_html
+
         return as_html(self)
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..compute.shown import as_html, one_line
-
 
 class Report:
     """The base of the reports, which are frozen dataclasses, without a `__repr__` of their own."""
@@ -20,10 +18,14 @@ class Report:
 
     def __repr__(self) -> str:
         """Return one line; lists are there by their lengths."""
+        from ..compute.shown import one_line
+
         return one_line(self)
 
     def _repr_html_(self) -> str:
         """Return the report as a notebook shows it."""
+        from ..compute.shown import as_html
+
         return as_html(self)
 
 
