@@ -4,7 +4,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -71,8 +71,9 @@ __all__ = [
     "__version__",
 ]
 
+@overload
 def average(
-    paths: str | Path | Iterable[str | Path],
+    paths: str | Path | Mapping[str, torch.Tensor] | Iterable[str | Path | Mapping[str, torch.Tensor]],
     *,
     mode: Literal['uniform', 'ema', 'weights', 'decay', 'power', 'difference', 'posthoc', 'stock', 'swa', 'mean', 'average', 'avg', 'exponential'] | None = None,
     decay: float | None = None,
@@ -106,6 +107,8 @@ def average(
     to_step: int | str | None = None,
     order: Literal['auto', 'given', 'natural', 'mtime'] = 'auto',
     include_outputs: bool = False,
+    exclude: Sequence[str] = (),
+    skip_broken: bool = False,
     state: str | Sequence[str] = 'auto',
     match: Literal['name', 'order'] = 'name',
     keys: Literal['strict', 'intersection', 'union'] = 'strict',
@@ -114,7 +117,7 @@ def average(
     dequantize: bool = False,
     update: str | Path | None = None,
     replay: str | Path | None = None,
-    out: str | Path | None = None,
+    out: str | Path = 'auto',
     force: bool = False,
     write_checksums: bool = False,
     sign_off: str | Path | None = None,
@@ -122,6 +125,7 @@ def average(
     max_shard_size: str | int | None = None,
     untie: bool = False,
     hash: bool = False,
+    plot: str | Path | None = None,
     recal_bn: str | None = None,
     on_images: Callable[[str, int, int | None], None] | None = None,
     model: str | None = None,
@@ -169,11 +173,14 @@ def average(
     bool tensors always come from the last checkpoint. The output is the same byte for byte whatever `threads` and
     `device` are.
 
+    With ``out=None`` nothing is written: the average comes back as a state dict, each tensor with the bytes that it has
+    in a file. State dicts, oldest first, are averaged like the files that they would be saved as, and are not changed.
+
     Args:
-        paths: files, globs, folders (of checkpoints, or sharded ones); with `update` the checkpoints to add, and with
-            `replay` where to look for the inputs.
+        paths: files, globs, folders (of checkpoints, or sharded ones), or instead state dicts: names to tensors, on any
+            device. With `update` the checkpoints to add, and with `replay` where to look for the inputs.
         mode: uniform, ema, weights, decay, power, difference, posthoc or stock. If None: the one that takes the other options, else uniform.
-        decay: ema: for a checkpoint; with `per_step`, for a training step. If None: such that the average is as old as a third of the series.
+        decay: EMA decay per checkpoint (per training step with `per_step`). If None: such that the average is as old as a third of the series.
         half_life: ema: in steps (or files, `by='files'`), or 5% of the run.
         per_step: ema: the decay between two checkpoints is decay^(step gap).
         by: Count along steps, or files; auto takes the steps where all are known.
@@ -204,6 +211,8 @@ def average(
         to_step: Up to this step (or epoch).
         order: auto (stored step or epoch, else numbers in names), given, natural, mtime.
         include_outputs: Include files that ckpt wrote, and averages by other tools.
+        exclude: Leave out what this glob matches, by its name or the end of its path.
+        skip_broken: Leave out what is damaged or holds no weights; else it is an error.
         state: auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.
         match: name or order.
         keys: strict, intersection, or union (averaged over those that have it).
@@ -212,7 +221,7 @@ def average(
         dequantize: Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.
         update: Add the checkpoints to this average, without reading its inputs again.
         replay: Make this average again, from the inputs that it names; PATH says where else they are.
-        out: A known suffix chooses the format; other names, and a slash at the end, mean a folder of shards. If None: averaged.pth, or as the inputs are.
+        out: A known suffix chooses the format; other names mean a folder of shards; DIR/ puts a file into it. If 'auto': averaged.pth, or as the inputs are.
         force: Replace an existing target.
         write_checksums: Record the SHA-256 of each tensor in the output.
         sign_off: Also write an in-toto statement about inputs and output, to be signed.
@@ -220,6 +229,7 @@ def average(
         max_shard_size: Such as 5GB, for a folder.
         untie: safetensors: write tied tensors under each name.
         hash: Record the SHA-256 of the inputs.
+        plot: Draw the coefficients, .svg or .png; needs matplotlib.
         recal_bn: Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.
         on_images: Called with (what is done, images done, images in all).
         model: timm name, module:factory or file.py:factory. If None: arch in the checkpoint.
@@ -236,7 +246,7 @@ def average(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Of a named dataset.
+        split: Split of a named dataset.
         data_root: Where a named dataset is.
         passes: Times that the images are read; after P passes the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
@@ -262,10 +272,232 @@ def average(
         gpu_memory: Memory to use on each GPU, such as 2GB. If None: 1GB.
 
     Returns:
-        What was averaged, and how.
+        What was averaged, and how: an `AverageReport`. With ``out=None`` the average itself, names to tensors on the
+        CPU, which `load_state_dict` takes as it is.
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
+
+    Example:
+        >>> ckpt_tools.average("runs/", mode="ema", decay=0.99, out="averaged.pth")
+        AverageReport(inputs=<12>, mode='ema', ...)
+        >>> model.load_state_dict(ckpt_tools.average("runs/", last=5, out=None))
+        >>> model.load_state_dict(ckpt_tools.average([one.state_dict(), other.state_dict()], out=None))
+    """
+    ...
+
+@overload
+def average(
+    paths: str | Path | Mapping[str, torch.Tensor] | Iterable[str | Path | Mapping[str, torch.Tensor]],
+    *,
+    mode: Literal['uniform', 'ema', 'weights', 'decay', 'power', 'difference', 'posthoc', 'stock', 'swa', 'mean', 'average', 'avg', 'exponential'] | None = None,
+    decay: float | None = None,
+    half_life: int | float | str | None = None,
+    per_step: bool = False,
+    by: Literal['auto', 'steps', 'files'] = 'auto',
+    warmup: Literal['litema', 'timm'] | None = None,
+    warmup_gamma: float = 1.0,
+    warmup_power: float = 0.6666666666666666,
+    min_decay: float = 0.0,
+    update_after: int = 0,
+    bias_correction: bool = False,
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    shape: Literal['linear', '1-sqrt', 'cosine', 'inverse-sqrt'] | None = None,
+    sigma_rel: float | None = None,
+    gamma: float | None = None,
+    target: str | None = None,
+    profile: Sequence[str] = (),
+    allow_misfit: bool = False,
+    base: str | Path | None = None,
+    last: int | str | None = None,
+    best: int | str | None = None,
+    metric: str = 'metric',
+    metrics: str | Path | None = None,
+    lower_is_better: bool | None = None,
+    window: int | float | str | None = None,
+    min_gap: int | str | None = None,
+    every: int | str | None = None,
+    from_step: int | str | None = None,
+    to_step: int | str | None = None,
+    order: Literal['auto', 'given', 'natural', 'mtime'] = 'auto',
+    include_outputs: bool = False,
+    exclude: Sequence[str] = (),
+    skip_broken: bool = False,
+    state: str | Sequence[str] = 'auto',
+    match: Literal['name', 'order'] = 'name',
+    keys: Literal['strict', 'intersection', 'union'] = 'strict',
+    buffers: Literal['average', 'last'] = 'average',
+    lora: Literal['factors', 'product'] = 'factors',
+    dequantize: bool = False,
+    update: str | Path | None = None,
+    replay: str | Path | None = None,
+    out: None,
+    force: bool = False,
+    write_checksums: bool = False,
+    sign_off: str | Path | None = None,
+    dtype: Literal['float64', 'float32', 'float16', 'bfloat16', 'float8_e4m3fn', 'float8_e5m2', 'float8_e4m3fnuz', 'float8_e5m2fnuz', 'fp64', 'fp32', 'fp16', 'half', 'bf16', 'same'] | torch.dtype | None = None,
+    max_shard_size: str | int | None = None,
+    untie: bool = False,
+    hash: bool = False,
+    plot: str | Path | None = None,
+    recal_bn: str | None = None,
+    on_images: Callable[[str, int, int | None], None] | None = None,
+    model: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    forward: str | None = None,
+    inputs: int = 1,
+    mask: str | None = None,
+    images: int | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    class_map: str | Path | None = None,
+    split: str = 'validation',
+    data_root: str | None = None,
+    passes: int = 1,
+    estimator: Literal['population', 'batch-mean'] = 'population',
+    include_frozen: bool = False,
+    allow_unmeasured: bool = False,
+    seed: int = 0,
+    eval_data: str | None = None,
+    require_gain: bool = False,
+    amp: bool = False,
+    channels_last: bool = True,
+    part: str | None = None,
+    finish: bool = False,
+    resume: bool = False,
+    cache: str | Path | None = None,
+    dry_run: bool = False,
+    on_plan: Callable[[AverageReport], None] | None = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
+    max_read_rate: str | int | None = None,
+    drop_cache: bool = False,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    device: str = 'auto',
+    gpu_memory: str | int | None = None,
+) -> dict[str, torch.Tensor]:
+    r"""Average a series of checkpoints into one file or folder, in float64, in bounded memory.
+
+    `ckpt_tools.series.schedules` has the formulas of the modes, and `SCHEDULES` in it the options of each. Integer and
+    bool tensors always come from the last checkpoint. The output is the same byte for byte whatever `threads` and
+    `device` are.
+
+    With ``out=None`` nothing is written: the average comes back as a state dict, each tensor with the bytes that it has
+    in a file. State dicts, oldest first, are averaged like the files that they would be saved as, and are not changed.
+
+    Args:
+        paths: files, globs, folders (of checkpoints, or sharded ones), or instead state dicts: names to tensors, on any
+            device. With `update` the checkpoints to add, and with `replay` where to look for the inputs.
+        mode: uniform, ema, weights, decay, power, difference, posthoc or stock. If None: the one that takes the other options, else uniform.
+        decay: EMA decay per checkpoint (per training step with `per_step`). If None: such that the average is as old as a third of the series.
+        half_life: ema: in steps (or files, `by='files'`), or 5% of the run.
+        per_step: ema: the decay between two checkpoints is decay^(step gap).
+        by: Count along steps, or files; auto takes the steps where all are known.
+        warmup: ema: litema or timm; the decay grows.
+        warmup_gamma: timm: gamma in 1 - (1 + s / gamma)^-power.
+        warmup_power: timm: power in it; 2/3 as in ModelEmaV3.
+        min_decay: timm: the smallest decay.
+        update_after: timm: updates that copy the weights before the average begins.
+        bias_correction: ema: start from zero, divide by 1 - decay^N.
+        weights: weights: one number a checkpoint, in the order of the paths.
+        normalize: Divide `weights` by their sum.
+        shape: decay: linear, 1-sqrt, cosine, inverse-sqrt; of the learning rate that it stands for. If None: 1-sqrt.
+        sigma_rel: power: width of the average, as a part of the training so far.
+        gamma: power: instead, its exponent.
+        target: posthoc: the average wanted: sigma-rel=S, gamma=G, half-life=SPAN or decay=F.
+        profile: posthoc: what files hold, where they do not say it: 'GLOB=decay:0.999'.
+        allow_misfit: posthoc: take the nearest sum, even if it is far from the target.
+        base: stock: the checkpoint that all were fine-tuned from.
+        last: The last N.
+        best: The best N by `metric`; the earlier one at a tie.
+        metric: Its name: a key in the files, dotted if nested, or in their names.
+        metrics: A table of metrics, CSV or JSON lines.
+        lower_is_better: For a loss. If None: by the name of the metric.
+        window: Those of the last 20k steps, or 5% of the run.
+        min_gap: At least so many steps between two.
+        every: Every K-th, counted from the last; or one for every 5000steps.
+        from_step: From this step (or epoch) on.
+        to_step: Up to this step (or epoch).
+        order: auto (stored step or epoch, else numbers in names), given, natural, mtime.
+        include_outputs: Include files that ckpt wrote, and averages by other tools.
+        exclude: Leave out what this glob matches, by its name or the end of its path.
+        skip_broken: Leave out what is damaged or holds no weights; else it is an error.
+        state: auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.
+        match: name or order.
+        keys: strict, intersection, or union (averaged over those that have it).
+        buffers: average, or last: BatchNorm statistics of the last checkpoint.
+        lora: factors, or product: average LoRA updates themselves, exactly; the ranks add up.
+        dequantize: Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.
+        update: Add the checkpoints to this average, without reading its inputs again.
+        replay: Make this average again, from the inputs that it names; PATH says where else they are.
+        out: A known suffix chooses the format; other names mean a folder of shards; DIR/ puts a file into it. If 'auto': averaged.pth, or as the inputs are.
+        force: Replace an existing target.
+        write_checksums: Record the SHA-256 of each tensor in the output.
+        sign_off: Also write an in-toto statement about inputs and output, to be signed.
+        dtype: Of the output: float32, bfloat16, ... If None: same.
+        max_shard_size: Such as 5GB, for a folder.
+        untie: safetensors: write tied tensors under each name.
+        hash: Record the SHA-256 of the inputs.
+        plot: Draw the coefficients, .svg or .png; needs matplotlib.
+        recal_bn: Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.
+        on_images: Called with (what is done, images done, images in all).
+        model: timm name, module:factory or file.py:factory. If None: arch in the checkpoint.
+        model_kwargs: Arguments of the factory, such as num_classes=10.
+        forward: file.py:fn, called with (model, batch).
+        inputs: How many leading entries of a batch go to the model.
+        mask: Entry of a batch that says which positions are not padding.
+        images: Number of images, chosen at random, or all (in Python: -1). If None: 8192, or all if fewer.
+        batch_size: Images per batch.
+        workers: Processes that decode images. If None: the cores, 8 at most.
+        img_size: Side of the images. If None: the run's, or the model's.
+        crop_pct: Part of the image that the crop keeps. If None: the run's, or the model's.
+        interpolation: bilinear, bicubic, ... If None: the run's, or the model's.
+        mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
+        std: As `mean`. If None: the run's, or the model's.
+        class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
+        split: Split of a named dataset.
+        data_root: Where a named dataset is.
+        passes: Times that the images are read; after P passes the first P layers are exact.
+        estimator: population (all values as one set), or batch-mean (each batch counts once).
+        include_frozen: Also measure layers that training does not update.
+        allow_unmeasured: Accept layers that cannot be measured in front of others.
+        seed: Seed of the random subset.
+        eval_data: Labelled images, to measure the accuracy before and after.
+        require_gain: Write nothing if the loss on `eval_data` gets worse.
+        amp: Mixed precision, bfloat16.
+        channels_last: Memory order of images and convolutions.
+        part: Do part i of n, such as 2/8, and publish nothing.
+        finish: Publish the output when all parts are done.
+        resume: Go on with what is done, and keep what is done if it is killed.
+        cache: Keep what is read of remote inputs in this folder, and take from it what is there.
+        dry_run: Show the plan, write nothing.
+        on_plan: Called with the report of the plan before the work.
+        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
+        drop_cache: Let the system forget what was read and written, for others' sake.
+        threads: Number of threads; the result is the same. If None: the cores, 16 at most.
+        allow_nonfinite: Allow NaN and infinity.
+        device: auto, cpu, cuda (all GPUs), or one such as cuda:1; the result is the same.
+        gpu_memory: Memory to use on each GPU, such as 2GB. If None: 1GB.
+
+    Returns:
+        What was averaged, and how: an `AverageReport`. With ``out=None`` the average itself, names to tensors on the
+        CPU, which `load_state_dict` takes as it is.
+
+    Raises:
+        CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
+
+    Example:
+        >>> ckpt_tools.average("runs/", mode="ema", decay=0.99, out="averaged.pth")
+        AverageReport(inputs=<12>, mode='ema', ...)
+        >>> model.load_state_dict(ckpt_tools.average("runs/", last=5, out=None))
+        >>> model.load_state_dict(ckpt_tools.average([one.state_dict(), other.state_dict()], out=None))
     """
     ...
 
@@ -373,6 +605,8 @@ def diff(
     atol: float = 0.0,
     part: str | None = None,
     finish: bool = False,
+    plot: str | Path | None = None,
+    force: bool = False,
     threads: int | None = None,
     on_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> DiffReport:
@@ -389,6 +623,8 @@ def diff(
         atol: As in torch.allclose.
         part: Compare part i of n, such as 2/8, and show no result.
         finish: Show the result when all parts are done.
+        plot: Draw it, too: .svg or .png; needs matplotlib.
+        force: Replace an existing picture.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
         on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
@@ -450,6 +686,8 @@ def look(
     to_step: int | str | None = None,
     order: Literal['auto', 'given', 'natural', 'mtime'] = 'auto',
     include_outputs: bool = False,
+    exclude: Sequence[str] = (),
+    skip_broken: bool = False,
     state: str | Sequence[str] = 'auto',
     match: Literal['name', 'order'] = 'name',
     keys: Literal['strict', 'intersection', 'union'] = 'strict',
@@ -476,6 +714,8 @@ def look(
         to_step: Up to this step (or epoch).
         order: auto (stored step or epoch, else numbers in names), given, natural, mtime.
         include_outputs: Include files that ckpt wrote, and averages by other tools.
+        exclude: Leave out what this glob matches, by its name or the end of its path.
+        skip_broken: Leave out what is damaged or holds no weights; else it is an error.
         state: auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.
         match: name or order.
         keys: strict, intersection, or union (averaged over those that have it).
@@ -524,6 +764,7 @@ def recalibrate_checkpoint(
     force: bool = False,
     write_checksums: bool = False,
     sign_off: str | Path | None = None,
+    plot: str | Path | None = None,
     dry_run: bool = False,
     on_plan: Callable[[RecalibrationReport], None] | None = None,
     on_progress: Callable[[str, int, int | None], None] | None = None,
@@ -555,7 +796,7 @@ def recalibrate_checkpoint(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Of a named dataset.
+        split: Split of a named dataset.
         data_root: Where a named dataset is.
         passes: Times that the images are read; after P passes the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
@@ -568,6 +809,7 @@ def recalibrate_checkpoint(
         force: Replace an existing target.
         write_checksums: Record the SHA-256 of each tensor in the output.
         sign_off: Also write an in-toto statement about inputs and output, to be signed.
+        plot: Draw how far each layer moved, .svg or .png; needs matplotlib.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
         on_progress: Called with (what is done, images done, images in all).
@@ -655,6 +897,8 @@ def sweep(
     greedy: bool = False,
     search: str | None = None,
     evaluations: int = 8,
+    exclude: Sequence[str] = (),
+    skip_broken: bool = False,
     order: Literal['auto', 'given', 'natural', 'mtime'] = 'auto',
     include_outputs: bool = False,
     metrics: str | Path | None = None,
@@ -727,7 +971,7 @@ def sweep(
     Args:
         paths: files, globs, folders (of checkpoints, or sharded ones).
         mode: uniform, ema, decay, power, difference. If None: the one that takes the other options, else uniform.
-        decay: ema: for a checkpoint; with `per_step`, for a training step. If None: such that the average is as old as a third of the series.
+        decay: EMA decay per checkpoint (per training step with `per_step`). If None: such that the average is as old as a third of the series.
         half_life: ema: in steps (or files, `by='files'`), or 5% of the run.
         per_step: ema: the decay between two checkpoints is decay^(step gap).
         by: Count along steps, or files; auto takes the steps where all are known. If None: auto.
@@ -750,6 +994,8 @@ def sweep(
         greedy: Greedy soup: add checkpoints, best first, as long as the score is not worse.
         search: Golden section between the two values of this option, such as decay or sigma_rel.
         evaluations: Of a search.
+        exclude: Leave out what this glob matches, by its name or the end of its path.
+        skip_broken: Leave out what is damaged or holds no weights; else it is an error.
         order: auto (stored step or epoch, else numbers in names), given, natural, mtime.
         include_outputs: Include files that ckpt wrote, and averages by other tools.
         metrics: With `best`: a table of metrics, CSV or JSON lines.
@@ -768,7 +1014,7 @@ def sweep(
         metric: The one that decides; also of `best`. If None: top1, or the only one.
         lower_is_better: For a loss. If None: by the name of the metric.
         test: Data, command or function like that of the evaluation; scored once, for the best and the last.
-        test_split: Of a named dataset. If None: that of split.
+        test_split: Split of a named dataset to report on. If None: that of split.
         holdout: Instead: fraction of the samples that is kept for the report, drawn by `seed`.
         model: timm name, module:factory or file.py:factory. If None: arch in the checkpoint.
         model_kwargs: Arguments of the factory, such as num_classes=10.
@@ -785,7 +1031,7 @@ def sweep(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Of a named dataset.
+        split: Split of a named dataset.
         data_root: Where a named dataset is.
         seed: Of the random subset of images, of `holdout` and of the intervals.
         passes: Times that the images are read; after P passes the first P layers are exact.
@@ -890,7 +1136,7 @@ def tune_checkpoint(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Of a named dataset.
+        split: Split of a named dataset.
         data_root: Where a named dataset is.
         eval_data: Labelled images that have no part in the training, to compare before and after.
         sizes: Show first what these image sizes give on `eval_data` without training.

@@ -23,7 +23,7 @@ HEAD = '''\
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -49,17 +49,39 @@ def stub() -> str:
 
 def _function(name: str, function: Any) -> str:
     signature = inspect.signature(function)
+    if name != "average":
+        return _signature(name, function, signature)
+    # One without an output returns the weights.
+    parameters = signature.parameters
+    out = parameters["out"]
+    written = signature.replace(
+        parameters=[*(parameters | {"out": out.replace(annotation=str | Path)}).values()],
+        return_annotation="AverageReport",
+    )
+    in_memory = signature.replace(
+        parameters=[*(parameters | {"out": out.replace(annotation=None, default=out.empty)}).values()],
+        return_annotation="dict[str, torch.Tensor]",
+    )
+    return "\n".join(f"@overload\n{_signature(name, function, each)}" for each in (written, in_memory))
+
+
+def _signature(name: str, function: Any, signature: inspect.Signature) -> str:
     lines, keywords = [], False
     for each in signature.parameters.values():
         if each.kind is each.KEYWORD_ONLY and not keywords:
             lines, keywords = [*lines, "*"], True
         default = "" if each.default is each.empty else f" = {each.default!r}"
-        kind = f"Callable[[{signature.return_annotation}], None] | None" if each.name == "on_plan" else _type(each)
+        kind = f"Callable[[{_report(signature)}], None] | None" if each.name == "on_plan" else _type(each)
         lines.append(f"{each.name}: {kind}{default}")
     parameters = "".join(f"    {line},\n" for line in lines)
     doc = inspect.getdoc(function) or ""
     text = "\n".join(f"    {line}".rstrip() for line in f'r"""{doc}\n"""'.splitlines())
     return f"def {name}(\n{parameters}) -> {signature.return_annotation}:\n{text}\n    ...\n"
+
+
+def _report(signature: inspect.Signature) -> str:
+    """Return the report of a plan."""
+    return "AverageReport" if "Tensor" in signature.return_annotation else str(signature.return_annotation)
 
 
 def _type(parameter: inspect.Parameter) -> str:

@@ -41,18 +41,18 @@ def averages(runs: list[Path]) -> AverageReport:
     )
     assert_type(report.inputs[0].coefficient, float)
     assert_type(plan.recalibration, RecalibrationReport | None)
-    ckpt_tools.average(runs, mode="uniformm")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, moed="uniform")  # type: ignore[call-arg]
-    ckpt_tools.average(runs, "uniform")  # type: ignore[call-arg]
-    ckpt_tools.average(runs, decay="0.99")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, keys="all")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, match="shape")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, buffers="first")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, order="size")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, dtype="float33")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, by="epochs")  # type: ignore[arg-type]
-    ckpt_tools.average(runs, shape="sine")  # type: ignore[arg-type]
-    ckpt_tools.average(3)  # type: ignore[arg-type]
+    ckpt_tools.average(runs, mode="uniformm")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, moed="uniform")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, "uniform")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, decay="0.99")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, keys="all")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, match="shape")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, buffers="first")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, order="size")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, dtype="float33")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, by="epochs")  # type: ignore[call-overload]
+    ckpt_tools.average(runs, shape="sine")  # type: ignore[call-overload]
+    ckpt_tools.average(3)  # type: ignore[call-overload]
     report.mode = "ema"  # type: ignore[misc]
     return report
 
@@ -65,6 +65,14 @@ def plans(runs: list[str]) -> None:
 
     ckpt_tools.average(runs, on_plan=show)
     ckpt_tools.average(runs, on_plan=other)  # type: ignore[arg-type]
+
+
+def weights(runs: list[Path], models: list[nn.Module]) -> dict[str, torch.Tensor]:
+    averaged = ckpt_tools.average([model.state_dict() for model in models], mode="ema", decay=0.5, out=None)
+    assert_type(averaged, dict[str, torch.Tensor])
+    models[0].load_state_dict(averaged)
+    assert_type(ckpt_tools.average([averaged, averaged], out="a.pth"), AverageReport)
+    return ckpt_tools.average(runs, last=3, out=None)
 
 
 def views(path: Path) -> Mapping[str, torch.Tensor]:

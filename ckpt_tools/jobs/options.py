@@ -18,6 +18,8 @@ from ..series.schedules import Schedule
 R = TypeVar("R")
 G = TypeVar("G", bound="Options")
 REQUIRED = inspect.Parameter.empty
+USUAL = "auto"
+"""Target of an average that is not given one: averaged.pth, or as the inputs are."""
 Size = str | int
 Words = Sequence[str]
 Pairs = Mapping[str, Any]
@@ -94,7 +96,10 @@ def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]
             for o in options
         ]
         call.__signature__ = full.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
-        lines = [f"{o.help} If None: {o.implied}." if o.default is None and o.implied else o.help for o in options]
+        lines = [
+            f"{o.help} If {o.default!r}: {o.implied}." if o.default in (None, USUAL) and o.implied else o.help
+            for o in options
+        ]
         text = "\n        ".join(f"{o.name}: {line}" for o, line in zip(options, lines, strict=True))
         call.__doc__ = (function.__doc__ or "").replace("{options}", text)
         return call
@@ -222,12 +227,17 @@ class AveragedOutput(Encoding):
 
     out: str | Path | None = option(
         "A known suffix chooses the format; other names mean a folder of shards; DIR/ puts a file into it.",
-        None,
+        USUAL,
         implied="averaged.pth, or as the inputs are",
         metavar="PATH",
     )
     hash: bool = option("Record the SHA-256 of the inputs.", False)
     plot: str | Path | None = option("Draw the coefficients, .svg or .png; needs matplotlib.", None, metavar="FILE")
+
+    @property
+    def named(self) -> str | Path | None:
+        """The target, if `out` names one."""
+        return None if self.out == USUAL else self.out
 
 
 class ConvertedOutput(Encoding):

@@ -253,7 +253,7 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
         "dequantize": False, "sigma_rel": None, "gamma": None, "window": None, "min_gap": None, "metrics": None,
         "weights": None, "normalize": True, "order": "auto", "last": None, "best": None, "metric": "metric",
         "lower_is_better": None, "every": None, "from_step": None, "to_step": None, "include_outputs": False,
-        "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": None,
+        "state": "auto", "match": "name", "keys": "strict", "buffers": "average", "dtype": None, "out": "auto",
         "max_shard_size": None, "untie": False, "hash": False, "threads": None, "device": "auto",
         "gpu_memory": None, "allow_nonfinite": False, "force": False, "dry_run": False, "on_plan": None,
         "on_progress": None, "update": None, "replay": None, "recal_bn": None,
