@@ -17,8 +17,16 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import ckpt_tools
-from ckpt_tools import BatchNormReport, DiffReport, PrefixReport, RecalibrationReport, VerifyReport
-from ckpt_tools.jobs.inspect import WeightSet
+from ckpt_tools import (
+    BatchNormReport,
+    DiffReport,
+    InspectReport,
+    PrefixReport,
+    RecalibrationReport,
+    StripReport,
+    VerifyReport,
+)
+from ckpt_tools.jobs.inspect import Listing, WeightSet
 
 FOLDER = Path(__file__).parent / "schemas"
 REPORTS = {
@@ -27,10 +35,8 @@ REPORTS = {
     "convert": ckpt_tools.ConvertReport,
     "diff": ckpt_tools.DiffReport,
     "fix-prefix": ckpt_tools.PrefixReport,
-    "inspect": ckpt_tools.InspectReport,
     "look": ckpt_tools.LookReport,
     "recal-bn": ckpt_tools.RecalibrationReport,
-    "strip": ckpt_tools.StripReport,
     "sweep": ckpt_tools.SweepReport,
     "tune": ckpt_tools.TuneReport,
 }
@@ -53,6 +59,13 @@ def schemas() -> dict[str, str]:
     checked = _of(VerifyReport, each)
     whole = _closed({"passed": _of(bool, each), "checkpoints": {"type": "array", "items": checked}})
     made["verify.json"] = _file("ckpt verify --json", whole, each)
+    each = {}
+    stripped = _of(StripReport, each)
+    made["strip.json"] = _file("ckpt strip --json", {"anyOf": [stripped, {"type": "array", "items": stripped}]}, each)
+    each = {}
+    made["inspect.json"] = _file("ckpt inspect --json", {"anyOf": [_of(InspectReport, each), _of(Listing, each)]}, each)
+    error = _closed({"type": _of(str, each), "message": _of(str, each), "exit_code": _of(int, each)})
+    made["error.json"] = _file("any command with --json that fails", _closed({"error": error}), {})
     layout = _closed({"name": _of(str, each), "about": _of(str, each), "written": _of(bool, each)})
     made["convert-list.json"] = _file("ckpt convert --list --json", {"type": "array", "items": layout}, {})
     return made

@@ -14,7 +14,7 @@ import torch
 from cli_runner import run
 from jsonschema import Draft202012Validator
 
-from ckpt_tools.cli.commands import NAMES
+from ckpt_tools.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT / "docs/schemas"
@@ -30,10 +30,10 @@ RUNS: dict[str, list[tuple[str, ...]]] = {
     "sweep": [("1.pth", "2.pth", "3.pth", "--last", "2,3", "--eval-function", SCORE, "--in-memory", "-o", "s.pth")],
     "convert": [("1.pth", "--to", "timm-ema", "-o", "t.pth"), ("--list",)],
     "fix-prefix": [("wrapped.pth", "-o", "w.pth"), ("1.pth", "--dry-run")],
-    "inspect": [("1.pth",), ("1.pth", "--tensors"), ("averaged.pth",)],
+    "inspect": [("1.pth",), ("1.pth", "--tensors"), ("averaged.pth",), (".",)],
     "diff": [("1.pth", "2.pth"), ("1.pth", "nan.pth"), ("1.pth", "wrapped.pth")],
     "verify": [("1.pth", "averaged.pth", "nan.pth")],
-    "strip": [("1.pth",)],
+    "strip": [("1.pth",), ("2.pth", "3.pth"), ("gone.pth",)],
     "recal-bn": [("1.pth", "--model", NET, "--data", LABELLED, "--eval", LABELLED, *BATCHES)],
     "tune": [
         ("1.pth", "--model", NET, "--data", LABELLED, "--eval", LABELLED, "--epochs", "1", "--lr", "0.1", *BATCHES)
@@ -67,7 +67,7 @@ def test_the_schemas_are_those_of_the_reports() -> None:
 
 
 def test_every_command_has_a_schema() -> None:
-    assert {path.stem for path in SCHEMAS.iterdir()} == {*NAMES, "convert-list"}
+    assert {path.stem for path in SCHEMAS.iterdir()} == {*COMMANDS, "convert-list", "error"}
 
 
 @pytest.mark.usefixtures("checkpoints")
@@ -76,13 +76,14 @@ def test_what_every_command_prints_is_as_its_schema_says() -> None:
         for arguments in runs:
             result = run(command, *arguments, "--json")
             assert result.out, result.err
-            validator = _validator("convert-list" if "--list" in arguments else command)
             data = json.loads(result.out)
+            other = "convert-list" if "--list" in arguments else "error" if "error" in data else command
+            validator = _validator(other)
             validator.validate(data)
             for each in data if isinstance(data, list) else [data]:
                 each["a key without a schema"] = 1
                 assert not validator.is_valid(data)
-    assert {*RUNS} == {*NAMES}
+    assert {*RUNS} == {*COMMANDS}
 
 
 @pytest.mark.parametrize("path", sorted(SCHEMAS.iterdir()), ids=lambda path: path.stem)
