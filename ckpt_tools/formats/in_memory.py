@@ -1,13 +1,14 @@
-"""State dicts in memory, read as if each were a file: nothing on the CPU is copied but the blocks that are summed.
+"""State dicts in memory, read as if each were a file: no large tensor of the CPU is copied.
 
-Such a file has a first line, and behind it the storages of the tensors. Who reads it reads the memory of the tensors,
-as the payload of a file in a store is fetched.
+Such a file has a first line, and behind it the storages of the tensors. Who reads it reads the memory of the tensors;
+the C extension finds them in a table of blocks, of which each is in one storage.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _SCHEME = "memory"
 _FIRST = b"a state dict in memory\n"
 _ALIGNED = 64  # bytes
+_BLOCK = 64 << 10
+"""Bytes of a block; smaller storages share one, and are copied."""
 
 
 class InMemory(Format):
@@ -89,20 +92,23 @@ def as_files(state_dicts: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[list
 
 
 class _Held:
-    """A state dict as a file; see `storage.ahead.RangeSource`.
+    """A state dict as a file; see `storage.source.InMemory`.
 
     Attributes:
         tree: its names, with the specs of its tensors.
+        address: of the table of its blocks, which C reads.
     """
 
     def __init__(self, path: Path, state_dict: Mapping[str, torch.Tensor]) -> None:
         self._path = path
-        self._begins, self._parts = [0], [memoryview(_FIRST.ljust(_ALIGNED, b"\0"))]
+        self._begins, self._parts = [0], [memoryview(bytearray(_FIRST.ljust(_ALIGNED, b"\0")))]
         self._tensors: list[torch.Tensor] = []
         self._storages: dict[int, Storage] = {}
         self.tree: OrderedDict[str, Tensor] = OrderedDict()
         for name, tensor in state_dict.items():
             self.tree[name] = self._spec(name, tensor)
+        self._table = array("q", [self._nbytes, _BLOCK, *chain.from_iterable(self._blocks())])
+        self.address = self._table.buffer_info()[0]
         metadata = getattr(state_dict, "_metadata", None)
         if metadata is not None:
             self.tree._metadata = metadata  # type: ignore[attr-defined]
@@ -132,19 +138,42 @@ class _Held:
         """Return where the bytes of a storage are in the file; tensors that share one share it there, too."""
         address, nbytes = storage.data_ptr(), storage.nbytes()
         if address not in self._storages or not nbytes:
-            offset = -(-self._nbytes // _ALIGNED) * _ALIGNED
-            self._storages[address] = Storage(self._path, offset, nbytes)
-            self._begins.append(offset)
-            self._parts.append(memoryview((ctypes.c_char * nbytes).from_address(address) if nbytes else b"").cast("B"))
+            data = memoryview((ctypes.c_char * nbytes).from_address(address) if nbytes else b"").cast("B")
+            if nbytes < _BLOCK:
+                self._storages[address] = Storage(self._path, self._small(data), nbytes)
+            else:
+                offset = -(-self._nbytes // _BLOCK) * _BLOCK
+                self._storages[address] = Storage(self._path, offset, nbytes)
+                self._begins.append(offset)
+                self._parts.append(data)
         return self._storages[address]
+
+    def _small(self, data: memoryview) -> int:
+        """Copy a small storage behind the others in a block; return its offset."""
+        start, part = self._begins[-1], self._parts[-1]
+        at = -(-len(part) // _ALIGNED) * _ALIGNED
+        if isinstance(part.obj, bytearray) and at + len(data) <= _BLOCK:
+            self._parts[-1] = memoryview(bytearray(part).ljust(at, b"\0") + data)
+            return start + at
+        offset = -(-self._nbytes // _BLOCK) * _BLOCK
+        self._begins.append(offset)
+        self._parts.append(memoryview(bytearray(data or b"\0")))  # a block of its own, even for nothing
+        return offset
+
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (begin, end, address) of each block of the file."""
+        for start, part in zip(self._begins, self._parts, strict=True):
+            address = ctypes.addressof(ctypes.c_char.from_buffer(part)) if part else 0
+            for begin in range(0, max(len(part), 1), _BLOCK):
+                yield start + begin, start + min(begin + _BLOCK, len(part)), address + begin
 
     @property
     def _nbytes(self) -> int:
         return self._begins[-1] + len(self._parts[-1])
 
     def stat(self) -> tuple[int, tuple[object, ...]]:
-        """Return the size, and how often the tensors were changed in place."""
-        return self._nbytes, tuple(0 if each.is_inference() else each._version for each in self._tensors)
+        """Return the size of all storages, and how often the tensors were changed in place."""
+        return sum(map(len, self._parts)), tuple(0 if each.is_inference() else each._version for each in self._tensors)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         end = min(offset + len(view), self._nbytes)
@@ -163,16 +192,11 @@ class _Held:
             return part[begin - start : end - start]
         return bytes(min(end, self._begins[place + 1]) - begin)
 
-    def fetch(self, begin: int, end: int) -> memoryview | bytes:
-        data = self._from(begin, end)
-        if len(data) == end - begin:
-            return data
-        whole = bytearray(end - begin)
-        self.read_into(begin, memoryview(whole))
-        return bytes(whole)
-
     def read_ranges(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        return [bytes(self.fetch(offset, min(offset + nbytes, self._nbytes))) for offset, nbytes in ranges]
+        found = [bytearray(max(min(nbytes, self._nbytes - offset), 0)) for offset, nbytes in ranges]
+        for (offset, _), data in zip(ranges, found, strict=True):
+            self.read_into(offset, memoryview(data))
+        return [bytes(data) for data in found]
 
     def fileno(self) -> int | None:
         return None

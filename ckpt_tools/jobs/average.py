@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..formats.file_plan import OutTensor
 from ..formats.format import Writing
 from ..formats.header import Header
+from ..formats.in_memory import IN_MEMORY
 from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
 from ..series.paths import listed
@@ -271,7 +272,7 @@ def _averaged(
         planned = _hashed(sums, None) if inline else sums
         assembly = _laid_out(planned, target, output, shard_bytes)
         gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
-        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + memory_ahead(stamps)
+        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + _ahead(sums, stamps)
         options["devices"] = gpus
 
         def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
@@ -325,6 +326,11 @@ def _averaged(
     return replace(done, compared=compared, same=same)
 
 
+def _ahead(sums: _Sums, stamps: Sequence[Stamp]) -> int:
+    """Return the bytes of payload that wait in memory; state dicts are there anyway."""
+    return 0 if sums.base.format is IN_MEMORY else memory_ahead(stamps)
+
+
 def _in_memory(
     sums: _Sums, stamps: Sequence[Stamp], running: Summing, options: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
@@ -340,7 +346,7 @@ def _in_memory(
 
     read = sum(tensor.numel * tensor.terms.width for tensor in sums.unique)
     gpus = devices.choose(running.device, read)
-    memory = engine.memory_needed(sums.unique, running.threads, gpus, options["gpu_memory"]) + memory_ahead(stamps)
+    memory = engine.memory_needed(sums.unique, running.threads, gpus, options["gpu_memory"]) + _ahead(sums, stamps)
     if running.on_plan is not None:
         running.on_plan(_planned(sums, None, memory=memory, device=", ".join(gpus) or "cpu"))
     last = sums.lined_up.states[-1], sums.lined_up.renamed[-1]

@@ -24,11 +24,15 @@ StateDict = dict[str, torch.Tensor]
 
 
 def state_dict(seed: int) -> StateDict:
-    """Tensors of many kinds: views, ties, other orders of axes, a scalar, an empty one, and those that are copied."""
+    """Tensors of many kinds: large, views, ties, other orders of axes, a scalar, empty ones, and those copied as is."""
     generator = torch.Generator().manual_seed(seed)
     large = torch.randn(7, 50, generator=generator)
     tied = torch.randn(5, 3, generator=generator)
     return {
+        "large.a": torch.randn(300, 100, generator=generator),
+        "none": torch.empty(0),
+        "large.b": torch.randn(33_333, generator=generator).half(),
+        "large.c": torch.randn(41_111, generator=generator).bfloat16(),
         "half": torch.randn(300, generator=generator).half(),
         "brain": torch.randn(40, 3, generator=generator).bfloat16(),
         "double": torch.randn(4, dtype=torch.float64, generator=generator),
