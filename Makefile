@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 	sanitize bench bench-full clean
 
 help:
-	@echo "make quick            the some tests, in a small environment of their own: the first thing to try"
+	@echo "make quick            some tests, in a small environment of their own: the first thing to try"
 	@echo "make demo             averages, recalibrates, evaluates and sweeps a small series"
 	@echo "make install          .venv with everything for development; the other targets make it, too"
 	@echo "make check            format, lint, types; make fix mends the first two"

@@ -30,8 +30,6 @@ BESIDE = {"CONTRIBUTING.md": "contributing.md", "SECURITY.md": "promises.md", "C
 WITHOUT = ("recipes.md",)
 """Pages that the tests run, but the site does not: this one trains a network, and needs torchvision."""
 
-PROGRESS = re.compile(r"\w+: \d+%|Still planning|[\d,]+ of [\d,]+ images$")
-
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "PYTHONWARNINGS")}
 ENVIRONMENT |= {"COLUMNS": "100", "NO_COLOR": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
@@ -93,7 +91,7 @@ def printed_by(words: list[str], folder: Path, page: str) -> str:
     lines = [line.rstrip() for line in done.stdout.splitlines()]
     if "--json" in words and len(lines) > 12:
         lines = [*lines[:12], "..."]
-    return "\n".join(line for line in lines if not PROGRESS.match(line))
+    return "\n".join(line for line in lines if not pages.PROGRESS.match(line))
 
 
 def notebook_page(path: Path) -> str:

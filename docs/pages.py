@@ -23,6 +23,8 @@ DOCS = Path(__file__).parent
 FIXTURES = DOCS.parent / "fixtures"
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """A block that runs: of commands, or of Python. Other languages (`text`, `py`) are for what does not run here."""
+PROGRESS = re.compile(r"[a-z][a-z0-9, ]*: \d+(%| of \d+| images|\.\d+ [kMG]?B)|.* \.\.\.$")
+"""A line that only a slow machine prints: how far a step is, or that one goes on."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from ckpt_tools import (
     StripReport,
     VerifyReport,
 )
-from ckpt_tools.jobs.inspect import Listing, WeightSet
+from ckpt_tools.jobs.inspect import WeightSet
+from ckpt_tools.jobs.listing import Listing
 
 FOLDER = Path(__file__).parent / "schemas"
 REPORTS = {

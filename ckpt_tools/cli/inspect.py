@@ -13,7 +13,8 @@ from . import arguments, common, console
 from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
-    from ..jobs.inspect import InspectReport, Listed, Listing, Optimizer, WeightSet
+    from ..jobs.inspect import InspectReport, Optimizer, WeightSet
+    from ..jobs.listing import Listed, Listing
 
 
 @arguments.with_options(Skipping)
@@ -34,7 +35,6 @@ def inspect(
     Example: ckpt inspect runs/
     """
     from ..jobs.inspect import inspect as describe
-    from ..jobs.inspect import listing
     from ..series.paths import expand
 
     given = [arguments.path(path) for path in paths]
@@ -43,6 +43,8 @@ def inspect(
         return
     if tensors:
         raise UsageError("`tensors` goes with one checkpoint.")
+    from ..jobs.listing import listing
+
     found = listing(given, metric=metric, **options)
     if json:
         console.print_json(arguments.plain(found))

@@ -26,7 +26,8 @@ class Asked:
         index, count: part `index` of `count`, from 1 on.
         finish: publish what all parts have done, and do none.
         resume: do all that is not done, and publish.
-        step: names what torchrun or srun started all parts as; the one that ends last publishes. Empty if neither did.
+        step: names the run of torchrun or the step of srun that started all parts; the one that ends last publishes.
+            Empty if there is none.
     """
 
     index: int = 1
@@ -91,7 +92,7 @@ def started_together() -> Asked | None:
 
     A call of the library may be that of one of them alone, and is never taken for a part.
     """
-    return (_of_torchrun() or _of_srun()) if COMMAND else None
+    return (_of_srun() or _of_torchrun()) if COMMAND else None
 
 
 def _of_torchrun() -> Asked | None:
@@ -101,10 +102,10 @@ def _of_torchrun() -> Asked | None:
 
 
 def _torchrun_step() -> str:
-    """Name what torchrun does: the same in all its processes, and on one machine another one in each run.
+    """Name a run of torchrun: the same in all its processes, and on one machine another one each time.
 
-    Its run has no name of its own unless the user gives one; but there is a folder of logs for each run and machine:
-    FOLDER/attempt_0/0/error.json.
+    Unless the user names them, all runs are called ``none``; but each has a folder of logs on each machine, where a
+    process has FOLDER/attempt_0/0/error.json.
     """
     named = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT", "ERROR_FILE")]
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"

@@ -220,6 +220,8 @@ def _find(given: str | Path, empty: list[Path]) -> list[Path]:
         raise UsageError(f"a path is text, not {given!r}.")
     if given == "":
         raise SeriesError("an empty path. Is a variable of the shell unset?")
+    if given == "-":
+        raise SeriesError("-: standard input is not read. Give a path; a file of this name is ./-")
     path = as_path(given)
     store = store_of(path)
     if store.is_folder(path):

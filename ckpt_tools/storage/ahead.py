@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -323,14 +323,12 @@ class ReadAhead:
                 if not file.kept.has(begin, end):
                     self._keep(file.kept, file.path, begin, file.inner.fetch(begin, end))
         else:
-            first, (_, last) = block.ranges[0][0], block.ranges[-1]
-            data: Buffer = file.inner.fetch(*block.ranges[0]) if len(block.ranges) == 1 else bytearray(last - first)
-            for begin, end in block.ranges if len(block.ranges) > 1 else ():
-                memoryview(data)[begin - first : end - first] = file.inner.fetch(begin, end)
+            parts = [(begin, file.inner.fetch(begin, end)) for begin, end in block.ranges]
+            begin, data = parts[0] if len(parts) == 1 else _joined(parts)
             with self._lock:
                 if self._closed or not block.units:
                     return
-                file.have(block, first, data)
+                file.have(block, begin, data)
         with self._lock:
             block.there = True
             self._arrived.notify_all()
@@ -369,3 +367,12 @@ class ReadAhead:
             self._room.notify_all()
             while self._writing:
                 self._arrived.wait()
+
+
+def _joined(parts: Sequence[tuple[int, Buffer]]) -> tuple[int, Buffer]:
+    """Return ranges, (first byte, content) in ascending order, as one; what is between them is zero."""
+    (first, _), (last, end) = parts[0], parts[-1]
+    data = bytearray(last + len(end) - first)
+    for begin, part in parts:
+        data[begin - first : begin - first + len(part)] = part
+    return first, data

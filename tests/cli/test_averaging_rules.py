@@ -150,17 +150,15 @@ def test_files_at_one_step_are_counted_as_files_and_that_is_said() -> None:
 
 def test_advice_offers_nothing_that_is_on_or_cannot_be() -> None:
     even()
+    fitting = "To spread it, use --mode ema without --decay, which then fits the series"
     for options, advice in {
         ("--half-life", "5%"): "To spread it, use a larger --half-life.",
         ("--half-life", "20k"): "To spread it, use a smaller --half-life.",
-        (
-            "--decay",
-            "0.9999",
-        ): "leave --decay out: the default fits the series, or use --per-step or --bias-correction.",
-        ("--decay", "0.99999999", "--per-step"): "To spread it, leave --decay out: the default fits the series.",
-        ("--decay", "0.99999999", "--by", "steps"): "To spread it, leave --decay out: the default fits the series.",
-        ("--decay", "0.1", "--bias-correction"): "To spread it, leave --decay out: the default fits the series.",
-        ("--decay", "0.1", "--warmup", "timm"): "To spread it, leave --decay out: the default fits the series.",
+        ("--decay", "0.9999"): f"{fitting}, or use --per-step or --bias-correction.",
+        ("--decay", "0.99999999", "--per-step"): f"{fitting}.",
+        ("--decay", "0.99999999", "--by", "steps"): f"{fitting}.",
+        ("--decay", "0.1", "--bias-correction"): f"{fitting}.",
+        ("--decay", "0.1", "--warmup", "timm"): f"{fitting}.",
     }.items():
         assert shown(*options).splitlines()[-1].endswith(f"of this average. {advice}"), options
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pages import PROGRESS
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -17,11 +19,10 @@ SESSIONS = [session for block in BLOCKS for session in re.split(r"\n+(?=\$ )", b
 
 def comparable(text: str, command: str) -> list[str]:
     """Return the lines without what changes from run to run: progress, times, memory, and what a network computes."""
-    lines = [line.rstrip() for line in text.splitlines() if line and not re.match(r"(measuring|comparing): ", line)]
-    lines = [re.sub(r"\d[\d.]* s\b|takes \d[\d.]* MB", "_ s", line) for line in lines]
+    lines = [line.rstrip() for line in text.splitlines() if line and not PROGRESS.match(line)]
+    lines = [re.sub(r"\d[\d.]* s\b|about \d[\d.]* MB", "_ s", line) for line in lines]
     if command == "recal-bn":  # sums of torch in float32 depend on the processor
         lines = [re.sub(r"[ \u2580-\u259f]+", " ", re.sub(r"\d+(\.\d+)?", "#", line)).rstrip() for line in lines]
-        lines = [line for line in lines if not line.endswith("# of # images")]  # progress, on a slow machine
     return lines
 
 

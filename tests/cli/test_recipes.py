@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ RUNNING = sorted(
     for path in pages.DOCS.rglob("*.md")
     if pages.blocks(str(path.relative_to(pages.DOCS)))
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page finds the network of another one, whose folder is gone."""
+    monkeypatch.delitem(sys.modules, "digits_net", raising=False)
 
 
 def run_page(page: str, folder: Path) -> list[list[str]]:

@@ -247,7 +247,7 @@ def test_convert_notes_a_counter_that_lets_the_next_update_replace_the_average(
         if name.rpartition(".")[2] in ("n_averaged", "steps", "step", "num_updates")
     ]
     assert counters == [written]
-    assert [text for text in report.notes if "update count is not" in text or "replace" in text] == (
+    assert [text for text in report.notes if "update count unknown" in text or "replace" in text] == (
         [] if note is None else [next(text for text in report.notes if note in text)]
     )
 

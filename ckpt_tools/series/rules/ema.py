@@ -222,7 +222,7 @@ def _advice(*, half_life: Span | None, per_step: bool, by: str, warmup: str | No
     alone = half_life is None and by == "auto" and not (per_step or warmup or options["bias_correction"])
     others = ", or use `per_step` or `bias_correction`" if alone else ""
     if options["decay"] is not None:
-        fitting = "To spread it, leave `decay` out: the default fits the series"
+        fitting = "To spread it, use `mode='ema'` without `decay`, which then fits the series"
         return f"{fitting}{others}.", f"{fitting}."
     return f"To spread it, use a smaller `{number}`{others}.", f"To spread it, use a larger `{number}`."
 

@@ -1,0 +1,120 @@
+"""Listing: several checkpoints in the order of training, with what tells them apart, from their headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoints.optimizers import find_optimizers
+from ..checkpoints.steps import named_positions, stored_positions
+from ..formats.tree import tensors_in
+from ..series.find import excluded, notes_of
+from ..series.member import Member
+from ..series.metrics import METRIC, metric_at_hand
+from ..series.numbered import natural_key
+from ..series.paths import find, training_state_beside
+from ..series.usable import Skipped, sorted_out
+from ..storage.source import stamp_at
+from ..tensors import TensorSpec
+from .inspect import sets_of
+from .provenance import short_names
+from .reports import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A checkpoint in a table.
+
+    Attributes:
+        path: of the file or folder.
+        name: a short name, distinct in the table.
+        step: training step or epoch; None if unknown.
+        metric: a number that tells how good it is; None if it has none.
+        sets: the sets of weights, ``raw`` and ``ema``.
+        optimizer: bytes of the tensors of optimizers, and of the files of training state in its folder.
+        nbytes: size on disk; None if it cannot be read.
+        made: the command of ckpt-tools that wrote it; empty if none did.
+        fault: why it cannot be used; empty if it can.
+    """
+
+    path: str
+    name: str
+    step: int | None
+    metric: float | None
+    sets: tuple[str, ...]
+    optimizer: int
+    nbytes: int | None
+    made: str = ""
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Listing(Report):
+    """The checkpoints in a folder, or at several paths.
+
+    Attributes:
+        checkpoints: in the order of training; what cannot be used is last.
+        counter: what the steps are: ``global_step``, ``epoch``, or ``name`` for numbers in names.
+        notes: decisions, in words.
+        skipped: checkpoints that were left out, and why.
+    """
+
+    checkpoints: tuple[Listed, ...]
+    counter: str
+    notes: tuple[str, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def faults(self) -> int:
+        """Number of those that cannot be used."""
+        return sum(bool(each.fault) for each in self.checkpoints)
+
+
+def listing(
+    paths: Iterable[str | Path], *, exclude: Sequence[str] = (), skip_broken: bool = False, metric: str = METRIC
+) -> Listing:
+    """List checkpoints by their headers; no payload is read.
+
+    Args:
+        paths: files, globs, folders.
+        exclude: globs of checkpoints to leave out.
+        skip_broken: leave out what cannot be used. Otherwise it is listed with its fault.
+        metric: name of the number to show.
+
+    Raises:
+        CkptError: a path does not exist, or nothing is there.
+    """
+    notes: list[str] = []
+    there = find([*paths], notes, exclude)
+    headers, errors = sorted_out(there.paths, there.empty)
+    places = (stored_positions(headers) if headers else None) or named_positions([header.path for header in headers])
+    members = [
+        Member(header.path, header, step, places.counter) for header, step in zip(headers, places.steps, strict=True)
+    ]
+    order = sorted(zip(places.keys, members, strict=True), key=lambda pair: (pair[0], natural_key(pair[1].path)))
+    skipped = [*excluded(there), *(Skipped.of(*each) for each in errors.items() if skip_broken)]
+    faults = [] if skip_broken else [Skipped.of(*each) for each in errors.items()]
+    names = iter(short_names([*(member.path for _, member in order), *(Path(each.path) for each in faults)]))
+    rows = [_listed(member, next(names), metric) for _, member in order]
+    rows += [Listed(each.path, next(names), None, None, (), 0, None, fault=each.reason) for each in faults]
+    return Listing(tuple(rows), places.counter, (*notes, *notes_of(skipped)), tuple(skipped))
+
+
+def _listed(member: Member, name: str, metric: str) -> Listed:
+    header = member.header
+    sets = sets_of(header)
+    found = find_optimizers(header.tree, [each.path for each in sets.values()])
+    state = (spec for _, optimizer in found for _, spec in tensors_in(optimizer["state"]))
+    beside = training_state_beside(header.path) if header.in_folder else []
+    return Listed(
+        path=str(member.path),
+        name=name,
+        step=member.step,
+        metric=metric_at_hand(member, metric),
+        sets=tuple(sets),
+        optimizer=sum(spec.nbytes for spec in state if isinstance(spec, TensorSpec))
+        + sum(stamp_at(path).nbytes for path in beside),
+        nbytes=header.nbytes,
+        made=str((header.provenance or {}).get("command", "")),
+    )
