@@ -27,7 +27,7 @@ DIGITS := --model fixtures/digits_net.py:DigitsNet --data fixtures/digits/train 
 # Compiled modules are kept, whatever the environment asks for: many tests start processes, which would compile torch anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo evidence test quick coverage test-ecosystem formats-table pictures docs check fix smoke fuzz \
+.PHONY: help install demo evidence test quick coverage test-ecosystem formats-table pictures generated docs check fix smoke fuzz \
 	sanitize bench bench-full clean
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make check            format, lint, types; make fix mends the first two"
 	@echo "make test             all tests; some of them: make test PYTEST_ARGS='tests/series -x'"
 	@echo "make smoke            the wheel in a clean environment"
+	@echo "make generated        the signatures of the Python API, and the schemas of --json"
 	@echo "make docs             the site, in build/site"
 	@echo "make coverage         all tests with branch coverage"
 	@echo "make test-ecosystem   with the real libraries: Lightning, transformers, diffusers, DeepSpeed, ..."
@@ -115,6 +116,11 @@ $(DOCS)/.installed: docs/requirements.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/$(PIP_INSTALL) torch==$(PLAIN_TORCH) -r docs/requirements.txt
 	touch $@
+
+# The signatures of the Python API, and the schemas of --json; tests compare them.
+generated: $(INSTALLED)
+	$(BIN)/python docs/stub.py
+	$(BIN)/python docs/schemas.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

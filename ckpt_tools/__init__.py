@@ -1,109 +1,78 @@
 """ckpt-tools: average, convert and recalibrate saved PyTorch checkpoints.
 
-The names below are the public API. They are imported on first use, so that ``import ckpt_tools``
-is fast and does not import torch.
+The names below are the public API. They are imported on first use, so that ``import ckpt_tools`` is fast and does not
+import torch. Their signatures for type checkers and editors are in ``__init__.pyi``.
+
+Example:
+    >>> import ckpt_tools
+    >>> report = ckpt_tools.average("runs/", mode="ema", decay=0.99, out="averaged.pth")
+    >>> weights = ckpt_tools.open_checkpoint("averaged.pth")
+    >>> model.load_state_dict(weights)
 """
 
 from __future__ import annotations
 
 import importlib
 
-TYPE_CHECKING = False  # Ctrl-C in an import here would end in a traceback of Python's, so as few as possible
-if TYPE_CHECKING:
-    from typing import Any
-
-    from .batchnorm import BatchNormReport, recalibrate_bn
-    from .checkpoints.open import Checkpoint, open_checkpoint
-    from .errors import CkptError
-    from .jobs.average import AverageReport, average
-    from .jobs.card import CardReport, card
-    from .jobs.clean import CleanReport, clean
-    from .jobs.convert import ConvertReport, convert
-    from .jobs.diff import DiffReport, diff
-    from .jobs.evaluate.job import evaluate
-    from .jobs.evaluate.report import EvaluationReport
-    from .jobs.fix_prefix import PrefixReport, fix_prefix
-    from .jobs.look import LookReport, look
-    from .jobs.recalibrate import RecalibrationReport, recalibrate_checkpoint
-    from .jobs.strip import StripReport, strip
-    from .jobs.sweep.job import sweep
-    from .jobs.sweep.report import SweepReport
-    from .jobs.tune.job import tune_checkpoint
-    from .jobs.tune.report import TuneReport
-    from .jobs.verify.job import VerifyReport, verify
-
 __version__ = "0.2.0"
-__all__ = [
-    "AverageReport",
-    "BatchNormReport",
-    "CardReport",
-    "Checkpoint",
-    "CkptError",
-    "CleanReport",
-    "ConvertReport",
-    "DiffReport",
-    "EvaluationReport",
-    "LookReport",
-    "PrefixReport",
-    "RecalibrationReport",
-    "StripReport",
-    "SweepReport",
-    "TuneReport",
-    "VerifyReport",
-    "__version__",
-    "average",
-    "card",
-    "clean",
-    "convert",
-    "diff",
-    "evaluate",
-    "fix_prefix",
-    "look",
-    "open_checkpoint",
-    "recalibrate_bn",
-    "recalibrate_checkpoint",
-    "strip",
-    "sweep",
-    "tune_checkpoint",
-    "verify",
-]
 
 _HOMES = {
-    "AverageReport": "jobs.average",
     "average": "jobs.average",
-    "BatchNormReport": "batchnorm",
-    "recalibrate_bn": "batchnorm",
-    "RecalibrationReport": "jobs.recalibrate",
-    "recalibrate_checkpoint": "jobs.recalibrate",
-    "Checkpoint": "checkpoints.open",
-    "open_checkpoint": "checkpoints.open",
-    "DiffReport": "jobs.diff",
-    "diff": "jobs.diff",
-    "EvaluationReport": "jobs.evaluate.report",
-    "evaluate": "jobs.evaluate.job",
-    "LookReport": "jobs.look",
-    "look": "jobs.look",
-    "SweepReport": "jobs.sweep.report",
-    "sweep": "jobs.sweep.job",
-    "TuneReport": "jobs.tune.report",
-    "tune_checkpoint": "jobs.tune.job",
-    "VerifyReport": "jobs.verify.job",
-    "verify": "jobs.verify.job",
-    "CkptError": "errors",
-    "CardReport": "jobs.card",
+    "AverageReport": "jobs.average",
     "card": "jobs.card",
-    "CleanReport": "jobs.clean",
+    "CardReport": "jobs.card",
     "clean": "jobs.clean",
-    "ConvertReport": "jobs.convert",
+    "CleanReport": "jobs.clean",
     "convert": "jobs.convert",
-    "StripReport": "jobs.strip",
-    "strip": "jobs.strip",
-    "PrefixReport": "jobs.fix_prefix",
+    "ConvertReport": "jobs.convert",
+    "diff": "jobs.diff",
+    "DiffReport": "jobs.diff",
+    "evaluate": "jobs.evaluate.job",
+    "EvaluationReport": "jobs.evaluate.report",
     "fix_prefix": "jobs.fix_prefix",
+    "PrefixReport": "jobs.fix_prefix",
+    "inspect": "jobs.inspect",
+    "InspectReport": "jobs.inspect",
+    "look": "jobs.look",
+    "LookReport": "jobs.look",
+    "open_checkpoint": "checkpoints.open",
+    "Checkpoint": "checkpoints.open",
+    "recalibrate_bn": "batchnorm",
+    "BatchNormReport": "batchnorm",
+    "recalibrate_checkpoint": "jobs.recalibrate",
+    "RecalibrationReport": "jobs.recalibrate",
+    "strip": "jobs.strip",
+    "StripReport": "jobs.strip",
+    "sweep": "jobs.sweep.job",
+    "SweepReport": "jobs.sweep.report",
+    "tune_checkpoint": "jobs.tune.job",
+    "TuneReport": "jobs.tune.report",
+    "verify": "jobs.verify.job",
+    "VerifyReport": "jobs.verify.job",
+    "CkptError": "errors",
+    "UsageError": "errors",
+    "SeriesError": "errors",
+    "ReadError": "errors",
+    "NotACheckpointError": "errors",
+    "CorruptError": "errors",
+    "UnsupportedError": "errors",
+    "LayoutError": "errors",
+    "AlignmentError": "errors",
+    "NumericsError": "errors",
+    "ModelError": "errors",
+    "DataError": "errors",
+    "WriteError": "errors",
+    "WriteWarning": "errors",
 }
+"""Public name to the module that has it."""
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'ckpt_tools' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

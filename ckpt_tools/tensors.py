@@ -113,7 +113,8 @@ BY_SAFETENSORS = {d.safetensors: d for d in DTYPES.values() if d.safetensors}
 BY_STORAGE = {d.storage: d for d in DTYPES.values() if d.storage}
 
 FLOAT_DTYPES = tuple(d.name for d in DTYPES.values() if d.category is Category.FLOAT)
-_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+"""Further names of dtypes to dtypes."""
 
 
 def parse_dtype(dtype: object) -> DType | None:
@@ -125,7 +126,7 @@ def parse_dtype(dtype: object) -> DType | None:
     if dtype is None or dtype == "same":
         return None
     text = str(dtype).removeprefix("torch.")
-    name = _ALIASES.get(text, text)
+    name = ALIASES.get(text, text)
     if name not in FLOAT_DTYPES:
         raise UsageError(f"`dtype` is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
     return DTYPES[name]

@@ -13,6 +13,8 @@ SCRIPTS = sorted(
     [
         *ROOT.glob("fixtures/*.py"),
         *ROOT.glob("benchmarks/*.py"),
+        ROOT / "docs/schemas.py",
+        ROOT / "docs/stub.py",
         *ROOT.glob("docs/pictures/*.py"),
         ROOT / "tests/soak.py",
         *ROOT.glob("fuzz/*.py"),

@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..compute.progress import Progress
 from ..errors import DataError, ModelError, NumericsError, UsageError
 from .batches import joined, samples_in
 from .calls import Call, device_of
@@ -30,7 +31,8 @@ from .statistics import LayerMoments, Moments, merge
 from .trial import Trials
 from .watch import Watch
 
-ESTIMATORS = ("population", "batch-mean")
+Estimator = Literal["population", "batch-mean"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
 @torch.no_grad()
@@ -42,10 +44,10 @@ def recalibrate_bn(
     inputs: int = 1,
     mask: str | int | None = None,
     passes: int = 1,
-    estimator: str = "population",
+    estimator: Estimator = "population",
     include_frozen: bool = False,
     allow_unmeasured: bool = False,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> BatchNormReport:
     """Give the BatchNorm layers of a model the statistics of these data.
 
@@ -76,7 +78,8 @@ def recalibrate_bn(
         include_frozen: measure layers, too, that training does not update: of momentum 0, kept in eval mode by
             train(), or of a class without updates.
         allow_unmeasured: leave layers as they are that run without being measured; otherwise an error.
-        on_batch: called after each batch with (pass, samples so far in it), counted from 1.
+        on_progress: called after each batch with (what is done, samples done, samples in all); of the first pass the
+            last call alone knows all of them.
 
     Returns:
         What changed. Buffers of the model are changed in place: ``running_mean``, ``running_var``,
@@ -108,6 +111,7 @@ def recalibrate_bn(
     before = {name: layer.stored() for name, layer in layers.items()}
     order: list[str] = []
     suffices: bool | None = None
+    samples: int | None = None
     with _borrowed(model, watch) as kept:
         folded = watch.used_outside()
         for number in range(1, passes + 1 if layers else 1):
@@ -115,7 +119,9 @@ def recalibrate_bn(
             if number > 1 and exact.issuperset(found):
                 break
             watch = new_watch(exact)
-            suffices = _feed(model, batches, call, watch, kept, suffices, partial(on_batch or _quiet, number))
+            what = "measuring" if passes == 1 else f"measuring, pass {number} of {passes}"
+            suffices = _feed(model, batches, call, watch, kept, suffices, samples, partial(on_progress or _quiet, what))
+            samples = watch.images
             order = _join_processes(watch, order, device_of(model))
             if not watch.batches:
                 raise DataError("the data yield no batch. Nothing was recalibrated.")
@@ -150,7 +156,7 @@ def recalibrate_bn(
     )
 
 
-def _quiet(number: int, images: int) -> None:
+def _quiet(what: str, done: int, total: int | None) -> None:
     pass
 
 
@@ -223,13 +229,15 @@ def _feed(
     watch: Watch,
     kept: Kept,
     suffices: bool | None,
-    on_batch: Callable[[int], None],
+    samples: int | None,
+    on_progress: Callable[[int, int | None], None],
 ) -> bool | None:
     """Show all batches to the model.
 
     Args:
         suffices: a batch of one sample can be measured, as a pass before has seen; None if it is not known.
-        on_batch: called after each batch with the number of samples so far.
+        samples: in all batches; None if it is not known.
+        on_progress: called after each batch with (samples so far, samples in all).
 
     Returns:
         `suffices`, as it is known now.
@@ -266,7 +274,9 @@ def _feed(
             show(batch)
             watch.end_batch(samples_in(batch))
             kept.settle()
-            on_batch(watch.images)
+            on_progress(watch.images, samples)
+    if watch.images != samples:
+        on_progress(watch.images, watch.images)
     return suffices
 
 

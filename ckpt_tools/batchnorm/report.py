@@ -47,7 +47,7 @@ class LayerReport:
     variance_error: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class BatchNormReport:
     """What a recalibration did.
 
@@ -79,6 +79,18 @@ class BatchNormReport:
         plain = asdict(replace(self, statistics={}))
         del plain["statistics"]
         return plain
+
+    def __repr__(self) -> str:
+        """Return one line; lists are there by their lengths."""
+        from ..compute.shown import one_line
+
+        return one_line(self)
+
+    def _repr_html_(self) -> str:
+        """Return the report as a notebook shows it."""
+        from ..compute.shown import as_html
+
+        return as_html(self)
 
 
 def compare(

@@ -241,7 +241,7 @@ def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any)
             options["on_plan"] = after_planning(options["on_plan"])
         if options.get("recal_bn") is not None:
             options["on_images"] = partial(show, unit="images")
-        report = job(*inputs, **options, on_progress=after_planning(partial(show, doing)))
+        report = job(*inputs, **options, on_progress=after_planning(show))
     seconds = time.perf_counter() - started
     if len(steps) == 3:
         planning, working = steps[0] - started, steps[2] - steps[0]

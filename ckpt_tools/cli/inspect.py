@@ -13,7 +13,7 @@ from . import arguments, common, console
 from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
-    from ..jobs.inspect import Description, Optimizer, WeightSet
+    from ..jobs.inspect import InspectReport, Optimizer, WeightSet
     from ..jobs.listing import Listed, Listing
 
 
@@ -34,13 +34,12 @@ def inspect(
 
     Example: ckpt inspect runs/
     """
-    from ..formats import read_header
-    from ..jobs.inspect import describe
-    from ..series.paths import expand, one_checkpoint
+    from ..jobs.inspect import inspect as describe
+    from ..series.paths import expand
 
     given = [arguments.path(path) for path in paths]
     if len(given) == 1 and len(expand(given)) == 1:
-        _show_one(describe(read_header(one_checkpoint(*expand(given)))), tensors=tensors, json=json)
+        _show_one(describe(*expand(given)), tensors=tensors, json=json)
         return
     if tensors:
         raise UsageError("`tensors` goes with one checkpoint.")
@@ -84,7 +83,7 @@ def _weights(row: Listed) -> str:
     return f"{', '.join(row.sets)}{made}"
 
 
-def _show_one(description: Description, *, tensors: bool, json: bool) -> None:
+def _show_one(description: InspectReport, *, tensors: bool, json: bool) -> None:
     if json:
         data = description.to_dict()
         if not tensors:
@@ -98,7 +97,7 @@ def _show_one(description: Description, *, tensors: bool, json: bool) -> None:
             _list(weights)
 
 
-def _show(d: Description) -> None:
+def _show(d: InspectReport) -> None:
     files = f" in {d.files} files" if d.files > 1 else ""
     console.show(f"{d.path}: {d.format}, {console.size(d.nbytes)}{files}")
     if not d.sets:

@@ -88,7 +88,7 @@ def compare(
     threads: int | None = None,
     slice_size: int = SLICE,
     part: tuple[int, int] = (1, 1),
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Distance]:
     """Compare pairs of tensors of one shape and of comparable dtypes.
 
@@ -99,7 +99,7 @@ def compare(
         slice_size: elements a worker handles at a time. Changes no result.
         part: (i, n): compare only the i-th of n parts of all slices, from 1 on. The distances of all parts, joined, are
             those of the whole, for they are counts and maxima.
-        on_progress: called in this thread, a few times a second, with the bytes read so far.
+        on_progress: called in this thread, a few times a second, with (bytes read so far, bytes of the part).
 
     Returns:
         A distance a pair, in order.
@@ -113,12 +113,13 @@ def compare(
         if any_remote(files):
             ahead = stack.enter_context(_fetched_ahead(job, files))
             job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol, part, ahead)  # reads from it
+        total = 0 if on_progress is None else job.nbytes
         with one_thread_each():
             in_threads(
                 lambda: _work(job),
                 threads,
                 job.stop,
-                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done),
+                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done, total),
             )
         files.check_unchanged()
     return job.found
@@ -173,6 +174,14 @@ class _Job:
         self.found = over_nothing([(pair.a.spec, pair.b.spec) for pair in self.pairs])
         self.slices = HandedOut(enumerate(self._cut_part()), self.stop)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slices of the part."""
+        return sum(self._size(i, portion) for i, portion in self._cut_part())
+
+    def _size(self, pair: int, portion: Portion) -> int:
+        return self.pairs[pair].item * (portion.numel if isinstance(portion, Tile) else len(portion))
+
     def _cut_part(self) -> Iterator[tuple[int, Portion]]:
         """Yield (number of a pair, a slice of it) for those whose middle, in bytes, lies in the part."""
         index, count = self.part
@@ -182,7 +191,7 @@ class _Job:
             if 2 * (done + pair.nbytes) * count > begin and 2 * done * count < end:
                 at = done
                 for portion in _cut(pair, self.slice_size):
-                    size = pair.item * (portion.numel if isinstance(portion, Tile) else len(portion))
+                    size = self._size(i, portion)
                     if begin <= (2 * at + size) * count < end:
                         yield i, portion
                     at += size

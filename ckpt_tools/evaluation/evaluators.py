@@ -21,13 +21,15 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm.recalibrate import Estimator
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.open import Checkpoint, open_checkpoint
+from ..compute.progress import Progress
 from ..errors import CkptError, DataError, NumericsError, UsageError
 from ..formats import read_header
 from .data import Batches
 from .models import importable, load_factory, load_weights
-from .runner import Progress, Runner
+from .runner import Runner
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -203,7 +205,7 @@ class Classifier:
     held_out: Batches
     images: Batches | None
     passes: int
-    estimator: str
+    estimator: Estimator
     include_frozen: bool
     allow_unmeasured: bool
     identity: Mapping[str, Any]

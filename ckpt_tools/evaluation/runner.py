@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,15 +15,14 @@ from torch import Tensor, nn
 
 from ..batchnorm.batches import mapped, samples_in, tensors_of
 from ..batchnorm.calls import Call
-from ..batchnorm.recalibrate import recalibrate_bn
+from ..batchnorm.recalibrate import Estimator, recalibrate_bn
 from ..batchnorm.report import BatchNormReport
+from ..compute.progress import Progress
 from ..errors import CkptError, DataError, ModelError
 from .data import Batches
 from .scores import Accuracy, Fit, Outcomes, evaluate, fit, outcomes
 
 T = TypeVar("T")
-Progress = Callable[[str, int, "int | None"], None]
-"""Called with what is done, the images done so far, and the images in all; None if their number is unknown."""
 
 
 class Runner:
@@ -56,7 +56,7 @@ class Runner:
         self,
         batches: Batches,
         passes: int,
-        estimator: str,
+        estimator: Estimator,
         on_progress: Progress,
         *,
         include_frozen: bool = False,
@@ -69,9 +69,8 @@ class Runner:
             ModelError: the network itself fails.
         """
 
-        def show(number: int, images: int) -> None:
-            what = "measuring" if passes == 1 else f"measuring, pass {number} of {passes}"
-            on_progress(what, images, batches.images)
+        def show(what: str, done: int, total: int | None) -> None:
+            on_progress(what, done, batches.images if total is None else total)
 
         fed = _Fed(batches, self._prepare)
         call = self._call
@@ -86,7 +85,7 @@ class Runner:
                 estimator=estimator,
                 include_frozen=include_frozen,
                 allow_unmeasured=allow_unmeasured,
-                on_batch=show,
+                on_progress=show,
             )
         )
 
@@ -105,7 +104,7 @@ class Runner:
     def _scored(
         self, score: Callable[[nn.Module, _Fed, Call], T], what: str, batches: Batches, on_progress: Progress
     ) -> T:
-        fed = _Fed(batches, self._prepare, lambda done: on_progress(what, done, batches.images))
+        fed = _Fed(batches, self._prepare, partial(on_progress, what))
         return self._run(lambda: score(self._network, fed, self._call))
 
     def _run(self, work: Callable[[], T]) -> T:
@@ -140,7 +139,7 @@ class _Fed:
 
     batches: Batches
     prepare: Callable[[Any], Any]
-    on_images: Callable[[int], None] | None = None
+    on_images: Callable[[int, int | None], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         done = 0
@@ -149,7 +148,9 @@ class _Fed:
                 yield self.prepare(batch)
                 done += samples_in(batch)
                 if self.on_images is not None:
-                    self.on_images(done)
+                    self.on_images(done, self.batches.images)
+            if self.on_images is not None and done != self.batches.images:
+                self.on_images(done, done)
         except CkptError:
             raise
         except (Exception, SystemExit) as error:  # a dataset of the user's

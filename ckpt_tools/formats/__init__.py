@@ -15,6 +15,7 @@ from .format import FORMATS, Format, read_single
 from .fsdp import FSDP_FOLDER
 from .header import Header
 from .hf_shards import HF_SHARDS
+from .in_memory import IN_MEMORY
 from .lightning_folder import LIGHTNING_FOLDER
 from .megatron import MEGATRON
 from .nemo import NEMO
@@ -28,7 +29,7 @@ from .torch_zip import TORCH_ZIP
 
 FORMATS[:] = [
     SHARDED, LIGHTNING_FOLDER, MEGATRON, DCP_FOLDER, HF_SHARDS, FSDP_FOLDER, RANKS, DEEPSPEED,
-    TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO,
+    IN_MEMORY, TORCH_ZIP, TORCH_SCRIPT, PT2, TORCH_LEGACY, SAFETENSORS, NEMO,
 ]  # fmt: skip
 
 

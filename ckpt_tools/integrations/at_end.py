@@ -41,7 +41,8 @@ def averaged(
     try:
         paths, out = found()
         with alone():
-            return average(paths, out=out, **options)
+            report: AverageReport = average(paths, out=out, **options)
+            return report
     except Exception as error:
         # Whatever fails here: the training is done, and what its script does next matters more.
         if strict:

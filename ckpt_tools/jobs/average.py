@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,8 +18,10 @@ from ..errors import UsageError
 from ..formats.file_plan import OutTensor
 from ..formats.format import Writing
 from ..formats.header import Header
+from ..formats.in_memory import IN_MEMORY
 from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
+from ..series.paths import listed
 from ..series.schedules import Schedule
 from ..series.usable import Skipped
 from ..series.weighted_sums import is_running, weighted_sums
@@ -29,11 +31,23 @@ from ..storage.staged import ScratchFile, scratch_file
 from ..tensors import parse_dtype
 from .addends import Addends, ByTensor, inputs_of, record_of
 from .asked import Asked, asked_of
-from .assembly import Assembly, assemble
+from .assembly import Assembly, assemble, module_versions
 from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
-from .options import AveragedOutput, Earlier, Fetched, Matching, Recalibration, Selection, Sharing, Summing, takes
+from .options import (
+    AveragedOutput,
+    Earlier,
+    Fetched,
+    Group,
+    Matching,
+    Options,
+    Recalibration,
+    Selection,
+    Sharing,
+    Summing,
+    takes,
+)
 from .outputs import Target, default_target, grows_at
 from .pictures import Picture
 from .provenance import Input, provided
@@ -42,12 +56,14 @@ from .run import Hashed, manners, produce
 from .weigh import weighed
 
 if TYPE_CHECKING:
+    import torch
+
     from .recalibrate import Opened, RecalibrationReport
 
 BUFFERS = ("average", "last")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class AverageReport(Report):
     """What an average consists of; the plan before the work, and the result after it.
 
@@ -60,7 +76,7 @@ class AverageReport(Report):
         tied: names that share their tensor with an earlier one.
         notes: decisions and warnings, in words.
         dropped: entries of the last checkpoint that are not in the output.
-        out: the target.
+        out: the target; empty if the average stays in memory.
         bytes_read, bytes_written: of the whole job.
         memory: bytes of private buffers in host memory.
         peak_memory: bytes that the process takes at its peak, about: what it took until the plan was made, and what is
@@ -110,7 +126,7 @@ class AverageReport(Report):
 
 @takes(Schedule, Selection, Matching, Earlier, AveragedOutput, Recalibration, Sharing, Fetched, Summing)
 def average(
-    paths: str | Path | Iterable[str | Path],
+    paths: str | Path | Mapping[str, torch.Tensor] | Iterable[str | Path | Mapping[str, torch.Tensor]],
     schedule: Schedule,
     selection: Selection,
     matching: Matching,
@@ -120,24 +136,83 @@ def average(
     sharing: Sharing,
     fetched: Fetched,
     running: Summing,
-) -> AverageReport:
+) -> Any:
     """Average a series of checkpoints into one file or folder, in float64, in bounded memory.
 
     `ckpt_tools.series.schedules` has the formulas of the modes, and `SCHEDULES` in it the options of each. Integer and
     bool tensors always come from the last checkpoint. The output is the same byte for byte whatever `threads` and
     `device` are.
 
+    With ``out=None`` nothing is written: the average comes back as a state dict, each tensor with the bytes that it has
+    in a file. State dicts, oldest first, are averaged like the files that they would be saved as, and are not changed.
+
     Args:
-        paths: files, globs, folders (of checkpoints, or sharded ones); with `update` the checkpoints to add, and with
-            `replay` where to look for the inputs.
+        paths: files, globs, folders (of checkpoints, or sharded ones), or instead state dicts: names to tensors, on any
+            device. With `update` the checkpoints to add, and with `replay` where to look for the inputs.
         {options}
 
     Returns:
-        What was averaged, and how.
+        What was averaged, and how: an `AverageReport`. With ``out=None`` the average itself, names to tensors on the
+        CPU, which `load_state_dict` takes as it is.
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; nothing is written then.
+
+    Example:
+        >>> ckpt_tools.average("runs/", mode="ema", decay=0.99, out="averaged.pth")
+        AverageReport(inputs=<12>, mode='ema', ...)
+        >>> model.load_state_dict(ckpt_tools.average("runs/", last=5, out=None))
+        >>> model.load_state_dict(ckpt_tools.average([one.state_dict(), other.state_dict()], out=None))
     """
+    groups = (schedule, selection, matching, earlier, output, recalibration, sharing, fetched, running)
+    given: Any = [paths] if isinstance(paths, (str, Path, Mapping)) else listed(paths)
+    if output.out is None:
+        _refuse(groups, _OF_FILES, "goes with a file, and `out=None` writes none")
+    if not any(isinstance(each, Mapping) for each in given):
+        return _averaged(given, *groups)
+    if not all(isinstance(each, Mapping) for each in given):
+        raise UsageError("paths and state dicts together have no order. Give state dicts alone, or paths alone.")
+    _refuse(groups, _FROM_FILES, "needs checkpoints that are files, and state dicts are none")
+    from ..formats.in_memory import as_files
+
+    with as_files(given) as held:
+        return _averaged(held, *groups)
+
+
+_OF_FILES = (
+    "force", "write_checksums", "sign_off", "max_shard_size", "untie", "hash", "recal_bn", "part", "finish", "resume",
+    "dry_run", "plot",
+)  # fmt: skip
+"""Options of an average that is written."""
+_FROM_FILES = ("update", "replay", "sign_off", "hash", "part", "finish", "resume", "cache", "metrics")
+"""Options of an average whose inputs are files."""
+
+
+def _refuse(groups: Iterable[Group], names: Collection[str], reason: str) -> None:
+    """Refuse options.
+
+    Raises:
+        UsageError: one of these names is given.
+    """
+    given = (o.name for each in groups if isinstance(each, Options) for o in each.options() if vars(each)[o.name])
+    for name in given:
+        if name in names:
+            raise UsageError(f"`{name}` {reason}.")
+
+
+def _averaged(
+    given: Sequence[str | Path],
+    schedule: Schedule,
+    selection: Selection,
+    matching: Matching,
+    earlier: Earlier,
+    output: AveragedOutput,
+    recalibration: Recalibration,
+    sharing: Sharing,
+    fetched: Fetched,
+    running: Summing,
+) -> Any:
+    """Average checkpoints at paths; see `average`."""
     if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
         schedule.check()
     _check(matching)
@@ -150,10 +225,9 @@ def average(
     picture = Picture.of(output.plot, force=output.force)
     devices.check_name(running.device)
     gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
-    chosen = None if output.out is None else Target.of(output.out)
+    chosen = None if output.named is None else Target.of(output.named)
     shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
 
-    given = [paths] if isinstance(paths, (str, Path)) else paths
     measured = recalibration.recal_bn is not None
     asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
     if asked is not None:
@@ -173,11 +247,20 @@ def average(
     if sums.by_tensor.bytes_read and asked is not None:
         asked.refuse("each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode)
     target = chosen or addends.target or sums.usual_target
-    if output.out is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
-        target = Target.of(output.out, sums.usual_target)
+    if output.named is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
+        target = Target.of(output.named, sums.usual_target)
     stamps = [stamp for member in addends.members for stamp in member.header.files]
     if picture is not None:
         picture.check([*addends.given, *(stamp.path for stamp in stamps)], target.path)
+    options: dict[str, Any] = {
+        "threads": running.threads,
+        "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
+        "gpu_memory": gpu_bytes,
+        "cache": None if fetched.cache is None else Path(fetched.cache),
+        "pace": polite["pace"],
+    }
+    if output.out is None:
+        return _in_memory(sums, stamps, running, options)
     with ExitStack() as stack:
         if recalibration.recal_bn is not None:
             from .averaged_network import opened_network
@@ -189,20 +272,13 @@ def average(
         planned = _hashed(sums, None) if inline else sums
         assembly = _laid_out(planned, target, output, shard_bytes)
         gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
-        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + memory_ahead(stamps)
-        options: dict[str, Any] = {
-            "threads": running.threads,
-            "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
-            "devices": gpus,
-            "gpu_memory": gpu_bytes,
-            "cache": None if fetched.cache is None else Path(fetched.cache),
-            "pace": polite["pace"],
-        }
+        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + _ahead(sums, stamps)
+        options["devices"] = gpus
 
         def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
             final = _hashed(sums, {path: sha256(path) for path in _own(sums)}) if output.hash else sums
-            show = running.on_progress
-            on_bytes = None if show is None else lambda nbytes: show(nbytes, assembly.bytes_moved)
+            show, moved = running.on_progress, sum(each.numel * each.terms.width + each.nbytes for each in sums.unique)
+            on_bytes = None if show is None else lambda nbytes: show("averaging", nbytes, moved)
             scratch = stack.enter_context(scratch_file(grows_at(target.path)))
             more = {"on_progress": on_bytes, "drop_cache": running.drop_cache, **options}
             final, further = _measured(final, scratch, stamps, recalibration, **more)
@@ -228,6 +304,7 @@ def average(
             stamps,
             output,
             running,
+            doing="averaging" if sums.recalibration is None else "writing",
             inputs=addends.given,
             replaces=addends.replaces,
             finish=finish if sums.recalibration is not None else None,
@@ -247,6 +324,33 @@ def average(
         return done
     compared, same = addends.compared(target.path)
     return replace(done, compared=compared, same=same)
+
+
+def _ahead(sums: _Sums, stamps: Sequence[Stamp]) -> int:
+    """Return the bytes of payload that wait in memory; state dicts are there anyway."""
+    return 0 if sums.base.format is IN_MEMORY else memory_ahead(stamps)
+
+
+def _in_memory(
+    sums: _Sums, stamps: Sequence[Stamp], running: Summing, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Compute the sums into memory, and return them as a state dict.
+
+    Args:
+        options: of `engine.run`, without `devices`.
+
+    Raises:
+        CkptError: see `engine.run`.
+    """
+    from .in_memory import in_memory
+
+    read = sum(tensor.numel * tensor.terms.width for tensor in sums.unique)
+    gpus = devices.choose(running.device, read)
+    memory = engine.memory_needed(sums.unique, running.threads, gpus, options["gpu_memory"]) + _ahead(sums, stamps)
+    if running.on_plan is not None:
+        running.on_plan(_planned(sums, None, memory=memory, device=", ".join(gpus) or "cpu"))
+    last = sums.lined_up.states[-1], sums.lined_up.renamed[-1]
+    return in_memory(sums.tensors, module_versions(sums.base, *last), stamps, running, devices=gpus, **options)
 
 
 def laid_out_again(addends: Addends, target: Target) -> Assembly:
@@ -435,8 +539,11 @@ def _laid_out(sums: _Sums, target: Target, output: AveragedOutput, shard_bytes: 
     return with_place(assembly, output.write_checksums)
 
 
-def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> AverageReport:
-    """Report what will be summed and written."""
+def _planned(sums: _Sums, assembly: Assembly | None, *, memory: int, device: str) -> AverageReport:
+    """Report what will be summed, and written if there is an output."""
+    read, written = (sum(each.numel * each.terms.width for each in sums.unique), sum(e.nbytes for e in sums.unique))
+    if assembly is not None:
+        read, written = assembly.bytes_read, assembly.nbytes
     addends, lined_up, unique, by_name = sums.addends, sums.lined_up, sums.unique, sums.by_tensor.coefficients
     # A row of Model Stock may be the start alone.
     copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_name)
@@ -452,24 +559,22 @@ def _planned(sums: _Sums, assembly: Assembly, *, memory: int, device: str) -> Av
             *addends.notes,
             *lined_up.notes,
             *sums.adapter.notes,
-            *_kept(assembly),
-            *_left_behind(sums.base, assembly),
-            *_of_format(sums.base, assembly),
+            *(() if assembly is None else _of_output(sums.base, assembly)),
             *_statistics(sums),
             *sums.notes,
         ),
-        dropped=assembly.dropped,
-        out=str(assembly.target),
-        companions=tuple(path.name for path in assembly.companions),
-        files=assembly.shards,
-        bytes_read=assembly.bytes_read + sums.by_tensor.bytes_read,
-        bytes_written=assembly.nbytes,
+        dropped=() if assembly is None else assembly.dropped,
+        out="" if assembly is None else str(assembly.target),
+        companions=() if assembly is None else tuple(path.name for path in assembly.companions),
+        files=0 if assembly is None else assembly.shards,
+        bytes_read=read + sums.by_tensor.bytes_read,
+        bytes_written=written,
         memory=memory,
         device=device,
         recalibration=sums.recalibration,
         scratch=sums.scratch,
         skipped=addends.skipped,
-        peak_memory=peak_memory() + memory + engine.notes_needed(assembly.files),
+        peak_memory=peak_memory() + memory + (written if assembly is None else engine.notes_needed(assembly.files)),
     )
 
 
@@ -538,6 +643,13 @@ def _left_behind(base: Header, assembly: Assembly) -> Iterator[str]:
             f"A single file has no place for what is beside the weights, which stays behind: {shown}. For a folder "
             "with all of it, give `out` a name without suffix."
         )
+
+
+def _of_output(base: Header, assembly: Assembly) -> Iterator[str]:
+    """Report what the files of an output have, and what they leave out."""
+    yield from _kept(assembly)
+    yield from _left_behind(base, assembly)
+    yield from _of_format(base, assembly)
 
 
 def _of_format(base: Header, assembly: Assembly) -> Iterator[str]:

@@ -16,10 +16,10 @@ from ..batchnorm.processes import Group, started_by_torchrun
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.open import Checkpoint
 from ..compute import engine
+from ..compute.progress import Progress
 from ..compute.work_units import OutFile
 from ..errors import UsageError
 from ..evaluation.models import load_weights, pick_device
-from ..evaluation.runner import Progress
 from ..formats import read_header
 from ..formats.file_plan import OutTensor
 from ..formats.format import Writing

@@ -31,7 +31,7 @@ _FACTS = ("data", "images", "train", "head", "epochs", "lr", "passes", "estimato
 """What is told of a measurement or a training; the rest stands in the record."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CardReport(Report):
     """A model card.
 

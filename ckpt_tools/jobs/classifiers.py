@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,13 @@ from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group
 from ..batchnorm.recalibrate import check_options
 from ..checkpoints.open import Checkpoint
+from ..compute.progress import Progress
 from ..errors import UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.evaluators import Classifier
 from ..evaluation.models import build_model, call_of, importable, load_weights, pick_device
 from ..evaluation.preprocessing import described
-from ..evaluation.runner import Progress, Runner
+from ..evaluation.runner import Runner
 from .image_data import ImageData, check_images, fewer_classes, image_data, notes_of
 from .options import Images, Network, Numerics, Statistics
 from .outputs import named
@@ -89,7 +90,7 @@ def opened_classifiers(
     state: str,
     seed: int,
     device: str,
-    on_progress: Callable[..., None],
+    on_progress: Progress,
 ) -> Iterator[Classifiers]:
     """Build a network, and find out how its images are prepared; factories' folders are on `sys.path` meanwhile.
 

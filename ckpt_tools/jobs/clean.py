@@ -58,7 +58,7 @@ class Left:
     folder: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CleanReport(Report):
     """What dead jobs have left in a folder.
 

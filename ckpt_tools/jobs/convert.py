@@ -45,7 +45,7 @@ from .reports import Report, some
 from .run import manners, produce
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ConvertReport(Report):
     """What a conversion does; the plan before the work, and the result after it.
 
@@ -119,6 +119,7 @@ def convert(
         (*header.files, *further),
         output,
         running,
+        doing="converting",
         inputs=[header.path],
         asked=asked,
         threads=running.threads,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,7 @@ class TensorDiff:
         return DTYPES[self.dtype].averaged
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class DiffReport(Report):
     """The differences between two sets of weights.
 
@@ -345,14 +346,14 @@ def _distances(
             return []
         from ..compute.compare import compare  # imports torch
 
-        show, total = running.on_progress, max(plan.nbytes // asked.count, 1)
+        show = running.on_progress
         return compare(
             list(plan.pairs),
             **vars(tolerance),
             stamps=stamps,
             threads=running.threads,
             part=(asked.index, asked.count),
-            on_progress=None if show is None or asked.silent else lambda nbytes: show(nbytes, total),
+            on_progress=None if show is None or asked.silent else partial(show, "comparing"),
         )
 
     if asked is None:

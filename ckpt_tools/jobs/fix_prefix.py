@@ -28,7 +28,7 @@ from .reports import Report
 from .run import copy, run
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class PrefixReport(Report):
     """What a change of names does; the plan before the work, and the result after it.
 
@@ -133,7 +133,7 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
         sizes = [each.size for each in splices.values()]
         show = running.on_progress
         total = sum(each.copied for each in splices.values())
-        on_copied = None if show is None else lambda copied: show(copied, total)
+        on_copied = None if show is None else lambda copied: show("copying", copied, total)
         with staged_files(target, names, sizes, force=output.force or in_place) as fds:
             copy(list(splices.values()), fds, stamps, on_copied, in_place=in_place)
             if in_place:

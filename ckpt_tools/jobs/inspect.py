@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..checkpoints.layouts import StateDict, states
@@ -15,9 +16,11 @@ from ..checkpoints.parts import of_ranks, select_parts
 from ..checkpoints.prefixes import prefixes
 from ..checkpoints.steps import stored_counters
 from ..errors import LayoutError
+from ..formats import read_header
 from ..formats.header import Header
 from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
+from ..series.paths import one_checkpoint
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
 from .reports import Report
 
@@ -87,8 +90,8 @@ class Optimizer:
     kept: tuple[KeptRow, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Description(Report):
+@dataclass(frozen=True, slots=True, repr=False)
+class InspectReport(Report):
     """The contents of a checkpoint.
 
     Attributes:
@@ -118,13 +121,33 @@ class Description(Report):
     notes: tuple[str, ...] = ()
 
 
-def describe(header: Header) -> Description:
+def inspect(path: str | Path) -> InspectReport:
+    """Describe what a checkpoint holds, from its header alone; no payload is read, and nothing in it is run.
+
+    Args:
+        path: a file, a folder with a sharded checkpoint, or a folder with a single checkpoint in it.
+
+    Returns:
+        Format, layout, the sets of weights with their tensors, counters, optimizers, and the record of ckpt-tools.
+
+    Raises:
+        CkptError: it cannot be read, or the folder holds several checkpoints.
+
+    Example:
+        >>> report = ckpt_tools.inspect("averaged.pth")
+        >>> report.sets[0].dtypes
+        {'float32': (10, 21640)}
+    """
+    return describe(read_header(one_checkpoint(path)))
+
+
+def describe(header: Header) -> InspectReport:
     """Describe a checkpoint from its header; no payload is read."""
     sets = sets_of(header)
     weights = {which: _weight_set(state) for which, state in sets.items()}
     counted = weights.get("raw") or next(iter(weights.values()), None)
     note = training_mode_note(header.tree, [each.path for each in sets.values()])
-    return Description(
+    return InspectReport(
         path=str(header.path),
         format=header.format.name,
         nbytes=header.nbytes,

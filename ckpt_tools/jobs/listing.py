@@ -49,7 +49,7 @@ class Listed:
     fault: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Listing(Report):
     """The checkpoints in a folder, or at several paths.
 

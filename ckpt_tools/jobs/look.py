@@ -65,7 +65,7 @@ class Position:
     start_left: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class LookReport(Report):
     """The geometry of a series; lengths are Euclidean, over all parameters together.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..compute.gram import gram
+from ..compute.progress import Progress
 from ..series.member import Member
 from ..series.rules.rule import Products
 from ..tensors import TensorSpec
@@ -15,14 +16,14 @@ def inner_products(
     members: Sequence[Member],
     *,
     threads: int | None,
-    on_progress: Callable[[int, int], None] | None,
+    on_progress: Progress | None,
 ) -> list[Products]:
     """Measure tensor by tensor; see `ckpt_tools.compute.gram.gram`.
 
     Args:
         aligned: tensors, each as it is in the checkpoints that have it.
         members: the checkpoints.
-        on_progress: called with (bytes read, bytes in all).
+        on_progress: called with (what is done, bytes read, bytes in all).
 
     Raises:
         ReadError: a file cannot be read.
@@ -32,6 +33,6 @@ def inner_products(
         aligned,
         stamps=[stamp for member in members for stamp in member.header.files],
         threads=threads,
-        on_progress=None if on_progress is None else lambda done: on_progress(done, total),
+        on_progress=None if on_progress is None else lambda done: on_progress("measuring", done, total),
     )
     return [matrix.tolist() for matrix in found]

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+from ..compute.progress import Progress, check_progress
 from ..series.rules.amounts import Span, Steps
 from ..series.rules.rule import Numbers, Option
 from ..series.schedules import Schedule
@@ -17,6 +18,8 @@ from ..series.schedules import Schedule
 R = TypeVar("R")
 G = TypeVar("G", bound="Options")
 REQUIRED = inspect.Parameter.empty
+USUAL = "auto"
+"""Target of an average that is not given one: averaged.pth, or as the inputs are."""
 Size = str | int
 Words = Sequence[str]
 Pairs = Mapping[str, Any]
@@ -74,6 +77,9 @@ def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]
                 for option in options:
                     if option.default is REQUIRED and option.name not in given:
                         raise TypeError(f"{function.__name__}() lacks the keyword argument '{option.name}'")
+                for option in options:
+                    if option.type == Progress | None and given.get(option.name) is not None:
+                        check_progress(option.name, given[option.name])
                 filled.append(group(**{o.name: given.pop(o.name) for o in options if o.name in given}))
             try:
                 positional = signature.bind(*arguments, **given).args
@@ -90,7 +96,10 @@ def takes(*groups: type[Group]) -> Callable[[Callable[..., R]], Callable[..., R]
             for o in options
         ]
         call.__signature__ = full.replace(parameters=[*parameters, *keywords])  # type: ignore[attr-defined]
-        lines = [o.help if o.implied is None else f"{o.help} If None: {o.implied}." for o in options]
+        lines = [
+            f"{o.help} If {o.default!r}: {o.implied}." if o.default in (None, USUAL) and o.implied else o.help
+            for o in options
+        ]
         text = "\n        ".join(f"{o.name}: {line}" for o, line in zip(options, lines, strict=True))
         call.__doc__ = (function.__doc__ or "").replace("{options}", text)
         return call
@@ -128,7 +137,9 @@ class Selection(Options, more=(Skipping,)):
     )
     from_step: Steps | None = option("From this step (or epoch) on.", None, metavar="N")
     to_step: Steps | None = option("Up to this step (or epoch).", None, metavar="N")
-    order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
+    order: Literal["auto", "given", "natural", "mtime"] = option(
+        "auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto"
+    )
     include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
 
 
@@ -140,8 +151,10 @@ class Alignment(Options):
     state: str | Words = option(
         "auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.", "auto"
     )
-    match: str = option("name or order.", "name")
-    keys: str = option("strict, intersection, or union (averaged over those that have it).", "strict")
+    match: Literal["name", "order"] = option("name or order.", "name")
+    keys: Literal["strict", "intersection", "union"] = option(
+        "strict, intersection, or union (averaged over those that have it).", "strict"
+    )
 
 
 class Matching(Alignment):
@@ -149,8 +162,12 @@ class Matching(Alignment):
 
     title = "Which weights"
 
-    buffers: str = option("average, or last: BatchNorm statistics of the last checkpoint.", "average")
-    lora: str = option("factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors")
+    buffers: Literal["average", "last"] = option(
+        "average, or last: BatchNorm statistics of the last checkpoint.", "average"
+    )
+    lora: Literal["factors", "product"] = option(
+        "factors, or product: average LoRA updates themselves, exactly; the ranks add up.", "factors"
+    )
     dequantize: bool = option(
         "Average what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
     )
@@ -210,12 +227,17 @@ class AveragedOutput(Encoding):
 
     out: str | Path | None = option(
         "A known suffix chooses the format; other names mean a folder of shards; DIR/ puts a file into it.",
-        None,
+        USUAL,
         implied="averaged.pth, or as the inputs are",
         metavar="PATH",
     )
     hash: bool = option("Record the SHA-256 of the inputs.", False)
     plot: str | Path | None = option("Draw the coefficients, .svg or .png; needs matplotlib.", None, metavar="FILE")
+
+    @property
+    def named(self) -> str | Path | None:
+        """The target, if `out` names one."""
+        return None if self.out == USUAL else self.out
 
 
 class ConvertedOutput(Encoding):
@@ -277,8 +299,8 @@ class Running(Options):
 
     dry_run: bool = option("Show the plan, write nothing.", False)
     on_plan: Callable[[Any], None] | None = option("Called with the report of the plan before the work.", None)
-    on_progress: Callable[..., None] | None = option(
-        "Called in this thread with (bytes done, bytes in all), read and written.", None
+    on_progress: Progress | None = option(
+        "Called in this thread with (what is done, bytes done, bytes in all), read and written.", None
     )
 
 
@@ -422,9 +444,7 @@ class Reading(Options):
     title = "Running"
 
     threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
-    on_progress: Callable[[int, int], None] | None = option(
-        "Called in this thread with (bytes read, bytes in all).", None
-    )
+    on_progress: Progress | None = option("Called in this thread with (what is done, bytes read, bytes in all).", None)
 
 
 class Prefixes(Options):
@@ -483,7 +503,9 @@ class Statistics(Options):
     title = "The statistics"
 
     passes: int = option("Times that the images are read; after P passes the first P layers are exact.", 1)
-    estimator: str = option("population (all values as one set), or batch-mean (each batch counts once).", "population")
+    estimator: Literal["population", "batch-mean"] = option(
+        "population (all values as one set), or batch-mean (each batch counts once).", "population"
+    )
     include_frozen: bool = option("Also measure layers that training does not update.", False)
     allow_unmeasured: bool = option("Accept layers that cannot be measured in front of others.", False)
 
@@ -506,7 +528,7 @@ class Numerics(Options):
 class Inference(Running, more=(Numerics,)):
     """How a job runs that shows images to a network."""
 
-    on_progress: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+    on_progress: Progress | None = option("Called with (what is done, images done, images in all).", None)
     device: str = option("auto, cpu, cuda, cuda:1.", "auto")
 
 
@@ -518,7 +540,7 @@ class Recalibration(Options, more=(Network, Images, Measuring, Numerics), withou
     recal_bn: str | None = option(
         "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
     )
-    on_images: Callable[..., None] | None = option("Called with (what is done, images done, images in all).", None)
+    on_images: Progress | None = option("Called with (what is done, images done, images in all).", None)
 
     def of(self, group: type[G]) -> G:
         """Return one of the groups that it is made of, with the values given here."""

@@ -19,11 +19,12 @@ from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
+from ..compute.progress import Progress
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
 from ..evaluation.preprocessing import Preprocessing
-from ..evaluation.runner import Progress, Runner
+from ..evaluation.runner import Runner
 from ..evaluation.scores import Accuracy, Fit
 from ..formats import read_header
 from ..formats.file_plan import OutTensor
@@ -42,7 +43,7 @@ from .run import check_output, run, write
 from .sign_off import SignOff
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RecalibrationReport(Report):
     """What a recalibration does; the plan before the work, and the result after it.
 

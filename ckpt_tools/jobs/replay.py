@@ -82,10 +82,10 @@ def replayed(
         raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
     headers = find_inputs(record, header, paths, hashes=not running.dry_run)
     addends = summed_again(header, record, headers, matching)
-    place = None if output.out is None else as_path(output.out)
+    place = None if output.named is None else as_path(output.named)
     in_place = place is not None and (place == header.path or same_file(place, header.path))
     before = _digests(header) if in_place and not running.dry_run else None
-    target = named_after(header, "-replayed") if output.out is None else Target.of(output.out)
+    target = named_after(header, "-replayed") if output.named is None else Target.of(output.named)
     return replace(
         addends,
         notes=tuple(_remarks(record, headers, running)),

@@ -103,6 +103,7 @@ def produce(
     output: Recorded,
     running: Running,
     *,
+    doing: str,
     inputs: Iterable[Path] = (),
     replaces: Collection[Stamp] = (),
     finish: Callable[[R], tuple[R, Assembly, Sequence[Stamp]]] | None = None,
@@ -115,6 +116,7 @@ def produce(
 
     Args:
         stamps: of the input files, taken when their headers were read.
+        doing: what `on_progress` is told that is done.
         inputs: further files and folders that the target must not be.
         replaces: those of `stamps` whose place the target may take.
         finish: called after the plan is shown; returns the report, the assembly to write instead, and its stamps.
@@ -143,14 +145,15 @@ def produce(
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
         show = running.on_progress
         total = final.bytes_moved + (0 if store_of(final.target) is LOCAL else final.nbytes)
-        on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
+        on_bytes = None if show is None else lambda nbytes: show(doing, nbytes, total)
+        on_part = None if show is None else lambda nbytes, total: show(doing, nbytes, total)
         sign_off = None
         if output.sign_off is not None:
             from .sign_off import SignOff
 
             sign_off = SignOff(Path(output.sign_off), stamps)
         if asked is not None:
-            more = {"force": output.force, "sign_off": sign_off, "on_progress": show, "hashed": hashed, **options}
+            more = {"force": output.force, "sign_off": sign_off, "on_progress": on_part, "hashed": hashed, **options}
             words, published = _shared(final, sources, asked, **more)
             shared: Any = done
             return replace(shared, part=words)  # type: ignore[no-any-return]

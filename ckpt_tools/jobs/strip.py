@@ -51,7 +51,7 @@ class Stripped:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class StripReport(Report):
     """What is stripped from a checkpoint; the plan before the work, and the result after it.
 
@@ -113,7 +113,7 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, sharing: S
     report, assembly = planned(header, target, which, output)
     if assembly is None:
         return run(report, running)
-    more = {"inputs": [header.path], "asked": asked, "allow_nonfinite": True, **polite}
+    more = {"doing": "stripping", "inputs": [header.path], "asked": asked, "allow_nonfinite": True, **polite}
     return produce(report, assembly, header.files, output, running, **more)
 
 

@@ -93,10 +93,10 @@ def updated(
     n = len(record.inputs)
     own = Member(header.path, header, record.inputs[-1].step, record.counter)
     target = None
-    if output.out is None:
+    if output.named is None:
         target = Target(header.path, folder=True) if header.in_folder else Target.of(header.path)
-    in_place = target is not None or same_file(Path(output.out), header.path)  # type: ignore[arg-type]
-    kept = () if target is not None else tuple(_inputs_at(record, Path(output.out)))  # type: ignore[arg-type]
+    in_place = target is not None or same_file(Path(output.named), header.path)  # type: ignore[arg-type]
+    kept = () if target is not None else tuple(_inputs_at(record, Path(output.named)))  # type: ignore[arg-type]
     allowed = running.allow_nonfinite or record.arguments.get("allow_nonfinite")
     return Addends(
         members=(own, *members),

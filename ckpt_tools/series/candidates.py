@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..errors import CkptError, UsageError
 from .member import Member
@@ -81,7 +81,7 @@ class Combinations:
 
 def several(option: Option) -> bool:
     """Return True if an option of a rule may have several values: a number, an amount or a word."""
-    kinds = (option.type, *get_args(option.type))
+    kinds = option.kinds
     return bool in kinds or any(kind in kinds for kind in (int, float, str)) and Path not in kinds
 
 
@@ -120,7 +120,7 @@ def _range(option: Option, match: re.Match[str]) -> list[str]:
 
 def _as(option: Option, text: str) -> Any:
     """Return one value as the library takes it; amounts with a unit stay text."""
-    kinds = (option.type, *get_args(option.type))
+    kinds = option.kinds
     if bool in kinds:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

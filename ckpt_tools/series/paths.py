@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import SeriesError, UsageError
@@ -20,6 +21,7 @@ from ..storage.source import LOCAL, store_of
 from .numbered import glob_of, lined_up_first, natural_key, without_numbers
 from .shards import is_part, refuse_parts
 
+T = TypeVar("T")
 _MAGIC = re.compile("[*?[]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SECRET = re.compile(r"(https?://)(?:[^/?#\s]*@)?([^?#]*)(?:[?#].*)?", re.DOTALL)
@@ -30,7 +32,7 @@ _LEVELS, _MOST_FOLDERS = 3, 100
 _OPTIMIZER_FOLDER = re.compile(r"optimizer_\d+")  # Accelerate's, beside pytorch_model_fsdp_0
 
 
-def listed(paths: Iterable[str | Path]) -> list[str | Path]:
+def listed(paths: Iterable[T]) -> list[T]:
     """Return paths as a list.
 
     Raises:

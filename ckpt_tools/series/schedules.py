@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 
 from ..errors import UsageError
 from .rules import decay, difference, ema, posthoc, power, stock, uniform, weights
-from .rules.rule import Numbers, Option, Rule
+from .rules.rule import Numbers, Option, Rule, one_of
 
 _MODES = {"swa": "uniform", "mean": "uniform", "average": "uniform", "avg": "uniform", "exponential": "ema"}
 """Other names of modes, as other tools call them."""
@@ -44,7 +44,7 @@ class Schedule:
         """Return `mode`, and the options of all rules."""
         *most, last = SCHEDULES
         implied = "the one that takes the other options, else uniform"
-        mode = Option("mode", str, None, f"{', '.join(most)} or {last}.", implied)
+        mode = Option("mode", one_of((*SCHEDULES, *_MODES)), None, f"{', '.join(most)} or {last}.", implied)
         found = {option.name: option for rule in SCHEDULES.values() for option in rule.options}
         return (mode, *found.values())
 

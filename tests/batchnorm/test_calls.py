@@ -210,7 +210,7 @@ class OneByOne:
 def test_a_loader_of_batches_of_one_is_read_in_pairs_or_one_by_one(shape: tuple[int, ...], batches: int) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3)).double()
     fed: list[int] = []
-    report = recalibrate_bn(model, OneByOne(*shape), on_batch=lambda _, images: fed.append(images))
+    report = recalibrate_bn(model, OneByOne(*shape), on_progress=lambda _, images, total: fed.append(images))
     columns = torch.cat([*OneByOne(*shape)]).movedim(1, 0).flatten(1).numpy()
     np.testing.assert_allclose(model[0].running_var.numpy(), columns.var(1, ddof=1), rtol=1e-12)
     assert (report.batches, report.images, max(np.diff(fed))) == (batches, 30, 30 // batches)

@@ -142,9 +142,12 @@ def test_pass_p_has_stored_statistics_in_the_first_p_layers_but_one_and_those_of
         for layer in range(number - 1, 3):
             whole = np.concatenate(seen[layer], 1)
             stored[layer] = whole.mean(1), whole.var(1, ddof=1)
-    calls: list[int] = []
-    recalibrate_bn(model, [torch.tensor(x) for x in batches], passes=passes, on_batch=lambda p, _: calls.append(p))
-    assert max(calls) == min(passes, 3)  # when all layers are exact, there is nothing more to measure
+    calls: list[tuple[str, int, int | None]] = []
+    recalibrate_bn(model, list(map(torch.tensor, batches)), passes=passes, on_progress=lambda *each: calls.append(each))
+    told = [f"measuring, pass {number} of {passes}" if passes > 1 else "measuring" for number in range(1, 4)]
+    first = [(told[0], done, None) for done in (6, 15, 19)]
+    later = [(what, done, 19) for what in told[1:passes] for done in (6, 15, 19)]
+    assert calls == [*first, (told[0], 19, 19), *later]  # when all layers are exact, there is nothing more to measure
     for bn, (mean, variance) in zip(model.bns, stored, strict=True):
         np.testing.assert_allclose(bn.running_mean.numpy(), mean, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(bn.running_var.numpy(), variance, rtol=1e-9)

@@ -23,7 +23,7 @@ from ckpt_tools import average, convert
 from ckpt_tools.checkpoints.optimizers import flat_training_state
 from ckpt_tools.errors import LayoutError
 from ckpt_tools.formats import read_header
-from ckpt_tools.jobs.inspect import Description, describe
+from ckpt_tools.jobs.inspect import InspectReport, describe
 
 Save = Callable[..., Path]
 
@@ -72,7 +72,7 @@ def trained(make: Any, **options: Any) -> tuple[nn.Module, Any]:
     return model, optimizer.state_dict()
 
 
-def described(save: Save, tree: Any) -> Description:
+def described(save: Save, tree: Any) -> InspectReport:
     return describe(read_header(save("c.pth", tree)))
 
 

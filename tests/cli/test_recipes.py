@@ -15,6 +15,7 @@ from cli_runner import run
 from safetensors.torch import load_file
 
 import ckpt_tools
+from ckpt_tools import errors
 
 RUNNING = sorted(
     str(path.relative_to(pages.DOCS))
@@ -71,7 +72,7 @@ def test_recipes_run_from_a_training_to_final_weights(here: Path) -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     listed = re.findall(r"^::: ckpt_tools\.(.+)$", (pages.DOCS / "python.md").read_text(), re.MULTILINE)
-    public = {getattr(ckpt_tools, name) for name in ckpt_tools.__all__ if name not in ("CkptError", "__version__")}
+    public = {getattr(ckpt_tools, name) for name in ckpt_tools.__all__ if name not in ("__version__", *vars(errors))}
     homes = [name.rpartition(".") for name in listed if name != "errors"]
     found = {getattr(__import__(f"ckpt_tools.{home}", fromlist=[name]), name) for home, _, name in homes}
     assert found == public

@@ -83,7 +83,7 @@ def test_a_file_in_a_store_has_the_bytes_of_one_here(s3: Any, monkeypatch: pytes
     seen: list[tuple[int, int]] = []
     series = ["w-0.pth", "w-1.pth"]
     report = average(
-        series, out=f"s3://{BUCKET}/run/avg.pth", on_progress=lambda done, total: seen.append((done, total))
+        series, out=f"s3://{BUCKET}/run/avg.pth", on_progress=lambda _, done, total: seen.append((done, total))
     )
     average(series, out="avg.pth")
     assert report.written

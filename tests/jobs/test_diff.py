@@ -243,7 +243,7 @@ def test_diff_compares_empty_and_scalar_tensors(save: Save) -> None:
 def test_diff_reports_progress_in_bytes_of_both(save: Save) -> None:
     seen: list[tuple[int, int]] = []
     paths = [save(f"{i}.pth", {"w": torch.randn(1000)}) for i in range(2)]
-    ckpt_tools.diff(*paths, on_progress=lambda done, total: seen.append((done, total)))
+    ckpt_tools.diff(*paths, on_progress=lambda _, done, total: seen.append((done, total)))
     assert seen[-1] == (8000, 8000)
 
 

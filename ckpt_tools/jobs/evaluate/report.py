@@ -45,7 +45,7 @@ class Evaluated:
         return self.origin.averaged is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class EvaluationReport(Report):
     """What checkpoints score; the plan before the work, and the result after it.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
+from ...compute.progress import Progress
 from ...evaluation.evaluators import Command, Evaluator, Function
 from ..options import Network, Numerics, Statistics
 from .options import Evaluation, Honesty, Sweeping, SweptImages
@@ -47,7 +48,7 @@ def opened(
     images: SweptImages,
     running: Sweeping,
     example: Checkpoint,
-    on_progress: Callable[..., None],
+    on_progress: Progress,
 ) -> Iterator[Evaluators]:
     """Open an evaluation, with the folders of the user's code on `sys.path` meanwhile.
 
@@ -86,7 +87,7 @@ def _classifier(
     images: SweptImages,
     running: Sweeping,
     example: Checkpoint,
-    on_progress: Callable[..., None],
+    on_progress: Progress,
 ) -> Iterator[Evaluators]:
     from ..classifiers import opened_classifiers
 

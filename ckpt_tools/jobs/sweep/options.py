@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
@@ -79,7 +79,9 @@ class Order(Skipping):
 
     title = "The series"
 
-    order: str = option("auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto")
+    order: Literal["auto", "given", "natural", "mtime"] = option(
+        "auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto"
+    )
     include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
     metrics: str | Path | None = option("With `best`: a table of metrics, CSV or JSON lines.", None, metavar="FILE")
 

@@ -45,7 +45,7 @@ class Ranked:
     file: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SweepReport(Report):
     """What a sweep consists of; the plan before the work, and the result after it.
 

@@ -105,8 +105,8 @@ def tune_checkpoint(
                 check_space(scratch, report.feature_bytes)
 
         def work(report: TuneReport) -> TuneReport:
-            progress, on_sizes = (each or (lambda *_: None) for each in (running.on_progress, images.on_sizes))
-            done = worked(report, setting, recipe, scratch, progress, on_sizes)
+            progress = running.on_progress or (lambda *_: None)
+            done = worked(report, setting, recipe, scratch, progress, images.on_sizes or (lambda *_: None))
             if output.require_gain:
                 _check_gain(done)
             changed = _changed(setting, loaded.names, checkpoint.specs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from ...series.rules.rule import Numbers
 from ..options import Images, Network, Options, Output, option
@@ -32,9 +33,11 @@ class Training(Options):
 
     title = "The training"
 
-    train: str = option("head (the classifier), last-block (with the block in front of it), or all.", "head")
+    train: Literal["head", "last-block", "all"] = option(
+        "head (the classifier), last-block (with the block in front of it), or all.", "head"
+    )
     head: str | None = option("Name of the classifier in the network.", None, implied="found", metavar="NAME")
-    recalibrate: str | None = option(
+    recalibrate: Literal["last", "all", "none"] | None = option(
         "BatchNorm layers to measure at this size: last, all or none.", None, implied="all with `train=all`, else last"
     )
     epochs: int = option("Passes over the images.", 20)

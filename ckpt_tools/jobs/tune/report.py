@@ -40,7 +40,7 @@ class Change:
     comparisons: tuple[Comparison, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TuneReport(Report):
     """What a tuning does; the plan before the work, and the result after it.
 

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from ...batchnorm.batches import images_of
+from ...compute.progress import Progress
 from ...errors import ModelError
 from ...evaluation.data import Batches
 from ...evaluation.evaluators import Scores
-from ...evaluation.runner import Progress, large_blocks_kept
+from ...evaluation.runner import large_blocks_kept
 from ...evaluation.scores import Accuracy, Outcomes
 from ...tuning.examples import Example, as_logits, called, labelled, taught
 from ...tuning.features import mapped, stored

@@ -137,7 +137,7 @@ def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashe
     from ...compute.digest import digests  # imports torch
 
     show, total = running.on_progress, sum(spec.nbytes for spec in specs)
-    on_bytes = None if show is None else lambda nbytes: show(nbytes, total)
+    on_bytes = None if show is None else lambda nbytes: show("verifying", nbytes, total)
     return digests(specs, hashed=hashed, stamps=header.files, threads=running.threads, on_progress=on_bytes)
 
 

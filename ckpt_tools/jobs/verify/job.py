@@ -21,7 +21,7 @@ from .check import FAILED, Check
 from .origin import origin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class VerifyReport(Report):
     """What came of verifying one checkpoint.
 

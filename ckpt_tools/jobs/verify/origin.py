@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +183,8 @@ def _differing(
     from ...compute.recompute import agreements  # imports torch
 
     stamps = [stamp for each in (*inputs, header) for stamp in each.files]
-    found = agreements(
-        [*pairs], share=share, seed=seed, stamps=stamps, threads=running.threads, on_progress=running.on_progress
-    )
+    show = None if running.on_progress is None else partial(running.on_progress, "verifying its origin")
+    found = agreements([*pairs], share=share, seed=seed, stamps=stamps, threads=running.threads, on_progress=show)
     differing = [
         (spec, name, each) for ((_, spec), name), each in zip(pairs.items(), found, strict=True) if each.differing
     ]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ...errors import UsageError
-from .rule import Option
+from .rule import Option, one_of
 
-BY = Option("by", str, "auto", "Count along steps, or files; auto takes the steps where all are known.")
 AXES = ("auto", "steps", "files")
+BY = Option("by", one_of(AXES), "auto", "Count along steps, or files; auto takes the steps where all are known.")
 
 
 def check_axis(by: str) -> None:

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from ...errors import UsageError
 from .axis import BY, check_axis, positions
-from .rule import Option, Rule
+from .rule import Option, Rule, one_of
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
@@ -69,7 +69,16 @@ def _check(*, shape: str | None, by: str) -> None:
 RULE = Rule(
     _decay,
     # Without a default, so that `shape` alone says which rule it is.
-    (Option("shape", str, None, f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for.", _USUAL), BY),
+    (
+        Option(
+            "shape",
+            one_of(SHAPES),
+            None,
+            f"decay: {', '.join(SHAPES)}; of the learning rate that it stands for.",
+            _USUAL,
+        ),
+        BY,
+    ),
     check=_check,
     remarks=_remarks,
     along=_along,

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import UsageError
 from .amounts import Span, parse_span
 from .axis import BY, check_axis, positions
-from .rule import Option, Rule
+from .rule import Option, Rule, one_of
 
 _WARMUP_GAMMA, _WARMUP_POWER = 1.0, 2 / 3  # ModelEmaV3's
 
@@ -273,7 +273,7 @@ RULE = Rule(
         Option("half_life", Span, None, "ema: in steps (or files, `by='files'`), or 5% of the run.", metavar="SPAN"),
         Option("per_step", bool, False, "ema: the decay between two checkpoints is decay^(step gap)."),
         BY,
-        Option("warmup", str, None, f"ema: {' or '.join(WARMUPS)}; the decay grows."),
+        Option("warmup", one_of(WARMUPS), None, f"ema: {' or '.join(WARMUPS)}; the decay grows."),
         *_OF_TIMM,
         Option("bias_correction", bool, False, "ema: start from zero, divide by 1 - decay^N."),
     ),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 Numbers = Sequence[float]
 """Type of an option that is a list of numbers."""
@@ -20,7 +20,8 @@ class Option:
 
     Attributes:
         name: of the parameter.
-        type: of its values, such as ``float`` or ``Numbers``; None is allowed where it is the default.
+        type: of its values, such as ``float``, ``Numbers`` or ``Literal["name", "order"]``;
+            None is allowed where it is the default.
         default: the default value.
         help: one line; names other parameters in backticks, like messages.
         implied: the meaning of a default of None, as a value or in words.
@@ -33,6 +34,17 @@ class Option:
     help: str
     implied: Any = None
     metavar: str | None = None
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that a value may have; one of a closed set of words is text."""
+        own = (self.type, *get_args(self.type))
+        return (*own, str) if any(get_origin(each) is Literal for each in own) else own
+
+
+def one_of(words: Iterable[str]) -> Any:
+    """Return the type of an option that takes one of these words."""
+    return Literal[tuple(words)]
 
 
 @dataclass(frozen=True, slots=True)
