@@ -75,11 +75,13 @@ def test_what_a_function_says_of_an_option_without_value_is_there_only_where_the
 
 def test_the_public_names_are_these() -> None:
     functions = [
-        "average", "clean", "convert", "diff", "fix_prefix", "inspect", "look", "open_checkpoint", "recalibrate_bn",
+        "average", "card", "clean", "convert", "diff", "evaluate", "fix_prefix", "inspect", "look", "open_checkpoint",
+        "recalibrate_bn",
         "recalibrate_checkpoint", "strip", "sweep", "tune_checkpoint", "verify",
     ]  # fmt: skip
     reports = [
-        "AverageReport", "BatchNormReport", "Checkpoint", "CleanReport", "ConvertReport", "DiffReport", "InspectReport",
+        "AverageReport", "BatchNormReport", "CardReport", "Checkpoint", "CleanReport", "ConvertReport", "DiffReport",
+        "EvaluationReport", "InspectReport",
         "LookReport", "PrefixReport", "RecalibrationReport", "StripReport", "SweepReport", "TuneReport", "VerifyReport",
     ]  # fmt: skip
     raised = [

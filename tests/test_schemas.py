@@ -38,6 +38,11 @@ RUNS: dict[str, list[tuple[str, ...]]] = {
     "tune": [
         ("1.pth", "--model", NET, "--data", LABELLED, "--eval", LABELLED, "--epochs", "1", "--lr", "0.1", *BATCHES)
     ],
+    "eval": [
+        ("1.pth", "averaged.pth", "--eval-function", SCORE, "--in-memory"),
+        ("1.pth", "2.pth", "--data", LABELLED, "--model", NET, *BATCHES),
+    ],
+    "card": [("averaged.pth", "-o", "card.md")],
     "clean": [(".",)],
 }
 """Command to what it is run with, after one another in one folder."""
