@@ -7,6 +7,7 @@ With a folder to keep them in, blocks are written to files, which stay (`kept_bl
 
 from __future__ import annotations
 
+import errno
 import threading
 from array import array
 from bisect import bisect_left
@@ -91,7 +92,8 @@ class FetchedFile:
                 return done + self.inner.read_into(at, view[done:])
             part, data = view[done : done + stop - at], block.data  # which may be let go now
             if self.kept is not None:
-                self.kept.read(at, part)
+                if self.kept.read(at, part) < len(part):
+                    raise OSError(errno.EIO, "what was kept of it is cut off")
             elif data is not None:
                 part[:] = data[at - block.begin : stop - block.begin]
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import tracemalloc
 import weakref
@@ -251,6 +252,20 @@ def test_a_block_that_is_let_go_while_it_is_read_is_asked_for_again(
 
             monkeypatch.setattr(ahead.Block, "has", then_gone)
             assert read(files, path, 20, 30) == store.files[path][20:30]
+
+
+def test_a_kept_file_that_another_program_cuts_off_is_refused(store: RangeStore, tmp_path: Path) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(range(1, 251))
+    with OpenFiles() as files:
+        files.open(path)
+        with ReadAhead(files, lambda number: [(path, 0, 250)], 1, keep=tmp_path) as fetched:
+            assert fetched.wait(0, threading.Event())
+            assert read(files, path, 0, 250) == store.files[path]
+            for kept in tmp_path.iterdir():
+                os.truncate(kept, 100)
+            with pytest.raises(OSError, match="what was kept of it is cut off"):
+                read(files, path, 0, 250)
 
 
 def test_a_job_that_is_stopped_does_not_wait_for_what_is_under_way(store: RangeStore) -> None:
