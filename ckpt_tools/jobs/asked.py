@@ -105,12 +105,12 @@ def _torchrun_step() -> str:
     """Name a run of torchrun: the same in all its processes, and on one machine another one each time.
 
     Unless the user names them, all runs are called ``none``; but each has a folder of logs on each machine, where a
-    process has FOLDER/attempt_0/0/error.json.
+    process has FOLDER/attempt_RESTARTS/RANK/error.json. Of several machines each counts restarts of its own.
     """
-    named = [os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "RESTART_COUNT", "ERROR_FILE")]
+    run, log = (os.environ.get(f"TORCHELASTIC_{name}", "") for name in ("RUN_ID", "ERROR_FILE"))
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    named[2] = str(Path(named[2]).parent.parent) if alone else os.environ.get("MASTER_PORT", "")
-    return "torchrun:" + ":".join("".join(each.split()) for each in named)
+    own = str(Path(log).parent.parent) if alone else os.environ.get("MASTER_PORT", "")
+    return "torchrun:" + ":".join("".join(each.split()) for each in (run, own))
 
 
 def _of_srun() -> Asked | None:

@@ -7,6 +7,7 @@ With a folder to keep them in, blocks are written to files, which stay (`kept_bl
 
 from __future__ import annotations
 
+import errno
 import threading
 from array import array
 from bisect import bisect_left
@@ -89,11 +90,14 @@ class FetchedFile:
             stop = min(end, (at // self.block + 1) * self.block, self.nbytes)
             if block is None or not block.has(at, stop):
                 return done + self.inner.read_into(at, view[done:])
-            part = view[done : done + stop - at]
+            part, data = view[done : done + stop - at], block.data  # which may be let go now
             if self.kept is not None:
-                self.kept.read(at, part)
-            elif block.data is not None:
-                part[:] = block.data[at - block.begin : stop - block.begin]
+                if self.kept.read(at, part) < len(part):
+                    raise OSError(errno.EIO, "what was kept of it is cut off")
+            elif data is not None:
+                part[:] = data[at - block.begin : stop - block.begin]
+            else:
+                return done + self.inner.read_into(at, view[done:])
             done += len(part)
         return done
 
@@ -138,8 +142,8 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Bytes to fetch."""
-        return sum([end - begin for begin, end in self.ranges])
+        """Bytes that it takes, with what is between the ranges."""
+        return self.ranges[-1][1] - self.ranges[0][0]
 
     def add(self, begin: int, end: int) -> None:
         """Add what a work unit needs."""
@@ -329,9 +333,14 @@ class ReadAhead:
                 if self._closed or not block.units:
                     return
                 file.have(block, begin, data)
+                self._came(block)
+            return
         with self._lock:
-            block.there = True
-            self._arrived.notify_all()
+            self._came(block)
+
+    def _came(self, block: Block) -> None:
+        block.there = True
+        self._arrived.notify_all()
 
     def _keep(self, kept: KeptBlocks, path: Path, begin: int, data: Buffer) -> None:
         with self._lock:
@@ -370,9 +379,12 @@ class ReadAhead:
 
 
 def _joined(parts: Sequence[tuple[int, Buffer]]) -> tuple[int, Buffer]:
-    """Return ranges, (first byte, content) in ascending order, as one; what is between them is zero."""
+    """Return ranges, (first byte, content) in ascending order, as one.
+
+    What is between them is needed by nobody. As floats it is NaN, which a sum refuses.
+    """
     (first, _), (last, end) = parts[0], parts[-1]
-    data = bytearray(last + len(end) - first)
+    data = bytearray(b"\xff") * (last + len(end) - first)
     for begin, part in parts:
         data[begin - first : begin - first + len(part)] = part
     return first, data

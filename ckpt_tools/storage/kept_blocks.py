@@ -63,12 +63,13 @@ class KeptBlocks:
         self.read(begin, memoryview(data))
         return zlib.crc32(data) == crc
 
-    def read(self, begin: int, view: memoryview) -> None:
-        """Fill a buffer from an offset; the file is long enough."""
+    def read(self, begin: int, view: memoryview) -> int:
+        """Fill a buffer from an offset; return the bytes read, fewer if another program has cut the file off."""
         done = got = read_once(self.fd, view, begin)
         while got and done < len(view):
             got = read_once(self.fd, view[done:], begin + done)
             done += got
+        return done
 
     def write(self, begin: int, data: bytes | bytearray | memoryview) -> None:
         """Write a range, and list it.

@@ -103,8 +103,9 @@ class Stage:
 
     def _open(self, fds: list[int], names: Sequence[str], sizes: Sequence[int], job: Mapping[str, Any]) -> None:
         try:
+            journals = self.journals()  # first, for another process writes its journal after the job
             begun = self.job() is not None
-            if not begun and self.journals():  # they tell of files that are gone
+            if not begun and journals:  # they tell of files that are gone
                 with self.alone():
                     for path in (*self.path.glob("part-*"), self.path / _PROCESSES):
                         path.unlink(missing_ok=True)

@@ -95,7 +95,7 @@ def test_a_rate_that_is_no_size_is_refused_before_any_work(here: Path) -> None:
         ckpt_tools.average(["missing.pth"], max_read_rate="fast")
 
 
-@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out/"])
+@pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out"])
 @pytest.mark.parametrize("more", [{}, {"drop_cache": True}, {"write_checksums": True}, {"resume": True}])
 def test_hashes_of_the_same_pass_are_those_of_the_files(
     series: list[str], out: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch

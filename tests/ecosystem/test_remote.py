@@ -150,7 +150,7 @@ def test_other_commands_read_addresses_too(bucket: str, runs: Path, tmp_path: Pa
     remote = f"{bucket}/step_100.pth"
     shown = run("inspect", remote)
     assert shown.code == 0
-    assert "s3://runs/a run/step_100.pth: torch-zip" in shown.err
+    assert "s3://runs/a run/step_100.pth: torch-zip" in shown.out
     assert diff(remote, runs / "step_100.safetensors").verdict == "identical"
     assert torch.equal(open_checkpoint(remote)["layers.3.b"], weights(100)["layers.3.b"])
     convert(remote, out=tmp_path / "out.safetensors")

@@ -23,7 +23,7 @@ from ckpt_tools.compute import engine, native, work_units
 from ckpt_tools.compute.shares import shares
 from ckpt_tools.errors import CorruptError, UsageError, WriteError
 from ckpt_tools.jobs.share import Work
-from ckpt_tools.storage.kept_stage import stages
+from ckpt_tools.storage.kept_stage import Stage, stages
 from ckpt_tools.storage.source import OpenFiles
 
 Call = Callable[..., Any]
@@ -288,6 +288,26 @@ def test_a_stage_without_its_job_is_not_trusted(series: list[str], small_units: 
     assert "before" not in average(series, out="out.pth", part="2/2").part
     with pytest.raises(WriteError, match="part 1 of 2 is missing|parts 1 of 2 are missing"):
         average(series, out="out.pth", finish=True)
+
+
+def test_parts_that_begin_at_once_keep_the_work_of_one_another(
+    series: list[str], small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part 2 begins and ends where part 1 has just seen that nobody has begun."""
+    average(series, out="alone.pth")
+    job = Stage.job
+
+    def then_another(self: Stage) -> Any:
+        found = job(self)
+        if found is None:
+            monkeypatch.setattr(Stage, "job", job)
+            average(series, out="out.pth", part="2/2")
+        return found
+
+    monkeypatch.setattr(Stage, "job", then_another)
+    average(series, out="out.pth", part="1/2")
+    average(series, out="out.pth", finish=True)
+    assert Path("out.pth").read_bytes() == Path("alone.pth").read_bytes()
 
 
 def test_the_last_process_says_which_part_was_the_slowest(

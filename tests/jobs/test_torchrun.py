@@ -156,6 +156,13 @@ def test_runs_on_one_machine_have_names_of_their_own(alone: bytes, started: Call
     assert Path("out.safetensors").read_bytes() == alone
 
 
+def test_machines_that_count_their_restarts_apart_share_a_run(alone: bytes, started: Call) -> None:
+    """torchrun counts on each machine what failed there; the others start anew with it, and do not count that."""
+    assert started(process(0, 2, TORCHELASTIC_RESTART_COUNT="1")).code == 0
+    assert started(process(1, 2)).code == 0
+    assert Path("out.safetensors").read_bytes() == alone
+
+
 def test_processes_with_other_arguments_are_refused(alone: bytes, started: Call) -> None:
     started(process(0, 2))
     result = started(process(1, 2), *JOB, "--mode", "ema", "--decay", "0.5")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import tracemalloc
 import weakref
 from array import array
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from memory_store import MemoryFile, MemoryStore
 from safetensors.torch import save_file
 
 from ckpt_tools import average, convert, diff
-from ckpt_tools.compute import native
+from ckpt_tools.compute import fetching, native
 from ckpt_tools.errors import CorruptError, ReadError
 from ckpt_tools.jobs import run
 from ckpt_tools.storage import ahead
@@ -191,6 +193,81 @@ def test_ranges_far_apart_are_fetched_without_what_is_between(gap: int, requests
     assert len(store.requests) == requests
 
 
+@pytest.mark.skipif(native._native is None, reason="needs the C extension")
+@pytest.mark.parametrize("size", [50, 100_000])
+def test_bytes_that_nobody_asked_for_are_refused(
+    size: int, store: RangeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a unit said that it needs less than it reads, of a small tensor and of a large one."""
+    remote = []
+    for number in (1, 2):
+        save_file({"w": torch.full((size,), float(number))}, tmp_path / f"{number}.safetensors")
+        remote.append(store.add(tmp_path / f"{number}.safetensors"))
+    needed = fetching.needed
+    monkeypatch.setattr(fetching, "needed", lambda unit: ((path, a, b - 4) for path, a, b in needed(unit)))
+    with pytest.raises(ReadError, match=r"1\.safetensors: reading failed"):
+        average(remote, out=tmp_path / "out.safetensors")
+
+
+def test_the_bytes_between_two_ranges_are_no_numbers() -> None:
+    first, data = ahead._joined([(100, np.ones(1, np.float32).tobytes()), (112, np.ones(1, np.float32).tobytes())])
+    assert first == 100
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2):
+        between = torch.frombuffer(data, dtype=dtype)[4 // dtype.itemsize : 12 // dtype.itemsize]
+        assert between.float().isnan().all()
+
+
+def test_the_bytes_between_ranges_count_where_memory_is_bounded(store: RangeStore) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(24 << 20)
+    units = [[(path, at, at + 50), (path, at + 900_000, at + 900_050)] for at in range(0, 24 << 20, 1 << 20)]
+    with OpenFiles() as files:
+        files.open(path)
+        tracemalloc.start()
+        try:
+            with ReadAhead(files, units.__getitem__, len(units), memory=4 << 20) as fetched:
+                for number in range(len(units)):
+                    assert fetched.wait(number, threading.Event())
+                    fetched.done(number)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert most < 6 << 20
+
+
+def test_a_block_that_is_let_go_while_it_is_read_is_asked_for_again(
+    store: RangeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, has = Path("mem://runs/a"), ahead.Block.has
+    store.files[path] = bytes(range(1, 251))
+    with OpenFiles() as files:
+        files.open(path)
+        with ReadAhead(files, lambda number: [(path, 0, 100)], 1) as fetched:
+            assert fetched.wait(0, threading.Event())
+
+            def then_gone(block: ahead.Block, begin: int, end: int) -> bool:
+                found = has(block, begin, end)
+                fetched.done(0)
+                return found
+
+            monkeypatch.setattr(ahead.Block, "has", then_gone)
+            assert read(files, path, 20, 30) == store.files[path][20:30]
+
+
+def test_a_kept_file_that_another_program_cuts_off_is_refused(store: RangeStore, tmp_path: Path) -> None:
+    path = Path("mem://runs/a")
+    store.files[path] = bytes(range(1, 251))
+    with OpenFiles() as files:
+        files.open(path)
+        with ReadAhead(files, lambda number: [(path, 0, 250)], 1, keep=tmp_path) as fetched:
+            assert fetched.wait(0, threading.Event())
+            assert read(files, path, 0, 250) == store.files[path]
+            for kept in tmp_path.iterdir():
+                os.truncate(kept, 100)
+            with pytest.raises(OSError, match="what was kept of it is cut off"):
+                read(files, path, 0, 250)
+
+
 def test_a_job_that_is_stopped_does_not_wait_for_what_is_under_way(store: RangeStore) -> None:
     path, stop = Path("mem://runs/a"), threading.Event()
     store.files[path] = bytes(1000)
@@ -313,7 +390,7 @@ def test_without_the_c_extension_blocks_are_read_as_well(
 
 @pytest.mark.skipif(native._native is None, reason="needs the C extension")
 def test_c_reads_bytes_in_memory_and_no_others() -> None:
-    """48 bytes of a file in blocks of 16; what is between two ranges in a block reads as zeros."""
+    """48 bytes of a file in blocks of 16, of one of which a part is there."""
     numbers = np.arange(1, 13, dtype=np.float32)
     data = [numbers[i : i + 4].tobytes() for i in (0, 4, 8)]
     address = native._native.address
@@ -332,8 +409,10 @@ def test_c_reads_bytes_in_memory_and_no_others() -> None:
     assert squares(12, 0, whole[0], (0, 0, 0), whole[2])[0] == native._native.NOT_READ
     assert squares(4, 8, *whole[:1], (0, 0, 0), whole[2]) == (None, float((numbers[8:] ** 2).sum()))
     part = (20, 28, address(data[1]) + 4)
-    expected = (numbers**2)[[0, 1, 2, 3, 5, 6, 8, 9, 10, 11]].sum()
-    assert squares(12, 0, whole[0], part, whole[2]) == (None, float(expected))
+    assert squares(2, 5, whole[0], part, whole[2]) == (None, float((numbers[5:7] ** 2).sum()))
+    for first, count in ((4, 1), (7, 1), (5, 3), (3, 3), (0, 12)):
+        assert squares(count, first, whole[0], part, whole[2])[0] == native._native.NOT_READ
+    assert squares(1, -1, *whole)[0] == native._native.ENDS_EARLY
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -224,7 +224,7 @@ Result fill_large(const Formula *f, size_t n, const Place *in, const Target *out
     return failed(DONE, 0, 0);
 }
 
-/* Neighbouring slices are read in one call, with the bytes between them. */
+/* Neighbouring slices of a file are read in one call, with the bytes between them, which are not there in memory. */
 Result fill_small(const Formula *f, size_t slices, const int64_t *list, char *scratch, int wants_crc, char *packed,
                   uint32_t *crcs, unsigned char *bad) {
     char *span = scratch;
@@ -241,7 +241,9 @@ Result fill_small(const Formula *f, size_t slices, const int64_t *list, char *sc
             for (after = p + 1; after < slices; after++) {
                 const Place *next = (const Place *)(list + after * width + 1) + t;
                 int64_t stop = next->offset + list[after * width] * (int64_t)item;
-                if (next->fd != in->fd || next->offset < end || next->offset > end + GAP || stop > start + SPAN) break;
+                if (next->fd != in->fd || in->fd < 0 || next->offset < end || next->offset > end + GAP ||
+                    stop > start + SPAN)
+                    break;
                 end = stop;
             }
             /* The span is aligned in memory as it is in the file. */

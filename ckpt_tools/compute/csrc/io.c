@@ -12,20 +12,18 @@
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* Bytes that were not fetched are an error: whoever reads them has not said that it needs them. */
 static Status copy_all(const InMemory *file, char *to, int64_t n, int64_t offset) {
     while (n) {
-        if (offset >= file->nbytes) return ENDS_EARLY;
+        if (offset < 0 || offset >= file->nbytes) return ENDS_EARLY;
         int64_t block = offset / file->size, stop = least(offset + n, (block + 1) * file->size);
-        int64_t begin = file->blocks[block].begin, end = least(stop, file->blocks[block].end);
-        const char *from = (const char *)(uintptr_t)file->blocks[block].address;
-        if (!from) {
+        stop = least(stop, file->nbytes);
+        int64_t begin = file->blocks[block].begin, end = file->blocks[block].end;
+        if (offset < begin || end < stop) {
             errno = EIO;
             return NOT_READ;
         }
-        stop = least(stop, file->nbytes);
-        if (offset < begin || end < stop) memset(to, 0, (size_t)(stop - offset)); /* what lies between small slices */
-        if (begin < offset) from += offset - begin, begin = offset;
-        if (begin < end) memcpy(to + (begin - offset), from, (size_t)(end - begin));
+        memcpy(to, (const char *)(uintptr_t)file->blocks[block].address + (offset - begin), (size_t)(stop - offset));
         to += stop - offset, n -= stop - offset, offset = stop;
     }
     return DONE;

@@ -126,7 +126,7 @@ typedef struct {
     int64_t nbytes, size; /* of the file; of a block */
     struct {
         int64_t begin, end; /* bytes of the file that are there */
-        int64_t address;    /* of the first one; 0: none is */
+        int64_t address;    /* of the first one */
     } blocks[];             /* as many as the file has */
 } InMemory; /* a file that is read from memory: in place of a descriptor, it is known by minus its address */
 
