@@ -48,7 +48,7 @@ class Table:
         indent: int = 0,
         sampled: bool = True,
     ) -> None:
-        self._titles = (first, *figures)
+        self._titles = tuple(map(console.visible, (first, *figures)))
         self._full = full
         self._drawn = drawn
         self._indent = indent
@@ -64,7 +64,8 @@ class Table:
             bar: value that its bar stands for; none is drawn for 0.
             drawn: text of the last column.
         """
-        self._rows.append(_Row(console.visible(name), figures, bar, colour, drawn, bold))
+        name, drawn, *cells = map(console.visible, (name, drawn, *figures))
+        self._rows.append(_Row(name, tuple(cells), bar, colour, drawn, bold))
 
     def lines(self, width: int | None, stream: TextIO) -> list[str]:
         """Return the lines.
@@ -117,6 +118,7 @@ class Table:
             found += _folded(row.name, width)
             for title, figure in zip(self._titles[1:], row.figures, strict=True):
                 found += [f"  {part}" for part in _folded(f"{title}: {figure}", width - 2)]
+            found += [f"  {part}" for part in _folded(row.drawn, width - 2) if part]
         return found
 
     def _bars(self, rows: Sequence[_Row], width: int, stream: TextIO) -> Callable[[float], str]:
@@ -148,7 +150,8 @@ def _folded(text: str, width: int) -> list[str]:
     """Cut a text into parts of at most so many columns, after a dot if there is one."""
     parts = []
     while _columns(text) > width:
-        most = next(size for size in range(len(text), 0, -1) if size == 1 or _columns(text[:size]) <= width)
+        longest = max(1, min(len(text), width))  # a name in a file of unknown origin may have a million letters
+        most = next(size for size in range(longest, 0, -1) if size == 1 or _columns(text[:size]) <= width)
         cut = text.rfind(".", 1, most) + 1 or most
         parts.append(text[:cut])
         text = text[cut:]
@@ -159,9 +162,9 @@ def _columns(text: str) -> int:
     """Return the columns that a text takes on a terminal."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
+    from unicodedata import category, east_asian_width
 
-    return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
+    return sum(0 if category(letter) in ("Mn", "Me") else 1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
 def bar(value: float, largest: float, width: int = BAR, stream: TextIO | None = None) -> str:
