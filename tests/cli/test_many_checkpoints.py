@@ -102,6 +102,22 @@ def test_strip_of_many_writes_none_if_one_cannot_be_stripped(series: list[str]) 
     assert "--resume goes with one checkpoint" in refused(Path(), "strip", *series, "--resume", code=2)
 
 
+def test_strip_takes_a_glob_that_matches_one_checkpoint(series: list[str]) -> None:
+    assert run("strip", "run/checkpoint-1[2].pth").code == 0
+    assert Path("run/checkpoint-12-stripped.pth").exists()
+
+
+def test_strip_passes_over_no_empty_folder_and_no_second_name(series: list[str]) -> None:
+    Path("empty").mkdir()
+    for given in (["empty", series[0]], [series[0], "empty"], ["empty", *series]):
+        assert "empty: a folder without weights" in refused(Path(), "strip", *given)
+    Path("also.pth").hardlink_to(series[0])
+    result = run("strip", series[0], "also.pth", series[1])
+    assert result.code == 0
+    assert f"{series[0]} under another name: counted once." in result.err
+    assert result.err.count("Wrote") == 2
+
+
 def test_strip_names_training_state_in_files_beside_the_weights() -> None:
     trainer_folder(Path("checkpoint-100"), 100)
     before = contents(Path())
