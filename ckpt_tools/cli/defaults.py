@@ -88,7 +88,7 @@ def read(
     Args:
         options: names of its options.
         of_command: returns the names of the options of any command; KeyError for what is none.
-        words: of the command line. A default that says nothing without an option that is not there is left out.
+        words: of the command line. A default that would be refused for what they say is left out.
 
     Raises:
         UsageError: a file cannot be read, or has a key that no option has.
@@ -98,10 +98,9 @@ def read(
         if value := os.environ.get(_variable(name)):
             found[name] = Default(value, _variable(name))
     if command == "avg":
-        for leader, others in _waiting().items():
-            option = f"--{leader.replace('_', '-')}"
-            if leader not in found and not any(word.partition("=")[0] == option for word in words):
-                found = {name: default for name, default in found.items() if name not in others}
+        given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+        idle = _idle({*found, *given})
+        found = {name: default for name, default in found.items() if name not in idle}
     return found
 
 
@@ -109,12 +108,20 @@ def _variable(name: str) -> str:
     return f"CKPT_{name.upper()}"
 
 
-def _waiting() -> dict[str, Collection[str]]:
-    """Return the options of `ckpt avg` without which others are refused, and these."""
-    from ..jobs.options import Recalibration
+def _idle(given: Collection[str]) -> set[str]:
+    """Return the options of `ckpt avg` that are refused without another, or beside the record of an average."""
+    from ..jobs.options import AveragedOutput, Matching, Recalibration, Selection
+    from ..series.schedules import Schedule
 
-    measuring = {option.name for option in Recalibration.options()} - {"recal_bn"}
-    return {"best": ("metric", "metrics", "lower_is_better"), "recal_bn": measuring}
+    idle: set[str] = set()
+    if "best" not in given:
+        idle |= {"metric", "metrics", "lower_is_better"}
+    if "recal_bn" not in given:
+        idle |= {option.name for option in Recalibration.options()}
+    if not {"replay", "update"}.isdisjoint(given):
+        groups = [Schedule, Matching, AveragedOutput, *([Selection] if "replay" in given else [])]
+        idle |= {option.name for group in groups for option in group.options()}
+    return idle
 
 
 def _from_file(

@@ -286,9 +286,9 @@ def _is_weights(path: Path) -> bool:
 
 
 def _children(folder: Path) -> list[Path]:
-    """Return the content of a folder without hidden names, in natural order."""
-    names = store_of(folder).names(folder)
-    return sorted((folder / name for name in names if not name.startswith(".")), key=natural_key)
+    """Return the content of a folder without hidden names, and what Linux keeps in each disk, in natural order."""
+    names = (name for name in store_of(folder).names(folder) if not name.startswith(".") and name != "lost+found")
+    return sorted((folder / name for name in names), key=natural_key)
 
 
 def _hint_below(folder: Path) -> str:

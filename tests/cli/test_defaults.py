@@ -65,6 +65,16 @@ def test_a_default_waits_for_an_option_in_either_spelling() -> None:
         assert "metric epoch (ckpt.toml)" in mode(*words)[1]
 
 
+def test_a_default_does_not_contradict_the_record_of_an_average() -> None:
+    assert run("avg", "c-1.pth", "c-2.pth", "-o", "a.pth").code == 0
+    Path("ckpt.toml").write_text("mode = 'ema'\nlast = 2\nskip-broken = true\nkeys = 'union'\ndtype = 'bfloat16'\n")
+    assert run("avg", "--replay", "a.pth", ".", "--dry-run").code == 0
+    result = run("avg", "--update", "a.pth", "c-3.pth", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["mode"] == "uniform"
+    assert "Defaults: last 2 (ckpt.toml), skip-broken True (ckpt.toml)." in result.err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

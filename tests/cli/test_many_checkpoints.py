@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,26 @@ def test_avg_without_arguments_shows_the_plan_for_the_only_run_and_writes_nothin
     assert [line.split()[0] for line in result.out.splitlines()[1:4]] == [f"checkpoint-{n}.pth" for n in (10, 11, 12)]
     assert result.err.splitlines()[-1] == "  ckpt avg --last 3 'out/train/exp 1'"
     assert contents(Path()) == before
+
+
+def test_avg_without_arguments_passes_over_what_linux_keeps_in_each_disk(
+    series: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lost+found").mkdir()
+    scandir = os.scandir
+
+    def guarded(folder: str | Path = ".") -> object:
+        if Path(folder).name == "lost+found":
+            raise PermissionError(13, "Permission denied", "lost+found")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert run("avg").err.splitlines()[-1] == "  ckpt avg run"
+
+
+def test_a_command_that_is_proposed_is_not_broken_on_a_narrow_terminal(series: list[str]) -> None:
+    result = run("avg", "--last", "3", "--buffers", "last", "-o", "name.pth", terminal=True, columns=44, TERM="dumb")
+    assert "  ckpt avg --last 3 --buffers last -o name.pth run" in result.err.splitlines()
 
 
 def test_avg_without_arguments_lists_several_runs_and_asks_for_one(series: list[str], save: Save) -> None:
