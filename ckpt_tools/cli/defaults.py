@@ -110,7 +110,7 @@ def _variable(name: str) -> str:
 
 def _idle(given: Collection[str]) -> set[str]:
     """Return the options of `ckpt avg` that are refused without another, or beside the record of an average."""
-    from ..jobs.options import AveragedOutput, Matching, Recalibration, Selection
+    from ..jobs.options import AveragedOutput, Group, Matching, Recalibration, Selection
     from ..series.schedules import Schedule
 
     idle: set[str] = set()
@@ -119,7 +119,8 @@ def _idle(given: Collection[str]) -> set[str]:
     if "recal_bn" not in given:
         idle |= {option.name for option in Recalibration.options()}
     if not {"replay", "update"}.isdisjoint(given):
-        groups = [Schedule, Matching, AveragedOutput, *([Selection] if "replay" in given else [])]
+        groups: list[type[Group]] = [Schedule, Matching, AveragedOutput]
+        groups += [Selection] if "replay" in given else []
         idle |= {option.name for group in groups for option in group.options()}
     return idle
 
