@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -122,7 +123,7 @@ class Table:
         return found
 
     def _bars(self, rows: Sequence[_Row], width: int, stream: TextIO) -> Callable[[float], str]:
-        largest = self._full or max((abs(row.bar) for row in rows), default=0.0)
+        largest = self._full or max((abs(row.bar) for row in rows if math.isfinite(row.bar)), default=0.0)
         return lambda value: bar(value, largest, width, stream) if width else ""
 
     def _line(
@@ -168,8 +169,8 @@ def _columns(text: str) -> int:
 
 
 def bar(value: float, largest: float, width: int = BAR, stream: TextIO | None = None) -> str:
-    """Draw a value as a bar; the largest fills the width, and any value but zero is visible."""
-    if largest <= 0 or value == 0:
+    """Draw a value as a bar; the largest fills the width, and any value is visible but zero, NaN and infinity."""
+    if largest <= 0 or value == 0 or not math.isfinite(value):
         return ""
     eighths = max(1, round(min(abs(value) / largest, 1.0) * width * 8))
     drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -188,6 +188,15 @@ def test_no_cell_of_a_table_controls_the_terminal() -> None:
     ]
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_number_has_no_bar_and_leaves_those_of_others(odd: float) -> None:
+    table = Table("name", ("value",))
+    table.add("a", str(odd), bar=odd)
+    table.add("b", "1", bar=1.0)
+    first, second = table.lines(80, stream())[1:]
+    assert (first.count("█"), second.count("█")) == (0, 20)
+
+
 def test_a_file_that_says_what_made_it_does_not_control_the_terminal(tmp_path: Path) -> None:
     made = json.dumps({"command": "\x1b]0;title\x07\nWrote it"})
     for name in ("a", "b"):
