@@ -51,18 +51,7 @@ FROM_ENVIRONMENT = frozenset(
 """Options about how a command runs. No other is read from the environment, where scripts of other people may have a
 CKPT_EVERY or CKPT_MODEL of their own, which would change an average."""
 _CODE = frozenset(
-    {
-        "data",
-        "eval_command",
-        "eval_data",
-        "eval_function",
-        "forward",
-        "model",
-        "model_kwargs",
-        "recal_bn",
-        "recalibrate",
-        "teacher",
-    }
+    {"data", "eval_command", "eval_data", "eval_function", "forward", "model", "recal_bn", "recalibrate", "teacher"}
 )
 _PLACES = frozenset({"cache", "scratch"})
 """No file runs code or chooses where to write: it may be one of a folder that was downloaded."""
@@ -97,6 +86,9 @@ def read(
     for name in FROM_ENVIRONMENT.intersection(options):
         if value := os.environ.get(_variable(name)):
             found[name] = Default(value, _variable(name))
+    for name, other in (("quiet", "verbose"), ("verbose", "quiet")):
+        if getattr(console.manner, other) or not {f"--{other}", f"-{other[0]}"}.isdisjoint(words):
+            found.pop(name, None)
     if command == "avg":
         given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
         idle = _idle({*found, *given})
@@ -180,7 +172,7 @@ def config() -> tuple[Path | None, Mapping[str, Any]]:
     Raises:
         UsageError: it is not TOML.
     """
-    if os.environ.get("CKPT_NO_CONFIG"):
+    if os.environ.get("CKPT_NO_CONFIG", "").lower() not in ("", *_FALSE):
         return None, {}
     try:
         here = Path.cwd()
@@ -226,6 +218,8 @@ def as_typed(name: str, default: Default, *, flag: bool, many: bool) -> Any:
         if str(value).lower() in (*_TRUE, *_FALSE):
             return str(value).lower() in _TRUE
         raise UsageError(f"{origin}: {name} = {value!r} is neither true nor false.")
+    if many and isinstance(value, dict):
+        return [f"{key}={each}" for key, each in value.items()]
     if many:
         return [str(each) for each in value] if isinstance(value, list) else [str(value)]
     if isinstance(value, list):

@@ -85,7 +85,7 @@ class Found:
     excluded: dict[Path, str]
 
 
-def find(paths: Sequence[str | Path], notes: list[str], exclude: Sequence[str] = ()) -> Found:
+def find(paths: Sequence[str | Path], notes: list[str], exclude: str | Sequence[str] = ()) -> Found:
     """Expand files, globs and folders to checkpoints, without duplicates.
 
     Args:
@@ -99,7 +99,8 @@ def find(paths: Sequence[str | Path], notes: list[str], exclude: Sequence[str] =
     """
     try:
         expanded, empty = _expanded(paths)
-        excluded = _excluded([*expanded, *empty], exclude, notes)
+        globs = [exclude] if isinstance(exclude, str) else exclude
+        excluded = _excluded([*expanded, *empty], globs, notes)
         found = _without_duplicates([path for path in expanded if path not in excluded], notes)
         _note_nested(found, {as_path(each) for each in paths}, notes)
         _note_masters(found, notes)

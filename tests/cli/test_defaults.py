@@ -35,6 +35,7 @@ def test_a_command_line_counts_before_the_environment_and_that_before_files() ->
     assert mode()[0] == "ema"
     assert mode("--mode", "uniform")[0] == "uniform"
     assert mode(CKPT_NO_CONFIG="1")[0] == "uniform"
+    assert mode(CKPT_NO_CONFIG="0")[0] == "ema"
     Path("ckpt.toml").write_text("threads = 3\n")
     assert "threads 2 (CKPT_THREADS)" in mode(CKPT_THREADS="2")[1]
     assert "threads 3 (ckpt.toml)" in mode(CKPT_THREADS="")[1]
@@ -57,6 +58,20 @@ def test_a_default_that_says_nothing_without_another_option_waits_for_it(text: s
     Path("ckpt.toml").write_text(text)
     assert mode()[0] == "uniform"
     assert "Defaults" not in mode()[1]
+
+
+@pytest.mark.parametrize(("words", "said"), [(["-v"], True), (["--verbose"], True), (["-q"], False), ([], False)])
+def test_how_much_is_said_on_the_command_line_counts_before_a_default(words: list[str], said: bool) -> None:
+    Path("ckpt.toml").write_text("quiet = true\n" if words != ["-q"] else "verbose = true\n")
+    for given in (["avg", *words], [*words, "avg"]):
+        result = run(*given, "c-1.pth", "c-2.pth", "--dry-run")
+        assert (result.code, result.err.startswith("Defaults: ")) == (0, False)
+        assert bool(result.err) == said
+
+
+def test_arguments_of_a_factory_are_a_table() -> None:
+    Path("ckpt.toml").write_text("[recal-bn]\nmodel-kwargs = {num_classes = 10, act = 'relu:1'}\n")
+    assert 'model-kwargs = ["num_classes=10", "act=relu:1"]  # ckpt.toml' in run("recal-bn", "--show-config").out
 
 
 def test_a_default_waits_for_an_option_in_either_spelling() -> None:
