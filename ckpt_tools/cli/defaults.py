@@ -132,7 +132,8 @@ def _from_file(
             try:
                 of_command(key)
             except KeyError:
-                raise UsageError(f"{where}: [{prefix}{key}] is no command of ckpt.") from None
+                hint = " This file has its options at the top, without [tool.ckpt]." if key == "tool" else ""
+                raise UsageError(f"{where}: [{prefix}{key}] is no command of ckpt.{hint}") from None
             inner = value if key == command else inner
             continue
         if name not in options and not _anywhere(name, of_command):
