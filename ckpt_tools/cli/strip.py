@@ -104,7 +104,9 @@ def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[S
         reports.append(report)
         # Signals still end the run: there is more to do.
         say = console.say if report.written else tell
-        say(_result(report) if report.anything else f"{report.path}: nothing to strip.")
+        arguments.say_part(report.part)
+        if report.written or not report.part:
+            say(_result(report) if report.anything else f"{report.path}: nothing to strip.")
         arguments.say_notes(report.notes, tell)
     return reports
 

@@ -103,6 +103,14 @@ def test_strip_of_many_writes_none_if_one_cannot_be_stripped(series: list[str]) 
     assert "--resume goes with one checkpoint" in refused(Path(), "strip", *series, "--resume", code=2)
 
 
+def test_strip_of_many_in_two_processes_says_once_what_is_written(series: list[str]) -> None:
+    started = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}
+    first, second = (run("strip", *series[:2], RANK=rank, **started) for rank in "01")
+    assert (first.code, second.code) == (0, 0), second.err
+    assert "Would write" not in first.err
+    assert second.err.count("Wrote run/checkpoint-") == 2
+
+
 def test_strip_takes_a_glob_that_matches_one_checkpoint(series: list[str]) -> None:
     assert run("strip", "run/checkpoint-1[2].pth").code == 0
     assert Path("run/checkpoint-12-stripped.pth").exists()
