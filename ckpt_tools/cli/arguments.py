@@ -86,7 +86,7 @@ def _for_typer(
     @wraps(function)
     def call(*, quiet: bool, verbose: bool, show_config: bool, **given: Any) -> None:
         common.speak(quiet=quiet, verbose=verbose, all_rows=given.get("all_", False))
-        defaults.say_in_use()
+        defaults.say_in_use(given)
         for _, option in options:
             if option.name in ONCE and _kind(option) is not Words and isinstance(given[option.name], list):
                 given[option.name] = _only(option, given[option.name])

@@ -194,7 +194,7 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
         """Read the arguments, with defaults from files and the environment."""
         if not extra.get("resilient_parsing"):
             options = {param.name: param for param in self.params if isinstance(param, typer.core.TyperOption)}
-            found = defaults.read(str(self.name), options, _options_of)
+            found = defaults.read(str(self.name), options, _options_of, args)
             defaults.in_use.clear()
             defaults.in_use.update(found)
             extra["default_map"] = {
@@ -226,6 +226,8 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
 
     def _show_config(self, ctx: Any) -> None:
         """Show each option that has a value, with where it is from, and end the run."""
+        from ..series.paths import shown
+
         for param in self.params:
             value = ctx.params.get(param.name)
             if param.name == "show_config" or not isinstance(param, typer.core.TyperOption) or value in (None, ()):
@@ -233,7 +235,8 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
             given = ctx.get_parameter_source(param.name).name == "COMMANDLINE"
             default = defaults.in_use.get(param.name)
             origin = "the command line" if given else "default" if default is None else default.origin
-            console.show(f"{param.name.replace('_', '-')} = {json.dumps(value)}  # {origin}")
+            said = shown(value) if isinstance(value, str) else value
+            console.show(f"{param.name.replace('_', '-')} = {json.dumps(said)}  # {origin}")
         raise typer.Exit
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -34,17 +34,16 @@ def complete_shell(context: typer.Context, param: typer.CallbackParam, asked: bo
 def show_config(asked: bool) -> None:
     """Show the defaults that files and the environment set, and end the run."""
     if asked:
-        import os
-
-        from .defaults import config
+        from ..series.paths import shown
+        from .defaults import config, variables
 
         path, table = config()
         console.show(f"# {path or 'no ckpt.toml, and no pyproject.toml with [tool.ckpt], from here upwards'}")
         for key, value in table.items():
             inner = value.items() if isinstance(value, dict) else ()
-            console.show(*[f"{key}.{name} = {each!r}" for name, each in inner] or [f"{key} = {value!r}"])
-        found = sorted(name for name in os.environ if name.startswith("CKPT_"))
-        console.show(*[f"{name}={os.environ[name]}" for name in found])
+            lines = [f"{key}.{name} = {each!r}" for name, each in inner] or [f"{key} = {value!r}"]
+            console.show(*map(shown, lines))
+        console.show(*[f"{name}={shown(value)}" for name, value in variables().items()])
         raise typer.Exit
 
 

@@ -239,7 +239,7 @@ def _write(stream: TextIO, lines: Sequence[str | Table]) -> None:
 
 
 def _wrapped(line: str, width: int | None) -> str:
-    if width is None or len(line) <= width:
+    if width is None or len(line) <= width or line.startswith("  ckpt "):  # a command is copied as it stands
         return line
     import textwrap
 

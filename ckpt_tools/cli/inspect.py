@@ -163,17 +163,14 @@ def _show_provenance(provenance: dict[str, object]) -> None:
     if isinstance(source, dict) and isinstance(source.get("made"), dict):
         console.show(f"  from {source.get('name')}:")
         _show_provenance(source["made"])
-    inputs = provenance.get("inputs")
-    # Written by us, or by whoever wrote the file.
-    rows = (
-        [i for i in inputs if isinstance(i, dict) and _is_figure(i.get("coefficient"))]
-        if isinstance(inputs, list)
-        else []
-    )
+    rows = [i for i in _records(provenance.get("inputs")) if _is_figure(i.get("coefficient"))]
     largest = max((abs(i["coefficient"]) for i in rows), default=0)
     for i in rows:
         drawn = bar(i["coefficient"], largest, stream=sys.stdout)
         console.show(f"    {i['coefficient']:>10.6f} {drawn:<{BAR}} {i.get('name')}")
+    left_out = [f"{i.get('name')} ({i.get('reason')})" for i in _records(provenance.get("skipped"))]
+    if left_out:
+        console.show(f"    left out: {console.some(left_out)}")
 
 
 def _short(value: object) -> str:
@@ -183,6 +180,11 @@ def _short(value: object) -> str:
     if isinstance(value, list):
         return "x".join(map(_short, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _records(value: object) -> list[dict[str, Any]]:
+    """Return what is a list of objects, written by us, or by whoever wrote the file."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _is_figure(value: object) -> bool:

@@ -33,18 +33,33 @@ def strip(
 
     Example: ckpt strip checkpoint-300.pth.tar
     """
-    from ..series.paths import expand
-
-    given = [arguments.path(each) for each in checkpoints]
-    sources = expand(given)
+    sources = _sources([arguments.path(each) for each in checkpoints])
     if len(sources) == 1:
-        report = _strip(given[0], json=json, **options)
-        reports = [report]
+        reports = [_strip(sources[0], json=json, **options)]
     else:
         reports = _strip_all(sources, json=json, **options)
     shown = [arguments.plain(report) for report in reports if arguments.reports(report, **options)]
     if json and shown:
         console.print_json(shown if len(sources) > 1 else shown[0])
+
+
+def _sources(given: Sequence[str]) -> Sequence[Path]:
+    """Find the checkpoints that paths lead to.
+
+    Raises:
+        SeriesError: a path leads to none.
+    """
+    from ..series.paths import expand, find, one_checkpoint
+
+    alone = expand(given)
+    if len(given) == len(alone) == 1:
+        return [one_checkpoint(given[0]) if Path(given[0]).exists() else alone[0]]
+    notes: list[str] = []
+    found = find(given, notes)
+    if found.empty:
+        raise SeriesError(f"{found.empty[0]}: a folder without weights, beside others. Leave it out.")
+    arguments.say_notes(notes)
+    return found.paths
 
 
 def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[StripReport]:
@@ -89,7 +104,9 @@ def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[S
         reports.append(report)
         # Signals still end the run: there is more to do.
         say = console.say if report.written else tell
-        say(_result(report) if report.anything else f"{report.path}: nothing to strip.")
+        arguments.say_part(report.part)
+        if report.written or not report.part:
+            say(_result(report) if report.anything else f"{report.path}: nothing to strip.")
         arguments.say_notes(report.notes, tell)
     return reports
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -48,7 +49,7 @@ class Table:
         indent: int = 0,
         sampled: bool = True,
     ) -> None:
-        self._titles = (first, *figures)
+        self._titles = tuple(map(console.visible, (first, *figures)))
         self._full = full
         self._drawn = drawn
         self._indent = indent
@@ -64,7 +65,8 @@ class Table:
             bar: value that its bar stands for; none is drawn for 0.
             drawn: text of the last column.
         """
-        self._rows.append(_Row(console.visible(name), figures, bar, colour, drawn, bold))
+        name, drawn, *cells = map(console.visible, (name, drawn, *figures))
+        self._rows.append(_Row(name, tuple(cells), bar, colour, drawn, bold))
 
     def lines(self, width: int | None, stream: TextIO) -> list[str]:
         """Return the lines.
@@ -117,10 +119,11 @@ class Table:
             found += _folded(row.name, width)
             for title, figure in zip(self._titles[1:], row.figures, strict=True):
                 found += [f"  {part}" for part in _folded(f"{title}: {figure}", width - 2)]
+            found += [f"  {part}" for part in _folded(row.drawn, width - 2) if part]
         return found
 
     def _bars(self, rows: Sequence[_Row], width: int, stream: TextIO) -> Callable[[float], str]:
-        largest = self._full or max((abs(row.bar) for row in rows), default=0.0)
+        largest = self._full or max((abs(row.bar) for row in rows if math.isfinite(row.bar)), default=0.0)
         return lambda value: bar(value, largest, width, stream) if width else ""
 
     def _line(
@@ -148,7 +151,8 @@ def _folded(text: str, width: int) -> list[str]:
     """Cut a text into parts of at most so many columns, after a dot if there is one."""
     parts = []
     while _columns(text) > width:
-        most = next(size for size in range(len(text), 0, -1) if size == 1 or _columns(text[:size]) <= width)
+        longest = max(1, min(len(text), width))  # a name in a file of unknown origin may have a million letters
+        most = next(size for size in range(longest, 0, -1) if size == 1 or _columns(text[:size]) <= width)
         cut = text.rfind(".", 1, most) + 1 or most
         parts.append(text[:cut])
         text = text[cut:]
@@ -159,14 +163,14 @@ def _columns(text: str) -> int:
     """Return the columns that a text takes on a terminal."""
     if text.isascii():
         return len(text)
-    from unicodedata import combining, east_asian_width
+    from unicodedata import category, east_asian_width
 
-    return sum(0 if combining(letter) else 1 + (east_asian_width(letter) in "WF") for letter in text)
+    return sum(0 if category(letter) in ("Mn", "Me") else 1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
 def bar(value: float, largest: float, width: int = BAR, stream: TextIO | None = None) -> str:
-    """Draw a value as a bar; the largest fills the width, and any value but zero is visible."""
-    if largest <= 0 or value == 0:
+    """Draw a value as a bar; the largest fills the width, and any value is visible but zero, NaN and infinity."""
+    if largest <= 0 or value == 0 or not math.isfinite(value):
         return ""
     eighths = max(1, round(min(abs(value) / largest, 1.0) * width * 8))
     drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

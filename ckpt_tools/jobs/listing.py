@@ -72,7 +72,7 @@ class Listing(Report):
 
 
 def listing(
-    paths: Iterable[str | Path], *, exclude: Sequence[str] = (), skip_broken: bool = False, metric: str = METRIC
+    paths: Iterable[str | Path], *, exclude: str | Sequence[str] = (), skip_broken: bool = False, metric: str = METRIC
 ) -> Listing:
     """List checkpoints by their headers; no payload is read.
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ..batchnorm.report import BatchNormReport, LayerReport
     from .average import AverageReport
-    from .diff import DiffReport
+    from .diff import DiffReport, TensorDiff
 
 TOP = 20
 """So many tensors have a bar."""
@@ -41,19 +41,21 @@ def draw_average(report: AverageReport, figure: Figure) -> None:
 
 
 def draw_diff(report: DiffReport, figure: Figure) -> None:
-    """Draw the largest differences of the tensors that differ most."""
+    """Draw the largest differences of the tensors that differ most; NaN or infinity on one side comes first."""
     axes = figure.subplots()
-    found = [(each.name, each.max_abs, each.max_rel) for each in report.tensors if each.weights and each.max_abs]
-    found = sorted(found, key=lambda row: -(row[1] or 0.0))[:TOP]
-    rows = [
-        (name, size or 0.0, f"{size:.3g}" + ("" if relative is None else f" (relative {relative:.3g})"))
-        for name, size, relative in found
-    ]
+    found = [each for each in report.tensors if each.weights and (each.max_abs or each.nonfinite)]
+    found = sorted(found, key=lambda each: (not each.nonfinite, -(each.max_abs or 0.0)))[:TOP]
+    rows = [(each.name, each.max_abs or 0.0, _difference(each)) for each in found]
     bars(axes, rows, title="tensors that differ most" if rows else "", label="largest absolute difference")
     a, b = shortened(report.a.name, 40), shortened(report.b.name, 40)
     figure.suptitle(
         f"{a} and {b}: {report.verdict}; {report.identical} of {report.compared} tensors identical", **_LEFT
     )
+
+
+def _difference(tensor: TensorDiff) -> str:
+    relative = "" if tensor.max_rel is None else f" (relative {tensor.max_rel:.3g})"
+    return f"{tensor.max_abs or 0.0:.3g}{relative}" + (f", {tensor.nonfinite} not finite" if tensor.nonfinite else "")
 
 
 def draw_batchnorm(report: BatchNormReport, figure: Figure) -> None:

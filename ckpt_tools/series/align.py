@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def _other_models(states: Sequence[Mapping[str, Tensor]], files: Sequence[str]) 
     if not others:
         return None
     said = "; ".join(f"{files[i]} ({reason})" for i, reason in others.items())
-    names = [files[i] for i in others]
+    names = [glob.escape(files[i]) for i in others]
     them = "it" if len(names) == 1 else "them"
     return (
         f"{len(names)} of {len(files)} checkpoints cannot be averaged: {said}. Leave {them} out: `exclude={names!r}`."

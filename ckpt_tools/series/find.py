@@ -48,7 +48,7 @@ def find_series(
     *,
     order: str = "auto",
     include_outputs: bool = False,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     skip_broken: bool = False,
     state: str | Sequence[str] = "auto",
     start: Path | None = None,
@@ -79,7 +79,7 @@ def find_series(
         raise UsageError(f"`order` is one of {', '.join(ORDERS)}, not {order!r}.")
     notes: list[str] = []
     paths = listed(paths)
-    there = find(paths, notes, [exclude] if isinstance(exclude, str) else exclude)
+    there = find(paths, notes, exclude)
     found = there.paths
     if start is not None:
         found = [path for path in found if path.resolve() != start.resolve()] or found

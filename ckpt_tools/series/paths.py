@@ -85,7 +85,7 @@ class Found:
     excluded: dict[Path, str]
 
 
-def find(paths: Sequence[str | Path], notes: list[str], exclude: Sequence[str] = ()) -> Found:
+def find(paths: Sequence[str | Path], notes: list[str], exclude: str | Sequence[str] = ()) -> Found:
     """Expand files, globs and folders to checkpoints, without duplicates.
 
     Args:
@@ -99,7 +99,8 @@ def find(paths: Sequence[str | Path], notes: list[str], exclude: Sequence[str] =
     """
     try:
         expanded, empty = _expanded(paths)
-        excluded = _excluded([*expanded, *empty], exclude, notes)
+        globs = [exclude] if isinstance(exclude, str) else exclude
+        excluded = _excluded([*expanded, *empty], globs, notes)
         found = _without_duplicates([path for path in expanded if path not in excluded], notes)
         _note_nested(found, {as_path(each) for each in paths}, notes)
         _note_masters(found, notes)
@@ -286,9 +287,9 @@ def _is_weights(path: Path) -> bool:
 
 
 def _children(folder: Path) -> list[Path]:
-    """Return the content of a folder without hidden names, in natural order."""
-    names = store_of(folder).names(folder)
-    return sorted((folder / name for name in names if not name.startswith(".")), key=natural_key)
+    """Return the content of a folder without hidden names, and what Linux keeps in each disk, in natural order."""
+    names = (name for name in store_of(folder).names(folder) if not name.startswith(".") and name != "lost+found")
+    return sorted((folder / name for name in names), key=natural_key)
 
 
 def _hint_below(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -150,13 +151,13 @@ def _way_on(bad: Sequence[Path], good: Sequence[Path], *, skip_broken: bool) -> 
     names = [path.name for path in bad]
     if {path.name for path in good} & {*names}:
         names = [*map(str, bad)]
-    ways = [f"`exclude={names!r}`"] if len(names) <= _MOST else []
+    ways = [f"`exclude={[*map(glob.escape, names)]!r}`"] if len(names) <= _MOST else []
     if skip_broken and good:
         ways.append("`skip_broken=True`")
-    globs = {glob_of(path) for path in good}
-    glob = globs.pop() if len(globs) == 1 else None
-    if len(good) > 1 and glob is not None and not any(path.match(str(glob)) for path in bad):
-        ways.append(f"name '{glob}'")
+    patterns = {glob_of(path) for path in good}
+    pattern = patterns.pop() if len(patterns) == 1 else None
+    if len(good) > 1 and pattern is not None and not any(path.match(str(pattern)) for path in bad):
+        ways.append(f"name '{pattern}'")
     them = "it" if len(bad) == 1 else "them"
     return f"Leave {them} out{': ' if ways else ''}{' or '.join(ways)}."
 

@@ -33,10 +33,92 @@ def test_a_command_line_counts_before_the_environment_and_that_before_files() ->
     assert mode()[0] == "power"
     Path("ckpt.toml").write_text("mode = 'power'\n[avg]\nmode = 'ema'\n")
     assert mode()[0] == "ema"
-    assert mode(CKPT_MODE="uniform")[0] == "uniform"
-    assert mode("--mode", "ema", CKPT_MODE="uniform")[0] == "ema"
-    assert mode(CKPT_MODE="")[0] == "ema"
+    assert mode("--mode", "uniform")[0] == "uniform"
     assert mode(CKPT_NO_CONFIG="1")[0] == "uniform"
+    assert mode(CKPT_NO_CONFIG="0")[0] == "ema"
+    Path("ckpt.toml").write_text("threads = 3\n")
+    assert "threads 2 (CKPT_THREADS)" in mode(CKPT_THREADS="2")[1]
+    assert "threads 3 (ckpt.toml)" in mode(CKPT_THREADS="")[1]
+    assert "Defaults" not in mode("--threads", "4", CKPT_THREADS="2")[1]
+
+
+def test_a_variable_that_a_script_has_for_itself_changes_no_average() -> None:
+    result = run(
+        *("avg", "c-1.pth", "c-2.pth", "c-3.pth", "--dry-run", "--json"),
+        **{"CKPT_EVERY": "1000", "CKPT_MODE": "ema", "CKPT_MODEL": "resnet50", "CKPT_OUT": "x.pth"},
+    )
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert (report["mode"], report["out"], len(report["inputs"])) == ("uniform", "averaged.pth", 3)
+    assert "Not read: CKPT_MODE, CKPT_EVERY, CKPT_OUT, CKPT_MODEL." in result.err
+
+
+@pytest.mark.parametrize("text", ["metric = 'val_loss'", "workers = 4", "model = 'resnet50'\nimg-size = 224"])
+def test_a_default_that_says_nothing_without_another_option_waits_for_it(text: str) -> None:
+    Path("ckpt.toml").write_text(text)
+    assert mode()[0] == "uniform"
+    assert "Defaults" not in mode()[1]
+
+
+@pytest.mark.parametrize(("words", "said"), [(["-v"], True), (["--verbose"], True), (["-q"], False), ([], False)])
+def test_how_much_is_said_on_the_command_line_counts_before_a_default(words: list[str], said: bool) -> None:
+    Path("ckpt.toml").write_text("quiet = true\n" if words != ["-q"] else "verbose = true\n")
+    for given in (["avg", *words], [*words, "avg"]):
+        result = run(*given, "c-1.pth", "c-2.pth", "--dry-run")
+        assert (result.code, result.err.startswith("Defaults: ")) == (0, False)
+        assert bool(result.err) == said
+
+
+def test_arguments_of_a_factory_are_a_table() -> None:
+    Path("ckpt.toml").write_text("[recal-bn]\nmodel-kwargs = {num_classes = 10, act = 'relu:1'}\n")
+    assert 'model-kwargs = ["num_classes=10", "act=relu:1"]  # ckpt.toml' in run("recal-bn", "--show-config").out
+
+
+def test_a_default_waits_for_an_option_in_either_spelling() -> None:
+    Path("ckpt.toml").write_text("metric = 'epoch'\n")
+    for words in (("--best", "1"), ("--best=1",)):
+        assert "metric epoch (ckpt.toml)" in mode(*words)[1]
+
+
+def test_a_default_does_not_contradict_the_record_of_an_average() -> None:
+    assert run("avg", "c-1.pth", "c-2.pth", "-o", "a.pth").code == 0
+    Path("ckpt.toml").write_text("mode = 'ema'\nlast = 2\nskip-broken = true\nkeys = 'union'\ndtype = 'bfloat16'\n")
+    assert run("avg", "--replay", "a.pth", ".", "--dry-run").code == 0
+    result = run("avg", "--update", "a.pth", "c-3.pth", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["mode"] == "uniform"
+    assert "Defaults: last 2 (ckpt.toml), skip-broken True (ckpt.toml)." in result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data = 'evil.py:images'", "'data' names code to run"),
+        ("[recal-bn]\nforward = 'evil.py:fn'", "'forward' names code to run"),
+        ("[sweep]\neval-command = 'sh evil.sh'", "'eval-command' names code to run"),
+        ("cache = '/elsewhere'", "'cache' says where to write"),
+    ],
+)
+def test_a_file_runs_no_code_and_chooses_no_place_to_write(text: str, message: str) -> None:
+    Path("ckpt.toml").write_text(text)
+    for command in ("recal-bn", "sweep"):
+        if "[" not in text or f"[{command}]" in text:
+            assert f"ckpt.toml: {message}" in refused(Path(), command, "c-1.pth", code=2)
+
+
+@pytest.mark.parametrize("text", ["tool = 3  # ckpt", "[tool]\nother = 'ckpt'"])
+def test_a_project_file_without_our_table_is_passed_over(text: str) -> None:
+    Path("pyproject.toml").write_text(text)
+    assert mode()[0] == "uniform"
+
+
+def test_the_settings_shown_hold_no_secret() -> None:
+    Path("ckpt.toml").write_text("[avg]\nmetrics = 'https://me:word@host/t.csv?sig=abc'\n")
+    for words in ((), ("avg",)):
+        shown = run(*words, "--show-config", CKPT_TOKEN="word", CKPT_CACHE="https://me:word@host/x")
+        assert shown.code == 0
+        assert "word" not in shown.out + shown.err
+        assert "host/x" in shown.out
 
 
 def test_the_nearest_file_upwards_counts_and_ckpt_toml_before_pyproject() -> None:
@@ -62,6 +144,7 @@ def test_what_is_not_on_the_command_line_is_said() -> None:
     [
         ("threds = 1", "ckpt.toml: 'threds' is no option of ckpt."),
         ("[avg]\nchoose = 1", "ckpt.toml: [avg] 'choose' is no option of ckpt avg."),
+        ("[tool.ckpt]\nmode = 'ema'", "ckpt.toml: [tool] is no command of ckpt. This file has its options at the top,"),
         ("[agv]\nmode = 'ema'", "ckpt.toml: [agv] is no command of ckpt."),
         ("out = 'a.pth'", "ckpt.toml: 'out' belongs to one run, and has no default. Give it on the command line."),
         ("threads = 'many'", "ckpt.toml: threads = 'many': "),
@@ -75,6 +158,11 @@ def test_what_is_not_on_the_command_line_is_said() -> None:
 def test_a_wrong_key_or_value_is_an_error_that_names_the_file(text: str, message: str) -> None:
     Path("ckpt.toml").write_text(text)
     assert message in refused(Path(), "avg", "c-1.pth", "c-2.pth", code=2)
+
+
+def test_a_table_of_ours_that_is_none_is_an_error() -> None:
+    Path("pyproject.toml").write_text("[tool]\nckpt = 'ema'\n")
+    assert "tool.ckpt = 'ema' is no table of options" in refused(Path(), "avg", "c-1.pth", "c-2.pth", code=2)
 
 
 def test_a_key_of_another_command_is_none_of_this_one() -> None:

@@ -81,6 +81,15 @@ def test_inspect_shows_provenance(runs: list[Path]) -> None:
     assert [i["name"] for i in provenance["inputs"]] == [path.name for path in runs]
 
 
+def test_inspect_names_what_an_average_left_out() -> None:
+    for i in (1, 2, 3):
+        save_file({"w": torch.full((3,), float(i))}, f"c-{i}.safetensors")
+    Path("c-4.safetensors").write_bytes(b"")
+    assert run("avg", ".", "--skip-broken", "--exclude", "c-1*", "-q", "-o", "a.safetensors").code == 0
+    lines = [line.strip() for line in run("inspect", "a.safetensors").out.splitlines()]
+    assert "left out: c-1.safetensors (excluded), c-4.safetensors (damaged)" in lines
+
+
 def test_inspect_shows_forged_provenance_as_far_as_possible() -> None:
     inputs = [{"name": "a", "coefficient": c} for c in (0.5, math.nan, math.inf, 10**400, "x")]
     save_file({"w": torch.zeros(2)}, "c.safetensors", {"ckpt_tools": json.dumps({"inputs": [*inputs, [[]], None]})})

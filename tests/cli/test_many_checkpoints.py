@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +103,30 @@ def test_strip_of_many_writes_none_if_one_cannot_be_stripped(series: list[str]) 
     assert "--resume goes with one checkpoint" in refused(Path(), "strip", *series, "--resume", code=2)
 
 
+def test_strip_of_many_in_two_processes_says_once_what_is_written(series: list[str]) -> None:
+    started = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}
+    first, second = (run("strip", *series[:2], RANK=rank, **started) for rank in "01")
+    assert (first.code, second.code) == (0, 0), second.err
+    assert "Would write" not in first.err
+    assert second.err.count("Wrote run/checkpoint-") == 2
+
+
+def test_strip_takes_a_glob_that_matches_one_checkpoint(series: list[str]) -> None:
+    assert run("strip", "run/checkpoint-1[2].pth").code == 0
+    assert Path("run/checkpoint-12-stripped.pth").exists()
+
+
+def test_strip_passes_over_no_empty_folder_and_no_second_name(series: list[str]) -> None:
+    Path("empty").mkdir()
+    for given in (["empty", series[0]], [series[0], "empty"], ["empty", *series]):
+        assert "empty: a folder without weights" in refused(Path(), "strip", *given)
+    Path("also.pth").hardlink_to(series[0])
+    result = run("strip", series[0], "also.pth", series[1])
+    assert result.code == 0
+    assert f"{series[0]} under another name: counted once." in result.err
+    assert result.err.count("Wrote") == 2
+
+
 def test_strip_names_training_state_in_files_beside_the_weights() -> None:
     trainer_folder(Path("checkpoint-100"), 100)
     before = contents(Path())
@@ -145,6 +170,26 @@ def test_avg_without_arguments_shows_the_plan_for_the_only_run_and_writes_nothin
     assert [line.split()[0] for line in result.out.splitlines()[1:4]] == [f"checkpoint-{n}.pth" for n in (10, 11, 12)]
     assert result.err.splitlines()[-1] == "  ckpt avg --last 3 'out/train/exp 1'"
     assert contents(Path()) == before
+
+
+def test_avg_without_arguments_passes_over_what_linux_keeps_in_each_disk(
+    series: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("lost+found").mkdir()
+    scandir = os.scandir
+
+    def guarded(folder: str | Path = ".") -> object:
+        if Path(folder).name == "lost+found":
+            raise PermissionError(13, "Permission denied", "lost+found")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert run("avg").err.splitlines()[-1] == "  ckpt avg run"
+
+
+def test_a_command_that_is_proposed_is_not_broken_on_a_narrow_terminal(series: list[str]) -> None:
+    result = run("avg", "--last", "3", "--buffers", "last", "-o", "name.pth", terminal=True, columns=44, TERM="dumb")
+    assert "  ckpt avg --last 3 --buffers last -o name.pth run" in result.err.splitlines()
 
 
 def test_avg_without_arguments_lists_several_runs_and_asks_for_one(series: list[str], save: Save) -> None:

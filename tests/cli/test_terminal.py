@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runner import PATIENCE, environment, refused, run
+from safetensors.torch import save_file
 
 from ckpt_tools.cli import console
 from ckpt_tools.cli.commands import _MEANT, COMMANDS
@@ -176,6 +177,48 @@ def test_a_table_fits_its_terminal_and_loses_no_letter_of_a_name(width: int | No
     cut = "".join(line[: (width or 200)].split("  ")[0].strip() for line in lines)
     assert name in cut or name in "".join(lines).replace(" ", "")
     assert all(any(figure in line for line in lines) for figure in ("0.5", "1.25", "0.01"))
+
+
+def test_no_cell_of_a_table_controls_the_terminal() -> None:
+    table = Table("name", ("made\x1b[2J",))
+    table.add("a\nb", "by \x1b]0;title\x07", drawn="damaged: \x1b[31m\u202e")
+    assert table.lines(None, stream()) == [
+        r"name          made\x1b[2J",
+        r"a\nb  by \x1b]0;title\x07  damaged: \x1b[31m\u202e",
+    ]
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_no_number_has_no_bar_and_leaves_those_of_others(odd: float) -> None:
+    table = Table("name", ("value",))
+    table.add("a", str(odd), bar=odd)
+    table.add("b", "1", bar=1.0)
+    first, second = table.lines(80, stream())[1:]
+    assert (first.count("█"), second.count("█")) == (0, 20)
+
+
+def test_a_file_that_says_what_made_it_does_not_control_the_terminal(tmp_path: Path) -> None:
+    made = json.dumps({"command": "\x1b]0;title\x07\nWrote it"})
+    for name in ("a", "b"):
+        save_file({"w": torch.ones(3)}, tmp_path / f"{name}.safetensors", {"ckpt_tools": made})
+    shown = run("inspect", tmp_path, terminal=True, TERM="xterm", NO_COLOR="1").out
+    assert "\x1b" not in shown
+    assert r"by ckpt \x1b]0;title\x07\nWrote it" in shown
+
+
+def test_a_narrow_terminal_has_the_fault_of_a_checkpoint_too() -> None:
+    table = Table("checkpoint", ("optimizer", "size"))
+    table.add("step-000001.pth", "1.23 GB", "2.34 GB")
+    table.add("step-000002.pth", "", "2.34 GB", drawn="truncated")
+    assert "  truncated" in table.lines(24, stream())
+
+
+@pytest.mark.parametrize("sign", ["\ufe0f", "\u0e34", "\u0301", "\u20dd"])
+def test_a_mark_on_a_letter_takes_no_column(sign: str) -> None:
+    table = Table("name", ("n",))
+    table.add(f"a{sign}", "1")
+    table.add("abcd", "2")
+    assert table.lines(None, stream())[1:] == [f"a{sign}     1", "abcd  2"]
 
 
 def test_a_line_moves_on_a_terminal_until_the_first_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,14 @@ def test_a_difference_shows_the_tensors_that_differ_most(save: Save, here: Path)
     assert [*found.values()] == [size for size, _ in expected]
 
 
+def test_a_tensor_with_nan_on_one_side_comes_first(save: Save, here: Path) -> None:
+    save("a.pth", {"v": torch.ones(2), "w": torch.tensor([1.0, float("nan")])})
+    save("b.pth", {"v": torch.zeros(2), "w": torch.ones(2)})
+    report = ckpt_tools.diff("a.pth", "b.pth")
+    axes = figure_of(lambda figure: draw_diff(report, figure)).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["w  0 (relative 0), 1 not finite", "v  1 (relative 1)"]
+
+
 def test_equal_checkpoints_have_a_picture_of_no_difference(save: Save, here: Path) -> None:
     save("a.pth", {"w": torch.ones(2)})
     save("b.pth", {"w": torch.ones(2)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_all_unusable_files_are_in_one_message_with_the_way_on(mixed: Path, save
     assert not any(name in message for name in FILES)
     assert message.endswith(". Leave them out: name 'run/checkpoint-*.pth'.")
     assert names(find_series(["run/checkpoint-*.pth"])) == [Path(name).name for name in FILES]
+
+
+def test_the_way_on_leaves_out_what_has_brackets_in_its_name_and_nothing_else(save: Save) -> None:
+    for name in ("a-1.pth", "a-1[2].pth", "a-12.pth"):
+        save(name, {"state_dict": weights(1), "epoch": int(name[2])})
+    Path("a-1[2].pth").write_bytes(b"PK")
+    message = refused(Path(), "avg", ".")
+    glob = shlex.split(message.partition("--exclude ")[2].partition(" or ")[0])
+    assert names(find_series(["."], exclude=glob)) == ["a-1.pth", "a-12.pth"]
 
 
 def test_one_unusable_file_keeps_its_own_error(mixed: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from ckpt_tools.cli import main
+from ckpt_tools.jobs.asked import COMMAND
 from ckpt_tools.storage.staged import PLACED
 
 BIN = Path(sys.executable).parent
@@ -57,6 +58,7 @@ def run(
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     code: Any = 0
     PLACED.clear()  # as in a new process
+    COMMAND.clear()
     try:
         with (
             mock.patch.object(sys, "argv", ["ckpt", *map(str, args)]),
