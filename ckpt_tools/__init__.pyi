@@ -18,7 +18,7 @@ from .jobs.convert import ConvertReport as ConvertReport
 from .jobs.diff import DiffReport as DiffReport
 from .jobs.evaluate.report import EvaluationReport as EvaluationReport
 from .jobs.fix_prefix import PrefixReport as PrefixReport
-from .jobs.inspect import InspectReport as InspectReport, inspect as inspect
+from .jobs.inspect import InspectReport as InspectReport
 from .jobs.look import LookReport as LookReport
 from .jobs.recalibrate import RecalibrationReport as RecalibrationReport
 from .jobs.strip import StripReport as StripReport
@@ -815,6 +815,32 @@ def fix_prefix(
 
     Raises:
         CkptError: one of the errors of `ckpt_tools.errors`; the checkpoint is as it was then.
+    """
+    ...
+
+def inspect(
+    path: str | Path,
+    *,
+    plot: str | Path | None = None,
+    force: bool = False,
+) -> InspectReport:
+    r"""Describe what a checkpoint holds, from its header alone; no payload is read, and nothing in it is run.
+
+    Args:
+        path: a file, a folder with a sharded checkpoint, or a folder with a single checkpoint in it.
+        plot: Draw it, too: .svg or .png; needs matplotlib.
+        force: Replace an existing picture.
+
+    Returns:
+        Format, layout, the sets of weights with their tensors, counters, optimizers, and the record of ckpt-tools.
+
+    Raises:
+        CkptError: it cannot be read, the folder holds several checkpoints, or the picture cannot be written.
+
+    Example:
+        >>> report = ckpt_tools.inspect("averaged.pth")
+        >>> report.sets[0].dtypes
+        {'float32': (10, 21640)}
     """
     ...
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..jobs.options import Skipping
+from ..jobs.options import Drawing, Skipping
 from . import arguments, common, console
 from .tables import BAR, Table, bar
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..jobs.listing import Listed, Listing
 
 
-@arguments.with_options(Skipping)
+@arguments.with_options(Skipping, Drawing)
 def inspect(
     paths: Annotated[
         list[str],
@@ -38,18 +38,23 @@ def inspect(
     from ..series.paths import expand
 
     given = [arguments.path(path) for path in paths]
+    plot = options["plot"]
     if len(given) == 1 and len(expand(given)) == 1:
-        _show_one(describe(*expand(given)), tensors=tensors, json=json)
+        _show_one(describe(*expand(given), plot=plot, force=options["force"]), tensors=tensors, json=json)
+        if plot is not None:
+            console.wrote(f"Wrote {plot}.")
         return
     if tensors:
         raise UsageError("`tensors` goes with one checkpoint.")
     from ..jobs.listing import listing
 
-    found = listing(given, metric=metric, **options)
+    found = listing(given, metric, **options)
     if json:
         console.print_json(arguments.plain(found))
     else:
         _show_table(found, metric)
+    if plot is not None:
+        console.wrote(f"Wrote {plot}.")
     if found.faults:
         raise typer.Exit(1)
 

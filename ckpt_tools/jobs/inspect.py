@@ -22,6 +22,8 @@ from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..series.paths import one_checkpoint
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from .options import Drawing, takes
+from .pictures import Picture
 from .reports import Report
 
 
@@ -121,24 +123,35 @@ class InspectReport(Report):
     notes: tuple[str, ...] = ()
 
 
-def inspect(path: str | Path) -> InspectReport:
+@takes(Drawing)
+def inspect(path: str | Path, drawing: Drawing) -> InspectReport:
     """Describe what a checkpoint holds, from its header alone; no payload is read, and nothing in it is run.
 
     Args:
         path: a file, a folder with a sharded checkpoint, or a folder with a single checkpoint in it.
+        {options}
 
     Returns:
         Format, layout, the sets of weights with their tensors, counters, optimizers, and the record of ckpt-tools.
 
     Raises:
-        CkptError: it cannot be read, or the folder holds several checkpoints.
+        CkptError: it cannot be read, the folder holds several checkpoints, or the picture cannot be written.
 
     Example:
         >>> report = ckpt_tools.inspect("averaged.pth")
         >>> report.sets[0].dtypes
         {'float32': (10, 21640)}
     """
-    return describe(read_header(one_checkpoint(path)))
+    picture = Picture.of(drawing.plot, force=drawing.force)
+    header = read_header(one_checkpoint(path))
+    if picture is not None:
+        picture.check([header.path, *(stamp.path for stamp in header.files)])
+    report = describe(header)
+    if picture is not None:
+        from .report_pictures import SIZES_SIZE, draw_sizes
+
+        picture.write(lambda figure: draw_sizes(report, figure), SIZES_SIZE)
+    return report
 
 
 def describe(header: Header) -> InspectReport:

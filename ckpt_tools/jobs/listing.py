@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,15 @@ from ..checkpoints.steps import named_positions, stored_positions
 from ..formats.tree import tensors_in
 from ..series.find import excluded, notes_of
 from ..series.member import Member
-from ..series.metrics import METRIC, metric_at_hand
+from ..series.metrics import metric_at_hand
 from ..series.numbered import natural_key
 from ..series.paths import find, training_state_beside
 from ..series.usable import Skipped, sorted_out
 from ..storage.source import stamp_at
 from ..tensors import TensorSpec
 from .inspect import sets_of
+from .options import Drawing, Skipping, takes
+from .pictures import Picture
 from .provenance import short_names
 from .reports import Report
 
@@ -71,22 +73,24 @@ class Listing(Report):
         return sum(bool(each.fault) for each in self.checkpoints)
 
 
-def listing(
-    paths: Iterable[str | Path], *, exclude: str | Sequence[str] = (), skip_broken: bool = False, metric: str = METRIC
-) -> Listing:
-    """List checkpoints by their headers; no payload is read.
+@takes(Skipping, Drawing)
+def listing(paths: Iterable[str | Path], metric: str, skipping: Skipping, drawing: Drawing) -> Listing:
+    """List checkpoints by their headers; no payload is read. What cannot be used is listed with its fault.
 
     Args:
         paths: files, globs, folders.
-        exclude: globs of checkpoints to leave out.
-        skip_broken: leave out what cannot be used. Otherwise it is listed with its fault.
         metric: name of the number to show.
+        {options}
 
     Raises:
-        CkptError: a path does not exist, or nothing is there.
+        CkptError: a path does not exist, nothing is there, or the picture cannot be written.
     """
+    picture = Picture.of(drawing.plot, force=drawing.force)
+    skip_broken = skipping.skip_broken
     notes: list[str] = []
-    there = find([*paths], notes, exclude)
+    there = find([*paths], notes, skipping.exclude)
+    if picture is not None:
+        picture.check(there.paths)
     headers, errors = sorted_out(there.paths, there.empty)
     places = (stored_positions(headers) if headers else None) or named_positions([header.path for header in headers])
     members = [
@@ -98,7 +102,12 @@ def listing(
     names = iter(short_names([*(member.path for _, member in order), *(Path(each.path) for each in faults)]))
     rows = [_listed(member, next(names), metric) for _, member in order]
     rows += [Listed(each.path, next(names), None, None, (), 0, None, fault=each.reason) for each in faults]
-    return Listing(tuple(rows), places.counter, (*notes, *notes_of(skipped)), tuple(skipped))
+    report = Listing(tuple(rows), places.counter, (*notes, *notes_of(skipped)), tuple(skipped))
+    if picture is not None:
+        from .report_pictures import AVERAGE_SIZE, draw_listing
+
+        picture.write(lambda figure: draw_listing(report, figure), AVERAGE_SIZE)
+    return report
 
 
 def _listed(member: Member, name: str, metric: str) -> Listed:

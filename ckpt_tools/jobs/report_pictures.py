@@ -1,4 +1,4 @@
-"""Pictures of reports: the coefficients of an average, the differences of two checkpoints, how far BatchNorm moved."""
+"""Pictures of reports: coefficients of an average, differences of two checkpoints, moves of BatchNorm, sizes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from ..batchnorm.report import BatchNormReport, LayerReport
     from .average import AverageReport
     from .diff import DiffReport, TensorDiff
+    from .inspect import InspectReport
+    from .listing import Listing
 
 TOP = 20
 """So many tensors have a bar."""
-AVERAGE_SIZE, DIFF_SIZE, BATCHNORM_SIZE = (8.0, 3.2), (8.0, 6.0), (8.0, 4.6)
+AVERAGE_SIZE, DIFF_SIZE, BATCHNORM_SIZE, SIZES_SIZE = (8.0, 3.2), (8.0, 6.0), (8.0, 4.6), (10.0, 6.0)
 """Inches."""
 
 
@@ -99,4 +101,49 @@ def _drift(
         )
 
 
+def draw_sizes(report: InspectReport, figure: Figure) -> None:
+    """Draw the bytes of each part of a checkpoint, and of its largest tensors."""
+    parts = [(each.label, each.nbytes) for each in report.sets]
+    parts += [(each.place, each.nbytes) for each in report.optimizers]
+    rest = report.nbytes - sum(nbytes for _, nbytes in parts)  # below 0 where two sets share tensors
+    if rest > 0:
+        parts.append(("all else", rest))
+    tensors = [(row.name, row.nbytes) for row in (report.sets[0].tensors if report.sets else ())]
+    largest = sorted(tensors, key=lambda row: -row[1])[:TOP]
+    panels = figure.subplots(1, 2) if largest else [figure.subplots()]
+    unit, name = _unit(max((nbytes for _, nbytes in parts), default=0))
+    bars(panels[0], [_sized(each, unit, name) for each in parts], title="parts", label=name)
+    if largest:
+        unit, name = _unit(largest[0][1])
+        title = f"largest tensors of {shortened(report.sets[0].label, 30)}"
+        bars(panels[1], [_sized(each, unit, name) for each in largest], title=title, label=name)
+    figure.suptitle(f"{shortened(report.path, 60)}: {report.format}, {len(tensors)} tensors", **_LEFT)
+
+
+def draw_listing(report: Listing, figure: Figure) -> None:
+    """Draw the bytes of each checkpoint over its step."""
+    axes = figure.subplots()
+    rows = [each for each in report.checkpoints if each.nbytes is not None]
+    unit, name = _unit(max((each.nbytes or 0 for each in rows), default=0))
+    at, label = positions([each.step for each in rows])
+    sizes = [(each.nbytes or 0) / unit for each in rows]
+    axes.vlines(at, 0, sizes, color=BLUE, linewidth=1.6)
+    axes.plot(at, sizes, color=BLUE, linestyle="", **markers(len(at)))
+    axes.set_ylim(0, max(sizes, default=0) * 1.15 or 1.0)
+    axes.set_ylabel(name)
+    if rows:
+        place(axes, at, label, [each.name for each in rows])
+    figure.suptitle(f"{len(rows)} checkpoints, {sum(sizes):.4g} {name} in all", **_LEFT)
+
+
+def _unit(most: int) -> tuple[float, str]:
+    """Return the unit in which so many bytes are a short number, and its name."""
+    return next(((size, name) for size, name in _UNITS if most >= size), _UNITS[-1])
+
+
+def _sized(row: tuple[str, int], unit: float, name: str) -> tuple[str, float, str]:
+    return row[0], row[1] / unit, f"{row[1] / unit:.3g} {name}"
+
+
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 _LEFT = {"x": 0.01, "ha": "left", "fontsize": 9}

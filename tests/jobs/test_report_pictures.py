@@ -14,11 +14,19 @@ from cli_runner import run
 import ckpt_tools
 from ckpt_tools.batchnorm.report import BatchNormReport, LayerReport
 from ckpt_tools.errors import UsageError
+from ckpt_tools.jobs.listing import listing
 from ckpt_tools.jobs.pictures import rendered
 
 pytest.importorskip("matplotlib")
 
-from ckpt_tools.jobs.report_pictures import TOP, draw_average, draw_batchnorm, draw_diff  # noqa: E402
+from ckpt_tools.jobs.report_pictures import (  # noqa: E402
+    TOP,
+    draw_average,
+    draw_batchnorm,
+    draw_diff,
+    draw_listing,
+    draw_sizes,
+)
 
 Save = Callable[..., Path]
 
@@ -109,3 +117,37 @@ def test_a_dry_run_draws_nothing(save: Save, here: Path) -> None:
     path = save("a.pth", {"w": torch.ones(2)})
     assert run("avg", path, "--dry-run", "--plot", "a.svg").code == 0
     assert not Path("a.svg").exists()
+
+
+def test_sizes_are_those_of_parts_and_tensors(save: Save, here: Path) -> None:
+    weights = {f"layer.{i}": torch.zeros(1000 * (i + 1)) for i in range(TOP + 3)}
+    moments = {0: {"exp_avg": torch.zeros(50_000), "exp_avg_sq": torch.zeros(50_000)}}
+    optimizer = {"state": moments, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    path = save("a.pth", {"state_dict": weights, "optimizer": optimizer})
+    report = ckpt_tools.inspect(path, plot="a.svg")
+    assert Path("a.svg").read_bytes().startswith(b"<?xml")
+    parts, tensors = figure_of(lambda figure: draw_sizes(report, figure)).axes
+    nbytes = [sum(each.nbytes for each in weights.values()), 400_000]
+    expected = [*nbytes, path.stat().st_size - sum(nbytes)]
+    assert parts.get_xlabel() == "MB"
+    assert [bar.get_width() * 1e6 for bar in parts.patches] == pytest.approx(expected)
+    assert [text.get_text().split()[0] for text in tensors.texts] == [f"layer.{i}" for i in range(TOP + 2, 2, -1)]
+    assert tensors.get_xlabel() == "kB"
+    assert [bar.get_width() for bar in tensors.patches] == [4.0 * (i + 1) for i in range(TOP + 2, 2, -1)]
+
+
+def test_sizes_of_several_checkpoints_stand_over_their_steps(save: Save, here: Path) -> None:
+    paths = [save(f"c-{i}.pth", {"model": {"w": torch.zeros(10_000 * i)}, "step": 100 * i}) for i in (1, 2, 3)]
+    Path("c-4.pth").write_bytes(b"cut off")
+    found = run("inspect", ".", "--plot", "s.png", "--json")
+    assert (found.code, Path("s.png").read_bytes()[:4]) == (1, b"\x89PNG")
+    report = listing(["."], "metric")
+    axes = figure_of(lambda figure: draw_listing(report, figure)).axes[0]
+    assert axes.get_ylabel() == "kB"
+    expected = {100.0 * i: path.stat().st_size / 1000 for i, path in enumerate(paths, 1)}
+    assert points(axes) == pytest.approx(expected)
+
+
+def test_a_checkpoint_without_weights_has_a_picture(save: Save, here: Path) -> None:
+    path = save("a.pth", {"epoch": 3})
+    assert run("inspect", path, "--plot", "a.svg").code == 0
