@@ -35,8 +35,10 @@ way, rank, fill, append, lines = os.environ["WAY"], os.environ["RANK"], engine._
 def slowly(self, unit):
     if way == "killed":  # the first one has hardly begun when the other one is killed
         self._job.stop.wait(60 if rank == "0" else 0.05)
-    while way == "whole" and rank == "0" and " 2/2 ends" not in notes():
-        time.sleep(0.02)  # the other one says what it has found, and this one publishes
+    # None is killed before both are at work; then the other one says what it has found, and the first one publishes.
+    awaited = {"killed 1": " 1/2 begins", "whole 0": " 2/2 ends"}.get(f"{way} {rank}", "")
+    while awaited not in notes():
+        time.sleep(0.02)
     fill(self, unit)
 
 def notes():
