@@ -112,10 +112,14 @@ def complaints(code: int, out: str, err: str, folder: Path, command: str) -> Ite
         yield f"traceback: {err[-300:]}"
     if (found := _CONTROL.search(err + ("" if "--json" in command else out))) is not None:
         yield f"writes {ascii(found[0])} to the terminal"
-    if code and not err.splitlines()[-1:][0].startswith("Error: ") and command != "diff":
-        yield f"no error at the end: {err[-300:]}"
-    if code and command != "diff" and len(err.splitlines()[-1]) > 6000:
-        yield f"an error of {len(err)} characters"
+    # diff has an answer then, and inspect a table with the faults of a folder.
+    listed = command.startswith("inspect") and "cannot be averaged" in out
+    if code and command != "diff" and not listed:
+        last = (err.splitlines() or [""])[-1]
+        if not last.startswith("Error: "):
+            yield f"no error at the end: {err[-300:]}"
+        if len(last) > 6000:
+            yield f"an error of {len(err)} characters"
     if "--json" in command and code == 0:
         json.loads(out)
     if SECRET.decode() in err + out:
