@@ -79,13 +79,13 @@ def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[S
         if not Target.of(out).folder:
             raise UsageError(f"`out={out!r}`: {len(sources)} checkpoints go into a folder, such as `out='stripped/'`.")
         options["out"] = f"{out.rstrip('/')}/"
-    outs: list[str] = []
+    plans: list[StripReport] = []
     faults: list[CkptError] = []
     for source in sources:
         try:
             without_training_state(source, **options, on_plan=_stop_after_planning)
-        except _Planned as plan:
-            outs.append(plan.out)
+        except _Planned as planned:
+            plans.append(planned.plan)
         except CkptError as error:
             faults.append(error)
     if len(faults) == 1:
@@ -94,9 +94,14 @@ def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[S
         said = [str(fault).split(". ")[0].rstrip(".") for fault in faults]
         shown = console.some(said, 10)
         raise SeriesError(f"{len(faults)} of {len(sources)} checkpoints cannot be stripped, and none was: {shown}.")
-    twice = next((path for path, times in Counter(outs).items() if times > 1), None)
+    twice = next((path for path, times in Counter(plan.out for plan in plans).items() if times > 1), None)
     if twice is not None:
         raise WriteError(f"{twice}: would be written twice. Strip checkpoints with the same name one at a time.")
+    # What an earlier run has stripped is an input again, with nothing to lose.
+    whole = {Path(plan.path).resolve() for plan in plans if plan.anything}
+    lost = next((plan.out for plan in plans if plan.anything and Path(plan.out).resolve() in whole), None)
+    if lost is not None:
+        raise WriteError(f"{lost}: is one of the inputs, which stay as they are. Choose another folder with -o.")
     tell = console.shown_by(asked=options["dry_run"], json=json)
     reports = []
     for source in sources:
@@ -114,8 +119,8 @@ def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[S
 class _Planned(Exception):
     """A checkpoint can be stripped, and nothing of it is written yet."""
 
-    def __init__(self, out: str) -> None:
-        self.out = out
+    def __init__(self, plan: StripReport) -> None:
+        self.plan = plan
 
 
 def _quietly(_: StripReport) -> None:
@@ -123,7 +128,7 @@ def _quietly(_: StripReport) -> None:
 
 
 def _stop_after_planning(plan: StripReport) -> None:
-    raise _Planned(plan.out)
+    raise _Planned(plan)
 
 
 def _result(report: StripReport) -> str:

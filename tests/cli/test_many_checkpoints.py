@@ -111,6 +111,15 @@ def test_strip_of_many_in_two_processes_says_once_what_is_written(series: list[s
     assert second.err.count("Wrote run/checkpoint-") == 2
 
 
+def test_strip_of_many_replaces_none_of_them(series: list[str]) -> None:
+    other = Path("other/checkpoint-1-stripped.pth")
+    other.parent.mkdir()
+    other.write_bytes(Path(series[1]).read_bytes())
+    message = refused(Path(), "strip", series[0], other, "-o", "other/", "--force")
+    assert "other/checkpoint-1-stripped.pth: is one of the inputs, which stay as they are" in message
+    assert other.read_bytes() == Path(series[1]).read_bytes()
+
+
 def test_strip_takes_a_glob_that_matches_one_checkpoint(series: list[str]) -> None:
     assert run("strip", "run/checkpoint-1[2].pth").code == 0
     assert Path("run/checkpoint-12-stripped.pth").exists()
