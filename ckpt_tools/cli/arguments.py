@@ -218,10 +218,15 @@ def _option(match: re.Match[str]) -> str:
     return command + " ".join(f"{option} {quote(each) if isinstance(each, str) else each}" for each in values)
 
 
+def note_command() -> None:
+    """Let the library know that a command runs, and which: a process of torchrun or srun may be one of several."""
+    COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
+
+
 def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
-    COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
+    note_command()
     if "part" in options:
         _say_if_alone(options)
     started = time.perf_counter()

@@ -427,10 +427,11 @@ def counting(unit: str | None) -> Iterator[Callable[..., None]]:
             shown = _bar(unit)
             shown.start()
             task = shown.add_task("", total=None)
-        if what != current[0]:  # its own clock
+        other = what != current[0]
+        if other:  # its own clock
             shown.reset(task)
         current = (what, unit)
-        shown.update(task, description=what, completed=done, total=total)
+        shown.update(task, description=what, completed=done, total=total, refresh=other)
 
     try:
         yield show

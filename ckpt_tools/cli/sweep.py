@@ -41,6 +41,7 @@ def sweep(
     Example: ckpt sweep runs/ --last 3,5,8 --mode uniform,ema --eval-command 'python eval.py {ckpt}'
     """
     arguments.check_folder()
+    arguments.note_command()
     from ..jobs.sweep.job import sweep as carry_out
     from ..jobs.sweep.page import Wording
 
