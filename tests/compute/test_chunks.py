@@ -18,7 +18,7 @@ from ckpt_tools.compute.payload import OpenFiles, Reader, TensorSource, read_ten
 from ckpt_tools.errors import CorruptError
 from ckpt_tools.tensors import DTYPES, Chunk, ChunkedSpec, Storage, TensorSpec, join, make_spec
 
-RELAXED = settings(max_examples=150)
+RELAXED = settings(max_examples=60)
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 

@@ -32,7 +32,7 @@ from ckpt_tools.tensors import DTYPES, TensorSpec
 Save = Callable[..., Path]
 
 pytestmark = pytest.mark.usefixtures("way")
-RELAXED = settings(max_examples=40)
+RELAXED = settings(max_examples=25)
 
 
 def average(

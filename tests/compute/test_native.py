@@ -27,7 +27,7 @@ from ckpt_tools.compute import native
 from ckpt_tools.compute.work_units import SMALL
 
 Save = Callable[..., Path]
-RELAXED = settings(max_examples=25)
+RELAXED = settings(max_examples=15)
 
 pytestmark = pytest.mark.skipif(native._native is None, reason="installed without a C compiler")
 

@@ -23,7 +23,7 @@ from ckpt_tools.storage.source import OpenFiles
 from ckpt_tools.tensors import DTYPES, Category, DType, Storage, TensorSpec, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:B?Complex.* support is experimental")
-RELAXED = settings(max_examples=150)
+RELAXED = settings(max_examples=60)
 
 
 @st.composite

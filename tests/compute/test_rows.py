@@ -28,7 +28,7 @@ from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload,
 from ckpt_tools.tensors import DTYPES, Storage, SummedSpec, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 COMPLEX = ["complex128", "complex64", "complex32"]
 WHOLE = ["int64", "uint8", "bool"]
 Row = tuple[float, ...]

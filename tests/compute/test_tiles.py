@@ -26,7 +26,7 @@ from ckpt_tools.formats.file_plan import Computed, FilePlan, OutTensor, Payload,
 from ckpt_tools.tensors import DTYPES, Category, Storage, TensorSpec, c_strides, make_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-RELAXED = settings(max_examples=40)
+RELAXED = settings(max_examples=25)
 
 
 def numbers(dtype: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:

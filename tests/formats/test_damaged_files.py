@@ -30,7 +30,7 @@ from ckpt_tools.formats import read_header
 from ckpt_tools.formats.tree import tensors_in
 from ckpt_tools.tensors import TensorSpec
 
-FUZZ = settings(max_examples=150)
+FUZZ = settings(max_examples=60)
 TENSORS = {"w": torch.arange(6.0).view(2, 3), "half": torch.ones(3, dtype=torch.float16), "n": torch.tensor(3)}
 
 

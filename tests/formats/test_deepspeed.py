@@ -60,7 +60,7 @@ def test_the_weights_of_all_ranks_become_one_flat_file(tmp_path: Path, stage: in
 SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=4).map(tuple), min_size=1, max_size=6)
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(st.lists(SHAPES, min_size=1, max_size=3), st.integers(1, 9), st.sampled_from([1, 2, 3]))
 def test_any_shapes_over_any_ranks_are_read(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[list[tuple[int, ...]]], ranks: int, stage: int

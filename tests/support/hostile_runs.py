@@ -188,7 +188,7 @@ def in_turn(names: Sequence[str], number: int, read: bool) -> set[str]:
     if not read:
         return {"inspect", ("avg", "fix-prefix")[number % 2]}
     others = [name for name in names if name not in ("inspect", "avg")]
-    return {"inspect", "avg", others[number % len(others)], others[(number + 2) % len(others)]}
+    return {"inspect", "avg", others[number % len(others)]}
 
 
 def _run_all(
