@@ -156,7 +156,9 @@ def test_progress_leaves_nothing_on_a_terminal(columns: str) -> None:
     )
     terminal, other_end = pty.openpty()
     shown = b""
-    with subprocess.Popen([sys.executable, "-c", script], env=environment(COLUMNS=columns), stderr=other_end):
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment(COLUMNS=columns, TERM="xterm"), stderr=other_end
+    ):
         os.close(other_end)
         with suppress(OSError):
             while block := os.read(terminal, 65536):
