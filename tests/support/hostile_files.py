@@ -129,7 +129,10 @@ def _in_processes(chosen: Sequence[Kind]) -> None:
         for path in sorted(good.iterdir()):
             for command, arguments in commands(path, good / "good.pth", out).items():
                 out.mkdir()
-                usual[command] = usual.get(command, set()) | started(arguments)[3]
+                code, _, _, modules, _ = started(arguments)
+                if code is None:
+                    raise SystemExit(f"{path.name}: {command} takes longer than {PATIENCE} s. The machine is too busy.")
+                usual[command] = usual.get(command, set()) | modules
                 shutil.rmtree(out)
         for kind, (_, made, _) in zip(chosen, make(chosen, folder / "kinds"), strict=True):
             path = Path(made)
