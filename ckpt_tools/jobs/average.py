@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,10 +21,9 @@ from ..formats.header import Header
 from ..formats.in_memory import IN_MEMORY
 from ..formats.sharded import parse_size
 from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
-from ..series.paths import listed
 from ..series.schedules import Schedule
 from ..series.usable import Skipped
-from ..series.weighted_sums import is_running, weighted_sums
+from ..series.weighted_sums import weighted_sums
 from ..storage.local import peak_memory
 from ..storage.source import Stamp, sha256
 from ..storage.staged import ScratchFile, scratch_file
@@ -32,6 +31,7 @@ from ..tensors import parse_dtype
 from .addends import Addends, ByTensor, inputs_of, record_of
 from .asked import Asked, asked_of
 from .assembly import Assembly, assemble, module_versions
+from .average_notes import of_output, of_statistics
 from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
@@ -39,9 +39,7 @@ from .options import (
     AveragedOutput,
     Earlier,
     Fetched,
-    Group,
     Matching,
-    Options,
     Recalibration,
     Selection,
     Sharing,
@@ -53,6 +51,7 @@ from .pictures import Picture
 from .provenance import Input, provided
 from .reports import Report
 from .run import Hashed, manners, produce
+from .state_dicts import as_inputs
 from .weigh import weighed
 
 if TYPE_CHECKING:
@@ -165,165 +164,125 @@ def average(
         >>> model.load_state_dict(ckpt_tools.average([one.state_dict(), other.state_dict()], out=None))
     """
     groups = (schedule, selection, matching, earlier, output, recalibration, sharing, fetched, running)
-    given: Any = [paths] if isinstance(paths, (str, Path, Mapping)) else listed(paths)
-    if output.out is None:
-        _refuse(groups, _OF_FILES, "goes with a file, and `out=None` writes none")
-    if not any(isinstance(each, Mapping) for each in given):
-        return _averaged(given, *groups)
-    if not all(isinstance(each, Mapping) for each in given):
-        raise UsageError("paths and state dicts together have no order. Give state dicts alone, or paths alone.")
-    _refuse(groups, _FROM_FILES, "needs checkpoints that are files, and state dicts are none")
-    from ..formats.in_memory import as_files
-
-    with as_files(given) as held:
-        return _averaged(held, *groups)
-
-
-_OF_FILES = (
-    "force", "write_checksums", "sign_off", "max_shard_size", "untie", "hash", "recal_bn", "part", "finish", "resume",
-    "dry_run", "plot",
-)  # fmt: skip
-"""Options of an average that is written."""
-_FROM_FILES = ("update", "replay", "sign_off", "hash", "part", "finish", "resume", "cache", "metrics")
-"""Options of an average whose inputs are files."""
-
-
-def _refuse(groups: Iterable[Group], names: Collection[str], reason: str) -> None:
-    """Refuse options.
-
-    Raises:
-        UsageError: one of these names is given.
-    """
-    given = (o.name for each in groups if isinstance(each, Options) for o in each.options() if vars(each)[o.name])
-    for name in given:
-        if name in names:
-            raise UsageError(f"`{name}` {reason}.")
-
-
-def _averaged(
-    given: Sequence[str | Path],
-    schedule: Schedule,
-    selection: Selection,
-    matching: Matching,
-    earlier: Earlier,
-    output: AveragedOutput,
-    recalibration: Recalibration,
-    sharing: Sharing,
-    fetched: Fetched,
-    running: Summing,
-) -> Any:
-    """Average checkpoints at paths; see `average`."""
-    if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
-        schedule.check()
-    _check(matching)
-    _check_recalibration(recalibration)
-    if earlier.update is not None and earlier.replay is not None:
-        raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
-    parse_dtype(output.dtype)
-    check_threads(running.threads)
-    polite = manners(running)
-    picture = Picture.of(output.plot, force=output.force)
-    devices.check_name(running.device)
-    gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
-    chosen = None if output.named is None else Target.of(output.named)
-    shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
-
-    measured = recalibration.recal_bn is not None
-    asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
-    if asked is not None:
-        _check_shared(asked, measured, running.device)
-    if earlier.update is not None:
-        from .update import updated
-
-        addends = updated(earlier.update, given, schedule, selection, matching, output, running, measured=measured)
-    elif earlier.replay is not None:
-        from .replay import replayed
-
-        addends = replayed(earlier.replay, given, schedule, selection, matching, output, running, measured=measured)
-    else:
-        addends = weighed(given, schedule, selection, matching, output, running)
-    _check(addends.matching)  # a record may say anything
-    sums = _sums(addends)
-    if sums.by_tensor.bytes_read and asked is not None:
-        asked.refuse("each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode)
-    target = chosen or addends.target or sums.usual_target
-    if output.named is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
-        target = Target.of(output.named, sums.usual_target)
-    stamps = [stamp for member in addends.members for stamp in member.header.files]
-    if picture is not None:
-        picture.check([*addends.given, *(stamp.path for stamp in stamps)], target.path)
-    options: dict[str, Any] = {
-        "threads": running.threads,
-        "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
-        "gpu_memory": gpu_bytes,
-        "cache": None if fetched.cache is None else Path(fetched.cache),
-        "pace": polite["pace"],
-    }
-    if output.out is None:
-        return _in_memory(sums, stamps, running, options)
-    with ExitStack() as stack:
-        if recalibration.recal_bn is not None:
-            from .averaged_network import opened_network
-
-            state = sums.lined_up.states[-1]
-            network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
-            sums = _with_network(sums, network, target)
-        inline = output.hash and sums.recalibration is None  # else the inputs are hashed before they are read
-        planned = _hashed(sums, None) if inline else sums
-        assembly = _laid_out(planned, target, output, shard_bytes)
-        gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
-        memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + _ahead(sums, stamps)
-        options["devices"] = gpus
-
-        def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
-            final = _hashed(sums, {path: sha256(path) for path in _own(sums)}) if output.hash else sums
-            show, moved = running.on_progress, sum(each.numel * each.terms.width + each.nbytes for each in sums.unique)
-            on_bytes = None if show is None else lambda nbytes: show("averaging", nbytes, moved)
-            scratch = stack.enter_context(scratch_file(grows_at(target.path)))
-            more = {"on_progress": on_bytes, "drop_cache": running.drop_cache, **options}
-            final, further = _measured(final, scratch, stamps, recalibration, **more)
-            laid_out = _laid_out(final, target, output, shard_bytes)
-            done = replace(
-                report,
-                inputs=final.inputs,
-                notes=(*report.notes, *final.notes[len(sums.notes) :]),
-                recalibration=final.recalibration,
-                bytes_written=laid_out.nbytes,
+    with as_inputs(paths, groups, written=output.out is not None) as given:
+        if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
+            schedule.check()
+        _check(matching)
+        _check_recalibration(recalibration)
+        if earlier.update is not None and earlier.replay is not None:
+            raise UsageError(
+                "`update` and `replay` do not go together: one extends an average, the other makes it again."
             )
-            return done, laid_out, [*stamps, *further]
+        parse_dtype(output.dtype)
+        check_threads(running.threads)
+        polite = manners(running)
+        picture = Picture.of(output.plot, force=output.force)
+        devices.check_name(running.device)
+        gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
+        chosen = None if output.named is None else Target.of(output.named)
+        shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
 
-        hashes: dict[Path, str] = {}
+        measured = recalibration.recal_bn is not None
+        asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
+        if asked is not None:
+            _check_shared(asked, measured, running.device)
+        if earlier.update is not None:
+            from .update import updated
 
-        def recorded(found: Mapping[Path, str]) -> Assembly:
-            hashes.update(found)
-            return _laid_out(_hashed(sums, found), target, output, shard_bytes)
+            addends = updated(earlier.update, given, schedule, selection, matching, output, running, measured=measured)
+        elif earlier.replay is not None:
+            from .replay import replayed
 
-        done = produce(
-            _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu"),
-            assembly,
-            stamps,
-            output,
-            running,
-            doing="averaging" if sums.recalibration is None else "writing",
-            inputs=addends.given,
-            replaces=addends.replaces,
-            finish=finish if sums.recalibration is not None else None,
-            scratch=sums.scratch,
-            asked=asked,
-            hashed=Hashed(_own(sums), recorded) if inline else None,
-            drop_cache=running.drop_cache,
-            **options,
-        )
-        if hashes:
-            done = replace(done, inputs=_hashed(sums, hashes).inputs)
-    if picture is not None and done.written:
-        from .report_pictures import AVERAGE_SIZE, draw_average
+            addends = replayed(earlier.replay, given, schedule, selection, matching, output, running, measured=measured)
+        else:
+            addends = weighed(given, schedule, selection, matching, output, running)
+        _check(addends.matching)  # a record may say anything
+        sums = _sums(addends)
+        if sums.by_tensor.bytes_read and asked is not None:
+            asked.refuse(
+                "each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode
+            )
+        target = chosen or addends.target or sums.usual_target
+        if output.named is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
+            target = Target.of(output.named, sums.usual_target)
+        stamps = [stamp for member in addends.members for stamp in member.header.files]
+        if picture is not None:
+            picture.check([*addends.given, *(stamp.path for stamp in stamps)], target.path)
+        options: dict[str, Any] = {
+            "threads": running.threads,
+            "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
+            "gpu_memory": gpu_bytes,
+            "cache": None if fetched.cache is None else Path(fetched.cache),
+            "pace": polite["pace"],
+        }
+        if output.out is None:
+            return _in_memory(sums, stamps, running, options)
+        with ExitStack() as stack:
+            if recalibration.recal_bn is not None:
+                from .averaged_network import opened_network
 
-        picture.write(lambda figure: draw_average(done, figure), AVERAGE_SIZE)
-    if addends.compared is None or not done.written:
-        return done
-    compared, same = addends.compared(target.path)
-    return replace(done, compared=compared, same=same)
+                state = sums.lined_up.states[-1]
+                network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
+                sums = _with_network(sums, network, target)
+            inline = output.hash and sums.recalibration is None  # else the inputs are hashed before they are read
+            planned = _hashed(sums, None) if inline else sums
+            assembly = _laid_out(planned, target, output, shard_bytes)
+            gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
+            memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + _ahead(sums, stamps)
+            options["devices"] = gpus
+
+            def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
+                final = _hashed(sums, {path: sha256(path) for path in _own(sums)}) if output.hash else sums
+                show, moved = (
+                    running.on_progress,
+                    sum(each.numel * each.terms.width + each.nbytes for each in sums.unique),
+                )
+                on_bytes = None if show is None else lambda nbytes: show("averaging", nbytes, moved)
+                scratch = stack.enter_context(scratch_file(grows_at(target.path)))
+                more = {"on_progress": on_bytes, "drop_cache": running.drop_cache, **options}
+                final, further = _measured(final, scratch, stamps, recalibration, **more)
+                laid_out = _laid_out(final, target, output, shard_bytes)
+                done = replace(
+                    report,
+                    inputs=final.inputs,
+                    notes=(*report.notes, *final.notes[len(sums.notes) :]),
+                    recalibration=final.recalibration,
+                    bytes_written=laid_out.nbytes,
+                )
+                return done, laid_out, [*stamps, *further]
+
+            hashes: dict[Path, str] = {}
+
+            def recorded(found: Mapping[Path, str]) -> Assembly:
+                hashes.update(found)
+                return _laid_out(_hashed(sums, found), target, output, shard_bytes)
+
+            done = produce(
+                _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu"),
+                assembly,
+                stamps,
+                output,
+                running,
+                doing="averaging" if sums.recalibration is None else "writing",
+                inputs=addends.given,
+                replaces=addends.replaces,
+                finish=finish if sums.recalibration is not None else None,
+                scratch=sums.scratch,
+                asked=asked,
+                hashed=Hashed(_own(sums), recorded) if inline else None,
+                drop_cache=running.drop_cache,
+                **options,
+            )
+            if hashes:
+                done = replace(done, inputs=_hashed(sums, hashes).inputs)
+        if picture is not None and done.written:
+            from .report_pictures import AVERAGE_SIZE, draw_average
+
+            picture.write(lambda figure: draw_average(done, figure), AVERAGE_SIZE)
+        if addends.compared is None or not done.written:
+            return done
+        compared, same = addends.compared(target.path)
+        return replace(done, compared=compared, same=same)
 
 
 def _ahead(sums: _Sums, stamps: Sequence[Stamp]) -> int:
@@ -545,6 +504,7 @@ def _planned(sums: _Sums, assembly: Assembly | None, *, memory: int, device: str
     if assembly is not None:
         read, written = assembly.bytes_read, assembly.nbytes
     addends, lined_up, unique, by_name = sums.addends, sums.lined_up, sums.unique, sums.by_tensor.coefficients
+    fits = sums.recalibration is not None or sums.notes or sum(c != 0 for c in addends.coefficients) < 2
     # A row of Model Stock may be the start alone.
     copied = dict.fromkeys(each for each in unique if each.copied and each.name not in by_name)
     return AverageReport(
@@ -559,8 +519,8 @@ def _planned(sums: _Sums, assembly: Assembly | None, *, memory: int, device: str
             *addends.notes,
             *lined_up.notes,
             *sums.adapter.notes,
-            *(() if assembly is None else _of_output(sums.base, assembly)),
-            *_statistics(sums),
+            *(() if assembly is None else of_output(sums.base, assembly)),
+            *(() if fits else of_statistics(sums.tensors, averaged=addends.matching.buffers == "average")),
             *sums.notes,
         ),
         dropped=() if assembly is None else assembly.dropped,
@@ -576,27 +536,6 @@ def _planned(sums: _Sums, assembly: Assembly | None, *, memory: int, device: str
         skipped=addends.skipped,
         peak_memory=peak_memory() + memory + (written if assembly is None else engine.notes_needed(assembly.files)),
     )
-
-
-def _statistics(sums: _Sums) -> Iterator[str]:
-    """Report BatchNorm statistics that are not those of the weights beside them; names and shapes tell."""
-    asked = sums.recalibration is not None or sums.notes
-    if asked or sum(c != 0 for c in sums.addends.coefficients) < 2:
-        return
-    leads = [name.removesuffix("running_mean") for name in sums.tensors if is_running(name)]
-    layers = [lead for lead in dict.fromkeys(leads) if _is_layer(sums.tensors, lead)]
-    if layers:
-        last = sums.addends.matching.buffers == "last"
-        what = "the statistics of the last checkpoint" if last else "averaged statistics"
-        which = f"{len(layers)} BatchNorm layer{'s have' if len(layers) > 1 else ' has'}"
-        yield (
-            f"{which} {what}, which do not fit the averaged weights. Measure them on training images with `recal_bn`."
-        )
-
-
-def _is_layer(tensors: Mapping[str, OutTensor], lead: str) -> bool:
-    mean, variance = (tensors.get(f"{lead}running_{each}") for each in ("mean", "var"))
-    return mean is not None and variance is not None and len(mean.shape) == 1 and mean.shape == variance.shape
 
 
 def _own(sums: _Sums) -> list[Path]:
@@ -630,36 +569,3 @@ def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantiz
             )
         edited[CONFIG] = config_text(adapter.config)
     return edited
-
-
-def _left_behind(base: Header, assembly: Assembly) -> Iterator[str]:
-    """Report configuration and tokenizer that a single file cannot have."""
-    if assembly.folder or not base.in_folder:
-        return
-    names = [path.name for path in companions(base, []) if path.parent == base.path]
-    if names:
-        shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-        yield (
-            f"A single file has no place for what is beside the weights, which stays behind: {shown}. For a folder "
-            "with all of it, give `out` a name without suffix."
-        )
-
-
-def _of_output(base: Header, assembly: Assembly) -> Iterator[str]:
-    """Report what the files of an output have, and what they leave out."""
-    yield from _kept(assembly)
-    yield from _left_behind(base, assembly)
-    yield from _of_format(base, assembly)
-
-
-def _of_format(base: Header, assembly: Assembly) -> Iterator[str]:
-    """Report what the format of the checkpoints means for their average, if it has that format."""
-    if assembly.folder and base.format.averaged_note:
-        yield base.format.averaged_note
-
-
-def _kept(assembly: Assembly) -> Iterator[str]:
-    """Report other sets of weights that are copied from the last checkpoint."""
-    if assembly.kept:
-        sets = ", ".join(f"{place} ({n} tensor{'s' * (n > 1)})" for place, n in assembly.kept.items())
-        yield f"Copied from the last checkpoint, not averaged: {sets}."
