@@ -44,3 +44,11 @@ def test_readme_commands_print_what_the_readme_shows(tmp_path: Path) -> None:
 def test_readme_shows_every_command() -> None:
     shown = {session.split()[2] for session in SESSIONS}
     assert shown == {"avg", "convert", "diff", "fix-prefix", "inspect", "recal-bn", "strip", "verify"}
+
+
+def test_the_readme_names_targets_that_make_has_and_how_to_run_the_tests() -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    pages = README + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", pages, flags=re.MULTILINE))
+    assert named <= targets
+    assert {"demo", "test"} <= named
