@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_tools.compute.formula import Kind
+from ckpt_tools.compute.summation import Kind
 from properties import Fault, Watch
 
 _LENGTHS = (

@@ -19,8 +19,8 @@ from ..storage.ahead import Need, ReadAhead
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, TensorSpec
 from .fetching import any_remote, needed_of
-from .formula import real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
+from .summation import real_dtype
 from .threads import HandedOut, in_threads
 from .tiles import Tile, in_storage_order, storage_orders, tiles
 from .torch_sums import one_thread_each

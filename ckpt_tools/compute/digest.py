@@ -11,8 +11,8 @@ import torch
 
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, TensorSpec, c_strides
-from .formula import real_dtype
 from .payload import Reader, TensorSource, torch_dtype
+from .summation import real_dtype
 from .threads import HandedOut, in_threads
 from .torch_sums import one_thread_each
 

@@ -35,10 +35,10 @@ from ..tensors import c_strides
 from . import native
 from .crc32 import combine
 from .fetching import Fetching
-from .formula import room
 from .gpu import Accelerator
 from .gpu.devices import GPU_MEMORY
 from .shares import Share, SliceSum
+from .summation import room
 from .threads import in_threads
 from .tiles import Tile, rows
 from .work_units import (

@@ -19,7 +19,7 @@ from ..storage.ahead import Buffer
 from ..storage.source import OpenFiles, ended_early, read_failed
 from ..storage.staged import write_failed
 from ..tensors import TensorSpec, c_strides
-from .formula import Steps, real_dtype
+from .summation import Steps, real_dtype
 from .tiles import Tile
 from .work_units import Slice
 

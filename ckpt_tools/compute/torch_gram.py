@@ -8,8 +8,8 @@ import torch
 
 from ..storage.source import OpenFiles
 from ..tensors import DType, TensorSpec
-from .formula import real_dtype
 from .payload import Buffer, Reader, TensorSource, torch_dtype
+from .summation import real_dtype
 from .tiles import Tile
 
 

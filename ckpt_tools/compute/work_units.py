@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..formats.file_plan import Computed, FilePlan, GroupKey, OutTensor
 from ..tensors import Category, Chunk, ChunkedSpec, Storage, TensorSpec, c_strides, in_c_order
-from .formula import exact
+from .summation import exact
 from .tiles import Axes, Tile, cut_tile, storage_order, storage_orders, tiles
 
 SLICE = 128 * 1024

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from ..errors import CkptError, LayoutError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.member import Member
-from ..series.paths import as_path, expand, folder_of_index, one_checkpoint
+from ..series.paths import as_path, folder_of_index, one_checkpoint
 from ..series.schedules import Schedule
 from ..series.weighted_sums import is_running
 from ..storage.source import LOCAL, sha256, stamp_at, store_of
@@ -33,7 +32,8 @@ from .addends import (
 from .lined_up import every_set, selected
 from .options import AveragedOutput, Matching, Selection, Summing
 from .outputs import Target, named_after
-from .provenance import Input, Record, read_record
+from .provenance import Record, read_record
+from .recorded_inputs import digests, look_for
 from .stock import recorded, sets
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _ROUNDING = {8: 2.0**-50, 4: 2.0**-20, 2: 2.0**-5, 1: 0.5}
 """Bytes of a number to some units in its last place, relative to its value."""
-_MOST_ENTRIES = 100_000  # looked at below a folder
 
 
 def replayed(
@@ -84,7 +83,7 @@ def replayed(
     addends = summed_again(header, record, headers, matching)
     place = None if output.named is None else as_path(output.named)
     in_place = place is not None and (place == header.path or same_file(place, header.path))
-    before = _digests(header) if in_place and not running.dry_run else None
+    before = digests(header) if in_place and not running.dry_run else None
     target = named_after(header, "-replayed") if output.named is None else Target.of(output.named)
     return replace(
         addends,
@@ -202,197 +201,6 @@ def _sets(record: Record, members: Sequence[Member], matching: Matching) -> list
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why an input cannot be taken, in words; `unknown` if there is no one file of its name."""
-
-    text: str
-    unknown: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What came of looking for inputs.
-
-    Attributes:
-        headers: of those that were found, in order.
-        faults: of the others.
-        unused: files that were given, and are none of them.
-    """
-
-    headers: tuple[Header, ...]
-    faults: tuple[Fault, ...]
-    unused: frozenset[Path]
-
-    @property
-    def said(self) -> str:
-        """The faults in words."""
-        more = f"; and {len(self.faults) - 20} more" if len(self.faults) > 20 else ""
-        return "; ".join(fault.text for fault in self.faults[:20]) + more
-
-
-def look_for(
-    inputs: Sequence[Input], header: Header, paths: Iterable[str | Path], *, by_set: bool = False, hashes: bool
-) -> Found:
-    """Look for the inputs of an output by name, size and SHA-256.
-
-    Args:
-        header: of the output.
-        paths: files and folders that have inputs, apart from the places where they are looked for anyway.
-        by_set: an input may be one of several sets of weights in a file.
-        hashes: compare SHA-256, where it is recorded.
-    """
-    given = [place for path in paths for place in _expanded(path)]
-    search = _Search(header, given)
-    faults: list[Fault] = []
-    headers: list[Header] = []
-    for i in inputs:
-        found = _one(search, i, faults, by_set=by_set, hashes=hashes)
-        if found is None:
-            continue
-        if not by_set and any(found.path == each.path for each in headers):
-            faults.append(Fault(f"{i.name} is not there: {found.path} is another input already"))
-        headers.append(found)
-    return Found(tuple(headers), tuple(faults), frozenset(given) - search.used)
-
-
-def _expanded(path: str | Path) -> list[Path]:
-    place = as_path(path)
-    return [place] if store_of(place).is_folder(place) else expand([path])
-
-
-def _one(search: _Search, wanted: Input, faults: list[Fault], *, by_set: bool, hashes: bool) -> Header | None:
-    """Find one input; the first place that has a right one decides."""
-    names = [wanted.name]
-    if by_set and wanted.name.endswith(")"):
-        names.append(wanted.name.partition(" (")[0])  # of several sets of weights in a file
-    wrong = []
-    alone = False  # a wrong file that is the only one of its name where it is
-    for places in search.places(names):
-        right: list[Header] = []
-        alone = alone or len(places) == 1
-        for place in places:
-            fault = None
-            try:
-                header = read_header(place)
-            except CkptError as error:
-                wrong.append(str(error).rstrip("."))
-                continue
-            if header.nbytes != wanted.nbytes:
-                fault = f"{place} has {header.nbytes:,} bytes, and the input had {wanted.nbytes:,}"
-            elif wanted.sha256 and (hashes or len(places) > 1) and _digests(header) != wanted.sha256:
-                fault = f"{place} has another SHA-256 than the input had"
-            if fault is None:
-                right.append(header)
-            else:
-                wrong.append(fault)
-        if len(right) > 1:
-            several = ", ".join(str(each.path) for each in right[:3])
-            faults.append(Fault(f"{wanted.name} is there several times: {several}", unknown=True))
-            return None
-        if right:
-            search.used.add(right[0].path)
-            return right[0]
-    faults.append(
-        Fault("; ".join(wrong), unknown=not alone) if wrong else Fault(f"{wanted.name} is missing", unknown=True)
-    )
-    return None
-
-
-@dataclass(eq=False)
-class _Search:
-    """Where inputs may be: at the paths that were given, beside the average, and below the current folder.
-
-    Attributes:
-        average: which is no input of itself.
-        given: files and folders.
-        used: the inputs that were found.
-    """
-
-    average: Header
-    given: Sequence[Path]
-    used: set[Path] = field(default_factory=set)
-    _below: dict[Path, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
-
-    def places(self, names: Sequence[str]) -> Iterator[list[Path]]:
-        """Yield the places of one name, the surest first: those in each item are equally sure."""
-        around, seen = self.average.path.parent, set()
-        for found in (
-            self._in_given(names),
-            self._in(around, names),
-            self._in(Path(), names),
-            self._in_tree(Path(), names),
-        ):
-            places = []
-            for place in found:
-                identity = store_of(place).identity(place)
-                if identity not in seen and not same_file(place, self.average.path):
-                    seen.add(identity)
-                    places.append(place)
-            if places:
-                yield places
-
-    def _in_given(self, names: Sequence[str]) -> Iterator[Path]:
-        exact = [place for place in self.given if any(_ends(place, name) for name in names)]
-        yield from exact
-        for place in () if exact else self.given:
-            if store_of(place).is_folder(place):
-                yield from [*self._in(place, names)] or self._in_tree(place, names)
-            elif any(place.name == Path(name).name for name in names):
-                yield place
-
-    def _in(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
-        for name in names:
-            parts = Path(name).parts
-            for n in range(len(parts)):  # a/step_1.pth is step_1.pth in the folder a
-                if n == 0 or folder.absolute().parts[-n:] == parts[:n]:
-                    place = folder.joinpath(*parts[n:])
-                    if _is_there(place):
-                        yield place
-
-    def _in_tree(self, folder: Path, names: Sequence[str]) -> Iterator[Path]:
-        if folder not in self._below:
-            self._below[folder] = _tree(folder)
-        for name in names:
-            found = (place for place in self._below[folder].get(Path(name).name, ()) if _ends(place, name))
-            yield from filter(_is_there, found)
-
-
-def _is_there(place: Path) -> bool:
-    """True for a file or folder; False for a name that the system refuses, or does not let us look at."""
-    store = store_of(place)
-    try:
-        return store.is_file(place) or store.is_folder(place)
-    except OSError:
-        return False
-
-
-def _ends(place: Path, name: str) -> bool:
-    parts = Path(name).parts
-    return place.absolute().parts[-len(parts) :] == parts
-
-
-def _tree(folder: Path) -> Mapping[str, Sequence[Path]]:
-    """Return what is below a folder by name, without hidden names; it follows no links."""
-    found: dict[str, list[Path]] = {}
-    store = store_of(folder)
-    waiting, left = [folder] if store is LOCAL else [], _MOST_ENTRIES
-    while waiting and left > 0:
-        above = waiting.pop()
-        with suppress(OSError):  # one that may not be looked into
-            for name in store.names(above):
-                place, left = above / name, left - 1
-                if not name.startswith("."):
-                    found.setdefault(name, []).append(place)
-                    if store.is_folder(place) and not place.is_symlink():
-                        waiting.append(place)
-    return found
-
-
-def _digests(header: Header) -> dict[str, str]:
-    return {name: sha256(path) for name, path in header.names.items()}
-
-
 def _same(a: Path, b: Path) -> bool:
     """True if two files of any stores are the same in every byte."""
     if store_of(a) is LOCAL is store_of(b):
@@ -414,7 +222,7 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
 
     new = read_header(out)
     if before is not None:
-        if _digests(new) == before:
+        if digests(new) == before:
             return f"It is the same as the old {out} in every byte.", True
         return f"It is not the same as the old {out} in every byte.", None
     pairs = [(new.names.get(name), path) for name, path in old.names.items()]

@@ -23,6 +23,7 @@ import torch
 from ckpt_tools.checkpoints.open import open_checkpoint
 from ckpt_tools.compute import engine, native
 from ckpt_tools.compute import torch_sums as summing
+from ckpt_tools.compute.torch_arithmetic import Formula
 from ckpt_tools.compute.work_units import OutFile
 from ckpt_tools.errors import NumericsError
 from ckpt_tools.formats.file_plan import FilePlan, OutTensor, Payload, Terms
@@ -225,7 +226,7 @@ def test_run_rejects_a_sum_of_tiles_beyond_its_dtype(tmp_path: Path, dtype: str,
 
 @pytest.mark.parametrize("dtype", REAL + COMPLEX)
 def test_run_overflows_in_c_where_it_does_in_torch(dtype: str) -> None:
-    assert native._native.LIMITS[dtype] == summing.Formula.of((DTYPES[dtype],), (0.5,), DTYPES[dtype]).limit
+    assert native._native.LIMITS[dtype] == Formula.of((DTYPES[dtype],), (0.5,), DTYPES[dtype]).limit
 
 
 # ---- rounding, by the numbers ----

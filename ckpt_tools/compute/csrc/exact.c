@@ -1,5 +1,5 @@
 /* Exact sums: the value of sum c_i x_i, correctly rounded. A sum is kept as high + low, and what rounding loses of low is
-   bounded by `lost`; see formula.py for the value and its source. Products are scaled so that none has a bit below
+   bounded by `lost`; see summation.py for the value and its source. Products are scaled so that none has a bit below
    float64. An element that is not decided by this (or not finite) becomes NaN, and torch_sums.py computes it.
 
    The loops are plain ones, which the compiler turns into vectors of the width that a target has. A fused multiply-add

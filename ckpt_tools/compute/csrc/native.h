@@ -89,7 +89,7 @@ int nonfinite(Code code, const void *x, size_t n);
 
 /* ---- exact.c: sums that are rounded as if nothing had been lost before ---- */
 
-typedef enum { PLAIN, SUM, AVERAGE, MEAN } Kind; /* as in formula.py */
+typedef enum { PLAIN, SUM, AVERAGE, MEAN } Kind; /* as in summation.py */
 
 typedef struct {
     double *high, *low, *lost; /* a sum is high + low, but for `lost` at most */

@@ -1,5 +1,5 @@
-/* Arithmetic on arrays: widen to float64, add, round once. Each step of a plain sum is that of torch_sums.py, so that the
-   bytes are the same. Multiplication and addition round separately: setup.py turns fused multiply-add off. */
+/* Arithmetic on arrays: widen to float64, add, round once. Each step of a plain sum is that of torch_arithmetic.py,
+   so that the bytes are the same. Multiplication and addition round separately: setup.py turns fused multiply-add off. */
 
 #include <math.h>
 #include <string.h>

@@ -3,9 +3,9 @@
 Each thread has a pipeline of its own. It reads one term after the other, a chunk at a time, into a ring of pinned
 buffers. One stream copies each chunk to the device, a second one adds it up there, a third copies results back, and
 the thread writes a result while the next is computed. All memory is taken at the start. The steps of a sum are those of
-`torch_sums.Arithmetic`, so that the bytes are those of the CPU. Chunks with NaN or infinity, or with an exact sum that
-is not decided, are left to the CPU, which names the first one, or lets them pass: NaNs differ from device to device. A
-work unit has one row of coefficients, for the engine divides tensors with more.
+`torch_arithmetic.Arithmetic`, so that the bytes are those of the CPU. Chunks with NaN or infinity, or with an exact sum
+that is not decided, are left to the CPU, which names the first one, or lets them pass: NaNs differ from device to
+device. A work unit has one row of coefficients, for the engine divides tensors with more.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ...formats.file_plan import GroupKey, OutTensor
 from ...storage.source import OpenFiles, read_at
 from ...storage.staged import write_at
 from .. import native
-from ..formula import real_dtype, room
-from ..torch_sums import Arithmetic, Formula
+from ..summation import real_dtype, room
+from ..torch_arithmetic import Arithmetic, Formula
 from ..work_units import Slice, WorkUnit
 from .streams import Gpu, bytes_of
 

@@ -31,7 +31,8 @@ from ..options import (
 )
 from ..outputs import Target
 from ..provenance import Input, Record, SourceRecord, read_record, read_source_record
-from ..replay import is_statistic, look_for, needs_sets, summed_again
+from ..recorded_inputs import look_for
+from ..replay import is_statistic, needs_sets, summed_again
 from .check import FAILED, NOT_CHECKED, OK, Check
 from .file import part_of
 from .names import Pairing, paired, stored_tensors

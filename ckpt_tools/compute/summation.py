@@ -1,4 +1,4 @@
-"""Formulas: which steps a weighted sum takes, whether C, torch or a GPU computes it.
+"""Summation: which steps a weighted sum takes, whether C, torch or a GPU computes it.
 
 The value of an element is defined by its inputs alone: sum c_i x_i, with the coefficients as they are in float64. If
 all coefficients are 1/N in float64, it is the mean, sum x_i / N; and if they sum up to 1 but for rounding, the average
