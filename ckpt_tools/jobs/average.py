@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.prefixes import renamed
-from ..checkpoints.quantized import without_quantization
 from ..compute import engine
 from ..compute.fetching import memory_ahead
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
 from ..errors import UsageError
-from ..formats.file_plan import OutTensor
-from ..formats.format import Writing
-from ..formats.header import Header
 from ..formats.in_memory import IN_MEMORY
 from ..formats.sharded import parse_size
-from ..series.lora import CONFIG, LORA, Adapter, AveragedAdapter, average_adapters, config_text
+from ..series.lora import LORA
 from ..series.schedules import Schedule
 from ..series.usable import Skipped
-from ..series.weighted_sums import weighted_sums
 from ..storage.local import peak_memory
 from ..storage.source import Stamp, sha256
-from ..storage.staged import ScratchFile, scratch_file
+from ..storage.staged import scratch_file
 from ..tensors import parse_dtype
-from .addends import Addends, ByTensor, inputs_of, record_of
+from .addends import Addends
 from .asked import Asked, asked_of
-from .assembly import Assembly, assemble, module_versions
+from .assembly import Assembly, module_versions
 from .average_notes import of_output, of_statistics
-from .checksums import with_place
-from .companions import companions
-from .lined_up import LinedUp, line_up
 from .options import (
     AveragedOutput,
     Earlier,
@@ -46,18 +37,19 @@ from .options import (
     Summing,
     takes,
 )
-from .outputs import Target, default_target, grows_at
+from .outputs import Target, grows_at
 from .pictures import Picture
-from .provenance import Input, provided
+from .provenance import Input
 from .reports import Report
 from .run import Hashed, manners, produce
 from .state_dicts import as_inputs
+from .sums import Sums
 from .weigh import weighed
 
 if TYPE_CHECKING:
     import torch
 
-    from .recalibrate import Opened, RecalibrationReport
+    from .recalibrate import RecalibrationReport
 
 BUFFERS = ("average", "last")
 
@@ -165,116 +157,31 @@ def average(
     """
     groups = (schedule, selection, matching, earlier, output, recalibration, sharing, fetched, running)
     with as_inputs(paths, groups, written=output.out is not None) as given:
-        if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
-            schedule.check()
-        _check(matching)
-        _check_recalibration(recalibration)
-        if earlier.update is not None and earlier.replay is not None:
-            raise UsageError(
-                "`update` and `replay` do not go together: one extends an average, the other makes it again."
-            )
-        parse_dtype(output.dtype)
-        check_threads(running.threads)
-        polite = manners(running)
+        asked = _checked(schedule, matching, earlier, output, recalibration, sharing, running)
         picture = Picture.of(output.plot, force=output.force)
-        devices.check_name(running.device)
-        gpu_bytes = devices.GPU_MEMORY if running.gpu_memory is None else parse_size(running.gpu_memory, "gpu_memory")
-        chosen = None if output.named is None else Target.of(output.named)
-        shard_bytes = None if output.max_shard_size is None else parse_size(output.max_shard_size)
-
+        gpu_memory = running.gpu_memory
+        options: dict[str, Any] = {
+            "threads": running.threads,
+            "gpu_memory": devices.GPU_MEMORY if gpu_memory is None else parse_size(gpu_memory, "gpu_memory"),
+            "cache": None if fetched.cache is None else Path(fetched.cache),
+            **manners(running),
+        }
         measured = recalibration.recal_bn is not None
-        asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
-        if asked is not None:
-            _check_shared(asked, measured, running.device)
-        if earlier.update is not None:
-            from .update import updated
-
-            addends = updated(earlier.update, given, schedule, selection, matching, output, running, measured=measured)
-        elif earlier.replay is not None:
-            from .replay import replayed
-
-            addends = replayed(earlier.replay, given, schedule, selection, matching, output, running, measured=measured)
-        else:
-            addends = weighed(given, schedule, selection, matching, output, running)
+        addends = _addends(given, schedule, selection, matching, earlier, output, running, measured=measured)
         _check(addends.matching)  # a record may say anything
-        sums = _sums(addends)
+        options["allow_nonfinite"] = bool(addends.arguments.get("allow_nonfinite"))
+        sums = Sums.of(addends)
+        if output.out is None:
+            return _in_memory(sums, running, options)
         if sums.by_tensor.bytes_read and asked is not None:
             asked.refuse(
                 "each part would read all inputs for the inner products first. Use `resume`.", mode=addends.mode
             )
-        target = chosen or addends.target or sums.usual_target
-        if output.named is not None and shard_bytes is None and not any(m.header.in_folder for m in addends.members):
-            target = Target.of(output.named, sums.usual_target)
-        stamps = [stamp for member in addends.members for stamp in member.header.files]
+        target = sums.target(output)
         if picture is not None:
-            picture.check([*addends.given, *(stamp.path for stamp in stamps)], target.path)
-        options: dict[str, Any] = {
-            "threads": running.threads,
-            "allow_nonfinite": bool(addends.arguments.get("allow_nonfinite")),
-            "gpu_memory": gpu_bytes,
-            "cache": None if fetched.cache is None else Path(fetched.cache),
-            "pace": polite["pace"],
-        }
-        if output.out is None:
-            return _in_memory(sums, stamps, running, options)
-        with ExitStack() as stack:
-            if recalibration.recal_bn is not None:
-                from .averaged_network import opened_network
-
-                state = sums.lined_up.states[-1]
-                network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
-                sums = _with_network(sums, network, target)
-            inline = output.hash and sums.recalibration is None  # else the inputs are hashed before they are read
-            planned = _hashed(sums, None) if inline else sums
-            assembly = _laid_out(planned, target, output, shard_bytes)
-            gpus = devices.choose("cpu" if asked is not None else running.device, assembly.bytes_read)
-            memory = engine.memory_needed(sums.unique, running.threads, gpus, gpu_bytes) + _ahead(sums, stamps)
-            options["devices"] = gpus
-
-            def finish(report: AverageReport) -> tuple[AverageReport, Assembly, Sequence[Stamp]]:
-                final = _hashed(sums, {path: sha256(path) for path in _own(sums)}) if output.hash else sums
-                show, moved = (
-                    running.on_progress,
-                    sum(each.numel * each.terms.width + each.nbytes for each in sums.unique),
-                )
-                on_bytes = None if show is None else lambda nbytes: show("averaging", nbytes, moved)
-                scratch = stack.enter_context(scratch_file(grows_at(target.path)))
-                more = {"on_progress": on_bytes, "drop_cache": running.drop_cache, **options}
-                final, further = _measured(final, scratch, stamps, recalibration, **more)
-                laid_out = _laid_out(final, target, output, shard_bytes)
-                done = replace(
-                    report,
-                    inputs=final.inputs,
-                    notes=(*report.notes, *final.notes[len(sums.notes) :]),
-                    recalibration=final.recalibration,
-                    bytes_written=laid_out.nbytes,
-                )
-                return done, laid_out, [*stamps, *further]
-
-            hashes: dict[Path, str] = {}
-
-            def recorded(found: Mapping[Path, str]) -> Assembly:
-                hashes.update(found)
-                return _laid_out(_hashed(sums, found), target, output, shard_bytes)
-
-            done = produce(
-                _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu"),
-                assembly,
-                stamps,
-                output,
-                running,
-                doing="averaging" if sums.recalibration is None else "writing",
-                inputs=addends.given,
-                replaces=addends.replaces,
-                finish=finish if sums.recalibration is not None else None,
-                scratch=sums.scratch,
-                asked=asked,
-                hashed=Hashed(_own(sums), recorded) if inline else None,
-                drop_cache=running.drop_cache,
-                **options,
-            )
-            if hashes:
-                done = replace(done, inputs=_hashed(sums, hashes).inputs)
+            picture.check([*addends.given, *(stamp.path for stamp in sums.stamps)], target.path)
+        writer = _Writer(target, output, running, asked, options)
+        done = writer.recalibrated(sums, recalibration) if measured else writer.written(sums)
         if picture is not None and done.written:
             from .report_pictures import AVERAGE_SIZE, draw_average
 
@@ -285,14 +192,79 @@ def average(
         return replace(done, compared=compared, same=same)
 
 
-def _ahead(sums: _Sums, stamps: Sequence[Stamp]) -> int:
-    """Return the bytes of payload that wait in memory; state dicts are there anyway."""
-    return 0 if sums.base.format is IN_MEMORY else memory_ahead(stamps)
+def _checked(
+    schedule: Schedule,
+    matching: Matching,
+    earlier: Earlier,
+    output: AveragedOutput,
+    recalibration: Recalibration,
+    sharing: Sharing,
+    running: Summing,
+) -> Asked | None:
+    """Refuse options that are wrong or do not go together, before anything is read.
+
+    Returns:
+        What this process is asked to do of the job; None if it does all of it.
+
+    Raises:
+        UsageError: they are.
+    """
+    if earlier.update is not None and earlier.replay is not None:
+        raise UsageError("`update` and `replay` do not go together: one extends an average, the other makes it again.")
+    if earlier.update is None and earlier.replay is None:  # else the record has the rest of the options
+        schedule.check()
+    _check(matching)
+    measured = recalibration.recal_bn is not None
+    if not measured:
+        for each in recalibration.options():
+            if vars(recalibration)[each.name] != each.default and not each.name.startswith("on_"):
+                raise UsageError(f"`{each.name}` goes with `recal_bn`, the images to measure BatchNorm statistics on.")
+    parse_dtype(output.dtype)
+    check_threads(running.threads)
+    devices.check_name(running.device)
+    if output.named is not None:
+        Target.of(output.named)
+    if output.max_shard_size is not None:
+        parse_size(output.max_shard_size)
+    asked = asked_of(sharing, sign_off=output.sign_off, hash=output.hash)
+    if asked is not None and measured:
+        refused = "works in one process" if asked.step else "does not go with `part`, `finish` and `resume`"
+        raise UsageError(f"`recal_bn` {refused}: average first, then use `recalibrate_checkpoint(...)`.")
+    if asked is not None and running.device not in ("auto", "cpu"):
+        raise UsageError(
+            f"`device={running.device!r}`: with `part`, `finish` and `resume` the sums are made on the CPU."
+        )
+    return asked
 
 
-def _in_memory(
-    sums: _Sums, stamps: Sequence[Stamp], running: Summing, options: dict[str, Any]
-) -> dict[str, torch.Tensor]:
+def _addends(
+    given: Sequence[str | Path],
+    schedule: Schedule,
+    selection: Selection,
+    matching: Matching,
+    earlier: Earlier,
+    output: AveragedOutput,
+    running: Summing,
+    *,
+    measured: bool,
+) -> Addends:
+    """Choose what is summed, with which coefficients: new ones, or by the record of an earlier average.
+
+    Raises:
+        CkptError: the checkpoints cannot be used, or the record cannot.
+    """
+    if earlier.update is not None:
+        from .update import updated
+
+        return updated(earlier.update, given, schedule, selection, matching, output, running, measured=measured)
+    if earlier.replay is not None:
+        from .replay import replayed
+
+        return replayed(earlier.replay, given, schedule, selection, matching, output, running, measured=measured)
+    return weighed(given, schedule, selection, matching, output, running)
+
+
+def _in_memory(sums: Sums, running: Summing, options: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Compute the sums into memory, and return them as a state dict.
 
     Args:
@@ -303,13 +275,133 @@ def _in_memory(
     """
     from .in_memory import in_memory
 
-    read = sum(tensor.numel * tensor.terms.width for tensor in sums.unique)
-    gpus = devices.choose(running.device, read)
-    memory = engine.memory_needed(sums.unique, running.threads, gpus, options["gpu_memory"]) + _ahead(sums, stamps)
+    gpus = devices.choose(running.device, sums.bytes_read)
     if running.on_plan is not None:
+        memory = _memory_needed(sums, gpus, options)
         running.on_plan(_planned(sums, None, memory=memory, device=", ".join(gpus) or "cpu"))
     last = sums.lined_up.states[-1], sums.lined_up.renamed[-1]
-    return in_memory(sums.tensors, module_versions(sums.base, *last), stamps, running, devices=gpus, **options)
+    own = {name: value for name, value in options.items() if name != "drop_cache"}
+    return in_memory(sums.tensors, module_versions(sums.base, *last), sums.stamps, running, devices=gpus, **own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Where an average is written, and how.
+
+    Attributes:
+        asked: what this process does of the job; None if it does all of it.
+        options: of `run.write`, without `devices`.
+    """
+
+    target: Target
+    output: AveragedOutput
+    running: Summing
+    asked: Asked | None
+    options: Mapping[str, Any]
+
+    def written(self, sums: Sums) -> AverageReport:
+        """Write the sums; the record gets the hashes of the inputs, if asked for, while these are read.
+
+        Raises:
+            CkptError: see `run.produce`.
+        """
+        if not self.output.hash:
+            return self._produce(sums, doing="averaging")
+        found: dict[Path, str] = {}
+
+        def recorded(hashes: Mapping[Path, str]) -> Assembly:
+            found.update(hashes)
+            return sums.hashed(hashes).laid_out(self.target, self.output)
+
+        hashed = Hashed(sums.source_files, recorded)
+        done = self._produce(sums.hashed(None), doing="averaging", hashed=hashed)
+        return replace(done, inputs=sums.hashed(found).inputs) if found else done
+
+    def recalibrated(self, sums: Sums, recalibration: Recalibration) -> AverageReport:
+        """Write the sums with BatchNorm statistics that are measured on them, from a scratch file beside the target.
+
+        Raises:
+            CkptError: see `averaged_network` and `run.produce`.
+        """
+        from .averaged_network import measured, opened_network
+
+        with ExitStack() as stack:
+            state, running = sums.lined_up.states[-1], self.running
+            network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
+            plan = network.planned(self.target)
+            if network.batches is None:
+                nothing = "The model has no BatchNorm statistics, so `recal_bn` has no effect."
+                if network.held_out is not None:
+                    nothing += " `eval_data` has none, either: `evaluate(...)` scores the average."
+                return self.written(replace(sums, notes=(*plan.notes, nothing)))
+            planned = replace(sums, network=network, recalibration=replace(plan, notes=()), notes=plan.notes)
+
+            def finish(report: AverageReport, gpus: Sequence[str]) -> tuple[AverageReport, Assembly, list[Stamp]]:
+                hashes = {path: sha256(path) for path in sums.source_files} if self.output.hash else None
+                show, moved = running.on_progress, sums.bytes_read + sums.nbytes
+                found = measured(
+                    network,
+                    sums.tensors,
+                    stack.enter_context(scratch_file(grows_at(self.target.path))),
+                    sums.stamps,
+                    replace(plan, notes=()),
+                    recalibration.on_images,
+                    on_progress=None if show is None else lambda nbytes: show("averaging", nbytes, moved),
+                    devices=gpus,
+                    **self.options,
+                )
+                final = replace(planned, tensors=found.tensors, recalibration=replace(found.report, notes=()))
+                final = final if hashes is None else final.hashed(hashes)
+                assembly = final.laid_out(self.target, self.output)
+                done = replace(
+                    report,
+                    inputs=final.inputs,
+                    notes=(*report.notes, *found.report.notes),
+                    recalibration=final.recalibration,
+                    bytes_written=assembly.nbytes,
+                )
+                return done, assembly, [*sums.stamps, *found.stamps]
+
+            return self._produce(planned, doing="writing", finish=finish)
+
+    def _produce(
+        self,
+        sums: Sums,
+        *,
+        doing: str,
+        finish: Callable[[AverageReport, Sequence[str]], tuple[AverageReport, Assembly, list[Stamp]]] | None = None,
+        hashed: Hashed | None = None,
+    ) -> AverageReport:
+        """Plan the output, and run the job; see `run.produce`.
+
+        Args:
+            finish: is given the devices of the sums, too.
+        """
+        assembly = sums.laid_out(self.target, self.output)
+        gpus = devices.choose("cpu" if self.asked is not None else self.running.device, assembly.bytes_read)
+        memory = _memory_needed(sums, gpus, self.options)
+        return produce(
+            _planned(sums, assembly, memory=memory, device=", ".join(gpus) or "cpu"),
+            assembly,
+            sums.stamps,
+            self.output,
+            self.running,
+            doing=doing,
+            inputs=sums.addends.given,
+            replaces=sums.addends.replaces,
+            finish=None if finish is None else lambda report: finish(report, gpus),
+            scratch=0 if finish is None else sums.nbytes,
+            asked=self.asked,
+            hashed=hashed,
+            devices=gpus,
+            **self.options,
+        )
+
+
+def _memory_needed(sums: Sums, gpus: Sequence[str], options: Mapping[str, Any]) -> int:
+    """Return the bytes of buffers, with those of payload that waits; state dicts are in memory anyway."""
+    ahead = 0 if sums.base.format is IN_MEMORY else memory_ahead(sums.stamps)
+    return engine.memory_needed(sums.unique, options["threads"], gpus, options["gpu_memory"]) + ahead
 
 
 def laid_out_again(addends: Addends, target: Target) -> Assembly:
@@ -322,7 +414,7 @@ def laid_out_again(addends: Addends, target: Target) -> Assembly:
         CkptError: the weights do not line up, or cannot be averaged.
     """
     _check(addends.matching)
-    return _laid_out(_sums(addends), target, AveragedOutput(), None)
+    return Sums.of(addends).laid_out(target, AveragedOutput())
 
 
 def _check(matching: Matching) -> None:
@@ -334,173 +426,9 @@ def _check(matching: Matching) -> None:
         raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
 
 
-def _check_recalibration(asked: Recalibration) -> None:
-    """Refuse how to measure statistics where none are measured."""
-    if asked.recal_bn is None:
-        for each in asked.options():
-            if vars(asked)[each.name] != each.default and not each.name.startswith("on_"):
-                raise UsageError(f"`{each.name}` goes with `recal_bn`, the images to measure BatchNorm statistics on.")
-
-
-def _check_shared(asked: Asked, measured: bool, device: str) -> None:
-    """Refuse what cannot be done in parts, or gone on with."""
-    if measured:
-        refused = "works in one process" if asked.step else "does not go with `part`, `finish` and `resume`"
-        raise UsageError(f"`recal_bn` {refused}: average first, then use `recalibrate_checkpoint(...)`.")
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"`device={device!r}`: with `part`, `finish` and `resume` the sums are made on the CPU.")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sums:
-    """The sums of an average, still without a place.
-
-    Attributes:
-        addends: with the coefficients over all values, where tensors have their own.
-        lined_up: the weights that are summed.
-        by_tensor: coefficients of tensors that have their own.
-        adapter: of ``lora="product"``; else empty.
-        tensors: name to sum, in the order of the output.
-        inputs: to record, oldest first; with the hashes that are known.
-        network: on which statistics are measured; None if that is not asked for, or it has none.
-        recalibration: how they are measured, and what came of it.
-        notes: about that.
-    """
-
-    addends: Addends
-    lined_up: LinedUp
-    by_tensor: ByTensor
-    adapter: AveragedAdapter
-    tensors: Mapping[str, OutTensor]
-    inputs: tuple[Input, ...]
-    network: Opened | None = None
-    recalibration: RecalibrationReport | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def base(self) -> Header:
-        """The last checkpoint, whose other entries the output has."""
-        return self.addends.members[-1].header
-
-    @property
-    def unique(self) -> dict[OutTensor, None]:
-        """The tensors, tied ones once."""
-        return dict.fromkeys(self.tensors.values())
-
-    @property
-    def scratch(self) -> int:
-        """Bytes of the sums in a scratch file, which only a network needs."""
-        return 0 if self.recalibration is None else sum(tensor.nbytes for tensor in self.unique)
-
-    @property
-    def usual_target(self) -> Target:
-        """Where the output goes if nothing says otherwise."""
-        usual = default_target([member.header for member in self.addends.members])
-        return usual if self.adapter.config is None else Target.of("averaged/")
-
-
-def _sums(addends: Addends) -> _Sums:
-    """Line up the weights, and say how each tensor is summed.
-
-    Raises:
-        CkptError: the weights do not line up, or cannot be averaged.
-    """
-    members, names, matching, dtype = addends.members, addends.names, addends.matching, addends.dtype
-    lined_up = line_up(members, names, matching, mixed_dtypes=addends.mixed_dtypes, chosen=addends.chosen)
-    by_tensor = ByTensor() if addends.by_tensor is None else addends.by_tensor(lined_up)
-    if by_tensor.mean:
-        addends = replace(addends, coefficients=by_tensor.mean, notes=(*addends.notes, *by_tensor.notes))
-    tensors = weighted_sums(
-        lined_up.aligned,
-        addends.coefficients,
-        dtype=dtype or lined_up.states[-1].dtype,
-        keep_running=matching.buffers == "last",
-        shared=lined_up.shared,
-        by_name={name: (own,) for name, own in by_tensor.coefficients.items()},
-    )
-    adapter = AveragedAdapter()
-    if matching.lora == "product":
-        weights = [renamed(state.tensors, bare) for state, bare in zip(lined_up.states, lined_up.renamed, strict=True)]
-        adapters = [
-            Adapter.of(member.header, own, name, coefficient)
-            for member, own, name, coefficient in zip(members, weights, names, addends.coefficients, strict=True)
-        ]
-        adapter = average_adapters(adapters, dtype=dtype, keys=matching.keys)
-        both = tensors | adapter.tensors
-        tensors = {name: both[name] for name in lined_up.renamed[-1].values() if name in both}
-    inputs = (*addends.before, *inputs_of(addends, lined_up)[-len(addends.sources) :])
-    return _Sums(addends, lined_up, by_tensor, adapter, tensors, inputs)
-
-
-def _with_network(sums: _Sums, network: Opened, target: Target) -> _Sums:
-    """Return the sums with a plan to measure the statistics of a network, if it has some."""
-    plan = network.planned(target)
-    if network.batches is None:
-        nothing = "The model has no BatchNorm statistics, so `recal_bn` has no effect."
-        if network.held_out is not None:
-            nothing += " `eval_data` has none, either: `evaluate(...)` scores the average."
-        return replace(sums, notes=(*plan.notes, nothing))
-    return replace(sums, network=network, recalibration=replace(plan, notes=()), notes=plan.notes)
-
-
-def _measured(
-    sums: _Sums, scratch: ScratchFile, stamps: Sequence[Stamp], recalibration: Recalibration, **options: Any
-) -> tuple[_Sums, tuple[Stamp, ...]]:
-    """Write the sums to a scratch file and measure the statistics of the network with them.
-
-    Args:
-        scratch: for the sums; stays until the output is written.
-        options: of `averaged_network.measured`.
-
-    Returns:
-        (what is written instead; stamps of the scratch file)
-
-    Raises:
-        CkptError: see `averaged_network.measured`.
-    """
-    from .averaged_network import measured
-
-    network, plan = sums.network, sums.recalibration
-    if network is None or plan is None:
-        return sums, ()
-    found = measured(network, sums.tensors, scratch, stamps, plan, recalibration.on_images, **options)
-    report = replace(found.report, notes=())
-    final = replace(sums, tensors=found.tensors, recalibration=report, notes=(*sums.notes, *found.report.notes))
-    return final, found.stamps
-
-
-def _laid_out(sums: _Sums, target: Target, output: AveragedOutput, shard_bytes: int | None) -> Assembly:
-    """Lay the sums out in the files of the target, with a record of the inputs.
-
-    Raises:
-        CkptError: the target cannot hold them.
-    """
-    addends, lined_up = sums.addends, sums.lined_up
-    more: dict[str, Any] = {"ratios": sums.by_tensor.ratios} if sums.by_tensor.ratios else {}
-    if sums.network is not None and sums.recalibration is not None:
-        more["recalibrated"] = provided(sums.network.record(sums.recalibration))
-    record = record_of(addends, sums.inputs, lined_up.states[-1], **more)
-    assembly = assemble(
-        sums.tensors,
-        Writing(
-            name=addends.name or target.name,
-            provenance=record,
-            untie=output.untie,
-            max_bytes=shard_bytes,
-            like=sums.base,
-        ),
-        target=target,
-        base=sums.base,
-        state=lined_up.states[-1],
-        renamed=lined_up.renamed[-1],
-        edited=_edited(sums.base, sums.adapter, target, dequantize=addends.matching.dequantize),
-    )
-    return with_place(assembly, output.write_checksums)
-
-
-def _planned(sums: _Sums, assembly: Assembly | None, *, memory: int, device: str) -> AverageReport:
+def _planned(sums: Sums, assembly: Assembly | None, *, memory: int, device: str) -> AverageReport:
     """Report what will be summed, and written if there is an output."""
-    read, written = (sum(each.numel * each.terms.width for each in sums.unique), sum(e.nbytes for e in sums.unique))
+    read, written = sums.bytes_read, sums.nbytes
     if assembly is not None:
         read, written = assembly.bytes_read, assembly.nbytes
     addends, lined_up, unique, by_name = sums.addends, sums.lined_up, sums.unique, sums.by_tensor.coefficients
@@ -532,40 +460,7 @@ def _planned(sums: _Sums, assembly: Assembly | None, *, memory: int, device: str
         memory=memory,
         device=device,
         recalibration=sums.recalibration,
-        scratch=sums.scratch,
+        scratch=0 if sums.recalibration is None else sums.nbytes,
         skipped=addends.skipped,
         peak_memory=peak_memory() + memory + (written if assembly is None else engine.notes_needed(assembly.files)),
     )
-
-
-def _own(sums: _Sums) -> list[Path]:
-    """Return the files of the checkpoints; not those of an average that is extended, which are not read again."""
-    return [path for member in sums.addends.sources for path in member.header.names.values()]
-
-
-def _hashed(sums: _Sums, found: Mapping[Path, str] | None) -> _Sums:
-    """Return the sums with the SHA-256 of their files in the record, or with a place for it if it is not known."""
-    before, own = sums.inputs[: -len(sums.addends.sources)], sums.inputs[-len(sums.addends.sources) :]
-    digests = (
-        {name: "0" * 64 if found is None else found[path] for name, path in member.header.names.items()}
-        for member in sums.addends.sources
-    )
-    hashed = (replace(entry, sha256=each) for entry, each in zip(own, digests, strict=True))
-    return replace(sums, inputs=(*before, *hashed))
-
-
-def _edited(base: Header, adapter: AveragedAdapter, target: Target, *, dequantize: bool) -> dict[str, bytes | None]:
-    """Return the files beside the weights that change with these: name to new content, or None for no file.
-
-    Raises:
-        UsageError: one of them says how to read the weights, and the target is no folder.
-    """
-    edited = dict(without_quantization(companions(base, []))) if dequantize and target.folder else {}
-    if adapter.config is not None:
-        if not target.folder:
-            raise UsageError(
-                f"{target.path}: the rank and the scale of a PEFT adapter are in its {CONFIG}. Give `out` a name "
-                "without suffix, for a folder with both."
-            )
-        edited[CONFIG] = config_text(adapter.config)
-    return edited
