@@ -49,7 +49,7 @@ def avg(
 ) -> None:
     """Average a series of checkpoints into one set of weights.
 
-    Example: ckpt avg runs/*.pth --mode ema --decay 0.99
+    Example: ckpt avg runs/*.pth --mode ema --decay 0.8
     """
     from ..jobs.average import average
 

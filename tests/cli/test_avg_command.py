@@ -73,7 +73,7 @@ def test_avg_summary_names_prefixes_that_names_lose(save: Any, here: Path, lead:
     assert "Names lose" not in run("avg", "plain.pth", "-o", "out2.pth").err
 
 
-def test_avg_line_of_the_readme_works(runs: list[Path]) -> None:
+def test_avg_line_with_a_decay_of_training_works_and_warns(runs: list[Path]) -> None:
     Path("runs").symlink_to(runs[0].parent)
     line = "ckpt avg runs/*.pth --mode ema --decay 0.99"
     done = subprocess.run(
