@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import time
+import unicodedata  # noqa: F401 - with which tables measure names that are not ASCII, of sound files, too
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

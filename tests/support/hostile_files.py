@@ -42,7 +42,7 @@ def make_good(folder: Path) -> Path:
     """
     good = folder / "good"
     good.mkdir()
-    weights = {"w": torch.arange(4.0)}
+    weights = {"w": torch.arange(4.0), "größe": torch.ones(1)}
     args = argparse.Namespace(model="resnet", lr=0.1)
     values: dict[str, Any] = {"size": torch.Size([2]), "dtype": torch.float16, "device": torch.device("cpu")}
     values |= {"set": {1}, "object": Path("a"), "epoch": 3}
