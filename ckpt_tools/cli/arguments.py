@@ -40,7 +40,9 @@ ONCE = ("state", "state_b")
 """Options that some commands take several times; where they take one, a second is no slip to pass over."""
 Reader = Callable[[Any], Any]
 
-Json = Annotated[bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=Running.title)]
+Json = Annotated[
+    bool, typer.Option("--json", help="The report on stdout.", rich_help_panel=Running.title), common.ONE_RUN
+]
 
 Averaged = Annotated[
     str | None,
@@ -86,7 +88,7 @@ def _for_typer(
     @wraps(function)
     def call(*, quiet: bool, verbose: bool, show_config: bool, **given: Any) -> None:
         common.speak(quiet=quiet, verbose=verbose, all_rows=given.get("all_", False))
-        defaults.say_in_use(given)
+        defaults.say_in_use()
         for _, option in options:
             if option.name in ONCE and _kind(option) is not Words and isinstance(given[option.name], list):
                 given[option.name] = _only(option, given[option.name])
@@ -161,9 +163,9 @@ def _annotation(title: str, option: Option, *, as_text: bool) -> Any:
         metavar=option.metavar or _METAVARS.get(kind, option.name.rpartition("_")[2].upper()),
         show_default=default,
         rich_help_panel=title,
-        autocompletion=completion.values(option.name) if completion.ASKED else None,
+        autocompletion=completion.values(option) if completion.ASKED else None,
     )
-    return Annotated[type_ if option.default not in (REQUIRED, None, ()) else type_ | None, info]
+    return Annotated[type_ if option.default not in (REQUIRED, None, ()) else type_ | None, info, option.origins]
 
 
 def _kind(option: Option) -> Any:

@@ -20,6 +20,7 @@ import typer.core
 import typer.main
 
 from ..errors import UsageError
+from ..series.rules.rule import Origins
 from . import common, console, defaults
 
 NotUsable: Any = typer.BadParameter.__base__
@@ -144,10 +145,14 @@ def made(name: str) -> Any:
     return typer.main.get_command(app)
 
 
-def _options_of(name: str) -> list[str]:
-    """Return the names of the options of a command; KeyError if there is none of this name."""
+def options_of(name: str) -> dict[str, Any]:
+    """Return the options of a command by name; KeyError if there is none of this name."""
     COMMANDS[name]
-    return [param.name for param in made(name).params if isinstance(param, typer.core.TyperOption)]
+    return _options(made(name))
+
+
+def _options(command: Any) -> dict[str, Any]:
+    return {param.name: param for param in command.params if isinstance(param, _Option)}
 
 
 def _unknown(word: str, rest: Sequence[str]) -> str:
@@ -174,12 +179,12 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
     """A command whose values are read quickly and whose help is plain text."""
 
     def __init__(self, name: str, *, callback: Callable[..., Any], params: list[Any], **options: Any) -> None:
-        types = {
-            parameter.name: get_args(parameter.annotation)[0]
+        notes = {
+            parameter.name: get_args(parameter.annotation)
             for parameter in inspect.signature(callback, eval_str=True).parameters.values()
         }
         quick: list[Any] = [
-            (_Option if isinstance(param, typer.core.TyperOption) else _Argument)(param, types[param.name])
+            (_Option if isinstance(param, typer.core.TyperOption) else _Argument)(param, *notes[param.name])
             for param in params
         ]
         super().__init__(name, callback=callback, params=quick, **options)
@@ -193,10 +198,11 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Read the arguments, with defaults from files and the environment."""
         if not extra.get("resilient_parsing"):
-            options = {param.name: param for param in self.params if isinstance(param, typer.core.TyperOption)}
-            found = defaults.read(str(self.name), options, _options_of, args)
+            options = _options(self)
+            found = defaults.read(str(self.name), options, options_of, args)
             defaults.in_use.clear()
             defaults.in_use.update(found)
+            defaults.unread[:] = defaults.unread_of(options)
             extra["default_map"] = {
                 name: defaults.as_typed(name, default, flag=options[name].is_flag, many=options[name].multiple)
                 for name, default in found.items()
@@ -273,8 +279,9 @@ def _read(value: Any, type_: Any) -> Any:
 class _Quick:
     """An option or argument as Typer made it, with quick values."""
 
-    def __init__(self, made: Any, plain_type: Any) -> None:
-        vars(self).update(vars(made), plain_type=plain_type)
+    def __init__(self, made: Any, plain_type: Any, *notes: Any) -> None:
+        origins = next((note for note in notes if isinstance(note, Origins)), Origins())
+        vars(self).update(vars(made), plain_type=plain_type, origins=origins)
 
     def process_value(self: Any, ctx: Any, value: Any) -> Any:
         """Return a value of the command line as the command wants it."""
@@ -289,7 +296,14 @@ class _Quick:
 
 
 class _Option(_Quick, typer.core.TyperOption):
-    pass
+    """An option whose help names the variable that sets it, too."""
+
+    def get_help_record(self: Any, ctx: Any) -> tuple[str, str] | None:
+        """Return its spellings and help."""
+        record = super().get_help_record(ctx)
+        if record is None or not self.origins.from_environment:
+            return record
+        return record[0], f"{record[1]}  [env: {defaults.variable(self.name)}=]"
 
 
 class _Argument(_Quick, typer.core.TyperArgument):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..series.rules.rule import Origins
 from . import console
 
 
@@ -60,9 +61,20 @@ def speak(*, quiet: bool, verbose: bool, all_rows: bool = False) -> None:
         raise UsageError("`quiet` and `verbose` do not go together.")
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors, and what is asked for.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also say what is decided, and how long it takes.")]
-ShowConfig = Annotated[
-    bool, typer.Option("--show-config", help="Show the value of each option and where it is from; do nothing.")
+ONE_RUN = Origins(once_only=True)
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Say nothing but errors, and what is asked for."),
+    Origins(from_environment=True, overrules=("verbose",)),
 ]
-All = Annotated[bool, typer.Option("--all", help="Show all rows of a long table on a terminal, too.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also say what is decided, and how long it takes."),
+    Origins(from_environment=True, overrules=("quiet",)),
+]
+ShowConfig = Annotated[
+    bool,
+    typer.Option("--show-config", help="Show the value of each option and where it is from; do nothing."),
+    ONE_RUN,
+]
+All = Annotated[bool, typer.Option("--all", help="Show all rows of a long table on a terminal, too."), ONE_RUN]

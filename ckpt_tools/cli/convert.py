@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UsageError
 from ..jobs.options import Computing, ConvertedOutput, ConvertedState, Missing, Sharing
-from . import arguments, console
+from . import arguments, common, console
 
 if TYPE_CHECKING:
     from ..jobs.convert import ConvertReport
@@ -25,7 +25,7 @@ def convert(
     ] = None,
     *,
     list_: Annotated[
-        bool, typer.Option("--list", help="List the layouts.", rich_help_panel=ConvertedOutput.title)
+        bool, typer.Option("--list", help="List the layouts.", rich_help_panel=ConvertedOutput.title), common.ONE_RUN
     ] = False,
     json: arguments.Json = False,
     **options: Any,

@@ -5,56 +5,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UsageError
 from . import console
 
-ONE_OFF = frozenset(
-    {
-        "add",
-        "all_",
-        "base",
-        "csv",
-        "dry_run",
-        "expect_sha256",
-        "finish",
-        "force",
-        "from_step",
-        "inputs",
-        "json",
-        "list_",
-        "names_from",
-        "out",
-        "part",
-        "plot",
-        "replay",
-        "report",
-        "resume",
-        "show_config",
-        "sign_off",
-        "state_b",
-        "strip",
-        "tensors",
-        "test",
-        "to_step",
-        "update",
-        "weights",
-    }
-)
-"""Options that belong to one run: what it makes, of what, and where it goes. No default sets them."""
-FROM_ENVIRONMENT = frozenset(
-    {"cache", "device", "drop_cache", "gpu_memory", "max_read_rate", "quiet", "threads", "verbose", "workers"}
-)
-"""Options about how a command runs. No other is read from the environment, where scripts of other people may have a
-CKPT_EVERY or CKPT_MODEL of their own, which would change an average."""
-_CODE = frozenset(
-    {"data", "eval_command", "eval_data", "eval_function", "forward", "model", "recal_bn", "recalibrate", "teacher"}
-)
-_PLACES = frozenset({"cache", "scratch"})
-"""No file runs code or chooses where to write: it may be one of a folder that was downloaded."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -67,58 +24,73 @@ class Default(NamedTuple):
 
 in_use: dict[str, Default] = {}
 """The defaults that count in this run: those of options that its command line does not give."""
+unread: list[str] = []
+"""Variables that are called like options of the command, and set none."""
 
 
 def read(
-    command: str, options: Collection[str], of_command: Callable[[str], Collection[str]], words: Sequence[str]
+    command: str, options: Mapping[str, Any], of_command: Callable[[str], Mapping[str, Any]], words: Sequence[str]
 ) -> dict[str, Default]:
     """Read the defaults of a command; the environment counts before the files.
 
     Args:
-        options: names of its options.
-        of_command: returns the names of the options of any command; KeyError for what is none.
+        options: its options by name, each with its `Origins`.
+        of_command: returns the options of any command; KeyError for what is none.
         words: of the command line. A default that would be refused for what they say is left out.
 
     Raises:
         UsageError: a file cannot be read, or has a key that no option has.
     """
     found = dict(_from_file(command, options, of_command))
-    for name in FROM_ENVIRONMENT.intersection(options):
-        if value := os.environ.get(_variable(name)):
-            found[name] = Default(value, _variable(name))
-    for name, other in (("quiet", "verbose"), ("verbose", "quiet")):
-        if getattr(console.manner, other) or not {f"--{other}", f"-{other[0]}"}.isdisjoint(words):
-            found.pop(name, None)
-    if command == "avg":
-        given = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
-        idle = _idle({*found, *given})
-        found = {name: default for name, default in found.items() if name not in idle}
-    return found
+    found |= _from_environment(options)
+    given = {name for name, option in options.items() if _said(name, option, words)}
+    overruled = {name for each in given for name in _names(options[each].origins.overrules)}
+    return {
+        name: default
+        for name, default in found.items()
+        if name not in overruled and (options[name].origins.needs or name) in {*found, *given}
+    }
 
 
-def _variable(name: str) -> str:
+def _said(name: str, option: Any, words: Sequence[str]) -> bool:
+    """Return True if an option is given on the command line, or before the command."""
+    spellings = (*option.opts, *option.secondary_opts)
+    return getattr(console.manner, name, False) or any(word.partition("=")[0] in spellings for word in words)
+
+
+def _names(overruled: Iterable[Any]) -> Iterator[str]:
+    for each in overruled:
+        yield from [each] if isinstance(each, str) else (option.name for option in each.options())
+
+
+def variable(name: str) -> str:
+    """Return the name of the variable that sets an option."""
     return f"CKPT_{name.upper()}"
 
 
-def _idle(given: Collection[str]) -> set[str]:
-    """Return the options of `ckpt avg` that are refused without another, or beside the record of an average."""
-    from ..jobs.options import AveragedOutput, Group, Matching, Recalibration, Selection
-    from ..series.schedules import Schedule
+def _from_environment(options: Mapping[str, Any]) -> dict[str, Default]:
+    names = [name for name, option in options.items() if option.origins.from_environment]
+    return {name: Default(value, variable(name)) for name in names if (value := os.environ.get(variable(name)))}
 
-    idle: set[str] = set()
-    if "best" not in given:
-        idle |= {"metric", "metrics", "lower_is_better"}
-    if "recal_bn" not in given:
-        idle |= {option.name for option in Recalibration.options()}
-    if not {"replay", "update"}.isdisjoint(given):
-        groups: list[type[Group]] = [Schedule, Matching, AveragedOutput]
-        groups += [Selection] if "replay" in given else []
-        idle |= {option.name for group in groups for option in group.options()}
-    return idle
+
+def variables() -> dict[str, str]:
+    """Return what the environment sets of any command; no other variable, which may be a key of something else."""
+    from .commands import COMMANDS, options_of
+
+    found = {"CKPT_NO_CONFIG": os.environ.get("CKPT_NO_CONFIG", "")}
+    for command in COMMANDS:
+        found |= {default.origin: default.value for default in _from_environment(options_of(command)).values()}
+    return {name: value for name, value in found.items() if value}
+
+
+def unread_of(options: Mapping[str, Any]) -> list[str]:
+    """Return the variables that are called like one of these options, and do not set it."""
+    others = (variable(name) for name, option in options.items() if not option.origins.from_environment)
+    return [name for name in others if os.environ.get(name)]
 
 
 def _from_file(
-    command: str, options: Collection[str], of_command: Callable[[str], Collection[str]]
+    command: str, options: Mapping[str, Any], of_command: Callable[[str], Mapping[str, Any]]
 ) -> Iterator[tuple[str, Default]]:
     path, table = config()
     if path is None:
@@ -136,31 +108,31 @@ def _from_file(
                 raise UsageError(f"{where}: [{prefix}{key}] is no command of ckpt.{hint}") from None
             inner = value if key == command else inner
             continue
-        if name not in options and not _anywhere(name, of_command):
+        if name not in options and (option := _of_another(name, of_command)) is None:
             raise UsageError(f"{where}: '{key}' is no option of ckpt.")
-        _refuse(where, key, value)
+        _refuse(where, key, value, options.get(name) or option)
         if name in options:
             yield name, Default(value, where)
     for key, value in inner.items():
         name = key.replace("-", "_")
         if name not in options:
             raise UsageError(f"{where}: [{prefix}{command}] '{key}' is no option of ckpt {command}.")
-        _refuse(where, key, value)
+        _refuse(where, key, value, options[name])
         yield name, Default(value, where)
 
 
-def _anywhere(name: str, of_command: Callable[[str], Collection[str]]) -> bool:
+def _of_another(name: str, of_command: Callable[[str], Mapping[str, Any]]) -> Any:
     from .commands import COMMANDS
 
-    return any(name in of_command(command) for command in COMMANDS)
+    return next((option for command in COMMANDS if (option := of_command(command).get(name)) is not None), None)
 
 
-def _refuse(where: str, key: str, value: Any) -> None:
-    name = key.replace("-", "_")
-    if name in ONE_OFF:
+def _refuse(where: str, key: str, value: Any, option: Any) -> None:
+    origins = option.origins
+    if origins.once_only:
         raise UsageError(f"{where}: '{key}' belongs to one run, and has no default. Give it on the command line.")
-    code = name in _CODE and (name in ("eval_command", "forward") or ":" in str(value))
-    if code or name in _PLACES:
+    code = origins.names_code is not None and origins.names_code in str(value)
+    if code or origins.names_place:
         what = "names code to run" if code else "says where to write"
         raise UsageError(
             f"{where}: '{key}' {what}, and no file may, for it may come with a download. Give it on the command line."
@@ -230,12 +202,8 @@ def as_typed(name: str, default: Default, *, flag: bool, many: bool) -> Any:
     return str(value)
 
 
-def say_in_use(options: Iterable[str]) -> None:
-    """Show which options have a value that is not on the command line, and which variables give none.
-
-    Args:
-        options: of the command.
-    """
+def say_in_use() -> None:
+    """Show which options have a value that is not on the command line, and which variables give none."""
     if in_use:
         from ..series.paths import shown
 
@@ -243,7 +211,6 @@ def say_in_use(options: Iterable[str]) -> None:
             f"{name.replace('_', '-')} {shown(default.value)} ({default.origin})" for name, default in in_use.items()
         )
         console.say(f"Defaults: {', '.join(each)}.")
-    unread = [_variable(name) for name in options if name not in FROM_ENVIRONMENT and os.environ.get(_variable(name))]
     if unread:
         console.say(f"Not read: {', '.join(unread)}. The environment says how a command runs, not what it makes.")
 
@@ -256,9 +223,3 @@ def blamed(message: str) -> str:
         if re.search(rf"--{(option := name.replace('_', '-'))}(?![\w-])", message)
     ]
     return f" ({'; '.join(named)}.)" if named else ""
-
-
-def variables() -> dict[str, str]:
-    """Return what the environment sets; no other variable, which may be a key of something else."""
-    names = ["CKPT_NO_CONFIG", *map(_variable, sorted(FROM_ENVIRONMENT))]
-    return {name: value for name in names if (value := os.environ.get(name))}

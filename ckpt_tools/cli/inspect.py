@@ -24,10 +24,10 @@ def inspect(
         typer.Argument(metavar="CKPT", help="A file, or a folder with a sharded checkpoint; of several, a table."),
     ],
     *,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor."), common.ONE_RUN] = False,
     metric: Annotated[str, typer.Option("--metric", help="The number in a table.", metavar="KEY")] = "metric",
     all_: common.All = False,
-    json: Annotated[bool, typer.Option("--json", help="The description on stdout.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="The description on stdout."), common.ONE_RUN] = False,
     **options: Any,
 ) -> None:
     """Show what a checkpoint holds, from its header alone, or list several.

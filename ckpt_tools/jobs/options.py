@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from ..compute.progress import Progress, check_progress
 from ..series.rules.amounts import Span, Steps
-from ..series.rules.rule import Numbers, Option
+from ..series.rules.rule import ANY, FACTORY, Numbers, Option, Origins
 from ..series.schedules import Schedule
+from ..tensors import FLOAT_DTYPES
 
 R = TypeVar("R")
 G = TypeVar("G", bound="Options")
@@ -21,13 +22,27 @@ REQUIRED = inspect.Parameter.empty
 USUAL = "auto"
 """Target of an average that is not given one: averaged.pth, or as the inputs are."""
 Size = str | int
+SETS = ("auto", "raw", "ema", "eval")
+"""Sets of weights by name; a dotted path is one, too."""
+DEVICES = ("auto", "cpu", "cuda", "cuda:0")
 Words = Sequence[str]
 Pairs = Mapping[str, Any]
 
 
-def option(help: str, default: Any = REQUIRED, *, implied: Any = None, metavar: str | None = None) -> Any:  # noqa: A002
-    """Declare an option of a group; see `Option`. Without a default it is required."""
-    return Option("", None, default, help, implied, metavar)
+def option(
+    help: str,  # noqa: A002
+    default: Any = REQUIRED,
+    *,
+    implied: Any = None,
+    metavar: str | None = None,
+    offered: Sequence[str] | Callable[[], Sequence[str]] = (),
+    **origins: Any,
+) -> Any:
+    """Declare an option of a group; see `Option`, and `Origins` for `origins`. Without a default it is required."""
+    return Option("", None, default, help, implied, metavar, Origins(**origins) if origins else _USUAL, offered)
+
+
+_USUAL = Origins()
 
 
 class Options:
@@ -39,11 +54,19 @@ class Options:
     title: ClassVar[str]
     _options: ClassVar[Mapping[str, Option]] = {}
 
-    def __init_subclass__(cls, more: Sequence[type["Options"]] = (), without: Sequence[str] = ()) -> None:
-        """Gather the options: those of the base, those declared, and those of `more` groups but for some names."""
+    def __init_subclass__(
+        cls, more: Sequence[type["Options"]] = (), without: Sequence[str] = (), needs: str = ""
+    ) -> None:
+        """Gather the options: those of the base, those declared, and those of `more` groups but for some names.
+
+        Args:
+            needs: the option without which those of the other groups are refused, see `Origins`.
+        """
         declared = inspect.get_annotations(cls)
         own = {name: replace(vars(cls)[name], name=name, type=type_) for name, type_ in declared.items()}
         others = {name: each for group in more for name, each in group._options.items() if name not in without}
+        if needs:
+            others = {n: replace(each, origins=replace(each.origins, needs=needs)) for n, each in others.items()}
         cls._options = {**cls._options, **own, **others}
 
     def __init__(self, **values: Any) -> None:
@@ -127,16 +150,18 @@ class Selection(Options, more=(Skipping,)):
 
     last: Steps | None = option("The last N.", None, metavar="N")
     best: Steps | None = option("The best N by `metric`; the earlier one at a tie.", None, metavar="N")
-    metric: str = option("Its name: a key in the files, dotted if nested, or in their names.", "metric", metavar="KEY")
-    metrics: str | Path | None = option("A table of metrics, CSV or JSON lines.", None, metavar="FILE")
-    lower_is_better: bool | None = option("For a loss.", None, implied="by the name of the metric")
+    metric: str = option(
+        "Its name: a key in the files, dotted if nested, or in their names.", "metric", metavar="KEY", needs="best"
+    )
+    metrics: str | Path | None = option("A table of metrics, CSV or JSON lines.", None, metavar="FILE", needs="best")
+    lower_is_better: bool | None = option("For a loss.", None, implied="by the name of the metric", needs="best")
     window: Span | None = option("Those of the last 20k steps, or 5% of the run.", None, metavar="SPAN")
     min_gap: Steps | None = option("At least so many steps between two.", None, metavar="STEPS")
     every: Steps | None = option(
         "Every K-th, counted from the last; or one for every 5000steps.", None, metavar="K|STEPS"
     )
-    from_step: Steps | None = option("From this step (or epoch) on.", None, metavar="N")
-    to_step: Steps | None = option("Up to this step (or epoch).", None, metavar="N")
+    from_step: Steps | None = option("From this step (or epoch) on.", None, metavar="N", once_only=True)
+    to_step: Steps | None = option("Up to this step (or epoch).", None, metavar="N", once_only=True)
     order: Literal["auto", "given", "natural", "mtime"] = option(
         "auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto"
     )
@@ -149,7 +174,7 @@ class Alignment(Options):
     title = "Which weights"
 
     state: str | Words = option(
-        "auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.", "auto"
+        "auto (the EMA where all have one), raw, ema, eval (schedule-free), or a dotted path.", "auto", offered=SETS
     )
     match: Literal["name", "order"] = option("name or order.", "name")
     keys: Literal["strict", "intersection", "union"] = option(
@@ -178,7 +203,9 @@ class State(Options):
 
     title = "Which weights"
 
-    state: str = option("auto (the EMA where there is one), raw, ema, eval (schedule-free), or a dotted path.", "auto")
+    state: str = option(
+        "auto (the EMA where there is one), raw, ema, eval (schedule-free), or a dotted path.", "auto", offered=SETS
+    )
 
 
 class Output(Options):
@@ -186,23 +213,8 @@ class Output(Options):
 
     title = "Output"
 
-    out: str | Path | None = option("The target.", None, metavar="PATH")
-    force: bool = option("Replace an existing target.", False)
-
-
-class Earlier(Options):
-    """An average that ckpt wrote, to go on from."""
-
-    title = "From an average that is there"
-
-    update: str | Path | None = option(
-        "Add the checkpoints to this average, without reading its inputs again.", None, metavar="AVERAGE"
-    )
-    replay: str | Path | None = option(
-        "Make this average again, from the inputs that it names; PATH says where else they are.",
-        None,
-        metavar="AVERAGE",
-    )
+    out: str | Path | None = option("The target.", None, metavar="PATH", once_only=True)
+    force: bool = option("Replace an existing target.", False, once_only=True)
 
 
 class Recorded(Output):
@@ -210,14 +222,14 @@ class Recorded(Output):
 
     write_checksums: bool = option("Record the SHA-256 of each tensor in the output.", False)
     sign_off: str | Path | None = option(
-        "Also write an in-toto statement about inputs and output, to be signed.", None, metavar="FILE"
+        "Also write an in-toto statement about inputs and output, to be signed.", None, metavar="FILE", once_only=True
     )
 
 
 class Encoding(Recorded):
     """Where the output goes, and in which encoding."""
 
-    dtype: Any = option("Of the output: float32, bfloat16, ...", None, implied="same")
+    dtype: Any = option("Of the output: float32, bfloat16, ...", None, implied="same", offered=FLOAT_DTYPES)
     max_shard_size: Size | None = option("Such as 5GB, for a folder.", None, metavar="SIZE")
     untie: bool = option("safetensors: write tied tensors under each name.", False)
 
@@ -230,9 +242,12 @@ class AveragedOutput(Encoding):
         USUAL,
         implied="averaged.pth, or as the inputs are",
         metavar="PATH",
+        once_only=True,
     )
     hash: bool = option("Record the SHA-256 of the inputs.", False)
-    plot: str | Path | None = option("Draw the coefficients, .svg or .png; needs matplotlib.", None, metavar="FILE")
+    plot: str | Path | None = option(
+        "Draw the coefficients, .svg or .png; needs matplotlib.", None, metavar="FILE", once_only=True
+    )
 
     @property
     def named(self) -> str | Path | None:
@@ -240,34 +255,64 @@ class AveragedOutput(Encoding):
         return None if self.out == USUAL else self.out
 
 
+class Earlier(Options):
+    """An average that ckpt wrote, to go on from; its record decides what these groups would."""
+
+    title = "From an average that is there"
+
+    update: str | Path | None = option(
+        "Add the checkpoints to this average, without reading its inputs again.",
+        None,
+        metavar="AVERAGE",
+        once_only=True,
+        overrules=(Schedule, Matching, AveragedOutput),
+    )
+    replay: str | Path | None = option(
+        "Make this average again, from the inputs that it names; PATH says where else they are.",
+        None,
+        metavar="AVERAGE",
+        once_only=True,
+        overrules=(Schedule, Selection, Matching, AveragedOutput),
+    )
+
+
+def _layouts() -> Sequence[str]:
+    from ..checkpoints.layouts import LAYOUTS
+
+    return [layout.name for layout in LAYOUTS if layout.written]
+
+
 class ConvertedOutput(Encoding):
     """Where a converted checkpoint goes, in which layout and encoding."""
 
-    to: str = option("plain, timm-ema, averaged-model, ...", "plain", metavar="LAYOUT")
+    to: str = option("plain, timm-ema, averaged-model, ...", "plain", metavar="LAYOUT", offered=_layouts)
     out: str | Path = option(
         "A known suffix chooses the format; other names, and a slash at the end, mean a folder of shards.",
         metavar="PATH",
+        once_only=True,
     )
 
 
 class StrippedOutput(Recorded):
     """Where a stripped checkpoint goes."""
 
-    out: str | Path | None = option("The target.", None, implied="CKPT with -stripped", metavar="PATH")
+    out: str | Path | None = option("The target.", None, implied="CKPT with -stripped", metavar="PATH", once_only=True)
 
 
 class RenamedOutput(Output):
     """Where a checkpoint with other names goes."""
 
-    out: str | Path | None = option("The target.", None, implied="CKPT itself, in one rename", metavar="PATH")
+    out: str | Path | None = option(
+        "The target.", None, implied="CKPT itself, in one rename", metavar="PATH", once_only=True
+    )
 
 
 class RecalibratedOutput(Recorded):
     """Where a recalibrated checkpoint goes."""
 
-    out: str | Path | None = option("The target.", None, implied="CKPT with -bn", metavar="PATH")
+    out: str | Path | None = option("The target.", None, implied="CKPT with -bn", metavar="PATH", once_only=True)
     plot: str | Path | None = option(
-        "Draw how far each layer moved, .svg or .png; needs matplotlib.", None, metavar="FILE"
+        "Draw how far each layer moved, .svg or .png; needs matplotlib.", None, metavar="FILE", once_only=True
     )
 
 
@@ -287,7 +332,7 @@ class CardOutput(Output):
     """Where a model card goes."""
 
     out: str | Path | None = option(
-        "The target.", None, implied="README.md in the folder of the checkpoint", metavar="PATH"
+        "The target.", None, implied="README.md in the folder of the checkpoint", metavar="PATH", once_only=True
     )
     hash: bool = option("Also give the SHA-256 of the files.", False)
 
@@ -297,7 +342,7 @@ class Running(Options):
 
     title = "Running"
 
-    dry_run: bool = option("Show the plan, write nothing.", False)
+    dry_run: bool = option("Show the plan, write nothing.", False, once_only=True)
     on_plan: Callable[[Any], None] | None = option("Called with the report of the plan before the work.", None)
     on_progress: Progress | None = option(
         "Called in this thread with (what is done, bytes done, bytes in all), read and written.", None
@@ -308,23 +353,37 @@ class Moving(Running):
     """How a job runs that reads and writes whole checkpoints."""
 
     max_read_rate: Size | None = option(
-        "Bytes a second to read, at most, in all threads together, such as 2GB.", None, metavar="SIZE"
+        "Bytes a second to read, at most, in all threads together, such as 2GB.",
+        None,
+        metavar="SIZE",
+        from_environment=True,
     )
-    drop_cache: bool = option("Let the system forget what was read and written, for others' sake.", False)
+    drop_cache: bool = option(
+        "Let the system forget what was read and written, for others' sake.", False, from_environment=True
+    )
 
 
 class Computing(Moving):
     """How a job runs that computes with the tensors."""
 
-    threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
+    threads: int | None = option(
+        "Number of threads; the result is the same.", None, implied="the cores, 16 at most", from_environment=True
+    )
     allow_nonfinite: bool = option("Allow NaN and infinity.", False)
 
 
 class Summing(Computing):
     """How a job runs that sums tensors."""
 
-    device: str = option("auto, cpu, cuda (all GPUs), or one such as cuda:1; the result is the same.", "auto")
-    gpu_memory: Size | None = option("Memory to use on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE")
+    device: str = option(
+        "auto, cpu, cuda (all GPUs), or one such as cuda:1; the result is the same.",
+        "auto",
+        offered=DEVICES,
+        from_environment=True,
+    )
+    gpu_memory: Size | None = option(
+        "Memory to use on each GPU, such as 2GB.", None, implied="1GB", metavar="SIZE", from_environment=True
+    )
 
 
 class Fetched(Options):
@@ -333,7 +392,11 @@ class Fetched(Options):
     title = "Running"
 
     cache: str | Path | None = option(
-        "Keep what is read of remote inputs in this folder, and take from it what is there.", None, metavar="DIR"
+        "Keep what is read of remote inputs in this folder, and take from it what is there.",
+        None,
+        metavar="DIR",
+        from_environment=True,
+        names_place=True,
     )
 
 
@@ -342,9 +405,9 @@ class Sharing(Options):
 
     title = "A job in parts"
 
-    part: str | None = option("Do part i of n, such as 2/8, and publish nothing.", None, metavar="I/N")
-    finish: bool = option("Publish the output when all parts are done.", False)
-    resume: bool = option("Go on with what is done, and keep what is done if it is killed.", False)
+    part: str | None = option("Do part i of n, such as 2/8, and publish nothing.", None, metavar="I/N", once_only=True)
+    finish: bool = option("Publish the output when all parts are done.", False, once_only=True)
+    resume: bool = option("Go on with what is done, and keep what is done if it is killed.", False, once_only=True)
 
 
 class Clearing(Options):
@@ -353,7 +416,7 @@ class Clearing(Options):
     title = "Running"
 
     parts: bool = option("Also remove what is done of jobs in parts, which could go on.", False)
-    dry_run: bool = option("Show what is there, remove nothing.", False)
+    dry_run: bool = option("Show what is there, remove nothing.", False, once_only=True)
 
 
 class KeptState(Options):
@@ -362,7 +425,10 @@ class KeptState(Options):
     title = "Which weights"
 
     state: str | None = option(
-        "Keep only these weights: auto, raw, ema, eval (schedule-free), or a dotted path.", None, implied="all of them"
+        "Keep only these weights: auto, raw, ema, eval (schedule-free), or a dotted path.",
+        None,
+        implied="all of them",
+        offered=SETS,
     )
 
 
@@ -370,7 +436,9 @@ class ConvertedState(State):
     """Which weights of one checkpoint are converted."""
 
     state: str = option(
-        "auto (both where LAYOUT keeps both, else the EMA), raw, ema, eval (schedule-free), or a dotted path.", "auto"
+        "auto (both where LAYOUT keeps both, else the EMA), raw, ema, eval (schedule-free), or a dotted path.",
+        "auto",
+        offered=SETS,
     )
     dequantize: bool = option(
         "Convert what 8-bit floats with scales stand for; bfloat16 unless `dtype` is given.", False
@@ -382,8 +450,10 @@ class Missing(Options):
 
     title = "If the checkpoint does not record it"
 
-    names_from: str | Path | None = option("A checkpoint of the same model, for names.", None, metavar="CKPT")
-    model: str | None = option("Instead: timm name, module:factory or file.py:factory.", None)
+    names_from: str | Path | None = option(
+        "A checkpoint of the same model, for names.", None, metavar="CKPT", once_only=True
+    )
+    model: str | None = option("Instead: timm name, module:factory or file.py:factory.", None, names_code=FACTORY)
     model_kwargs: Pairs | None = option("Arguments of the factory.", None, metavar="K=V")
     updates: int | None = option("How often the average was updated.", None, metavar="N")
     decay: float | None = option("Of the EMA.", None)
@@ -392,7 +462,7 @@ class Missing(Options):
 class Comparison(State):
     """Which weights are compared."""
 
-    state_b: str | None = option("The same, of B.", None, implied="as `state`")
+    state_b: str | None = option("The same, of B.", None, implied="as `state`", once_only=True, offered=SETS)
 
 
 class SharedComparison(Options):
@@ -400,8 +470,10 @@ class SharedComparison(Options):
 
     title = "A job in parts"
 
-    part: str | None = option("Compare part i of n, such as 2/8, and show no result.", None, metavar="I/N")
-    finish: bool = option("Show the result when all parts are done.", False)
+    part: str | None = option(
+        "Compare part i of n, such as 2/8, and show no result.", None, metavar="I/N", once_only=True
+    )
+    finish: bool = option("Show the result when all parts are done.", False, once_only=True)
 
 
 class Tolerance(Options):
@@ -418,13 +490,18 @@ class Verification(Options):
 
     title = "What is checked"
 
-    inputs: str | Path | None = option("A folder that has the inputs of its record.", None, metavar="DIR")
+    inputs: str | Path | None = option(
+        "A folder that has the inputs of its record.", None, metavar="DIR", once_only=True
+    )
     sample: str | None = option(
         "Make so much of the output again, such as 1%, and read no more of the inputs.", None, implied="all of it"
     )
     seed: int | None = option("Of the sample.", None, implied="drawn, and reported", metavar="N")
     expect_sha256: str | None = option(
-        "SHA-256 of the file; for a folder, a file with lines as sha256sum writes them.", None, metavar="HEX|FILE"
+        "SHA-256 of the file; for a folder, a file with lines as sha256sum writes them.",
+        None,
+        metavar="HEX|FILE",
+        once_only=True,
     )
     allow_nonfinite: bool = option("Allow NaN and infinity.", False)
 
@@ -434,8 +511,10 @@ class Drawing(Options):
 
     title = "Output"
 
-    plot: str | Path | None = option("Draw it, too: .svg or .png; needs matplotlib.", None, metavar="FILE")
-    force: bool = option("Replace an existing picture.", False)
+    plot: str | Path | None = option(
+        "Draw it, too: .svg or .png; needs matplotlib.", None, metavar="FILE", once_only=True
+    )
+    force: bool = option("Replace an existing picture.", False, once_only=True)
 
 
 class Reading(Options):
@@ -443,7 +522,9 @@ class Reading(Options):
 
     title = "Running"
 
-    threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
+    threads: int | None = option(
+        "Number of threads; the result is the same.", None, implied="the cores, 16 at most", from_environment=True
+    )
     on_progress: Progress | None = option("Called in this thread with (what is done, bytes read, bytes in all).", None)
 
 
@@ -452,8 +533,8 @@ class Prefixes(Options):
 
     title = "Prefixes"
 
-    strip: Words = option("Remove this prefix instead.", (), implied="those of wrappers", metavar="P")
-    add: Words = option("Put this before all names.", (), metavar="P")
+    strip: Words = option("Remove this prefix instead.", (), implied="those of wrappers", metavar="P", once_only=True)
+    add: Words = option("Put this before all names.", (), metavar="P", once_only=True)
 
 
 class Network(Options):
@@ -461,9 +542,11 @@ class Network(Options):
 
     title = "The network"
 
-    model: str | None = option("timm name, module:factory or file.py:factory.", None, implied="arch in the checkpoint")
+    model: str | None = option(
+        "timm name, module:factory or file.py:factory.", None, implied="arch in the checkpoint", names_code=FACTORY
+    )
     model_kwargs: Pairs | None = option("Arguments of the factory, such as num_classes=10.", None, metavar="K=V")
-    forward: str | None = option("file.py:fn, called with (model, batch).", None, metavar="FN")
+    forward: str | None = option("file.py:fn, called with (model, batch).", None, metavar="FN", names_code=ANY)
     inputs: int = option("How many leading entries of a batch go to the model.", 1)
     mask: str | None = option("Entry of a batch that says which positions are not padding.", None, metavar="KEY")
 
@@ -473,7 +556,9 @@ class Images(Options):
 
     title = "The data"
 
-    data: str = option("Folder of images, tar, timm dataset (hfds/...), or file.py:factory.", metavar="DATA")
+    data: str = option(
+        "Folder of images, tar, timm dataset (hfds/...), or file.py:factory.", metavar="DATA", names_code=FACTORY
+    )
     images: int | None = option(
         "Number of images, chosen at random, or all (in Python: -1).",
         None,
@@ -481,7 +566,9 @@ class Images(Options):
         metavar="N",
     )
     batch_size: int = option("Images per batch.", 64)
-    workers: int | None = option("Processes that decode images.", None, implied="the cores, 8 at most")
+    workers: int | None = option(
+        "Processes that decode images.", None, implied="the cores, 8 at most", from_environment=True
+    )
     img_size: int | None = option("Side of the images.", None, implied="the run's, or the model's")
     crop_pct: float | None = option("Part of the image that the crop keeps.", None, implied="the run's, or the model's")
     interpolation: str | None = option("bilinear, bicubic, ...", None, implied="the run's, or the model's")
@@ -514,7 +601,9 @@ class Measuring(Statistics):
     """How BatchNorm statistics are measured, and whether they are an improvement."""
 
     seed: int = option("Seed of the random subset.", 0)
-    eval_data: str | None = option("Labelled images, to measure the accuracy before and after.", None, metavar="DATA")
+    eval_data: str | None = option(
+        "Labelled images, to measure the accuracy before and after.", None, metavar="DATA", names_code=FACTORY
+    )
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)
 
 
@@ -529,16 +618,19 @@ class Inference(Running, more=(Numerics,)):
     """How a job runs that shows images to a network."""
 
     on_progress: Progress | None = option("Called with (what is done, images done, images in all).", None)
-    device: str = option("auto, cpu, cuda, cuda:1.", "auto")
+    device: str = option("auto, cpu, cuda, cuda:1.", "auto", offered=DEVICES, from_environment=True)
 
 
-class Recalibration(Options, more=(Network, Images, Measuring, Numerics), without=("data",)):
+class Recalibration(Options, more=(Network, Images, Measuring, Numerics), without=("data",), needs="recal_bn"):
     """The images on which the BatchNorm statistics of an average are measured before it is written."""
 
     title = "BatchNorm statistics (recal-bn)"
 
     recal_bn: str | None = option(
-        "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
+        "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.",
+        None,
+        metavar="DATA",
+        names_code=FACTORY,
     )
     on_images: Progress | None = option("Called with (what is done, images done, images in all).", None)
 

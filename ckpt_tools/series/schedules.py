@@ -44,7 +44,8 @@ class Schedule:
         """Return `mode`, and the options of all rules."""
         *most, last = SCHEDULES
         implied = "the one that takes the other options, else uniform"
-        mode = Option("mode", one_of((*SCHEDULES, *_MODES)), None, f"{', '.join(most)} or {last}.", implied)
+        said = f"{', '.join(most)} or {last}."
+        mode = Option("mode", one_of((*SCHEDULES, *_MODES)), None, said, implied, offered=tuple(SCHEDULES))
         found = {option.name: option for rule in SCHEDULES.values() for option in rule.options}
         return (mode, *found.values())
 

@@ -11,8 +11,17 @@ import pytest
 import torch
 from cli_runner import PATIENCE, environment, run
 
-from ckpt_tools.cli import completion
-from ckpt_tools.cli.commands import made
+from ckpt_tools.jobs.options import (
+    AveragedOutput,
+    ConvertedOutput,
+    Matching,
+    Options,
+    Recalibration,
+    Selection,
+    Summing,
+)
+from ckpt_tools.series.rules.rule import Option
+from ckpt_tools.series.schedules import Schedule
 
 IN_BASH = """
 eval "$(ckpt --show-completion)"
@@ -77,11 +86,16 @@ def test_completion_imports_no_torch(tmp_path: Path) -> None:
     assert "bfloat16" in done.stdout.split()
 
 
-OF_AVG = sorted(param.name for param in made("avg").params if completion.values(param.name))
+def offering(*groups: type[Options | Schedule]) -> dict[str, Option]:
+    """Return the options that offer words, by name."""
+    return {option.name: option for group in groups for option in group.options() if option.words}
+
+
+OF_AVG = offering(Schedule, Selection, Matching, AveragedOutput, Recalibration, Summing)
 LATER = {"device", "dtype", "estimator"}  # what they take depends on more than the option
 
 
-@pytest.mark.parametrize("name", [name for name in OF_AVG if name not in LATER])
+@pytest.mark.parametrize("name", sorted({*OF_AVG} - LATER))
 def test_every_value_that_is_offered_is_taken(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is refused for itself; that it does not go with these files or other options is another matter."""
     monkeypatch.chdir(tmp_path)
@@ -91,11 +105,11 @@ def test_every_value_that_is_offered_is_taken(name: str, tmp_path: Path, monkeyp
     mode = {"shape": "decay", "warmup": "ema", "by": "ema"}.get(name)
     more = ["--mode", mode] if mode else []
     unknown = run("avg", "c-1.pth", "c-2.pth", option, "nonsense", *more, "--dry-run").err
-    for word in completion.words(name):
+    for word in OF_AVG[name].words:
         message = run("avg", "c-1.pth", "c-2.pth", option, word, *more, "--dry-run").err
         assert message.replace(word, "") != unknown.replace("nonsense", "")
 
 
-@pytest.mark.parametrize("layout", completion.words("to"))
+@pytest.mark.parametrize("layout", offering(ConvertedOutput)["to"].words)
 def test_layouts_are_offered_that_are_written(layout: str) -> None:
     assert f"{layout} " in run("convert", "--list").out

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from cli_runner import refused, run
 
-from ckpt_tools.cli.commands import COMMANDS, made
-from ckpt_tools.cli.defaults import ONE_OFF
+from ckpt_tools.cli.commands import COMMANDS, options_of
+from ckpt_tools.cli.defaults import variable
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +190,57 @@ def test_show_config_tells_where_each_value_is_from() -> None:
     assert shown.out.splitlines()[1:] == ["decay = 0.5", "inspect.verbose = True", "CKPT_THREADS=2"]
 
 
-def test_what_belongs_to_one_run_is_the_name_of_an_option() -> None:
-    names = {param.name for command in COMMANDS for param in made(command).params}
-    assert names >= ONE_OFF
+EVERY = [(command, name, option) for command in COMMANDS for name, option in options_of(command).items()]
+
+
+def test_an_option_whose_help_offers_code_takes_none_from_a_file() -> None:
+    offers = [
+        (f"{command} {name}", option)
+        for command, name, option in EVERY
+        if any(words in option.help for words in (".py:", "module:", "python ", "factory."))
+    ]
+    assert {"recal-bn data", "recal-bn forward", "sweep eval_command", "convert model"} <= {each for each, _ in offers}
+    for each, option in offers:
+        origins = option.origins
+        assert origins.once_only or origins.names_code in ("", ":"), each
+
+
+def test_an_option_that_says_where_to_write_is_set_by_no_file() -> None:
+    words = ("A known suffix", "Write ", "Draw ", "Also write", "Folder for ", "The target", "Keep what")
+    written = [
+        (f"{command} {name}", option.origins)
+        for command, name, option in EVERY
+        if option.metavar in ("FILE", "DIR", "PATH") and option.help.startswith(words)
+    ]
+    assert {"avg plot", "avg out", "avg cache", "sweep scratch", "sweep csv"} <= {each for each, _ in written}
+    assert all(origins.once_only or origins.names_place for _, origins in written)
+
+
+def test_a_variable_of_the_environment_means_the_same_in_every_command() -> None:
+    read = {name for _, name, option in EVERY if option.origins.from_environment}
+    docs = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    said = docs.partition("The environment says how a command runs:")[2].partition(". What it makes")[0]
+    assert {variable(name) for name in read} == set(re.findall("CKPT_[A-Z_]+", said))
+    assert all(option.origins.from_environment for _, name, option in EVERY if name in read)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_the_variable_of_each_option_that_has_one(command: str) -> None:
+    named = re.findall(r"\[env:\s+(CKPT_\w+)=\]", run(command, "--help").out)
+    read = [variable(name) for name, option in options_of(command).items() if option.origins.from_environment]
+    assert sorted(named) == sorted(read)
+    assert {"CKPT_QUIET", "CKPT_VERBOSE"} <= {*named}
+
+
+def test_what_is_called_like_an_option_of_one_run_elsewhere_can_have_a_default() -> None:
+    """`inputs` is a folder for `verify`, and how many entries of a batch go to the model for `recal-bn`."""
+    Path("ckpt.toml").write_text("[recal-bn]\ninputs = 2\n[verify]\ninputs = 'runs'\n")
+    assert "inputs = 2  # ckpt.toml" in run("recal-bn", "--show-config").out
+    assert "ckpt.toml: 'inputs' belongs to one run" in refused(Path(), "verify", "c-1.pth", code=2)
+
+
+@pytest.mark.parametrize("command", ["look", "sweep"])
+def test_a_table_of_metrics_waits_for_best_in_every_command_that_takes_it(command: str) -> None:
+    Path("ckpt.toml").write_text("metrics = 'table.csv'\n")
+    assert "metrics =" not in run(command, "--show-config").out
+    assert 'metrics = "table.csv"  # ckpt.toml' in run(command, "--best", "2", "--show-config").out

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ...series.rules.rule import FACTORY
 from ..options import Images, Inference, Network, Options, State, Statistics, option
 from ..sweep.options import Evaluation
 
@@ -19,10 +20,13 @@ class EvaluatedImages(Images, more=(Statistics,)):
     """The images of the evaluation, and those for BatchNorm statistics."""
 
     data: str | None = option(  # type: ignore[assignment]
-        "Labelled images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
+        "Labelled images: folder, tar, timm dataset (hfds/...), or file.py:factory.",
+        None,
+        metavar="DATA",
+        names_code=FACTORY,
     )
     recal_bn: str | None = option(
-        "Measure BatchNorm statistics on these images before every score.", None, metavar="DATA"
+        "Measure BatchNorm statistics on these images before every score.", None, metavar="DATA", names_code=FACTORY
     )
     images: int | None = option(
         "Of `recal_bn`: number of images, chosen at random, or all (in Python: -1).",
@@ -38,8 +42,8 @@ class ScoreTable(Options):
 
     title = "Output"
 
-    csv: str | Path | None = option("Write the table, too.", None, metavar="FILE")
-    force: bool = option("Replace an existing file.", False)
+    csv: str | Path | None = option("Write the table, too.", None, metavar="FILE", once_only=True)
+    force: bool = option("Replace an existing file.", False, once_only=True)
 
 
 class Evaluating(Inference):

@@ -7,10 +7,23 @@ from typing import Any, Literal
 
 from ...errors import UsageError
 from ...series.candidates import SELECTED, several, values
-from ...series.rules.rule import Option
+from ...series.rules.rule import ANY, FACTORY, Option
 from ...series.schedules import SCHEDULES, Schedule
 from ...storage.staged import same_file
-from ..options import Images, Matching, Network, Options, Output, Selection, Skipping, Statistics, Summing, option
+from ...tensors import FLOAT_DTYPES
+from ..options import (
+    DEVICES,
+    Images,
+    Matching,
+    Network,
+    Options,
+    Output,
+    Selection,
+    Skipping,
+    Statistics,
+    Summing,
+    option,
+)
 
 
 class Values(Options):
@@ -44,7 +57,7 @@ def _plural(single: Option) -> Option:
     if single.default is False:
         return single
     implied = single.implied if single.default is None else single.default
-    return replace(single, type=Any, default=None, implied=implied)
+    return replace(single, type=Any, default=None, implied=implied, offered=single.words)
 
 
 SWEPT = ("step", "updates")
@@ -83,7 +96,9 @@ class Order(Skipping):
         "auto (stored step or epoch, else numbers in names), given, natural, mtime.", "auto"
     )
     include_outputs: bool = option("Include files that ckpt wrote, and averages by other tools.", False)
-    metrics: str | Path | None = option("With `best`: a table of metrics, CSV or JSON lines.", None, metavar="FILE")
+    metrics: str | Path | None = option(
+        "With `best`: a table of metrics, CSV or JSON lines.", None, metavar="FILE", needs="best"
+    )
 
 
 class Searching(Options):
@@ -103,11 +118,18 @@ class Evaluation(Options):
 
     title = "Evaluation"
 
-    eval_data: str | None = option("Labelled images: top-1, top-5 and loss of `model`.", None, metavar="DATA")
-    eval_command: str | None = option(
-        "'python eval.py {ckpt}': its last line is a number, or a JSON object of metrics.", None, metavar="COMMAND"
+    eval_data: str | None = option(
+        "Labelled images: top-1, top-5 and loss of `model`.", None, metavar="DATA", names_code=FACTORY
     )
-    eval_function: str | None = option("file.py:fn, which returns a number or a dict of metrics.", None, metavar="FN")
+    eval_command: str | None = option(
+        "'python eval.py {ckpt}': its last line is a number, or a JSON object of metrics.",
+        None,
+        metavar="COMMAND",
+        names_code=ANY,
+    )
+    eval_function: str | None = option(
+        "file.py:fn, which returns a number or a dict of metrics.", None, metavar="FN", names_code=ANY
+    )
     in_memory: bool = option("Call the function with the state dict, not the path.", False)
     time_limit: float | None = option("Seconds of one command.", None, metavar="SECONDS")
     jobs: int = option("Commands at a time.", 1, metavar="N")
@@ -126,6 +148,7 @@ class Honesty(Options):
         "Data, command or function like that of the evaluation; scored once, for the best and the last.",
         None,
         metavar="DATA|COMMAND|FN",
+        once_only=True,
     )
     test_split: str | None = option("Split of a named dataset to report on.", None, implied="that of split")
     holdout: float | None = option(
@@ -137,7 +160,7 @@ class SweptImages(Images, more=(Statistics,)):
     """The images of the evaluation, and those for BatchNorm statistics."""
 
     data: str | None = option(  # type: ignore[assignment]
-        "Images for BatchNorm statistics, measured before every score.", None, metavar="DATA"
+        "Images for BatchNorm statistics, measured before every score.", None, metavar="DATA", names_code=FACTORY
     )
     seed: int = option("Of the random subset of images, of `holdout` and of the intervals.", 0)
 
@@ -147,13 +170,21 @@ class SweptOutput(Output):
 
     title = "Output"
 
-    out: str | Path | None = option("Write the best average, with the evidence in it.", None, metavar="PATH")
-    dtype: Any = option("Of the averages: float32, bfloat16, ...", None, implied="same")
-    scratch: str | Path = option("Folder for results, logs and candidates.", "ckpt-sweep", metavar="DIR")
+    out: str | Path | None = option(
+        "Write the best average, with the evidence in it.", None, metavar="PATH", once_only=True
+    )
+    dtype: Any = option("Of the averages: float32, bfloat16, ...", None, implied="same", offered=FLOAT_DTYPES)
+    scratch: str | Path = option(
+        "Folder for results, logs and candidates.", "ckpt-sweep", metavar="DIR", names_place=True
+    )
     keep: int = option("Candidates that stay there: the best N.", 1, metavar="N")
-    plot: str | Path | None = option("Draw the metric over the candidates, .svg or .png.", None, metavar="FILE")
-    report: str | Path | None = option("Write a page with all of it, one .html file.", None, metavar="FILE")
-    csv: str | Path | None = option("Write the ranking as a table.", None, metavar="FILE")
+    plot: str | Path | None = option(
+        "Draw the metric over the candidates, .svg or .png.", None, metavar="FILE", once_only=True
+    )
+    report: str | Path | None = option(
+        "Write a page with all of it, one .html file.", None, metavar="FILE", once_only=True
+    )
+    csv: str | Path | None = option("Write the ranking as a table.", None, metavar="FILE", once_only=True)
 
 
 class Sweeping(Summing):
@@ -163,7 +194,12 @@ class Sweeping(Summing):
         "Called after each evaluation with (result, number done, number in all).", None
     )
     on_words: Any = option("How the page speaks, a ckpt_tools.jobs.sweep.page.Wording.", None)
-    device: str = option("Of the sums and the network: auto, cpu, cuda, or one such as cuda:1.", "auto")
+    device: str = option(
+        "Of the sums and the network: auto, cpu, cuda, or one such as cuda:1.",
+        "auto",
+        offered=DEVICES,
+        from_environment=True,
+    )
     amp: bool = option("Run the network in mixed precision, bfloat16.", False)
     channels_last: bool = option("Memory order of the images.", True)
 

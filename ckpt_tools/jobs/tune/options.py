@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from ...series.rules.rule import Numbers
+from ...series.rules.rule import FACTORY, Numbers
 from ..options import Images, Network, Options, Output, option
 
 
@@ -17,12 +17,19 @@ class Classifier(Options, more=(Network,), without=("forward", "inputs", "mask")
 class LabelledImages(Images):
     """The images that a network is trained and evaluated on."""
 
-    data: str = option("Labelled images to train on: folder, tar, timm dataset or file.py:factory.", metavar="DATA")
+    data: str = option(
+        "Labelled images to train on: folder, tar, timm dataset or file.py:factory.",
+        metavar="DATA",
+        names_code=FACTORY,
+    )
     images: int | None = option(
         "Number of images, chosen at random, or all (in Python: -1).", None, implied="all", metavar="N"
     )
     eval_data: str | None = option(
-        "Labelled images that have no part in the training, to compare before and after.", None, metavar="DATA"
+        "Labelled images that have no part in the training, to compare before and after.",
+        None,
+        metavar="DATA",
+        names_code=FACTORY,
     )
     sizes: Numbers | None = option("Show first what these image sizes give on `eval_data` without training.", None)
     on_sizes: Callable[..., None] | None = option("Called with these scores before the training.", None)
@@ -51,6 +58,7 @@ class Training(Options):
         None,
         implied="that of the system for temporary files",
         metavar="DIR",
+        names_place=True,
     )
     seed: int = option("Seed of the subset, the order of the images, dropout, and the intervals.", 0)
 
@@ -60,7 +68,7 @@ class Teaching(Options):
 
     title = "The teacher"
 
-    teacher: str | None = option("Checkpoint, timm name or file.py:factory.", None, metavar="NAME")
+    teacher: str | None = option("Checkpoint, timm name or file.py:factory.", None, metavar="NAME", names_code=FACTORY)
     alpha: float | None = option(
         "Weight of the teacher in the loss, 0 to 1; labels have the rest.", None, implied="0.5"
     )
@@ -70,5 +78,5 @@ class Teaching(Options):
 class TunedOutput(Output):
     """Where a tuned checkpoint goes."""
 
-    out: str | Path | None = option("The target.", None, implied="CKPT with -tuned", metavar="PATH")
+    out: str | Path | None = option("The target.", None, implied="CKPT with -tuned", metavar="PATH", once_only=True)
     require_gain: bool = option("Write nothing if the loss on `eval_data` gets worse.", False)

@@ -12,7 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ...errors import UsageError
-from .rule import Option, Products, Rule
+from .rule import Option, Origins, Products, Rule
 
 _GRAIN = 2.0**-20
 """Ratios are multiples of it, so that they do not depend on the order in which products are summed."""
@@ -55,7 +55,16 @@ def _check(*, base: str | Path | None) -> None:
 
 RULE = Rule(
     stock,
-    (Option("base", str | Path, None, "stock: the checkpoint that all were fine-tuned from.", metavar="CKPT"),),
+    (
+        Option(
+            "base",
+            str | Path,
+            None,
+            "stock: the checkpoint that all were fine-tuned from.",
+            metavar="CKPT",
+            origins=Origins(once_only=True),
+        ),
+    ),
     check=_check,
     needs="products",
 )

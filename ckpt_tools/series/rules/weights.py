@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ...errors import UsageError
-from .rule import Numbers, Option, Rule
+from .rule import Numbers, Option, Origins, Rule
 
 
 def weights(values: Sequence[float], *, normalize: bool = True) -> tuple[float, ...]:
@@ -56,7 +56,13 @@ _divided = weights  # its name is also that of an option
 RULE = Rule(
     _weights,
     (
-        Option("weights", Numbers, None, "weights: one number a checkpoint, in the order of the paths."),
+        Option(
+            "weights",
+            Numbers,
+            None,
+            "weights: one number a checkpoint, in the order of the paths.",
+            origins=Origins(once_only=True),
+        ),
         Option("normalize", bool, True, "Divide `weights` by their sum."),
     ),
     check=_check,
