@@ -63,8 +63,8 @@ def schemas() -> dict[str, str]:
     whole = _closed({"passed": _of(bool, each), "checkpoints": {"type": "array", "items": checked}})
     made["verify.json"] = _file("ckpt verify --json", whole, each)
     each = {}
-    stripped = _of(StripReport, each)
-    made["strip.json"] = _file("ckpt strip --json", {"anyOf": [stripped, {"type": "array", "items": stripped}]}, each)
+    whole = _closed({"checkpoints": {"type": "array", "items": _of(StripReport, each)}})
+    made["strip.json"] = _file("ckpt strip --json", whole, each)
     each = {}
     made["inspect.json"] = _file("ckpt inspect --json", {"anyOf": [_of(InspectReport, each), _of(Listing, each)]}, each)
     error = _closed({"type": _of(str, each), "message": _of(str, each), "exit_code": _of(int, each)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CkptError, SeriesError, UsageError, WriteError
+from ..errors import SeriesError
 from ..jobs.options import KeptState, Moving, Sharing, StrippedOutput
 from . import arguments, console
 from .tables import Table
@@ -33,14 +32,25 @@ def strip(
 
     Example: ckpt strip checkpoint-300.pth.tar
     """
+    from ..jobs.strip import check_together
+    from ..jobs.strip import strip as without_training_state
+
     sources = _sources([arguments.path(each) for each in checkpoints])
-    if len(sources) == 1:
-        reports = [_strip(sources[0], json=json, **options)]
-    else:
-        reports = _strip_all(sources, json=json, **options)
-    shown = [arguments.plain(report) for report in reports if arguments.reports(report, **options)]
-    if json and shown:
-        console.print_json(shown if len(sources) > 1 else shown[0])
+    if len(sources) > 1:
+        options["out"] = check_together(sources, **options)
+    tell = console.shown_by(asked=options["dry_run"], json=json)
+    show = partial(_show, tell, several=len(sources) > 1)
+    reports = []
+    for source in sources:
+        report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=show)
+        arguments.say_part(report.part)
+        if report.written or (report.anything and not report.part):
+            last = source == sources[-1]  # until then signals still end the run
+            (tell if not report.written else console.wrote if last else console.say)(_result(report))
+        if arguments.reports(report, **options):
+            reports.append(arguments.plain(report))
+    if json and reports:
+        console.print_json({"checkpoints": reports})
 
 
 def _sources(given: Sequence[str]) -> Sequence[Path]:
@@ -62,97 +72,16 @@ def _sources(given: Sequence[str]) -> Sequence[Path]:
     return found.paths
 
 
-def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[StripReport]:
-    """Strip several checkpoints, each into a file of its own; all are planned before the first is written.
-
-    Raises:
-        CkptError: one cannot be stripped; names all such.
-    """
-    from ..jobs.outputs import Target
-    from ..jobs.strip import strip as without_training_state
-
-    for name in ("part", "finish", "resume", "sign_off"):
-        if options[name]:
-            raise UsageError(f"`{name}` goes with one checkpoint.")
-    out = options["out"]
-    if out is not None:
-        if not Target.of(out).folder:
-            raise UsageError(f"`out={out!r}`: {len(sources)} checkpoints go into a folder, such as `out='stripped/'`.")
-        options["out"] = f"{out.rstrip('/')}/"
-    plans: list[StripReport] = []
-    faults: list[CkptError] = []
-    for source in sources:
-        try:
-            without_training_state(source, **options, on_plan=_stop_after_planning)
-        except _Planned as planned:
-            plans.append(planned.plan)
-        except CkptError as error:
-            faults.append(error)
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        said = [str(fault).split(". ")[0].rstrip(".") for fault in faults]
-        shown = console.some(said, 10)
-        raise SeriesError(f"{len(faults)} of {len(sources)} checkpoints cannot be stripped, and none was: {shown}.")
-    twice = next((path for path, times in Counter(plan.out for plan in plans).items() if times > 1), None)
-    if twice is not None:
-        raise WriteError(f"{twice}: would be written twice. Strip checkpoints with the same name one at a time.")
-    # What an earlier run has stripped is an input again, with nothing to lose.
-    whole = {Path(plan.path).resolve() for plan in plans if plan.anything}
-    lost = next((plan.out for plan in plans if plan.anything and Path(plan.out).resolve() in whole), None)
-    if lost is not None:
-        raise WriteError(f"{lost}: is one of the inputs, which stay as they are. Choose another folder with -o.")
-    tell = console.shown_by(asked=options["dry_run"], json=json)
-    reports = []
-    for source in sources:
-        report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=_quietly)
-        reports.append(report)
-        # Signals still end the run: there is more to do.
-        say = console.say if report.written else tell
-        arguments.say_part(report.part)
-        if report.written or not report.part:
-            say(_result(report) if report.anything else f"{report.path}: nothing to strip.")
-        arguments.say_notes(report.notes, tell)
-    return reports
-
-
-class _Planned(Exception):
-    """A checkpoint can be stripped, and nothing of it is written yet."""
-
-    def __init__(self, plan: StripReport) -> None:
-        self.plan = plan
-
-
-def _quietly(_: StripReport) -> None:
-    """Show nothing of a plan."""
-
-
-def _stop_after_planning(plan: StripReport) -> None:
-    raise _Planned(plan)
-
-
-def _result(report: StripReport) -> str:
-    return f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}."
-
-
-def _strip(source: str | Path, *, json: bool, **options: Any) -> StripReport:
-    from ..jobs.strip import strip as without_training_state
-
-    tell = console.shown_by(asked=options["dry_run"], json=json)
-    report, _ = arguments.carried_out(
-        without_training_state, "stripping", source, **options, on_plan=partial(_show, tell)
-    )
-    arguments.say_part(report.part)
-    if report.anything and (report.written or not report.part):
-        (console.wrote if report.written else tell)(_result(report))
-    return report
-
-
-def _show(tell: console.Tell, report: StripReport) -> None:
+def _show(tell: console.Tell, report: StripReport, *, several: bool) -> None:
     if not report.anything:
-        tell(f"{report.path}: nothing to strip. Nothing was written.")
-        arguments.say_notes(report.notes, tell)
-        return
+        tell(f"{report.path}: nothing to strip, so no file is written.")
+    else:
+        _show_entries(console.say_more if several else tell, report)
+    head = f"{report.path}: " if several else ""
+    arguments.say_notes((head + note for note in report.notes), tell)
+
+
+def _show_entries(tell: console.Tell, report: StripReport) -> None:
     rows = [(entry.place, entry.nbytes) for entry in report.entries]
     if report.compacted > 0:
         rows.append(("unused parts of storages", report.compacted))
@@ -163,7 +92,10 @@ def _show(tell: console.Tell, report: StripReport) -> None:
     tell(f"Kept: {', '.join((*report.kept, *report.beside)) or 'the rest'}.")
     if report.dropped:
         tell(f"Not carried over, because it is not plain data: {', '.join(report.dropped)}.")
-    arguments.say_notes(report.notes, tell)
+
+
+def _result(report: StripReport) -> str:
+    return f"{'Wrote' if report.written else 'Would write'} {report.out}: {_sizes(report)}."
 
 
 def _sizes(report: StripReport) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -15,7 +15,7 @@ from ..checkpoints.layouts.layout import dotted
 from ..checkpoints.layouts.schedule_free import evaluation_note, is_computed, refuse_computed
 from ..checkpoints.optimizers import flat_training_state, is_optimizer
 from ..checkpoints.training_state import any_tensor, leads, nodes, other_weights, stripped, training_state
-from ..errors import LayoutError, UnsupportedError
+from ..errors import CkptError, LayoutError, SeriesError, UnsupportedError, UsageError, WriteError
 from ..formats import read_header
 from ..formats.format import Writing
 from ..formats.header import Header
@@ -31,7 +31,7 @@ from .options import KeptState, Moving, Sharing, StrippedOutput, takes
 from .outputs import Target, check_same_format, named_after
 from .provenance import input_record, provenance
 from .reports import Report
-from .run import manners, produce, run
+from .run import check_output, manners, produce, run
 
 _NO_WEIGHTS = "holds training state alone, and no weights."
 
@@ -108,13 +108,73 @@ def strip(path: str | Path, which: KeptState, output: StrippedOutput, sharing: S
     polite = manners(running)
     asked = asked_of(sharing, sign_off=output.sign_off)
     header = read_header(one_checkpoint(path))
-    usual = named_after(header, "-stripped")
-    target = usual if output.out is None else Target.of(output.out, usual)
-    report, assembly = planned(header, target, which, output)
+    report, assembly = planned(header, _target(header, output.out), which, output)
     if assembly is None:
         return run(report, running)
     more = {"doing": "stripping", "inputs": [header.path], "asked": asked, "allow_nonfinite": True, **polite}
     return produce(report, assembly, header.files, output, running, **more)
+
+
+@takes(KeptState, StrippedOutput, Sharing, Moving)
+def check_together(
+    paths: Sequence[str | Path], which: KeptState, output: StrippedOutput, sharing: Sharing, running: Moving
+) -> str | None:
+    """Plan to strip several checkpoints, each into a file of its own, before the first is written.
+
+    Returns:
+        `out` for each of them.
+
+    Raises:
+        UsageError: an option goes with one checkpoint alone.
+        CkptError: some cannot be stripped; names all of them.
+        WriteError: one would be written twice, or take the place of another.
+    """
+    for name, value in (vars(sharing) | {"sign_off": output.sign_off}).items():
+        if value:
+            raise UsageError(f"`{name}` goes with one checkpoint.")
+    out = None if output.out is None else str(output.out)
+    if out is not None:
+        if not Target.of(out).folder:
+            raise UsageError(f"`out={out!r}`: {len(paths)} checkpoints go into a folder, such as `out='stripped/'`.")
+        out = f"{out.rstrip('/')}/"
+    stripped_ones: set[Path] = set()  # what an earlier run has stripped is an input again, with nothing to lose
+    targets: Counter[Path] = Counter()
+    faults: list[CkptError] = []
+    for path in paths:
+        try:
+            header = read_header(one_checkpoint(path))
+            report, assembly = planned(header, _target(header, out), which, output)
+            if assembly is None:
+                continue
+            if not running.dry_run:  # which says itself what would be refused
+                own = [header.path, *(stamp.path for stamp in header.files)]
+                check_output(assembly, own, force=output.force)
+        except CkptError as error:
+            faults.append(error)
+        else:
+            stripped_ones.add(header.path.resolve())
+            targets[Path(report.out)] += 1
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        said = [str(fault).split(". ")[0].rstrip(".") for fault in faults[:10]]
+        more = f", and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise SeriesError(
+            f"{len(faults)} of {len(paths)} checkpoints cannot be stripped, and none was: {'; '.join(said)}{more}."
+        )
+    for target, times in targets.items():
+        if times > 1:
+            raise WriteError(f"{target}: would be written twice. Strip checkpoints with the same name one at a time.")
+        if target.resolve() in stripped_ones:
+            raise WriteError(
+                f"{target}: is one of the inputs, which stay as they are. Choose another folder with `out`."
+            )
+    return out
+
+
+def _target(header: Header, out: str | Path | None) -> Target:
+    usual = named_after(header, "-stripped")
+    return usual if out is None else Target.of(out, usual)
 
 
 def planned(

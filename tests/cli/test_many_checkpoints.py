@@ -77,12 +77,30 @@ def test_inspect_counts_training_state_beside_the_weights_and_finds_a_metric_by_
 
 def test_strip_of_many_writes_each_where_it_would_be_alone(series: list[str]) -> None:
     result = run("strip", *series[:3], "--json")
-    assert [(each["path"], each["written"]) for each in json.loads(result.out)] == [(p, True) for p in series[:3]]
+    reports = json.loads(result.out)["checkpoints"]
+    assert [(each["path"], each["written"]) for each in reports] == [(p, True) for p in series[:3]]
     assert result.err.count("Wrote run/checkpoint-") == 3
     for n, path in enumerate(series[:3], 1):
         stripped = open_checkpoint(path.replace(".pth", "-stripped.pth"))
         assert torch.equal(stripped["w"], weights(n)["w"])
         assert "optimizer" not in stripped.header.tree
+
+
+def test_strip_of_many_shows_the_entries_of_each_if_asked(series: list[str], save: Save) -> None:
+    save("bare.pth", {"w": torch.ones(2)})
+    given = ("strip", *series[:2], "bare.pth", "--force")
+    assert ["optimizer", "24", "B"] not in [line.split()[:3] for line in run(*given).err.splitlines()]
+    lines = run(*given, "-v").err.splitlines()
+    assert sum(line.split()[:3] == ["optimizer", "24", "B"] for line in lines) == 2
+    assert "bare.pth: nothing to strip, so no file is written." in lines
+
+
+def test_strip_of_many_says_of_which_checkpoint_a_note_is() -> None:
+    for step in (100, 200):
+        trainer_folder(Path(f"checkpoint-{step}"), step)
+    lines = run("strip", "checkpoint-100", "checkpoint-200").err.splitlines()
+    for step in (100, 200):
+        assert any(line.startswith(f"checkpoint-{step}: The training state is in files beside") for line in lines)
 
 
 def test_strip_of_many_writes_into_a_folder(series: list[str]) -> None:

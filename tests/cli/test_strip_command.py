@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ Save = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def reports(*words: str | Path) -> list[dict[str, Any]]:
+    """Return the reports of `ckpt strip --json`."""
+    printed = json.loads(run("strip", *words, "--json").out)
+    assert printed.keys() == {"checkpoints"}
+    return list(printed["checkpoints"])
 
 
 def test_strip_shows_each_entry_with_its_size(runs: list[Path]) -> None:
@@ -35,14 +43,13 @@ def test_strip_succeeds_if_there_is_nothing_to_strip(save: Save) -> None:
     save("a.pth", {"w": torch.ones(2)})
     before = contents(Path())
     result = run("strip", "a.pth")
-    assert (result.code, result.err) == (0, "a.pth: nothing to strip. Nothing was written.\n")
+    assert (result.code, result.err) == (0, "a.pth: nothing to strip, so no file is written.\n")
     assert contents(Path()) == before
-    assert json.loads(run("strip", "a.pth", "--json").out)["entries"] == []
+    assert reports("a.pth")[0]["entries"] == []
 
 
 def test_strip_writes_json_alone_to_stdout(runs: list[Path]) -> None:
-    result = run("strip", runs[3], "-o", "s.pth", "--state", "ema", "--json")
-    report = json.loads(result.out)
+    (report,) = reports(runs[3], "-o", "s.pth", "--state", "ema")
     assert {entry["place"] for entry in report["entries"]} == {"state_dict", "optimizer", "saver"}
     assert (report["kept"], report["written"]) == (["ema (state_dict_ema)"], True)
     assert report["bytes_written"] == Path("s.pth").stat().st_size
