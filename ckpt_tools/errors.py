@@ -20,6 +20,8 @@ shows its options instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 LONGEST_MESSAGE = 4000
 """Characters of a message."""
 
@@ -91,3 +93,22 @@ class WriteError(CkptError):
 
 class WriteWarning(UserWarning):
     """The target is in its place, but something after that failed."""
+
+
+def did_you_mean(word: object, words: Iterable[str]) -> str:
+    """Return a sentence with the word that may be meant, to follow another one; empty if none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(word).lower(), [*words], n=1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def unknown_word(name: str, value: object, words: Sequence[str], also: Iterable[str] = ()) -> UsageError:
+    """Return the error about a value that is none of the words that a parameter takes.
+
+    Args:
+        words: all that the message names.
+        also: further words, which may be meant, too.
+    """
+    said = f"`{name}` is one of {', '.join(words)}, not {value!r}."
+    return UsageError(said + did_you_mean(value, (*words, *also)))

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .errors import CorruptError, UsageError
+from .errors import CorruptError, unknown_word
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -128,7 +128,7 @@ def parse_dtype(dtype: object) -> DType | None:
     text = str(dtype).removeprefix("torch.")
     name = ALIASES.get(text, text)
     if name not in FLOAT_DTYPES:
-        raise UsageError(f"`dtype` is one of {', '.join(FLOAT_DTYPES)}, or same; not {text!r}.")
+        raise unknown_word("dtype", text, (*FLOAT_DTYPES, "same"), also=ALIASES)
     return DTYPES[name]
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compute.progress import Progress
-from ..errors import DataError, ModelError, NumericsError, UsageError
+from ..errors import DataError, ModelError, NumericsError, UsageError, unknown_word
 from .batches import joined, samples_in
 from .calls import Call, device_of
 from .kept import Kept
@@ -169,7 +169,7 @@ def check_options(passes: int, estimator: str) -> None:
     if type(passes) is not int or passes < 1:
         raise UsageError(f"`passes={passes!r}`: must be a whole number from 1 on.")
     if estimator not in ESTIMATORS:
-        raise UsageError(f"`estimator` is one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
+        raise unknown_word("estimator", estimator, ESTIMATORS)
 
 
 def _check_reached(layers: Mapping[str, Layer], found: Collection[str], folded: Collection[str]) -> None:

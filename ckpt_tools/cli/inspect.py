@@ -39,7 +39,7 @@ def inspect(
 
     given = [arguments.path(path) for path in paths]
     plot = options["plot"]
-    if len(given) == 1 and len(expand(given)) == 1:
+    if len(given) == 1 and len(expand(given)) == 1 and not options["exclude"]:
         _show_one(describe(*expand(given), plot=plot, force=options["force"]), tensors=tensors, json=json)
         if plot is not None:
             console.wrote(f"Wrote {plot}.")
@@ -71,11 +71,15 @@ def _show_table(found: Listing, metric: str) -> None:
     columns = {title: cells for title, cells in columns.items() if any(cells)}
     table = Table("checkpoint", tuple(columns))
     for row, *cells in zip(rows, *columns.values(), strict=True):
-        table.add(row.name, *cells, drawn=row.fault, colour="red")
+        table.add(row.name, *cells, drawn=row.fault or row.differs, colour="red" if row.fault else "yellow")
     nbytes = sum(row.nbytes or 0 for row in rows)
     console.show(table, "", f"{console.plural(len(rows), 'checkpoint')}, {console.size(nbytes)}.")
     if found.faults:
         console.show(arguments.spelled(f"{found.faults} of them cannot be averaged; `skip_broken` leaves them out."))
+    if differ := sum(bool(row.differs) for row in rows):
+        them, s = ("it", "s") if differ == 1 else ("them", "")
+        said = f"{differ} of them differ{s} from most in names or shapes of tensors, and cannot be averaged with those"
+        console.show(arguments.spelled(f"{said}; `exclude` leaves {them} out."))
     arguments.say_notes(found.notes, console.show)
 
 

@@ -12,7 +12,7 @@ from ..compute import engine
 from ..compute.fetching import memory_ahead
 from ..compute.gpu import devices
 from ..compute.threads import check_threads
-from ..errors import UsageError
+from ..errors import UsageError, unknown_word
 from ..formats.in_memory import IN_MEMORY
 from ..formats.sharded import parse_size
 from ..series.lora import LORA
@@ -419,9 +419,9 @@ def laid_out_again(addends: Addends, target: Target) -> Assembly:
 
 def _check(matching: Matching) -> None:
     if matching.buffers not in BUFFERS:
-        raise UsageError(f"`buffers` is one of {', '.join(BUFFERS)}, not {matching.buffers!r}.")
+        raise unknown_word("buffers", matching.buffers, BUFFERS)
     if matching.lora not in LORA:
-        raise UsageError(f"`lora` is one of {', '.join(LORA)}, not {matching.lora!r}.")
+        raise unknown_word("lora", matching.lora, LORA)
     if matching.lora == "product" and matching.match == "order":
         raise UsageError("`lora='product'` matches tensors by name, and does not go with `match='order'`.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from ..checkpoints.quantized import (
     without_quantization,
 )
 from ..compute.threads import check_threads
-from ..errors import UnsupportedError, UsageError
+from ..errors import UnsupportedError, UsageError, unknown_word
 from ..formats import read_header, suffixes
 from ..formats.file_plan import OutTensor, Terms
 from ..formats.format import Writing
@@ -212,9 +211,7 @@ def find_layout(name: str) -> Layout:
             f"`to={name!r}`: a file format, not a layout. The name of the output chooses it: `out={file!r}`."
         )
     if layout is None:
-        near = difflib.get_close_matches(name, written, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UsageError(f"`to={name!r}`: no such layout.{hint} There are {', '.join(written)}.")
+        raise unknown_word("to", name, written)
     if not layout.written:
         raise UsageError(f"`to={name!r}`: can be read, but not written. These can be written: {', '.join(written)}.")
     return layout

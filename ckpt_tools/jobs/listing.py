@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoints.layouts import StateDict
 from ..checkpoints.optimizers import find_optimizers
+from ..checkpoints.parts import unwrapped
 from ..checkpoints.steps import named_positions, stored_positions
+from ..errors import AlignmentError
 from ..formats.tree import tensors_in
 from ..series.find import excluded, notes_of
 from ..series.member import Member
@@ -38,6 +42,7 @@ class Listed:
         nbytes: size on disk; None if it cannot be read.
         made: the command of ckpt-tools that wrote it; empty if none did.
         fault: why it cannot be used; empty if it can.
+        differs: how its tensors differ in names or shapes from those of most of the others; empty if they do not.
     """
 
     path: str
@@ -49,6 +54,7 @@ class Listed:
     nbytes: int | None
     made: str = ""
     fault: str = ""
+    differs: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -71,6 +77,10 @@ class Listing(Report):
     def faults(self) -> int:
         """Number of those that cannot be used."""
         return sum(bool(each.fault) for each in self.checkpoints)
+
+
+Sets = Mapping[str, StateDict]
+Shapes = Mapping[str, tuple[int, ...] | None]
 
 
 @takes(Skipping, Drawing)
@@ -100,7 +110,9 @@ def listing(paths: Iterable[str | Path], metric: str, skipping: Skipping, drawin
     skipped = [*excluded(there), *(Skipped.of(*each) for each in errors.items() if skip_broken)]
     faults = [] if skip_broken else [Skipped.of(*each) for each in errors.items()]
     names = iter(short_names([*(member.path for _, member in order), *(Path(each.path) for each in faults)]))
-    rows = [_listed(member, next(names), metric) for _, member in order]
+    sets = {header.path: sets_of(header) for header in headers}
+    differ = _unlike_most(sets, notes)
+    rows = [_listed(member, next(names), metric, sets[member.path], differ.get(member.path, "")) for _, member in order]
     rows += [Listed(each.path, next(names), None, None, (), 0, None, fault=each.reason) for each in faults]
     report = Listing(tuple(rows), places.counter, (*notes, *notes_of(skipped)), tuple(skipped))
     if picture is not None:
@@ -110,9 +122,8 @@ def listing(paths: Iterable[str | Path], metric: str, skipping: Skipping, drawin
     return report
 
 
-def _listed(member: Member, name: str, metric: str) -> Listed:
+def _listed(member: Member, name: str, metric: str, sets: Sets, differs: str) -> Listed:
     header = member.header
-    sets = sets_of(header)
     found = find_optimizers(header.tree, [each.path for each in sets.values()])
     state = (spec for _, optimizer in found for _, spec in tensors_in(optimizer["state"]))
     beside = training_state_beside(header.path) if header.in_folder else []
@@ -126,4 +137,54 @@ def _listed(member: Member, name: str, metric: str) -> Listed:
         + sum(stamp_at(path).nbytes for path in beside),
         nbytes=header.nbytes,
         made=str((header.provenance or {}).get("command", "")),
+        differs=differs,
     )
+
+
+def _unlike_most(sets: Mapping[Path, Sets], notes: list[str]) -> dict[Path, str]:
+    """Find the checkpoints whose tensors have other names or shapes than those of most, wrapper prefixes aside.
+
+    Args:
+        notes: receives that there is no majority.
+
+    Returns:
+        path to the difference, in words.
+    """
+    common = next((which for which in ("ema", "raw") if all(which in own for own in sets.values())), None)
+    shapes: dict[Path, Shapes] = {}
+    for path, own in sets.items():
+        weights = next(iter(own.values()), None) if common is None else own[common]
+        if weights is not None:
+            try:
+                bare = unwrapped(weights)
+            except AlignmentError:  # two names become one
+                bare = dict(zip(weights.tensors, weights.tensors, strict=True))
+            shapes[path] = {bare[name]: getattr(spec, "shape", None) for name, spec in weights.tensors.items()}
+    models = {path: frozenset(own.items()) for path, own in shapes.items()}
+    times = Counter(models.values())
+    usual, most = times.most_common(1)[0] if times else (frozenset(), 0)
+    if 2 * most > len(models):
+        return {path: _difference(own, dict(usual)) for path, own in shapes.items() if models[path] != usual}
+    if len(times) > 1:
+        notes.append(f"These are checkpoints of {len(times)} models: names or shapes of their tensors differ.")
+    return {}
+
+
+def _difference(own: Shapes, usual: Shapes) -> str:
+    shared = own.keys() & usual.keys()
+    if 2 * len(shared) < max(len(own), len(usual)):
+        return f"another model: it shares {len(shared)} of {len(own)} tensor names with most"
+    first, *others = [
+        *(f"no tensor '{name}', which most have" for name in sorted(usual.keys() - shared)),
+        *(f"a tensor '{name}', which most lack" for name in sorted(own.keys() - shared)),
+        *(
+            f"'{name}' has shape {_shown(own[name])}, and {_shown(usual[name])} in most"
+            for name in own
+            if name in shared and own[name] != usual[name]
+        ),
+    ]
+    return f"{first}; {len(others)} more {'difference' if len(others) == 1 else 'differences'}" if others else first
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "an unknown one" if shape is None else str([*shape])

@@ -139,7 +139,9 @@ class Skipping(Options):
 
     title = "Which checkpoints"
 
-    exclude: Words = option("Leave out what this glob matches, by its name or the end of its path.", (), metavar="GLOB")
+    exclude: Words = option(
+        "Leave out what this glob matches, by its name or the end of its path.", (), metavar="GLOB", once_only=True
+    )
     skip_broken: bool = option("Leave out what is damaged or holds no weights; else it is an error.", False)
 
 

@@ -25,6 +25,7 @@ from ..series.paths import as_path, is_address, shown
 from ..storage.hidden import size_of_leftovers
 from ..storage.source import LOCAL, store_of
 from ..storage.staged import is_writable, same_file
+from .options import AveragedOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,19 @@ def default_target(headers: list[Header]) -> Target:
         return Target.of("averaged")
     usual = {header.file_format.usual_suffix for header in headers}
     return Target.of("averaged" + (usual.pop() if len(usual) == 1 else ".pth"))
+
+
+def named_target(output: AveragedOutput, headers: Iterable[Header], usual: Target) -> Target | None:
+    """Read where an average is to go; None if nothing says it.
+
+    Args:
+        headers: of its inputs.
+        usual: where it would go then; if that is a file, ``DIR/`` puts it into this folder.
+    """
+    if output.named is None:
+        return None
+    one_file = output.max_shard_size is None and not any(header.in_folder for header in headers)
+    return Target.of(output.named, usual if one_file else None)
 
 
 def named_after(header: Header, tail: str) -> Target:

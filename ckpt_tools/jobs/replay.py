@@ -31,7 +31,7 @@ from .addends import (
 )
 from .lined_up import every_set, selected
 from .options import AveragedOutput, Matching, Selection, Summing
-from .outputs import Target, named_after
+from .outputs import Target, default_target, named_after, named_target
 from .provenance import Record, read_record
 from .recorded_inputs import digests, look_for
 from .stock import recorded, sets
@@ -81,15 +81,16 @@ def replayed(
         raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
     headers = find_inputs(record, header, paths, hashes=not running.dry_run)
     addends = summed_again(header, record, headers, matching)
-    place = None if output.named is None else as_path(output.named)
-    in_place = place is not None and (place == header.path or same_file(place, header.path))
+    target = named_target(output, headers, default_target(headers)) or named_after(header, "-replayed")
+    if header.in_folder and output.named is not None and as_path(output.named) == header.path:
+        target = Target(header.path, folder=True)
+    in_place = target.path == header.path or same_file(target.path, header.path)
     before = digests(header) if in_place and not running.dry_run else None
-    target = named_after(header, "-replayed") if output.named is None else Target.of(output.named)
     return replace(
         addends,
         notes=tuple(_remarks(record, headers, running)),
         given=(*(member.path for member in addends.members), *(() if in_place else (header.path,))),
-        target=target,
+        target=target if output.named is None or in_place else None,
         # A torch file has its name inside.
         name=None if header.in_folder or target.folder else header.path.name,
         compared=partial(_compared, record, header, before),

@@ -23,7 +23,7 @@ from .checksums import with_place
 from .companions import companions
 from .lined_up import LinedUp, line_up
 from .options import AveragedOutput
-from .outputs import Target, default_target
+from .outputs import Target, default_target, named_target
 from .provenance import Input, provided
 
 if TYPE_CHECKING:
@@ -115,13 +115,10 @@ class Sums:
         return [path for member in self.addends.sources for path in member.header.names.values()]
 
     def target(self, output: AveragedOutput) -> Target:
-        """Return where the output goes: as it is named, else by the record of a replay, else by the checkpoints."""
+        """Return where the output goes: in the place of a replayed one, as it is named, else by the checkpoints."""
         headers = [member.header for member in self.addends.members]
         usual = default_target(headers) if self.adapter.config is None else Target.of("averaged/")
-        if output.named is None:
-            return self.addends.target or usual
-        in_file = output.max_shard_size is None and not any(header.in_folder for header in headers)
-        return Target.of(output.named, usual) if in_file else Target.of(output.named)
+        return self.addends.target or named_target(output, headers, usual) or usual
 
     def hashed(self, found: Mapping[Path, str] | None) -> Sums:
         """Return the sums with the SHA-256 of the source files in the record, or a place for it if it is not known."""

@@ -37,7 +37,7 @@ from .addends import (
 )
 from .lined_up import selected
 from .options import AveragedOutput, Matching, Selection, Summing
-from .outputs import Target
+from .outputs import Target, default_target, named_target
 from .provenance import Record, read_record, short_names
 
 _TOLERANCE = 1e-12  # of a multiple of the recorded coefficients, relative to the largest
@@ -92,11 +92,11 @@ def updated(
     scale = _scale(record, coefficients)
     n = len(record.inputs)
     own = Member(header.path, header, record.inputs[-1].step, record.counter)
-    target = None
-    if output.named is None:
-        target = Target(header.path, folder=True) if header.in_folder else Target.of(header.path)
-    in_place = target is not None or same_file(Path(output.named), header.path)  # type: ignore[arg-type]
-    kept = () if target is not None else tuple(_inputs_at(record, Path(output.named)))  # type: ignore[arg-type]
+    headers = [header, *(member.header for member in members)]
+    own_place = Target(header.path, folder=True) if header.in_folder else Target.of(header.path)
+    target = named_target(output, headers, default_target(headers)) or own_place
+    in_place = output.named is None or same_file(target.path, header.path)
+    kept = () if output.named is None else tuple(_inputs_at(record, target.path))
     allowed = running.allow_nonfinite or record.arguments.get("allow_nonfinite")
     return Addends(
         members=(own, *members),
@@ -113,7 +113,7 @@ def updated(
         skipped=(*record.skipped, *series.skipped),
         before=tuple(replace(i, coefficient=c) for i, c in zip(record.inputs, coefficients, strict=False)),
         updates=record.updates + 1,
-        target=target,
+        target=target if output.named is None else None,
         replaces=header.files if in_place else (),
     )
 

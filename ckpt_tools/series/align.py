@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..checkpoints.quantized import quantized, way_on
-from ..errors import AlignmentError, UnsupportedError, UsageError
+from ..errors import AlignmentError, UnsupportedError, unknown_word
 from ..tensors import Category, Tensor, TensorSpec, UnsupportedTensor
 from .usable import of_other_models
 
@@ -57,7 +57,7 @@ def align(
     """
     for name, value, known in (("keys", keys, KEYS), ("match", match, MATCHES)):
         if value not in known:
-            raise UsageError(f"`{name}` is one of {', '.join(known)}, not {value!r}.")
+            raise unknown_word(name, value, known)
     for state, file in zip(states, files, strict=True):
         if (found := quantized(state)) is not None:
             raise UnsupportedError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.steps import named_positions, stored_positions, telling_names
-from ..errors import SeriesError, UsageError
+from ..errors import SeriesError, unknown_word
 from ..formats.header import Header
 from ..storage.source import LOCAL, store_of
 from .copies import without_copies
@@ -76,7 +76,7 @@ def find_series(
     """
     choice = Choice(**selection)
     if order not in ORDERS:
-        raise UsageError(f"`order` is one of {', '.join(ORDERS)}, not {order!r}.")
+        raise unknown_word("order", order, ORDERS)
     notes: list[str] = []
     paths = listed(paths)
     there = find(paths, notes, exclude)

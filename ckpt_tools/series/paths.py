@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from ..errors import SeriesError, UsageError
+from ..errors import SeriesError, UsageError, did_you_mean
 from ..formats import is_checkpoint, suffixes
 from ..formats.deepspeed_files import folder_of
 from ..formats.sharded import INDEX_SUFFIXES, checkpoint_inside
@@ -100,7 +100,7 @@ def find(paths: Sequence[str | Path], notes: list[str], exclude: str | Sequence[
     try:
         expanded, empty = _expanded(paths)
         globs = [exclude] if isinstance(exclude, str) else exclude
-        excluded = _excluded([*expanded, *empty], globs, notes)
+        excluded = _excluded([*expanded, *empty], globs)
         found = _without_duplicates([path for path in expanded if path not in excluded], notes)
         _note_nested(found, {as_path(each) for each in paths}, notes)
         _note_masters(found, notes)
@@ -129,23 +129,34 @@ def _expanded(paths: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
     return found, empty
 
 
-def _excluded(paths: Sequence[Path], globs: Sequence[str], notes: list[str]) -> dict[Path, str]:
+def _excluded(paths: Sequence[Path], globs: Sequence[str]) -> dict[Path, str]:
     """Return the paths that a glob matches, and the glob.
 
     Raises:
-        SeriesError: no path is left.
+        SeriesError: no path is left; or a glob matches none, and what it was to leave out would be averaged.
     """
+    none = f"none of the {len(paths)} checkpoints" if len(paths) > 1 else "no checkpoint"
     excluded: dict[Path, str] = {}
     for glob in globs:
         if not glob.strip("/"):
             raise UsageError(f"`exclude={glob!r}`: no glob.")
         matches = [path for path in paths if path.match(glob)]
         if not matches:
-            notes.append(f"`exclude={glob!r}` matches none of the {len(paths)} checkpoints.")
+            raise SeriesError(f"`exclude={glob!r}` matches {none}.{_meant(glob, paths)}")
         excluded |= dict.fromkeys(matches, glob)
     if len({*paths} - excluded.keys()) == 0:
-        raise SeriesError(f"`exclude={[*globs]!r}` leaves none of the {len(paths)} checkpoints.")
+        raise SeriesError(f"`exclude={[*globs]!r}` leaves {none}.")
     return excluded
+
+
+def _meant(glob: str, paths: Sequence[Path]) -> str:
+    """Say which glob may be meant by one that matches nothing."""
+    if near := did_you_mean(glob, [path.name for path in paths]):
+        return near
+    inside = f"*{glob.strip('*')}*"
+    if any(path.match(inside) for path in paths):
+        return f" It must match a whole name, as `exclude={inside!r}` does."
+    return f" The first is {paths[0].name}."
 
 
 def refuse_other_queries(paths: Iterable[object]) -> None:

@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-from ..errors import UsageError
+from ..errors import UsageError, unknown_word
 from .rules import decay, difference, ema, posthoc, power, stock, uniform, weights
 from .rules.rule import Numbers, Option, Rule, one_of
 
@@ -95,7 +95,7 @@ class Schedule:
                     if isinstance(number, bool) or not isinstance(number, Real):
                         raise UsageError(f"`{name}` takes numbers, not {number!r}.")
         if self.mode not in SCHEDULES:
-            raise UsageError(f"`mode` is one of {', '.join(SCHEDULES)}, not {self.mode!r}.")
+            raise unknown_word("mode", self.mode, tuple(SCHEDULES), also=_MODES)
         for name, value in self._given.items():
             if value != every[name].default and every[name] not in self.rule.options:
                 given = f"`{name}=False`" if value is False else f"`{name}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,6 +53,43 @@ def test_inspect_of_many_lists_what_is_broken_and_fails(series: list[str]) -> No
     listed = [line.split()[0] for line in left.out.splitlines()[1:8]]
     assert listed == [f"checkpoint-{n}.pth" for n in (2, 3, 4, 6, 7, 8, 9)]
     assert "Left out by --skip-broken: run/checkpoint-5.pth (empty file)." in left.out
+
+
+def test_inspect_of_many_marks_those_of_another_model(save: Save) -> None:
+    usual = {"w": torch.ones(2, 3), "b": torch.ones(3)}
+    others = {
+        5: {f"module.{name}": tensor for name, tensor in usual.items()},  # a wrapper is no difference
+        6: usual | {"w": torch.ones(4, 3)},
+        7: {"w": torch.ones(2, 3), "bias": torch.ones(3)},
+        8: {f"encoder.{name}": tensor for name, tensor in usual.items()},
+    }
+    for n in range(1, 9):
+        save(f"run/c-{n}.pth", {"state_dict": others.get(n, usual), "epoch": n})
+    listed = json.loads(run("inspect", "run", "--json").out)["checkpoints"]
+    assert {each["name"]: each["differs"] for each in listed if each["differs"]} == {
+        "c-6.pth": "'w' has shape [4, 3], and [2, 3] in most",
+        "c-7.pth": "no tensor 'b', which most have; 1 more difference",
+        "c-8.pth": "another model: it shares 0 of 2 tensor names with most",
+    }
+    result = run("inspect", "run")
+    assert result.code == 0
+    assert "'w' has shape [4, 3], and [2, 3] in most" in result.out
+    said = "3 of them differ from most in names or shapes of tensors, and cannot be averaged with those; --exclude"
+    assert said in result.out
+
+
+def test_inspect_of_two_models_without_a_majority_says_so(save: Save) -> None:
+    save("a.pth", {"w": torch.ones(2)})
+    save("b.pth", {"w": torch.ones(3)})
+    said = "These are checkpoints of 2 models: names or shapes of their tensors differ."
+    assert said in run("inspect", "a.pth", "b.pth").out.splitlines()
+    assert json.loads(run("inspect", "a.pth", "b.pth", "--json").out)["notes"] == [said]
+
+
+@pytest.mark.parametrize(("glob", "said"), [("*", "leaves no checkpoint"), ("x", "matches no checkpoint")])
+def test_inspect_of_one_passes_over_no_exclude(series: list[str], glob: str, said: str) -> None:
+    message = refused(Path(), "inspect", series[0], "--exclude", glob)
+    assert f"--exclude {shlex.quote(glob)} {said}" in message
 
 
 def test_inspect_of_many_gives_json(series: list[str]) -> None:

@@ -46,6 +46,13 @@ def test_update_in_place_needs_force(paths: list[str]) -> None:
     assert mean("averaged.pth") == 2.5
 
 
+def test_update_in_place_takes_the_folder_of_the_average(paths: list[str]) -> None:
+    Path("e").mkdir()
+    Path("averaged.pth").rename("e/averaged.pth")
+    assert run("avg", "--update", "e/averaged.pth", "c-4.pth", "-o", "e/", "--force").code == 0
+    assert mean("e/averaged.pth") == 2.5
+
+
 def test_messages_of_update_name_options(paths: list[str]) -> None:
     assert refused(Path(), "avg", "--update", "averaged.pth", "c-3.pth", "-o", "x.pth") == (
         "Error: c-3.pth: averaged.pth has an input at the same epoch, 3, so it is in it already. "

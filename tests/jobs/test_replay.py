@@ -69,6 +69,24 @@ def test_the_average_itself_is_replaced_by_force_alone(tmp_path: Path) -> None:
     assert (out.read_bytes(), report.same) == (before, True)
 
 
+def test_the_average_is_replaced_through_its_folder_too(tmp_path: Path) -> None:
+    paths = series(tmp_path, 3)
+    average(paths, out=f"{tmp_path}/averaged.pth")
+    before = (tmp_path / "averaged.pth").read_bytes()
+    report = average([], replay=tmp_path / "averaged.pth", out=f"{tmp_path}/", force=True)
+    assert (report.out, report.same) == (f"{tmp_path}/averaged.pth", True)
+    assert (tmp_path / "averaged.pth").read_bytes() == before
+
+
+def test_an_average_in_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """A file of its usual name is not put beside its shards."""
+    average(series(tmp_path, 3), out=tmp_path / "sharded")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir()}
+    report = average([], replay=tmp_path / "sharded", out=f"{tmp_path}/sharded/", force=True)
+    assert report.same is True
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir()} == before
+
+
 def test_a_dry_run_of_a_replay_shows_the_coefficients_and_writes_nothing(tmp_path: Path) -> None:
     average(series(tmp_path, 3), weights=[1, 2, 5], hash=True, out=tmp_path / "averaged.pth")
     report = average([], replay=tmp_path / "averaged.pth", dry_run=True)

@@ -100,11 +100,24 @@ def test_exclude_matches_a_name_or_the_end_of_a_path(mixed: Path, glob: str) -> 
     series = find_series(["run/checkpoint-*"], exclude=[glob])
     assert names(series) == ["checkpoint-5.pth", "checkpoint-6.pth"]
     assert {each.kind for each in series.skipped} == {"excluded"}
-    assert names(find_series(["run/checkpoint-*"], exclude=[f"other/{glob}"])) == [Path(name).name for name in FILES]
+    with pytest.raises(SeriesError, match="matches none of the 6 checkpoints"):
+        find_series(["run/checkpoint-*"], exclude=[f"other/{glob}"])
 
 
-def test_exclude_of_nothing_is_noted_and_of_everything_refused(mixed: Path) -> None:
-    assert "`exclude='x*'` matches none of the 6 checkpoints." in find_series(FILES, exclude=["x*"]).notes
+@pytest.mark.parametrize(
+    ("glob", "hint"),
+    [
+        ("x*", "The first is checkpoint-1.pth"),
+        ("chekpoint-3.pth", "Did you mean checkpoint-3.pth"),
+        ("point", "It must match a whole name, as `exclude='\\*point\\*'` does"),
+    ],
+)
+def test_exclude_of_nothing_is_refused_as_what_it_names_would_be_averaged(mixed: Path, glob: str, hint: str) -> None:
+    with pytest.raises(SeriesError, match=f"matches none of the 6 checkpoints. {hint}"):
+        find_series(FILES, exclude=["checkpoint-2.pth", glob])
+
+
+def test_exclude_of_everything_is_refused(mixed: Path) -> None:
     with pytest.raises(SeriesError, match="leaves none of the 6 checkpoints"):
         find_series(FILES, exclude=["*.pth"])
 

@@ -8,7 +8,7 @@ from itertools import islice
 from os.path import commonprefix
 from typing import Any
 
-from ...errors import LayoutError
+from ...errors import LayoutError, did_you_mean
 from ...formats.deepspeed import FLAT_KEYS
 from ...formats.deepspeed_files import folder_of
 from ...formats.header import Header
@@ -290,7 +290,8 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     if rest:
         names_here = [dotted([key]) for key in node]
         known = ", ".join(names_here[:8]) + (f" and {len(names_here) - 8} more" if len(names_here) > 8 else "")
-        raise LayoutError(f"{header.path}: nothing at '{asked}'. {here or 'The top level'} holds: {known}.")
+        meant = did_you_mean(asked, ("raw", "ema", "eval", *(dotted((*path, key)) for key in node)))
+        raise LayoutError(f"{header.path}: nothing at '{asked}'. {here or 'The top level'} holds: {known}.{meant}")
     fault = _fault(node, path) if isinstance(node, dict) else None
     if fault is None and found is not None and found.fault is not None:
         fault = f"'{asked}' is {found.fault}"

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from ...errors import UsageError
+from ...errors import UsageError, did_you_mean
 
 AUTO_FROM: float = math.inf
 """Bytes of input from which on `auto` takes the GPUs. Importing torch and starting CUDA takes 3 to 5 seconds, in which
@@ -24,7 +24,8 @@ def check_name(device: str) -> None:
         UsageError: not one of auto, cpu, cuda, cuda:N.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", str(device), re.ASCII):
-        raise UsageError(f"`device={device!r}`: write auto, cpu, cuda (all GPUs), or cuda:1 (that one).")
+        known = f"`device={device!r}`: write auto, cpu, cuda (all GPUs), or cuda:1 (that one)."
+        raise UsageError(known + did_you_mean(device, ("auto", "cpu", "cuda")))
 
 
 def choose(device: str, nbytes: int) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from ...batchnorm.processes import started_by_torchrun
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...compute.payload import torch_dtype
-from ...errors import ModelError, NumericsError, UsageError
+from ...errors import ModelError, NumericsError, UsageError, unknown_word
 from ...evaluation.data import is_factory
 from ...evaluation.models import build_model, importable, load_weights, pick_device
 from ...formats import read_header
@@ -203,7 +203,7 @@ def _check(images: LabelledImages, training: Training, teaching: Teaching, outpu
         ("recalibrate", training.recalibrate or "last", ("last", "all", "none")),
     ):
         if found not in known:
-            raise UsageError(f"`{name}` is one of {', '.join(known)}, not {found!r}.")
+            raise unknown_word(name, found, known)
     lr, decay, alpha, heat = training.lr, training.ema_decay, teaching.alpha, teaching.temperature
     for name, number, fits, range_ in (
         ("lr", lr, lr is None or 0 < lr < math.inf, "above 0"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ...errors import UsageError
+from ...errors import UsageError, unknown_word
 from .rule import Option, one_of
 
 AXES = ("auto", "steps", "files")
@@ -15,7 +15,7 @@ BY = Option("by", one_of(AXES), "auto", "Count along steps, or files; auto takes
 def check_axis(by: str) -> None:
     """Raise UsageError for another axis than those in `AXES`."""
     if by not in AXES:
-        raise UsageError(f"`by` is one of {', '.join(AXES)}, not {by!r}.")
+        raise unknown_word("by", by, AXES)
 
 
 def positions(numbers: Sequence[int | None], by: str, *, needed: str | None = None) -> list[int] | None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from ...errors import UsageError
+from ...errors import unknown_word
 from .axis import BY, check_axis, positions
 from .rule import Option, Rule, one_of
 
@@ -63,7 +63,7 @@ def _remarks(steps: Sequence[int | None], *, by: str, **_: object) -> list[str]:
 def _check(*, shape: str | None, by: str) -> None:
     check_axis(by)
     if shape is not None and shape not in SHAPES:
-        raise UsageError(f"`shape` is one of {', '.join(SHAPES)}, not {shape!r}.")
+        raise unknown_word("shape", shape, tuple(SHAPES))
 
 
 RULE = Rule(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ...errors import UsageError
+from ...errors import UsageError, unknown_word
 from .amounts import Span, parse_span
 from .axis import BY, check_axis, positions
 from .rule import Option, Rule, one_of
@@ -82,7 +82,7 @@ def ema_warmup(
     if warmup == "litema":
         return unroll([min(decay, (1 + update) / (10 + update)) for update in range(1, n)])
     if warmup != "timm":
-        raise UsageError(f"unknown warm-up {warmup!r}; there are {', '.join(WARMUPS)}.")
+        raise unknown_word("warmup", warmup, WARMUPS)
     past = [update - update_after - 1 for update in range(1, n)]
     return unroll([max(min(1 - (1 + s / gamma) ** -power, decay), min_decay) if s > 0 else 0.0 for s in past])
 
@@ -243,7 +243,7 @@ def _check(**options: Any) -> None:
         parse_span("half_life", options["half_life"])
         return
     if options["warmup"] is not None and options["warmup"] not in WARMUPS:
-        raise UsageError(f"unknown warm-up {options['warmup']!r}; there are {', '.join(WARMUPS)}.")
+        raise unknown_word("warmup", options["warmup"], WARMUPS)
     if options["warmup"] != "timm":
         own = next((option.name for option in _OF_TIMM if options[option.name] != option.default), None)
         if own is not None:
