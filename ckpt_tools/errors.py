@@ -20,7 +20,10 @@ shows its options instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 LONGEST_MESSAGE = 4000
 """Characters of a message."""

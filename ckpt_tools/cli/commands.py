@@ -91,6 +91,9 @@ _OPTIONS = {
     "--use-ema": "--state ema",
     "--non-strict": "--keys intersection",
     "--recursive": "'runs/**/*.pth'",
+    "-n": "--last",
+    "-f": "--force",
+    "-y": "--force",
 }
 """Options that people try, with what they look for."""
 
@@ -115,6 +118,16 @@ class Commands(_QuickHelp, typer.core.TyperGroup):
         self.rich_markup_mode = None
         # For lists of them: none of these is imported.
         self.commands = {name: typer.core.TyperCommand(name, short_help=line) for name, line in COMMANDS.items()}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what stands before the command."""
+        words = [*args]
+        try:
+            rest: list[str] = super().parse_args(ctx, args)
+        except NotUsable as error:
+            _explain(ctx, error, words)
+            raise
+        return rest
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return name, command and arguments of what is called; say what a word of another tool is called here."""
@@ -169,6 +182,30 @@ def _unknown(word: str, rest: Sequence[str]) -> str:
     return f"{said} Did you mean {' or '.join(map(repr, names))}?" if names else said
 
 
+def _explain(ctx: Any, error: Any, args: Sequence[str]) -> None:
+    """Say which option may be meant by one that there is not: one alone, for a list of guesses helps nobody.
+
+    Raises:
+        UsageError: of Typer; the error is about an unknown option.
+    """
+    from difflib import get_close_matches
+
+    error.ctx = error.ctx or ctx  # not every error of Typer knows its command
+    if not hasattr(error, "possibilities"):
+        return
+    word = error.option_name
+    if word[:2] != "--":  # the first letter of -last, say
+        word = next((arg.partition("=")[0] for arg in args if re.match(rf"-\w*{re.escape(word[1:])}", arg)), word)
+    known = [name for param in ctx.command.params for name in (*param.opts, *param.secondary_opts) if name[:2] == "--"]
+    full = f"--{word.lstrip('-')}" if len(word) > 2 else word
+    longer = sorted((name for name in known if len(full) > 4 and name.startswith(full)), key=len)
+    near = full if full in _OPTIONS else next(iter(longer or get_close_matches(full, [*known, *_OPTIONS], 1)), None)
+    said = "" if near is None else f" Did you mean {_OPTIONS.get(near, near)}?"
+    if not said and isinstance(ctx.command, Commands):
+        said = f" Options of a command stand after it: ckpt COMMAND {word}."
+    ctx.fail(f"No such option: {word}.{said}")
+
+
 def _fit(formatter: Any) -> None:
     formatter.width = min(console.columns(), 100)
     if formatter.width < 80:  # names of options would leave no room for what they mean
@@ -211,6 +248,7 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments; say what an option of another tool is called here."""
+        words = [*args]  # which reading takes out of `args`
         shown = "--show-config" in args
         ctx.resilient_parsing |= shown  # what is missing or wrong is shown as it is
         try:
@@ -226,8 +264,7 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
             if named in defaults.in_use and ctx.get_parameter_source(named).name != "COMMANDLINE":
                 value, origin = defaults.in_use[named]
                 raise UsageError(f"{origin}: {named.replace('_', '-')} = {value!r}: {error.message}") from error
-            if (meant := _OPTIONS.get(getattr(error, "option_name", ""))) is not None:
-                ctx.fail(f"No such option: {error.option_name}. Did you mean {meant}?")
+            _explain(ctx, error, words)
             raise
 
     def _show_config(self, ctx: Any) -> None:
@@ -291,8 +328,17 @@ class _Quick:
             try:
                 value = _read(value, self.plain_type)
             except ValueError:
+                self._refuse_number(ctx, value)
                 return super().process_value(ctx, value)  # type: ignore[misc]
         return value if self.callback is None else self.callback(ctx, self, value)
+
+    def _refuse_number(self: Any, ctx: Any, value: Any) -> None:
+        kinds = {self.plain_type, *get_args(self.plain_type)}
+        if not isinstance(value, str) or str in kinds or not kinds & {int, float}:
+            return
+        hint = " Write a point, not a comma." if float in kinds and re.fullmatch(r"-?\d+,\d+", value) else ""
+        what = "number" if float in kinds else "whole number"
+        raise typer.BadParameter(f"{value!r} is not a {what}.{hint}", ctx, self)
 
 
 class _Option(_Quick, typer.core.TyperOption):

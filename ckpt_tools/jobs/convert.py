@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -205,8 +206,9 @@ def find_layout(name: str) -> Layout:
     """
     layout = next((layout for layout in LAYOUTS if layout.name == name), None)
     written = [layout.name for layout in LAYOUTS if layout.written]
-    if layout is None and name.lower().lstrip(".") in {suffix.lstrip(".") for suffix in suffixes()}:
-        file = f"weights.{name.lower().lstrip('.')}"
+    formats = [suffix.lstrip(".") for suffix in suffixes()]
+    if layout is None and (near := difflib.get_close_matches(name.lower().lstrip("."), formats, n=1, cutoff=0.8)):
+        file = f"weights.{near[0]}"
         raise UsageError(
             f"`to={name!r}`: a file format, not a layout. The name of the output chooses it: `out={file!r}`."
         )

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
-from ..errors import CkptError, UsageError
+from ..errors import CkptError, UsageError, unknown_word
 from .member import Member
 from .rules.amounts import parse_span
 from .rules.rule import Option, Rule
@@ -121,6 +121,9 @@ def _range(option: Option, match: re.Match[str]) -> list[str]:
 def _as(option: Option, text: str) -> Any:
     """Return one value as the library takes it; amounts with a unit stay text."""
     kinds = option.kinds
+    closed = {word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)}
+    if closed and text.lower() not in closed:
+        raise unknown_word(option.name, text, option.words, also=closed)
     if bool in kinds:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

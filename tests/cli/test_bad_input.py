@@ -304,7 +304,7 @@ def test_avg_rejects_unsupported_tensors(tensor: torch.Tensor, kind: str) -> Non
         (["--mode", "ema", "--decay", "-0.1"], "decay of -0.1 is outside [0, 1]"),
         (["--mode", "ema", "--decay", "nan"], "decay of nan is outside [0, 1]"),
         (["--mode", "ema", "--per-step", "--decay", "7"], "decay of 7.0 is outside [0, 1]"),
-        (["--mode", "ema", "--warmup", "cosine"], "unknown warm-up 'cosine'; there are litema, timm"),
+        (["--mode", "ema", "--warmup", "cosine"], "--warmup is one of litema, timm, not 'cosine'."),
         (["--mode", "swa", "--decay", "0.9"], "--decay goes with --mode ema."),
         (["--mode", "ema", "--weights", "1,2,3"], "--weights goes with --mode weights."),
         (["--mode", "weights"], "--mode weights needs --weights"),

@@ -60,7 +60,7 @@ def test_convert_list_shows_the_layouts() -> None:
     [
         (("--to", "timm"), "CKPT is missing"),
         (("c.pth",), "-o is missing: where to write"),
-        (("c.pth", "--to", "litemma", "-o", "x.pth"), "--to litemma: no such layout. Did you mean litema?"),
+        (("c.pth", "--to", "litemma", "-o", "x.pth"), "dcp, not 'litemma'. Did you mean litema?"),
         (("c.pth", "--to", "timm", "-o", "x.safetensors"), "nests its weights, which safetensors cannot hold"),
         (("c.pth", "-o", "x.ptx"), "x.ptx: .ptx is not a known suffix. Did you mean .pt"),
     ],

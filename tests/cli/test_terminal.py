@@ -59,7 +59,12 @@ def test_a_slip_of_a_command_leads_to_it(typed: str, names: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("--output", "-o"), ("--swa", "--mode uniform"), ("--precision", "--dtype"), ("--lats", "--last")],
+    [
+        ("--output", "-o"),
+        ("--swa", "--mode uniform"),
+        ("--precision", "--dtype"),
+        ("-n", "--last"),
+    ],
 )
 def test_an_option_of_another_tool_leads_to_ours(typed: str, meant: str, tmp_path: Path) -> None:
     message = refused(tmp_path, "avg", "a.pth", typed, "x", code=2)

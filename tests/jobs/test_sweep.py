@@ -147,7 +147,11 @@ def test_if_all_evaluations_fail_the_first_reason_is_the_error(save: Save, here:
         ({"eval_command": COMMAND, "holdout": 0.5, "test": COMMAND}, UsageError, "two ways to one end"),
         ({"eval_command": COMMAND, "search": "decay", "last": [2, 3]}, UsageError, "`last` has several"),
         ({"eval_command": COMMAND, "search": "half_life"}, UsageError, "needs two numbers, the ends"),
-        ({"eval_command": COMMAND, "search": "last"}, UsageError, "`search='last'`: one of decay, half_life"),
+        (
+            {"eval_command": COMMAND, "search": "last"},
+            UsageError,
+            "`search` is one of decay, half_life, .*, not 'last'",
+        ),
         ({"eval_command": COMMAND, "search": "half-life", "half_life": "1%,5%"}, UsageError, "not parts of the run"),
         ({"eval_command": COMMAND, "decay": "often"}, UsageError, "'often'` is not a number"),
         ({"eval_command": COMMAND, "mode": "uniform", "decay": 0.5}, UsageError, "`decay` goes with `mode='ema'`"),

@@ -290,7 +290,7 @@ def _at_path(header: Header, asked: str, names: Names) -> StateDict:
     if rest:
         names_here = [dotted([key]) for key in node]
         known = ", ".join(names_here[:8]) + (f" and {len(names_here) - 8} more" if len(names_here) > 8 else "")
-        meant = did_you_mean(asked, ("raw", "ema", "eval", *(dotted((*path, key)) for key in node)))
+        meant = did_you_mean(asked, ("auto", "raw", "ema", "eval", *(dotted((*path, key)) for key in node)))
         raise LayoutError(f"{header.path}: nothing at '{asked}'. {here or 'The top level'} holds: {known}.{meant}")
     fault = _fault(node, path) if isinstance(node, dict) else None
     if fault is None and found is not None and found.fault is not None:

@@ -25,7 +25,7 @@ def check_name(device: str) -> None:
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", str(device), re.ASCII):
         known = f"`device={device!r}`: write auto, cpu, cuda (all GPUs), or cuda:1 (that one)."
-        raise UsageError(known + did_you_mean(device, ("auto", "cpu", "cuda")))
+        raise UsageError(known + did_you_mean(str(device).lower().replace("gpu", "cuda"), ("auto", "cpu", "cuda")))
 
 
 def choose(device: str, nbytes: int) -> tuple[str, ...]:

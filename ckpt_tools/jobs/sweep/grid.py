@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...errors import CkptError, UsageError
+from ...errors import CkptError, UsageError, unknown_word
 from ...series.candidates import Candidate, Combinations, candidates, combination, modes_with, number_of
 from ...series.find import Series
 from ...series.member import Member
@@ -173,7 +173,7 @@ class Grid:
             UsageError: there are none, or other options have several values.
         """
         if name not in SEARCHED:
-            raise UsageError(f"`search={name!r}`: one of {', '.join(SEARCHED)}.")
+            raise unknown_word("search", name, SEARCHED)
         others = [
             other
             for each in (self._rules, self._selections)
