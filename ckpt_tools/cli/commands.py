@@ -1,9 +1,8 @@
 """Commands: made by Typer when they are called for, so that a run of one does not pay for the others.
 
 Three things differ from what Typer does by itself, each for the time that it takes. Only the command that runs is
-imported. Its help is plain text in groups: rich would need 400 modules to draw boxes around them. And a value that is
-right is read here: Typer (0.29) makes a pydantic adapter for each option, and pydantic takes as long to import as all
-of an average. A wrong value goes to Typer, which has the message.
+imported. Its help is plain text in groups: rich would need 400 modules to draw boxes around them. And values are read
+here: Typer (0.29) makes a pydantic adapter for each option, and pydantic takes as long to import as all of an average.
 """
 
 from __future__ import annotations
@@ -295,14 +294,14 @@ class _Command(_QuickHelp, typer.core.TyperCommand):
 
 
 def _read(value: Any, type_: Any) -> Any:
-    """Read a value of the command line that is there, and plainly right; ValueError for any other."""
+    """Read a value of the command line that is there, and right; ValueError for any other."""
     if isinstance(value, bool):
         return value
     kinds = {type_, *get_args(type_)}
     if isinstance(value, str):
         if str in kinds:
             return value
-        if int in kinds and re.fullmatch(r"-?[0-9]{1,18}", value):
+        if int in kinds and value.isascii():
             return int(value)
         if float in kinds and value.isascii():
             return float(value)
@@ -310,7 +309,7 @@ def _read(value: Any, type_: Any) -> Any:
         return list(value)
     elif isinstance(value, (int, float)) and type(value) in kinds:
         return value
-    raise ValueError(f"{value!r} is not plainly right")
+    raise ValueError(f"{value!r} is of another type")
 
 
 class _Quick:

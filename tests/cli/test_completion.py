@@ -67,6 +67,20 @@ def test_a_shell_completes_commands_options_and_values(shell: str, script: str, 
     assert "inspect" not in done.stdout
 
 
+def test_the_module_completes_as_the_command_does(tmp_path: Path) -> None:
+    variables = {"_CKPT_COMPLETE": "complete_bash", "COMP_WORDS": "ckpt avg --mode e", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt_tools"],
+        cwd=tmp_path,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert done.stdout.split() == ["ema"]
+
+
 def test_completion_imports_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom ckpt_tools.cli import main\n"

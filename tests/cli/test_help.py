@@ -58,6 +58,7 @@ def test_commands_without_torch_do_not_import_it(tmp_path: Path, arguments: list
     ("arguments", "jobs"),
     [
         (["avg", "--help"], set()),
+        (["avg", "RUN", "--threads", "two"], set()),
         (["avg", "RUN", "-o", "a.pth", "--force", "--mode", "ema", "--decay", "0.9"], {"average"}),
         (["fix-prefix", "RUN", "-o", "b.pth", "--add", "model."], {"fix_prefix"}),
         (["strip", "RUN", "-o", "c.pth"], {"strip"}),
@@ -123,6 +124,22 @@ def test_commands_leave_messages_about_bad_values_to_typer(
 ) -> None:
     result = run("avg", runs[0], *arguments)
     assert (result.code, message in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["avg", "--lats", "5"], ["diff", "a.pth"]])
+def test_the_module_speaks_as_the_command_does(words: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt_tools", *words],
+        cwd=tmp_path,
+        env=environment(COLUMNS="80"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    expected = run(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (expected.code, expected.out, expected.err)
+    assert "__main__" not in done.stdout + done.stderr
 
 
 def test_version_is_that_of_the_package() -> None:
