@@ -62,7 +62,7 @@ class Addends:
         before: inputs of an average that is extended.
         sha256: those recorded of each member, by the names of its files; empty where there are none.
         updates: how often the average was extended.
-        target: where the output goes if nothing else is asked for; None for the usual name.
+        target: where the output goes; None for the place that is asked for, or the usual one.
         name: what the output calls itself inside; None for its own name.
         replaces: files whose place the output may take, though they are inputs.
         by_tensor: called with the weights lined up, for coefficients that differ from tensor to tensor; `coefficients`
