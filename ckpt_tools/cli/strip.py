@@ -105,7 +105,7 @@ def _strip_all(sources: Sequence[Path], *, json: bool, **options: Any) -> list[S
     tell = console.shown_by(asked=options["dry_run"], json=json)
     reports = []
     for source in sources:
-        report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=_quietly)
+        report, _ = arguments.carried_out(without_training_state, source, **options, on_plan=_quietly)
         reports.append(report)
         # Signals still end the run: there is more to do.
         say = console.say if report.written else tell
@@ -139,9 +139,7 @@ def _strip(source: str | Path, *, json: bool, **options: Any) -> StripReport:
     from ..jobs.strip import strip as without_training_state
 
     tell = console.shown_by(asked=options["dry_run"], json=json)
-    report, _ = arguments.carried_out(
-        without_training_state, "stripping", source, **options, on_plan=partial(_show, tell)
-    )
+    report, _ = arguments.carried_out(without_training_state, source, **options, on_plan=partial(_show, tell))
     arguments.say_part(report.part)
     if report.anything and (report.written or not report.part):
         (console.wrote if report.written else tell)(_result(report))

@@ -300,7 +300,7 @@ class Running(Options):
     dry_run: bool = option("Show the plan, write nothing.", False)
     on_plan: Callable[[Any], None] | None = option("Called with the report of the plan before the work.", None)
     on_progress: Progress | None = option(
-        "Called in this thread with (what is done, bytes done, bytes in all), read and written.", None
+        "Called in this thread with (what is done, how much of it so far, all of it).", None
     )
 
 
@@ -438,13 +438,20 @@ class Drawing(Options):
     force: bool = option("Replace an existing picture.", False)
 
 
-class Reading(Options):
-    """How a job runs that only reads."""
+class Telling(Options):
+    """How a job tells how far it is."""
 
     title = "Running"
 
+    on_progress: Progress | None = option(
+        "Called in this thread with (what is done, how much of it so far, all of it).", None
+    )
+
+
+class Reading(Telling):
+    """How a job runs that only reads."""
+
     threads: int | None = option("Number of threads; the result is the same.", None, implied="the cores, 16 at most")
-    on_progress: Progress | None = option("Called in this thread with (what is done, bytes read, bytes in all).", None)
 
 
 class Prefixes(Options):
@@ -528,7 +535,6 @@ class Numerics(Options):
 class Inference(Running, more=(Numerics,)):
     """How a job runs that shows images to a network."""
 
-    on_progress: Progress | None = option("Called with (what is done, images done, images in all).", None)
     device: str = option("auto, cpu, cuda, cuda:1.", "auto")
 
 
@@ -540,7 +546,6 @@ class Recalibration(Options, more=(Network, Images, Measuring, Numerics), withou
     recal_bn: str | None = option(
         "Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.", None, metavar="DATA"
     )
-    on_images: Progress | None = option("Called with (what is done, images done, images in all).", None)
 
     def of(self, group: type[G]) -> G:
         """Return one of the groups that it is made of, with the values given here."""
