@@ -16,8 +16,8 @@ PLANNING, LOADING, OTHER = "planning", TORCH, "other work"
 """What a job is doing while it tells nothing: at first, before torch is there, and after its plan."""
 _AT_ONCE = 0.4
 """Seconds; what is quicker needs no line."""
-_BAR, _BAR_FROM = 16, 80
-"""Columns of a bar, and of the narrowest terminal that has one."""
+_BAR = 16
+"""Columns of a bar."""
 _LINE_EVERY, _LINE_AFTER = 10, 60
 """Where no line can move: seconds from a line to the next, and until a line tells of what has no count."""
 _PACED = ("bytes", "images")
@@ -195,17 +195,19 @@ class _Moving(Line):
             turn += 1
 
     def _drawn(self, mark: str) -> str:
-        width = console.columns() - 1
-        share = self._meter.share
-        if share is not None and width >= _BAR_FROM - 1:
-            full, empty = [*_encodable("━─", "#-")]
-            length = round(min(share, 1.0) * _BAR)
-            filled = full * length
-            if console.coloured(sys.stderr) and filled:
-                filled = console.painted(filled, "blue")
-            mark += f" {filled}{empty * (_BAR - length)}"
-            width -= _BAR + 1
-        return f"{mark} {self._meter.text(width - 2)}"
+        """Return the line, with a bar if there is room for one, too."""
+        from .tables import width_of
+
+        width = console.columns() - 3
+        text, share = self._meter.text(width), self._meter.share
+        if share is None or width_of(text) + _BAR + 1 > width:
+            return f"{mark} {text}"
+        full, empty = [*_encodable("━─", "#-")]
+        length = round(min(share, 1.0) * _BAR)
+        filled = full * length
+        if console.coloured(sys.stderr) and filled:
+            filled = console.painted(filled, "blue")
+        return f"{mark} {filled}{empty * (_BAR - length)} {text}"
 
 
 def _encodable(letters: str, plain: str) -> str:

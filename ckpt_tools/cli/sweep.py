@@ -45,9 +45,6 @@ def sweep(
     """
     arguments.check_folder()
     arguments.note_command()
-    from ..jobs.sweep.job import sweep as carry_out
-    from ..jobs.sweep.page import Wording
-
     plans: list[SweepReport] = []
 
     def show_plan(plan: SweepReport) -> None:
@@ -55,12 +52,15 @@ def sweep(
         tell = console.shown_by(asked=options["dry_run"], json=json)
         _show_plan(plan, tell, matrix=options["dry_run"])
 
-    words = Wording(command, arguments.spelled)
     try:
-        with progress.shown(progress.PLANNING) as line, _results(line) as on_result:
+        with progress.shown(progress.LOADING) as line, _results(line) as on_result:
+            from ..jobs.sweep.job import sweep as carry_out
+            from ..jobs.sweep.page import Wording
+
+            line.idle(progress.PLANNING)
             shown = {"on_plan": line.planned(show_plan), "on_result": on_result, "on_progress": line.tell}
             with console.printing_to_stderr():  # the user's own code
-                report = carry_out(paths, **options, on_words=words, **shown)
+                report = carry_out(paths, **options, on_words=Wording(command, arguments.spelled), **shown)
     except console.Stopped as stopped:
         if plans and not options["dry_run"]:
             stopped.left = f"the scores so far are in {plans[0].results}, and the same command goes on"

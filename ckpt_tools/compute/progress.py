@@ -36,7 +36,7 @@ class Activity(str):
 
 TORCH = "loading torch"
 LOADING = "loading the model"
-LISTING = "listing the images"
+IMAGES = "opening the images"
 HEADERS = Activity("reading headers", "files")
 HASHING = Activity("hashing inputs")
 HASHING_OUTPUT = Activity("hashing the output")

@@ -12,6 +12,7 @@ from ..compute import engine
 from ..compute.fetching import memory_ahead
 from ..compute.gpu import devices
 from ..compute.hashes import file_hashes
+from ..compute.progress import TORCH, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats.in_memory import IN_MEMORY
@@ -324,7 +325,8 @@ class _Writer:
         Raises:
             CkptError: see `averaged_network` and `run.produce`.
         """
-        from .averaged_network import measured, opened_network
+        with uncounted(self.running.on_progress, TORCH):
+            from .averaged_network import measured, opened_network
 
         with ExitStack() as stack:
             state, device, tell = sums.lined_up.states[-1], self.running.device, self.running.on_progress

@@ -19,7 +19,7 @@ from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
-from ..compute.progress import LISTING, LOADING, Progress, uncounted
+from ..compute.progress import IMAGES, LOADING, Progress, uncounted
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
@@ -301,7 +301,7 @@ def opened(
             found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
             loaded = load_weights(network, checkpoint, measured=statistics_of(network, found))
             network.to(device)
-        with uncounted(on_progress, LISTING):
+        with uncounted(on_progress, IMAGES):
             batches, held_out, preprocessing, notes = _opened(
                 network, checkpoint, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
             )

@@ -119,8 +119,9 @@ LABELLED = f"{small_network.__file__}:labelled"
             ),
             {
                 "reading headers",
+                "loading torch",
                 "loading the model",
-                "listing the images",
+                "opening the images",
                 "hashing inputs",
                 "averaging",
                 "looking before",
@@ -136,7 +137,7 @@ LABELLED = f"{small_network.__file__}:labelled"
             ),
             {
                 "loading the model",
-                "listing the images",
+                "opening the images",
                 "evaluating before",
                 "measuring, pass 1 of 2",
                 "evaluating after",

@@ -15,7 +15,7 @@ from ...batchnorm.processes import started_by_torchrun
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...compute.payload import torch_dtype
-from ...compute.progress import LISTING, LOADING, uncounted
+from ...compute.progress import IMAGES, LOADING, uncounted
 from ...errors import ModelError, NumericsError, UsageError
 from ...evaluation.data import is_factory
 from ...evaluation.models import build_model, importable, load_weights, pick_device
@@ -87,7 +87,7 @@ def tune_checkpoint(
         with uncounted(running.on_progress, LOADING):
             network = build_model(which.model, header, which.model_kwargs or {}, checkpoint.specs)
             loaded = load_weights(network, checkpoint)
-        with uncounted(running.on_progress, LISTING):
+        with uncounted(running.on_progress, IMAGES):
             setting = open_setting(network, header, device, which, images, training, teaching, numerics)
         report = _planned(setting, checkpoint, source, target, images, training, teaching, recipe, loaded.notes)
 
