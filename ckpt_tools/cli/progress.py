@@ -40,18 +40,18 @@ class Meter:
         self._clock = clock
         self._idle = self._step = idle
         self._since = self._began = clock()
-        # Of the same moment, for another thread reads it: activity, done, total, when it began, done by then.
-        self._told: tuple[Activity, int, int | None, float, int] = (Activity(idle, ""), 1, 1, self._began, 0)
+        # Of the same moment, for another thread reads it: activity, done, total, when it began, done then, when told.
+        self._told: tuple[Activity, int, int | None, float, int, float] = Activity(idle, ""), 1, 1, 0, 0, 0
 
     def tell(self, what: str, done: int, total: int | None) -> None:
         """Take note of how far the job is; see `ckpt_tools.compute.progress.Progress`."""
         now = self._clock()
         activity = what if isinstance(what, Activity) else Activity(what)
-        last, before, _, began, first = self._told
+        last, before, _, began, first, _ = self._told
         if activity != last or done < before:
             began, first = now, done
         self._count(now, activity.step)
-        self._told = (activity, done, total, began, first)
+        self._told = activity, done, total, began, first, now
         if _ended(done, total):
             self._count(now, self._idle)
 
@@ -90,19 +90,20 @@ class Meter:
         Args:
             width: columns; less is said in few of them.
         """
-        activity, done, total, began, first = self._told
+        activity, done, total, began, first, told = self._told
         if _ended(done, total):
             activity, began = Activity(self._idle, ""), self._since
-        seconds, name = self._clock() - began, _named(activity)
+        now, name = self._clock(), _named(activity)
+        seconds = now - began
         if not _has_count(activity, total):
             return _fitting([f"{name}, {_span(seconds)}"], width)
-        rate = (done - first) / seconds if seconds > 0 else 0.0
+        rate = (done - first) / (told - began) if told > began else 0.0
         count = f"{name}: {_count(done, total, activity.unit)}"
         took, pace, left = f" in {_span(seconds)}", "", ""
         if rate > 0 and activity.unit in _PACED:
             pace = f", {console.size(rate) if activity.unit == 'bytes' else f'{rate:.3g}'}/s"
         if rate > 0 and total is not None:
-            left = f", {_span((total - done) / rate)} left"
+            left = f", {_span(max((total - done) / rate - (now - told), 0))} left"
         return _fitting([count + took + pace + left, count + took + left, count + left, count], width)
 
     def times(self) -> str:

@@ -68,6 +68,17 @@ def test_text_has_the_count_the_time_the_rate_and_the_time_left(
     assert meter.text() == text
 
 
+def test_the_time_left_goes_down_until_more_is_done(clock: Clock) -> None:
+    meter = Meter("planning", clock)
+    activity = Activity("evaluating", "candidates")
+    meter.tell(activity, 0, 5)
+    clock.after(3, meter.tell, activity, 1, 5)
+    clock.now += 2
+    assert meter.text() == "Evaluating: 1 of 5 candidates in 5 s, 10 s left"
+    clock.now += 60
+    assert meter.text() == "Evaluating: 1 of 5 candidates in 65 s, 0 s left"
+
+
 def test_the_rate_is_that_of_this_run_if_a_job_goes_on(clock: Clock) -> None:
     meter = Meter("planning", clock)
     meter.tell(AVERAGING, 3 * 10**9, 4 * 10**9)
