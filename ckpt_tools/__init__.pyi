@@ -133,7 +133,6 @@ def average(
     hash: bool = False,
     plot: str | Path | None = None,
     recal_bn: str | None = None,
-    on_images: Callable[[str, int, int | None], None] | None = None,
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     forward: str | None = None,
@@ -237,7 +236,6 @@ def average(
         hash: Record the SHA-256 of the inputs.
         plot: Draw the coefficients, .svg or .png; needs matplotlib.
         recal_bn: Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.
-        on_images: Called with (what is done, images done, images in all).
         model: timm name, module:factory or file.py:factory. If None: arch in the checkpoint.
         model_kwargs: Arguments of the factory, such as num_classes=10.
         forward: file.py:fn, called with (model, batch).
@@ -269,7 +267,7 @@ def average(
         cache: Keep what is read of remote inputs in this folder, and take from it what is there.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -348,7 +346,6 @@ def average(
     hash: bool = False,
     plot: str | Path | None = None,
     recal_bn: str | None = None,
-    on_images: Callable[[str, int, int | None], None] | None = None,
     model: str | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     forward: str | None = None,
@@ -452,7 +449,6 @@ def average(
         hash: Record the SHA-256 of the inputs.
         plot: Draw the coefficients, .svg or .png; needs matplotlib.
         recal_bn: Measure them on these images: folder, tar, timm dataset (hfds/...), or file.py:factory.
-        on_images: Called with (what is done, images done, images in all).
         model: timm name, module:factory or file.py:factory. If None: arch in the checkpoint.
         model_kwargs: Arguments of the factory, such as num_classes=10.
         forward: file.py:fn, called with (model, batch).
@@ -484,7 +480,7 @@ def average(
         cache: Keep what is read of remote inputs in this folder, and take from it what is there.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -536,7 +532,7 @@ def card(
         hash: Also give the SHA-256 of the files.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
 
     Returns:
         The card, and where it is.
@@ -627,7 +623,7 @@ def convert(
         resume: Go on with what is done, and keep what is done if it is killed.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -653,8 +649,8 @@ def diff(
     finish: bool = False,
     plot: str | Path | None = None,
     force: bool = False,
-    threads: int | None = None,
     on_progress: Callable[[str, int, int | None], None] | None = None,
+    threads: int | None = None,
 ) -> DiffReport:
     r"""Compare the weights of two checkpoints, of any formats and layouts, in bounded memory.
 
@@ -671,8 +667,8 @@ def diff(
         finish: Show the result when all parts are done.
         plot: Draw it, too: .svg or .png; needs matplotlib.
         force: Replace an existing picture.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
-        on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
     Returns:
         The differences; ``verdict`` summarizes them.
@@ -768,7 +764,7 @@ def evaluate(
         force: Replace an existing file.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called with (what is done, images done, images in all).
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         device: auto, cpu, cuda, cuda:1.
         amp: Mixed precision, bfloat16.
         channels_last: Memory order of images and convolutions.
@@ -808,7 +804,7 @@ def fix_prefix(
         force: Replace an existing target.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
 
     Returns:
         What was done. If no name changes, nothing is written, or, with `out`, a copy.
@@ -866,8 +862,8 @@ def look(
     keys: Literal['strict', 'intersection', 'union'] = 'strict',
     plot: str | Path | None = None,
     force: bool = False,
-    threads: int | None = None,
     on_progress: Callable[[str, int, int | None], None] | None = None,
+    threads: int | None = None,
 ) -> LookReport:
     r"""Measure where the checkpoints of a series lie to each other, in one pass over them, in float64.
 
@@ -894,8 +890,8 @@ def look(
         keys: strict, intersection, or union (averaged over those that have it).
         plot: Draw it, too: .svg or .png; needs matplotlib.
         force: Replace an existing picture.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
-        on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
     Returns:
         Distances, cosines, and warnings.
@@ -985,7 +981,7 @@ def recalibrate_checkpoint(
         plot: Draw how far each layer moved, .svg or .png; needs matplotlib.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called with (what is done, images done, images in all).
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         device: auto, cpu, cuda, cuda:1.
         amp: Mixed precision, bfloat16.
         channels_last: Memory order of images and convolutions.
@@ -1032,7 +1028,7 @@ def strip(
         resume: Go on with what is done, and keep what is done if it is killed.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
 
@@ -1222,7 +1218,7 @@ def sweep(
         csv: Write the ranking as a table.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called in this thread with (what is done, bytes done, bytes in all), read and written.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         max_read_rate: Bytes a second to read, at most, in all threads together, such as 2GB.
         drop_cache: Let the system forget what was read and written, for others' sake.
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
@@ -1332,7 +1328,7 @@ def tune_checkpoint(
         require_gain: Write nothing if the loss on `eval_data` gets worse.
         dry_run: Show the plan, write nothing.
         on_plan: Called with the report of the plan before the work.
-        on_progress: Called with (what is done, images done, images in all).
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         device: auto, cpu, cuda, cuda:1.
         amp: Mixed precision, bfloat16.
         channels_last: Memory order of images and convolutions.
@@ -1353,8 +1349,8 @@ def verify(
     seed: int | None = None,
     expect_sha256: str | None = None,
     allow_nonfinite: bool = False,
-    threads: int | None = None,
     on_progress: Callable[[str, int, int | None], None] | None = None,
+    threads: int | None = None,
 ) -> VerifyReport:
     r"""Check that a checkpoint is whole, and that an output is what its record says; in bounded memory.
 
@@ -1368,8 +1364,8 @@ def verify(
         seed: Of the sample. If None: drawn, and reported.
         expect_sha256: SHA-256 of the file; for a folder, a file with lines as sha256sum writes them.
         allow_nonfinite: Allow NaN and infinity.
+        on_progress: Called in this thread with (what is done, how much of it so far, all of it).
         threads: Number of threads; the result is the same. If None: the cores, 16 at most.
-        on_progress: Called in this thread with (what is done, bytes read, bytes in all).
 
     Returns:
         The result of each check.

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..compute.progress import Progress
+from ..compute.progress import Activity, Progress
 from ..errors import DataError, ModelError, NumericsError, UsageError, unknown_word
 from .batches import joined, samples_in
 from .calls import Call, device_of
@@ -119,7 +119,8 @@ def recalibrate_bn(
             if number > 1 and exact.issuperset(found):
                 break
             watch = new_watch(exact)
-            what = "measuring" if passes == 1 else f"measuring, pass {number} of {passes}"
+            name = "measuring" if passes == 1 else f"measuring, pass {number} of {passes}"
+            what = Activity(name, "images", step="measuring")
             suffices = _feed(model, batches, call, watch, kept, suffices, samples, partial(on_progress or _quiet, what))
             samples = watch.images
             order = _join_processes(watch, order, device_of(model))
@@ -237,7 +238,7 @@ def _feed(
     Args:
         suffices: a batch of one sample can be measured, as a pass before has seen; None if it is not known.
         samples: in all batches; None if it is not known.
-        on_progress: called after each batch with (samples so far, samples in all).
+        on_progress: called first, and after each batch, with (samples so far, samples in all).
 
     Returns:
         `suffices`, as it is known now.
@@ -269,6 +270,7 @@ def _feed(
             suffices = not watch.saw_single_values()
         return suffices
 
+    on_progress(0, samples)
     with watch.hooked():
         for batch in joined(batches, can_be_alone):
             show(batch)

@@ -22,7 +22,7 @@ from ..errors import UsageError, WriteError
 from ..jobs.asked import COMMAND, Asked, alone_among_tasks, started_together
 from ..jobs.options import REQUIRED, Group, Pairs, Running, Words
 from ..series.rules.rule import Numbers, Option
-from . import common, completion, console, defaults
+from . import common, completion, console, defaults, progress
 
 R = TypeVar("R")
 SPELLINGS = {
@@ -225,38 +225,20 @@ def note_command() -> None:
     COMMAND[:] = ["ckpt", *_without_part(sys.argv[1:])]
 
 
-def carried_out(job: Callable[..., R], doing: str, *inputs: Any, **options: Any) -> tuple[R, float]:
+def carried_out(job: Callable[..., R], *inputs: Any, **options: Any) -> tuple[R, float]:
     """Call a function of the library and show its progress; return its report, and the seconds that it took."""
     check_folder()
     note_command()
     if "part" in options:
         _say_if_alone(options)
     started = time.perf_counter()
-    steps: list[float] = []  # when the plan was made, when the work began, when it was last heard of
-    with console.counting(None) as show, console.patience("Planning: reading headers") as planned:
-
-        def after_planning(call: Callable[..., None]) -> Callable[..., None]:
-            def called(*given: Any) -> None:
-                planned()
-                console.clean_up_when_stopped()
-                steps[2:] = [time.perf_counter()] * (3 - min(len(steps), 2))
-                call(*given)
-
-            return called
-
+    with progress.shown(progress.PLANNING) as line:
         if "on_plan" in options:
-            options["on_plan"] = after_planning(options["on_plan"])
-        if options.get("recal_bn") is not None:
-            options["on_images"] = partial(show, unit="images")
-        report = job(*inputs, **options, on_progress=after_planning(show))
-    seconds = time.perf_counter() - started
-    if len(steps) == 3:
-        planning, working = steps[0] - started, steps[2] - steps[0]
-        console.say_more(
-            f"Planned in {planning:.2f} s; {doing}: {working:.2f} s; to the disk, and all else: "
-            f"{max(seconds - planning - working, 0):.2f} s."
-        )
-    return report, seconds
+            options["on_plan"] = line.planned(options["on_plan"])
+            report = job(*inputs, **options, on_progress=line.tell)
+        else:
+            report = job(*inputs, **options, on_progress=line.working)
+    return report, time.perf_counter() - started
 
 
 def _say_if_alone(options: Mapping[str, Any]) -> None:

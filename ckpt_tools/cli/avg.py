@@ -67,7 +67,7 @@ def avg(
         (_show_table if options["dry_run"] or console.manner.verbose else _show_summary)(plan, tell)
 
     with nullcontext() if options["recal_bn"] is None else console.printing_to_stderr():  # the user's own code
-        report, seconds = arguments.carried_out(average, "averaging", paths or [], **options, on_plan=show)
+        report, seconds = arguments.carried_out(average, paths or [], **options, on_plan=show)
     arguments.say_part(report.part)
     if report.written:
         # Small jobs take as long as the start of the program.

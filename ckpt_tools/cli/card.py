@@ -16,8 +16,7 @@ def card(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
     """
     from ..jobs.card import card as write
 
-    arguments.check_folder()
-    report = write(arguments.averaged(checkpoint), **options)
+    report, _ = arguments.carried_out(write, arguments.averaged(checkpoint), **options)
     if json:
         console.print_json(arguments.plain(report))
     elif options["dry_run"]:

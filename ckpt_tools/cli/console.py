@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
@@ -23,7 +22,6 @@ from ..errors import WriteError, WriteWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from .tables import Table
 
@@ -53,13 +51,19 @@ class _Manner:
     all = False
     printed = False
     """Whether the report is on stdout, as JSON."""
-    end_waiting: Callable[[], None] | None = None
-    """Called before a message: `patience` is over."""
+    drawn = False
+    """Whether a line that moves stands on the terminal, without an end; see `progress`."""
     results: TextIO | None = None
     """Where results go while the standard output is not for them."""
 
 
 manner = _Manner()
+writing = threading.RLock()
+"""Held while something is written, so that a message and a line that moves do not mix."""
+if hasattr(os, "register_at_fork"):  # a process that is forked meanwhile, to load images, could never write
+    os.register_at_fork(before=writing.acquire, after_in_parent=writing.release, after_in_child=writing.release)
+ERASE = "\r\x1b[K"
+"""Takes the line away that the cursor is in."""
 
 
 class _Stderr(io.FileIO):
@@ -67,6 +71,9 @@ class _Stderr(io.FileIO):
 
     def write(self, data: Any) -> int:
         with suppress(OSError):
+            if manner.drawn and bytes(data[:1]) != b"\r":  # of the user's code, or a library
+                manner.drawn = False
+                super().write(ERASE.encode())
             return super().write(data) or len(data)
         return len(data)
 
@@ -225,17 +232,25 @@ def shown_by(*, asked: bool, json: bool) -> Tell:
 
 def _write(stream: TextIO, lines: Sequence[str | Table]) -> None:
     """Write lines without control characters; on a terminal they wrap between words, elsewhere they do not."""
-    if manner.end_waiting is not None:
-        manner.end_waiting()
     width = columns(stream) if stream.isatty() else None
     colour = coloured(stream)
-    for line in lines:
-        text = "\n".join(line.lines(width, stream)) if not isinstance(line, str) else _wrapped(visible(line), width)
-        head, space, rest = text.partition(" ")
-        if colour and head in _HEADS:
-            text = painted(head, _HEADS[head]) + space + rest
-        stream.write(encodable(text, stream) + "\n")
-    stream.flush()
+    with writing:
+        erase()
+        for line in lines:
+            text = "\n".join(line.lines(width, stream)) if not isinstance(line, str) else _wrapped(visible(line), width)
+            head, space, rest = text.partition(" ")
+            if colour and head in _HEADS:
+                text = painted(head, _HEADS[head]) + space + rest
+            stream.write(encodable(text, stream) + "\n")
+        stream.flush()
+
+
+def erase() -> None:
+    """Take a line that moves off the terminal, until it is drawn again."""
+    if manner.drawn:
+        manner.drawn = False
+        sys.stderr.write(ERASE)
+        sys.stderr.flush()
 
 
 def _wrapped(line: str, width: int | None) -> str:
@@ -249,11 +264,12 @@ def _wrapped(line: str, width: int | None) -> str:
 
 def coloured(stream: TextIO) -> bool:
     """Return True if a stream is a terminal that shows colours, and they are wanted; see no-color.org."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and not _simple_terminal()
+    return redraws(stream) and not os.environ.get("NO_COLOR")
 
 
-def _simple_terminal() -> bool:
-    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+def redraws(stream: TextIO) -> bool:
+    """Return True if a stream is a terminal on which a line can be drawn again."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
 
 
 def painted(text: str, colour: str) -> str:
@@ -313,8 +329,10 @@ def print_json(data: Any) -> None:
     except RecursionError as error:  # such as the provenance in a file of unknown origin
         raise WriteError("nested too deeply to be shown as JSON.") from error
     manner.printed = True
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    with writing:
+        erase()
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def _plain(data: Any) -> Any:
@@ -391,176 +409,6 @@ def output(out: str, files: int, companions: Sequence[str]) -> str:
     others = f"{more}{' more' if words else ''} file{'s' * (more > 1)}" if more else ""
     along = " and ".join(filter(None, (", ".join(words), others)))
     return f"{out.rstrip('/')}/ ({plural(files, 'shard')}{f'; {along} carried along' if along else ''})"
-
-
-@contextmanager
-def counting(unit: str | None) -> Iterator[Callable[..., None]]:
-    """Show progress: a bar on a terminal that is wide enough, otherwise a line every ten seconds.
-
-    Args:
-        unit: what is counted; None for bytes, with their rate.
-
-    Yields:
-        A function to call with (what is being done, how many are done, how many there are, if known), and with another
-        `unit` for work of another kind.
-    """
-    if manner.quiet:
-        yield lambda *_, **__: None
-        return
-    # In fewer columns the bar breaks in two.
-    if not sys.stderr.isatty() or _simple_terminal() or columns() < 60:
-        yield _plain_counting(unit)
-        return
-    shown: Progress | None = None
-    task: Any = None
-    current = ("", unit)
-
-    def show(what: str, done: int, total: int | None, unit: str | None = unit) -> None:
-        nonlocal shown, current, task
-        if shown is not None and unit != current[1]:
-            shown.stop()
-            shown = None
-        if shown is None:  # the plan stands above it by now
-            if manner.end_waiting is not None:
-                manner.end_waiting()
-            clean_up_when_stopped()  # the cursor is hidden
-            shown = _bar(unit)
-            shown.start()
-            task = shown.add_task("", total=None)
-        other = what != current[0]
-        if other:  # its own clock
-            shown.reset(task)
-        current = (what, unit)
-        shown.update(task, description=what, completed=done, total=total, refresh=other)
-
-    try:
-        yield show
-    finally:
-        if shown is not None:
-            shown.stop()
-
-
-def _bar(unit: str | None) -> Progress:
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
-
-    figures = (
-        (DownloadColumn(), TransferSpeedColumn()) if unit is None else (MofNCompleteColumn(), TextColumn(unit), Rate())
-    )
-    parts = (TextColumn("{task.description}"), BarColumn(bar_width=None), *figures, TimeRemainingColumn())
-    return Progress(*parts, console=stderr(), transient=True)
-
-
-class _Waiting:
-    """A line on a terminal that moves while nothing else is shown; the next message takes its place."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._shown = False
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._turn, daemon=True)
-        self._thread.start()
-
-    def _turn(self) -> None:
-        began = time.monotonic()
-        marks = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
-        if encodable(marks, sys.stderr) != marks:
-            marks = "|/-\\"
-        turn = 0
-        while not self._ended.wait(0.1):
-            seconds = time.monotonic() - began
-            with self._lock:
-                if not self._ended.is_set() and seconds >= 0.4:  # what is quicker needs no such line
-                    line = f"{marks[turn % len(marks)]} {self._text} {seconds:.0f} s"
-                    sys.stderr.write(f"\r{line[: columns() - 1]}\x1b[K")
-                    sys.stderr.flush()
-                    self._shown = True
-            turn += 1
-
-    def end(self) -> None:
-        """Take the line away."""
-        with self._lock:
-            self._ended.set()
-            if self._shown:
-                self._shown = False
-                sys.stderr.write("\r\x1b[K")
-                sys.stderr.flush()
-
-
-@contextmanager
-def patience(text: str, seconds: float = 10) -> Iterator[Callable[[], None]]:
-    """Show that something goes on until the first message: a line that moves on a terminal, elsewhere one line, once.
-
-    Args:
-        text: what goes on.
-        seconds: until the line is written where there is no terminal.
-
-    Yields:
-        A function to call when it is done.
-    """
-    if manner.quiet:
-        yield lambda: None
-        return
-    if sys.stderr.isatty() and not _simple_terminal():
-        end = _Waiting(text).end
-    else:
-        timer = threading.Timer(seconds, say, [f"{text} ..."])
-        timer.daemon = True
-        timer.start()
-        end = timer.cancel
-    manner.end_waiting = end
-    try:
-        yield end
-    finally:
-        end()
-        manner.end_waiting = None
-
-
-def _plain_counting(unit: str | None) -> Callable[..., None]:
-    last = began = time.monotonic()
-    current, first = "", 0
-
-    def show(what: str, done: int, total: int | None, unit: str | None = unit) -> None:
-        nonlocal last, began, current, first
-        now = time.monotonic()
-        if what != current:  # its own clock
-            current, began, first = what, now, done
-        if now - last >= 10:
-            last = now
-            rate = (done - first) / (now - began) if now > began else 0
-            say(f"{what}: {_so_far(done, total, unit)}{_pace(rate, done, total, unit)}")
-
-    return show
-
-
-def _so_far(done: int, total: int | None, unit: str | None) -> str:
-    if unit is None:
-        return f"{done / total:.0%} of {size(total)}" if total else size(done)
-    return f"{done}{'' if total is None else f' of {total}'} {unit}"
-
-
-def _pace(rate: float, done: int, total: int | None, unit: str | None) -> str:
-    """Return how fast it goes, and the time left."""
-    if rate <= 0:
-        return ""
-    said = f", {size(rate)}/s" if unit is None else f", {rate:.3g}/s"
-    return said if total is None or done >= total else f"{said}, {span((total - done) / rate)} left"
 
 
 def span(seconds: float) -> str:

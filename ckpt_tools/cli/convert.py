@@ -47,7 +47,7 @@ def convert(
     from ..jobs.convert import convert as run
 
     tell = console.shown_by(asked=options["dry_run"], json=json)
-    report, seconds = arguments.carried_out(run, "converting", source, **options, on_plan=partial(_show, tell))
+    report, seconds = arguments.carried_out(run, source, **options, on_plan=partial(_show, tell))
     arguments.say_part(report.part)
     if report.written:
         out = console.output(report.out, report.files, report.companions)

@@ -32,7 +32,7 @@ def diff(
         raise UsageError(f"`top={top}`: must be 0 or more.")
     from ..jobs.diff import diff as compare
 
-    report, _ = arguments.carried_out(compare, "comparing", arguments.path(a), arguments.path(b), **options)
+    report, _ = arguments.carried_out(compare, arguments.path(a), arguments.path(b), **options)
     arguments.say_part(report.part)
     started = arguments.started(**options)
     told = report.complete and (started is None or bool(started.step) or started.index == 1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..jobs.evaluate.options import GROUPS
-from . import arguments, common, console
+from . import arguments, common, console, progress
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def eval(  # noqa: A001 - the name of the command
     plans: list[EvaluationReport] = []
 
     def show_plan(plan: EvaluationReport) -> None:
-        console.clean_up_when_stopped()
         plans.append(plan)
         tell = console.shown_by(asked=options["dry_run"], json=json)
         averages = sum(each.is_average for each in plan.checkpoints)
@@ -50,14 +49,12 @@ def eval(  # noqa: A001 - the name of the command
                 f"{done} of {total}: {found.name}: {metrics if found.error is None else arguments.spelled(found.error)}"
             )
 
-    with (
-        console.counting("images") as on_progress,
-        console.patience("Loading torch and the model", 60),
-        console.printing_to_stderr(),  # the user's own code
-    ):
+    with progress.shown(progress.LOADING) as line, console.printing_to_stderr():  # the user's own code
         from ..jobs.evaluate.job import evaluate
 
-        report = evaluate(checkpoints, **options, on_plan=show_plan, on_progress=on_progress, on_result=say_result)
+        line.idle(progress.PLANNING)
+        tell = {"on_plan": line.planned(show_plan), "on_result": say_result, "on_progress": line.tell}
+        report = evaluate(checkpoints, **options, **tell)
     if not options["dry_run"]:
         _show(report, console.shown_by(asked=True, json=json))
         arguments.say_notes(report.notes[len(plans[0].notes) :])

@@ -22,9 +22,7 @@ def fix_prefix(checkpoint: arguments.Averaged = None, *, json: arguments.Json = 
 
     source = arguments.averaged(checkpoint)
     tell = console.shown_by(asked=options["dry_run"], json=json)
-    report, seconds = arguments.carried_out(
-        without_prefixes, "copying", source, **options, on_plan=partial(_show, tell)
-    )
+    report, seconds = arguments.carried_out(without_prefixes, source, **options, on_plan=partial(_show, tell))
     if report.written:
         console.wrote(f"Wrote {report.out}: {console.size(report.nbytes)} in {seconds:.2f} s.")
     if json:

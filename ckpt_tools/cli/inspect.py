@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UsageError
 from ..jobs.options import Drawing, Skipping
-from . import arguments, common, console
+from . import arguments, common, console, progress
 from .tables import BAR, Table, bar
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def inspect(
         raise UsageError("`tensors` goes with one checkpoint.")
     from ..jobs.listing import listing
 
-    found = listing(given, metric, **options)
+    with progress.shown(progress.PLANNING) as line:
+        found = listing(given, metric, **options, on_progress=line.tell)
     if json:
         console.print_json(arguments.plain(found))
     else:

@@ -34,7 +34,7 @@ def look(
         raise UsageError(f"`top={top}`: must be 0 or more.")
     from ..jobs.look import look as measure
 
-    report, _ = arguments.carried_out(measure, "measuring", paths, **options)
+    report, _ = arguments.carried_out(measure, paths, **options)
     _show(report, top, console.shown_by(asked=True, json=json))
     if options["plot"] is not None:
         console.wrote(f"Wrote {options['plot']}.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..jobs.options import Images, Inference, Measuring, Network, RecalibratedOutput, State
-from . import arguments, common, console
+from . import arguments, common, console, progress
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -30,20 +30,15 @@ def recal_bn(
     plans: list[RecalibrationReport] = []
 
     def show_plan(plan: RecalibrationReport) -> None:
-        console.clean_up_when_stopped()
         plans.append(plan)
         _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with (
-        console.counting("images") as on_progress,
-        console.patience("Loading torch and the model", 60),
-        console.printing_to_stderr(),  # the user's own code
-    ):
+    with progress.shown(progress.LOADING) as line, console.printing_to_stderr():  # the user's own code
         from ..jobs.recalibrate import recalibrate_checkpoint
 
-        report = recalibrate_checkpoint(
-            arguments.averaged(checkpoint), **options, on_plan=show_plan, on_progress=on_progress
-        )
+        line.idle(progress.PLANNING)
+        tell = {"on_plan": line.planned(show_plan), "on_progress": line.tell}
+        report = recalibrate_checkpoint(arguments.averaged(checkpoint), **options, **tell)
     if plans and (report.before is not None or report.written):  # of several processes only the first has a plan
         show_statistics(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])

@@ -42,7 +42,7 @@ def strip(
     show = partial(_show, tell, several=len(sources) > 1)
     reports = []
     for source in sources:
-        report, _ = arguments.carried_out(without_training_state, "stripping", source, **options, on_plan=show)
+        report, _ = arguments.carried_out(without_training_state, source, **options, on_plan=show)
         arguments.say_part(report.part)
         if report.written or (report.anything and not report.part):
             last = source == sources[-1]  # until then signals still end the run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,15 +13,18 @@ import typer
 
 from ..errors import DataError
 from ..jobs.sweep.options import GROUPS
-from . import arguments, common, console
+from . import arguments, common, console, progress
 from .tables import Table, encodes
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from ..jobs.sweep.report import Ranked, SweepReport
     from ..jobs.sweep.results import Result
 
 _SHADES = " ░▒▓█"
 _LIVE = 10  # rows while it runs
+_NARROWEST = 60  # columns
 
 
 @arguments.with_options(*GROUPS, images=arguments.number_of_images)
@@ -42,21 +45,22 @@ def sweep(
     """
     arguments.check_folder()
     arguments.note_command()
-    from ..jobs.sweep.job import sweep as carry_out
-    from ..jobs.sweep.page import Wording
-
     plans: list[SweepReport] = []
 
     def show_plan(plan: SweepReport) -> None:
-        console.clean_up_when_stopped()
         plans.append(plan)
         tell = console.shown_by(asked=options["dry_run"], json=json)
         _show_plan(plan, tell, matrix=options["dry_run"])
 
-    words = Wording(command, arguments.spelled)
     try:
-        with _live() as shown, console.printing_to_stderr():  # the user's own code
-            report = carry_out(paths, **options, on_plan=show_plan, on_words=words, **shown)
+        with progress.shown(progress.LOADING) as line, _results(line) as on_result:
+            from ..jobs.sweep.job import sweep as carry_out
+            from ..jobs.sweep.page import Wording
+
+            line.idle(progress.PLANNING)
+            shown = {"on_plan": line.planned(show_plan), "on_result": on_result, "on_progress": line.tell}
+            with console.printing_to_stderr():  # the user's own code
+                report = carry_out(paths, **options, on_words=Wording(command, arguments.spelled), **shown)
     except console.Stopped as stopped:
         if plans and not options["dry_run"]:
             stopped.left = f"the scores so far are in {plans[0].results}, and the same command goes on"
@@ -104,60 +108,56 @@ def _matrix(report: SweepReport) -> Table:
 
 
 @contextmanager
-def _live() -> Iterator[dict[str, Callable[..., None]]]:
-    """Show results as they come: a table on a terminal, lines elsewhere.
+def _results(line: progress.Shown) -> Iterator[Callable[[Result, int, int], None]]:
+    """Show results as they come: on a terminal a table that takes the place of the line, elsewhere a line each.
 
     Yields:
-        `on_result` and `on_progress` of the sweep.
+        The `on_result` of the sweep.
     """
-    found: list[Result] = []
     began: list[float] = []
+    known: list[int] = []  # from before
 
-    def left(result: Result, done: int, total: int, before: int) -> str:
+    def left(result: Result, done: int, total: int) -> str:
         now = time.monotonic()
         began.append(now - result.seconds)  # of the first: not when the plan was made
-        fresh = done - before
+        known.append(done - 1)
+        fresh = done - known[0]
         if fresh < 1 or done >= total:
             return ""
         seconds = (now - began[0]) / fresh * (total - done)
         return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
-    if not sys.stderr.isatty() or console.columns() < 60:
-        before: list[int] = []
+    def say(result: Result, done: int, total: int) -> None:
+        metrics = ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items())
+        said = metrics if result.error is None else result.error.rstrip(".")
+        console.say(f"{done} of {total}: {result.label}: {said}{left(result, done, total)}")
 
-        def line(result: Result, done: int, total: int) -> None:
-            before.append(done - 1)
-            metrics = ", ".join(f"{name} {value:.6g}" for name, value in result.metrics.items())
-            said = metrics if result.error is None else result.error.rstrip(".")
-            console.say(f"{done} of {total}: {result.label}: {said}{left(result, done, total, before[0])}")
-
-        yield {"on_result": line}
+    if console.manner.quiet or not console.redraws(sys.stderr) or console.columns() < _NARROWEST:
+        yield say
         return
-    from rich.live import Live
-    from rich.text import Text
+    found: list[Result] = []
+    scored = ""
 
-    console.clean_up_when_stopped()  # the cursor is hidden
-    with Live(console=console.stderr(), refresh_per_second=4, transient=True) as live:
-        known: list[int] = []
-        state = {"what": "", "done": 0, "total": 0}
+    def table() -> Text:
+        from rich.text import Text
 
-        def table() -> Text:
-            scored = f"{state['done']} of {state['total']} scored" if state["total"] else ""
-            lines = _results_table(found).lines(console.columns(), sys.stderr)
-            return Text.from_ansi("\n".join([*lines, f"{scored}{state['what']}".removeprefix("; ")]))
+        lines = _results_table(found).lines(console.columns(), sys.stderr)
+        return Text.from_ansi("\n".join([*lines, scored, line.meter.text(console.columns() - 1)]))
 
-        def on_result(result: Result, done: int, total: int) -> None:
-            known.append(done - 1)
+    with ExitStack() as stack:
+
+        def draw(result: Result, done: int, total: int) -> None:
+            nonlocal scored
+            scored = f"{done} of {total} scored{left(result, done, total)}"
             found.append(result)
-            state.update(done=done, total=total, what=left(result, done, total, known[0]))
-            live.update(table())
+            if len(found) == 1:
+                from rich.live import Live
 
-        def on_progress(what: str, done: int, total: int | None) -> None:
-            share = "" if not total else f" {100 * done / total:.0f} %"
-            state["what"] = f"; {what}{share}"
-            live.update(table())
+                line.line.hide()
+                live = Live(get_renderable=table, console=console.stderr(), refresh_per_second=4, transient=True)
+                stack.enter_context(live)
 
-        yield {"on_result": on_result, "on_progress": on_progress}
+        yield draw
 
 
 def _results_table(found: Sequence[Result]) -> Table:

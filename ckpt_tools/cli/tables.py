@@ -77,7 +77,7 @@ class Table:
         """
         rows, left_out = self._shown(short=width is not None)
         cells = [(row.name, *row.figures) for row in rows]
-        widths = [max(map(_columns, column)) for column in zip(self._titles, *cells, strict=True)]
+        widths = [max(map(width_of, column)) for column in zip(self._titles, *cells, strict=True)]
         rest = sum(widths[1:]) + 2 * len(widths[1:]) + self._indent
         bars = BAR if any(row.bar for row in rows) else 0
         if width is not None:
@@ -86,7 +86,7 @@ class Table:
             if rest + min(widths[0], _NARROW) > width:
                 return self._stacked(rows, width, left_out)
             names = (self._titles[0], *(row.name for row in rows))
-            widths[0] = max(size for size in (0, *map(_columns, names)) if size <= width - rest)
+            widths[0] = max(size for size in (0, *map(width_of, names)) if size <= width - rest)
         draw = self._bars(rows, bars, stream)
         colours = console.coloured(stream)
         found = []
@@ -135,10 +135,10 @@ class Table:
         def paint(text: str) -> str:
             return text if style is None else console.painted(text, style)
 
-        alone = _folded(name, (room or most) - self._indent) if _columns(name) > most else []
-        line = " " * most if alone else paint(name) + " " * (most - _columns(name))
+        alone = _folded(name, (room or most) - self._indent) if width_of(name) > most else []
+        line = " " * most if alone else paint(name) + " " * (most - width_of(name))
         for figure, column in zip(figures, others, strict=True):
-            line += "  " + " " * (column - _columns(figure)) + paint(figure)
+            line += "  " + " " * (column - width_of(figure)) + paint(figure)
         line = f"{line}  {drawn}".rstrip() if drawn else line.rstrip()
         return [" " * self._indent + text for text in (*map(paint, alone), line)]
 
@@ -150,16 +150,16 @@ def _hint(left_out: int) -> str:
 def _folded(text: str, width: int) -> list[str]:
     """Cut a text into parts of at most so many columns, after a dot if there is one."""
     parts = []
-    while _columns(text) > width:
+    while width_of(text) > width:
         longest = max(1, min(len(text), width))  # a name in a file of unknown origin may have a million letters
-        most = next(size for size in range(longest, 0, -1) if size == 1 or _columns(text[:size]) <= width)
+        most = next(size for size in range(longest, 0, -1) if size == 1 or width_of(text[:size]) <= width)
         cut = text.rfind(".", 1, most) + 1 or most
         parts.append(text[:cut])
         text = text[cut:]
     return [*parts, text]
 
 
-def _columns(text: str) -> int:
+def width_of(text: str) -> int:
     """Return the columns that a text takes on a terminal."""
     if text.isascii():
         return len(text)

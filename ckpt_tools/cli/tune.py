@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..jobs.options import Inference, State
 from ..jobs.tune.options import Classifier, LabelledImages, Teaching, Training, TunedOutput
-from . import arguments, console
+from . import arguments, console, progress
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -30,20 +30,15 @@ def tune(checkpoint: arguments.Averaged = None, *, json: arguments.Json = False,
     plans: list[TuneReport] = []
 
     def show_plan(plan: TuneReport) -> None:
-        console.clean_up_when_stopped()
         plans.append(plan)
         _show_plan(plan, console.shown_by(asked=options["dry_run"], json=json))
 
-    with (
-        console.counting("images") as on_progress,
-        console.patience("Loading torch and the model", 60),
-        console.printing_to_stderr(),  # the user's own code
-    ):
+    with progress.shown(progress.LOADING) as line, console.printing_to_stderr():  # the user's own code
         from ..jobs.tune.job import tune_checkpoint
 
-        report = tune_checkpoint(
-            arguments.averaged(checkpoint), **options, on_plan=show_plan, on_sizes=_show_sizes, on_progress=on_progress
-        )
+        line.idle(progress.PLANNING)
+        tell = {"on_plan": line.planned(show_plan), "on_sizes": _show_sizes, "on_progress": line.tell}
+        report = tune_checkpoint(arguments.averaged(checkpoint), **options, **tell)
     if report.written:
         _show_result(report)
         arguments.say_notes(report.notes[len(plans[0].notes) :])

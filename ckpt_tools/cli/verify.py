@@ -28,7 +28,7 @@ def verify(
 
     reports = []
     for checkpoint in checkpoints:
-        report, _ = arguments.carried_out(check, "verifying", arguments.path(checkpoint), **options)
+        report, _ = arguments.carried_out(check, arguments.path(checkpoint), **options)
         reports.append(report)
         _show(report, console.shown_by(asked=True, json=json))
     passed = all(report.passed for report in reports)

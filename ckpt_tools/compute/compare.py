@@ -113,14 +113,12 @@ def compare(
         if any_remote(files):
             ahead = stack.enter_context(_fetched_ahead(job, files))
             job = _Job([_Pair(a, b, files) for a, b in pairs], slice_size, rtol, atol, part, ahead)  # reads from it
-        total = 0 if on_progress is None else job.nbytes
+        show, total = on_progress, 0 if on_progress is None else job.nbytes
+        tick = None if show is None else lambda: show(job.bytes_done, total)
+        if tick is not None:
+            tick()
         with one_thread_each():
-            in_threads(
-                lambda: _work(job),
-                threads,
-                job.stop,
-                on_tick=None if on_progress is None else lambda: on_progress(job.bytes_done, total),
-            )
+            in_threads(lambda: _work(job), threads, job.stop, on_tick=tick)
         files.check_unchanged()
     return job.found
 

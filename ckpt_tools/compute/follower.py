@@ -20,6 +20,7 @@ from ..errors import CkptError, CorruptError
 from ..storage.page_cache import drop, in_use
 from ..storage.source import LOCAL, InputFile, Stamp, read_at, store_of
 from ..tensors import TensorSpec
+from .progress import HASHING, Progress, counted
 from .threads import default_threads
 from .work_units import Slice, WorkUnit
 
@@ -143,8 +144,13 @@ class Follower:
                     file.front = max(file.front, min(end, file.stamp.nbytes))
             self._changed.notify_all()
 
-    def finish(self) -> Mapping[Path, str]:
-        """Follow all files to their ends, and return the SHA-256 of those that are hashed, in hexadecimal digits."""
+    def finish(self, on_progress: Progress | None = None) -> Mapping[Path, str]:
+        """Follow all files to their ends, and return the SHA-256 of those that are hashed, in hexadecimal digits.
+
+        Args:
+            on_progress: called with (what is done, bytes hashed, bytes in all), if any are hashed.
+        """
+        tell = counted(on_progress, HASHING, sum(each.stamp.nbytes for each in self._hashed)) if self._hashed else None
         with self._changed:
             self._last = True
             for each in self._files.values():
@@ -153,8 +159,12 @@ class Follower:
             self._changed.notify_all()
             while not all([each.at == each.front and not each.busy for each in self._files.values()]):
                 self._raise()
+                if tell is not None:
+                    tell(sum(each.at for each in self._hashed))
                 self._changed.wait(0.1)
             self._raise()
+        if tell is not None:
+            tell(sum(each.at for each in self._hashed))
         return {each.stamp.path: each.sha256.hexdigest() for each in self._hashed}
 
     def _raise(self) -> None:

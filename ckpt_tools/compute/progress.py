@@ -3,13 +3,66 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ..errors import UsageError
 
 Progress = Callable[[str, int, int | None], None]
-"""Called in the thread of the caller with (what is done, how much of it so far, all of it): bytes, or images where a
-network is shown some. All of it is None as long as it is not known. The last call of each kind of work has it twice."""
+"""Called in the thread of the caller with (what is done, how much of it so far, all of it).
+
+What is done is an `Activity`. All of it is None as long as it is not known. Each activity is told when it begins, and
+its last call has all of it twice.
+"""
+
+
+class Activity(str):
+    """The name of a kind of work.
+
+    Attributes:
+        unit: what it is counted in, such as ``bytes``; empty if it has no count, and is 0 of 1, then 1 of 1.
+        step: the name without what tells it from other work of its kind, such as the checkpoint or the epoch.
+    """
+
+    unit: str
+    step: str
+
+    def __new__(cls, name: str, unit: str = "bytes", *, step: str | None = None) -> Activity:
+        """Name a kind of work; without a `step` the name is that, too."""
+        activity = super().__new__(cls, name)
+        activity.unit, activity.step = unit, name if step is None else step
+        return activity
+
+
+TORCH = "loading torch"
+LOADING = "loading the model"
+IMAGES = "opening the images"
+HEADERS = Activity("reading headers", "files")
+HASHING = Activity("hashing inputs")
+HASHING_OUTPUT = Activity("hashing the output")
+SYNCING = Activity("syncing to disk", "files")
+WRITING = Activity("writing")
+
+
+def counted(on_progress: Progress | None, activity: Activity, total: int | None) -> Callable[[int], None] | None:
+    """Tell that work begins, and return what tells how much of it is done; None if nobody is told.
+
+    Args:
+        total: all of it; None if that is not known.
+    """
+    if on_progress is None:
+        return None
+    on_progress(activity, 0, total)
+    return lambda done: on_progress(activity, done, total)
+
+
+@contextmanager
+def uncounted(on_progress: Progress | None, name: str) -> Iterator[None]:
+    """Tell that work without a count begins, and at the end of the block that it is done."""
+    tell = counted(on_progress, Activity(name, ""), 1)
+    yield
+    if tell is not None:
+        tell(1)
 
 
 def check_progress(name: str, given: object) -> None:

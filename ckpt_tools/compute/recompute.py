@@ -106,6 +106,7 @@ def agreements(
             if on_progress is not None:
                 on_progress(sum(each.compared * item for each, item in zip(found, items, strict=True)), total)
 
+        show()
         in_threads(work, threads, stop_all, on_tick=show)
         files.check_unchanged()
     return found

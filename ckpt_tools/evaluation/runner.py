@@ -17,7 +17,7 @@ from ..batchnorm.batches import mapped, samples_in, tensors_of
 from ..batchnorm.calls import Call
 from ..batchnorm.recalibrate import Estimator, recalibrate_bn
 from ..batchnorm.report import BatchNormReport
-from ..compute.progress import Progress
+from ..compute.progress import Activity, Progress
 from ..errors import CkptError, DataError, ModelError
 from .data import Batches
 from .scores import Accuracy, Fit, Outcomes, evaluate, fit, outcomes
@@ -104,7 +104,7 @@ class Runner:
     def _scored(
         self, score: Callable[[nn.Module, _Fed, Call], T], what: str, batches: Batches, on_progress: Progress
     ) -> T:
-        fed = _Fed(batches, self._prepare, partial(on_progress, what))
+        fed = _Fed(batches, self._prepare, partial(on_progress, Activity(what, "images")))
         return self._run(lambda: score(self._network, fed, self._call))
 
     def _run(self, work: Callable[[], T]) -> T:
@@ -143,6 +143,8 @@ class _Fed:
 
     def __iter__(self) -> Iterator[Any]:
         done = 0
+        if self.on_images is not None:
+            self.on_images(0, self.batches.images)
         try:
             for batch in self.batches:
                 yield self.prepare(batch)

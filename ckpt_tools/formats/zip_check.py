@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -48,12 +48,13 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An archive in a file: the whole file, or a range of it. `where` names it in messages."""
+    """An archive in a file: the whole file, or a range of it. `where` names it in messages; it has `nbytes`."""
 
     path: Path
     start: int
     length: int | None
     where: str
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +84,17 @@ def archives(header: Header) -> Iterator[Place]:
             start = file.read(0, 4)
         if stamp.path.name.endswith(SUFFIX) and locations:
             for at in locations.get(stamp.path.name, ()):
-                yield Place(stamp.path, at.offset, at.length, f"{stamp.path}, the entry at byte {at.offset}")
+                where = f"{stamp.path}, the entry at byte {at.offset}"
+                yield Place(stamp.path, at.offset, at.length, where, at.length)
         elif start == b"PK\3\4":
-            yield Place(stamp.path, 0, None, str(stamp.path))
+            yield Place(stamp.path, 0, None, str(stamp.path), stamp.nbytes)
 
 
-def check(place: Place) -> Records:
+def check(place: Place, on_read: Callable[[int], None] = lambda _: None) -> Records:
     """Check every byte of an archive.
+
+    Args:
+        on_read: called after each entry with the bytes that were checked, and at the end.
 
     Raises:
         ReadError: it cannot be read.
@@ -108,9 +113,11 @@ def check(place: Place) -> Records:
             if fault is not None:
                 return Records(checked, without, f"{place.where}: {fault} of '{name}' is not as its directory says")
             checked, without = (checked + 1, without) if crc else (checked, without + 1)
+            on_read(at)
         fault = _directory(archive, [*archive.entries.values()], at)
         end = archive.limit + len(archive.directory)
         fault = fault or _end(archive, file.read(place.start + end, length - end))
+    on_read(place.nbytes)
     return Records(checked, without, None if fault is None else f"{place.where}: {fault}")
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..compute import engine
 from ..compute.fetching import memory_ahead
 from ..compute.gpu import devices
+from ..compute.hashes import file_hashes
+from ..compute.progress import TORCH, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError, unknown_word
 from ..formats.in_memory import IN_MEMORY
@@ -19,7 +21,7 @@ from ..series.lora import LORA
 from ..series.schedules import Schedule
 from ..series.usable import Skipped
 from ..storage.local import peak_memory
-from ..storage.source import Stamp, sha256
+from ..storage.source import Stamp
 from ..storage.staged import scratch_file
 from ..tensors import parse_dtype
 from .addends import Addends
@@ -323,11 +325,12 @@ class _Writer:
         Raises:
             CkptError: see `averaged_network` and `run.produce`.
         """
-        from .averaged_network import measured, opened_network
+        with uncounted(self.running.on_progress, TORCH):
+            from .averaged_network import measured, opened_network
 
         with ExitStack() as stack:
-            state, running = sums.lined_up.states[-1], self.running
-            network = stack.enter_context(opened_network(sums.base, state, recalibration, running.device))
+            state, device, tell = sums.lined_up.states[-1], self.running.device, self.running.on_progress
+            network = stack.enter_context(opened_network(sums.base, state, recalibration, device, tell))
             plan = network.planned(self.target)
             if network.batches is None:
                 nothing = "The model has no BatchNorm statistics, so `recal_bn` has no effect."
@@ -337,16 +340,14 @@ class _Writer:
             planned = replace(sums, network=network, recalibration=replace(plan, notes=()), notes=plan.notes)
 
             def finish(report: AverageReport, gpus: Sequence[str]) -> tuple[AverageReport, Assembly, list[Stamp]]:
-                hashes = {path: sha256(path) for path in sums.source_files} if self.output.hash else None
-                show, moved = running.on_progress, sums.bytes_read + sums.nbytes
+                hashes = file_hashes(sums.source_files, tell) if self.output.hash else None
                 found = measured(
                     network,
                     sums.tensors,
                     stack.enter_context(scratch_file(grows_at(self.target.path))),
                     sums.stamps,
                     replace(plan, notes=()),
-                    recalibration.on_images,
-                    on_progress=None if show is None else lambda nbytes: show("averaging", nbytes, moved),
+                    on_progress=tell,
                     devices=gpus,
                     **self.options,
                 )

@@ -16,7 +16,7 @@ from ..batchnorm.processes import Group, started_by_torchrun
 from ..checkpoints.layouts import StateDict
 from ..checkpoints.open import Checkpoint
 from ..compute import engine
-from ..compute.progress import Progress
+from ..compute.progress import Activity, Progress, counted
 from ..compute.work_units import OutFile
 from ..errors import UsageError
 from ..evaluation.models import load_weights, pick_device
@@ -50,12 +50,15 @@ class Measured:
 
 
 @contextmanager
-def opened_network(base: Header, state: StateDict, recalibration: Recalibration, device: str) -> Iterator[Opened]:
+def opened_network(
+    base: Header, state: StateDict, recalibration: Recalibration, device: str, on_progress: Progress | None
+) -> Iterator[Opened]:
     """Build the network of a series, fill it with the weights of the last checkpoint, and open the images.
 
     Args:
         base, state: the last checkpoint, and the set of weights in it.
         device: of the sums; several GPUs are one to a network.
+        on_progress: called with (what is done, how much of it so far, all of it).
 
     Raises:
         CkptError: the network or the images cannot be used.
@@ -76,7 +79,7 @@ def opened_network(base: Header, state: StateDict, recalibration: Recalibration,
     which, numerics = recalibration.of(Network), recalibration.of(Numerics)
     with (
         named("recal_bn", "data"),  # the option that has the place of `data` here
-        opened(checkpoint, which, images, measuring, numerics, on, Group()) as network,
+        opened(checkpoint, which, images, measuring, numerics, on, Group(), on_progress) as network,
     ):
         yield network
 
@@ -87,7 +90,8 @@ def measured(
     scratch: ScratchFile,
     stamps: Sequence[Stamp],
     report: RecalibrationReport,
-    on_images: Progress | None = None,
+    *,
+    on_progress: Progress | None = None,
     drop_cache: bool = False,
     **options: Any,
 ) -> Measured:
@@ -98,7 +102,7 @@ def measured(
         scratch: for the sums; stays until the output is written.
         stamps: of the inputs.
         report: of the plan.
-        on_images: called with (what is done, images done, images in all).
+        on_progress: called with (what is done, how much of it so far, all of it): bytes, then images.
         drop_cache: let the system drop the pages of inputs that it had not in memory before.
         options: of `engine.run`.
 
@@ -106,15 +110,17 @@ def measured(
         CkptError: the sums cannot be written or do not fit the network, or the measurement fails.
     """
     (plan,) = TORCH_ZIP.plan(dict(tensors), Writing(name="sums.pth"))
+    total = sum(tensor.numel * tensor.terms.width + tensor.nbytes for tensor, _ in plan.payloads)
+    tell = counted(on_progress, Activity("averaging"), total)
     with followed(stamps, None, drop_cache=drop_cache, **options) as follower:
-        engine.run([OutFile(plan, scratch.fd)], stamps=stamps, follower=follower, **options)
+        engine.run([OutFile(plan, scratch.fd)], stamps=stamps, follower=follower, on_progress=tell, **options)
         if follower is not None:
             follower.finish()
     header = read_header(scratch.path)
     sums = Checkpoint.of(header, StateDict(header.tree, which=network.checkpoint.state.which))
     layers, _ = find_layers(network.network, include_frozen=network.measuring.include_frozen)
     loaded = load_weights(network.network, sums, measured=statistics_of(network.network, layers))
-    done = network.measured(report, on_images or (lambda *_: None))
+    done = network.measured(report, on_progress or (lambda *_: None))
     copies = Copies()
     found = {name: copies[spec] for name, spec in header.tree.items()}
     if done.statistics is not None:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..compute.hashes import file_hashes
 from ..errors import LayoutError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.paths import folder_of_index, one_checkpoint
-from ..storage.source import LOCAL, sha256, store_of
+from ..storage.source import LOCAL, store_of
 from ..storage.staged import write_file
 from .options import CardOutput, Running, Wording, takes
 from .outputs import check_target, on_this_machine
@@ -68,7 +69,8 @@ def card(path: str | Path, wording: Wording, output: CardOutput, running: Runnin
     header = read_header(folder_of_index(one_checkpoint(path)))
     steps = _steps(header)
     out = _target(header, output)
-    digests = {file.path.name: sha256(file.path) for file in header.files} if output.hash else {}
+    hashes = file_hashes((file.path for file in header.files), running.on_progress) if output.hash else {}
+    digests = {path.name: digest for path, digest in hashes.items()}
     text = "\n".join([*_front_matter(wording, steps), "", *_body(header, steps, wording, digests)]) + "\n"
 
     def work(plan: CardReport) -> CardReport:

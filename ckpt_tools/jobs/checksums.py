@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..compute.progress import HASHING_OUTPUT, Progress, counted
 from ..compute.threads import HandedOut, in_threads
 from ..compute.work_units import OutFile
 from ..errors import WriteError
@@ -55,13 +56,21 @@ def with_place(assembly: Assembly, wanted: bool) -> Assembly:
     return replace(_recording(assembly, empty), checksums=True)
 
 
-def fill(assembly: Assembly, outputs: Sequence[OutFile], threads: int | None = None) -> None:
+def fill(
+    assembly: Assembly,
+    outputs: Sequence[OutFile],
+    threads: int | None = None,
+    on_progress: Progress | None = None,
+) -> None:
     """Compute the checksums of what was written, and write them into their place.
+
+    Args:
+        on_progress: called with (what is done, bytes hashed, bytes in all).
 
     Raises:
         WriteError: the files cannot be read or written.
     """
-    sums = _sums(outputs, threads)
+    sums = _sums(outputs, threads, on_progress)
     final = _recording(assembly, {tensor: sha256 for tensor, (sha256, _) in sums.items()})
     for out, plan in zip(outputs, final.files, strict=True):
         for segment in plan.computed:
@@ -99,28 +108,33 @@ def _recording(assembly: Assembly, sha256: Mapping[OutTensor, str]) -> Assembly:
     return assembly.recording(**{CHECKSUMS: said})
 
 
-def _sums(outputs: Sequence[OutFile], threads: int | None) -> dict[OutTensor, tuple[str, int]]:
+def _sums(
+    outputs: Sequence[OutFile], threads: int | None, on_progress: Progress | None
+) -> dict[OutTensor, tuple[str, int]]:
     """Read what was written; return the SHA-256 and the CRC-32 of each tensor."""
     places = {tensor: (out, offset) for out in outputs for tensor, offset in out.plan.payloads}
     found: dict[OutTensor, tuple[str, int]] = {}
     stop = threading.Event()
+    blocks: list[int] = []  # sizes of those that were read; threads add to it
+    tell = counted(on_progress, HASHING_OUTPUT, sum(tensor.nbytes for tensor in places))
     # The largest first: a tensor is hashed in one thread.
     waiting = HandedOut(sorted(places, key=lambda tensor: -tensor.nbytes), stop)
 
     def work() -> None:
         block = memoryview(bytearray(BLOCK))
         for tensor in waiting:
-            found[tensor] = _sum(*places[tensor], tensor.nbytes, block)
+            found[tensor] = _sum(*places[tensor], tensor.nbytes, block, blocks)
 
-    in_threads(work, threads, stop)
+    in_threads(work, threads, stop, on_tick=None if tell is None else lambda: tell(sum(blocks)))
     return found
 
 
-def _sum(out: OutFile, offset: int, nbytes: int, block: memoryview) -> tuple[str, int]:
+def _sum(out: OutFile, offset: int, nbytes: int, block: memoryview, blocks: list[int]) -> tuple[str, int]:
     hasher, crc = hashlib.sha256(), 0
     for part in read_back(out, offset, nbytes, block):
         hasher.update(part)
         crc = zlib.crc32(part, crc)
+        blocks.append(len(part))
     return hasher.hexdigest(), crc
 
 

@@ -13,7 +13,7 @@ from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group
 from ..batchnorm.recalibrate import check_options
 from ..checkpoints.open import Checkpoint
-from ..compute.progress import Progress
+from ..compute.progress import LOADING, Progress, uncounted
 from ..errors import UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.evaluators import Classifier
@@ -111,11 +111,12 @@ def opened_classifiers(
     option, unlabelled = statistics
     sources = {**labelled, **({} if unlabelled is None else {option: unlabelled})}
     with importable(which.model, which.forward, *filter(is_factory, sources.values())):
-        call = call_of(which.forward, which.inputs, which.mask)
-        network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
-        loaded = load_weights(network, example)  # so that what does not fit is told before any work
-        layers, _ = find_layers(network, include_frozen=measuring.include_frozen)
-        network.to(on)
+        with uncounted(on_progress, LOADING):
+            call = call_of(which.forward, which.inputs, which.mask)
+            network = build_model(which.model, example.header, which.model_kwargs or {}, example.specs)
+            loaded = load_weights(network, example)  # so that what does not fit is told before any work
+            layers, _ = find_layers(network, include_frozen=measuring.include_frozen)
+            network.to(on)
         how = image_data(
             network, example.header, images, sources, [*labelled.values()],
             seed=seed, group=Group(), pin_memory=on.type == "cuda",

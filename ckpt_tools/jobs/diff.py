@@ -13,6 +13,7 @@ from ..checkpoints.layouts import StateDict, select
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
+from ..compute.progress import TORCH, Activity, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError
 from ..formats import read_header
@@ -344,16 +345,17 @@ def _distances(
     def work(asked: Asked) -> Sequence[Distance]:
         if not plan.pairs:
             return []
-        from ..compute.compare import compare  # imports torch
+        show = None if asked.silent else running.on_progress
+        with uncounted(show, TORCH):
+            from ..compute.compare import compare
 
-        show = running.on_progress
         return compare(
             list(plan.pairs),
             **vars(tolerance),
             stamps=stamps,
             threads=running.threads,
             part=(asked.index, asked.count),
-            on_progress=None if show is None or asked.silent else partial(show, "comparing"),
+            on_progress=None if show is None else partial(show, Activity("comparing")),
         )
 
     if asked is None:

@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 from ..checkpoints.optimizers import is_optimizer
 from ..checkpoints.prefixes import NewNames, StateNames, plan_names
 from ..checkpoints.state_dicts import state_dicts
+from ..compute.progress import Activity, counted
 from ..errors import CorruptError, LayoutError, ReadError, UsageError, WriteError
 from ..formats import holds_weights, read_header
 from ..formats.format import Renaming
@@ -25,7 +26,7 @@ from ..storage.staged import is_writable, staged_files
 from .options import Prefixes, RenamedOutput, Running, takes
 from .outputs import Target, check_same_format, check_target, on_this_machine
 from .reports import Report
-from .run import copy, run
+from .run import copy, run, told_of_sync
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -131,11 +132,10 @@ def fix_prefix(path: str | Path, prefixes: Prefixes, output: RenamedOutput, runn
     def work(plan: PrefixReport) -> PrefixReport:
         names = list(splices) if folder else None
         sizes = [each.size for each in splices.values()]
-        show = running.on_progress
-        total = sum(each.copied for each in splices.values())
-        on_copied = None if show is None else lambda copied: show("copying", copied, total)
-        with staged_files(target, names, sizes, force=output.force or in_place) as fds:
-            copy(list(splices.values()), fds, stamps, on_copied, in_place=in_place)
+        tell = counted(running.on_progress, Activity("copying"), sum(each.copied for each in splices.values()))
+        on_sync = told_of_sync(running.on_progress, len(sizes))
+        with staged_files(target, names, sizes, force=output.force or in_place, on_sync=on_sync) as fds:
+            copy(list(splices.values()), fds, stamps, tell, in_place=in_place)
             if in_place:
                 _check_same(target, stamps[0])
         return plan

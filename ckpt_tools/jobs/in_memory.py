@@ -11,6 +11,7 @@ import torch
 
 from ..compute import engine
 from ..compute.payload import torch_dtype
+from ..compute.progress import Activity, counted
 from ..compute.work_units import OutFile
 from ..formats.file_plan import OutTensor
 from ..formats.format import Writing
@@ -38,13 +39,13 @@ def in_memory(
         CkptError: see `engine.run`.
     """
     (plan,) = TORCH_ZIP.plan(dict(tensors), Writing(name="the average"))
-    show, total = running.on_progress, sum(each.numel * each.terms.width + each.nbytes for each, _ in plan.payloads)
-    on_bytes = None if show is None else lambda nbytes: show("averaging", nbytes, total)
+    total = sum(each.numel * each.terms.width + each.nbytes for each, _ in plan.payloads)
+    tell = counted(running.on_progress, Activity("averaging"), total)
     with (
         memory_file(plan.size) as (fd, memory),
         followed(stamps, None, drop_cache=running.drop_cache, **options) as follower,
     ):
-        engine.run([OutFile(plan, fd)], stamps=stamps, follower=follower, on_progress=on_bytes, **options)
+        engine.run([OutFile(plan, fd)], stamps=stamps, follower=follower, on_progress=tell, **options)
         if follower is not None:
             follower.finish()
     views = {tensor: _view(memory, offset, tensor) for tensor, offset in plan.payloads}

@@ -22,7 +22,7 @@ from ..series.usable import Skipped, sorted_out
 from ..storage.source import stamp_at
 from ..tensors import TensorSpec
 from .inspect import sets_of
-from .options import Drawing, Skipping, takes
+from .options import Drawing, Skipping, Telling, takes
 from .pictures import Picture
 from .provenance import short_names
 from .reports import Report
@@ -83,8 +83,10 @@ Sets = Mapping[str, StateDict]
 Shapes = Mapping[str, tuple[int, ...] | None]
 
 
-@takes(Skipping, Drawing)
-def listing(paths: Iterable[str | Path], metric: str, skipping: Skipping, drawing: Drawing) -> Listing:
+@takes(Skipping, Drawing, Telling)
+def listing(
+    paths: Iterable[str | Path], metric: str, skipping: Skipping, drawing: Drawing, telling: Telling
+) -> Listing:
     """List checkpoints by their headers; no payload is read. What cannot be used is listed with its fault.
 
     Args:
@@ -101,7 +103,7 @@ def listing(paths: Iterable[str | Path], metric: str, skipping: Skipping, drawin
     there = find([*paths], notes, skipping.exclude)
     if picture is not None:
         picture.check(there.paths)
-    headers, errors = sorted_out(there.paths, there.empty)
+    headers, errors = sorted_out(there.paths, there.empty, on_progress=telling.on_progress)
     places = (stored_positions(headers) if headers else None) or named_positions([header.path for header in headers])
     members = [
         Member(header.path, header, step, places.counter) for header, step in zip(headers, places.steps, strict=True)

@@ -121,7 +121,7 @@ def look(
     check_threads(running.threads)
     picture = Picture.of(drawing.plot, force=drawing.force)
     given = [paths] if isinstance(paths, (str, Path)) else paths
-    series = find_series(given, state=alignment.state, **vars(selection))
+    series = find_series(given, state=alignment.state, on_progress=running.on_progress, **vars(selection))
     members = series.members
     if len(members) < 2:
         raise UsageError(f"{members[0].path} is one checkpoint alone. Give a series of two or more.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..compute.gram import gram
-from ..compute.progress import Progress
+from ..compute.progress import Activity, Progress, counted
 from ..series.member import Member
 from ..series.rules.rule import Products
 from ..tensors import TensorSpec
@@ -33,6 +33,6 @@ def inner_products(
         aligned,
         stamps=[stamp for member in members for stamp in member.header.files],
         threads=threads,
-        on_progress=None if on_progress is None else lambda done: on_progress("measuring", done, total),
+        on_progress=counted(on_progress, Activity("measuring"), total),
     )
     return [matrix.tolist() for matrix in found]

@@ -347,7 +347,7 @@ class Running(Options):
     dry_run: bool = option("Show the plan, write nothing.", False, once_only=True)
     on_plan: Callable[[Any], None] | None = option("Called with the report of the plan before the work.", None)
     on_progress: Progress | None = option(
-        "Called in this thread with (what is done, bytes done, bytes in all), read and written.", None
+        "Called in this thread with (what is done, how much of it so far, all of it).", None
     )
 
 
@@ -519,15 +519,22 @@ class Drawing(Options):
     force: bool = option("Replace an existing picture.", False, once_only=True)
 
 
-class Reading(Options):
-    """How a job runs that only reads."""
+class Telling(Options):
+    """How a job tells how far it is."""
 
     title = "Running"
+
+    on_progress: Progress | None = option(
+        "Called in this thread with (what is done, how much of it so far, all of it).", None
+    )
+
+
+class Reading(Telling):
+    """How a job runs that only reads."""
 
     threads: int | None = option(
         "Number of threads; the result is the same.", None, implied="the cores, 16 at most", from_environment=True
     )
-    on_progress: Progress | None = option("Called in this thread with (what is done, bytes read, bytes in all).", None)
 
 
 class Prefixes(Options):
@@ -619,7 +626,6 @@ class Numerics(Options):
 class Inference(Running, more=(Numerics,)):
     """How a job runs that shows images to a network."""
 
-    on_progress: Progress | None = option("Called with (what is done, images done, images in all).", None)
     device: str = option("auto, cpu, cuda, cuda:1.", "auto", offered=DEVICES, from_environment=True)
 
 
@@ -634,7 +640,6 @@ class Recalibration(Options, more=(Network, Images, Measuring, Numerics), withou
         metavar="DATA",
         names_code=FACTORY,
     )
-    on_images: Progress | None = option("Called with (what is done, images done, images in all).", None)
 
     def of(self, group: type[G]) -> G:
         """Return one of the groups that it is made of, with the values given here."""

@@ -19,7 +19,7 @@ from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
-from ..compute.progress import Progress
+from ..compute.progress import IMAGES, LOADING, Progress, uncounted
 from ..errors import DataError, NumericsError, UsageError
 from ..evaluation.data import Batches, is_factory
 from ..evaluation.models import Loaded, build_model, call_of, importable, load_weights, pick_device
@@ -130,7 +130,7 @@ def recalibrate_checkpoint(
     numerics = Numerics(**vars(running))
     with (
         joined_group(device) as group,
-        opened(checkpoint, which, images, measuring, numerics, device, group) as network,
+        opened(checkpoint, which, images, measuring, numerics, device, group, running.on_progress) as network,
     ):
         report = network.planned(target)
         if not group.first:  # it neither speaks nor writes
@@ -170,7 +170,8 @@ def recalibrate_checkpoint(
             if group.first and report.statistics is not None:
                 buffers = new_buffers(network.network, report.statistics, network.loaded, checkpoint.specs)
                 sign_off = None if output.sign_off is None else SignOff(Path(output.sign_off), header.files)
-                write(lay_out(buffers, report), header.files, force=output.force, sign_off=sign_off)
+                final, tell = lay_out(buffers, report), running.on_progress
+                write(final, header.files, force=output.force, sign_off=sign_off, on_progress=tell)
             return report
 
         dropped = replace(report, dropped=plan.dropped)
@@ -282,22 +283,28 @@ def opened(
     numerics: Numerics,
     device: torch.device,
     group: Group,
+    on_progress: Progress | None,
 ) -> Iterator[Opened]:
     """Build the network of a checkpoint, fill it, and open the images; the folders of factories are on `sys.path`.
+
+    Args:
+        on_progress: called with (what is done, how much of it so far, all of it).
 
     Raises:
         CkptError: the network or the images cannot be used.
     """
     sources = [data for data in (images.data, measuring.eval_data) if data and is_factory(data)]
     with importable(which.model, which.forward, *sources):
-        call = call_of(which.forward, which.inputs, which.mask)
-        network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
-        found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
-        loaded = load_weights(network, checkpoint, measured=statistics_of(network, found))
-        network.to(device)
-        batches, held_out, preprocessing, notes = _opened(
-            network, checkpoint, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
-        )
+        with uncounted(on_progress, LOADING):
+            call = call_of(which.forward, which.inputs, which.mask)
+            network = build_model(which.model, checkpoint.header, which.model_kwargs or {}, checkpoint.specs)
+            found, skipped = find_layers(network, include_frozen=measuring.include_frozen)
+            loaded = load_weights(network, checkpoint, measured=statistics_of(network, found))
+            network.to(device)
+        with uncounted(on_progress, IMAGES):
+            batches, held_out, preprocessing, notes = _opened(
+                network, checkpoint, images, measuring, group, pin_memory=device.type == "cuda", wanted=bool(found)
+            )
         notes = [*loaded.notes, *notes]
         if batches is not None and batches.once and measuring.passes > 1:
             raise UsageError(

@@ -7,11 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..compute.hashes import file_hashes
+from ..compute.progress import Progress
 from ..errors import CkptError
 from ..formats import read_header
 from ..formats.header import Header
 from ..series.paths import as_path, expand
-from ..storage.source import LOCAL, sha256, store_of
+from ..storage.source import LOCAL, store_of
 from ..storage.staged import same_file
 from .provenance import Input
 
@@ -48,7 +50,13 @@ class Found:
 
 
 def look_for(
-    inputs: Sequence[Input], header: Header, paths: Iterable[str | Path], *, by_set: bool = False, hashes: bool
+    inputs: Sequence[Input],
+    header: Header,
+    paths: Iterable[str | Path],
+    *,
+    by_set: bool = False,
+    hashes: bool,
+    on_progress: Progress | None = None,
 ) -> Found:
     """Look for the inputs of an output by name, size and SHA-256.
 
@@ -57,13 +65,14 @@ def look_for(
         paths: files and folders that have inputs, apart from the places where they are looked for anyway.
         by_set: an input may be one of several sets of weights in a file.
         hashes: compare SHA-256, where it is recorded.
+        on_progress: called with (what is done, bytes hashed, bytes in all).
     """
     given = [place for path in paths for place in _expanded(path)]
     search = _Search(header, given)
     faults: list[Fault] = []
     headers: list[Header] = []
     for i in inputs:
-        found = _one(search, i, faults, by_set=by_set, hashes=hashes)
+        found = _one(search, i, faults, by_set=by_set, hashes=hashes, on_progress=on_progress)
         if found is None:
             continue
         if not by_set and any(found.path == each.path for each in headers):
@@ -77,7 +86,15 @@ def _expanded(path: str | Path) -> list[Path]:
     return [place] if store_of(place).is_folder(place) else expand([path])
 
 
-def _one(search: _Search, wanted: Input, faults: list[Fault], *, by_set: bool, hashes: bool) -> Header | None:
+def _one(
+    search: _Search,
+    wanted: Input,
+    faults: list[Fault],
+    *,
+    by_set: bool,
+    hashes: bool,
+    on_progress: Progress | None,
+) -> Header | None:
     """Find one input; the first place that has a right one decides."""
     names = [wanted.name]
     if by_set and wanted.name.endswith(")"):
@@ -96,7 +113,7 @@ def _one(search: _Search, wanted: Input, faults: list[Fault], *, by_set: bool, h
                 continue
             if header.nbytes != wanted.nbytes:
                 fault = f"{place} has {header.nbytes:,} bytes, and the input had {wanted.nbytes:,}"
-            elif wanted.sha256 and (hashes or len(places) > 1) and digests(header) != wanted.sha256:
+            elif wanted.sha256 and (hashes or len(places) > 1) and digests(header, on_progress) != wanted.sha256:
                 fault = f"{place} has another SHA-256 than the input had"
             if fault is None:
                 right.append(header)
@@ -205,6 +222,7 @@ def _tree(folder: Path) -> Mapping[str, Sequence[Path]]:
     return found
 
 
-def digests(header: Header) -> dict[str, str]:
+def digests(header: Header, on_progress: Progress | None) -> dict[str, str]:
     """Return the SHA-256 of each file of a checkpoint, in hexadecimal digits, by its name."""
-    return {name: sha256(path) for name, path in header.names.items()}
+    hashes = file_hashes(header.names.values(), on_progress)
+    return {name: hashes[path] for name, path in header.names.items()}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..checkpoints.layouts import StateDict
+from ..compute.progress import Progress, uncounted
 from ..errors import CkptError, LayoutError, SeriesError, UsageError
 from ..formats import read_header
 from ..formats.header import Header
@@ -79,13 +80,14 @@ def replayed(
         )
     if record.measured_on is None and measured:
         raise UsageError(f"`recal_bn`: {record.path} was made without it. Leave the option out.")
-    headers = find_inputs(record, header, paths, hashes=not running.dry_run)
+    tell = running.on_progress
+    headers = find_inputs(record, header, paths, hashes=not running.dry_run, on_progress=tell)
     addends = summed_again(header, record, headers, matching)
     target = named_target(output, headers, default_target(headers)) or named_after(header, "-replayed")
     if header.in_folder and output.named is not None and as_path(output.named) == header.path:
         target = Target(header.path, folder=True)
     in_place = target.path == header.path or same_file(target.path, header.path)
-    before = digests(header) if in_place and not running.dry_run else None
+    before = digests(header, tell) if in_place and not running.dry_run else None
     return replace(
         addends,
         notes=tuple(_remarks(record, headers, running)),
@@ -93,23 +95,32 @@ def replayed(
         target=target if output.named is None or in_place else None,
         # A torch file has its name inside.
         name=None if header.in_folder or target.folder else header.path.name,
-        compared=partial(_compared, record, header, before),
+        compared=partial(_compared, record, header, before, tell),
     )
 
 
-def find_inputs(record: Record, header: Header, paths: Iterable[str | Path], *, hashes: bool) -> list[Header]:
+def find_inputs(
+    record: Record,
+    header: Header,
+    paths: Iterable[str | Path],
+    *,
+    hashes: bool,
+    on_progress: Progress | None = None,
+) -> list[Header]:
     """Find the inputs of an average.
 
     Args:
         paths: files and folders that have inputs, apart from the places where they are looked for anyway.
         hashes: compare SHA-256, where it is recorded.
+        on_progress: called with (what is done, bytes hashed, bytes in all).
 
     Raises:
         SeriesError: some are missing, changed or there several times; names all of them.
         UsageError: a path leads to no input.
     """
     paths = [*paths]
-    found = look_for(record.inputs, header, paths, by_set=needs_sets(record), hashes=hashes)
+    by_set = needs_sets(record)
+    found = look_for(record.inputs, header, paths, by_set=by_set, hashes=hashes, on_progress=on_progress)
     files = [place for path in paths if not store_of(place := as_path(path)).is_folder(place)]
     unused = next((place for place in files if place in found.unused), None)
     if unused is not None and not found.faults:
@@ -209,11 +220,14 @@ def _same(a: Path, b: Path) -> bool:
     return stamp_at(a).nbytes == stamp_at(b).nbytes and sha256(a) == sha256(b)
 
 
-def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out: Path) -> tuple[str, bool | None]:
+def _compared(
+    record: Record, old: Header, before: Mapping[str, str] | None, on_progress: Progress | None, out: Path
+) -> tuple[str, bool | None]:
     """Compare an average with what it was made again from.
 
     Args:
         before: SHA-256 of its files, if the new one has taken its place.
+        on_progress: called with (what is done, how much of it so far, all of it).
 
     Returns:
         The result in words; and True if the weights are the same in every byte, False if they are not, None if that is
@@ -223,16 +237,18 @@ def _compared(record: Record, old: Header, before: Mapping[str, str] | None, out
 
     new = read_header(out)
     if before is not None:
-        if digests(new) == before:
+        if digests(new, on_progress) == before:
             return f"It is the same as the old {out} in every byte.", True
         return f"It is not the same as the old {out} in every byte.", None
     pairs = [(new.names.get(name), path) for name, path in old.names.items()]
     if len(old.names) == 1 == len(new.names):
         pairs = [*zip(new.names.values(), old.names.values(), strict=True)]
-    if len(new.names) == len(pairs) and all(a is not None and _same(a, b) for a, b in pairs):
+    with uncounted(on_progress, "comparing with the old average"):
+        same = len(new.names) == len(pairs) and all(a is not None and _same(a, b) for a, b in pairs)
+    if same:
         return f"It is the same as {old.path} in every byte.", True
     try:
-        report = diff(old.path, out)
+        report = diff(old.path, out, on_progress=on_progress)
     except CkptError as error:
         return f"It is not the same as {old.path} in every byte, and their weights cannot be compared: {error}", None
     if report.verdict in ("identical", "equal"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..compute import engine
 from ..compute.fetching import any_remote
+from ..compute.progress import SYNCING, WRITING, Activity, Progress, counted
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, UsageError, WriteError
 from ..formats.file_plan import FilePlan, whole_file
@@ -116,7 +117,7 @@ def produce(
 
     Args:
         stamps: of the input files, taken when their headers were read.
-        doing: what `on_progress` is told that is done.
+        doing: the name of the work, for `on_progress`.
         inputs: further files and folders that the target must not be.
         replaces: those of `stamps` whose place the target may take.
         finish: called after the plan is shown; returns the report, the assembly to write instead, and its stamps.
@@ -143,22 +144,18 @@ def produce(
     def work(plan: R) -> R:
         nonlocal published
         done, final, sources = (plan, assembly, stamps) if finish is None else finish(plan)
-        show = running.on_progress
-        total = final.bytes_moved + (0 if store_of(final.target) is LOCAL else final.nbytes)
-        on_bytes = None if show is None else lambda nbytes: show(doing, nbytes, total)
-        on_part = None if show is None else lambda nbytes, total: show(doing, nbytes, total)
         sign_off = None
         if output.sign_off is not None:
             from .sign_off import SignOff
 
             sign_off = SignOff(Path(output.sign_off), stamps)
+        told = {"doing": doing, "on_progress": running.on_progress}
+        more = {"force": output.force, "sign_off": sign_off, "hashed": hashed, **told, **options}
         if asked is not None:
-            more = {"force": output.force, "sign_off": sign_off, "on_progress": on_part, "hashed": hashed, **options}
             words, published = _shared(final, sources, asked, **more)
             shared: Any = done
             return replace(shared, part=words)  # type: ignore[no-any-return]
-        more = {"sign_off": sign_off, "on_progress": on_bytes, "hashed": hashed, **options}
-        write(final, sources, force=output.force, **more)
+        write(final, sources, **more)
         if kept_stages(final.target):
             from ..storage.kept_stage import clear
 
@@ -206,7 +203,8 @@ def write(
     pace: Pace | None = None,
     drop_cache: bool = False,
     hashed: Hashed | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    doing: str = WRITING,
+    on_progress: Progress | None = None,
     **options: Any,
 ) -> None:
     """Write an assembly next to its target, and move it into place at the end.
@@ -219,13 +217,17 @@ def write(
         pace: at which the inputs are read.
         drop_cache: let the system drop the pages of inputs that it had not in memory before, and of the output.
         hashed: files to hash.
-        on_progress: called with the bytes of tensors read and written so far; then also with those sent to a store.
+        doing: the name of the work.
+        on_progress: called with (what is done, how much of it so far, all of it): bytes of tensors that are read and
+            written, then also those sent to a store.
         options: of `engine.run`.
 
     Raises:
         CkptError: see `engine.run` and `staged_files`; nothing is left at the target then.
     """
-    statement = None if sign_off is None else sign_off.begun()
+    statement = None if sign_off is None else sign_off.begun(on_progress)
+    total = assembly.bytes_moved + (0 if store_of(assembly.target) is LOCAL else assembly.nbytes)
+    tell = counted(on_progress, Activity(doing), total)
     with ExitStack() as stages:
         made = assembly
         if store_of(assembly.target) is not LOCAL:
@@ -235,17 +237,17 @@ def write(
 
             def on_sent(nbytes: int) -> None:
                 sent[0] += nbytes
-                if on_progress is not None:
-                    on_progress(sent[0])
+                if tell is not None:
+                    tell(sent[0])
 
             made = stages.enter_context(uploading(assembly, on_sent, force=force))
-        outputs, companions = _staged(made, 0, stages, force=force, internal=internal, drop_cache=drop_cache)
+        how = {"force": force, "internal": internal, "drop_cache": drop_cache}
+        outputs, companions = _staged(made, 0, stages, on_progress, **how)
         follower = stages.enter_context(followed(stamps, hashed, drop_cache=drop_cache, **options))
-        final = _Final(assembly, hashed, follower)
+        final = _Final(assembly, hashed, follower, on_progress)
         splices = [_spliced(out.plan, stamps) for out in outputs]
         if all(splices):
-            show = on_progress
-            on_copied = None if show is None else lambda nbytes: show(2 * nbytes)  # read and written
+            on_copied = None if tell is None else lambda nbytes: tell(2 * nbytes)  # read and written
             fds = [out.fd for out in outputs]
             copy([each for each in splices if each], fds, stamps, on_copied, pace=pace, drop_cache=drop_cache)
             for out, plan in zip(outputs, final.plans(), strict=True):
@@ -259,15 +261,15 @@ def write(
                 follower=follower,
                 drop_cache=drop_cache,
                 complete=final.plans,
-                on_progress=on_progress,
+                on_progress=tell,
                 **options,
             )
         if assembly.checksums:
             from .checksums import fill
 
-            fill(final.assembly, outputs, options.get("threads"))
+            fill(final.assembly, outputs, options.get("threads"), on_progress)
         if statement is not None:
-            statement = statement.about(final.assembly, [*outputs, *companions])
+            statement = statement.about(final.assembly, [*outputs, *companions], on_progress)
     if statement is not None:
         statement.write(assembly.target, force=force)
 
@@ -283,10 +285,11 @@ class _Final:
     assembly: Assembly
     hashed: Hashed | None
     follower: Follower | None
+    on_progress: Progress | None
 
     def plans(self) -> Sequence[FilePlan]:
         """Return the plans of its files, with the hashes; see `engine.run`."""
-        found = {} if self.follower is None else self.follower.finish()
+        found = {} if self.follower is None else self.follower.finish(self.on_progress)
         if self.hashed is not None:
             self.assembly = self.hashed.recorded(found)
         return self.assembly.files
@@ -337,7 +340,8 @@ def _write_share(
     *,
     force: bool,
     sign_off: SignOff | None,
-    on_progress: Callable[[int, int], None] | None,
+    doing: str,
+    on_progress: Progress | None,
     drop_cache: bool = False,
     hashed: Hashed | None = None,
     **options: Any,
@@ -351,12 +355,13 @@ def _write_share(
     Raises:
         CkptError: see `engine.run`.
     """
-    statement = None if sign_off is None else sign_off.begun()
+    statement = None if sign_off is None else sign_off.begun(on_progress)
     outputs = [OutFile(plan, fd) for plan, fd in zip(plans, own.fds, strict=True)]
-    show = on_progress
-    on_bytes = None if show is None else lambda nbytes: show(nbytes, own.nbytes)
+    show, work = on_progress, Activity(doing)
+    # What is to be done of it is known when the job is cut.
+    on_bytes = None if show is None else lambda nbytes: show(work, nbytes, own.nbytes)
     with followed(stamps, hashed, drop_cache=drop_cache, **options) as follower:
-        final = _Final(assembly, hashed, follower)
+        final = _Final(assembly, hashed, follower, on_progress)
 
         def complete() -> Sequence[FilePlan]:
             return [*final.plans(), *plans[len(assembly.files) :]]  # and companions
@@ -372,10 +377,10 @@ def _write_share(
             if assembly.checksums:
                 from .checksums import fill
 
-                fill(final.assembly, outputs[: len(assembly.files)], options.get("threads"))
+                fill(final.assembly, outputs[: len(assembly.files)], options.get("threads"), on_progress)
             if statement is not None:
-                statement = statement.about(final.assembly, outputs)
-            own.place(force=force)
+                statement = statement.about(final.assembly, outputs, on_progress)
+            own.place(force=force, on_sync=told_of_sync(on_progress, len(plans)))
             for fd in own.fds if drop_cache else ():
                 page_cache.drop(fd)
     if statement is not None:
@@ -392,27 +397,37 @@ def write_all(
     assemblies: Sequence[Assembly],
     stamps: Sequence[Stamp],
     *,
+    doing: str,
     force: bool = False,
     drop_cache: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Progress | None = None,
     **options: Any,
 ) -> None:
     """Write files for the job alone that share their tensors, each from its own row, for one read of the inputs.
 
     All are moved into place, one after another, when all are complete; see `write`.
     """
+    total = max(each.bytes_read for each in assemblies) + sum(each.nbytes for each in assemblies)
+    tell = counted(on_progress, Activity(doing), total)
     with ExitStack() as stages:
         more = {"force": force, "internal": True, "drop_cache": drop_cache}
-        staged = [_staged(each, row, stages, **more)[0] for row, each in enumerate(assemblies)]
+        staged = [_staged(each, row, stages, on_progress, **more)[0] for row, each in enumerate(assemblies)]
         outputs = [out for files in staged for out in files]
         follower = stages.enter_context(followed(stamps, None, drop_cache=drop_cache, **options))
         options |= {"follower": follower, "drop_cache": drop_cache}
-        engine.run(outputs, stamps=stamps, on_progress=on_progress, **options)
+        engine.run(outputs, stamps=stamps, on_progress=tell, **options)
         if follower is not None:
             follower.finish()
 
 
-def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) -> tuple[list[OutFile], list[OutFile]]:
+def told_of_sync(on_progress: Progress | None, files: int) -> Callable[[int], None]:
+    """Return what tells how many files of an output are on the disk; see `staged_files`."""
+    return lambda done: None if on_progress is None else on_progress(SYNCING, done, files)
+
+
+def _staged(
+    assembly: Assembly, row: int, stages: ExitStack, on_progress: Progress | None, **options: bool
+) -> tuple[list[OutFile], list[OutFile]]:
     """Create the files of an assembly, to be moved into place when the stages end.
 
     Args:
@@ -423,7 +438,8 @@ def _staged(assembly: Assembly, row: int, stages: ExitStack, **options: bool) ->
     """
     files = _plans(assembly)
     names = [plan.name for plan in files] if assembly.folder else None
-    fds = stages.enter_context(staged_files(assembly.target, names, [plan.size for plan in files], **options))
+    sizes, on_sync = [plan.size for plan in files], told_of_sync(on_progress, len(files))
+    fds = stages.enter_context(staged_files(assembly.target, names, sizes, on_sync=on_sync, **options))
     outputs = [OutFile(plan, fd, row) for plan, fd in zip(files, fds, strict=True)]
     companions = outputs[len(assembly.files) :]
     for out in companions:

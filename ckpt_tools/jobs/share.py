@@ -230,13 +230,13 @@ class Work:
         if self.own is not None:
             self.own.forget()
 
-    def place(self, *, force: bool) -> None:
-        """Publish the output.
+    def place(self, *, force: bool, on_sync: Callable[[int], None]) -> None:
+        """Publish the output; see `staged_files`.
 
         Raises:
             WriteError: the system refuses.
         """
-        self.stage.place(self.names, force=force)
+        self.stage.place(self.names, force=force, on_sync=on_sync)
 
     @property
     def words(self) -> str:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..compute.hashes import file_hashes
+from ..compute.progress import HASHING_OUTPUT, Progress, counted
 from ..compute.work_units import OutFile
 from ..errors import CorruptError, UsageError, WriteError
-from ..storage.source import Stamp, sha256, stamp_at
+from ..storage.source import Stamp, stamp_at
 from ..storage.staged import same_file, write_file
 from .assembly import Assembly
 from .checksums import BLOCK, CHECKSUMS, read_back
@@ -56,20 +58,22 @@ class SignOff:
     path: Path
     inputs: Sequence[Stamp]
 
-    def begun(self) -> Statement:
+    def begun(self, on_progress: Progress | None) -> Statement:
         """Hash the inputs, before they are read for the output: that checks again that they have not changed.
+
+        Args:
+            on_progress: called with (what is done, bytes hashed, bytes in all).
 
         Raises:
             ReadError: one cannot be read, or has changed since its stamp was taken.
         """
         known = {stamp.path: stamp for stamp in self.inputs}
-        found = {}
         started = datetime.now(timezone.utc)
-        for name, (path, stamp) in zip(short_names([*known]), known.items(), strict=True):
-            found[name] = sha256(path)
+        hashes = file_hashes(known, on_progress)
+        for path, stamp in known.items():
             if stamp_at(path) != stamp:
                 raise CorruptError(f"{path}: changed while it was read. Try again when it is whole.")
-        return Statement(self.path, found, started)
+        return Statement(self.path, dict(zip(short_names([*known]), hashes.values(), strict=True)), started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,11 @@ class Statement:
     outputs: Mapping[str, str] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
-    def about(self, assembly: Assembly, outputs: Sequence[OutFile]) -> Statement:
+    def about(self, assembly: Assembly, outputs: Sequence[OutFile], on_progress: Progress | None) -> Statement:
         """Return it with the digests of files that are complete, and not yet in their place.
+
+        Args:
+            on_progress: called with (what is done, bytes hashed, bytes in all).
 
         Raises:
             WriteError: one cannot be read.
@@ -99,7 +106,7 @@ class Statement:
         names = [
             f"{assembly.target.name}/{out.plan.name}" if assembly.folder else assembly.target.name for out in outputs
         ]
-        return replace(self, outputs=dict(zip(names, map(_digest, outputs), strict=True)), record=record)
+        return replace(self, outputs=dict(zip(names, _digests(outputs, on_progress), strict=True)), record=record)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as the specifications have it; what else is recorded are internal parameters."""
@@ -138,11 +145,18 @@ class Statement:
             raise WriteError(f"{target} is complete, but its sign-off is not written: {error}") from error
 
 
-def _digest(out: OutFile) -> str:
-    hasher = hashlib.sha256()
-    for part in read_back(out, 0, out.plan.size, memoryview(bytearray(BLOCK))):
-        hasher.update(part)
-    return hasher.hexdigest()
+def _digests(outputs: Sequence[OutFile], on_progress: Progress | None) -> list[str]:
+    tell = counted(on_progress, HASHING_OUTPUT, sum(out.plan.size for out in outputs))
+    found, done, block = [], 0, memoryview(bytearray(BLOCK))
+    for out in outputs:
+        hasher = hashlib.sha256()
+        for part in read_back(out, 0, out.plan.size, block):
+            hasher.update(part)
+            done += len(part)
+            if tell is not None:
+                tell(done)
+        found.append(hasher.hexdigest())
+    return found
 
 
 def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:

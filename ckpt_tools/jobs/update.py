@@ -76,7 +76,8 @@ def updated(
             "that extends it are others. Give the images to measure them on with `recal_bn`."
         )
     rule = recorded_schedule(record)
-    series = find_series(paths, state=matching.state, dry_run=running.dry_run, **vars(selection))
+    how = {"dry_run": running.dry_run, "on_progress": running.on_progress, **vars(selection)}
+    series = find_series(paths, state=matching.state, **how)
     members = _placed(record, header, series.members)
     names = short_names([member.path for member in members])
     coefficients = _coefficients(record, rule, members)

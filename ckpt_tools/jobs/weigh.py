@@ -45,7 +45,8 @@ def weighed(
     start = None
     if schedule.rule.needs == "products":
         start = folder_of_index(one_checkpoint(schedule.values["base"]))
-    series = find_series(paths, state=matching.state, start=start, dry_run=running.dry_run, **vars(selection))
+    how = {"dry_run": running.dry_run, "on_progress": running.on_progress, **vars(selection)}
+    series = find_series(paths, state=matching.state, start=start, **how)
     members, chosen, by_tensor = series.members, None, None
     if schedule.rule.needs == "profile":
         members, chosen = every_set(members, matching)

@@ -14,6 +14,7 @@ from ..checkpoints.layouts import select
 from ..checkpoints.optimizers import looks_like_training_state
 from ..checkpoints.prefixes import renamed, unwrap
 from ..checkpoints.steps import stored_counters
+from ..compute.progress import Activity, Progress, counted
 from ..compute.threads import HandedOut, in_threads
 from ..errors import AlignmentError, LayoutError, ReadError
 from ..formats.header import Header
@@ -24,7 +25,9 @@ from .numbered import lined_up_first, without_numbers
 from .paths import keep_one
 
 
-def without_copies(headers: Sequence[Header], notes: list[str], *, compare: bool = True) -> list[Header]:
+def without_copies(
+    headers: Sequence[Header], notes: list[str], *, compare: bool = True, on_progress: Progress | None = None
+) -> list[Header]:
     """Drop copies: checkpoints with the same weights at the same step, whatever their layout and other entries.
 
     Names that differ only in numbers belong to different checkpoints, whatever the weights.
@@ -32,13 +35,14 @@ def without_copies(headers: Sequence[Header], notes: list[str], *, compare: bool
     Args:
         notes: receives decisions to report.
         compare: all bytes of suspected copies. Otherwise a few bytes of each tensor decide, and a note says so.
+        on_progress: called with (what is done, bytes read, bytes to read at most) while all bytes are compared.
     """
     groups = [list(headers)]
     # Each comparison costs more than the one before, and is limited to headers that were equal so far.
     for look in (_outlines, _middles):
         groups = [subgroup for group in groups for subgroup in _split(group, look)]
     if compare:
-        groups = [subgroup for group in groups for subgroup in _split_by_values(group)]
+        groups = [subgroup for group in groups for subgroup in _split_by_values(group, on_progress)]
     key = lined_up_first(header.path for header in headers)
     copies: set[Header] = set()
     for group in groups:
@@ -57,6 +61,7 @@ def without_copies(headers: Sequence[Header], notes: list[str], *, compare: bool
 
 _LOOKED_AT = 64
 _BLOCK = 1 << 20
+_COMPARING = Activity("comparing copies")
 
 
 def _is_copy(header: Header, other: Header) -> bool:
@@ -81,14 +86,14 @@ def _split(headers: list[Header], look: Callable[[Header], object]) -> list[list
     return list(groups.values())
 
 
-def _split_by_values(headers: list[Header]) -> list[list[Header]]:
+def _split_by_values(headers: list[Header], on_progress: Progress | None) -> list[list[Header]]:
     """Group headers by all bytes of their weights; each is compared with the first of a group until they differ."""
     if not _may_hold_copies(headers):
         return [headers]
     groups: list[list[Header]] = []
     for header in headers:
         with _reading(header):
-            group = next((each for each in groups if _have_same_values(each[0], header)), None)
+            group = next((each for each in groups if _have_same_values(each[0], header, on_progress)), None)
         if group is None:
             groups.append(group := [])
         group.append(header)
@@ -175,7 +180,7 @@ def _middles(header: Header) -> object:
     )
 
 
-def _have_same_values(header: Header, other: Header) -> bool:
+def _have_same_values(header: Header, other: Header, on_progress: Progress | None) -> bool:
     """Compare all bytes of weights with equal outlines, block by block in several threads, up to a difference."""
     ours = {each.name: each.chunks for each in _weights(header)}
     # Tied tensors once.
@@ -183,6 +188,8 @@ def _have_same_values(header: Header, other: Header) -> bool:
     stop = threading.Event()
     waiting = HandedOut(pairs, stop)
     differing: list[bool] = []
+    blocks: list[int] = []  # sizes of those that were read; threads add to it
+    tell = counted(on_progress, _COMPARING, 2 * sum(chunk.extent for a, _ in pairs for chunk in a))
 
     def work() -> None:
         for a, b in waiting:
@@ -191,6 +198,7 @@ def _have_same_values(header: Header, other: Header) -> bool:
                 nbytes = min(_BLOCK, extent - start)
                 if stop.is_set():
                     return
+                blocks.append(2 * nbytes)
                 if _read(files, a, start, nbytes) != _read(files, b, start, nbytes):
                     differing.append(True)
                     stop.set()
@@ -198,7 +206,9 @@ def _have_same_values(header: Header, other: Header) -> bool:
 
     with OpenFiles() as files:
         files.open_all(chunk.storage.path for pair in pairs for chunks in pair for chunk in chunks)
-        in_threads(work, None, stop)
+        in_threads(work, None, stop, on_tick=None if tell is None else lambda: tell(sum(blocks)))
+    if on_progress is not None and differing:
+        on_progress(_COMPARING, sum(blocks), sum(blocks))  # nothing else has to be read
     return not differing
 
 

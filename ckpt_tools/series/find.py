@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.steps import named_positions, stored_positions, telling_names
+from ..compute.progress import Progress
 from ..errors import SeriesError, unknown_word
 from ..formats.header import Header
 from ..storage.source import LOCAL, store_of
@@ -53,6 +54,7 @@ def find_series(
     state: str | Sequence[str] = "auto",
     start: Path | None = None,
     dry_run: bool = False,
+    on_progress: Progress | None = None,
     **selection: Any,
 ) -> Series:
     """Find, read, order and select checkpoints; the payload is read only of suspected copies.
@@ -67,6 +69,8 @@ def find_series(
         state: the set of weights that will be asked for.
         start: a checkpoint from before the series, which is not in it, unless it is alone.
         dry_run: read a few bytes of suspected copies, and say that they look like copies.
+        on_progress: called with (what is done, how much of it so far, all of it): headers that are read, and bytes of
+            suspected copies.
         selection: see `ckpt_tools.series.selection.Choice`.
 
     Raises:
@@ -83,12 +87,13 @@ def find_series(
     found = there.paths
     if start is not None:
         found = [path for path in found if path.resolve() != start.resolve()] or found
-    headers, broken = usable(found, there.empty, state, skip_broken=skip_broken)
+    headers, broken = usable(found, there.empty, state, skip_broken=skip_broken, on_progress=on_progress)
     skipped = [*excluded(there), *broken]
     notes.extend(notes_of(skipped))
     ours = set() if include_outputs else _outputs(headers, notes)
     given = tuple(path for path in found if path not in ours)
-    headers = without_copies([header for header in headers if header.path not in ours], notes, compare=not dry_run)
+    headers = [header for header in headers if header.path not in ours]
+    headers = without_copies(headers, notes, compare=not dry_run, on_progress=on_progress)
     _refuse_exports_among_others(headers)
     if not include_outputs:
         headers = _without_averages(headers, {as_path(each) for each in paths}, notes)

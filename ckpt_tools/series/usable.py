@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ..checkpoints.layouts import states
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
+from ..compute.progress import HEADERS, Progress, counted
 from ..compute.threads import HandedOut, in_threads
 from ..errors import CkptError, CorruptError, LayoutError, NotACheckpointError, SeriesError, UnsupportedError
 from ..formats import read_header
@@ -57,9 +58,10 @@ class Skipped:
         return f"{self.path} ({self.reason})"
 
 
-def read_headers(paths: Sequence[Path]) -> list[Header | CkptError]:
+def read_headers(paths: Sequence[Path], on_progress: Progress | None = None) -> list[Header | CkptError]:
     """Read the headers of checkpoints in threads; for one that cannot be read, the error."""
     found: dict[int, Header | CkptError] = {}
+    tell = counted(on_progress, HEADERS, len(paths))
 
     def read(i: int) -> None:
         try:
@@ -78,12 +80,19 @@ def read_headers(paths: Sequence[Path]) -> list[Header | CkptError]:
             for i in rest:
                 read(i)
 
-        in_threads(work, None, stop)
+        in_threads(work, None, stop, on_tick=None if tell is None else lambda: tell(len(found)))
+    elif tell is not None:
+        tell(len(paths))
     return [found[i] for i in range(len(paths))]
 
 
 def usable(
-    paths: Sequence[Path], empty: Sequence[Path], state: str | Sequence[str], *, skip_broken: bool
+    paths: Sequence[Path],
+    empty: Sequence[Path],
+    state: str | Sequence[str],
+    *,
+    skip_broken: bool,
+    on_progress: Progress | None = None,
 ) -> tuple[list[Header], list[Skipped]]:
     """Read the headers of a series.
 
@@ -92,6 +101,7 @@ def usable(
         empty: folders that should be checkpoints, as the others are, and hold no weights.
         state: the set of weights that is asked for, or several for the parts of a model.
         skip_broken: leave out what is not usable.
+        on_progress: called with (what is done, files read, files in all).
 
     Returns:
         (the headers; what is left out)
@@ -99,7 +109,7 @@ def usable(
     Raises:
         CkptError: something is not usable, or nothing is left.
     """
-    headers, errors = sorted_out(paths, empty, [state] if isinstance(state, str) else state)
+    headers, errors = sorted_out(paths, empty, [state] if isinstance(state, str) else state, on_progress)
     if not errors:
         return headers, []
     if not (skip_broken and headers):
@@ -108,10 +118,13 @@ def usable(
 
 
 def sorted_out(
-    paths: Sequence[Path], empty: Sequence[Path], state: Sequence[str] = ("auto",)
+    paths: Sequence[Path],
+    empty: Sequence[Path],
+    state: Sequence[str] = ("auto",),
+    on_progress: Progress | None = None,
 ) -> tuple[list[Header], dict[Path, CkptError]]:
     """Return the headers of what is usable, and the error of what is not; see `usable`."""
-    read = read_headers(paths)
+    read = read_headers(paths, on_progress)
     headers = [each for each in read if isinstance(each, Header)]
     errors = {path: each for path, each in zip(paths, read, strict=True) if isinstance(each, CkptError)}
     errors |= _without_weights(headers, state)

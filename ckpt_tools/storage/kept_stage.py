@@ -17,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,12 +237,13 @@ class Stage:
             ) from error
         return {line[1]: line[2] for line in lines if line[0] == step and len(line) == 3}
 
-    def place(self, names: Sequence[str] | None, *, force: bool) -> None:
+    def place(self, names: Sequence[str] | None, *, force: bool, on_sync: Callable[[int], None]) -> None:
         """Put the files, which are complete, in the place of the target, and remove the stage.
 
         Args:
             names: as given to `opened`; None if the target is one file.
             force: replace an existing target.
+            on_sync: see `staged_files`.
 
         Raises:
             WriteError: the system refuses; the stage is as it was.
@@ -257,7 +258,7 @@ class Stage:
             with suppress(OSError):
                 self.begin(job)
 
-        place_files(self.target, names, whole, force=force, before=leave, failed=stay)
+        place_files(self.target, names, whole, force=force, before=leave, failed=stay, on_sync=on_sync)
         with suppress(OSError):
             remove(self.path)
 

@@ -11,7 +11,7 @@ import hashlib
 import io
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -413,8 +413,11 @@ def read_file(path: Path) -> tuple[bytes, Stamp]:
         return file.read(0, file.stamp.nbytes), file.stamp
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, on_read: Callable[[int], None] | None = None) -> str:
     """Return the SHA-256 of a file, in hexadecimal digits.
+
+    Args:
+        on_read: called with the bytes of each block.
 
     Raises:
         ReadError: it cannot be read.
@@ -424,6 +427,8 @@ def sha256(path: Path) -> str:
         while got := read_some(file.source, memoryview(block), at, path):
             digest.update(memoryview(block)[:got])
             at += got
+            if on_read is not None:
+                on_read(got)
     return digest.hexdigest()
 
 

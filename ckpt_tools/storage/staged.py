@@ -35,6 +35,7 @@ def staged_files(
     force: bool = False,
     internal: bool = False,
     drop_cache: bool = False,
+    on_sync: Callable[[int], None] = lambda _: None,
 ) -> Iterator[list[int]]:
     """Create files, and put them in the place of the target when the block ends without an exception.
 
@@ -47,6 +48,7 @@ def staged_files(
         force: replace an existing target.
         internal: it is for the job alone, and no output.
         drop_cache: let the system drop the pages of the files when they are on the disk.
+        on_sync: called with the number of files that are on the disk, of those to wait for: first with 0.
 
     Yields:
         A descriptor of each file, for reading and writing.
@@ -64,7 +66,8 @@ def staged_files(
                 f"{target}: cannot be written ({error.strerror}). Choose another place with `out`."
             ) from error
         yield stage.fds
-        _place(stage, force=force, internal=internal, before=stage.drop if drop_cache else lambda: None)
+        before = stage.drop if drop_cache else lambda: None
+        _place(stage, force=force, internal=internal, before=before, on_sync=on_sync)
     finally:
         stage.clear()
 
@@ -77,6 +80,7 @@ def place_files(
     force: bool,
     before: Callable[[], None],
     failed: Callable[[], None],
+    on_sync: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Put files that are complete in the place of a target, as `staged_files` does.
 
@@ -85,6 +89,7 @@ def place_files(
         path: of the file or folder, on the same disk.
         before: called when the files are on the disk, before anything is renamed.
         failed: called if they stay where they were.
+        on_sync: see `staged_files`.
 
     Raises:
         WriteError: the system refuses.
@@ -93,7 +98,7 @@ def place_files(
     stage = _Stage(target)
     try:
         stage.adopt(names, path)
-        _place(stage, force=force, before=before)
+        _place(stage, force=force, before=before, on_sync=on_sync)
     except OSError as error:
         raise _not_placed(target, error) from error
     finally:
@@ -104,9 +109,16 @@ def place_files(
             failed()
 
 
-def _place(stage: _Stage, *, force: bool, internal: bool = False, before: Callable[[], None] = lambda: None) -> None:
+def _place(
+    stage: _Stage,
+    *,
+    force: bool,
+    before: Callable[[], None],
+    on_sync: Callable[[int], None],
+    internal: bool = False,
+) -> None:
     try:
-        stage.sync()
+        stage.sync(on_sync)
         before()
         stage.place(force)
         stage.settle()
@@ -218,10 +230,12 @@ class _Stage:
         inner = {self._stage / name: None for each in self._names for name in [*PurePath(each).parents][-2::-1]}
         return [*inner, self._stage]
 
-    def sync(self) -> None:
-        """Wait until the content of all files is on the disk."""
-        for fd in self.fds:
+    def sync(self, on_sync: Callable[[int], None]) -> None:
+        """Wait until the content of all files is on the disk; see `staged_files`."""
+        on_sync(0)
+        for done, fd in enumerate(self.fds, 1):
             os.fsync(fd)
+            on_sync(done)
 
     def drop(self) -> None:
         """Let the system drop the pages of all files from memory."""

@@ -145,8 +145,8 @@ def test_pass_p_has_stored_statistics_in_the_first_p_layers_but_one_and_those_of
     calls: list[tuple[str, int, int | None]] = []
     recalibrate_bn(model, list(map(torch.tensor, batches)), passes=passes, on_progress=lambda *each: calls.append(each))
     told = [f"measuring, pass {number} of {passes}" if passes > 1 else "measuring" for number in range(1, 4)]
-    first = [(told[0], done, None) for done in (6, 15, 19)]
-    later = [(what, done, 19) for what in told[1:passes] for done in (6, 15, 19)]
+    first = [(told[0], done, None) for done in (0, 6, 15, 19)]
+    later = [(what, done, 19) for what in told[1:passes] for done in (0, 6, 15, 19)]
     assert calls == [*first, (told[0], 19, 19), *later]  # when all layers are exact, there is nothing more to measure
     for bn, (mean, variance) in zip(model.bns, stored, strict=True):
         np.testing.assert_allclose(bn.running_mean.numpy(), mean, rtol=1e-9, atol=1e-12)

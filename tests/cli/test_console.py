@@ -8,7 +8,6 @@ import os
 import pty
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -99,75 +98,6 @@ def test_print_json_writes_strict_json(tmp_path: Path, monkeypatch: pytest.Monke
     assert described["metric"] is None
     assert described["sets"][0]["tensors"][0]["name"] == "\ufffd"
     json.dumps(described, ensure_ascii=False).encode()
-
-
-def test_progress_is_a_plain_line_now_and_then_off_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = iter([0.0, 1.0, 11.0, 12.0, 30.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.counting(None) as show:
-        for done in (1, 2, 3, 4):
-            show("averaging", done * 10**9, 4 * 10**9)
-    captured = capsys.readouterr()
-    assert captured.err.splitlines() == [
-        "averaging: 50% of 4 GB, 100 MB/s, 20 seconds left",
-        "averaging: 100% of 4 GB, 103 MB/s",
-    ]
-    assert captured.out == ""
-
-
-@pytest.mark.parametrize("wait", [True, False])
-def test_patience_says_a_line_if_its_time_is_up(wait: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    before = set(threading.enumerate())
-    with console.patience("Still at it", 0 if wait else 3600) as done:
-        (timer,) = set(threading.enumerate()) - before or {threading.main_thread()}
-        if wait and timer is not threading.main_thread():  # it may have ended already
-            timer.join()
-        done()
-    assert capsys.readouterr().err == ("Still at it ...\n" if wait else "")
-
-
-def test_counting_names_the_unit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    now = iter(range(0, 1000, 10))
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
-    with console.counting("images") as show:
-        show("pass 1", 30, 90)
-        show("pass 1", 60, 90)
-        show("pass 2", 7, None)
-        show("writing", 5, 10, unit=None)
-    shown = capsys.readouterr().err.splitlines()
-    assert shown == [
-        "pass 1: 30 of 90 images",
-        "pass 1: 60 of 90 images, 3/s, 10 seconds left",
-        "pass 2: 7 images",
-        "writing: 50% of 10 B",
-    ]
-
-
-@pytest.mark.parametrize("columns", ["50", "90"])
-def test_progress_leaves_nothing_on_a_terminal(columns: str) -> None:
-    script = (
-        "from ckpt_tools.cli import console\n"
-        "with console.counting(None) as p:\n"
-        "    p('averaging', 2 * 10**9, 4 * 10**9)\n"
-        "    p('measuring', 2, 4, unit='images')\n"
-        "console.say('done')\n"
-    )
-    terminal, other_end = pty.openpty()
-    shown = b""
-    with subprocess.Popen(
-        [sys.executable, "-c", script], env=environment(COLUMNS=columns, TERM="xterm"), stderr=other_end
-    ):
-        os.close(other_end)
-        with suppress(OSError):
-            while block := os.read(terminal, 65536):
-                shown += block
-    os.close(terminal)
-    assert shown.decode().rstrip().endswith("done")
-    assert (b"averaging" in shown) == (columns == "90")
-    assert (b"2.0/4.0 GB" in shown) == (columns == "90")
-    assert (b"images" in shown) == (columns == "90")
 
 
 def shell(line: str, folder: Path, **extra: str) -> subprocess.CompletedProcess[str]:

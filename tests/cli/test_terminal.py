@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -128,8 +128,19 @@ def test_verbose_says_what_is_decided_and_how_long_it_takes(pair: list[Path]) ->
     usual, verbose = run("avg", *pair), run("-v", "avg", *pair, "--force")
     assert "0.500000" not in usual.err
     assert verbose.err.count("0.500000") == 2
-    assert "Planned in " in verbose.err
-    assert "Planned in " not in usual.err
+    (took,) = re.findall(r"^Took .* s: (.*)\.$", verbose.err, re.MULTILINE)
+    assert [part.rpartition(" ")[0].rpartition(" ")[0] for part in took.split(", ")] == [
+        "planning", "reading headers", "other work", "averaging", "syncing to disk",
+    ]  # fmt: skip
+    assert "Took " not in usual.err
+
+
+@pytest.mark.parametrize("command", [["look"], ["diff"], ["inspect"], ["verify"]])
+def test_verbose_says_how_long_the_steps_of_a_command_without_an_output_take(
+    command: list[str], pair: list[Path]
+) -> None:
+    assert re.search(r"^Took \d+\.\d\d s: planning ", run("-v", *command, *pair).err, re.MULTILINE)
+    assert "Took " not in run(*command, *pair).err
 
 
 def test_colours_are_for_terminals_that_want_them(pair: list[Path]) -> None:
@@ -224,20 +235,3 @@ def test_a_mark_on_a_letter_takes_no_column(sign: str) -> None:
     table.add(f"a{sign}", "1")
     table.add("abcd", "2")
     assert table.lines(None, stream())[1:] == [f"a{sign}     1", "abcd  2"]
-
-
-def test_a_line_moves_on_a_terminal_until_the_first_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = stream(_Terminal)
-    monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
-    with console.patience("Loading torch"):
-        while b"Loading torch" not in shown.buffer.getvalue():  # type: ignore[attr-defined]
-            time.sleep(0.02)
-        console.say("The plan.")
-        shown.flush()
-        told = shown.buffer.getvalue()  # type: ignore[attr-defined]
-        time.sleep(0.3)
-    assert told.decode().endswith("\r\x1b[KThe plan.\n")
-    assert shown.buffer.getvalue().startswith(told)  # type: ignore[attr-defined]
-    assert b"Loading" not in shown.buffer.getvalue()[len(told) :]  # type: ignore[attr-defined]

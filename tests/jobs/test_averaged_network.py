@@ -126,8 +126,9 @@ def loud():
 """
 
 
-def stop(*_: Any) -> None:
-    raise KeyboardInterrupt("stop")
+def stop(what: Any, *_: Any) -> None:
+    if what.unit == "images":
+        raise KeyboardInterrupt("stop")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def stop(*_: Any) -> None:
         ("broken", {}, CkptError, "the disk is gone"),
         ("infinite", {}, CkptError, "NaN or infinity"),
         ("loud", {"eval_data": "photos", "require_gain": True}, NumericsError, "nothing was written"),
-        ("loud", {"on_images": stop}, KeyboardInterrupt, "stop"),
+        ("loud", {"on_progress": stop}, KeyboardInterrupt, "stop"),
         ("gone", {}, UsageError, "^`recal_bn='code.py:gone'`: code.py has no 'gone'"),
         ("loud", {"recal_bn": "phtos"}, CkptError, "^`recal_bn='phtos'`: no such folder"),
         ("loud", {"model_kwargs": {"num_classes": 4}}, CkptError, "do not fit"),

@@ -128,9 +128,9 @@ def test_fixres_helps_at_another_size_and_keeps_every_other_byte(averaged: Path,
     scratch.mkdir()
     seen: set[str] = set()
 
-    def look(what: str, done: int, total: int | None) -> None:
+    def look(what: Any, done: int, total: int | None) -> None:
         seen.add(what)
-        assert total == 300
+        assert total == 300 or what.unit != "images"
         assert not [*scratch.iterdir()]
 
     report = tune(averaged, eval_data=VAL, lr=0.05, epochs=10, scratch=scratch, on_progress=look, require_gain=True)

@@ -262,7 +262,6 @@ def test_average_shows_a_flat_signature_with_the_options_of_every_rule() -> None
     }  # fmt: skip
     expected |= {option.name: option.default for group in (Network, Measuring, Numerics) for option in group.options()}
     expected |= {option.name: option.default for option in Images.options() if option.name != "data"}
-    expected |= {"on_images": None}
     assert defaults == expected | {"paths": inspect.Parameter.empty}
     assert all(f"\n        {name}: " in (average.__doc__ or "") for name in defaults)
     with pytest.raises(TypeError, match=r"average\(\) got an unexpected keyword argument 'mod'"):

@@ -297,7 +297,7 @@ def serve(good: Path, work: Path, files: list[tuple[str, str, bool]], *, every: 
 
     gc.collect()
     gc.freeze()
-    time.sleep(0.05)  # a timer of `patience` may still be ending
+    time.sleep(0.05)  # a timer of the progress may still be ending
     while files:
         reading, writing = os.pipe()
         child = os.fork()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...checkpoints.open import Checkpoint
+from ...compute.progress import Activity, counted
 from ...errors import CkptError, DataError, UsageError
 from ...evaluation.evaluators import Command, Evaluator, Function, Scores, scored_together
 from ...series.find import find_series
@@ -29,6 +30,8 @@ from ..sweep.options import Evaluation, given_of
 from ..sweep.verdict import Comparison, compared, in_words, intervals
 from .options import GROUPS, EvaluatedImages, Evaluating, ScoreTable, Scoring
 from .report import Evaluated, EvaluationReport
+
+_EVALUATING = Activity("evaluating", "checkpoints")
 
 
 @takes(*GROUPS)
@@ -60,7 +63,7 @@ def evaluate(
     own = Evaluation(**vars(scoring))
     way = _check(own, weights, which, images, running)
     given = [paths] if isinstance(paths, (str, Path)) else [*paths]
-    series = find_series(given, order="given", include_outputs=True)
+    series = find_series(given, order="given", include_outputs=True, on_progress=running.on_progress)
     names = short_names([member.path for member in series.members])
     rows = [_row(member, name) for member, name in zip(series.members, names, strict=True)]
     if way != "data" and not own.in_memory:
@@ -72,7 +75,8 @@ def evaluate(
 
     def progress(what: str, done: int, total: int | None) -> None:
         if running.on_progress is not None:
-            running.on_progress(f"{at[-1]}: {what}" if at else what, done, total)
+            work = what if isinstance(what, Activity) else Activity(what, "images")
+            running.on_progress(Activity(f"{at[-1]}: {work}", work.unit, step=work.step) if at else work, done, total)
 
     with ExitStack() as stack:
         if way == "data":
@@ -102,6 +106,7 @@ def evaluate(
 
         all_scores: dict[str, Scores] = {}
         aim: Aim | None = None
+        tell = counted(None if way == "data" else running.on_progress, _EVALUATING, len(rows))
         for done, (i, (scores, error, seconds)) in enumerate(
             scored_together(range(len(rows)), score, own.jobs, evaluator.end), 1
         ):
@@ -115,6 +120,8 @@ def evaluate(
             rows[i] = replace(rows[i], metrics=metrics, error=error, seconds=seconds)
             if running.on_result is not None:
                 running.on_result(rows[i], done, len(rows))
+            if tell is not None:
+                tell(done)
         if aim is None:
             raise DataError(f"no checkpoint could be scored; {rows[0].name}: {rows[0].error}")
         report = _judged(plan, rows, all_scores, aim, images.seed)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...batchnorm.report import BatchNormReport
 from ...checkpoints.open import Checkpoint
-from ...compute.progress import Progress
+from ...compute.progress import TORCH, Progress, uncounted
 from ...evaluation.evaluators import Command, Evaluator, Function
 from ..options import Network, Numerics, Statistics
 from .options import Evaluation, Honesty, Sweeping, SweptImages
@@ -89,7 +89,8 @@ def _classifier(
     example: Checkpoint,
     on_progress: Progress,
 ) -> Iterator[Evaluators]:
-    from ..classifiers import opened_classifiers
+    with uncounted(on_progress, TORCH):
+        from ..classifiers import opened_classifiers
 
     given = {"eval_data": eval_data, "test": honesty.test}
     labelled = {option: source for option, source in given.items() if source is not None}

@@ -13,7 +13,7 @@ from ...series.usable import Skipped
 from ...storage.staged import write_file
 from ..look import LookReport, Position, look
 from ..options import Matching
-from .options import Order
+from .options import Order, Sweeping
 from .results import digest, files_of
 
 _KEPT = "look.json"
@@ -25,7 +25,7 @@ def geometry_of(
     paths: Sequence[str | Path],
     order: Order,
     matching: Matching,
-    threads: int | None,
+    running: Sweeping,
 ) -> LookReport | str:
     """Return the geometry of a series, or why it cannot be measured.
 
@@ -51,7 +51,7 @@ def geometry_of(
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     try:
-        found = look(paths, **options, threads=threads)
+        found = look(paths, **options, threads=running.threads, on_progress=running.on_progress)
     except CkptError as error:  # a sweep without it is better than none
         return str(error)
     write_file(kept, json.dumps({"key": key, "report": found.to_dict()}).encode(), force=True, internal=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,7 @@ def sweep(
         exclude=order.exclude,
         skip_broken=order.skip_broken,
         state=matching.state,
+        on_progress=running.on_progress,
     )
     if len(series.members) < 2:
         raise SeriesError(f"{series.members[0].path} is one checkpoint alone. Give a series of two or more.")
@@ -124,7 +126,7 @@ def sweep(
     made = {**given_of(matching), **({} if dtype is None else {"dtype": dtype.name})}
     with alone_in(folder), opened(evaluation, honesty, which, images, running, example, show) as evaluators:
         scoring = Scoring(
-            make=lambda some, places: maker.make(some, places, lambda done, total: show("averaging", done, total)),
+            make=partial(maker.make, on_progress=running.on_progress),
             nbytes=maker.bytes_moved(found[:1])[1],
             suffix=maker.suffix,
             made={name: repr(value) for name, value in made.items()},
@@ -139,8 +141,9 @@ def sweep(
             jobs=evaluation.jobs,
             planned=plan.evaluations,
             on_result=running.on_result,
+            on_progress=running.on_progress if evaluation.eval_data is None else None,
         )
-        geometry = geometry_of(folder, series.members, given, order, matching, running.threads)
+        geometry = geometry_of(folder, series.members, given, order, matching, running)
         scoring.clear(found)
         scoring.scores(found)
         notes = [*grid.search(scoring), *grid.soup(scoring, maker), *scoring.keep_best()]
@@ -238,10 +241,13 @@ def _write_best(
         if evaluators.recalibrates:
             from ..averaged_network import measured, opened_network
 
-            network = stack.enter_context(opened_network(example.header, example.state, recalibration, running.device))
+            device, tell = running.device, running.on_progress
+            state = example.state
+            network = stack.enter_context(opened_network(example.header, state, recalibration, device, tell))
             scratch = stack.enter_context(scratch_file(grows_at(target.path)))
-            found = measured(network, tensors, scratch, stamps, network.planned(target), running.on_progress, **options)
+            planned_ = network.planned(target)
+            found = measured(network, tensors, scratch, stamps, planned_, on_progress=tell, **options)
             tensors, stamps = found.tensors, [*stamps, *found.stamps]
             evidence["recalibrated"] = provided(network.record(found.report))
         (assembly,) = maker.planned([best], [target.path], evidence, lambda _, name: tensors[name])
-        write(assembly, stamps, force=output.force, **options)
+        write(assembly, stamps, force=output.force, on_progress=running.on_progress, **options)

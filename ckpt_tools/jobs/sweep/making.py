@@ -9,6 +9,7 @@ from typing import Any
 
 from ...checkpoints.layouts import StateDict
 from ...compute.gpu import devices
+from ...compute.progress import Progress
 from ...formats.file_plan import OutTensor
 from ...formats.format import Writing
 from ...formats.sharded import parse_size
@@ -95,7 +96,8 @@ class Maker:
         self,
         candidates: Sequence[Candidate],
         paths: Sequence[Path],
-        on_progress: Callable[[int, int], None] | None = None,
+        *,
+        on_progress: Progress | None = None,
     ) -> None:
         """Write candidates, reading each input once.
 
@@ -104,7 +106,6 @@ class Maker:
         """
         assemblies = self.planned(candidates, paths)
         read = max(each.bytes_read for each in assemblies)
-        total = read + sum(each.nbytes for each in assemblies)
         size = self.running.gpu_memory
         write_all(
             assemblies,
@@ -115,7 +116,8 @@ class Maker:
             devices=devices.choose(self.running.device, read),
             gpu_memory=devices.GPU_MEMORY if size is None else parse_size(size, "gpu_memory"),
             **manners(self.running),
-            on_progress=None if on_progress is None else lambda nbytes: on_progress(nbytes, total),
+            doing="averaging",
+            on_progress=on_progress,
         )
 
     def bytes_moved(self, candidates: Sequence[Candidate], at_once: int = CANDIDATES_PER_READ) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ...compute.progress import Activity, Progress, counted
 from ...errors import CkptError, DataError, UsageError, WriteError
 from ...evaluation.evaluators import Evaluator, Scores, scored_together
 from ...series.candidates import Candidate, joined
@@ -21,6 +22,7 @@ from .results import Result, Results, key_of
 from .scratch import Scratch
 from .verdict import split_samples
 
+_EVALUATING = Activity("evaluating", "candidates")
 Make = Callable[[Sequence[Candidate], Sequence[Path]], None]
 
 
@@ -43,6 +45,7 @@ class Scoring:
         jobs: evaluations at a time.
         planned: evaluations of the sweep, at most.
         on_result: called after each with (result, number done, number in all).
+        on_progress: told of evaluations; None if these tell of their own progress.
         found: candidates that are no other one again, with their results; with values of samples of the metric that
             decides, alone.
         reused: results known from before.
@@ -63,6 +66,7 @@ class Scoring:
     jobs: int = 1
     planned: int = 0
     on_result: Callable[[Result, int, int], None] | None = None
+    on_progress: Progress | None = None
     aim: Aim | None = None
     found: dict[Candidate, Result] = field(default_factory=dict)
     reused: int = 0
@@ -198,8 +202,12 @@ class Scoring:
             for candidate, reason in failed.items():
                 self._done(candidate, self._unscored(candidate, reason))
             rest = [each for each in candidates if each not in failed]
-            for candidate, result in scored_together(rest, self._result, self.jobs, self.evaluator.end):
+            tell = counted(self.on_progress, _EVALUATING, len(rest))
+            results = scored_together(rest, self._result, self.jobs, self.evaluator.end)
+            for done, (candidate, result) in enumerate(results, 1):
                 self._done(candidate, result)
+                if tell is not None:
+                    tell(done)
         finally:
             best = self.ranking()[: self.keep]
             self.scratch.remove(*(self.path(each) for each in candidates if each not in best))

@@ -15,6 +15,7 @@ from ...batchnorm.processes import started_by_torchrun
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...compute.payload import torch_dtype
+from ...compute.progress import IMAGES, LOADING, uncounted
 from ...errors import ModelError, NumericsError, UsageError, unknown_word
 from ...evaluation.data import is_factory
 from ...evaluation.models import build_model, importable, load_weights, pick_device
@@ -83,9 +84,11 @@ def tune_checkpoint(
     scratch = Path(tempfile.gettempdir() if training.scratch is None else training.scratch).expanduser()
     sources = [images.data, images.eval_data, teaching.teacher]
     with importable(which.model, *(each for each in sources if each is not None and is_factory(each))):
-        network = build_model(which.model, header, which.model_kwargs or {}, checkpoint.specs)
-        loaded = load_weights(network, checkpoint)
-        setting = open_setting(network, header, device, which, images, training, teaching, numerics)
+        with uncounted(running.on_progress, LOADING):
+            network = build_model(which.model, header, which.model_kwargs or {}, checkpoint.specs)
+            loaded = load_weights(network, checkpoint)
+        with uncounted(running.on_progress, IMAGES):
+            setting = open_setting(network, header, device, which, images, training, teaching, numerics)
         report = _planned(setting, checkpoint, source, target, images, training, teaching, recipe, loaded.notes)
 
         def lay_out(changed: Mapping[str, OutTensor], settings: Mapping[str, Any]) -> Assembly:
@@ -111,7 +114,8 @@ def tune_checkpoint(
                 _check_gain(done)
             changed = _changed(setting, loaded.names, checkpoint.specs)
             done = replace(done, notes=(*done.notes, *_rounded_away(setting, loaded.names, checkpoint)))
-            write(lay_out(changed, report.settings), header.files, force=output.force)
+            final = lay_out(changed, report.settings)
+            write(final, header.files, force=output.force, on_progress=running.on_progress)
             return done
 
         return run(replace(report, dropped=plan.dropped), running, check=check, work=work)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ...batchnorm.batches import images_of
-from ...compute.progress import Progress
+from ...compute.progress import Activity, Progress
 from ...errors import ModelError
 from ...evaluation.data import Batches
 from ...evaluation.evaluators import Scores
@@ -109,12 +109,14 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
     module = setting.network if head is None else head.module
 
     def show(number: int, done: int) -> None:
-        progress(f"training, epoch {number + 1} of {recipe.epochs}", done, data.images)
+        name = f"training, epoch {number + 1} of {recipe.epochs}"
+        progress(Activity(name, "images", step="training"), done, data.images)
 
     def examples(batches: Iterable[Any]) -> Iterator[Example]:
         return _images(setting, batches) if head is None else _features(setting, head, batches)
 
     def anew(number: int) -> Iterator[Example]:
+        show(number, 0)
         yield from examples(data.trained.reordered(recipe.seed + number) if number else data.trained)
 
     training = partial(fit, setting.parameters, partial(_through, setting, module), recipe=recipe, on_batch=show)
@@ -122,11 +124,14 @@ def train(setting: Setting, recipe: Recipe, scratch: Path, progress: Progress) -
         if not setting.rows:
             return training(anew, data.steps)
         with mapped(scratch, data.images, setting.rows) as (inputs, *logits):
-            seen = _counted(data.measured, "computing features", progress)
+            seen = _counted(data.measured, Activity("computing features", "images"), progress)
             features = stored(examples(seen), inputs, logits[0] if logits else None)
-            return training(
-                lambda number: _on(setting.device, features.epoch(number, recipe.seed)), len(features.sizes)
-            )
+
+            def stored_again(number: int) -> Iterator[Example]:
+                show(number, 0)
+                yield from _on(setting.device, features.epoch(number, recipe.seed))
+
+            return training(stored_again, len(features.sizes))
 
 
 def _through(setting: Setting, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
@@ -197,12 +202,13 @@ def _trainable(setting: Setting) -> Iterator[None]:
                 buffer.copy_(copy)
 
 
-def _counted(batches: Batches, what: str, progress: Progress) -> Iterator[Any]:
+def _counted(batches: Batches, work: Activity, progress: Progress) -> Iterator[Any]:
     done = 0
+    progress(work, 0, batches.images)
     for batch in batches:
         yield batch
         done += len(images_of(batch))
-        progress(what, done, batches.images)
+        progress(work, done, batches.images)
 
 
 def _blocks(setting: Setting) -> Any:

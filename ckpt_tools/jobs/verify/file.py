@@ -7,9 +7,12 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...compute.hashes import file_hashes
+from ...compute.progress import TORCH, Activity, Progress, counted, uncounted
 from ...errors import CkptError, SeriesError, UsageError
 from ...formats.header import Header
 from ...formats.json_file import read_small
@@ -20,7 +23,7 @@ from ...formats.torch_zip import TORCH_ZIP
 from ...formats.tree import tensors_in
 from ...formats.zip_check import archives, check
 from ...series.shards import refuse_part
-from ...storage.source import LOCAL, sha256, store_of
+from ...storage.source import LOCAL, store_of
 from ...tensors import TensorSpec, UnsupportedTensor
 from ..checksums import Checksum, read_checksums
 from ..options import Reading, Verification
@@ -51,12 +54,17 @@ def structure(header: Header) -> Check:
     return Check("structure", OK, f"{header.format.name}, {_plural(n, 'tensor')}{more}")
 
 
-def zip_checksums(header: Header) -> Check:
+def zip_checksums(header: Header, on_progress: Progress | None = None) -> Check:
     """Check the zip archives of a checkpoint."""
     name, checked, without, found = "crc32", 0, 0, 0
     try:
-        for place in archives(header):
-            records = check(place)
+        places = [*archives(header)]
+        total = sum(place.nbytes for place in places)
+        tell = counted(on_progress if places else None, Activity("checking crc32"), total) or (lambda _: None)
+        before = 0
+        for place in places:
+            records = check(place, partial(_told_after, tell, before))
+            before += place.nbytes
             if records.fault is not None:
                 return Check(name, FAILED, records.fault)
             found, checked, without = found + 1, checked + records.checked, without + records.without
@@ -67,6 +75,10 @@ def zip_checksums(header: Header) -> Check:
     if without:
         return Check(name, NOT_CHECKED, f"{without} of {_plural(checked + without, 'record')} have no CRC-32")
     return Check(name, OK, f"{_plural(checked, 'record')}, and every byte around them")
+
+
+def _told_after(tell: Callable[[int], None], before: int, nbytes: int) -> None:
+    tell(before + nbytes)
 
 
 def tensors(header: Header, asked: Verification, running: Reading) -> Iterator[Check]:
@@ -134,11 +146,11 @@ def part_of(header: Header) -> str:
 
 
 def _digests(specs: list[TensorSpec], header: Header, running: Reading, *, hashed: bool) -> list[Digest]:
-    from ...compute.digest import digests  # imports torch
+    with uncounted(running.on_progress, TORCH):
+        from ...compute.digest import digests
 
-    show, total = running.on_progress, sum(spec.nbytes for spec in specs)
-    on_bytes = None if show is None else lambda nbytes: show("verifying", nbytes, total)
-    return digests(specs, hashed=hashed, stamps=header.files, threads=running.threads, on_progress=on_bytes)
+    tell = counted(running.on_progress, Activity("verifying"), sum(spec.nbytes for spec in specs))
+    return digests(specs, hashed=hashed, stamps=header.files, threads=running.threads, on_progress=tell)
 
 
 def loads(header: Header) -> Check:
@@ -225,11 +237,12 @@ def _open_safetensors(path: Path, header: Header) -> str | None:
     return None
 
 
-def digest(header: Header, expected: str) -> Check:
+def digest(header: Header, expected: str, on_progress: Progress | None) -> Check:
     """Check the SHA-256 of whole files.
 
     Args:
         expected: 64 hexadecimal digits, or a file with lines as `sha256sum` writes them.
+        on_progress: called with (what is done, bytes hashed, bytes in all).
 
     Raises:
         UsageError: digits for several files, or no list.
@@ -250,7 +263,8 @@ def digest(header: Header, expected: str) -> Check:
     if header.in_folder:  # what else of the folder is listed: a tokenizer, a configuration
         names |= {name: header.path / name for name in wanted if name not in names and _inside(name, header.path)}
     try:
-        wrong = [name for name, path in names.items() if {sha256(path)} != wanted[name]]
+        found = file_hashes(names.values(), on_progress)
+        wrong = [name for name, path in names.items() if {found[path]} != wanted[name]]
     except CkptError as error:
         return Check("sha256", FAILED, str(error))
     if wrong:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...compute.progress import uncounted
 from ...compute.threads import check_threads
 from ...errors import CkptError, UsageError
 from ...formats import read_header
@@ -91,10 +92,12 @@ def verify(path: str | Path, asked: Verification, running: Reading) -> VerifyRep
 def _checks(header: Header, asked: Verification, running: Reading, share: float, seed: int) -> Iterator[Check]:
     yield file.structure(header)
     if asked.expect_sha256 is not None:
-        yield file.digest(header, asked.expect_sha256)
-    yield file.zip_checksums(header)
+        yield file.digest(header, asked.expect_sha256, running.on_progress)
+    yield file.zip_checksums(header, running.on_progress)
     yield from file.tensors(header, asked, running)
-    yield file.loads(header)
+    with uncounted(running.on_progress, "loading"):
+        loaded = file.loads(header)
+    yield loaded
     yield from origin(header, asked, running, share, seed)
 
 

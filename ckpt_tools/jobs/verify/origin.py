@@ -14,6 +14,7 @@ from typing import Any
 
 from ... import __version__
 from ...checkpoints.layouts import select
+from ...compute.progress import Activity
 from ...errors import CkptError, LayoutError, UnsupportedError
 from ...formats.file_plan import OutTensor
 from ...formats.header import Header
@@ -83,7 +84,7 @@ def origin(header: Header, asked: Verification, running: Reading, share: float, 
     try:
         hashes = share == 1
         given = [] if asked.inputs is None else [asked.inputs]
-        found = look_for(said.inputs, header, given, by_set=said.by_set, hashes=hashes)
+        found = look_for(said.inputs, header, given, by_set=said.by_set, hashes=hashes, on_progress=running.on_progress)
     except CkptError as error:
         yield Check("inputs", FAILED, str(error))
         return
@@ -184,7 +185,7 @@ def _differing(
     from ...compute.recompute import agreements  # imports torch
 
     stamps = [stamp for each in (*inputs, header) for stamp in each.files]
-    show = None if running.on_progress is None else partial(running.on_progress, "verifying its origin")
+    show = None if running.on_progress is None else partial(running.on_progress, Activity("verifying its origin"))
     found = agreements([*pairs], share=share, seed=seed, stamps=stamps, threads=running.threads, on_progress=show)
     differing = [
         (spec, name, each) for ((_, spec), name), each in zip(pairs.items(), found, strict=True) if each.differing

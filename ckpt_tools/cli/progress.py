@@ -1,0 +1,305 @@
+"""Progress: what a job is doing, how far it is, and how long its steps took, as the job tells it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..compute.progress import HEADERS, TORCH, Activity
+from . import console
+
+PLANNING, LOADING, OTHER = "planning", TORCH, "other work"
+"""What a job is doing while it tells nothing: at first, before torch is there, and after its plan."""
+_AT_ONCE = 0.4
+"""Seconds; what is quicker needs no line."""
+_BAR = 16
+"""Columns of a bar."""
+_LINE_EVERY, _LINE_AFTER = 10, 60
+"""Where no line can move: seconds from a line to the next, and until a line tells of what has no count."""
+_PACED = ("bytes", "images")
+"""Units of which so many are done in a second."""
+
+
+class Meter:
+    """What a job is doing.
+
+    Args:
+        idle: what it is doing while it tells nothing.
+        clock: gives the time in seconds.
+
+    Attributes:
+        took: step to seconds, in the order of their beginnings; what is at work is not counted yet.
+    """
+
+    def __init__(self, idle: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.took: dict[str, float] = {}
+        self._clock = clock
+        self._idle = self._step = idle
+        self._since = self._began = clock()
+        # Of the same moment, for another thread reads it: activity, done, total, when it began, done then, when told.
+        self._told: tuple[Activity, int, int | None, float, int, float] = Activity(idle, ""), 1, 1, 0, 0, 0
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        """Take note of how far the job is; see `ckpt_tools.compute.progress.Progress`."""
+        now = self._clock()
+        activity = what if isinstance(what, Activity) else Activity(what)
+        last, before, _, began, first, _ = self._told
+        if activity != last or done < before:
+            began, first = now, done
+        self._count(now, activity.step)
+        self._told = activity, done, total, began, first, now
+        if _ended(done, total):
+            self._count(now, self._idle)
+
+    def idle(self, name: str) -> None:
+        """Say what the job is doing from here on while it tells nothing."""
+        self._idle = name
+        self._count(self._clock(), name)
+
+    def _count(self, now: float, step: str) -> None:
+        """Count the time until now for the step at work, and let another one begin."""
+        if step != self._step:
+            self.took[self._step] = self.took.get(self._step, 0.0) + now - self._since
+            self._step, self._since = step, now
+
+    @property
+    def counts(self) -> bool:
+        """True if what the job is doing has a count."""
+        activity, done, total, *_ = self._told
+        return not _ended(done, total) and _has_count(activity, total)
+
+    @property
+    def name(self) -> str:
+        """What the job is doing."""
+        activity, done, total, *_ = self._told
+        return _named(Activity(self._idle) if _ended(done, total) else activity)
+
+    @property
+    def share(self) -> float | None:
+        """The part of it that is done; None if that is not known."""
+        _, done, total, *_ = self._told
+        return done / total if self.counts and total else None
+
+    def text(self, width: int | None = None) -> str:
+        """Return what the job is doing, how far it is, how fast it goes, and how long it still takes.
+
+        Args:
+            width: columns; less is said in few of them.
+        """
+        activity, done, total, began, first, told = self._told
+        if _ended(done, total):
+            activity, began = Activity(self._idle, ""), self._since
+        now, name = self._clock(), _named(activity)
+        seconds = now - began
+        if not _has_count(activity, total):
+            return _fitting([f"{name}, {_span(seconds)}"], width)
+        rate = (done - first) / (told - began) if told > began else 0.0
+        count = f"{name}: {_count(done, total, activity.unit)}"
+        took, pace, left = f" in {_span(seconds)}", "", ""
+        if rate > 0 and activity.unit in _PACED:
+            pace = f", {console.size(rate) if activity.unit == 'bytes' else f'{rate:.3g}'}/s"
+        if rate > 0 and total is not None:
+            left = f", {_span(max((total - done) / rate - (now - told), 0))} left"
+        return _fitting([count + took + pace + left, count + took + left, count + left, count], width)
+
+    def times(self) -> str:
+        """Return how long the steps took, in words."""
+        now = self._clock()
+        took = {**self.took, self._step: self.took.get(self._step, 0.0) + now - self._since}
+        return f"Took {now - self._began:.2f} s: " + ", ".join(f"{step} {took[step]:.2f} s" for step in took) + "."
+
+
+def _ended(done: int, total: int | None) -> bool:
+    return total is not None and done >= total
+
+
+def _named(activity: Activity) -> str:
+    name = console.visible(activity)
+    return name[:1].upper() + name[1:] if name.startswith(activity.step) else name  # which begins with that of a file
+
+
+def _has_count(activity: Activity, total: int | None) -> bool:
+    return bool(activity.unit) and not (activity.unit == "files" and total == 1)
+
+
+def _count(done: int, total: int | None, unit: str) -> str:
+    if unit == "bytes":
+        return f"{done / total:.0%} of {console.size(total)}" if total else console.size(done)
+    return f"{done}{'' if total is None else f' of {total}'} {unit}"
+
+
+def _span(seconds: float) -> str:
+    """Write a time in one or two units: 12 s, 3 min 20 s."""
+    whole = int(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    if whole < 6000:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _fitting(texts: list[str], width: int | None) -> str:
+    """Return the first text that is not wider than this, or the end of the last, which has the count."""
+    from .tables import width_of
+
+    if width is None:
+        return texts[0]
+    text = next((text for text in texts if width_of(text) <= width), None)
+    if text is None:
+        text = texts[-1]
+        while text and width_of(text) >= width:
+            text = text[1:]
+        text = f"…{text}"
+    return text
+
+
+class Line:
+    """How a person sees the progress of a job; this one shows nothing."""
+
+    def told(self) -> None:
+        """Show what the meter has just been told."""
+
+    def hide(self) -> None:
+        """Show nothing from here on."""
+
+
+class _Moving(Line):
+    """A line on a terminal that is drawn again and again, below the messages."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._turn, name="ckpt-progress", daemon=True)
+        self._thread.start()
+
+    def hide(self) -> None:
+        self._ended.set()
+        with console.writing:
+            console.erase()
+
+    def _turn(self) -> None:
+        spinner = _encodable("⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", "|/-\\")
+        time_left = _AT_ONCE
+        turn = 0
+        while not self._ended.wait(time_left):
+            time_left = 0.1
+            line = self._drawn(spinner[turn % len(spinner)])
+            with console.writing:
+                if not self._ended.is_set():
+                    sys.stderr.write(f"\r{console.encodable(line, sys.stderr)}\x1b[K")
+                    sys.stderr.flush()
+                    console.manner.drawn = True
+            turn += 1
+
+    def _drawn(self, mark: str) -> str:
+        """Return the line, with a bar if there is room for one, too."""
+        from .tables import width_of
+
+        width = console.columns() - 3
+        text, share = self._meter.text(width), self._meter.share
+        if share is None or width_of(text) + _BAR + 1 > width:
+            return f"{mark} {text}"
+        full, empty = [*_encodable("━─", "#-")]
+        length = round(min(share, 1.0) * _BAR)
+        filled = full * length
+        if console.coloured(sys.stderr) and filled:
+            filled = console.painted(filled, "blue")
+        return f"{mark} {filled}{empty * (_BAR - length)} {text}"
+
+
+def _encodable(letters: str, plain: str) -> str:
+    return letters if console.encodable(letters, sys.stderr) == letters else plain
+
+
+class _Lines(Line):
+    """A line now and then, where none can move."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._last = time.monotonic()
+        self._timer = self._started()
+
+    def told(self) -> None:
+        self._timer.cancel()
+        now = time.monotonic()
+        if not self._meter.counts:
+            self._timer = self._started()
+        elif now - self._last >= _LINE_EVERY:
+            self._last = now
+            console.say(self._meter.text())
+
+    def hide(self) -> None:
+        self._timer.cancel()
+
+    def _started(self) -> threading.Timer:
+        timer = threading.Timer(_LINE_AFTER, lambda: console.say(f"{self._meter.name} ..."))
+        timer.daemon = True
+        timer.start()
+        return timer
+
+
+class Shown:
+    """The progress of a job, as it is shown.
+
+    Attributes:
+        meter: what the job is doing.
+        line: shows it.
+    """
+
+    def __init__(self, meter: Meter, line: Line) -> None:
+        self.meter = meter
+        self.line = line
+        self._begun = False
+
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        """Show how far the job is; its `on_progress`."""
+        self.meter.tell(what, done, total)
+        self.line.told()
+
+    def working(self, what: str, done: int, total: int | None) -> None:
+        """Show how far a job is that has no plan to show: its work begins after the headers and torch."""
+        if not self._begun and what not in (HEADERS, TORCH):
+            self._begin()
+        self.tell(what, done, total)
+
+    def idle(self, name: str) -> None:
+        """Say what the job is doing from here on while it tells nothing."""
+        self.meter.idle(name)
+        self.line.told()
+
+    def _begin(self) -> None:
+        """Let signals to stop raise an exception from here on, for what is done must be cleaned up."""
+        self._begun = True
+        self.idle(OTHER)
+        console.clean_up_when_stopped()
+
+    def planned(self, show: Callable[[Any], None]) -> Callable[[Any], None]:
+        """Return the `on_plan` of a job that shows its plan before its work."""
+
+        def show_plan(plan: Any) -> None:
+            self._begin()
+            show(plan)
+
+        return show_plan
+
+
+@contextmanager
+def shown(idle: str) -> Iterator[Shown]:
+    """Show the progress of a job: a line that moves on a terminal, elsewhere a line every ten seconds.
+
+    At the end, `--verbose` says how long each step took.
+
+    Args:
+        idle: what the job is doing while it tells nothing.
+    """
+    meter = Meter(idle)
+    line = Line() if console.manner.quiet else _Moving(meter) if console.redraws(sys.stderr) else _Lines(meter)
+    try:
+        yield Shown(meter, line)
+    finally:
+        line.hide()
+    console.say_more(meter.times())
