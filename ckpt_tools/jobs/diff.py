@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.layouts import StateDict, called, select
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
@@ -37,7 +37,7 @@ class Side:
     Attributes:
         path: the file or folder.
         name: a short name, distinct from the other's where the paths are.
-        state: which weights are compared, such as ``ema (state_dict_ema)``.
+        state: which weights are compared, such as ``ema (state_dict_ema)``, or ``weights`` where there is one set.
         tensors: number of tensors.
         prefixes: wrapper prefixes that are ignored in its names.
     """
@@ -265,7 +265,7 @@ def _select(header: Header, state: str) -> StateDict:
 
 def _side(header: Header, name: str, weights: StateDict, bare: Mapping[str, str]) -> Side:
     wrappers = tuple(prefixes(weights.tensors)) if any(old != new for old, new in bare.items()) else ()
-    return Side(str(header.path), name, weights.label, len(weights.tensors), wrappers)
+    return Side(str(header.path), name, called(header, weights), len(weights.tensors), wrappers)
 
 
 def _remarks(chosen: Sequence[StateDict], names: Sequence[str]) -> Iterator[str]:

@@ -16,11 +16,13 @@ from ..errors import UsageError
 from ..evaluation.classes import ClassOrder, class_order
 from ..evaluation.data import Batches, Loading, check_source, is_factory, open_data
 from ..evaluation.models import input_channels
-from ..evaluation.preprocessing import Preprocessing, resolve_preprocessing
+from ..evaluation.preprocessing import ARGS, OPTION, Preprocessing, resolve_preprocessing
 from ..formats.header import Header
 from .options import Images
 from .outputs import named
 
+_ENLARGED = 1.5
+"""By more, images are hardly enlarged on purpose."""
 _PREPARED = ("img_size", "crop_pct", "interpolation", "mean", "std")
 
 
@@ -65,7 +67,7 @@ class ImageData:
         return self._opened(source, replace(self.loading, images=-1), split or self.images.split, labelled=True)
 
     def _opened(self, source: str, loading: Loading, split: str, *, labelled: bool, augment: bool = False) -> Batches:
-        return open_data(
+        batches = open_data(
             source,
             loading,
             preprocessing=self.config,
@@ -75,6 +77,20 @@ class ImageData:
             order=self.order,
             labelled=labelled,
         )
+        batches.notes += tuple(self._enlarged(batches))
+        return batches
+
+    def _enlarged(self, batches: Batches) -> Iterator[str]:
+        """Yield a warning if images are enlarged to a size that neither an option nor the run asks for."""
+        if batches.first_size is None or (size_from := self.config_from["size"]) in (OPTION, ARGS):
+            return
+        width, height = batches.first_size
+        rows, columns = self.config["input_size"][-2:]
+        if min(rows, columns) > _ENLARGED * min(width, height):
+            yield (
+                f"the first image has {width}x{height} pixels, and is enlarged to {columns}x{rows}, the size in "
+                f"{size_from}. If the network was trained at another size, give `img_size`."
+            )
 
 
 def image_data(

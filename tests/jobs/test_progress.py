@@ -91,7 +91,7 @@ LABELLED = f"{small_network.__file__}:labelled"
             lambda paths, show: ckpt_tools.average(
                 paths, out="o.pth", recal_bn=LABELLED, on_images=show, on_progress=show, **NETWORK
             ),
-            {"averaging", "looking before", "measuring", "looking after", "writing"},
+            {"averaging", "checking before", "measuring", "checking after", "writing"},
         ),
         (
             lambda paths, show: ckpt_tools.recalibrate_checkpoint(

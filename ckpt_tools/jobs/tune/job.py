@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...batchnorm.processes import started_by_torchrun
+from ...checkpoints.layouts import called
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...compute.payload import torch_dtype
@@ -154,7 +155,7 @@ def _planned(
     return TuneReport(
         path=str(source),
         out=str(target.path),
-        state=checkpoint.state.label,
+        state=called(checkpoint.header, checkpoint.state),
         model=setting.name,
         device=str(setting.device),
         data=images.data,
