@@ -248,8 +248,10 @@ def _wrapped(line: str, width: int | None) -> str:
 
 
 def coloured(stream: TextIO) -> bool:
-    """Return True if a stream is a terminal that shows colours, and they are wanted; see no-color.org."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and not _simple_terminal()
+    """Return True if a stream shows colours; for NO_COLOR and FORCE_COLOR see no-color.org and force-color.org."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and not _simple_terminal())
 
 
 def _simple_terminal() -> bool:
