@@ -141,7 +141,8 @@ def _splits(path: Path, files: Iterable[str]) -> Iterator[str]:
     trained, held_out = ([name for name in outer if name.lower() in known] for known in (_TRAINED, _HELD_OUT))
     if trained and held_out:
         listed = " and ".join(f"{name}/" for name in (*trained, *held_out))
-        yield f"it holds {listed}, and all of their images are used. Did you mean {path / trained[0]}?"
+        one, other = path / trained[0], path / held_out[0]
+        yield f"it holds {listed}, and all of their images are used. Did you mean {one} or {other}?"
 
 
 @dataclass(frozen=True, slots=True)

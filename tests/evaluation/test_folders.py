@@ -59,7 +59,8 @@ def test_a_folder_of_splits_is_told_from_a_folder_of_classes(mixed: Path) -> Non
     for name in ("train", "Val"):
         (mixed.parent / "data" / name / "0.png").write_bytes((mixed / "png" / "0.png").read_bytes())
     assert read_folder(mixed.parent / "data").notes == (
-        f"it holds train/ and Val/, and all of their images are used. Did you mean {mixed.parent}/data/train?",
+        f"it holds train/ and Val/, and all of their images are used. "
+        f"Did you mean {mixed.parent}/data/train or {mixed.parent}/data/Val?",
     )
 
 
