@@ -16,14 +16,21 @@ from ..errors import UsageError
 from ..evaluation.classes import ClassOrder, class_order
 from ..evaluation.data import Batches, Loading, check_source, is_factory, open_data
 from ..evaluation.models import input_channels
-from ..evaluation.preprocessing import ARGS, OPTION, Preprocessing, resolve_preprocessing
+from ..evaluation.preprocessing import ARGS, INTERPOLATIONS, OPTION, Preprocessing, fits, resolve_preprocessing
 from ..formats.header import Header
 from .options import Images
 from .outputs import named
 
 _ENLARGED = 1.5
 """By more, images are hardly enlarged on purpose."""
-_PREPARED = ("img_size", "crop_pct", "interpolation", "mean", "std")
+_PREPARED = {
+    "img_size": "must be a whole number from 1 on",
+    "crop_pct": "must be above 0 and at most 2; 1 keeps all of the image",
+    "interpolation": f"must be one of {', '.join(INTERPOLATIONS)}",
+    "mean": "must be finite numbers, one for each channel or one for all",
+    "std": "must be finite numbers above 0, one for each channel or one for all",
+}
+"""The options of a preprocessing, and what is said of one that cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +139,20 @@ def image_data(
 
 
 def check_images(images: Images) -> None:
-    """Refuse impossible numbers before anything is read.
+    """Refuse impossible options before anything is read.
 
     Raises:
-        UsageError: a batch or a subset of less than two images, or less than no workers.
+        UsageError: a batch or a subset of less than two images, less than no workers, or an impossible preprocessing.
     """
     for name, value, least in (("batch_size", images.batch_size, 2), ("workers", images.workers or 0, 0)):
         if type(value) is not int or value < least:
             raise UsageError(f"`{name}={value!r}`: must be a whole number from {least} on.")
     if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
         raise UsageError(f"`images={images.images!r}`: must be 2 or more, or all (-1).")
+    for name, needed in _PREPARED.items():
+        value = getattr(images, name)
+        if value is not None and not fits(name, value):
+            raise UsageError(f"`{name}={value!r}`: {needed}.")
 
 
 def same_data(source: str, other: str) -> bool:

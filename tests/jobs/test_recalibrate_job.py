@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import runpy
 import sys
@@ -540,6 +541,17 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
         ({}, {"out": "x.safetensors"}, UsageError, "stays one"),
         ({}, {"out": "no/x.pth"}, WriteError, "there is no folder"),
         ({}, {"mean": [0.5, 0.5]}, UsageError, "`mean` has 2 numbers"),
+        ({}, {"mean": [0.5, math.inf, 0.5]}, UsageError, r"`mean=\[0.5, inf, 0.5\]`: must be finite numbers, one for"),
+        ({}, {"std": [0.0]}, UsageError, r"`std=\[0.0\]`: must be finite numbers above 0, one for each channel"),
+        ({}, {"img_size": 0}, UsageError, "`img_size=0`: must be a whole number from 1 on"),
+        ({}, {"crop_pct": 0.0}, UsageError, "`crop_pct=0.0`: must be above 0 and at most 2"),
+        ({}, {"crop_pct": math.nan}, UsageError, "`crop_pct=nan`: must be above 0 and at most 2"),
+        (
+            {},
+            {"interpolation": "cubic"},
+            UsageError,
+            "`interpolation='cubic'`: must be one of nearest, bilinear",
+        ),
         ({"fc.weight": torch.zeros(3, 5)}, {}, ModelError, "of another shape"),
         ({"extra": torch.zeros(3)}, {}, ModelError, "1 unexpected"),
         ({"conv1.0.weight": None}, {}, NumericsError, r"batch 1: the input of 'conv1\.1' holds NaN"),

@@ -193,9 +193,8 @@ def _check(images: LabelledImages, training: Training, teaching: Teaching, outpu
     if started_by_torchrun():
         raise UsageError("a tuning runs in one process. Start it without torchrun.")
     check_images(images)
-    for name, value in (("epochs", training.epochs), ("img_size", 1 if images.img_size is None else images.img_size)):
-        if type(value) is not int or value < 1:
-            raise UsageError(f"`{name}={value!r}`: must be a whole number from 1 on.")
+    if type(training.epochs) is not int or training.epochs < 1:
+        raise UsageError(f"`epochs={training.epochs!r}`: must be a whole number from 1 on.")
     for size in images.sizes or ():
         if not math.isfinite(size) or size != int(size) or size < 1:
             raise UsageError(f"`sizes={list(images.sizes or ())}`: must be whole numbers from 1 on.")
