@@ -113,9 +113,10 @@ def _show_statistics(found: BatchNormReport) -> None:
     if far := found.far:
         from ..batchnorm.report import FAR_MEAN, FAR_VARIANCE
 
+        worst = max(far, key=lambda layer: layer.mean_moved)
         console.say(
             f"Warning: the statistics of {console.plural(len(far), 'layer')} moved far (by more than {FAR_MEAN:g} σ or "
-            f"x{FAR_VARIANCE:g}), such as {far[0].name or far[0].class_name}. A wrong size, mean or std of the images "
+            f"x{FAR_VARIANCE:g}), most in {worst.name or worst.class_name}. A wrong size, mean or std of the images "
             "does that, and so do checkpoints that are far apart."
         )
 
