@@ -118,7 +118,8 @@ def _verdict(report: DiffReport) -> str:
     if differing:
         if report.apart is not None and report.apart.distance:
             figures += f"; the distance in all is {_in_all(report.apart)}"
-        figures += "; the largest difference is {:.3g} ({})".format(*report.largest)
+        largest, where = report.largest
+        figures += f"; the largest difference is {largest:.3g} ({where})" if largest else ""
     tolerance = f"(rtol {report.rtol:g}, atol {report.atol:g})"
     dtypes = f"{console.plural(len(report.dtypes), 'dtype')} differ" + ("s" if len(report.dtypes) == 1 else "")
     if report.verdict == "within tolerance":

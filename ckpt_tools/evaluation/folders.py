@@ -35,6 +35,10 @@ _TRAINED, _HELD_OUT = ("train", "training"), ("val", "valid", "validation", "tes
 """What folders of images for the training, and of others, are called, in lower case."""
 
 
+def _formats() -> list[str]:
+    return sorted({*image_suffixes().values()})
+
+
 class Reader(Protocol):
     """Image files with the folders that they lie in.
 
@@ -130,7 +134,7 @@ def first_size(reader: Reader) -> tuple[int, int] | None:
     """Return (width, height) of the first image; None if it cannot be read, which is told where it is used."""
     from PIL import Image
 
-    with suppress(Exception), reader.open(0) as file, Image.open(file) as image:
+    with suppress(Exception), reader.open(0) as file, Image.open(file, formats=_formats()) as image:
         return image.size
     return None
 
@@ -228,7 +232,7 @@ class ImageFiles(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        with self.reader.open(index) as file, Image.open(file, formats=sorted({*image_suffixes().values()})) as image:
+        with self.reader.open(index) as file, Image.open(file, formats=_formats()) as image:
             return self.transform(image.convert(self.mode)), self.label(index)
 
     def label(self, index: int) -> int:

@@ -54,6 +54,8 @@ def test_diff_names_the_difference_of_a_counter_only_if_no_weight_differs(save: 
     c = save("c.pth", {"w": torch.tensor([1.0, 1e-9]), "n": torch.tensor(50)})
     assert run("diff", a, b).out.endswith("; the largest difference is 0.5 (w).\n")
     assert "1 of 2 tensors differs; the largest difference is 45 (n)." in run("diff", a, c).out
+    d = save("d.pth", {"w": torch.tensor([1.0, float("nan")]), "n": torch.tensor(5)})
+    assert "1 of 2 tensors differs; 1 value with NaN or infinity on one side." in run("diff", a, d).out
 
 
 def test_diff_exit_code_follows_the_tolerance(save: Save) -> None:
