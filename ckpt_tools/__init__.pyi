@@ -250,9 +250,9 @@ def average(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Split of a named dataset.
-        data_root: Where a named dataset is.
-        passes: Times that the images are read; after P passes the first P layers are exact.
+        split: Split of a timm dataset.
+        data_root: Folder with the timm dataset.
+        passes: Number of passes over the images; after P of them, the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
         include_frozen: Also measure layers that training does not update.
         allow_unmeasured: Accept layers that cannot be measured in front of others.
@@ -463,9 +463,9 @@ def average(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Split of a named dataset.
-        data_root: Where a named dataset is.
-        passes: Times that the images are read; after P passes the first P layers are exact.
+        split: Split of a timm dataset.
+        data_root: Folder with the timm dataset.
+        passes: Number of passes over the images; after P of them, the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
         include_frozen: Also measure layers that training does not update.
         allow_unmeasured: Accept layers that cannot be measured in front of others.
@@ -752,11 +752,11 @@ def evaluate(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Split of a named dataset.
-        data_root: Where a named dataset is.
+        split: Split of a timm dataset.
+        data_root: Folder with the timm dataset.
         recal_bn: Measure BatchNorm statistics on these images before every score.
         seed: Of those images, and of the intervals.
-        passes: Times that the images are read; after P passes the first P layers are exact.
+        passes: Number of passes over the images; after P of them, the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
         include_frozen: Also measure layers that training does not update.
         allow_unmeasured: Accept layers that cannot be measured in front of others.
@@ -965,9 +965,9 @@ def recalibrate_checkpoint(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Split of a named dataset.
-        data_root: Where a named dataset is.
-        passes: Times that the images are read; after P passes the first P layers are exact.
+        split: Split of a timm dataset.
+        data_root: Folder with the timm dataset.
+        passes: Number of passes over the images; after P of them, the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
         include_frozen: Also measure layers that training does not update.
         allow_unmeasured: Accept layers that cannot be measured in front of others.
@@ -1201,10 +1201,10 @@ def sweep(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Split of a named dataset.
-        data_root: Where a named dataset is.
+        split: Split of a timm dataset.
+        data_root: Folder with the timm dataset.
         seed: Of the random subset of images, of `holdout` and of the intervals.
-        passes: Times that the images are read; after P passes the first P layers are exact.
+        passes: Number of passes over the images; after P of them, the first P layers are exact.
         estimator: population (all values as one set), or batch-mean (each batch counts once).
         include_frozen: Also measure layers that training does not update.
         allow_unmeasured: Accept layers that cannot be measured in front of others.
@@ -1306,8 +1306,8 @@ def tune_checkpoint(
         mean: 0.5 or 0.485,0.456,0.406. If None: the run's, or the model's.
         std: As `mean`. If None: the run's, or the model's.
         class_map: Classes of labelled folders: a name a line, with a number or in order; or JSON. If None: the checkpoint's, or by name.
-        split: Split of a named dataset.
-        data_root: Where a named dataset is.
+        split: Split of a timm dataset.
+        data_root: Folder with the timm dataset.
         eval_data: Labelled images that have no part in the training, to compare before and after.
         sizes: Show first what these image sizes give on `eval_data` without training.
         on_sizes: Called with these scores before the training.

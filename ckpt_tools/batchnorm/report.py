@@ -46,6 +46,11 @@ class LayerReport:
     mean_error: float | None
     variance_error: float | None
 
+    @property
+    def far(self) -> bool:
+        """True if it moved far."""
+        return self.mean_moved > FAR_MEAN or self.variance_moved > FAR_VARIANCE
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class BatchNormReport:
@@ -72,7 +77,7 @@ class BatchNormReport:
     @property
     def far(self) -> tuple[LayerReport, ...]:
         """The layers that moved far."""
-        return tuple(each for each in self.layers if each.mean_moved > FAR_MEAN or each.variance_moved > FAR_VARIANCE)
+        return tuple(layer for layer in self.layers if layer.far)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON, without the statistics themselves."""

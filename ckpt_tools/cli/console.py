@@ -263,8 +263,10 @@ def _wrapped(line: str, width: int | None) -> str:
 
 
 def coloured(stream: TextIO) -> bool:
-    """Return True if a stream is a terminal that shows colours, and they are wanted; see no-color.org."""
-    return redraws(stream) and not os.environ.get("NO_COLOR")
+    """Return True if a stream shows colours; for NO_COLOR and FORCE_COLOR see no-color.org and force-color.org."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or redraws(stream)
 
 
 def redraws(stream: TextIO) -> bool:

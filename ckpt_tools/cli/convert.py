@@ -73,8 +73,9 @@ def _target(paths: Sequence[str], out: str | None) -> str:
 
 
 def _show(tell: console.Tell, report: ConvertReport) -> None:
+    alone = all(label.startswith("raw") for label in report.state)  # which many layouts keep at one place
     tell(
-        f"{report.path}: {report.format}, layout {report.layout}.",
+        f"{report.path}: {report.format}{'' if alone else f', layout {report.layout}'}.",
         f"To layout {report.to}, {console.plural(report.tensors, 'tensor')}: {', '.join(report.placed)}.",
     )
     if report.dropped:

@@ -12,13 +12,14 @@ from . import arguments, console
 from .tables import Table
 
 if TYPE_CHECKING:
+    from ..compute.norms import Apart
     from ..jobs.diff import DiffReport, Side, TensorDiff
 
 
 @arguments.with_options(Comparison, Tolerance, SharedComparison, Drawing, Reading)
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A file, or a folder with a sharded checkpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another; the reference of the tolerance.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="The first checkpoint; a file or a folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The second checkpoint (reference for --rtol).")],
     *,
     top: Annotated[int, typer.Option(help="Show the N tensors that differ most.", metavar="N")] = 10,
     json: arguments.Json = False,
@@ -79,20 +80,28 @@ def _show_rest(what: str, number: int, tell: console.Tell) -> None:
 
 
 def _table(tensors: list[TensorDiff]) -> Table:
-    table = Table("tensor", ("largest absolute", "relative", "values that differ"), sampled=False)
+    table = Table("tensor", ("largest absolute", "relative distance", "values that differ"), sampled=False)
     for tensor in tensors:
         name = tensor.name + (f" (and {len(tensor.tied)} tied)" if tensor.tied else "")
         odd = f", {tensor.nonfinite} not finite" if tensor.nonfinite else ""
         table.add(
             name,
             "codes" if tensor.max_abs is None else f"{tensor.max_abs:.3g}",
-            "" if tensor.max_rel is None else f"{tensor.max_rel:.3g}",
+            "" if tensor.apart is None else _percent(tensor.apart.relative),
             f"{tensor.differing} of {tensor.values}{odd}",
-            # A counter that went on by thousands would leave nothing of the bars of the weights.
-            bar=tensor.max_abs or 0.0 if tensor.weights else 0.0,
+            bar=0.0 if tensor.apart is None else tensor.apart.relative,
             colour="red" if tensor.beyond else "green",
         )
     return table
+
+
+def _in_all(apart: Apart) -> str:
+    cosine = "" if apart.cosine is None else f" (cosine {apart.cosine:.6g})"
+    return f"{apart.distance:.4g}, {_percent(apart.relative)} of the norm{cosine}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _verdict(report: DiffReport) -> str:
@@ -107,10 +116,10 @@ def _verdict(report: DiffReport) -> str:
     differing = sum(1 + len(tensor.tied) for tensor in report.tensors if tensor.differing)
     figures = f"{differing} of {weights} {'differs' if differing == 1 else 'differ'}"
     if differing:
-        (absolute, where), (relative, there) = report.max_abs, report.max_rel
-        figures += (
-            f"; the largest difference is {absolute:.3g} ({where}), the largest relative one {relative:.3g} ({there})"
-        )
+        if report.apart is not None and report.apart.distance:
+            figures += f"; the distance in all is {_in_all(report.apart)}"
+        largest, where = report.largest
+        figures += f"; the largest difference is {largest:.3g} ({where})" if largest else ""
     tolerance = f"(rtol {report.rtol:g}, atol {report.atol:g})"
     dtypes = f"{console.plural(len(report.dtypes), 'dtype')} differ" + ("s" if len(report.dtypes) == 1 else "")
     if report.verdict == "within tolerance":

@@ -80,7 +80,7 @@ def show_statistics(report: RecalibrationReport) -> None:
 
 def _show_statistics(found: BatchNormReport) -> None:
     # A bar is full at one standard deviation.
-    table = Table("layer", ("largest mean", "largest variance", "mean by", "var by"), full=1.0)
+    table = Table("layer", ("max |mean|", "max variance", "mean shift", "variance ratio"), full=1.0)
     for layer in found.layers:
         table.add(
             layer.name or layer.class_name,
@@ -89,6 +89,7 @@ def _show_statistics(found: BatchNormReport) -> None:
             f"{layer.mean_moved:.2g} σ",
             f"x{layer.variance_moved:.3g}",
             bar=layer.mean_moved,
+            colour="yellow" if layer.far else "green",
         )
     console.say(table)
     for name, class_name, reason in found.skipped:
@@ -99,15 +100,19 @@ def _show_statistics(found: BatchNormReport) -> None:
     means = [layer.mean_error for layer in found.layers if layer.mean_error is not None]
     variances = [layer.variance_error for layer in found.layers if layer.variance_error is not None]
     if means:
-        console.say(f"Sampling error of the worst channel: mean {max(means):.2g} σ, variance {max(variances):.1%}.")
+        console.say(
+            f"Standard error with {found.images} images, in the worst channel: mean {max(means):.2g} σ, variance "
+            f"{max(variances):.1%}. More images make it smaller."
+        )
 
     if far := found.far:
         from ..batchnorm.report import FAR_MEAN, FAR_VARIANCE
 
+        worst = max(far, key=lambda layer: layer.mean_moved)
         console.say(
-            f"Far from what was stored: {console.plural(len(far), 'layer')} by more than {FAR_MEAN:g} σ or "
-            f"x{FAR_VARIANCE:g}, such as {far[0].name or far[0].class_name}. Files far apart give this, and images of "
-            "another size, mean or std."
+            f"Warning: the statistics of {console.plural(len(far), 'layer')} moved far (by more than {FAR_MEAN:g} σ or "
+            f"x{FAR_VARIANCE:g}), most in {worst.name or worst.class_name}. A wrong size, mean or std of the images "
+            "does that, and so do checkpoints that are far apart."
         )
 
 

@@ -1,7 +1,7 @@
 """Comparing: how far pairs of tensors are apart, slice by slice, in float64.
 
-Worker threads read a slice of both sides, and compute nothing if the bytes are the same. Each thread has two buffers
-for reading and three for computing, whatever the size of the tensors.
+Worker threads read a slice of both sides; if the bytes are the same, only its norm is left to compute. Each thread has
+two buffers for reading and three for computing, whatever the size of the tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..storage.ahead import Need, ReadAhead
 from ..storage.source import OpenFiles, Stamp
 from ..tensors import Category, DType, TensorSpec
 from .fetching import any_remote, needed_of
+from .norms import Squares, added, squares
 from .payload import Buffer, Reader, TensorSource, torch_dtype
 from .summation import real_dtype
 from .threads import HandedOut, in_threads
@@ -47,6 +48,8 @@ class Distance:
         max_abs: the largest |a - b| over finite values, capped at the largest float64; None for packed codes, which are
             not numbers.
         max_rel: the largest |a - b| / max(|a|, |b|) over finite values; None for packed codes.
+        squares: the sums over finite values; None for integers and packed codes, and beyond the range of float64. Those
+            of a slice are rounded, so slices of other sizes may give other last digits.
     """
 
     values: int
@@ -56,6 +59,7 @@ class Distance:
     nonfinite: int = 0
     max_abs: float | None = 0.0
     max_rel: float | None = 0.0
+    squares: Squares | None = field(default=(0, 0, 0), compare=False)
 
     def joined(self, other: Distance) -> Distance:
         """Return the distance over the values of both."""
@@ -67,6 +71,7 @@ class Distance:
             self.nonfinite + other.nonfinite,
             _larger(self.max_abs, other.max_abs),
             _larger(self.max_rel, other.max_rel),
+            added((self.squares, other.squares)),
         )
 
 
@@ -96,9 +101,9 @@ def compare(
         rtol, atol: floating-point values may differ by atol + rtol * |b|, as in torch.allclose; integers by nothing.
         stamps: of the files, taken when their headers were read.
         threads: workers; as many as there are cores by default.
-        slice_size: elements a worker handles at a time. Changes no result.
+        slice_size: elements a worker handles at a time. Changes no result but the last digits of `squares`.
         part: (i, n): compare only the i-th of n parts of all slices, from 1 on. The distances of all parts, joined, are
-            those of the whole, for they are counts and maxima.
+            those of the whole, for they are counts, maxima and exact sums.
         on_progress: called in this thread, a few times a second, with (bytes read so far, bytes of the part).
 
     Returns:
@@ -258,7 +263,7 @@ class _Worker:
             )
         read = nbytes + more
         if pair.same_dtype and self._same_bytes(nbytes):
-            return Distance(count * pair.reals), read
+            return Distance(count * pair.reals, squares=self._same_squares(pair, count * pair.reals)), read
         if pair.category is Category.PACKED:
             return self._codes(nbytes, pair.a.item), read
         if pair.category is Category.INTEGER:
@@ -277,7 +282,7 @@ class _Worker:
     def _codes(self, nbytes: int, item: int) -> Distance:
         a, b = (reader.buffer.view(torch.uint8, nbytes).view(-1, item) for reader in (self._a, self._b))
         differing = int((a != b).any(1).count_nonzero())
-        return Distance(len(a), False, differing, differing, 0, None, None)
+        return Distance(len(a), False, differing, differing, 0, None, None, None)
 
     def _integers(self, pair: _Pair, count: int) -> Distance:
         a, b, gap = (buffer.view(torch.int64, count) for buffer in self._wide)
@@ -290,13 +295,30 @@ class _Worker:
         apart = gap.double() + (gap < 0) * 2.0**64
         largest = torch.maximum(*(((v.double() + 2.0**63) if unsigned else v.double()).abs_() for v in (a, b)))
         relative = apart / largest.clamp_(min=1)
-        return Distance(count, False, differing, differing, 0, apart.max().item(), relative.max().item())
+        return Distance(count, False, differing, differing, 0, apart.max().item(), relative.max().item(), None)
+
+    def _same_squares(self, pair: _Pair, count: int) -> Squares | None:
+        """Return the squares of a slice whose bytes are the same in both."""
+        if pair.category is not Category.FLOAT:
+            return None
+        values = self._widened(self._a, pair.a, self._wide[0], count)
+        found = values.dot(values).item()
+        if not math.isfinite(found):
+            values.nan_to_num_(0.0, 0.0, 0.0)
+            found = values.dot(values).item()
+        return squares(0.0, found, found)
+
+    def _widened(self, reader: Reader, source: TensorSource, wide: Buffer, count: int) -> torch.Tensor:
+        """Return what was read, as float64."""
+        values = reader.buffer.view(torch_dtype(real_dtype(source.spec.dtype)), count)
+        return wide.view(torch.float64, count).copy_(values if values.dtype in _DIRECT else _as_single(values))
 
     def _floats(self, pair: _Pair, count: int) -> Distance:
-        a, b, gap = (buffer.view(torch.float64, count) for buffer in self._wide)
-        for reader, source, wide in ((self._a, pair.a, a), (self._b, pair.b, b)):
-            values = reader.buffer.view(torch_dtype(real_dtype(source.spec.dtype)), count)
-            wide.copy_(values if values.dtype in _DIRECT else _as_single(values))
+        a, b = (
+            self._widened(reader, source, wide, count)
+            for reader, source, wide in zip((self._a, self._b), (pair.a, pair.b), self._wide, strict=False)
+        )
+        gap = self._wide[2].view(torch.float64, count)
         torch.sub(a, b, out=gap).abs_()
         nonfinite = 0
         if not math.isfinite(gap.max().item()):  # a NaN among them is the largest
@@ -310,6 +332,7 @@ class _Worker:
     def _measure(self, a: torch.Tensor, b: torch.Tensor, gap: torch.Tensor, nonfinite: int) -> Distance:
         """Measure finite values by their differences; overwrites all three."""
         largest = gap.max().item()
+        found = squares(gap.dot(gap).item(), a.dot(a).item(), b.dot(b).item())
         differing = beyond = int(gap.count_nonzero())
         b.abs_()
         if differing and (self._rtol or self._atol):
@@ -323,6 +346,7 @@ class _Worker:
             nonfinite=nonfinite,
             max_abs=largest,
             max_rel=gap.div_(scale).max().item(),
+            squares=found,
         )
 
 

@@ -24,7 +24,7 @@ from ..batchnorm.batches import samples_in, tensors_of
 from ..batchnorm.processes import gathered_objects
 from ..errors import DataError
 from .classes import ClassOrder
-from .folders import ImageFiles, read_folder, read_tar
+from .folders import ImageFiles, first_size, read_folder, read_tar
 from .models import INSTALL, importable, load_factory
 
 DEFAULT_IMAGES = 8192
@@ -99,6 +99,7 @@ class Batches:
         notes: what was left out, in words.
         classes: how many classes there are, if their folders number the labels; else None.
         numbering: how these are numbered, in words.
+        first_size: (width, height) of the first image file; None where there are no files.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Batches:
         notes: Sequence[str] = (),
         classes: int | None = None,
         numbering: str = "",
+        first_size: tuple[int, int] | None = None,
     ) -> None:
         self._source, self._loading = _in_batches(source, loading), loading
         self.broken: list[str] = []
@@ -119,6 +121,7 @@ class Batches:
         self._all = self.images
         self.once = isinstance(source, Iterator)
         self.notes, self.classes, self.numbering = tuple(notes), classes, numbering
+        self.first_size = first_size
 
     @property
     def steps(self) -> int | None:
@@ -319,6 +322,7 @@ def _of_files(path: Path, order: ClassOrder, transform: Any, mode: str, loading:
         notes=files.notes,
         classes=None if numbered is None or numbered.listed else len(numbered.folders),
         numbering="" if numbered is None else numbered.note,
+        first_size=first_size(files),
     )
 
 

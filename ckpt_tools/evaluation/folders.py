@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -29,6 +29,14 @@ def image_suffixes() -> Mapping[str, str]:
 
     known = Image.registered_extensions()
     return {suffix: known[suffix] for suffix in _USUAL if known.get(suffix) in Image.OPEN}
+
+
+_TRAINED, _HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing", "eval")
+"""What folders of images for the training, and of others, are called, in lower case."""
+
+
+def _formats() -> list[str]:
+    return sorted({*image_suffixes().values()})
 
 
 class Reader(Protocol):
@@ -118,7 +126,27 @@ def read_folder(path: Path) -> FolderReader:
     if back:
         left = _count(back, "link leads back into the folder and is", "links lead back into the folder and are")
         notes.append(f"{left} not followed, such as {min(back)}.")
+    notes += _splits(path, files)
     return FolderReader(str(path), tuple(sorted(files, key=natural_key)), _folders(folders, files), tuple(notes))
+
+
+def first_size(reader: Reader) -> tuple[int, int] | None:
+    """Return (width, height) of the first image; None if it cannot be read, which is told where it is used."""
+    from PIL import Image
+
+    with suppress(Exception), reader.open(0) as file, Image.open(file, formats=_formats()) as image:
+        return image.size
+    return None
+
+
+def _splits(path: Path, files: Iterable[str]) -> Iterator[str]:
+    """Yield a warning if the folders below the root are no classes, but the splits of a dataset."""
+    outer = sorted({file.partition("/")[0] for file in files if "/" in file})
+    trained, held_out = ([name for name in outer if name.lower() in known] for known in (_TRAINED, _HELD_OUT))
+    if trained and held_out:
+        listed = " and ".join(f"{name}/" for name in (*trained, *held_out))
+        one, other = path / trained[0], path / held_out[0]
+        yield f"it holds {listed}, and all of their images are used. Did you mean {one} or {other}?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +232,7 @@ class ImageFiles(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         from PIL import Image
 
-        with self.reader.open(index) as file, Image.open(file, formats=sorted({*image_suffixes().values()})) as image:
+        with self.reader.open(index) as file, Image.open(file, formats=_formats()) as image:
             return self.transform(image.convert(self.mode)), self.label(index)
 
     def label(self, index: int) -> int:

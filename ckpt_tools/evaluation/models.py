@@ -285,14 +285,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, measured: Collecti
         if found
     ]
     if parts:
-        fit = f"{checkpoint.path}: the weights do not fit {type(model).__name__}"
+        fit = f"{checkpoint.path}: the weights do not fit {_called(model)}"
         if (lacks := _lacking(stored, own)) is not None:
             raise ModelError(f"{fit}: its names lack '{lacks}'. Run `fix_prefix(add=[{lacks!r}])` first.")
         statistics = ("running_mean", "running_var")
         if len(parts) == 1 and missing and all(name.endswith(statistics) for name in missing):
             raise ModelError(f"{fit}: {parts[0]}. Run recal-bn first, which measures them.")
+        arch = stored_arguments(checkpoint.header).get("arch")
+        said = "" if arch is None else f"The checkpoint says that its model is {arch}. "
         raise ModelError(
-            f"{fit}: {'; '.join(parts)}. "
+            f"{fit}: {'; '.join(parts)}. {said}"
             "Is it the right `model`, with the right `model_kwargs` (num_classes=..., in_chans=...)?"
         )
     if beside:
@@ -313,6 +315,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, *, measured: Collecti
         notes.append("These weights have no BatchNorm statistics; the measured ones are added to them.")
     model.load_state_dict({own[name]: checkpoint[inside[name]] for name in shared}, strict=False)
     return Loaded({own[name]: inside[name] for name in shared}, added, tuple(notes))
+
+
+def _called(model: nn.Module) -> str:
+    """Name a network by its class, and one of timm by its name there: many have one class."""
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else None
+    return f"{name} ({type(model).__name__})" if name else type(model).__name__
 
 
 _COUNTER = "num_batches_tracked"

@@ -6,6 +6,7 @@ model, or the transform of torchvision's weights), and, for crop and interpolati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from .classes import is_timm_run
 from .models import INSTALL
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "nearest-exact")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "nearest-exact")
 OPTION, ARGS, DEFAULT = "the options", "the args of the checkpoint", "timm's default"
 
 
@@ -130,14 +131,15 @@ def _stored(header: Header, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in found.items():
         if value in (None, "", 0) or key in given:
             continue
-        if not _fits(key, value):
+        if not fits(key, value):
             option = "img_size" if key == "input_size" else key
             raise DataError(f"{header.path}: its args say {key}={value!r}, which is not understood. Give `{option}`.")
         stored[key] = value
     return stored
 
 
-def _fits(key: str, value: Any) -> bool:
+def fits(key: str, value: Any) -> bool:
+    """Return True if an argument of a preprocessing, by timm's name for it, can be one."""
     if key == "img_size":
         return _is_size(value)
     if key == "input_size":
@@ -147,8 +149,11 @@ def _fits(key: str, value: Any) -> bool:
     if key == "crop_mode":
         return value in ("center", "squash", "border")
     if key == "interpolation":
-        return value in _INTERPOLATIONS
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(each) in (int, float) for each in value)
+        return value in INTERPOLATIONS
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    numbers = all(isinstance(each, (int, float)) and type(each) is not bool and math.isfinite(each) for each in value)
+    return numbers and (key == "mean" or min(value) > 0)
 
 
 def _is_size(value: Any) -> bool:

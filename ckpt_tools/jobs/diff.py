@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.layouts import StateDict, select
+from ..checkpoints.layouts import StateDict, called, select
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.parts import of_ranks, select_parts, unwrapped
 from ..checkpoints.prefixes import prefixes, renamed
+from ..compute.norms import Apart, added, apart
 from ..compute.progress import TORCH, Activity, uncounted
 from ..compute.threads import check_threads
 from ..errors import UsageError
@@ -37,7 +38,7 @@ class Side:
     Attributes:
         path: the file or folder.
         name: a short name, distinct from the other's where the paths are.
-        state: which weights are compared, such as ``ema (state_dict_ema)``.
+        state: which weights are compared, such as ``ema (state_dict_ema)``, or ``weights`` where there is one set.
         tensors: number of tensors.
         prefixes: wrapper prefixes that are ignored in its names.
     """
@@ -68,6 +69,7 @@ class TensorDiff:
         dtype: in a.
         values: number of values; a complex element is two.
         differing, beyond, nonfinite, max_abs, max_rel: see `ckpt_tools.compute.compare.Distance`.
+        apart: the tensors as vectors; None for integers and codes.
     """
 
     name: str
@@ -79,6 +81,7 @@ class TensorDiff:
     nonfinite: int
     max_abs: float | None
     max_rel: float | None
+    apart: Apart | None
 
     @property
     def weights(self) -> bool:
@@ -99,7 +102,9 @@ class DiffReport(Report):
         not_compared: names whose values cannot be compared, and why.
         compared: number of names whose values were compared.
         identical: number of them with the same bytes.
-        tensors: the others, with the largest differences first.
+        tensors: the others: what is beyond the tolerance, then the largest distance relative to the norm, first.
+        apart: all floating-point tensors as one vector, tied ones once; None if none was compared, or some need not be
+            read, because both checkpoints have them at one place of one file.
         notes: decisions, in words.
         bytes_read: of both, by all parts.
         part: what became of a part of the comparison, in words.
@@ -118,6 +123,7 @@ class DiffReport(Report):
     compared: int
     identical: int
     tensors: tuple[TensorDiff, ...]
+    apart: Apart | None
     notes: tuple[str, ...]
     bytes_read: int
     part: str = ""
@@ -150,6 +156,12 @@ class DiffReport(Report):
     def max_rel(self) -> tuple[float, str]:
         """The largest relative difference between finite values, and its tensor."""
         return _largest((t.max_rel, t.name) for t in self.tensors)
+
+    @property
+    def largest(self) -> tuple[float, str]:
+        """`max_abs` of the weights; of all tensors if no weight differs. Counters go on by thousands."""
+        weights = [t for t in self.tensors if t.weights and t.differing]
+        return _largest((t.max_abs, t.name) for t in weights or self.tensors)
 
     @property
     def nonfinite(self) -> int:
@@ -233,6 +245,7 @@ def diff(
         compared=0 if distances is None else plan.same + sum(len(tied) for tied in plan.pairs.values()),
         identical=0 if distances is None else plan.same + sum(len(tied) for (_, tied), how in found if how.same_bytes),
         tensors=tuple(sorted(differing, key=_rank)),
+        apart=None if plan.same or distances is None else _in_all(plan, distances),
         notes=tuple(_remarks(chosen, names) if which.state == "auto" and which.state_b is None else ()),
         bytes_read=plan.nbytes,
         part=words,
@@ -253,7 +266,7 @@ def _select(header: Header, state: str) -> StateDict:
 
 def _side(header: Header, name: str, weights: StateDict, bare: Mapping[str, str]) -> Side:
     wrappers = tuple(prefixes(weights.tensors)) if any(old != new for old, new in bare.items()) else ()
-    return Side(str(header.path), name, weights.label, len(weights.tensors), wrappers)
+    return Side(str(header.path), name, called(header, weights), len(weights.tensors), wrappers)
 
 
 def _remarks(chosen: Sequence[StateDict], names: Sequence[str]) -> Iterator[str]:
@@ -379,11 +392,19 @@ def _described(plan: _Plan) -> Iterator[str]:
 
 def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -> TensorDiff:
     facts = asdict(distance)
-    del facts["same_bytes"]
-    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts)
+    del facts["same_bytes"], facts["squares"]
+    known = distance.squares if spec.dtype.averaged else None
+    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts, apart=None if known is None else apart(known))
+
+
+def _in_all(plan: _Plan, distances: Iterable[Distance]) -> Apart | None:
+    found = [how.squares for (spec, _), how in zip(plan.pairs, distances, strict=True) if spec.dtype.averaged]
+    joined = added(found) if found else None
+    return None if joined is None else apart(joined)
 
 
 def _rank(tensor: TensorDiff) -> tuple[Any, ...]:
-    """Sort key: what is beyond the tolerance; what has no number for it; weights before counters; then by size."""
+    """Sort key: what is beyond the tolerance; what has no number for it; weights before counters; then by distance."""
     numbered = tensor.max_abs is not None and tensor.nonfinite == 0
-    return tensor.beyond == 0, numbered, not tensor.weights, -(tensor.max_abs or 0.0), tensor.name
+    far = 0.0 if tensor.apart is None else tensor.apart.relative
+    return tensor.beyond == 0, numbered, not tensor.weights, -far, -(tensor.max_abs or 0.0), tensor.name

@@ -16,12 +16,21 @@ from ..errors import UsageError
 from ..evaluation.classes import ClassOrder, class_order
 from ..evaluation.data import Batches, Loading, check_source, is_factory, open_data
 from ..evaluation.models import input_channels
-from ..evaluation.preprocessing import Preprocessing, resolve_preprocessing
+from ..evaluation.preprocessing import ARGS, INTERPOLATIONS, OPTION, Preprocessing, fits, resolve_preprocessing
 from ..formats.header import Header
 from .options import Images
 from .outputs import named
 
-_PREPARED = ("img_size", "crop_pct", "interpolation", "mean", "std")
+_ENLARGED = 1.5
+"""By more, images are hardly enlarged on purpose."""
+_PREPARED = {
+    "img_size": "must be a whole number from 1 on",
+    "crop_pct": "must be above 0 and at most 2; 1 keeps all of the image",
+    "interpolation": f"must be one of {', '.join(INTERPOLATIONS)}",
+    "mean": "must be finite numbers, one for each channel or one for all",
+    "std": "must be finite numbers above 0, one for each channel or one for all",
+}
+"""The options of a preprocessing, and what is said of one that cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class ImageData:
         return self._opened(source, replace(self.loading, images=-1), split or self.images.split, labelled=True)
 
     def _opened(self, source: str, loading: Loading, split: str, *, labelled: bool, augment: bool = False) -> Batches:
-        return open_data(
+        batches = open_data(
             source,
             loading,
             preprocessing=self.config,
@@ -75,6 +84,20 @@ class ImageData:
             order=self.order,
             labelled=labelled,
         )
+        batches.notes += tuple(self._enlarged(batches))
+        return batches
+
+    def _enlarged(self, batches: Batches) -> Iterator[str]:
+        """Yield a warning if images are enlarged to a size that neither an option nor the run asks for."""
+        if batches.first_size is None or (size_from := self.config_from["size"]) in (OPTION, ARGS):
+            return
+        width, height = batches.first_size
+        rows, columns = self.config["input_size"][-2:]
+        if min(rows, columns) > _ENLARGED * min(width, height):
+            yield (
+                f"the first image has {width}x{height} pixels, and is enlarged to {columns}x{rows}, the size in "
+                f"{size_from}. If the network was trained at another size, give `img_size`."
+            )
 
 
 def image_data(
@@ -116,16 +139,20 @@ def image_data(
 
 
 def check_images(images: Images) -> None:
-    """Refuse impossible numbers before anything is read.
+    """Refuse impossible options before anything is read.
 
     Raises:
-        UsageError: a batch or a subset of less than two images, or less than no workers.
+        UsageError: a batch or a subset of less than two images, less than no workers, or an impossible preprocessing.
     """
     for name, value, least in (("batch_size", images.batch_size, 2), ("workers", images.workers or 0, 0)):
         if type(value) is not int or value < least:
             raise UsageError(f"`{name}={value!r}`: must be a whole number from {least} on.")
     if images.images is not None and (type(images.images) is not int or images.images < -1 or images.images in (0, 1)):
         raise UsageError(f"`images={images.images!r}`: must be 2 or more, or all (-1).")
+    for name, needed in _PREPARED.items():
+        value = getattr(images, name)
+        if value is not None and not fits(name, value):
+            raise UsageError(f"`{name}={value!r}`: {needed}.")
 
 
 def same_data(source: str, other: str) -> bool:

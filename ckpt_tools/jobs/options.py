@@ -589,8 +589,8 @@ class Images(Options):
         implied="the checkpoint's, or by name",
         metavar="FILE",
     )
-    split: str = option("Split of a named dataset.", "validation")
-    data_root: str | None = option("Where a named dataset is.", None, metavar="DIR")
+    split: str = option("Split of a timm dataset.", "validation")
+    data_root: str | None = option("Folder with the timm dataset.", None, metavar="DIR")
 
 
 class Statistics(Options):
@@ -598,7 +598,7 @@ class Statistics(Options):
 
     title = "The statistics"
 
-    passes: int = option("Times that the images are read; after P passes the first P layers are exact.", 1)
+    passes: int = option("Number of passes over the images; after P of them, the first P layers are exact.", 1)
     estimator: Literal["population", "batch-mean"] = option(
         "population (all values as one set), or batch-mean (each batch counts once).", "population"
     )

@@ -17,6 +17,7 @@ from ..batchnorm.layers import find_layers
 from ..batchnorm.processes import Group, gathered_objects, joined_group, local_device
 from ..batchnorm.recalibrate import check_options
 from ..batchnorm.report import BatchNormReport
+from ..checkpoints.layouts import called
 from ..checkpoints.layouts.schedule_free import refuse_computed
 from ..checkpoints.open import Checkpoint
 from ..compute.progress import IMAGES, LOADING, Progress, uncounted
@@ -49,7 +50,7 @@ class RecalibrationReport(Report):
 
     Attributes:
         path, out: the checkpoint, and the new one.
-        state: which weights, such as ``raw (state_dict)``.
+        state: which weights, such as ``ema (state_dict_ema)``, or ``weights`` where there is one set.
         model, device: class of the network, and its device.
         data: as given.
         images: number of images; None in a plan if the data have no length.
@@ -223,7 +224,7 @@ class Opened:
         return RecalibrationReport(
             path=str(self.checkpoint.path),
             out=str(target.path),
-            state=self.checkpoint.state.label,
+            state=called(self.checkpoint.header, self.checkpoint.state),
             model=type(self.network).__name__,
             device=str(self.device),
             data=self.images.data,
@@ -400,7 +401,7 @@ def _measured(
     """Run the network over the images; return the report with statistics and accuracy."""
     sample = batches.first(_LOOKED_AT) if held_out is None else None
     before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
-    fit_before = None if sample is None else runner.fit("looking before", sample, progress)
+    fit_before = None if sample is None else runner.fit("checking before", sample, progress)
     statistics = runner.recalibrate(
         batches,
         report.passes,
@@ -410,7 +411,7 @@ def _measured(
         allow_unmeasured=measuring.allow_unmeasured,
     )
     after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
-    fit_after = None if sample is None or fit_before is None else runner.fit("looking after", sample, progress)
+    fit_after = None if sample is None or fit_before is None else runner.fit("checking after", sample, progress)
     notes = list(report.notes)
     broken = [entry for part in gathered_objects(batches.broken) for entry in part]
     batches.check(broken)
@@ -420,7 +421,7 @@ def _measured(
         notes += _of_evaluation(held_out, before)
     doubt = _doubt(before, after) or _doubt_of_fit(fit_before, fit_after)
     if doubt:
-        notes.append(f"{doubt} Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?")
+        notes.append(f"Warning: {doubt} Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?")
     return replace(
         report,
         images=statistics.images,
@@ -446,12 +447,12 @@ def _doubt(before: Accuracy | None, after: Accuracy | None) -> str:
         return ""
     guessing = math.log(after.outputs)
     if math.isnan(after.loss):
-        return "The network gives NaN or infinity for these images. Are all of its weights finite?"
+        return "the network gives NaN or infinity for these images. Are all of its weights finite?"
     if before.loss < guessing and not after.loss <= 1.5 * before.loss + 0.1:
-        return f"The network is far worse: its loss went from {before.loss:.4g} to {after.loss:.4g}."
+        return f"the network is far worse: its loss went from {before.loss:.4g} to {after.loss:.4g}."
     if not after.loss < 0.9 * guessing:
         return (
-            f"The network does not know these images: its loss is {after.loss:.4g}, that of guessing {guessing:.4g}. "
+            f"the network does not know these images: its loss is {after.loss:.4g}, and guessing has {guessing:.4g}. "
             "Are the classes numbered as in the training (`class_map`)?"
         )
     return ""
@@ -464,11 +465,11 @@ def _doubt_of_fit(before: Fit | None, after: Fit | None) -> str:
     seen = f"{after.images} of the images that were measured"
     if after.far_worse(before):
         if after.by_loss(before):
-            return f"The network is far worse: its loss on {seen} went from {before.loss:.4g} to {after.loss:.4g}."
+            return f"the network is far worse: its loss on {seen} went from {before.loss:.4g} to {after.loss:.4g}."
         known = f"{after.information:.2g} nats, {before.information:.2g} before"
-        return f"The network is far worse: its predictions tell {seen} apart less than before ({known})."
+        return f"the network is far worse: its predictions tell {seen} apart less than before ({known})."
     if after.says_little:
-        return f"The network tells {seen} hardly apart. Or are they all of one kind?"
+        return f"the network predicts nearly the same for {seen}, which is right only if they are all of one class."
     return ""
 
 

@@ -72,9 +72,9 @@ def draw_batchnorm(report: BatchNormReport, figure: Figure) -> None:
     names = [each.name or each.class_name for each in layers]
     means, variances = figure.subplots(2, 1, sharex=True)
     _drift(means, at, [each.mean_moved for each in layers], FAR_MEAN, layers)
-    means.set_ylabel("mean\nmoved by (σ)")
+    means.set_ylabel("mean shift (σ)")
     _drift(variances, at, [each.variance_moved for each in layers], FAR_VARIANCE, layers)
-    variances.set_ylabel("variance\nmoved by (factor)")
+    variances.set_ylabel("variance ratio")
     place(variances, at, label and "BatchNorm layer, in the order of the network", names)
     figure.align_ylabels([means, variances])
     figure.suptitle(f"BatchNorm statistics of {len(layers)} layers, measured on {report.images} images", **_LEFT)

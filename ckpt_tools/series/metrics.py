@@ -226,14 +226,19 @@ def _best_k(header: Header, path: Path, key: str) -> Found | None:
 
 
 def _in_name(member: Member, key: str) -> Found | None:
-    """Look for ``val_loss=0.12``, ``acc_81.2`` or ``acc0.9``, in the name of the file, then of its folder."""
+    """Look for ``val_loss=0.12``, ``acc_81.2`` or ``acc0.9``, in the name of the file, then of its folder.
+
+    The key ``loss`` takes ``val_loss`` for it, but neither of ``train_loss`` and ``val_loss``.
+    """
     pattern = re.compile(rf"(?<![A-Za-z]){re.escape(key)}[-_= ]?{_NUMBER}(?![0-9.]*[0-9])", re.IGNORECASE)
     for name in (member.path.stem if member.path.suffix else member.path.name, member.path.parent.name):
-        found = pattern.search(f"{name}")
+        found = [*pattern.finditer(name)]
+        if len(found) > 1:
+            found = [each for each in found if not re.search(r"[A-Za-z][-_]$", name[: each.start()])]
         # A number with a minus is one behind an equal sign alone: in acc-81.2, it is a dash.
-        if found is not None:
-            text = found[1]
-            return (float(text if found[0][len(key)] == "=" else text.lstrip("-")), None)
+        if len(found) == 1:
+            text = found[0][1]
+            return (float(text if found[0][0][len(key)] == "=" else text.lstrip("-")), None)
     return None
 
 

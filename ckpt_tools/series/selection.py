@@ -120,7 +120,8 @@ class Choice:
         if len(kept) == 1 < len(members):
             nearest = max(step for step in steps if step < end - length)
             raise SeriesError(
-                f"{asked}: only {kept[0].path} is in it; the checkpoint before it is {end - nearest} steps older. "
+                f"{asked}: only {kept[0].path} is in it; the checkpoint before it is {end - nearest} "
+                f"step{'' if end - nearest == 1 else 's'} older. "
                 "Choose a longer window."
             )
         return kept

@@ -147,10 +147,11 @@ def _refuse(errors: dict[Path, CkptError], whole: Sequence[Header], n: int) -> N
     bad = [*errors, *others]
     way = _way_on(bad, good, skip_broken=not others)
     if not more and not others:
-        raise type(error)(f"{str(error).rstrip('.')}. {way}") from error
-    said = [str(Skipped.of(path, error)) for path, error in errors.items()]
-    said += [f"{path} ({reason})" for path, reason in others.items()]
-    shown = "; ".join(said[:_SHOWN]) + (f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else "")
+        said = str(error)
+        raise type(error)(f"{said}{'' if said.endswith(('.', '?')) else '.'} {way}") from error
+    reasons = [str(Skipped.of(path, error)) for path, error in errors.items()]
+    reasons += [f"{path} ({reason})" for path, reason in others.items()]
+    shown = "; ".join(reasons[:_SHOWN]) + (f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else "")
     raise SeriesError(f"{len(bad)} of {n} checkpoints cannot be averaged: {shown}. {way}") from error
 
 

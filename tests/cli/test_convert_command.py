@@ -31,6 +31,11 @@ def test_convert_shows_the_state_and_what_is_dropped() -> None:
     assert load_file("w.safetensors")["w"].tolist() == [2, 2]
 
 
+def test_convert_takes_no_library_for_the_writer_of_a_state_dict_alone() -> None:
+    torch.save({"pytorch-lightning_version": "2.5", "global_step": 7, "state_dict": {"w": torch.ones(2)}}, "l.ckpt")
+    assert run("convert", "l.ckpt", "w.safetensors").err.splitlines()[0] == "l.ckpt: torch-zip."
+
+
 def test_convert_writes_the_report_as_json() -> None:
     result = run("convert", "c.pth", "--to", "torchvision", "-o", "t.pth", "--updates", "9", "--json")
     report = json.loads(result.out)

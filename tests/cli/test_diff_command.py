@@ -29,14 +29,33 @@ def test_diff_exits_with_0_for_identical_weights(runs: list[Path]) -> None:
 
 def test_diff_exits_with_1_for_different_weights(runs: list[Path]) -> None:
     a, b = (torch.load(path, weights_only=False)["state_dict_ema"] for path in runs[:2])
-    name = max((n for n in a if a[n].is_floating_point()), key=lambda n: (a[n] - b[n]).abs().max())
+    a, b = ({name: values.double() for name, values in each.items() if values.is_floating_point()} for each in (a, b))
+    apart = {name: ((a[name] - b[name]).norm() / max(a[name].norm(), b[name].norm())).item() for name in a}
+    name = max(apart, key=lambda name: apart[name])
     result = run("diff", runs[0], runs[1], columns=120)
     assert result.code == 1
     assert "checkpoint-1.pth: ema (state_dict_ema), 20 tensors" in result.out
     first = result.out.splitlines()[3].split()
-    assert first[:2] == [name, f"{(a[name].double() - b[name].double()).abs().max():.3g}"]
+    assert first[:3] == [name, f"{(a[name] - b[name]).abs().max():.3g}", f"{100 * apart[name]:.3g}%"]
     assert "... and 10 more tensors that differ" in result.out
-    assert "Different: 20 of 20 tensors differ; the largest difference is 40 (bn" in result.out
+    wholes = [torch.cat([each[name].flatten() for name in a]) for each in (a, b)]
+    distance, cosine = (wholes[0] - wholes[1]).norm(), torch.cosine_similarity(*wholes, dim=0)
+    largest = max(a, key=lambda name: (a[name] - b[name]).abs().max().item())
+    assert result.out.splitlines()[-1] == (
+        f"Different: 20 of 20 tensors differ; the distance in all is {distance:.4g}, "
+        f"{100 * distance / max(whole.norm() for whole in wholes):.3g}% of the norm (cosine {cosine:.6g}); "
+        f"the largest difference is {(a[largest] - b[largest]).abs().max():.3g} ({largest})."
+    )
+
+
+def test_diff_names_the_difference_of_a_counter_only_if_no_weight_differs(save: Save) -> None:
+    a = save("a.pth", {"w": torch.tensor([1.0, 1e-9]), "n": torch.tensor(5)})
+    b = save("b.pth", {"w": torch.tensor([1.5, -1e-9]), "n": torch.tensor(5000)})
+    c = save("c.pth", {"w": torch.tensor([1.0, 1e-9]), "n": torch.tensor(50)})
+    assert run("diff", a, b).out.endswith("; the largest difference is 0.5 (w).\n")
+    assert "1 of 2 tensors differs; the largest difference is 45 (n)." in run("diff", a, c).out
+    d = save("d.pth", {"w": torch.tensor([1.0, float("nan")]), "n": torch.tensor(5)})
+    assert "1 of 2 tensors differs; 1 value with NaN or infinity on one side." in run("diff", a, d).out
 
 
 def test_diff_exit_code_follows_the_tolerance(save: Save) -> None:
@@ -80,6 +99,7 @@ def test_diff_writes_json_with_every_tensor_alone_to_stdout(save: Save) -> None:
     report = json.loads(result.out)
     assert (result.code, report["verdict"], report["max_abs"], len(report["tensors"])) == (1, "different", 1.0, 5)
     assert report["tensors"][0]["name"] == "w0"
+    assert report["apart"]["distance"] == pytest.approx(15**0.5, rel=1e-15)
     assert json.loads(run("diff", a, a, "--json").out)["verdict"] == "identical"
 
 

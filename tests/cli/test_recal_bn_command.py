@@ -30,7 +30,7 @@ def test_recal_bn_writes_new_statistics(averaged: Path) -> None:
     result = run("recal-bn", *GRAY, "--data", FIXTURES / "digits/train", "--eval", FIXTURES / "digits/val", columns=120)
     assert result.code == 0, result.err
     assert result.out == ""
-    assert "averaged.pth: raw (state_dict), DigitsNet, 3 BatchNorm layers." in result.err
+    assert "averaged.pth: weights (state_dict), DigitsNet, 3 BatchNorm layers." in result.err
     assert "Statistics of 1297 images of" in result.err
     assert "Images: 1x8x8, crop 1 (center), bicubic, mean 0, std 1." in result.err
     assert "From the options: size, crop, mean, std; from timm's default: interpolation." in result.err

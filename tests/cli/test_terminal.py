@@ -152,6 +152,8 @@ def test_colours_are_for_terminals_that_want_them(pair: list[Path]) -> None:
             result = run(*command, terminal=True, **variables)
             assert "\x1b" not in result.out + result.err
     assert "\x1b" not in run("diff", *pair, TERM="xterm").out
+    assert "\x1b[31mDifferent:\x1b[0m" in run("diff", *pair, FORCE_COLOR="1").out
+    assert "\x1b" not in run("diff", *pair, FORCE_COLOR="1", NO_COLOR="1").out
 
 
 class _Terminal(io.TextIOWrapper):

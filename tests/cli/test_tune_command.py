@@ -43,7 +43,7 @@ def test_tune_shows_sizes_stages_and_intervals_and_writes(here_with_digits: Path
     assert report["written"] is True
     assert report["settings"]["alpha"] == 0.2
     lines = result.err.splitlines()
-    assert lines[0] == "last.pth: raw (state_dict), DigitsNet, 10 classes."
+    assert lines[0] == "last.pth: weights (state_dict), DigitsNet, 10 classes."
     assert any(line.startswith("Images: 1x12x12, crop 1 (center), bicubic") for line in lines)
     assert "BatchNorm layers to measure: bn3." in lines
     assert "With the teacher 'last.pth': weight 0.2, temperature 5." in lines

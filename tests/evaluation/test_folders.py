@@ -50,6 +50,20 @@ def test_open_data_takes_images_of_every_usual_suffix(mixed: Path, tmp_path: Pat
     assert get_img_extensions() == before
 
 
+def test_a_folder_of_splits_is_told_from_a_folder_of_classes(mixed: Path) -> None:
+    for name in ("train", "Val"):
+        (mixed.parent / "data" / name).mkdir(parents=True)
+        (mixed / "png" / "0.png").rename(mixed.parent / "data" / name / "0.png")
+        assert not any("train" in note for note in read_folder(mixed.parent / "data").notes)
+        (mixed.parent / "data" / name / "0.png").rename(mixed / "png" / "0.png")
+    for name in ("train", "Val"):
+        (mixed.parent / "data" / name / "0.png").write_bytes((mixed / "png" / "0.png").read_bytes())
+    assert read_folder(mixed.parent / "data").notes == (
+        f"it holds train/ and Val/, and all of their images are used. "
+        f"Did you mean {mixed.parent}/data/train or {mixed.parent}/data/Val?",
+    )
+
+
 def test_image_suffixes_are_of_formats_that_need_no_other_program() -> None:
     assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"} <= set(image_suffixes())
     assert not {".eps", ".ps", ".pdf", ".txt"} & set(image_suffixes())

@@ -56,6 +56,16 @@ def test_build_model_believes_the_weights_on_the_number_of_classes(save: Save) -
     assert built(path).num_classes == 7
 
 
+def test_weights_that_do_not_fit_name_both_models(save: Save) -> None:
+    """Networks of timm of many names have one class."""
+    source = timm.create_model("test_resnet", num_classes=7)
+    path = save("a.pth", {"arch": "test_resnet", "state_dict": source.state_dict()})
+    with pytest.raises(
+        ModelError, match=r"do not fit resnet10t \(ResNet\).*The checkpoint says that its model is test_resnet\."
+    ):
+        built(path, "resnet10t")
+
+
 @pytest.mark.parametrize("asked", [{"num_classes": 1 << 33}, {"block_args": {}, "channels": (1 << 20,) * 4}])
 def test_build_model_makes_no_network_that_the_weights_cannot_fill(asked: dict[str, Any], save: Save) -> None:
     state = timm.create_model("test_resnet", num_classes=0).state_dict()  # whose rows would tell the number

@@ -46,6 +46,38 @@ def test_diff_equals_numpy_in_float64(save: Save, dtype: str, rtol: float, atol:
     assert (found.values, found.nonfinite, found.dtype) == (2100, 0, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])
+def test_distance_and_angle_equal_numpy_whatever_is_the_same_in_both(save: Save, dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    a = {"w": torch.randn(70, 7).to(kind), "same": torch.randn(40).to(kind), "turned": torch.randn(20, 30).to(kind)}
+    a["same"][3] = NAN if dtype != "float64" else INF
+    b = {"w": (a["w"].float() + 0.1 * torch.randn(70, 7)).to(kind), "same": a["same"].clone()}
+    b["turned"] = torch.randn(30, 20).to(kind).t()
+    report = ckpt_tools.diff(save("a.pth", a | {"n": torch.arange(9)}), save("b.pth", b | {"n": torch.arange(9) * 7}))
+    x, y = (
+        np.concatenate([each[name].double().nan_to_num(0, 0, 0).numpy().ravel() for name in a]).astype(np.longdouble)
+        for each in (a, b)
+    )
+    want = (np.linalg.norm(x - y), np.linalg.norm(x), np.linalg.norm(y))
+    assert report.apart is not None
+    assert (report.apart.distance, report.apart.norm_a, report.apart.norm_b) == pytest.approx(want, rel=1e-14)
+    assert report.apart.relative == pytest.approx(want[0] / max(want[1:]), rel=1e-14)
+    assert report.apart.cosine == pytest.approx(x @ y / (want[1] * want[2]), rel=1e-14)
+    order = {each.name: each.apart.relative for each in report.tensors if each.apart is not None}
+    assert list(order) == sorted(order, key=lambda name: -order[name]) == ["turned", "w"]
+
+
+def test_vectors_without_a_length_or_beyond_float64_have_no_angle(save: Save) -> None:
+    zero, one = torch.zeros(3), torch.ones(3)
+    apart = ckpt_tools.diff(save("a.pth", {"w": zero}), save("b.pth", {"w": one})).apart
+    assert apart is not None
+    assert (apart.relative, apart.cosine) == (1.0, None)
+    huge = ckpt_tools.diff(save("a.pth", {"w": zero.double() + 1e200}), save("b.pth", {"w": one.double()}))
+    assert huge.apart is None
+    counters = ckpt_tools.diff(save("a.pth", {"n": torch.arange(3)}), save("b.pth", {"n": torch.arange(3) + 1}))
+    assert counters.apart is None
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("slice_size", [7, 64, 100_000])
 def test_diff_does_not_depend_on_slices_or_threads(save: Save, threads: int, slice_size: int) -> None:

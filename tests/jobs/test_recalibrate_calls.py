@@ -152,10 +152,12 @@ def test_statistics_far_from_those_stored_are_a_warning_and_bars_are_full_at_one
     state = torch.load("averaged.pth", weights_only=True)
     state["bn.running_var"] *= 100
     torch.save(state, "averaged.pth")
-    said = run(*arguments("dicts"), columns=100).err
-    assert "Far from what was stored: 1 layer by more than 0.5 σ or x4, such as bn." in said
+    result = run(*arguments("dicts"), columns=100, terminal=True, TERM="xterm")
+    said = result.out + result.err
+    assert "Warning:\x1b[0m the statistics of 1 layer moved far (by more than 0.5 σ or x4), most in bn." in said
     (line,) = (line for line in said.splitlines() if line.startswith("bn "))
-    assert line.count("█") < 10  # the mean has moved by less than half a sigma
+    assert 0 < line.count("█") < 10  # the mean has moved by less than half a sigma
+    assert "\x1b[33m█" in line
     again = run("recal-bn", "averaged-bn.pth", *arguments("dicts")[2:], columns=100)
     assert again.code == 0
-    assert "Far from" not in again.err
+    assert "moved far" not in again.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import runpy
 import sys
@@ -279,6 +280,17 @@ def test_recalibrate_checkpoint_prepares_images_as_the_run_did(save: Save, photo
         np.testing.assert_allclose(found[name].numpy(), want.numpy(), rtol=1e-4, atol=1e-6)
 
 
+def test_recalibrate_checkpoint_warns_of_images_enlarged_to_a_size_that_nobody_gave(save: Save, photos: Photos) -> None:
+    path = save("a.pth", network().state_dict())
+    wanted = timm.get_pretrained_cfg("test_resnet").test_input_size or timm.get_pretrained_cfg("test_resnet").input_size
+    for size, options, warned in ((40, {}, True), (wanted[-1], {}, False), (40, {"img_size": 160}, False)):
+        folder = photos(f"of{size}", size=size)
+        report = recalibrate_checkpoint(path, model="test_resnet", data=str(folder), dry_run=True, **options)
+        enlarged = f"is enlarged to {wanted[-1]}x{wanted[-1]}, the size in timm's"
+        note = f"{folder}: the first image has 40x40 pixels, and {enlarged}"
+        assert any(each.startswith(note) for each in report.notes) == warned
+
+
 @pytest.mark.parametrize("lead", ["", "model."])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_recalibrate_checkpoint_fills_in_the_statistics_of_parameters_alone(
@@ -339,7 +351,7 @@ def test_recalibrate_checkpoint_says_when_the_network_is_far_worse(save: Save, p
     assert doubts(**plain) == []
     assert doubts(**plain, eval_data=str(folder)) == []
     (doubt,) = doubts(**plain, data=f"{tmp_path}/bright.py:wrong", eval_data=str(folder))
-    assert doubt.startswith("The network is far worse: its loss went from ")
+    assert doubt.startswith("Warning: the network is far worse: its loss went from ")
     assert "Are size (`img_size`, `crop_pct`), `mean` and `std` those of the training?" in doubt
     unlike = tmp_path / "unlike.txt"
     unlike.write_text("class2\nclass0\nclass1\n")
@@ -529,6 +541,17 @@ def corrupt(state: dict[str, torch.Tensor], name: str, value: float) -> dict[str
         ({}, {"out": "x.safetensors"}, UsageError, "stays one"),
         ({}, {"out": "no/x.pth"}, WriteError, "there is no folder"),
         ({}, {"mean": [0.5, 0.5]}, UsageError, "`mean` has 2 numbers"),
+        ({}, {"mean": [0.5, math.inf, 0.5]}, UsageError, r"`mean=\[0.5, inf, 0.5\]`: must be finite numbers, one for"),
+        ({}, {"std": [0.0]}, UsageError, r"`std=\[0.0\]`: must be finite numbers above 0, one for each channel"),
+        ({}, {"img_size": 0}, UsageError, "`img_size=0`: must be a whole number from 1 on"),
+        ({}, {"crop_pct": 0.0}, UsageError, "`crop_pct=0.0`: must be above 0 and at most 2"),
+        ({}, {"crop_pct": math.nan}, UsageError, "`crop_pct=nan`: must be above 0 and at most 2"),
+        (
+            {},
+            {"interpolation": "cubic"},
+            UsageError,
+            "`interpolation='cubic'`: must be one of nearest, bilinear",
+        ),
         ({"fc.weight": torch.zeros(3, 5)}, {}, ModelError, "of another shape"),
         ({"extra": torch.zeros(3)}, {}, ModelError, "1 unexpected"),
         ({"conv1.0.weight": None}, {}, NumericsError, r"batch 1: the input of 'conv1\.1' holds NaN"),

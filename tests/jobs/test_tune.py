@@ -142,7 +142,7 @@ def test_fixres_helps_at_another_size_and_keeps_every_other_byte(averaged: Path,
     old, new = load(averaged), load(averaged.with_name("averaged-tuned.pth"))
     assert list(old) == list(new)
     assert (new["epoch"], new["optimizer"]["param_groups"]) == (3, [{"lr": 0.1}])
-    assert {"evaluating as it came", "measuring", "computing features", "training, epoch 10 of 10"} <= seen
+    assert {"evaluating before", "measuring", "computing features", "training, epoch 10 of 10"} <= seen
 
     # What is reported is what the written weights give, by torch alone.
     images, labels = digits(12)
@@ -163,7 +163,7 @@ def test_fixres_helps_at_another_size_and_keeps_every_other_byte(averaged: Path,
     assert loss.shown
     assert loss.difference == pytest.approx(report.stages["after"].loss - report.stages["before"].loss)
     assert loss.difference < 0
-    assert report.verdict[1].startswith("Better than the checkpoint as it came: loss is")
+    assert report.verdict[1].startswith("Better than the untuned checkpoint: loss is")
     assert len(report.losses) == 10
 
     made = open_checkpoint(averaged.with_name("averaged-tuned.pth")).provenance
@@ -178,7 +178,7 @@ def test_fixres_helps_at_another_size_and_keeps_every_other_byte(averaged: Path,
 
 def test_no_difference_is_a_result(averaged: Path) -> None:
     report = tune(averaged, eval_data=VAL, recalibrate="none", epochs=1, lr=1e-9)
-    assert report.verdict[0].startswith("No difference from the checkpoint as it came is shown: top1 is")
+    assert report.verdict[0].startswith("No difference from the untuned checkpoint is shown: top1 is")
     assert report.recalibrated == ()
     assert list(report.stages or ()) == ["before", "after"]
 

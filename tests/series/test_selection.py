@@ -344,6 +344,16 @@ def test_a_metric_is_read_from_names(save: Save, form: str, key: str, best: str)
     assert any("from the names" in note for note in found.notes)
 
 
+def test_of_several_losses_in_a_name_the_one_asked_for_counts(save: Save) -> None:
+    for i, train, val in ((1, 0.1, 0.9), (2, 0.2, 0.3)):
+        save(f"a-{i}-train_loss={train}-val_loss={val}.pth", weights(i))
+        save(f"b-{i}-val_loss={train}-loss={val}.pth", weights(i))
+    assert names(find_series(["a-*.pth"], best=1, metric="val_loss")) == ["a-2-train_loss=0.2-val_loss=0.3.pth"]
+    assert names(find_series(["b-*.pth"], best=1, metric="loss")) == ["b-2-val_loss=0.2-loss=0.3.pth"]
+    with pytest.raises(SeriesError, match="has no number under 'loss'"):
+        find_series(["a-*.pth"], best=1, metric="loss")
+
+
 def test_the_state_of_lightnings_model_checkpoint_is_read_with_its_mode(save: Save) -> None:
     for i, score in ((1, 0.5), (2, 0.9), (3, 0.7)):
         key = "ModelCheckpoint{'monitor': 'quality', 'mode': 'min', 'every_n_train_steps': 0}"

@@ -164,6 +164,9 @@ def test_a_missing_shard_and_an_empty_folder_are_told_alike(save: Save) -> None:
             find_series(given, last=2)
         series = find_series(given, last=2, skip_broken=True)
         assert names(series) == ["checkpoint-100", "checkpoint-200"]
+    shutil.rmtree("run/checkpoint-300")
+    with pytest.raises(SeriesError, match=r"a folder without weights\. Is it still being written\? Leave it out: `exc"):
+        find_series(["run"], last=2)
 
 
 def test_all_checkpoints_with_one_fault_give_its_full_message(save: Save) -> None:

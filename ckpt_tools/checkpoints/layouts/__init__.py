@@ -23,7 +23,7 @@ from .litema import LITEMA
 from .pairs import D2GO, DEIT, DINO, DIT, FAIRSEQ, ICEFALL, MODEL_STATE_DICT, TIMM, TIMM_EMA
 from .parameter_lists import DIFFUSERS, PYTORCH_EMA
 from .plain import DCP, PLAIN
-from .select import select, states
+from .select import called, select, states
 from .torchtitan import TORCHTITAN
 from .ultralytics import ULTRALYTICS
 
@@ -40,4 +40,4 @@ DETECTED += [
     ICEFALL, DINO, FAIRSEQ, LIGHTNING_SWA,
 ]  # fmt: skip
 
-__all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "register", "select", "states", "unregister"]
+__all__ = ["LAYOUTS", "Encoding", "Layout", "StateDict", "called", "register", "select", "states", "unregister"]

@@ -82,6 +82,12 @@ def _one_below(tree: Mapping[Any, Any], names: Names) -> Sets:
     return {which: each.below((key,)) for which, each in found.items()}
 
 
+def called(header: Header, state: StateDict) -> str:
+    """Return what to call a set of weights that was selected: ``weights`` for ``raw``, where there is no other set."""
+    alone = state.which == "raw" and not header.ranks and [*states(header)] == ["raw"]
+    return state.label.replace("raw", "weights", 1) if alone else state.label
+
+
 def is_ema_by_name(header: Header) -> bool:
     """True for a file or folder that holds an EMA alone, as its name or its configuration says."""
     return any(layout.ema_file(header) is not None for layout in LAYOUTS)

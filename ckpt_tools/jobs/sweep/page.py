@@ -359,7 +359,7 @@ def _drift(report: SweepReport, found: BatchNormReport | str, said: Said) -> Ite
         "standard deviations; a variance by the factor, 1 for none.</p>"
     )
     yield _table(
-        ["layer", "channels", "mean moved", "variance moved", "error of the mean"],
+        ["layer", "channels", "mean shift (σ)", "variance ratio", "standard error of the mean (σ)"],
         [
             [
                 _text(each.name or "the model"),

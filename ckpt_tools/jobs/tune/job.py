@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ...batchnorm.processes import started_by_torchrun
+from ...checkpoints.layouts import called
 from ...checkpoints.layouts.schedule_free import refuse_computed
 from ...checkpoints.open import Checkpoint
 from ...compute.payload import torch_dtype
@@ -158,7 +159,7 @@ def _planned(
     return TuneReport(
         path=str(source),
         out=str(target.path),
-        state=checkpoint.state.label,
+        state=called(checkpoint.header, checkpoint.state),
         model=setting.name,
         device=str(setting.device),
         data=images.data,
@@ -196,9 +197,8 @@ def _check(images: LabelledImages, training: Training, teaching: Teaching, outpu
     if started_by_torchrun():
         raise UsageError("a tuning runs in one process. Start it without torchrun.")
     check_images(images)
-    for name, value in (("epochs", training.epochs), ("img_size", 1 if images.img_size is None else images.img_size)):
-        if type(value) is not int or value < 1:
-            raise UsageError(f"`{name}={value!r}`: must be a whole number from 1 on.")
+    if type(training.epochs) is not int or training.epochs < 1:
+        raise UsageError(f"`epochs={training.epochs!r}`: must be a whole number from 1 on.")
     for size in images.sizes or ():
         if not math.isfinite(size) or size != int(size) or size < 1:
             raise UsageError(f"`sizes={list(images.sizes or ())}`: must be whole numbers from 1 on.")

@@ -46,7 +46,7 @@ class TuneReport(Report):
 
     Attributes:
         path, out: the checkpoint, and the new one.
-        state: which weights, such as ``raw (state_dict)``.
+        state: which weights, such as ``ema (state_dict_ema)``, or ``weights`` where there is one set.
         model, device: class of the network, and its device.
         data, eval_data: as given.
         images: number of images to train on.

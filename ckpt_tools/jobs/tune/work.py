@@ -51,20 +51,20 @@ def worked(
         on_sizes(sizes)
     stages: dict[str, Outcomes] = {}
 
-    def score(stage: str, what: str) -> None:
+    def score(stage: str) -> None:
         if setting.data.held_out is not None:
-            stages[stage] = setting.runner.outcomes(f"evaluating {what}", setting.data.held_out, progress)
+            stages[stage] = setting.runner.outcomes(f"evaluating {stage}", setting.data.held_out, progress)
 
-    score("before", "as it came")
+    score("before")
     if setting.layers:
         recalibrate(setting, progress)
-        score("recalibrated", "recalibrated")
+        score("recalibrated")
     started = time.perf_counter()
     losses = train(setting, recipe, scratch, progress)
     if report.train != "head" and setting.layers:
         recalibrate(setting, progress)
     seconds = time.perf_counter() - started
-    score("after", "after")
+    score("after")
     opened = (setting.data.measured, setting.data.trained, setting.data.held_out)
     broken = {each: None for batches in opened if batches is not None for each in batches.broken}
     notes = list(report.notes)
@@ -235,7 +235,7 @@ def _size_score(size: int, batches: Batches, setting: Setting, progress: Progres
 def _verdict(changes: tuple[Change, ...]) -> tuple[str, ...]:
     found = [each for change in changes if (change.stage, change.other) == _WHOLE for each in change.comparisons]
     return tuple(
-        in_words(each, lower_is_better=each.metric == "loss", other="the checkpoint as it came")
+        in_words(each, lower_is_better=each.metric == "loss", other="the untuned checkpoint")
         for each in found
         if each.metric in ("top1", "loss")
     )
