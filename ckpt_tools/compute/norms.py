@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 Squares = tuple[int, int, int]
 """The sums of (a - b)^2, a^2 and b^2, in units of 2^-1074, the smallest float64: integers, added in any order."""
-_UNIT = 1074
+_UNITS = 1 << 1074
 
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """How far two vectors of finite floating-point values are apart.
+    """How far two vectors of finite floating-point values are apart; squares below 2^-1074 count as 0.
 
     Attributes:
         distance: the Euclidean norm of a - b.
@@ -31,10 +31,14 @@ class Apart:
 
 def squares(gap: float, a: float, b: float) -> Squares | None:
     """Return sums of squares as integers; None if one is beyond the range of float64."""
-    if not all(map(math.isfinite, (gap, a, b))):
+    if not (math.isfinite(gap) and math.isfinite(a) and math.isfinite(b)):
         return None
-    one, two, three = (above * ((1 << _UNIT) // below) for above, below in map(float.as_integer_ratio, (gap, a, b)))
-    return one, two, three
+    return _whole(gap), _whole(a), _whole(b)
+
+
+def _whole(value: float) -> int:
+    above, below = value.as_integer_ratio()  # a power of 2
+    return above << (_UNITS.bit_length() - below.bit_length())
 
 
 def added(found: Iterable[Squares | None]) -> Squares | None:
@@ -47,10 +51,20 @@ def added(found: Iterable[Squares | None]) -> Squares | None:
     return gap, a, b
 
 
-def apart(found: Squares) -> Apart:
-    """Return distance, norms and angle. The cosine is from 2 a.b = a.a + b.b - (a - b).(a - b)."""
+def apart(found: Squares | None) -> Apart | None:
+    """Return distance, norms and angle; None for squares that are not known, or beyond the range of float64.
+
+    The cosine is from 2 a.b = a.a + b.b - (a - b).(a - b).
+    """
+    if found is None:
+        return None
     gap, a, b = found
-    distance, norm_a, norm_b = (math.isqrt(square << _UNIT) / (1 << _UNIT) for square in found)
+    try:
+        distance, norm_a, norm_b = (math.sqrt(square / _UNITS) for square in found)  # rounded once, then the root
+        twice = (a + b - gap) / _UNITS
+    except OverflowError:
+        return None
+    relative = distance / max(norm_a, norm_b) if a or b else 0.0
     # The sums were rounded, each by itself.
-    cosine = min(1.0, max(-1.0, (a + b - gap) / (2 * math.isqrt(a * b)))) if a and b else None
-    return Apart(distance, norm_a, norm_b, distance / max(norm_a, norm_b) if a or b else 0.0, cosine)
+    cosine = min(1.0, max(-1.0, twice / norm_a / norm_b / 2)) if a and b else None
+    return Apart(distance, norm_a, norm_b, relative, cosine)

@@ -394,13 +394,12 @@ def _tensor_diff(spec: TensorSpec, names: tuple[str, ...], distance: Distance) -
     facts = asdict(distance)
     del facts["same_bytes"], facts["squares"]
     known = distance.squares if spec.dtype.averaged else None
-    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts, apart=None if known is None else apart(known))
+    return TensorDiff(names[0], names[1:], spec.dtype.name, **facts, apart=apart(known))
 
 
 def _in_all(plan: _Plan, distances: Iterable[Distance]) -> Apart | None:
     found = [how.squares for (spec, _), how in zip(plan.pairs, distances, strict=True) if spec.dtype.averaged]
-    joined = added(found) if found else None
-    return None if joined is None else apart(joined)
+    return apart(added(found)) if found else None
 
 
 def _rank(tensor: TensorDiff) -> tuple[Any, ...]:
