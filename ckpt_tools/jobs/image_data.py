@@ -13,7 +13,7 @@ from torch import nn
 from ..batchnorm.processes import Group
 from ..compute.threads import default_threads
 from ..errors import UsageError
-from ..evaluation.classes import ClassOrder, class_order
+from ..evaluation.classes import ClassOrder, class_order, is_timm_run
 from ..evaluation.data import Batches, Loading, check_source, is_factory, open_data
 from ..evaluation.models import input_channels
 from ..evaluation.preprocessing import ARGS, INTERPOLATIONS, OPTION, Preprocessing, fits, resolve_preprocessing
@@ -42,12 +42,14 @@ class ImageData:
         loading: of the source for the statistics.
         order: how class folders are numbered.
         preprocessing: of the images; None if the user's code prepares all of them.
+        of_timm: the run was one of timm's train.py, which takes the size of the model unless its args say another.
     """
 
     images: Images
     loading: Loading
     order: ClassOrder
     preprocessing: Preprocessing | None
+    of_timm: bool
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -89,7 +91,7 @@ class ImageData:
 
     def _enlarged(self, batches: Batches) -> Iterator[str]:
         """Yield a warning if images are enlarged to a size that neither an option nor the run asks for."""
-        if batches.first_size is None or (size_from := self.config_from["size"]) in (OPTION, ARGS):
+        if batches.first_size is None or self.of_timm or (size_from := self.config_from["size"]) in (OPTION, ARGS):
             return
         width, height = batches.first_size
         rows, columns = self.config["input_size"][-2:]
@@ -135,6 +137,7 @@ def image_data(
         loading,
         class_order(header, images.class_map),
         resolve_preprocessing(network, input_channels(network), options, header) if prepared else None,
+        is_timm_run(header),
     )
 
 

@@ -280,7 +280,9 @@ def test_recalibrate_checkpoint_prepares_images_as_the_run_did(save: Save, photo
         np.testing.assert_allclose(found[name].numpy(), want.numpy(), rtol=1e-4, atol=1e-6)
 
 
-def test_recalibrate_checkpoint_warns_of_images_enlarged_to_a_size_that_nobody_gave(save: Save, photos: Photos) -> None:
+def test_recalibrate_checkpoint_warns_of_images_enlarged_to_a_size_that_nobody_gave(
+    save: Save, photos: Photos, tmp_path: Path
+) -> None:
     path = save("a.pth", network().state_dict())
     wanted = timm.get_pretrained_cfg("test_resnet").test_input_size or timm.get_pretrained_cfg("test_resnet").input_size
     for size, options, warned in ((40, {}, True), (wanted[-1], {}, False), (40, {"img_size": 160}, False)):
@@ -289,6 +291,10 @@ def test_recalibrate_checkpoint_warns_of_images_enlarged_to_a_size_that_nobody_g
         enlarged = f"is enlarged to {wanted[-1]}x{wanted[-1]}, the size in timm's"
         note = f"{folder}: the first image has 40x40 pixels, and {enlarged}"
         assert any(each.startswith(note) for each in report.notes) == warned
+    run_of_timm = {"arch": "test_resnet", "args": argparse.Namespace(model="test_resnet", img_size=None, num_classes=3)}
+    path = save("b.pth", run_of_timm | {"state_dict": network().state_dict()})  # train.py enlarges them, too
+    report = recalibrate_checkpoint(path, data=str(tmp_path / "of40"), dry_run=True)
+    assert not any("enlarged" in each for each in report.notes)
 
 
 @pytest.mark.parametrize("lead", ["", "model."])
