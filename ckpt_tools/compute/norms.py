@@ -61,10 +61,10 @@ def apart(found: Squares | None) -> Apart | None:
     gap, a, b = found
     try:
         distance, norm_a, norm_b = (math.sqrt(square / _UNITS) for square in found)  # rounded once, then the root
-        twice = (a + b - gap) / _UNITS
+        product = (a + b - gap) / (2 * _UNITS)
     except OverflowError:
         return None
     relative = distance / max(norm_a, norm_b) if a or b else 0.0
     # The sums were rounded, each by itself.
-    cosine = min(1.0, max(-1.0, twice / norm_a / norm_b / 2)) if a and b else None
+    cosine = min(1.0, max(-1.0, product / norm_a / norm_b)) if a and b else None
     return Apart(distance, norm_a, norm_b, relative, cosine)

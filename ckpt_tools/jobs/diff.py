@@ -405,5 +405,5 @@ def _in_all(plan: _Plan, distances: Iterable[Distance]) -> Apart | None:
 def _rank(tensor: TensorDiff) -> tuple[Any, ...]:
     """Sort key: what is beyond the tolerance; what has no number for it; weights before counters; then by distance."""
     numbered = tensor.max_abs is not None and tensor.nonfinite == 0
-    far = 0.0 if tensor.apart is None else tensor.apart.relative
+    far = math.inf if tensor.apart is None else tensor.apart.relative  # beyond float64; or a counter
     return tensor.beyond == 0, numbered, not tensor.weights, -far, -(tensor.max_abs or 0.0), tensor.name

@@ -74,6 +74,12 @@ def test_vectors_without_a_length_or_beyond_float64_have_no_angle(save: Save) ->
     assert (apart.relative, apart.cosine) == (1.0, None)
     huge = ckpt_tools.diff(save("a.pth", {"w": zero.double() + 1e200}), save("b.pth", {"w": one.double()}))
     assert huge.apart is None
+    large = torch.full((1,), 1.2e154, dtype=torch.float64)  # whose square is finite, and the sum of two is not
+    two = ckpt_tools.diff(
+        save("a.pth", {"v": large, "w": large.clone()}), save("b.pth", {"v": -large, "w": large + 1e140})
+    )
+    assert two.apart is None
+    assert [each.apart and (each.apart.norm_a, each.apart.cosine) for each in two.tensors] == [None, (1.2e154, 1.0)]
     counters = ckpt_tools.diff(save("a.pth", {"n": torch.arange(3)}), save("b.pth", {"n": torch.arange(3) + 1}))
     assert counters.apart is None
 
