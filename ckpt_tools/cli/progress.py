@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ..compute.progress import HEADERS, TORCH, Activity
+from ..jobs.asked import started_together
 from . import console
 
 PLANNING, LOADING, OTHER = "planning", TORCH, "other work"
@@ -173,8 +174,7 @@ class _Moving(Line):
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._turn, name="ckpt-progress", daemon=True)
-        self._thread.start()
+        _start(threading.Thread(target=self._turn, name="ckpt-progress", daemon=True))
 
     def hide(self) -> None:
         self._ended.set()
@@ -224,7 +224,7 @@ class _Lines(Line):
         self._timer = self._started()
 
     def told(self) -> None:
-        self._timer.cancel()
+        self.hide()
         now = time.monotonic()
         if not self._meter.counts:
             self._timer = self._started()
@@ -234,12 +234,20 @@ class _Lines(Line):
 
     def hide(self) -> None:
         self._timer.cancel()
+        if self._timer.is_alive():
+            self._timer.join()  # what comes next may fork, for workers that load images
 
     def _started(self) -> threading.Timer:
         timer = threading.Timer(_LINE_AFTER, lambda: console.say(f"{self._meter.name} ..."))
         timer.daemon = True
-        timer.start()
+        _start(timer)
         return timer
+
+
+def _start(thread: threading.Thread) -> None:
+    """Start a thread if the system allows one more; a job does not end for want of a line."""
+    with suppress(RuntimeError):
+        thread.start()
 
 
 class Shown:
@@ -247,18 +255,17 @@ class Shown:
 
     Attributes:
         meter: what the job is doing.
-        line: shows it.
     """
 
     def __init__(self, meter: Meter, line: Line) -> None:
         self.meter = meter
-        self.line = line
+        self._line = line
         self._begun = False
 
     def tell(self, what: str, done: int, total: int | None) -> None:
         """Show how far the job is; its `on_progress`."""
         self.meter.tell(what, done, total)
-        self.line.told()
+        self._line.told()
 
     def working(self, what: str, done: int, total: int | None) -> None:
         """Show how far a job is that has no plan to show: its work begins after the headers and torch."""
@@ -269,7 +276,12 @@ class Shown:
     def idle(self, name: str) -> None:
         """Say what the job is doing from here on while it tells nothing."""
         self.meter.idle(name)
-        self.line.told()
+        self._line.told()
+
+    def hide(self) -> None:
+        """Show nothing from here on: something else does, by the meter."""
+        self._line.hide()
+        self._line = Line()
 
     def _begin(self) -> None:
         """Let signals to stop raise an exception from here on, for what is done must be cleaned up."""
@@ -297,9 +309,11 @@ def shown(idle: str) -> Iterator[Shown]:
         idle: what the job is doing while it tells nothing.
     """
     meter = Meter(idle)
-    line = Line() if console.manner.quiet else _Moving(meter) if console.redraws(sys.stderr) else _Lines(meter)
+    part = started_together()
+    silent = console.manner.quiet or (part is not None and part.silent)
+    job = Shown(meter, Line() if silent else _Moving(meter) if console.redraws(sys.stderr) else _Lines(meter))
     try:
-        yield Shown(meter, line)
+        yield job
     finally:
-        line.hide()
+        job.hide()
     console.say_more(meter.times())

@@ -153,7 +153,7 @@ def _results(line: progress.Shown) -> Iterator[Callable[[Result, int, int], None
             if len(found) == 1:
                 from rich.live import Live
 
-                line.line.hide()
+                line.hide()
                 live = Live(get_renderable=table, console=console.stderr(), refresh_per_second=4, transient=True)
                 stack.enter_context(live)
 

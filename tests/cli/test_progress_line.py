@@ -227,8 +227,21 @@ def test_a_pipe_is_told_once_of_what_has_no_count(
     with progress.shown("planning") as line:
         monkeypatch.setattr(progress, "_LINE_AFTER", patience)
         line.tell(SYNCING, 0, 1)
-        until(lambda: patience > 0 or threading.active_count() == 1 or not line.line._timer.is_alive())
+        until(lambda: patience > 0 or threading.active_count() == 1 or not line._line._timer.is_alive())
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_job_goes_on_where_no_thread_can_be_started_for_its_line(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    written = terminal(monkeypatch, TERM=term)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with progress.shown("planning") as line:
+        line.tell(SYNCING, 0, 1)
+        line.tell(SYNCING, 1, 1)
+    assert written.getvalue() == b""
 
 
 def test_a_quiet_run_shows_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,9 +129,9 @@ def test_nothing_is_hashed_before_the_sums_have_read_it(series: list[str], monke
             ahead.append(file.at + nbytes > file.front)
         follow(self, file, block, nbytes)
 
-    def ended(self: Follower) -> Any:
+    def ended(self: Follower, *given: Any) -> Any:
         done.set()
-        return finish(self)
+        return finish(self, *given)
 
     monkeypatch.setattr(follower, "BLOCK", 100)
     monkeypatch.setattr(follower, "BEHIND", 500)  # so that the sums wait
