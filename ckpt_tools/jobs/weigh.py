@@ -174,7 +174,7 @@ def _remarks(
     elif along == "by" and len({b - a for a, b in pairwise(facts)}) > 1:
         yield "The files are not evenly spaced, so it counts along training steps; `by='files'` counts files."
     end = dominant(coefficients)
-    if schedule.rule.advice is not None and end is not None:
+    if schedule.rule.advice is not None and end is not None and not schedule.fitted(facts):
         index, share = end
         which, advice = [*zip(("oldest", "newest"), schedule.rule.advice(**schedule.values), strict=True)][index > 0]
         yield f"The {which} checkpoint, {members[index].path.name}, holds {share:.1%} of this average. {advice}"

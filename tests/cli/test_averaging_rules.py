@@ -171,6 +171,9 @@ def test_a_decay_that_is_chosen_is_shown_and_what_it_reaches() -> None:
     assert "no decay makes the average as old as a third." in shown("--warmup", "timm", "--update-after", "20")
     write("one/a-1.pth", weights(1))
     assert "which fits" not in run("avg", "one", "--mode", "ema", "--dry-run").out
+    last_three = shown("--last", "3", "--mode", "ema")
+    assert "which fits 3 checkpoints" in last_three
+    assert "To spread it" not in last_three
 
 
 def test_one_checkpoint_that_counts_alone_is_where_tensors_are_copied_from() -> None:
