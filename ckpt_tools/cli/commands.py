@@ -182,27 +182,33 @@ def _unknown(word: str, rest: Sequence[str]) -> str:
 
 
 def _explain(ctx: Any, error: Any, args: Sequence[str]) -> None:
-    """Say which option may be meant by one that there is not: one alone, for a list of guesses helps nobody.
+    """Say more than Typer does of an option that there is not, or that lacks its value.
 
     Raises:
-        UsageError: of Typer; the error is about an unknown option.
+        UsageError: of Typer; there is more to say.
     """
+    error.ctx = error.ctx or ctx  # not every error of Typer knows its command
+    word = getattr(error, "option_name", "")
+    options = {name: param for param in ctx.command.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+    if hasattr(error, "possibilities"):
+        if word[:2] != "--":  # the first letter of -last, say
+            word = next((arg.partition("=")[0] for arg in args if re.match(rf"-\w*{re.escape(word[1:])}", arg)), word)
+        said = _near(word, [name for name in options if name[:2] == "--"])
+        if not said and isinstance(ctx.command, Commands):
+            said = f" Options of a command stand after it: ckpt COMMAND {word}."
+        ctx.fail(f"No such option: {word}.{said}")
+    if word in options and not options[word].is_flag:
+        ctx.fail(f"{word} lacks its value: {word} {options[word].metavar or 'VALUE'}.")
+
+
+def _near(word: str, options: Sequence[str]) -> str:
+    """Say which option may be meant: one alone, for a list of guesses helps nobody."""
     from difflib import get_close_matches
 
-    error.ctx = error.ctx or ctx  # not every error of Typer knows its command
-    if not hasattr(error, "possibilities"):
-        return
-    word = error.option_name
-    if word[:2] != "--":  # the first letter of -last, say
-        word = next((arg.partition("=")[0] for arg in args if re.match(rf"-\w*{re.escape(word[1:])}", arg)), word)
-    known = [name for param in ctx.command.params for name in (*param.opts, *param.secondary_opts) if name[:2] == "--"]
     full = f"--{word.lstrip('-')}" if len(word) > 2 else word
-    longer = sorted((name for name in known if len(full) > 4 and name.startswith(full)), key=len)
-    near = full if full in _OPTIONS else next(iter(longer or get_close_matches(full, [*known, *_OPTIONS], 1)), None)
-    said = "" if near is None else f" Did you mean {_OPTIONS.get(near, near)}?"
-    if not said and isinstance(ctx.command, Commands):
-        said = f" Options of a command stand after it: ckpt COMMAND {word}."
-    ctx.fail(f"No such option: {word}.{said}")
+    longer = sorted((name for name in options if len(full) > 4 and name.startswith(full)), key=len)
+    near = full if full in _OPTIONS else next(iter(longer or get_close_matches(full, [*options, *_OPTIONS], 1)), None)
+    return "" if near is None else f" Did you mean {_OPTIONS.get(near, near)}?"
 
 
 def _fit(formatter: Any) -> None:

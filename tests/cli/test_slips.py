@@ -63,7 +63,8 @@ def test_a_slip_in_a_word_of_other_commands_leads_to_it(option: Option) -> None:
         (["avg", "c-1.pth", "--threads", "2.5"], "Invalid value for '--threads': '2.5' is not a whole number."),
         (["diff", "c-1.pth", "c-2.pth", "--rtol", "x"], "Invalid value for '--rtol': 'x' is not a number."),
         (["avg", "c-1.pth", "--decay", "0,99"], "'0,99' is not a number. Write a point, not a comma."),
-        (["avg", "c-1.pth", "-o"], "Option '-o' requires an argument. Try 'ckpt avg --help'."),
+        (["avg", "c-1.pth", "-o"], "-o lacks its value: -o PATH. Try 'ckpt avg --help'."),
+        (["avg", "c-1.pth", "--threads"], "--threads lacks its value: --threads N. Try 'ckpt avg --help'."),
     ],
 )
 def test_a_wrong_value_is_told_what_it_must_be(words: list[str], said: str) -> None:
@@ -81,6 +82,7 @@ def test_a_wrong_value_is_told_what_it_must_be(words: list[str], said: str) -> N
         (["avg", "--lower"], "--lower-is-better"),
         (["fix-prefix", "--strp", "x."], "--strip"),
         (["--verson"], "--version"),
+        (["avg", "--hlep"], "--help"),
     ],
 )
 def test_a_slip_in_an_option_leads_to_the_one_that_is_near(words: list[str], meant: str) -> None:
