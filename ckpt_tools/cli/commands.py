@@ -182,7 +182,7 @@ def _unknown(word: str, rest: Sequence[str]) -> str:
 
 
 def _explain(ctx: Any, error: Any, args: Sequence[str]) -> None:
-    """Say more than Typer does of an option that there is not, or that lacks its value.
+    """Say more than Typer does of an option that there is not, of one without its value, and of a missing argument.
 
     Raises:
         UsageError: of Typer; there is more to say.
@@ -199,6 +199,9 @@ def _explain(ctx: Any, error: Any, args: Sequence[str]) -> None:
         ctx.fail(f"No such option: {word}.{said}")
     if word in options and not options[word].is_flag:
         ctx.fail(f"{word} lacks its value: {word} {options[word].metavar or 'VALUE'}.")
+    if hasattr(error, "param_type"):  # an argument is missing
+        example = str(ctx.command.help).rpartition("Example: ")[2].strip()
+        ctx.fail(f"{error.param.metavar.rstrip('.')} is missing. Example: {example}.")
 
 
 def _near(word: str, options: Sequence[str]) -> str:

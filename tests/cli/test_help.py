@@ -178,7 +178,8 @@ def test_help_fits_a_narrow_terminal(command: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["look"], "Missing argument 'PATH'"),
+        (["look"], "PATH is missing. Example: ckpt look runs/."),
+        (["diff", "a.pth"], "B is missing. Example: ckpt diff averaged.pth averaged-bn.pth."),
         (["avg", "a.pth", "--lats", "3"], "No such option: --lats"),
         (["avg", "a.pth", "--threads", "x"], "Invalid value for '--threads'"),
         (["average", "a.pth"], "No such command 'average'"),
