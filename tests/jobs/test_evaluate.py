@@ -243,7 +243,7 @@ def test_copies_count_once_and_a_dry_run_scores_nothing(save: Save, here: Path) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "one of `data`, `eval_command` and `eval_function` says how a checkpoint is scored"),
+        ({}, "give one of `data`, `eval_command` and `eval_function`: it says how a checkpoint is scored"),
         ({"data": "d", "eval_command": "c"}, "not `data` and `eval_command`"),
         ({"eval_command": "true {ckpt}", "model": "net"}, "`model` goes with `data`"),
         ({"eval_command": "true {ckpt}", "recal_bn": "d"}, "`recal_bn` goes with `data`"),

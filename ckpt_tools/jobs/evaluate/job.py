@@ -140,8 +140,9 @@ def _check(own: Evaluation, weights: State, which: Network, images: EvaluatedIma
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise UsageError(
-            "one of `data`, `eval_command` and `eval_function` says how a checkpoint is scored"
-            + (f", not {' and '.join(f'`{name}`' for name in given)}." if given else ".")
+            "give one of `data`, `eval_command` and `eval_function`"
+            + (f", not {' and '.join(f'`{name}`' for name in given)}" if given else "")
+            + ": it says how a checkpoint is scored."
         )
     (way,) = given
     for name, owner in (("in_memory", "eval_function"), ("time_limit", "eval_command")):

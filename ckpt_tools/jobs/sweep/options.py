@@ -227,8 +227,9 @@ def check(
     given = [name for name in ("eval_data", "eval_command", "eval_function") if getattr(evaluation, name) is not None]
     if len(given) != 1:
         raise UsageError(
-            "one of `eval_data`, `eval_command` and `eval_function` says how a candidate is scored"
-            + (f", not {' and '.join(f'`{name}`' for name in given)}." if given else ".")
+            "give one of `eval_data`, `eval_command` and `eval_function`"
+            + (f", not {' and '.join(f'`{name}`' for name in given)}" if given else "")
+            + ": it says how a candidate is scored."
         )
     for name, owner in (("in_memory", "eval_function"), ("time_limit", "eval_command")):
         if getattr(evaluation, name) and given != [owner]:
