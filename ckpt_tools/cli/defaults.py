@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, did_you_mean
 from . import console
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -92,6 +92,8 @@ def unread_of(options: Mapping[str, Any]) -> list[str]:
 def _from_file(
     command: str, options: Mapping[str, Any], of_command: Callable[[str], Mapping[str, Any]]
 ) -> Iterator[tuple[str, Default]]:
+    from .commands import COMMANDS
+
     path, table = config()
     if path is None:
         return
@@ -104,27 +106,30 @@ def _from_file(
             try:
                 of_command(key)
             except KeyError:
-                hint = " This file has its options at the top, without [tool.ckpt]." if key == "tool" else ""
+                hint = did_you_mean(key, COMMANDS)
+                if key == "tool":
+                    hint = " This file has its options at the top, without [tool.ckpt]."
                 raise UsageError(f"{where}: [{prefix}{key}] is no command of ckpt.{hint}") from None
             inner = value if key == command else inner
             continue
-        if name not in options and (option := _of_another(name, of_command)) is None:
-            raise UsageError(f"{where}: '{key}' is no option of ckpt.")
-        _refuse(where, key, value, options.get(name) or option)
+        option = options.get(name) or next(filter(None, (of_command(other).get(name) for other in COMMANDS)), None)
+        if option is None:
+            hint = _hint(key, [each for other in COMMANDS for each in of_command(other)])
+            raise UsageError(f"{where}: '{key}' is no option of ckpt.{hint}")
+        _refuse(where, key, value, option)
         if name in options:
             yield name, Default(value, where)
     for key, value in inner.items():
         name = key.replace("-", "_")
         if name not in options:
-            raise UsageError(f"{where}: [{prefix}{command}] '{key}' is no option of ckpt {command}.")
+            hint = _hint(key, options)
+            raise UsageError(f"{where}: [{prefix}{command}] '{key}' is no option of ckpt {command}.{hint}")
         _refuse(where, key, value, options[name])
         yield name, Default(value, where)
 
 
-def _of_another(name: str, of_command: Callable[[str], Mapping[str, Any]]) -> Any:
-    from .commands import COMMANDS
-
-    return next((option for command in COMMANDS if (option := of_command(command).get(name)) is not None), None)
+def _hint(key: str, names: Iterable[str]) -> str:
+    return did_you_mean(key.replace("_", "-"), {name.replace("_", "-") for name in names})
 
 
 def _refuse(where: str, key: str, value: Any, option: Any) -> None:
