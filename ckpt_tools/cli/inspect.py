@@ -139,6 +139,8 @@ def _show(d: InspectReport) -> None:
     if d.foreign:
         names = ", ".join(f"{name} ({number})" if number > 1 else name for name, number in d.foreign.items())
         console.show(f"  unknown classes, kept as plain data and never run: {names}")
+    if d.metadata:
+        _show_metadata(d.metadata)
     if d.provenance is not None:
         _show_provenance(d.provenance)
     arguments.say_notes(d.notes, console.show)
@@ -158,6 +160,16 @@ def _show_optimizer(optimizer: Optimizer) -> None:
     shown = [row.name if row.multiple is None else f"{row.name} {row.multiple:.2g}" for row in rows]
     if shown:
         console.show(f"    keeps {console.some(shown, 8)}")
+
+
+def _show_metadata(metadata: Mapping[str, str]) -> None:
+    """Show what a file says of itself; with -v all of it, which may be a whole configuration."""
+    rows, longest = (len(metadata), None) if console.manner.verbose else (_METADATA_ROWS, _METADATA_WIDTH)
+    console.show(f"  metadata: {console.plural(len(metadata), 'entry')}")
+    for key, text in [*metadata.items()][:rows]:
+        console.show(f"    {key}: {text if longest is None or len(text) <= longest else text[:longest] + '…'}")
+    if len(metadata) > rows:
+        console.show(f"    and {len(metadata) - rows} more, which -v shows")
 
 
 def _show_provenance(provenance: dict[str, object]) -> None:

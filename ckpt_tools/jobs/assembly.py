@@ -209,10 +209,12 @@ def _of_all_ranks(places: Iterable[str], files: Iterable[str]) -> list[str]:
 
 def unkept_metadata(base: Header, kept: Collection[str] = ()) -> list[str]:
     """List what a safetensors file says in words and another output does not repeat."""
-    if not base.metadata:
-        return []
-    ours = ("format", PROVENANCE, *base.tree, *kept)
-    return [f"__metadata__.{key}" for key in base.metadata if key not in ours]
+    return [f"__metadata__.{key}" for key in own_metadata(base) if key not in kept]
+
+
+def own_metadata(header: Header) -> list[str]:
+    """List the keys of a safetensors file's ``__metadata__`` that are neither ours nor say how to read the tensors."""
+    return [key for key in header.metadata if key not in ("format", PROVENANCE) and key not in header.tree]
 
 
 # By sd-scripts and modelspec: checksums of the tensors, which are others in an output.
@@ -221,14 +223,10 @@ _CHECKSUMS = re.compile(r"sshs_.*|modelspec\.hash_.*")
 
 def _kept_metadata(base: Header, target: Target, names: Collection[str]) -> dict[str, str]:
     """Return what one safetensors file takes over from the ``__metadata__`` of another."""
-    if not base.metadata or base.in_folder or target.folder:
+    if base.in_folder or target.folder:
         return {}
-    ours = {"format", PROVENANCE, *base.tree, *names}
-    return {
-        key: text
-        for key, text in base.metadata.items()
-        if key not in ours and text not in names and not _CHECKSUMS.fullmatch(key)
-    }
+    found = {key: base.metadata[key] for key in own_metadata(base) if key not in names}
+    return {key: text for key, text in found.items() if text not in names and not _CHECKSUMS.fullmatch(key)}
 
 
 def flat(

@@ -22,6 +22,7 @@ from ..formats.tree import tensors_in
 from ..series.metrics import metric_of
 from ..series.paths import one_checkpoint
 from ..tensors import Tensor, TensorSpec, UnsupportedTensor
+from .assembly import own_metadata
 from .options import Drawing, takes
 from .pictures import Picture
 from .reports import Report
@@ -105,6 +106,7 @@ class InspectReport(Report):
         metric: timm's ``metric``, if there is one.
         optimizers: their states.
         foreign: unknown Python names; they were neither imported nor run.
+        metadata: what a safetensors file says of itself in words: of training tools and user interfaces.
         provenance: the record of ckpt-tools in its own outputs.
         notes: warnings, in words.
     """
@@ -119,6 +121,7 @@ class InspectReport(Report):
     metric: float | None
     optimizers: tuple[Optimizer, ...]
     foreign: dict[str, int]
+    metadata: dict[str, str]
     provenance: dict[str, Any] | None
     notes: tuple[str, ...] = ()
 
@@ -171,6 +174,7 @@ def describe(header: Header) -> InspectReport:
         metric=metric_of(header, "metric"),
         optimizers=tuple(_optimizers(header, sets, counted)),
         foreign=dict(header.foreign),
+        metadata={key: header.metadata[key] for key in own_metadata(header)},
         provenance=header.provenance,
         notes=() if note is None else (note,),
     )
