@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -256,6 +257,26 @@ def test_the_line_of_a_sweep_gives_way_to_a_table_with_the_first_result(
     assert line < table
     assert "1 of 3 scored" in result.err[table:]
     assert "\r\x1b[K" not in result.err[table:]
+
+
+def test_a_process_that_is_forked_while_the_line_is_drawn_can_write_messages() -> None:
+    held = threading.Event()
+
+    def draw() -> None:
+        with console.writing:
+            held.set()
+            time.sleep(0.1)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads
+        child = os.fork()
+    if not child:
+        os._exit(0 if console.writing.acquire(timeout=5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    drawing.join()
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
