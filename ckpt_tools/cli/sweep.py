@@ -155,7 +155,7 @@ def _results(line: progress.Shown) -> Iterator[Callable[[Result, int, int], None
 
                 line.hide()
                 live = Live(get_renderable=table, console=console.stderr(), refresh_per_second=4, transient=True)
-                stack.enter_context(live)
+                stack.enter_context(live).refresh()
 
         yield draw
 

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from cli_runner import environment
+import torch
+from cli_runner import environment, run
 
 from ckpt_tools.cli import console, progress
 from ckpt_tools.cli.progress import Meter
@@ -229,6 +232,51 @@ def test_a_pipe_is_told_once_of_what_has_no_count(
         line.tell(SYNCING, 0, 1)
         until(lambda: patience > 0 or threading.active_count() == 1 or not line._line._timer.is_alive())
     assert capsys.readouterr().err == said
+
+
+def test_the_line_of_a_sweep_gives_way_to_a_table_with_the_first_result(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in (1, 2):
+        torch.save({"state_dict": {"w": torch.full((4,), float(i))}, "epoch": i}, here / f"c-{i}.pth")
+    monkeypatch.setattr(progress, "_AT_ONCE", 0.0)
+    wait = "until [ -e go ]; do sleep 0.01; done; echo 0.5 # {ckpt}"
+
+    def go_on(self: Meter, width: int | None = None) -> str:
+        drawn.append(said(self, width))
+        if sum("0 of 3 candidates" in text for text in drawn) == 2:  # the first of them stands there by now
+            Path("go").touch()
+        return drawn[-1]
+
+    said = Meter.text
+    drawn: list[str] = []
+    monkeypatch.setattr(Meter, "text", go_on)
+    result = run("sweep", "c-1.pth", "c-2.pth", "--eval-command", wait, terminal=True, TERM="xterm")
+    assert result.code == 0
+    line, table = result.err.index("Evaluating: 0 of 3 candidates"), result.err.index("the last candidates")
+    assert line < table
+    assert "1 of 3 scored" in result.err[table:]
+    assert "\r\x1b[K" not in result.err[table:]
+
+
+def test_a_process_that_is_forked_while_the_line_is_drawn_can_write_messages() -> None:
+    held = threading.Event()
+
+    def draw() -> None:
+        with console.writing:
+            held.set()
+            time.sleep(0.1)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    held.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads
+        child = os.fork()
+    if not child:
+        os._exit(0 if console.writing.acquire(timeout=5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    drawing.join()
 
 
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
