@@ -30,7 +30,7 @@ app = typer.Typer(
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", "-V", callback=common.show_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", "-V", callback=common.version_asked, is_eager=True, help="Show the version.")
     ] = False,
     install_completion: Annotated[
         bool,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -11,13 +13,36 @@ from ..series.rules.rule import Origins
 from . import console
 
 
-def show_version(asked: bool) -> None:
+def version_asked(asked: bool) -> None:
     """Show the version, and end the run."""
     if asked:
-        from .. import __version__
+        show_version(verbose=False)
 
-        typer.echo(f"ckpt-tools {__version__}")
-        raise typer.Exit
+
+def show_version(*, verbose: bool) -> NoReturn:
+    """Show the version, `verbose` also of what ckpt runs on, and end the run."""
+    from .. import __version__
+
+    typer.echo(f"ckpt-tools {__version__}")
+    if verbose:
+        for what, version in _surroundings():
+            typer.echo(f"{what} {version}")
+    raise typer.Exit
+
+
+def _surroundings() -> Iterator[tuple[str, str]]:
+    """Yield names and versions for a report of a fault; no library is imported for it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    from ..compute import native
+
+    yield "C extension", "yes" if native.present() else "no"
+    yield platform.python_implementation(), platform.python_version()
+    yield platform.system(), f"{platform.release()} {platform.machine()}"
+    for library in ("torch", "safetensors", "typer", "rich", "timm", "obstore"):
+        with suppress(PackageNotFoundError):
+            yield library, version(library)
 
 
 def complete_shell(context: typer.Context, param: typer.CallbackParam, asked: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,9 @@ from .tables import BAR, Table, bar
 if TYPE_CHECKING:
     from ..jobs.inspect import InspectReport, Optimizer, WeightSet
     from ..jobs.listing import Listed, Listing
+
+_METADATA_ROWS, _METADATA_WIDTH = 8, 60
+"""Entries, and characters of a value, of metadata that are shown without -v."""
 
 
 @arguments.with_options(Skipping, Drawing)
@@ -165,7 +169,7 @@ def _show_optimizer(optimizer: Optimizer) -> None:
 def _show_metadata(metadata: Mapping[str, str]) -> None:
     """Show what a file says of itself; with -v all of it, which may be a whole configuration."""
     rows, longest = (len(metadata), None) if console.manner.verbose else (_METADATA_ROWS, _METADATA_WIDTH)
-    console.show(f"  metadata: {console.plural(len(metadata), 'entry')}")
+    console.show(f"  metadata: {console.plural(len(metadata), 'entry', 'entries')}")
     for key, text in [*metadata.items()][:rows]:
         console.show(f"    {key}: {text if longest is None or len(text) <= longest else text[:longest] + '…'}")
     if len(metadata) > rows:

@@ -33,6 +33,11 @@ SLICE = 1 << 20
 _PACKED = 3 << 18  # bytes of packed small tensors of all rows, twice
 
 
+def present() -> bool:
+    """Return True if the C extension is installed, and can be imported."""
+    return _native is not None
+
+
 def scratch(rows: int, *, tiles: bool = False) -> int:
     """Return the bytes that a thread provides for so many rows: for blocks, their sums, and the bytes of one write."""
     return 0 if _native is None else _native.scratch(rows, tiles)

@@ -164,3 +164,17 @@ def test_inspect_rejects_bad_input(path: str, message: str) -> None:
     Path("empty.pth").touch()
     assert refused(Path(), "inspect", path) == message
     assert refused(Path(), "inspect", path, "--json") == message
+
+
+def test_inspect_shows_what_a_safetensors_file_says_of_itself() -> None:
+    own = {"ss_network_dim": "16", "modelspec.title": "x" * 70, **{f"ss_{i}": str(i) for i in range(10)}}
+    save_file({"w": torch.ones(2)}, "lora.safetensors", {"format": "pt", **own})
+    lines = [line.strip() for line in run("inspect", "lora.safetensors").out.splitlines()]
+    assert "metadata: 12 entries" in lines
+    assert sum(": " in line and line.split(": ")[0] in own for line in lines) == 8
+    assert "and 4 more, which -v shows" in lines
+    full = [line.strip() for line in run("inspect", "lora.safetensors", "-v").out.splitlines()]
+    assert {f"{key}: {text}" for key, text in own.items()} <= {*full}
+    assert json.loads(run("inspect", "lora.safetensors", "--json").out)["metadata"] == own
+    save_file({"w": torch.ones(2)}, "plain.safetensors", {"format": "pt"})
+    assert "metadata" not in run("inspect", "plain.safetensors").out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import torch
 from cli_runner import PATIENCE, environment, refused, run
 from safetensors.torch import save_file
 
+import ckpt_tools
 from ckpt_tools.cli import console
 from ckpt_tools.cli.commands import _MEANT, COMMANDS
 from ckpt_tools.cli.tables import Table
+from ckpt_tools.compute import native
 
 
 @pytest.fixture
@@ -80,6 +83,15 @@ def test_help_and_version_are_words_and_options() -> None:
     for words in (["version"], ["-V"]):
         assert run(*words) == run("--version")
     assert run("help", "averge").code == 2
+
+
+def test_version_says_on_request_what_ckpt_runs_on() -> None:
+    asked = run("version", "-v")
+    first, *rest = asked.out.splitlines()
+    assert first == f"ckpt-tools {ckpt_tools.__version__}"
+    assert {f"torch {torch.__version__.partition('+')[0]}", f"CPython {platform.python_version()}"} <= {*rest}
+    assert f"C extension {'no' if native._native is None else 'yes'}" in rest
+    assert run("-v", "version") == asked
 
 
 def test_help_writes_values_as_words(tmp_path: Path) -> None:
