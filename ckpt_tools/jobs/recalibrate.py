@@ -401,7 +401,7 @@ def _measured(
     """Run the network over the images; return the report with statistics and accuracy."""
     sample = batches.first(_LOOKED_AT) if held_out is None else None
     before = None if held_out is None else runner.evaluate("evaluating before", held_out, progress)
-    fit_before = None if sample is None else runner.fit("checking before", sample, progress)
+    fit_before = None if sample is None else runner.fit("checking the fit before", sample, progress)
     statistics = runner.recalibrate(
         batches,
         report.passes,
@@ -411,7 +411,7 @@ def _measured(
         allow_unmeasured=measuring.allow_unmeasured,
     )
     after = None if held_out is None else runner.evaluate("evaluating after", held_out, progress)
-    fit_after = None if sample is None or fit_before is None else runner.fit("checking after", sample, progress)
+    fit_after = None if sample is None or fit_before is None else runner.fit("checking the fit after", sample, progress)
     notes = list(report.notes)
     broken = [entry for part in gathered_objects(batches.broken) for entry in part]
     batches.check(broken)
